@@ -1,0 +1,38 @@
+# Needs Python 3.11 or newer and make; everything else is installed into .venv.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test install check peers parity clean
+
+demo: install
+	.venv/bin/sparsary train recipes/quickstart.yaml
+	.venv/bin/sparsary eval runs/quickstart
+
+test: install check
+	.venv/bin/pytest -m "not gpu and not network and not parity and not bench"
+
+check: install
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/pyright
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "sparsary needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet "pip>=25.1" --constraint constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --group dev --editable .
+	touch $@
+
+peers: .venv-peers/installed
+
+.venv-peers/installed: tests/parity/peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	$(PEERS_PIP) install --quiet torch==2.13.0
+	$(PEERS_PIP) install --quiet --requirement tests/parity/peers.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-peers runs build *.egg-info

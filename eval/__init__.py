@@ -1,0 +1,1 @@
+"""Judging a dictionary from its checkpoint: reconstruction, downstream loss, dark matter."""

@@ -1,0 +1,33 @@
+"""SAE: the dictionary that maps an activation to itself."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .dictionary import SparseDictionary
+from .encoder import Encoder
+from .encoders import encoder_spec
+
+
+class SAE(SparseDictionary):
+    """Sparse autoencoder: ``x_hat = W_dec^T code(x - b_dec) + b_dec``, with one bias on both sides.
+
+    Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+
+    def __init__(self, d_in: int, n_latents: int, encoder: Encoder):
+        super().__init__(d_in, d_in, n_latents, encoder)
+        self.tie_encoder()
+
+    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+        return x - self.b_dec
+
+    def arguments(self) -> dict[str, Any]:
+        return {"kind": "sae", "d_in": self.d_in, "n_latents": self.n_latents, "encoder": encoder_spec(self.encoder)}
+
+    @torch.no_grad()
+    def tie_encoder(self) -> None:
+        """Start the encoder as a copy of the atoms, which keeps latents alive early on (Gao et al. 2024, section 2)."""
+        self.W_enc.copy_(self.W_dec)

@@ -1,0 +1,111 @@
+"""A dictionary on disk: ``dictionary.safetensors`` and ``dictionary.json``, nothing executable.
+
+The JSON holds the format version, the constructor's arguments and the provenance. The same text stands in the header of
+the tensor file: a save that is killed between the two renames leaves an older JSON beside newer weights, and the weights'
+own copy then decides.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .autoencoder import SAE
+from .dictionary import SparseDictionary
+from .encoders import build_encoder
+from .files import read_json, read_tensors, require_finite, sha256, write_json, write_tensors
+
+FORMAT = "sparsary-dictionary"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "dictionary.safetensors"
+CONFIG_FILE = "dictionary.json"
+
+# kind in dictionary.json -> class. Layers above register theirs here when they are imported.
+KINDS: dict[str, type[SparseDictionary]] = {"sae": SAE}
+
+log = logging.getLogger(__name__)
+
+
+def build_dictionary(arguments: dict[str, Any]) -> SparseDictionary:
+    """A dictionary with fresh weights from what ``SparseDictionary.arguments`` returned."""
+    arguments = dict(arguments)
+    kind = arguments.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"dictionary.kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
+    encoder = build_encoder(arguments.pop("encoder"))
+    return KINDS[kind](encoder=encoder, **arguments)
+
+
+def save_dictionary(dictionary: SparseDictionary, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
+    """Write both files, each whole or not at all; the weights go first.
+
+    Raises:
+        OSError: If the folder cannot be written; what it held stays as it was.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dictionary": dictionary.arguments(),
+        "provenance": provenance or {},
+    }
+    write_tensors(directory / WEIGHTS_FILE, dictionary.state_dict(), {"config": json.dumps(config)})
+    digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
+    write_json(directory / CONFIG_FILE, config | digest)
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``dictionary.json``, checked for format and version.
+
+    Raises:
+        ValueError: If the file is missing, not ours, or from a newer version.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory}: expected a checkpoint directory, found none. Train one with `sparsary train RECIPE`.")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path}: format: expected {FORMAT!r}. This is not a sparsary dictionary.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version: expected {FORMAT_VERSION}, got {config.get('format_version')!r}. "
+            "Install the version of sparsary that wrote it."
+        )
+    return config
+
+
+def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -> SparseDictionary:
+    """The saved dictionary, in eval mode.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or a tensor is missing, superfluous, wrongly shaped or not finite.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    path = directory / WEIGHTS_FILE
+    tensors, metadata = read_tensors(path)
+    own = json.loads(metadata.get("config", "null"))
+    if own is not None and own != {key: value for key, value in config.items() if key != "weights_sha256"}:
+        log.warning("%s differs from the copy inside %s, which is used: a save was interrupted.", CONFIG_FILE, path)
+        config = own
+    try:
+        with torch.device("meta"):
+            dictionary = build_dictionary(config["dictionary"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG_FILE}: dictionary: expected the constructor's arguments ({error}).") from None
+    expected = dictionary.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(f"{path}: expected tensors {sorted(expected)}; missing {missing}, not expected {extra}.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise ValueError(
+                f"{path}: {name}: expected {expected[name].dtype} {tuple(expected[name].shape)}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}."
+            )
+    require_finite(path, tensors)
+    dictionary.load_state_dict(tensors, assign=True)
+    return dictionary.to(device).eval()

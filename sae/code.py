@@ -1,0 +1,55 @@
+"""SparseCode: which latents fire on which token, and how strongly."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """A flat list of (latent, value) entries grouped by token.
+
+    ``starts[t]`` is the first entry of token ``t``; its entries run to the next start. A latent may appear twice in one
+    token (its values add up), and an entry whose value is zero does not fire.
+    """
+
+    latents: Int[Tensor, " nnz"]
+    values: Float[Tensor, " nnz"]
+    starts: Int[Tensor, " tokens"]
+
+    @classmethod
+    def from_rows(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
+        """The code of an encoder that keeps equally many entries on every token."""
+        tokens, k = latents.shape
+        starts = torch.arange(0, tokens * k, k, device=latents.device) if k else latents.new_zeros(tokens)
+        return cls(latents.reshape(-1), values.reshape(-1), starts)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.starts.shape[0]
+
+    def entries_per_token(self) -> Int[Tensor, " tokens"]:
+        """Entries of each token, silent ones included."""
+        return torch.diff(self.starts, append=self.starts.new_tensor([self.latents.shape[0]]))
+
+    def token_ids(self) -> Int[Tensor, " nnz"]:
+        """The token each entry belongs to."""
+        tokens = torch.arange(self.n_tokens, device=self.starts.device)
+        return torch.repeat_interleave(tokens, self.entries_per_token(), output_size=self.latents.shape[0])
+
+    def l0(self) -> Int[Tensor, " tokens"]:
+        """Entries above zero of each token."""
+        fires = (self.values > 0).long()
+        return torch.zeros_like(self.starts).index_add_(0, self.token_ids(), fires)
+
+    def firings(self, n_latents: int) -> Int[Tensor, " n_latents"]:
+        """On how many tokens each latent fires."""
+        fires = (self.values > 0).long()
+        return torch.zeros(n_latents, dtype=torch.long, device=self.latents.device).index_add_(0, self.latents, fires)
+
+    def to_dense(self, n_latents: int) -> Float[Tensor, "tokens n_latents"]:
+        """The same code as a matrix, mostly zeros: for inspection and tests, not for training."""
+        dense = torch.zeros(self.n_tokens, n_latents, dtype=self.values.dtype, device=self.values.device)
+        return dense.index_put((self.token_ids(), self.latents), self.values, accumulate=True)

@@ -1,0 +1,99 @@
+"""SparseDictionary: weights, encode and decode, common to everything that is learned here."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .code import SparseCode
+from .encoder import Encoder, Weights
+from .sparse_ops import decode
+
+
+class SparseDictionary(nn.Module, ABC):
+    """Latents that read from ``d_in`` and write to ``d_out``; row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``.
+
+    Inputs and outputs are raw activations. Inside, both sides are divided by their scale (buffers, saved with the
+    weights), so learning rates and losses mean the same on every model; atoms have unit norm there.
+    """
+
+    in_scale: Float[Tensor, ""]
+    out_scale: Float[Tensor, ""]
+
+    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder):
+        super().__init__()
+        for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
+            if size < 1:
+                raise ValueError(f"dictionary.{name}: expected at least 1, got {size}.")
+        encoder.validate(n_latents)
+        self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
+        self.encoder = encoder
+        self.W_enc = nn.Parameter(torch.empty(n_latents, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.register_buffer("in_scale", torch.ones(()))
+        self.register_buffer("out_scale", torch.ones(()))
+        # Unit atoms from an isotropic distribution, encoder tied to them at the start only (Gao et al. 2024, section 2).
+        with torch.no_grad():
+            nn.init.normal_(self.W_dec)
+            self.renormalize()
+            nn.init.normal_(self.W_enc, std=d_in**-0.5)
+
+    @abstractmethod
+    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+        """The encoder's view of normalised inputs."""
+
+    @abstractmethod
+    def arguments(self) -> dict[str, Any]:
+        """What ``dictionary.json`` must hold to rebuild the object, its encoder included."""
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.W_enc, self.b_enc, self.W_dec)
+
+    def encode(self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
+        """The sparse code of raw activations. Values are in normalised units: one unit is ``out_scale`` of output.
+
+        Raises:
+            ValueError: If ``x`` is not ``(tokens, d_in)``.
+        """
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(
+                f"x: expected (tokens, {self.d_in}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
+                "and check that the activations come from the hook this dictionary was trained on."
+            )
+        if grad is not None:
+            grad = grad * self.in_scale
+        return self.encoder(self.centre(x / self.in_scale), self.weights, grad)
+
+    def decode(self, code: SparseCode) -> Float[Tensor, "tokens d_out"]:
+        """The reconstruction of a code, in raw units."""
+        return (decode(code, self.W_dec) + self.b_dec) * self.out_scale
+
+    def forward(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"]:
+        """Encode, then decode."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def renormalize(self) -> None:
+        """Bring every atom back to unit norm."""
+        F.normalize(self.W_dec, dim=-1, out=self.W_dec)
+
+    @torch.no_grad()
+    def project_grad(self) -> None:
+        """Remove from each atom's gradient the part along the atom, which renormalising would undo anyway."""
+        if self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1.0)
+
+    def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """Write ``dictionary.safetensors`` and ``dictionary.json``; see ``sae.checkpoint``."""
+        # Imported here because checkpoint.py rebuilds dictionaries and so imports this module.
+        from .checkpoint import save_dictionary
+
+        save_dictionary(self, directory, provenance)

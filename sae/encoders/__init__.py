@@ -1,0 +1,34 @@
+"""ENCODERS: every variant by its recipe name. A new one is a file beside this and a line here."""
+
+from typing import Any
+
+from ..encoder import Encoder
+from .topk import TopK
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "topk": TopK,
+}
+
+
+def encoder_spec(encoder: Encoder) -> dict[str, Any]:
+    """``{"name": ..., **arguments}``: what a recipe holds, and what ``build_encoder`` rebuilds."""
+    names = {cls: name for name, cls in ENCODERS.items()}
+    return {"name": names[type(encoder)], **encoder.arguments()}
+
+
+def build_encoder(spec: dict[str, Any]) -> Encoder:
+    """The encoder of a spec as recipes and ``dictionary.json`` write it.
+
+    Raises:
+        ValueError: If the name or an argument is unknown, or an argument is missing.
+    """
+    arguments = dict(spec)
+    name = arguments.pop("name", None)
+    if name not in ENCODERS:
+        raise ValueError(f"encoder.name: expected one of {', '.join(ENCODERS)}, got {name!r}.")
+    expected = ENCODERS[name].parameters_of()
+    unknown = [key for key in arguments if key not in expected]
+    missing = [key for key, p in expected.items() if p.default is p.empty and key not in arguments]
+    if unknown or missing:
+        raise ValueError(f"encoder: {name} takes {', '.join(expected)}; unknown {unknown}, missing {missing}.")
+    return ENCODERS[name](**arguments)

@@ -1,0 +1,47 @@
+"""Checkpoints on the Hugging Face hub: only the two files of a dictionary travel, and nothing in them is executed."""
+
+from pathlib import Path
+
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
+
+
+def local_directory(path_or_id: str, revision: str | None = None) -> Path:
+    """The directory itself if it exists, else the downloaded (or cached) repository of that id.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    path = Path(path_or_id)
+    if path.exists() or path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
+        return path
+    # Imported here: loading from disk must not need the hub's client.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+    except Exception as error:
+        # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path_or_id}: no such directory, and the hub repository of that name could not be had ({reason})."
+        ) from None
+
+
+def push(directory: str | Path, repo_id: str, private: bool = False) -> str:
+    """Upload a checkpoint; returns the repository's address.
+
+    Raises:
+        ValueError: If the directory holds no dictionary.
+    """
+    from huggingface_hub import HfApi
+
+    read_config(directory)
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=str(directory),
+        allow_patterns=[WEIGHTS_FILE, CONFIG_FILE],
+        commit_message="Upload a sparsary dictionary",
+    )
+    return commit.repo_url if isinstance(commit.repo_url, str) else str(commit.repo_url)

@@ -1,0 +1,48 @@
+"""Training losses: pure functions of tensors in normalised units."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .encoder import Weights, pre_activations
+
+
+def normalized_mse(
+    y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"], variance: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """Squared error per token over ``variance``, the mean squared distance of targets from their mean.
+
+    ``variance`` is a constant of the data set, not of the batch, so the loss approximates fvu and its gradient does not
+    depend on which tokens share a batch. Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+    return (y_hat - y).pow(2).sum(-1).mean() / variance
+
+
+def auxk(
+    x: Float[Tensor, "tokens d_in"],
+    error: Float[Tensor, "tokens d_out"],
+    weights: Weights,
+    dead: Bool[Tensor, " n_latents"],
+    k_aux: int,
+) -> Float[Tensor, ""]:
+    """How badly the ``k_aux`` strongest dead latents explain the error that the live ones leave, about 1 at first.
+
+    ``x`` is centred, ``error`` is ``y - y_hat``; both are taken as data. The gradient therefore reaches the encoder and
+    decoder rows of dead latents and nothing else. Zero without dead latents.
+    Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
+    """
+    rows = dead.nonzero().squeeze(-1)
+    if rows.numel() == 0:
+        return error.new_zeros(())
+    x, error = x.detach(), error.detach()
+    dead_weights = Weights(weights.W_enc[rows], weights.b_enc[rows], weights.W_dec[rows])
+    pre_acts = pre_activations(x, dead_weights).relu()
+    if rows.numel() > k_aux:
+        floor = pre_acts.detach().topk(k_aux, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        pre_acts = pre_acts * (pre_acts.detach() >= floor)
+    residual = pre_acts @ dead_weights.W_dec - error
+    spread = (error - error.mean(0)).pow(2).sum()
+    # A perfect reconstruction leaves nothing to explain: 0/0 must not poison the weights.
+    loss = residual.pow(2).sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    # With few dead latents the term cannot get small; its weight shrinks with them.
+    return loss * min(rows.numel() / k_aux, 1.0)

@@ -1,0 +1,181 @@
+"""sparsary: train, load and judge sparse dictionaries of language-model activations. The public names and the command line."""
+
+import logging
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["evaluate", "load", "push_to_hub", "train"]
+
+
+def load(path: str, device: str = "cpu", revision: str | None = None) -> Any:
+    """The dictionary of a checkpoint directory or a hub repository id, in eval mode.
+
+    Raises:
+        ValueError: If there is none, or it is damaged.
+    """
+    from sae import load_dictionary
+    from sae.hub import local_directory
+
+    return load_dictionary(local_directory(path, revision), device)
+
+
+def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
+    """Upload a checkpoint directory's two files to the Hugging Face hub; returns the repository's address."""
+    from sae.hub import push
+
+    return push(directory, repo_id, private)
+
+
+def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: Any) -> Path:
+    """Run a recipe and return the checkpoint's directory.
+
+    ``overrides`` are recipe keys; nested ones come with double underscores (``dictionary__n_latents=512``) or as a dict
+    splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, in place of a model.
+    """
+    from training.recipe import load_recipe
+    from training.run import train as run
+
+    return run(load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()}), activations)
+
+
+def evaluate(directory: str, out: str | None = None, activations: Any = None, tokens: int | None = None) -> dict[str, Any]:
+    """Judge a checkpoint on held-out documents, write ``report.json`` and ``report.html``, and return the report.
+
+    ``activations``, a ``(tokens, d_in)`` tensor, takes the place of the model; what needs the model is then left out.
+    """
+    from eval.suite import evaluate as run
+
+    return run(directory, out, activations, tokens)
+
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys to override.")]
+
+
+@app.command("harvest")
+def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Store the activations a recipe asks for; an interrupted harvest goes on."""
+    from training.recipe import load_recipe, parse_overrides
+    from training.run import run_harvest
+
+    with _progress("harvest") as progress:
+        config = load_recipe(recipe, parse_overrides(overrides or []))
+        store = run_harvest(config, progress(config.harvest.tokens))
+    print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
+
+
+@app.command("train")
+def _train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
+) -> None:
+    """Harvest if need be, then train; the same command continues an interrupted run."""
+    from training.preflight import preflight
+    from training.recipe import load_recipe, parse_overrides
+    from training.run import train as run
+
+    config = load_recipe(recipe, parse_overrides(overrides or []))
+    plan = preflight(config)
+    _table(plan.lines(config))
+    if dry_run:
+        return
+    with _progress("harvest") as progress:
+        directory = run(config, progress=progress(config.harvest.tokens))
+    print(f"{directory}: done. Judge it with: sparsary eval {directory}")
+
+
+@app.command("eval")
+def _eval(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
+    out: Annotated[str | None, typer.Option(help="Where the report goes; the checkpoint's own directory if not given.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")
+    ] = None,
+) -> None:
+    """Judge a dictionary on held-out documents: report.json and report.html."""
+    from eval.suite import summary
+
+    report = evaluate(checkpoint, out, tokens=tokens)
+    _table(summary(report))
+    print(f"report: {report['report_path']}")
+
+
+@app.command("info")
+def _info(path: Annotated[str, typer.Argument(help="A checkpoint directory or an activation store.")]) -> None:
+    """Say what a checkpoint or a store is, and verify its checksums."""
+    from training.inspect import describe
+
+    lines, problems = describe(path)
+    _table(lines)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _table(lines: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in lines:
+        table.add_row(f"[bold]{name}[/bold]", value)
+    Console().print(table)
+
+
+@contextmanager
+def _progress(name: str) -> Any:
+    """A progress bar on a terminal that appears with the first report of progress and goes with the last."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    bar = Progress(console=console, disable=not console.is_terminal, transient=True)
+
+    def start(total: int) -> Any:
+        task = bar.add_task(name, total=total)
+
+        def update(tokens: int) -> None:
+            bar.start()
+            bar.update(task, completed=tokens)
+            if tokens >= total:
+                bar.stop()
+
+        return update
+
+    try:
+        yield start
+    finally:
+        bar.stop()
+
+
+def main() -> None:
+    """The console script. What a user can mend ends with status 2 and one message, without traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Their notes on requests and caches are not ours.
+    for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        # Not standalone: typer would turn Ctrl-C into its own "Aborted!".
+        sys.exit(app(standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        print(f"sparsary: {error.format_message()} Try: sparsary --help", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        print(
+            stopped.args[0] if stopped.args else "Stopped. What was complete is saved; the same command continues.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + getattr(stopped, "signal_number", 2))
+    except (ValueError, OSError) as error:
+        print(f"sparsary: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

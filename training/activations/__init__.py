@@ -1,0 +1,1 @@
+"""Activations: read from a model, stored in shards, streamed as shuffled batches."""

@@ -1,0 +1,395 @@
+"""Shuffled batches of activations: from a store, from a live model, or from tensors a user brings.
+
+Every stream is endless where its source allows, reads ahead in a background thread, and is resumed exactly from the
+number of batches that were handed out.
+
+A store is shuffled globally: position ``i`` of a pass reads row ``permute(i)``, a keyed bijection that is computed, not
+stored, so every order of the whole store is reached with memory for a few batches only.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.metrics import Moments
+
+from ..recipe import HarvestSection, TextSection
+from ..text import Cursor, contexts, is_heldout
+from . import harvest
+from .model import LanguageModel
+from .shards import LABELS, Rows, Store
+
+# Batches read together: enough for reads in ascending order to pay, little enough to forget.
+WINDOW_BATCHES = 4
+READ_AHEAD_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens for one training step: ``x`` and, where the dictionary needs them, ``target`` and ``grad``."""
+
+    x: Float[Tensor, "tokens d_in"]
+    target: Float[Tensor, "tokens d_out"] | None = None
+    grad: Float[Tensor, "tokens d_in"] | None = None
+    labels: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        target = None if self.target is None else self.target.to(device, non_blocking=True)
+        grad = None if self.grad is None else self.grad.to(device, non_blocking=True)
+        return Batch(self.x.to(device, non_blocking=True), target, grad, self.labels)
+
+    def split(self, pieces: int) -> list["Batch"]:
+        """Equal consecutive parts, for gradient accumulation."""
+        size = self.x.shape[0] // pieces
+        parts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
+        return [
+            Batch(
+                self.x[part],
+                None if self.target is None else self.target[part],
+                None if self.grad is None else self.grad[part],
+                {key: values[part] for key, values in self.labels.items()},
+            )
+            for part in parts
+        ]
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where each index of ``range(n)`` goes under the permutation named by ``key``.
+
+    A Feistel network over the next even number of bits, walked until the result is below ``n`` (Black and Rogaway 2002).
+    """
+    half = max(2, (n - 1).bit_length() + 1) // 2
+    mask = np.uint64((1 << half) - 1)
+    keys = [np.uint64(_mix(key * 8 + r & 0xFFFFFFFFFFFFFFFF)) for r in range(6)]
+
+    def scramble(values: np.ndarray) -> np.ndarray:
+        left, right = values >> np.uint64(half), values & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
+        return left << np.uint64(half) | right
+
+    out = scramble(index.astype(np.uint64))
+    while (outside := out >= n).any():
+        out[outside] = scramble(out[outside])
+    return out.astype(np.int64)
+
+
+def _mix(z: int) -> int:
+    """splitmix64's finaliser."""
+    z = (z + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return z ^ (z >> 31)
+
+
+def _mix_array(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class Stream(ABC):
+    """Batches one after another; ``position()`` is all that a resume needs."""
+
+    def __init__(self, batch_tokens: int):
+        self.batch_tokens = batch_tokens
+        self.batches = 0
+        self.waited_seconds = 0.0
+        self._queue: queue.Queue | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @abstractmethod
+    def produce(self, start: int) -> Iterator[Batch]:
+        """Batches from number ``start`` on; runs in the background thread."""
+
+    @abstractmethod
+    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+        """Up to so many shuffled inputs for initialisation, without moving the stream."""
+
+    @abstractmethod
+    def moments(self) -> Moments:
+        """Mean and deviation of the inputs: exact for a store, from a sample otherwise."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON."""
+        return {"batches": self.batches}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Go on from where ``position`` was taken."""
+        self.close()
+        self.batches = position["batches"]
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._thread is None:
+            self._start()
+        assert self._queue is not None
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.waited_seconds += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self.batches += 1
+        return item
+
+    def _start(self) -> None:
+        self._queue, self._stop = queue.Queue(READ_AHEAD_BATCHES), threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, args=(self._queue, self._stop), daemon=True)
+        self._thread.start()
+
+    def _read_ahead(self, out: queue.Queue, stop: threading.Event) -> None:
+        try:
+            for item in self.produce(self.batches):
+                if not _put(out, item, stop):
+                    return
+            _put(out, StopIteration(), stop)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer raises it
+            _put(out, error, stop)
+
+    def close(self) -> None:
+        """End the background thread; the next batch starts it again."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+
+
+def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
+    """Wait for room, but not beyond the stream's closing."""
+    while not stop.is_set():
+        try:
+            out.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False
+
+
+class StoreStream(Stream):
+    """The rows of one split of a store, pass after pass, each pass in a new global order."""
+
+    def __init__(
+        self, store: Store, hook_in: str, batch_tokens: int, seed: int, split: str = "train", hook_out: str | None = None
+    ):
+        super().__init__(batch_tokens)
+        self.store, self.hook_in, self.seed = store, hook_in, seed
+        gradients = store.manifest["gradients"] is not None
+        names = {"x": f"x:{hook_in}"}
+        if hook_out is not None:
+            names["target"] = f"x:{hook_out}"
+        if gradients:
+            names["grad"] = f"grad:{hook_in}"
+        self.rows = {role: Rows(store, split, name) for role, name in names.items()}
+        self.labels = {name: Rows(store, split, name) for name in LABELS}
+        self.n = len(self.rows["x"])
+        if batch_tokens > self.n:
+            raise ValueError(
+                f"batch_tokens: expected at most the {self.n} {split} tokens of {store.directory}, got {batch_tokens}. "
+                "Lower batch_tokens or raise harvest.tokens."
+            )
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        size = self.batch_tokens
+        for window in itertools.count(start, WINDOW_BATCHES):
+            rows = self.order(window * size, WINDOW_BATCHES * size)
+            read = {role: reader.gather(rows) for role, reader in self.rows.items()}
+            labels = {name: reader.gather(rows) for name, reader in self.labels.items()}
+            for role, values in read.items():
+                self._require_finite(role, values, rows)
+            for i in range(WINDOW_BATCHES):
+                part = slice(i * size, (i + 1) * size)
+                yield Batch(**{k: v[part] for k, v in read.items()}, labels={k: v[part] for k, v in labels.items()})
+
+    def order(self, start: int, count: int) -> np.ndarray:
+        """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
+        index = np.arange(start, start + count, dtype=np.int64)
+        passes, within = np.divmod(index, self.n)
+        rows = np.empty_like(index)
+        for number in np.unique(passes):
+            here = passes == number
+            rows[here] = permute(within[here], self.n, self.seed * 1_000_003 + int(number))
+        return rows
+
+    def _require_finite(self, role: str, values: Tensor, rows: np.ndarray) -> None:
+        if not bool(torch.isfinite(values).all()):
+            bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
+            path, row = self.rows[role].locate(int(rows[bad]))
+            raise ValueError(f"{path}: {self.rows[role].name}: row {row} is not finite. Delete the store and harvest again.")
+
+    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+        # Pass -1: an order that training never uses.
+        rows = permute(np.arange(min(tokens, self.n)), self.n, self.seed * 1_000_003 - 1)
+        values = self.rows["x"].gather(rows)
+        self._require_finite("x", values, rows)
+        return values
+
+    def moments(self) -> Moments:
+        return self.store.moments(self.hook_in)
+
+    def release(self) -> None:
+        """Close the shards' files; the stream is over."""
+        self.close()
+        for reader in (*self.rows.values(), *self.labels.values()):
+            reader.close()
+
+
+class LiveStream(Stream):
+    """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
+
+    The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
+    fill a batch are dropped; the text starts over when it ends.
+    """
+
+    def __init__(
+        self, model: LanguageModel, text: TextSection, section: HarvestSection, hook_in: str, batch_tokens: int, seed: int
+    ):
+        super().__init__(batch_tokens)
+        if section.live_buffer_tokens < batch_tokens:
+            raise ValueError(
+                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, got {section.live_buffer_tokens}."
+            )
+        self.model, self.text, self.section = model, text, section
+        self.hook_in, self.seed = hook_in, seed
+        # Batch number at which a buffer begins -> (buffer number, place in the text).
+        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, Cursor(0, 0))}
+        self._sample: Tensor | None = None
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        begin = max(number for number in self.buffers if number <= start)
+        number, cursor = self.buffers[begin]
+        while True:
+            rows, cursor = self._fill(cursor)
+            batches = len(rows) // self.batch_tokens
+            self.buffers[begin + batches] = (number + 1, cursor)
+            if begin + batches > start:
+                order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
+                rows = rows.select(order)
+                for i in range(max(start - begin, 0), batches):
+                    part = rows.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
+                    yield Batch(part.tensors[f"x:{self.hook_in}"], None, part.tensors.get(f"grad:{self.hook_in}"), part.labels)
+            begin, number = begin + batches, number + 1
+
+    def _fill(self, cursor: Cursor) -> tuple[harvest.Rows, Cursor]:
+        """Training tokens from ``cursor`` on, at least a buffer full."""
+        pieces: list[harvest.Rows] = []
+        while True:
+            empty = True
+            for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
+                rows = harvest.rows_of(self.model, batch, self.section, (self.hook_in,))
+                for name, values in rows.tensors.items():
+                    if not bool(torch.isfinite(values).all()):
+                        raise ValueError(f"{name}: not finite near document {cursor.document}. Set model.dtype: float32.")
+                train = torch.tensor(
+                    [not is_heldout(int(d), self.section.heldout) for d in rows.labels["document"]], dtype=torch.bool
+                )
+                pieces.append(rows.select(train))
+                cursor, empty = batch[-1].cursor, empty and not bool(train.any())
+                if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
+                    return harvest.Rows.join(pieces), cursor
+            if empty and cursor == Cursor(0, 0):
+                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+            cursor = Cursor(0, 0)
+
+    def position(self) -> dict[str, Any]:
+        begin = max(number for number in self.buffers if number <= self.batches)
+        number, cursor = self.buffers[begin]
+        return {"batches": self.batches, "begin": begin, "buffer": number, "cursor": list(cursor)}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
+
+    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+        if self._sample is None:
+            rows, _ = self._fill(Cursor(0, 0))
+            order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
+            self._sample = rows.tensors[f"x:{self.hook_in}"][order]
+        return self._sample[:tokens]
+
+    def moments(self) -> Moments:
+        moments = Moments(self.sample(1).shape[1])
+        moments.update(self.sample(self.section.live_buffer_tokens))
+        return moments
+
+
+class TensorStream(Stream):
+    """Batches cut from any iterable of ``(tokens, d_in)`` tensors, in the order they come.
+
+    A list or a data set is passed over again and again; an iterator ends with its last full batch. Resuming reads the
+    iterable from its beginning, so it must give the same tensors again.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], batch_tokens: int):
+        super().__init__(batch_tokens)
+        if isinstance(tensors, Tensor):
+            tensors = [tensors]
+        self.once = iter(tensors) is tensors
+        self.tensors: Iterable[Tensor] = tensors
+        # What `sample` took from an iterator must still be handed out afterwards.
+        self._head: list[Tensor] = []
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        skip, pending, have = start * self.batch_tokens, [], 0
+        for tensor in self._endless():
+            if skip >= tensor.shape[0]:
+                skip -= tensor.shape[0]
+                continue
+            pending.append(tensor[skip:].float())
+            have, skip = have + pending[-1].shape[0], 0
+            if have >= self.batch_tokens:
+                joined = torch.cat(pending)
+                whole = have // self.batch_tokens * self.batch_tokens
+                for batch in joined[:whole].split(self.batch_tokens):
+                    yield Batch(batch)
+                pending, have = [joined[whole:]], have - whole
+
+    def _endless(self) -> Iterator[Tensor]:
+        number = 0
+        while True:
+            seen = 0
+            for tensor in itertools.chain(self._head, self.tensors) if self.once else self.tensors:
+                if tensor.ndim != 2:
+                    raise ValueError(f"activations: tensor {number}: expected (tokens, d_in), got {tuple(tensor.shape)}.")
+                if not bool(torch.isfinite(tensor).all()):
+                    row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
+                    raise ValueError(f"activations: tensor {number}: row {row} is not finite.")
+                number, seen = number + 1, seen + tensor.shape[0]
+                yield tensor
+            if self.once or not seen:
+                return
+
+    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+        taken: list[Tensor] = []
+        source = iter(self.tensors)
+        while sum(t.shape[0] for t in taken) < tokens:
+            tensor = next(source, None)
+            if tensor is None:
+                break
+            taken.append(tensor)
+        if self.once:
+            self._head += taken
+            taken = self._head
+        if not taken:
+            raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
+        return torch.cat([tensor.float() for tensor in taken])[:tokens]
+
+    def moments(self) -> Moments:
+        sample = self.sample(32_768)
+        moments = Moments(sample.shape[1])
+        moments.update(sample)
+        return moments

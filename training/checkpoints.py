@@ -1,0 +1,101 @@
+"""The run's directory: who may write to it, what is saved in it, and how a run is asked to stop."""
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae import SparseDictionary
+from sae.files import remove_partial_files, write_text
+
+from .activations.stream import Stream
+from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
+from .report import METRICS_FILE, Report
+from .state import STATE_FILE, TrainState
+
+RECIPE_FILE = "recipe.yaml"
+LOCK_FILE = ".lock"
+
+
+class Checkpoints:
+    """Saves state and dictionary into ``out_dir``; ``stop_requested`` is set by SIGINT and SIGTERM."""
+
+    def __init__(self, directory: Path, provenance: dict[str, Any]):
+        self.directory = directory
+        self.provenance = provenance
+        self.stop_signal: int | None = None
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.stop_signal is not None
+
+    def save(
+        self, state: TrainState, dictionary: SparseDictionary, optimizer: torch.optim.Optimizer, stream: Stream, report: Report
+    ) -> None:
+        """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
+        state.require_finite()
+        state.save(self.directory, dictionary, optimizer, stream, report.flush())
+        dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
+
+    @contextmanager
+    def signals_deferred(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the loop after the current step instead of the process; a second one does not wait."""
+
+        def request(number: int, _frame: Any) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def claimed(directory: Path, recipe: Recipe) -> Iterator[bool]:
+    """Hold ``directory`` for this recipe; the value says whether a saved state is there to continue.
+
+    Raises:
+        ValueError: If the directory holds another run, something else, or is in use or not writable.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"out_dir: {directory} cannot be written ({error.strerror}). Choose another out_dir.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"out_dir: {directory} is in use by another process. Wait for it, or choose another out_dir."
+            ) from None
+        remove_partial_files(directory)
+        _require_same_run(directory, recipe)
+        write_text(directory / RECIPE_FILE, dump_recipe(recipe))
+        yield (directory / STATE_FILE).exists()
+    finally:
+        os.close(handle)
+
+
+def _require_same_run(directory: Path, recipe: Recipe) -> None:
+    saved = directory / RECIPE_FILE
+    if saved.exists():
+        old = check_recipe(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)), str(saved))
+        changed = differences(old, recipe)
+        if changed:
+            raise ValueError(
+                f"out_dir: {directory} holds another run; these keys differ:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another out_dir, delete this one, or take back the changes to continue it."
+            )
+    elif any(path.name not in (LOCK_FILE, METRICS_FILE) for path in directory.iterdir()):
+        raise ValueError(f"out_dir: {directory} is not empty and holds no run of sparsary. Choose another out_dir.")

@@ -1,0 +1,461 @@
+"""The embedded language: documents whose every token comes with the latent factors that produced it.
+
+A document is a BOS-delimited run of passages, each written by one task generator (indirect objects, years, agreement,
+pronouns, induction, argument copying) or by the Zipfian filler grammar. Because the generator knows why it wrote each
+word, features and circuits found in the embedded model can be compared with what is true.
+
+Document ``i`` of a corpus is a pure function of ``(seed, split, i)``: any of them can be had without the others, which is
+what lets a harvest resume in the middle.
+
+Held-out means held-out *combinations*: one in ten pairs of names, noun-attractor pairs, event-year pairs and so on is
+withheld from the training split and makes up the whole of the held-out split.
+"""
+
+import zlib
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from random import Random
+from typing import NamedTuple
+
+from . import lexicon
+
+Factors = dict[str, str | int]
+
+
+class Word(NamedTuple):
+    """One token and the factors behind it; ``glued`` means no space before it."""
+
+    text: str
+    glued: bool
+    factors: Factors
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text, its tokens (without BOS) and one dict of latent factors per token.
+
+    Every dict has ``task`` and ``role``; ``entity``, ``number``, ``gender``, ``year``, ``subject_number``, ``answer``,
+    ``topic`` and ``rank`` are present where they mean something.
+    """
+
+    text: str
+    words: tuple[str, ...]
+    factors: tuple[Factors, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A task prompt cut just before its answer: right continuations, and wrong ones of the same kind."""
+
+    task: str
+    words: tuple[str, ...]
+    factors: tuple[Factors, ...]
+    answers: tuple[str, ...]
+    foils: tuple[str, ...]
+
+
+@dataclass
+class Passage:
+    """What a task generator fills in: words, and where in them the answers are."""
+
+    task: str
+    words: list[Word] = field(default_factory=list)
+    # (index of the answer in words, right answers, wrong answers)
+    questions: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+
+    def say(self, text: str, role: str = "frame", **factors: str | int) -> None:
+        """Append the words of ``text``, all with the same role and factors."""
+        for piece in text.split():
+            glued = piece in ".,:;?)" or (bool(self.words) and self.words[-1].text == "(")
+            self.words.append(Word(piece, glued, {"task": self.task, "role": role, **factors}))
+
+    def ask(self, answer: str, answers: tuple[str, ...], foils: tuple[str, ...], role: str, **factors: str | int) -> None:
+        """Append ``answer`` and remember that this is where the task is decided."""
+        self.questions.append((len(self.words), answers, foils))
+        self.say(answer, role, **factors)
+
+
+class Draw:
+    """The random choices of one document, within one split."""
+
+    def __init__(self, key: str, split: str):
+        self.random = Random(key)
+        self.split = split
+
+    def one(self, options):
+        return options[int(self.random.random() * len(options))]
+
+    def sample(self, options, n: int) -> list:
+        return self.random.sample(options, n)
+
+    def chance(self, p: float) -> bool:
+        return self.random.random() < p
+
+    def zipf(self, words: tuple[str, ...], topic: int) -> tuple[str, int]:
+        """A word and its rank. Half of the draws stay within the document's topic."""
+        rank = bisect(_zipf_cumulative(len(words)), self.random.random())
+        if self.chance(0.5):
+            rank = min(rank - rank % lexicon.N_TOPICS + topic, len(words) - 1)
+        return words[rank], rank
+
+    def allowed(self, *combination: str) -> bool:
+        """Whether this split may use the combination."""
+        if self.split == "all":
+            return True
+        withheld = zlib.crc32("/".join(combination).encode()) % 10 == 0
+        return withheld == (self.split == "heldout")
+
+    def until_allowed(self, draw: Callable[[], tuple]) -> tuple:
+        """Repeat ``draw`` until the split allows the combination it returns first."""
+        while True:
+            combination, *rest = draw()
+            if self.allowed(*combination):
+                return (combination, *rest)
+
+
+@cache
+def _zipf_cumulative(n: int) -> list[float]:
+    weights = [1.0 / (rank + 2.0) for rank in range(n)]
+    total = sum(weights)
+    return [value / total for value in accumulate(weights)][:-1]
+
+
+@cache
+def _gender_of(name: str) -> str:
+    return "male" if name in lexicon.MALE_NAMES else "female"
+
+
+def _say_name(passage: Passage, name: str, role: str) -> None:
+    passage.say(name, role, entity=name, gender=_gender_of(name))
+
+
+# {0} and {1} are the two names in the order of their first mention, {p} a place, {o} an object.
+_IOI_OPENINGS = (
+    "Then , {0} and {1} went to the {p} .",
+    "After {0} and {1} went to the {p} ,",
+    "When {0} and {1} got a {o} at the {p} ,",
+    "While {0} and {1} were working at the {p} ,",
+    "While {0} and {1} were commuting to the {p} ,",
+    "Afterwards , {0} and {1} had a lot of fun at the {p} .",
+    "Friends {0} and {1} found a {o} at the {p} .",
+    "Then , {0} and {1} had a long argument at the {p} .",
+)
+_IOI_CLOSINGS = (
+    "{s} gave a {o} to",
+    "{s} decided to give a {o} to",
+    "{s} handed the {o} to",
+    "{s} offered a {o} to",
+    "{s} passed the {o} to",
+    "{s} wanted to give it to",
+)
+
+
+def indirect_object(draw: Draw, passage: Passage, topic: int, ambiguous: bool | None = None) -> None:
+    """Two people, one of whom gives something to the other (Wang et al. 2022, arXiv:2211.00593).
+
+    One passage in ten is ambiguous (a third person gives), so that the corrupted prompts of patching are in distribution.
+    """
+
+    def names():
+        pair = draw.sample(lexicon.NAMES, 2)
+        return (sorted(pair), pair)
+
+    _, (first, second) = draw.until_allowed(names)
+    if ambiguous is None:
+        ambiguous = draw.chance(0.1)
+    subject_first = draw.chance(0.5)
+    giver, receiver = (first, second) if subject_first else (second, first)
+    order = "BABA" if subject_first else "ABBA"
+    if ambiguous:
+        giver = draw.one([name for name in lexicon.NAMES if name not in (first, second)])
+        order = "ABC"
+    place, thing = draw.one(lexicon.PLACES), draw.one(lexicon.OBJECTS)
+    for piece in draw.one(_IOI_OPENINGS).split():
+        if piece in ("{0}", "{1}"):
+            name = first if piece == "{0}" else second
+            role = "name" if ambiguous else ("subject_1" if name == giver else "indirect_object")
+            passage.say(name, role, entity=name, gender=_gender_of(name), order=order)
+        else:
+            _say_slot(passage, piece, place, thing)
+    for piece in draw.one(_IOI_CLOSINGS).split():
+        if piece == "{s}":
+            passage.say(giver, "subject_2", entity=giver, gender=_gender_of(giver), order=order)
+        else:
+            _say_slot(passage, piece, place, thing)
+    if ambiguous:
+        _say_name(passage, draw.one((first, second)), "answer")
+    else:
+        passage.ask(receiver, (receiver,), (giver,), "answer", entity=receiver, gender=_gender_of(receiver), order=order)
+    passage.say(".")
+
+
+def _say_slot(passage: Passage, piece: str, place: str, thing: str) -> None:
+    if piece == "{p}":
+        passage.say(place, "place", entity=place)
+    elif piece == "{o}":
+        passage.say(thing, "object", entity=thing)
+    else:
+        passage.say(piece)
+
+
+def greater_than(draw: Draw, passage: Passage, topic: int) -> None:
+    """A span of years: the end must exceed the start within the century (Hanna et al. 2023, arXiv:2305.00586)."""
+
+    def event():
+        noun, century, start = draw.one(lexicon.EVENTS), draw.one(lexicon.CENTURIES), 2 + int(draw.random.random() * 96)
+        return ((noun, century, str(start)), noun, century, start)
+
+    _, noun, century, start = draw.until_allowed(event)
+    passage.say("The")
+    passage.say(noun, "event", entity=noun)
+    passage.say("lasted from the year")
+    passage.say(century, "century", year=int(century) * 100 + start)
+    passage.say(lexicon.YEARS[start], "start_year", year=start)
+    _glue_last(passage)
+    passage.say("to the year")
+    passage.say(century, "century_again", year=int(century) * 100 + start)
+    right, wrong = lexicon.YEARS[start + 1 :], lexicon.YEARS[: start + 1]
+    end = draw.one(right)
+    passage.ask(end, right, wrong, "answer", year=int(end))
+    _glue_last(passage)
+    passage.say(".")
+
+
+def _glue_last(passage: Passage) -> None:
+    passage.words[-1] = passage.words[-1]._replace(glued=True)
+
+
+AGREEMENT_KINDS = ("simple", "across_pp", "across_rc")
+
+
+def agreement(draw: Draw, passage: Passage, topic: int, kind: str | None = None) -> None:
+    """A subject, perhaps an attractor noun, and a verb that agrees with the subject.
+
+    ``across_rc`` holds both relative clauses: the attractor as the clause's subject ("the boy that the dogs like") and as
+    its object ("the boy that likes the dogs").
+    """
+
+    def nouns():
+        subject, attractor = draw.sample(lexicon.NOUNS, 2)
+        return ((subject[0], attractor[0]), subject, attractor)
+
+    _, subject, attractor = draw.until_allowed(nouns)
+    kind = kind or draw.one(AGREEMENT_KINDS)
+    number, other = int(draw.chance(0.5)), int(draw.chance(0.5))
+    passage.say(draw.one(("The", "the")) if passage.words else "The", "determiner", subject_number=number)
+    if draw.chance(0.3):
+        passage.say(draw.one(lexicon.ADJECTIVES), "adjective", subject_number=number)
+    passage.say(subject[number], "subject", entity=subject[0], number=number, subject_number=number)
+    if kind == "across_pp":
+        passage.say(draw.one(lexicon.LOCATIVES) + " the", "preposition", subject_number=number)
+        passage.say(attractor[other], "attractor", entity=attractor[0], number=other, subject_number=number)
+    elif kind == "across_rc":
+        passage.say("that", "relative", subject_number=number)
+        verb = draw.one(lexicon.TRANSITIVE_VERBS)
+        if draw.chance(0.5):
+            passage.say("the", "relative", subject_number=number)
+            passage.say(attractor[other], "attractor", entity=attractor[0], number=other, subject_number=number)
+            passage.ask(verb[other], (verb[other],), (verb[1 - other],), "inner_verb", number=other, subject_number=number)
+        else:
+            passage.ask(verb[number], (verb[number],), (verb[1 - number],), "inner_verb", number=number, subject_number=number)
+            passage.say("the", "relative", subject_number=number)
+            passage.say(attractor[other], "attractor", entity=attractor[0], number=other, subject_number=number)
+    verb = draw.one(lexicon.VERBS)
+    passage.ask(
+        verb[number],
+        tuple(pair[number] for pair in lexicon.VERBS),
+        tuple(pair[1 - number] for pair in lexicon.VERBS),
+        "verb",
+        number=number,
+        subject_number=number,
+    )
+    passage.say(draw.one(lexicon.VERB_TAILS.get(verb[number], lexicon.ADVERBS)), "tail")
+    passage.say(".")
+
+
+def pronoun(draw: Draw, passage: Passage, topic: int) -> None:
+    """A named person and, later, a pronoun of that person's gender."""
+
+    def person():
+        name, profession = draw.one(lexicon.NAMES), draw.one(lexicon.ROLES_OF_PEOPLE)
+        return ((name, profession), name, profession)
+
+    _, name, profession = draw.until_allowed(person)
+    gender = _gender_of(name)
+    other = "female" if gender == "male" else "male"
+    (he, him, his, himself), (she, her, hers, herself) = lexicon.PRONOUNS[gender], lexicon.PRONOUNS[other]
+    form = int(draw.random.random() * 4)
+
+    def ask(answer: str, foil: str) -> None:
+        passage.ask(answer, (answer,), (foil,), "answer", entity=name, gender=gender)
+
+    if form == 0:
+        passage.say("The")
+        passage.say(profession, "profession", entity=profession)
+        _say_name(passage, name, "person")
+        passage.say("said that")
+        ask(he, she)
+        passage.say("wanted the")
+        passage.say(draw.one(lexicon.OBJECTS), "object")
+        passage.say(".")
+    elif form == 1:
+        _say_name(passage, name, "person")
+        passage.say("went home because")
+        ask(he, she)
+        passage.say(draw.one(("lost", "wanted", "found")))
+        passage.say("a")
+        passage.say(draw.one(lexicon.OBJECTS), "object")
+        passage.say(".")
+    elif form == 2:
+        _say_name(passage, name, "person")
+        passage.say("lost")
+        ask(his, hers)
+        passage.say(draw.one(lexicon.OBJECTS), "object")
+        passage.say("at the")
+        passage.say(draw.one(lexicon.PLACES), "place")
+        passage.say(", so the")
+        passage.say(profession, "profession", entity=profession)
+        passage.say("called")
+        ask(him, her)
+        passage.say(".")
+    else:
+        _say_name(passage, name, "person")
+        passage.say(", the")
+        passage.say(profession, "profession", entity=profession)
+        passage.say(",")
+        passage.say(draw.one(("hurt", "saw", "praised", "blamed", "dressed")))
+        ask(himself, herself)
+        passage.say("again .")
+
+
+def induction(draw: Draw, passage: Passage, topic: int) -> None:
+    """A list of random words, said twice: from the second word of the repetition on, the next one is known."""
+    n = 4 + int(draw.random.random() * 7)
+    pool = lexicon.NAMES if draw.chance(0.6) else lexicon.NAMES + lexicon.OBJECTS + lexicon.PLACES + lexicon.FILLER_NOUNS
+    items = draw.sample(pool, n)
+    passage.say("The roll :")
+    for place, item in enumerate(items):
+        passage.say(item, "listed", entity=item, place=place)
+    passage.say("; again :")
+    passage.say(items[0], "repeated", entity=items[0], place=0)
+    for place, item in enumerate(items[1:], start=1):
+        wrong = tuple(other for other in items if other != item)
+        passage.ask(item, (item,), wrong, "answer", entity=item, place=place)
+    passage.say(".")
+
+
+def argument_copying(draw: Draw, passage: Passage, topic: int) -> None:
+    """A function's signature and a docstring that goes through its arguments in order (Heimersheim and Janiak 2023)."""
+    arguments = draw.sample(lexicon.ARGUMENTS, 3 + int(draw.random.random() * 2))
+    passage.say("def")
+    passage.say(draw.one(lexicon.FUNCTIONS), "function")
+    passage.say("(")
+    for place, argument in enumerate(arguments):
+        if place:
+            passage.say(",")
+        passage.say(argument, "signature", entity=argument, place=place)
+    passage.say(") :")
+    for place, argument in enumerate(arguments):
+        passage.say("param")
+        wrong = tuple(other for other in arguments if other != argument)
+        passage.ask(argument, (argument,), wrong, "answer", entity=argument, place=place)
+        passage.say(":")
+        word, rank = draw.zipf(lexicon.FILLER_NOUNS, topic)
+        passage.say("the")
+        passage.say(word, "description", rank=rank)
+        passage.say(".")
+
+
+def filler(draw: Draw, passage: Passage, topic: int) -> None:
+    """A clause of coined words with Zipfian frequencies; half of them belong to the document's topic."""
+
+    def phrase(role: str) -> None:
+        passage.say("the" if passage.words else "The", "determiner")
+        if draw.chance(0.5):
+            content(lexicon.FILLER_ADJECTIVES, "filler_adjective")
+        content(lexicon.FILLER_NOUNS, role)
+
+    def content(words: tuple[str, ...], role: str) -> None:
+        word, rank = draw.zipf(words, topic)
+        passage.say(word, role, topic=rank % lexicon.N_TOPICS, rank=rank)
+
+    phrase("filler_subject")
+    content(lexicon.FILLER_VERBS, "filler_verb")
+    phrase("filler_object")
+    if draw.chance(0.4):
+        passage.say("in")
+        phrase("filler_place")
+    passage.say(".")
+
+
+# Task -> (generator, share of passages).
+TASKS: dict[str, tuple[Callable[..., None], float]] = {
+    "indirect_object": (indirect_object, 0.22),
+    "greater_than": (greater_than, 0.14),
+    "agreement": (agreement, 0.20),
+    "pronoun": (pronoun, 0.12),
+    "induction": (induction, 0.12),
+    "argument_copying": (argument_copying, 0.06),
+    "filler": (filler, 0.14),
+}
+_TASK_NAMES = tuple(TASKS)
+_TASK_CUMULATIVE = list(accumulate(share for _, share in TASKS.values()))
+
+SPLITS = ("train", "heldout", "all")
+
+
+def document(seed: int, index: int, split: str = "train") -> Document:
+    """Document ``index`` of the corpus, 2 to 6 passages long, the same on every call."""
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}.")
+    draw = Draw(f"{seed}/{split}/{index}", split)
+    topic = int(draw.random.random() * lexicon.N_TOPICS)
+    words: list[Word] = []
+    for _ in range(2 + int(draw.random.random() * 5)):
+        task = _TASK_NAMES[bisect(_TASK_CUMULATIVE, draw.random.random() * _TASK_CUMULATIVE[-1])]
+        passage = Passage(task)
+        TASKS[task][0](draw, passage, topic)
+        words += passage.words
+    return Document(join(words), tuple(word.text for word in words), tuple(word.factors for word in words))
+
+
+def documents(seed: int, split: str = "train", start: int = 0) -> Iterator[Document]:
+    """Documents from ``start`` on, without end."""
+    index = start
+    while True:
+        yield document(seed, index, split)
+        index += 1
+
+
+def prompts(task: str, n: int, seed: int = 0, split: str = "heldout", **options) -> list[Prompt]:
+    """``n`` prompts of a task, each cut before its last answer; ``options`` go to the task's generator.
+
+    Raises:
+        ValueError: If the task is unknown or has no answers (filler).
+    """
+    if task not in TASKS or task == "filler":
+        raise ValueError(f"task: expected one of {', '.join(name for name in TASKS if name != 'filler')}, got {task!r}.")
+    if task == "indirect_object":
+        options.setdefault("ambiguous", False)
+    found = []
+    for index in range(n):
+        draw = Draw(f"prompt/{seed}/{split}/{task}/{index}", split)
+        passage = Passage(task)
+        TASKS[task][0](draw, passage, 0, **options)
+        end, answers, foils = passage.questions[-1]
+        cut = passage.words[:end]
+        found.append(Prompt(task, tuple(w.text for w in cut), tuple(w.factors for w in cut), answers, foils))
+    return found
+
+
+def join(words: list[Word]) -> str:
+    """The text of the words; the embedded tokenizer splits it back into exactly these words."""
+    pieces: list[str] = []
+    for index, word in enumerate(words):
+        if index and not word.glued:
+            pieces.append(" ")
+        pieces.append(word.text)
+    return "".join(pieces)

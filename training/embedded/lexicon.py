@@ -1,0 +1,98 @@
+"""The words of the embedded language: what the corpus draws from and the tokenizer knows.
+
+English where a task needs a known class (names with a gender, nouns and verbs with a number), coined words elsewhere:
+a filler word has no meaning beyond its part of speech, its topic and its Zipf rank, so that nothing about it is left
+to guess. The order of these lists is part of the tokenizer: appending is safe, reordering needs a new model.
+"""
+
+from itertools import product
+
+MALE_NAMES = tuple(
+    ["Aaron", "Adam", "Brian", "Carl", "Cody", "Daniel", "David", "Dustin", "Edgar", "Eric", "Felix", "Frank", "George", "Gregory", "Harold", "Henry", "Ivan", "Jack", "Jacob", "James", "Jason", "Joel", "John", "Joshua", "Karl", "Kevin", "Kyle", "Leon", "Luke", "Marcus", "Mark", "Martin", "Nathan", "Oscar", "Patrick", "Paul", "Peter", "Quentin", "Ralph", "Richard", "Robert", "Ryan", "Samuel", "Scott", "Stephen", "Thomas", "Travis", "Victor"]
+)
+FEMALE_NAMES = tuple(
+    ["Abigail", "Alice", "Amber", "Andrea", "Angela", "Anna", "Bella", "Brenda", "Carol", "Christina", "Clara", "Crystal", "Diana", "Edith", "Ellen", "Emily", "Erica", "Fiona", "Grace", "Hannah", "Heather", "Helen", "Irene", "Jane", "Jessica", "Julia", "Karen", "Kate", "Laura", "Linda", "Lisa", "Lucy", "Maria", "Mary", "Megan", "Nancy", "Nicole", "Olivia", "Paula", "Rachel", "Rose", "Ruth", "Sarah", "Sophie", "Susan", "Tiffany", "Vanessa", "Wendy"]
+)
+NAMES = MALE_NAMES + FEMALE_NAMES
+
+PLACES = tuple(
+    ["store", "garden", "restaurant", "school", "hospital", "office", "house", "station", "market", "library", "harbor", "museum", "park", "theater", "bakery", "farm", "beach", "castle", "forest", "chapel", "stadium", "workshop", "cinema", "village"]
+)
+OBJECTS = tuple(
+    ["ring", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack", "book", "letter", "flower", "coin", "map", "lamp", "basket", "ticket", "hat", "blanket", "key", "pencil", "violin", "mirror", "ladder", "sandwich"]
+)
+
+# (singular, plural): subjects and attractors of the agreement task.
+NOUNS = tuple(
+    tuple(pair.split("/"))
+    for pair in ["actor/actors", "author/authors", "baker/bakers", "boy/boys", "cat/cats", "chef/chefs", "child/children", "clerk/clerks", "cousin/cousins", "dancer/dancers", "doctor/doctors", "dog/dogs", "driver/drivers", "farmer/farmers", "friend/friends", "girl/girls", "guard/guards", "guest/guests", "horse/horses", "hunter/hunters", "judge/judges", "king/kings", "lawyer/lawyers", "man/men", "miner/miners", "monk/monks", "mouse/mice", "neighbor/neighbors", "nurse/nurses", "painter/painters", "pilot/pilots", "poet/poets", "prince/princes", "queen/queens", "sailor/sailors", "senator/senators", "singer/singers", "soldier/soldiers", "student/students", "teacher/teachers", "tourist/tourists", "uncle/uncles", "waiter/waiters", "woman/women"]
+)
+# (third person singular, plural), intransitive and transitive.
+VERBS = tuple(
+    tuple(pair.split("/"))
+    for pair in ["laughs/laugh", "sings/sing", "sleeps/sleep", "waits/wait", "smiles/smile", "dances/dance", "works/work", "swims/swim", "travels/travel", "listens/listen", "complains/complain", "hesitates/hesitate", "is/are", "was/were", "has/have"]
+)
+TRANSITIVE_VERBS = tuple(
+    tuple(pair.split("/"))
+    for pair in ["likes/like", "admires/admire", "follows/follow", "helps/help", "avoids/avoid", "hates/hate", "knows/know", "trusts/trust"]
+)
+# What may follow the verb, so that the sentence does not end on the answer.
+VERB_TAILS = {
+    "is": ("tired", "happy", "late", "hungry"),
+    "are": ("tired", "happy", "late", "hungry"),
+    "was": ("tired", "happy", "late", "hungry"),
+    "were": ("tired", "happy", "late", "hungry"),
+    "has": ("a dream", "a plan", "a cold"),
+    "have": ("a dream", "a plan", "a cold"),
+}
+ADVERBS = ("today", "often", "again", "loudly", "now", "there", "alone", "gladly")
+LOCATIVES = ("near", "behind", "beside", "with", "above", "opposite")
+ADJECTIVES = ("old", "young", "tall", "quiet", "brave", "famous", "clever", "kind")
+ROLES_OF_PEOPLE = ("doctor", "teacher", "lawyer", "singer", "painter", "pilot", "poet", "nurse", "driver", "chef")
+
+EVENTS = tuple(
+    ["war", "truce", "siege", "drought", "famine", "reign", "trial", "voyage", "strike", "plague", "feud", "project", "festival", "campaign", "treaty", "embargo"]
+)
+CENTURIES = tuple(f"{century:02d}" for century in range(11, 20))
+YEARS = tuple(f"{year:02d}" for year in range(100))
+
+FUNCTIONS = ("load", "parse", "merge", "send", "build", "filter", "update", "render", "train", "split")
+ARGUMENTS = tuple(
+    ["size", "path", "mode", "name", "count", "start", "stop", "value", "index", "color", "width", "depth", "label", "shape", "scale", "order", "limit", "offset", "target", "source", "format", "field", "group", "style"]
+)
+
+PRONOUNS = {"male": ("he", "him", "his", "himself"), "female": ("she", "her", "her", "herself")}
+
+N_TOPICS = 12
+
+
+def _coin(onsets: str, vowels: str, codas: str, suffix: str, n: int) -> tuple[str, ...]:
+    """``n`` pronounceable words in a fixed order that does not look alphabetical."""
+    words = [a + v + b + w + c + suffix for a, v, b, w, c in product(onsets.split(), vowels, "dlmnrt", "aeo", codas.split())]
+    # A stride prime to the length visits every word once.
+    stride = 7919
+    return tuple(words[(stride * i) % len(words)] for i in range(n))
+
+
+# Zipf-ranked filler; rank r of a class belongs to topic r mod N_TOPICS.
+FILLER_NOUNS = _coin("b d f g k p s v z bl dr", "aiou", "n r sk lt", "", 360)
+FILLER_VERBS = _coin("ch gr h j m tr w st", "aeiu", "p m ck", "ed", 132)
+FILLER_ADJECTIVES = _coin("c fl l n pr sn y br", "eiou", "v g nd", "y", 132)
+
+PUNCTUATION = (",", ".", ":", "(", ")", "?", ";")
+FUNCTION_WORDS = tuple(
+    ["the", "a", "an", "and", "to", "of", "that", "in", "from", "year", "lasted", "Then", "After", "When", "While", "Afterwards", "Friends", "went", "gave", "decided", "give", "handed", "said", "had", "got", "were", "working", "commuting", "it", "at", "lot", "fun", "long", "argument", "found", "The", "roll", "again", "def", "param", "returns", "because", "so", "lost", "hurt", "saw", "praised", "blamed", "isn", "t", "good", "very", "wanted", "lunch", "passed", "offered", "this", "not", "dressed", "called", "home"]
+)
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every token of the language once, special tokens first, in the order of the tokenizer's ids."""
+    words = ["<unk>", "<bos>", "<pad>", *PUNCTUATION, *FUNCTION_WORDS, *NAMES, *PLACES, *OBJECTS]
+    for pair in (*NOUNS, *VERBS, *TRANSITIVE_VERBS):
+        words.extend(pair)
+    for tails in VERB_TAILS.values():
+        words.extend(word for tail in tails for word in tail.split())
+    words += [*ADVERBS, *LOCATIVES, *ADJECTIVES, *ROLES_OF_PEOPLE, *EVENTS, *CENTURIES, *YEARS, *FUNCTIONS, *ARGUMENTS]
+    words += [pronoun for forms in PRONOUNS.values() for pronoun in forms]
+    words += [*FILLER_NOUNS, *FILLER_VERBS, *FILLER_ADJECTIVES]
+    return tuple(dict.fromkeys(words))

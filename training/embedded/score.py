@@ -1,0 +1,78 @@
+"""Does the embedded model do its tasks? Held-out accuracy per task, the figures of the model card."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .corpus import AGREEMENT_KINDS, Prompt, document, prompts
+
+
+@torch.no_grad()
+def last_logits(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> torch.Tensor:
+    """Next-token logits ``(prompts, vocabulary)`` after each prompt, BOS first."""
+    rows = [[tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(list(prompt.words))] for prompt in batch]
+    width = max(len(row) for row in rows)
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    # Causal attention: what stands to the right of the last word cannot change its logits.
+    logits = model(padded.to(model.device)).logits
+    return logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+
+
+def accuracy(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> float:
+    """Share of prompts whose best right answer has a higher logit than the best wrong one."""
+    hits = 0
+    for row, prompt in zip(last_logits(model, tokenizer, batch), batch, strict=True):
+        right = row[tokenizer.convert_tokens_to_ids(list(prompt.answers))].max()
+        wrong = row[tokenizer.convert_tokens_to_ids(list(prompt.foils))].max()
+        hits += bool(right > wrong)
+    return hits / len(batch)
+
+
+def answer_mass(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> float:
+    """Mean probability given to the right answers together."""
+    total = 0.0
+    for row, prompt in zip(last_logits(model, tokenizer, batch).softmax(-1), batch, strict=True):
+        total += float(row[tokenizer.convert_tokens_to_ids(list(prompt.answers))].sum())
+    return total / len(batch)
+
+
+def top1(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> float:
+    """Share of prompts whose most likely next token is a right answer."""
+    best = last_logits(model, tokenizer, batch).argmax(-1).tolist()
+    tokens = tokenizer.convert_ids_to_tokens(best)
+    return sum(token in prompt.answers for token, prompt in zip(tokens, batch, strict=True)) / len(batch)
+
+
+@torch.no_grad()
+def cross_entropy(model, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 7) -> float:
+    """Mean next-token loss in nats over ``n`` held-out documents, each on its own."""
+    total, count = 0.0, 0
+    for index in range(n):
+        ids = tokenizer.convert_tokens_to_ids(list(document(seed, index, "heldout").words))[: model.config.n_positions - 1]
+        row = torch.tensor([[tokenizer.bos_token_id, *ids]], device=model.device)
+        total += float(model(row, labels=row).loss) * len(ids)
+        count += len(ids)
+    return total / count
+
+
+def score(model, tokenizer: PreTrainedTokenizerBase, n: int = 1000) -> dict[str, float]:
+    """Every figure of the model card, on held-out combinations of names, nouns and years."""
+    model.eval()
+    results = {
+        "indirect_object_accuracy": accuracy(model, tokenizer, prompts("indirect_object", n)),
+        "greater_than_mass": answer_mass(model, tokenizer, prompts("greater_than", n)),
+        "pronoun_accuracy": accuracy(model, tokenizer, prompts("pronoun", n)),
+        "induction_top1": top1(model, tokenizer, prompts("induction", n)),
+        "argument_copying_top1": top1(model, tokenizer, prompts("argument_copying", n)),
+        "cross_entropy": cross_entropy(model, tokenizer, n),
+    }
+    for kind in AGREEMENT_KINDS:
+        results[f"agreement_{kind}_accuracy"] = accuracy(model, tokenizer, prompts("agreement", n, kind=kind))
+    # An attractor of the other number is where agreement is hard.
+    hard = [p for kind in AGREEMENT_KINDS[1:] for p in prompts("agreement", 2 * n, kind=kind) if _attracted(p)]
+    results["agreement_attractor_accuracy"] = accuracy(model, tokenizer, hard[:n])
+    model.train()
+    return results
+
+
+def _attracted(prompt: Prompt) -> bool:
+    return any(f["role"] == "attractor" and f["number"] != f["subject_number"] for f in prompt.factors)

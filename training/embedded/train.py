@@ -1,0 +1,115 @@
+"""Trains the embedded language model and writes its folder: ``python -m training.embedded.train [--out DIR]``.
+
+Seeded and offline. Two CPU cores take about half an hour; the measured scores go into the model card beside the weights.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from ..text import pack
+from . import MODEL_DIR, lexicon
+from .corpus import documents
+from .score import score
+
+CONTEXT_LENGTH = 128
+SEED = 0
+STEPS = 3000
+BATCH_CONTEXTS = 64
+PEAK_LR = 2e-3
+WARMUP_STEPS = 100
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word; punctuation stands alone and digits go in pairs, so ``1589`` is ``15 89``."""
+    vocabulary = {word: index for index, word in enumerate(lexicon.vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Split(Regex(r"\d\d"), "isolated"),
+        ]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    torch.manual_seed(SEED)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT_LENGTH,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def learning_rate(step: int) -> float:
+    """Linear warm-up, then a cosine to a twentieth of the peak."""
+    if step < WARMUP_STEPS:
+        return PEAK_LR * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
+    return PEAK_LR * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(out_dir: Path, steps: int) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    ids = {word: index for index, word in enumerate(lexicon.vocabulary())}
+    token_ids = ([ids[word] for word in document.words] for document in documents(SEED, "train"))
+    contexts = pack(enumerate(token_ids), CONTEXT_LENGTH, bos_id=tokenizer.bos_token_id, bos="context")
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
+    started = time.monotonic()
+    for step in range(steps):
+        batch = torch.stack([torch.from_numpy(next(contexts).token_ids) for _ in range(BATCH_CONTEXTS)]).long()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if step % 500 == 499 or step == steps - 1:
+            print(json.dumps(score(model, tokenizer, n=200)), flush=True)
+            save(model, tokenizer, out_dir)
+
+
+def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=MODEL_DIR)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.steps)

@@ -1,0 +1,57 @@
+"""How a dictionary starts: units, bias and atoms from a sample of the activations it will see."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import SparseDictionary
+from sae.metrics import Moments
+
+# Gao et al. 2024 take the geometric median of as many tokens.
+SAMPLE_TOKENS = 32_768
+
+
+def geometric_median(rows: Float[Tensor, "tokens d"], iterations: int = 100, tolerance: float = 1e-5) -> Float[Tensor, " d"]:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration: outliers hardly move it."""
+    guess = rows.mean(0)
+    for _ in range(iterations):
+        weights = 1.0 / (rows - guess).norm(dim=-1).clamp_min(1e-8)
+        moved = (weights / weights.sum()) @ rows
+        if (moved - guess).norm() <= tolerance * moved.norm().clamp_min(1e-8):
+            return moved
+        guess = moved
+    return guess
+
+
+@torch.no_grad()
+def initialize(
+    dictionary: SparseDictionary, sample: Float[Tensor, "tokens d_in"], moments: Moments, normalize: str, atoms: str
+) -> None:
+    """Set scales, biases and weights of a fresh SAE.
+
+    ``normalize: scale`` makes the variance per dimension 1. ``atoms: data`` takes centred sample rows as the first atoms,
+    ``random`` leaves the isotropic ones; the encoder is tied to them either way.
+
+    Raises:
+        ValueError: If the activations do not vary at all.
+    """
+    variance = moments.variance()
+    if not variance > 0:
+        raise ValueError(
+            f"activations: expected variance above 0, got {variance} over {moments.count} tokens. Is the hook constant?"
+        )
+    if normalize == "scale":
+        scale = math.sqrt(variance / dictionary.d_in)
+        dictionary.in_scale.fill_(scale)
+        dictionary.out_scale.fill_(scale)
+    rows = sample / dictionary.in_scale
+    dictionary.b_dec.copy_(geometric_median(rows))
+    if atoms == "data":
+        chosen = (rows - dictionary.b_dec)[torch.randint(rows.shape[0], (dictionary.n_latents,))]
+        # Noise parts the atoms of tokens that are drawn twice, or are equal.
+        noise = torch.randn_like(chosen) * chosen.norm(dim=-1, keepdim=True) * (0.1 / math.sqrt(dictionary.d_in))
+        dictionary.W_dec.copy_(chosen + noise)
+        dictionary.renormalize()
+    dictionary.W_enc.copy_(dictionary.W_dec)

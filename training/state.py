@@ -1,0 +1,110 @@
+"""Everything a resume needs, in one object and one file.
+
+``state.safetensors`` holds weights, optimizer moments, counters, random state, stream position and the length of
+``metrics.jsonl``. It is replaced in one rename, so a kill at any moment leaves either the old state or the new one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sae import SparseDictionary
+from sae.files import read_tensors, require_finite, write_tensors
+
+from .activations.stream import Stream
+from .objective import Terms
+
+STATE_FILE = "state.safetensors"
+FORMAT_VERSION = 1
+
+
+class TrainState:
+    """Counters of a run. ``silent_for`` is how many tokens ago each latent last fired."""
+
+    def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device):
+        self.step = 0
+        self.tokens = 0
+        self.saved_step = 0
+        self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
+        self.dead_after_tokens = dead_after_tokens
+        self.finite: Bool[Tensor, ""] = torch.ones((), dtype=torch.bool, device=device)
+
+    @property
+    def dead(self) -> Bool[Tensor, " n_latents"]:
+        return self.silent_for >= self.dead_after_tokens
+
+    def advance(self, tokens: int, terms: Terms) -> None:
+        """Count one step. Nothing here waits for the device."""
+        self.step += 1
+        self.tokens += tokens
+        self.silent_for = torch.where(terms.firings > 0, 0, self.silent_for + tokens)
+        self.finite = self.finite & torch.isfinite(terms.named["loss"])
+
+    def require_finite(self) -> None:
+        """Raise ``ValueError`` if the loss was not finite in some step since the last call."""
+        if not bool(self.finite):
+            raise ValueError(
+                f"loss: not finite between steps {self.saved_step} and {self.step}. The run stops; the state of step "
+                f"{self.saved_step} is kept. Lower lr, raise lr_warmup_steps or set precision: float32, in a new out_dir."
+            )
+
+    def save(
+        self,
+        directory: Path,
+        dictionary: SparseDictionary,
+        optimizer: torch.optim.Optimizer,
+        stream: Stream,
+        metrics_bytes: int,
+    ) -> None:
+        """Replace the saved state. Raises ``OSError`` if it cannot be written; the old one then stays."""
+        tensors: dict[str, Tensor] = {f"dictionary/{name}": t for name, t in dictionary.state_dict().items()}
+        for name, parameter in dictionary.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer/{name}/{key}"] = value
+        tensors["silent_for"] = self.silent_for
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        counters = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "tokens": self.tokens,
+            "stream": stream.position(),
+            "metrics_bytes": metrics_bytes,
+        }
+        write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)})
+        self.saved_step = self.step
+
+    def restore(self, directory: Path, dictionary: SparseDictionary, optimizer: torch.optim.Optimizer, stream: Stream) -> int:
+        """Put everything back as ``save`` found it; returns the length of ``metrics.jsonl`` at that time.
+
+        Raises:
+            ValueError: If the file is damaged or of another shape.
+        """
+        path = directory / STATE_FILE
+        tensors, metadata = read_tensors(path)
+        try:
+            counters: dict[str, Any] = json.loads(metadata["counters"])
+            own = {name.removeprefix("dictionary/"): t for name, t in tensors.items() if name.startswith("dictionary/")}
+            dictionary.load_state_dict(own)
+            for name, parameter in dictionary.named_parameters():
+                prefix = f"optimizer/{name}/"
+                saved = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                # Adam keeps its step counter on the CPU unless it is fused on a GPU; it goes where the weights are.
+                optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
+            self.silent_for = tensors["silent_for"].to(self.silent_for.device)
+            torch.set_rng_state(tensors["random/cpu"])
+            if torch.cuda.is_available() and "random/cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random/cuda"])
+            self.step, self.tokens = counters["step"], counters["tokens"]
+            stream.seek(counters["stream"])
+        except (KeyError, RuntimeError, json.JSONDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
+        require_finite(path, own)
+        self.saved_step = self.step
+        return counters["metrics_bytes"]

@@ -1,0 +1,1 @@
+"""Dictionaries that map one activation to another."""
