@@ -21,8 +21,8 @@ class Downstream:
 
     def __init__(self, model: LanguageModel, hook: str, mean: Float[Tensor, " d_out"]):
         self.model, self.hook, self.mean = model, hook, mean
-        self.ce = dict.fromkeys(("clean", *SPLICES), 0.0)
-        self.kl = dict.fromkeys(SPLICES, 0.0)
+        self.ce: dict[str, float] = dict.fromkeys(("clean", *SPLICES), 0.0)
+        self.kl: dict[str, float] = dict.fromkeys(SPLICES, 0.0)
         self.agree = 0
         self.tokens = 0
 

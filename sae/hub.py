@@ -19,7 +19,7 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
 
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

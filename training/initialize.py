@@ -55,3 +55,8 @@ def initialize(
         dictionary.W_dec.copy_(chosen + noise)
         dictionary.renormalize()
     dictionary.W_enc.copy_(dictionary.W_dec)
+    # Atoms that resemble the data overlap, so their sum overshoots; the factor that fits best keeps the first steps tame.
+    rows = sample[: SAMPLE_TOKENS // 8]
+    target, guess = rows / dictionary.in_scale - dictionary.b_dec, dictionary(rows) / dictionary.out_scale - dictionary.b_dec
+    factor = (target * guess).sum() / guess.pow(2).sum().clamp_min(torch.finfo(guess.dtype).tiny)
+    dictionary.W_enc.mul_(factor)

@@ -26,6 +26,8 @@ class Objective(nn.Module):
     ``variance`` is the targets' mean squared distance from their mean, in raw units; it makes the first term an fvu.
     """
 
+    variance: Float[Tensor, ""]
+
     def __init__(self, dictionary: SparseDictionary, variance: float, auxk_weight: float, auxk_latents: int):
         super().__init__()
         self.dictionary = dictionary

@@ -4,6 +4,7 @@ Every mistake of a recipe is reported at once, with the nearest valid name. Type
 YAML 1.2, where ``1e-4`` is a number and ``no`` is a word.
 """
 
+import copy
 import difflib
 import inspect
 import io
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from sae.encoders import ENCODERS
+from sae.encoders import ENCODERS, build_encoder
 
 
 class Section(BaseModel):
@@ -34,31 +35,31 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 class ModelSection(Section):
     """The language model under study."""
 
-    id: str = Field("embedded", description="'embedded', a Hugging Face id or a local directory")
+    id: str = Field(default="embedded", description="'embedded', a Hugging Face id or a local directory")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field("auto", description="'auto' takes a GPU if there is one")
+    device: str = Field(default="auto", description="'auto' takes a GPU if there is one")
 
 
 class TextSection(Section):
     """Where documents come from and how they become contexts."""
 
     source: Literal["embedded", "files", "hub"] = "embedded"
-    files: Names = Field((), description="source files: .txt, .jsonl or .parquet paths, read in this order")
-    dataset: str | None = Field(None, description="source hub: data set id, streamed")
+    files: Names = Field(default=(), description="source files: .txt, .jsonl or .parquet paths, read in this order")
+    dataset: str | None = Field(default=None, description="source hub: data set id, streamed")
     dataset_config: str | None = None
     dataset_split: str = "train"
     dataset_revision: str | None = None
-    column: str = Field("text", description="the column or JSON key that holds the text")
-    separator: str = Field("\n\n", description="what stands between the documents of a .txt file")
-    seed: int = Field(1, description="source embedded: which corpus")
+    column: str = Field(default="text", description="the column or JSON key that holds the text")
+    separator: str = Field(default="\n\n", description="what stands between the documents of a .txt file")
+    seed: int = Field(default=1, description="source embedded: which corpus")
     context_length: Annotated[int, Field(ge=2)] = 128
     bos: Literal["context", "document", "none"] = Field(
-        "context",
+        default="context",
         description="where the beginning-of-sequence token goes: before every document and at the head of every context; "
         "before every document; nowhere",
     )
-    packing: Literal["pack", "separate"] = Field("pack", description="documents end to end, or one per context, padded")
+    packing: Literal["pack", "separate"] = Field(default="pack", description="documents end to end, or one per context, padded")
 
 
 class HarvestSection(Section):
@@ -66,17 +67,17 @@ class HarvestSection(Section):
 
     hooks: Annotated[Names, Field(min_length=1)] = Field(description="module paths with a side, e.g. transformer.h.2:out")
     tokens: Positive = Field(description="stored tokens to reach, held-out ones included")
-    store: str | None = Field(None, description="the store's directory; null streams straight from the model")
+    store: str | None = Field(default=None, description="the store's directory; null streams straight from the model")
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    block: Positive = Field(64, description="int8: how many neighbouring dimensions share a scale")
-    gradients: bool = Field(False, description="also store the gradient of the next-token loss at every hook")
+    block: Positive = Field(default=64, description="int8: how many neighbouring dimensions share a scale")
+    gradients: bool = Field(default=False, description="also store the gradient of the next-token loss at every hook")
     batch_contexts: Positive = 32
     shard_tokens: Positive = 131_072
-    heldout: Share = Field(0.05, description="share of documents kept from training, for evaluation")
-    exclude_special: bool = Field(True, description="leave out BOS, EOS, padding: their norms dwarf all others")
-    exclude_leading: Annotated[int, Field(ge=0)] = Field(8, description="leave out so many positions of every context")
-    live_buffer_tokens: Positive = Field(65_536, description="store null: tokens shuffled together")
-    verify: bool = Field(True, description="check every shard's checksum before training on it")
+    heldout: Share = Field(default=0.05, description="share of documents kept from training, for evaluation")
+    exclude_special: bool = Field(default=True, description="leave out BOS, EOS, padding: their norms dwarf all others")
+    exclude_leading: Annotated[int, Field(ge=0)] = Field(default=8, description="leave out so many positions of every context")
+    live_buffer_tokens: Positive = Field(default=65_536, description="store null: tokens shuffled together")
+    verify: bool = Field(default=True, description="check every shard's checksum before training on it")
 
 
 class DictionarySection(Section):
@@ -87,9 +88,11 @@ class DictionarySection(Section):
     n_latents: Positive
     encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
     normalize: Literal["scale", "none"] = Field(
-        "scale", description="divide by one constant, so that variance per dimension is 1"
+        default="scale", description="divide by one constant, so that variance per dimension is 1"
     )
-    init: Literal["data", "random"] = Field("data", description="atoms start as centred activations, or in random directions")
+    init: Literal["data", "random"] = Field(
+        default="data", description="atoms start as centred activations, or in random directions"
+    )
 
 
 class WandbSection(Section):
@@ -109,22 +112,28 @@ class Recipe(Section):
     dictionary: DictionarySection
     tokens: Positive = Field(description="tokens trained on; more than the store holds means several passes")
     batch_tokens: Positive = 2048
-    accumulate: Positive = Field(1, description="split every batch into so many pieces, to save memory")
+    accumulate: Positive = Field(default=1, description="split every batch into so many pieces, to save memory")
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
-    lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(0.2, description="last share of the run, with lr falling to 0")
+    lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.2, description="last share of the run, with lr falling to 0"
+    )
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0
-    auxk_weight: Annotated[float, Field(ge=0.0)] = Field(1 / 32, description="Gao et al. 2024, appendix A.2")
-    auxk_latents: Positive | None = Field(None, description="dead latents per token in the auxiliary loss; null: d_in / 2")
-    dead_after_tokens: Positive = Field(1_000_000, description="a latent silent for so long is dead")
-    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 autocast on a GPU that has it")
+    auxk_weight: Annotated[float, Field(ge=0.0)] = Field(default=1 / 32, description="Gao et al. 2024, appendix A.2")
+    auxk_latents: Positive | None = Field(
+        default=None, description="dead latents per token in the auxiliary loss; null: d_in / 2"
+    )
+    dead_after_tokens: Positive = Field(default=1_000_000, description="a latent silent for so long is dead")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on a GPU that has it"
+    )
     seed: int = 0
     out_dir: str
-    log_every: Positive = Field(50, description="steps")
-    save_every: Positive = Field(1000, description="steps")
+    log_every: Positive = Field(default=50, description="steps")
+    save_every: Positive = Field(default=1000, description="steps")
     wandb: WandbSection | None = None
-    eval_tokens: Positive = Field(200_000, description="held-out tokens that `sparsary eval` judges the dictionary on")
+    eval_tokens: Positive = Field(default=200_000, description="held-out tokens that `sparsary eval` judges the dictionary on")
 
 
 # What may differ when an interrupted run is continued: none of it touches the numbers.
@@ -190,14 +199,29 @@ def check_recipe(values: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems += [_explain(problem, values) for problem in error.errors()]
+        recipe = _without_unknown(values, error)
     dictionary = values.get("dictionary")
     if isinstance(dictionary, dict) and isinstance(dictionary.get("encoder"), dict):
         problems += _check_encoder(dictionary["encoder"])
-    if recipe is not None and not problems:
+    if recipe is not None:
         problems += _check_together(recipe)
     if problems or recipe is None:
         raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
     return recipe
+
+
+def _without_unknown(values: dict[str, Any], error: ValidationError) -> Recipe | None:
+    """The recipe less its unknown keys, if nothing else is wrong: its other checks need not wait for a second try."""
+    values = copy.deepcopy(values)
+    for problem in error.errors():
+        *parents, last = problem["loc"]
+        section: Any = values
+        for part in parents:
+            section = section.get(part) if isinstance(section, dict) else None
+        if problem["type"] != "extra_forbidden" or not isinstance(section, dict):
+            return None
+        section.pop(last)
+    return Recipe.model_validate(values)
 
 
 def _check_encoder(spec: dict[str, Any]) -> list[str]:
@@ -227,11 +251,11 @@ def encoder_schema(name: str) -> type[BaseModel]:
 def _check_together(recipe: Recipe) -> list[str]:
     """What no single key can be blamed for."""
     problems = []
-    arguments = {key: value for key, value in recipe.dictionary.encoder.items() if key != "name"}
-    try:
-        ENCODERS[recipe.dictionary.encoder["name"]](**arguments).validate(recipe.dictionary.n_latents)
-    except ValueError as error:
-        problems.append(str(error))
+    if not _check_encoder(recipe.dictionary.encoder):
+        try:
+            build_encoder(recipe.dictionary.encoder).validate(recipe.dictionary.n_latents)
+        except ValueError as error:
+            problems.append(str(error))
     if recipe.dictionary.hook not in recipe.harvest.hooks:
         near = _nearest(recipe.dictionary.hook, recipe.harvest.hooks)
         problems.append(

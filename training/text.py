@@ -6,7 +6,7 @@ same way everywhere.
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +59,7 @@ def contexts(
 
     With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits.
     """
-    numbered = enumerate(itertools.islice(documents(section), start.document, None), start=start.document)
-    if heldout is not None:
-        numbered = ((number, text) for number, text in numbered if is_heldout(number, heldout))
+    numbered = documents(section, start.document, lambda number: heldout is None or is_heldout(number, heldout))
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
@@ -74,32 +72,32 @@ def contexts(
 
 def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
     """Token ids of every document, no special tokens added."""
-    for batch in itertools.batched(numbered, TOKENIZE_AT_ONCE) if hasattr(itertools, "batched") else _batched(numbered):
+    iterator = iter(numbered)
+    while batch := list(itertools.islice(iterator, TOKENIZE_AT_ONCE)):
         encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
         yield from zip((number for number, _ in batch), encoded, strict=True)
 
 
-def _batched(numbered: Iterable[tuple[int, str]]) -> Iterator[tuple[tuple[int, str], ...]]:
-    # itertools.batched came with Python 3.12.
-    iterator = iter(numbered)
-    while batch := tuple(itertools.islice(iterator, TOKENIZE_AT_ONCE)):
-        yield batch
-
-
-def documents(section: TextSection) -> Iterator[str]:
-    """The texts of the documents, in their fixed order.
+def documents(section: TextSection, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str]]:
+    """Number and text of the wanted documents from number ``start`` on, in their fixed order.
 
     Raises:
         ValueError: If a file or data set cannot be had, or a line of it holds no text.
     """
     if section.source == "embedded":
-        for document in corpus.documents(section.seed, "train"):
-            yield document.text
-    elif section.source == "files":
-        for name in section.files:
-            yield from _file_documents(Path(name), section)
-    else:
-        yield from _hub_documents(section)
+        # Any document can be had without those before it.
+        for number in filter(wanted, itertools.count(start)):
+            yield number, corpus.document(section.seed, number).text
+        return
+    texts = _hub_documents(section) if section.source == "hub" else _all_files(section)
+    for number, text in enumerate(texts):
+        if number >= start and wanted(number):
+            yield number, text
+
+
+def _all_files(section: TextSection) -> Iterator[str]:
+    for name in section.files:
+        yield from _file_documents(Path(name), section)
 
 
 def _file_documents(path: Path, section: TextSection) -> Iterator[str]:
@@ -152,7 +150,7 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
 
     try:
         return datasets.load_dataset(*arguments, streaming=True, **options)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # Whatever the hub client raises (offline, unknown id, no rights), the user needs the same two facts.
         raise ValueError(
             f"text.dataset: {arguments[0]!r} could not be had ({type(error).__name__}: {error}). Check the id and the "
@@ -186,7 +184,7 @@ def pack(
     With ``pad_id`` a context never holds two documents, and its rest is padded. ``first_offset`` tokens of the first
     document are skipped: they were in the context before.
     """
-    row = _Row(context_length)
+    row, number = _Row(context_length), 0
     for number, ids in documents:
         start, first_offset = first_offset, 0
         if pad_id is not None and row.tokens:
@@ -201,9 +199,8 @@ def pack(
             stop = min(len(ids), start + context_length - len(row.tokens))
             row.add(ids[start:stop], number, range(start, stop))
             start = stop
-        last = number
     if row.tokens and (pad_id is not None or len(row.tokens) == context_length):
-        yield row.close(Cursor(last + 1, 0), pad_id)
+        yield row.close(Cursor(number + 1, 0), pad_id)
 
 
 class _Row:

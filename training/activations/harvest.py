@@ -159,6 +159,7 @@ def harvest(
     writer = _Writer(store, section)
     stored = store.tokens("train") + store.tokens("heldout")
     pieces: list[Rows] = []
+    batch: list[Context] = []
     cursor = Cursor(*store.manifest["cursor"])
     if stored < section.tokens:
         for batch in batches(contexts(text, model.tokenizer, cursor), section.batch_contexts):

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -65,11 +65,8 @@ class LanguageModel:
 
             return reader
 
-        with self._hooked({hook: keep(hook) for hook in hooks}):
-            try:
-                self.module(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)
-            except _EnoughSeen:
-                pass
+        with self._hooked({hook: keep(hook) for hook in hooks}), suppress(_EnoughSeen):
+            self.module(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)
         return self._in_order(seen, hooks)
 
     def activations_and_gradients(

@@ -148,7 +148,7 @@ class Rows:
         owner = np.searchsorted(self.ends, rows[order], side="right")
         begins = np.concatenate([[0], self.ends[:-1]])
         offsets = rows[order] - begins[owner]
-        view = memoryview(raw.reshape(-1))
+        view = raw.reshape(-1).data
         bounds = np.searchsorted(owner, np.arange(len(self.shards) + 1))
         for number in np.unique(owner):
             here = slice(bounds[number], bounds[number + 1])

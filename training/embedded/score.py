@@ -1,13 +1,14 @@
 """Does the embedded model do its tasks? Held-out accuracy per task, the figures of the model card."""
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from .corpus import AGREEMENT_KINDS, Prompt, document, prompts
 
 
 @torch.no_grad()
-def last_logits(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> torch.Tensor:
+def last_logits(model, tokenizer: Any, batch: list[Prompt]) -> torch.Tensor:
     """Next-token logits ``(prompts, vocabulary)`` after each prompt, BOS first."""
     rows = [[tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(list(prompt.words))] for prompt in batch]
     width = max(len(row) for row in rows)
@@ -17,7 +18,7 @@ def last_logits(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) 
     return logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
 
 
-def accuracy(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> float:
+def accuracy(model, tokenizer: Any, batch: list[Prompt]) -> float:
     """Share of prompts whose best right answer has a higher logit than the best wrong one."""
     hits = 0
     for row, prompt in zip(last_logits(model, tokenizer, batch), batch, strict=True):
@@ -27,7 +28,7 @@ def accuracy(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> 
     return hits / len(batch)
 
 
-def answer_mass(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> float:
+def answer_mass(model, tokenizer: Any, batch: list[Prompt]) -> float:
     """Mean probability given to the right answers together."""
     total = 0.0
     for row, prompt in zip(last_logits(model, tokenizer, batch).softmax(-1), batch, strict=True):
@@ -35,7 +36,7 @@ def answer_mass(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) 
     return total / len(batch)
 
 
-def top1(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> float:
+def top1(model, tokenizer: Any, batch: list[Prompt]) -> float:
     """Share of prompts whose most likely next token is a right answer."""
     best = last_logits(model, tokenizer, batch).argmax(-1).tolist()
     tokens = tokenizer.convert_ids_to_tokens(best)
@@ -43,7 +44,7 @@ def top1(model, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt]) -> floa
 
 
 @torch.no_grad()
-def cross_entropy(model, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 7) -> float:
+def cross_entropy(model, tokenizer: Any, n: int, seed: int = 7) -> float:
     """Mean next-token loss in nats over ``n`` held-out documents, each on its own."""
     total, count = 0.0, 0
     for index in range(n):
@@ -54,7 +55,7 @@ def cross_entropy(model, tokenizer: PreTrainedTokenizerBase, n: int, seed: int =
     return total / count
 
 
-def score(model, tokenizer: PreTrainedTokenizerBase, n: int = 1000) -> dict[str, float]:
+def score(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
     """Every figure of the model card, on held-out combinations of names, nouns and years."""
     model.eval()
     results = {

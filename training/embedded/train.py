@@ -50,6 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     torch.manual_seed(SEED)
+    bos_id, pad_id = tokenizer.convert_tokens_to_ids(["<bos>", "<pad>"])
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=CONTEXT_LENGTH,
@@ -59,9 +60,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=bos_id,
+        eos_token_id=bos_id,
+        pad_token_id=pad_id,
     )
     return GPT2LMHeadModel(config)
 
@@ -79,7 +80,7 @@ def train(out_dir: Path, steps: int) -> None:
     model = build_model(tokenizer)
     ids = {word: index for index, word in enumerate(lexicon.vocabulary())}
     token_ids = ([ids[word] for word in document.words] for document in documents(SEED, "train"))
-    contexts = pack(enumerate(token_ids), CONTEXT_LENGTH, bos_id=tokenizer.bos_token_id, bos="context")
+    contexts = pack(enumerate(token_ids), CONTEXT_LENGTH, bos_id=ids["<bos>"], bos="context")
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
