@@ -56,8 +56,8 @@ class SparseDictionary(nn.Module, ABC):
     def weights(self) -> Weights:
         return Weights(self.W_enc, self.b_enc, self.W_dec)
 
-    def encode(self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
-        """The sparse code of raw activations. Values are in normalised units: one unit is ``out_scale`` of output.
+    def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
+        """The sparse code of raw activations ``(tokens, d_in)``. Values are in normalised units: one unit is ``out_scale`` of output.
 
         Raises:
             ValueError: If ``x`` is not ``(tokens, d_in)``.
@@ -69,13 +69,14 @@ class SparseDictionary(nn.Module, ABC):
             )
         if grad is not None:
             grad = grad * self.in_scale
-        return self.encoder(self.centre(x / self.in_scale), self.weights, grad)
+        x = x.to(self.W_enc.dtype) / self.in_scale
+        return self.encoder(self.centre(x), self.weights, grad)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "tokens d_out"]:
         """The reconstruction of a code, in raw units."""
         return (decode(code, self.W_dec) + self.b_dec) * self.out_scale
 
-    def forward(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"]:
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens d_out"]:
         """Encode, then decode."""
         return self.decode(self.encode(x))
 

@@ -1,0 +1,165 @@
+"""Damaged, foreign and hostile checkpoints: a clear error each, nothing half-loaded, nothing executed."""
+
+import json
+import logging
+import pickle
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae import ENCODERS, SAE, load_dictionary
+from sae.files import remove_partial_files, replacing, write_tensors
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    SAE(5, 13, ENCODERS["topk"](k=3)).save(tmp_path / "d", {"training_tokens": 7})
+    return tmp_path / "d"
+
+
+def rewrite(checkpoint, change):
+    path = checkpoint / "dictionary.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_the_directory_holds_two_plain_files(checkpoint):
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["dictionary.json", "dictionary.safetensors"]
+    config = json.loads((checkpoint / "dictionary.json").read_text())
+    assert config["format_version"] == 1
+    assert config["dictionary"] == {"kind": "sae", "d_in": 5, "n_latents": 13, "encoder": {"name": "topk", "k": 3}}
+    assert config["provenance"] == {"training_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("b_enc"), r"missing \['b_enc'\]"),
+        (lambda t: t.update(extra=torch.zeros(2)), r"not expected \['extra'\]"),
+        (lambda t: t.update(W_dec=t["W_dec"].T.contiguous()), r"W_dec: expected torch.float32 \(13, 5\), got torch.float32 \(5, 13\)"),
+        (lambda t: t.update(W_enc=t["W_enc"].half()), r"W_enc: expected torch.float32"),
+        (lambda t: t["b_dec"].__setitem__(2, float("nan")), r"b_dec: expected finite numbers, got nan at \[2\]"),
+        (lambda t: t["W_enc"].__setitem__((1, 4), float("inf")), r"W_enc: expected finite numbers, got inf at \[1, 4\]"),
+    ],
+)
+def test_wrong_tensors_are_named(checkpoint, change, message):
+    rewrite(checkpoint, change)
+    with pytest.raises(ValueError, match=message):
+        load_dictionary(checkpoint)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, 300])
+def test_truncated_weights_are_named(checkpoint, keep):
+    path = checkpoint / "dictionary.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"dictionary\.safetensors"):
+        load_dictionary(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected JSON"),
+        ("{", "expected JSON"),
+        ("[]", "not a sparsary dictionary"),
+        ('{"format": "other"}', "not a sparsary dictionary"),
+        ('{"format": "sparsary-dictionary", "format_version": 99}', "format_version: expected 1, got 99"),
+    ],
+)
+def test_wrong_json_is_named(checkpoint, text, message):
+    (checkpoint / "dictionary.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_dictionary(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["dictionary.json", "dictionary.safetensors"])
+def test_a_missing_file_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        load_dictionary(checkpoint)
+
+
+def test_no_directory_says_how_to_get_one(tmp_path):
+    with pytest.raises(ValueError, match="sparsary train"):
+        load_dictionary(tmp_path / "nothing")
+
+
+def test_a_pickle_is_not_opened(checkpoint):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was executed",))
+
+    (checkpoint / "dictionary.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_dictionary(checkpoint)
+
+
+def test_an_interrupted_save_loads_with_the_weights_own_description(checkpoint, caplog):
+    """Killed between the two renames: new weights beside the old JSON."""
+    before = (checkpoint / "dictionary.json").read_text()
+    newer = SAE(5, 17, ENCODERS["topk"](k=2))
+    newer.save(checkpoint, {"training_tokens": 8})
+    (checkpoint / "dictionary.json").write_text(before)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_dictionary(checkpoint)
+    assert loaded.arguments() == newer.arguments()
+    assert torch.equal(loaded.W_dec, newer.W_dec)
+    assert "a save was interrupted" in caplog.text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path):
+    (tmp_path / ".x.safetensors.1-abc.partial").write_text("half")
+    (tmp_path / "kept").write_text("whole")
+    remove_partial_files(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from sae import SAE, ENCODERS
+directory = sys.argv[1]
+torch.manual_seed(1)
+SAE(5, 13, ENCODERS["topk"](k=3)).save(directory)
+# A file may not grow beyond 200 bytes: what a full disk looks like to the writer.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+try:
+    SAE(50, 130, ENCODERS["topk"](k=3)).save(directory)
+except OSError as error:
+    print("OSError", error)
+"""
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    assert resource.RLIMIT_FSIZE is not None
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "d")], capture_output=True, text=True, check=True)
+    assert "OSError" in run.stdout
+    assert "unchanged" in run.stdout
+    assert load_dictionary(tmp_path / "d").n_latents == 13
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["dictionary.json", "dictionary.safetensors"]
+
+
+def test_writing_into_a_file_in_the_way_is_an_oserror(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_tensors(tmp_path / "file" / "x.safetensors", {"a": torch.zeros(1)}, {})

@@ -1,0 +1,161 @@
+"""What every encoder in the registry must do. A new variant is picked up by its name alone."""
+
+import pytest
+import torch
+
+from sae import ENCODERS, SAE, load_dictionary
+from sae.code import SparseCode
+from sae.encoder import Weights
+from sae.encoders import build_encoder, encoder_spec
+from sae.sparse_ops import decode
+
+TOKENS, D, LATENTS, K = 7, 11, 29, 3
+
+# Arguments for small shapes, one entry per variant.
+ARGUMENTS = {"topk": {"k": K}}
+
+
+def test_every_encoder_has_arguments_to_be_tested_with():
+    assert ARGUMENTS.keys() == ENCODERS.keys()
+
+
+@pytest.fixture(params=sorted(ARGUMENTS))
+def sae(request):
+    torch.manual_seed(3)
+    sae = SAE(D, LATENTS, ENCODERS[request.param](**ARGUMENTS[request.param]))
+    with torch.no_grad():
+        sae.W_enc.add_(0.1 * torch.randn(LATENTS, D))
+        sae.b_enc.copy_(0.1 * torch.randn(LATENTS))
+        sae.b_dec.copy_(torch.randn(D))
+        sae.in_scale.fill_(1.7)
+        sae.out_scale.fill_(1.7)
+    return sae.eval()
+
+
+# Inputs on which shortcuts break: ties, silence, everything negative, the same token twice.
+INPUTS = {
+    "random": lambda: torch.randn(TOKENS, D),
+    "zero rows": lambda: torch.zeros(TOKENS, D),
+    "duplicate rows": lambda: torch.randn(1, D).expand(TOKENS, D).clone(),
+    "one token": lambda: torch.randn(1, D),
+    "no token": lambda: torch.randn(0, D),
+    "large": lambda: 1e4 * torch.randn(TOKENS, D),
+}
+
+
+@pytest.fixture(params=sorted(INPUTS))
+def x(request):
+    torch.manual_seed(5)
+    return INPUTS[request.param]()
+
+
+def test_values_are_not_negative_and_latents_are_in_range(sae, x):
+    code = sae.encode(x)
+    assert code.n_tokens == x.shape[0]
+    assert (code.values >= 0).all()
+    assert ((code.latents >= 0) & (code.latents < LATENTS)).all()
+    assert code.l0().sum() == (code.values > 0).sum() == code.firings(LATENTS).sum()
+
+
+def test_decode_equals_the_dense_product(sae, x):
+    code = sae.encode(x)
+    dense = (code.to_dense(LATENTS) @ sae.W_dec + sae.b_dec) * sae.out_scale
+    torch.testing.assert_close(sae.decode(code), dense, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_equal_the_dense_route(sae, x):
+    sae.train()
+    target = torch.randn(x.shape[0], D)
+    gradients = []
+    for dense in (False, True):
+        sae.zero_grad()
+        code = sae.encode(x)
+        y_hat = (code.to_dense(LATENTS) @ sae.W_dec + sae.b_dec) * sae.out_scale if dense else sae.decode(code)
+        ((y_hat - target) ** 2).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in sae.named_parameters()})
+    for name, sparse in gradients[0].items():
+        scale = gradients[1][name].abs().max().clamp_min(1.0)
+        torch.testing.assert_close(sparse / scale, gradients[1][name] / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_code_does_not_depend_on_batch_mates_in_eval(sae):
+    x = torch.randn(TOKENS, D)
+    together = sae.encode(x).to_dense(LATENTS)
+    alone = torch.cat([sae.encode(row.unsqueeze(0)).to_dense(LATENTS) for row in x])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_permuting_latents_permutes_the_code(sae):
+    x = torch.randn(TOKENS, D)
+    before = sae.encode(x).to_dense(LATENTS)
+    order = torch.randperm(LATENTS)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.W_dec):
+            parameter.copy_(parameter[order].clone())
+    torch.testing.assert_close(sae.encode(x).to_dense(LATENTS), before[:, order])
+
+
+def test_saved_then_loaded_is_bit_equal(sae, tmp_path):
+    x = torch.randn(TOKENS, D)
+    sae.save(tmp_path / "d")
+    again = load_dictionary(tmp_path / "d")
+    assert not again.training
+    assert again.arguments() == sae.arguments()
+    assert torch.equal(again(x), sae(x))
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_spec_rebuilds_the_encoder(sae):
+    spec = encoder_spec(sae.encoder)
+    assert spec == {"name": spec["name"], **ARGUMENTS[spec["name"]]}
+    assert encoder_spec(build_encoder(spec)) == spec
+
+
+def test_eval_then_train_restores_everything(sae):
+    sae.train()
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    sae.eval()
+    sae(torch.randn(TOKENS, D))
+    sae.train()
+    assert all(module.training for module in sae.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+def test_gradcheck_of_every_weight(sae):
+    sae.double().train()
+    x = torch.randn(TOKENS, D, dtype=torch.float64)
+
+    def run(W_enc, b_enc, W_dec):
+        code = sae.encoder(x, Weights(W_enc, b_enc, W_dec))
+        return code.values, decode(code, W_dec)
+
+    weights = [sae.W_enc, sae.b_enc, sae.W_dec]
+    inputs = [weight.detach().clone().requires_grad_(True) for weight in weights]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_too_many_latents_asked_for_names_key_value_and_range():
+    with pytest.raises(ValueError, match=r"dictionary\.encoder\.k: expected at most n_latents = 4, got 5"):
+        SAE(D, 4, ENCODERS["topk"](k=5))
+    with pytest.raises(ValueError, match=r"dictionary\.encoder\.k: expected at least 1, got 0"):
+        ENCODERS["topk"](k=0)
+
+
+def test_wrong_width_is_an_error_that_says_what_to_do(sae):
+    with pytest.raises(ValueError, match=r"x: expected \(tokens, 11\), got \(2, 3, 11\)"):
+        sae.encode(torch.randn(2, 3, D))
+
+
+def test_repeated_latents_add_up():
+    code = SparseCode(torch.tensor([2, 2, 0]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2]))
+    atoms = torch.eye(3)
+    assert code.to_dense(3).tolist() == [[0, 0, 3], [4, 0, 0]]
+    assert torch.equal(decode(code, atoms), code.to_dense(3))
+
+
+def test_rows_without_entries_decode_to_nothing():
+    code = SparseCode(torch.tensor([1]), torch.tensor([5.0]), torch.tensor([0, 0, 1]))
+    assert code.entries_per_token().tolist() == [0, 1, 0]
+    assert code.l0().tolist() == [0, 1, 0]
+    assert decode(code, torch.eye(2)).tolist() == [[0, 0], [0, 5], [0, 0]]

@@ -1,0 +1,70 @@
+"""Loading by repository id and pushing, against a client that is played."""
+
+import shutil
+
+import huggingface_hub
+import pytest
+
+import sparsary
+from sae import ENCODERS, SAE
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    SAE(5, 13, ENCODERS["topk"](k=3)).save(tmp_path / "d")
+    (tmp_path / "d" / "state.safetensors").write_bytes(b"large and private")
+    return tmp_path / "d"
+
+
+def test_a_hub_id_is_downloaded_and_loaded(checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision, sorted(allow_patterns)))
+        shutil.copytree(checkpoint, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert sparsary.load("someone/some-sae", revision="v2").n_latents == 13
+    assert asked == [("someone/some-sae", "v2", ["dictionary.json", "dictionary.safetensors"])]
+
+
+def test_a_hub_id_that_cannot_be_had_says_both_things_looked_for(monkeypatch):
+    def offline(*_arguments, **_options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"someone/some-sae: no such directory, and the hub repository .* \(no network\)"):
+        sparsary.load("someone/some-sae")
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at-all", "./nowhere", "no/such/three"])
+def test_paths_are_not_taken_for_hub_ids(path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="expected a checkpoint directory"):
+        sparsary.load(path)
+
+
+def test_push_uploads_the_two_files_only(checkpoint, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+            calls.append(("upload", repo_id, folder_path, sorted(allow_patterns)))
+            return type("Commit", (), {"repo_url": f"https://hub/{repo_id}"})()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert sparsary.push_to_hub(str(checkpoint), "me/mine", private=True) == "https://hub/me/mine"
+    assert calls == [
+        ("create", "me/mine", True, True),
+        ("upload", "me/mine", str(checkpoint), ["dictionary.json", "dictionary.safetensors"]),
+    ]
+
+
+def test_push_of_something_else_is_refused_before_anything_is_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match=r"dictionary\.json"):
+        sparsary.push_to_hub(str(tmp_path), "me/mine")

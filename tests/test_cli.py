@@ -1,0 +1,103 @@
+"""The command line and the facade, as a user meets them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsary
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "-m", "sparsary", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_harvest_train_eval_info(recipe_values, write_recipe):
+    path, out, store = write_recipe(recipe_values), recipe_values["out_dir"], recipe_values["harvest"]["store"]
+    harvested = command("harvest", path)
+    assert harvested.returncode == 0, harvested.stderr
+    assert "training and" in harvested.stdout
+    trained = command("train", path, "lr=2e-3")
+    assert trained.returncode == 0, trained.stderr
+    assert "sparsary eval" in trained.stdout
+    assert "fvu" in trained.stderr
+    judged = command("eval", out, "--out", out + "/judged")
+    assert judged.returncode == 0, judged.stderr
+    assert "recovered" in judged.stdout
+    assert json.loads((Path(out) / "judged" / "report.json").read_text())["fvu"] < 0.6
+    for path, word in ((out, "matches"), (store, "0 damaged")):
+        described = command("info", path)
+        assert described.returncode == 0, described.stderr
+        assert word in described.stdout
+
+
+def test_dry_run_shows_the_plan_and_does_nothing(recipe_values, write_recipe):
+    planned = command("train", write_recipe(recipe_values), "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    for word in ("shuffle", "memory", "30 steps", "6,000 tokens", "128 -> 67"):
+        assert word in planned.stdout
+    assert not Path(recipe_values["out_dir"]).exists()
+    assert not Path(recipe_values["harvest"]["store"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "RECIPE", "lrr=1"], "Did you mean 'lr'?"),
+        (["train", "RECIPE", "dictionary.encoder.k=1000"], "expected at most n_latents = 67, got 1000"),
+        (["train", "RECIPE", "harvest.hooks=[transformer.h.9:out]", "dictionary.hook=transformer.h.9:out"], "Nearest: "),
+        (["train", "RECIPE", "model.id=/nowhere/model", "text.source=files", "text.files=[x.txt]"], "embedded"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "RECIPE", "loud"], "key.sub=value"),
+        (["harvest", "RECIPE", "harvest.store=null"], "stores nothing"),
+        (["eval", "/nowhere"], "expected a checkpoint directory"),
+        (["info", "/nowhere"], "found neither"),
+        (["info"], "Missing argument"),
+        (["trian"], "No such command"),
+        (["train", "RECIPE", "out_dir=/proc/x/y"], "cannot be written"),
+    ],
+)
+def test_a_user_s_error_is_one_message_and_status_2(recipe_values, write_recipe, arguments, message):
+    path = write_recipe(recipe_values)
+    failed = command(*(path if argument == "RECIPE" else argument for argument in arguments))
+    assert failed.returncode == 2, failed.stderr
+    assert message in failed.stderr
+    assert failed.stderr.startswith("sparsary: ")
+    assert "Traceback" not in failed.stderr + failed.stdout
+
+
+def test_info_finds_damage(recipe_values, write_recipe):
+    assert command("harvest", write_recipe(recipe_values)).returncode == 0
+    shard = Path(recipe_values["harvest"]["store"]) / "train-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    described = command("info", recipe_values["harvest"]["store"])
+    assert described.returncode == 2
+    assert "train-00000.safetensors" in described.stderr
+    assert "1 damaged" in described.stdout
+
+
+def test_the_facade(recipe_values, write_recipe):
+    directory = sparsary.train(write_recipe(recipe_values), dictionary__n_latents=71, **{"lr": 2e-3})
+    d = sparsary.load(str(directory))
+    assert (d.d_in, d.d_out, d.n_latents, d.training) == (128, 128, 71, False)
+    x = torch.randn(13, 128)
+    code = d.encode(x)
+    assert code.to_dense(d.n_latents).shape == (13, 71)
+    torch.testing.assert_close(d.decode(code), d(x))
+    report = sparsary.evaluate(str(directory))
+    assert report.keys() >= {"fvu", "l0_mean", "ce_recovered_zero", "fvu_nonlinear"}
+
+
+def test_help_is_quick_and_lists_the_commands():
+    shown = command("--help")
+    assert shown.returncode == 0
+    for name in ("harvest", "train", "eval", "info"):
+        assert name in shown.stdout
+    heavy = "import sys; sys.argv = ['sparsary', '--help']; import sparsary\ntry: sparsary.main()\nexcept SystemExit: pass\n"
+    heavy += "print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.endswith("False\n")

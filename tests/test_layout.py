@@ -1,0 +1,130 @@
+"""The map of the folders, the direction of imports, and what is shipped."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sae import ENCODERS
+from training.activations.model import hook_widths
+from training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("sae", "transcoders", "training", "eval")
+SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def imported(path):
+    """Absolute names of all modules a file imports, relative ones resolved."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join((*base, node.module or "")).rstrip(".")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = LAYERS.index(path.relative_to(ROOT).parts[0])
+    for name in imported(path):
+        top = name.split(".")[0]
+        if top in LAYERS:
+            assert LAYERS.index(top) <= own, f"{path} imports {name}"
+        assert top not in ("sparsary", "pickle", "dill", "joblib"), f"{path} imports {name}"
+        if own <= 1:
+            allowed = {"torch", "safetensors", "jaxtyping", "huggingface_hub", *sys.stdlib_module_names, *LAYERS[:2]}
+            assert top in allowed, f"{path} imports {name}"
+        if top == "transformers":
+            assert path.name == "model.py" or "embedded" in path.parts
+        if top == "wandb":
+            assert path.name == "report.py"
+
+
+def test_the_readme_s_map_is_the_tree():
+    block = re.search(r"## The map\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    mapped = {line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()}
+    tree = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
+    tree |= {"sae/encoders/__init__.py", "sparsary.py", "recipes", "tests", "docs", "training/embedded/model"}
+    assert mapped == tree
+
+
+def test_importing_is_quiet_and_does_nothing():
+    code = "import sys; before = set(sys.modules); import sparsary; print(len([m for m in sys.modules if m == 'torch']))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (run.stdout, run.stderr) == ("0\n", "")
+
+
+def test_nothing_names_a_place_only_we_have():
+    # The words are put together here so that this file does not find itself.
+    words = ["/wo" + "rk/", "/t" + "mp/", "shar" + "ed/methods", "mirr" + "or"]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".txt", "") and path.is_file() and path.name != "lexicon.py":
+            text = path.read_text(encoding="utf-8")
+            assert not [word for word in words if word in text.replace("mirror ladder", "")], name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_opens_with_its_command_and_is_valid(path):
+    assert path.read_text().startswith("# ")
+    assert "sparsary train recipes/" in path.read_text().split("\nmodel:")[0]
+    recipe = load_recipe(path)
+    assert recipe.dictionary.encoder["name"] in ENCODERS
+
+
+# Configurations of the hub models that recipes name, so that their hooks are checked without a network.
+CONFIGS = {
+    "openai-community/gpt2": ("GPT2Config", {}),
+    "EleutherAI/pythia-70m-deduped": (
+        "GPTNeoXConfig",
+        {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
+    ),
+    "models/stories3M": (
+        "LlamaConfig",
+        {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 512},
+    ),
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
+    import torch
+    import transformers
+
+    from sae.checkpoint import build_dictionary
+    from training.preflight import preflight
+
+    recipe = load_recipe(path, {"harvest.store": str(tmp_path / "store")} if load_recipe(path).harvest.store else None)
+    if recipe.model.id != "embedded":
+        name, sizes = CONFIGS[recipe.model.id]
+        getattr(transformers, name)(**sizes).save_pretrained(tmp_path / "config")
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(tmp_path / "config")})})
+    d = hook_widths(recipe.model, recipe.harvest.hooks)[recipe.dictionary.hook]
+    spec = recipe.dictionary
+    with torch.device("meta"):
+        arguments = {"kind": spec.kind, "d_in": d, "n_latents": spec.n_latents, "encoder": spec.encoder}
+        built = build_dictionary(arguments)
+        assert built(torch.zeros(3, d)).shape == (3, d)
+    if recipe.harvest.tokens * d < 1e9:
+        assert preflight(recipe).parameters == sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_packages_the_model_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {*LAYERS, "sparsary.py"}
+    assert "training/embedded/model/model.safetensors" in names
+    assert {f"{layer}/py.typed" for layer in LAYERS} <= set(names)
+    assert sum(1 for name in names if name.endswith(".py")) == len(SOURCES) + 1

@@ -1,0 +1,122 @@
+"""Recipes: every mistake at once, by key, value and remedy."""
+
+import pytest
+
+from training.recipe import check_recipe, differences, dump_recipe, load_recipe, parse_overrides, parse_yaml
+
+
+def complaints(values):
+    with pytest.raises(ValueError, match="recipe") as caught:
+        check_recipe(values, "recipe")
+    return str(caught.value).splitlines()
+
+
+def test_a_good_recipe_survives_dumping_and_loading(recipe_values, tmp_path):
+    recipe = check_recipe(recipe_values, "recipe")
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+
+
+def test_all_mistakes_are_reported_at_once(recipe_values):
+    del recipe_values["out_dir"]
+    recipe_values["lrr"] = 1e-3
+    recipe_values["tokens"] = "many"
+    recipe_values["harvest"]["dtyp"] = "int8"
+    recipe_values["dictionary"]["encoder"] = {"name": "topk", "kk": 3}
+    lines = complaints(recipe_values)
+    assert all(line.startswith("recipe: ") for line in lines)
+    text = "\n".join(lines)
+    assert "out_dir: required, but missing" in text
+    assert "lrr: unknown key" in text
+    assert "Did you mean 'lr'?" in text
+    assert "tokens: expected a valid integer, got 'many'" in text
+    assert "harvest.dtyp: unknown key" in text
+    assert "Did you mean 'dtype'?" in text
+    assert "dictionary.encoder.kk: unknown key. topk takes k. Did you mean 'k'?" in text
+    assert "dictionary.encoder.k: required, but missing" in text
+    assert len(lines) == 6
+
+
+def test_an_unknown_key_does_not_hide_what_no_single_key_can_say(recipe_values):
+    recipe_values["lrr"] = 1
+    recipe_values["dictionary"]["encoder"]["k"] = 1000
+    assert len(complaints(recipe_values)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dictionary.encoder", {"name": "topkk", "k": 1}, "expected one of topk, got 'topkk'. Did you mean 'topk'?"),
+        ("dictionary.encoder", {"k": 1}, "dictionary.encoder.name: required, but missing"),
+        ("dictionary.encoder", {"name": "topk", "k": 2.0}, "dictionary.encoder.k: expected a valid integer, got 2.0"),
+        ("dictionary.encoder", {"name": "topk", "k": 68}, "dictionary.encoder.k: expected at most n_latents = 67, got 68"),
+        ("dictionary.encoder", {"name": "topk", "k": 0}, "dictionary.encoder.k: expected at least 1, got 0"),
+        ("dictionary.hook", "transformer.h.3:out", "dictionary.hook: expected one of harvest.hooks"),
+        ("dictionary.n_latents", 0, "dictionary.n_latents: expected greater than or equal to 1, got 0"),
+        ("dictionary.kind", "sea", "dictionary.kind: expected 'sae', got 'sea'"),
+        ("harvest.hooks", [], "harvest.hooks: "),
+        ("harvest.hooks", ["transformer.h.2"], "expected a module path and a side"),
+        ("harvest.hooks", ["transformer.h.2:out", "transformer.h.2:out"], "each hook once"),
+        ("harvest.heldout", 1.0, "harvest.heldout: expected less than 1, got 1.0"),
+        ("harvest.exclude_leading", 32, "nothing would be left"),
+        ("text.bos", "sometimes", "text.bos: expected 'context', 'document' or 'none', got 'sometimes'"),
+        ("text.source", "files", "text.files: required when text.source is files"),
+        ("text.source", "hub", "text.dataset: required when text.source is hub"),
+        ("model", {"id": "gpt2"}, "text.source: the embedded corpus is for model.id embedded"),
+        ("accumulate", 3, "accumulate: expected a divisor of batch_tokens = 101, got 3"),
+        ("batch_tokens", 5000, "batch_tokens: expected at most tokens = 3030, got 5000"),
+        ("tokens", 2e6, "Write whole numbers without exponent"),
+        ("tokens", True, "tokens: expected a valid integer, got True"),
+        ("lr", "1e-3", "lr: expected a valid number, got '1e-3'"),
+        ("lr", -1.0, "lr: expected greater than 0"),
+        ("wandb", {"projct": "x"}, "Did you mean 'project'?"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(recipe_values, key, value, message):
+    section = recipe_values
+    *parents, last = key.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[last] = value
+    assert message in "\n".join(complaints(recipe_values))
+
+
+def test_yaml_1_2_reads_exponents_as_numbers_and_no_as_a_word():
+    assert parse_yaml("a: 1e-4\nb: no\nc: 1_000", "x") == {"a": 1e-4, "b": "no", "c": 1000}
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "\t- x: y: z"])
+def test_broken_yaml_is_one_line(text):
+    with pytest.raises(ValueError, match="recipe.yaml: expected YAML") as caught:
+        parse_yaml(text, "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_typed_like_the_file(recipe_values, write_recipe):
+    path = write_recipe(recipe_values)
+    recipe = load_recipe(path, parse_overrides(["dictionary.encoder.k=7", "lr=1e-4", "model.device=cpu"]))
+    assert (recipe.dictionary.encoder["k"], recipe.lr, recipe.model.device) == (7, 1e-4, "cpu")
+    with pytest.raises(ValueError, match="lrr: unknown key"):
+        load_recipe(path, parse_overrides(["lrr=1"]))
+    with pytest.raises(ValueError, match=r"key\.sub=value"):
+        parse_overrides(["lr"])
+    with pytest.raises(ValueError, match="tokens is not a section"):
+        load_recipe(path, {"tokens.x": 1})
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml: expected a recipe file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_recipe_is_frozen(recipe_values):
+    recipe = check_recipe(recipe_values, "recipe")
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.lr = 1.0
+
+
+def test_differences_name_keys_and_leave_out_what_may_change(recipe_values):
+    old = check_recipe(recipe_values, "recipe")
+    new = check_recipe(recipe_values | {"lr": 2e-3, "save_every": 77, "log_every": 3}, "recipe")
+    assert differences(old, new) == ["lr: 0.001 there, 0.002 here"]

@@ -1,0 +1,405 @@
+"""Whole runs: determinism, resume, refusal, and what a run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import training.run as run_module
+from sae import load_dictionary
+from training.activations.shards import Store
+from training.checkpoints import Checkpoints
+from training.preflight import preflight
+from training.recipe import check_recipe
+from training.run import Stopped, run_harvest, train
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("stores") / "shared")
+
+
+@pytest.fixture
+def values(recipe_values, shared_store):
+    """The small recipe, over one store for all tests of this file."""
+    recipe_values["harvest"]["store"] = shared_store
+    return recipe_values
+
+
+def run(values, **changes):
+    return train(check_recipe(values | changes, "recipe"))
+
+
+def final_state(directory):
+    return load_file(Path(directory) / "state.safetensors")
+
+
+def assert_equal_runs(a, b):
+    first, second = final_state(a), final_state(b)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
+    directory = run(values)
+    names = {path.name for path in directory.iterdir()}
+    assert names == {"dictionary.json", "dictionary.safetensors", "state.safetensors", "metrics.jsonl", "recipe.yaml", ".lock"}
+    dictionary = load_dictionary(directory)
+    assert (dictionary.d_in, dictionary.n_latents) == (128, 67)
+    assert float(dictionary.in_scale) != 1.0
+    torch.testing.assert_close(dictionary.W_dec.norm(dim=-1), torch.ones(67), atol=1e-6, rtol=0)
+    provenance = json.loads((directory / "dictionary.json").read_text())["provenance"]
+    assert provenance["training_tokens"] == 3030
+    assert provenance["hook"] == "transformer.h.2:out"
+    assert provenance["model"]["id"] == "embedded"
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
+    assert {"loss", "fvu", "l0", "auxk", "dead", "lr", "tokens", "tokens_per_second", "data_wait_share"} <= lines[0].keys()
+    assert lines[-1]["lr"] < 1e-3
+
+
+def test_two_runs_are_bit_equal_and_another_seed_differs(values, tmp_path):
+    a = run(values, out_dir=str(tmp_path / "a"))
+    b = run(values, out_dir=str(tmp_path / "b"))
+    c = run(values, out_dir=str(tmp_path / "c"), seed=1)
+    assert_equal_runs(a, b)
+    assert not torch.equal(final_state(a)["dictionary/W_dec"], final_state(c)["dictionary/W_dec"])
+
+
+class StopAt:
+    """A stop request that arrives after so many steps."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def __get__(self, checkpoints, _owner):
+        self.left -= 1
+        if self.left < 0:
+            checkpoints.stop_signal = signal.SIGTERM
+        return self.left < 0
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, monkeypatch, live):
+    if live:
+        values["harvest"] = values["harvest"] | {"store": None, "live_buffer_tokens": 900}
+    whole = run(values, out_dir=str(tmp_path / "whole"))
+    for stop in (1, 7, 3):
+        monkeypatch.setattr(Checkpoints, "stop_requested", StopAt(stop))
+        with pytest.raises(Stopped) as stopped:
+            run(values, out_dir=str(tmp_path / "parts"))
+        assert stopped.value.signal_number == signal.SIGTERM
+        monkeypatch.undo()
+    parts = run(values, out_dir=str(tmp_path / "parts"))
+    assert_equal_runs(whole, parts)
+    assert [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()] == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_finished_run_is_finished(values):
+    directory = run(values)
+    before = (directory / "dictionary.safetensors").read_bytes()
+    assert run(values) == directory
+    assert (directory / "dictionary.safetensors").read_bytes() == before
+
+
+def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "stop_requested", StopAt(13))
+    with pytest.raises(Stopped):
+        run(values)
+    dictionary = load_dictionary(values["out_dir"])
+    store = Store.open(values["harvest"]["store"])
+    moments = store.moments("transformer.h.2:out")
+    from training.activations.stream import StoreStream
+
+    x = StoreStream(store, "transformer.h.2:out", 500, seed=9, split="heldout").sample(200)
+    error = (dictionary(x) - x).pow(2).sum(-1).mean()
+    assert error < 0.8 * moments.variance()
+
+
+def test_gradient_accumulation_changes_only_rounding(values, tmp_path):
+    values = values | {"batch_tokens": 100, "tokens": 1000, "auxk_weight": 0.0}
+    whole = final_state(run(values, out_dir=str(tmp_path / "whole")))
+    pieces = final_state(run(values, out_dir=str(tmp_path / "pieces"), accumulate=4))
+    torch.testing.assert_close(whole["dictionary/W_dec"], pieces["dictionary/W_dec"], atol=2e-4, rtol=0)
+
+
+def test_bf16_autocast_trains(values):
+    directory = run(values, precision="bf16")
+    last = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["fvu"] < 0.6
+    assert load_dictionary(directory).W_enc.dtype == torch.float32
+
+
+def test_dead_latents_are_revived_by_auxk(values):
+    """A latent that cannot fire comes back with AuxK and stays away without."""
+    counts = {}
+    for weight in (0.0, 1 / 32):
+        values["out_dir"] += "x"
+        recipe = check_recipe(values | {"auxk_weight": weight, "dead_after_tokens": 101, "tokens": 10_100, "lr": 3e-3}, "recipe")
+        initialize = run_module.initialize
+
+        def with_dead(dictionary, *arguments, initialize=initialize):
+            initialize(dictionary, *arguments)
+            with torch.no_grad():
+                dictionary.b_enc[:20] = -6.0
+
+        pytest.MonkeyPatch.context()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "initialize", with_dead)
+            state = final_state(train(recipe))
+        counts[weight] = int((state["silent_for"][:20] > 2000).sum())
+    assert counts[0.0] == 20
+    assert counts[1 / 32] < 10
+
+
+def test_tensors_instead_of_a_model(values):
+    torch.manual_seed(0)
+    rows = [torch.randn(500, 19) @ torch.randn(19, 19) for _ in range(3)]
+    directory = train(check_recipe(values, "recipe"), rows)
+    assert load_dictionary(directory).d_in == 19
+    with pytest.raises(ValueError, match=r"the iterator ended after 1010 of 3030 tokens"):
+        train(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), iter([torch.randn(1100, 19)]))
+
+
+def test_wandb_offline_gets_every_line(values, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    directory = run(values, wandb={"project": "test", "mode": "offline"})
+    assert list(directory.glob("wandb/offline-run-*/*.wandb"))
+
+
+# Refusals.
+
+
+def test_an_out_dir_of_another_run_is_refused(values):
+    run(values)
+    with pytest.raises(ValueError, match="holds another run") as caught:
+        run(values, lr=5e-4)
+    assert "lr: 0.001 there, 0.0005 here" in str(caught.value)
+    assert "Choose another out_dir" in str(caught.value)
+
+
+def test_an_out_dir_with_other_things_is_refused(values):
+    Path(values["out_dir"]).mkdir()
+    (Path(values["out_dir"]) / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run(values)
+
+
+def test_a_read_only_out_dir_is_refused(values, monkeypatch):
+    # Root may write anywhere, so the operating system's refusal is played.
+    def refuse(*_arguments, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("training.checkpoints.os.open", refuse)
+    with pytest.raises(ValueError, match=r"out_dir: .* cannot be written \(Permission denied\)"):
+        run(values)
+    values["out_dir"] = "/proc/nowhere/run"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"out_dir: /proc/nowhere/run cannot be written"):
+        run(values)
+
+
+def test_an_out_dir_in_use_is_refused(values):
+    from training.checkpoints import claimed
+
+    recipe = check_recipe(values, "recipe")
+    with claimed(Path(values["out_dir"]), recipe), pytest.raises(ValueError, match="in use by another process"):
+        train(recipe)
+
+
+def test_a_damaged_store_is_not_trained_on(values, tmp_path):
+    recipe = check_recipe(values, "recipe")
+    store = run_harvest(recipe)
+    shutil.copytree(store.directory, tmp_path / "copy")
+    values["harvest"]["store"] = str(tmp_path / "copy")
+    path = tmp_path / "copy" / "train-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"train-00001\.safetensors: .*damaged"):
+        run(values)
+    assert not (Path(values["out_dir"]) / "state.safetensors").exists()
+
+
+def test_a_damaged_state_is_named_and_nothing_is_overwritten(values):
+    directory = run(values)
+    path = directory / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"state\.safetensors: expected a safetensors file"):
+        run(values)
+    assert path.stat().st_size == 1000
+
+
+def test_a_state_with_a_tensor_missing_is_named(values):
+    directory = run(values)
+    tensors = load_file(directory / "state.safetensors")
+    del tensors["silent_for"]
+    save_file(tensors, directory / "state.safetensors", metadata={"counters": "{}"})
+    with pytest.raises(ValueError, match=r"state\.safetensors: expected the state of this run"):
+        run(values)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(values, monkeypatch):
+    from training.objective import Objective
+
+    forward, steps = Objective.forward, []
+
+    def exploding(self, batch, dead):
+        loss, terms = forward(self, batch, dead)
+        steps.append(1)
+        if len(steps) == 23:
+            loss = loss * float("inf")
+            terms.named["loss"] = loss.detach()
+        return loss, terms
+
+    monkeypatch.setattr(Objective, "forward", exploding)
+    with pytest.raises(ValueError, match=r"loss: not finite between steps 20 and 25.*step 20 is kept"):
+        run(values)
+    assert all(torch.isfinite(t.float()).all() for t in final_state(values["out_dir"]).values())
+    assert torch.isfinite(load_dictionary(values["out_dir"]).W_dec).all()
+
+
+def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
+    import sae.files as files
+
+    save, calls = files.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) > 2:
+            path.write_bytes(b"half of it")
+            raise files.SafetensorError("No space left on device (os error 28)")
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(values)
+    monkeypatch.undo()
+    assert load_dictionary(values["out_dir"]).n_latents == 67
+    assert not list(Path(values["out_dir"]).glob(".*.partial"))
+    whole = run(values, out_dir=values["out_dir"] + "-whole")
+    assert_equal_runs(run(values), whole)
+
+
+# Preflight.
+
+
+def test_preflight_tells_sizes_without_doing_anything(values, tmp_path):
+    values["harvest"]["store"] = str(tmp_path / "none")
+    recipe = check_recipe(values, "recipe")
+    plan = preflight(recipe)
+    assert plan.steps == 30
+    assert plan.widths == {"transformer.h.2:out": 128}
+    assert plan.disk_bytes == 6000 * (128 * 4 + 16)
+    assert plan.shuffle_tokens == 5700
+    assert plan.parameters == 2 * 67 * 128 + 67 + 128
+    assert plan.memory_bytes > 16 * plan.parameters
+    assert not (tmp_path / "none").exists()
+    assert not Path(values["out_dir"]).exists()
+    shown = dict(plan.lines(recipe))
+    assert "the whole store" in shown["shuffle"]
+
+
+def test_preflight_refuses_what_cannot_work(values, tmp_path):
+    values["harvest"] |= {"store": str(tmp_path / "none"), "tokens": 100}
+    with pytest.raises(ValueError, match=r"batch_tokens: expected at most the 95 training tokens"):
+        preflight(check_recipe(values, "recipe"))
+    values["harvest"] |= {"tokens": 10**15}
+    with pytest.raises(ValueError, match=r"harvest\.store: .* needs about .* TB, .* are free"):
+        preflight(check_recipe(values, "recipe"))
+    values["harvest"] |= {"tokens": 6000, "hooks": ["transformer.h.7:out"]}
+    values["dictionary"]["hook"] = "transformer.h.7:out"
+    with pytest.raises(ValueError, match=r"does not exist in embedded\. Nearest"):
+        preflight(check_recipe(values, "recipe"))
+
+
+# Processes that are killed.
+
+
+def spawn(recipe_path):
+    command = [sys.executable, "-m", "sparsary", "train", recipe_path]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+
+
+def wait_for_state(directory, process, after=0.0):
+    deadline = time.monotonic() + 120
+    state = Path(directory) / "state.safetensors"
+    while not (state.exists() and state.stat().st_mtime > after) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_first(values, write_recipe, number):
+    values |= {"tokens": 2_000_000, "save_every": 50}
+    process = spawn(write_recipe(values))
+    wait_for_state(values["out_dir"], process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Stopped at step" in output
+    assert "Traceback" not in output
+    saved = json.loads((Path(values["out_dir"]) / "dictionary.json").read_text())["provenance"]["training_tokens"]
+    assert f"step {saved // 101};" in output
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_bit_equal_to_none(values, write_recipe, tmp_path):
+    """SIGKILL at random moments, saves included; the same command each time; the same weights at the end."""
+    import random
+
+    values |= {"tokens": 101 * 1500, "save_every": 7, "log_every": 13}
+    values["dictionary"]["n_latents"] = 509
+    whole = run(values, out_dir=str(tmp_path / "whole"))
+    path, generator, kills = write_recipe(values), random.Random(0), 0
+    while kills < 24:
+        state = Path(values["out_dir"]) / "state.safetensors"
+        before = state.stat().st_mtime if state.exists() else 0.0
+        process = spawn(path)
+        wait_for_state(values["out_dir"], process, before)
+        time.sleep(generator.random() * 0.35)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        load_dictionary(values["out_dir"])
+    assert kills >= 20
+    process = spawn(path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_equal_runs(whole, values["out_dir"])
+    assert torch.equal(load_dictionary(whole).W_dec, load_dictionary(values["out_dir"]).W_dec)
+
+
+MEMORY = """
+import resource, sys, torch
+from training.recipe import check_recipe
+from training.run import train
+import json
+train(check_recipe(json.loads(sys.argv[1]), "recipe"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_training_does_not_grow_with_the_store(values, tmp_path):
+    """Peak resident size over a store of 20,000 tokens and of 200,000, training only."""
+    peaks = {}
+    for tokens in (20_000, 200_000):
+        values["harvest"] |= {"tokens": tokens, "store": str(tmp_path / f"store{tokens}"), "shard_tokens": 10_000}
+        values |= {"batch_tokens": 1000, "tokens": 200_000, "out_dir": str(tmp_path / f"run{tokens}")}
+        run_harvest(check_recipe(values, "recipe"))
+        command = [sys.executable, "-c", MEMORY, json.dumps(values)]
+        peaks[tokens] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert peaks[200_000] < 1.1 * peaks[20_000], peaks

@@ -1,0 +1,307 @@
+"""Harvest and shards: what is stored, how it resumes, and what damage says."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae.files import sha256
+from training.activations import harvest as harvest_module
+from training.activations.harvest import harvest
+from training.activations.shards import Rows, Store, dequantize, quantize
+from training.activations.stream import StoreStream
+from training.recipe import HarvestSection, TextSection
+from training.text import is_heldout
+
+HOOK, SECOND = "transformer.h.2:out", "transformer.h.2.mlp:in"
+TEXT = TextSection(context_length=32)
+
+
+def section(directory, **options):
+    defaults = {"hooks": (HOOK,), "tokens": 3000, "store": str(directory), "shard_tokens": 900, "exclude_leading": 2, "heldout": 0.2}
+    return HarvestSection(**(defaults | options))
+
+
+@pytest.fixture(scope="module")
+def store(embedded_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stores") / "two-hooks"
+    return harvest(embedded_model, TEXT, section(directory, hooks=(HOOK, SECOND), gradients=True))
+
+
+@pytest.fixture
+def copy(store, tmp_path):
+    """A copy of the store that a test may damage."""
+    shutil.copytree(store.directory, tmp_path / "copy")
+    return Store.open(tmp_path / "copy")
+
+
+def test_rows_are_the_model_s_activations(store, embedded_model):
+    ids = [Rows(store, "train", name).gather(np.arange(store.tokens("train"))) for name in ("token", "document", "position")]
+    x = Rows(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train")))
+    g = Rows(store, "train", f"grad:{HOOK}").gather(np.arange(store.tokens("train")))
+    from training.text import contexts
+
+    first = next(contexts(TEXT, embedded_model.tokenizer))
+    row = torch.from_numpy(first.token_ids).long().unsqueeze(0)
+    values, gradients = embedded_model.activations_and_gradients(row, (HOOK,))
+    found = 0
+    for i in range(40):
+        token, document, position = (int(t[i]) for t in ids)
+        if document == first.document_ids[position] and token == first.token_ids[position]:
+            torch.testing.assert_close(x[i], values[HOOK][0, position], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(g[i], gradients[HOOK][0, position], rtol=1e-3, atol=1e-5)
+            found += 1
+    assert found > 10
+
+
+def test_excluded_tokens_are_not_stored(store, embedded_model):
+    for split in ("train", "heldout"):
+        everything = np.arange(store.tokens(split))
+        tokens, positions = (Rows(store, split, name).gather(everything) for name in ("token", "position"))
+        assert positions.min() >= 2
+        # With gradients the last position, which predicts nothing, is left out too.
+        assert positions.max() == 30
+        assert not set(tokens.tolist()) & set(embedded_model.tokenizer.all_special_ids)
+
+
+def test_the_split_is_by_document(store):
+    for split, expected in (("train", False), ("heldout", True)):
+        documents = Rows(store, split, "document").gather(np.arange(store.tokens(split)))
+        assert documents.unique().numel() > 5
+        assert {is_heldout(int(d), 0.2) for d in documents} == {expected}
+
+
+def test_the_manifest_says_everything(store):
+    manifest = store.manifest
+    assert manifest["complete"]
+    assert manifest["model"] == {"id": "embedded", "revision": None, "dtype": "float32"}
+    assert manifest["exclude"] == {"special": True, "leading": 2}
+    assert manifest["text"]["context_length"] == 32
+    assert manifest["gradients"]["reduction"].startswith("sum")
+    assert len(manifest["tokenizer_sha256"]) == 64
+    assert set(manifest["hooks"]) == {HOOK, SECOND}
+    assert sum(s["tokens"] for s in manifest["shards"]) >= 3000
+    for shard in manifest["shards"]:
+        assert sha256(store.directory / shard["name"]) == shard["sha256"]
+
+
+def test_statistics_are_those_of_the_training_rows(store):
+    x = Rows(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train"))).double()
+    moments = store.moments(HOOK)
+    assert moments.count == x.shape[0]
+    torch.testing.assert_close(moments.mean, x.mean(0))
+    torch.testing.assert_close(moments.deviation, (x - x.mean(0)).pow(2).sum(0))
+
+
+@pytest.mark.parametrize(("dtype", "fvu"), [("bfloat16", 1e-4), ("float16", 1e-6), ("int8", 1e-3)])
+def test_other_dtypes_cost_what_the_manifest_says(embedded_model, tmp_path, dtype, fvu):
+    exact = harvest(embedded_model, TEXT, section(tmp_path / "exact", tokens=1500))
+    small = harvest(embedded_model, TEXT, section(tmp_path / "small", tokens=1500, dtype=dtype, block=64))
+    rows = np.arange(exact.tokens("train"))
+    x, x_small = (Rows(s, "train", f"x:{HOOK}").gather(rows).double() for s in (exact, small))
+    lost = float((x - x_small).pow(2).sum() / (x_small - x_small.mean(0)).pow(2).sum())
+    assert 0 < lost < fvu
+    assert small.manifest["hooks"][HOOK]["rounding_fvu"] == pytest.approx(lost, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [5, 64, 130])
+def test_quantized_rows_are_within_half_a_step(width):
+    rows = torch.randn(23, width) * torch.logspace(-3, 3, 23).unsqueeze(-1)
+    rows[3] = 0.0
+    codes, scale = quantize(rows, 32)
+    assert codes.dtype == torch.int8
+    assert scale.shape == (23, -(-width // 32))
+    error = (dequantize(codes, scale, 32) - rows).abs()
+    bound = scale.float().repeat_interleave(32, dim=-1)[:, :width] * 0.501
+    assert (error <= bound).all()
+    assert (error[3] == 0).all()
+
+
+def test_int8_refuses_what_float16_scales_cannot_hold():
+    with pytest.raises(ValueError, match="bfloat16"):
+        quantize(torch.full((1, 4), 1e8), 4)
+
+
+def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_path, monkeypatch):
+    whole = harvest(embedded_model, TEXT, section(tmp_path / "whole"))
+    written = 0
+    write = harvest_module.write_tensors
+
+    def dying(*arguments):
+        nonlocal written
+        written += 1
+        if written == 4:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(harvest_module, "write_tensors", dying)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(embedded_model, TEXT, section(tmp_path / "parts"))
+    broken = Store.open(tmp_path / "parts")
+    assert not broken.manifest["complete"]
+    assert broken.problems() == []
+    monkeypatch.setattr(harvest_module, "write_tensors", write)
+    parts = harvest(embedded_model, TEXT, section(tmp_path / "parts"))
+    assert parts.manifest == whole.manifest
+
+
+def test_more_tokens_can_be_added_later(embedded_model, tmp_path):
+    first = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=1000))
+    before = [shard["sha256"] for shard in first.manifest["shards"]]
+    more = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=3000))
+    assert [shard["sha256"] for shard in more.manifest["shards"]][: len(before)] == before
+    assert more.tokens("train") + more.tokens("heldout") >= 3000
+
+
+def test_text_that_ends_early_is_said_and_kept(embedded_model, tmp_path, caplog):
+    (tmp_path / "t.txt").write_text("\n\n".join(["The war lasted from the year 1732 to the year 1741."] * 30))
+    text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=16)
+    small = harvest(embedded_model, text, section(tmp_path / "s", heldout=0.0))
+    assert 0 < small.tokens("train") < 3000
+    assert "The text ended after" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ({"context_length": 16}, {}, "text.context_length: 32 in the store, 16 in the recipe"),
+        ({"seed": 5}, {}, "text.seed: 1 in the store, 5 in the recipe"),
+        ({}, {"hooks": ("transformer.h.1:out",)}, "harvest.hooks: transformer.h.1:out is not in the store"),
+        ({}, {"dtype": "int8"}, "dtype: 'float32' in the store, 'int8' in the recipe"),
+        ({}, {"exclude_leading": 0}, "exclude.leading: 2 in the store, 0 in the recipe"),
+        ({}, {"heldout": 0.1}, "heldout: 0.2 in the store, 0.1 in the recipe"),
+        ({}, {"gradients": False}, "gradients: "),
+    ],
+)
+def test_a_store_made_for_something_else_is_refused_and_says_why(copy, embedded_model, text, options, message):
+    options = {"hooks": (HOOK, SECOND), "gradients": True} | options
+    with pytest.raises(ValueError, match="made for something else") as caught:
+        harvest(embedded_model, TextSection(**({"context_length": 32} | text)), section(copy.directory, **options))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", {"id": "gpt2", "revision": None, "dtype": "float32"}, "model.id: 'gpt2' in the store, 'embedded'"),
+        ("model", {"id": "embedded", "revision": None, "dtype": "bfloat16"}, "model.dtype: 'bfloat16' in the store"),
+        ("tokenizer_sha256", "0", "tokenizer_sha256: '0' in the store"),
+    ],
+)
+def test_a_store_of_another_model_is_refused(copy, embedded_model, key, value, message):
+    copy.manifest[key] = value
+    (copy.directory / "manifest.json").write_text(json.dumps(copy.manifest))
+    with pytest.raises(ValueError, match=message):
+        harvest(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))
+
+
+def test_a_store_of_another_width_is_refused(copy, embedded_model):
+    copy.manifest["hooks"][HOOK]["width"] = 64
+    (copy.directory / "manifest.json").write_text(json.dumps(copy.manifest))
+    with pytest.raises(ValueError, match="width: 64 in the store, 128 in the recipe"):
+        harvest(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(damage_truncate, "truncated"), (damage_flip, "damaged"), (lambda p: p.unlink(), "missing")]
+)
+def test_a_damaged_shard_is_named(copy, damage, message):
+    damage(copy.directory / "train-00001.safetensors")
+    with pytest.raises(ValueError, match=rf"train-00001\.safetensors: .*{message}"):
+        copy.verify()
+
+
+def test_every_damaged_shard_is_named_at_once(copy):
+    for name in ("train-00000.safetensors", "heldout-00001.safetensors"):
+        damage_flip(copy.directory / name)
+    with pytest.raises(ValueError, match="train-00000") as caught:
+        copy.verify()
+    assert "heldout-00001" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": "x"}', '{"format": "sparsary-store", "format_version": 7}'])
+def test_a_damaged_manifest_is_named(copy, text):
+    (copy.directory / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        Store.open(copy.directory)
+
+
+def test_not_finite_activations_at_harvest_name_row_and_document(embedded_model, tmp_path, monkeypatch):
+    original = embedded_model.activations
+
+    def poisoned(token_ids, hooks, attention_mask=None):
+        seen = original(token_ids, hooks, attention_mask)
+        if token_ids.shape[1] > 2:
+            seen[HOOK][0, 7, 3] = float("nan")
+        return seen
+
+    monkeypatch.setattr(embedded_model, "activations", poisoned)
+    with pytest.raises(ValueError, match=r"x:transformer\.h\.2:out: not finite at row \d+ of shard 0 .*'position': 7"):
+        harvest(embedded_model, TEXT, section(tmp_path / "s"))
+
+
+def test_not_finite_activations_in_a_shard_name_shard_and_row(copy):
+    path = copy.directory / "train-00001.safetensors"
+    tensors = load_file(path)
+    tensors[f"x:{HOOK}"][5, 2] = float("inf")
+    save_file(tensors, path)
+    stream = StoreStream(copy, HOOK, batch_tokens=copy.tokens("train"), seed=0)
+    with pytest.raises(ValueError, match=r"train-00001\.safetensors: x:transformer\.h\.2:out: row 5 is not finite"):
+        next(stream)
+
+
+def test_a_folder_with_other_things_is_not_harvested_into(embedded_model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not empty and not a store"):
+        harvest(embedded_model, TEXT, section(tmp_path))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from training.activations.harvest import harvest
+from training.activations.model import load_model
+from training.recipe import HarvestSection, ModelSection, TextSection
+section = HarvestSection(hooks=("transformer.h.2:out",), tokens=4000, store=sys.argv[1], shard_tokens=900)
+model, text = load_model(ModelSection()), TextSection(context_length=32)
+if sys.argv[2] == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+    section = section.model_copy(update={"shard_tokens": 2500})
+try:
+    harvest(model, text, section)
+except OSError as error:
+    print("OSError", error)
+"""
+
+
+def test_a_full_disk_keeps_what_was_complete(tmp_path):
+    """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
+
+    def run(mode):
+        command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "s"), mode]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert signal.SIGXFSZ
+    assert "could not be written" in run("full")
+    held = Store.open(tmp_path / "s")
+    assert held.problems() == []
+    assert not held.manifest["complete"]
+    assert run("room") == ""
+    assert Store.open(tmp_path / "s").manifest["complete"]
+    assert not list((tmp_path / "s").glob(".*.partial"))

@@ -1,0 +1,196 @@
+"""Streams: a true global shuffle, exact resume, and every token once a pass."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from training.activations.harvest import harvest
+from training.activations.stream import LiveStream, StoreStream, TensorStream, permute
+from training.recipe import HarvestSection, TextSection
+from training.text import is_heldout
+
+HOOK = "transformer.h.1:out"
+TEXT = TextSection(context_length=32)
+BATCH = 101
+
+
+@pytest.fixture(scope="module")
+def store(embedded_model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("stores") / "s"
+    section = HarvestSection(hooks=(HOOK,), tokens=20_000, store=str(directory), shard_tokens=3000, exclude_leading=1)
+    return harvest(embedded_model, TEXT, section)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 4096, 4097, 100_003])
+def test_permute_is_a_bijection(n):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, 5)), np.arange(n))
+
+
+def test_permutations_of_other_keys_are_unrelated():
+    n = 10_000
+    a, b = permute(np.arange(n), n, 1), permute(np.arange(n), n, 2)
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.04
+    assert (a == b).mean() < 0.01
+
+
+def test_the_shuffle_reaches_over_the_whole_store(store):
+    """Documents of a batch are uniform over the store, and neighbours in the stream are strangers."""
+    stream = StoreStream(store, HOOK, BATCH, seed=0)
+    documents = np.concatenate([next(stream).labels["document"].numpy() for _ in range(stream.n // BATCH)])
+    stream.release()
+    last = documents.max() + 1
+    # Chi-square of 10 equal ranges of rows within each fifth of the pass: 9 degrees of freedom each.
+    order = stream.order(0, stream.n)
+    for fifth in np.array_split(order, 5):
+        counts = np.bincount(fifth * 10 // stream.n, minlength=10)
+        chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+        assert chi2 < 27.9, counts  # 99.9 %
+    serial = np.corrcoef(documents[:-1], documents[1:])[0, 1]
+    position = np.corrcoef(documents, np.arange(len(documents)))[0, 1]
+    bound = 4 / np.sqrt(len(documents))
+    assert abs(serial) < bound, serial
+    assert abs(position) < bound, position
+    # What it would be unshuffled, so that the bound above means something.
+    in_order = np.sort(documents)
+    assert np.corrcoef(in_order[:-1], in_order[1:])[0, 1] > 0.99
+    assert last > 100
+
+
+def test_every_row_comes_once_a_pass_and_passes_differ(store):
+    stream = StoreStream(store, HOOK, BATCH, seed=3)
+    n = stream.n
+    first, second = stream.order(0, n), stream.order(n, n)
+    assert np.array_equal(np.sort(first), np.arange(n))
+    assert np.array_equal(np.sort(second), np.arange(n))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, StoreStream(store, HOOK, BATCH, seed=4).order(0, n))
+
+
+def test_batches_hold_the_rows_of_the_order(store):
+    stream = StoreStream(store, HOOK, BATCH, seed=3)
+    everything = stream.rows["x"].gather(np.arange(stream.n))
+    for number, batch in enumerate(itertools.islice(stream, 7)):
+        rows = stream.order(number * BATCH, BATCH)
+        assert torch.equal(batch.x, everything[rows])
+    stream.release()
+
+
+@pytest.fixture(params=["store", "live", "tensors"])
+def make(request, store, embedded_model):
+    section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_leading=1, batch_contexts=8)
+    tensors = [torch.randn(n, 6) for n in (5, 300, 1, 77, 250)]
+    return {
+        "store": lambda: StoreStream(store, HOOK, BATCH, seed=1),
+        "live": lambda: LiveStream(embedded_model, TEXT, section, HOOK, BATCH, seed=1),
+        "tensors": lambda: TensorStream(tensors, BATCH),
+    }[request.param]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 11])
+def test_a_resumed_stream_goes_on_exactly(make, stop):
+    whole = make()
+    expected = [next(whole).x for _ in range(15)]
+    whole.close()
+    part = make()
+    for _ in range(stop):
+        next(part)
+    position = part.position()
+    part.close()
+    resumed = make()
+    resumed.seek(position)
+    for batch in expected[stop:]:
+        assert torch.equal(next(resumed).x, batch)
+    resumed.close()
+
+
+def test_sampling_does_not_move_the_stream(make):
+    plain, sampled = make(), make()
+    sample = sampled.sample(50)
+    assert sample.shape[0] == 50
+    assert torch.isfinite(sample).all()
+    sampled.moments()
+    assert torch.equal(next(plain).x, next(sampled).x)
+    plain.close()
+    sampled.close()
+
+
+def test_live_batches_are_training_tokens_and_match_the_model(embedded_model):
+    section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_leading=1, heldout=0.3)
+    stream = LiveStream(embedded_model, TEXT, section, HOOK, BATCH, seed=1)
+    documents = torch.cat([next(stream).labels["document"] for _ in range(12)])
+    stream.close()
+    assert not any(is_heldout(int(d), 0.3) for d in documents)
+
+
+def test_live_text_starts_over(embedded_model, tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(["The war lasted from the year 1732 to the year 1741."] * 12))
+    text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=16)
+    section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=200, exclude_leading=1, heldout=0.0)
+    stream = LiveStream(embedded_model, text, section, HOOK, 50, seed=1)
+    assert sum(next(stream).x.shape[0] for _ in range(20)) == 1000
+    stream.close()
+
+
+def test_a_batch_larger_than_the_store_or_the_buffer_is_refused(store, embedded_model):
+    with pytest.raises(ValueError, match=r"batch_tokens: expected at most the \d+ train tokens of .*, got 50000"):
+        StoreStream(store, HOOK, 50_000, seed=0)
+    section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=100)
+    with pytest.raises(ValueError, match=r"live_buffer_tokens: expected at least batch_tokens = 101, got 100"):
+        LiveStream(embedded_model, TEXT, section, HOOK, BATCH, seed=1)
+
+
+def test_an_iterator_is_used_once_and_ends():
+    rows = torch.arange(40.0).view(20, 2)
+    stream = TensorStream(iter(rows.split(7)), 6)
+    assert torch.equal(stream.sample(9), rows[:9])
+    found = torch.cat([batch.x for batch in stream])
+    assert torch.equal(found, rows[:18])
+
+
+def test_a_list_is_passed_over_again():
+    rows = torch.arange(40.0).view(20, 2)
+    stream = TensorStream([rows], 6)
+    found = torch.cat([next(stream).x for _ in range(10)])
+    assert torch.equal(found, rows.repeat(3, 1))
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([torch.zeros(3)], r"activations: tensor 0: expected \(tokens, d_in\), got \(3,\)"),
+        ([torch.ones(9, 2), torch.full((4, 2), float("nan"))], r"activations: tensor 1: row 0 is not finite"),
+    ],
+)
+def test_bad_tensors_are_named(tensors, message):
+    stream = TensorStream(tensors, 3)
+    with pytest.raises(ValueError, match=message):
+        for _ in range(5):
+            next(stream)
+
+
+def test_an_error_in_the_background_reaches_the_caller():
+    def broken():
+        yield torch.ones(4, 2)
+        raise OSError("the disk is gone")
+
+    stream = TensorStream(broken(), 2)
+    next(stream)
+    next(stream)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+
+
+def test_waiting_is_measured():
+    import time
+
+    def slow():
+        for _ in range(3):
+            time.sleep(0.05)
+            yield torch.ones(2, 2)
+
+    stream = TensorStream(slow(), 2)
+    assert len(list(stream)) == 3
+    assert stream.waited_seconds > 0.1
