@@ -73,7 +73,7 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "text": "The corpus. Only documents held out from training are evaluated.",
         "training_tokens": "Tokens trained on; a token seen twice counts twice.",
         "git_commit": "Version of the code that trained the dictionary.",
-        "documents": "Held-out documents scored. None of them took part in fitting the mean or the linear error.",
+        "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
         "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
     },
     "Reconstruction": {
@@ -270,14 +270,13 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
         ax.set(xlim=(low - 4.5, low + 4.5), ylim=(0, bars[0] * 1.2))
         ax.text(low, bars[0] * 1.02, f"every token: {low}", ha="center", va="bottom")
         return f"Exactly {low} latents fire on every one of {_show(int(counts.sum()))} tokens."
-    mean, median, p10, p90 = (_finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
+    # NaN draws nothing and shows as undefined.
+    named = (_finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
+    mean, median, p10, p90 = (math.nan if value is None else value for value in named)
     span = f"10\u201390 %: {_show(p10)}\u2013{_show(p90)}"
-    if p10 is not None and p90 is not None:
-        ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
-    if median is not None:
-        ax.axvline(median, color=INK, linewidth=1.2, linestyle="--", label=f"median {_show(median)}")
-    if mean is not None:
-        ax.axvline(mean, color=WARN, linewidth=1.6, label=f"mean {_show(mean)}")
+    ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
+    ax.axvline(median, color=INK, linewidth=1.2, linestyle="--", label=f"median {_show(median)}")
+    ax.axvline(mean, color=WARN, linewidth=1.6, label=f"mean {_show(mean)}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.1)
     return f"Latents firing on a token: mean {_show(mean)}, median {_show(median)}, {span} of the tokens, at most {high}."
 

@@ -41,7 +41,7 @@ def test_a_fresh_dictionary_has_unit_scale_and_a_reconstruction_that_does_not_ov
     # The encoder starts as a multiple of the atoms.
     ratio = sae.W_enc / sae.W_dec
     torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
-    assert float((sae(rows) - rows).pow(2).sum(-1).mean()) < variance
+    assert float((sae(rows) - rows).pow(2).sum(-1).mean().detach()) < variance
 
 
 def test_without_normalisation_scales_stay_1():

@@ -85,15 +85,16 @@ def rows_of(model: LanguageModel, batch: list[Context], section: HarvestSection,
 class Identity:
     """What makes two harvests the same, as manifest entries; only the hooks may be more in the store."""
 
-    entries: dict[str, Any]
+    # Path in the manifest -> value; hook names hold dots, so paths are tuples.
+    entries: dict[tuple[str, ...], Any]
     hooks: tuple[str, ...]
 
     def check(self, store: Store) -> None:
         """Raise ``ValueError`` with one line for every way in which the store is not the recipe's."""
         problems = [
-            f"{key}: {_nested(store.manifest, key)!r} in the store, {value!r} in the recipe"
-            for key, value in self.entries.items()
-            if _nested(store.manifest, key) != value
+            f"{'.'.join(path)}: {_nested(store.manifest, path)!r} in the store, {value!r} in the recipe"
+            for path, value in self.entries.items()
+            if _nested(store.manifest, path) != value
         ]
         held = store.manifest["hooks"]
         problems += [
@@ -109,33 +110,35 @@ class Identity:
             )
 
 
-def _nested(values: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part, {})
+def _nested(values: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else None
     return values
 
 
 def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSection) -> Identity:
     """The identity as far as it is known without loading the model."""
-    entries: dict[str, Any] = {"model.id": model.id, "model.dtype": model.dtype}
+    entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
     if model.revision is not None:
-        entries["model.revision"] = model.revision
-    entries |= {f"text.{key}": value for key, value in text.model_dump(mode="json").items()}
+        entries["model", "revision"] = model.revision
+    entries |= {("text", key): value for key, value in text.model_dump(mode="json").items()}
     entries |= {
-        "dtype": section.dtype,
-        "block": section.block,
-        "gradients": GRADIENT_KIND if section.gradients else None,
-        "exclude.special": section.exclude_special,
-        "exclude.leading": section.exclude_leading,
-        "heldout": section.heldout,
+        ("dtype",): section.dtype,
+        ("block",): section.block,
+        ("gradients",): GRADIENT_KIND if section.gradients else None,
+        ("exclude", "special"): section.exclude_special,
+        ("exclude", "leading"): section.exclude_leading,
+        ("heldout",): section.heldout,
     }
     return Identity(entries, section.hooks)
 
 
 def model_identity(model: LanguageModel, hooks: tuple[str, ...]) -> Identity:
     """What only the loaded model can say."""
-    widths = {f"hooks.{hook}.width": width for hook, width in model.widths(hooks).items()}
-    return Identity({"tokenizer_sha256": tokenizer_digest(model.tokenizer), "model.revision": model.revision} | widths, hooks)
+    entries: dict[tuple[str, ...], Any] = {("hooks", hook, "width"): width for hook, width in model.widths(hooks).items()}
+    entries["tokenizer_sha256",] = tokenizer_digest(model.tokenizer)
+    entries["model", "revision"] = model.revision
+    return Identity(entries, hooks)
 
 
 def harvest(
