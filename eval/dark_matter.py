@@ -34,7 +34,7 @@ class LinearFit:
         self.outputs += x.T @ targets
         self.tokens += x.shape[0]
 
-    def solve(self) -> Float[Tensor, "d_in+1 d_out+1"]:
+    def solve(self) -> Float[Tensor, "columns targets"]:
         """The regression's coefficients: one column per error dimension, and the last for the squared norm."""
         d = self.inputs.shape[0]
         # A ridge of a millionth of the mean eigenvalue only decides directions in which the activations do not vary.

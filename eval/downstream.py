@@ -30,7 +30,7 @@ class Downstream:
         self,
         token_ids: Int[Tensor, "contexts positions"],
         kept: Bool[Tensor, "contexts positions"],
-        counted: Bool[Tensor, "contexts positions-1"],
+        counted: Bool[Tensor, "contexts predictions"],
         clean_logits: Float[Tensor, "contexts positions vocabulary"],
         reconstruction: Float[Tensor, "contexts positions d_out"],
     ) -> None:

@@ -243,7 +243,7 @@ def density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     ax.set_xticks([at, *ticks], ["dead", *(f"{tick}".replace("-", "\u2212") for tick in ticks)])
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.grid(visible=True, axis="y")
-    often = f", most often about {10 ** centers[counts.argmax()]:.2g} of the time" if len(filled) else ""
+    often = f", most often on about {10 ** centers[counts.argmax()]:.2g} of the tokens" if len(filled) else ""
     words = f"{_show(round(counts.sum()))} latents fire{often}; dead: {_show(dead)}"
     return f"{words}; dense, firing on more than {DENSE:g} of the tokens: {_show(dense)}."
 

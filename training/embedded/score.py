@@ -57,6 +57,7 @@ def cross_entropy(model, tokenizer: Any, n: int, seed: int = 7) -> float:
 
 def score(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
     """Every figure of the model card, on held-out combinations of names, nouns and years."""
+    was_training = model.training
     model.eval()
     results = {
         "indirect_object_accuracy": accuracy(model, tokenizer, prompts("indirect_object", n)),
@@ -71,7 +72,7 @@ def score(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
     # An attractor of the other number is where agreement is hard.
     hard = [p for kind in AGREEMENT_KINDS[1:] for p in prompts("agreement", 2 * n, kind=kind) if _attracted(p)]
     results["agreement_attractor_accuracy"] = accuracy(model, tokenizer, hard[:n])
-    model.train()
+    model.train(was_training)
     return results
 
 
