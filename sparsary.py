@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from training.stopping import Stopped
+
 __all__ = ["evaluate", "load", "push_to_hub", "train"]
 
 
@@ -161,17 +163,17 @@ def main() -> None:
     for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        # Not standalone: typer would turn Ctrl-C into its own "Aborted!".
-        sys.exit(app(standalone_mode=False) or 0)
+        # Not standalone: errors are to be shown our way. Ctrl-C comes back as status 130.
+        status = app(standalone_mode=False) or 0
+        if status == 130:
+            print("Stopped. What was complete is saved; the same command continues.", file=sys.stderr)
+        sys.exit(status)
     except typer.TyperException as error:
         print(f"sparsary: {error.format_message()} Try: sparsary --help", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        print(
-            stopped.args[0] if stopped.args else "Stopped. What was complete is saved; the same command continues.",
-            file=sys.stderr,
-        )
-        sys.exit(128 + getattr(stopped, "signal_number", 2))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
     except (ValueError, OSError) as error:
         print(f"sparsary: {error}", file=sys.stderr)
         sys.exit(2)

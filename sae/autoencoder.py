@@ -19,7 +19,8 @@ class SAE(SparseDictionary):
 
     def __init__(self, d_in: int, n_latents: int, encoder: Encoder):
         super().__init__(d_in, d_in, n_latents, encoder)
-        self.tie_encoder()
+        if not self.W_dec.is_meta:
+            self.tie_encoder()
 
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         return x - self.b_dec

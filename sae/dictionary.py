@@ -38,11 +38,11 @@ class SparseDictionary(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
-        # Unit atoms from an isotropic distribution, encoder tied to them at the start only (Gao et al. 2024, section 2).
-        with torch.no_grad():
+        # On the meta device there are no numbers, and drawing them there would first import torch's compiler.
+        if not self.W_dec.is_meta:
             nn.init.normal_(self.W_dec)
-            self.renormalize()
             nn.init.normal_(self.W_enc, std=d_in**-0.5)
+            self.renormalize()
 
     @abstractmethod
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:

@@ -1,8 +1,10 @@
 """The command line and the facade, as a user meets them."""
 
 import json
+import logging
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,19 +15,39 @@ import sparsary
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "sparsary", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+@dataclass
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_harvest_train_eval_info(recipe_values, write_recipe):
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs the console script's function in this process: a new one would spend seconds importing torch."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparsary", *arguments])
+        # basicConfig does nothing where a handler is set, and pytest sets one.
+        monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            sparsary.main()
+        return Finished(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+def test_harvest_train_eval_info(command, recipe_values, write_recipe, caplog):
     path, out, store = write_recipe(recipe_values), recipe_values["out_dir"], recipe_values["harvest"]["store"]
     harvested = command("harvest", path)
     assert harvested.returncode == 0, harvested.stderr
     assert "training and" in harvested.stdout
-    trained = command("train", path, "lr=2e-3")
+    with caplog.at_level(logging.INFO):
+        trained = command("train", path, "lr=2e-3")
     assert trained.returncode == 0, trained.stderr
     assert "sparsary eval" in trained.stdout
-    assert "fvu" in trained.stderr
+    assert "fvu" in caplog.text
     judged = command("eval", out, "--out", out + "/judged")
     assert judged.returncode == 0, judged.stderr
     assert "recovered" in judged.stdout
@@ -36,7 +58,7 @@ def test_harvest_train_eval_info(recipe_values, write_recipe):
         assert word in described.stdout
 
 
-def test_dry_run_shows_the_plan_and_does_nothing(recipe_values, write_recipe):
+def test_dry_run_shows_the_plan_and_does_nothing(command, recipe_values, write_recipe):
     planned = command("train", write_recipe(recipe_values), "--dry-run")
     assert planned.returncode == 0, planned.stderr
     for word in ("shuffle", "memory", "30 steps", "6,000 tokens", "128 -> 67"):
@@ -62,7 +84,7 @@ def test_dry_run_shows_the_plan_and_does_nothing(recipe_values, write_recipe):
         (["train", "RECIPE", "out_dir=/proc/x/y"], "cannot be written"),
     ],
 )
-def test_a_user_s_error_is_one_message_and_status_2(recipe_values, write_recipe, arguments, message):
+def test_a_user_s_error_is_one_message_and_status_2(command, recipe_values, write_recipe, arguments, message):
     path = write_recipe(recipe_values)
     failed = command(*(path if argument == "RECIPE" else argument for argument in arguments))
     assert failed.returncode == 2, failed.stderr
@@ -71,7 +93,7 @@ def test_a_user_s_error_is_one_message_and_status_2(recipe_values, write_recipe,
     assert "Traceback" not in failed.stderr + failed.stdout
 
 
-def test_info_finds_damage(recipe_values, write_recipe):
+def test_info_finds_damage(command, recipe_values, write_recipe):
     assert command("harvest", write_recipe(recipe_values)).returncode == 0
     shard = Path(recipe_values["harvest"]["store"]) / "train-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -93,7 +115,15 @@ def test_the_facade(recipe_values, write_recipe):
     assert report.keys() >= {"fvu", "l0_mean", "ce_recovered_zero", "fvu_nonlinear"}
 
 
-def test_help_is_quick_and_lists_the_commands():
+def test_the_console_script_runs_as_a_process_of_its_own(tmp_path):
+    run = [sys.executable, "-m", "sparsary", "train", str(tmp_path / "none.yaml")]
+    failed = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("sparsary: ")
+    assert "none.yaml: expected a recipe file" in failed.stderr
+
+
+def test_help_is_quick_and_lists_the_commands(command):
     shown = command("--help")
     assert shown.returncode == 0
     for name in ("harvest", "train", "eval", "info"):

@@ -58,7 +58,7 @@ def _spec(recipe: Recipe) -> str:
     return ", ".join(f"{key} {value}" if key != "name" else str(value) for key, value in recipe.dictionary.encoder.items())
 
 
-def _bytes(n: float) -> str:
+def _bytes(n: int | float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

@@ -28,16 +28,9 @@ from .preflight import preflight
 from .recipe import Recipe
 from .report import Report
 from .state import TrainState
+from .stopping import Stopped
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ended the run early, after it had saved itself; the same command continues it."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"Stopped at step {step}; everything is saved. The same command continues.")
-        self.signal_number = signal_number
 
 
 def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens: None) -> Store:

@@ -63,7 +63,8 @@ def test_the_regression_equals_least_squares(x):
     fit.update(x, error)
     ones = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     targets = torch.cat([error.double(), error.double().pow(2).sum(-1, keepdim=True)], 1)
-    torch.testing.assert_close(fit.solve(), torch.linalg.lstsq(ones, targets).solution, rtol=1e-3, atol=1e-4)
+    # Predictions, not coefficients: the ridge moves those in directions that hardly vary.
+    torch.testing.assert_close(ones @ fit.solve(), ones @ torch.linalg.lstsq(ones, targets).solution, rtol=1e-3, atol=1e-3)
 
 
 def test_a_perfect_dictionary_has_no_share_to_speak_of(x):

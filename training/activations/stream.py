@@ -24,7 +24,7 @@ from torch import Tensor
 from sae.metrics import Moments
 
 from ..recipe import HarvestSection, TextSection
-from ..text import Cursor, contexts, is_heldout
+from ..text import BEGINNING, Context, Cursor, contexts, is_heldout
 from . import harvest
 from .model import LanguageModel
 from .shards import LABELS, Rows, Store
@@ -266,44 +266,48 @@ class LiveStream(Stream):
         self.model, self.text, self.section = model, text, section
         self.hook_in, self.seed = hook_in, seed
         # Batch number at which a buffer begins -> (buffer number, place in the text).
-        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, Cursor(0, 0))}
+        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
         self._sample: Tensor | None = None
 
     def produce(self, start: int) -> Iterator[Batch]:
         begin = max(number for number in self.buffers if number <= start)
         number, cursor = self.buffers[begin]
-        while True:
-            rows, cursor = self._fill(cursor)
+        for rows, cursor in self._fill(cursor):
             batches = len(rows) // self.batch_tokens
             self.buffers[begin + batches] = (number + 1, cursor)
             if begin + batches > start:
                 order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
-                rows = rows.select(order)
+                shuffled = rows.select(order)
                 for i in range(max(start - begin, 0), batches):
-                    part = rows.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
-                    yield Batch(part.tensors[f"x:{self.hook_in}"], None, part.tensors.get(f"grad:{self.hook_in}"), part.labels)
+                    part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
+                    grad = part.tensors.get(f"grad:{self.hook_in}")
+                    yield Batch(part.tensors[f"x:{self.hook_in}"], None, grad, part.labels)
             begin, number = begin + batches, number + 1
 
-    def _fill(self, cursor: Cursor) -> tuple[harvest.Rows, Cursor]:
-        """Training tokens from ``cursor`` on, at least a buffer full."""
+    def _fill(self, cursor: Cursor) -> Iterator[tuple[harvest.Rows, Cursor]]:
+        """Buffer after buffer of training tokens from ``cursor`` on, and where the text stands after each."""
         pieces: list[harvest.Rows] = []
         while True:
-            empty = True
+            found = 0
             for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
-                rows = harvest.rows_of(self.model, batch, self.section, (self.hook_in,))
-                for name, values in rows.tensors.items():
-                    if not bool(torch.isfinite(values).all()):
-                        raise ValueError(f"{name}: not finite near document {cursor.document}. Set model.dtype: float32.")
-                train = torch.tensor(
-                    [not is_heldout(int(d), self.section.heldout) for d in rows.labels["document"]], dtype=torch.bool
-                )
-                pieces.append(rows.select(train))
-                cursor, empty = batch[-1].cursor, empty and not bool(train.any())
+                pieces.append(self._training_rows(batch))
+                found += len(pieces[-1])
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    return harvest.Rows.join(pieces), cursor
-            if empty and cursor == Cursor(0, 0):
+                    yield harvest.Rows.join(pieces), batch[-1].cursor
+                    pieces = []
+            if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
-            cursor = Cursor(0, 0)
+            cursor = BEGINNING
+
+    def _training_rows(self, batch: list[Context]) -> harvest.Rows:
+        rows = harvest.rows_of(self.model, batch, self.section, (self.hook_in,))
+        for name, values in rows.tensors.items():
+            if not bool(torch.isfinite(values).all()):
+                bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
+                where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
+                raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
+        heldout = [is_heldout(int(document), self.section.heldout) for document in rows.labels["document"]]
+        return rows.select(~torch.tensor(heldout, dtype=torch.bool))
 
     def position(self) -> dict[str, Any]:
         begin = max(number for number in self.buffers if number <= self.batches)
@@ -316,7 +320,7 @@ class LiveStream(Stream):
 
     def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
         if self._sample is None:
-            rows, _ = self._fill(Cursor(0, 0))
+            rows, _ = next(self._fill(BEGINNING))
             order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
             self._sample = rows.tensors[f"x:{self.hook_in}"][order]
         return self._sample[:tokens]
