@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test install check peers parity clean
+.PHONY: demo test install check peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
@@ -28,10 +28,10 @@ install: .venv/installed
 
 peers: .venv-peers/installed
 
-.venv-peers/installed: tests/parity/peers.txt
+.venv-peers/installed: tests/parity/peers.txt tests/parity/peers-nodeps.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	$(PEERS_PIP) install --quiet torch==2.13.0
 	$(PEERS_PIP) install --quiet --requirement tests/parity/peers.txt
+	$(PEERS_PIP) install --quiet --no-deps --requirement tests/parity/peers-nodeps.txt
 	touch $@
 
 clean:

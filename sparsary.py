@@ -68,7 +68,7 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     with _progress("harvest") as progress:
         config = load_recipe(recipe, parse_overrides(overrides or []))
-        store = run_harvest(config, progress(config.harvest.tokens))
+        store = run_harvest(config, progress(config.harvest.tokens or 0))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
 
@@ -89,7 +89,7 @@ def _train(
     if dry_run:
         return
     with _progress("harvest") as progress:
-        directory = run(config, progress=progress(config.harvest.tokens))
+        directory = run(config, progress=progress(config.harvest.tokens or 0))
     print(f"{directory}: done. Judge it with: sparsary eval {directory}")
 
 

@@ -192,7 +192,8 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("fvu", f"{report['fvu']:.4f}   cosine {report['cosine']:.4f}   on {report['tokens']:,} held-out tokens"),
         (
             "l0",
-            f"{report['l0_mean']:.2f}   median {report['l0_median']:.0f}   10-90 %: {report['l0_p10']:.0f}-{report['l0_p90']:.0f}",
+            f"{report['l0_mean']:.2f}   median {report['l0_median']:.0f}   10 to 90 %: "
+            f"{report['l0_p10']:.0f}-{report['l0_p90']:.0f}",
         ),
         ("latents", f"dead {report['dead_fraction']:.2%}   dense {report['dense_fraction']:.2%}"),
     ]

@@ -27,7 +27,13 @@ def recipe_values(tmp_path):
     """A recipe that runs in seconds: 6,000 tokens of the embedded model, 30 steps."""
     return {
         "text": {"context_length": 32},
-        "harvest": {"hooks": [HOOK], "tokens": 6000, "store": str(tmp_path / "store"), "shard_tokens": 2000, "exclude_leading": 2},
+        "harvest": {
+            "hooks": [HOOK],
+            "tokens": 6000,
+            "store": str(tmp_path / "store"),
+            "shard_tokens": 2000,
+            "exclude_leading": 2,
+        },
         "dictionary": {"hook": HOOK, "n_latents": 67, "encoder": {"name": "topk", "k": 5}},
         "tokens": 3030,
         "batch_tokens": 101,

@@ -104,7 +104,7 @@ def test_info_finds_damage(command, recipe_values, write_recipe):
 
 
 def test_the_facade(recipe_values, write_recipe):
-    directory = sparsary.train(write_recipe(recipe_values), dictionary__n_latents=71, **{"lr": 2e-3})
+    directory = sparsary.train(write_recipe(recipe_values), dictionary__n_latents=71, lr=2e-3)
     d = sparsary.load(str(directory))
     assert (d.d_in, d.d_out, d.n_latents, d.training) == (128, 128, 71, False)
     x = torch.randn(13, 128)

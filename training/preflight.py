@@ -46,7 +46,8 @@ class Plan:
             ("shuffle", f"{self.shuffle_tokens:,} tokens: {reach}"),
             (
                 "dictionary",
-                f"{recipe.dictionary.kind} {d} -> {recipe.dictionary.n_latents}, {_spec(recipe)}, {self.parameters:,} parameters",
+                f"{recipe.dictionary.kind} {d} -> {recipe.dictionary.n_latents}, {_spec(recipe)}, "
+                f"{self.parameters:,} parameters",
             ),
             ("training", f"{recipe.tokens:,} tokens in {self.steps:,} steps of {recipe.batch_tokens:,}{passes}"),
             ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
@@ -75,7 +76,8 @@ def preflight(recipe: Recipe) -> Plan:
     """
     widths = hook_widths(recipe.model, recipe.harvest.hooks)
     d = widths[recipe.dictionary.hook]
-    harvest, training = recipe.harvest, round(recipe.harvest.tokens * (1 - recipe.harvest.heldout))
+    harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
+    training = round(wanted * (1 - harvest.heldout))
     existing = Store.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
     if existing is not None:
         recipe_identity(recipe.model, recipe.text, harvest).check(existing)
@@ -90,7 +92,7 @@ def preflight(recipe: Recipe) -> Plan:
     per_token = sum(widths.values()) * STORED_BYTES[harvest.dtype] * (2 if harvest.gradients else 1) + LABEL_BYTES
     if harvest.dtype == "int8":
         per_token += sum(-(-width // harvest.block) * 2 for width in widths.values())
-    disk = 0 if harvest.store is None else round(max(harvest.tokens - done, 0) * per_token)
+    disk = 0 if harvest.store is None else round(max(wanted - done, 0) * per_token)
     _require_disk(recipe, disk)
     n = recipe.dictionary.n_latents
     parameters = 2 * n * d + n + d
@@ -103,7 +105,7 @@ def preflight(recipe: Recipe) -> Plan:
         passes=None if live else recipe.tokens / training,
         parameters=parameters,
         memory_bytes=memory,
-        stored_tokens=0 if live else harvest.tokens,
+        stored_tokens=0 if live else wanted,
         disk_bytes=disk,
         shuffle_tokens=harvest.live_buffer_tokens if live else training,
     )

@@ -66,7 +66,7 @@ class HarvestSection(Section):
     """Which activations are taken, and how they are stored."""
 
     hooks: Annotated[Names, Field(min_length=1)] = Field(description="module paths with a side, e.g. transformer.h.2:out")
-    tokens: Positive = Field(description="stored tokens to reach, held-out ones included")
+    tokens: Positive | None = Field(default=None, description="with a store: tokens to put in it, held-out ones included")
     store: str | None = Field(default=None, description="the store's directory; null streams straight from the model")
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     block: Positive = Field(default=64, description="int8: how many neighbouring dimensions share a scale")
@@ -267,6 +267,8 @@ def _check_together(recipe: Recipe) -> list[str]:
             problems.append(
                 f"harvest.hooks.{index}: expected a module path and a side, like {hook.split(':')[0]}:out, got {hook!r}."
             )
+    if recipe.harvest.store is not None and recipe.harvest.tokens is None:
+        problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
         problems.append("harvest.hooks: expected each hook once, got one twice.")
     if recipe.batch_tokens % recipe.accumulate:

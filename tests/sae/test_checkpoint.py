@@ -41,7 +41,10 @@ def test_the_directory_holds_two_plain_files(checkpoint):
     [
         (lambda t: t.pop("b_enc"), r"missing \['b_enc'\]"),
         (lambda t: t.update(extra=torch.zeros(2)), r"not expected \['extra'\]"),
-        (lambda t: t.update(W_dec=t["W_dec"].T.contiguous()), r"W_dec: expected torch.float32 \(13, 5\), got torch.float32 \(5, 13\)"),
+        (
+            lambda t: t.update(W_dec=t["W_dec"].T.contiguous()),
+            r"W_dec: expected torch.float32 \(13, 5\), got torch.float32 \(5, 13\)",
+        ),
         (lambda t: t.update(W_enc=t["W_enc"].half()), r"W_enc: expected torch.float32"),
         (lambda t: t["b_dec"].__setitem__(2, float("nan")), r"b_dec: expected finite numbers, got nan at \[2\]"),
         (lambda t: t["W_enc"].__setitem__((1, 4), float("inf")), r"W_enc: expected finite numbers, got inf at \[1, 4\]"),

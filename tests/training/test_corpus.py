@@ -86,7 +86,7 @@ def test_answers_are_right():
     for prompt in prompts("argument_copying", 50):
         assert prompt.answers[0] in prompt.words
         assert prompt.words[-1] == "param"
-    with pytest.raises(ValueError, match="task: expected one of .*induction.*, got 'ioi'"):
+    with pytest.raises(ValueError, match=r"task: expected one of .*induction.*, got 'ioi'"):
         prompts("ioi", 1)
 
 

@@ -7,7 +7,13 @@ from torch import nn
 from training.activations.model import LanguageModel, hook_widths, load_model, next_token_loss, resolve_device, tokenizer_digest
 from training.recipe import ModelSection
 
-HOOKS = ("transformer.h.1:in", "transformer.h.1.mlp:in", "transformer.h.1.mlp:out", "transformer.h.1.attn:out", "transformer.h.1:out")
+HOOKS = (
+    "transformer.h.1:in",
+    "transformer.h.1.mlp:in",
+    "transformer.h.1.mlp:out",
+    "transformer.h.1.attn:out",
+    "transformer.h.1:out",
+)
 
 
 @pytest.fixture

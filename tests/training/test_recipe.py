@@ -58,6 +58,7 @@ def test_an_unknown_key_does_not_hide_what_no_single_key_can_say(recipe_values):
         ("harvest.hooks", [], "harvest.hooks: "),
         ("harvest.hooks", ["transformer.h.2"], "expected a module path and a side"),
         ("harvest.hooks", ["transformer.h.2:out", "transformer.h.2:out"], "each hook once"),
+        ("harvest.tokens", None, "harvest.tokens: required with harvest.store, but missing"),
         ("harvest.heldout", 1.0, "harvest.heldout: expected less than 1, got 1.0"),
         ("harvest.exclude_leading", 32, "nothing would be left"),
         ("text.bos", "sometimes", "text.bos: expected 'context', 'document' or 'none', got 'sometimes'"),
@@ -88,7 +89,7 @@ def test_yaml_1_2_reads_exponents_as_numbers_and_no_as_a_word():
 
 @pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "\t- x: y: z"])
 def test_broken_yaml_is_one_line(text):
-    with pytest.raises(ValueError, match="recipe.yaml: expected YAML") as caught:
+    with pytest.raises(ValueError, match=r"recipe\.yaml: expected YAML") as caught:
         parse_yaml(text, "recipe.yaml")
     assert "\n" not in str(caught.value)
 

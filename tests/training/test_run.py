@@ -146,7 +146,9 @@ def test_dead_latents_are_revived_by_auxk(values):
     counts = {}
     for weight in (0.0, 1 / 32):
         values["out_dir"] += "x"
-        recipe = check_recipe(values | {"auxk_weight": weight, "dead_after_tokens": 101, "tokens": 10_100, "lr": 3e-3}, "recipe")
+        recipe = check_recipe(
+            values | {"auxk_weight": weight, "dead_after_tokens": 101, "tokens": 10_100, "lr": 3e-3}, "recipe"
+        )
         initialize = run_module.initialize
 
         def with_dead(dictionary, *arguments, initialize=initialize):

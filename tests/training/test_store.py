@@ -24,7 +24,14 @@ TEXT = TextSection(context_length=32)
 
 
 def section(directory, **options):
-    defaults = {"hooks": (HOOK,), "tokens": 3000, "store": str(directory), "shard_tokens": 900, "exclude_leading": 2, "heldout": 0.2}
+    defaults = {
+        "hooks": (HOOK,),
+        "tokens": 3000,
+        "store": str(directory),
+        "shard_tokens": 900,
+        "exclude_leading": 2,
+        "heldout": 0.2,
+    }
     return HarvestSection(**(defaults | options))
 
 

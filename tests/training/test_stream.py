@@ -167,8 +167,7 @@ def test_a_list_is_passed_over_again():
 def test_bad_tensors_are_named(tensors, message):
     stream = TensorStream(tensors, 3)
     with pytest.raises(ValueError, match=message):
-        for _ in range(5):
-            next(stream)
+        list(itertools.islice(stream, 5))
 
 
 def test_an_error_in_the_background_reaches_the_caller():

@@ -156,6 +156,7 @@ def harvest(
         OSError: If the disk is full or the folder read-only; complete shards stay valid and the next call goes on.
     """
     assert section.store is not None
+    assert section.tokens is not None
     directory = Path(section.store)
     store = _open_or_create(directory, model, text, section)
     hooks = tuple(store.manifest["hooks"])

@@ -261,7 +261,8 @@ class LiveStream(Stream):
         super().__init__(batch_tokens)
         if section.live_buffer_tokens < batch_tokens:
             raise ValueError(
-                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, got {section.live_buffer_tokens}."
+                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
+                f"got {section.live_buffer_tokens}."
             )
         self.model, self.text, self.section = model, text, section
         self.hook_in, self.seed = hook_in, seed
@@ -271,8 +272,8 @@ class LiveStream(Stream):
 
     def produce(self, start: int) -> Iterator[Batch]:
         begin = max(number for number in self.buffers if number <= start)
-        number, cursor = self.buffers[begin]
-        for rows, cursor in self._fill(cursor):
+        number, first = self.buffers[begin]
+        for rows, cursor in self._fill(first):
             batches = len(rows) // self.batch_tokens
             self.buffers[begin + batches] = (number + 1, cursor)
             if begin + batches > start:

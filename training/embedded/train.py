@@ -48,11 +48,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+def build_model() -> GPT2LMHeadModel:
     torch.manual_seed(SEED)
-    bos_id, pad_id = tokenizer.convert_tokens_to_ids(["<bos>", "<pad>"])
+    words = lexicon.vocabulary()
+    bos_id, pad_id = words.index("<bos>"), words.index("<pad>")
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(words),
         n_positions=CONTEXT_LENGTH,
         n_embd=128,
         n_layer=4,
@@ -77,7 +78,7 @@ def learning_rate(step: int) -> float:
 
 def train(out_dir: Path, steps: int) -> None:
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model()
     ids = {word: index for index, word in enumerate(lexicon.vocabulary())}
     token_ids = ([ids[word] for word in document.words] for document in documents(SEED, "train"))
     contexts = pack(enumerate(token_ids), CONTEXT_LENGTH, bos_id=ids["<bos>"], bos="context")
