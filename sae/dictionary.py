@@ -57,10 +57,9 @@ class SparseDictionary(nn.Module, ABC):
         return Weights(self.W_enc, self.b_enc, self.W_dec)
 
     def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
-        """The sparse code of raw activations ``(tokens, d_in)``. 
+        """The sparse code of raw activations ``(tokens, d_in)``.
 
         Values are in normalised units: one unit is ``out_scale`` of output.
-
 
         Raises:
             ValueError: If ``x`` is not ``(tokens, d_in)``.
