@@ -341,7 +341,7 @@ def wait_for_state(directory, process, after=0.0):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_first(values, write_recipe, number):
     values |= {"tokens": 2_000_000, "save_every": 50}
     process = spawn(write_recipe(values))
@@ -373,7 +373,7 @@ def test_twenty_kills_end_bit_equal_to_none(values, write_recipe, tmp_path):
         if process.poll() is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         kills += 1
         load_dictionary(values["out_dir"])
     assert kills >= 20

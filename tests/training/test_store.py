@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -284,31 +283,24 @@ import resource, signal, sys
 from training.activations.harvest import harvest
 from training.activations.model import load_model
 from training.recipe import HarvestSection, ModelSection, TextSection
-section = HarvestSection(hooks=("transformer.h.2:out",), tokens=4000, store=sys.argv[1], shard_tokens=900)
-model, text = load_model(ModelSection()), TextSection(context_length=32)
-if sys.argv[2] == "full":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
-    section = section.model_copy(update={"shard_tokens": 2500})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
 try:
-    harvest(model, text, section)
+    harvest(load_model(ModelSection()), TextSection(context_length=32), HarvestSection.model_validate_json(sys.argv[1]))
 except OSError as error:
     print("OSError", error)
 """
 
 
-def test_a_full_disk_keeps_what_was_complete(tmp_path):
+def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
-
-    def run(mode):
-        command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "s"), mode]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    assert signal.SIGXFSZ
-    assert "could not be written" in run("full")
-    held = Store.open(tmp_path / "s")
-    assert held.problems() == []
-    assert not held.manifest["complete"]
-    assert run("room") == ""
-    assert Store.open(tmp_path / "s").manifest["complete"]
+    small = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))
+    held = len(small.manifest["shards"])
+    large = section(tmp_path / "s", tokens=6000, shard_tokens=2500)
+    command = [sys.executable, "-c", FULL_DISK, large.model_dump_json()]
+    assert "could not be written" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kept = Store.open(tmp_path / "s")
+    assert len(kept.manifest["shards"]) == held
+    assert kept.problems() == []
+    assert harvest(embedded_model, TEXT, large).tokens("train") > 4000
     assert not list((tmp_path / "s").glob(".*.partial"))
