@@ -46,7 +46,9 @@ def stories3m(model: Path, train_text: Path, heldout_text: Path, folder: Path) -
     stores = []
     for name, text in (("train", train_text), ("heldout", heldout_text)):
         source = TextSection(source="files", files=(str(text),), context_length=128)
-        options = HarvestSection(hooks=(hook,), tokens=1_000_000, store=str(folder / name), heldout=0.0, exclude_leading=8)
+        options = HarvestSection(hooks=(hook,), tokens=1_000_000, store=str(folder / name), heldout=0.0)
+        # Positions from 8 on and nothing else left out: BOS between documents counts, as in the peers' pipelines.
+        options = options.model_copy(update={"exclude_special": False, "exclude_leading": 8})
         stores.append(harvest(load_model(section), source, options))
     values = {
         "harvest": {"hooks": [hook], "tokens": 1_000_000},
