@@ -37,7 +37,7 @@ def test_permutations_of_other_keys_are_unrelated():
 
 def test_the_shuffle_reaches_over_the_whole_store(store):
     """Documents of a batch are uniform over the store, and neighbours in the stream are strangers."""
-    stream = StoreStream(store, HOOK, BATCH, seed=0)
+    stream = StoreStream(store, HOOK, BATCH, seed=0, labels=True)
     documents = np.concatenate([next(stream).labels["document"].numpy() for _ in range(stream.n // BATCH)])
     stream.release()
     last = documents.max() + 1

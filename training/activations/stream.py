@@ -181,10 +181,20 @@ def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
 
 
 class StoreStream(Stream):
-    """The rows of one split of a store, pass after pass, each pass in a new global order."""
+    """The rows of one split of a store, pass after pass, each pass in a new global order.
+
+    With ``labels`` every batch also says token, document, position and offset of its rows.
+    """
 
     def __init__(
-        self, store: Store, hook_in: str, batch_tokens: int, seed: int, split: str = "train", hook_out: str | None = None
+        self,
+        store: Store,
+        hook_in: str,
+        batch_tokens: int,
+        seed: int,
+        split: str = "train",
+        hook_out: str | None = None,
+        labels: bool = False,
     ):
         super().__init__(batch_tokens)
         self.store, self.hook_in, self.seed = store, hook_in, seed
@@ -195,7 +205,8 @@ class StoreStream(Stream):
         if gradients:
             names["grad"] = f"grad:{hook_in}"
         self.rows = {role: Rows(store, split, name) for role, name in names.items()}
-        self.labels = {name: Rows(store, split, name) for name in LABELS}
+        # Training does not look at them, and each would cost as many reads as the activations do.
+        self.labels = {name: Rows(store, split, name) for name in LABELS if labels}
         self.n = len(self.rows["x"])
         if batch_tokens > self.n:
             raise ValueError(
@@ -349,19 +360,21 @@ class TensorStream(Stream):
         self._head: list[Tensor] = []
 
     def produce(self, start: int) -> Iterator[Batch]:
-        skip, pending, have = start * self.batch_tokens, [], 0
+        skip, size = start * self.batch_tokens, self.batch_tokens
+        carried: Tensor | None = None
         for tensor in self._endless():
-            if skip >= tensor.shape[0]:
-                skip -= tensor.shape[0]
-                continue
-            pending.append(tensor[skip:].float())
-            have, skip = have + pending[-1].shape[0], 0
-            if have >= self.batch_tokens:
-                joined = torch.cat(pending)
-                whole = have // self.batch_tokens * self.batch_tokens
-                for batch in joined[:whole].split(self.batch_tokens):
-                    yield Batch(batch)
-                pending, have = [joined[whole:]], have - whole
+            taken = min(skip, tensor.shape[0])
+            skip, tensor = skip - taken, tensor[taken:]
+            if carried is not None:
+                missing = size - carried.shape[0]
+                carried, tensor = torch.cat([carried, tensor[:missing]]), tensor[missing:]
+                if carried.shape[0] < size:
+                    continue
+                yield Batch(carried)
+            whole = tensor.shape[0] // size * size
+            for i in range(0, whole, size):
+                yield Batch(tensor[i : i + size].float())
+            carried = tensor[whole:].float()
 
     def _endless(self) -> Iterator[Tensor]:
         number = 0
@@ -391,7 +404,7 @@ class TensorStream(Stream):
             taken = self._head
         if not taken:
             raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
-        return torch.cat([tensor.float() for tensor in taken])[:tokens]
+        return torch.cat([tensor[:tokens].float() for tensor in taken])[:tokens]
 
     def moments(self) -> Moments:
         sample = self.sample(32_768)
