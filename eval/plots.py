@@ -1,0 +1,294 @@
+"""The plots of the report page: inline SVG that follows the page's light and dark colours."""
+
+import io
+import math
+import re
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from .reconstruction import DENSE
+
+Report = dict[str, Any]
+Curve = list[dict[str, Any]]
+# Draws into the axes and returns the figures in words, or None where there is nothing to draw.
+Draw = Callable[[Axes, Report, Curve], str | None]
+
+# CSS variables: colour in light and in dark mode. Plots are drawn in the light ones, then each is replaced by its variable,
+# so that one SVG serves both modes.
+PALETTE = {
+    "ink": ("#1f2937", "#e5e7eb"),
+    "muted": ("#667085", "#9aa4b2"),
+    "rule": ("#e4e7ec", "#333d4d"),
+    "accent": ("#2f6fde", "#6ea3f7"),
+    "soft": ("#d5e3fb", "#24385c"),
+    "warn": ("#e08a1e", "#f0a94a"),
+    "bad": ("#c2413b", "#e8746c"),
+    "page": ("#f6f7f9", "#10141b"),
+    "card": ("#ffffff", "#1a202b"),
+}
+INK, MUTED, RULE, ACCENT, SOFT, WARN, BAD, *_ = (light for light, _ in PALETTE.values())
+INK, MUTED, RULE, ACCENT, SOFT, WARN, BAD, *_ = (light for light, _ in PALETTE.values())
+STYLE: dict[Any, Any] = {
+    # Text stays text: the reader's font, selectable, and no glyph outlines to carry.
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    # matplotlib's own font measures the text, so the layout is the same on every machine.
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.4,
+}
+# A card is about 350 CSS pixels wide on a desk and on a phone; at one SVG unit per pixel, text keeps its size.
+FIGURE_INCHES = (350 / 72, 225 / 72)
+CURVE_POINTS = 300
+L0_BARS = 60
+UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
+
+L0_BARS = 60
+UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
+
+UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
+
+
+def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
+    """Training fvu over tokens, with the held-out value."""
+    drawn = _draw_series(ax, curve, "fvu")
+    heldout = finite(report.get("fvu"))
+    if drawn is None:
+        return None
+    values, words = drawn
+    if heldout is not None:
+        ax.axhline(heldout, color=WARN, linestyle="--", linewidth=1.2, label=f"held-out {show(heldout)}")
+        values, words = [*values, heldout], f"{words} Held-out: {show(heldout)}."
+    span = max(values) / min(values) if min(values) > 0 else 0
+    if span > 10:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel("fvu, log scale" if span > 10 else "fvu")
+    ax.legend(loc="upper right")
+    return words
+
+
+def dead_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
+    """Share of dead latents over training tokens."""
+    drawn = _draw_series(ax, curve, "dead")
+    if drawn is None:
+        return None
+    values, words = drawn
+    # Never less than a hundredth in height: a run without dead latents is a flat line at the bottom, not noise.
+    ax.set(ylim=(0, max(0.01, max(values) * 1.15)), ylabel="dead share of latents")
+    return words
+
+
+def error_split(ax: Axes, report: Report, curve: Curve) -> str | None:
+    """The variance as one bar, and below it the error alone, enlarged."""
+    total, nonlinear = finite(report.get("fvu_total")), finite(report.get("fvu_nonlinear"))
+    if total is None or nonlinear is None:
+        return None
+    # A fit on too few tokens can do worse than none. No bar shows a negative share; legend and words give the numbers.
+    linear, explained = max(0.0, total - nonlinear), max(0.0, 1 - total)
+    whole, error = explained + total, total or 1.0
+    parts = (("explained", 1 - total, explained), ("linear error", total - nonlinear, linear))
+    parts = (*parts, ("nonlinear error", nonlinear, total - linear))
+    left = 0.0
+    for (label, value, part), color in zip(parts, (ACCENT, WARN, BAD), strict=True):
+        ax.barh(1, part / whole, left=left / whole, height=0.42, color=color, label=f"{label} {show(value)}")
+        if color != ACCENT:
+            ax.barh(0, part / error, left=(left - explained) / error, height=0.42, color=color)
+        left += part
+    for top, bottom in ((explained / whole, 0), (1, 1)):
+        ax.plot([top, bottom], [0.79, 0.21], color=MUTED, linewidth=1, linestyle=":")
+    ax.text(0, 1.29, "variance of the activations", va="bottom")
+    doubt = "; the linear fit had too few tokens" if report.get("dark_matter_enough_tokens") is False else ""
+    ax.text(0, -0.29, f"the error alone ({show(total)}), enlarged{doubt}", va="top")
+    ax.set(xlim=(0, 1), ylim=(-0.62, 1.62))
+    ax.axis("off")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, columnspacing=1.2)
+    words = ", ".join(f"{label} {show(value)}" for label, value, _ in parts)
+    return f"Shares of the variance: {words}. Linear share of the error: {show(report.get('linear_error_share'))}{doubt}."
+
+
+def density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
+    """Latents by log10 of their firing density, dead ones in a bar of their own."""
+    counts = np.asarray(report.get("density_histogram_counts") or [], dtype=float)
+    edges = np.asarray(report.get("density_histogram_log10_edges") or [], dtype=float)
+    if len(counts) == 0 or len(edges) != len(counts) + 1:
+        return None
+    share, n_latents = finite(report.get("dead_fraction")), finite(report.get("n_latents"))
+    dead = None if share is None or n_latents is None else round(share * n_latents)
+    centers, threshold, filled = (edges[:-1] + edges[1:]) / 2, math.log10(DENSE), np.flatnonzero(counts)
+    dense = round(counts[centers > threshold].sum())
+    low = math.floor(edges[filled[0]]) if len(filled) else -1
+    # One tall bar of dead latents would flatten the rest; it is cut, and its label says how many they are.
+    top = 1.3 * max(float(counts.max()), 1.0)
+    at, height = low - 0.6, min(dead or 0, 0.86 * top)
+    ax.bar(centers, counts, np.diff(edges) * 0.92, color=[WARN if center > threshold else ACCENT for center in centers])
+    ax.bar(at, height, 0.5, color=BAD)
+    ax.text(at, height + 0.015 * top, show(dead) + " \u2191" * ((dead or 0) > height), ha="center", va="bottom")
+    ax.axvline(threshold, color=MUTED, linestyle="--", linewidth=1)
+    ax.text(threshold + 0.06, 0.98 * top, f"dense:\n{show(dense)}", va="top")
+    ax.set(xlim=(low - 1, 0), ylim=(0, top), ylabel="latents", xlabel="log10 of firing density")
+    ticks = range(low, 1)
+    ax.set_xticks([at, *ticks], ["dead", *(f"{tick}".replace("-", "\u2212") for tick in ticks)])
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.grid(visible=True, axis="y")
+    often = f", most often on about {10 ** centers[counts.argmax()]:.2g} of the tokens" if len(filled) else ""
+    words = f"{show(round(counts.sum()))} latents fire{often}; dead: {show(dead)}"
+    return f"{words}; dense, firing on more than {DENSE:g} of the tokens: {show(dense)}."
+
+
+def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
+    """Tokens by how many latents fire on them."""
+    counts = np.asarray(report.get("l0_histogram_counts") or [], dtype=float)
+    if counts.sum() == 0:
+        return None
+    filled = np.flatnonzero(counts)
+    low, high = int(filled[0]), int(filled[-1])
+    step = -(-(high - low + 1) // L0_BARS)
+    starts = np.arange(low, high + 1, step)
+    bars = np.add.reduceat(counts[: high + 1], starts)
+    centers = starts + (step - 1) / 2
+    ax.bar(centers, bars, step * (0.92 if step == 1 else 1), color=ACCENT, zorder=2)
+    ax.set(xlabel="latents firing on a token (l0)", ylabel="tokens" if step == 1 else f"tokens per {step} values")
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    ax.grid(visible=True, axis="y")
+    if low == high:
+        # A fixed budget: one bar is the whole story, so it gets a name instead of quantiles.
+        ax.set(xlim=(low - 4.5, low + 4.5), ylim=(0, bars[0] * 1.2))
+        ax.text(low, bars[0] * 1.02, f"every token: {low}", ha="center", va="bottom")
+        return f"Exactly {low} latents fire on every one of {show(int(counts.sum()))} tokens."
+    # NaN draws nothing and shows as undefined.
+    named = (finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
+    mean, median, p10, p90 = (math.nan if value is None else value for value in named)
+    span = f"10\u201390 %: {show(p10)}\u2013{show(p90)}"
+    ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
+    ax.axvline(median, color=INK, linewidth=1.2, linestyle="--", label=f"median {show(median)}")
+    ax.axvline(mean, color=WARN, linewidth=1.6, label=f"mean {show(mean)}")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.1)
+    return f"Latents firing on a token: mean {show(mean)}, median {show(median)}, {span} of the tokens, at most {high}."
+
+
+def cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
+    """The four losses as bars."""
+    bars = {"clean": MUTED, "spliced": ACCENT, "mean": WARN, "zero": BAD}
+    losses = {name: value for name in bars if (value := finite(report.get(f"ce_{name}"))) is not None}
+    if not losses:
+        return None
+    labels = [f"{name}-ablated" if name in ("mean", "zero") else name for name in losses]
+    ax.barh(labels, list(losses.values()), height=0.62, color=[bars[name] for name in losses])
+    widest = max(losses.values()) or 1.0
+    for row, value in enumerate(losses.values()):
+        ax.text(value + 0.015 * widest, row, show(value), va="center")
+    ax.invert_yaxis()
+    ax.set(xlabel="cross-entropy, nats per token", xlim=(0, 1.2 * widest))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=True, axis="x")
+    words = ", ".join(f"{label} {show(value)}" for label, value in zip(labels, losses.values(), strict=True))
+    return f"Cross-entropy in nats per token: {words}."
+
+
+# Title, what to look for, the function that draws it and says it in words.
+PLOTS: tuple[tuple[str, str, Draw], ...] = (
+    ("Training curve", "Lower is better. The line is the median of neighbouring log lines, the band their range.", fvu_curve),
+    ("Dead latents in training", "Share of latents silent for the recipe's window of tokens.", dead_curve),
+    ("Where the variance goes", "Linear error is what a linear map of the activation can predict.", error_split),
+    ("Firing density", "Dense latents say little about any token. An arrow marks a bar cut short.", density_histogram),
+    ("Latents per token", "How many latents it takes to describe one token.", l0_histogram),
+    ("Cost to the model", "Spliced: the model runs on reconstructions. Ablated: on the mean, or on zeros.", cross_entropy),
+)
+
+
+def figure_element(report: Report, curve: Curve, title: str, note: str, draw: Draw) -> str:
+    with matplotlib.rc_context():
+        # Not the user's matplotlibrc: the page looks the same everywhere. The salt keeps ids of two plots apart.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams["svg.hashsalt"] = title
+        figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
+        words = draw(figure.subplots(), report, curve)
+        body = f'<p class="none">{UNMEASURED}</p>' if words is None else _svg(figure, words)
+    return f"<figure><h2>{escape(title)}</h2>{body}<figcaption>{escape(note)}</figcaption></figure>"
+
+
+def _svg(figure: Figure, words: str) -> str:
+    """The figure as an element to put into HTML, its colours replaced by CSS variables."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # A style element would apply to the whole page; ids such as axes_1 occur in every plot and nothing refers to them.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" aria-label="@" viewBox="\1">', svg, count=1)
+    for name, (light, _) in PALETTE.items():
+        svg = svg.replace(light, f"var(--{name})")
+    return svg.replace("'DejaVu Sans', sans-serif", "inherit").replace('"@"', f'"{escape(words)}"', 1)
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:
+    """A scalar as text: thousands separated, floats to so many significant digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    number = finite(value)
+    if number is None:
+        return none
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{number:,.{1 if number % 1 else 0}f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
+
+
+def _short(count: float) -> str:
+    """Token counts on an axis: 2.5M instead of 2500000."""
+    power = min(4, int(math.log10(max(abs(count), 1)) / 3 + 1e-9))
+    return f"{count / 1000**power:g}{('', 'k', 'M', 'B', 'T')[power]}"
+
+
+def _draw_series(ax: Axes, curve: Curve, key: str) -> tuple[list[float], str] | None:
+    """A training curve; its values and the words for it, or ``None`` where no log line has both tokens and ``key``."""
+    rows = [(finite(row.get("tokens")), finite(row.get(key))) for row in curve]
+    points = np.array([row for row in rows if None not in row], dtype=float)
+    if len(points) == 0:
+        return None
+    # Medians of neighbours, so that a long run makes no large page, and their range behind them.
+    pieces = np.array_split(points, min(CURVE_POINTS, len(points)))
+    x = [piece[-1, 0] for piece in pieces]
+    low, middle, high = ([float(summary(piece[:, 1])) for piece in pieces] for summary in (np.min, np.median, np.max))
+    ax.fill_between(x, low, high, color=SOFT, linewidth=0)
+    # Where a run logged only a few times, the points are the data, not the lines between them.
+    ax.plot(x, middle, color=ACCENT, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=4, label="training batches")
+    ax.grid(visible=True)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("training tokens")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    first, last = (f"{show(float(values))} at {show(int(tokens))} tokens" for tokens, values in points[[0, -1]])
+    return middle, f"Training {key} goes from {first} to {last}."
