@@ -32,7 +32,9 @@ def initialize(
     """Set scales, biases and weights of a fresh SAE.
 
     ``normalize: scale`` makes the variance per dimension 1. ``atoms: data`` takes centred sample rows as the first atoms,
-    ``random`` leaves the isotropic ones; the encoder is tied to them either way.
+    ``random`` leaves the isotropic ones; the encoder is tied to them either way. With TopK at equal budget, held-out fvu on
+    stories3M (3072 latents, a million tokens) was 0.133 from data and 0.145 from random directions; on the embedded model
+    (1024 latents, three million) 0.0205 and 0.0201.
 
     Raises:
         ValueError: If the activations do not vary at all.

@@ -119,7 +119,11 @@ class Recipe(Section):
         default=0.2, description="last share of the run, with lr falling to 0"
     )
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
-    grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=0.003,
+        description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
+        "then sees gradients of one norm, and the large ones of the start do not slow the rest of the run",
+    )
     auxk_weight: Annotated[float, Field(ge=0.0)] = Field(default=1 / 32, description="Gao et al. 2024, appendix A.2")
     auxk_latents: Positive | None = Field(
         default=None, description="dead latents per token in the auxiliary loss; null: d_in / 2"

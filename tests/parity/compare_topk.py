@@ -54,6 +54,7 @@ def stories3m(model: Path, train_text: Path, heldout_text: Path, folder: Path) -
         "harvest": {"hooks": [hook], "tokens": 1_000_000},
         "dictionary": {"hook": hook, "n_latents": 3072, "encoder": {"name": "topk", "k": 16}},
         "tokens": 1_000_000 // BATCH * BATCH,
+        "dead_after_tokens": 200_000,
         "out_dir": str(folder / "run"),
     }
     recipe = check_recipe(values, "stories3M")
