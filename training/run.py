@@ -3,7 +3,7 @@
 import logging
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,19 +75,19 @@ def train(
 def open_stream(recipe: Recipe, activations: Iterable[Tensor] | None, progress: Callable[[int], None]) -> Iterator[Stream]:
     """The recipe's source of batches, harvested first where it is a store."""
     hook = recipe.dictionary.hook
-    if activations is not None:
-        stream: Stream = TensorStream(activations, recipe.batch_tokens)
-    elif recipe.harvest.store is None:
-        stream = LiveStream(load_model(recipe.model), recipe.text, recipe.harvest, hook, recipe.batch_tokens, recipe.seed)
-    else:
-        store = run_harvest(recipe, progress)
-        if recipe.harvest.verify:
-            store.verify()
-        stream = StoreStream(store, hook, recipe.batch_tokens, recipe.seed)
-    try:
+    with ExitStack() as stack:
+        if activations is not None:
+            stream: Stream = TensorStream(activations, recipe.batch_tokens)
+        elif recipe.harvest.store is None:
+            stream = LiveStream(load_model(recipe.model), recipe.text, recipe.harvest, hook, recipe.batch_tokens, recipe.seed)
+        else:
+            store = run_harvest(recipe, progress)
+            if recipe.harvest.verify:
+                store.verify()
+            stream = StoreStream(store, hook, recipe.batch_tokens, recipe.seed)
+            stack.callback(stream.release)
+        stack.callback(stream.close)
         yield stream
-    finally:
-        stream.close()
 
 
 def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> Path:
