@@ -30,8 +30,8 @@ class Cursor(NamedTuple):
 class Context:
     """One row for the model: ids, and for every token its document and its position in it.
 
-    BOS and padding belong to no document: ``document_ids`` and ``positions`` are -1 there. ``cursor`` is where the next
-    context begins.
+    BOS belongs to the document that follows it, at position -1; padding belongs to none: both are -1 there. ``cursor`` is
+    where the next context begins.
     """
 
     token_ids: np.ndarray  # (context_length,) int32
@@ -190,12 +190,12 @@ def pack(
         if pad_id is not None and row.tokens:
             yield row.close(Cursor(number, start), pad_id)
         if bos != "none" and len(row.tokens) < context_length and start == 0:
-            row.add([bos_id], -1, [-1])
+            row.add([bos_id], number, [-1])
         while start < len(ids):
             if len(row.tokens) == context_length:
                 yield row.close(Cursor(number, start))
             if not row.tokens and (bos == "context" or (bos == "document" and start == 0)):
-                row.add([bos_id], -1, [-1])
+                row.add([bos_id], number, [-1])
             stop = min(len(ids), start + context_length - len(row.tokens))
             row.add(ids[start:stop], number, range(start, stop))
             start = stop

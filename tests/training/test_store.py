@@ -76,6 +76,13 @@ def test_excluded_tokens_are_not_stored(store, embedded_model):
         assert not set(tokens.tolist()) & set(embedded_model.tokenizer.all_special_ids)
 
 
+def test_special_tokens_are_kept_where_the_recipe_says_so(embedded_model, tmp_path):
+    kept = harvest(embedded_model, TEXT, section(tmp_path / "s", exclude_special=False, exclude_leading=0))
+    tokens, offsets = (Rows(kept, "train", name).gather(np.arange(kept.tokens("train"))) for name in ("token", "offset"))
+    assert (tokens == embedded_model.tokenizer.bos_token_id).sum() > 50
+    assert torch.equal(tokens == embedded_model.tokenizer.bos_token_id, offsets == -1)
+
+
 def test_the_split_is_by_document(store):
     for split, expected in (("train", False), ("heldout", True)):
         documents = Rows(store, split, "document").gather(np.arange(store.tokens(split)))

@@ -19,7 +19,8 @@ def texts_of(packed):
 def test_packing_lays_documents_end_to_end_with_bos_at_heads():
     packed = list(pack([(0, [1, 2, 3]), (1, [4, 5, 6, 7, 8]), (2, [9])], 5, BOS, "context"))
     assert texts_of(packed) == [[BOS, 1, 2, 3, BOS], [BOS, 4, 5, 6, 7]]
-    assert packed[0].document_ids.tolist() == [-1, 0, 0, 0, -1]
+    assert packed[0].document_ids.tolist() == [0, 0, 0, 0, 1]
+    assert packed[0].positions.tolist() == [-1, 0, 1, 2, -1]
     assert packed[1].positions.tolist() == [-1, 0, 1, 2, 3]
     assert packed[1].cursor == Cursor(1, 4)
 
@@ -36,7 +37,7 @@ def test_no_bos():
 def test_separate_contexts_are_padded_and_never_shared():
     packed = list(pack([(0, [1, 2, 3, 4, 5]), (1, [6])], 4, BOS, "context", pad_id=0))
     assert texts_of(packed) == [[BOS, 1, 2, 3], [BOS, 4, 5, 0], [BOS, 6, 0, 0]]
-    assert packed[1].document_ids.tolist() == [-1, 0, 0, -1]
+    assert packed[1].document_ids.tolist() == [0, 0, 0, -1]
     assert packed[2].cursor == Cursor(2, 0)
 
 
@@ -55,7 +56,7 @@ def test_packing_goes_on_from_every_cursor_as_if_never_stopped(bos, pad_id):
 def test_every_token_of_every_document_is_packed_once():
     documents = [(i, [1000 * i + j for j in range(n)]) for i, n in enumerate([3, 1, 20, 6, 6, 12])]
     packed = pack(documents, 6, BOS, "context")
-    own = [int(t) for context in packed for t, d in zip(context.token_ids, context.document_ids, strict=True) if d >= 0]
+    own = [int(t) for context in packed for t, p in zip(context.token_ids, context.positions, strict=True) if p >= 0]
     everything = [t for _, ids in documents for t in ids]
     assert own == everything[: len(own)]
     assert len(everything) - len(own) < 6

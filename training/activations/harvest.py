@@ -46,7 +46,7 @@ class Rows:
 
 
 def excluded(token_ids: np.ndarray, document_ids: np.ndarray, special: frozenset[int], section: HarvestSection) -> np.ndarray:
-    """Which tokens ``(contexts, positions)`` are left out: no document, special, leading, or without a label."""
+    """Which tokens ``(contexts, positions)`` are left out: padding, special, leading, or without a label."""
     drop = document_ids < 0
     if section.exclude_special:
         drop |= np.isin(token_ids, list(special))
