@@ -4,7 +4,8 @@
     .venv/bin/python tests/parity/compare_topk.py stories3M --model DIR --train FILE.jsonl --heldout FILE.jsonl
     .venv/bin/python tests/parity/compare_topk.py quickstart
 
-``stories3M``: output of block 3, contexts of 128 tokens, positions from 8 on, 3072 latents, k 16, a million tokens.
+``stories3M``: output of block 3, contexts of 128 tokens, positions from 8 on, BOS left out, 3072 latents, k 16, a million
+tokens.
 ``quickstart``: hook, width, k and budget of recipes/quickstart.yaml on the embedded model. Both: batches of 2048, learning
 rate 1e-3, 100 steps of warm-up, linear decay over the last fifth, three seeds here, one for each peer.
 
@@ -47,8 +48,6 @@ def stories3m(model: Path, train_text: Path, heldout_text: Path, folder: Path) -
     for name, text in (("train", train_text), ("heldout", heldout_text)):
         source = TextSection(source="files", files=(str(text),), context_length=128)
         options = HarvestSection(hooks=(hook,), tokens=1_000_000, store=str(folder / name), heldout=0.0)
-        # Positions from 8 on and nothing else left out: BOS between documents counts, as in the peers' pipelines.
-        options = options.model_copy(update={"exclude_special": False, "exclude_leading": 8})
         stores.append(harvest(load_model(section), source, options))
     values = {
         "harvest": {"hooks": [hook], "tokens": 1_000_000},
