@@ -187,9 +187,9 @@ def test_waiting_is_measured():
 
     def slow():
         for _ in range(3):
-            time.sleep(0.05)
+            time.sleep(0.3)
             yield torch.ones(2, 2)
 
     stream = TensorStream(slow(), 2)
     assert len(list(stream)) == 3
-    assert stream.waited_seconds > 0.1
+    assert stream.waited_seconds > 0.3
