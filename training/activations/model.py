@@ -7,6 +7,7 @@ what it returns (the first element where it returns several).
 import difflib
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -31,6 +32,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.id = model_id
         self.revision = revision
+        # Hooks are seen by every thread that runs the module: one at a time.
+        self._lock = threading.RLock()
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +123,7 @@ class LanguageModel:
 
     @contextmanager
     def _hooked(self, readers: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        with ExitStack() as stack:
+        with self._lock, ExitStack() as stack:
             for hook, reader in readers.items():
                 module, side = self.find(hook)
                 handle = _attach(module, side, reader)
