@@ -341,7 +341,8 @@ def wait_for_state(directory, process, after=0.0):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_first(values, write_recipe, number):
     values |= {"tokens": 2_000_000, "save_every": 50}
     process = spawn(write_recipe(values))

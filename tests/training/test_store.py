@@ -299,6 +299,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
     small = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))
