@@ -109,6 +109,40 @@ def _eval(
     print(f"report: {report['report_path']}")
 
 
+@app.command("compare")
+def _compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE_OR_DIRECTORY... [key.sub=value ...]",
+            help="Recipe files, or directories of them (their *.yaml without base.yaml), and keys to override in all.",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="Train every recipe with seeds 0, 1, ..., so many.")] = 3,
+    out: Annotated[str, typer.Option(help="Where runs (RECIPE/seed-N) and the comparison go.")] = "runs/comparison",
+) -> None:
+    """Train and judge several recipes over one store: comparison.json and comparison.html; repeated, it goes on."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from eval.compare import compare, summary
+    from training.recipe import parse_overrides
+
+    overrides = parse_overrides([argument for argument in arguments if "=" in argument])
+    with _progress("harvest") as progress:
+        comparison = compare([argument for argument in arguments if "=" not in argument], overrides, seeds, out, progress)
+    head, *rows = summary(comparison)
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    # In a file nothing limits the width; rich would cut numbers off at column 80.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print(f"* best mean\nreport: {comparison['page_path']}")
+
+
 @app.command("info")
 def _info(path: Annotated[str, typer.Argument(help="A checkpoint directory or an activation store.")]) -> None:
     """Say what a checkpoint or a store is, and verify its checksums."""

@@ -5,7 +5,7 @@ import re
 from html import escape
 from typing import Any
 
-from .plots import PALETTE, PLOTS, UNDEFINED, UNMEASURED, UNRECORDED, Curve, Report, figure_element, finite, show
+from .plots import PALETTE, PLOTS, UNDEFINED, UNMEASURED, UNRECORDED, Curve, Palette, Report, figure_element, finite, show
 from .reconstruction import DENSE
 
 PROVENANCE = "Dictionary and data"
@@ -82,7 +82,7 @@ def render(report: Report, curve: Curve) -> str:
 
     Entries that are absent read "not measured", those that are ``None`` "undefined". Equal input gives equal bytes.
     """
-    name, arguments = _encoder(report.get("encoder"))
+    name, arguments = encoder_parts(report.get("encoder"))
     kind, trained, commit = (report.get(key) for key in ("kind", "training_tokens", "git_commit"))
     evaluated = [f"{show(report[key])} {key}" for key in ("tokens", "documents") if report.get(key) is not None]
     facts = {key: report.get(key) for key in ("model", "hook", "text")} | {
@@ -93,16 +93,21 @@ def render(report: Report, curve: Curve) -> str:
     shape = f"{show(report.get('d_in'))} \u2192 {show(report.get('n_latents'))} latents"
     if report.get("d_out") not in (None, report.get("d_in")):
         shape += f" \u2192 {show(report['d_out'])}"
-    return PAGE.format(
-        title=escape(" \u00b7 ".join(str(part) for part in (name, kind, report.get("hook")) if part) or "dictionary"),
-        style=_variables() + CSS,
+    title = " \u00b7 ".join(str(part) for part in (name, kind, report.get("hook")) if part) or "dictionary"
+    body = BODY.format(
         heading=escape(f"{name} {kind or 'dictionary'}".strip()),
         shape=escape(f"{shape} \u00b7 {arguments}" if arguments else shape),
         facts="".join(f"<div><dt>{key}</dt><dd>{escape(show(value, UNRECORDED))}</dd></div>" for key, value in facts.items()),
         figures="".join(_key_figure(report, *entry) for entry in KEY_FIGURES),
-        plots="".join(figure_element(report, curve, *entry) for entry in PLOTS),
+        plots="".join(figure_element(name, note, lambda ax, draw=draw: draw(ax, report, curve)) for name, note, draw in PLOTS),
         rows="".join(_table_group(report, *entry) for entry in _groups(report).items()),
     )
+    return document(title, body)
+
+
+def document(title: str, body: str, css: str = "", palette: Palette = PALETTE) -> str:
+    """A whole page in this project's style. ``body`` is HTML; ``css`` comes after the common rules."""
+    return DOCUMENT.format(title=escape(title), style=_variables(palette) + CSS + css, body=body)
 
 
 # Label, key, and what stands below the number; braces name other entries of the report.
@@ -118,7 +123,7 @@ KEY_FIGURES = (
 )
 
 
-def _encoder(text: Any) -> tuple[str, str]:
+def encoder_parts(text: Any) -> tuple[str, str]:
     """Name and arguments, from the JSON text that a report holds; any other text is taken as the name."""
     try:
         entries = dict(json.loads(text or "{}"))
@@ -163,9 +168,9 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def _variables() -> str:
+def _variables(palette: Palette) -> str:
     """The palette as CSS, once for each colour scheme."""
-    light, dark = ("".join(f"--{name}:{colors[i]};" for name, colors in PALETTE.items()) for i in (0, 1))
+    light, dark = ("".join(f"--{name}:{colors[i]};" for name, colors in palette.items()) for i in (0, 1))
     return f":root{{color-scheme:light dark;{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
 
@@ -199,7 +204,7 @@ th+td{width:auto;text-align:right;padding-left:12px} td:last-child,.group th{gri
 """
 
 # The policy lets the page's own style in and nothing else, whatever text a report brings along.
-PAGE = """<!DOCTYPE html>
+DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -211,7 +216,12 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <main>
-<header>
+{body}</main>
+</body>
+</html>
+"""
+
+BODY = """<header>
 <p class="over">sparsary report</p>
 <h1>{heading}</h1>
 <p class="shape">{shape}</p>
@@ -229,7 +239,4 @@ The increase in nats is the more honest figure, and the mean the fairer ablation
 <p>A low fvu_nonlinear alone is no merit: a dictionary that reconstructs nothing leaves only linear error. Dead shares compare
 only over equal windows of tokens. Positions excluded from training are neither replaced nor scored.</p>
 </footer>
-</main>
-</body>
-</html>
 """

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -19,10 +20,11 @@ Report = dict[str, Any]
 Curve = list[dict[str, Any]]
 # Draws into the axes and returns the figures in words, or None where there is nothing to draw.
 Draw = Callable[[Axes, Report, Curve], str | None]
+# CSS variable -> colour in light and in dark mode.
+Palette = dict[str, tuple[str, str]]
 
-# CSS variables: colour in light and in dark mode. Plots are drawn in the light ones, then each is replaced by its variable,
-# so that one SVG serves both modes.
-PALETTE = {
+# Plots are drawn in the light colours, then each is replaced by its variable, so that one SVG serves both modes.
+PALETTE: Palette = {
     "ink": ("#1f2937", "#e5e7eb"),
     "muted": ("#667085", "#9aa4b2"),
     "rule": ("#e4e7ec", "#333d4d"),
@@ -34,7 +36,6 @@ PALETTE = {
     "card": ("#ffffff", "#1a202b"),
 }
 INK, MUTED, RULE, ACCENT, SOFT, WARN, BAD, *_ = (light for light, _ in PALETTE.values())
-INK, MUTED, RULE, ACCENT, SOFT, WARN, BAD, *_ = (light for light, _ in PALETTE.values())
 STYLE: dict[Any, Any] = {
     # Text stays text: the reader's font, selectable, and no glyph outlines to carry.
     "svg.fonttype": "none",
@@ -42,6 +43,8 @@ STYLE: dict[Any, Any] = {
     # matplotlib's own font measures the text, so the layout is the same on every machine.
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
+    # A dollar sign in a name is a dollar sign.
+    "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
@@ -63,11 +66,6 @@ CURVE_POINTS = 300
 L0_BARS = 60
 UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
 
-L0_BARS = 60
-UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
-
-UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
-
 
 def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
     """Training fvu over tokens, with the held-out value."""
@@ -82,9 +80,7 @@ def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
     span = max(values) / min(values) if min(values) > 0 else 0
     if span > 10:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        plain_log_ticks(ax.yaxis, span)
     ax.set_ylabel("fvu, log scale" if span > 10 else "fvu")
     ax.legend(loc="upper right")
     return words
@@ -221,19 +217,26 @@ PLOTS: tuple[tuple[str, str, Draw], ...] = (
 )
 
 
-def figure_element(report: Report, curve: Curve, title: str, note: str, draw: Draw) -> str:
+def figure_element(
+    title: str,
+    note: str,
+    draw: Callable[[Axes], str | None],
+    inches: tuple[float, float] = FIGURE_INCHES,
+    palette: Palette = PALETTE,
+) -> str:
+    """A card with a plot, or with "not measured" where ``draw`` finds nothing to draw; ``draw`` returns the plot in words."""
     with matplotlib.rc_context():
         # Not the user's matplotlibrc: the page looks the same everywhere. The salt keeps ids of two plots apart.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         matplotlib.rcParams["svg.hashsalt"] = title
-        figure = Figure(figsize=FIGURE_INCHES, layout="constrained")
-        words = draw(figure.subplots(), report, curve)
-        body = f'<p class="none">{UNMEASURED}</p>' if words is None else _svg(figure, words)
+        figure = Figure(figsize=inches, layout="constrained")
+        words = draw(figure.subplots())
+        body = f'<p class="none">{UNMEASURED}</p>' if words is None else _svg(figure, words, palette)
     return f"<figure><h2>{escape(title)}</h2>{body}<figcaption>{escape(note)}</figcaption></figure>"
 
 
-def _svg(figure: Figure, words: str) -> str:
+def _svg(figure: Figure, words: str, palette: Palette) -> str:
     """The figure as an element to put into HTML, its colours replaced by CSS variables."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -243,9 +246,16 @@ def _svg(figure: Figure, words: str) -> str:
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" aria-label="@" viewBox="\1">', svg, count=1)
-    for name, (light, _) in PALETTE.items():
+    for name, (light, _) in palette.items():
         svg = svg.replace(light, f"var(--{name})")
     return svg.replace("'DejaVu Sans', sans-serif", "inherit").replace('"@"', f'"{escape(words)}"', 1)
+
+
+def plain_log_ticks(axis: Axis, span: float) -> None:
+    """Round numbers without powers along a logarithmic axis whose ends are a factor of ``span`` apart."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def finite(value: Any) -> float | None:

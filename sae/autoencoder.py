@@ -20,7 +20,11 @@ class SAE(SparseDictionary):
     def __init__(self, d_in: int, n_latents: int, encoder: Encoder):
         super().__init__(d_in, d_in, n_latents, encoder)
         if not self.W_dec.is_meta:
-            self.tie_encoder()
+            self.copy_atoms_to_encoder()
+
+    @property
+    def tied(self) -> bool:
+        return self.encoder.tied
 
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         return x - self.b_dec
@@ -29,6 +33,7 @@ class SAE(SparseDictionary):
         return {"kind": "sae", "d_in": self.d_in, "n_latents": self.n_latents, "encoder": encoder_spec(self.encoder)}
 
     @torch.no_grad()
-    def tie_encoder(self) -> None:
+    def copy_atoms_to_encoder(self) -> None:
         """Start the encoder as a copy of the atoms, which keeps latents alive early on (Gao et al. 2024, section 2)."""
-        self.W_enc.copy_(self.W_dec)
+        if self.W_enc is not None:
+            self.W_enc.copy_(self.W_dec)

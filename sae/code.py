@@ -1,10 +1,25 @@
 """SparseCode: which latents fire on which token, and how strongly."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What an encoder asks training to add to the loss. Decoding knows nothing of it.
+
+    ``penalties`` are scalars in units of fvu. ``prefixes`` are widths: the reconstruction from the first so many latents
+    alone is trained as well. ``frozen`` is a second code of the same tokens that is trained to reconstruct the target from
+    atoms which it must not move.
+    """
+
+    penalties: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    prefixes: tuple[int, ...] = ()
+    frozen: "SparseCode | None" = None
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,7 @@ class SparseCode:
     latents: Int[Tensor, " nnz"]
     values: Float[Tensor, " nnz"]
     starts: Int[Tensor, " tokens"]
+    requests: Requests = field(default_factory=Requests)
 
     @classmethod
     def from_rows(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
@@ -25,6 +41,12 @@ class SparseCode:
         tokens, k = latents.shape
         starts = torch.arange(0, tokens * k, k, device=latents.device) if k else latents.new_zeros(tokens)
         return cls(latents.reshape(-1), values.reshape(-1), starts)
+
+    @classmethod
+    def from_cells(cls, cells: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], tokens: int, n_latents: int) -> "SparseCode":
+        """The code whose entries stand in these cells of a ``(tokens, n_latents)`` matrix, numbered row by row, ascending."""
+        first = torch.arange(0, tokens * n_latents, n_latents, device=cells.device) if n_latents else cells.new_zeros(tokens)
+        return cls(cells % n_latents, values, torch.searchsorted(cells, first))
 
     @property
     def n_tokens(self) -> int:
@@ -38,6 +60,11 @@ class SparseCode:
         """The token each entry belongs to."""
         tokens = torch.arange(self.n_tokens, device=self.starts.device)
         return torch.repeat_interleave(tokens, self.entries_per_token(), output_size=self.latents.shape[0])
+
+    def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCode":
+        """The code less the entries that are not to be kept."""
+        before = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])
+        return SparseCode(self.latents[keep], self.values[keep], before[self.starts])
 
     def l0(self) -> Int[Tensor, " tokens"]:
         """Entries above zero of each token."""

@@ -29,11 +29,12 @@ class SparseDictionary(nn.Module, ABC):
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if size < 1:
                 raise ValueError(f"dictionary.{name}: expected at least 1, got {size}.")
-        encoder.validate(n_latents)
+        encoder.prepare(n_latents)
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.encoder = encoder
-        self.W_enc = nn.Parameter(torch.empty(n_latents, d_in))
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        # A tied encoder reads with the atoms themselves.
+        self.W_enc = None if self.tied else nn.Parameter(torch.empty(n_latents, d_in))
+        self.b_enc = None if self.tied else nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("in_scale", torch.ones(()))
@@ -41,8 +42,14 @@ class SparseDictionary(nn.Module, ABC):
         # On the meta device there are no numbers, and drawing them there would first import torch's compiler.
         if not self.W_dec.is_meta:
             nn.init.normal_(self.W_dec)
-            nn.init.normal_(self.W_enc, std=d_in**-0.5)
-            self.renormalize()
+            F.normalize(self.W_dec.data, dim=-1, out=self.W_dec.data)
+            if self.W_enc is not None:
+                nn.init.normal_(self.W_enc, std=d_in**-0.5)
+
+    @property
+    @abstractmethod
+    def tied(self) -> bool:
+        """Whether the encoder's rows are the atoms."""
 
     @abstractmethod
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
@@ -54,7 +61,7 @@ class SparseDictionary(nn.Module, ABC):
 
     @property
     def weights(self) -> Weights:
-        return Weights(self.W_enc, self.b_enc, self.W_dec)
+        return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec)
 
     def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
         """The sparse code of raw activations ``(tokens, d_in)``.
@@ -71,7 +78,7 @@ class SparseDictionary(nn.Module, ABC):
             )
         if grad is not None:
             grad = grad * self.in_scale
-        x = x.to(self.W_enc.dtype) / self.in_scale
+        x = x.to(self.W_dec.dtype) / self.in_scale
         return self.encoder(self.centre(x), self.weights, grad)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "tokens d_out"]:
@@ -84,13 +91,26 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def renormalize(self) -> None:
-        """Bring every atom back to unit norm."""
-        F.normalize(self.W_dec, dim=-1, out=self.W_dec)
+        """Bring every atom back to unit norm, where the encoder wants unit atoms."""
+        if self.encoder.unit_atoms:
+            F.normalize(self.W_dec, dim=-1, out=self.W_dec)
+
+    @torch.no_grad()
+    def fold_norms(self) -> None:
+        """Bring free atoms to unit norm and let the encoder make up for it; the output stays the same.
+
+        Only for encoders whose values scale with their rows, which those with free atoms are.
+        """
+        norms = self.W_dec.norm(dim=-1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        self.W_dec.div_(norms[:, None])
+        if self.W_enc is not None and self.b_enc is not None:
+            self.W_enc.mul_(norms[:, None])
+            self.b_enc.mul_(norms)
 
     @torch.no_grad()
     def project_grad(self) -> None:
         """Remove from each atom's gradient the part along the atom, which renormalising would undo anyway."""
-        if self.W_dec.grad is not None:
+        if self.W_dec.grad is not None and self.encoder.unit_atoms:
             along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
             self.W_dec.grad.addcmul_(along, self.W_dec, value=-1.0)
 

@@ -3,10 +3,11 @@
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .code import SparseCode
@@ -14,11 +15,18 @@ from .code import SparseCode
 
 @dataclass(frozen=True)
 class Weights:
-    """What an encoder may read of its dictionary. Row ``i`` of both matrices belongs to latent ``i``."""
+    """What an encoder may read of its dictionary. Row ``i`` of both matrices belongs to latent ``i``.
+
+    In a dictionary with a tied encoder both matrices are one tensor, and there is no ``b_enc``.
+    """
 
     W_enc: Float[Tensor, "n_latents d_in"]
-    b_enc: Float[Tensor, " n_latents"]
+    b_enc: Float[Tensor, " n_latents"] | None
     W_dec: Float[Tensor, "n_latents d_out"]
+
+    def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
+        """The weights of some latents."""
+        return Weights(self.W_enc[latents], None if self.b_enc is None else self.b_enc[latents], self.W_dec[latents])
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
@@ -30,8 +38,20 @@ class Encoder(nn.Module, ABC):
     """Turns inputs into a ``SparseCode``. ``x`` arrives normalised and centred: encoders know no units and no biases.
 
     The constructor's signature is the recipe's schema: every argument is kept under its own name, so that ``spec`` can
-    read it back. In ``eval()`` mode the code of a token must not depend on the other tokens of the batch.
+    read it back; a recipe's schedule may change numbers among them during a run. In ``eval()`` mode the code of a token
+    must not depend on the other tokens of the batch.
     """
+
+    # Atoms of norm 1 are kept so by training; without it the penalty has to weigh an atom's norm.
+    unit_atoms: ClassVar[bool] = True
+    # An SAE then has one matrix for both sides.
+    tied: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Fewer tokens in one batch cannot be trained on.
+        self.smallest_batch = 1
 
     @abstractmethod
     def forward(
@@ -43,8 +63,12 @@ class Encoder(nn.Module, ABC):
         """The code of every token of ``x``; ``grad`` is the loss gradient at the hook, where the variant uses it."""
 
     @abstractmethod
-    def validate(self, n_latents: int) -> None:
-        """Raise ``ValueError`` if these arguments cannot work with ``n_latents`` latents."""
+    def prepare(self, n_latents: int) -> None:
+        """Create whatever has one entry per latent.
+
+        Raises:
+            ValueError: If the arguments cannot work with ``n_latents`` latents.
+        """
 
     @classmethod
     def parameters_of(cls) -> dict[str, inspect.Parameter]:
@@ -54,3 +78,26 @@ class Encoder(nn.Module, ABC):
     def arguments(self) -> dict[str, Any]:
         """The arguments this object was built with."""
         return {name: getattr(self, name) for name in self.parameters_of()}
+
+    @torch.no_grad()
+    def inherit(self, previous: "Encoder") -> None:
+        """Take over every tensor that ``previous`` holds under the same name and shape, as one phase follows another."""
+        own = self.state_dict()
+        for name, tensor in previous.state_dict().items():
+            if name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
+
+
+def require_argument(name: str, value: int | float, low: int | float, high: int | float = float("inf"), fix: str = "") -> None:
+    """Raise ``ValueError``, naming the recipe's key, unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+        raise ValueError(f"dictionary.encoder.{name}: expected {limits}, got {value}. {fix}".rstrip())
+
+
+def require_k(k: int, n_latents: int) -> None:
+    """Raise ``ValueError`` unless ``k`` latents can be chosen from ``n_latents``."""
+    if k > n_latents:
+        raise ValueError(
+            f"dictionary.encoder.k: expected at most n_latents = {n_latents}, got {k}. Lower k or raise dictionary.n_latents."
+        )

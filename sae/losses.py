@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .budgets import underused
 from .encoder import Weights, pre_activations
 
 
@@ -35,7 +36,7 @@ def auxk(
     if rows.numel() == 0:
         return error.new_zeros(())
     x, error = x.detach(), error.detach()
-    dead_weights = Weights(weights.W_enc[rows], weights.b_enc[rows], weights.W_dec[rows])
+    dead_weights = weights.rows(rows)
     pre_acts = pre_activations(x, dead_weights).relu()
     if rows.numel() > k_aux:
         floor = pre_acts.detach().topk(k_aux, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -46,3 +47,21 @@ def auxk(
     loss = residual.pow(2).sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     # With few dead latents the term cannot get small; its weight shrinks with them.
     return loss * min(rows.numel() / k_aux, 1.0)
+
+
+def aux_zipf(
+    x: Float[Tensor, "tokens d_in"],
+    error: Float[Tensor, "tokens d_out"],
+    weights: Weights,
+    dead: Bool[Tensor, " n_latents"],
+    density: Float[Tensor, " n_latents"],
+    tau: float,
+    k_aux: int,
+    absolute: bool = False,
+) -> Float[Tensor, ""]:
+    """AuxK over dead latents and those that fire less than ``tau`` times what a Zipf law expects of their rank.
+
+    The law is fitted to ``density``, the running share of tokens on which each latent fires. At ``tau = 0`` this is AuxK.
+    Source: the ``aux_zipf_loss`` of Ayonrinde 2024, arXiv:2411.02124, which names its purpose; the criterion is ours.
+    """
+    return auxk(x, error, weights, dead | underused(density, tau, absolute), k_aux)

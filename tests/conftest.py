@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 
 # Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
 # small functions millions of times and holds no tensors.
-CHECKED = ["activations", "checkpoints", "initialize", "loop", "objective", "optim", "preflight", "run", "state"]
+CHECKED = "activations checkpoints finish initialize loop objective optim phases preflight run state".split()
 install_import_hook(["sae", "transcoders", "eval", *(f"training.{name}" for name in CHECKED)], "beartype.beartype")
 
 import torch  # noqa: E402

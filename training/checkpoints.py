@@ -14,6 +14,7 @@ from sae import SparseDictionary
 from sae.files import remove_partial_files, write_text
 
 from .activations.stream import Stream
+from .phases import Phases
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, Report
 from .state import STATE_FILE, TrainState
@@ -25,9 +26,10 @@ LOCK_FILE = ".lock"
 class Checkpoints:
     """Saves state and dictionary into ``out_dir``; ``stop_requested`` is set by SIGINT and SIGTERM."""
 
-    def __init__(self, directory: Path, provenance: dict[str, Any]):
+    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases):
         self.directory = directory
         self.provenance = provenance
+        self.phases = phases
         self.stop_signal: int | None = None
 
     @property
@@ -39,7 +41,11 @@ class Checkpoints:
     ) -> None:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
         state.require_finite()
-        state.save(self.directory, dictionary, optimizer, stream, report.flush())
+        state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
+        self.save_dictionary(state, dictionary)
+
+    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
+        """The checkpoint that others load."""
         dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
 
     @contextmanager

@@ -56,12 +56,17 @@ def initialize(
         noise = torch.randn_like(chosen) * chosen.norm(dim=-1, keepdim=True) * (0.1 / math.sqrt(dictionary.d_in))
         dictionary.W_dec.copy_(chosen + noise)
         dictionary.renormalize()
+    if dictionary.W_enc is None:
+        return
     dictionary.W_enc.copy_(dictionary.W_dec)
     if atoms == "data":
         # Atoms that resemble the data overlap, so their sum overshoots; the factor that fits best keeps the first steps tame.
         # Not for random atoms: there the factor is below 1 too, and it costs (embedded model, seeds 0 and 1: fvu 0.0209 with
         # it, 0.0201 and 0.0202 without).
         rows = sample[: SAMPLE_TOKENS // 8]
-        target, guess = rows / dictionary.in_scale - dictionary.b_dec, dictionary(rows) / dictionary.out_scale - dictionary.b_dec
+        target, guess = (
+            rows / dictionary.in_scale - dictionary.b_dec,
+            dictionary(rows) / dictionary.out_scale - dictionary.b_dec,
+        )
         factor = (target * guess).sum() / guess.pow(2).sum().clamp_min(torch.finfo(guess.dtype).tiny)
         dictionary.W_enc.mul_(factor.clamp(max=1.0))

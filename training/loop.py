@@ -34,7 +34,7 @@ def train_loop(
         pieces = []
         for piece in batch.split(cfg.accumulate):
             with accelerator.accumulate(objective), accelerator.autocast():
-                loss, terms = objective(piece, state.dead)
+                loss, terms = objective(piece, state.usage)
             accelerator.backward(loss)
             pieces.append(terms)
         # Before clipping: the radial part of an atom's gradient is no step and must not use up the norm.

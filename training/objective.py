@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae import SparseDictionary
-from sae.losses import auxk, normalized_mse
+from sae import SparseCode, SparseDictionary
+from sae.losses import aux_zipf, normalized_mse
+from sae.sparse_ops import decode
 
+from .activations.model import LanguageModel
 from .activations.stream import Batch
 
 
@@ -20,36 +22,121 @@ class Terms:
     firings: Int[Tensor, " n_latents"]
 
 
-class Objective(nn.Module):
-    """Reconstruction plus AuxK. A module, so that data-parallel wrappers see its forward pass.
+@dataclass(frozen=True)
+class Usage:
+    """How the latents have been used so far: silent for too long, and the running share of tokens each fires on."""
 
-    ``variance`` is the targets' mean squared distance from their mean, in raw units; it makes the first term an fvu.
+    dead: Bool[Tensor, " n_latents"]
+    density: Float[Tensor, " n_latents"]
+
+
+@dataclass(frozen=True)
+class AuxSettings:
+    """``weight`` and ``latents`` of AuxK; ``tau`` above 0 takes in latents that fire less than tau times their due."""
+
+    weight: float
+    latents: int
+    tau: float = 0.0
+    absolute: bool = False
+
+
+class Divergence:
+    """KL from the model's predictions to those it makes when ``hook`` reads the reconstruction, in nats per token.
+
+    Gradients flow through the frozen model into the dictionary. Source: Braun et al. 2024, arXiv:2405.12241.
+    """
+
+    def __init__(self, model: LanguageModel, hook: str):
+        self.model, self.hook = model, hook
+
+    def __call__(self, batch: Batch, y_hat: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+        origin = batch.origin
+        assert origin is not None
+        with torch.no_grad():
+            clean = self.model.run(origin.token_ids)[:, :-1][origin.counted].float().log_softmax(-1)
+
+        def splice(x: Tensor) -> Tensor:
+            return x.masked_scatter(origin.kept.unsqueeze(-1), y_hat.to(x.dtype))
+
+        with self.model.replacing(self.hook, splice):
+            spliced = self.model.run(origin.token_ids)[:, :-1][origin.counted].float().log_softmax(-1)
+        return (clean.exp() * (clean - spliced)).sum(-1).mean()
+
+
+class Objective(nn.Module):
+    """The main term, what the encoder asks for besides, and the auxiliary loss.
+
+    A module, so that data-parallel wrappers see its forward pass. The main term is the reconstruction error, an fvu because
+    ``variance`` is the targets' mean squared distance from their mean, in raw units; or, with ``divergence``, what the
+    model's predictions lose, plus ``reconstruction_weight`` times that error.
     """
 
     variance: Float[Tensor, ""]
 
-    def __init__(self, dictionary: SparseDictionary, variance: float, auxk_weight: float, auxk_latents: int):
+    def __init__(
+        self,
+        dictionary: SparseDictionary,
+        variance: float,
+        aux: AuxSettings,
+        divergence: Divergence | None = None,
+        reconstruction_weight: float = 1.0,
+    ):
         super().__init__()
         self.dictionary = dictionary
-        self.auxk_weight = auxk_weight
-        self.auxk_latents = auxk_latents
+        self.aux = aux
+        self.divergence, self.reconstruction_weight = divergence, reconstruction_weight
         self.register_buffer("variance", torch.tensor(variance), persistent=False)
 
-    def forward(self, batch: Batch, dead: Bool[Tensor, " n_latents"]) -> tuple[Float[Tensor, ""], Terms]:
+    def forward(self, batch: Batch, usage: Usage) -> tuple[Float[Tensor, ""], Terms]:
         d = self.dictionary
         y = batch.x if batch.target is None else batch.target
         code = d.encode(batch.x, batch.grad)
         y_hat = d.decode(code)
-        reconstruction = normalized_mse(y, y_hat, self.variance)
-        loss = reconstruction
-        named = {"fvu": reconstruction.detach(), "l0": code.l0().float().mean()}
-        if self.auxk_weight > 0:
-            error = (y - y_hat) / d.out_scale
-            auxiliary = auxk(d.centre(batch.x / d.in_scale), error, d.weights, dead, self.auxk_latents)
-            loss = loss + self.auxk_weight * auxiliary
-            named["auxk"] = auxiliary.detach()
+        fvu = normalized_mse(y, y_hat, self.variance)
+        named = {"fvu": fvu.detach(), "l0": code.l0().float().mean()}
+        judged = self.prefixes(code, y) if code.requests.prefixes else [y_hat]
+        loss = self.reconstruction_weight * torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
+        extra = self.extra(batch, code, y, y_hat, usage)
+        if self.divergence is not None:
+            extra["kl"] = torch.stack([self.divergence(batch, guess) for guess in judged]).mean()
+        named |= {name: term.detach() for name, term in extra.items()}
+        for term in extra.values():
+            loss = loss + term
         named["loss"] = loss.detach()
         return loss, Terms(named, code.firings(d.n_latents))
+
+    def extra(
+        self,
+        batch: Batch,
+        code: SparseCode,
+        y: Float[Tensor, "tokens d_out"],
+        y_hat: Float[Tensor, "tokens d_out"],
+        usage: Usage,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """What is added to the main term, weighted, by name."""
+        d, requests = self.dictionary, code.requests
+        terms = dict(requests.penalties)
+        if requests.frozen is not None:
+            guess = (decode(requests.frozen, d.W_dec.detach()) + d.b_dec.detach()) * d.out_scale
+            terms["frozen"] = normalized_mse(y, guess, self.variance)
+        if self.aux.weight > 0:
+            error = (y - y_hat) / d.out_scale
+            # Pursued atoms meet residuals, not inputs.
+            seen = error if d.tied else d.centre(batch.x / d.in_scale)
+            settings = (self.aux.tau, self.aux.latents, self.aux.absolute)
+            terms["aux"] = self.aux.weight * aux_zipf(seen, error, d.weights, usage.dead, usage.density, *settings)
+        return terms
+
+    def prefixes(self, code: SparseCode, y: Float[Tensor, "tokens d_out"]) -> list[Float[Tensor, "tokens d_out"]]:
+        """What each prefix reconstructs alone, the whole last; every entry is decoded once."""
+        d = self.dictionary
+        guesses, partial, below = [], d.b_dec.expand(y.shape), 0
+        for width in code.requests.prefixes:
+            group = code.where((code.latents >= below) & (code.latents < width))
+            partial = partial + decode(group, d.W_dec)
+            guesses.append(partial * d.out_scale)
+            below = width
+        return guesses
 
 
 def combine(pieces: list[Terms]) -> Terms:

@@ -4,22 +4,27 @@ import torch
 
 from sae import SparseDictionary
 
-from .recipe import Recipe
+from .phases import Phases
+from .recipe import Recipe, total_steps
 
 # Gao et al. 2024: gradients of rarely active latents are small, and Adam's usual 1e-8 would drown them.
 ADAM_EPS = 6.25e-10
 
 
-def build_optimizer(dictionary: SparseDictionary, recipe: Recipe) -> torch.optim.Adam:
-    """Adam over all weights, its step fused into one pass per tensor."""
-    return torch.optim.Adam(dictionary.parameters(), lr=recipe.lr, betas=recipe.betas, eps=ADAM_EPS, fused=True)
+def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe) -> torch.optim.Adam:
+    """Adam over all weights, those of later phases' encoders included, its step fused into one pass per tensor."""
+    parameters = list(dict.fromkeys([*dictionary.parameters(), *phases.parameters()]))
+    return torch.optim.Adam(parameters, lr=recipe.lr, betas=recipe.betas, eps=ADAM_EPS, fused=True)
 
 
 class Schedule:
-    """Linear warm-up, a plateau, and over the last share of the run a linear fall to 0: a function of the step alone."""
+    """Sets what depends on the step: the learning rate, the encoder in force and its scheduled arguments.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe):
-        self.optimizer = optimizer
+    The rate warms up linearly, stays, and falls linearly to 0 over the last share of the run.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
+        self.optimizer, self.dictionary, self.phases = optimizer, dictionary, phases
         self.peak = recipe.lr
         self.steps = total_steps(recipe)
         self.warmup = recipe.lr_warmup_steps
@@ -29,13 +34,9 @@ class Schedule:
         """The learning rate of step ``step``, counted from 0."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
-        return self.peak * min(rise, fall)
+        return self.peak * min(rise, fall) * self.phases.lr_factor(step)
 
     def apply(self, step: int) -> None:
+        self.phases.enter(self.dictionary, step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
-
-
-def total_steps(recipe: Recipe) -> int:
-    """Steps of the whole run; the last batch is a full one."""
-    return -(-recipe.tokens // recipe.batch_tokens)

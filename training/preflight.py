@@ -4,11 +4,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from sae.checkpoint import build_dictionary
+
 from .activations.harvest import recipe_identity
 from .activations.model import hook_widths
 from .activations.shards import MANIFEST_FILE, Store
-from .optim import total_steps
-from .recipe import Recipe
+from .recipe import Recipe, total_steps
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
@@ -95,7 +98,9 @@ def preflight(recipe: Recipe) -> Plan:
     disk = 0 if harvest.store is None else round(max(wanted - done, 0) * per_token)
     _require_disk(recipe, disk)
     n = recipe.dictionary.n_latents
-    parameters = 2 * n * d + n + d
+    with torch.device("meta"):
+        arguments = {"kind": recipe.dictionary.kind, "d_in": d, "n_latents": n, "encoder": recipe.dictionary.encoder}
+        parameters = sum(p.numel() for p in build_dictionary(arguments).parameters())
     # Weights, gradients and Adam's two moments; the encoder's output and its gradient; batches read ahead.
     memory = 16 * parameters + 8 * recipe.batch_tokens // recipe.accumulate * n + 12 * recipe.batch_tokens * (4 * d + 16)
     live = harvest.store is None

@@ -95,6 +95,19 @@ class DictionarySection(Section):
     )
 
 
+class PhaseSection(Section):
+    """Another encoder from some point of the run on; it takes over what the one before it measured."""
+
+    start: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="share of the run at which the phase begins")
+    encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
+    blend: Share = Field(default=0.0, description="share of the run over which more and more batches belong to the new phase")
+    lr_factor: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="what lr is multiplied by from then on")
+
+
+# [[share of the run, value], ...]
+Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)], ...], Field(strict=False, min_length=1)]
+
+
 class WandbSection(Section):
     """Logging to Weights & Biases, beside metrics.jsonl."""
 
@@ -124,9 +137,32 @@ class Recipe(Section):
         description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
         "then sees gradients of one norm, and the large ones of the start do not slow the rest of the run",
     )
+    objective: Literal["reconstruction", "kl"] = Field(
+        default="reconstruction",
+        description="kl trains end to end: the loss is what the model's predictions lose when it runs on the reconstruction",
+    )
+    reconstruction_weight: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None, description="weight of the reconstruction error; null: 1, or 0 with objective kl"
+    )
+    phases: Annotated[tuple[PhaseSection, ...], Field(strict=False)] = Field(
+        default=(), description="encoders that follow dictionary.encoder within the run, each with its start"
+    )
+    schedules: dict[str, Knots] = Field(
+        default_factory=dict,
+        description="encoder argument -> [[share of the run, value], ...]: piecewise linear, for example k or beta",
+    )
     auxk_weight: Annotated[float, Field(ge=0.0)] = Field(default=1 / 32, description="Gao et al. 2024, appendix A.2")
     auxk_latents: Positive | None = Field(
         default=None, description="dead latents per token in the auxiliary loss; null: d_in / 2"
+    )
+    aux_zipf_tau: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="above 0 the auxiliary loss also takes latents that fire less than tau times what a Zipf law expects of "
+        "their rank (aux_zipf_loss); 0 is AuxK",
+    )
+    aux_zipf_absolute: bool = Field(default=False, description="compare with what the law expects of the last rank instead")
+    calibration_tokens: Positive = Field(
+        default=262_144, description="tokens from which batch-wide encoders' thresholds are set when training ends"
     )
     dead_after_tokens: Positive = Field(default=1_000_000, description="a latent silent for so long is dead")
     precision: Literal["auto", "float32", "bf16"] = Field(
@@ -147,19 +183,43 @@ FREE_ON_RESUME = ("out_dir", "log_every", "save_every", "wandb", "eval_tokens")
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read, override (``{"dictionary.n_latents": 512}``) and check a recipe.
 
+    A recipe may name another as its ``base``, relative to itself: it then holds what differs from it.
+
     Raises:
         ValueError: With one line per mistake.
     """
+    values = _read_values(Path(path), ())
+    for key, value in (overrides or {}).items():
+        _override(values, key, value)
+    return check_recipe(values, str(path))
+
+
+def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's unchecked values over those of its base."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a recipe file ({error}).") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of recipe keys, got {type(values).__name__}.")
-    for key, value in (overrides or {}).items():
-        _override(values, key, value)
-    return check_recipe(values, str(path))
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path.resolve() in above:
+        raise ValueError(
+            f"{path}: base: expected the name of another recipe file, which does not lead back here, got {base!r}."
+        )
+    return _merged(_read_values(path.parent / base, (*above, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` over ``base``, section by section. An encoder is replaced whole: its arguments belong to its name."""
+    merged = dict(base)
+    for key, value in values.items():
+        nested = key != "encoder" and isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if nested else value
+    return merged
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -204,9 +264,8 @@ def check_recipe(values: dict[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         problems += [_explain(problem, values) for problem in error.errors()]
         recipe = _without_unknown(values, error)
-    dictionary = values.get("dictionary")
-    if isinstance(dictionary, dict) and isinstance(dictionary.get("encoder"), dict):
-        problems += _check_encoder(dictionary["encoder"])
+    for key, spec in _encoder_specs(values):
+        problems += _check_encoder(spec, key)
     if recipe is not None:
         problems += _check_together(recipe)
     if problems or recipe is None:
@@ -228,17 +287,29 @@ def _without_unknown(values: dict[str, Any], error: ValidationError) -> Recipe |
     return Recipe.model_validate(values)
 
 
-def _check_encoder(spec: dict[str, Any]) -> list[str]:
+def _encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every encoder of unchecked values, with its key."""
+    found = [("dictionary.encoder", values.get("dictionary"))]
+    if isinstance(values.get("phases"), list):
+        found += [(f"phases.{i}.encoder", phase) for i, phase in enumerate(values["phases"])]
+    return [
+        (key, section["encoder"])
+        for key, section in found
+        if isinstance(section, dict) and isinstance(section.get("encoder"), dict)
+    ]
+
+
+def _check_encoder(spec: dict[str, Any], key: str) -> list[str]:
     name = spec.get("name")
     if name not in ENCODERS:
         if name is None:
-            return [f"dictionary.encoder.name: required, but missing. Choose one of {', '.join(ENCODERS)}."]
-        return [f"dictionary.encoder.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{_nearest(str(name), ENCODERS)}"]
+            return [f"{key}.name: required, but missing. Choose one of {', '.join(ENCODERS)}."]
+        return [f"{key}.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{_nearest(str(name), ENCODERS)}"]
     try:
-        encoder_schema(name).model_validate({key: value for key, value in spec.items() if key != "name"})
+        encoder_schema(name).model_validate({name: value for name, value in spec.items() if name != "name"})
     except ValidationError as error:
         takes = f"{name} takes {', '.join(ENCODERS[name].parameters_of())}."
-        return [_explain(problem, spec, ("dictionary", "encoder"), takes) for problem in error.errors()]
+        return [_explain(problem, spec, tuple(key.split(".")), takes) for problem in error.errors()]
     return []
 
 
@@ -254,12 +325,7 @@ def encoder_schema(name: str) -> type[BaseModel]:
 
 def _check_together(recipe: Recipe) -> list[str]:
     """What no single key can be blamed for."""
-    problems = []
-    if not _check_encoder(recipe.dictionary.encoder):
-        try:
-            build_encoder(recipe.dictionary.encoder).validate(recipe.dictionary.n_latents)
-        except ValueError as error:
-            problems.append(str(error))
+    problems = _check_training(recipe)
     if recipe.dictionary.hook not in recipe.harvest.hooks:
         near = _nearest(recipe.dictionary.hook, recipe.harvest.hooks)
         problems.append(
@@ -275,6 +341,16 @@ def _check_together(recipe: Recipe) -> list[str]:
         problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
         problems.append("harvest.hooks: expected each hook once, got one twice.")
+    if recipe.objective == "kl":
+        if recipe.harvest.store is not None:
+            problems.append(
+                "harvest.store: expected null with objective kl, which runs the model at every step, "
+                f"got {recipe.harvest.store!r}."
+            )
+        if recipe.accumulate > 1:
+            problems.append(f"accumulate: expected 1 with objective kl, got {recipe.accumulate}. Lower batch_tokens instead.")
+        if recipe.harvest.gradients:
+            problems.append("harvest.gradients: expected false with objective kl, whose batches hold no gradients, got true.")
     if recipe.batch_tokens % recipe.accumulate:
         problems.append(f"accumulate: expected a divisor of batch_tokens = {recipe.batch_tokens}, got {recipe.accumulate}.")
     if recipe.batch_tokens > recipe.tokens:
@@ -292,6 +368,72 @@ def _check_together(recipe: Recipe) -> list[str]:
     if recipe.text.source == "embedded" and recipe.model.id != "embedded":
         problems.append("text.source: the embedded corpus is for model.id embedded. Set text.source to files or hub.")
     return problems
+
+
+def _check_training(recipe: Recipe) -> list[str]:
+    """Encoders, schedules and phases against each other and against the batch."""
+    specs = [("dictionary.encoder", recipe.dictionary.encoder)]
+    specs += [(f"phases.{i}.encoder", phase.encoder) for i, phase in enumerate(recipe.phases)]
+    problems = []
+    for key, spec in specs:
+        if not _check_encoder(spec, key):
+            problems += _check_variants(recipe, key, spec)
+    arguments = {name for _, spec in specs if spec.get("name") in ENCODERS for name in ENCODERS[spec["name"]].parameters_of()}
+    for name, knots in recipe.schedules.items():
+        if name not in arguments:
+            problems.append(f"schedules.{name}: no encoder of this recipe has that argument.{_nearest(name, arguments)}")
+        shares = [share for share, _ in knots]
+        if sorted(set(shares)) != shares or shares[0] < 0 or shares[-1] > 1:
+            problems.append(f"schedules.{name}: expected shares of the run that ascend within 0 to 1, got {shares}.")
+    starts = [phase.start for phase in recipe.phases]
+    if sorted(set(starts)) != starts:
+        problems.append(f"phases: expected starts that ascend, got {starts}.")
+    for i, phase in enumerate(recipe.phases):
+        end = starts[i + 1] if i + 1 < len(starts) else 1.0
+        if phase.start + phase.blend > end:
+            left = f"{end - phase.start:.3g}, until the phase ends"
+            problems.append(f"phases.{i}.blend: expected at most {left}, got {phase.blend}.")
+    tied = {ENCODERS[spec["name"]].tied for _, spec in specs if spec.get("name") in ENCODERS}
+    if len(tied) > 1:
+        problems.append("phases: an encoder with tied weights (matching_pursuit) cannot share a run with one without.")
+    return problems
+
+
+def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]:
+    """One encoder as it stands in the recipe, and with every value its schedules give it."""
+    cases = [(key, spec)]
+    for name, knots in recipe.schedules.items():
+        if name in ENCODERS[spec["name"]].parameters_of():
+            cases += [(f"schedules.{name}.{i}", spec | {name: value}) for i, (_, value) in enumerate(knots)]
+    problems = []
+    pool = recipe.batch_tokens // recipe.accumulate
+    for where, case in cases:
+        found = _check_encoder(case, key)
+        if not found:
+            try:
+                encoder = build_encoder(case)
+                encoder.prepare(recipe.dictionary.n_latents)
+            except ValueError as error:
+                found = [str(error)]
+            else:
+                if encoder.smallest_batch > pool:
+                    found = [
+                        f"batch_tokens: {case['name']} gives every latent a match: {pool} tokens x k {case['k']} = "
+                        f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Give at least "
+                        f"{encoder.smallest_batch} tokens a batch (divided by accumulate), raise k, or lower n_latents."
+                    ]
+                if encoder.needs_gradient and not recipe.harvest.gradients:
+                    found.append(
+                        f"harvest.gradients: expected true, because {case['name']} chooses latents by the loss's gradient, got "
+                        "false. Set it, choose a new harvest.store, and run: sparsary harvest RECIPE"
+                    )
+        problems += [line if where == key else f"{where}: {line}" for line in found]
+    return list(dict.fromkeys(line.replace("dictionary.encoder", key, 1) for line in problems))
+
+
+def total_steps(recipe: Recipe) -> int:
+    """Steps of the whole run; the last batch is a full one."""
+    return -(-recipe.tokens // recipe.batch_tokens)
 
 
 def _explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str = "") -> str:

@@ -14,16 +14,19 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from sae.checkpoint import build_dictionary
+from sae.encoders import ENCODERS
 
 from .activations.harvest import harvest
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
-from .activations.stream import LiveStream, StoreStream, Stream, TensorStream
+from .activations.stream import ContextStream, LiveStream, StoreStream, Stream, TensorStream
 from .checkpoints import Checkpoints, claimed
+from .finish import finish
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import train_loop
-from .objective import Objective
+from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, build_optimizer
+from .phases import Phases
 from .preflight import preflight
 from .recipe import Recipe
 from .report import Report
@@ -67,6 +70,8 @@ def train(
     directory = Path(recipe.out_dir)
     if activations is None:
         preflight(recipe)
+    elif recipe.objective == "kl" or needs_gradient(recipe):
+        raise ValueError("activations: tensors alone do not do for objective kl or a gradient SAE. Train from the model.")
     with claimed(directory, recipe) as resuming, open_stream(recipe, activations, progress) as stream:
         return _train(recipe, directory, stream, resuming)
 
@@ -79,12 +84,13 @@ def open_stream(recipe: Recipe, activations: Iterable[Tensor] | None, progress: 
         if activations is not None:
             stream: Stream = TensorStream(activations, recipe.batch_tokens)
         elif recipe.harvest.store is None:
-            stream = LiveStream(load_model(recipe.model), recipe.text, recipe.harvest, hook, recipe.batch_tokens, recipe.seed)
+            kind = ContextStream if recipe.objective == "kl" else LiveStream
+            stream = kind(load_model(recipe.model), recipe.text, recipe.harvest, hook, recipe.batch_tokens, recipe.seed)
         else:
             store = run_harvest(recipe, progress)
             if recipe.harvest.verify:
                 store.verify()
-            stream = StoreStream(store, hook, recipe.batch_tokens, recipe.seed)
+            stream = StoreStream(store, hook, recipe.batch_tokens, recipe.seed, gradients=needs_gradient(recipe))
             stack.callback(stream.release)
         stack.callback(stream.close)
         yield stream
@@ -107,16 +113,20 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
         cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate
     )
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // 2)
-    objective = Objective(dictionary, moments.variance(), recipe.auxk_weight, auxk_latents).to(accelerator.device)
-    optimizer = build_optimizer(dictionary, recipe)
+    aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    divergence = Divergence(stream.model, recipe.dictionary.hook) if isinstance(stream, ContextStream) else None
+    weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
+    objective = Objective(dictionary, moments.variance(), aux, divergence, weight).to(accelerator.device)
+    phases = Phases(dictionary, recipe).to(accelerator.device)
+    optimizer = build_optimizer(dictionary, phases, recipe)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device)
-    keep_bytes = state.restore(directory, dictionary, optimizer, stream) if resuming else 0
+    keep_bytes = state.restore(directory, dictionary, phases, optimizer, stream) if resuming else 0
     if resuming:
         log.info("Continuing %s at step %d.", directory, state.step)
     objective, wrapped = accelerator.prepare(objective, optimizer)
-    checkpoints = Checkpoints(directory, provenance(recipe, stream))
+    checkpoints = Checkpoints(directory, provenance(recipe, stream), phases)
     report = Report(recipe, directory, keep_bytes, state.tokens)
-    schedule = Schedule(optimizer, recipe)
+    schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     try:
         with checkpoints.signals_deferred():
@@ -130,7 +140,16 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
         report.close()
     if checkpoints.stop_signal is not None and state.tokens < recipe.tokens:
         raise Stopped(checkpoints.stop_signal, state.step)
+    # The state keeps what training left; what others load is made ready for use.
+    if finish(dictionary, stream, recipe.calibration_tokens, recipe.batch_tokens):
+        checkpoints.save_dictionary(state, dictionary)
     return directory
+
+
+def needs_gradient(recipe: Recipe) -> bool:
+    """Whether an encoder of the run chooses its latents by the loss's gradient."""
+    specs = [recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)]
+    return any(ENCODERS[spec["name"]].needs_gradient for spec in specs)
 
 
 def _precision(recipe: Recipe, device: torch.device) -> str:

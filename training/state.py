@@ -9,27 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from sae import SparseDictionary
 from sae.files import read_tensors, require_finite, write_tensors
 
 from .activations.stream import Stream
-from .objective import Terms
+from .objective import Terms, Usage
+from .phases import Phases
 
 STATE_FILE = "state.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The running densities forget half of what they knew after so many tokens.
+DENSITY_HALF_LIFE = 1_000_000
 
 
 class TrainState:
-    """Counters of a run. ``silent_for`` is how many tokens ago each latent last fired."""
+    """Counters of a run.
+
+    ``silent_for`` is how many tokens ago each latent last fired, ``density`` the running share of tokens it fires on.
+    """
 
     def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device):
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
+        self.density: Float[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.float64, device=device)
         self.dead_after_tokens = dead_after_tokens
         self.finite: Bool[Tensor, ""] = torch.ones((), dtype=torch.bool, device=device)
 
@@ -37,11 +44,18 @@ class TrainState:
     def dead(self) -> Bool[Tensor, " n_latents"]:
         return self.silent_for >= self.dead_after_tokens
 
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.dead, self.density)
+
     def advance(self, tokens: int, terms: Terms) -> None:
         """Count one step. Nothing here waits for the device."""
         self.step += 1
         self.tokens += tokens
         self.silent_for = torch.where(terms.firings > 0, 0, self.silent_for + tokens)
+        # A plain mean until it has seen as much as it later remembers.
+        share = max(1 - 0.5 ** (tokens / DENSITY_HALF_LIFE), tokens / self.tokens)
+        self.density = self.density.lerp(terms.firings.double() / tokens, share)
         self.finite = self.finite & torch.isfinite(terms.named["loss"])
 
     def require_finite(self) -> None:
@@ -56,16 +70,19 @@ class TrainState:
         self,
         directory: Path,
         dictionary: SparseDictionary,
+        phases: Phases,
         optimizer: torch.optim.Optimizer,
         stream: Stream,
         metrics_bytes: int,
     ) -> None:
         """Replace the saved state. Raises ``OSError`` if it cannot be written; the old one then stays."""
-        tensors: dict[str, Tensor] = {f"dictionary/{name}": t for name, t in dictionary.state_dict().items()}
-        for name, parameter in dictionary.named_parameters():
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer/{name}/{key}"] = value
-        tensors["silent_for"] = self.silent_for
+        tensors: dict[str, Tensor] = {}
+        for part, module in _parts(dictionary, phases).items():
+            tensors |= {f"{part}/{name}": t for name, t in _own(module.state_dict()).items()}
+            for name, parameter in _own(dict(module.named_parameters())).items():
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f"optimizer/{part}/{name}/{key}"] = value
+        tensors["silent_for"], tensors["density"] = self.silent_for, self.density
         tensors["random/cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -79,7 +96,14 @@ class TrainState:
         write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)})
         self.saved_step = self.step
 
-    def restore(self, directory: Path, dictionary: SparseDictionary, optimizer: torch.optim.Optimizer, stream: Stream) -> int:
+    def restore(
+        self,
+        directory: Path,
+        dictionary: SparseDictionary,
+        phases: Phases,
+        optimizer: torch.optim.Optimizer,
+        stream: Stream,
+    ) -> int:
         """Put everything back as ``save`` found it; returns the length of ``metrics.jsonl`` at that time.
 
         Raises:
@@ -89,14 +113,20 @@ class TrainState:
         tensors, metadata = read_tensors(path)
         try:
             counters: dict[str, Any] = json.loads(metadata["counters"])
-            own = {name.removeprefix("dictionary/"): t for name, t in tensors.items() if name.startswith("dictionary/")}
-            dictionary.load_state_dict(own)
-            for name, parameter in dictionary.named_parameters():
-                prefix = f"optimizer/{name}/"
-                saved = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-                # Adam keeps its step counter on the CPU unless it is fused on a GPU; it goes where the weights are.
-                optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
+            for part, module in _parts(dictionary, phases).items():
+                own = _below(f"{part}/", tensors)
+                require_finite(path, own)
+                if own.keys() != _own(module.state_dict()).keys():
+                    raise KeyError(f"{part}: {sorted(own)}")
+                module.load_state_dict(own, strict=False)
+                for name, parameter in _own(dict(module.named_parameters())).items():
+                    saved = _below(f"optimizer/{part}/{name}/", tensors)
+                    # Adam keeps its step counter on the CPU unless it is fused on a GPU; it goes where the weights are.
+                    # A parameter no gradient has reached yet has no state.
+                    if saved:
+                        optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
             self.silent_for = tensors["silent_for"].to(self.silent_for.device)
+            self.density = tensors["density"].to(self.density.device)
             torch.set_rng_state(tensors["random/cpu"])
             if torch.cuda.is_available() and "random/cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["random/cuda"])
@@ -105,6 +135,20 @@ class TrainState:
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
-        require_finite(path, own)
+        phases.select(dictionary, max(self.step - 1, 0))
         self.saved_step = self.step
         return counters["metrics_bytes"]
+
+
+def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:
+    """Everything with weights or buffers, by the name it is saved under."""
+    return {"dictionary": dictionary} | {f"encoder-{i}": encoder for i, encoder in enumerate(phases.encoders)}
+
+
+def _own(named: dict[str, Any]) -> dict[str, Any]:
+    """A module's tensors less those of a dictionary's encoder, which is saved as a phase of its own."""
+    return {name: value for name, value in named.items() if not name.startswith("encoder.")}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -3,10 +3,28 @@
 from typing import Any
 
 from ..encoder import Encoder
+from .batch_topk import BatchTopK
+from .feature_choice import FeatureChoice
+from .gated import Gated
+from .gradient_topk import GradientTopK
+from .jumprelu import JumpReLU
+from .matching_pursuit import MatchingPursuit
+from .matryoshka import Matryoshka
+from .mutual_choice import MutualChoice
+from .relu import ReLU
 from .topk import TopK
 
 ENCODERS: dict[str, type[Encoder]] = {
     "topk": TopK,
+    "mutual_choice": MutualChoice,
+    "feature_choice": FeatureChoice,
+    "gradient_topk": GradientTopK,
+    "matching_pursuit": MatchingPursuit,
+    "batch_topk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "relu": ReLU,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
 }
 
 

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, pre_activations
+from ..encoder import Encoder, Weights, pre_activations, require_argument, require_k
 
 
 class TopK(Encoder):
@@ -16,8 +16,7 @@ class TopK(Encoder):
 
     def __init__(self, k: int):
         super().__init__()
-        if k < 1:
-            raise ValueError(f"dictionary.encoder.k: expected at least 1, got {k}. Set how many latents fire per token.")
+        require_argument("k", k, 1, fix="Set how many latents fire per token.")
         self.k = k
 
     def forward(
@@ -27,9 +26,5 @@ class TopK(Encoder):
         values, latents = pre_activations(x, weights).topk(self.k, dim=-1, sorted=False)
         return SparseCode.from_rows(latents, values.relu())
 
-    def validate(self, n_latents: int) -> None:
-        if self.k > n_latents:
-            raise ValueError(
-                f"dictionary.encoder.k: expected at most n_latents = {n_latents}, got {self.k}. "
-                "Lower k or raise dictionary.n_latents."
-            )
+    def prepare(self, n_latents: int) -> None:
+        require_k(self.k, n_latents)

@@ -8,8 +8,9 @@ import torch
 from sae import ENCODERS, SAE
 from sae.metrics import Moments
 from training.initialize import geometric_median, initialize
-from training.optim import Schedule, build_optimizer, total_steps
-from training.recipe import check_recipe
+from training.optim import Schedule, build_optimizer
+from training.phases import Phases
+from training.recipe import check_recipe, total_steps
 
 
 def moments_of(rows):
@@ -72,13 +73,15 @@ def test_constant_activations_are_refused():
 def test_the_learning_rate_rises_stays_and_falls(recipe_values):
     recipe = check_recipe(recipe_values | {"lr": 1.0, "lr_warmup_steps": 4, "lr_decay": 0.2}, "recipe")
     sae = SAE(7, 67, ENCODERS["topk"](k=2))
-    schedule = Schedule(build_optimizer(sae, recipe), recipe)
+    phases = Phases(sae, recipe)
+    optimizer = build_optimizer(sae, phases, recipe)
+    schedule = Schedule(optimizer, sae, phases, recipe)
     rates = [schedule.lr(step) for step in range(total_steps(recipe))]
     assert len(rates) == 30
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[23] == 1.0
     assert rates[24:] == pytest.approx([1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    flat = Schedule(build_optimizer(sae, recipe), recipe.model_copy(update={"lr_warmup_steps": 0, "lr_decay": 0.0}))
+    flat = Schedule(optimizer, sae, phases, recipe.model_copy(update={"lr_warmup_steps": 0, "lr_decay": 0.0}))
     assert {flat.lr(step) for step in range(30)} == {1.0}
     schedule.apply(0)
     assert schedule.optimizer.param_groups[0]["lr"] == 0.25

@@ -47,7 +47,7 @@ def test_an_unknown_key_does_not_hide_what_no_single_key_can_say(recipe_values):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("dictionary.encoder", {"name": "topkk", "k": 1}, "expected one of topk, got 'topkk'. Did you mean 'topk'?"),
+        ("dictionary.encoder", {"name": "topkk", "k": 1}, "gated, got 'topkk'. Did you mean 'topk'?"),
         ("dictionary.encoder", {"k": 1}, "dictionary.encoder.name: required, but missing"),
         ("dictionary.encoder", {"name": "topk", "k": 2.0}, "dictionary.encoder.k: expected a valid integer, got 2.0"),
         ("dictionary.encoder", {"name": "topk", "k": 68}, "dictionary.encoder.k: expected at most n_latents = 67, got 68"),

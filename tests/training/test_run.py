@@ -65,7 +65,7 @@ def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
     assert lines[-1]["fvu"] < lines[0]["fvu"]
-    assert {"loss", "fvu", "l0", "auxk", "dead", "lr", "tokens", "tokens_per_second", "data_wait_share"} <= lines[0].keys()
+    assert {"loss", "fvu", "l0", "aux", "dead", "lr", "tokens", "tokens_per_second", "data_wait_share"} <= lines[0].keys()
     assert lines[-1]["lr"] < 1e-3
 
 

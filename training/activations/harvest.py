@@ -106,7 +106,7 @@ class Identity:
             raise ValueError(
                 f"{store.directory}: this store was made for something else:\n  "
                 + "\n  ".join(problems)
-                + "\nSet harvest.store to a new directory, or delete this one."
+                + "\nSet harvest.store to a new directory, or delete this one; then run: sparsary harvest RECIPE"
             )
 
 

@@ -99,9 +99,16 @@ class LanguageModel:
         # The first hook in execution order may not lie on the path to the loss of every position; zeros then.
         return values, {hook: torch.zeros_like(x) if x.grad is None else x.grad for hook, x in seen.items()}
 
+    def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
+        """Logits; gradients flow to whatever a hook put in."""
+        # Under the lock: another thread's hooks would see this pass too.
+        with self._lock:
+            return self.module(input_ids=token_ids, use_cache=False).logits
+
     @torch.no_grad()
     def logits(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
-        return self.module(input_ids=token_ids, use_cache=False).logits
+        """Logits, nothing kept for gradients."""
+        return self.run(token_ids)
 
     @contextmanager
     def replacing(self, hook: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:

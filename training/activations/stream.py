@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.metrics import Moments
@@ -35,22 +35,37 @@ READ_AHEAD_BATCHES = 8
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The contexts a batch's rows were read from: row after row they are the ``kept`` positions.
+
+    ``counted`` are the kept positions whose next token is of the same document, less the last position.
+    """
+
+    token_ids: Int[Tensor, "contexts positions"]
+    kept: Bool[Tensor, "contexts positions"]
+    counted: Bool[Tensor, "contexts predictions"]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Tokens for one training step: ``x`` and, where the dictionary needs them, ``target`` and ``grad``."""
+    """Tokens for one training step: ``x`` and, where the training needs them, ``target``, ``grad`` and ``origin``."""
 
     x: Float[Tensor, "tokens d_in"]
     target: Float[Tensor, "tokens d_out"] | None = None
     grad: Float[Tensor, "tokens d_in"] | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
+    origin: Origin | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         target = None if self.target is None else self.target.to(device, non_blocking=True)
         grad = None if self.grad is None else self.grad.to(device, non_blocking=True)
-        return Batch(self.x.to(device, non_blocking=True), target, grad, self.labels)
+        return Batch(self.x.to(device, non_blocking=True), target, grad, self.labels, self.origin)
 
     def split(self, pieces: int) -> list["Batch"]:
-        """Equal consecutive parts, for gradient accumulation."""
+        """Equal consecutive parts, for gradient accumulation. A batch of whole contexts cannot be cut."""
+        if pieces == 1:
+            return [self]
         size = self.x.shape[0] // pieces
         parts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
         return [
@@ -115,8 +130,8 @@ class Stream(ABC):
         """Batches from number ``start`` on; runs in the background thread."""
 
     @abstractmethod
-    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
-        """Up to so many shuffled inputs for initialisation, without moving the stream."""
+    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+        """Up to so many shuffled inputs for initialisation and calibration, without moving the stream."""
 
     @abstractmethod
     def moments(self) -> Moments:
@@ -183,7 +198,8 @@ def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
 class StoreStream(Stream):
     """The rows of one split of a store, pass after pass, each pass in a new global order.
 
-    With ``labels`` every batch also says token, document, position and offset of its rows.
+    With ``labels`` every batch also says token, document, position and offset of its rows; with ``gradients`` it holds
+    the loss's gradient at the hook.
     """
 
     def __init__(
@@ -195,14 +211,19 @@ class StoreStream(Stream):
         split: str = "train",
         hook_out: str | None = None,
         labels: bool = False,
+        gradients: bool = False,
     ):
         super().__init__(batch_tokens)
         self.store, self.hook_in, self.seed = store, hook_in, seed
-        gradients = store.manifest["gradients"] is not None
         names = {"x": f"x:{hook_in}"}
         if hook_out is not None:
             names["target"] = f"x:{hook_out}"
         if gradients:
+            if store.manifest["gradients"] != harvest.GRADIENT_KIND:
+                raise ValueError(
+                    f"harvest.gradients: {store.directory} holds {store.manifest['gradients']}, expected "
+                    f"{harvest.GRADIENT_KIND}. Choose a new harvest.store and run: sparsary harvest RECIPE"
+                )
             names["grad"] = f"grad:{hook_in}"
         self.rows = {role: Rows(store, split, name) for role, name in names.items()}
         # Training does not look at them, and each would cost as many reads as the activations do.
@@ -224,7 +245,8 @@ class StoreStream(Stream):
                 self._require_finite(role, values, rows)
             for i in range(WINDOW_BATCHES):
                 part = slice(i * size, (i + 1) * size)
-                yield Batch(**{k: v[part] for k, v in read.items()}, labels={k: v[part] for k, v in labels.items()})
+                here = {role: values[part] for role, values in read.items()}
+                yield Batch(here["x"], here.get("target"), here.get("grad"), {k: v[part] for k, v in labels.items()})
 
     def order(self, start: int, count: int) -> np.ndarray:
         """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
@@ -242,9 +264,9 @@ class StoreStream(Stream):
             path, row = self.rows[role].locate(int(rows[bad]))
             raise ValueError(f"{path}: {self.rows[role].name}: row {row} is not finite. Delete the store and harvest again.")
 
-    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
         # Pass -1: an order that training never uses.
-        rows = permute(np.arange(min(tokens, self.n)), self.n, self.seed * 1_000_003 - 1)
+        rows = permute(np.arange(skip, max(skip, min(skip + tokens, self.n))), self.n, self.seed * 1_000_003 - 1)
         values = self.rows["x"].gather(rows)
         self._require_finite("x", values, rows)
         return values
@@ -330,17 +352,90 @@ class LiveStream(Stream):
         super().seek(position)
         self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
 
-    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
         if self._sample is None:
             rows, _ = next(self._fill(BEGINNING))
             order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
             self._sample = rows.tensors[f"x:{self.hook_in}"][order]
-        return self._sample[:tokens]
+        return self._sample[skip : skip + tokens]
 
     def moments(self) -> Moments:
         moments = Moments(self.sample(1).shape[1])
         moments.update(self.sample(self.section.live_buffer_tokens))
         return moments
+
+
+class ContextStream(Stream):
+    """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
+
+    Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
+    them. Held-out documents and excluded positions are never kept.
+    """
+
+    def __init__(
+        self, model: LanguageModel, text: TextSection, section: HarvestSection, hook_in: str, batch_tokens: int, seed: int
+    ):
+        super().__init__(batch_tokens)
+        self.model, self.text, self.section, self.hook_in = model, text, section, hook_in
+        # Batch number -> the place in the text where it begins.
+        self.cursors: dict[int, Cursor] = {0: BEGINNING}
+        self.rows = LiveStream(model, text, section, hook_in, batch_tokens, seed)
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        number = max(known for known in self.cursors if known <= start)
+        pieces: list[Context] = []
+        kept = 0
+        for context in self._endless(self.cursors[number]):
+            pieces.append(context)
+            kept += int(self._keep([context]).sum())
+            if kept >= self.batch_tokens:
+                if number >= start:
+                    yield self._batch(pieces)
+                number, pieces, kept = number + 1, [], 0
+                self.cursors[number] = context.cursor
+
+    def _endless(self, cursor: Cursor) -> Iterator[Context]:
+        while True:
+            found = False
+            for context in contexts(self.text, self.model.tokenizer, cursor):
+                found = True
+                yield context
+            if not found and cursor == BEGINNING:
+                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+            cursor = BEGINNING
+
+    def _keep(self, pieces: list[Context]) -> np.ndarray:
+        token_ids = np.stack([context.token_ids for context in pieces])
+        document_ids = np.stack([context.document_ids for context in pieces])
+        special = frozenset(self.model.tokenizer.all_special_ids)
+        heldout = np.vectorize(lambda document: is_heldout(int(document), self.section.heldout), otypes=[bool])
+        return ~harvest.excluded(token_ids, document_ids, special, self.section) & ~heldout(document_ids)
+
+    def _batch(self, pieces: list[Context]) -> Batch:
+        document_ids = np.stack([context.document_ids for context in pieces])
+        kept = self._keep(pieces)
+        kept &= (np.cumsum(kept).reshape(kept.shape)) <= self.batch_tokens
+        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
+        device = self.model.device
+        token_ids = torch.from_numpy(np.stack([context.token_ids for context in pieces])).long().to(device)
+        origin = Origin(token_ids, torch.from_numpy(kept).to(device), torch.from_numpy(counted).to(device))
+        x = self.model.activations(token_ids, (self.hook_in,))[self.hook_in][origin.kept].float()
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{self.hook_in}: an activation is not finite. Set model.dtype: float32.")
+        return Batch(x, origin=origin)
+
+    def position(self) -> dict[str, Any]:
+        return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self.cursors = {position["batches"]: Cursor(*position["cursor"])}
+
+    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+        return self.rows.sample(tokens, skip)
+
+    def moments(self) -> Moments:
+        return self.rows.moments()
 
 
 class TensorStream(Stream):
@@ -391,7 +486,8 @@ class TensorStream(Stream):
             if self.once or not seen:
                 return
 
-    def sample(self, tokens: int) -> Float[Tensor, "tokens d_in"]:
+    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+        tokens += skip
         taken: list[Tensor] = []
         source = iter(self.tensors)
         while sum(t.shape[0] for t in taken) < tokens:
@@ -404,7 +500,7 @@ class TensorStream(Stream):
             taken = self._head
         if not taken:
             raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
-        return torch.cat([tensor[:tokens].float() for tensor in taken])[:tokens]
+        return torch.cat([tensor[:tokens].float() for tensor in taken])[skip:tokens]
 
     def moments(self) -> Moments:
         sample = self.sample(32_768)

@@ -1,0 +1,251 @@
+"""Several recipes over one store, each with several seeds: trained, judged and set side by side."""
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae.checkpoint import CONFIG_FILE, read_config
+from sae.files import read_json, write_json, write_text
+from training.checkpoints import RECIPE_FILE
+from training.preflight import preflight
+from training.recipe import Recipe, differences, load_recipe
+from training.report import METRICS_FILE
+from training.run import run_harvest, train
+
+from .compare_page import COLUMNS, PER_TOKEN, is_oracle, render
+from .plots import finite, show
+from .suite import evaluate
+
+COMPARISON_VERSION = 1
+REPORT_FILE = "report.json"
+# Shared by more than one recipe, it would be found by a directory's name, but is none itself.
+BASE_FILE = "base.yaml"
+# What the report says of a family, and not of a seed.
+FAMILY_ENTRIES = ("kind", "encoder", "n_latents", "training_tokens")
+COMMON_ENTRIES = ("model", "text", "hook", "tokens", "documents", "dead_window_tokens", "dark_matter_enough_tokens")
+
+log = logging.getLogger(__name__)
+
+
+def compare(
+    recipes: Iterable[str],
+    overrides: Mapping[str, Any] | None = None,
+    seeds: int = 3,
+    out: str = "runs/comparison",
+    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda tokens: None,
+) -> dict[str, Any]:
+    """Train and judge every recipe with seeds 0, 1, ...; write ``comparison.json`` and ``comparison.html`` into ``out``.
+
+    ``recipes`` are files or directories of files. What is complete is not done again and what was interrupted goes on, so
+    the same call may be repeated. Everything that can be checked is checked before the first run starts.
+
+    Raises:
+        ValueError: If the recipes do not share model, text, hook and store (a null one aside), or one cannot be run.
+    """
+    if seeds < 1:
+        raise ValueError(f"--seeds: expected at least 1, got {seeds}. Every recipe is trained once per seed.")
+    families = load_families(recipes, overrides or {})
+    require_comparable(families)
+    runs = {name: [_seeded(recipe, out, name, seed) for seed in range(seeds)] for name, recipe in families.items()}
+    pending = [recipe for recipes in runs.values() for recipe in recipes if not is_complete(recipe)]
+    for recipe in pending:
+        preflight(recipe)
+    for recipe in [recipe for recipe in pending if recipe.harvest.store is not None][:1]:
+        run_harvest(recipe, progress(recipe.harvest.tokens or 0))
+    for done, recipe in enumerate(pending):
+        log.info("%s: run %d of %d", recipe.out_dir, done + 1, len(pending))
+        _run(recipe)
+    live = {name for name, recipe in families.items() if recipe.harvest.store is None}
+    comparison = collect({name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}, live)
+    write_json(Path(out) / "comparison.json", comparison)
+    write_text(Path(out) / "comparison.html", render(comparison))
+    return comparison | {"page_path": str(Path(out) / "comparison.html")}
+
+
+def load_families(recipes: Iterable[str], overrides: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Recipes by the stem of their file; a directory stands for its ``*.yaml``, sorted, without ``base.yaml``.
+
+    Raises:
+        ValueError: If a recipe is wrong, two files have one name, or there are none.
+    """
+    taken = [key for key in ("out_dir", "seed") if key in overrides]
+    if taken:
+        raise ValueError(f"{taken[0]}: compare sets it for every run. Give --out for the directory, --seeds for the seeds.")
+    paths: dict[str, Path] = {}
+    for given in map(Path, recipes):
+        files = sorted(path for path in given.glob("*.yaml") if path.name != BASE_FILE) if given.is_dir() else [given]
+        if not files:
+            raise ValueError(f"{given}: expected a directory with recipes (*.yaml), found none in it.")
+        for path in files:
+            if paths.setdefault(path.stem, path).resolve() != path.resolve():
+                raise ValueError(
+                    f"{path}: expected file names that differ, got {paths[path.stem]} too, and runs are named by them. "
+                    "Rename one."
+                )
+    if not paths:
+        raise ValueError("compare: expected recipe files or directories of them, got none. Try: sparsary compare recipes")
+    return {name: load_recipe(path, overrides) for name, path in paths.items()}
+
+
+def require_comparable(families: Mapping[str, Recipe]) -> None:
+    """Raise ``ValueError`` with one line for every key in which a recipe would see other activations than the first.
+
+    A recipe without a store, which streams from the model, is only held to model, text, hook and what is left out.
+    """
+    first = next((name for name, recipe in families.items() if recipe.harvest.store is not None), next(iter(families)))
+    expected = _inputs(families[first])
+    problems = [
+        f"{key}: {expected[key]!r} in {first}, {value!r} in {name}"
+        for name, recipe in families.items()
+        for key, value in _inputs(recipe).items()
+        if key in expected and value != expected[key]
+    ]
+    if problems:
+        key = problems[0].split(":")[0]
+        raise ValueError(
+            "compare: expected recipes over one store, that differ in the dictionary and its training only, got\n  "
+            + "\n  ".join(problems)
+            + f"\nMake them equal, for all at once with {key}=VALUE on the command line, or compare them apart."
+        )
+
+
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the run in ``out_dir`` was trained to its end, and judged after that on ``eval_tokens`` tokens.
+
+    Raises:
+        ValueError: If another recipe was run there.
+    """
+    directory = Path(recipe.out_dir)
+    if not (directory / RECIPE_FILE).exists():
+        return False
+    saved = load_recipe(directory / RECIPE_FILE)
+    changed = differences(saved, recipe)
+    if changed:
+        raise ValueError(
+            f"{directory}: expected an earlier run of this recipe, got another's; these keys differ:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another --out, delete this directory, or take back the changes."
+        )
+    if saved.eval_tokens != recipe.eval_tokens or not all((directory / name).exists() for name in (CONFIG_FILE, REPORT_FILE)):
+        return False
+    trained = read_config(directory)["provenance"]["training_tokens"]
+    return trained >= recipe.tokens and read_json(directory / REPORT_FILE).get("training_tokens") == trained
+
+
+def collect(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
+    """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
+
+    ``live`` names the families that were trained on activations streamed from the model.
+
+    Raises:
+        ValueError: If a report is missing, or two were made on different numbers of tokens.
+    """
+    reports = {path: read_json(path / REPORT_FILE) for paths in directories.values() for path in paths}
+    (first, reference), *others = reports.items()
+    for path, report in others:
+        if report.get("tokens") != reference.get("tokens"):
+            raise ValueError(
+                f"{path / REPORT_FILE}: tokens: expected {show(reference.get('tokens'))} as in {first / REPORT_FILE}, got "
+                f"{show(report.get('tokens'))}; judged so, they do not compare. Delete the wrong one and repeat the command."
+            )
+    families = [
+        summarize(name, [reports[path] | {"tokens_per_second": training_speed(path / METRICS_FILE)} for path in paths])
+        | {"live": name in live, "directories": [str(path) for path in paths]}
+        for name, paths in directories.items()
+    ]
+    return {
+        "comparison_version": COMPARISON_VERSION,
+        "spread": "minimum and maximum over seeds",
+        **{key: reference.get(key) for key in COMMON_ENTRIES},
+        "families": families,
+        "best": best(families),
+    }
+
+
+def summarize(name: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One family: what its reports have in common, and mean, minimum and maximum of every figure.
+
+    ``None`` and NaN count as undefined: they stay ``None`` among the values and are left out of the mean. A figure that no
+    report has was not measured, and is absent.
+    """
+    figures = {}
+    for key in (column.key for column in COLUMNS):
+        values = [finite(report.get(key)) for report in reports]
+        known = [value for value in values if value is not None]
+        if any(key in report for report in reports):
+            mean = statistics.fmean(known) if known else None
+            figures[key] = {"mean": mean, "min": min(known, default=None), "max": max(known, default=None), "values": values}
+    selections = sorted({report.get("selection", PER_TOKEN) for report in reports} - {PER_TOKEN})
+    return {
+        "name": name,
+        **{key: reports[0].get(key) for key in FAMILY_ENTRIES},
+        "selection": ", ".join(selections) or PER_TOKEN,
+        "figures": figures,
+    }
+
+
+def best(families: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Names of the families with the best mean of each figure that has a better end, equal ones together.
+
+    Only who chooses latents token by token and is defined for every seed takes part; where all are equal, none is best.
+    """
+    winners: dict[str, list[str]] = {}
+    for column in COLUMNS:
+        entries = {
+            family["name"]: family["figures"][column.key]
+            for family in families
+            if column.key in family["figures"] and not is_oracle(family)
+        }
+        means = {name: entry["mean"] for name, entry in entries.items() if None not in entry["values"]}
+        if column.better is not None and len(set(means.values())) > 1:
+            top = column.better(means.values())
+            winners[column.key] = [name for name, mean in means.items() if mean == top]
+    return winners
+
+
+def training_speed(metrics: Path) -> float | None:
+    """Tokens per second: the median over the lines of ``metrics.jsonl``, which a save or a slow start does not move."""
+    if not metrics.exists():
+        return None
+    rates = [finite(json.loads(line).get("tokens_per_second")) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    known = [rate for rate in rates if rate is not None]
+    return statistics.median(known) if known else None
+
+
+def summary(comparison: dict[str, Any]) -> list[list[str]]:
+    """The table for a terminal: a header and one row per family, of means; the best ones carry a star."""
+    rows = [["mean over seeds", *(column.label for column in COLUMNS)]]
+    for family in comparison["families"]:
+        means = {key: family["figures"].get(key, {}).get("mean") for key in (column.key for column in COLUMNS)}
+        marks = {key: "*" * (family["name"] in comparison["best"].get(key, ())) for key in means}
+        note = f" ({family['selection']})" if is_oracle(family) else ""
+        rows.append([family["name"] + note, *(show(mean, digits=3) + marks[key] for key, mean in means.items())])
+    return rows
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    """Keys that decide which activations a dictionary sees and on how many it is judged, the store first."""
+    values = recipe.model_dump(mode="json")
+    harvest = {"store": recipe.harvest.store} | values["harvest"]
+    if recipe.harvest.store is None:
+        harvest = {key: harvest[key] for key in ("heldout", "exclude_special", "exclude_leading")}
+    sections = {"harvest": harvest, "model": values["model"], "text": values["text"]}
+    inputs = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return inputs | {"dictionary.hook": recipe.dictionary.hook, "eval_tokens": recipe.eval_tokens}
+
+
+def _seeded(recipe: Recipe, out: str, name: str, seed: int) -> Recipe:
+    return recipe.model_copy(update={"seed": seed, "out_dir": str(Path(out) / name / f"seed-{seed}")})
+
+
+def _run(recipe: Recipe) -> None:
+    """Train and judge. An older report goes first: after an interruption it would pass for the new one."""
+    (Path(recipe.out_dir) / REPORT_FILE).unlink(missing_ok=True)
+    try:
+        train(recipe)
+        evaluate(recipe.out_dir, tokens=recipe.eval_tokens)
+    except ValueError as error:
+        raise ValueError(f"{recipe.out_dir}: {error}") from None

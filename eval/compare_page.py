@@ -1,0 +1,416 @@
+"""The comparison as one self-contained HTML page: a table of families, and plots of every run."""
+
+import math
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.markers import MarkerStyle
+from matplotlib.ticker import MaxNLocator
+
+from .page import EXPLANATIONS, document, encoder_parts
+from .plots import (
+    INK,
+    MUTED,
+    PALETTE,
+    UNDEFINED,
+    UNMEASURED,
+    UNRECORDED,
+    Palette,
+    figure_element,
+    finite,
+    plain_log_ticks,
+    show,
+)
+
+Family = dict[str, Any]
+Comparison = dict[str, Any]
+PER_TOKEN = "per token"
+
+
+class Column(NamedTuple):
+    """A figure of the table; ``better`` picks its best value and is ``None`` where neither end is better."""
+
+    label: str
+    key: str
+    better: Callable[[Iterable[float]], float] | None
+
+
+COLUMNS = (
+    Column("fvu", "fvu", min),
+    Column("ce recovered", "ce_recovered_mean", max),
+    Column("ce increase", "ce_increase", min),
+    Column("KL", "kl_spliced", min),
+    # The budget is chosen, not achieved.
+    Column("l0", "l0_mean", None),
+    Column("dead", "dead_fraction", min),
+    Column("dense", "dense_fraction", min),
+    Column("linear error", "linear_error_share", min),
+    Column("tokens/s", "tokens_per_second", max),
+)
+# Where the report's explanation leans on its neighbours, or there is none.
+NOTES = {
+    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to the mean activation. 1 is perfect, "
+    "0 no better than the mean.",
+    "tokens_per_second": "Training speed, the median over the run's log lines. Whatever else ran on the machine slowed it.",
+}
+
+# Eleven colours and ten markers: 110 families before a pair comes again.
+FAMILY_COLORS: Palette = {
+    f"family-{index}": pair
+    for index, pair in enumerate(
+        (
+            ("#2a63c9", "#78aaf9"),
+            ("#d9730d", "#f5a552"),
+            ("#15803d", "#58c27d"),
+            ("#b4232c", "#f08a86"),
+            ("#7c4dc9", "#b698f2"),
+            ("#0e8a9a", "#4fc6d6"),
+            ("#8a5a2c", "#cda070"),
+            ("#c8408c", "#f18cc2"),
+            ("#74801a", "#bcc658"),
+            ("#4b5563", "#b3bcc9"),
+            ("#b89a00", "#ecd24a"),
+        )
+    )
+}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p")
+WIDTH_INCHES = 430 / 72
+SCATTER_INCHES, LEGEND_ROW_INCHES = 275 / 72, 16 / 72
+# A family's row: a gap and the lines of its name. Below the rows, the axis.
+ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
+NAME_WIDTH = 24
+
+
+def render(comparison: Comparison) -> str:
+    """One page of ``comparison``. Equal input gives equal bytes."""
+    families = comparison["families"]
+    oracle = any(map(is_oracle, families))
+    trained = sorted({family["training_tokens"] or 0 for family in families})
+    seeds = sorted({len(family["directories"]) for family in families})
+    facts = {
+        "model": comparison["model"],
+        "hook": comparison["hook"],
+        "text": comparison["text"],
+        "trained on": f"{_span(trained)} tokens" if trained[0] else None,
+        "evaluated on": f"{show(comparison['tokens'])} tokens",
+        "dead latents": f"silent for {show(comparison['dead_window_tokens'])} tokens",
+    }
+    heading = (
+        f"{len(families)} {'family' if len(families) == 1 else 'families'}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
+    )
+    body = BODY.format(
+        heading=heading,
+        facts="".join(f"<div><dt>{key}</dt><dd>{escape(show(value, UNRECORDED))}</dd></div>" for key, value in facts.items()),
+        head="".join(f'<th scope="col">{escape(column.label)}</th>' for column in COLUMNS),
+        rows="".join(_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)),
+        plots="".join(
+            figure_element(
+                title,
+                f"{note} {DAGGER}" if oracle else note,
+                lambda ax, draw=draw: draw(ax, families),
+                (WIDTH_INCHES, height(families)),
+                COLORS,
+            )
+            for title, note, draw, height in PLOTS
+        ),
+        notes="".join(
+            f"<div><dt>{escape(column.label)}</dt><dd><code>{column.key}</code> {escape(_explanation(column.key))}</dd></div>"
+            for column in COLUMNS
+        ),
+        oracle=ORACLE if oracle else "",
+    )
+    return document(f"sparsary comparison \u00b7 {comparison['hook'] or heading}", body, CSS, COLORS)
+
+
+def is_oracle(family: Family) -> bool:
+    """Whether latents were chosen knowing more than the token: such figures are no fair rivals of the others."""
+    return family["selection"] != PER_TOKEN
+
+
+def fvu_against_l0(ax: Axes, families: list[Family]) -> str | None:
+    """One point per run."""
+    return _scatter(ax, families, "fvu", "fvu")
+
+
+def recovered_against_l0(ax: Axes, families: list[Family]) -> str | None:
+    """One point per run."""
+    return _scatter(ax, families, "ce_recovered_mean", "ce recovered (mean ablation)")
+
+
+def fvu_rows(ax: Axes, families: list[Family]) -> str | None:
+    """The same points family by family: with one budget for all, they stand above each other in the plot against l0."""
+    return _strip(ax, families, "fvu", "fvu")
+
+
+def recovered_rows(ax: Axes, families: list[Family]) -> str | None:
+    """One point per run, family by family."""
+    return _strip(ax, families, "ce_recovered_mean", "ce recovered (mean ablation)")
+
+
+def dead_bars(ax: Axes, families: list[Family]) -> str | None:
+    """Mean over seeds, and the range as a line."""
+    return _bars(ax, families, "dead_fraction", "dead share of latents")
+
+
+def dense_bars(ax: Axes, families: list[Family]) -> str | None:
+    """Mean over seeds, and the range as a line."""
+    return _bars(ax, families, "dense_fraction", "dense share of latents")
+
+
+def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -> str:
+    name, arguments = encoder_parts(family["encoder"])
+    parts = [name, arguments, f"{show(family['n_latents'])} latents"]
+    parts += [f"{show(family['training_tokens'])} tokens"] * say_tokens
+    parts += ["streamed from the model"] * family["live"]
+    words = " \u00b7 ".join(part for part in parts if part)
+    badge = f' <span class="badge">{escape(family["selection"])}</span>' if is_oracle(family) else ""
+    cells = "".join(
+        _cell(
+            family["figures"].get(column.key),
+            _decimals(comparison["families"], column.key),
+            family["name"] in comparison["best"].get(column.key, ()),
+        )
+        for column in COLUMNS
+    )
+    return (
+        f'<tr><th scope="row">{_swatch(index, is_oracle(family))}<strong>{escape(family["name"])}</strong>{badge}'
+        f'<div class="note">{escape(words)}</div></th>{cells}</tr>'
+    )
+
+
+def _cell(entry: dict[str, Any] | None, decimals: int, is_best: bool) -> str:
+    mean = None if entry is None else finite(entry["mean"])
+    if entry is None or mean is None:
+        return f'<td><span class="none">{UNMEASURED if entry is None else UNDEFINED}</span></td>'
+    known = [value for value in entry["values"] if value is not None]
+    low, middle, high = (_number(value, decimals) for value in (entry["min"], mean, entry["max"]))
+    notes = [f"{low}\u2013{high}"] if low != high else []
+    notes += [f"{len(known)} of {len(entry['values'])} seeds"] if len(known) < len(entry["values"]) else []
+    shown = f'<b class="best" title="best mean">{middle}</b>' if is_best else middle
+    return "<td>" + shown + "".join(f'<div class="note">{note}</div>' for note in notes) + "</td>"
+
+
+def _decimals(families: list[Family], key: str) -> int:
+    """Decimals that show a typical value of the column, or its distance from 1, to three digits."""
+    means = [entry["mean"] for family in families if (entry := family["figures"].get(key)) and entry["mean"] is not None]
+    sizes = [size for mean in means if (size := min(abs(mean), abs(1 - mean))) > 0]
+    return min(6, max(0, 2 - math.floor(math.log10(statistics.median(sizes))))) if sizes else 0
+
+
+def _number(value: float, decimals: int) -> str:
+    text = f"{value:,.{decimals}f}"
+    # No small number reads as zero, and zero needs no decimals.
+    return text if float(text.replace(",", "")) != 0 else show(value, digits=1)
+
+
+def _span(values: list[int]) -> str:
+    """Sorted values as one, or as first and last."""
+    return show(values[0]) if len(values) == 1 else f"{show(values[0])}\u2013{show(values[-1])}"
+
+
+def _explanation(key: str) -> str:
+    return NOTES.get(key) or next(entries[key] for entries in EXPLANATIONS.values() if key in entries)
+
+
+def _look(index: int) -> tuple[str, str]:
+    """Colour and marker of a family."""
+    colors = list(FAMILY_COLORS.values())
+    return colors[index % len(colors)][0], MARKERS[index % len(MARKERS)]
+
+
+def _swatch(index: int, hollow: bool) -> str:
+    """The family's marker as in the plots, for the table."""
+    marker = MarkerStyle(_look(index)[1])
+    (outline,) = marker.get_path().transformed(marker.get_transform()).to_polygons()
+    points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(outline))
+    color = f"var(--family-{index % len(FAMILY_COLORS)})"
+    fill = "none" if hollow else color
+    style = f'fill="{fill}" stroke="{color}" stroke-width="0.12"'
+    return f'<svg class="swatch" aria-hidden="true" viewBox="-0.8 -0.8 1.6 1.6"><polygon points="{points}" {style}/></svg>'
+
+
+def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
+    words: list[str] = []
+    points: list[tuple[float, float]] = []
+    for index, family in enumerate(families):
+        figures = family["figures"]
+        if key not in figures or "l0_mean" not in figures:
+            continue
+        runs = zip(figures["l0_mean"]["values"], figures[key]["values"], strict=True)
+        known = [(x, y) for x, y in runs if x is not None and y is not None]
+        if not known:
+            continue
+        ax.scatter([x for x, _ in known], [y for _, y in known], label=_name(family), **_points(index, family))
+        points += known
+        words.append(f"{_name(family)} {show(figures[key]['mean'])} at l0 {show(figures['l0_mean']['mean'])}")
+    if not points:
+        return None
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    log_x, log_y = _spread(xs) > 4, _spread(ys) > 10
+    if log_x:
+        ax.set_xscale("log")
+        plain_log_ticks(ax.xaxis, _spread(xs))
+    elif max(xs) - min(xs) < 0.04 * max(xs):
+        # One budget: without room on both sides, its noise would fill the axis.
+        ax.set_xlim(0.9 * min(xs), 1.1 * max(xs))
+    if log_y:
+        ax.set_yscale("log")
+        plain_log_ticks(ax.yaxis, _spread(ys))
+    ax.set(xlabel="l0, log scale" if log_x else "l0", ylabel=f"{label}, log scale" if log_y else label)
+    ax.grid(visible=True)
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.legend(loc="outside lower center", ncols=_legend_columns(families), columnspacing=1.2, handletextpad=0.3)
+    return f"{label} against l0, means: {', '.join(words)}."
+
+
+def _strip(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
+    entries = [family["figures"].get(key) for family in families]
+    known = [value for entry in entries if entry for value in entry["values"] if value is not None]
+    if not known:
+        return None
+    for row, (family, entry) in enumerate(zip(families, entries, strict=True)):
+        values = [value for value in entry["values"] if value is not None] if entry else []
+        if values:
+            ax.plot([min(values), max(values)], [row, row], color=MUTED, linewidth=1)
+            ax.scatter(values, [row] * len(values), **_points(row, family))
+        else:
+            ax.text(0.01, row, _undrawn(entry), va="center", color=MUTED, transform=ax.get_yaxis_transform())
+    if _spread(known) > 10:
+        ax.set_xscale("log")
+        plain_log_ticks(ax.xaxis, _spread(known))
+        label += ", log scale"
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    _name_rows(ax, families, label)
+    ax.grid(visible=True, axis="both")
+    return _row_words(families, entries, label)
+
+
+def _bars(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
+    entries = [family["figures"].get(key) for family in families]
+    widest = max((entry["max"] for entry in entries if entry and entry["max"] is not None), default=None)
+    if widest is None:
+        return None
+    widest = widest or 1.0
+    for row, (family, entry) in enumerate(zip(families, entries, strict=True)):
+        if entry is None or entry["mean"] is None:
+            ax.text(0.01, row, _undrawn(entry), va="center", color=MUTED, transform=ax.get_yaxis_transform())
+            continue
+        color, _ = _look(row)
+        ax.barh(row, entry["mean"], height=0.6, facecolor="none" if is_oracle(family) else color, edgecolor=color)
+        ax.plot([entry["min"], entry["max"]], [row, row], color=INK, linewidth=1.4)
+        ax.text(entry["max"] + 0.015 * widest, row, show(entry["mean"], digits=3), va="center")
+    ax.set_xlim(0, 1.17 * widest)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    _name_rows(ax, families, label)
+    return _row_words(families, entries, label)
+
+
+def _name_rows(ax: Axes, families: list[Family], label: str) -> None:
+    """One family per row, the first on top."""
+    ax.set_yticks(range(len(families)), [textwrap.fill(_name(family), NAME_WIDTH) for family in families])
+    ax.set(ylim=(len(families) - 0.4, -0.6), xlabel=label)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=True, axis="x")
+
+
+def _row_words(families: list[Family], entries: list[dict[str, Any] | None], label: str) -> str:
+    means = [UNMEASURED if entry is None else show(entry["mean"], digits=3) for entry in entries]
+    return f"{label}, means: {', '.join(f'{_name(family)} {mean}' for family, mean in zip(families, means, strict=True))}."
+
+
+def _undrawn(entry: dict[str, Any] | None) -> str:
+    return UNMEASURED if entry is None else UNDEFINED
+
+
+def _points(index: int, family: Family) -> dict[str, Any]:
+    color, marker = _look(index)
+    face = "none" if is_oracle(family) else color
+    return {
+        "s": 58 if marker == "*" else 30,
+        "marker": marker,
+        "facecolors": face,
+        "edgecolors": color,
+        "alpha": 0.8,
+        "zorder": 3,
+    }
+
+
+def _name(family: Family) -> str:
+    return f"{family['name']} \u2020" if is_oracle(family) else family["name"]
+
+
+def _spread(values: Iterable[float]) -> float:
+    low, high = min(values), max(values)
+    return high / low if low > 0 else 0
+
+
+def _legend_columns(families: list[Family]) -> int:
+    longest = max(len(_name(family)) for family in families)
+    return 3 if longest <= 16 else 2 if longest <= 27 else 1
+
+
+def _scatter_height(families: list[Family]) -> float:
+    return SCATTER_INCHES + LEGEND_ROW_INCHES * math.ceil(len(families) / _legend_columns(families))
+
+
+def _rows_height(families: list[Family]) -> float:
+    lines = max(len(textwrap.wrap(_name(family), NAME_WIDTH)) for family in families)
+    return AXIS_INCHES + len(families) * (ROW_INCHES + LINE_INCHES * lines)
+
+
+# Title, what to look for, the function that draws it and says it in words, and its height.
+PLOTS = (
+    ("Reconstruction against sparsity", "One point per seed; down and left is better.", fvu_against_l0, _scatter_height),
+    ("Cost to the model against sparsity", "One point per seed; up and left is better.", recovered_against_l0, _scatter_height),
+    ("Reconstruction by family", "One point per seed; left is better.", fvu_rows, _rows_height),
+    ("Cost to the model by family", "One point per seed; right is better.", recovered_rows, _rows_height),
+    ("Dead latents", "Bar: mean over seeds. Line: lowest to highest seed.", dead_bars, _rows_height),
+    ("Dense latents", "They say little about any token. Bar: mean. Line: lowest to highest seed.", dense_bars, _rows_height),
+)
+COLORS: Palette = PALETTE | FAMILY_COLORS
+DAGGER = "\u2020 Hollow: chosen knowing more than the token."
+ORACLE = """<p>Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow
+in the plots, they are never marked as best.</p>
+"""
+CSS = """
+.scroll{overflow-x:auto;padding:0 14px 6px;margin:0 0 16px} .scroll table{font-size:14px}
+.scroll tr{display:table-row;border:0;padding:0} .scroll th,.scroll td{border-top:1px solid var(--rule);padding:8px 0 8px 14px}
+.scroll td,.scroll thead th+th,.scroll td:last-child{width:auto;text-align:right;white-space:nowrap;color:var(--ink)}
+.scroll td{font-variant-numeric:tabular-nums} .scroll th:first-child{padding-left:0;min-width:150px}
+.scroll thead th{border-top:0;color:var(--muted);font-size:12.5px;vertical-align:bottom} .scroll .note{font-size:11.5px}
+main{max-width:1300px}
+.best{background:var(--soft);border-radius:4px;padding:1px 5px;margin-right:-5px}
+.badge{border:1px solid var(--warn);color:var(--warn);border-radius:9px;padding:0 7px;font-size:11.5px;white-space:nowrap}
+.swatch{display:inline-block;width:13px;height:13px;margin:0 6px -2px 0}
+.plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
+.columns{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));margin:0}
+.columns dd{font-size:13px;color:var(--muted)}
+.columns dt{color:var(--ink);font-weight:600} footer{max-width:none}
+"""
+BODY = """<header>
+<p class="over">sparsary comparison</p>
+<h1>{heading}</h1>
+<dl>{facts}</dl>
+</header>
+<section class="entries scroll" aria-label="Families">
+<table><thead><tr><th scope="col">family</th>{head}</tr></thead><tbody>{rows}</tbody></table>
+<p class="note">Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column; where ranges
+overlap, other seeds may name another.</p>
+</section>
+<section class="plots" aria-label="Plots">{plots}</section>
+<section class="entries" aria-label="Columns">
+<h2>What the columns say</h2>
+<dl class="columns">{notes}</dl>
+</section>
+<footer>
+{oracle}<p>A family is one recipe. All were judged on the same held-out tokens and trained on one store of activations, except
+where a row says that they were streamed from the model. The seed changes the initial weights and the order of the tokens.</p>
+</footer>
+"""

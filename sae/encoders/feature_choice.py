@@ -1,0 +1,132 @@
+"""Feature choice: every latent takes its own number of tokens, so that none is left unused."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..allocation import between, largest_cells_per_latent
+from ..batch_wide import LEVEL_BATCHES, BatchWide
+from ..budgets import fit_zipf, integer_budgets, zipf
+from ..encoder import require_argument
+
+# Ranks follow demand, but only part of the way: a latent keeps half of the (log) budget it had.
+HYSTERESIS = 0.5
+
+
+class FeatureChoice(BatchWide):
+    """Latent ``i`` keeps the ``m_i`` tokens of the batch on which it is strongest; the ``m_i`` add up to ``tokens x k``.
+
+    ``budget: uniform`` gives every latent the same ``m``; ``zipf`` gives the latent of rank ``r`` what a Zipf-Mandelbrot
+    law fitted to measured densities expects of rank ``r``. Densities are those mutual choice would produce: the share of
+    tokens on which a latent is above the common level. They come from the phase before, where there is one; otherwise the
+    budgets are uniform for the first ``rerank_every`` batches. Every ``rerank_every`` batches the ranks follow demand.
+
+    In eval mode every latent has a threshold of its own; a calibration pass at the end of training sets it to the value
+    that ``m_i / tokens`` of the tokens exceed. Budgets count chosen pairs; one whose pre-activation is not positive does
+    not fire. Source: Ayonrinde 2024, arXiv:2411.02124.
+    """
+
+    thresholds: Float[Tensor, " n_latents"]
+    rank: Int[Tensor, " n_latents"]
+    law: Float[Tensor, "2"]
+    ranked_at: Int[Tensor, ""]
+    batch_tokens: Int[Tensor, ""]
+
+    def __init__(self, k: int, budget: Literal["zipf", "uniform"] = "zipf", rerank_every: int = 1000):
+        super().__init__(k)
+        require_argument("rerank_every", rerank_every, 1, fix="It counts batches.")
+        self.budget, self.rerank_every = budget, rerank_every
+
+    def prepare_selection(self, n_latents: int) -> None:
+        self.smallest_batch = -(-n_latents // self.k)
+        self.register_buffer("thresholds", torch.zeros(n_latents))
+        self.register_buffer("rank", torch.arange(n_latents))
+        self.register_buffer("law", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("ranked_at", torch.full((), -1))
+        # Of the last training batch: a budget of m among so many tokens is a density of m / batch_tokens.
+        self.register_buffer("batch_tokens", torch.full((), self.smallest_batch))
+
+    def prefixes(self) -> tuple[int, ...]:
+        return ()
+
+    def threshold(self) -> Float[Tensor, "..."]:
+        return self.thresholds
+
+    def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
+        tokens, n_latents = scores.shape
+        if tokens == 0:
+            return torch.empty(0, dtype=torch.long, device=scores.device)
+        if self.budget == "zipf":
+            # At the very first batch too, if the phase before has measured densities.
+            due = int(self.batches) if int(self.ranked_at) < 0 else int(self.batches - self.ranked_at) >= self.rerank_every
+            if due:
+                self.rerank()
+            elif int(self.ranked_at) < 0:
+                self.ranked_at.zero_()
+        cells, smallest = largest_cells_per_latent(scores, self.budgets(tokens, n_latents))
+        self.batch_tokens.fill_(tokens)
+        share = (1 / (self.batches.double() + 1)).clamp_min(1 / LEVEL_BATCHES)
+        self.thresholds.lerp_(smallest.clamp_min(0).to(self.thresholds), share.to(self.thresholds))
+        return cells
+
+    def budgets(self, tokens: int, n_latents: int) -> Int[Tensor, " n_latents"]:
+        """Each latent's number of matches among ``tokens`` tokens.
+
+        Raises:
+            ValueError: If there are fewer matches than latents.
+        """
+        if tokens * self.k < n_latents:
+            raise ValueError(
+                f"batch_tokens: feature choice gives every latent a match: {tokens} tokens x k {self.k} = {tokens * self.k} "
+                f"matches for {n_latents} latents. Give at least {-(-n_latents // self.k)} tokens a batch, or raise k."
+            )
+        return _budgets_by_rank(n_latents, *self.law.tolist(), tokens * self.k, tokens).to(self.rank.device)[self.rank]
+
+    @torch.no_grad()
+    def rerank(self) -> None:
+        """Fit the law once, to the first densities there are, and move the ranks towards the present ones."""
+        first = not bool(self.law.any())
+        if first:
+            self.law.copy_(torch.tensor(fit_zipf(self.density), dtype=torch.float64))
+        expected = zipf(len(self.density), *self.law.tolist()).to(self.density)[self.rank]
+        # A silent latent has no logarithm; it is last, after all that fire.
+        demand = self.density.double().clamp_min(1e-12).log()
+        wanted = demand if first else (1 - HYSTERESIS) * demand + HYSTERESIS * expected.double().log()
+        order = wanted.argsort(descending=True, stable=True)
+        self.rank[order] = torch.arange(len(order), device=order.device)
+        self.ranked_at.copy_(self.batches)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Float[Tensor, "tokens n_latents"]]) -> None:
+        n_latents = self.density.shape[0]
+        latents, values, tokens = [], [], 0
+        rates = self.budgets(int(self.batch_tokens), n_latents).double() / int(self.batch_tokens)
+        for scores in batches:
+            here = scores.shape[0]
+            tokens += here
+            # Twice a latent's share of every batch holds its share of them all, unless its tokens come in one batch.
+            room = (2 * rates * here).ceil().long() + 8
+            cells, _ = largest_cells_per_latent(scores, room.clamp(max=here))
+            latents.append((cells % n_latents).cpu())
+            values.append(scores.reshape(-1)[cells].cpu())
+        if not tokens:
+            raise ValueError("encoder: expected tokens to calibrate the thresholds on, got none.")
+        counts = (rates.cpu() * tokens).round().long()
+        latent, value = torch.cat(latents), torch.cat(values)
+        # Descending by value within each latent: two stable sorts.
+        by_value = value.argsort(descending=True)
+        order = by_value[latent[by_value].argsort(stable=True)]
+        pools = value[order].split(torch.bincount(latent, minlength=n_latents).tolist())
+        found = [between(pool, int(count)) for pool, count in zip(pools, counts, strict=True)]
+        self.thresholds.copy_(torch.tensor(found))
+        self.batches.clamp_(min=1)
+
+
+@lru_cache(maxsize=8)
+def _budgets_by_rank(n_latents: int, alpha: float, shift: float, total: int, most: int) -> Int[Tensor, " n_latents"]:
+    """Budgets change with the law and the batch only, and cost milliseconds."""
+    return integer_budgets(zipf(n_latents, alpha, shift), total, most)

@@ -1,0 +1,61 @@
+"""Gradient TopK: latents are chosen by how much they matter to the model, not only by how strongly they fire."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..code import SparseCode
+from ..encoder import Encoder, Weights, pre_activations, require_argument, require_k
+
+
+class GradientTopK(Encoder):
+    """Keep the k latents with the largest ``a (1 + beta |g . d|)`` of every token; their values stay ``a``.
+
+    ``a`` is the rectified pre-activation, ``d`` the latent's atom and ``g`` the gradient of the model's loss at the hook, so
+    ``a |g . d|`` is the first-order effect of removing the latent. ``normalize: token`` gives ``g`` unit norm on every
+    token, which makes ``beta`` independent of the loss's scale: with unit atoms ``|g . d|`` is about ``1 / sqrt(d)`` for an
+    unrelated atom, and beta matters from ``sqrt(d)`` on. Score and gradient are constants to training.
+
+    Without a gradient the encoder is plain TopK: that is how it is used and judged once trained. In eval mode a gradient
+    given all the same selects by it ("oracle"): such figures see the very loss they measure.
+    Source: Olmo et al. 2024, arXiv:2411.10397; the form of the score is the published description's, the normalisation ours.
+    """
+
+    needs_gradient = True
+
+    def __init__(self, k: int, beta: float, normalize: Literal["token", "none"] = "token"):
+        super().__init__()
+        require_argument("k", k, 1, fix="Set how many latents fire per token.")
+        require_argument("beta", beta, 0.0, fix="0 is plain TopK.")
+        self.k, self.beta, self.normalize = k, beta, normalize
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+    ) -> SparseCode:
+        pre_acts = pre_activations(x, weights)
+        if grad is None and self.training:
+            raise ValueError(
+                "grad: a gradient SAE trains on activations with gradients, got none. Set harvest.gradients: true and "
+                "harvest again: sparsary harvest RECIPE"
+            )
+        if grad is None or self.beta == 0:
+            values, latents = pre_acts.topk(self.k, dim=-1, sorted=False)
+            return SparseCode.from_rows(latents, values.relu())
+        latents = self.scores(pre_acts, weights, grad).topk(self.k, dim=-1, sorted=False).indices
+        return SparseCode.from_rows(latents, pre_acts.gather(1, latents).relu())
+
+    @torch.no_grad()
+    def scores(
+        self, pre_acts: Float[Tensor, "tokens n_latents"], weights: Weights, grad: Float[Tensor, "tokens d_out"]
+    ) -> Float[Tensor, "tokens n_latents"]:
+        """What latents are chosen by."""
+        if self.normalize == "token":
+            grad = F.normalize(grad, dim=-1)
+        influence = F.linear(grad.to(weights.W_dec.dtype), weights.W_dec)
+        return influence.abs_().mul_(self.beta).add_(1.0).mul_(pre_acts.relu())
+
+    def prepare(self, n_latents: int) -> None:
+        require_k(self.k, n_latents)

@@ -1,0 +1,37 @@
+"""Matching pursuit: latents one after another, each chosen for what the ones before it left over."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..code import SparseCode
+from ..encoder import Encoder, Weights, require_argument
+from ..pursuit import matching_pursuit
+
+
+class MatchingPursuit(Encoder):
+    """``k`` times: take the atom most like the residual, subtract its part. An atom taken twice has its values added.
+
+    In an SAE encoder and decoder are one matrix of unit atoms. In a dictionary whose sides differ the rows of ``W_enc`` are
+    pursued, normalised here. A token stops early once its residual's norm is at most ``tolerance`` times the input's; ``k``
+    and ``tolerance`` may be changed on a trained dictionary, and its error falls with every further step. ``k`` counts
+    steps: with repeats the l0 is smaller. Source: Costa et al. 2025, arXiv:2506.03093.
+    """
+
+    tied = True
+
+    def __init__(self, k: int, tolerance: float = 0.0):
+        super().__init__()
+        require_argument("k", k, 1, fix="Set the number of pursuit steps.")
+        require_argument("tolerance", tolerance, 0.0, 1.0, fix="It is a share of the input's norm; 0 never stops early.")
+        self.k, self.tolerance = k, tolerance
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+    ) -> SparseCode:
+        atoms = weights.W_dec if weights.W_enc is weights.W_dec else F.normalize(weights.W_enc, dim=-1)
+        return matching_pursuit(x, atoms, self.k, self.tolerance)
+
+    def prepare(self, n_latents: int) -> None:
+        # More steps than latents are of use: an atom may be taken again.
+        pass

@@ -1,0 +1,48 @@
+"""ReLU with an L1 penalty: every positive pre-activation is kept, and paid for."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..code import Requests, SparseCode
+from ..encoder import Encoder, Weights, pre_activations, require_argument
+from ..penalty import SparsityPenalty
+
+
+class ReLU(Encoder):
+    """Keep every positive pre-activation; the loss charges ``sparsity`` for each value times its atom's norm.
+
+    Weighing by the norm makes the penalty blind to rescaling a latent, so atoms need no constraint; they are brought to unit
+    norm, with their values, when training ends. The penalty is a sum over latents divided by ``d_out``: in units of fvu, as
+    the reconstruction term. ``target_l0`` steers the penalty's weight until that many latents fire per token, starting from
+    ``sparsity``; the schedule then depends on the data, which a comparison must say.
+    Source: the April 2024 update of Anthropic's Transformer Circuits thread.
+    """
+
+    unit_atoms = False
+
+    def __init__(self, sparsity: float = 0.1, target_l0: int | float | None = None):
+        super().__init__()
+        require_argument("sparsity", sparsity, 0.0, fix="0 is no penalty.")
+        self.sparsity, self.target_l0 = sparsity, target_l0
+        self.penalty = SparsityPenalty(target_l0)
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+    ) -> SparseCode:
+        pre_acts = pre_activations(x, weights)
+        tokens, n_latents = pre_acts.shape
+        flat = pre_acts.reshape(-1)
+        cells = (flat.detach() > 0).nonzero().squeeze(-1)
+        code = SparseCode.from_cells(cells, flat.gather(0, cells), tokens, n_latents)
+        if not self.training or tokens == 0:
+            return code
+        norms = weights.W_dec.norm(dim=-1)
+        measure = (code.values * norms[code.latents]).sum() / (tokens * weights.W_dec.shape[1])
+        l0 = torch.tensor(len(cells) / tokens, device=x.device)
+        penalties = {"sparsity": self.penalty(measure, self.sparsity, l0)}
+        return SparseCode(code.latents, code.values, code.starts, Requests(penalties=penalties))
+
+    def prepare(self, n_latents: int) -> None:
+        if self.target_l0 is not None:
+            require_argument("target_l0", self.target_l0, 1, n_latents, "It cannot exceed dictionary.n_latents.")

@@ -1,0 +1,83 @@
+"""What changes during a run by recipe: which encoder is in force, and numbers among its arguments.
+
+Everything here is a function of the step, so a resumed run does what an uninterrupted one would have done.
+"""
+
+import itertools
+import random
+from typing import Any
+
+from torch import nn
+
+from sae import SparseDictionary
+from sae.encoders import build_encoder
+
+from .recipe import Recipe, total_steps
+
+
+class Phases(nn.Module):
+    """The encoders of a run in order; ``enter`` puts the right one into the dictionary, its scheduled arguments set.
+
+    All of them exist from the start, so that one optimizer and one saved state hold them.
+    """
+
+    def __init__(self, dictionary: SparseDictionary, recipe: Recipe):
+        super().__init__()
+        self.recipe, self.steps = recipe, total_steps(recipe)
+        self.starts = [0, *(round(phase.start * self.steps) for phase in recipe.phases)]
+        later = [build_encoder(phase.encoder) for phase in recipe.phases]
+        for encoder in later:
+            encoder.prepare(dictionary.n_latents)
+        self.encoders = nn.ModuleList([dictionary.encoder, *later])
+
+    def enter(self, dictionary: SparseDictionary, step: int) -> None:
+        """Make the dictionary ready for step ``step``, counted from 0."""
+        number = self.number(step)
+        if number and step == self.starts[number]:
+            self.encoders[number].inherit(self.encoders[number - 1])  # pyright: ignore[reportCallIssue]
+        self.select(dictionary, step)
+
+    def select(self, dictionary: SparseDictionary, step: int) -> None:
+        """Put the encoder of a step into the dictionary and set its scheduled arguments."""
+        number = self.number(step)
+        encoder = self.encoders[number - 1 if number and self._keeps_the_old(number, step) else number]
+        if dictionary.encoder is not encoder:
+            encoder.train(dictionary.training)
+            dictionary.encoder = encoder  # pyright: ignore[reportAttributeAccessIssue]
+        for name, value in self.values(step).items():
+            for each in self.encoders:
+                if hasattr(each, name):
+                    setattr(each, name, value)
+
+    def number(self, step: int) -> int:
+        """Which phase a step belongs to; 0 is the recipe's own encoder."""
+        return max(i for i, start in enumerate(self.starts) if start <= step)
+
+    def lr_factor(self, step: int) -> float:
+        """What the phase multiplies the learning rate by."""
+        number = self.number(step)
+        return self.recipe.phases[number - 1].lr_factor if number else 1.0
+
+    def values(self, step: int) -> dict[str, Any]:
+        """Every scheduled argument's value at a step; whole numbers stay whole."""
+        share = step / max(self.steps - 1, 1)
+        return {name: interpolate(knots, share) for name, knots in self.recipe.schedules.items()}
+
+    def _keeps_the_old(self, number: int, step: int) -> bool:
+        """While a phase blends in, each batch is drawn to belong to it with a probability that rises from 0 to 1."""
+        length = self.recipe.phases[number - 1].blend * self.steps
+        since = step - self.starts[number]
+        return since < length and random.Random(f"{self.recipe.seed} {step}").random() >= (since + 1) / (length + 1)
+
+
+def interpolate(knots: tuple[tuple[float, int | float], ...], share: float) -> int | float:
+    """The piecewise linear curve through ``(share of the run, value)``, constant outside. Rounded if all values are whole."""
+    whole = all(isinstance(value, int) for _, value in knots)
+    value: int | float = knots[-1][1]
+    if share <= knots[0][0]:
+        value = knots[0][1]
+    for (left, low), (right, high) in itertools.pairwise(knots):
+        if left <= share < right:
+            value = low + (high - low) * (share - left) / (right - left)
+            break
+    return round(value) if whole else float(value)
