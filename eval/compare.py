@@ -76,7 +76,8 @@ def load_families(recipes: Iterable[str], overrides: Mapping[str, Any]) -> dict[
         raise ValueError(f"{taken[0]}: compare sets it for every run. Give --out for the directory, --seeds for the seeds.")
     paths: dict[str, Path] = {}
     for given in map(Path, recipes):
-        files = sorted(path for path in given.glob("*.yaml") if path.name != BASE_FILE) if given.is_dir() else [given]
+        found = [path for path in given.glob("*.yaml") if path.name != BASE_FILE] if given.is_dir() else [given]
+        files = sorted(found, key=lambda path: path.stem)
         if not files:
             raise ValueError(f"{given}: expected a directory with recipes (*.yaml), found none in it.")
         for path in files:
@@ -222,8 +223,12 @@ def summary(comparison: dict[str, Any]) -> list[list[str]]:
         means = {key: family["figures"].get(key, {}).get("mean") for key in (column.key for column in COLUMNS)}
         marks = {key: "*" * (family["name"] in comparison["best"].get(key, ())) for key in means}
         note = f" ({family['selection']})" if is_oracle(family) else ""
-        rows.append([family["name"] + note, *(show(mean, digits=3) + marks[key] for key, mean in means.items())])
+        rows.append([family["name"] + note, *(_short(mean) + marks[key] for key, mean in means.items())])
     return rows
+
+
+def _short(value: float | None) -> str:
+    return show(value, digits=3) if value is None or value < 1000 else show(round(value))
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..code import Requests, SparseCode
 from ..encoder import Encoder, Weights, pre_activations, require_argument
 
-
 # Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
 PACE = 10.0
 

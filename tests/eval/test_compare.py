@@ -83,7 +83,7 @@ def judged(tmp_path):
         directory = tmp_path / "judged" / family / f"seed-{seed}"
         directory.mkdir(parents=True)
         (directory / "report.json").write_text(json.dumps(REPORT | changes))
-        (directory / "metrics.jsonl").write_text('{"tokens_per_second": 1000.0}\n')
+        (directory / "metrics.jsonl").write_text('{"tokens_per_second": 1000.75}\n')
         return directory
 
     return write
@@ -252,6 +252,8 @@ def test_which_files_are_recipes(recipes, recipe_values, tmp_path):
     both = [str(recipes / "wide.yaml"), str(recipes)]
     assert list(load_families(both, {"dictionary.n_latents": 71})) == ["wide", "narrow"]
     assert load_families(both, {"dictionary.n_latents": 71})["wide"].dictionary.n_latents == 71
+    (recipes / "wide-more.yaml").write_text(json.dumps(recipe_values))
+    assert list(load_families([str(recipes)], {})) == ["narrow", "wide", "wide-more"]
     twin = tmp_path / "wide.yaml"
     twin.write_text(json.dumps(recipe_values))
     with pytest.raises(ValueError, match=r"wide.yaml: expected file names that differ, got .*Rename one"):
@@ -300,6 +302,7 @@ def test_means_ranges_and_best(judged):
     assert comparison["best"] == {"fvu": ["b"], "ce_recovered_mean": ["c"], "kl_spliced": ["b"]}
     head, *rows = summary(comparison)
     assert head == ["mean over seeds", *(column.label for column in COLUMNS)]
+    assert rows[0][-1] == "1,001"
     assert [row[:2] for row in rows] == [["a", "0.5"], ["b", "0.125*"], ["c", "0.125"], ["d (oracle)", "0"]]
 
 
@@ -351,7 +354,7 @@ def test_page_shows_every_family_once_with_mean_and_range(judged):
     assert table.cell("none", "fvu") == ["0.250", "1 of 2 seeds"]
     assert table.cell("none", "kl_spliced") == ["undefined"]
     assert table.cell("plain", "dead_fraction") == ["0"]
-    assert table.cell("plain", "tokens_per_second") == ["1,000"]
+    assert table.cell("plain", "tokens_per_second") == ["1,001"]
     assert [any("streamed from the model" in text for text in row[0]) for row in rows] == [False, True, False]
     assert "oracle: gradient" in rows[2][0]
     assert not any("oracle" in text for row in rows[:2] for text in row[0])
@@ -418,7 +421,7 @@ def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
     assert given == {"recipes": ["recipes", "more.yaml"], "overrides": overrides, "seeds": 2, "out": "there"}
     printed = capsys.readouterr().out
     assert "[narrow]" in printed
-    assert "1,000" in printed
+    assert "1,001" in printed
     assert "report: there/comparison.html" in printed
 
 
