@@ -100,11 +100,20 @@ def _eval(
     tokens: Annotated[
         int | None, typer.Option(help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")
     ] = None,
+    oracle: Annotated[
+        bool,
+        typer.Option("--oracle", help="Let a gradient SAE choose by the gradient of the loss that is measured; needs --out."),
+    ] = False,
+    pursuit: Annotated[
+        str | None, typer.Option(help="Find codes anew from the atoms: matching_pursuit, orthogonal_..., gradient_pursuit.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit.")] = None,
 ) -> None:
     """Judge a dictionary on held-out documents: report.json and report.html."""
-    from eval.suite import summary
+    from eval.suite import Selection, summary
+    from eval.suite import evaluate as run
 
-    report = evaluate(checkpoint, out, tokens=tokens)
+    report = run(checkpoint, out, None, tokens, Selection(oracle, pursuit, k))
     _table(summary(report))
     print(f"report: {report['report_path']}")
 

@@ -18,6 +18,7 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "d_in": "Width of the activation that is read.",
         "d_out": "Width of the activation that is written; d_in for an sae.",
         "n_latents": "How many latents (learned units) the dictionary has.",
+        "selection": "How latents were chosen while judging; 'per token' is how a dictionary is used.",
         "hook": "Module path and side of the activation the dictionary was trained on.",
         "model": "The language model whose activations these are.",
         "text": "The corpus. Only documents held out from training are evaluated.",
@@ -90,6 +91,8 @@ def render(report: Report, curve: Curve) -> str:
         "evaluated on": ", ".join(evaluated) or None,
         "git commit": None if commit is None else str(commit)[:12],
     }
+    if report.get("selection", "per token") != "per token":
+        facts = {"selection": report["selection"]} | facts
     shape = f"{show(report.get('d_in'))} \u2192 {show(report.get('n_latents'))} latents"
     if report.get("d_out") not in (None, report.get("d_in")):
         shape += f" \u2192 {show(report['d_out'])}"

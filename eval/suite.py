@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae import SparseDictionary, load_dictionary
+from sae import SparseCode, SparseDictionary, load_dictionary
 from sae.checkpoint import read_config
 from sae.files import write_json, write_text
 from sae.hub import local_directory
+from sae.pursuit import PURSUITS
 from training.activations.harvest import batches, excluded
 from training.activations.model import LanguageModel, load_model
 from training.recipe import HarvestSection, ModelSection, TextSection
@@ -46,13 +47,54 @@ class Piece:
     documents: set[int]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """How latents are chosen while a dictionary is judged; every report says it.
+
+    By default the encoder reads one token at a time. ``oracle`` lets a gradient SAE choose by the gradient of the loss it
+    is then judged by. ``pursuit`` finds the code anew from the atoms alone, with ``k`` latents per token.
+    """
+
+    oracle: bool = False
+    pursuit: str | None = None
+    k: int | None = None
+
+    def require_valid(self, dictionary: SparseDictionary) -> None:
+        if self.oracle and not dictionary.encoder.needs_gradient:
+            raise ValueError("--oracle: expected a dictionary that chooses by gradients (gradient_topk). Leave it out.")
+        if self.pursuit is not None and self.pursuit not in PURSUITS:
+            raise ValueError(f"--pursuit: expected one of {', '.join(PURSUITS)}, got {self.pursuit!r}.")
+        if (self.pursuit is None) != (self.k is None) or (self.k is not None and self.k < 1):
+            raise ValueError(f"--k: expected a number of latents above 0 together with --pursuit, and only then, got {self.k}.")
+        if self.oracle and self.pursuit is not None:
+            raise ValueError("--oracle: expected either it or --pursuit, got both.")
+
+    def describe(self) -> str:
+        if self.oracle:
+            return "oracle: latents chosen by the gradient of the loss that is measured"
+        return "per token" if self.pursuit is None else f"{self.pursuit} of the atoms, {self.k} latents"
+
+    def code(self, dictionary: SparseDictionary, x: Tensor, grad: Tensor | None) -> SparseCode:
+        """The code of raw activations."""
+        if self.pursuit is not None and self.k is not None:
+            return dictionary.pursue(x, self.k, self.pursuit)
+        return dictionary.encode(x, grad if self.oracle else None)
+
+
+PER_TOKEN = Selection()
+
+
 def evaluate(
-    checkpoint: str, out: str | None = None, activations: Tensor | None = None, tokens: int | None = None
+    checkpoint: str,
+    out: str | None = None,
+    activations: Tensor | None = None,
+    tokens: int | None = None,
+    selection: Selection = PER_TOKEN,
 ) -> dict[str, Any]:
     """Judge a dictionary; the report is written to ``out`` (or beside the checkpoint) and returned.
 
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
-    never in both.
+    never in both. A ``selection`` other than the usual one needs an ``out`` of its own.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
@@ -60,6 +102,11 @@ def evaluate(
     directory = local_directory(checkpoint)
     dictionary = load_dictionary(directory)
     config = read_config(directory)
+    selection.require_valid(dictionary)
+    if selection != PER_TOKEN and out is None:
+        raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
+    if selection.oracle and activations is not None:
+        raise ValueError("--oracle: needs the model, not activations alone.")
     source: dict[str, Any] = config["provenance"]
     wanted = tokens or source.get("recipe", {}).get("eval_tokens", DEFAULT_TOKENS)
     report: dict[str, Any] = {
@@ -67,6 +114,7 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "kind": config["dictionary"]["kind"],
         "encoder": json.dumps(config["dictionary"]["encoder"]),
+        "selection": selection.describe(),
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
         "n_latents": dictionary.n_latents,
@@ -77,14 +125,14 @@ def evaluate(
         "git_commit": source.get("git_commit"),
     }
     if activations is not None:
-        report |= judge_tensor(dictionary, activations)
+        report |= judge_tensor(dictionary, activations, selection)
     elif not source.get("model"):
         raise ValueError(
             f"{checkpoint}: this dictionary was trained on tensors, not on a model. Give held-out ones: "
             "sparsary.evaluate(directory, activations=x)."
         )
     else:
-        report |= judge_on_model(dictionary, source, wanted)
+        report |= judge_on_model(dictionary, source, wanted, selection)
     target = Path(out) if out is not None else Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     metrics = Path(directory) / "metrics.jsonl"
@@ -95,7 +143,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def judge_tensor(dictionary: SparseDictionary, x: Tensor) -> dict[str, Any]:
+def judge_tensor(dictionary: SparseDictionary, x: Tensor, selection: Selection = PER_TOKEN) -> dict[str, Any]:
     """Reconstruction and dark matter of given activations: the first half fits, the second is scored.
 
     Raises:
@@ -106,10 +154,10 @@ def judge_tensor(dictionary: SparseDictionary, x: Tensor) -> dict[str, Any]:
         raise ValueError(f"activations: expected at least 2 tokens, got {x.shape[0]}.")
     fit = LinearFit(dictionary.d_in, dictionary.d_out)
     for rows in x[:half].float().split(ROWS_AT_ONCE):
-        fit.update(rows, rows - dictionary(rows))
+        fit.update(rows, rows - dictionary.decode(selection.code(dictionary, rows, None)))
     reconstruction, dark = Reconstruction(dictionary, torch.device("cpu")), DarkMatter(fit)
     for rows in x[half:].float().split(ROWS_AT_ONCE):
-        code = dictionary.encode(rows)
+        code = selection.code(dictionary, rows, None)
         y_hat = dictionary.decode(code)
         reconstruction.update(rows, y_hat, code)
         dark.update(rows, rows, y_hat)
@@ -117,7 +165,9 @@ def judge_tensor(dictionary: SparseDictionary, x: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def judge_on_model(dictionary: SparseDictionary, source: dict[str, Any], tokens: int) -> dict[str, Any]:
+def judge_on_model(
+    dictionary: SparseDictionary, source: dict[str, Any], tokens: int, selection: Selection = PER_TOKEN
+) -> dict[str, Any]:
     """Everything that needs the model the dictionary was trained on."""
     text = TextSection.model_validate(source["text"])
     exclusions = HarvestSection(hooks=(source["hook"],), tokens=1, **source["harvest"])
@@ -130,8 +180,8 @@ def judge_on_model(dictionary: SparseDictionary, source: dict[str, Any], tokens:
     fit = LinearFit(dictionary.d_in, dictionary.d_out, model.device)
     total, cursor, documents = torch.zeros(dictionary.d_out, dtype=torch.float64, device=model.device), Cursor(0, 0), set()
     for piece in _pieces(model, text, exclusions, Cursor(0, 0), tokens // 2):
-        x = model.activations(piece.token_ids, (hook,))[hook][piece.kept].float()
-        fit.update(x, x - dictionary(x))
+        x, grad = _rows(model, hook, piece, selection)
+        fit.update(x, x - dictionary.decode(selection.code(dictionary, x, grad)))
         total += x.double().sum(0)
         cursor = piece.cursor
     if fit.tokens == 0:
@@ -144,8 +194,8 @@ def judge_on_model(dictionary: SparseDictionary, source: dict[str, Any], tokens:
         seen: dict[str, Tensor] = {}
         with model.replacing(hook, lambda x, seen=seen: seen.setdefault("x", x)):
             clean_logits = model.logits(piece.token_ids)
-        x = seen["x"][piece.kept].float()
-        code = dictionary.encode(x)
+        x, grad = seen["x"][piece.kept].float(), _rows(model, hook, piece, selection)[1] if selection.oracle else None
+        code = selection.code(dictionary, x, grad)
         x_hat = dictionary.decode(code)
         reconstruction.update(x, x_hat, code)
         dark.update(x, x, x_hat)
@@ -159,6 +209,14 @@ def judge_on_model(dictionary: SparseDictionary, source: dict[str, Any], tokens:
             "score. Lower --tokens, raise harvest.heldout, or give longer text."
         )
     return {"documents": len(documents)} | reconstruction.report() | downstream.report() | dark.report()
+
+
+def _rows(model: LanguageModel, hook: str, piece: Piece, selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """What the hook sees at the kept positions, and the loss's gradient there if latents are chosen by it."""
+    if not selection.oracle:
+        return model.activations(piece.token_ids, (hook,))[hook][piece.kept].float(), None
+    values, gradients = model.activations_and_gradients(piece.token_ids, (hook,))
+    return values[hook][piece.kept].float(), gradients[hook][piece.kept].float()
 
 
 def _pieces(model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int) -> Iterator[Piece]:
@@ -189,6 +247,7 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
             "dictionary",
             f"{report['kind']} {report['d_in']} -> {report['n_latents']}  {report['encoder']}  {report['hook'] or ''}",
         ),
+        ("selection", report["selection"]),
         ("fvu", f"{report['fvu']:.4f}   cosine {report['cosine']:.4f}   on {report['tokens']:,} held-out tokens"),
         (
             "l0",

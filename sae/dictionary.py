@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .code import SparseCode
 from .encoder import Encoder, Weights
+from .pursuit import PURSUITS
 from .sparse_ops import decode
 
 
@@ -80,6 +81,23 @@ class SparseDictionary(nn.Module, ABC):
             grad = grad * self.in_scale
         x = x.to(self.W_dec.dtype) / self.in_scale
         return self.encoder(self.centre(x), self.weights, grad)
+
+    @torch.no_grad()
+    def pursue(self, y: Float[Tensor, "tokens d_out"], k: int, method: str) -> SparseCode:
+        """The code of ``k`` latents that a pursuit finds for targets in raw units, in place of the encoder's own.
+
+        ``method`` is one of ``sae.pursuit.PURSUITS``. Works for any dictionary: only the atoms are read.
+
+        Raises:
+            ValueError: If there is no such method, or ``k`` is below 1.
+        """
+        if method not in PURSUITS:
+            raise ValueError(f"method: expected one of {', '.join(PURSUITS)}, got {method!r}.")
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}.")
+        norms = self.W_dec.norm(dim=-1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        code = PURSUITS[method](y.to(self.W_dec.dtype) / self.out_scale - self.b_dec, self.W_dec / norms[:, None], k)
+        return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
     def decode(self, code: SparseCode) -> Float[Tensor, "tokens d_out"]:
         """The reconstruction of a code, in raw units."""

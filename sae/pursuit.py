@@ -1,6 +1,7 @@
 """Pursuits: codes chosen one atom at a time from what the earlier ones left over. Pure functions of inputs and atoms."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -291,3 +292,10 @@ def _largest(corr: Float[Tensor, "tokens n_padded"]) -> tuple[Float[Tensor, " to
     best = blocks[torch.arange(corr.shape[0]), block]
     value, place = best.max(dim=1)
     return value, block * ARGMAX_BLOCK + place
+
+
+PURSUITS: dict[str, Callable[[Tensor, Tensor, int], SparseCode]] = {
+    "matching_pursuit": matching_pursuit,
+    "orthogonal_matching_pursuit": orthogonal_matching_pursuit,
+    "gradient_pursuit": gradient_pursuit,
+}

@@ -1,6 +1,8 @@
 """Fixtures, and run-time checks of every shape annotation while tests run."""
 
 import json
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,69 @@ def write_recipe(tmp_path):
         return str(path)
 
     return write
+
+
+class _StopAfter:
+    """Stands in for ``Checkpoints.stop_requested``: true once so many steps are done."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def __get__(self, checkpoints, _owner):
+        self.left -= 1
+        if self.left < 0:
+            checkpoints.stop_signal = signal.SIGTERM
+        return self.left < 0
+
+
+@pytest.fixture
+def stopped_after():
+    """A context in which a run is asked to stop once so many steps are done."""
+
+    @contextmanager
+    def stopped(steps):
+        from training.checkpoints import Checkpoints
+        from training.stopping import Stopped
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Checkpoints, "stop_requested", _StopAfter(steps))
+            yield
+
+    return stopped
+
+
+@pytest.fixture(scope="session")
+def planted():
+    """Sparse sums of 23 known directions of 17 dimensions, 2.3 of them a token on average, with a little noise."""
+    generator = torch.Generator().manual_seed(11)
+    truth = torch.nn.functional.normalize(torch.randn(23, 17, generator=generator), dim=-1)
+
+    def draw(tokens, seed):
+        generator = torch.Generator().manual_seed(seed)
+        fires = torch.rand(tokens, 23, generator=generator) < torch.linspace(0.02, 0.18, 23)
+        strengths = 0.5 + torch.rand(tokens, 23, generator=generator)
+        return (fires * strengths) @ truth + 0.01 * torch.randn(tokens, 17, generator=generator)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def train_on_planted(planted):
+    """Trains an SAE on planted data for so many steps of 257 tokens, no two of them the same."""
+
+    def train(sae, steps, seed=0):
+        optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
+        sae.train()
+        for step in range(steps):
+            x = planted(257, 1000 * (seed + 1) + step)
+            (sae(x) - x).pow(2).sum(-1).mean().backward()
+            sae.project_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+            sae.renormalize()
+        return sae
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -55,12 +55,13 @@ def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens:
 
 def train(
     recipe: Recipe,
-    activations: Iterable[Tensor] | None = None,
+    activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Path:
     """Run a recipe to its end, or go on with it, and return ``out_dir``.
 
-    ``activations`` takes the place of the model: any iterable of ``(tokens, d_in)`` tensors; ``model``, ``text`` and
+    ``activations`` takes the place of the model: any iterable of ``(tokens, d_in)`` tensors, or of pairs of such tensors and
+    the loss's gradients at them; ``model``, ``text`` and
     ``harvest`` of the recipe are then only labels. ``progress`` hears of harvested tokens.
 
     Raises:
@@ -70,14 +71,16 @@ def train(
     directory = Path(recipe.out_dir)
     if activations is None:
         preflight(recipe)
-    elif recipe.objective == "kl" or needs_gradient(recipe):
-        raise ValueError("activations: tensors alone do not do for objective kl or a gradient SAE. Train from the model.")
+    elif recipe.objective == "kl":
+        raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     with claimed(directory, recipe) as resuming, open_stream(recipe, activations, progress) as stream:
         return _train(recipe, directory, stream, resuming)
 
 
 @contextmanager
-def open_stream(recipe: Recipe, activations: Iterable[Tensor] | None, progress: Callable[[int], None]) -> Iterator[Stream]:
+def open_stream(
+    recipe: Recipe, activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None, progress: Callable[[int], None]
+) -> Iterator[Stream]:
     """The recipe's source of batches, harvested first where it is a store."""
     hook = recipe.dictionary.hook
     with ExitStack() as stack:

@@ -1,7 +1,8 @@
 import torch
 
+from sae.budgets import underused, zipf
 from sae.encoder import Weights
-from sae.losses import auxk, normalized_mse
+from sae.losses import aux_zipf, auxk, normalized_mse
 from sae.metrics import fvu
 
 D, LATENTS = 6, 10
@@ -61,3 +62,48 @@ def test_auxk_of_a_perfect_reconstruction_is_finite():
     loss = auxk(torch.zeros(4, D) - 100 * weights.W_enc.detach()[1], torch.zeros(4, D), weights, dead, 1)
     loss.backward()
     assert torch.isfinite(weights.W_enc.grad).all()
+
+
+def lawful_density(weak_rows):
+    """Densities along a Zipf law, but for some rows that fire a thousand times too rarely."""
+    density = 3 * zipf(LATENTS, 1.0, 0.5)[torch.randperm(LATENTS)]
+    density[weak_rows] = 1e-4
+    return density
+
+
+def test_aux_zipf_at_tau_0_is_auxk_bit_for_bit():
+    density = lawful_density([2, 5])
+    gradients = []
+    for loss in (auxk, lambda *a: aux_zipf(*a[:-1], density, 0.0, a[-1])):
+        weights, dead = setup([1, 4, 7])
+        x, error = torch.randn(20, D), torch.randn(20, D)
+        value = loss(x, error, weights, dead, 2)
+        value.backward()
+        gradients.append([value.detach(), weights.W_enc.grad, weights.b_enc.grad, weights.W_dec.grad])
+    assert gradients[0][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_aux_zipf_reaches_dead_and_underused_rows_and_no_other():
+    for absolute in (False, True):
+        weights, dead = setup([1])
+        density = lawful_density([2, 5])
+        density[1] = 0.0
+        pool = torch.tensor([1, 2, 5])
+        assert torch.equal(underused(density, 0.5, absolute).nonzero().squeeze(-1), pool)
+        aux_zipf(torch.randn(50, D), torch.randn(50, D), weights, dead, density, 0.5, 2, absolute).backward()
+        for gradient in (weights.W_enc.grad, weights.W_dec.grad, weights.b_enc.grad.unsqueeze(-1)):
+            assert torch.equal(gradient.abs().sum(-1).nonzero().squeeze(-1), pool)
+
+
+def test_aux_zipf_takes_the_dead_even_if_their_running_density_is_high():
+    weights, dead = setup([3])
+    density = 3 * zipf(LATENTS, 1.0, 0.5)
+    x, error = torch.randn(20, D), torch.randn(20, D)
+    assert not underused(density, 0.5).any()
+    assert torch.equal(aux_zipf(x, error, weights, dead, density, 0.5, 1), auxk(x, error, weights, dead, 1))
+
+
+def test_aux_zipf_before_anything_has_fired_is_free():
+    weights, dead = setup([])
+    assert aux_zipf(torch.randn(5, D), torch.randn(5, D), weights, dead, torch.zeros(LATENTS), 0.5, 3) == 0

@@ -62,21 +62,26 @@ class Batch:
         grad = None if self.grad is None else self.grad.to(device, non_blocking=True)
         return Batch(self.x.to(device, non_blocking=True), target, grad, self.labels, self.origin)
 
+    def rows(self, part: slice) -> "Batch":
+        """Some of the rows. A batch of whole contexts cannot be cut."""
+        return Batch(
+            self.x[part],
+            None if self.target is None else self.target[part],
+            None if self.grad is None else self.grad[part],
+            {key: values[part] for key, values in self.labels.items()},
+        )
+
+    def followed_by(self, other: "Batch") -> "Batch":
+        """Both batches' activations and gradients in one."""
+        both = self.grad is not None and other.grad is not None
+        return Batch(torch.cat([self.x, other.x]), grad=torch.cat([self.grad, other.grad]) if both else None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
     def split(self, pieces: int) -> list["Batch"]:
         """Equal consecutive parts, for gradient accumulation. A batch of whole contexts cannot be cut."""
         if pieces == 1:
             return [self]
         size = self.x.shape[0] // pieces
-        parts = [slice(i * size, (i + 1) * size) for i in range(pieces)]
-        return [
-            Batch(
-                self.x[part],
-                None if self.target is None else self.target[part],
-                None if self.grad is None else self.grad[part],
-                {key: values[part] for key, values in self.labels.items()},
-            )
-            for part in parts
-        ]
+        return [self.rows(slice(i * size, (i + 1) * size)) for i in range(pieces)]
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -441,69 +446,83 @@ class ContextStream(Stream):
 class TensorStream(Stream):
     """Batches cut from any iterable of ``(tokens, d_in)`` tensors, in the order they come.
 
-    A list or a data set is passed over again and again; an iterator ends with its last full batch. Resuming reads the
-    iterable from its beginning, so it must give the same tensors again.
+    Items may also be pairs of activations and the loss's gradients there, of equal shape. A list or a data set is passed
+    over again and again; an iterator ends with its last full batch. Resuming reads the iterable from its beginning, so it
+    must give the same tensors again.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], batch_tokens: int):
+    def __init__(self, tensors: Iterable[Tensor | tuple[Tensor, Tensor]], batch_tokens: int):
         super().__init__(batch_tokens)
         if isinstance(tensors, Tensor):
             tensors = [tensors]
         self.once = iter(tensors) is tensors
-        self.tensors: Iterable[Tensor] = tensors
+        self.tensors = tensors
         # What `sample` took from an iterator must still be handed out afterwards.
-        self._head: list[Tensor] = []
+        self._head: list[Tensor | tuple[Tensor, Tensor]] = []
 
     def produce(self, start: int) -> Iterator[Batch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
-        carried: Tensor | None = None
-        for tensor in self._endless():
-            taken = min(skip, tensor.shape[0])
-            skip, tensor = skip - taken, tensor[taken:]
+        carried: Batch | None = None
+        for batch in self._endless():
+            taken = min(skip, batch.x.shape[0])
+            skip, batch = skip - taken, batch.rows(slice(taken, None))
             if carried is not None:
-                missing = size - carried.shape[0]
-                carried, tensor = torch.cat([carried, tensor[:missing]]), tensor[missing:]
-                if carried.shape[0] < size:
+                missing = size - carried.x.shape[0]
+                carried, batch = carried.followed_by(batch.rows(slice(missing))), batch.rows(slice(missing, None))
+                if carried.x.shape[0] < size:
                     continue
-                yield Batch(carried)
-            whole = tensor.shape[0] // size * size
+                yield carried
+            whole = batch.x.shape[0] // size * size
             for i in range(0, whole, size):
-                yield Batch(tensor[i : i + size].float())
-            carried = tensor[whole:].float()
+                yield batch.rows(slice(i, i + size))
+            carried = batch.rows(slice(whole, None))
 
-    def _endless(self) -> Iterator[Tensor]:
+    def _endless(self) -> Iterator[Batch]:
         number = 0
         while True:
             seen = 0
-            for tensor in itertools.chain(self._head, self.tensors) if self.once else self.tensors:
-                if tensor.ndim != 2:
-                    raise ValueError(f"activations: tensor {number}: expected (tokens, d_in), got {tuple(tensor.shape)}.")
-                if not bool(torch.isfinite(tensor).all()):
-                    row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
-                    raise ValueError(f"activations: tensor {number}: row {row} is not finite.")
-                number, seen = number + 1, seen + tensor.shape[0]
-                yield tensor
+            for item in itertools.chain(self._head, self.tensors) if self.once else self.tensors:
+                batch = _as_batch(item)
+                for name, tensor in (("activations", batch.x), ("gradients", batch.grad)):
+                    if tensor is None:
+                        continue
+                    if tensor.ndim != 2 or tensor.shape != batch.x.shape:
+                        raise ValueError(f"{name}: tensor {number}: expected (tokens, d_in), got {tuple(tensor.shape)}.")
+                    if not bool(torch.isfinite(tensor).all()):
+                        row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
+                        raise ValueError(f"{name}: tensor {number}: row {row} is not finite.")
+                number, seen = number + 1, seen + batch.x.shape[0]
+                yield batch
             if self.once or not seen:
                 return
 
     def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
         tokens += skip
-        taken: list[Tensor] = []
+        taken: list[Tensor | tuple[Tensor, Tensor]] = []
         source = iter(self.tensors)
-        while sum(t.shape[0] for t in taken) < tokens:
-            tensor = next(source, None)
-            if tensor is None:
+        # An iterator's head was taken before and counts.
+        have = sum(_as_batch(item).x.shape[0] for item in self._head)
+        while have < tokens:
+            item = next(source, None)
+            if item is None:
                 break
-            taken.append(tensor)
+            taken.append(item)
+            have += _as_batch(item).x.shape[0]
         if self.once:
             self._head += taken
             taken = self._head
         if not taken:
             raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
-        return torch.cat([tensor[:tokens].float() for tensor in taken])[skip:tokens]
+        return torch.cat([_as_batch(item).x for item in taken])[skip:tokens]
 
     def moments(self) -> Moments:
         sample = self.sample(32_768)
         moments = Moments(sample.shape[1])
         moments.update(sample)
         return moments
+
+
+def _as_batch(item: Tensor | tuple[Tensor, Tensor]) -> Batch:
+    """An item of a user's iterable, in float32."""
+    x, grad = item if isinstance(item, tuple) else (item, None)
+    return Batch(x.float(), grad=None if grad is None else grad.float())

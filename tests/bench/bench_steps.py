@@ -1,0 +1,162 @@
+"""What a training step of every family costs, as a multiple of TopK's step in the same run.
+
+    .venv/bin/python tests/bench/bench_steps.py [--rounds 7] [--families topk mutual_choice ...] [--out FILE]
+
+Steps at (2048 tokens, d 768, 12288 latents, k 32), float32, on the CPU: forward, backward, gradient projection, clipping,
+Adam and renormalisation, on activations with the spectrum of real ones. Families take turns within every round, so that a
+disturbance hits all of them; the figure is the median over rounds of each family's time over TopK's in the same round.
+``--peers`` adds SAELens's matching pursuit at (2048, 512, 4096, k 32) against ours, each in a process of its own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sae import ENCODERS, SAE
+from training.activations.stream import Batch
+from training.objective import AuxSettings, Objective, Usage
+
+ROOT = Path(__file__).parents[2]
+TOKENS, D, LATENTS, K = 2048, 768, 12288, 32
+ARGUMENTS = {
+    "topk": {"k": K},
+    "mutual_choice": {"k": K},
+    "feature_choice": {"k": K, "rerank_every": 1},
+    "gradient_topk": {"k": K, "beta": 27.0},
+    "batch_topk": {"k": K},
+    "matryoshka": {"k": K},
+}
+
+
+class Step:
+    """One family's dictionary, optimizer and step."""
+
+    def __init__(self, name: str, d: int, n_latents: int, arguments: dict):
+        torch.manual_seed(0)
+        self.sae = SAE(d, n_latents, ENCODERS[name](**arguments))
+        self.objective = Objective(self.sae, float(d), AuxSettings(1 / 32, d // 2))
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=1e-4, fused=True)
+        # Nothing is dead: AuxK has nothing to do in any family.
+        self.usage = Usage(torch.zeros(n_latents, dtype=torch.bool), torch.full((n_latents,), K / n_latents).double())
+
+    def __call__(self, batch: Batch) -> float:
+        started = time.perf_counter()
+        loss, _ = self.objective(batch, self.usage)
+        loss.backward()
+        self.sae.project_grad()
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 0.003)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sae.renormalize()
+        return time.perf_counter() - started
+
+
+def batches(d: int, count: int, seed: int = 0) -> list[Batch]:
+    """Activations whose variance falls off as 1 / rank, and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.arange(1, d + 1).float().rsqrt()
+    scales *= (d / scales.pow(2).sum()).sqrt()
+    draw = [torch.randn(TOKENS, d, generator=generator) for _ in range(2 * count)]
+    return [Batch(draw[i] * scales, grad=draw[count + i]) for i in range(count)]
+
+
+def measure(families: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds, and median ratio to TopK's step of the same round."""
+    data = batches(D, 4)
+    product = torch.empty(TOKENS, LATENTS)
+    steps = {name: Step(name, D, LATENTS, ARGUMENTS[name]) for name in families}
+    for step in steps.values():
+        step(data[0])
+    times: dict[str, list[float]] = {name: [] for name in [*families, "encoder product"]}
+    for number in range(rounds):
+        for name, step in steps.items():
+            times[name].append(step(data[number % len(data)]))
+        weights = steps["topk"].sae.W_enc.detach()
+        started = time.perf_counter()
+        torch.mm(data[0].x, weights.T, out=product)
+        times["encoder product"].append(time.perf_counter() - started)
+    return {
+        name: {
+            "seconds": statistics.median(taken),
+            "times_topk": statistics.median(a / b for a, b in zip(taken, times["topk"], strict=True)),
+        }
+        for name, taken in times.items()
+    }
+
+
+PEER = """
+import json, resource, sys, time, torch
+from sae_lens import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
+from sae_lens.saes.sae import TrainStepInput
+torch.manual_seed(0); torch.set_num_threads(int(sys.argv[1]))
+sae = MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(
+    d_in=512, d_sae=4096, max_iterations=32, residual_threshold=0.0, dtype="float32", device="cpu"))
+optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
+scales = torch.arange(1, 513).float().rsqrt(); scales *= (512 / scales.pow(2).sum()).sqrt()
+x = torch.randn(2048, 512) * scales
+start, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+for i in range(4):
+    t = time.perf_counter()
+    out = sae.training_forward_pass(TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=i))
+    out.loss.backward(); optimizer.step(); optimizer.zero_grad()
+    times.append(time.perf_counter() - t)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+print(json.dumps({"seconds": sorted(times[1:])[1], "peak_mb": peak / 1024}))
+"""
+
+
+def ours_matching_pursuit() -> dict[str, float]:
+    """Our step at SAELens's shape, in this process."""
+    import resource
+
+    step = Step("matching_pursuit", 512, 4096, {"k": 32})
+    data = batches(512, 1)[0]
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = [step(data) for _ in range(6)][1:]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+    return {"seconds": statistics.median(times), "peak_mb": peak / 1024}
+
+
+def versus_saelens() -> dict[str, dict[str, float]]:
+    """Both matching pursuits, one after the other, each in a fresh process."""
+    threads = str(torch.get_num_threads())
+    theirs = subprocess.run(
+        [str(ROOT / ".venv-peers/bin/python"), "-c", PEER, threads], capture_output=True, text=True, check=True
+    )
+    ours = subprocess.run([sys.executable, __file__, "--only-pursuit"], capture_output=True, text=True, check=True)
+    found = {"saelens": json.loads(theirs.stdout.splitlines()[-1]), "sparsary": json.loads(ours.stdout.splitlines()[-1])}
+    found["ratio"] = {"seconds": found["saelens"]["seconds"] / found["sparsary"]["seconds"]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--families", nargs="+", default=list(ARGUMENTS))
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--only-pursuit", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    if options.only_pursuit:
+        print(json.dumps(ours_matching_pursuit()))
+        return
+    found: dict = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    found["steps"] = measure(["topk", *[name for name in options.families if name != "topk"]], options.rounds)
+    for name, row in found["steps"].items():
+        print(f"{name:20s} {row['seconds']:8.3f} s  {row['times_topk']:6.2f} x topk")
+    if options.peers:
+        found["matching_pursuit"] = versus_saelens()
+        for name, row in found["matching_pursuit"].items():
+            print(f"{name:20s} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
