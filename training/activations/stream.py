@@ -482,15 +482,15 @@ class TensorStream(Stream):
         while True:
             seen = 0
             for item in itertools.chain(self._head, self.tensors) if self.once else self.tensors:
-                batch = _as_batch(item)
-                for name, tensor in (("activations", batch.x), ("gradients", batch.grad)):
+                for name, tensor in zip(("activations", "gradients"), _pair(item), strict=True):
                     if tensor is None:
                         continue
-                    if tensor.ndim != 2 or tensor.shape != batch.x.shape:
+                    if tensor.ndim != 2 or tensor.shape != _pair(item)[0].shape:
                         raise ValueError(f"{name}: tensor {number}: expected (tokens, d_in), got {tuple(tensor.shape)}.")
                     if not bool(torch.isfinite(tensor).all()):
                         row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
                         raise ValueError(f"{name}: tensor {number}: row {row} is not finite.")
+                batch = _as_batch(item)
                 number, seen = number + 1, seen + batch.x.shape[0]
                 yield batch
             if self.once or not seen:
@@ -522,7 +522,11 @@ class TensorStream(Stream):
         return moments
 
 
+def _pair(item: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return item if isinstance(item, tuple) else (item, None)
+
+
 def _as_batch(item: Tensor | tuple[Tensor, Tensor]) -> Batch:
     """An item of a user's iterable, in float32."""
-    x, grad = item if isinstance(item, tuple) else (item, None)
+    x, grad = _pair(item)
     return Batch(x.float(), grad=None if grad is None else grad.float())
