@@ -82,9 +82,10 @@ def stopped_after():
         from training.checkpoints import Checkpoints
         from training.stopping import Stopped
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoints, "stop_requested", _StopAfter(steps))
-            yield
+            with pytest.raises(Stopped):
+                yield
 
     return stopped
 

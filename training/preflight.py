@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,17 +50,26 @@ class Plan:
             ("shuffle", f"{self.shuffle_tokens:,} tokens: {reach}"),
             (
                 "dictionary",
-                f"{recipe.dictionary.kind} {d} -> {recipe.dictionary.n_latents}, {_spec(recipe)}, "
+                f"{recipe.dictionary.kind} {d} -> {recipe.dictionary.n_latents}, {_words(recipe.dictionary.encoder)}, "
                 f"{self.parameters:,} parameters",
             ),
+            *[
+                (f"from {phase.start:.0%}", f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run")
+                for phase in recipe.phases
+            ],
+            *[
+                (f"{name} moves", ", ".join(f"{value} at {share:.0%}" for share, value in knots))
+                for name, knots in recipe.schedules.items()
+            ],
+            ("objective", recipe.objective),
             ("training", f"{recipe.tokens:,} tokens in {self.steps:,} steps of {recipe.batch_tokens:,}{passes}"),
             ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
             ("output", recipe.out_dir),
         ]
 
 
-def _spec(recipe: Recipe) -> str:
-    return ", ".join(f"{key} {value}" if key != "name" else str(value) for key, value in recipe.dictionary.encoder.items())
+def _words(encoder: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" if key != "name" else str(value) for key, value in encoder.items())
 
 
 def _bytes(n: int | float) -> str:

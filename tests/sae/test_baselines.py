@@ -138,8 +138,8 @@ def test_the_controller_rests_in_eval_and_without_a_target(cls):
 def test_the_controller_reaches_its_target(planted):
     sae = SAE(17, 29, ReLU(sparsity=0.3, target_l0=4))
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
-    for step in range(150):
-        loss_and_terms(sae, planted(257, step))[0].backward()
+    for step in range(300):
+        loss_and_terms(sae, planted(53, step))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     l0 = float(sae.encode(planted(2048, 999)).l0().double().mean())

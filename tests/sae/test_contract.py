@@ -183,3 +183,17 @@ def test_rows_without_entries_decode_to_nothing():
     assert code.entries_per_token().tolist() == [0, 1, 0]
     assert code.l0().tolist() == [0, 1, 0]
     assert decode(code, torch.eye(2)).tolist() == [[0, 0], [0, 5], [0, 0]]
+
+
+def test_crowded_codes_decode_by_the_dense_product(monkeypatch):
+    latents, values = torch.stack([torch.randperm(29)[:11] for _ in range(7)]), torch.rand(7, 11)
+    code = SparseCode.from_rows(latents, values.requires_grad_(True))
+    atoms = torch.randn(29, 5, requires_grad=True)
+    sparse = torch.autograd.grad(decode(code, atoms).pow(2).sum(), [values, atoms])
+    monkeypatch.setattr("sae.sparse_ops.DENSE_ENTRIES", 77)
+    monkeypatch.setattr("torch.nn.functional.embedding_bag", None)
+    for a, b in zip(torch.autograd.grad(decode(code, atoms).pow(2).sum(), [values, atoms]), sparse, strict=True):
+        torch.testing.assert_close(a, b)
+    monkeypatch.setattr("sae.sparse_ops.DENSE_ENTRIES", 78)
+    with pytest.raises(TypeError):
+        decode(code, atoms)

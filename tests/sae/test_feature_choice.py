@@ -168,7 +168,7 @@ def test_from_scratch_budgets_stay_uniform_until_rerank_every():
 
 
 def test_uniform_budgets_never_follow_demand():
-    made, mutual = after_mutual_choice(budget="uniform", rerank_every=1)
+    made, _ = after_mutual_choice(budget="uniform", rerank_every=1)
     for _ in range(3):
         made(torch.randn(TOKENS, D), weights())
     assert made.law.tolist() == [0.0, 0.0]

@@ -220,10 +220,12 @@ def test_phases_that_round_to_one_step_hand_on_what_was_measured(values):
         {"start": 0.41, "encoder": {"name": "feature_choice", "k": K}},
     ]
     sae, phases, _ = started(values)
-    for step in range(START + 1):
+    for step in range(START):
         phases.enter(sae, step)
         sae.encode(torch.randn(101, 19))
-    assert phases.encoders[2].density.sum() > 0
+    phases.enter(sae, START)
+    assert sae.encoder is phases.encoders[2]
+    assert torch.equal(sae.encoder.density, phases.encoders[0].density)
 
 
 @pytest.mark.xfail(strict=True, reason="phases.enter: norms of free atoms are dropped, not folded, when unit atoms come in")
@@ -269,7 +271,7 @@ def test_a_stopped_run_saves_the_encoder_of_its_last_step(values, rows, stopped_
     with stopped_after(START):
         train(check_recipe(values, "recipe"), rows)
     assert dictionary_of(values["out_dir"])["encoder"] == {"name": "mutual_choice", "k": 5}
-    with stopped_after(1):
+    with stopped_after(3):
         train(check_recipe(values, "recipe"), rows)
     assert dictionary_of(values["out_dir"])["encoder"] == {
         "name": "feature_choice",
@@ -280,7 +282,7 @@ def test_a_stopped_run_saves_the_encoder_of_its_last_step(values, rows, stopped_
     assert torch.isfinite(load_dictionary(values["out_dir"])(rows[0])).all()
 
 
-@pytest.mark.parametrize("stops", [(1, START - 1, 3, 5), (START + 1, 1, 1), (START + 8, 1)], ids=str)
+@pytest.mark.parametrize("stops", [(1, START - 1, 3, 5), (START + 1, 8)], ids=str)
 def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     """Stops fall before the switch, right at it, one step into the blend, within it and at its end."""
     whole = train(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe"), rows)

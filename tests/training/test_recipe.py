@@ -121,3 +121,76 @@ def test_differences_name_keys_and_leave_out_what_may_change(recipe_values):
     old = check_recipe(recipe_values, "recipe")
     new = check_recipe(recipe_values | {"lr": 2e-3, "save_every": 77, "log_every": 3}, "recipe")
     assert differences(old, new) == ["lr: 0.001 there, 0.002 here"]
+
+
+# A recipe over another.
+
+
+def test_a_recipe_holds_what_differs_from_its_base(recipe_values, write_recipe, tmp_path):
+    (tmp_path / "family").mkdir()
+    write_recipe(recipe_values, "base.yaml")
+    changes = {
+        "base": "../base.yaml",
+        "lr": 2e-3,
+        "harvest": {"heldout": 0.2},
+        "dictionary": {"encoder": {"name": "jumprelu", "target_l0": 9}},
+    }
+    recipe = load_recipe(write_recipe(changes, "family/own.yaml"))
+    base = check_recipe(recipe_values, "base")
+    assert differences(base, recipe) == [
+        "dictionary.encoder.k: 5 there, None here",
+        "dictionary.encoder.name: 'topk' there, 'jumprelu' here",
+        "dictionary.encoder.target_l0: None there, 9 here",
+        "harvest.heldout: 0.05 there, 0.2 here",
+        "lr: 0.001 there, 0.002 here",
+    ]
+    # What is saved with a run needs no base.
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert "base" not in path.read_text()
+    assert load_recipe(path) == recipe
+
+
+def test_bases_have_bases_and_lists_are_replaced_whole(recipe_values, write_recipe):
+    write_recipe(recipe_values | {"schedules": {"k": [[0.0, 7], [1.0, 5]]}, "lr": 1e-4}, "first.yaml")
+    write_recipe({"base": "first.yaml", "lr": 2e-4, "seed": 3}, "second.yaml")
+    third = load_recipe(write_recipe({"base": "second.yaml", "schedules": {"k": [[0.5, 6]]}, "seed": 4}, "third.yaml"))
+    assert (third.lr, third.seed, third.schedules) == (2e-4, 4, {"k": ((0.5, 6),)})
+    assert third.tokens == recipe_values["tokens"]
+
+
+def test_overrides_go_over_recipe_and_base(recipe_values, write_recipe):
+    write_recipe(recipe_values, "base.yaml")
+    path = write_recipe({"base": "base.yaml", "lr": 2e-3}, "own.yaml")
+    recipe = load_recipe(path, parse_overrides(["lr=3e-3", "dictionary.encoder.k=7"]))
+    assert (recipe.lr, recipe.dictionary.encoder) == (3e-3, {"name": "topk", "k": 7})
+
+
+def test_a_mistake_in_either_file_is_told_under_the_recipe_s_name(recipe_values, write_recipe):
+    write_recipe(recipe_values | {"lrr": 1.0}, "base.yaml")
+    path = write_recipe({"base": "base.yaml", "sead": 1}, "own.yaml")
+    with pytest.raises(ValueError, match="lrr: unknown key") as caught:
+        load_recipe(path)
+    assert all("own.yaml: " in line for line in str(caught.value).splitlines())
+    assert "sead: unknown key" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "a"}, r"a\.yaml: base: expected the name of another recipe file, which does not lead back here, got 'a\.yaml'"),
+        ({"a": "b", "b": "a"}, r"a\.yaml: base: expected .* which does not lead back here, got 'b\.yaml'"),
+        ({"a": "b", "b": "c", "c": "b"}, r"b\.yaml: base: expected .* which does not lead back here, got 'c\.yaml'"),
+        ({"a": "nowhere"}, r"nowhere\.yaml: expected a recipe file"),
+    ],
+)
+def test_a_base_that_leads_nowhere_is_refused(recipe_values, write_recipe, files, message):
+    for name, base in files.items():
+        path = write_recipe(recipe_values | {"base": f"{base}.yaml"}, f"{name}.yaml")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(path).replace(f"{name}.yaml", "a.yaml"))
+
+
+def test_a_base_that_is_no_name_is_refused(recipe_values, write_recipe):
+    with pytest.raises(ValueError, match=r"base: expected the name of another recipe file, .*got 3"):
+        load_recipe(write_recipe(recipe_values | {"base": 3}))
