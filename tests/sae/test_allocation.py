@@ -12,8 +12,7 @@ CELLS = TOKENS * LATENTS
 
 def full_sort(scores, budget):
     """The best cells by score, the lower one of equals first."""
-    flat = scores.reshape(-1).tolist()
-    return sorted(sorted(range(len(flat)), key=lambda cell: (-flat[cell], cell))[:budget])
+    return scores.reshape(-1).sort(descending=True, stable=True).indices[:budget].sort().values.tolist()
 
 
 def only_at(positions, generator):

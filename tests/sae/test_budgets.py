@@ -71,6 +71,13 @@ def test_fit_recovers_the_law_behind_a_rare_end_that_departs_from_it(alpha, shif
     assert found_shift == pytest.approx(shift, rel=0.1, abs=0.5)
 
 
+def test_the_many_rare_ranks_do_not_outweigh_the_few_frequent_ones():
+    """Half of the ranks are too steep, but that is a twelfth of the axis on which the law is straight."""
+    density = 30 * zipf(4099, 0.8, 5.0)
+    density[2049:] *= (torch.arange(2049, 4099) / 2049.0).double().pow(-3)
+    assert fit_zipf(density)[0] == pytest.approx(0.8, abs=0.25)
+
+
 def test_fit_of_counted_firings_is_close():
     generator = torch.Generator().manual_seed(0)
     density = torch.poisson(1e6 * zipf(2003, 0.9, 15.0), generator=generator) / 1e6

@@ -1,5 +1,6 @@
 """End-to-end training: the loss of the model's predictions, the contexts it is computed on, and gradient SAEs from a store."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -28,6 +29,19 @@ def context_stream(model, text=TEXT, section=SECTION, batch_tokens=BATCH):
     return ContextStream(model, text, section, HOOK, batch_tokens, seed=1)
 
 
+@pytest.fixture
+def stream_of(embedded_model):
+    """Makes context streams and closes them, however the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments):
+            stream = context_stream(embedded_model, *arguments)
+            stack.callback(stream.close)
+            return stream
+
+        yield make
+
+
 @pytest.fixture(scope="module")
 def batch(embedded_model):
     stream = context_stream(embedded_model)
@@ -50,19 +64,18 @@ def usage(n_latents):
 # Contexts.
 
 
-def test_every_batch_has_exactly_so_many_rows_and_they_are_the_model_s(embedded_model):
-    stream = context_stream(embedded_model)
+def test_every_batch_has_exactly_so_many_rows_and_they_are_the_model_s(embedded_model, stream_of):
+    stream = stream_of()
     for batch in itertools.islice(stream, 5):
         origin = batch.origin
         assert batch.x.shape == (BATCH, 128)
         assert int(origin.kept.sum()) == BATCH
         seen = embedded_model.activations(origin.token_ids, (HOOK,))[HOOK]
         assert torch.equal(batch.x, seen[origin.kept])
-    stream.close()
 
 
-def test_batches_are_the_text_in_order_less_held_out_documents_and_excluded_positions(embedded_model):
-    stream = context_stream(embedded_model)
+def test_batches_are_the_text_in_order_less_held_out_documents_and_excluded_positions(embedded_model, stream_of):
+    stream = stream_of()
     text = contexts(TEXT, embedded_model.tokenizer)
     special = set(embedded_model.tokenizer.all_special_ids)
     heldout_seen = 0
@@ -81,47 +94,42 @@ def test_batches_are_the_text_in_order_less_held_out_documents_and_excluded_posi
         follows = documents[:, 1:] == documents[:, :-1]
         assert np.array_equal(origin.counted.numpy(), wanted[:, :-1] & follows)
         assert not (wanted[:, :-1] & ~follows).all()
-    stream.close()
     assert heldout_seen > 50
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
-def test_a_resumed_context_stream_goes_on_exactly(embedded_model, stop):
-    whole = context_stream(embedded_model)
+def test_a_resumed_context_stream_goes_on_exactly(stream_of, stop):
+    whole = stream_of()
     expected = [next(whole) for _ in range(8)]
-    whole.close()
-    part = context_stream(embedded_model)
+    part = stream_of()
     for _ in range(stop):
         next(part)
     position = json.loads(json.dumps(part.position()))
-    part.close()
-    resumed = context_stream(embedded_model)
+    resumed = stream_of()
     resumed.seek(position)
     for batch in expected[stop:]:
         again = next(resumed)
         assert torch.equal(again.x, batch.x)
         assert torch.equal(again.origin.kept, batch.origin.kept)
         assert torch.equal(again.origin.token_ids, batch.origin.token_ids)
-    resumed.close()
 
 
 @pytest.mark.xfail(
     strict=True, raises=KeyError, reason="ContextStream.produce: notes where the next batch begins only after handing one out"
 )
-def test_the_position_after_a_batch_is_known_when_it_is_handed_out(embedded_model):
+def test_the_position_after_a_batch_is_known_when_it_is_handed_out(stream_of):
     """The reading thread may be held up right after a batch is in the queue, and the run saved in the meantime."""
-    stream = context_stream(embedded_model)
+    stream = stream_of()
     next(stream.produce(0))
     stream.batches = 1
     assert stream.position()["batches"] == 1
 
 
-def test_the_text_starts_over_when_it_ends(embedded_model, tmp_path):
+def test_the_text_starts_over_when_it_ends(stream_of, tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(["The war lasted from the year 1732 to the year 1741."] * 12))
     text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=16)
-    stream = context_stream(embedded_model, text, SECTION.model_copy(update={"heldout": 0.0}), 53)
+    stream = stream_of(text, SECTION.model_copy(update={"heldout": 0.0}), 53)
     assert [len(batch.x) for batch in itertools.islice(stream, 20)] == [53] * 20
-    stream.close()
 
 
 # The divergence.
