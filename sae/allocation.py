@@ -22,7 +22,7 @@ def largest_cells(scores: Float[Tensor, "tokens n_latents"], budget: int) -> Int
     """
     flat = scores.reshape(-1)
     budget = min(budget, flat.numel())
-    cells = torch.empty(0, dtype=torch.long)
+    cells = torch.empty(0, dtype=torch.long, device=flat.device)
     sampled = flat[::SAMPLE_STRIDE]
     rank = int(budget / SAMPLE_STRIDE * SLACK) + 8
     if rank < sampled.numel():
@@ -71,7 +71,7 @@ def largest_cells_per_latent(
 def between(sorted_scores: Float[Tensor, " n"], rank: int) -> float:
     """A threshold that exactly ``rank`` of the descending scores exceed, if they differ there; never below 0."""
     if rank <= 0:
-        return float(sorted_scores[0]) if len(sorted_scores) else 0.0
+        return max(0.0, float(sorted_scores[0])) if len(sorted_scores) else 0.0
     if rank >= len(sorted_scores):
         return 0.0
     return max(0.0, float((sorted_scores[rank - 1] + sorted_scores[rank]) / 2))

@@ -69,8 +69,8 @@ class BatchWide(Encoder, ABC):
         """The cells that a training batch keeps, ascending."""
 
     @abstractmethod
-    def threshold(self) -> Float[Tensor, "..."]:
-        """What a score must exceed in eval mode: one number, or one per latent."""
+    def threshold(self) -> Float[Tensor, "..."] | None:
+        """What a score must exceed in eval mode: one number, or one per latent; ``None`` before the first batch."""
 
     @abstractmethod
     def calibrate(self, batches: Iterable[Float[Tensor, "tokens n_latents"]]) -> None:
@@ -81,11 +81,12 @@ class BatchWide(Encoder, ABC):
         """
 
     def _exceeding(self, pre_acts: Float[Tensor, "tokens n_latents"]) -> SparseCode:
-        if int(self.batches) == 0:
+        threshold = self.threshold()
+        if threshold is None:
             raise ValueError(
                 "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
             )
-        cells = (pre_acts.detach() > self.threshold()).reshape(-1).nonzero().squeeze(-1)
+        cells = (pre_acts.detach() > threshold).reshape(-1).nonzero().squeeze(-1)
         return SparseCode.from_cells(cells, pre_acts.reshape(-1).gather(0, cells).relu(), *pre_acts.shape)
 
     @torch.no_grad()
@@ -113,8 +114,8 @@ class MutualLevel(BatchWide, ABC):
     def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
         return largest_cells(scores, scores.shape[0] * self.k)
 
-    def threshold(self) -> Float[Tensor, "..."]:
-        return self.level
+    def threshold(self) -> Float[Tensor, "..."] | None:
+        return self.level if int(self.batches) else None
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Float[Tensor, "tokens n_latents"]]) -> None:

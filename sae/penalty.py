@@ -25,11 +25,12 @@ class SparsityPenalty(nn.Module):
         super().__init__()
         if target_l0 is not None:
             require_argument("target_l0", target_l0, 1, fix="It is the wanted mean number of latents per token.")
-        self.target_l0 = target_l0
         self.register_buffer("factor", torch.ones(()))
 
-    def forward(self, measure: Float[Tensor, ""], weight: float, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    def forward(
+        self, measure: Float[Tensor, ""], weight: int | float, l0: Float[Tensor, ""], target_l0: int | float | None
+    ) -> Float[Tensor, ""]:
         penalty = measure * (weight * self.factor.clone())
-        if self.target_l0 is not None:
-            self.factor.mul_((l0.detach() / self.target_l0).clamp(1 / LIMIT, LIMIT).pow(GAIN).to(self.factor))
+        if target_l0 is not None:
+            self.factor.mul_((l0.detach() / target_l0).clamp(1 / LIMIT, LIMIT).pow(GAIN).to(self.factor))
         return penalty

@@ -32,7 +32,7 @@ GRAM_BLOCK = 512
 
 
 def matching_pursuit(
-    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: float = 0.0
+    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float = 0.0
 ) -> SparseCode:
     """``k`` times per token: take the atom that correlates best with the residual, and subtract its projection.
 
@@ -70,7 +70,7 @@ def gram_is_cheaper(tokens: int, d: int, n_latents: int, k: int, bytes_per_numbe
 
 @torch.no_grad()
 def select(
-    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: float, use_gram: bool
+    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float, use_gram: bool
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
     """Latents and values of matching pursuit, one of two ways that differ by rounding only.
 
@@ -147,7 +147,7 @@ class _PursuitValues(torch.autograd.Function):
 
 @torch.no_grad()
 def orthogonal_matching_pursuit(
-    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: float = 0.0
+    x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float = 0.0
 ) -> SparseCode:
     """Matching pursuit that refits all values by least squares after each selection. Inference only; any atom norms.
 
@@ -191,7 +191,7 @@ def gradient_pursuit(
 
 
 def _orthogonal_chunk(
-    x: Float[Tensor, "tokens d"], unit: Float[Tensor, "n_padded d"], k: int, tolerance: float
+    x: Float[Tensor, "tokens d"], unit: Float[Tensor, "n_padded d"], k: int, tolerance: int | float
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
     """Latents of all tokens at once, and values of the unit atoms."""
     (tokens, d), eps = x.shape, torch.finfo(x.dtype).eps

@@ -5,11 +5,11 @@ Everything here is a function of the step, so a resumed run does what an uninter
 
 import itertools
 import random
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from sae import SparseDictionary
+from sae import Encoder, SparseDictionary
 from sae.encoders import build_encoder
 
 from .recipe import Recipe, total_steps
@@ -29,12 +29,22 @@ class Phases(nn.Module):
         for encoder in later:
             encoder.prepare(dictionary.n_latents)
         self.encoders = nn.ModuleList([dictionary.encoder, *later])
+        # Arguments that count something.
+        self.whole = {
+            name
+            for encoder in (dictionary.encoder, *later)
+            for name, parameter in encoder.parameters_of().items()
+            if parameter.annotation is int
+        }
 
     def enter(self, dictionary: SparseDictionary, step: int) -> None:
         """Make the dictionary ready for step ``step``, counted from 0."""
         number = self.number(step)
         if number and step == self.starts[number]:
-            self.encoders[number].inherit(self.encoders[number - 1])  # pyright: ignore[reportCallIssue]
+            old, new = cast(Encoder, self.encoders[number - 1]), cast(Encoder, self.encoders[number])
+            new.inherit(old)
+            if new.unit_atoms and not old.unit_atoms:
+                dictionary.fold_norms()
         self.select(dictionary, step)
 
     def select(self, dictionary: SparseDictionary, step: int) -> None:
@@ -61,7 +71,11 @@ class Phases(nn.Module):
     def values(self, step: int) -> dict[str, Any]:
         """Every scheduled argument's value at a step; whole numbers stay whole."""
         share = step / max(self.steps - 1, 1)
-        return {name: interpolate(knots, share) for name, knots in self.recipe.schedules.items()}
+        return {
+            name: round(value) if name in self.whole else value
+            for name, knots in self.recipe.schedules.items()
+            for value in (interpolate(knots, share),)
+        }
 
     def _keeps_the_old(self, number: int, step: int) -> bool:
         """While a phase blends in, each batch is drawn to belong to it with a probability that rises from 0 to 1."""
@@ -70,9 +84,8 @@ class Phases(nn.Module):
         return since < length and random.Random(f"{self.recipe.seed} {step}").random() >= (since + 1) / (length + 1)
 
 
-def interpolate(knots: tuple[tuple[float, int | float], ...], share: float) -> int | float:
-    """The piecewise linear curve through ``(share of the run, value)``, constant outside. Rounded if all values are whole."""
-    whole = all(isinstance(value, int) for _, value in knots)
+def interpolate(knots: tuple[tuple[float, int | float], ...], share: float) -> float:
+    """The piecewise linear curve through ``(share of the run, value)``, constant outside."""
     value: int | float = knots[-1][1]
     if share <= knots[0][0]:
         value = knots[0][1]
@@ -80,4 +93,4 @@ def interpolate(knots: tuple[tuple[float, int | float], ...], share: float) -> i
         if left <= share < right:
             value = low + (high - low) * (share - left) / (right - left)
             break
-    return round(value) if whole else float(value)
+    return float(value)

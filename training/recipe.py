@@ -280,7 +280,10 @@ def _without_unknown(values: dict[str, Any], error: ValidationError) -> Recipe |
         *parents, last = problem["loc"]
         section: Any = values
         for part in parents:
-            section = section.get(part) if isinstance(section, dict) else None
+            if isinstance(section, list) and isinstance(part, int):
+                section = section[part]
+            else:
+                section = section.get(part) if isinstance(section, dict) else None
         if problem["type"] != "extra_forbidden" or not isinstance(section, dict):
             return None
         section.pop(last)
@@ -385,14 +388,24 @@ def _check_training(recipe: Recipe) -> list[str]:
         shares = [share for share, _ in knots]
         if sorted(set(shares)) != shares or shares[0] < 0 or shares[-1] > 1:
             problems.append(f"schedules.{name}: expected shares of the run that ascend within 0 to 1, got {shares}.")
-    starts = [phase.start for phase in recipe.phases]
+    starts, steps = [phase.start for phase in recipe.phases], total_steps(recipe)
+    firsts = [round(start * steps) for start in starts]
     if sorted(set(starts)) != starts:
         problems.append(f"phases: expected starts that ascend, got {starts}.")
-    for i, phase in enumerate(recipe.phases):
+    elif sorted(set(firsts)) != firsts or (firsts and not 0 < firsts[0] <= firsts[-1] < steps):
+        problems.append(
+            f"phases: expected starts at different steps from 1 to {steps - 1} of the run's {steps}, got steps {firsts}."
+        )
+    for i, phase in enumerate(recipe.phases if sorted(starts) == starts else ()):
         end = starts[i + 1] if i + 1 < len(starts) else 1.0
-        if phase.start + phase.blend > end:
+        # The sum of two written shares may miss a third by a rounding.
+        if phase.start + phase.blend > end + 1e-9:
             left = f"{end - phase.start:.3g}, until the phase ends"
             problems.append(f"phases.{i}.blend: expected at most {left}, got {phase.blend}.")
+    free = [not ENCODERS[spec["name"]].unit_atoms for _, spec in specs if spec.get("name") in ENCODERS]
+    for i, phase in enumerate(recipe.phases):
+        if phase.blend and len(free) == len(specs) and free[i] != free[i + 1]:
+            problems.append(f"phases.{i}.blend: expected 0 between free and unit atoms (relu and others), got {phase.blend}.")
     tied = {ENCODERS[spec["name"]].tied for _, spec in specs if spec.get("name") in ENCODERS}
     if len(tied) > 1:
         problems.append("phases: an encoder with tied weights (matching_pursuit) cannot share a run with one without.")
@@ -422,7 +435,9 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
                         f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Give at least "
                         f"{encoder.smallest_batch} tokens a batch (divided by accumulate), raise k, or lower n_latents."
                     ]
-                if encoder.needs_gradient and not recipe.harvest.gradients:
+                if encoder.needs_gradient and where == key and recipe.objective == "kl":
+                    found.append(f"objective: {case['name']} needs gradients, which the batches of objective kl do not hold.")
+                elif encoder.needs_gradient and where == key and not recipe.harvest.gradients:
                     found.append(
                         f"harvest.gradients: expected true, because {case['name']} chooses latents by the loss's gradient, got "
                         "false. Set it, choose a new harvest.store, and run: sparsary harvest RECIPE"
@@ -454,7 +469,7 @@ def _explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str
 def _fields_at(loc: tuple[str, ...]) -> list[str]:
     """Valid keys of the section at ``loc``."""
     section: type[BaseModel] = Recipe
-    for part in loc:
+    for part in (part for part in loc if not part.isdigit()):
         annotation = section.model_fields[part].annotation
         options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
         section = next(option for option in options if issubclass(option, BaseModel))

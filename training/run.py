@@ -143,6 +143,8 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
         report.close()
     if checkpoints.stop_signal is not None and state.tokens < recipe.tokens:
         raise Stopped(checkpoints.stop_signal, state.step)
+    # Nothing reads ahead any more: calibration goes through the same source.
+    stream.close()
     # The state keeps what training left; what others load is made ready for use.
     if finish(dictionary, stream, recipe.calibration_tokens, recipe.batch_tokens):
         checkpoints.save_dictionary(state, dictionary)

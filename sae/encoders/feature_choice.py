@@ -41,6 +41,7 @@ class FeatureChoice(BatchWide):
     law: Float[Tensor, "2"]
     ranked_at: Int[Tensor, ""]
     batch_tokens: Int[Tensor, ""]
+    own_batches: Int[Tensor, ""]
 
     def __init__(self, k: int, budget: Literal["zipf", "uniform"] = "zipf", rerank_every: int = 1000):
         super().__init__(k)
@@ -54,13 +55,15 @@ class FeatureChoice(BatchWide):
         self.register_buffer("law", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("ranked_at", torch.full((), -1))
         # Of the last training batch: a budget of m among so many tokens is a density of m / batch_tokens.
+        # Batches seen since feature choice began; what the phase before saw tells nothing of thresholds per latent.
+        self.register_buffer("own_batches", torch.zeros((), dtype=torch.long))
         self.register_buffer("batch_tokens", torch.full((), self.smallest_batch))
 
     def prefixes(self) -> tuple[int, ...]:
         return ()
 
-    def threshold(self) -> Float[Tensor, "..."]:
-        return self.thresholds
+    def threshold(self) -> Float[Tensor, "..."] | None:
+        return self.thresholds if int(self.own_batches) else None
 
     def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
         tokens, n_latents = scores.shape
@@ -75,7 +78,8 @@ class FeatureChoice(BatchWide):
                 self.ranked_at.zero_()
         cells, smallest = largest_cells_per_latent(scores, self.budgets(tokens, n_latents))
         self.batch_tokens.fill_(tokens)
-        share = (1 / (self.batches.double() + 1)).clamp_min(1 / LEVEL_BATCHES)
+        self.own_batches += 1
+        share = (1 / self.own_batches.double()).clamp_min(1 / LEVEL_BATCHES)
         self.thresholds.lerp_(smallest.clamp_min(0).to(self.thresholds), share.to(self.thresholds))
         return cells
 
@@ -129,7 +133,7 @@ class FeatureChoice(BatchWide):
         pools = value[order].split(torch.bincount(latent, minlength=n_latents).tolist())
         found = [between(pool, int(count)) for pool, count in zip(pools, counts, strict=True)]
         self.thresholds.copy_(torch.tensor(found))
-        self.batches.clamp_(min=1)
+        self.own_batches.clamp_(min=1)
 
 
 @lru_cache(maxsize=8)

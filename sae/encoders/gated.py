@@ -17,7 +17,7 @@ class Gated(Encoder):
     ``relu``. Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
     """
 
-    def __init__(self, sparsity: float = 0.1, target_l0: int | float | None = None):
+    def __init__(self, sparsity: int | float = 0.1, target_l0: int | float | None = None):
         super().__init__()
         require_argument("sparsity", sparsity, 0.0, fix="0 is no penalty.")
         self.sparsity, self.target_l0 = sparsity, target_l0
@@ -40,7 +40,7 @@ class Gated(Encoder):
         measure = gate.sum() / (tokens * weights.W_dec.shape[1])
         l0 = (magnitudes.detach() > 0).sum() / tokens
         requests = Requests(
-            penalties={"sparsity": self.penalty(measure, self.sparsity, l0)},
+            penalties={"sparsity": self.penalty(measure, self.sparsity, l0, self.target_l0)},
             frozen=SparseCode(code.latents, gate, code.starts),
         )
         return SparseCode(code.latents, code.values, code.starts, requests)

@@ -27,7 +27,7 @@ class GradientTopK(Encoder):
 
     needs_gradient = True
 
-    def __init__(self, k: int, beta: float, normalize: Literal["token", "none"] = "token"):
+    def __init__(self, k: int, beta: int | float, normalize: Literal["token", "none"] = "token"):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token.")
         require_argument("beta", beta, 0.0, fix="0 is plain TopK.")

@@ -44,7 +44,7 @@ class JumpReLU(Encoder):
 
     started: Int[Tensor, ""]
 
-    def __init__(self, target_l0: int | float, sparsity: float = 1.0, bandwidth: float = 0.2):
+    def __init__(self, target_l0: int | float, sparsity: int | float = 1.0, bandwidth: int | float = 0.2):
         super().__init__()
         require_argument("target_l0", target_l0, 1, fix="It is the wanted mean number of latents per token.")
         require_argument("sparsity", sparsity, 0.0, fix="0 is no penalty.")

@@ -20,7 +20,7 @@ class MatchingPursuit(Encoder):
 
     tied = True
 
-    def __init__(self, k: int, tolerance: float = 0.0):
+    def __init__(self, k: int, tolerance: int | float = 0.0):
         super().__init__()
         require_argument("k", k, 1, fix="Set the number of pursuit steps.")
         require_argument("tolerance", tolerance, 0.0, 1.0, fix="It is a share of the input's norm; 0 never stops early.")

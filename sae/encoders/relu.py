@@ -21,7 +21,7 @@ class ReLU(Encoder):
 
     unit_atoms = False
 
-    def __init__(self, sparsity: float = 0.1, target_l0: int | float | None = None):
+    def __init__(self, sparsity: int | float = 0.1, target_l0: int | float | None = None):
         super().__init__()
         require_argument("sparsity", sparsity, 0.0, fix="0 is no penalty.")
         self.sparsity, self.target_l0 = sparsity, target_l0
@@ -40,7 +40,7 @@ class ReLU(Encoder):
         norms = weights.W_dec.norm(dim=-1)
         measure = (code.values * norms[code.latents]).sum() / (tokens * weights.W_dec.shape[1])
         l0 = torch.tensor(len(cells) / tokens, device=x.device)
-        penalties = {"sparsity": self.penalty(measure, self.sparsity, l0)}
+        penalties = {"sparsity": self.penalty(measure, self.sparsity, l0, self.target_l0)}
         return SparseCode(code.latents, code.values, code.starts, Requests(penalties=penalties))
 
     def prepare(self, n_latents: int) -> None:

@@ -137,6 +137,5 @@ def test_between_is_never_below_zero():
     assert between(torch.tensor([]), 0) == 0.0
 
 
-@pytest.mark.xfail(strict=True, reason="allocation.between: rank 0 returns the largest score even if it is negative")
 def test_between_of_negative_scores_alone_is_zero():
     assert between(torch.tensor([-1.0, -2.0]), 0) == 0.0

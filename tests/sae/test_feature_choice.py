@@ -252,11 +252,6 @@ def test_thresholds_after_the_first_batch_are_the_smallest_scores_kept():
     torch.testing.assert_close(made.thresholds, dense.where(dense > 0, torch.inf).amin(0))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="FeatureChoice.select: the running thresholds start at 0 but take the inherited batch count for their own, "
-    "so that after 20 inherited batches they approach the truth by a twentieth per batch",
-)
 def test_thresholds_start_right_after_another_phase_too():
     made, _ = after_mutual_choice(batches=30)
     w, x = weights(offset=50.0), torch.randn(TOKENS, D)

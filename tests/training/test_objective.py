@@ -74,6 +74,11 @@ def test_every_batch_has_exactly_so_many_rows_and_they_are_the_model_s(embedded_
         assert torch.equal(batch.x, seen[origin.kept])
 
 
+def any_kept(context, special):
+    kept = [not is_heldout(int(d), 0.3) for d in context.document_ids] & ~np.isin(context.token_ids, list(special))
+    return kept[2:].any()
+
+
 def test_batches_are_the_text_in_order_less_held_out_documents_and_excluded_positions(embedded_model, stream_of):
     stream = stream_of()
     text = contexts(TEXT, embedded_model.tokenizer)
@@ -81,7 +86,8 @@ def test_batches_are_the_text_in_order_less_held_out_documents_and_excluded_posi
     heldout_seen = 0
     for batch in itertools.islice(stream, 6):
         origin = batch.origin
-        rows = list(itertools.islice(text, len(origin.token_ids)))
+        # Contexts of which nothing is kept are passed over.
+        rows = list(itertools.islice((c for c in text if any_kept(c, special)), len(origin.token_ids)))
         token_ids, documents = np.stack([c.token_ids for c in rows]), np.stack([c.document_ids for c in rows])
         assert np.array_equal(origin.token_ids.numpy(), token_ids)
         wanted = np.array([[not is_heldout(int(d), 0.3) for d in row] for row in documents])
@@ -94,7 +100,7 @@ def test_batches_are_the_text_in_order_less_held_out_documents_and_excluded_posi
         follows = documents[:, 1:] == documents[:, :-1]
         assert np.array_equal(origin.counted.numpy(), wanted[:, :-1] & follows)
         assert not (wanted[:, :-1] & ~follows).all()
-    assert heldout_seen > 50
+    assert heldout_seen > 20
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -114,9 +120,6 @@ def test_a_resumed_context_stream_goes_on_exactly(stream_of, stop):
         assert torch.equal(again.origin.token_ids, batch.origin.token_ids)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="ContextStream.produce: notes where the next batch begins only after handing one out"
-)
 def test_the_position_after_a_batch_is_known_when_it_is_handed_out(stream_of):
     """The reading thread may be held up right after a batch is in the queue, and the run saved in the meantime."""
     stream = stream_of()

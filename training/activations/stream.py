@@ -391,19 +391,23 @@ class ContextStream(Stream):
         pieces: list[Context] = []
         kept = 0
         for context in self._endless(self.cursors[number]):
-            pieces.append(context)
-            kept += int(self._keep([context]).sum())
+            here = int(self._keep([context]).sum())
+            # The model need not run where nothing is learned.
+            if here:
+                pieces.append(context)
+            kept += here
             if kept >= self.batch_tokens:
+                # Before the batch is handed out: whoever has it may ask for the position.
+                self.cursors[number + 1] = context.cursor
                 if number >= start:
                     yield self._batch(pieces)
                 number, pieces, kept = number + 1, [], 0
-                self.cursors[number] = context.cursor
 
     def _endless(self, cursor: Cursor) -> Iterator[Context]:
         while True:
             found = False
             for context in contexts(self.text, self.model.tokenizer, cursor):
-                found = True
+                found = found or bool(self._keep([context]).any())
                 yield context
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
@@ -497,23 +501,35 @@ class TensorStream(Stream):
                 return
 
     def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
-        tokens += skip
-        taken: list[Tensor | tuple[Tensor, Tensor]] = []
-        source = iter(self.tensors)
-        # An iterator's head was taken before and counts.
-        have = sum(_as_batch(item).x.shape[0] for item in self._head)
-        while have < tokens:
-            item = next(source, None)
-            if item is None:
+        # Of an iterator only what was taken before training is there to be sampled: the rest is for the training.
+        head = not self.once or self.batches == 0
+        found: list[Tensor] = []
+        seen = 0
+        for item in self._sampled(skip + tokens) if head else self._head:
+            x = _pair(item)[0]
+            part = x[max(skip - seen, 0) : max(skip + tokens - seen, 0)]
+            if len(part):
+                found.append(part.float())
+            seen += x.shape[0]
+            if seen >= skip + tokens:
                 break
-            taken.append(item)
-            have += _as_batch(item).x.shape[0]
-        if self.once:
-            self._head += taken
-            taken = self._head
-        if not taken:
+        if not seen:
             raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
-        return torch.cat([_as_batch(item).x for item in taken])[skip:tokens]
+        return torch.cat(found) if found else torch.empty(0, self.sample(1).shape[1])
+
+    def _sampled(self, tokens: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """Items from the beginning, of an iterator those that are kept aside; more of it are taken until there are enough."""
+        if not self.once:
+            yield from self.tensors
+            return
+        have = 0
+        for item in self._head:
+            have += _pair(item)[0].shape[0]
+        source = iter(self.tensors)
+        while have < tokens and (item := next(source, None)) is not None:
+            self._head.append(item)
+            have += _pair(item)[0].shape[0]
+        yield from self._head
 
     def moments(self) -> Moments:
         sample = self.sample(32_768)
