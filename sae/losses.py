@@ -59,9 +59,11 @@ def aux_zipf(
     k_aux: int,
     absolute: bool = False,
 ) -> Float[Tensor, ""]:
-    """AuxK over dead latents and those that fire less than ``tau`` times what a Zipf law expects of their rank.
+    """AuxK over dead latents, and once more over those that fire less than ``tau`` times what a Zipf law expects of their rank.
 
     The law is fitted to ``density``, the running share of tokens on which each latent fires. At ``tau = 0`` this is AuxK.
-    Source: the ``aux_zipf_loss`` of Ayonrinde 2024, arXiv:2411.02124, which names its purpose; the criterion is ours.
+    Source: the ``aux_zipf_loss`` of Ayonrinde 2024, arXiv:2411.02124, which names its purpose; the criterion is ours, and so
+    are the two terms: in one pool the underused, which still fire, take the places of the dead (stories3M, tau 0.5: 20 %
+    dead in one pool, 12 % in two).
     """
-    return auxk(x, error, weights, dead | underused(density, tau, absolute), k_aux)
+    return auxk(x, error, weights, dead, k_aux) + auxk(x, error, weights, underused(density, tau, absolute) & ~dead, k_aux)

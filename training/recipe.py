@@ -158,7 +158,7 @@ class Recipe(Section):
     aux_zipf_tau: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description="above 0 the auxiliary loss also takes latents that fire less than tau times what a Zipf law expects of "
-        "their rank (aux_zipf_loss); 0 is AuxK",
+        "their rank (aux_zipf_loss); 0 is AuxK. On stories3M 0.1 changed nothing and 0.5 left more latents dead",
     )
     aux_zipf_absolute: bool = Field(default=False, description="compare with what the law expects of the last rank instead")
     calibration_tokens: Positive = Field(

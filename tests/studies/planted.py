@@ -31,8 +31,8 @@ def families(k: int) -> dict[str, dict]:
     later = [{"start": 0.8, "blend": 0.05, "encoder": {"name": "feature_choice", "k": k}}]
     return {
         "topk": {"encoder": {"name": "topk", "k": k}},
-        "mutual_choice": {"encoder": {"name": "mutual_choice", "k": k}, "aux_zipf_tau": 0.5},
-        "feature_choice": {"encoder": {"name": "mutual_choice", "k": k}, "aux_zipf_tau": 0.5, "phases": later},
+        "mutual_choice": {"encoder": {"name": "mutual_choice", "k": k}, "aux_zipf_tau": 0.1},
+        "feature_choice": {"encoder": {"name": "mutual_choice", "k": k}, "aux_zipf_tau": 0.1, "phases": later},
         "gradient_topk": {"encoder": {"name": "gradient_topk", "k": k, "beta": 8.0}, "schedules": {"beta": third}},
         "gradient_topk_kept": {"encoder": {"name": "gradient_topk", "k": k, "beta": 8.0}},
         "matching_pursuit": {"encoder": {"name": "matching_pursuit", "k": k}},
