@@ -23,6 +23,7 @@ REPORT = {
     "checkpoint": "runs/quickstart",
     "kind": "sae",
     "encoder": '{"name": "mutual_choice", "budget": 37}',
+    "selection": "per token",
     "d_in": 127,
     "d_out": 127,
     "n_latents": N_LATENTS,
