@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .allocation import SAMPLE_STRIDE, between, largest_cells
 from .code import Requests, SparseCode
-from .encoder import Encoder, Weights, pre_activations, require_argument, require_k
+from .encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
 
 # The running threshold looks back over about so many batches.
 LEVEL_BATCHES = 20
@@ -37,16 +37,17 @@ class BatchWide(Encoder, ABC):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        pre_acts = pre_activations(x, weights)
-        tokens, n_latents = pre_acts.shape
+        found = affinities(x, weights)
+        if self.training:
+            cells = self.select(found)
+            if len(x):
+                self._observe(found)
+        else:
+            cells = self._exceeding(found)
+        code = SparseCode.from_cells(cells, found.reshape(-1).gather(0, cells), *found.shape)
+        code = with_gradient(code, x, weights).relu()
         if not self.training:
-            return self._exceeding(pre_acts)
-        scores = pre_acts.detach()
-        cells = self.select(scores)
-        if tokens:
-            self._observe(scores)
-        values = pre_acts.reshape(-1).gather(0, cells).relu()
-        code = SparseCode.from_cells(cells, values, tokens, n_latents)
+            return code
         return SparseCode(code.latents, code.values, code.starts, Requests(prefixes=self.prefixes()))
 
     def prepare(self, n_latents: int) -> None:
@@ -80,14 +81,13 @@ class BatchWide(Encoder, ABC):
             ValueError: If there is no token.
         """
 
-    def _exceeding(self, pre_acts: Float[Tensor, "tokens n_latents"]) -> SparseCode:
+    def _exceeding(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
         threshold = self.threshold()
         if threshold is None:
             raise ValueError(
                 "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
             )
-        cells = (pre_acts.detach() > threshold).reshape(-1).nonzero().squeeze(-1)
-        return SparseCode.from_cells(cells, pre_acts.reshape(-1).gather(0, cells).relu(), *pre_acts.shape)
+        return (scores > threshold).reshape(-1).nonzero().squeeze(-1)
 
     @torch.no_grad()
     def _observe(self, scores: Float[Tensor, "tokens n_latents"]) -> None:

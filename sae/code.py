@@ -61,6 +61,10 @@ class SparseCode:
         tokens = torch.arange(self.n_tokens, device=self.starts.device)
         return torch.repeat_interleave(tokens, self.entries_per_token(), output_size=self.latents.shape[0])
 
+    def relu(self) -> "SparseCode":
+        """The code with negative values silenced."""
+        return SparseCode(self.latents, self.values.relu(), self.starts, self.requests)
+
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCode":
         """The code less the entries that are not to be kept."""
         before = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])

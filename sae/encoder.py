@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .code import SparseCode
+from .sparse_ops import entries
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,18 @@ class Weights:
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
     """``W_enc x + b_enc``: the one dense product of a training step."""
     return F.linear(x, weights.W_enc, weights.b_enc)
+
+
+@torch.no_grad()
+def affinities(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
+    """The pre-activations as numbers to choose by, without gradient: most of them are thrown away."""
+    return pre_activations(x, weights)
+
+
+def with_gradient(code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: Weights) -> SparseCode:
+    """The same entries, taken from ``affinities``, as differentiable functions of ``x`` and the weights."""
+    values = entries(x, weights.W_enc, weights.b_enc, code.values, code.latents, code.starts)
+    return SparseCode(code.latents, values, code.starts, code.requests)
 
 
 class Encoder(nn.Module, ABC):

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..code import Requests, SparseCode
-from ..encoder import Encoder, Weights, pre_activations, require_argument
+from ..encoder import Encoder, Weights, affinities, require_argument, with_gradient
 from ..penalty import SparsityPenalty
 
 
@@ -26,15 +26,13 @@ class Gated(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        pre_acts = pre_activations(x, weights)
-        tokens, n_latents = pre_acts.shape
-        flat = pre_acts.reshape(-1)
-        cells = (flat.detach() > 0).nonzero().squeeze(-1)
-        gate = flat.gather(0, cells)
-        latents = cells % n_latents
+        flat, tokens = affinities(x, weights).reshape(-1), x.shape[0]
+        cells = (flat > 0).nonzero().squeeze(-1)
+        open_ = SparseCode.from_cells(cells, flat.gather(0, cells), tokens, weights.W_enc.shape[0])
+        gate, latents = with_gradient(open_, x, weights).values, open_.latents
         bias = 0.0 if weights.b_enc is None else weights.b_enc[latents]
         magnitudes = (self.r_mag.exp()[latents] * (gate - bias) + self.b_mag[latents]).relu()
-        code = SparseCode.from_cells(cells, magnitudes, tokens, n_latents)
+        code = SparseCode(latents, magnitudes, open_.starts)
         if not self.training or tokens == 0:
             return code
         measure = gate.sum() / (tokens * weights.W_dec.shape[1])

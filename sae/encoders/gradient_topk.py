@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, pre_activations, require_argument, require_k
+from ..encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
 
 
 class GradientTopK(Encoder):
@@ -36,7 +36,7 @@ class GradientTopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        pre_acts = pre_activations(x, weights)
+        pre_acts = affinities(x, weights)
         if grad is None and self.training:
             raise ValueError(
                 "grad: a gradient SAE trains on activations with gradients, got none. Set harvest.gradients: true and "
@@ -44,9 +44,10 @@ class GradientTopK(Encoder):
             )
         if grad is None or self.beta == 0:
             values, latents = pre_acts.topk(self.k, dim=-1, sorted=False)
-            return SparseCode.from_rows(latents, values.relu())
-        latents = self.scores(pre_acts, weights, grad).topk(self.k, dim=-1, sorted=False).indices
-        return SparseCode.from_rows(latents, pre_acts.gather(1, latents).relu())
+        else:
+            latents = self.scores(pre_acts, weights, grad).topk(self.k, dim=-1, sorted=False).indices
+            values = pre_acts.gather(1, latents)
+        return with_gradient(SparseCode.from_rows(latents, values), x, weights).relu()
 
     @torch.no_grad()
     def scores(

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..code import Requests, SparseCode
-from ..encoder import Encoder, Weights, pre_activations, require_argument
+from ..encoder import Encoder, Weights, affinities, require_argument, with_gradient
 
 # Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
 PACE = 10.0
@@ -54,17 +54,15 @@ class JumpReLU(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        pre_acts = pre_activations(x, weights)
-        tokens, n_latents = pre_acts.shape
-        flat = pre_acts.reshape(-1)
+        found, tokens = affinities(x, weights), x.shape[0]
         if self.training and tokens and int(self.started) == 0:
-            self._start(flat.detach(), tokens)
+            self._start(found.reshape(-1), tokens)
         # Just below the threshold an entry is silent but has a say in where the threshold moves.
         margin = self.bandwidth / 2 if self.training else 0.0
-        cells = (pre_acts.detach() > self.thresholds().detach() - margin).reshape(-1).nonzero().squeeze(-1)
-        thresholds = self.thresholds()[cells % n_latents]
-        values, fires = Jump.apply(flat.gather(0, cells), thresholds, self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
-        code = SparseCode.from_cells(cells, values, tokens, n_latents)
+        cells = (found > self.thresholds().detach() - margin).reshape(-1).nonzero().squeeze(-1)
+        code = with_gradient(SparseCode.from_cells(cells, found.reshape(-1).gather(0, cells), *found.shape), x, weights)
+        values, fires = Jump.apply(code.values, self.thresholds()[code.latents], self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
+        code = SparseCode(code.latents, values, code.starts)
         if not self.training or tokens == 0:
             return code
         penalty = self.sparsity * (fires.sum() / tokens / self.target_l0 - 1).pow(2)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import Requests, SparseCode
-from ..encoder import Encoder, Weights, pre_activations, require_argument
+from ..encoder import Encoder, Weights, affinities, require_argument, with_gradient
 from ..penalty import SparsityPenalty
 
 
@@ -30,11 +30,10 @@ class ReLU(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        pre_acts = pre_activations(x, weights)
-        tokens, n_latents = pre_acts.shape
-        flat = pre_acts.reshape(-1)
-        cells = (flat.detach() > 0).nonzero().squeeze(-1)
-        code = SparseCode.from_cells(cells, flat.gather(0, cells), tokens, n_latents)
+        flat, tokens = affinities(x, weights).reshape(-1), x.shape[0]
+        cells = (flat > 0).nonzero().squeeze(-1)
+        code = SparseCode.from_cells(cells, flat.gather(0, cells), tokens, weights.W_enc.shape[0])
+        code = with_gradient(code, x, weights)
         if not self.training or tokens == 0:
             return code
         norms = weights.W_dec.norm(dim=-1)

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, pre_activations, require_argument, require_k
+from ..encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
 
 
 class TopK(Encoder):
@@ -23,8 +23,8 @@ class TopK(Encoder):
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
         # sorted=False: the order within a token means nothing, and sorting costs.
-        values, latents = pre_activations(x, weights).topk(self.k, dim=-1, sorted=False)
-        return SparseCode.from_rows(latents, values.relu())
+        values, latents = affinities(x, weights).topk(self.k, dim=-1, sorted=False)
+        return with_gradient(SparseCode.from_rows(latents, values), x, weights).relu()
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)
