@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .allocation import SAMPLE_STRIDE, between, largest_cells
+from .allocation import between, largest_cells
 from .code import Requests, SparseCode
 from .encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
 
@@ -41,7 +41,7 @@ class BatchWide(Encoder, ABC):
         if self.training:
             cells = self.select(found)
             if len(x):
-                self._observe(found)
+                self._observe(found, cells)
         else:
             cells = self._exceeding(found)
         code = SparseCode.from_cells(cells, found.reshape(-1).gather(0, cells), *found.shape)
@@ -89,19 +89,26 @@ class BatchWide(Encoder, ABC):
             )
         return (scores > threshold).reshape(-1).nonzero().squeeze(-1)
 
+    @abstractmethod
+    def demand(
+        self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n_latents"] | None]:
+        """The batch's level, and how many tokens each latent has above it; ``None`` to leave the density as it is.
+
+        ``cells`` are those that ``select`` chose.
+        """
+
     @torch.no_grad()
-    def _observe(self, scores: Float[Tensor, "tokens n_latents"]) -> None:
+    def _observe(self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]) -> None:
         """Move level and density towards what this batch shows."""
         tokens = scores.shape[0]
-        sampled = scores.reshape(-1)[:: SAMPLE_STRIDE if scores.numel() > SAMPLE_STRIDE * 1000 else 1]
-        rank = max(1, round(tokens * self.k * sampled.numel() / scores.numel()))
-        level = sampled.topk(min(rank, sampled.numel()), sorted=False).values.amin().clamp_min(0)
+        level, counts = self.demand(scores, cells)
         # Early on a plain mean: the first batches are all there is.
         share = 1 / (self.batches.double() + 1)
         self.level.lerp_(level.to(self.level), share.clamp_min(1 / LEVEL_BATCHES).to(self.level))
-        fires = (scores > level).sum(0).to(self.density) / tokens
-        forgotten = 1 - 0.5 ** (tokens / DENSITY_HALF_LIFE)
-        self.density.lerp_(fires, share.clamp_min(forgotten).to(self.density))
+        if counts is not None:
+            forgotten = 1 - 0.5 ** (tokens / DENSITY_HALF_LIFE)
+            self.density.lerp_(counts.to(self.density) / tokens, share.clamp_min(forgotten).to(self.density))
         self.batches += 1
 
 
@@ -113,6 +120,14 @@ class MutualLevel(BatchWide, ABC):
 
     def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
         return largest_cells(scores, scores.shape[0] * self.k)
+
+    def demand(
+        self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n_latents"] | None]:
+        # What was chosen is what is above the level.
+        kept = scores.reshape(-1)[cells]
+        counts = torch.bincount(cells[kept > 0] % scores.shape[1], minlength=scores.shape[1])
+        return kept.amin().clamp_min(0).float(), counts.float()
 
     def threshold(self) -> Float[Tensor, "..."] | None:
         return self.level if int(self.batches) else None

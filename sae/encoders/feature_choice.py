@@ -8,13 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..allocation import between, largest_cells_per_latent
+from ..allocation import SAMPLE_STRIDE, between, largest_cells_per_latent
 from ..batch_wide import LEVEL_BATCHES, BatchWide
 from ..budgets import fit_zipf, integer_budgets, zipf
 from ..encoder import require_argument
 
 # Ranks follow demand, but only part of the way: a latent keeps half of the (log) budget it had.
 HYSTERESIS = 0.5
+# Batches from one look at every latent's demand to the next.
+DEMAND_EVERY = 8
 
 
 class FeatureChoice(BatchWide):
@@ -82,6 +84,16 @@ class FeatureChoice(BatchWide):
         share = (1 / self.own_batches.double()).clamp_min(1 / LEVEL_BATCHES)
         self.thresholds.lerp_(smallest.clamp_min(0).to(self.thresholds), share.to(self.thresholds))
         return cells
+
+    def demand(
+        self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n_latents"] | None]:
+        # A sample of the cells tells the level; looking at all of them costs a tenth of a step and is seldom needed.
+        sampled = scores.reshape(-1)[:: SAMPLE_STRIDE if scores.numel() > SAMPLE_STRIDE * 1000 else 1]
+        rank = max(1, round(scores.shape[0] * self.k * sampled.numel() / scores.numel()))
+        level = sampled.topk(min(rank, sampled.numel()), sorted=False).values.amin().clamp_min(0).float()
+        due = int(self.own_batches) % DEMAND_EVERY == 1
+        return level, (scores > level).sum(0).float() if due else None
 
     def budgets(self, tokens: int, n_latents: int) -> Int[Tensor, " n_latents"]:
         """Each latent's number of matches among ``tokens`` tokens.

@@ -4,11 +4,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..code import SparseCode
 from ..encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
+
+TOKENS_AT_ONCE = 16
 
 
 class GradientTopK(Encoder):
@@ -45,7 +47,7 @@ class GradientTopK(Encoder):
         if grad is None or self.beta == 0:
             values, latents = pre_acts.topk(self.k, dim=-1, sorted=False)
         else:
-            latents = self.scores(pre_acts, weights, grad).topk(self.k, dim=-1, sorted=False).indices
+            latents = self.choose(pre_acts, self.influence(weights, grad))
             values = pre_acts.gather(1, latents)
         return with_gradient(SparseCode.from_rows(latents, values), x, weights).relu()
 
@@ -54,10 +56,26 @@ class GradientTopK(Encoder):
         self, pre_acts: Float[Tensor, "tokens n_latents"], weights: Weights, grad: Float[Tensor, "tokens d_out"]
     ) -> Float[Tensor, "tokens n_latents"]:
         """What latents are chosen by."""
+        # A negative pre-activation stays negative, so that no positive one yields to it.
+        return torch.addcmul(pre_acts, pre_acts, self.influence(weights, grad), value=self.beta)
+
+    @torch.no_grad()
+    def influence(self, weights: Weights, grad: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens n_latents"]:
+        """``|g . d|`` of every latent: what a unit of it changes in the model's loss, to first order."""
         if self.normalize == "token":
             grad = F.normalize(grad, dim=-1)
-        influence = F.linear(grad.to(weights.W_dec.dtype), weights.W_dec)
-        return influence.abs_().mul_(self.beta).add_(1.0).mul_(pre_acts.relu())
+        return F.linear(grad.to(weights.W_dec.dtype), weights.W_dec).abs_()
+
+    @torch.no_grad()
+    def choose(
+        self, pre_acts: Float[Tensor, "tokens n_latents"], influence: Float[Tensor, "tokens n_latents"]
+    ) -> Int[Tensor, "tokens k"]:
+        """The latents with the largest scores, a few tokens at a time so that the scores stay in the cache."""
+        chosen = [
+            torch.addcmul(a, a, w, value=self.beta).topk(self.k, dim=-1, sorted=False).indices
+            for a, w in zip(pre_acts.split(TOKENS_AT_ONCE), influence.split(TOKENS_AT_ONCE), strict=True)
+        ]
+        return torch.cat(chosen)
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)
