@@ -15,6 +15,9 @@ install_import_hook(["sae", "transcoders", "eval", *(f"training.{name}" for name
 
 import torch  # noqa: E402
 
+# Two workers on two cores: threads of their own would only wait for each other.
+torch.set_num_threads(1)
+
 HOOK = "transformer.h.2:out"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -125,6 +125,7 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     overrides = {"lr": 2e-3}

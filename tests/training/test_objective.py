@@ -268,6 +268,7 @@ def assert_equal_files(first, second, name="state.safetensors"):
     assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
+@pytest.mark.slow
 def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_path, stopped_after):
     whole = train(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe"))
     lines = metrics(whole)
@@ -361,6 +362,7 @@ def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, 
     assert not torch.equal(runs[0]["dictionary/W_dec"], load_file(directory / "state.safetensors")["dictionary/W_dec"])
 
 
+@pytest.mark.slow
 def test_a_gradient_sae_resumes_bit_equal(gradient_values, tmp_path, stopped_after):
     whole = train(check_recipe(gradient_values | {"out_dir": str(tmp_path / "whole")}, "recipe"))
     recipe = check_recipe(gradient_values | {"out_dir": str(tmp_path / "parts")}, "recipe")

@@ -69,6 +69,7 @@ def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
     assert lines[-1]["lr"] < 1e-3
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_equal_and_another_seed_differs(values, tmp_path):
     a = run(values, out_dir=str(tmp_path / "a"))
     b = run(values, out_dir=str(tmp_path / "b"))
@@ -141,6 +142,7 @@ def test_bf16_autocast_trains(values):
     assert load_dictionary(directory).W_enc.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_dead_latents_are_revived_by_auxk(values):
     """Latents too weak to be chosen come back with AuxK and stay away without."""
     counts = {}
@@ -173,6 +175,7 @@ def test_tensors_instead_of_a_model(values):
         train(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), iter([torch.randn(1100, 19)]))
 
 
+@pytest.mark.slow
 def test_wandb_offline_gets_every_line(values, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     directory = run(values, wandb={"project": "test", "mode": "offline"})
@@ -271,6 +274,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(v
     assert torch.isfinite(load_dictionary(values["out_dir"]).W_dec).all()
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
     import sae.files as files
 
