@@ -1,6 +1,7 @@
 """Fixtures, and run-time checks of every shape annotation while tests run."""
 
 import json
+import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,12 @@ from jaxtyping import install_import_hook
 CHECKED = "activations checkpoints finish initialize loop objective optim phases preflight run state".split()
 install_import_hook(["sae", "transcoders", "eval", *(f"training.{name}" for name in CHECKED)], "beartype.beartype")
 
+# Two workers on two cores: threads of their own would only wait for each other. Processes that tests start inherit it:
+# other numbers of threads round differently, and runs are compared bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch  # noqa: E402
 
-# Two workers on two cores: threads of their own would only wait for each other.
 torch.set_num_threads(1)
 
 HOOK = "transformer.h.2:out"
