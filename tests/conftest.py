@@ -12,7 +12,10 @@ from jaxtyping import install_import_hook
 # Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
 # small functions millions of times and holds no tensors.
 CHECKED = "activations checkpoints finish initialize loop objective optim phases preflight run state".split()
-install_import_hook(["sae", "transcoders", "eval", *(f"training.{name}" for name in CHECKED)], "beartype.beartype")
+# Nor are the kernels: compilers take functions as they are written.
+SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
+checked = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
+install_import_hook(checked, "beartype.beartype")
 
 # Two workers on two cores: threads of their own would only wait for each other. Processes that tests start inherit it:
 # other numbers of threads round differently, and runs are compared bit for bit.

@@ -37,14 +37,9 @@ def train_loop(
                 loss, terms = objective(piece, state.usage)
             accelerator.backward(loss)
             pieces.append(terms)
-        # Before clipping: the radial part of an atom's gradient is no step and must not use up the norm.
-        dictionary.project_grad()
-        if cfg.grad_clip is not None:
-            accelerator.clip_grad_norm_(dictionary.parameters(), cfg.grad_clip)
+        # Projection, clipping, Adam and unit atoms are one step: they can be one pass over the weights.
         optimizer.step()
         optimizer.zero_grad()
-        # After the step: the next forward must see unit atoms.
-        dictionary.renormalize()
         terms = combine(pieces)
         state.advance(batch.x.shape[0], terms)
         if state.step % cfg.log_every == 0 or state.tokens >= cfg.tokens:

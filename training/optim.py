@@ -11,10 +11,23 @@ from .recipe import Recipe, total_steps
 ADAM_EPS = 6.25e-10
 
 
-def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe) -> torch.optim.Adam:
-    """Adam over all weights, those of later phases' encoders included, its step fused into one pass per tensor."""
-    parameters = list(dict.fromkeys([*dictionary.parameters(), *phases.parameters()]))
-    return torch.optim.Adam(parameters, lr=recipe.lr, betas=recipe.betas, eps=ADAM_EPS, fused=True)
+class DictionaryAdam(torch.optim.Adam):
+    """Adam that keeps atoms on the unit sphere; its step is all that lies between the gradient and the next forward pass."""
+
+    def __init__(self, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
+        parameters = list(dict.fromkeys([*dictionary.parameters(), *phases.parameters()]))
+        super().__init__(parameters, lr=recipe.lr, betas=recipe.betas, eps=ADAM_EPS, fused=True)
+        self.dictionary, self.grad_clip = dictionary, recipe.grad_clip
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Project, clip, update, renormalise."""
+        # Before clipping: the radial part of an atom's gradient is no step and must not use up the norm.
+        self.dictionary.project_grad()
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.grad_clip)
+        super().step()
+        # After the step: the next forward must see unit atoms.
+        self.dictionary.renormalize()
 
 
 class Schedule:

@@ -25,7 +25,7 @@ from .finish import finish
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import train_loop
 from .objective import AuxSettings, Divergence, Objective
-from .optim import Schedule, build_optimizer
+from .optim import DictionaryAdam, Schedule
 from .phases import Phases
 from .preflight import preflight
 from .recipe import Recipe
@@ -121,7 +121,7 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, moments.variance(), aux, divergence, weight).to(accelerator.device)
     phases = Phases(dictionary, recipe).to(accelerator.device)
-    optimizer = build_optimizer(dictionary, phases, recipe)
+    optimizer = DictionaryAdam(dictionary, phases, recipe)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device)
     keep_bytes = state.restore(directory, dictionary, phases, optimizer, stream) if resuming else 0
     if resuming:

@@ -8,7 +8,7 @@ import torch
 from sae import ENCODERS, SAE
 from sae.metrics import Moments
 from training.initialize import geometric_median, initialize
-from training.optim import Schedule, build_optimizer
+from training.optim import DictionaryAdam, Schedule
 from training.phases import Phases
 from training.recipe import check_recipe, total_steps
 
@@ -74,7 +74,7 @@ def test_the_learning_rate_rises_stays_and_falls(recipe_values):
     recipe = check_recipe(recipe_values | {"lr": 1.0, "lr_warmup_steps": 4, "lr_decay": 0.2}, "recipe")
     sae = SAE(7, 67, ENCODERS["topk"](k=2))
     phases = Phases(sae, recipe)
-    optimizer = build_optimizer(sae, phases, recipe)
+    optimizer = DictionaryAdam(sae, phases, recipe)
     schedule = Schedule(optimizer, sae, phases, recipe)
     rates = [schedule.lr(step) for step in range(total_steps(recipe))]
     assert len(rates) == 30

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import training.run as run_module
 from sae import ENCODERS, SAE, load_dictionary
 from sae.encoder import pre_activations
-from training.optim import Schedule, build_optimizer
+from training.optim import DictionaryAdam, Schedule
 from training.phases import Phases, interpolate
 from training.recipe import check_recipe, dump_recipe, load_recipe, total_steps
 from training.run import train
@@ -191,7 +191,7 @@ def test_an_encoder_that_comes_into_force_is_in_the_dictionary_s_mode(values):
 def test_the_phase_s_factor_multiplies_the_learning_rate(values):
     values |= {"lr": 1.0, "lr_warmup_steps": 0, "lr_decay": 0.0}
     sae, phases, recipe = started(values)
-    schedule = Schedule(build_optimizer(sae, phases, recipe), sae, phases, recipe)
+    schedule = Schedule(DictionaryAdam(sae, phases, recipe), sae, phases, recipe)
     assert [schedule.lr(step) for step in range(STEPS)] == [1.0] * START + [0.5] * (STEPS - START)
     schedule.apply(START)
     assert schedule.optimizer.param_groups[0]["lr"] == 0.5
@@ -200,7 +200,7 @@ def test_the_phase_s_factor_multiplies_the_learning_rate(values):
 def test_one_optimizer_holds_the_weights_of_all_phases_once(values):
     values["phases"][0]["encoder"] = {"name": "gated"}
     sae, phases, recipe = started(values)
-    held = [id(p) for group in build_optimizer(sae, phases, recipe).param_groups for p in group["params"]]
+    held = [id(p) for group in DictionaryAdam(sae, phases, recipe).param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     gated = phases.encoders[1]
     assert set(held) == {id(p) for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, gated.r_mag, gated.b_mag)}
