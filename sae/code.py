@@ -8,6 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[Tensor, " ends"]:
+    """Where every token's entries begin, and behind the last token where they end."""
+    return torch.cat([starts, starts.new_full((1,), latents.shape[0])])
+
+
 @dataclass(frozen=True)
 class Requests:
     """What an encoder asks training to add to the loss. Decoding knows nothing of it.
@@ -54,7 +59,7 @@ class SparseCode:
 
     def entries_per_token(self) -> Int[Tensor, " tokens"]:
         """Entries of each token, silent ones included."""
-        return torch.diff(self.starts, append=self.starts.new_tensor([self.latents.shape[0]]))
+        return torch.diff(bounds(self.latents, self.starts))
 
     def token_ids(self) -> Int[Tensor, " nnz"]:
         """The token each entry belongs to."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .code import SparseCode
-from .sparse_ops import entries
+from .sparse_ops import entries, some_rows
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Weights:
     W_dec: Float[Tensor, "n_latents d_out"]
 
     def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
-        """The weights of some latents."""
-        return Weights(self.W_enc[latents], None if self.b_enc is None else self.b_enc[latents], self.W_dec[latents])
+        """The weights of some latents, which differ."""
+        W_enc = some_rows(self.W_enc, latents)
+        W_dec = W_enc if self.W_dec is self.W_enc else some_rows(self.W_dec, latents)
+        return Weights(W_enc, None if self.b_enc is None else self.b_enc[latents], W_dec)
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:

@@ -137,6 +137,11 @@ class Recipe(Section):
         description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
         "then sees gradients of one norm, and the large ones of the start do not slow the rest of the run",
     )
+    optimizer: Literal["auto", "plain"] = Field(
+        default="auto",
+        description="auto: Adam in one pass over the latents where there are kernels for it, no accumulation and one process; "
+        "plain: gradients written out and torch's Adam. Both are the same step up to rounding",
+    )
     objective: Literal["reconstruction", "kl"] = Field(
         default="reconstruction",
         description="kl trains end to end: the loss is what the model's predictions lose when it runs on the reconstruction",

@@ -22,10 +22,11 @@ from .activations.shards import MANIFEST_FILE, Store
 from .activations.stream import ContextStream, LiveStream, StoreStream, Stream, TensorStream
 from .checkpoints import Checkpoints, claimed
 from .finish import finish
+from .fused import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import train_loop
 from .objective import AuxSettings, Divergence, Objective
-from .optim import DictionaryAdam, Schedule
+from .optim import Schedule
 from .phases import Phases
 from .preflight import preflight
 from .recipe import Recipe
@@ -121,7 +122,7 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, moments.variance(), aux, divergence, weight).to(accelerator.device)
     phases = Phases(dictionary, recipe).to(accelerator.device)
-    optimizer = DictionaryAdam(dictionary, phases, recipe)
+    optimizer = build_optimizer(dictionary, phases, recipe, accelerator.num_processes)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device)
     keep_bytes = state.restore(directory, dictionary, phases, optimizer, stream) if resuming else 0
     if resuming:

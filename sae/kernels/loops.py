@@ -1,0 +1,210 @@
+"""Kernels for the CPU at hand, compiled by numba at first use and kept on disk. Arrays in, arrays changed in place.
+
+Every kernel works on rows ``first`` to ``last`` of its output and touches no others; ``over_rows`` shares them out.
+"""
+
+import numba
+import numpy as np
+
+# Sums may be reordered, which lets them run in vector registers; NaN and infinity keep their meaning.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+# Scores looked at together: few enough that one which exceeds the smallest kept is soon found.
+BLOCK = 64
+
+compiled = numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+# Where only the order of numbers counts NaN is never chosen, and minima run in vector registers.
+ranked = numba.njit(nogil=True, cache=True, fastmath=FAST | {"nnan"}, error_model="numpy")
+
+
+@compiled
+def decode(first, last, bounds, latents, values, atoms, out):
+    """``out[t]``: the sum of token ``t``'s atoms, weighted by its values."""
+    d = atoms.shape[1]
+    for t in range(first, last):
+        row = out[t]
+        row[:] = 0
+        for e in range(bounds[t], bounds[t + 1]):
+            value, atom = values[e], atoms[latents[e]]
+            if value != 0:
+                for c in range(d):
+                    row[c] += value * atom[c]
+
+
+@compiled
+def dots(first, last, bounds, latents, left, rows, out):
+    """``out[e]``: the product of an entry's token row of ``left`` with its latent's row."""
+    d = rows.shape[1]
+    for t in range(first, last):
+        mine = left[t]
+        for e in range(bounds[t], bounds[t + 1]):
+            row = rows[latents[e]]
+            total = mine[0] * 0
+            for c in range(d):
+                total += mine[c] * row[c]
+            out[e] = total
+
+
+@compiled
+def transpose(bounds, latents, firsts, tokens, order):
+    """A code by latent instead of by token: counting sort, tokens ascending within a latent.
+
+    ``firsts`` has ``n_latents + 2`` places and comes in zeros; latent ``i``'s entries end up at ``firsts[i]`` to
+    ``firsts[i + 1]`` of ``tokens`` and ``order``, the entry's place in the code.
+    """
+    for latent in latents:
+        firsts[latent + 2] += 1
+    for i in range(2, len(firsts)):
+        firsts[i] += firsts[i - 1]
+    for t in range(len(bounds) - 1):
+        for e in range(bounds[t], bounds[t + 1]):
+            place = firsts[latents[e] + 1]
+            firsts[latents[e] + 1] = place + 1
+            tokens[place] = t
+            order[place] = e
+
+
+@compiled
+def _add_entries(i, firsts, tokens, values, rows, gradient):
+    """Add latent ``i``'s tokens' rows, weighted, to ``gradient``."""
+    d = rows.shape[1]
+    for p in range(firsts[i], firsts[i + 1]):
+        value, row = values[p], rows[tokens[p]]
+        if value != 0:
+            for c in range(d):
+                gradient[c] += value * row[c]
+
+
+@compiled
+def spread(first, last, firsts, tokens, values, rows, out):
+    """``out[i]``: the sum of latent ``i``'s tokens' rows, weighted by its values, which stand in transposed order."""
+    for i in range(first, last):
+        out[i][:] = 0
+        _add_entries(i, firsts, tokens, values, rows, out[i])
+
+
+@compiled
+def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient):
+    """Row ``i`` of a matrix's gradient: its entries, and row ``dense_of[i]`` of ``dense`` unless that is negative."""
+    d = weights.shape[1]
+    if dense_of[i] >= 0:
+        gradient[:] = dense[dense_of[i]]
+    else:
+        gradient[:] = 0
+    _add_entries(i, firsts, tokens, values, rows, gradient)
+    if unit:
+        row = weights[i]
+        along = gradient[0] * 0
+        for c in range(d):
+            along += gradient[c] * row[c]
+        for c in range(d):
+            gradient[c] -= along * row[c]
+
+
+@compiled
+def squared_norms(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, out):
+    """``out[i]``: squared length of row ``i`` of the gradient, without its part along the row where rows are ``unit``."""
+    d = weights.shape[1]
+    gradient = np.empty(d, weights.dtype)
+    for i in range(first, last):
+        _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
+        total = gradient[0] * 0
+        for c in range(d):
+            total += gradient[c] * gradient[c]
+        out[i] = total
+
+
+@compiled
+def adam(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, mean, square, settings):
+    """Adam's step on every row, whose gradient exists only while the row is worked on; ``unit`` rows end at norm 1.
+
+    ``settings``: the gradient's factor, 1 - beta1, beta2, the step length, what divides the root of ``square``, epsilon.
+    """
+    d = weights.shape[1]
+    gradient = np.empty(d, weights.dtype)
+    factor, new, keep, length, root, eps = settings[0], settings[1], settings[2], settings[3], settings[4], settings[5]
+    fresh = 1 - keep
+    for i in range(first, last):
+        _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
+        row, m, v = weights[i], mean[i], square[i]
+        total = gradient[0] * 0
+        for c in range(d):
+            g = gradient[c] * factor
+            m[c] += (g - m[c]) * new
+            v[c] = v[c] * keep + g * g * fresh
+            row[c] -= length * m[c] / (np.sqrt(v[c]) * root + eps)
+            total += row[c] * row[c]
+        if unit:
+            # torch's own normalize divides by no less.
+            norm = max(np.sqrt(total), weights.dtype.type(1e-12))
+            for c in range(d):
+                row[c] /= norm
+
+
+@ranked
+def _smallest(values):
+    floor = values[0]
+    for q in range(1, len(values)):
+        floor = min(floor, values[q])
+    return floor
+
+
+@ranked
+def _put(score, latent, filled, floor, values, latents):
+    """Take in a score above ``floor``, the smallest of those kept, or minus infinity while places are free; the new floor."""
+    k, place = len(values), filled
+    if filled == k:
+        # The first of the smallest: a search without branches runs in vector registers.
+        for q in range(k):
+            place = min(place, q if values[q] == floor else k)
+    values[place], latents[place] = score, latent
+    return _smallest(values) if filled >= k - 1 else floor
+
+
+@ranked
+def _first_bound(row, best, bound, unused):
+    """A number that at least ``len(bound)`` of a row's scores reach: the row is dealt out to lanes, whose maxima are scores."""
+    lanes, k = len(best), len(bound)
+    for j in range(lanes):
+        best[j] = row[j]
+    for start in range(lanes, len(row) - lanes + 1, lanes):
+        part = row[start : start + lanes]
+        for j in range(lanes):
+            score, largest = part[j], best[j]
+            best[j] = score if score > largest else largest
+    bound[:] = best[:k]
+    level = _smallest(bound)
+    for j in range(k, lanes):
+        if best[j] > level:
+            level = _put(best[j], 0, k, level, bound, unused)
+    return level
+
+
+@ranked
+def keep_largest(first, last, scores, offset, lanes, values, latents):
+    """Bring the largest of ``scores``'s columns, numbered from ``offset``, into each token's kept ``values`` and ``latents``.
+
+    Places not taken yet hold minus infinity. Among equal scores those kept first stay. ``lanes`` is 0, or at least the number
+    of places and at most that of columns.
+    """
+    width, k = scores.shape[1], values.shape[1]
+    best, bound, unused = np.empty(lanes, scores.dtype), np.empty(k, scores.dtype), np.empty(k, latents.dtype)
+    for t in range(first, last):
+        row, kept, names = scores[t], values[t], latents[t]
+        floor, filled = _smallest(kept), 0
+        for q in range(k):
+            filled += kept[q] > -np.inf
+        if filled == 0 and lanes:
+            # Scores equal to the bound must still come in.
+            floor = np.nextafter(_first_bound(row, best, bound, unused), floor)
+        for start in range(0, width, BLOCK):
+            part = row[start : start + BLOCK]
+            exceed = 0
+            # Of constant length, all but the last block are a few instructions.
+            if len(part) == BLOCK:
+                for j in range(BLOCK):
+                    exceed += part[j] > floor
+            if exceed or len(part) < BLOCK:
+                for j in range(len(part)):
+                    if part[j] > floor:
+                        floor = max(floor, _put(part[j], offset + start + j, filled, floor, kept, names))
+                        filled = min(filled + 1, k)
