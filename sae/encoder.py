@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .code import SparseCode
+from .scores import Scorer
 from .sparse_ops import entries, some_rows
 
 
@@ -37,14 +38,22 @@ def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[
     return F.linear(x, weights.W_enc, weights.b_enc)
 
 
-@torch.no_grad()
-def affinities(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
-    """The pre-activations as numbers to choose by, without gradient: most of them are thrown away."""
-    return pre_activations(x, weights)
+def scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
+    """The pre-activations as numbers to choose by, a tile at a time: most of them are thrown away."""
+    return Scorer(*castable(x, weights.W_enc, weights.b_enc))
+
+
+def castable(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the precision of the autocast in force, if there is one: products into a buffer do not see to it themselves."""
+    x, W, b = x.detach(), W.detach(), None if b is None else b.detach()
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+    return x, W, b
 
 
 def with_gradient(code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: Weights) -> SparseCode:
-    """The same entries, taken from ``affinities``, as differentiable functions of ``x`` and the weights."""
+    """The same entries, taken from a scorer, as differentiable functions of ``x`` and the weights."""
     values = entries(x, weights.W_enc, weights.b_enc, code.values, code.latents, code.starts)
     return SparseCode(code.latents, values, code.starts, code.requests)
 

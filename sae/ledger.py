@@ -12,17 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class ByLatent:
-    """A code's entries grouped by latent: latent ``i`` has those from ``firsts[i]`` to ``firsts[i + 1]``.
-
-    ``tokens`` are their tokens, ascending within a latent, ``order`` their places in the code.
-    """
-
-    firsts: Int[Tensor, " ends"]
-    tokens: Int[Tensor, " nnz"]
-    order: Int[Tensor, " nnz"]
+from .code import ByLatent, SparseCode
 
 
 @dataclass(frozen=True)
@@ -45,11 +35,9 @@ class RowGradient:
 
 @dataclass(frozen=True)
 class Product:
-    """One sum over a code's entries: ``values[e]`` times the row of the entry's token, for every latent."""
+    """One sum over a code's entries, for every latent: the entry's value times the row of its token."""
 
-    latents: Int[Tensor, " nnz"]
-    starts: Int[Tensor, " tokens"]
-    values: Float[Tensor, " nnz"]
+    code: SparseCode
     rows: Float[Tensor, "tokens d"]
 
 
@@ -70,18 +58,14 @@ class Ledger:
             return self.products[0]
         if not self.products:
             none = torch.empty(0, dtype=torch.long, device=like.device)
-            return Product(none, none, like.new_empty(0), like.new_empty(0, like.shape[1]))
-        before = 0
-        starts = []
+            return Product(SparseCode(none, like.new_empty(0), none), like.new_empty(0, like.shape[1]))
+        before, starts = 0, []
         for part in self.products:
-            starts.append(part.starts + before)
-            before += part.latents.shape[0]
-        return Product(
-            torch.cat([part.latents for part in self.products]),
-            torch.cat(starts),
-            torch.cat([part.values for part in self.products]),
-            torch.cat([part.rows for part in self.products]),
-        )
+            starts.append(part.code.starts + before)
+            before += part.code.latents.shape[0]
+        latents = torch.cat([part.code.latents for part in self.products])
+        values = torch.cat([part.code.values for part in self.products])
+        return Product(SparseCode(latents, values, torch.cat(starts)), torch.cat([part.rows for part in self.products]))
 
     def dense(self, like: Float[Tensor, "n_latents d"]) -> tuple[Int[Tensor, " n_latents"], Float[Tensor, "some d"]]:
         """Which of the dense rows belongs to each latent, or -1, and those rows; ``like.grad`` is among them."""

@@ -71,9 +71,7 @@ def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) ->
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor, ledger: Ledger | None
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor, ledger: Ledger | None) -> Tensor:
         ctx.save_for_backward(values, atoms, latents, starts)
         ctx.ledger = ledger
         return _gather(values, atoms, latents, starts)
@@ -82,7 +80,7 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, atoms, latents, starts = ctx.saved_tensors
-        to_values = _dots(grads[0], atoms, latents, starts) if ctx.needs_input_grad[0] else None
+        to_values = dots(grads[0], atoms, latents, starts) if ctx.needs_input_grad[0] else None
         to_atoms = _to_matrix(values, grads[0], latents, starts, atoms, ctx.ledger) if ctx.needs_input_grad[1] else None
         return to_values, to_atoms, None, None, None
 
@@ -138,7 +136,8 @@ def _to_matrix(
     """The gradient of a matrix whose row ``i`` is weighted into every token that has latent ``i``, unless a ledger takes it."""
     if ledger is None or _crowded(latents, starts, like):
         return _spread(values, rows, latents, starts, like)
-    ledger.products.append(Product(latents, starts, values.to(like.dtype), rows.to(like.dtype).contiguous()))
+    code = SparseCode(latents, values.to(like.dtype), starts)
+    ledger.products.append(Product(code, rows.to(like.dtype).contiguous()))
     return None
 
 
@@ -162,7 +161,7 @@ def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like:
         return code.to_dense(n_latents).T @ rows
     kernels = backend(values, rows)
     if kernels is not None:
-        group = kernels.by_latent(bounds(latents, starts), latents, n_latents)
+        group = code.by_latent(n_latents)
         return kernels.spread(group, values[group.order], rows)
     if not _has_csr(like):
         by_entry = torch.zeros_like(like)
@@ -170,14 +169,12 @@ def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like:
         for some in torch.arange(latents.shape[0], device=latents.device).split(1 << 14):
             by_entry.index_add_(0, latents[some], values[some, None] * rows[code.token_ids()[some]])
         return by_entry
-    order = latents.argsort(stable=True)
-    firsts = torch.zeros(n_latents + 1, dtype=torch.long, device=latents.device)
-    torch.cumsum(torch.bincount(latents, minlength=n_latents), 0, out=firsts[1:])
-    return _csr(firsts, code.token_ids()[order], values[order], (n_latents, tokens)) @ rows
+    group = code.by_latent(n_latents)
+    return _csr(group.firsts, group.tokens, values[group.order], (n_latents, tokens)) @ rows
 
 
-def _dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
-    """For every entry the product of its token's row of ``left`` with its latent's row: (nnz,)."""
+def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
+    """For every entry the product of its token's row of ``left`` with its latent's row: (nnz,). Without gradient."""
     code = SparseCode(latents, torch.empty(latents.shape[0]), starts)
     left = left.contiguous()
     if _crowded(latents, starts, rows):

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae import SparseDictionary
-from sae.code import bounds
+from sae.code import ByLatent
 from sae.kernels import backend
-from sae.ledger import ByLatent, Ledger, RowGradient, keep_ledger
+from sae.ledger import Ledger, RowGradient, keep_ledger
 
 from .optim import DictionaryAdam
 from .phases import Phases
@@ -54,8 +54,8 @@ class FusedAdam(DictionaryAdam):
         """The same step as ``DictionaryAdam``'s."""
         kernels = backend(self.dictionary.W_dec)
         assert kernels is not None
-        pending = self._pending(kernels)
-        others = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
+        pending = self._pending()
+        others: list[Tensor] = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
         factor = self._clip(kernels, pending, others)
         for part in pending:
             # Of it, nothing must be left for Adam's own step.
@@ -68,7 +68,7 @@ class FusedAdam(DictionaryAdam):
             parameter.grad.mul_(factor)
         torch.optim.Adam.step(self)
 
-    def _pending(self, kernels: ModuleType) -> list[Pending]:
+    def _pending(self) -> list[Pending]:
         """The matrices that have a gradient. Both sides of a dictionary share the code, which is grouped once."""
         grouped: dict[tuple[int, int, int], ByLatent] = {}
         pending = []
@@ -77,11 +77,12 @@ class FusedAdam(DictionaryAdam):
                 continue
             product = ledger.product(weights)
             # Distinct codes that are alive have distinct storage.
-            key = (product.latents.data_ptr(), product.starts.data_ptr(), product.latents.shape[0])
+            code = product.code
+            key = (code.latents.data_ptr(), code.starts.data_ptr(), code.latents.shape[0])
             if key not in grouped:
-                grouped[key] = kernels.by_latent(bounds(product.latents, product.starts), product.latents, weights.shape[0])
+                grouped[key] = code.by_latent(weights.shape[0])
             group = grouped[key]
-            gradient = RowGradient(group, product.values[group.order], product.rows, *ledger.dense(weights))
+            gradient = RowGradient(group, code.values[group.order], product.rows, *ledger.dense(weights))
             unit = weights is self.dictionary.W_dec and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending
@@ -116,7 +117,6 @@ class FusedAdam(DictionaryAdam):
         root = 1 / math.sqrt(1 - beta2**taken)
         fixed = torch.tensor([1 - beta1, beta2, length, root, group["eps"]], dtype=weights.dtype, device=weights.device)
         return torch.cat([factor.to(weights.dtype).reshape(1), fixed])
-
 
 
 def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe, processes: int = 1) -> DictionaryAdam:

@@ -4,7 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
+from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
+from ..scores import largest_per_token
 
 
 class TopK(Encoder):
@@ -22,9 +23,7 @@ class TopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        # sorted=False: the order within a token means nothing, and sorting costs.
-        values, latents = affinities(x, weights).topk(self.k, dim=-1, sorted=False)
-        return with_gradient(SparseCode.from_rows(latents, values), x, weights).relu()
+        return with_gradient(largest_per_token(scorer(x, weights).tiles(), self.k), x, weights).relu()
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)

@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor
 
-from ..ledger import ByLatent, RowGradient
+from ..code import ByLatent
+from ..ledger import RowGradient
 from . import loops
 from .parallel import over_rows
 
@@ -30,12 +31,11 @@ def dots(bounds: Tensor, latents: Tensor, left: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def by_latent(bounds: Tensor, latents: Tensor, n_latents: int) -> ByLatent:
-    """The same entries grouped by latent, tokens ascending."""
-    firsts = torch.zeros(n_latents + 2, dtype=torch.long)
-    tokens, order = torch.empty_like(latents), torch.empty_like(latents)
-    loops.transpose(bounds.numpy(), latents.numpy(), firsts.numpy(), tokens.numpy(), order.numpy())
-    return ByLatent(firsts[:-1], tokens, order)
+def group(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where each of ``count`` keys' places begin and end in the second tensor: all places by key, ascending within one."""
+    firsts, order = torch.zeros(count + 2, dtype=torch.long), torch.empty_like(keys)
+    loops.group(keys.numpy(), firsts.numpy(), order.numpy())
+    return firsts[:-1], order
 
 
 def spread(group: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
@@ -62,12 +62,32 @@ def keep_largest_(scores: Tensor, offset: int, values: Tensor, latents: Tensor) 
     _run(loops.keep_largest, len(scores), scores, offset, _lanes(scores, values.shape[1]), values, latents)
 
 
+def keep_largest_ragged(scores: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``room[i]`` largest scores of every row, one row after the other, and the columns they stand in."""
+    firsts = torch.cat([room.new_zeros(1), room.cumsum(0)])
+    values = scores.new_empty(int(firsts[-1]))
+    columns = torch.zeros(len(values), dtype=torch.long)
+    _run(loops.keep_largest_ragged, len(scores), scores, firsts, values, columns)
+    return values, columns
+
+
+def above(scores: Tensor, cut: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How many scores of each token exceed their latent's ``cut``; these, token by token, and their latents from ``offset``."""
+    counts = torch.empty(len(scores), dtype=torch.long)
+    _run(loops.count_above, len(scores), scores, cut, counts)
+    ends = counts.cumsum(0)
+    values = scores.new_empty(int(ends[-1]) if len(ends) else 0)
+    latents = torch.empty(len(values), dtype=torch.long)
+    _run(loops.collect_above, len(scores), scores, cut, offset, ends, values, latents)
+    return counts, values, latents
+
+
 def _lanes(scores: Tensor, most: int) -> int:
     """Lanes for the first bound: twice the places, if there are as many columns."""
     lanes = max(64, 1 << (2 * most - 1).bit_length())
     return lanes if lanes <= scores.shape[1] else 0
 
 
-def _run(kernel, rows: int, *arguments) -> None:  # noqa: ANN001
+def _run(kernel, rows: int, *arguments) -> None:
     arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     over_rows(kernel, rows, *arrays, least=LEAST_ROWS)

@@ -45,22 +45,20 @@ def dots(first, last, bounds, latents, left, rows, out):
 
 
 @compiled
-def transpose(bounds, latents, firsts, tokens, order):
-    """A code by latent instead of by token: counting sort, tokens ascending within a latent.
+def group(keys, firsts, order):
+    """Counting sort: ``order`` lists the places of ``keys`` by key, ascending within each.
 
-    ``firsts`` has ``n_latents + 2`` places and comes in zeros; latent ``i``'s entries end up at ``firsts[i]`` to
-    ``firsts[i + 1]`` of ``tokens`` and ``order``, the entry's place in the code.
+    ``firsts`` has two places more than there are keys to tell apart and comes in zeros; those of key ``i`` end up at
+    ``firsts[i]`` to ``firsts[i + 1]`` of ``order``.
     """
-    for latent in latents:
-        firsts[latent + 2] += 1
+    for key in keys:
+        firsts[key + 2] += 1
     for i in range(2, len(firsts)):
         firsts[i] += firsts[i - 1]
-    for t in range(len(bounds) - 1):
-        for e in range(bounds[t], bounds[t + 1]):
-            place = firsts[latents[e] + 1]
-            firsts[latents[e] + 1] = place + 1
-            tokens[place] = t
-            order[place] = e
+    for e in range(len(keys)):
+        place = firsts[keys[e] + 1]
+        firsts[keys[e] + 1] = place + 1
+        order[place] = e
 
 
 @compiled
@@ -180,31 +178,87 @@ def _first_bound(row, best, bound, unused):
 
 
 @ranked
-def keep_largest(first, last, scores, offset, lanes, values, latents):
-    """Bring the largest of ``scores``'s columns, numbered from ``offset``, into each token's kept ``values`` and ``latents``.
+def _keep_row(row, offset, best, bound, unused, kept, names):
+    """Bring the largest of ``row`` into ``kept``, and where they stand, counted from ``offset``, into ``names``.
 
-    Places not taken yet hold minus infinity. Among equal scores those kept first stay. ``lanes`` is 0, or at least the number
-    of places and at most that of columns.
+    Places not taken yet hold minus infinity. Among equal scores those kept first stay. ``best`` has no place, or at least as
+    many as ``kept`` and at most as many as ``row``; it and the two of ``kept``'s size are for scratch.
     """
-    width, k = scores.shape[1], values.shape[1]
+    k = len(kept)
+    floor, filled = _smallest(kept), 0
+    for q in range(k):
+        filled += kept[q] > -np.inf
+    if filled == 0 and len(best):
+        # Scores equal to the bound must still come in.
+        floor = np.nextafter(_first_bound(row, best, bound, unused), floor)
+    for start in range(0, len(row), BLOCK):
+        part = row[start : start + BLOCK]
+        exceed = 0
+        # Of constant length, all but the last block are a few instructions.
+        if len(part) == BLOCK:
+            for j in range(BLOCK):
+                exceed += part[j] > floor
+        if exceed or len(part) < BLOCK:
+            for j in range(len(part)):
+                if part[j] > floor:
+                    floor = max(floor, _put(part[j], offset + start + j, filled, floor, kept, names))
+                    filled = min(filled + 1, k)
+
+
+@ranked
+def keep_largest(first, last, scores, offset, lanes, values, latents):
+    """Bring the largest scores of a tile whose first latent is ``offset`` into each token's ``values`` and ``latents``."""
+    k = values.shape[1]
     best, bound, unused = np.empty(lanes, scores.dtype), np.empty(k, scores.dtype), np.empty(k, latents.dtype)
     for t in range(first, last):
-        row, kept, names = scores[t], values[t], latents[t]
-        floor, filled = _smallest(kept), 0
-        for q in range(k):
-            filled += kept[q] > -np.inf
-        if filled == 0 and lanes:
-            # Scores equal to the bound must still come in.
-            floor = np.nextafter(_first_bound(row, best, bound, unused), floor)
+        _keep_row(scores[t], offset, best, bound, unused, values[t], latents[t])
+
+
+@ranked
+def keep_largest_ragged(first, last, scores, firsts, values, tokens):
+    """The largest scores of every row ``i``, as many as ``firsts[i]`` and ``firsts[i + 1]`` leave room for."""
+    width, most = scores.shape[1], 0
+    for i in range(first, last):
+        most = max(most, firsts[i + 1] - firsts[i])
+    bound, unused, best = np.empty(most, scores.dtype), np.empty(most, tokens.dtype), np.empty(4 * most + 64, scores.dtype)
+    for i in range(first, last):
+        room = firsts[i + 1] - firsts[i]
+        if room:
+            lanes = 32
+            while lanes < 2 * room:
+                lanes *= 2
+            if lanes > width:
+                lanes = 0
+            here = slice(firsts[i], firsts[i + 1])
+            values[here] = -np.inf
+            _keep_row(scores[i], 0, best[:lanes], bound[:room], unused[:room], values[here], tokens[here])
+
+
+@ranked
+def count_above(first, last, scores, cut, counts):
+    """``counts[t]``: how many of a token's scores exceed their latent's ``cut``."""
+    width = scores.shape[1]
+    for t in range(first, last):
+        row, found = scores[t], 0
+        for j in range(width):
+            found += row[j] > cut[j]
+        counts[t] = found
+
+
+@ranked
+def collect_above(first, last, scores, cut, offset, ends, values, latents):
+    """The scores that exceed their latent's ``cut``, and their latents from ``offset`` on; token ``t``'s end at ``ends[t]``."""
+    width = scores.shape[1]
+    for t in range(first, last):
+        row, place = scores[t], ends[t - 1] if t else 0
         for start in range(0, width, BLOCK):
-            part = row[start : start + BLOCK]
+            part, limit = row[start : start + BLOCK], cut[start : start + BLOCK]
             exceed = 0
-            # Of constant length, all but the last block are a few instructions.
             if len(part) == BLOCK:
                 for j in range(BLOCK):
-                    exceed += part[j] > floor
+                    exceed += part[j] > limit[j]
             if exceed or len(part) < BLOCK:
                 for j in range(len(part)):
-                    if part[j] > floor:
-                        floor = max(floor, _put(part[j], offset + start + j, filled, floor, kept, names))
-                        filled = min(filled + 1, k)
+                    if part[j] > limit[j]:
+                        values[place], latents[place] = part[j], offset + start + j
+                        place += 1

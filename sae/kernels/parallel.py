@@ -43,3 +43,7 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: in
         other.result()
 
 
+@cache
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Threads do not survive a fork: every process has its own."""
+    return ThreadPoolExecutor(thread_name_prefix="sparsary-kernel")

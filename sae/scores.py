@@ -1,0 +1,245 @@
+"""Scores by tiles: the encoder's product a few latents at a time, so that what is chosen is chosen while it is in the cache.
+
+The product of a batch with all latents is by far the largest tensor of a step, and all but a few of its numbers are thrown
+away. Here it exists one tile at a time, in a buffer that the next tile overwrites. Nothing here carries gradient.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .allocation import largest_cells, largest_columns
+from .code import SparseCode, group
+from .kernels import backend
+from .sparse_ops import dots
+
+# Numbers in a tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator what launches cost little for.
+TILE_NUMBERS_CPU = 1 << 22
+TILE_NUMBERS_ACCELERATOR = 1 << 28
+# A product with fewer latents at a time reads the inputs too often.
+LEAST_WIDTH = 256
+# How much of a batch's budget a cut should let through, so that it seldom lets through too little.
+SLACK = 1.25
+# Tokens from which a first cut is estimated.
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """``W x + b``, computed a tile at a time: by token ``(tokens, width)``, or by latent ``(width, tokens)``."""
+
+    x: Float[Tensor, "tokens d_in"]
+    W: Float[Tensor, "n_latents d_in"]
+    b: Float[Tensor, " n_latents"] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and latents."""
+        return len(self.x), len(self.W)
+
+    @property
+    def width(self) -> int:
+        """Latents in a tile: all of them where the whole product is small."""
+        numbers = TILE_NUMBERS_CPU if self.x.device.type == "cpu" else TILE_NUMBERS_ACCELERATOR
+        return max(1, min(len(self.W), max(LEAST_WIDTH, numbers // max(len(self.x), 1))))
+
+    @torch.no_grad()
+    def tiles(self) -> Iterator["Tile"]:
+        """Tile after tile by token; each is valid until the next is asked for."""
+        for first, rows, shift, room in self._parts():
+            scores = room.view(len(self.x), len(rows))
+            torch.mm(self.x, rows.T, out=scores) if shift is None else torch.addmm(shift, self.x, rows.T, out=scores)
+            yield Tile(first, scores)
+
+    @torch.no_grad()
+    def tiles_by_latent(self) -> Iterator["Tile"]:
+        """The same with a row for every latent."""
+        for first, rows, shift, room in self._parts():
+            scores, x = room.view(len(rows), len(self.x)), self.x.T
+            torch.mm(rows, x, out=scores) if shift is None else torch.addmm(shift[:, None], rows, x, out=scores)
+            yield Tile(first, scores)
+
+    def _parts(self) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
+        width, tokens = self.width, len(self.x)
+        room = torch.empty(tokens * width, dtype=self.x.dtype, device=self.x.device)
+        for first in range(0, len(self.W), width):
+            rows = self.W[first : first + width]
+            yield first, rows, None if self.b is None else self.b[first : first + width], room[: tokens * len(rows)]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Scores of consecutive latents, the first of which is ``first``."""
+
+    first: int
+    scores: Float[Tensor, "rows columns"]
+
+
+@torch.no_grad()
+def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
+    """Each token's ``k`` largest scores, in no particular order. Where there is a NaN the code has one too."""
+    kept: _Kept | None = None
+    for tile in tiles:
+        if kept is None:
+            kernels = backend(tile.scores)
+            kept = (_Kept if kernels is None or k > kernels.KEPT_MOST else _KeptByKernel)(tile.scores, k)
+        kept.take(tile)
+    assert kept is not None
+    return SparseCode.from_rows(kept.latents, kept.values)
+
+
+class _Kept:
+    """The largest scores so far, ranked anew with every tile."""
+
+    def __init__(self, scores: Tensor, k: int):
+        self.k = k
+        self.values, self.latents = scores[:, :0], torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+
+    def take(self, tile: Tile) -> None:
+        best = tile.scores.topk(min(self.k, tile.scores.shape[1]), dim=-1, sorted=False)
+        values = torch.cat([self.values, best.values], dim=1)
+        latents = torch.cat([self.latents, best.indices + tile.first], dim=1)
+        if values.shape[1] > self.k:
+            values, places = values.topk(self.k, dim=-1, sorted=False)
+            latents = latents.gather(1, places)
+        self.values, self.latents = values, latents
+
+
+class _KeptByKernel(_Kept):
+    """The largest scores so far; a tile is read once and changes few of them."""
+
+    def __init__(self, scores: Tensor, k: int):
+        self.room = scores.new_full((len(scores), k), -torch.inf)
+        self.latents = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
+
+    def take(self, tile: Tile) -> None:
+        kernels = backend(tile.scores)
+        assert kernels is not None
+        kernels.keep_largest_(tile.scores, tile.first, self.room, self.latents)
+        # The kernel passes over NaN, so that places stay free where there is one. It must not go unseen.
+        self.values = self.room.masked_fill(self.room == -torch.inf, torch.nan)
+
+
+@torch.no_grad()
+def pick(scorer: Scorer, code: SparseCode) -> Float[Tensor, " nnz"]:
+    """The scores of a code's entries, computed one by one."""
+    found = dots(scorer.x, scorer.W, code.latents, code.starts)
+    return found if scorer.b is None else found + scorer.b[code.latents]
+
+
+@torch.no_grad()
+def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_latents: int) -> SparseCode:
+    """All scores that exceed ``cut``, one number or one for each latent; latents ascend within a token."""
+    numbers: list[Tensor] = []
+    values: list[Tensor] = []
+    latents: list[Tensor] = []
+    for tile in tiles:
+        limit = cut.to(tile.scores.dtype).expand(n_latents)[tile.first : tile.first + tile.scores.shape[1]].contiguous()
+        kernels = backend(tile.scores, limit)
+        if kernels is None:
+            token, latent = (tile.scores > limit).nonzero(as_tuple=True)
+            found = torch.bincount(token, minlength=tokens), tile.scores[token, latent], latent + tile.first
+        else:
+            found = kernels.above(tile.scores, limit, tile.first)
+        numbers.append(found[0])
+        values.append(found[1])
+        latents.append(found[2])
+    if len(numbers) == 1:
+        return SparseCode(latents[0], values[0], numbers[0].cumsum(0) - numbers[0])
+    every = torch.arange(tokens, device=cut.device)
+    token = torch.cat([torch.repeat_interleave(every, number) for number in numbers])
+    firsts, order = group(token, tokens)
+    return SparseCode(torch.cat(latents)[order], torch.cat(values)[order], firsts[:-1])
+
+
+@torch.no_grad()
+def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> tuple[SparseCode, float | None]:
+    """The ``budget`` largest scores of all pairs of a batch, and a cut that should suit the next batch.
+
+    The count is exact; among equal scores the lower token wins, then the lower latent. What exceeds the cut, a guess, is
+    ranked exactly; if that is too little there is another guess from a sample of the tokens, and then every tile is ranked.
+    The result does not depend on the guess.
+    """
+    tokens, n_latents = len(scorer.x), len(scorer.W)
+    budget = min(budget, tokens * n_latents)
+    # Guessing needs to know how many there are: an accelerator would have to be waited for.
+    guesses = (lambda: cut, lambda: level_of_batch(scorer, budget, SLACK)) if scorer.x.device.type == "cpu" and budget else ()
+    for guess in guesses:
+        limit = guess()
+        if limit is None:
+            continue
+        pool = above(scorer.tiles(), torch.tensor(limit, dtype=scorer.x.dtype), tokens, n_latents)
+        if len(pool.values) >= budget:
+            kept = pool.where(_largest(pool.values, budget))
+            # Towards the smallest that was kept while far too much comes through, away from it if hardly more than enough.
+            share, smallest = len(pool.values) / budget, float(kept.values.min())
+            move = 0.5 if share > 2 * SLACK - 1 else -0.5 if share < (SLACK + 1) / 2 else 0.0
+            return kept, limit + (smallest - limit) * move
+    return _ranked(scorer, budget), None
+
+
+def _ranked(scorer: Scorer, budget: int) -> SparseCode:
+    """``largest_of_batch`` without guessing: the best of every tile with the best so far."""
+    tokens, n_latents = len(scorer.x), len(scorer.W)
+    values, cells = scorer.x.new_empty(0), torch.empty(0, dtype=torch.long, device=scorer.x.device)
+    for tile in scorer.tiles():
+        width = tile.scores.shape[1]
+        best = largest_cells(tile.scores, budget)
+        values = torch.cat([values, tile.scores.reshape(-1)[best]])
+        cells = torch.cat([cells, best // width * n_latents + tile.first + best % width])
+        order = cells.argsort()
+        order = order[_largest(values[order], budget)] if len(order) > budget else order
+        values, cells = values[order], cells[order]
+    return SparseCode.from_cells(cells, values, tokens, n_latents)
+
+
+@torch.no_grad()
+def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
+    """About the score that ``slack`` times the budget of the batch exceeds, by a few of its tokens."""
+    some = scorer.x[:: max(1, len(scorer.x) // SAMPLE_TOKENS)]
+    rank = max(1, int(budget * len(some) / len(scorer.x) * slack))
+    sample = Scorer(some, scorer.W, scorer.b)
+    best = torch.cat([t.scores.reshape(-1).topk(min(rank, t.scores.numel()), sorted=False).values for t in sample.tiles()])
+    return float(best.topk(min(rank, len(best)), sorted=False).values.amin())
+
+
+def _largest(values: Float[Tensor, " n"], budget: int) -> Tensor:
+    """Which are the ``budget`` largest; among equal ones the first."""
+    smallest = values.topk(budget, sorted=False).values.amin()
+    over, equal = values > smallest, values == smallest
+    spare = budget - over.sum()
+    return over | (equal & (equal.cumsum(0) <= spare))
+
+
+@dataclass(frozen=True)
+class PerLatent:
+    """What each latent kept, the smallest score of it, and on how many tokens it is above the level asked about, if any."""
+
+    code: SparseCode
+    smallest: Float[Tensor, " n_latents"]
+    above: Float[Tensor, " n_latents"] | None
+
+
+@torch.no_grad()
+def largest_per_latent(scorer: Scorer, room: Int[Tensor, " n_latents"], level: float | None = None) -> PerLatent:
+    """Each latent's ``room[i]`` largest scores; one with room for more takes every token.
+
+    Latents ascend within a token. The smallest score of a latent without room is infinite.
+    """
+    tokens = len(scorer.x)
+    room = room.clamp(max=tokens)
+    values, token, over = [], [], []
+    for tile in scorer.tiles_by_latent():
+        found = largest_columns(tile.scores, room[tile.first : tile.first + len(tile.scores)])
+        values.append(found[0])
+        token.append(found[1])
+        if level is not None:
+            over.append((tile.scores > level).sum(1).float())
+    value = torch.cat(values)
+    latents = torch.repeat_interleave(torch.arange(len(room), device=room.device), room, output_size=len(value))
+    smallest = value.new_full((len(room),), torch.inf).scatter_reduce_(0, latents, value, "amin")
+    firsts, order = group(torch.cat(token), tokens)
+    return PerLatent(SparseCode(latents[order], value[order], firsts[:-1]), smallest, torch.cat(over) if over else None)
