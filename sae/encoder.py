@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .code import SparseCode
 from .scores import Scorer
+from .screen import Screen
 from .sparse_ops import entries, some_rows
 
 
@@ -19,12 +20,14 @@ from .sparse_ops import entries, some_rows
 class Weights:
     """What an encoder may read of its dictionary. Row ``i`` of both matrices belongs to latent ``i``.
 
-    In a dictionary with a tied encoder both matrices are one tensor, and there is no ``b_enc``.
+    In a dictionary with a tied encoder both matrices are one tensor, and there is no ``b_enc``. A ``screen``, where training
+    has one, is for encoders that can use it.
     """
 
     W_enc: Float[Tensor, "n_latents d_in"]
     b_enc: Float[Tensor, " n_latents"] | None
     W_dec: Float[Tensor, "n_latents d_out"]
+    screen: Screen | None = None
 
     def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
         """The weights of some latents, which differ."""
@@ -71,6 +74,8 @@ class Encoder(nn.Module, ABC):
     # An SAE then has one matrix for both sides.
     tied: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    # Whether it finds its latents by way of a coarse product where training asks for that.
+    can_screen: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

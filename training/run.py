@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.checkpoint import build_dictionary
 from sae.encoders import ENCODERS
+from sae.screen import Screen
 
 from .activations.harvest import harvest
 from .activations.model import load_model, resolve_device
@@ -122,6 +123,8 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, moments.variance(), aux, divergence, weight).to(accelerator.device)
     phases = Phases(dictionary, recipe).to(accelerator.device)
+    if recipe.screen != "none":
+        dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe, accelerator.num_processes)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device)
     keep_bytes = state.restore(directory, dictionary, phases, optimizer, stream) if resuming else 0

@@ -15,6 +15,8 @@ class TopK(Encoder):
     firing latents. Source: Gao et al. 2024, arXiv:2406.04093.
     """
 
+    can_screen = True
+
     def __init__(self, k: int):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token.")
@@ -23,7 +25,12 @@ class TopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        return with_gradient(largest_per_token(scorer(x, weights).tiles(), self.k), x, weights).relu()
+        scores = scorer(x, weights)
+        if weights.screen is None:
+            found = largest_per_token(scores.tiles(), self.k)
+        else:
+            found = weights.screen.largest_per_token(scores, self.k)
+        return with_gradient(found, x, weights).relu()
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)

@@ -11,8 +11,8 @@ from ..ledger import RowGradient
 from . import loops
 from .parallel import over_rows
 
-# Beyond so many, finding the smallest of the kept at every change costs more than torch's sorting.
-KEPT_MOST = 96
+# Beyond so many, finding the smallest of the kept at every change costs more than torch's sorting (24,576 latents).
+KEPT_MOST = 256
 # Rows that are worth a part of their own.
 LEAST_ROWS = 32
 
@@ -80,6 +80,18 @@ def above(scores: Tensor, cut: Tensor, offset: int) -> tuple[Tensor, Tensor, Ten
     latents = torch.empty(len(values), dtype=torch.long)
     _run(loops.collect_above, len(scores), scores, cut, offset, ends, values, latents)
     return counts, values, latents
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows in 127 levels of their largest entry, and what undoes it."""
+    out, scale = torch.empty(rows.shape, dtype=torch.int8), rows.new_empty(len(rows))
+    _run(loops.quantize, len(rows), rows, out, scale)
+    return out, scale
+
+
+def rescale_(product: Tensor, scale: Tensor, token_scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """Write the scores that an integer product of quantised rows stands for, each token's divided by its scale."""
+    _run(loops.rescale, len(product), product, scale, token_scale, shift, out)
 
 
 def _lanes(scores: Tensor, most: int) -> int:

@@ -262,3 +262,28 @@ def collect_above(first, last, scores, cut, offset, ends, values, latents):
                     if part[j] > limit[j]:
                         values[place], latents[place] = part[j], offset + start + j
                         place += 1
+
+
+@compiled
+def quantize(first, last, rows, out, scale):
+    """Rows in 127 levels of their largest entry, which ``scale`` undoes."""
+    d = rows.shape[1]
+    for i in range(first, last):
+        row, coarse = rows[i], out[i]
+        largest = abs(row[0])
+        for c in range(d):
+            size = abs(row[c])
+            largest = size if size > largest else largest
+        scale[i] = max(largest / 127, np.finfo(rows.dtype).tiny)
+        inverse = 1 / scale[i]
+        for c in range(d):
+            coarse[c] = np.int8(np.rint(row[c] * inverse))
+
+
+@compiled
+def rescale(first, last, product, scale, token_scale, shift, out):
+    """A token's scores divided by its own scale, from an integer product of rounded rows."""
+    for t in range(first, last):
+        row, mine, inverse = product[t], out[t], 1 / token_scale[t]
+        for j in range(len(row)):
+            mine[j] = row[j] * scale[j] + shift[j] * inverse
