@@ -21,6 +21,8 @@ TILE_NUMBERS_CPU = 1 << 22
 TILE_NUMBERS_ACCELERATOR = 1 << 28
 # A product with fewer latents at a time reads the inputs too often.
 LEAST_WIDTH = 256
+# So many latents and no more are taken together, for some tokens at a time: their rows are read again for every tile.
+WHOLE_WIDTH = 8192
 # How much of a batch's budget a cut should let through, so that it seldom lets through too little.
 SLACK = 1.25
 # Tokens from which a first cut is estimated.
@@ -41,58 +43,74 @@ class Scorer:
         return len(self.x), len(self.W)
 
     @property
-    def width(self) -> int:
-        """Latents in a tile: all of them where the whole product is small."""
-        numbers = TILE_NUMBERS_CPU if self.x.device.type == "cpu" else TILE_NUMBERS_ACCELERATOR
-        return max(1, min(len(self.W), max(LEAST_WIDTH, numbers // max(len(self.x), 1))))
+    def tile_shape(self) -> tuple[int, int]:
+        """Tokens and latents of a tile: of a small dictionary some tokens and all latents, else the other way about."""
+        (tokens, n_latents), on_cpu = self.shape, self.x.device.type == "cpu"
+        numbers = TILE_NUMBERS_CPU if on_cpu else TILE_NUMBERS_ACCELERATOR
+        width = n_latents if n_latents <= WHOLE_WIDTH else max(LEAST_WIDTH, numbers // max(tokens, 1))
+        return max(1, min(tokens, numbers // width)), min(width, n_latents)
 
     @torch.no_grad()
     def tiles(self) -> Iterator["Tile"]:
         """Tile after tile by token; each is valid until the next is asked for."""
-        for first, rows, shift, room in self._parts():
-            scores = room.view(len(self.x), len(rows))
-            torch.mm(self.x, rows.T, out=scores) if shift is None else torch.addmm(shift, self.x, rows.T, out=scores)
-            yield Tile(first, scores)
+        height, width = self.tile_shape
+        room = torch.empty(height * width, dtype=self.x.dtype, device=self.x.device)
+        # Without tokens there is a tile all the same, an empty one.
+        for token in range(0, max(len(self.x), 1), height):
+            x = self.x[token : token + height]
+            for first in range(0, len(self.W), width):
+                rows = self.W[first : first + width]
+                scores = room[: len(x) * len(rows)].view(len(x), len(rows))
+                if self.b is None:
+                    torch.mm(x, rows.T, out=scores)
+                else:
+                    torch.addmm(self.b[first : first + width], x, rows.T, out=scores)
+                yield Tile(first, scores, token)
 
     @torch.no_grad()
     def tiles_by_latent(self) -> Iterator["Tile"]:
-        """The same with a row for every latent."""
-        for first, rows, shift, room in self._parts():
-            scores, x = room.view(len(rows), len(self.x)), self.x.T
-            torch.mm(rows, x, out=scores) if shift is None else torch.addmm(shift[:, None], rows, x, out=scores)
-            yield Tile(first, scores)
-
-    def _parts(self) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
-        width, tokens = self.width, len(self.x)
-        room = torch.empty(tokens * width, dtype=self.x.dtype, device=self.x.device)
-        for first in range(0, len(self.W), width):
-            rows = self.W[first : first + width]
-            yield first, rows, None if self.b is None else self.b[first : first + width], room[: tokens * len(rows)]
+        """Tiles with a row for every latent and a column for every token."""
+        numbers = TILE_NUMBERS_CPU if self.x.device.type == "cpu" else TILE_NUMBERS_ACCELERATOR
+        tokens, n_latents = self.shape
+        width = min(n_latents, max(LEAST_WIDTH, numbers // max(tokens, 1)))
+        room = torch.empty(width * tokens, dtype=self.x.dtype, device=self.x.device)
+        for first in range(0, n_latents, width):
+            rows, x = self.W[first : first + width], self.x.T
+            scores = room[: len(rows) * tokens].view(len(rows), tokens)
+            if self.b is None:
+                torch.mm(rows, x, out=scores)
+            else:
+                torch.addmm(self.b[first : first + width, None], rows, x, out=scores)
+            yield Tile(first, scores, 0)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Scores of consecutive latents, the first of which is ``first``."""
+    """Scores of consecutive latents and tokens; ``first`` is the first latent, ``token`` the first token."""
 
     first: int
     scores: Float[Tensor, "rows columns"]
+    token: int
 
 
 @torch.no_grad()
 def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
-    """Each token's ``k`` largest scores, in no particular order. Where there is a NaN the code has one too."""
-    kept: _Kept | None = None
+    """Each token's ``k`` largest scores, in no particular order. Where there is a NaN the code has one too.
+
+    Tiles of the same tokens follow one another.
+    """
+    done: list[_Kept] = []
     for tile in tiles:
-        if kept is None:
+        if not tile.first:
             kernels = backend(tile.scores)
-            kept = (_Kept if kernels is None or k > kernels.KEPT_MOST else _KeptByKernel)(tile.scores, k)
-        kept.take(tile)
-    assert kept is not None
-    return SparseCode.from_rows(kept.latents, kept.values)
+            done.append((_Kept if kernels is None or k > kernels.KEPT_MOST else _KeptByKernel)(tile.scores, k))
+        done[-1].take(tile)
+    latents, values = torch.cat([kept.latents for kept in done]), torch.cat([kept.values for kept in done])
+    return SparseCode.from_rows(latents, values)
 
 
 class _Kept:
-    """The largest scores so far, ranked anew with every tile."""
+    """The largest scores of some tokens so far, ranked anew with every tile."""
 
     def __init__(self, scores: Tensor, k: int):
         self.k = k
@@ -109,7 +127,7 @@ class _Kept:
 
 
 class _KeptByKernel(_Kept):
-    """The largest scores so far; a tile is read once and changes few of them."""
+    """The same; a tile is read once and changes few of the kept."""
 
     def __init__(self, scores: Tensor, k: int):
         self.room = scores.new_full((len(scores), k), -torch.inf)
@@ -133,26 +151,21 @@ def pick(scorer: Scorer, code: SparseCode) -> Float[Tensor, " nnz"]:
 @torch.no_grad()
 def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_latents: int) -> SparseCode:
     """All scores that exceed ``cut``, one number or one for each latent; latents ascend within a token."""
-    numbers: list[Tensor] = []
-    values: list[Tensor] = []
-    latents: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for tile in tiles:
-        limit = cut.to(tile.scores.dtype).expand(n_latents)[tile.first : tile.first + tile.scores.shape[1]].contiguous()
+        rows, width = tile.scores.shape
+        limit = cut.to(tile.scores.dtype).expand(n_latents)[tile.first : tile.first + width].contiguous()
         kernels = backend(tile.scores, limit)
         if kernels is None:
             token, latent = (tile.scores > limit).nonzero(as_tuple=True)
-            found = torch.bincount(token, minlength=tokens), tile.scores[token, latent], latent + tile.first
+            counts, values, latents = torch.bincount(token, minlength=rows), tile.scores[token, latent], latent + tile.first
         else:
-            found = kernels.above(tile.scores, limit, tile.first)
-        numbers.append(found[0])
-        values.append(found[1])
-        latents.append(found[2])
-    if len(numbers) == 1:
-        return SparseCode(latents[0], values[0], numbers[0].cumsum(0) - numbers[0])
-    every = torch.arange(tokens, device=cut.device)
-    token = torch.cat([torch.repeat_interleave(every, number) for number in numbers])
+            counts, values, latents = kernels.above(tile.scores, limit, tile.first)
+        every = torch.arange(tile.token, tile.token + rows, device=cut.device)
+        found.append((torch.repeat_interleave(every, counts, output_size=len(values)), values, latents))
+    token, values, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
     firsts, order = group(token, tokens)
-    return SparseCode(torch.cat(latents)[order], torch.cat(values)[order], firsts[:-1])
+    return SparseCode(latents[order], values[order], firsts[:-1])
 
 
 @torch.no_grad()
@@ -189,7 +202,7 @@ def _ranked(scorer: Scorer, budget: int) -> SparseCode:
         width = tile.scores.shape[1]
         best = largest_cells(tile.scores, budget)
         values = torch.cat([values, tile.scores.reshape(-1)[best]])
-        cells = torch.cat([cells, best // width * n_latents + tile.first + best % width])
+        cells = torch.cat([cells, (best // width + tile.token) * n_latents + tile.first + best % width])
         order = cells.argsort()
         order = order[_largest(values[order], budget)] if len(order) > budget else order
         values, cells = values[order], cells[order]

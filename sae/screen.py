@@ -61,7 +61,7 @@ class Screen:
         tokens, count = len(scorer.x), CANDIDATES[self.stage] * k
         latents = largest_per_token(coarse_tiles(scorer), count).latents.view(tokens, count)
         exact = pick(scorer, SparseCode.from_rows(latents, latents)).view(tokens, count)
-        best = largest_per_token([Tile(0, exact)], k)
+        best = largest_per_token([Tile(0, exact, 0)], k)
         return SparseCode.from_rows(latents.gather(1, best.latents.view(tokens, k)), best.values.view(tokens, k))
 
     def _measure(self, scorer: Scorer, found: SparseCode, k: int) -> None:
@@ -80,21 +80,23 @@ class Screen:
 
 def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
     """Tiles of scores in int8 precision, every token's divided by a scale of its own: good for ranking only."""
-    (x, x_scale), (tokens, n_latents), width = quantize(scorer.x), scorer.shape, scorer.width
+    n_latents, (height, width) = len(scorer.W), scorer.tile_shape
     b = scorer.W.new_zeros(n_latents) if scorer.b is None else scorer.b
     kernels = backend(scorer.W)
-    sums = torch.empty(tokens * width, dtype=torch.int32, device=x.device)
-    scores = torch.empty(tokens * width, dtype=scorer.x.dtype, device=x.device)
-    for first in range(0, n_latents, width):
-        rows, scale = quantize(scorer.W[first : first + width])
-        product = sums[: tokens * len(rows)].view(tokens, len(rows))
-        coarse, shift = scores[: product.numel()].view(product.shape), b[first : first + width]
-        torch._int_mm(x, rows.T, out=product)  # pyright: ignore[reportPrivateImportUsage] - int8 has no public product
-        if kernels is None:
-            torch.mul(product, scale, out=coarse).addcdiv_(shift.expand_as(coarse), x_scale[:, None])
-        else:
-            kernels.rescale_(product, scale, x_scale, shift, coarse)
-        yield Tile(first, coarse)
+    sums = torch.empty(height * width, dtype=torch.int32, device=scorer.x.device)
+    scores = torch.empty(height * width, dtype=scorer.x.dtype, device=scorer.x.device)
+    for token in range(0, max(len(scorer.x), 1), height):
+        x, x_scale = quantize(scorer.x[token : token + height])
+        for first in range(0, n_latents, width):
+            rows, scale = quantize(scorer.W[first : first + width])
+            product = sums[: len(x) * len(rows)].view(len(x), len(rows))
+            coarse, shift = scores[: product.numel()].view(product.shape), b[first : first + width]
+            torch._int_mm(x, rows.T, out=product)  # pyright: ignore[reportPrivateImportUsage] - int8 has no public product
+            if kernels is None:
+                torch.mul(product, scale, out=coarse).addcdiv_(shift.expand_as(coarse), x_scale[:, None])
+            else:
+                kernels.rescale_(product, scale, x_scale, shift, coarse)
+            yield Tile(first, coarse, token)
 
 
 def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Float[Tensor, " rows"]]:
