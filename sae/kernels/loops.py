@@ -9,7 +9,7 @@ import numpy as np
 # Sums may be reordered, which lets them run in vector registers; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 # Scores looked at together: few enough that one which exceeds the smallest kept is soon found.
-BLOCK = 64
+BLOCK = 128
 
 compiled = numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 # Where only the order of numbers counts NaN is never chosen, and minima run in vector registers.
@@ -164,11 +164,14 @@ def _first_bound(row, best, bound, unused):
     lanes, k = len(best), len(bound)
     for j in range(lanes):
         best[j] = row[j]
-    for start in range(lanes, len(row) - lanes + 1, lanes):
-        part = row[start : start + lanes]
+    # Four rounds of the deal at once; what does not fill four is left out, which only makes the bound lower.
+    for start in range(lanes, len(row) - 4 * lanes + 1, 4 * lanes):
+        part = row[start : start + 4 * lanes]
         for j in range(lanes):
-            score, largest = part[j], best[j]
-            best[j] = score if score > largest else largest
+            one, two, three, four = part[j], part[j + lanes], part[j + 2 * lanes], part[j + 3 * lanes]
+            one, three = one if one > two else two, three if three > four else four
+            one, two = one if one > three else three, best[j]
+            best[j] = one if one > two else two
     bound[:] = best[:k]
     level = _smallest(bound)
     for j in range(k, lanes):
