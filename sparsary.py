@@ -234,7 +234,7 @@ def _bench_pursuit(
     _bench_report("pursuit", report, json)
 
 
-# Further measurements are commands here: what they return, tables or a flat dict of numbers, `_bench_report` shows.
+# Further measurements are commands here: what they return, tables or a dict of numbers, `_bench_report` shows.
 
 
 def _bench_plan(

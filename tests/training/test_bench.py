@@ -102,7 +102,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(fake, tmp_path):
     ]
     assert found["competitors"][0]["seconds"] == [3.0, 4.0, 5.0]
     assert found["competitors"][2] | {"seconds": []} == found["competitors"][2] | {"seconds": [], "times_ours": None}
-    table = comparison.tables({"shapes": [found], "settings": {"rounds": 3}})[0]
+    table = comparison.tables({"bench": "step", "shapes": [found], "settings": {"rounds": 3}})[0]
     assert [row[0] for row in table.rows] == ["encoder product", "sparsary"]
     assert table.notes[1] == "saelens, topk: left out: MemoryError: no room"
 
@@ -130,7 +130,7 @@ def test_a_shape_s_report_and_table(fake):
     assert (ours["times_ours"], ours["variant"]) == (1.0, {})
     assert theirs["times_ours"] == 2.0
     assert theirs["memory_over_output"] == 2.0
-    table = comparison.tables({"shapes": [found], "settings": {"rounds": 3}})[0]
+    table = comparison.tables({"bench": "step", "shapes": [found], "settings": {"rounds": 3}})[0]
     assert table.title == "17 tokens, d 7, 23 latents, k 3; medians of 3 rounds"
     assert table.rows[2] == ["sparsify", "topk", "8.000", "5.33", "2.00", "0", "2.00"]
 
@@ -172,9 +172,11 @@ def test_the_command_shows_a_table_and_writes_everything(monkeypatch, command, f
     assert [found["axis"] for found in json.loads((tmp_path / "slopes.json").read_text())["slopes"]] == ["n_latents", "tokens"]
 
 
-def test_a_flat_report_is_shown_number_by_number():
-    (table,) = comparison.tables({"bench": "stream", "environment": {}, "batches": 31, "gb_per_second": 1.23456})
-    assert (table.title, table.rows) == ("stream", [["batches", "31"], ["gb_per_second", "1.235"]])
+def test_another_report_is_shown_number_by_number():
+    report = {"bench": "grid", "environment": {}, "members": 3, "shapes": {"tiny": {"ratio": 1.23456, "steps": 7}}}
+    (table,) = comparison.tables(report)
+    assert table.title == "grid"
+    assert table.rows == [["members", "3"], ["shapes.tiny.ratio", "1.235"], ["shapes.tiny.steps", "7"]]
 
 
 def test_our_step_that_fails_ends_the_command(monkeypatch, command, fake):

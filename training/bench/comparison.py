@@ -260,14 +260,23 @@ class Table(NamedTuple):
 
 def tables(report: dict[str, Any]) -> list[Table]:
     """The report for people to read; one that is neither of steps nor of slopes is shown number by number."""
-    rounds = report.get("settings", {}).get("rounds")
+    if report["bench"] not in ("step", "pursuit"):
+        shown = {name: value for name, value in report.items() if name not in ("bench", "environment")}
+        return [Table(report["bench"], ["", ""], _numbers(shown), [])]
+    rounds = report["settings"]["rounds"]
     if "slopes" in report:
         return [_slope_table(found, rounds) for found in report["slopes"]]
-    if "shapes" in report:
-        return [_shape_table(found, rounds) for found in report["shapes"]]
-    shown = {name: value for name, value in report.items() if name not in ("bench", "environment")}
-    numbers = [[name, f"{value:.4g}" if isinstance(value, float) else str(value)] for name, value in shown.items()]
-    return [Table(report["bench"], ["", ""], numbers, [])]
+    return [_shape_table(found, rounds) for found in report["shapes"]]
+
+
+def _numbers(values: Mapping[str, Any], above: str = "") -> list[list[str]]:
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _numbers(value, f"{above}{name}.")
+        else:
+            rows.append([above + name, f"{value:.4g}" if isinstance(value, float) else str(value)])
+    return rows
 
 
 def _shape_table(found: dict[str, Any], rounds: int) -> Table:
