@@ -26,13 +26,15 @@ from sae.checkpoint import build_dictionary
 from sae.encoders import ENCODERS
 from sae.encoders.feature_choice import FeatureChoice
 from sae.metrics import Moments
+from sae.screen import Screen
 
 from ..activations.stream import Batch, Stream
 from ..checkpoints import Checkpoints
+from ..fused import build_optimizer
 from ..initialize import SAMPLE_TOKENS, initialize
 from ..loop import train_loop
 from ..objective import AuxSettings, Objective
-from ..optim import DictionaryAdam, Schedule
+from ..optim import Schedule
 from ..phases import Phases
 from ..recipe import Recipe, _override, check_recipe
 from ..report import Report
@@ -123,7 +125,9 @@ class Run:
         latents = recipe.auxk_latents or max(1, self.dictionary.d_out // 2)
         aux = AuxSettings(recipe.auxk_weight, latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
         self.phases = Phases(self.dictionary, recipe)
-        self.optimizer = DictionaryAdam(self.dictionary, self.phases, recipe)
+        if recipe.screen != "none":
+            self.dictionary.screen = Screen(recipe.screen, recipe.screen_floor)
+        self.optimizer = build_optimizer(self.dictionary, self.phases, recipe)
         self.state = TrainState(self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"))
         weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
         objective = Objective(self.dictionary, moments.variance(), aux, None, weight)
