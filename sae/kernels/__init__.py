@@ -4,6 +4,7 @@
 ``sae.sparse_ops`` does the same.
 """
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .parallel import has_numba
+
+log = logging.getLogger(__name__)
 
 CPU_DTYPES = (torch.float32, torch.float64)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +33,16 @@ def backend(*tensors: Tensor) -> ModuleType | None:
     if any(t.device.type != device or t.dtype != dtype or not t.is_contiguous() for t in tensors):
         return None
     if device == "cpu" and dtype in CPU_DTYPES and has_numba():
-        return import_module(".cpu", __name__)
+        return _cpu()
     if device == "cuda" and dtype in GPU_DTYPES and has_triton():
         return import_module(".gpu", __name__)
     return None
+
+
+@cache
+def _cpu() -> ModuleType:
+    """The kernels for the CPU; who waits for their first compilation is told so."""
+    cpu = import_module(".cpu", __name__)
+    if not cpu.are_compiled():
+        log.info("Compiling kernels for this CPU: about ten seconds, once.")
+    return cpu

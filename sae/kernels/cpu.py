@@ -3,6 +3,8 @@
 ``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGradient``.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ from .parallel import over_rows
 KEPT_MOST = 256
 # Rows that are worth a part of their own.
 LEAST_ROWS = 32
+
+
+def are_compiled() -> bool:
+    """Whether an earlier process left compiled kernels behind."""
+    return any(Path(loops.decode.stats.cache_path).glob("loops.*.nbi"))
 
 
 def decode(bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
