@@ -5,11 +5,14 @@
 Steps at (2048 tokens, d 768, 12288 latents, k 32), float32, on the CPU: forward, backward, gradient projection, clipping,
 Adam and renormalisation, on activations with the spectrum of real ones. Families take turns within every round, so that a
 disturbance hits all of them; the figure is the median over rounds of each family's time over TopK's in the same round.
-``--peers`` adds SAELens's matching pursuit at (2048, 512, 4096, k 32) against ours, each in a process of its own.
+``--peers`` adds two pursuits at (2048, 512, 4096, k 32): the training step of SAELens's matching pursuit against ours, and
+dictionary_learning's gradient pursuit against ours. Each runs in a process of its own, so that its peak memory is its own;
+they take turns, and times are also given as multiples of the encoder product in the same process.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -95,54 +98,72 @@ def measure(families: list[str], rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-PEER = """
-import json, sys, time, torch
+# What the peers' processes and ours share: data, the encoder product, and how they are measured.
+MEASURED = """
+import json, statistics, sys, time, torch
+torch.manual_seed(0); torch.set_num_threads(int(sys.argv[1]))
+scales = torch.arange(1, 513).float().rsqrt(); scales *= (512 / scales.pow(2).sum()).sqrt()
+x = torch.randn(2048, 512) * scales
+atoms = torch.nn.functional.normalize(torch.randn(4096, 512), dim=1)
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+def timed(run):
+    started = time.perf_counter(); run(); return time.perf_counter() - started
+def measure(run, rounds):
+    start = peak(); run()
+    grown, product = (peak() - start) / 1024, torch.empty(2048, 4096)
+    pairs = [(timed(run), timed(lambda: torch.mm(x, atoms.T, out=product))) for _ in range(rounds)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(json.dumps({"seconds": statistics.median(a for a, b in pairs), "products": ratio, "peak_mb": grown}))
+"""
+
+SAELENS = """
 from sae_lens import MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
-torch.manual_seed(0); torch.set_num_threads(int(sys.argv[1]))
 sae = MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(
     d_in=512, d_sae=4096, max_iterations=32, residual_threshold=0.0, dtype="float32", device="cpu"))
 optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
-scales = torch.arange(1, 513).float().rsqrt(); scales *= (512 / scales.pow(2).sum()).sqrt()
-x = torch.randn(2048, 512) * scales
-def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-start, times = peak(), []
-for i in range(4):
-    t = time.perf_counter()
-    batch = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=i, is_logging_step=False)
-    out = sae.training_forward_pass(batch)
-    out.loss.backward(); optimizer.step(); optimizer.zero_grad()
-    times.append(time.perf_counter() - t)
-print(json.dumps({"seconds": sorted(times[1:])[1], "peak_mb": (peak() - start) / 1024}))
+batch = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=1, is_logging_step=False)
+def step():
+    sae.training_forward_pass(batch).loss.backward(); optimizer.step(); optimizer.zero_grad()
+measure(step, 3)
+"""
+
+DICTIONARY_LEARNING = """
+import runpy
+from importlib.util import find_spec
+# The package itself imports an interpretability library that its pursuit has no need of.
+folder = find_spec("dictionary_learning").submodule_search_locations[0]
+grad_pursuit = runpy.run_path(folder + "/grad_pursuit.py")["grad_pursuit"]
+measure(lambda: grad_pursuit(x, atoms.T, target_l0=32), 2)
+"""
+
+OUR_STEP = """
+from bench_steps import Batch, Step
+step = Step("matching_pursuit", 512, 4096, {"k": 32})
+measure(lambda: step(Batch(x)), 7)
+"""
+
+OUR_GRADIENT_PURSUIT = """
+from sae.pursuit import gradient_pursuit
+measure(lambda: gradient_pursuit(x, atoms, 32), 5)
 """
 
 
-def peak_kb() -> int:
-    """The largest resident size of this process so far; unlike getrusage's it does not include the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def ours_matching_pursuit() -> dict[str, float]:
-    """Our step at SAELens's shape, in this process."""
-    step = Step("matching_pursuit", 512, 4096, {"k": 32})
-    data = batches(512, 1)[0]
-    start = peak_kb()
-    times = [step(data) for _ in range(6)][1:]
-    return {"seconds": statistics.median(times), "peak_mb": (peak_kb() - start) / 1024}
-
-
-def versus_saelens() -> dict[str, dict[str, float]]:
-    """Both matching pursuits, one after the other, each in a fresh process."""
-    threads = str(torch.get_num_threads())
-    theirs = subprocess.run(
-        [str(ROOT / ".venv-peers/bin/python"), "-c", PEER, threads], capture_output=True, text=True, check=True
-    )
-    ours = subprocess.run([sys.executable, __file__, "--only-pursuit"], capture_output=True, text=True, check=True)
-    found = {"saelens": json.loads(theirs.stdout.splitlines()[-1]), "sparsary": json.loads(ours.stdout.splitlines()[-1])}
-    found["ratio"] = {"seconds": found["saelens"]["seconds"] / found["sparsary"]["seconds"]}
-    return found
+def in_turn(theirs: str, ours: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians over so many processes of either kind, and how many times less ours takes."""
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    sides = {"peer": (str(ROOT / ".venv-peers/bin/python"), theirs, None), "sparsary": (sys.executable, ours, paths)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (python, script, path) in sides.items():
+            environment = os.environ if path is None else {**os.environ, "PYTHONPATH": path}
+            command = [python, "-c", MEASURED + script, str(torch.get_num_threads())]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            found[name].append(json.loads(ran.stdout.splitlines()[-1]))
+    medians = {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+    medians["ratio"] = {key: value / medians["sparsary"][key] for key, value in medians["peer"].items()}
+    return medians
 
 
 def main() -> None:
@@ -150,20 +171,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--families", nargs="+", default=list(ARGUMENTS))
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--only-pursuit", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out")
     options = parser.parse_args()
-    if options.only_pursuit:
-        print(json.dumps(ours_matching_pursuit()))
-        return
     found: dict = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     found["steps"] = measure(["topk", *[name for name in options.families if name != "topk"]], options.rounds)
     for name, row in found["steps"].items():
         print(f"{name:20s} {row['seconds']:8.3f} s  {row['times_topk']:6.2f} x topk")
     if options.peers:
-        found["matching_pursuit"] = versus_saelens()
-        for name, row in found["matching_pursuit"].items():
-            print(f"{name:20s} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+        found["matching_pursuit, SAELens"] = in_turn(SAELENS, OUR_STEP, 2)
+        found["gradient_pursuit, dictionary_learning"] = in_turn(DICTIONARY_LEARNING, OUR_GRADIENT_PURSUIT, 2)
+        for title in [name for name in found if "pursuit," in name]:
+            for name, row in found[title].items():
+                print(f"{title:40s} {name:10s} " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
 
