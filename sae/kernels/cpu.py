@@ -21,7 +21,8 @@ LEAST_ROWS = 32
 
 def are_compiled() -> bool:
     """Whether an earlier process left compiled kernels behind."""
-    return any(Path(loops.decode.stats.cache_path).glob("loops.*.nbi"))
+    place = loops.decode.stats.cache_path
+    return place is not None and any(Path(place).glob("loops.*.nbi"))
 
 
 def decode(bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
