@@ -12,7 +12,8 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 64
 
 compiled = numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-# Where only the order of numbers counts NaN is never chosen, and minima run in vector registers.
+# Minima run in vector registers if no number is NaN; with one the result means nothing. Where that must not be so,
+# and wherever a place to write to depends on a comparison, ``compiled`` is needed.
 ranked = numba.njit(nogil=True, cache=True, fastmath=FAST | {"nnan"}, error_model="numpy")
 
 
@@ -149,7 +150,9 @@ def _smallest(values):
 @ranked
 def _put(score, latent, filled, floor, values, latents):
     """Take in a score above ``floor``, the smallest of those kept, or minus infinity while places are free; the new floor."""
-    k, place = len(values), filled
+    k = len(values)
+    # Within bounds even if the floor is none of the kept, as after a NaN.
+    place = min(filled, k - 1)
     if filled == k:
         # The first of the smallest: a search without branches runs in vector registers.
         for q in range(k):
@@ -177,14 +180,17 @@ def _first_bound(row, best, bound, unused):
     return level
 
 
-@ranked
+@compiled
 def _keep_row(row, offset, best, bound, unused, kept, names):
     """Bring the largest of ``row`` into ``kept``, and where they stand, counted from ``offset``, into ``names``.
 
-    Places not taken yet hold minus infinity. Among equal scores those kept first stay. ``best`` has no place, or at least as
-    many as ``kept`` and at most as many as ``row``; it and the two of ``kept``'s size are for scratch.
+    Places not taken yet hold minus infinity. A score equal to the smallest kept does not come in. A NaN in ``row`` makes all
+    of ``kept`` NaN for good. ``best`` has no place, or at least as many as ``kept`` and at most as many as ``row``; it and
+    the two of ``kept``'s size are for scratch.
     """
     k = len(kept)
+    if np.isnan(kept[0]):
+        return
     floor, filled = _smallest(kept), 0
     for q in range(k):
         filled += kept[q] > -np.inf
@@ -197,15 +203,19 @@ def _keep_row(row, offset, best, bound, unused, kept, names):
         # Of constant length, all but the last block are a few instructions.
         if len(part) == BLOCK:
             for j in range(BLOCK):
-                exceed += part[j] > floor
+                # True of NaN as well.
+                exceed += not part[j] <= floor
         if exceed or len(part) < BLOCK:
             for j in range(len(part)):
+                if np.isnan(part[j]):
+                    kept[:] = part[j]
+                    return
                 if part[j] > floor:
                     floor = max(floor, _put(part[j], offset + start + j, filled, floor, kept, names))
                     filled = min(filled + 1, k)
 
 
-@ranked
+@compiled
 def keep_largest(first, last, scores, offset, lanes, values, latents):
     """Bring the largest scores of a tile whose first latent is ``offset`` into each token's ``values`` and ``latents``."""
     k = values.shape[1]
@@ -214,7 +224,7 @@ def keep_largest(first, last, scores, offset, lanes, values, latents):
         _keep_row(scores[t], offset, best, bound, unused, values[t], latents[t])
 
 
-@ranked
+@compiled
 def keep_largest_ragged(first, last, scores, firsts, values, tokens):
     """The largest scores of every row ``i``, as many as ``firsts[i]`` and ``firsts[i + 1]`` leave room for."""
     width, most = scores.shape[1], 0
@@ -234,7 +244,7 @@ def keep_largest_ragged(first, last, scores, firsts, values, tokens):
             _keep_row(scores[i], 0, best[:lanes], bound[:room], unused[:room], values[here], tokens[here])
 
 
-@ranked
+@compiled
 def count_above(first, last, scores, cut, counts):
     """``counts[t]``: how many of a token's scores exceed their latent's ``cut``."""
     width = scores.shape[1]
@@ -245,7 +255,7 @@ def count_above(first, last, scores, cut, counts):
         counts[t] = found
 
 
-@ranked
+@compiled
 def collect_above(first, last, scores, cut, offset, ends, values, latents):
     """The scores that exceed their latent's ``cut``, and their latents from ``offset`` on; token ``t``'s end at ``ends[t]``."""
     width = scores.shape[1]
