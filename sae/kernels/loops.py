@@ -39,7 +39,7 @@ def dots(first, last, bounds, latents, left, rows, out):
         mine = left[t]
         for e in range(bounds[t], bounds[t + 1]):
             row = rows[latents[e]]
-            total = mine[0] * 0
+            total = rows.dtype.type(0)
             for c in range(d):
                 total += mine[c] * row[c]
             out[e] = total
@@ -92,7 +92,7 @@ def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, g
     _add_entries(i, firsts, tokens, values, rows, gradient)
     if unit:
         row = weights[i]
-        along = gradient[0] * 0
+        along = weights.dtype.type(0)
         for c in range(d):
             along += gradient[c] * row[c]
         for c in range(d):
@@ -106,7 +106,7 @@ def squared_norms(first, last, weights, unit, firsts, tokens, values, rows, dens
     gradient = np.empty(d, weights.dtype)
     for i in range(first, last):
         _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
-        total = gradient[0] * 0
+        total = weights.dtype.type(0)
         for c in range(d):
             total += gradient[c] * gradient[c]
         out[i] = total
@@ -125,7 +125,7 @@ def adam(first, last, weights, unit, firsts, tokens, values, rows, dense_of, den
     for i in range(first, last):
         _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
         row, m, v = weights[i], mean[i], square[i]
-        total = gradient[0] * 0
+        total = weights.dtype.type(0)
         for c in range(d):
             g = gradient[c] * factor
             m[c] += (g - m[c]) * new
@@ -195,8 +195,9 @@ def _keep_row(row, offset, best, bound, unused, kept, names):
     for q in range(k):
         filled += kept[q] > -np.inf
     if filled == 0 and len(best):
-        # Scores equal to the bound must still come in.
-        floor = np.nextafter(_first_bound(row, best, bound, unused), floor)
+        level, tiny = _first_bound(row, best, bound, unused), np.finfo(row.dtype).tiny
+        # Scores equal to the bound must still come in, and the number below it must not be flushed to zero.
+        floor = np.nextafter(level if abs(level) > tiny else -tiny, floor)
     for start in range(0, len(row), BLOCK):
         part = row[start : start + BLOCK]
         exceed = 0
