@@ -275,17 +275,23 @@ def collect_above(first, last, scores, cut, offset, ends, values, latents):
                         place += 1
 
 
+@ranked
+def _largest_size(row):
+    largest = abs(row[0])
+    for c in range(1, len(row)):
+        largest = max(largest, abs(row[c]))
+    return largest
+
+
 @compiled
-def quantize(first, last, rows, out, scale):
-    """Rows in 127 levels of their largest entry, which ``scale`` undoes."""
+def quantize(first, last, rows, levels, least, out, scale):
+    """Rows in ``levels`` of their largest entry, which ``scale`` undoes; it is no less than ``least``, and NaN if one is."""
     d = rows.shape[1]
     for i in range(first, last):
-        row, coarse = rows[i], out[i]
-        largest = abs(row[0])
+        row, coarse, unknown = rows[i], out[i], 0
         for c in range(d):
-            size = abs(row[c])
-            largest = size if size > largest else largest
-        scale[i] = max(largest / 127, np.finfo(rows.dtype).tiny)
+            unknown += np.isnan(row[c])
+        scale[i] = np.nan if unknown else max(_largest_size(row) / levels, least)
         inverse = 1 / scale[i]
         for c in range(d):
             coarse[c] = np.int8(np.rint(row[c] * inverse))
