@@ -52,6 +52,7 @@ class Screen:
         """Each token's ``k`` largest scores, but for what the screen misses; their values are exact."""
         self.batches += 1
         if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W):
+            self.recall = torch.ones_like(self.recall)
             return largest_per_token(scorer.tiles(), k)
         found = self.screened(scorer, k)
         if self.batches % MEASURE_EVERY == 1:
