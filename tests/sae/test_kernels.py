@@ -310,7 +310,7 @@ def test_quantized_rows_give_the_original_to_half_a_level(dtype):
     rows = torch.randn(TOKENS, D, dtype=dtype) * torch.logspace(-20, 20, TOKENS, dtype=dtype)[:, None]
     rows[2] = 0
     rows[3] = 1e-42
-    coarse, scale = cpu.quantize(rows)
+    coarse, scale = cpu.quantize(rows, 127, 1e-30)
     assert coarse.dtype == torch.int8
     assert (coarse[torch.arange(TOKENS) != 3].abs().amax(1) == torch.tensor([127, 127, 0] + [127] * (TOKENS - 4))).all()
     assert ((coarse * scale[:, None] - rows).abs() <= scale[:, None] * 0.5001).all()
@@ -355,7 +355,7 @@ def everything() -> list[Tensor]:
     room = torch.randint(0, 9, (rows,), generator=generator)
     moved, mean, square = W.clone(), randn(n, d), randn(n, d).abs()
     cpu.adam_(moved, True, gradient, mean, square, torch.tensor([1.0, 0.1, 0.999, 0.01, 1.0, 1e-8]))
-    coarse, scale = cpu.quantize(x)
+    coarse, scale = cpu.quantize(x, 127, 1e-30)
     out = torch.empty(rows, n)
     cpu.rescale_(scores.mul(1000).int(), cut.abs(), scale, cut, out)
     return [
