@@ -93,6 +93,12 @@ def keep_ledger(weights: Tensor) -> Ledger:
     return ledger
 
 
+def drop_ledger(weights: Tensor) -> None:
+    """Let backward passes write a matrix's gradient out again."""
+    if ledger_of(weights) is not None:
+        del weights.ledger  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def ledger_of(weights: Any) -> Ledger | None:
     """The ledger of a weight matrix, if an optimizer keeps one."""
     return getattr(weights, "ledger", None)

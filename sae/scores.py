@@ -130,15 +130,13 @@ class _KeptByKernel(_Kept):
     """The same; a tile is read once and changes few of the kept."""
 
     def __init__(self, scores: Tensor, k: int):
-        self.room = scores.new_full((len(scores), k), -torch.inf)
+        self.values = scores.new_full((len(scores), k), -torch.inf)
         self.latents = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
 
     def take(self, tile: Tile) -> None:
         kernels = backend(tile.scores)
         assert kernels is not None
-        kernels.keep_largest_(tile.scores, tile.first, self.room, self.latents)
-        # The kernel passes over NaN, so that places stay free where there is one. It must not go unseen.
-        self.values = self.room.masked_fill(self.room == -torch.inf, torch.nan)
+        kernels.keep_largest_(tile.scores, tile.first, self.values, self.latents)
 
 
 @torch.no_grad()

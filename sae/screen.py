@@ -20,6 +20,8 @@ CANDIDATES = (2, 4)
 MEASURE_EVERY = 50
 MEASURE_TOKENS = 128
 LEVELS = 127
+# Scores are divided by a token's scale, and in one of zeros biases are all there is: they must not become infinite.
+LEAST_SCALE = 1e-30
 
 
 class Screen:
@@ -50,6 +52,7 @@ class Screen:
         """Each token's ``k`` largest scores, but for what the screen misses; their values are exact."""
         self.batches += 1
         if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W):
+            self.recall = torch.ones_like(self.recall)
             return largest_per_token(scorer.tiles(), k)
         found = self.screened(scorer, k)
         if self.batches % MEASURE_EVERY == 1:
@@ -59,10 +62,12 @@ class Screen:
     def screened(self, scorer: Scorer, k: int) -> SparseCode:
         """The ``k`` largest of the candidates."""
         tokens, count = len(scorer.x), CANDIDATES[self.stage] * k
-        latents = largest_per_token(coarse_tiles(scorer), count).latents.view(tokens, count)
-        exact = pick(scorer, SparseCode.from_rows(latents, latents)).view(tokens, count)
+        candidates = largest_per_token(coarse_tiles(scorer), count)
+        # Where the coarse scores are not numbers, the candidates mean nothing.
+        exact = pick(scorer, candidates).where(candidates.values.isfinite(), torch.nan).view(tokens, count)
         best = largest_per_token([Tile(0, exact, 0)], k)
-        return SparseCode.from_rows(latents.gather(1, best.latents.view(tokens, k)), best.values.view(tokens, k))
+        latents = candidates.latents.view(tokens, count).gather(1, best.latents.view(tokens, k))
+        return SparseCode.from_rows(latents, best.values.view(tokens, k))
 
     def _measure(self, scorer: Scorer, found: SparseCode, k: int) -> None:
         some = Scorer(scorer.x[:MEASURE_TOKENS], scorer.W, scorer.b)
@@ -103,6 +108,6 @@ def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Flo
     """int8 rows, and what each of them is multiplied by to give the original, to rounding."""
     kernels = backend(rows)
     if kernels is not None:
-        return kernels.quantize(rows)
-    scale = (rows.abs().amax(1) / LEVELS).clamp_min(torch.finfo(rows.dtype).tiny)
+        return kernels.quantize(rows, LEVELS, LEAST_SCALE)
+    scale = (rows.abs().amax(1) / LEVELS).clamp_min(LEAST_SCALE)
     return (rows / scale[:, None]).round_().to(torch.int8), scale

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -48,6 +49,10 @@ class FusedAdam(DictionaryAdam):
         super().zero_grad(set_to_none)
         for ledger in self.ledgers.values():
             ledger.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.taken.clear()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

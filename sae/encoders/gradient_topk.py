@@ -48,7 +48,9 @@ class GradientTopK(Encoder):
             code = largest_per_token(pre_acts.tiles(), self.k)
         else:
             chosen = largest_per_token(self.tiles(pre_acts, weights, grad), self.k)
-            code = SparseCode(chosen.latents, pick(pre_acts, chosen), chosen.starts)
+            # A gradient that is no number chooses nothing; what it left must not pass for a choice.
+            values = pick(pre_acts, chosen).masked_fill(chosen.values.isnan(), torch.nan)
+            code = SparseCode(chosen.latents, values, chosen.starts)
         return with_gradient(code, x, weights).relu()
 
     @torch.no_grad()

@@ -90,10 +90,10 @@ def above(scores: Tensor, cut: Tensor, offset: int) -> tuple[Tensor, Tensor, Ten
     return counts, values, latents
 
 
-def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows in 127 levels of their largest entry, and what undoes it."""
+def quantize(rows: Tensor, levels: int, least: float) -> tuple[Tensor, Tensor]:
+    """int8 rows in ``levels`` of their largest entry, and what undoes it, at the ``least`` so much; NaN if one is NaN."""
     out, scale = torch.empty(rows.shape, dtype=torch.int8), rows.new_empty(len(rows))
-    _run(loops.quantize, len(rows), rows, out, scale)
+    _run(loops.quantize, len(rows), rows, levels, least, out, scale)
     return out, scale
 
 

@@ -12,7 +12,8 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 128
 
 compiled = numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
-# Where only the order of numbers counts NaN is never chosen, and minima run in vector registers.
+# Minima run in vector registers if no number is NaN; with one the result means nothing. Where that must not be so,
+# and wherever a place to write to depends on a comparison, ``compiled`` is needed.
 ranked = numba.njit(nogil=True, cache=True, fastmath=FAST | {"nnan"}, error_model="numpy")
 
 
@@ -38,7 +39,7 @@ def dots(first, last, bounds, latents, left, rows, out):
         mine = left[t]
         for e in range(bounds[t], bounds[t + 1]):
             row = rows[latents[e]]
-            total = mine[0] * 0
+            total = rows.dtype.type(0)
             for c in range(d):
                 total += mine[c] * row[c]
             out[e] = total
@@ -91,7 +92,7 @@ def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, g
     _add_entries(i, firsts, tokens, values, rows, gradient)
     if unit:
         row = weights[i]
-        along = gradient[0] * 0
+        along = weights.dtype.type(0)
         for c in range(d):
             along += gradient[c] * row[c]
         for c in range(d):
@@ -105,7 +106,7 @@ def squared_norms(first, last, weights, unit, firsts, tokens, values, rows, dens
     gradient = np.empty(d, weights.dtype)
     for i in range(first, last):
         _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
-        total = gradient[0] * 0
+        total = weights.dtype.type(0)
         for c in range(d):
             total += gradient[c] * gradient[c]
         out[i] = total
@@ -124,7 +125,7 @@ def adam(first, last, weights, unit, firsts, tokens, values, rows, dense_of, den
     for i in range(first, last):
         _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
         row, m, v = weights[i], mean[i], square[i]
-        total = gradient[0] * 0
+        total = weights.dtype.type(0)
         for c in range(d):
             g = gradient[c] * factor
             m[c] += (g - m[c]) * new
@@ -149,7 +150,9 @@ def _smallest(values):
 @ranked
 def _put(score, latent, filled, floor, values, latents):
     """Take in a score above ``floor``, the smallest of those kept, or minus infinity while places are free; the new floor."""
-    k, place = len(values), filled
+    k = len(values)
+    # Within bounds even if the floor is none of the kept, as after a NaN.
+    place = min(filled, k - 1)
     if filled == k:
         # The first of the smallest: a search without branches runs in vector registers.
         for q in range(k):
@@ -180,35 +183,43 @@ def _first_bound(row, best, bound, unused):
     return level
 
 
-@ranked
+@compiled
 def _keep_row(row, offset, best, bound, unused, kept, names):
     """Bring the largest of ``row`` into ``kept``, and where they stand, counted from ``offset``, into ``names``.
 
-    Places not taken yet hold minus infinity. Among equal scores those kept first stay. ``best`` has no place, or at least as
-    many as ``kept`` and at most as many as ``row``; it and the two of ``kept``'s size are for scratch.
+    Places not taken yet hold minus infinity. A score equal to the smallest kept does not come in. A NaN in ``row`` makes all
+    of ``kept`` NaN for good. ``best`` has no place, or at least as many as ``kept`` and at most as many as ``row``; it and
+    the two of ``kept``'s size are for scratch.
     """
     k = len(kept)
+    if np.isnan(kept[0]):
+        return
     floor, filled = _smallest(kept), 0
     for q in range(k):
         filled += kept[q] > -np.inf
     if filled == 0 and len(best):
-        # Scores equal to the bound must still come in.
-        floor = np.nextafter(_first_bound(row, best, bound, unused), floor)
+        level, tiny = _first_bound(row, best, bound, unused), np.finfo(row.dtype).tiny
+        # Scores equal to the bound must still come in, and the number below it must not be flushed to zero.
+        floor = np.nextafter(level if abs(level) > tiny else -tiny, floor)
     for start in range(0, len(row), BLOCK):
         part = row[start : start + BLOCK]
         exceed = 0
         # Of constant length, all but the last block are a few instructions.
         if len(part) == BLOCK:
             for j in range(BLOCK):
-                exceed += part[j] > floor
+                # True of NaN as well.
+                exceed += not part[j] <= floor
         if exceed or len(part) < BLOCK:
             for j in range(len(part)):
+                if np.isnan(part[j]):
+                    kept[:] = part[j]
+                    return
                 if part[j] > floor:
                     floor = max(floor, _put(part[j], offset + start + j, filled, floor, kept, names))
                     filled = min(filled + 1, k)
 
 
-@ranked
+@compiled
 def keep_largest(first, last, scores, offset, lanes, values, latents):
     """Bring the largest scores of a tile whose first latent is ``offset`` into each token's ``values`` and ``latents``."""
     k = values.shape[1]
@@ -217,7 +228,7 @@ def keep_largest(first, last, scores, offset, lanes, values, latents):
         _keep_row(scores[t], offset, best, bound, unused, values[t], latents[t])
 
 
-@ranked
+@compiled
 def keep_largest_ragged(first, last, scores, firsts, values, tokens):
     """The largest scores of every row ``i``, as many as ``firsts[i]`` and ``firsts[i + 1]`` leave room for."""
     width, most = scores.shape[1], 0
@@ -237,7 +248,7 @@ def keep_largest_ragged(first, last, scores, firsts, values, tokens):
             _keep_row(scores[i], 0, best[:lanes], bound[:room], unused[:room], values[here], tokens[here])
 
 
-@ranked
+@compiled
 def count_above(first, last, scores, cut, counts):
     """``counts[t]``: how many of a token's scores exceed their latent's ``cut``."""
     width = scores.shape[1]
@@ -248,7 +259,7 @@ def count_above(first, last, scores, cut, counts):
         counts[t] = found
 
 
-@ranked
+@compiled
 def collect_above(first, last, scores, cut, offset, ends, values, latents):
     """The scores that exceed their latent's ``cut``, and their latents from ``offset`` on; token ``t``'s end at ``ends[t]``."""
     width = scores.shape[1]
@@ -267,17 +278,23 @@ def collect_above(first, last, scores, cut, offset, ends, values, latents):
                         place += 1
 
 
+@ranked
+def _largest_size(row):
+    largest = abs(row[0])
+    for c in range(1, len(row)):
+        largest = max(largest, abs(row[c]))
+    return largest
+
+
 @compiled
-def quantize(first, last, rows, out, scale):
-    """Rows in 127 levels of their largest entry, which ``scale`` undoes."""
+def quantize(first, last, rows, levels, least, out, scale):
+    """Rows in ``levels`` of their largest entry, which ``scale`` undoes; it is no less than ``least``, and NaN if one is."""
     d = rows.shape[1]
     for i in range(first, last):
-        row, coarse = rows[i], out[i]
-        largest = abs(row[0])
+        row, coarse, unknown = rows[i], out[i], 0
         for c in range(d):
-            size = abs(row[c])
-            largest = size if size > largest else largest
-        scale[i] = max(largest / 127, np.finfo(rows.dtype).tiny)
+            unknown += np.isnan(row[c])
+        scale[i] = np.nan if unknown else max(_largest_size(row) / levels, least)
         inverse = 1 / scale[i]
         for c in range(d):
             coarse[c] = np.int8(np.rint(row[c] * inverse))
