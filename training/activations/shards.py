@@ -11,6 +11,7 @@ manifest, which is replaced in the same way.
 import bisect
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from sae.files import read_json, sha256
+from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
 FORMAT = "sparsary-store"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 LABELS = ("token", "document", "position", "offset")
+
+# Without the compiler rows are read in blocks of so many: a block and its decoded copies stay in the processor's cache.
+PLAIN_ROWS = 1024
 
 # safetensors' names of the dtypes that shards use.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32}
@@ -125,7 +130,8 @@ class Store:
 class Rows:
     """Random access to the rows of one tensor across the shards of a split, in float32 (labels: int32).
 
-    Reads go row by row through ``pread``: nothing stays mapped, so memory does not grow with the store.
+    Rows are read one by one through ``pread``: nothing stays mapped, so memory does not grow with the store, and a file that
+    shrinks is an error, not a signal.
     """
 
     def __init__(self, store: Store, split: str, name: str):
@@ -141,22 +147,37 @@ class Rows:
 
     def gather(self, rows: np.ndarray) -> Tensor:
         """The rows at these indices, in this order."""
+        out = self.empty(len(rows))
+        self.read(rows, out)
+        return torch.from_numpy(out)
+
+    def empty(self, rows: int) -> np.ndarray:
+        """Memory for so many rows as they are read."""
         first = self.shards[0]
-        raw = np.empty((len(rows), first.row_bytes), np.uint8)
-        # Ascending order: neighbouring reads hit neighbouring pages.
-        order = np.argsort(rows, kind="stable")
-        owner = np.searchsorted(self.ends, rows[order], side="right")
-        begins = np.concatenate([[0], self.ends[:-1]])
-        offsets = rows[order] - begins[owner]
-        view = raw.reshape(-1).data
-        bounds = np.searchsorted(owner, np.arange(len(self.shards) + 1))
-        for number in np.unique(owner):
-            here = slice(bounds[number], bounds[number + 1])
-            self.shards[number].read(offsets[here].tolist(), order[here].tolist(), view)
-        values = torch.from_numpy(raw.reshape(-1)).view(first.dtype).view(len(rows), *first.row_shape)
+        return np.empty((rows, *first.row_shape), np.int32 if first.dtype == torch.int32 else np.float32)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> bool:
+        """Put the rows at these indices, in this order, into ``out``; whether every number is finite.
+
+        Raises:
+            ValueError: If a shard ends too early; file and row are named.
+        """
+        finite = True
+        scales = None
         if self.scales is not None:
-            return dequantize(values, self.scales.gather(rows), self.block)
-        return values.float() if values.is_floating_point() else values
+            scales = self.scales.empty(len(rows))
+            finite = self.scales.read(rows, scales)
+        # Ascending order: neighbouring reads hit neighbouring pages.
+        places = np.argsort(rows)
+        ascending = rows[places]
+        bounds = np.searchsorted(ascending, self.ends)
+        begin, first = 0, 0
+        for shard, bound, end in zip(self.shards, bounds.tolist(), self.ends.tolist(), strict=True):
+            if bound > begin:
+                part = slice(begin, bound)
+                finite &= shard.read(ascending[part] - first, places[part], out, scales, self.block)
+            begin, first = bound, end
+        return finite
 
     def locate(self, row: int) -> tuple[Path, int]:
         """The shard that holds a row, and the row's index in it."""
@@ -187,17 +208,61 @@ class _ShardTensor:
         self.row_bytes = (end - start) // max(self.rows, 1)
         self.start = 8 + header_bytes + start
 
-    def read(self, rows: list[int], places: list[int], view: memoryview) -> None:
-        """Read each row into its place of ``view``, which is laid out in rows of the same size."""
+    def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:
+        """Decode each of the ascending ``rows`` into its place of ``out``; whether every number is finite."""
+        done, finite = 0, True
+        if has_numba() and self.row_bytes:
+            done, finite = self._read_compiled(rows, places, out, scales, block)
+        # All of them without the compiler; else those from the first that could not be read, to say what is wrong with it.
+        for begin in range(done, len(rows), PLAIN_ROWS):
+            part = slice(begin, begin + PLAIN_ROWS)
+            finite &= self._read_plain(rows[part], places[part], out, scales, block)
+        return finite
+
+    def _read_compiled(
+        self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int
+    ) -> tuple[int, bool]:
+        # Imported on first use: the compiler takes a second.
+        from sae.kernels import reading
+
+        scratch = np.empty(max(reading.SCRATCH_BYTES, self.row_bytes), np.uint8)
+        where = (self.descriptor, self.start, self.row_bytes, rows, places)
+        match self.dtype:
+            case torch.float32:
+                return reading.read_float32(*where, out.view(np.uint32), scratch)
+            case torch.bfloat16:
+                return reading.read_bfloat16(*where, out.view(np.uint32), scratch)
+            case torch.float16:
+                return reading.read_float16(*where, out, scratch, _float16_values())
+            case torch.int8:
+                return reading.read_int8(*where, out, scratch, scales, block)
+            case _:
+                return reading.read_bytes(*where, out.view(np.uint8).reshape(len(out), -1), scratch)
+
+    def _read_plain(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:
         size, start, descriptor, preadv = self.row_bytes, self.start, self.descriptor, os.preadv
-        for row, place in zip(rows, places, strict=True):
-            got = preadv(descriptor, [view[place * size : (place + 1) * size]], start + row * size)
-            if got != size:
+        raw = np.empty((len(rows), size), np.uint8)
+        view = raw.reshape(-1).data
+        for i, row in enumerate(rows.tolist()):
+            if preadv(descriptor, [view[i * size : (i + 1) * size]], start + row * size) != size:
                 raise ValueError(
                     f"{self.path}: row {row}: the file ends too early: truncated. Delete the store and harvest again."
                 )
+        values = torch.from_numpy(raw.reshape(-1)).view(self.dtype).view(len(rows), *self.row_shape)
+        if scales is not None:
+            values = dequantize(values, torch.from_numpy(scales[places]), block)
+        # Numpy's functions, not torch's: these run in a background thread, where torch would start threads of its own.
+        decoded = values.float().numpy() if values.is_floating_point() else values.numpy()
+        out[places] = decoded
+        return bool(np.isfinite(decoded).all())
 
     def close(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+@cache
+def _float16_values() -> np.ndarray:
+    """The float32 of every float16 bit pattern."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)

@@ -11,6 +11,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
 from ..recipe import HarvestSection, TextSection
@@ -90,8 +92,20 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     A Feistel network over the next even number of bits, walked until the result is below ``n`` (Black and Rogaway 2002).
     """
     half = max(2, (n - 1).bit_length() + 1) // 2
+    keys = np.array([_mix(key * 8 + r & 0xFFFFFFFFFFFFFFFF) for r in range(6)], np.uint64)
+    index = index.astype(np.uint64)
+    if not has_numba():
+        return _permute_plain(index, n, half, keys).astype(np.int64)
+    # Imported on first use: the compiler takes a second.
+    from sae.kernels.permuting import feistel
+
+    out = np.empty_like(index)
+    feistel(index, np.uint64(n), np.uint64(half), keys, out)
+    return out.view(np.int64)
+
+
+def _permute_plain(index: np.ndarray, n: int, half: int, keys: np.ndarray) -> np.ndarray:
     mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(_mix(key * 8 + r & 0xFFFFFFFFFFFFFFFF)) for r in range(6)]
 
     def scramble(values: np.ndarray) -> np.ndarray:
         left, right = values >> np.uint64(half), values & mask
@@ -99,10 +113,10 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
             left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
         return left << np.uint64(half) | right
 
-    out = scramble(index.astype(np.uint64))
+    out = scramble(index)
     while (outside := out >= n).any():
         out[outside] = scramble(out[outside])
-    return out.astype(np.int64)
+    return out
 
 
 def _mix(z: int) -> int:
@@ -200,6 +214,21 @@ def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
     return False
 
 
+class _Memory:
+    """Arrays like the first, handed out again once nothing refers to them: new memory costs a page fault every 4 KB."""
+
+    def __init__(self, first: np.ndarray):
+        self.shape, self.dtype = first.shape, first.dtype
+        self._free = [first]
+
+    def take(self) -> np.ndarray:
+        owner = self._free.pop() if self._free else np.empty(self.shape, self.dtype)
+        handed = owner.view()
+        # Tensors and views made from it keep `handed` alive: when it goes, nobody can see the memory any more.
+        weakref.finalize(handed, self._free.append, owner).atexit = False
+        return handed
+
+
 class StoreStream(Stream):
     """The rows of one split of a store, pass after pass, each pass in a new global order.
 
@@ -242,12 +271,11 @@ class StoreStream(Stream):
 
     def produce(self, start: int) -> Iterator[Batch]:
         size = self.batch_tokens
+        memory = {role: _Memory(reader.empty(WINDOW_BATCHES * size)) for role, reader in self.rows.items()}
         for window in itertools.count(start, WINDOW_BATCHES):
             rows = self.order(window * size, WINDOW_BATCHES * size)
-            read = {role: reader.gather(rows) for role, reader in self.rows.items()}
+            read = {role: self._read(role, rows, memory[role].take()) for role in self.rows}
             labels = {name: reader.gather(rows) for name, reader in self.labels.items()}
-            for role, values in read.items():
-                self._require_finite(role, values, rows)
             for i in range(WINDOW_BATCHES):
                 part = slice(i * size, (i + 1) * size)
                 here = {role: values[part] for role, values in read.items()}
@@ -255,26 +283,24 @@ class StoreStream(Stream):
 
     def order(self, start: int, count: int) -> np.ndarray:
         """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
-        index = np.arange(start, start + count, dtype=np.int64)
-        passes, within = np.divmod(index, self.n)
-        rows = np.empty_like(index)
-        for number in np.unique(passes):
-            here = passes == number
-            rows[here] = permute(within[here], self.n, self.seed * 1_000_003 + int(number))
-        return rows
+        parts = []
+        for number in range(start // self.n, (start + count - 1) // self.n + 1):
+            begin = number * self.n
+            within = np.arange(max(start - begin, 0), min(start + count - begin, self.n))
+            parts.append(permute(within, self.n, self.seed * 1_000_003 + number))
+        return np.concatenate(parts)
 
-    def _require_finite(self, role: str, values: Tensor, rows: np.ndarray) -> None:
-        if not bool(torch.isfinite(values).all()):
-            bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
+    def _read(self, role: str, rows: np.ndarray, out: np.ndarray) -> Tensor:
+        if not self.rows[role].read(rows, out):
+            bad = int(np.flatnonzero(~np.isfinite(out).all(-1))[0])
             path, row = self.rows[role].locate(int(rows[bad]))
             raise ValueError(f"{path}: {self.rows[role].name}: row {row} is not finite. Delete the store and harvest again.")
+        return torch.from_numpy(out)
 
     def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
         # Pass -1: an order that training never uses.
         rows = permute(np.arange(skip, max(skip, min(skip + tokens, self.n))), self.n, self.seed * 1_000_003 - 1)
-        values = self.rows["x"].gather(rows)
-        self._require_finite("x", values, rows)
-        return values
+        return self._read("x", rows, self.rows["x"].empty(len(rows)))
 
     def moments(self) -> Moments:
         return self.store.moments(self.hook_in)
