@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from training.activations import shards as shards_module
 from training.activations import stream as stream_module
+from training.activations.memory import Memory
 from training.activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, Rows, Store, dequantize, quantize
-from training.activations.stream import StoreStream, _Memory, permute
+from training.activations.stream import StoreStream, permute
 
 SIZES = (613, 1, 389)
 BLOCK = 32
@@ -141,7 +142,7 @@ def test_a_batch_that_is_held_does_not_change(path, dtype, tmp_path):
 
 
 def test_memory_that_nobody_holds_is_used_again():
-    memory = _Memory(np.empty((3, 2), np.float32))
+    memory = Memory(3, 2)
     taken = memory.take()
     owner, tensor = taken.base, torch.from_numpy(taken)[1:]
     del taken

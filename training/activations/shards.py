@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from sae.files import read_json, sha256
+from sae.files import DTYPES, read_json, sha256
 from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
@@ -31,9 +31,6 @@ LABELS = ("token", "document", "position", "offset")
 
 # Without the compiler rows are read in blocks of so many: a block and its decoded copies stay in the processor's cache.
 PLAIN_ROWS = 1024
-
-# safetensors' names of the dtypes that shards use.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32}
 
 
 def quantize(
@@ -46,11 +43,7 @@ def quantize(
     tokens, width = rows.shape
     blocks = -(-width // block)
     padded = torch.nn.functional.pad(rows.float(), (0, blocks * block - width)).view(tokens, blocks, block)
-    largest = padded.abs().amax(-1)
-    if bool((largest > 127 * 65000.0).any()):
-        raise ValueError("harvest.dtype: int8 cannot hold activations above 8 million. Use bfloat16.")
-    # Rounded up, so that the largest entry stays within 127 steps; the floor keeps subnormal scales from being 0.
-    scale = (largest / 127 * (1 + 2**-10)).clamp_min(6e-8).half()
+    scale = _int8_scale(padded.abs().amax(-1))
     codes = (padded / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     return codes.view(tokens, -1)[:, :width].contiguous(), scale
 
@@ -60,6 +53,55 @@ def dequantize(
 ) -> Float[Tensor, "tokens width"]:
     """The float32 rows that ``quantize`` encoded."""
     return codes.float() * scale.float().repeat_interleave(block, dim=-1)[:, : codes.shape[1]]
+
+
+def encode(
+    rows: Float[Tensor, "tokens width"], dtype: str, block: int
+) -> tuple[Tensor, Tensor | None, Float[Tensor, "tokens width"]]:
+    """What is stored of finite float32 rows, with int8 the scales, and the float32 rows that will be read.
+
+    Without torch's threads where there is a compiler: it runs beside a language model, which needs them.
+    """
+    if dtype == "float32":
+        return rows, None, rows
+    if dtype == "int8":
+        return _encode_int8(rows, block)
+    if dtype == "float16":
+        # An overflow is an infinity, as it is in torch.
+        with np.errstate(over="ignore"):
+            stored = torch.from_numpy(rows.numpy().astype(np.float16))
+        return stored, None, torch.from_numpy(stored.numpy().astype(np.float32))
+    if not has_numba():
+        stored = rows.bfloat16()
+        return stored, None, stored.float()
+    from sae.kernels.storing import to_bfloat16
+
+    halves, restored = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.float32)
+    to_bfloat16(rows.numpy().view(np.uint32), halves.view(np.uint16), restored.view(np.uint32))
+    return torch.from_numpy(halves).view(torch.bfloat16), None, torch.from_numpy(restored)
+
+
+def _encode_int8(rows: Float[Tensor, "tokens width"], block: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_numba():
+        codes, scale = quantize(rows, block)
+        return codes, scale, dequantize(codes, scale, block)
+    from sae.kernels.storing import largest_of_blocks, to_int8
+
+    tokens, width = rows.shape
+    largest = np.empty((tokens, -(-width // block)), np.float32)
+    largest_of_blocks(rows.numpy(), block, largest)
+    scale = _int8_scale(torch.from_numpy(largest))
+    codes, restored = np.empty((tokens, width), np.int8), np.empty((tokens, width), np.float32)
+    to_int8(rows.numpy(), scale.numpy().astype(np.float32), block, codes, restored)
+    return torch.from_numpy(codes), scale, torch.from_numpy(restored)
+
+
+def _int8_scale(largest: Float[Tensor, "tokens blocks"]) -> Float[Tensor, "tokens blocks"]:
+    """The float16 scale of blocks from their largest absolute values."""
+    if bool((largest > 127 * 65000.0).any()):
+        raise ValueError("harvest.dtype: int8 cannot hold activations above 8 million. Use bfloat16.")
+    # Rounded up, so that the largest entry stays within 127 steps; the floor keeps subnormal scales from being 0.
+    return (largest / 127 * (1 + 2**-10)).clamp_min(6e-8).half()
 
 
 class Store:
@@ -229,15 +271,16 @@ class _ShardTensor:
         where = (self.descriptor, self.start, self.row_bytes, rows, places)
         match self.dtype:
             case torch.float32:
-                return reading.read_float32(*where, out.view(np.uint32), scratch)
+                done, finite = reading.read_float32(*where, out.view(np.uint32), scratch)
             case torch.bfloat16:
-                return reading.read_bfloat16(*where, out.view(np.uint32), scratch)
+                done, finite = reading.read_bfloat16(*where, out.view(np.uint32), scratch)
             case torch.float16:
-                return reading.read_float16(*where, out, scratch, _float16_values())
+                done, finite = reading.read_float16(*where, out, scratch, _float16_values())
             case torch.int8:
-                return reading.read_int8(*where, out, scratch, scales, block)
+                done, finite = reading.read_int8(*where, out, scratch, scales, block)
             case _:
-                return reading.read_bytes(*where, out.view(np.uint8).reshape(len(out), -1), scratch)
+                done, finite = reading.read_bytes(*where, out.view(np.uint8).reshape(len(out), -1), scratch)
+        return done, bool(finite)
 
     def _read_plain(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:
         size, start, descriptor, preadv = self.row_bytes, self.start, self.descriptor, os.preadv

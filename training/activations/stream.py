@@ -11,7 +11,6 @@ import itertools
 import queue
 import threading
 import time
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +25,9 @@ from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
 from ..recipe import HarvestSection, TextSection
-from ..text import BEGINNING, Context, Cursor, contexts, is_heldout
+from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
+from .memory import Memory
 from .model import LanguageModel
 from .shards import LABELS, Rows, Store
 
@@ -214,21 +214,6 @@ def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
     return False
 
 
-class _Memory:
-    """Arrays like the first, handed out again once nothing refers to them: new memory costs a page fault every 4 KB."""
-
-    def __init__(self, first: np.ndarray):
-        self.shape, self.dtype = first.shape, first.dtype
-        self._free = [first]
-
-    def take(self) -> np.ndarray:
-        owner = self._free.pop() if self._free else np.empty(self.shape, self.dtype)
-        handed = owner.view()
-        # Tensors and views made from it keep `handed` alive: when it goes, nobody can see the memory any more.
-        weakref.finalize(handed, self._free.append, owner).atexit = False
-        return handed
-
-
 class StoreStream(Stream):
     """The rows of one split of a store, pass after pass, each pass in a new global order.
 
@@ -271,7 +256,7 @@ class StoreStream(Stream):
 
     def produce(self, start: int) -> Iterator[Batch]:
         size = self.batch_tokens
-        memory = {role: _Memory(reader.empty(WINDOW_BATCHES * size)) for role, reader in self.rows.items()}
+        memory = {role: Memory(*reader.empty(WINDOW_BATCHES * size).shape) for role, reader in self.rows.items()}
         for window in itertools.count(start, WINDOW_BATCHES):
             rows = self.order(window * size, WINDOW_BATCHES * size)
             read = {role: self._read(role, rows, memory[role].take()) for role in self.rows}
@@ -365,14 +350,13 @@ class LiveStream(Stream):
             cursor = BEGINNING
 
     def _training_rows(self, batch: list[Context]) -> harvest.Rows:
-        rows = harvest.rows_of(self.model, batch, self.section, (self.hook_in,))
+        rows = harvest.rows_of(self.model, batch, self.section, (self.hook_in,))["train"]
         for name, values in rows.tensors.items():
             if not bool(torch.isfinite(values).all()):
                 bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
                 where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
                 raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
-        heldout = [is_heldout(int(document), self.section.heldout) for document in rows.labels["document"]]
-        return rows.select(~torch.tensor(heldout, dtype=torch.bool))
+        return rows
 
     def position(self) -> dict[str, Any]:
         begin = max(number for number in self.buffers if number <= self.batches)
@@ -443,8 +427,8 @@ class ContextStream(Stream):
         token_ids = np.stack([context.token_ids for context in pieces])
         document_ids = np.stack([context.document_ids for context in pieces])
         special = frozenset(self.model.tokenizer.all_special_ids)
-        heldout = np.vectorize(lambda document: is_heldout(int(document), self.section.heldout), otypes=[bool])
-        return ~harvest.excluded(token_ids, document_ids, special, self.section) & ~heldout(document_ids)
+        drop = harvest.excluded(token_ids, document_ids, special, self.section)
+        return ~drop & ~are_heldout(document_ids, self.section.heldout)
 
     def _batch(self, pieces: list[Context]) -> Batch:
         document_ids = np.stack([context.document_ids for context in pieces])
