@@ -105,4 +105,5 @@ def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Flo
     if kernels is not None:
         return kernels.quantize(rows)
     scale = (rows.abs().amax(1) / LEVELS).clamp_min(torch.finfo(rows.dtype).tiny)
-    return (rows / scale[:, None]).round_().to(torch.int8), scale
+    # In low precision the scale itself is rounded, and the largest may come out as 128, which int8 has not.
+    return (rows / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale

@@ -19,6 +19,7 @@ from sae.code import ByLatent, SparseCode, bounds, group
 from sae.encoders import ENCODERS
 from sae.kernels import AdamStep
 from sae.ledger import RowGradient
+from sae.screen import quantize
 from training.activations.stream import Batch
 from training.fused import FusedAdam
 from training.objective import AuxSettings, Objective, Usage
@@ -265,6 +266,13 @@ def test_entries_are_grouped_on_gpus_as_by_the_cpu_s_kernel(make, monkeypatch):
     firsts, order = group(latents, LATENTS)
     expected = [(latents == i).nonzero().squeeze(1).tolist() for i in range(LATENTS)]
     assert [order[first:last].tolist() for first, last in itertools.pairwise(firsts)] == expected
+
+
+def test_rounding_low_precision_to_int8_keeps_the_largest_number_s_sign():
+    rows = torch.randn(101, 8).bfloat16()
+    levels, scale = quantize(rows)
+    # Half a level, and the scale's own rounding.
+    assert ((levels.float() * scale.float()[:, None] - rows.float()).abs() <= 1.1 * scale.float()[:, None]).all()
 
 
 @pytest.mark.slow
