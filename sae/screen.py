@@ -9,7 +9,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from .code import SparseCode
-from .kernels import backend
+from .kernels import selection
 from .scores import Scorer, Tile, largest_per_token, pick
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
     """Tiles of scores in int8 precision, every token's divided by a scale of its own: good for ranking only."""
     n_latents, (height, width) = len(scorer.W), scorer.tile_shape
     b = scorer.W.new_zeros(n_latents) if scorer.b is None else scorer.b
-    kernels = backend(scorer.W)
+    kernels = selection(scorer.W)
     sums = torch.empty(height * width, dtype=torch.int32, device=scorer.x.device)
     scores = torch.empty(height * width, dtype=scorer.x.dtype, device=scorer.x.device)
     for token in range(0, max(len(scorer.x), 1), height):
@@ -106,8 +106,9 @@ def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
 
 def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Float[Tensor, " rows"]]:
     """int8 rows, and what each of them is multiplied by to give the original, to rounding."""
-    kernels = backend(rows)
+    kernels = selection(rows)
     if kernels is not None:
         return kernels.quantize(rows, LEVELS, LEAST_SCALE)
     scale = (rows.abs().amax(1) / LEVELS).clamp_min(LEAST_SCALE)
-    return (rows / scale[:, None]).round_().to(torch.int8), scale
+    # In low precision the scale itself is rounded, and the largest may come out as 128, which int8 has not.
+    return (rows / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale

@@ -25,8 +25,9 @@ def kernels(request, monkeypatch):
 
 
 def without_kernels(monkeypatch):
-    for module in ("scores", "sparse_ops", "allocation", "screen"):
-        monkeypatch.setattr(f"sae.{module}.backend", lambda *tensors: None)
+    monkeypatch.setattr("sae.sparse_ops.backend", lambda *tensors: None)
+    for module in ("scores", "allocation", "screen"):
+        monkeypatch.setattr(f"sae.{module}.selection", lambda *tensors: None)
     monkeypatch.setattr("sae.code.has_numba", lambda: False)
 
 
