@@ -1,5 +1,6 @@
 """Every compiled loop against numpy or torch, on what shortcuts break on; and the threads that share a loop's rows."""
 
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from sae.code import ByLatent, SparseCode, bounds
-from sae.kernels import backend, cpu
+from sae.kernels import backend, cpu, loops
 from sae.kernels.parallel import over_rows
 from sae.ledger import RowGradient
 
@@ -450,6 +451,17 @@ def test_after_a_fork_the_child_has_threads_of_its_own():
 
 
 # Which kernels.
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+    """A read-only installation without a home: numba refuses to cache, and so to compile."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    spec = importlib.util.spec_from_file_location("loops_without_a_cache", loops.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    firsts, order = torch.zeros(4, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+    again.group(torch.tensor([1, 0, 1]).numpy(), firsts.numpy(), order.numpy())
+    assert order.tolist() == [1, 0, 2]
 
 
 def test_kernels_are_for_contiguous_tensors_of_one_dtype_they_know():
