@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -423,6 +424,30 @@ def test_every_row_is_worked_on_once(threads, number, least):
         over_rows(kernel, rows, least=least)
         assert (times == 1).all()
         assert all(part >= min(least, rows) or sum(parts) == rows for part in parts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_threads_are_waited_for_and_what_they_raise_reaches_the_caller(threads, fails):
+    threads(3)
+    caller, done, begun = threading.current_thread(), torch.zeros(97), threading.Event()
+
+    def kernel(first: int, last: int) -> None:
+        if threading.current_thread() is caller:
+            # Leaves a part to the others.
+            assert begun.wait(10)
+        else:
+            begun.set()
+            time.sleep(0.05)
+            if fails:
+                raise ZeroDivisionError("in another thread")
+        done[first:last] += 1
+
+    if fails:
+        with pytest.raises(ZeroDivisionError, match="in another thread"):
+            over_rows(kernel, 97)
+    else:
+        over_rows(kernel, 97)
+        assert (done == 1).all()
 
 
 FORK = """
