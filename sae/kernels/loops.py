@@ -3,6 +3,9 @@
 Every kernel works on rows ``first`` to ``last`` of its output and touches no others; ``over_rows`` shares them out.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -11,10 +14,23 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 # Scores looked at together: few enough that one which exceeds the smallest kept is soon found.
 BLOCK = 128
 
-compiled = numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+
+def _compiler(flags: set[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
+        options = {"nogil": True, "fastmath": flags, "error_model": "numpy"}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:
+            # Nowhere to write: a read-only installation and no home. Every process then compiles for itself.
+            return numba.njit(**options)(function)
+
+    return compile_
+
+
+compiled = _compiler(FAST)
 # Minima run in vector registers if no number is NaN; with one the result means nothing. Where that must not be so,
 # and wherever a place to write to depends on a comparison, ``compiled`` is needed.
-ranked = numba.njit(nogil=True, cache=True, fastmath=FAST | {"nnan"}, error_model="numpy")
+ranked = _compiler(FAST | {"nnan"})
 
 
 @compiled

@@ -1,8 +1,10 @@
 """Every compiled loop against numpy or torch, on what shortcuts break on; and the threads that share a loop's rows."""
 
+import importlib.util
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from sae.code import ByLatent, SparseCode, bounds
-from sae.kernels import backend, cpu
+from sae.kernels import backend, cpu, loops
 from sae.kernels.parallel import over_rows
 from sae.ledger import RowGradient
 
@@ -424,6 +426,30 @@ def test_every_row_is_worked_on_once(threads, number, least):
         assert all(part >= min(least, rows) or sum(parts) == rows for part in parts)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_threads_are_waited_for_and_what_they_raise_reaches_the_caller(threads, fails):
+    threads(3)
+    caller, done, begun = threading.current_thread(), torch.zeros(97), threading.Event()
+
+    def kernel(first: int, last: int) -> None:
+        if threading.current_thread() is caller:
+            # Leaves a part to the others.
+            assert begun.wait(10)
+        else:
+            begun.set()
+            time.sleep(0.05)
+            if fails:
+                raise ZeroDivisionError("in another thread")
+        done[first:last] += 1
+
+    if fails:
+        with pytest.raises(ZeroDivisionError, match="in another thread"):
+            over_rows(kernel, 97)
+    else:
+        over_rows(kernel, 97)
+        assert (done == 1).all()
+
+
 FORK = """
 import os, signal, torch
 torch.set_num_threads(2)
@@ -450,6 +476,17 @@ def test_after_a_fork_the_child_has_threads_of_its_own():
 
 
 # Which kernels.
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+    """A read-only installation without a home: numba refuses to cache, and so to compile."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    spec = importlib.util.spec_from_file_location("loops_without_a_cache", loops.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    firsts, order = torch.zeros(4, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+    again.group(torch.tensor([1, 0, 1]).numpy(), firsts.numpy(), order.numpy())
+    assert order.tolist() == [1, 0, 2]
 
 
 def test_kernels_are_for_contiguous_tensors_of_one_dtype_they_know():

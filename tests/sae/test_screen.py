@@ -151,8 +151,8 @@ def test_recall_counts_the_largest_positive_scores_that_were_found(monkeypatch):
     whole[1] -= 22
     whole[2] -= 50
     some, screen = Scorer(whole, torch.eye(23), None), Screen("int8", 0.0)
-    # Of the first token one of two is found, of the second its only positive one, of the third no score is positive.
-    found = SparseCode.from_rows(torch.tensor([[22, 3], [22, 3], [0, 1]]), torch.zeros(3, 2))
+    # Of the first token one of two is found, of the second its only positive one; finding the third's counts for nothing.
+    found = SparseCode.from_rows(torch.tensor([[22, 3], [22, 3], [22, 21]]), torch.zeros(3, 2))
     monkeypatch.setattr(Screen, "screened", lambda self, scorer, k: found)
     screen.largest_per_token(some, 2)
     assert float(screen.recall) == pytest.approx(2 / 3)
