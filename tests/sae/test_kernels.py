@@ -418,6 +418,7 @@ def test_every_row_is_worked_on_once(threads, number, least):
         times, parts = torch.zeros(rows), []
 
         def kernel(first: int, last: int, times=times, parts=parts) -> None:
+            assert 0 <= first <= last <= len(times)
             times[first:last] += 1
             parts.append(last - first)
 
