@@ -51,7 +51,7 @@ class Screen:
     def largest_per_token(self, scorer: Scorer, k: int) -> SparseCode:
         """Each token's ``k`` largest scores, but for what the screen misses; their values are exact."""
         self.batches += 1
-        if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W):
+        if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W) or not can_multiply(scorer):
             self.recall = torch.ones_like(self.recall)
             return largest_per_token(scorer.tiles(), k)
         found = self.screened(scorer, k)
@@ -79,8 +79,14 @@ class Screen:
         self.recall = hits.sum() / counts.sum().clamp_min(1) if bool(counts.any()) else torch.ones_like(self.recall)
         if float(self.recall) < self.floor:
             self.stage += 1
-            then = "exact selection" if self.stage == len(CANDIDATES) else f"{CANDIDATES[self.stage]} candidates a latent"
+            then = "exact selection" if self.stage == len(CANDIDATES) else f"{CANDIDATES[self.stage]} candidates each"
             log.warning("screen: recall %.4f is below screen_floor %.4f; from now on %s.", float(self.recall), self.floor, then)
+
+
+def can_multiply(scorer: Scorer) -> bool:
+    """Whether torch has an integer product of these sizes: on GPUs it wants multiples of 8, and more than 16 tokens."""
+    (tokens, n_latents), d = scorer.shape, scorer.x.shape[1]
+    return scorer.x.device.type == "cpu" or (tokens > 16 and n_latents % 8 == 0 and d % 8 == 0)
 
 
 def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:

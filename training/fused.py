@@ -75,19 +75,18 @@ class FusedAdam(DictionaryAdam):
 
     def _pending(self) -> list[Pending]:
         """The matrices that have a gradient. Both sides of a dictionary share the code, which is grouped once."""
-        grouped: dict[tuple[int, int, int], ByLatent] = {}
+        grouped: dict[tuple[int, ...], ByLatent] = {}
         pending = []
         for weights, ledger in self.ledgers.items():
             if weights.grad is None and not ledger.products and not ledger.rows:
                 continue
             product = ledger.product(weights)
-            # Distinct codes that are alive have distinct storage.
-            code = product.code
-            key = (code.latents.data_ptr(), code.starts.data_ptr(), code.latents.shape[0])
+            # The ledgers keep the codes alive, and distinct ones have distinct storage.
+            key = tuple(part.code.latents.data_ptr() for part in ledger.products)
             if key not in grouped:
-                grouped[key] = code.by_latent(weights.shape[0])
+                grouped[key] = product.code.by_latent(weights.shape[0])
             group = grouped[key]
-            gradient = RowGradient(group, code.values[group.order], product.rows, *ledger.dense(weights))
+            gradient = RowGradient(group, product.code.values[group.order], product.rows, *ledger.dense(weights))
             unit = weights is self.dictionary.W_dec and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending

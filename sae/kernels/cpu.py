@@ -65,8 +65,8 @@ def adam_(
 ) -> None:
     """Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``, a scalar."""
     # Numbers in the weights' own precision: with wider ones all arithmetic would be wider.
-    numbers = torch.tensor([1 - step.beta1, step.beta2, step.length, step.root, step.eps], dtype=weights.dtype)
-    settings = torch.cat([factor.to(weights.dtype).reshape(1), numbers])
+    numbers = [1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps]
+    settings = torch.cat([factor.to(weights.dtype).reshape(1), torch.tensor(numbers, dtype=weights.dtype)])
     _run(loops.adam, weights.shape[0], weights, unit, *gradient.parts(), mean, square, settings)
 
 

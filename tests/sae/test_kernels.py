@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from sae.code import ByLatent, SparseCode, bounds
-from sae.kernels import backend, cpu, loops
+from sae.kernels import AdamStep, backend, cpu, loops
 from sae.kernels.parallel import over_rows
 from sae.ledger import RowGradient
 
@@ -143,9 +143,8 @@ def test_adam_is_torch_s_adam_on_the_written_gradient(gradient, dtype, unit):
     adam.state[expected] = {"step": torch.tensor(6.0), "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
     expected.grad = tangential(whole, weights, unit) * 0.5
     adam.step()
-    settings = torch.tensor([0.5, 0.1, 0.999, 0.01 / (1 - 0.9**7), (1 - 0.999**7) ** -0.5, 1e-8], dtype=dtype)
-    cpu.adam_(weights, unit, entries, mean, square, settings)
-    # 0.999 in float32 leaves 1 - 0.999 with four digits: the second moment is that far from torch's.
+    step = AdamStep(0.9, 0.999, 0.01 / (1 - 0.9**7), (1 - 0.999**7) ** -0.5, 1e-8)
+    cpu.adam_(weights, unit, entries, mean, square, torch.tensor(0.5), step)
     close(weights, F.normalize(expected.detach(), dim=-1) if unit else expected.detach(), 10)
     close(mean, adam.state[expected]["exp_avg"], 10)
     close(square, adam.state[expected]["exp_avg_sq"], 10)
@@ -159,7 +158,7 @@ def test_a_row_of_zeros_stays_finite_under_adam(dtype):
         none.by_latent(3), none.values, torch.ones(2, D, dtype=dtype), torch.full((3,), -1), torch.empty(0, D, dtype=dtype)
     )
     weights, mean, square = (torch.zeros(3, D, dtype=dtype) for _ in range(3))
-    cpu.adam_(weights, True, entries, mean, square, torch.tensor([1.0, 0.1, 0.999, 0.01, 1.0, 1e-8], dtype=dtype))
+    cpu.adam_(weights, True, entries, mean, square, torch.tensor(1.0), AdamStep(0.9, 0.999, 0.01, 1.0, 1e-8))
     assert not weights.any()
 
 
@@ -356,7 +355,7 @@ def everything() -> list[Tensor]:
     cpu.keep_largest_(scores, 0, best, names)
     room = torch.randint(0, 9, (rows,), generator=generator)
     moved, mean, square = W.clone(), randn(n, d), randn(n, d).abs()
-    cpu.adam_(moved, True, gradient, mean, square, torch.tensor([1.0, 0.1, 0.999, 0.01, 1.0, 1e-8]))
+    cpu.adam_(moved, True, gradient, mean, square, torch.tensor(1.0), AdamStep(0.9, 0.999, 0.01, 1.0, 1e-8))
     coarse, scale = cpu.quantize(x, 127, 1e-30)
     out = torch.empty(rows, n)
     cpu.rescale_(scores.mul(1000).int(), cut.abs(), scale, cut, out)

@@ -125,7 +125,7 @@ def test_too_low_a_recall_gets_more_candidates_then_exact_selection(kernels, noi
     assert torch.equal(rows_of(code), exact)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == len(CANDIDATES)
-    assert "is below screen_floor 0.9000; from now on 4 candidates a latent." in warnings[0]
+    assert "is below screen_floor 0.9000; from now on 4 candidates each." in warnings[0]
     assert "from now on exact selection." in warnings[1]
 
 
