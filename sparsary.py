@@ -1,6 +1,7 @@
 """sparsary: train, load and judge sparse dictionaries of language-model activations. The public names and the command line."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -338,6 +339,9 @@ def _progress(name: str) -> Any:
 
 def main() -> None:
     """The console script. What a user can mend ends with status 2 and one message, without traceback."""
+    # Read when torch is first loaded. By default OpenMP's threads go on spinning after a product and keep the processor from
+    # whatever comes next: reading, compiled kernels, other processes. Harvest and training took twice to four times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Their notes on requests and caches are not ours.
     for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):

@@ -1,6 +1,7 @@
 """Training losses: pure functions of tensors in normalised units."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def normalized_mse(
     ``variance`` is a constant of the data set, not of the batch, so the loss approximates fvu and its gradient does not
     depend on which tokens share a batch. Source: Gao et al. 2024, arXiv:2406.04093.
     """
-    return (y_hat - y).pow(2).sum(-1).mean() / variance
+    return F.mse_loss(y_hat, y, reduction="sum") / (variance * max(len(y), 1))
 
 
 def auxk(

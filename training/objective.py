@@ -121,7 +121,9 @@ class Objective(nn.Module):
         if requests.frozen is not None:
             guess = (decode(requests.frozen, d.W_dec.detach()) + d.b_dec.detach()) * d.out_scale
             terms["frozen"] = normalized_mse(y, guess, self.variance)
-        if self.aux.weight > 0:
+        if self.aux.weight > 0 and not self.aux.tau and not bool(usage.dead.any()):
+            terms["aux"] = y_hat.new_zeros(())
+        elif self.aux.weight > 0:
             error = (y - y_hat) / d.out_scale
             # Pursued atoms meet residuals, not inputs.
             seen = error if d.tied else d.centre(batch.x / d.in_scale)

@@ -109,7 +109,7 @@ def rescale_(product: Tensor, scale: Tensor, token_scale: Tensor, shift: Tensor,
 
 def _lanes(scores: Tensor, most: int) -> int:
     """Lanes for the first bound: twice the places, if there are as many columns."""
-    lanes = max(64, 1 << (2 * most - 1).bit_length())
+    lanes = max(32, 1 << (2 * most - 1).bit_length())
     return lanes if lanes <= scores.shape[1] else 0
 
 
