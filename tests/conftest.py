@@ -71,15 +71,15 @@ def write_recipe(tmp_path):
 
 
 class _StopAfter:
-    """Stands in for ``Checkpoints.stop_requested``: true once so many steps are done."""
+    """Stands in for ``StopRequest.requested``: true once so many steps are done."""
 
     def __init__(self, steps):
         self.left = steps
 
-    def __get__(self, checkpoints, _owner):
+    def __get__(self, stop, _owner):
         self.left -= 1
         if self.left < 0:
-            checkpoints.stop_signal = signal.SIGTERM
+            stop.signal_number = signal.SIGTERM
         return self.left < 0
 
 
@@ -89,11 +89,10 @@ def stopped_after():
 
     @contextmanager
     def stopped(steps):
-        from training.checkpoints import Checkpoints
-        from training.stopping import Stopped
+        from training.stopping import Stopped, StopRequest
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Checkpoints, "stop_requested", _StopAfter(steps))
+            patch.setattr(StopRequest, "requested", _StopAfter(steps))
             with pytest.raises(Stopped):
                 yield
 
