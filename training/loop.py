@@ -53,23 +53,22 @@ class Group:
 
 
 def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest) -> None:
-    """Step until every token budget is used or a stop is asked for; either way leaves saved states.
+    """Step until every token budget is used or a stop is asked for; every way out leaves saved states.
 
     Raises:
-        ValueError: If a loss or an activation is not finite; that member's last good state is kept, the others are saved.
+        NotFinite: If a member's loss is not; its last good state is kept, the others' are saved.
     """
-    try:
-        while not all(group.done for group in groups) and not stop.requested:
-            for group in (group for group in groups if not group.done):
-                members = [member for member in group.in_step if not member.done]
-                batch = next(group.stream).to(accelerator.device)
-                terms = [step(member, batch, accelerator) for member in members]
-                for member, shown in zip(members, terms, strict=True):
-                    record(member, shown, group.stream)
-    except NotFinite:
-        save_moved(groups)
-        raise
+    failures: list[str] = []
+    while not failures and not all(group.done for group in groups) and not stop.requested:
+        for group in (group for group in groups if not group.done):
+            members = [member for member in group.in_step if not member.done]
+            batch = next(group.stream).to(accelerator.device)
+            terms = [step(member, batch, accelerator) for member in members]
+            for member, shown in zip(members, terms, strict=True):
+                failures += record(member, shown, group.stream)
     save_moved(groups)
+    if failures:
+        raise NotFinite("\n".join(failures))
 
 
 def step(member: Member, batch: Batch, accelerator: Accelerator) -> Terms:
@@ -90,14 +89,18 @@ def step(member: Member, batch: Batch, accelerator: Accelerator) -> Terms:
     return terms
 
 
-def record(member: Member, terms: Terms, stream: Stream) -> None:
-    """Report and save what is due after a step."""
+def record(member: Member, terms: Terms, stream: Stream) -> list[str]:
+    """Report and save what is due after a step; returns what keeps the member from going on."""
     state, cfg = member.state, member.recipe
-    if state.step % cfg.log_every == 0 or member.done:
-        state.require_finite(cfg.out_dir)
-        member.report(state, terms, member.schedule.lr(state.step - 1), stream.waited_seconds)
-    if state.step % cfg.save_every == 0 or member.done:
-        save(member, stream)
+    try:
+        if state.step % cfg.log_every == 0 or member.done:
+            state.require_finite(cfg.out_dir)
+            member.report(state, terms, member.schedule.lr(state.step - 1), stream.waited_seconds)
+        if state.step % cfg.save_every == 0 or member.done:
+            save(member, stream)
+    except NotFinite as error:
+        return [str(error)]
+    return []
 
 
 def save(member: Member, stream: Stream) -> None:

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from .activations.harvest import harvest
 from .activations.model import LanguageModel, load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
 from .activations.stream import ContextStream, LiveStream, StoreStream, Stream, TensorStream
-from .checkpoints import Checkpoints, claimed
+from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .finish import finish
+from .grid import source, unshared
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, Member, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import DictionaryAdam, Schedule
 from .phases import Phases
-from .preflight import preflight
+from .preflight import preflight, preflight_all
 from .recipe import Recipe
 from .report import Report, progress_bar
 from .state import Randomness, TrainState
@@ -84,11 +86,14 @@ def train_all(
         ValueError: If the user can mend it.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
+    assert not unshared({recipe.out_dir: recipe for recipe in recipes})
     if activations is None:
-        for recipe in recipes:
-            preflight(recipe)
+        preflight_all(recipes)
     elif any(recipe.objective == "kl" for recipe in recipes):
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
+    for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
+        if (above / RECIPE_FILE).exists():
+            raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
     with ExitStack() as stack:
         resuming = [stack.enter_context(claimed(Path(recipe.out_dir), recipe)) for recipe in recipes]
         together = stack.enter_context(open_streams(recipes, activations, progress))
@@ -103,9 +108,8 @@ def open_streams(
     """The recipes' sources of batches, harvested first where it is a store, each with the recipes that share it."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
     for recipe in recipes:
-        # What decides which batches come in which order; tensors that a user brings know neither hooks nor seeds.
-        named = (recipe.dictionary.hook, recipe.seed, recipe.objective) if activations is None else ()
-        together.setdefault((recipe.batch_tokens, *named), []).append(recipe)
+        # Tensors that a user brings know neither hooks nor seeds.
+        together.setdefault(source(recipe) if activations is None else (recipe.batch_tokens,), []).append(recipe)
     groups = list(together.values())
     with ExitStack() as stack:
         if activations is not None:
@@ -274,6 +278,7 @@ def _version() -> str | None:
         return None
 
 
+@cache
 def git_commit() -> str | None:
     """The commit this source is checked out at, if it is."""
     here = Path(__file__).parent
