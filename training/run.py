@@ -22,9 +22,9 @@ from sae.encoders import ENCODERS
 from sae.metrics import Moments
 
 from .activations.harvest import harvest
-from .activations.model import LanguageModel, load_model, resolve_device
+from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
-from .activations.stream import ContextStream, LiveStream, StoreStream, Stream, TensorStream
+from .activations.stream import Buffers, ContextStream, LiveStream, StoreStream, Stream, TensorStream
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .finish import finish
 from .grid import source, unshared
@@ -121,7 +121,10 @@ def open_streams(
             streams: list[Stream] = [TensorStream(activations, group[0].batch_tokens) for group in groups]
         elif recipes[0].harvest.store is None:
             model = load_model(recipes[0].model)
-            streams = [_live_stream(model, group[0]) for group in groups]
+            hooks = tuple(dict.fromkeys(recipe.dictionary.hook for recipe in recipes))
+            # Two: the first of the streams may be a buffer ahead of the last.
+            buffers = Buffers(model, recipes[0].text, recipes[0].harvest, hooks, keep=min(len(groups), 2))
+            streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
             store = run_harvest(recipes[0], progress)
             if recipes[0].harvest.verify:
@@ -132,9 +135,10 @@ def open_streams(
         yield list(zip(streams, groups, strict=True))
 
 
-def _live_stream(model: LanguageModel, recipe: Recipe) -> Stream:
+def _live_stream(buffers: Buffers, recipe: Recipe) -> Stream:
     kind = ContextStream if recipe.objective == "kl" else LiveStream
-    return kind(model, recipe.text, recipe.harvest, recipe.dictionary.hook, recipe.batch_tokens, recipe.seed)
+    hook, size, seed = recipe.dictionary.hook, recipe.batch_tokens, recipe.seed
+    return kind(buffers.model, recipe.text, recipe.harvest, hook, size, seed, buffers)
 
 
 def _store_stream(store: Store, group: list[Recipe], stack: ExitStack) -> Stream:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import sparsary
 import training.loop as loop_module
 from sae import load_dictionary
+from training.activations import harvest
 from training.activations.stream import StoreStream
 from training.checkpoints import Checkpoints
 from training.grid import check_grid, load_grid
@@ -121,6 +122,19 @@ def test_end_to_end_and_reconstruction_share_a_model(values, tmp_path):
     recipes = members(values, {"objective": ["kl", "reconstruction"], "lr": [1e-3, 2e-3]})
     for directory, recipe in zip(train_all(recipes), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
+
+
+def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
+    values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
+    rows_of, seen = harvest.rows_of, []
+
+    def counted(model, contexts, section, hooks):
+        seen.append(tuple(contexts[0].cursor))
+        return rows_of(model, contexts, section, hooks)
+
+    monkeypatch.setattr(harvest, "rows_of", counted)
+    train_all(members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]}))
+    assert len(seen) == len(set(seen))
 
 
 def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
