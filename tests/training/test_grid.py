@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import sparsary
 import training.loop as loop_module
-from sae import load_dictionary
+from sae import ENCODERS, SAE, load_dictionary
 from training.activations import harvest
 from training.activations.stream import StoreStream
 from training.checkpoints import Checkpoints
@@ -98,12 +98,24 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_pat
 
 
 def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
-    recipes = members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]})
-    directories = train_all(recipes)
-    for directory, recipe in zip(directories, recipes, strict=True):
+    first, second = values["harvest"]["hooks"]
+    gradient = {"name": "gradient_topk", "k": 5, "beta": 2.0}
+    changes = [{"dictionary.hook": first}, {"dictionary.hook": first, "dictionary.encoder": gradient}]
+    recipes = members(
+        values | {"tokens": 1515}, [*changes, {"dictionary.hook": second, "seed": 1}, {"dictionary.hook": second}]
+    )
+    for directory, recipe in zip(train_all(recipes), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
-    states = [load_file(directory / "state.safetensors")["dictionary/W_dec"] for directory in directories]
-    assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
+
+
+def test_a_dictionary_starts_from_its_own_seed(values, rows):
+    recipes = members(values | {"tokens": 101, "auxk_weight": 0.0}, {"seed": [3, 4], "dictionary.init": ["random"]})
+    for seed, directory in zip((3, 4), train_all(recipes, rows), strict=True):
+        torch.manual_seed(seed)
+        fresh = SAE(19, 67, ENCODERS["topk"](k=5))
+        # One step of lr 1e-3 / 5 has not moved it far.
+        moved = (load_file(directory / "state.safetensors")["dictionary/W_dec"] - fresh.W_dec).abs().max()
+        assert 0 < moved < 1e-3
 
 
 @pytest.mark.slow
