@@ -5,6 +5,7 @@ matrix that has only the code's entries: (tokens, n_latents) in CSR form, or its
 (no MKL, low precision) the plain reference below does the same; it is what the fast path is checked against.
 """
 
+import threading
 import warnings
 from typing import Any
 
@@ -20,6 +21,7 @@ from .code import SparseCode
 # without a budget begin with every second latent on. Small codes are not worth the question.
 DENSE_SHARE = 1 / 16
 DENSE_ENTRIES = 1 << 18
+_FILTERS = threading.Lock()
 
 
 def decode(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
@@ -152,7 +154,8 @@ def _has_csr(rows: Tensor) -> bool:
 
 
 def _csr(firsts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
+    # Filters are the whole process's: two threads would put back each other's.
+    with _FILTERS, warnings.catch_warnings():
         # torch says once per process that CSR is in beta.
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(firsts, columns, values, shape, check_invariants=False)
