@@ -137,10 +137,6 @@ def _compare(
     out: Annotated[str, typer.Option(help="Where runs (RECIPE/seed-N) and the comparison go.")] = "runs/comparison",
 ) -> None:
     """Train and judge several recipes over one store: comparison.json and comparison.html; repeated, it goes on."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from eval.compare import compare, summary
     from training.recipe import parse_overrides
 
@@ -148,13 +144,7 @@ def _compare(
     with _progress("harvest") as progress:
         comparison = compare([argument for argument in arguments if "=" not in argument], overrides, seeds, out, progress)
     head, *rows = summary(comparison)
-    table = Table(box=None, pad_edge=False)
-    for index, name in enumerate(head):
-        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    # In a file nothing limits the width; rich would cut numbers off at column 80.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _columns(head, rows)
     print(f"* best mean\nreport: {comparison['page_path']}")
 
 
@@ -167,6 +157,153 @@ def _info(path: Annotated[str, typer.Argument(help="A checkpoint directory or an
     _table(lines)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+BenchKeys = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys of our steps: accumulate=2.")
+]
+BenchShape = Annotated[
+    list[str] | None, typer.Option("--shape", metavar="TOKENSxD_INxN_LATENTSxK", help="Sizes of a step; repeatable.")
+]
+BenchFamily = Annotated[list[str] | None, typer.Option("--family", help="Which encoder's step; repeatable.")]
+BenchVariant = Annotated[
+    list[str] | None,
+    typer.Option("--variant", metavar="KEYS", help="Measure our steps with these recipe keys too; repeatable."),
+]
+BenchRounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted steps of each; two more come first.")]
+BenchThreads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of every step; as many as torch takes if not given.")
+]
+BenchPeers = Annotated[
+    str | None,
+    typer.Option(
+        "--peers", metavar="PYTHON", help="A Python that has the peers (.venv-peers/bin/python if it is there), or none."
+    ),
+]
+BenchPeer = Annotated[list[str] | None, typer.Option("--peer", help="Only this peer; repeatable.")]
+BenchQuick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, three rounds: to see that it works.")]
+BenchJson = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write everything here, every time included.")]
+
+
+@bench.command("step")
+def _bench_step(
+    overrides: BenchKeys = None,
+    shape: BenchShape = None,
+    family: BenchFamily = None,
+    variant: BenchVariant = None,
+    rounds: BenchRounds = 7,
+    threads: BenchThreads = None,
+    peers: BenchPeers = None,
+    peer: BenchPeer = None,
+    slopes: Annotated[
+        bool, typer.Option("--slopes", help="How time grows with n_latents and with tokens, instead of one shape.")
+    ] = False,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A training step against its encoder product and other libraries' steps, all in turn, each in its own process."""
+    from training.bench.comparison import GROWTH, QUICK_GROWTH, STEP_FAMILIES, STEP_SHAPE, bench_slopes, bench_steps, rounds_of
+
+    names = family or ["topk"]
+    plan = _bench_plan(overrides, shape, STEP_SHAPE, names, STEP_FAMILIES, variant, rounds, threads, peers, peer, quick)
+    with _progress("bench") as progress:
+        if slopes:
+            growth = QUICK_GROWTH if quick else GROWTH
+            report = bench_slopes(plan, growth, progress(rounds_of(plan, growth)))
+        else:
+            report = bench_steps(plan, progress(rounds_of(plan)))
+    _bench_report("step", report, json)
+
+
+@bench.command("pursuit")
+def _bench_pursuit(
+    overrides: BenchKeys = None,
+    shape: BenchShape = None,
+    family: BenchFamily = None,
+    variant: BenchVariant = None,
+    rounds: BenchRounds = 7,
+    threads: BenchThreads = None,
+    peers: BenchPeers = None,
+    peer: BenchPeer = None,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A training step of matching pursuit, and pursuits of given atoms (inference), in the same way."""
+    from training.bench.comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
+
+    names = family or ["matching_pursuit", "gradient_pursuit"]
+    plan = _bench_plan(overrides, shape, PURSUIT_SHAPE, names, PURSUIT_FAMILIES, variant, rounds, threads, peers, peer, quick)
+    with _progress("bench") as progress:
+        report = bench_steps(plan, progress(rounds_of(plan)))
+    _bench_report("pursuit", report, json)
+
+
+# Further measurements are commands here: what they return, tables or a dict of numbers, `_bench_report` shows.
+
+
+def _bench_plan(
+    overrides: list[str] | None,
+    shape: list[str] | None,
+    default: Any,
+    family: list[str],
+    families: tuple[str, ...],
+    variant: list[str] | None,
+    rounds: int,
+    threads: int | None,
+    peers: str | None,
+    peer: list[str] | None,
+    quick: bool,
+) -> Any:
+    import torch
+
+    from training.bench.comparison import LIBRARIES, QUICK_SHAPE, Plan, choose, parse_shape, peers_python
+    from training.recipe import parse_overrides
+
+    return Plan(
+        shapes=tuple(map(parse_shape, shape)) if shape else (QUICK_SHAPE if quick else default,),
+        families=choose("--family", family, families),
+        rounds=3 if quick else rounds,
+        threads=threads or torch.get_num_threads(),
+        overrides=parse_overrides(overrides or []),
+        variants=tuple(parse_overrides(keys.split()) for keys in variant or []),
+        peers_python=peers_python(peers),
+        libraries=choose("--peer", peer or LIBRARIES, LIBRARIES),
+    )
+
+
+def _bench_report(name: str, report: dict[str, Any], json: str | None) -> None:
+    """Print the tables, or the numbers of a flat report, and write the whole of it if asked to."""
+    from sae.files import write_json
+    from training.bench.comparison import tables
+    from training.bench.environment import environment
+
+    report = {"bench": name, "environment": environment()} | report
+    about = report["environment"]
+    cpu = f"{about['cpu']}, " if about["cpu"] else ""
+    print(f"{cpu}{about['threads']} threads, torch {about['torch']}")
+    for table in tables(report):
+        print(f"\n{table.title}")
+        _columns(table.head, table.rows)
+        for note in table.notes:
+            print(note)
+    if json is not None:
+        write_json(Path(json), report)
+
+
+def _columns(head: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    # In a file nothing limits the width; rich would cut numbers off at column 80.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _table(lines: list[tuple[str, str]]) -> None:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .kernels import backend
+
 # A prime, so that the sampled cells visit every latent and every token.
 SAMPLE_STRIDE = 61
 # How much of the budget the sampled cut should let through, so that it seldom lets through too little.
@@ -39,33 +41,46 @@ def largest_cells(scores: Float[Tensor, "tokens n_latents"], budget: int) -> Int
 
 
 @torch.no_grad()
-def largest_cells_per_latent(
-    scores: Float[Tensor, "tokens n_latents"], budgets: Int[Tensor, " n_latents"]
-) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " n_latents"]]:
-    """Each latent's ``budgets[i]`` cells with the largest scores, ascending, and the smallest score each latent kept.
+def largest_columns(
+    scores: Float[Tensor, "rows columns"], room: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+    """Every row's ``room[i]`` largest scores, row after row, and the columns they stand in. No room exceeds the columns."""
+    kernels = backend(scores)
+    if kernels is None:
+        return _ranked_columns(scores, room)
+    few = room <= kernels.KEPT_MOST
+    if bool(few.all()):
+        return kernels.keep_largest_ragged(scores, room)
+    rows = torch.repeat_interleave(room)
+    of_few = few[rows]
+    values, columns = scores.new_empty(len(rows)), torch.empty_like(rows)
+    values[of_few], columns[of_few] = kernels.keep_largest_ragged(scores, room.where(few, 0))
+    values[~of_few], columns[~of_few] = _ranked_columns(scores, room.where(~few, 0))
+    return values, columns
 
-    A budget above the number of tokens keeps every token; a latent without budget keeps none and has an infinite smallest
-    score.
-    """
-    tokens, n_latents = scores.shape
-    smallest = scores.new_full((n_latents,), float("inf"))
-    cells: list[Tensor] = []
-    by_latent = scores.T.contiguous()
-    order = budgets.clamp(max=tokens).argsort(descending=True, stable=True)
-    ranked = budgets.clamp(max=tokens)[order]
+
+def _ranked_columns(
+    scores: Float[Tensor, "rows columns"], room: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+    """``largest_columns`` by torch's sorting."""
+    order = room.argsort(descending=True, stable=True)
+    ranked = room[order]
+    firsts = room.cumsum(0) - room
+    total = int(room.sum())
+    values, columns = scores.new_empty(total), torch.empty(total, dtype=torch.long, device=scores.device)
     first, remaining = 0, int((ranked > 0).sum())
     while first < remaining:
-        # Latents whose budgets are within a factor of two are ranked together, so little of the ranking is thrown away.
+        # Rows whose rooms are within a factor of two are ranked together, so little of the ranking is thrown away.
         most = int(ranked[first])
         last = int((ranked[:remaining] * 2 > most).sum())
         chosen = order[first:last]
-        best = by_latent[chosen].topk(most, dim=-1)
-        kept = torch.arange(most, device=scores.device) < ranked[first:last, None]
-        cells.append((best.indices * n_latents + chosen[:, None])[kept])
-        smallest[chosen] = best.values.gather(1, ranked[first:last, None] - 1).squeeze(1)
+        best = scores[chosen].topk(most, dim=-1)
+        within = torch.arange(most, device=scores.device)
+        kept = within < ranked[first:last, None]
+        places = (firsts[chosen, None] + within)[kept]
+        values[places], columns[places] = best.values[kept], best.indices[kept]
         first = last
-    found = torch.cat(cells) if cells else torch.empty(0, dtype=torch.long, device=scores.device)
-    return found.sort().values, smallest
+    return values, columns
 
 
 def between(sorted_scores: Float[Tensor, " n"], rank: int) -> float:

@@ -2,15 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .allocation import between, largest_cells
+from .allocation import between
 from .code import Requests, SparseCode
-from .encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
+from .encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
+from .scores import Scorer, above, largest_of_batch
 
 # The running threshold looks back over about so many batches.
 LEVEL_BATCHES = 20
@@ -37,17 +39,13 @@ class BatchWide(Encoder, ABC):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        found = affinities(x, weights)
-        if self.training:
-            cells = self.select(found)
-            if len(x):
-                self._observe(found, cells)
-        else:
-            cells = self._exceeding(found)
-        code = SparseCode.from_cells(cells, found.reshape(-1).gather(0, cells), *found.shape)
-        code = with_gradient(code, x, weights).relu()
+        scores = scorer(x, weights)
         if not self.training:
-            return code
+            return with_gradient(above(scores.tiles(), self._known_threshold(), *scores.shape), x, weights).relu()
+        found = self.select(scores)
+        if len(x):
+            self._observe(found, len(x))
+        code = with_gradient(found.code, x, weights).relu()
         return SparseCode(code.latents, code.values, code.starts, Requests(prefixes=self.prefixes()))
 
     def prepare(self, n_latents: int) -> None:
@@ -66,79 +64,81 @@ class BatchWide(Encoder, ABC):
         """Widths whose reconstructions are trained as well."""
 
     @abstractmethod
-    def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
-        """The cells that a training batch keeps, ascending."""
+    def select(self, scores: Scorer) -> "Selected":
+        """What a training batch keeps, and what it shows of the demand for latents."""
 
     @abstractmethod
     def threshold(self) -> Float[Tensor, "..."] | None:
         """What a score must exceed in eval mode: one number, or one per latent; ``None`` before the first batch."""
 
     @abstractmethod
-    def calibrate(self, batches: Iterable[Float[Tensor, "tokens n_latents"]]) -> None:
+    def calibrate(self, batches: Iterable[Scorer]) -> None:
         """Set the threshold from the scores of many tokens, so that it keeps as much of them as training would.
 
         Raises:
             ValueError: If there is no token.
         """
 
-    def _exceeding(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
+    def _known_threshold(self) -> Float[Tensor, "..."]:
         threshold = self.threshold()
         if threshold is None:
             raise ValueError(
                 "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
             )
-        return (scores > threshold).reshape(-1).nonzero().squeeze(-1)
-
-    @abstractmethod
-    def demand(
-        self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n_latents"] | None]:
-        """The batch's level, and how many tokens each latent has above it; ``None`` to leave the density as it is.
-
-        ``cells`` are those that ``select`` chose.
-        """
+        return threshold
 
     @torch.no_grad()
-    def _observe(self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]) -> None:
+    def _observe(self, found: "Selected", tokens: int) -> None:
         """Move level and density towards what this batch shows."""
-        tokens = scores.shape[0]
-        level, counts = self.demand(scores, cells)
         # Early on a plain mean: the first batches are all there is.
         share = 1 / (self.batches.double() + 1)
-        self.level.lerp_(level.to(self.level), share.clamp_min(1 / LEVEL_BATCHES).to(self.level))
-        if counts is not None:
+        if found.level is not None:
+            self.level.lerp_(found.level.to(self.level), share.clamp_min(1 / LEVEL_BATCHES).to(self.level))
+        if found.demand is not None:
             forgotten = 1 - 0.5 ** (tokens / DENSITY_HALF_LIFE)
-            self.density.lerp_(counts.to(self.density) / tokens, share.clamp_min(forgotten).to(self.density))
+            self.density.lerp_(found.demand.to(self.density) / tokens, share.clamp_min(forgotten).to(self.density))
         self.batches += 1
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A batch's code, its level, and on how many tokens each latent is above it; ``None`` leaves the running figure alone."""
+
+    code: SparseCode
+    level: Float[Tensor, ""] | None
+    demand: Float[Tensor, " n_latents"] | None
 
 
 class MutualLevel(BatchWide, ABC):
     """The batch-wide encoders for which one threshold serves all latents."""
 
+    def __init__(self, k: int):
+        super().__init__(k)
+        # A guess at the next batch's level. It saves work and changes no result, so it is not saved.
+        self._cut: float | None = None
+
     def prepare_selection(self, n_latents: int) -> None:
         pass
 
-    def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
-        return largest_cells(scores, scores.shape[0] * self.k)
-
-    def demand(
-        self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n_latents"] | None]:
+    def select(self, scores: Scorer) -> Selected:
+        code, self._cut = largest_of_batch(scores, len(scores.x) * self.k, self._cut)
+        if not len(code.values):
+            return Selected(code, None, None)
         # What was chosen is what is above the level.
-        kept = scores.reshape(-1)[cells]
-        counts = torch.bincount(cells[kept > 0] % scores.shape[1], minlength=scores.shape[1])
-        return kept.amin().clamp_min(0).float(), counts.float()
+        demand = torch.zeros(len(scores.W), device=code.values.device)
+        demand.index_add_(0, code.latents, (code.values > 0).float())
+        return Selected(code, code.values.amin().clamp_min(0).float(), demand)
 
     def threshold(self) -> Float[Tensor, "..."] | None:
         return self.level if int(self.batches) else None
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "tokens n_latents"]]) -> None:
+    def calibrate(self, batches: Iterable[Scorer]) -> None:
         # Twice the budget of every batch is certain to hold the budget of all of them unless batches differ wildly.
         pools, tokens = [], 0
         for scores in batches:
-            tokens += scores.shape[0]
-            pools.append(scores.reshape(-1)[largest_cells(scores, 2 * scores.shape[0] * self.k)].cpu())
+            tokens += len(scores.x)
+            pools.append(largest_of_batch(scores, 2 * len(scores.x) * self.k)[0].values.cpu())
         if not tokens:
             raise ValueError("encoder: expected tokens to calibrate the threshold on, got none.")
         pool = cast(Tensor, torch.cat(pools)).sort(descending=True).values

@@ -7,6 +7,36 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .kernels.parallel import has_numba
+
+
+def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[Tensor, " ends"]:
+    """Where every token's entries begin, and behind the last token where they end."""
+    return torch.cat([starts, starts.new_full((1,), latents.shape[0])])
+
+
+def group(keys: Int[Tensor, " nnz"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " nnz"]]:
+    """Where each of ``count`` keys begins and ends in the second tensor: the keys' places by key, ascending within one."""
+    if keys.device.type == "cpu" and has_numba():
+        from .kernels import cpu
+
+        return cpu.group(keys, count)
+    firsts = torch.zeros(count + 1, dtype=torch.long, device=keys.device)
+    torch.cumsum(torch.bincount(keys, minlength=count), 0, out=firsts[1:])
+    return firsts, keys.argsort(stable=True)
+
+
+@dataclass(frozen=True)
+class ByLatent:
+    """A code's entries grouped by latent: latent ``i`` has those from ``firsts[i]`` to ``firsts[i + 1]``.
+
+    ``tokens`` are their tokens, ascending within a latent, ``order`` their places in the code.
+    """
+
+    firsts: Int[Tensor, " ends"]
+    tokens: Int[Tensor, " nnz"]
+    order: Int[Tensor, " nnz"]
+
 
 @dataclass(frozen=True)
 class Requests:
@@ -54,12 +84,17 @@ class SparseCode:
 
     def entries_per_token(self) -> Int[Tensor, " tokens"]:
         """Entries of each token, silent ones included."""
-        return torch.diff(self.starts, append=self.starts.new_tensor([self.latents.shape[0]]))
+        return torch.diff(bounds(self.latents, self.starts))
 
     def token_ids(self) -> Int[Tensor, " nnz"]:
         """The token each entry belongs to."""
         tokens = torch.arange(self.n_tokens, device=self.starts.device)
         return torch.repeat_interleave(tokens, self.entries_per_token(), output_size=self.latents.shape[0])
+
+    def by_latent(self, n_latents: int) -> ByLatent:
+        """The entries grouped by latent."""
+        firsts, order = group(self.latents, n_latents)
+        return ByLatent(firsts, self.token_ids()[order], order)
 
     def relu(self) -> "SparseCode":
         """The code with negative values silenced."""

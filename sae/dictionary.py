@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .code import SparseCode
 from .encoder import Encoder, Weights
 from .pursuit import PURSUITS
+from .screen import Screen
 from .sparse_ops import decode
 
 
@@ -40,6 +41,8 @@ class SparseDictionary(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
+        # Set by training, for training: a checkpoint knows nothing of it.
+        self.screen: Screen | None = None
         # On the meta device there are no numbers, and drawing them there would first import torch's compiler.
         if not self.W_dec.is_meta:
             nn.init.normal_(self.W_dec)
@@ -62,7 +65,8 @@ class SparseDictionary(nn.Module, ABC):
 
     @property
     def weights(self) -> Weights:
-        return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec)
+        screen = self.screen if self.training else None
+        return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec, screen)
 
     def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
         """The sparse code of raw activations ``(tokens, d_in)``.

@@ -11,23 +11,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .code import SparseCode
-from .sparse_ops import entries
+from .scores import Scorer
+from .screen import Screen
+from .sparse_ops import entries, some_rows
 
 
 @dataclass(frozen=True)
 class Weights:
     """What an encoder may read of its dictionary. Row ``i`` of both matrices belongs to latent ``i``.
 
-    In a dictionary with a tied encoder both matrices are one tensor, and there is no ``b_enc``.
+    In a dictionary with a tied encoder both matrices are one tensor, and there is no ``b_enc``. A ``screen``, where training
+    has one, is for encoders that can use it.
     """
 
     W_enc: Float[Tensor, "n_latents d_in"]
     b_enc: Float[Tensor, " n_latents"] | None
     W_dec: Float[Tensor, "n_latents d_out"]
+    screen: Screen | None = None
 
     def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
-        """The weights of some latents."""
-        return Weights(self.W_enc[latents], None if self.b_enc is None else self.b_enc[latents], self.W_dec[latents])
+        """The weights of some latents, which differ."""
+        W_enc = some_rows(self.W_enc, latents)
+        W_dec = W_enc if self.W_dec is self.W_enc else some_rows(self.W_dec, latents)
+        return Weights(W_enc, None if self.b_enc is None else self.b_enc[latents], W_dec)
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
@@ -35,14 +41,22 @@ def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[
     return F.linear(x, weights.W_enc, weights.b_enc)
 
 
-@torch.no_grad()
-def affinities(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
-    """The pre-activations as numbers to choose by, without gradient: most of them are thrown away."""
-    return pre_activations(x, weights)
+def scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
+    """The pre-activations as numbers to choose by, a tile at a time: most of them are thrown away."""
+    return Scorer(*castable(x, weights.W_enc, weights.b_enc))
+
+
+def castable(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the precision of the autocast in force, if there is one: products into a buffer do not see to it themselves."""
+    x, W, b = x.detach(), W.detach(), None if b is None else b.detach()
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
+    return x, W, b
 
 
 def with_gradient(code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: Weights) -> SparseCode:
-    """The same entries, taken from ``affinities``, as differentiable functions of ``x`` and the weights."""
+    """The same entries, taken from a scorer, as differentiable functions of ``x`` and the weights."""
     values = entries(x, weights.W_enc, weights.b_enc, code.values, code.latents, code.starts)
     return SparseCode(code.latents, values, code.starts, code.requests)
 
@@ -60,6 +74,8 @@ class Encoder(nn.Module, ABC):
     # An SAE then has one matrix for both sides.
     tied: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    # Whether it finds its latents by way of a coarse product where training asks for that.
+    can_screen: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

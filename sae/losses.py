@@ -5,7 +5,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .budgets import underused
-from .encoder import Weights, pre_activations
+from .encoder import Weights, pre_activations, scorer, with_gradient
+from .scores import largest_per_token
+from .sparse_ops import decode
 
 
 def normalized_mse(
@@ -37,11 +39,13 @@ def auxk(
         return error.new_zeros(())
     x, error = x.detach(), error.detach()
     dead_weights = weights.rows(rows)
-    pre_acts = pre_activations(x, dead_weights).relu()
-    if rows.numel() > k_aux:
-        floor = pre_acts.detach().topk(k_aux, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        pre_acts = pre_acts * (pre_acts.detach() >= floor)
-    residual = pre_acts @ dead_weights.W_dec - error
+    if rows.numel() <= k_aux:
+        # All take part: there is nothing to choose, and no sparsity to make use of.
+        guess = pre_activations(x, dead_weights).relu() @ dead_weights.W_dec
+    else:
+        code = largest_per_token(scorer(x, dead_weights).tiles(), k_aux)
+        guess = decode(with_gradient(code, x, dead_weights).relu(), dead_weights.W_dec)
+    residual = guess - error
     spread = (error - error.mean(0)).pow(2).sum()
     # A perfect reconstruction leaves nothing to explain: 0/0 must not poison the weights.
     loss = residual.pow(2).sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)

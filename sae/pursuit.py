@@ -1,7 +1,9 @@
 """Pursuits: codes chosen one atom at a time from what the earlier ones left over. Pure functions of inputs and atoms."""
 
 import math
+import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -11,11 +13,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .code import SparseCode
+from .kernels.parallel import has_numba, over_rows
 
 # The atoms' Gram matrix has to fit in this: 16,384 latents in float32.
 GRAM_BYTES_LIMIT = 2**30
 # Operations done in the time that one byte takes from main memory. CPUs and GPUs lie between 5 and 20 in float32.
 FLOPS_PER_BYTE = 10
+# The same for a number of a matrix row that was used a step ago, measured on rows of 16 KB.
+FLOPS_PER_CACHED_NUMBER = 5
+# How often the Gram matrix goes to or from memory while it is made: as a product, and to copy one triangle to the other.
+GRAM_PASSES = 4
+# A Gram matrix of at most this size leaves its memory to the next one. Fresh memory is handed out page by page and zeroed:
+# at 4096 latents that is a fourth of the matrix's time.
+GRAM_BYTES_KEPT = 2**28
 # A correlation below this many roundings of ||x|| is noise: after k steps the error of one is about eps sqrt(k) ||x||.
 ROUNDINGS = 8
 # An atom whose squared distance from the span of the others is below this many roundings is taken to lie in it.
@@ -28,6 +38,8 @@ MIN_TOKENS_GRAM = 64
 MIN_TOKENS_NAIVE = 256
 # torch's argmax on a CPU is not vectorised, its max is: the largest block is found first, then the place in it.
 ARGMAX_BLOCK = 128
+# Columns of atoms that a thread adds gradients to: fewer would be less than a stretch of memory is read at.
+MIN_COLUMNS = 64
 GRAM_BLOCK = 512
 
 
@@ -56,16 +68,27 @@ def gram_is_cheaper(tokens: int, d: int, n_latents: int, k: int, bytes_per_numbe
     """Whether to look correlations up in the atoms' Gram matrix rather than compute them from the residual at each step.
 
     The cost of either way is its operations plus ``FLOPS_PER_BYTE`` times the bytes it takes from main memory. Naive: a
-    product per step, which reads the atoms once for each chunk. Gram: the matrix (half of it computed, all of it written),
-    one product, then a row of the matrix per token and step. A matrix above ``GRAM_BYTES_LIMIT`` is never built.
+    product per step, which reads the atoms once for each chunk. Gram: the matrix (half of it computed, then copied), one
+    product, then a row of the matrix per token and step. A matrix above ``GRAM_BYTES_LIMIT`` is never built.
     """
-    gram_bytes = n_latents**2 * bytes_per_number
-    atom_bytes = n_latents * d * bytes_per_number
-    product = 2 * tokens * d * n_latents + FLOPS_PER_BYTE * atom_bytes * math.ceil(tokens / MIN_TOKENS_NAIVE)
-    naive = k * product
     lookups = tokens * n_latents * (2 + FLOPS_PER_BYTE * bytes_per_number)
-    gram = n_latents**2 * d + FLOPS_PER_BYTE * gram_bytes + product + k * lookups
-    return gram_bytes <= GRAM_BYTES_LIMIT and gram < naive
+    return _gram_pays(tokens, d, n_latents, k, bytes_per_number, k * lookups)
+
+
+def descends_by_gram(tokens: int, d: int, n_latents: int, k: int, bytes_per_number: int = 4) -> bool:
+    """The same question for gradient pursuit, where every step needs the rows of all atoms added so far.
+
+    One of them comes from main memory, the others from a nearer cache.
+    """
+    lookups = tokens * n_latents * (2 + FLOPS_PER_BYTE * bytes_per_number + FLOPS_PER_CACHED_NUMBER * (k - 1) / 2)
+    return _gram_pays(tokens, d, n_latents, k, bytes_per_number, k * lookups)
+
+
+def _gram_pays(tokens: int, d: int, n_latents: int, k: int, bytes_per_number: int, lookups: int | float) -> bool:
+    gram_bytes, atom_bytes = n_latents**2 * bytes_per_number, n_latents * d * bytes_per_number
+    product = 2 * tokens * d * n_latents + FLOPS_PER_BYTE * atom_bytes * math.ceil(tokens / MIN_TOKENS_NAIVE)
+    gram = n_latents**2 * d + GRAM_PASSES * FLOPS_PER_BYTE * gram_bytes + product + lookups
+    return gram_bytes <= GRAM_BYTES_LIMIT and gram < k * product
 
 
 @torch.no_grad()
@@ -77,6 +100,8 @@ def select(
     With ``use_gram`` the correlations are computed once and then updated by rows of ``atoms @ atoms.T``. In float32 their
     error does not build up enough to compute them afresh: measured at k = 64 it is below 4e-7 ``||x||``, naive 3e-7.
     """
+    if (kernels := _kernels(x, atoms)) is not None:
+        return _select_compiled(kernels, x, atoms.contiguous(), k, tolerance, use_gram)
     latents = torch.zeros(x.shape[0], k, dtype=torch.long, device=x.device)
     values = x.new_zeros(x.shape[0], k)
     padded = _pad_to_blocks(atoms)
@@ -102,6 +127,40 @@ def select(
                 torch.mm(residual, padded.T, out=corr)
             else:
                 corr.addcmul_(torch.index_select(gram, 0, latent, out=looked_up), value[:, None], value=-1)
+    return latents, values
+
+
+def _select_compiled(
+    kernels: ModuleType,
+    x: Float[Tensor, "tokens d"],
+    atoms: Float[Tensor, "n_latents d"],
+    k: int,
+    tolerance: int | float,
+    use_gram: bool,
+) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """``select`` in compiled loops: no token is worked on after it has stopped."""
+    tokens, n = x.shape[0], atoms.shape[0]
+    latents, values = torch.zeros(tokens, k, dtype=torch.long), x.new_zeros(tokens, k)
+    gram = _gram(atoms) if use_gram else None
+    norms = x.norm(dim=1)
+    floors = ROUNDINGS * torch.finfo(x.dtype).eps * norms
+    corr = None
+    for rows in _chunks(tokens, 2 * n, MIN_TOKENS_GRAM if use_gram else MIN_TOKENS_NAIVE, x.device):
+        some = x[rows].contiguous() if use_gram else x[rows].clone(memory_format=torch.contiguous_format)
+        # Fresh memory is slow: the system hands it out page by page, each filled with zeros.
+        corr = x.new_empty(some.shape[0], n) if corr is None else corr[: some.shape[0]]
+        torch.mm(some, atoms.T, out=corr)
+        stops, found = (norms[rows], floors[rows], float(tolerance)), (latents[rows], values[rows])
+        if gram is not None:
+            _run(kernels.match_by_gram, some.shape[0], corr, gram, some, atoms, *stops, *found)
+            continue
+        left = norms[rows].clone()
+        for t in range(k):
+            if t > 0:
+                torch.mm(some, atoms.T, out=corr)
+            _run(kernels.match_once, some.shape[0], corr, some, atoms, *stops, left, t, *found)
+            if tolerance > 0 and not found[1][:, t].any():
+                break
     return latents, values
 
 
@@ -132,6 +191,12 @@ class _PursuitValues(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "n_latents d"], None, None]:
         x, atoms, latents, values = ctx.saved_tensors
         (tokens, k), d = latents.shape, x.shape[1]
+        if (kernels := _kernels(x, atoms)) is not None:
+            return (
+                *_back_compiled(kernels, x.contiguous(), atoms.contiguous(), latents, values, grads[0].contiguous()),
+                None,
+                None,
+            )
         dv = grads[0].where(values > 0, 0)
         dx, d_atoms = torch.zeros_like(x), torch.zeros_like(atoms)
         for rows in _chunks(tokens, 2 * k * d, 1, x.device):
@@ -143,6 +208,23 @@ class _PursuitValues(torch.autograd.Function):
             per_entry = torch.baddbmm(q * x[rows, None, :], mixing + mixing.mT, chosen, alpha=-1)
             d_atoms.index_add_(0, latents[rows].flatten(), per_entry.flatten(0, 1))
         return dx, d_atoms, None, None
+
+
+def _back_compiled(
+    kernels: ModuleType,
+    x: Float[Tensor, "tokens d"],
+    atoms: Float[Tensor, "n_latents d"],
+    latents: Int[Tensor, "tokens k"],
+    values: Float[Tensor, "tokens k"],
+    dv: Float[Tensor, "tokens k"],
+) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "n_latents d"]]:
+    """Gradients to inputs and atoms, the sums over earlier and later steps brought along instead of multiplied out."""
+    q, dx, d_atoms = torch.empty_like(values), torch.empty_like(x), torch.zeros_like(atoms)
+    _run(kernels.match_back, x.shape[0], atoms, latents, values, dv, q, dx)
+    # Each thread adds up columns of its own: the sums are the same for every number of threads.
+    width = max(MIN_COLUMNS, -(-x.shape[1] // torch.get_num_threads()))
+    _run(kernels.match_back_to_atoms, -(-x.shape[1] // width), width, x, dx, atoms, latents, values, q, d_atoms)
+    return dx, d_atoms
 
 
 @torch.no_grad()
@@ -180,14 +262,48 @@ def gradient_pursuit(
     Source: Blumensath & Davies 2008, Gradient Pursuits.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x, padded = _at_least_float32(x), _pad_to_blocks(_at_least_float32(atoms))
+        x, atoms = _at_least_float32(x), _at_least_float32(atoms)
         steps = k if isinstance(k, Tensor) else torch.full_like(x[:, 0], k, dtype=torch.long)
         most = int(steps.max()) if steps.numel() else 0
+        if (kernels := _kernels(x, atoms)) is not None:
+            use_gram = descends_by_gram(x.shape[0], x.shape[1], atoms.shape[0], most, x.element_size())
+            return SparseCode.from_rows(*_descend_compiled(kernels, x, atoms.contiguous(), steps, most, use_gram))
+        padded = _pad_to_blocks(atoms)
         latents = torch.zeros(x.shape[0], most, dtype=torch.long, device=x.device)
         values = x.new_zeros(x.shape[0], most)
         for rows in _chunks(x.shape[0], padded.shape[0] + most * x.shape[1], 1, x.device):
             latents[rows], values[rows] = _gradient_chunk(x[rows], padded, steps[rows], most)
         return SparseCode.from_rows(latents, values)
+
+
+def _descend_compiled(
+    kernels: ModuleType,
+    x: Float[Tensor, "tokens d"],
+    atoms: Float[Tensor, "n_latents d"],
+    steps: Int[Tensor, " tokens"],
+    most: int,
+    use_gram: bool,
+) -> tuple[Int[Tensor, "tokens most"], Float[Tensor, "tokens most"]]:
+    """Gradient pursuit in compiled loops. The Gram matrix only chooses the next atom; values come from the atoms."""
+    tokens, n = x.shape[0], atoms.shape[0]
+    latents, values = torch.zeros(tokens, most, dtype=torch.long), x.new_zeros(tokens, most)
+    added, steps = torch.zeros(tokens, most, dtype=torch.bool), steps.contiguous()
+    gram = _gram(atoms) if use_gram else None
+    corr = None
+    for rows in _chunks(tokens, 2 * n, MIN_TOKENS_GRAM if use_gram else MIN_TOKENS_NAIVE, x.device):
+        some = x[rows].contiguous()
+        corr = x.new_empty(some.shape[0], n) if corr is None else corr[: some.shape[0]]
+        torch.mm(some, atoms.T, out=corr)
+        found = (added[rows], latents[rows], values[rows])
+        if gram is not None:
+            _run(kernels.descend_by_gram, some.shape[0], corr, gram, some, atoms, steps[rows], *found)
+            continue
+        residual = some.clone()
+        for t in range(most):
+            if t > 0:
+                torch.mm(residual, atoms.T, out=corr)
+            _run(kernels.descend_once, some.shape[0], corr, some, residual, atoms, steps[rows], t, *found)
+    return latents, values
 
 
 def _orthogonal_chunk(
@@ -256,6 +372,21 @@ def _gradient_chunk(
     return latents, values
 
 
+def _kernels(*tensors: Tensor) -> ModuleType | None:
+    """The compiled loops, where there is a compiler and these tensors are what they take."""
+    compiled = (torch.float32, torch.float64)
+    if not has_numba() or any(tensor.device.type != "cpu" or tensor.dtype not in compiled for tensor in tensors):
+        return None
+    from .kernels import pursuit
+
+    return pursuit
+
+
+def _run(kernel: Callable[..., None], rows: int, *arguments: Tensor | int | float) -> None:
+    """A kernel over so many rows; tensors as the arrays it takes, on the same memory."""
+    over_rows(kernel, rows, *(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in arguments))
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -272,10 +403,25 @@ def _pad_to_blocks(atoms: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_padd
     return F.pad(atoms, (0, 0, 0, -atoms.shape[0] % ARGMAX_BLOCK))
 
 
+class _Kept(threading.local):
+    """Memory of each thread's last Gram matrix; no such matrix outlives the call it was made in."""
+
+    numbers: Tensor | None = None
+
+
+_kept = _Kept()
+
+
 def _gram(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
-    """``atoms @ atoms.T``, of which one triangle is computed and the other copied."""
+    """``atoms @ atoms.T``, of which one triangle is computed and the other copied. Valid until the thread's next call."""
     n = atoms.shape[0]
-    gram = atoms.new_empty(n, n)
+    numbers, _kept.numbers = _kept.numbers, None
+    if numbers is None or numbers.numel() != n * n or numbers.dtype != atoms.dtype or numbers.device != atoms.device:
+        numbers = atoms.new_empty(n * n)
+    # An accelerator's allocator keeps memory by itself. What was made in inference mode may not be written outside of it.
+    if atoms.device.type == "cpu" and n * n * atoms.element_size() <= GRAM_BYTES_KEPT and not numbers.is_inference():
+        _kept.numbers = numbers
+    gram = numbers.view(n, n)
     for start in range(0, n, GRAM_BLOCK):
         stop = start + GRAM_BLOCK
         torch.mm(atoms[start:stop], atoms[start:].T, out=gram[start:stop, start:])

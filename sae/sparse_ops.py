@@ -1,8 +1,9 @@
 """Arithmetic on sparse codes: decoding, and gradients that touch only the entries that occur.
 
 One dense product is needed in a step, that of the encoder. Its backward pass, like that of decoding, is a product with a
-matrix that has only the code's entries: (tokens, n_latents) in CSR form, or its transpose. Where torch has no such product
-(no MKL, low precision) the plain reference below does the same; it is what the fast path is checked against.
+matrix that has only the code's entries. Compiled kernels do it where there are any for the tensors at hand
+(``sae.kernels``); elsewhere torch does, by products in CSR form, or in pieces where it has none (no MKL, low precision).
+All are checked against the plain reference below. A matrix with a ledger has its gradient entered there, not written out.
 """
 
 import threading
@@ -15,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .code import SparseCode
+from .code import SparseCode, bounds
+from .kernels import backend
+from .ledger import Ledger, Product, ledger_of
 
 # From one entry in sixteen on the dense product is faster, as measured on two CPU cores for widths 1024 to 12288: encoders
 # without a budget begin with every second latent on. Small codes are not worth the question.
@@ -31,7 +34,7 @@ def decode(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[T
     """
     # Under autocast the values come in a lower precision than the atoms.
     values = code.values.to(atoms.dtype)
-    return _Decode.apply(values, atoms, code.latents, code.starts)  # pyright: ignore[reportReturnType]
+    return _Decode.apply(values, atoms, code.latents, code.starts, ledger_of(atoms))  # pyright: ignore[reportReturnType]
 
 
 def entries(
@@ -43,7 +46,7 @@ def entries(
     starts: Int[Tensor, " tokens"],
 ) -> Float[Tensor, " nnz"]:
     """Entries of ``W x + b`` that were computed without gradient, made differentiable in ``x``, ``W`` and ``b``."""
-    return _Entries.apply(x, W, b, values, latents, starts)  # pyright: ignore[reportReturnType]
+    return _Entries.apply(x, W, b, values, latents, starts, ledger_of(W))  # pyright: ignore[reportReturnType]
 
 
 def decode_plain(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
@@ -63,39 +66,81 @@ def entries_plain(
     return F.linear(x, W, b)[tokens, latents]
 
 
+def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) -> Float[Tensor, "some d"]:
+    """``W[latents]`` for latents that differ; the gradient of a matrix with a ledger is entered there."""
+    return _SomeRows.apply(W, latents, ledger_of(W))  # pyright: ignore[reportReturnType]
+
+
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor, ledger: Ledger | None) -> Tensor:
         ctx.save_for_backward(values, atoms, latents, starts)
-        if _crowded(latents, starts, atoms):
-            return SparseCode(latents, values, starts).to_dense(atoms.shape[0]) @ atoms
-        return F.embedding_bag(latents, atoms, starts, mode="sum", per_sample_weights=values)
+        ctx.ledger = ledger
+        return _gather(values, atoms, latents, starts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, atoms, latents, starts = ctx.saved_tensors
-        to_values = _dots(grads[0], atoms, latents, starts) if ctx.needs_input_grad[0] else None
-        to_atoms = _spread(values, grads[0], latents, starts, atoms) if ctx.needs_input_grad[1] else None
-        return to_values, to_atoms, None, None
+        to_values = dots(grads[0], atoms, latents, starts) if ctx.needs_input_grad[0] else None
+        to_atoms = _to_matrix(values, grads[0], latents, starts, atoms, ctx.ledger) if ctx.needs_input_grad[1] else None
+        return to_values, to_atoms, None, None, None
 
 
 class _Entries(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        values: Tensor,
+        latents: Tensor,
+        starts: Tensor,
+        ledger: Ledger | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, W, latents, starts)
+        ctx.ledger = ledger
         return values.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, latents, starts = ctx.saved_tensors
         to_x = _gather(grads[0], W, latents, starts).to(x.dtype) if ctx.needs_input_grad[0] else None
-        to_W = _spread(grads[0], x, latents, starts, W) if ctx.needs_input_grad[1] else None
+        to_W = _to_matrix(grads[0], x, latents, starts, W, ctx.ledger) if ctx.needs_input_grad[1] else None
         to_b = None
         if ctx.needs_input_grad[2]:
             to_b = torch.zeros(W.shape[0], dtype=W.dtype, device=W.device).index_add_(0, latents, grads[0].to(W.dtype))
-        return to_x, to_W, to_b, None, None, None
+        return to_x, to_W, to_b, None, None, None, None
+
+
+class _SomeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, latents: Tensor, ledger: Ledger | None) -> Tensor:
+        ctx.save_for_backward(W, latents)
+        ctx.ledger = ledger
+        return W[latents]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        W, latents = ctx.saved_tensors
+        if ctx.ledger is None:
+            return torch.zeros_like(W).index_copy_(0, latents, grads[0]), None, None
+        ctx.ledger.rows.append((latents, grads[0]))
+        return None, None, None
+
+
+def _to_matrix(
+    values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor, ledger: Ledger | None
+) -> Tensor | None:
+    """The gradient of a matrix whose row ``i`` is weighted into every token that has latent ``i``, unless a ledger takes it."""
+    if ledger is None or _crowded(latents, starts, like):
+        return _spread(values, rows, latents, starts, like)
+    code = SparseCode(latents, values.to(like.dtype), starts)
+    ledger.products.append(Product(code, rows.to(like.dtype).contiguous()))
+    return None
 
 
 def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
@@ -103,33 +148,42 @@ def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Te
     values = values.to(rows.dtype)
     if _crowded(latents, starts, rows):
         return SparseCode(latents, values, starts).to_dense(rows.shape[0]) @ rows
+    kernels = backend(values, rows)
+    if kernels is not None:
+        return kernels.decode(bounds(latents, starts), latents, values, rows)
     return F.embedding_bag(latents, rows, starts, mode="sum", per_sample_weights=values)
 
 
 def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor) -> Tensor:
     """Per latent, the sum of its tokens' rows weighted by the entries: (n_latents, d), as ``like``."""
-    values, rows = values.to(like.dtype), rows.to(like.dtype)
+    values, rows = values.to(like.dtype), rows.to(like.dtype).contiguous()
     tokens, n_latents = starts.shape[0], like.shape[0]
     code = SparseCode(latents, values, starts)
     if _crowded(latents, starts, like):
         return code.to_dense(n_latents).T @ rows
+    kernels = backend(values, rows)
+    if kernels is not None:
+        group = code.by_latent(n_latents)
+        return kernels.spread(group, values[group.order], rows)
     if not _has_csr(like):
         by_entry = torch.zeros_like(like)
         # In pieces: all entries' rows at once would be k times the input.
         for some in torch.arange(latents.shape[0], device=latents.device).split(1 << 14):
             by_entry.index_add_(0, latents[some], values[some, None] * rows[code.token_ids()[some]])
         return by_entry
-    order = latents.argsort(stable=True)
-    firsts = torch.zeros(n_latents + 1, dtype=torch.long, device=latents.device)
-    torch.cumsum(torch.bincount(latents, minlength=n_latents), 0, out=firsts[1:])
-    return _csr(firsts, code.token_ids()[order], values[order], (n_latents, tokens)) @ rows
+    group = code.by_latent(n_latents)
+    return _csr(group.firsts, group.tokens, values[group.order], (n_latents, tokens)) @ rows
 
 
-def _dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
-    """For every entry the product of its token's row of ``left`` with its latent's row: (nnz,)."""
+def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
+    """For every entry the product of its token's row of ``left`` with its latent's row: (nnz,). Without gradient."""
     code = SparseCode(latents, torch.empty(latents.shape[0]), starts)
+    left = left.contiguous()
     if _crowded(latents, starts, rows):
         return (left @ rows.T)[code.token_ids(), latents]
+    kernels = backend(left, rows)
+    if kernels is not None:
+        return kernels.dots(bounds(latents, starts), latents, left, rows)
     # More entries than cells, by repetition, is more than torch takes for a CSR matrix.
     if not _has_csr(rows) or not 0 < latents.shape[0] <= starts.shape[0] * rows.shape[0]:
         picked = [
@@ -137,8 +191,7 @@ def _dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor
             for some in torch.arange(latents.shape[0], device=latents.device).split(1 << 14)
         ]
         return torch.cat(picked) if picked else rows.new_zeros(0)
-    ends = torch.cat([starts, starts.new_tensor([latents.shape[0]])])
-    pattern = _csr(ends, latents, rows.new_zeros(latents.shape[0]), (starts.shape[0], rows.shape[0]))
+    pattern = _csr(bounds(latents, starts), latents, rows.new_zeros(latents.shape[0]), (starts.shape[0], rows.shape[0]))
     return torch.sparse.sampled_addmm(pattern, left, rows.T, beta=0.0).values()
 
 

@@ -34,6 +34,23 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def encoder_arguments():
+    """Arguments for small shapes, one entry per variant."""
+    return {
+        "topk": {"k": 3},
+        "mutual_choice": {"k": 3},
+        "feature_choice": {"k": 3, "budget": "zipf", "rerank_every": 3},
+        "gradient_topk": {"k": 3, "beta": 4.0, "normalize": "token"},
+        "matching_pursuit": {"k": 3, "tolerance": 0.0},
+        "batch_topk": {"k": 3},
+        "matryoshka": {"k": 3, "shares": [0.25, 0.5, 1.0]},
+        "relu": {"sparsity": 0.1, "target_l0": 3},
+        "jumprelu": {"target_l0": 3, "sparsity": 1.0, "bandwidth": 0.3},
+        "gated": {"sparsity": 0.1, "target_l0": 3},
+    }
+
+
 @pytest.fixture
 def recipe_values(tmp_path):
     """A recipe that runs in seconds: 6,000 tokens of the embedded model, 30 steps."""

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sae import SparseDictionary
 from sae.batch_wide import BatchWide
-from sae.encoder import pre_activations
+from sae.encoder import scorer
+from sae.scores import Scorer
 
 from .activations.stream import Stream
 
@@ -28,9 +27,7 @@ def finish(dictionary: SparseDictionary, stream: Stream, tokens: int, batch_toke
 
 
 @torch.no_grad()
-def scores(
-    dictionary: SparseDictionary, stream: Stream, tokens: int, batch_tokens: int
-) -> Iterator[Float[Tensor, "tokens n_latents"]]:
+def scores(dictionary: SparseDictionary, stream: Stream, tokens: int, batch_tokens: int) -> Iterator[Scorer]:
     """Pre-activations of shuffled training tokens, a batch at a time."""
     seen = 0
     while seen < tokens:
@@ -38,4 +35,4 @@ def scores(
         if not len(x):
             return
         seen += len(x)
-        yield pre_activations(dictionary.centre(x / dictionary.in_scale), dictionary.weights)
+        yield scorer(dictionary.centre(x / dictionary.in_scale), dictionary.weights)

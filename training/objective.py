@@ -93,7 +93,9 @@ class Objective(nn.Module):
         code = d.encode(batch.x, batch.grad)
         y_hat = d.decode(code)
         fvu = normalized_mse(y, y_hat, self.variance)
-        named = {"fvu": fvu.detach(), "l0": code.l0().float().mean()}
+        named = {"fvu": fvu.detach(), "l0": (code.values > 0).sum() / max(code.n_tokens, 1)}
+        if d.screen is not None:
+            named["screen_recall"] = d.screen.recall
         judged = self.prefixes(code, y) if code.requests.prefixes else [y_hat]
         loss = self.reconstruction_weight * torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
         extra = self.extra(batch, code, y, y_hat, usage)

@@ -3,6 +3,7 @@
 import torch
 
 from sae import SparseDictionary
+from sae.ledger import drop_ledger
 
 from .phases import Phases
 from .recipe import Recipe, total_steps
@@ -16,6 +17,9 @@ class DictionaryAdam(torch.optim.Adam):
 
     def __init__(self, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
         parameters = list(dict.fromkeys([*dictionary.parameters(), *phases.parameters()]))
+        # An optimizer before this one may have kept some, which would swallow the gradients.
+        for parameter in parameters:
+            drop_ledger(parameter)
         super().__init__(parameters, lr=recipe.lr, betas=recipe.betas, eps=ADAM_EPS, fused=True)
         self.dictionary, self.grad_clip = dictionary, recipe.grad_clip
 

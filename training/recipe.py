@@ -137,6 +137,19 @@ class Recipe(Section):
         description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
         "then sees gradients of one norm, and the large ones of the start do not slow the rest of the run",
     )
+    screen: Literal["none", "int8"] = Field(
+        default="none",
+        description="int8: a coarse product finds candidates, an exact one ranks them (topk). Faster; seldom misses a latent",
+    )
+    screen_floor: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.999,
+        description="smallest share of the latents exact selection takes; below it there are more candidates, then no screen",
+    )
+    optimizer: Literal["auto", "plain"] = Field(
+        default="auto",
+        description="auto: Adam in one pass over the latents where there are kernels for it, no accumulation and one process; "
+        "plain: gradients written out and torch's Adam. Both are the same step up to rounding",
+    )
     objective: Literal["reconstruction", "kl"] = Field(
         default="reconstruction",
         description="kl trains end to end: the loss is what the model's predictions lose when it runs on the reconstruction",
@@ -390,6 +403,10 @@ def _check_training(recipe: Recipe) -> list[str]:
     for key, spec in specs:
         if not _check_encoder(spec, key):
             problems += _check_variants(recipe, key, spec)
+    names = {spec["name"] for _, spec in specs if spec.get("name") in ENCODERS}
+    if recipe.screen != "none" and not any(ENCODERS[name].can_screen for name in names):
+        able = ", ".join(name for name, encoder in ENCODERS.items() if encoder.can_screen)
+        problems.append(f"screen: expected none, because only {able} can screen, got {recipe.screen!r}.")
     arguments = {name for _, spec in specs if spec.get("name") in ENCODERS for name in ENCODERS[spec["name"]].parameters_of()}
     for name, knots in recipe.schedules.items():
         if name not in arguments:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sae.checkpoint import build_dictionary
 from sae.encoders import ENCODERS
 from sae.metrics import Moments
+from sae.screen import Screen
 
 from .activations.harvest import harvest
 from .activations.model import load_model, resolve_device
@@ -27,11 +28,12 @@ from .activations.shards import MANIFEST_FILE, Store
 from .activations.stream import Buffers, ContextStream, LiveStream, StoreStream, Stream, TensorStream
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .finish import finish
+from .fused import build_optimizer
 from .grid import source, unshared
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, Member, train_loop
 from .objective import AuxSettings, Divergence, Objective
-from .optim import DictionaryAdam, Schedule
+from .optim import Schedule
 from .phases import Phases
 from .preflight import preflight, preflight_all
 from .recipe import Recipe
@@ -243,7 +245,9 @@ def _member(
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, moments.variance(), aux, divergence, weight).to(accelerator.device)
     phases = Phases(dictionary, recipe).to(accelerator.device)
-    optimizer = DictionaryAdam(dictionary, phases, recipe)
+    if recipe.screen != "none":
+        dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
+    optimizer = build_optimizer(dictionary, phases, recipe, accelerator.num_processes)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
     keep_bytes = state.restore(directory, dictionary, phases, optimizer) if resuming else 0
     if resuming:

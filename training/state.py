@@ -111,6 +111,8 @@ class TrainState:
             for name, parameter in _own(dict(module.named_parameters())).items():
                 for key, value in optimizer.state[parameter].items():
                     tensors[f"optimizer/{part}/{name}/{key}"] = value
+        if dictionary.screen is not None:
+            tensors |= {f"screen/{name}": value for name, value in dictionary.screen.state().items()}
         tensors["silent_for"], tensors["density"] = self.silent_for, self.density
         tensors |= {f"random/{device}": values for device, values in self.randomness.own.items()}
         counters = {
@@ -154,6 +156,8 @@ class TrainState:
                     # A parameter no gradient has reached yet has no state.
                     if saved:
                         optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
+            if dictionary.screen is not None:
+                dictionary.screen.restore(_below("screen/", tensors))
             self.silent_for = tensors["silent_for"].to(self.silent_for.device)
             self.density = tensors["density"].to(self.density.device)
             _set_random_state(_below("random/", tensors))

@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..allocation import SAMPLE_STRIDE, between, largest_cells_per_latent
-from ..batch_wide import LEVEL_BATCHES, BatchWide
+from ..allocation import between
+from ..batch_wide import LEVEL_BATCHES, BatchWide, Selected
 from ..budgets import fit_zipf, integer_budgets, zipf
+from ..code import SparseCode
 from ..encoder import require_argument
+from ..scores import Scorer, largest_per_latent, level_of_batch
 
 # Ranks follow demand, but only part of the way: a latent keeps half of the (log) budget it had.
 HYSTERESIS = 0.5
@@ -67,10 +69,11 @@ class FeatureChoice(BatchWide):
     def threshold(self) -> Float[Tensor, "..."] | None:
         return self.thresholds if int(self.own_batches) else None
 
-    def select(self, scores: Float[Tensor, "tokens n_latents"]) -> Int[Tensor, " nnz"]:
+    def select(self, scores: Scorer) -> Selected:
         tokens, n_latents = scores.shape
         if tokens == 0:
-            return torch.empty(0, dtype=torch.long, device=scores.device)
+            none = torch.empty(0, dtype=torch.long, device=scores.x.device)
+            return Selected(SparseCode(none, scores.x.new_empty(0), none), None, None)
         if self.budget == "zipf":
             # At the very first batch too, if the phase before has measured densities.
             due = int(self.batches) if int(self.ranked_at) < 0 else int(self.batches - self.ranked_at) >= self.rerank_every
@@ -78,22 +81,15 @@ class FeatureChoice(BatchWide):
                 self.rerank()
             elif int(self.ranked_at) < 0:
                 self.ranked_at.zero_()
-        cells, smallest = largest_cells_per_latent(scores, self.budgets(tokens, n_latents))
+        # Counting demand reads all scores once more; latents do not change that fast.
+        counts = int(self.own_batches) % DEMAND_EVERY == 0
+        level = max(level_of_batch(scores, tokens * self.k), 0.0) if counts else None
+        found = largest_per_latent(scores, self.budgets(tokens, n_latents), level)
         self.batch_tokens.fill_(tokens)
         self.own_batches += 1
         share = (1 / self.own_batches.double()).clamp_min(1 / LEVEL_BATCHES)
-        self.thresholds.lerp_(smallest.clamp_min(0).to(self.thresholds), share.to(self.thresholds))
-        return cells
-
-    def demand(
-        self, scores: Float[Tensor, "tokens n_latents"], cells: Int[Tensor, " nnz"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " n_latents"] | None]:
-        # A sample of the cells tells the level; looking at all of them costs a tenth of a step and is seldom needed.
-        sampled = scores.reshape(-1)[:: SAMPLE_STRIDE if scores.numel() > SAMPLE_STRIDE * 1000 else 1]
-        rank = max(1, round(scores.shape[0] * self.k * sampled.numel() / scores.numel()))
-        level = sampled.topk(min(rank, sampled.numel()), sorted=False).values.amin().clamp_min(0).float()
-        due = int(self.own_batches) % DEMAND_EVERY == 1
-        return level, (scores > level).sum(0).float() if due else None
+        self.thresholds.lerp_(found.smallest.clamp_min(0).to(self.thresholds), share.to(self.thresholds))
+        return Selected(found.code, None if level is None else torch.tensor(level), found.above)
 
     def budgets(self, tokens: int, n_latents: int) -> Int[Tensor, " n_latents"]:
         """Each latent's number of matches among ``tokens`` tokens.
@@ -123,18 +119,18 @@ class FeatureChoice(BatchWide):
         self.ranked_at.copy_(self.batches)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "tokens n_latents"]]) -> None:
+    def calibrate(self, batches: Iterable[Scorer]) -> None:
         n_latents = self.density.shape[0]
         latents, values, tokens = [], [], 0
         rates = self.budgets(int(self.batch_tokens), n_latents).double() / int(self.batch_tokens)
         for scores in batches:
-            here = scores.shape[0]
+            here = len(scores.x)
             tokens += here
             # Twice a latent's share of every batch holds its share of them all, unless its tokens come in one batch.
             room = (2 * rates * here).ceil().long() + 8
-            cells, _ = largest_cells_per_latent(scores, room.clamp(max=here))
-            latents.append((cells % n_latents).cpu())
-            values.append(scores.reshape(-1)[cells].cpu())
+            code = largest_per_latent(scores, room).code
+            latents.append(code.latents.cpu())
+            values.append(code.values.cpu())
         if not tokens:
             raise ValueError("encoder: expected tokens to calibrate the thresholds on, got none.")
         counts = (rates.cpu() * tokens).round().long()

@@ -5,8 +5,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..code import Requests, SparseCode
-from ..encoder import Encoder, Weights, affinities, require_argument, with_gradient
+from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
 from ..penalty import SparsityPenalty
+from ..scores import above
 
 
 class Gated(Encoder):
@@ -26,9 +27,8 @@ class Gated(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        flat, tokens = affinities(x, weights).reshape(-1), x.shape[0]
-        cells = (flat > 0).nonzero().squeeze(-1)
-        open_ = SparseCode.from_cells(cells, flat.gather(0, cells), tokens, weights.W_enc.shape[0])
+        tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
+        open_ = above(scorer(x, weights).tiles(), x.new_zeros(()), tokens, n_latents)
         gate, latents = with_gradient(open_, x, weights).values, open_.latents
         bias = 0.0 if weights.b_enc is None else weights.b_enc[latents]
         magnitudes = (self.r_mag.exp()[latents] * (gate - bias) + self.b_mag[latents]).relu()

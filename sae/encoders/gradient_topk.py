@@ -1,16 +1,16 @@
 """Gradient TopK: latents are chosen by how much they matter to the model, not only by how strongly they fire."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
-
-TOKENS_AT_ONCE = 16
+from ..encoder import Encoder, Weights, castable, require_argument, require_k, scorer, with_gradient
+from ..scores import Scorer, Tile, largest_per_token, pick
 
 
 class GradientTopK(Encoder):
@@ -38,44 +38,31 @@ class GradientTopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        pre_acts = affinities(x, weights)
         if grad is None and self.training:
             raise ValueError(
                 "grad: a gradient SAE trains on activations with gradients, got none. Set harvest.gradients: true and "
                 "harvest again: sparsary harvest RECIPE"
             )
+        pre_acts = scorer(x, weights)
         if grad is None or self.beta == 0:
-            values, latents = pre_acts.topk(self.k, dim=-1, sorted=False)
+            code = largest_per_token(pre_acts.tiles(), self.k)
         else:
-            latents = self.choose(pre_acts, self.influence(weights, grad))
-            values = pre_acts.gather(1, latents)
-        return with_gradient(SparseCode.from_rows(latents, values), x, weights).relu()
+            chosen = largest_per_token(self.tiles(pre_acts, weights, grad), self.k)
+            # A gradient that is no number chooses nothing; what it left must not pass for a choice.
+            values = pick(pre_acts, chosen).masked_fill(chosen.values.isnan(), torch.nan)
+            code = SparseCode(chosen.latents, values, chosen.starts)
+        return with_gradient(code, x, weights).relu()
 
     @torch.no_grad()
-    def scores(
-        self, pre_acts: Float[Tensor, "tokens n_latents"], weights: Weights, grad: Float[Tensor, "tokens d_out"]
-    ) -> Float[Tensor, "tokens n_latents"]:
-        """What latents are chosen by."""
-        # A negative pre-activation stays negative, so that no positive one yields to it.
-        return torch.addcmul(pre_acts, pre_acts, self.influence(weights, grad), value=self.beta)
-
-    @torch.no_grad()
-    def influence(self, weights: Weights, grad: Float[Tensor, "tokens d_out"]) -> Float[Tensor, "tokens n_latents"]:
-        """``|g . d|`` of every latent: what a unit of it changes in the model's loss, to first order."""
+    def tiles(self, pre_acts: Scorer, weights: Weights, grad: Float[Tensor, "tokens d_out"]) -> Iterator[Tile]:
+        """What latents are chosen by, a tile at a time; the pre-activations are overwritten."""
         if self.normalize == "token":
             grad = F.normalize(grad, dim=-1)
-        return F.linear(grad.to(weights.W_dec.dtype), weights.W_dec).abs_()
-
-    @torch.no_grad()
-    def choose(
-        self, pre_acts: Float[Tensor, "tokens n_latents"], influence: Float[Tensor, "tokens n_latents"]
-    ) -> Int[Tensor, "tokens k"]:
-        """The latents with the largest scores, a few tokens at a time so that the scores stay in the cache."""
-        chosen = [
-            torch.addcmul(a, a, w, value=self.beta).topk(self.k, dim=-1, sorted=False).indices
-            for a, w in zip(pre_acts.split(TOKENS_AT_ONCE), influence.split(TOKENS_AT_ONCE), strict=True)
-        ]
-        return torch.cat(chosen)
+        influence = Scorer(*castable(grad.to(weights.W_dec.dtype), weights.W_dec, None))
+        for tile, effect in zip(pre_acts.tiles(), influence.tiles(), strict=True):
+            # A negative pre-activation stays negative, so that no positive one yields to it.
+            tile.scores.addcmul_(tile.scores, effect.scores.abs_(), value=self.beta)
+            yield tile
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..code import Requests, SparseCode
-from ..encoder import Encoder, Weights, affinities, require_argument, with_gradient
+from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
+from ..scores import Scorer, above, largest_of_batch
 
 # Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
 PACE = 10.0
@@ -54,13 +55,13 @@ class JumpReLU(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        found, tokens = affinities(x, weights), x.shape[0]
+        tokens = x.shape[0]
         if self.training and tokens and int(self.started) == 0:
-            self._start(found.reshape(-1), tokens)
+            self._start(scorer(x, weights), tokens)
         # Just below the threshold an entry is silent but has a say in where the threshold moves.
         margin = self.bandwidth / 2 if self.training else 0.0
-        cells = (found > self.thresholds().detach() - margin).reshape(-1).nonzero().squeeze(-1)
-        code = with_gradient(SparseCode.from_cells(cells, found.reshape(-1).gather(0, cells), *found.shape), x, weights)
+        cut = self.thresholds().detach() - margin
+        code = with_gradient(above(scorer(x, weights).tiles(), cut, tokens, len(cut)), x, weights)
         values, fires = Jump.apply(code.values, self.thresholds()[code.latents], self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
         code = SparseCode(code.latents, values, code.starts)
         if not self.training or tokens == 0:
@@ -73,8 +74,8 @@ class JumpReLU(Encoder):
         return (PACE * self.log_threshold).exp()
 
     @torch.no_grad()
-    def _start(self, scores: Float[Tensor, " cells"], tokens: int) -> None:
-        level = scores.topk(min(len(scores), round(tokens * self.target_l0)), sorted=False).values.amin()
+    def _start(self, scores: Scorer, tokens: int) -> None:
+        level = largest_of_batch(scores, round(tokens * self.target_l0), None)[0].values.amin()
         self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
         self.started.fill_(1)
 

@@ -5,8 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import Requests, SparseCode
-from ..encoder import Encoder, Weights, affinities, require_argument, with_gradient
+from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
 from ..penalty import SparsityPenalty
+from ..scores import above
 
 
 class ReLU(Encoder):
@@ -30,15 +31,14 @@ class ReLU(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        flat, tokens = affinities(x, weights).reshape(-1), x.shape[0]
-        cells = (flat > 0).nonzero().squeeze(-1)
-        code = SparseCode.from_cells(cells, flat.gather(0, cells), tokens, weights.W_enc.shape[0])
+        tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
+        code = above(scorer(x, weights).tiles(), x.new_zeros(()), tokens, n_latents)
         code = with_gradient(code, x, weights)
         if not self.training or tokens == 0:
             return code
         norms = weights.W_dec.norm(dim=-1)
         measure = (code.values * norms[code.latents]).sum() / (tokens * weights.W_dec.shape[1])
-        l0 = torch.tensor(len(cells) / tokens, device=x.device)
+        l0 = torch.tensor(len(code.values) / tokens, device=x.device)
         penalties = {"sparsity": self.penalty(measure, self.sparsity, l0, self.target_l0)}
         return SparseCode(code.latents, code.values, code.starts, Requests(penalties=penalties))
 

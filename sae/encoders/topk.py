@@ -4,7 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, affinities, require_argument, require_k, with_gradient
+from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
+from ..scores import largest_per_token
 
 
 class TopK(Encoder):
@@ -14,6 +15,8 @@ class TopK(Encoder):
     firing latents. Source: Gao et al. 2024, arXiv:2406.04093.
     """
 
+    can_screen = True
+
     def __init__(self, k: int):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token.")
@@ -22,9 +25,12 @@ class TopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        # sorted=False: the order within a token means nothing, and sorting costs.
-        values, latents = affinities(x, weights).topk(self.k, dim=-1, sorted=False)
-        return with_gradient(SparseCode.from_rows(latents, values), x, weights).relu()
+        scores = scorer(x, weights)
+        if weights.screen is None:
+            found = largest_per_token(scores.tiles(), self.k)
+        else:
+            found = weights.screen.largest_per_token(scores, self.k)
+        return with_gradient(found, x, weights).relu()
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)

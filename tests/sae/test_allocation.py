@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sae.allocation import SAMPLE_STRIDE, SLACK, between, largest_cells, largest_cells_per_latent
+from sae.allocation import SAMPLE_STRIDE, SLACK, between, largest_cells
+from sae.scores import Scorer, largest_per_latent
 
 # Large enough for the cut to be estimated from a sample.
 TOKENS, LATENTS = 127, 89
@@ -77,9 +78,25 @@ def test_scores_may_carry_gradient_and_stay_as_they_are():
     scores = torch.randn(13, 7, requires_grad=True)
     before = scores.detach().clone()
     largest_cells(scores, 17)
-    largest_cells_per_latent(scores, torch.full((7,), 3))
     assert torch.equal(scores.detach(), before)
     assert scores.grad is None
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def per_latent(request, monkeypatch):
+    """Cells that ``largest_per_latent`` keeps of given scores, and the smallest of each latent."""
+    if request.param == "plain":
+        monkeypatch.setattr("sae.allocation.backend", lambda *tensors: None)
+    # Tiles of a few latents.
+    monkeypatch.setattr("sae.scores.LEAST_WIDTH", 7)
+    monkeypatch.setattr("sae.scores.TILE_NUMBERS_CPU", 1)
+
+    def choose(scores, budgets):
+        found = largest_per_latent(Scorer(scores, torch.eye(scores.shape[1]), None), budgets)
+        assert torch.equal(found.code.values, scores[found.code.token_ids(), found.code.latents])
+        return found.code.token_ids() * scores.shape[1] + found.code.latents, found.smallest
+
+    return choose
 
 
 BUDGETS = {
@@ -94,11 +111,11 @@ BUDGETS = {
 
 
 @pytest.mark.parametrize("kind", BUDGETS)
-def test_largest_cells_per_latent_equal_numpy_column_by_column(kind):
+def test_largest_per_latent_equal_numpy_column_by_column(per_latent, kind):
     generator = torch.Generator().manual_seed(3)
     scores, budgets = torch.randn(TOKENS, LATENTS, generator=generator), BUDGETS[kind](generator)
     given = budgets.clone()
-    cells, smallest = largest_cells_per_latent(scores, budgets)
+    cells, smallest = per_latent(scores, budgets)
     assert torch.equal(budgets, given)
     expected = []
     for latent, column in enumerate(scores.numpy().T):
@@ -109,11 +126,11 @@ def test_largest_cells_per_latent_equal_numpy_column_by_column(kind):
     assert cells.tolist() == sorted(expected)
 
 
-def test_per_latent_counts_are_exact_on_ties():
+def test_per_latent_counts_are_exact_on_ties(per_latent):
     generator = torch.Generator().manual_seed(4)
     scores = torch.randint(0, 3, (TOKENS, LATENTS), generator=generator).float()
     budgets = BUDGETS["mixed"](generator)
-    cells, smallest = largest_cells_per_latent(scores, budgets)
+    cells, smallest = per_latent(scores, budgets)
     assert len(cells.unique()) == len(cells)
     assert torch.equal(torch.bincount(cells % LATENTS, minlength=LATENTS), budgets.clamp(max=TOKENS))
     kept = torch.zeros(CELLS, dtype=torch.bool).index_fill(0, cells, True).view(TOKENS, LATENTS)

@@ -7,11 +7,12 @@ import torch
 
 from sae import SAE
 from sae.budgets import fit_zipf, integer_budgets, zipf
-from sae.encoder import Weights, pre_activations
+from sae.encoder import Weights, pre_activations, scorer
 from sae.encoders.feature_choice import FeatureChoice
 from sae.encoders.mutual_choice import MutualChoice
 from sae.encoders.topk import TopK
 from sae.metrics import fvu
+from sae.scores import Scorer
 
 TOKENS, D, LATENTS, K = 31, 5, 13, 3
 
@@ -265,7 +266,7 @@ def test_calibrated_thresholds_are_exceeded_by_each_latent_s_share_of_tokens():
     generator = torch.Generator().manual_seed(6)
     offsets = torch.linspace(5, 15, LATENTS)
     scores = offsets + torch.randn(40 * TOKENS, LATENTS, generator=generator)
-    made.calibrate(iter(scores.split(7 * TOKENS)))
+    made.calibrate(Scorer(part, torch.eye(LATENTS), None) for part in scores.split(7 * TOKENS))
     budgets = made.budgets(TOKENS, LATENTS)
     assert torch.equal((scores > made.thresholds).sum(0), budgets * 40)
     heldout = offsets + torch.randn(20_000, LATENTS, generator=generator)
@@ -282,7 +283,7 @@ def test_calibrated_thresholds_are_exceeded_by_each_latent_s_share_of_tokens():
 def test_calibrating_latents_that_are_seldom_positive_keeps_them_from_firing_on_the_rest():
     made = encoder(budget="uniform")
     made.batch_tokens.fill_(TOKENS)
-    made.calibrate([torch.full((50, LATENTS), -1.0)])
+    made.calibrate([Scorer(torch.full((50, LATENTS), -1.0), torch.eye(LATENTS), None)])
     assert made.thresholds.tolist() == [0.0] * LATENTS
 
 
@@ -296,7 +297,7 @@ def test_calibrated_thresholds_are_worth_what_the_batch_is(planted, train_on_pla
     sae.encoder = feature
     train_on_planted(sae, 60, seed=1)
     with torch.no_grad():
-        sae.encoder.calibrate(pre_activations(sae.centre(planted(512, 50 + i)), sae.weights) for i in range(24))
+        sae.encoder.calibrate(scorer(sae.centre(planted(512, 50 + i)), sae.weights) for i in range(24))
     heldout = planted(12_288, 99)
     judge = copy.deepcopy(sae)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sae import SAE
-from sae.encoder import Weights, pre_activations
+from sae.encoder import Weights, pre_activations, scorer
 from sae.encoders.gradient_topk import GradientTopK
 from sae.encoders.topk import TopK
 
@@ -49,23 +49,28 @@ def test_the_sign_of_the_gradient_does_not_matter(normalize):
     assert torch.equal(dense(encoder, x, w, grad), dense(encoder, x, w, flipped))
 
 
+def scores_of(encoder, x, w, grad):
+    """All that the encoder chooses by."""
+    return torch.cat([tile.scores.clone() for tile in encoder.tiles(scorer(x, w), w, grad)], dim=1)
+
+
 def test_scores_rise_linearly_with_beta_and_with_the_gradient():
     w, x, grad = weights(), torch.randn(TOKENS, D), torch.randn(TOKENS, D)
     pre_acts = pre_activations(x, w)
     a, influence = pre_acts, (grad @ w.W_dec.T).abs()
     for beta, factor in ((0.5, 1.0), (2.0, 1.0), (1.0, 7.0)):
-        scores = GradientTopK(3, beta, "none").scores(pre_acts, w, factor * grad)
+        scores = scores_of(GradientTopK(3, beta, "none"), x, w, factor * grad)
         torch.testing.assert_close(scores - a, a * beta * factor * influence)
 
 
 def test_normalised_gradients_count_by_direction_only():
     w, x, grad = weights(), torch.randn(TOKENS, D), torch.randn(TOKENS, D)
     pre_acts, encoder = pre_activations(x, w), GradientTopK(3, 4.0, "token")
-    scores = encoder.scores(pre_acts, w, grad)
+    scores = scores_of(encoder, x, w, grad)
     # Powers of two do not even change the rounding.
-    assert torch.equal(encoder.scores(pre_acts, w, 2 * grad), scores)
+    assert torch.equal(scores_of(encoder, x, w, 2 * grad), scores)
     per_token = 2.0 ** torch.arange(TOKENS).sub(15)[:, None]
-    torch.testing.assert_close(encoder.scores(pre_acts, w, per_token * grad), scores)
+    torch.testing.assert_close(scores_of(encoder, x, w, per_token * grad), scores)
     a = pre_acts
     assert (scores.abs() <= a.abs() * (1 + 4.0) + 1e-6).all()
     cosines = F.cosine_similarity(grad[:, None], w.W_dec[None], dim=-1)
@@ -136,7 +141,7 @@ def test_on_a_linear_model_the_attribution_is_the_effect_of_removing_the_latent(
     with torch.no_grad():
         code = sae.encode(x, grad)
         pre_acts = pre_activations(sae.centre(x / 3.0), sae.weights)
-        attribution = (sae.encoder.scores(pre_acts, sae.weights, 3.0 * grad) - pre_acts.relu()) / 2.0
+        attribution = (scores_of(sae.encoder, sae.centre(x / 3.0), sae.weights, 3.0 * grad) - pre_acts.relu()) / 2.0
         loss = sae.decode(code) @ v
         for entry in range(len(code.values)):
             token, latent = int(code.token_ids()[entry]), int(code.latents[entry])

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sae import ENCODERS, SAE
-from sae.encoder import Weights, pre_activations
+from sae.encoder import Weights, pre_activations, scorer
 from sae.encoders.batch_topk import BatchTopK
 from sae.encoders.topk import TopK
 from sae.metrics import fvu
+from sae.scores import Scorer
 
 TOKENS, D, LATENTS = 31, 5, 13
 BOTH = pytest.mark.parametrize("name", ["mutual_choice", "batch_topk"])
@@ -130,7 +131,7 @@ def test_level_and_density_are_the_batch_s_at_first():
 def test_calibration_finds_the_exact_level_and_evaluation_keeps_what_exceeds_it():
     made = encoder()
     scores = torch.randn(500, LATENTS, generator=torch.Generator().manual_seed(3))
-    made.calibrate(iter(scores.split(77)))
+    made.calibrate(Scorer(part, torch.eye(part.shape[1]), None) for part in scores.split(77))
     assert int((scores > made.level).sum()) == 3 * 500
     assert int(made.batches) == 1
     made.eval()
@@ -144,7 +145,7 @@ def test_a_calibrated_threshold_is_worth_what_the_batch_is(name, planted, train_
     k = 2
     sae = train_on_planted(SAE(17, 29, ENCODERS[name](k=k)), 150)
     with torch.no_grad():
-        sae.encoder.calibrate(pre_activations(sae.centre(planted(512, 50 + i)), sae.weights) for i in range(12))
+        sae.encoder.calibrate(scorer(sae.centre(planted(512, 50 + i)), sae.weights) for i in range(12))
     heldout = planted(6144, 99)
     judge = copy.deepcopy(sae)
     with torch.no_grad():

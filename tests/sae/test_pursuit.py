@@ -8,10 +8,39 @@ import torch
 import torch.nn.functional as F
 
 from sae import pursuit
-from sae.pursuit import gradient_pursuit, gram_is_cheaper, matching_pursuit, orthogonal_matching_pursuit, select
+from sae.pursuit import (
+    descends_by_gram,
+    gradient_pursuit,
+    gram_is_cheaper,
+    matching_pursuit,
+    orthogonal_matching_pursuit,
+    select,
+)
 from sae.sparse_ops import decode
 
 TOKENS, D, LATENTS, K = 13, 11, 31, 7
+
+
+def plain(patch):
+    """From here on as on a machine without the compiler."""
+    patch.setattr(pursuit, "has_numba", lambda: False)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def path(request, monkeypatch):
+    """Every test here holds for the compiled loops and without them."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        plain(monkeypatch)
+    assert (pursuit._kernels(torch.zeros(1)) is None) == (request.param == "plain")
+    return request.param
+
+
+@pytest.fixture
+def compiled_only(path):
+    if path == "plain":
+        pytest.skip("compares the compiled loops with the plain path")
 
 
 def problem(tokens=TOKENS, d=D, n_latents=LATENTS, seed=1):
@@ -225,6 +254,79 @@ def test_low_precision_is_pursued_in_float32():
     torch.testing.assert_close(code.values, exact.values.float(), rtol=1e-5, atol=1e-6)
 
 
+# Fewer latents than lanes, one round of them and a rest, and whole rounds only.
+@pytest.mark.usefixtures("compiled_only")
+@pytest.mark.parametrize("n_latents", [19, 131, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tolerance", [0.0, 0.5])
+@pytest.mark.parametrize("use_gram", [True, False])
+def test_compiled_equals_plain(n_latents, dtype, tolerance, use_gram):
+    # 2 blocks of columns, the last one not full, and more steps than the small dictionary has use for.
+    x, atoms = (tensor.to(dtype) for tensor in problem(tokens=53, d=71, n_latents=n_latents))
+    x[3], x[5], x[7] = 0.0, x[4], 2.0 * atoms[11]
+    x.requires_grad_()
+    atoms.requires_grad_()
+    found = []
+    for has_compiler in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not has_compiler:
+                plain(patch)
+            latents, values = select(x, atoms, 23, tolerance, use_gram)
+            code = pursuit._PursuitValues.apply(x, atoms, latents, values)
+            weight = torch.linspace(-1.0, 1.0, code.numel(), dtype=dtype).view_as(code)
+            found.append([latents, values, *torch.autograd.grad((code * weight).sum(), [x, atoms])])
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][1] > 0).sum(1).unique().numel() > 2
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4 if dtype is torch.float32 else 1e-9, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [matching_pursuit, orthogonal_matching_pursuit, gradient_pursuit])
+@pytest.mark.parametrize("k", [1, 5])
+def test_ties_go_to_the_lowest_latent(method, k):
+    # 5 directions, each many times over, in all lanes and beyond the last round; small whole numbers have no rounding.
+    which = torch.randint(5, (401,))
+    atoms, x = torch.eye(5)[which], torch.rand(TOKENS, 5).argsort(1) + 1.0
+    first = torch.stack([(which == direction).nonzero()[0, 0] for direction in range(5)])
+    latents, values = rows(method(x, atoms, k))
+    assert torch.equal(latents, first[x.argsort(1, descending=True)[:, :k]])
+    if method is not gradient_pursuit:
+        assert torch.equal(values, x.sort(1, descending=True).values[:, :k])
+
+
+def test_a_token_that_is_no_number_is_silent_and_alone():
+    x, atoms = problem()
+    expected = matching_pursuit(x, atoms, K).to_dense(LATENTS)
+    x[3], expected[3] = torch.nan, 0.0
+    torch.testing.assert_close(matching_pursuit(x, atoms, K).to_dense(LATENTS), expected)
+
+
+@pytest.mark.usefixtures("compiled_only")
+def test_gradients_are_the_same_for_every_number_of_threads(monkeypatch):
+    x, atoms = problem(tokens=101, d=257)
+    latents, values = select(x, atoms, K, 0.0, True)
+    dv, found = torch.randn_like(values), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(pursuit._back_compiled(pursuit._kernels(x), x, atoms, latents, values, dv))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_memory_of_the_gram_matrix_is_used_again_where_it_fits():
+    _, atoms = problem(n_latents=37)
+    with torch.inference_mode():
+        pursuit._gram(atoms)
+    first = pursuit._gram(atoms)
+    torch.testing.assert_close(first, atoms @ atoms.T)
+    assert pursuit._gram(atoms.flip(0)).data_ptr() == first.data_ptr()
+    torch.testing.assert_close(first, atoms.flip(0) @ atoms.flip(0).T)
+    assert pursuit._gram(atoms.float()).dtype == torch.float32
+
+
+def test_loops_are_compiled_for_float_tensors_on_the_cpu_only():
+    assert pursuit._kernels(torch.zeros(1, device="meta")) is None
+    assert pursuit._kernels(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)) is None
+
+
 def test_cost_model_counts_tokens_and_memory():
     assert gram_is_cheaper(2048, 512, 4096, 32)
     assert not gram_is_cheaper(16, 512, 16384, 4)
@@ -232,6 +334,10 @@ def test_cost_model_counts_tokens_and_memory():
     assert not gram_is_cheaper(2048, 512, 4096, 1)
     assert gram_is_cheaper(2**20, 512, 16384, 32)
     assert not gram_is_cheaper(2**20, 512, 16384, 32, bytes_per_number=8)
+    # Gradient pursuit needs more rows at every step.
+    assert descends_by_gram(2048, 512, 4096, 32)
+    assert gram_is_cheaper(2**20, 64, 4096, 128)
+    assert not descends_by_gram(2**20, 64, 4096, 128)
 
 
 # Orthogonal matching pursuit
@@ -323,8 +429,10 @@ def reference_gradient_pursuit(x, atoms, steps):
     return z
 
 
-@pytest.mark.parametrize(("d", "n_latents"), [(D, LATENTS), (3, 7)])
-def test_gradient_pursuit_is_its_definition_with_a_budget_per_token(d, n_latents):
+@pytest.mark.parametrize("use_gram", [True, False])
+@pytest.mark.parametrize(("d", "n_latents"), [(D, LATENTS), (3, 7), (D, 307)])
+def test_gradient_pursuit_is_its_definition_with_a_budget_per_token(d, n_latents, use_gram, monkeypatch):
+    monkeypatch.setattr(pursuit, "descends_by_gram", lambda *_: use_gram)
     x, atoms = problem(d=d, n_latents=n_latents)
     atoms = lengthened(atoms)
     budgets = torch.arange(TOKENS) % 6

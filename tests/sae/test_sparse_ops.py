@@ -10,8 +10,12 @@ from sae.sparse_ops import decode, decode_plain, entries, entries_plain
 TOKENS, D, LATENTS, K = 13, 7, 29, 5
 
 
-@pytest.fixture(params=["csr", "pieces", "crowded"])
+@pytest.fixture(params=["kernels", "csr", "pieces", "crowded"])
 def route(request, monkeypatch):
+    if request.param == "kernels":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(ops, "backend", lambda *tensors: None)
     monkeypatch.setattr(ops, "_has_csr", lambda rows: request.param == "csr")
     if request.param == "crowded":
         monkeypatch.setattr(ops, "DENSE_ENTRIES", 0)

@@ -1,0 +1,256 @@
+"""Scores by tiles: the encoder's product a few latents at a time, so that what is chosen is chosen while it is in the cache.
+
+The product of a batch with all latents is by far the largest tensor of a step, and all but a few of its numbers are thrown
+away. Here it exists one tile at a time, in a buffer that the next tile overwrites. Nothing here carries gradient.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .allocation import largest_cells, largest_columns
+from .code import SparseCode, group
+from .kernels import backend
+from .sparse_ops import dots
+
+# Numbers in a tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator what launches cost little for.
+TILE_NUMBERS_CPU = 1 << 22
+TILE_NUMBERS_ACCELERATOR = 1 << 28
+# A product with fewer latents at a time reads the inputs too often.
+LEAST_WIDTH = 256
+# So many latents and no more are taken together, for some tokens at a time: their rows are read again for every tile.
+WHOLE_WIDTH = 8192
+# How much of a batch's budget a cut should let through, so that it seldom lets through too little.
+SLACK = 1.25
+# Tokens from which a first cut is estimated.
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """``W x + b``, computed a tile at a time: by token ``(tokens, width)``, or by latent ``(width, tokens)``."""
+
+    x: Float[Tensor, "tokens d_in"]
+    W: Float[Tensor, "n_latents d_in"]
+    b: Float[Tensor, " n_latents"] | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and latents."""
+        return len(self.x), len(self.W)
+
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Tokens and latents of a tile: of a small dictionary some tokens and all latents, else the other way about."""
+        (tokens, n_latents), on_cpu = self.shape, self.x.device.type == "cpu"
+        numbers = TILE_NUMBERS_CPU if on_cpu else TILE_NUMBERS_ACCELERATOR
+        width = n_latents if n_latents <= WHOLE_WIDTH else max(LEAST_WIDTH, numbers // max(tokens, 1))
+        return max(1, min(tokens, numbers // width)), min(width, n_latents)
+
+    @torch.no_grad()
+    def tiles(self) -> Iterator["Tile"]:
+        """Tile after tile by token; each is valid until the next is asked for."""
+        height, width = self.tile_shape
+        room = torch.empty(height * width, dtype=self.x.dtype, device=self.x.device)
+        # Without tokens there is a tile all the same, an empty one.
+        for token in range(0, max(len(self.x), 1), height):
+            x = self.x[token : token + height]
+            for first in range(0, len(self.W), width):
+                rows = self.W[first : first + width]
+                scores = room[: len(x) * len(rows)].view(len(x), len(rows))
+                if self.b is None:
+                    torch.mm(x, rows.T, out=scores)
+                else:
+                    torch.addmm(self.b[first : first + width], x, rows.T, out=scores)
+                yield Tile(first, scores, token)
+
+    @torch.no_grad()
+    def tiles_by_latent(self) -> Iterator["Tile"]:
+        """Tiles with a row for every latent and a column for every token."""
+        numbers = TILE_NUMBERS_CPU if self.x.device.type == "cpu" else TILE_NUMBERS_ACCELERATOR
+        tokens, n_latents = self.shape
+        width = min(n_latents, max(LEAST_WIDTH, numbers // max(tokens, 1)))
+        room = torch.empty(width * tokens, dtype=self.x.dtype, device=self.x.device)
+        for first in range(0, n_latents, width):
+            rows, x = self.W[first : first + width], self.x.T
+            scores = room[: len(rows) * tokens].view(len(rows), tokens)
+            if self.b is None:
+                torch.mm(rows, x, out=scores)
+            else:
+                torch.addmm(self.b[first : first + width, None], rows, x, out=scores)
+            yield Tile(first, scores, 0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Scores of consecutive latents and tokens; ``first`` is the first latent, ``token`` the first token."""
+
+    first: int
+    scores: Float[Tensor, "rows columns"]
+    token: int
+
+
+@torch.no_grad()
+def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
+    """Each token's ``k`` largest scores, in no particular order. Where there is a NaN the code has one too.
+
+    Tiles of the same tokens follow one another.
+    """
+    done: list[_Kept] = []
+    for tile in tiles:
+        if not tile.first:
+            kernels = backend(tile.scores)
+            done.append((_Kept if kernels is None or k > kernels.KEPT_MOST else _KeptByKernel)(tile.scores, k))
+        done[-1].take(tile)
+    latents, values = torch.cat([kept.latents for kept in done]), torch.cat([kept.values for kept in done])
+    return SparseCode.from_rows(latents, values)
+
+
+class _Kept:
+    """The largest scores of some tokens so far, ranked anew with every tile."""
+
+    def __init__(self, scores: Tensor, k: int):
+        self.k = k
+        self.values, self.latents = scores[:, :0], torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+
+    def take(self, tile: Tile) -> None:
+        best = tile.scores.topk(min(self.k, tile.scores.shape[1]), dim=-1, sorted=False)
+        values = torch.cat([self.values, best.values], dim=1)
+        latents = torch.cat([self.latents, best.indices + tile.first], dim=1)
+        if values.shape[1] > self.k:
+            values, places = values.topk(self.k, dim=-1, sorted=False)
+            latents = latents.gather(1, places)
+        self.values, self.latents = values, latents
+
+
+class _KeptByKernel(_Kept):
+    """The same; a tile is read once and changes few of the kept."""
+
+    def __init__(self, scores: Tensor, k: int):
+        self.values = scores.new_full((len(scores), k), -torch.inf)
+        self.latents = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
+
+    def take(self, tile: Tile) -> None:
+        kernels = backend(tile.scores)
+        assert kernels is not None
+        kernels.keep_largest_(tile.scores, tile.first, self.values, self.latents)
+
+
+@torch.no_grad()
+def pick(scorer: Scorer, code: SparseCode) -> Float[Tensor, " nnz"]:
+    """The scores of a code's entries, computed one by one."""
+    found = dots(scorer.x, scorer.W, code.latents, code.starts)
+    return found if scorer.b is None else found + scorer.b[code.latents]
+
+
+@torch.no_grad()
+def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_latents: int) -> SparseCode:
+    """All scores that exceed ``cut``, one number or one for each latent; latents ascend within a token."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for tile in tiles:
+        rows, width = tile.scores.shape
+        limit = cut.to(tile.scores.dtype).expand(n_latents)[tile.first : tile.first + width].contiguous()
+        kernels = backend(tile.scores, limit)
+        if kernels is None:
+            token, latent = (tile.scores > limit).nonzero(as_tuple=True)
+            counts, values, latents = torch.bincount(token, minlength=rows), tile.scores[token, latent], latent + tile.first
+        else:
+            counts, values, latents = kernels.above(tile.scores, limit, tile.first)
+        every = torch.arange(tile.token, tile.token + rows, device=cut.device)
+        found.append((torch.repeat_interleave(every, counts, output_size=len(values)), values, latents))
+    token, values, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
+    firsts, order = group(token, tokens)
+    return SparseCode(latents[order], values[order], firsts[:-1])
+
+
+@torch.no_grad()
+def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> tuple[SparseCode, float | None]:
+    """The ``budget`` largest scores of all pairs of a batch, and a cut that should suit the next batch.
+
+    The count is exact; among equal scores the lower token wins, then the lower latent. What exceeds the cut, a guess, is
+    ranked exactly; if that is too little there is another guess from a sample of the tokens, and then every tile is ranked.
+    The result does not depend on the guess.
+    """
+    tokens, n_latents = len(scorer.x), len(scorer.W)
+    budget = min(budget, tokens * n_latents)
+    # Guessing needs to know how many there are: an accelerator would have to be waited for.
+    guesses = (lambda: cut, lambda: level_of_batch(scorer, budget, SLACK)) if scorer.x.device.type == "cpu" and budget else ()
+    for guess in guesses:
+        limit = guess()
+        if limit is None:
+            continue
+        pool = above(scorer.tiles(), torch.tensor(limit, dtype=scorer.x.dtype), tokens, n_latents)
+        if len(pool.values) >= budget:
+            kept = pool.where(_largest(pool.values, budget))
+            # Towards the smallest that was kept while far too much comes through, away from it if hardly more than enough.
+            share, smallest = len(pool.values) / budget, float(kept.values.min())
+            move = 0.5 if share > 2 * SLACK - 1 else -0.5 if share < (SLACK + 1) / 2 else 0.0
+            return kept, limit + (smallest - limit) * move
+    return _ranked(scorer, budget), None
+
+
+def _ranked(scorer: Scorer, budget: int) -> SparseCode:
+    """``largest_of_batch`` without guessing: the best of every tile with the best so far."""
+    tokens, n_latents = len(scorer.x), len(scorer.W)
+    values, cells = scorer.x.new_empty(0), torch.empty(0, dtype=torch.long, device=scorer.x.device)
+    for tile in scorer.tiles():
+        width = tile.scores.shape[1]
+        best = largest_cells(tile.scores, budget)
+        values = torch.cat([values, tile.scores.reshape(-1)[best]])
+        cells = torch.cat([cells, (best // width + tile.token) * n_latents + tile.first + best % width])
+        order = cells.argsort()
+        order = order[_largest(values[order], budget)] if len(order) > budget else order
+        values, cells = values[order], cells[order]
+    return SparseCode.from_cells(cells, values, tokens, n_latents)
+
+
+@torch.no_grad()
+def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
+    """About the score that ``slack`` times the budget of the batch exceeds, by a few of its tokens."""
+    some = scorer.x[:: max(1, len(scorer.x) // SAMPLE_TOKENS)]
+    rank = max(1, int(budget * len(some) / len(scorer.x) * slack))
+    sample = Scorer(some, scorer.W, scorer.b)
+    best = torch.cat([t.scores.reshape(-1).topk(min(rank, t.scores.numel()), sorted=False).values for t in sample.tiles()])
+    return float(best.topk(min(rank, len(best)), sorted=False).values.amin())
+
+
+def _largest(values: Float[Tensor, " n"], budget: int) -> Tensor:
+    """Which are the ``budget`` largest; among equal ones the first."""
+    smallest = values.topk(budget, sorted=False).values.amin()
+    over, equal = values > smallest, values == smallest
+    spare = budget - over.sum()
+    return over | (equal & (equal.cumsum(0) <= spare))
+
+
+@dataclass(frozen=True)
+class PerLatent:
+    """What each latent kept, the smallest score of it, and on how many tokens it is above the level asked about, if any."""
+
+    code: SparseCode
+    smallest: Float[Tensor, " n_latents"]
+    above: Float[Tensor, " n_latents"] | None
+
+
+@torch.no_grad()
+def largest_per_latent(scorer: Scorer, room: Int[Tensor, " n_latents"], level: float | None = None) -> PerLatent:
+    """Each latent's ``room[i]`` largest scores; one with room for more takes every token.
+
+    Latents ascend within a token. The smallest score of a latent without room is infinite.
+    """
+    tokens = len(scorer.x)
+    room = room.clamp(max=tokens)
+    values, token, over = [], [], []
+    for tile in scorer.tiles_by_latent():
+        found = largest_columns(tile.scores, room[tile.first : tile.first + len(tile.scores)])
+        values.append(found[0])
+        token.append(found[1])
+        if level is not None:
+            over.append((tile.scores > level).sum(1).float())
+    value = torch.cat(values)
+    latents = torch.repeat_interleave(torch.arange(len(room), device=room.device), room, output_size=len(value))
+    smallest = value.new_full((len(room),), torch.inf).scatter_reduce_(0, latents, value, "amin")
+    firsts, order = group(torch.cat(token), tokens)
+    return PerLatent(SparseCode(latents[order], value[order], firsts[:-1]), smallest, torch.cat(over) if over else None)

@@ -1,0 +1,113 @@
+"""Screen: a coarse product finds the latents that may be among a token's largest, an exact one ranks these alone."""
+
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from .code import SparseCode
+from .kernels import backend
+from .scores import Scorer, Tile, largest_per_token, pick
+
+log = logging.getLogger(__name__)
+
+# Candidates for each latent wanted. Should the recall be too low there are twice as many, and then no screen at all.
+CANDIDATES = (2, 4)
+# Batches from one measurement of the recall to the next, and tokens it looks at: they cost an exact selection.
+MEASURE_EVERY = 50
+MEASURE_TOKENS = 128
+LEVELS = 127
+# Scores are divided by a token's scale, and in one of zeros biases are all there is: they must not become infinite.
+LEAST_SCALE = 1e-30
+
+
+class Screen:
+    """``largest_per_token`` by way of a product in int8, whose rounding is made good by ranking more candidates exactly.
+
+    Inputs and encoder rows are rounded to 127 levels of their own largest entry. What the screen misses is measured on some
+    tokens of every fiftieth batch: ``recall`` is the share of the truly largest positive scores that were found. Below
+    ``floor`` the screen takes more candidates, and at last is given up for the rest of the run.
+    """
+
+    def __init__(self, kind: Literal["int8"], floor: float, device: torch.device | str = "cpu"):
+        self.kind, self.floor = kind, floor
+        self.recall = torch.ones((), device=device)
+        self.batches = 0
+        # A place in CANDIDATES; behind its end the selection is exact.
+        self.stage = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resume needs."""
+        return {"recall": self.recall, "batches": torch.tensor(self.batches), "stage": torch.tensor(self.stage)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.recall = state["recall"].to(self.recall.device)
+        self.batches, self.stage = int(state["batches"]), int(state["stage"])
+
+    @torch.no_grad()
+    def largest_per_token(self, scorer: Scorer, k: int) -> SparseCode:
+        """Each token's ``k`` largest scores, but for what the screen misses; their values are exact."""
+        self.batches += 1
+        if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W):
+            self.recall = torch.ones_like(self.recall)
+            return largest_per_token(scorer.tiles(), k)
+        found = self.screened(scorer, k)
+        if self.batches % MEASURE_EVERY == 1:
+            self._measure(scorer, found, k)
+        return found
+
+    def screened(self, scorer: Scorer, k: int) -> SparseCode:
+        """The ``k`` largest of the candidates."""
+        tokens, count = len(scorer.x), CANDIDATES[self.stage] * k
+        candidates = largest_per_token(coarse_tiles(scorer), count)
+        # Where the coarse scores are not numbers, the candidates mean nothing.
+        exact = pick(scorer, candidates).where(candidates.values.isfinite(), torch.nan).view(tokens, count)
+        best = largest_per_token([Tile(0, exact, 0)], k)
+        latents = candidates.latents.view(tokens, count).gather(1, best.latents.view(tokens, k))
+        return SparseCode.from_rows(latents, best.values.view(tokens, k))
+
+    def _measure(self, scorer: Scorer, found: SparseCode, k: int) -> None:
+        some = Scorer(scorer.x[:MEASURE_TOKENS], scorer.W, scorer.b)
+        tokens = len(some.x)
+        exact = largest_per_token(some.tiles(), k)
+        wanted, have = exact.latents.view(tokens, k, 1), found.latents.view(-1, 1, k)[:tokens]
+        counts = exact.values.view(tokens, k) > 0
+        hits = (wanted == have).any(-1) & counts
+        self.recall = hits.sum() / counts.sum().clamp_min(1) if bool(counts.any()) else torch.ones_like(self.recall)
+        if float(self.recall) < self.floor:
+            self.stage += 1
+            then = "exact selection" if self.stage == len(CANDIDATES) else f"{CANDIDATES[self.stage]} candidates a latent"
+            log.warning("screen: recall %.4f is below screen_floor %.4f; from now on %s.", float(self.recall), self.floor, then)
+
+
+def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
+    """Tiles of scores in int8 precision, every token's divided by a scale of its own: good for ranking only."""
+    n_latents, (height, width) = len(scorer.W), scorer.tile_shape
+    b = scorer.W.new_zeros(n_latents) if scorer.b is None else scorer.b
+    kernels = backend(scorer.W)
+    sums = torch.empty(height * width, dtype=torch.int32, device=scorer.x.device)
+    scores = torch.empty(height * width, dtype=scorer.x.dtype, device=scorer.x.device)
+    for token in range(0, max(len(scorer.x), 1), height):
+        x, x_scale = quantize(scorer.x[token : token + height])
+        for first in range(0, n_latents, width):
+            rows, scale = quantize(scorer.W[first : first + width])
+            product = sums[: len(x) * len(rows)].view(len(x), len(rows))
+            coarse, shift = scores[: product.numel()].view(product.shape), b[first : first + width]
+            torch._int_mm(x, rows.T, out=product)  # pyright: ignore[reportPrivateImportUsage] - int8 has no public product
+            if kernels is None:
+                torch.mul(product, scale, out=coarse).addcdiv_(shift.expand_as(coarse), x_scale[:, None])
+            else:
+                kernels.rescale_(product, scale, x_scale, shift, coarse)
+            yield Tile(first, coarse, token)
+
+
+def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Float[Tensor, " rows"]]:
+    """int8 rows, and what each of them is multiplied by to give the original, to rounding."""
+    kernels = backend(rows)
+    if kernels is not None:
+        return kernels.quantize(rows, LEVELS, LEAST_SCALE)
+    scale = (rows.abs().amax(1) / LEVELS).clamp_min(LEAST_SCALE)
+    return (rows / scale[:, None]).round_().to(torch.int8), scale

@@ -1,0 +1,346 @@
+"""Our training step against its encoder product and against other libraries' steps: what is measured, and the report."""
+
+import difflib
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae.encoders import ENCODERS
+
+from .environment import environment
+from .rounds import WARMUP_ROUNDS, Competitor, ratio, slope, started, take_turns
+from .steps import PURSUITS, recipe_of
+from .worker import Task
+
+# Who has a step to set beside ours; `peer_steps.py` says what each does.
+PEERS = {
+    "topk": ("sparsify", "sparsify_adam", "saelens", "dictionary_learning", "overcomplete"),
+    "mutual_choice": ("saelens", "dictionary_learning"),
+    "matching_pursuit": ("saelens", "overcomplete"),
+    "gradient_pursuit": ("dictionary_learning",),
+}
+PEERS_PYTHON = Path(".venv-peers/bin/python")
+LIBRARIES = tuple(dict.fromkeys(library for libraries in PEERS.values() for library in libraries))
+
+
+STEP_FAMILIES, PURSUIT_FAMILIES = tuple(ENCODERS), ("matching_pursuit", *PURSUITS)
+
+
+class Shape(NamedTuple):
+    """Sizes of a step."""
+
+    tokens: int
+    d_in: int
+    n_latents: int
+    k: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+STEP_SHAPE, PURSUIT_SHAPE, QUICK_SHAPE = Shape(2048, 768, 12288, 32), Shape(2048, 512, 4096, 32), Shape(64, 32, 256, 4)
+# Sizes for the slopes, of n_latents and of tokens.
+GROWTH = {"n_latents": [4096, 8192, 16384, 32768, 65536], "tokens": [512, 1024, 2048, 4096, 8192]}
+QUICK_GROWTH = {"n_latents": [128, 256, 512], "tokens": [64, 128, 256]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures. ``variants`` are sets of recipe keys, each measured beside the step without them."""
+
+    shapes: tuple[Shape, ...]
+    families: tuple[str, ...]
+    rounds: int
+    threads: int
+    overrides: Mapping[str, Any]
+    variants: tuple[Mapping[str, Any], ...] = ()
+    peers_python: Path | None = None
+    libraries: tuple[str, ...] = LIBRARIES
+
+    def ours(self, shape: Shape) -> list[Task]:
+        """Our processes; the first also times the product.
+
+        Raises:
+            ValueError: If a recipe does not hold at this shape.
+        """
+        tasks = []
+        for family in self.families:
+            trained = family not in PURSUITS
+            for variant in ({}, *self.variants) if trained else ({},):
+                overrides = {**self.overrides, **variant} if trained else {}
+                tasks.append(Task("sparsary", family, *shape, self.threads, overrides=overrides))
+                if trained:
+                    recipe_of(tasks[-1])
+        return [replace(tasks[0], product=True), *tasks[1:]]
+
+    def peers(self, shape: Shape) -> list[Task]:
+        """Their processes, if there is a Python for them."""
+        return [
+            Task(library, family, *shape, self.threads)
+            for family in (self.families if self.peers_python else ())
+            for library in PEERS.get(family, ())
+            if library in self.libraries
+        ]
+
+    def command(self, task: Task) -> list[str]:
+        """How a task's process is started."""
+        if task.library == "sparsary":
+            # Not from the current folder, which may hold packages of these names.
+            return [sys.executable, "-P", "-m", "training.bench.steps"]
+        # Isolated: neither our packages nor the names in this folder may stand before the peers' own.
+        return [str(self.peers_python), "-I", str(Path(__file__).with_name("peer_steps.py"))]
+
+
+def parse_shape(text: str) -> Shape:
+    """``2048x768x12288x32`` as a shape.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
+    if found is None or "0" in found.groups():
+        raise ValueError(f"--shape: expected TOKENSxD_INxN_LATENTSxK, for example {STEP_SHAPE}, got {text!r}.")
+    return Shape(*map(int, found.groups()))
+
+
+def choose(option: str, names: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once.
+
+    Raises:
+        ValueError: If one is not among the choices.
+    """
+    for name in names:
+        if name not in choices:
+            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{option}: expected one of {', '.join(choices)}, got {name!r}.{hint}")
+    return tuple(dict.fromkeys(names))
+
+
+def peers_python(given: str | None) -> Path | None:
+    """The Python that has the peers: as given, else that of ``make peers`` in this folder if there is one, else none.
+
+    Raises:
+        ValueError: If the given one does not exist.
+    """
+    if given == "none":
+        return None
+    if given is None:
+        # Not resolved: the link is what makes it that environment's Python.
+        return PEERS_PYTHON.absolute() if PEERS_PYTHON.exists() else None
+    if not Path(given).is_file():
+        raise ValueError(f"--peers: expected a Python that has the peers, or none, got {given!r}. make peers makes one.")
+    return Path(given).absolute()
+
+
+def bench_steps(plan: Plan, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+    """Every shape's competitors in turn, and the report. ``progress`` hears of rounds.
+
+    Raises:
+        ValueError: If a step of ours cannot be taken.
+    """
+    tasks = {shape: [*plan.ours(shape), *plan.peers(shape)] for shape in plan.shapes}
+    finished = _counter(progress)
+    shapes = []
+    for shape in plan.shapes:
+        with started([(task, plan.command(task)) for task in tasks[shape]]) as competitors:
+            _require_ours(competitors)
+            take_turns(competitors, plan.rounds, finished)
+            _require_ours(competitors)
+        shapes.append(shape_report(shape, competitors, plan))
+    return {"environment": environment(plan.threads), "settings": _settings(plan), "shapes": shapes}
+
+
+def rounds_of(plan: Plan, growth: Mapping[str, list[int]] | None = None) -> int:
+    """How many rounds ``bench_steps`` tells its progress of, or with ``growth`` ``bench_slopes``."""
+    sizes = len(plan.shapes) if growth is None else len(plan.families) * sum(map(len, growth.values()))
+    return sizes * (WARMUP_ROUNDS + plan.rounds)
+
+
+def bench_slopes(
+    plan: Plan, growth: Mapping[str, list[int]], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """How time grows with n_latents and with tokens from the first shape on: step, product, and the one over the other.
+
+    Raises:
+        ValueError: If a step of ours cannot be taken.
+    """
+    finished = _counter(progress)
+    sizes = [
+        (family, axis, [plan.shapes[0]._replace(**{axis: size}) for size in values])
+        for family in plan.families
+        for axis, values in growth.items()
+    ]
+    tasks = {
+        (family, shape): replace(plan, families=(family,), variants=()).ours(shape)
+        for family, _, shapes in sizes
+        for shape in shapes
+    }
+    slopes = []
+    for family, axis, shapes in sizes:
+        measured = []
+        for shape in shapes:
+            # One size after another, each with its product: their ratio does not feel how busy the machine was.
+            with started([(task, plan.command(task)) for task in tasks[family, shape]]) as competitors:
+                _require_ours(competitors)
+                take_turns(competitors, plan.rounds, finished)
+                _require_ours(competitors)
+            measured.append(competitors[0].seconds)
+        slopes.append(
+            {"family": family, "shape": plan.shapes[0]._asdict(), "axis": axis, **growth_report(growth[axis], measured)}
+        )
+    return {"environment": environment(plan.threads), "settings": _settings(plan), "slopes": slopes}
+
+
+def growth_report(sizes: list[int], measured: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Slopes of the logarithms over the sizes, from each size's times."""
+    steps, products = ([statistics.median(times[order]) for times in measured] for order in ("step", "product"))
+    ratios = [ratio(times["step"], times["product"]) for times in measured]
+    return {
+        "sizes": sizes,
+        "seconds": measured,
+        "median_step_seconds": steps,
+        "median_product_seconds": products,
+        "times_product": ratios,
+        "step_slope": slope(sizes, steps),
+        "product_slope": slope(sizes, products),
+        "times_product_slope": slope(sizes, ratios),
+    }
+
+
+def shape_report(shape: Shape, competitors: list[Competitor], plan: Plan) -> dict[str, Any]:
+    """All that one shape's rounds have shown, raw times included."""
+    product = competitors[0].seconds["product"]
+    output_bytes = 4 * shape.tokens * shape.n_latents
+    rows = []
+    # Ours without a variant comes before everything of its family.
+    ours: dict[str, list[float]] = {}
+    for competitor in competitors:
+        task, steps = competitor.task, competitor.seconds["step"]
+        compared = competitor.error is None
+        variant = {key: value for key, value in task.overrides.items() if plan.overrides.get(key, ...) != value}
+        if task.library == "sparsary":
+            ours.setdefault(task.family, steps)
+        memory = competitor.memory_bytes if compared else None
+        rows.append(
+            {
+                "library": task.library,
+                "version": competitor.version,
+                "family": task.family,
+                "variant": variant,
+                "error": competitor.error,
+                "seconds": steps,
+                "median_seconds": statistics.median(steps) if compared else None,
+                "times_product": ratio(steps, product) if compared else None,
+                "times_ours": ratio(steps, ours[task.family]) if compared else None,
+                "memory_bytes": memory,
+                "memory_over_output": None if memory is None else memory / output_bytes,
+            }
+        )
+    return {
+        "shape": shape._asdict(),
+        "encoder_output_bytes": output_bytes,
+        "product": {"seconds": product, "median_seconds": statistics.median(product)},
+        "competitors": rows,
+    }
+
+
+class Table(NamedTuple):
+    """A title, the heads of the columns, rows of text, and lines below."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def tables(report: dict[str, Any]) -> list[Table]:
+    """The report for people to read; one that is neither of steps nor of slopes is shown number by number."""
+    if report["bench"] not in ("step", "pursuit"):
+        shown = {name: value for name, value in report.items() if name not in ("bench", "environment")}
+        return [Table(report["bench"], ["", ""], _numbers(shown), [])]
+    rounds = report["settings"]["rounds"]
+    if "slopes" in report:
+        return [_slope_table(found, rounds) for found in report["slopes"]]
+    return [_shape_table(found, rounds) for found in report["shapes"]]
+
+
+def _numbers(values: Mapping[str, Any], above: str = "") -> list[list[str]]:
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _numbers(value, f"{above}{name}.")
+        else:
+            rows.append([above + name, f"{value:.4g}" if isinstance(value, float) else str(value)])
+    return rows
+
+
+def _shape_table(found: dict[str, Any], rounds: int) -> Table:
+    product = found["product"]["median_seconds"]
+    rows = [["encoder product", "", _seconds(product), "1.00", "", "", ""]]
+    notes = []
+    for row in found["competitors"]:
+        name = " ".join([row["library"], *(f"{key}={value}" for key, value in row["variant"].items())])
+        if row["error"] is not None:
+            notes.append(f"{name}, {row['family']}: left out: {row['error']}")
+            continue
+        memory = row["memory_bytes"]
+        rows.append(
+            [
+                name,
+                row["family"],
+                _seconds(row["median_seconds"]),
+                f"{row['times_product']:.2f}",
+                f"{row['times_ours']:.2f}",
+                "?" if memory is None else str(round(memory / 1e6)),
+                "?" if memory is None else f"{row['memory_over_output']:.2f}",
+            ]
+        )
+    shape = Shape(**found["shape"])
+    title = f"{shape.tokens} tokens, d {shape.d_in}, {shape.n_latents} latents, k {shape.k}; medians of {rounds} rounds"
+    return Table(title, ["", "family", "seconds", "x product", "x sparsary", "MB", "x output"], rows, notes)
+
+
+def _slope_table(found: dict[str, Any], rounds: int) -> Table:
+    sizes = [f"{name} {value}" for name, value in found["shape"].items() if name != found["axis"]]
+    rows = [
+        [f"{size}", _seconds(step), _seconds(product), f"{times:.2f}"]
+        for size, step, product, times in zip(
+            found["sizes"], found["median_step_seconds"], found["median_product_seconds"], found["times_product"], strict=True
+        )
+    ]
+    rows.append(["slope", *(f"{found[f'{name}_slope']:.3f}" for name in ("step", "product", "times_product"))])
+    title = f"{found['family']}: {', '.join(sizes)}; medians of {rounds} rounds"
+    return Table(title, [found["axis"], "step, s", "product, s", "x product"], rows, [])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    python = None if plan.peers_python is None else str(plan.peers_python)
+    return asdict(plan) | {"shapes": [str(shape) for shape in plan.shapes], "peers_python": python, "warmup": WARMUP_ROUNDS}
+
+
+def _require_ours(competitors: list[Competitor]) -> None:
+    for competitor in competitors:
+        if competitor.error is not None and competitor.task.library == "sparsary":
+            task = competitor.task
+            shape = Shape(task.tokens, task.d_in, task.n_latents, task.k)
+            raise ValueError(f"bench, {task.family} at {shape}: {competitor.error}")
+
+
+def _counter(progress: Callable[[int], None]) -> Callable[[], None]:
+    done = 0
+
+    def finished() -> None:
+        nonlocal done
+        done += 1
+        progress(done)
+
+    return finished

@@ -1,0 +1,226 @@
+"""One of our own training steps, taken by the training loop itself: what a measured process of ours runs.
+
+    python -m training.bench.steps '{"library": "sparsary", "family": "topk", "tokens": 2048, ...}'
+
+The loop gets a stream that waits for orders, so a step is all that lies between one batch and the next: forward, backward,
+projection, clipping, Adam, unit atoms, counters. Nothing is reported or saved.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from jaxtyping import Float
+from torch import Tensor
+
+from sae import pursuit
+from sae.checkpoint import build_dictionary
+from sae.encoders import ENCODERS
+from sae.encoders.feature_choice import FeatureChoice
+from sae.metrics import Moments
+from sae.screen import Screen
+
+from ..activations.stream import Batch, Stream
+from ..checkpoints import Checkpoints
+from ..fused import build_optimizer
+from ..initialize import SAMPLE_TOKENS, initialize
+from ..loop import Group, Member, train_loop
+from ..objective import AuxSettings, Objective
+from ..optim import Schedule
+from ..phases import Phases
+from ..recipe import Recipe, check_recipe, override
+from ..report import Report
+from ..state import Randomness, TrainState
+from ..stopping import StopRequest
+from .environment import sparsary_version
+from .worker import BATCHES, Task, Turns, activations, held_bytes
+
+HOOK = "activations:out"
+# No schedule ends while it is measured.
+STEPS = 1_000_000
+# Arguments that have no default.
+ARGUMENTS = {"gradient_topk": {"beta": 27.0}}
+# Pursuits of given atoms, without training.
+PURSUITS = ("gradient_pursuit", "orthogonal_matching_pursuit")
+TAKEN = {
+    "batch_tokens": "--shape",
+    "dictionary.n_latents": "--shape",
+    "dictionary.encoder.k": "--shape",
+    "dictionary.encoder.target_l0": "--shape",
+    "dictionary.encoder.name": "--family",
+    "dictionary.encoder": "--family",
+}
+
+
+def recipe_of(task: Task) -> Recipe:
+    """The recipe whose step the task measures.
+
+    Raises:
+        ValueError: If the task's overrides, or its sizes, are not those of a recipe that can be measured.
+    """
+    where = f"bench, {task.family}"
+    # Those without a fixed k are steered to it, where they can be.
+    arguments = {name: task.k for name in ("k", "target_l0") if name in ENCODERS[task.family].parameters_of()}
+    encoder = {"name": task.family, **arguments, **ARGUMENTS.get(task.family, {})}
+    values: dict[str, Any] = {
+        "harvest": {"hooks": [HOOK], "gradients": ENCODERS[task.family].needs_gradient},
+        "dictionary": {"hook": HOOK, "n_latents": task.n_latents, "encoder": encoder},
+        "tokens": STEPS * task.tokens,
+        "batch_tokens": task.tokens,
+        "log_every": STEPS,
+        "save_every": STEPS,
+        "out_dir": "nowhere",
+    }
+    for key, value in task.overrides.items():
+        if key in TAKEN:
+            raise ValueError(f"{where}: {key}: expected {TAKEN[key]} to say it, got {value!r}.")
+        override(values, key, value)
+    recipe = check_recipe(values, where)
+    if recipe.objective == "kl":
+        raise ValueError(f"{where}: objective: expected reconstruction, got 'kl', whose step is mostly the model's.")
+    return recipe
+
+
+class Following(Stream):
+    """Batches as they come, without the background thread, which would read ahead of the orders."""
+
+    def __init__(self, batches: Iterator[Batch], batch_tokens: int):
+        super().__init__(batch_tokens)
+        self.source = batches
+
+    def __next__(self) -> Batch:
+        batch = next(self.source)
+        self.batches += 1
+        return batch
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+        raise NotImplementedError
+
+    def moments(self) -> Moments:
+        raise NotImplementedError
+
+
+class Run:
+    """A dictionary about to be trained, with all that the loop asks for."""
+
+    def __init__(self, recipe: Recipe, sample: Float[Tensor, "tokens d_in"]):
+        # As `training.run` builds it; the stream and the files are left out.
+        moments = Moments(sample.shape[1])
+        moments.update(sample)
+        section = recipe.dictionary
+        arguments = {"kind": section.kind, "d_in": sample.shape[1], "n_latents": section.n_latents, "encoder": section.encoder}
+        self.recipe, self.dictionary = recipe, build_dictionary(arguments)
+        initialize(self.dictionary, sample, moments, section.normalize, section.init)
+        AcceleratorState._reset_state(True)
+        precision = "bf16" if recipe.precision == "bf16" else "no"
+        self.accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate)
+        latents = recipe.auxk_latents or max(1, self.dictionary.d_out // 2)
+        aux = AuxSettings(recipe.auxk_weight, latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+        self.phases = Phases(self.dictionary, recipe)
+        if recipe.screen != "none":
+            self.dictionary.screen = Screen(recipe.screen, recipe.screen_floor)
+        self.optimizer = build_optimizer(self.dictionary, self.phases, recipe)
+        self.state = TrainState(
+            self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
+        )
+        weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
+        objective = Objective(self.dictionary, moments.variance(), aux, None, weight)
+        self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
+        self.dictionary.train()
+
+    def follow(self, batches: Iterator[Batch]) -> None:
+        """Step on every batch that comes."""
+        schedule = Schedule(self.optimizer, self.dictionary, self.phases, self.recipe)
+        checkpoints = Checkpoints(Path(self.recipe.out_dir), {}, self.phases)
+        # Made without its file: the loop ends before anything is reported, or saved.
+        report = object.__new__(Report)
+        member = Member(self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints)
+        stream = Following(batches, self.recipe.batch_tokens)
+        stream.batches = self.state.step
+        group = Group(stream, [member], side_by_side=False)
+        with suppress(StopIteration):
+            train_loop([group], self.accelerator, StopRequest())
+
+    def batches(
+        self, x: Iterable[Float[Tensor, "tokens d_in"]], gradients: list[Float[Tensor, "tokens d_in"]]
+    ) -> Iterator[Batch]:
+        """What the loop is given; gradients go round."""
+        for number, (rows, grad) in enumerate(zip(x, itertools.cycle(gradients), strict=False)):
+            # Zipf budgets, as they are for most of a run, once a batch has told the densities. This is before any count.
+            if number == 1 and isinstance(self.dictionary.encoder, FeatureChoice):
+                self.dictionary.encoder.rerank()
+            yield Batch(rows, grad=grad)
+
+    def held_bytes(self) -> int:
+        """Parameters and optimizer state."""
+        return held_bytes([*self.dictionary.parameters(), *self.phases.parameters()], self.optimizer.state)
+
+
+def sample_of(task: Task, generator: torch.Generator) -> Float[Tensor, "tokens d_in"]:
+    """Enough rows for atoms to start from."""
+    return activations(min(SAMPLE_TOKENS, 2 * task.n_latents), task.d_in, generator)
+
+
+def train(task: Task, turns: Turns) -> None:
+    """Hold a training step ready, and the encoder product if the task wants it."""
+    gradients = [torch.randn(task.tokens, task.d_in, generator=turns.generator) for _ in range(BATCHES)]
+    buffer = torch.zeros(task.tokens, task.n_latents).add_(1) if task.product else None
+    _compile(task)
+    turns.build_from_here()
+    run = Run(recipe_of(task), sample_of(task, turns.generator))
+    others = {} if buffer is None else {"product": lambda: product(turns.batches[0], run.dictionary.weights.W_enc, buffer)}
+    run.follow(run.batches(turns.steps(run.held_bytes, sparsary_version(), others), gradients))
+
+
+def _compile(task: Task) -> None:
+    """Two steps of a quarter of the size, so that no compiler's memory is taken for the step's."""
+    part = replace(task, tokens=max(1, task.tokens // 4), n_latents=max(task.k, task.n_latents // 4))
+    generator = torch.Generator().manual_seed(0)
+    x = [activations(part.tokens, part.d_in, generator) for _ in range(2)]
+    # What is too small for its family is left to the warm-up.
+    with suppress(ValueError):
+        run = Run(recipe_of(part), sample_of(part, generator))
+        run.follow(run.batches(x, x))
+
+
+@torch.no_grad()
+def product(
+    x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "n_latents d_in"], out: Float[Tensor, "tokens n_latents"]
+) -> None:
+    """The encoder product: what no exact training step can do without."""
+    torch.mm(x, weights.T, out=out)
+
+
+def pursue(task: Task, turns: Turns) -> None:
+    """Hold the pursuit of a batch ready: random unit atoms, inference only."""
+    find = getattr(pursuit, task.family)
+    buffer = torch.zeros(task.tokens, task.n_latents).add_(1) if task.product else None
+    small = torch.nn.functional.normalize(torch.randn(max(task.k, task.n_latents // 4), task.d_in), dim=-1)
+    find(turns.batches[0][: max(1, task.tokens // 4)], small, task.k)
+    turns.build_from_here()
+    atoms = torch.nn.functional.normalize(torch.randn(task.n_latents, task.d_in), dim=-1)
+    others = {} if buffer is None else {"product": lambda: product(turns.batches[0], atoms, buffer)}
+    for x in turns.steps(lambda: held_bytes([atoms], {}), sparsary_version(), others):
+        find(x, atoms, task.k)
+
+
+def main() -> None:
+    """Hold the ordered step ready."""
+    task = Task(**json.loads(sys.argv[1]))
+    turns = Turns(task)
+    (pursue if task.family in PURSUITS else train)(task, turns)
+
+
+if __name__ == "__main__":
+    main()
