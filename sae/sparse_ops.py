@@ -6,7 +6,6 @@ matrix that has only the code's entries. Compiled kernels do it where there are 
 All are checked against the plain reference below. A matrix with a ledger has its gradient entered there, not written out.
 """
 
-import threading
 import warnings
 from typing import Any
 
@@ -24,7 +23,6 @@ from .ledger import Ledger, Product, ledger_of
 # without a budget begin with every second latent on. Small codes are not worth the question.
 DENSE_SHARE = 1 / 16
 DENSE_ENTRIES = 1 << 18
-_FILTERS = threading.Lock()
 
 
 def decode(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
@@ -207,8 +205,7 @@ def _has_csr(rows: Tensor) -> bool:
 
 
 def _csr(firsts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    # Filters are the whole process's: two threads would put back each other's.
-    with _FILTERS, warnings.catch_warnings():
+    with warnings.catch_warnings():
         # torch says once per process that CSR is in beta.
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(firsts, columns, values, shape, check_invariants=False)

@@ -1,8 +1,6 @@
 """The training loop, read top to bottom: for one dictionary, or for several that share their batches."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +15,6 @@ from .recipe import Recipe
 from .report import Report
 from .state import NotFinite, TrainState
 from .stopping import StopRequest
-
-# Members that step at once, where they do: two keep two cores busy, and each holds the memory of a step.
-SIDE_BY_SIDE = 2
 
 
 @dataclass(frozen=True)
@@ -42,15 +37,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Members that train on the same batches, and where these come from.
-
-    ``side_by_side``: steps are so small that two at once waste less. Each runs as many threads as it would alone, because
-    other numbers of threads round differently.
-    """
+    """Members that train on the same batches, and where these come from."""
 
     stream: Stream
     members: list[Member]
-    side_by_side: bool
 
     @property
     def done(self) -> bool:
@@ -69,16 +59,13 @@ def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest)
         NotFinite: If a member's loss is not; its last good state is kept, the others' are saved.
     """
     failures: list[str] = []
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(SIDE_BY_SIDE, initializer=torch.set_num_threads, initargs=(threads,)) as workers:
-        while not failures and not all(group.done for group in groups) and not stop.requested:
-            for group in (group for group in groups if not group.done):
-                members = [member for member in group.in_step if not member.done]
-                batch = next(group.stream).to(accelerator.device)
-                run = workers.map if group.side_by_side else map
-                terms = list(run(step, members, repeat(batch), repeat(accelerator)))
-                for member, shown in zip(members, terms, strict=True):
-                    failures += record(member, shown, group.stream)
+    while not failures and not all(group.done for group in groups) and not stop.requested:
+        for group in (group for group in groups if not group.done):
+            members = [member for member in group.in_step if not member.done]
+            batch = next(group.stream).to(accelerator.device)
+            terms = [step(member, batch, accelerator) for member in members]
+            for member, shown in zip(members, terms, strict=True):
+                failures += record(member, shown, group.stream)
     save_moved(groups)
     if failures:
         raise NotFinite("\n".join(failures))

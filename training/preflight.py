@@ -14,7 +14,6 @@ from .activations.harvest import recipe_identity
 from .activations.model import hook_widths
 from .activations.shards import MANIFEST_FILE, Store
 from .grid import Grid, source, told_together
-from .loop import SIDE_BY_SIDE
 from .recipe import Recipe, total_steps
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
@@ -91,9 +90,8 @@ def grid_lines(grid: Grid, plans: list[Plan]) -> list[tuple[str, str]]:
         return plans[0].lines(grid.recipes[0])
     members = list(zip(grid.names, grid.recipes, plans, strict=True))
     streams = {source(recipe): plan.stream_bytes for _, recipe, plan in members}
-    # Small members step in twos.
-    steps = sorted(plan.step_bytes for plan in plans)[-SIDE_BY_SIDE:]
-    memory = sum(plan.weights_bytes for plan in plans) + sum(steps) + sum(streams.values())
+    # One member steps at a time.
+    memory = sum(plan.weights_bytes for plan in plans) + max(plan.step_bytes for plan in plans) + sum(streams.values())
     trainings = {plan.training_words(recipe): name for name, recipe, plan in members}
     return [
         *plans[0].source_lines(grid.recipes[0]),

@@ -42,8 +42,6 @@ from .state import Randomness, TrainState
 from .stopping import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
-# Multiplications of the encoder's product: beyond, one step keeps two cores busy (tests/bench/LOG.md).
-SMALL_STEP = 1 << 31
 
 
 def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens: None) -> Store:
@@ -214,15 +212,7 @@ def _group(
     state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
     if state.stream_position is not None:
         stream.seek(state.stream_position)
-    return Group(stream, members, side_by_side(recipes, start.sample.shape[1], accelerator))
-
-
-def side_by_side(recipes: list[Recipe], d_in: int, accelerator: Accelerator) -> bool:
-    """Whether recipes over one stream are so small that their steps pay in twos, and touch nothing in common."""
-    largest = max(recipe.batch_tokens * recipe.dictionary.n_latents * d_in for recipe in recipes)
-    alike = all(recipe.objective == "reconstruction" and recipe.accumulate == 1 for recipe in recipes)
-    several = len(recipes) > 1 and torch.get_num_threads() > 1 and accelerator.device.type == "cpu"
-    return several and alike and largest <= SMALL_STEP
+    return Group(stream, members)
 
 
 def _member(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -149,31 +148,6 @@ def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     monkeypatch.setattr(harvest, "rows_of", counted)
     train_all(members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]}))
     assert len(seen) == len(set(seen))
-
-
-def test_steps_side_by_side_round_as_alone(values, tmp_path, monkeypatch):
-    """With two threads in every product, and shapes that are worth them."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(1500, 96, generator=generator) @ torch.randn(96, 96, generator=generator) for _ in range(4)]
-    values |= {"batch_tokens": 1500, "tokens": 6000, "dead_after_tokens": 2000}
-    encoders = [{"name": name, "k": 9} for name in ("topk", "mutual_choice", "feature_choice")]
-    recipes = members(values, {"dictionary.n_latents": [384], "dictionary.encoder": encoders})
-    threads, seen = torch.get_num_threads(), set()
-    step = loop_module.step
-
-    def watched(*arguments):
-        seen.add((threading.current_thread().name.rpartition("_")[2], torch.get_num_threads()))
-        return step(*arguments)
-
-    torch.set_num_threads(2)
-    try:
-        monkeypatch.setattr(loop_module, "step", watched)
-        directories = train_all(recipes, rows)
-        assert seen == {("0", 2), ("1", 2)}
-        for directory, recipe in zip(directories, recipes, strict=True):
-            assert_equal_runs(alone(recipe, tmp_path, rows), directory)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
@@ -463,7 +437,7 @@ def test_the_plan_lists_members_and_adds_up_their_memory(values):
     assert shown["n_latents=670,seed=1"] == "128 -> 670, topk, k 5, 172,318 parameters"
     assert shown["members"] == "4 on 2 streams of batches"
     assert shown["training"].startswith("3,030 tokens in 30 steps of 101")
-    together = sum(plan.weights_bytes for plan in plans) + 2 * plans[3].step_bytes + 2 * plans[0].stream_bytes
+    together = sum(plan.weights_bytes for plan in plans) + plans[3].step_bytes + 2 * plans[0].stream_bytes
     assert shown["memory"] == f"about {together / 1e6:.1f} MB for training, beside the model's own"
     assert plans[0] == preflight(grid.recipes[0])
     assert not Path(values["out_dir"]).exists()

@@ -148,7 +148,7 @@ class Run:
         member = Member(self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints)
         stream = Following(batches, self.recipe.batch_tokens)
         stream.batches = self.state.step
-        group = Group(stream, [member], side_by_side=False)
+        group = Group(stream, [member])
         with suppress(StopIteration):
             train_loop([group], self.accelerator, StopRequest())
 
