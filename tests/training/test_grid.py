@@ -63,10 +63,16 @@ def members(values, grid):
     return check_grid(values | {"grid": grid}, "recipe").recipes
 
 
+TRAINED = {}
+
+
 def alone(recipe, tmp_path, activations=None):
-    """The directory of the same recipe trained by itself."""
-    out = tmp_path / "alone" / Path(recipe.out_dir).name
-    return train(recipe.model_copy(update={"out_dir": str(out)}), activations)
+    """The directory of the same recipe trained by itself; several tests ask for some."""
+    key = (recipe.model_copy(update={"out_dir": ""}).model_dump_json(), type(activations))
+    if key not in TRAINED:
+        out = tmp_path / "alone" / Path(recipe.out_dir).name
+        TRAINED[key] = train(recipe.model_copy(update={"out_dir": str(out)}), activations)
+    return TRAINED[key]
 
 
 def assert_equal_runs(a, b):
