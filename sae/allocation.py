@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .kernels import backend
+from .kernels import selection
 
 # A prime, so that the sampled cells visit every latent and every token.
 SAMPLE_STRIDE = 61
@@ -45,7 +45,7 @@ def largest_columns(
     scores: Float[Tensor, "rows columns"], room: Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
     """Every row's ``room[i]`` largest scores, row after row, and the columns they stand in. No room exceeds the columns."""
-    kernels = backend(scores)
+    kernels = selection(scores)
     if kernels is None:
         return _ranked_columns(scores, room)
     few = room <= kernels.KEPT_MOST

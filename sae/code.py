@@ -21,9 +21,9 @@ def group(keys: Int[Tensor, " nnz"], count: int) -> tuple[Int[Tensor, " ends"], 
         from .kernels import cpu
 
         return cpu.group(keys, count)
-    firsts = torch.zeros(count + 1, dtype=torch.long, device=keys.device)
-    torch.cumsum(torch.bincount(keys, minlength=count), 0, out=firsts[1:])
-    return firsts, keys.argsort(stable=True)
+    # Counting them would make the host wait for a GPU: torch looks for the largest key first.
+    ordered, order = keys.sort(stable=True)
+    return torch.searchsorted(ordered, torch.arange(count + 1, device=keys.device)), order
 
 
 @dataclass(frozen=True)

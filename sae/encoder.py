@@ -46,6 +46,12 @@ def scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
     return Scorer(*castable(x, weights.W_enc, weights.b_enc))
 
 
+def full_scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
+    """The same in the weights' own precision, whatever autocast is in force."""
+    b = None if weights.b_enc is None else weights.b_enc.detach()
+    return Scorer(x.detach().to(weights.W_enc.dtype), weights.W_enc.detach(), b)
+
+
 def castable(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """In the precision of the autocast in force, if there is one: products into a buffer do not see to it themselves."""
     x, W, b = x.detach(), W.detach(), None if b is None else b.detach()

@@ -1,19 +1,39 @@
 """Files written whole or not at all, and safetensors read with errors a person can act on."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+# safetensors' names of torch's dtypes, in the order in which it lays them into a file: the widest first, which keeps all of
+# them aligned.
+DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What is hashed and then written at a time: it stays in the processor's cache in between.
+CHUNK_BYTES = 1 << 18
 
 
 @contextmanager
@@ -64,15 +84,44 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, moved to the CPU, whole or not at all."""
-    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str]) -> str:
+    """One safetensors file, whole or not at all; its sha256. Of several tensors under a name, each is put below the last.
+
+    The bytes are those that ``safetensors.torch.save_file`` writes. Ours are hashed on their way, and Python's lock is free
+    meanwhile.
+
+    Raises:
+        OSError: If it could not be written; what was there before is unchanged.
+    """
+    parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
+    names = sorted(parts, key=lambda name: (list(DTYPES.values()).index(parts[name][0].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        first = parts[name][0]
+        begin, end = end, end + sum(part.nbytes for part in parts[name])
+        shape = list(first.shape) if len(parts[name]) == 1 else [sum(map(len, parts[name])), *first.shape[1:]]
+        dtype = next(key for key, value in DTYPES.items() if value == first.dtype)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with replacing(path) as temporary:
         try:
-            save_file(flat, temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            # safetensors wraps the operating system's error, a full disk for example, in its own.
+            with temporary.open("wb") as handle:
+                data = (_memory(part) for name in names for part in parts[name])
+                for piece in itertools.chain([len(text).to_bytes(8, "little"), text], data):
+                    for begin in range(0, len(piece), CHUNK_BYTES):
+                        chunk = piece[begin : begin + CHUNK_BYTES]
+                        digest.update(chunk)
+                        handle.write(chunk)
+        except OSError as error:
             raise OSError(f"{path}: could not be written ({error}). What was there before is unchanged.") from None
+    return digest.hexdigest()
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -71,9 +71,10 @@ class Ledger:
         """Which of the dense rows belongs to each latent, or -1, and those rows; ``like.grad`` is among them."""
         n_latents = like.shape[0]
         if like.grad is not None:
+            whole = like.grad
             for latents, gradients in self.rows:
-                like.grad.index_add_(0, latents, gradients)
-            return torch.arange(n_latents, device=like.device), like.grad
+                whole = whole.index_add(0, latents, gradients)
+            return torch.arange(n_latents, device=like.device), whole
         dense_of = torch.full((n_latents,), -1, device=like.device)
         if not self.rows:
             return dense_of, like.new_empty(0, like.shape[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .allocation import largest_cells, largest_columns
 from .code import SparseCode, group
-from .kernels import backend
+from .kernels import selection
 from .sparse_ops import dots
 
 # Numbers in a tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator what launches cost little for.
@@ -102,7 +102,7 @@ def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
     done: list[_Kept] = []
     for tile in tiles:
         if not tile.first:
-            kernels = backend(tile.scores)
+            kernels = selection(tile.scores)
             done.append((_Kept if kernels is None or k > kernels.KEPT_MOST else _KeptByKernel)(tile.scores, k))
         done[-1].take(tile)
     latents, values = torch.cat([kept.latents for kept in done]), torch.cat([kept.values for kept in done])
@@ -134,7 +134,7 @@ class _KeptByKernel(_Kept):
         self.latents = torch.zeros(len(scores), k, dtype=torch.long, device=scores.device)
 
     def take(self, tile: Tile) -> None:
-        kernels = backend(tile.scores)
+        kernels = selection(tile.scores)
         assert kernels is not None
         kernels.keep_largest_(tile.scores, tile.first, self.values, self.latents)
 
@@ -153,7 +153,7 @@ def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_laten
     for tile in tiles:
         rows, width = tile.scores.shape
         limit = cut.to(tile.scores.dtype).expand(n_latents)[tile.first : tile.first + width].contiguous()
-        kernels = backend(tile.scores, limit)
+        kernels = selection(tile.scores, limit)
         if kernels is None:
             token, latent = (tile.scores > limit).nonzero(as_tuple=True)
             counts, values, latents = torch.bincount(token, minlength=rows), tile.scores[token, latent], latent + tile.first

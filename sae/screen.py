@@ -9,7 +9,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from .code import SparseCode
-from .kernels import backend
+from .kernels import selection
 from .scores import Scorer, Tile, largest_per_token, pick
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Screen:
     def largest_per_token(self, scorer: Scorer, k: int) -> SparseCode:
         """Each token's ``k`` largest scores, but for what the screen misses; their values are exact."""
         self.batches += 1
-        if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W):
+        if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W) or not can_multiply(scorer):
             self.recall = torch.ones_like(self.recall)
             return largest_per_token(scorer.tiles(), k)
         found = self.screened(scorer, k)
@@ -79,15 +79,21 @@ class Screen:
         self.recall = hits.sum() / counts.sum().clamp_min(1) if bool(counts.any()) else torch.ones_like(self.recall)
         if float(self.recall) < self.floor:
             self.stage += 1
-            then = "exact selection" if self.stage == len(CANDIDATES) else f"{CANDIDATES[self.stage]} candidates a latent"
+            then = "exact selection" if self.stage == len(CANDIDATES) else f"{CANDIDATES[self.stage]} candidates each"
             log.warning("screen: recall %.4f is below screen_floor %.4f; from now on %s.", float(self.recall), self.floor, then)
+
+
+def can_multiply(scorer: Scorer) -> bool:
+    """Whether torch has an integer product of these sizes: on GPUs it wants multiples of 8, and more than 16 tokens."""
+    (tokens, n_latents), d = scorer.shape, scorer.x.shape[1]
+    return scorer.x.device.type == "cpu" or (tokens > 16 and n_latents % 8 == 0 and d % 8 == 0)
 
 
 def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
     """Tiles of scores in int8 precision, every token's divided by a scale of its own: good for ranking only."""
     n_latents, (height, width) = len(scorer.W), scorer.tile_shape
     b = scorer.W.new_zeros(n_latents) if scorer.b is None else scorer.b
-    kernels = backend(scorer.W)
+    kernels = selection(scorer.W)
     sums = torch.empty(height * width, dtype=torch.int32, device=scorer.x.device)
     scores = torch.empty(height * width, dtype=scorer.x.dtype, device=scorer.x.device)
     for token in range(0, max(len(scorer.x), 1), height):
@@ -106,8 +112,9 @@ def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
 
 def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Float[Tensor, " rows"]]:
     """int8 rows, and what each of them is multiplied by to give the original, to rounding."""
-    kernels = backend(rows)
+    kernels = selection(rows)
     if kernels is not None:
         return kernels.quantize(rows, LEVELS, LEAST_SCALE)
     scale = (rows.abs().amax(1) / LEVELS).clamp_min(LEAST_SCALE)
-    return (rows / scale[:, None]).round_().to(torch.int8), scale
+    # In low precision the scale itself is rounded, and the largest may come out as 128, which int8 has not.
+    return (rows / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale

@@ -143,7 +143,7 @@ def _to_matrix(
 
 def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
     """Per token, the sum of its latents' rows weighted by the entries: (tokens, d)."""
-    values = values.to(rows.dtype)
+    values = values.to(rows.dtype).contiguous()
     if _crowded(latents, starts, rows):
         return SparseCode(latents, values, starts).to_dense(rows.shape[0]) @ rows
     kernels = backend(values, rows)
@@ -154,7 +154,7 @@ def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Te
 
 def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor) -> Tensor:
     """Per latent, the sum of its tokens' rows weighted by the entries: (n_latents, d), as ``like``."""
-    values, rows = values.to(like.dtype), rows.to(like.dtype).contiguous()
+    values, rows = values.to(like.dtype).contiguous(), rows.to(like.dtype).contiguous()
     tokens, n_latents = starts.shape[0], like.shape[0]
     code = SparseCode(latents, values, starts)
     if _crowded(latents, starts, like):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae import SparseDictionary
 from sae.code import ByLatent
-from sae.kernels import backend
+from sae.kernels import AdamStep, backend
 from sae.ledger import Ledger, RowGradient, keep_ledger
 
 from .optim import DictionaryAdam
@@ -66,8 +66,8 @@ class FusedAdam(DictionaryAdam):
             # Of it, nothing must be left for Adam's own step.
             part.weights.grad = None
             state = self._state(part.weights)
-            settings = self._settings(part.weights, self.taken[part.weights], factor)
-            kernels.adam_(part.weights, part.unit, part.gradient, state["exp_avg"], state["exp_avg_sq"], settings)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            kernels.adam_(part.weights, part.unit, part.gradient, *moments, factor, self._adam_step(self.taken[part.weights]))
         for parameter in others:
             assert parameter.grad is not None
             parameter.grad.mul_(factor)
@@ -75,19 +75,18 @@ class FusedAdam(DictionaryAdam):
 
     def _pending(self) -> list[Pending]:
         """The matrices that have a gradient. Both sides of a dictionary share the code, which is grouped once."""
-        grouped: dict[tuple[int, int, int], ByLatent] = {}
+        grouped: dict[tuple[int, ...], ByLatent] = {}
         pending = []
         for weights, ledger in self.ledgers.items():
             if weights.grad is None and not ledger.products and not ledger.rows:
                 continue
             product = ledger.product(weights)
-            # Distinct codes that are alive have distinct storage.
-            code = product.code
-            key = (code.latents.data_ptr(), code.starts.data_ptr(), code.latents.shape[0])
+            # The ledgers keep the codes alive, and distinct ones have distinct storage.
+            key = tuple(part.code.latents.data_ptr() for part in ledger.products)
             if key not in grouped:
-                grouped[key] = code.by_latent(weights.shape[0])
+                grouped[key] = product.code.by_latent(weights.shape[0])
             group = grouped[key]
-            gradient = RowGradient(group, code.values[group.order], product.rows, *ledger.dense(weights))
+            gradient = RowGradient(group, product.code.values[group.order], product.rows, *ledger.dense(weights))
             unit = weights is self.dictionary.W_dec and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending
@@ -114,14 +113,11 @@ class FusedAdam(DictionaryAdam):
         state["step"] += 1
         return state
 
-    def _settings(self, weights: Tensor, taken: int, factor: Float[Tensor, ""]) -> Float[Tensor, "6"]:
-        """What ``adam_`` goes by; the corrections for the moments' start at zero are part of it."""
+    def _adam_step(self, taken: int) -> AdamStep:
+        """The numbers of a matrix's step ``taken``, counted from 1."""
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
-        length = group["lr"] / (1 - beta1**taken)
-        root = 1 / math.sqrt(1 - beta2**taken)
-        fixed = torch.tensor([1 - beta1, beta2, length, root, group["eps"]], dtype=weights.dtype, device=weights.device)
-        return torch.cat([factor.to(weights.dtype).reshape(1), fixed])
+        return AdamStep(beta1, beta2, group["lr"] / (1 - beta1**taken), 1 / math.sqrt(1 - beta2**taken), group["eps"])
 
 
 def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe, processes: int = 1) -> DictionaryAdam:

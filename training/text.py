@@ -49,6 +49,15 @@ def is_heldout(document: int, share: float) -> bool:
     return ((z ^ (z >> 31)) >> 11) / 2.0**53 < share
 
 
+def are_heldout(documents: np.ndarray, share: float) -> np.ndarray:
+    """``is_heldout`` of every number of an array."""
+    with np.errstate(over="ignore"):
+        z = (documents.astype(np.int64) + 1).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / 2.0**53 < share
+
+
 BEGINNING = Cursor(0, 0)
 
 

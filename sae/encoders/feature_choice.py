@@ -58,9 +58,9 @@ class FeatureChoice(BatchWide):
         self.register_buffer("rank", torch.arange(n_latents))
         self.register_buffer("law", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("ranked_at", torch.full((), -1))
-        # Of the last training batch: a budget of m among so many tokens is a density of m / batch_tokens.
         # Batches seen since feature choice began; what the phase before saw tells nothing of thresholds per latent.
         self.register_buffer("own_batches", torch.zeros((), dtype=torch.long))
+        # Of the last training batch: a budget of m among so many tokens is a density of m / batch_tokens.
         self.register_buffer("batch_tokens", torch.full((), self.smallest_batch))
 
     def prefixes(self) -> tuple[int, ...]:

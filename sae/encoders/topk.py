@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..code import SparseCode
-from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
+from ..encoder import Encoder, Weights, full_scorer, require_argument, require_k, scorer, with_gradient
 from ..scores import largest_per_token
 
 
@@ -25,11 +25,10 @@ class TopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
     ) -> SparseCode:
-        scores = scorer(x, weights)
         if weights.screen is None:
-            found = largest_per_token(scores.tiles(), self.k)
+            found = largest_per_token(scorer(x, weights).tiles(), self.k)
         else:
-            found = weights.screen.largest_per_token(scores, self.k)
+            found = weights.screen.largest_per_token(full_scorer(x, weights), self.k)
         return with_gradient(found, x, weights).relu()
 
     def prepare(self, n_latents: int) -> None:

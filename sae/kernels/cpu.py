@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..code import ByLatent
 from ..ledger import RowGradient
-from . import loops
+from . import AdamStep, loops
 from .parallel import over_rows
 
 # Beyond so many, finding the smallest of the kept at every change costs more than torch's sorting (24,576 latents).
@@ -60,8 +60,13 @@ def squared_norms(weights: Tensor, unit: bool, gradient: RowGradient) -> Tensor:
     return out
 
 
-def adam_(weights: Tensor, unit: bool, gradient: RowGradient, mean: Tensor, square: Tensor, settings: Tensor) -> None:
-    """Adam's step on ``weights`` and its two moments, in place; ``settings`` as ``loops.adam`` has them."""
+def adam_(
+    weights: Tensor, unit: bool, gradient: RowGradient, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep
+) -> None:
+    """Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``, a scalar."""
+    # Numbers in the weights' own precision: with wider ones all arithmetic would be wider.
+    numbers = [1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps]
+    settings = torch.cat([factor.to(weights.dtype).reshape(1), torch.tensor(numbers, dtype=weights.dtype)])
     _run(loops.adam, weights.shape[0], weights, unit, *gradient.parts(), mean, square, settings)
 
 

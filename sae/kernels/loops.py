@@ -3,6 +3,9 @@
 Every kernel works on rows ``first`` to ``last`` of its output and touches no others; ``over_rows`` shares them out.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -11,10 +14,23 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 # Scores looked at together: few enough that one which exceeds the smallest kept is soon found.
 BLOCK = 128
 
-compiled = numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+
+def _compiler(flags: set[str]) -> Callable[[Callable[..., Any]], Any]:
+    def compile_(function: Callable[..., Any]) -> Any:
+        options = {"nogil": True, "fastmath": flags, "error_model": "numpy"}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:
+            # Nowhere to write: a read-only installation and no home. Every process then compiles for itself.
+            return numba.njit(**options)(function)
+
+    return compile_
+
+
+compiled = _compiler(FAST)
 # Minima run in vector registers if no number is NaN; with one the result means nothing. Where that must not be so,
 # and wherever a place to write to depends on a comparison, ``compiled`` is needed.
-ranked = numba.njit(nogil=True, cache=True, fastmath=FAST | {"nnan"}, error_model="numpy")
+ranked = _compiler(FAST | {"nnan"})
 
 
 @compiled
@@ -116,12 +132,13 @@ def squared_norms(first, last, weights, unit, firsts, tokens, values, rows, dens
 def adam(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, mean, square, settings):
     """Adam's step on every row, whose gradient exists only while the row is worked on; ``unit`` rows end at norm 1.
 
-    ``settings``: the gradient's factor, 1 - beta1, beta2, the step length, what divides the root of ``square``, epsilon.
+    ``settings``: the gradient's factor, 1 - beta1, beta2, 1 - beta2, the step length, what the root of ``square`` is
+    multiplied by, epsilon.
     """
     d = weights.shape[1]
     gradient = np.empty(d, weights.dtype)
-    factor, new, keep, length, root, eps = settings[0], settings[1], settings[2], settings[3], settings[4], settings[5]
-    fresh = 1 - keep
+    factor, new, keep, fresh = settings[0], settings[1], settings[2], settings[3]
+    length, root, eps = settings[4], settings[5], settings[6]
     for i in range(first, last):
         _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient)
         row, m, v = weights[i], mean[i], square[i]

@@ -1,5 +1,6 @@
 """Compiled loops over rows, shared out among threads."""
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,23 @@ from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
+
 # More parts than threads, so that a thread that is disturbed holds up the others only briefly.
 PARTS_PER_THREAD = 4
 
 
 @cache
 def has_numba() -> bool:
-    """Whether the compiler is installed; importing it takes a second and is left to the first use."""
-    return find_spec("numba") is not None
+    """Whether the compiler is there and works; asked at the first use, because importing it takes a second."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        # Installed, it may still refuse the numpy beside it.
+        if find_spec("numba") is not None:
+            log.warning("numba cannot be used (%s). Everything works without it, slower.", error)
+        return False
+    return True
 
 
 def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: int = 1) -> None:
@@ -38,9 +48,12 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: in
             kernel(first, min(first + size, rows), *arguments)
 
     others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+    try:
+        work()
+    finally:
+        # Whatever happens here, nobody works on the arrays after this call.
+        for other in others:
+            other.result()
 
 
 @cache

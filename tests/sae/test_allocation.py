@@ -86,7 +86,7 @@ def test_scores_may_carry_gradient_and_stay_as_they_are():
 def per_latent(request, monkeypatch):
     """Cells that ``largest_per_latent`` keeps of given scores, and the smallest of each latent."""
     if request.param == "plain":
-        monkeypatch.setattr("sae.allocation.backend", lambda *tensors: None)
+        monkeypatch.setattr("sae.allocation.selection", lambda *tensors: None)
     # Tiles of a few latents.
     monkeypatch.setattr("sae.scores.LEAST_WIDTH", 7)
     monkeypatch.setattr("sae.scores.TILE_NUMBERS_CPU", 1)

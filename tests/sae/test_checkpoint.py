@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae import ENCODERS, SAE, load_dictionary
-from sae.files import remove_partial_files, replacing, write_tensors
+from sae.files import DTYPES, remove_partial_files, replacing, sha256, write_tensors
 
 
 @pytest.fixture
@@ -166,3 +166,21 @@ def test_writing_into_a_file_in_the_way_is_an_oserror(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_tensors(tmp_path / "file" / "x.safetensors", {"a": torch.zeros(1)}, {})
+
+
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
+    """Also in parts, and the checksum is the file's."""
+    every = {f"tensor:{name}": torch.randint(0, 2, (3, 5)).to(dtype) for name, dtype in DTYPES.items()}
+    every |= {
+        "scalar": torch.tensor(2.5),
+        "none": torch.zeros(0, 7),
+        "large": torch.randn(700, 200),
+        "part": torch.randn(6, 4).T,
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in every.items()}, tmp_path / "a", metadata={"config": '{"k": "\u00e9"}'}
+    )
+    parts = every | {"large": every["large"].split(333), "part": [every["part"]]}
+    digest = write_tensors(tmp_path / "b", parts, {"config": '{"k": "\u00e9"}'})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert digest == sha256(tmp_path / "b")

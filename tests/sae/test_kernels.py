@@ -1,8 +1,10 @@
 """Every compiled loop against numpy or torch, on what shortcuts break on; and the threads that share a loop's rows."""
 
+import importlib.util
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from sae.code import ByLatent, SparseCode, bounds
-from sae.kernels import backend, cpu
+from sae.kernels import AdamStep, backend, cpu, loops
 from sae.kernels.parallel import over_rows
 from sae.ledger import RowGradient
 
@@ -141,9 +143,8 @@ def test_adam_is_torch_s_adam_on_the_written_gradient(gradient, dtype, unit):
     adam.state[expected] = {"step": torch.tensor(6.0), "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
     expected.grad = tangential(whole, weights, unit) * 0.5
     adam.step()
-    settings = torch.tensor([0.5, 0.1, 0.999, 0.01 / (1 - 0.9**7), (1 - 0.999**7) ** -0.5, 1e-8], dtype=dtype)
-    cpu.adam_(weights, unit, entries, mean, square, settings)
-    # 0.999 in float32 leaves 1 - 0.999 with four digits: the second moment is that far from torch's.
+    step = AdamStep(0.9, 0.999, 0.01 / (1 - 0.9**7), (1 - 0.999**7) ** -0.5, 1e-8)
+    cpu.adam_(weights, unit, entries, mean, square, torch.tensor(0.5), step)
     close(weights, F.normalize(expected.detach(), dim=-1) if unit else expected.detach(), 10)
     close(mean, adam.state[expected]["exp_avg"], 10)
     close(square, adam.state[expected]["exp_avg_sq"], 10)
@@ -157,7 +158,7 @@ def test_a_row_of_zeros_stays_finite_under_adam(dtype):
         none.by_latent(3), none.values, torch.ones(2, D, dtype=dtype), torch.full((3,), -1), torch.empty(0, D, dtype=dtype)
     )
     weights, mean, square = (torch.zeros(3, D, dtype=dtype) for _ in range(3))
-    cpu.adam_(weights, True, entries, mean, square, torch.tensor([1.0, 0.1, 0.999, 0.01, 1.0, 1e-8], dtype=dtype))
+    cpu.adam_(weights, True, entries, mean, square, torch.tensor(1.0), AdamStep(0.9, 0.999, 0.01, 1.0, 1e-8))
     assert not weights.any()
 
 
@@ -354,7 +355,7 @@ def everything() -> list[Tensor]:
     cpu.keep_largest_(scores, 0, best, names)
     room = torch.randint(0, 9, (rows,), generator=generator)
     moved, mean, square = W.clone(), randn(n, d), randn(n, d).abs()
-    cpu.adam_(moved, True, gradient, mean, square, torch.tensor([1.0, 0.1, 0.999, 0.01, 1.0, 1e-8]))
+    cpu.adam_(moved, True, gradient, mean, square, torch.tensor(1.0), AdamStep(0.9, 0.999, 0.01, 1.0, 1e-8))
     coarse, scale = cpu.quantize(x, 127, 1e-30)
     out = torch.empty(rows, n)
     cpu.rescale_(scores.mul(1000).int(), cut.abs(), scale, cut, out)
@@ -416,12 +417,37 @@ def test_every_row_is_worked_on_once(threads, number, least):
         times, parts = torch.zeros(rows), []
 
         def kernel(first: int, last: int, times=times, parts=parts) -> None:
+            assert 0 <= first <= last <= len(times)
             times[first:last] += 1
             parts.append(last - first)
 
         over_rows(kernel, rows, least=least)
         assert (times == 1).all()
         assert all(part >= min(least, rows) or sum(parts) == rows for part in parts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_threads_are_waited_for_and_what_they_raise_reaches_the_caller(threads, fails):
+    threads(3)
+    caller, done, begun = threading.current_thread(), torch.zeros(97), threading.Event()
+
+    def kernel(first: int, last: int) -> None:
+        if threading.current_thread() is caller:
+            # Leaves a part to the others.
+            assert begun.wait(10)
+        else:
+            begun.set()
+            time.sleep(0.05)
+            if fails:
+                raise ZeroDivisionError("in another thread")
+        done[first:last] += 1
+
+    if fails:
+        with pytest.raises(ZeroDivisionError, match="in another thread"):
+            over_rows(kernel, 97)
+    else:
+        over_rows(kernel, 97)
+        assert (done == 1).all()
 
 
 FORK = """
@@ -450,6 +476,17 @@ def test_after_a_fork_the_child_has_threads_of_its_own():
 
 
 # Which kernels.
+
+
+def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+    """A read-only installation without a home: numba refuses to cache, and so to compile."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    spec = importlib.util.spec_from_file_location("loops_without_a_cache", loops.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    firsts, order = torch.zeros(4, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+    again.group(torch.tensor([1, 0, 1]).numpy(), firsts.numpy(), order.numpy())
+    assert order.tolist() == [1, 0, 2]
 
 
 def test_kernels_are_for_contiguous_tensors_of_one_dtype_they_know():

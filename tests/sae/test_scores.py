@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sae.encoder as encoding
 import sae.scores as scores
 from sae import ENCODERS, SAE
 from sae.code import SparseCode
@@ -25,8 +26,9 @@ def kernels(request, monkeypatch):
 
 
 def without_kernels(monkeypatch):
-    for module in ("scores", "sparse_ops", "allocation", "screen"):
-        monkeypatch.setattr(f"sae.{module}.backend", lambda *tensors: None)
+    monkeypatch.setattr("sae.sparse_ops.backend", lambda *tensors: None)
+    for module in ("scores", "allocation", "screen"):
+        monkeypatch.setattr(f"sae.{module}.selection", lambda *tensors: None)
     monkeypatch.setattr("sae.code.has_numba", lambda: False)
 
 
@@ -348,6 +350,15 @@ def test_low_precision_autocast_gives_codes_and_finite_gradients(trained, monkey
         assert parameter.grad.dtype == torch.float32
         assert torch.isfinite(parameter.grad).all(), key
     assert sae.W_dec.grad.any()
+
+
+def test_under_autocast_the_product_is_in_its_precision(trained):
+    sae = trained("topk", torch.float32)
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            some = encoding.scorer(torch.randn(TOKENS, D), sae.weights)
+        assert some.x.dtype == some.W.dtype == some.b.dtype == dtype
+        assert next(some.tiles()).scores.dtype == dtype
 
 
 def test_a_nan_among_a_token_s_gradient_is_seen_in_its_code(kernels, trained):

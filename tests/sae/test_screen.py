@@ -27,8 +27,9 @@ def kernels(request, monkeypatch):
 
 
 def without_kernels(monkeypatch):
-    for module in ("scores", "sparse_ops", "allocation", "screen"):
-        monkeypatch.setattr(f"sae.{module}.backend", lambda *tensors: None)
+    monkeypatch.setattr("sae.sparse_ops.backend", lambda *tensors: None)
+    for module in ("scores", "allocation", "screen"):
+        monkeypatch.setattr(f"sae.{module}.selection", lambda *tensors: None)
 
 
 def scorer(bias=True, tokens=TOKENS, n_latents=LATENTS, dtype=torch.float32) -> Scorer:
@@ -124,7 +125,7 @@ def test_too_low_a_recall_gets_more_candidates_then_exact_selection(kernels, noi
     assert torch.equal(rows_of(code), exact)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == len(CANDIDATES)
-    assert "is below screen_floor 0.9000; from now on 4 candidates a latent." in warnings[0]
+    assert "is below screen_floor 0.9000; from now on 4 candidates each." in warnings[0]
     assert "from now on exact selection." in warnings[1]
 
 
@@ -150,8 +151,8 @@ def test_recall_counts_the_largest_positive_scores_that_were_found(monkeypatch):
     whole[1] -= 22
     whole[2] -= 50
     some, screen = Scorer(whole, torch.eye(23), None), Screen("int8", 0.0)
-    # Of the first token one of two is found, of the second its only positive one, of the third no score is positive.
-    found = SparseCode.from_rows(torch.tensor([[22, 3], [22, 3], [0, 1]]), torch.zeros(3, 2))
+    # Of the first token one of two is found, of the second its only positive one; finding the third's counts for nothing.
+    found = SparseCode.from_rows(torch.tensor([[22, 3], [22, 3], [22, 21]]), torch.zeros(3, 2))
     monkeypatch.setattr(Screen, "screened", lambda self, scorer, k: found)
     screen.largest_per_token(some, 2)
     assert float(screen.recall) == pytest.approx(2 / 3)

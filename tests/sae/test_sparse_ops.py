@@ -5,7 +5,8 @@ import torch
 
 import sae.sparse_ops as ops
 from sae.code import SparseCode
-from sae.sparse_ops import decode, decode_plain, entries, entries_plain
+from sae.ledger import drop_ledger, keep_ledger, ledger_of
+from sae.sparse_ops import decode, decode_plain, entries, entries_plain, some_rows
 
 TOKENS, D, LATENTS, K = 13, 7, 29, 5
 
@@ -85,7 +86,17 @@ def test_entries_and_their_gradients_equal_the_reference(route, make, bias):
         torch.testing.assert_close(a, c)
 
 
-def test_gradcheck_of_every_output(route):
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Names of the compiled sums, as often as each is called."""
+    cpu, calls = pytest.importorskip("sae.kernels.cpu"), []
+    for name in ("decode", "dots", "spread"):
+        kernel = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, name=name, kernel=kernel: (calls.append(name), kernel(*a))[1])
+    return calls
+
+
+def test_gradcheck_of_every_output(route, kernel_calls):
     latents, starts = repeated()
     x, W, b, atoms = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -97,6 +108,88 @@ def test_gradcheck_of_every_output(route):
         return values, decode(SparseCode(latents, values, starts), atoms)
 
     assert torch.autograd.gradcheck(run, (x, W, b, atoms))
+    assert set(kernel_calls) == ({"decode", "dots", "spread"} if route == "kernels" else set())
+
+
+def test_gradients_of_a_sum_reach_the_kernels(kernel_calls):
+    """A sum's gradient is one number seen many times, which is not contiguous."""
+    latents, starts = ordinary()
+    x, W, atoms = (torch.randn(n, D, requires_grad=True) for n in (TOKENS, LATENTS, LATENTS))
+    values = entries(x, W, None, entries_plain(x, W, None, latents, starts).detach(), latents, starts)
+    values.sum().backward()
+    assert sorted(kernel_calls) == ["decode", "spread"]
+    kernel_calls.clear()
+    decode(SparseCode(latents, values.detach().requires_grad_(True), starts), atoms).sum().backward()
+    assert sorted(kernel_calls) == ["decode", "dots", "spread"]
+
+
+# Some rows, and ledgers.
+
+
+def test_gradcheck_of_some_rows():
+    W, latents = torch.randn(LATENTS, D, dtype=torch.float64, requires_grad=True), torch.randperm(LATENTS)[:K]
+    assert torch.equal(some_rows(W, latents), W[latents])
+    assert torch.autograd.gradcheck(lambda W: some_rows(W, latents), (W,))
+    assert torch.equal(some_rows(W, latents[:0]), W[latents[:0]])
+
+
+def written(W):
+    """The gradient that a ledger and ``W.grad`` stand for."""
+    ledger = ledger_of(W)
+    product = ledger.product(W)
+    whole = product.code.to_dense(LATENTS).T @ product.rows
+    dense_of, dense = ledger.dense(W)
+    whole[dense_of >= 0] += dense[dense_of[dense_of >= 0]]
+    return whole
+
+
+@pytest.mark.parametrize("make", CODES)
+@pytest.mark.parametrize("what", ["products", "rows", "rows twice", "products and rows", "all and a gradient"])
+def test_a_ledger_holds_what_would_have_been_written(make, what):
+    latents, starts = make()
+    x = torch.randn(TOKENS, D, dtype=torch.float64)
+    W = torch.randn(LATENTS, D, dtype=torch.float64, requires_grad=True)
+    some, others = torch.randperm(LATENTS)[:K], torch.randperm(LATENTS)[: 2 * K]
+    values = torch.randn(len(latents), dtype=torch.float64)
+
+    def backward():
+        torch.manual_seed(3)
+        parts = []
+        if what in ("products", "products and rows", "all and a gradient"):
+            parts.append(entries(x, W, None, values, latents, starts) * torch.randn(len(latents)).double())
+            parts.append(decode(SparseCode(latents, values, starts), W) * torch.randn(TOKENS, D).double())
+        if what != "products":
+            parts.append(some_rows(W, some) * torch.randn(K, D).double())
+        if what == "rows twice":
+            parts.append(some_rows(W, others) * torch.randn(2 * K, D).double())
+        if what == "all and a gradient":
+            parts.append(W.pow(2))
+        sum(part.sum() for part in parts).backward()
+
+    backward()
+    expected, W.grad = W.grad, None
+    ledger = keep_ledger(W)
+    backward()
+    assert (W.grad is not None) == (what == "all and a gradient")
+    torch.testing.assert_close(written(W), expected)
+    ledger.clear()
+    W.grad = None
+    assert not written(W).any()
+    drop_ledger(W)
+    assert ledger_of(W) is None
+    backward()
+    torch.testing.assert_close(W.grad, expected)
+
+
+def test_crowded_codes_are_written_out_in_spite_of_a_ledger(monkeypatch):
+    monkeypatch.setattr(ops, "DENSE_ENTRIES", 0)
+    monkeypatch.setattr(ops, "DENSE_SHARE", 0.0)
+    latents, starts = ordinary()
+    W = torch.randn(LATENTS, D, requires_grad=True)
+    ledger = keep_ledger(W)
+    decode(SparseCode(latents, torch.randn(len(latents)), starts), W).sum().backward()
+    assert W.grad is not None
+    assert not ledger.products
 
 
 def test_low_precision_takes_the_pieces(monkeypatch):

@@ -4,16 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.files import sha256
+from sae.files import sha256, write_tensors
 from training.activations import harvest as harvest_module
+from training.activations import shards as shards_module
 from training.activations.harvest import harvest
-from training.activations.shards import Rows, Store, dequantize, quantize
+from training.activations.shards import Rows, Store, dequantize, encode, quantize
 from training.activations.stream import StoreStream
 from training.recipe import HarvestSection, TextSection
 from training.text import is_heldout
@@ -151,7 +154,7 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
         written += 1
         if written == 4:
             raise KeyboardInterrupt
-        write(*arguments)
+        return write(*arguments)
 
     monkeypatch.setattr(harvest_module, "write_tensors", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -162,6 +165,92 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
     monkeypatch.setattr(harvest_module, "write_tensors", write)
     parts = harvest(embedded_model, TEXT, section(tmp_path / "parts"))
     assert parts.manifest == whole.manifest
+
+
+def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, monkeypatch):
+    """The model runs ahead of the writer: what it has already computed may not follow a shard that is missing."""
+    whole = harvest(embedded_model, TEXT, section(tmp_path / "whole", dtype="int8"))
+    written = []
+
+    def failing(path, *arguments):
+        written.append(path.name)
+        if len(written) == 3:
+            time.sleep(1.0)
+            raise OSError(f"{path}: could not be written (the disk is gone).")
+        return write_tensors(path, *arguments)
+
+    monkeypatch.setattr(harvest_module, "write_tensors", failing)
+    with pytest.raises(OSError, match=r"train-00001\.safetensors: could not be written \(the disk is gone\)"):
+        harvest(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8"))
+    assert len(written) == 3
+    broken = Store.open(tmp_path / "parts")
+    assert [shard["unit"] for shard in broken.manifest["shards"]] == [0, 0]
+    assert broken.problems() == []
+    monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
+    assert harvest(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
+
+
+def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, tmp_path, monkeypatch):
+    whole = harvest(embedded_model, TEXT, section(tmp_path / "whole"))
+    stopping = threading.Event()
+
+    def slow(*arguments):
+        stopping.wait(60)
+        time.sleep(0.3)
+        return write_tensors(*arguments)
+
+    def stop(tokens):
+        # By now another shard's rows are waiting.
+        if tokens > 2000:
+            stopping.set()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(harvest_module, "write_tensors", slow)
+    with pytest.raises(KeyboardInterrupt):
+        harvest(embedded_model, TEXT, section(tmp_path / "parts"), stop)
+    broken = Store.open(tmp_path / "parts")
+    assert {shard["unit"] for shard in broken.manifest["shards"]} == {0}
+    assert not list((tmp_path / "parts").glob(".*.partial"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sparsary-harvest")]
+    monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
+    assert harvest(embedded_model, TEXT, section(tmp_path / "parts")).manifest == whole.manifest
+
+
+def test_shards_hold_the_training_rows_of_several_batches(embedded_model, tmp_path):
+    """Memory is used again only after it was written: a shard of many small batches equals one of a few large ones."""
+    many = harvest(embedded_model, TEXT, section(tmp_path / "many", batch_contexts=2, shard_tokens=1000, exclude_leading=1))
+    few = harvest(embedded_model, TEXT, section(tmp_path / "few", batch_contexts=64, shard_tokens=1000, exclude_leading=1))
+    rows = np.arange(min(many.tokens("train"), few.tokens("train")))
+    assert len(rows) > 2000
+    for name in ("token", "offset"):
+        assert torch.equal(*(Rows(store, "train", name).gather(rows) for store in (many, few)))
+    found, expected = (Rows(store, "train", f"x:{HOOK}").gather(rows) for store in (many, few))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_rows_are_stored_alike_with_and_without_the_compiler(dtype, monkeypatch):
+    rows = torch.randn(53, 70) * torch.logspace(-9, 4, 53).unsqueeze(-1)
+    rows[3], rows[5, :9] = 0.0, torch.tensor([1.00390625, 1.01171875, 3.0e38, -3.4e38, 65519.0, 65520.0, -0.0, 1e-40, -1e-7])
+    if dtype == "int8":
+        rows[5, 2:4] = 8e6
+        # Halves of a step, which go to the even code.
+        rows[7, :32] = torch.arange(32) * 2.0
+        rows[7, 1:31] = (torch.arange(30) - 14.5) * quantize(rows[7:8], 32)[1][0, 0].float()
+    fast = encode(rows, dtype, 32)
+    mean, deviation = harvest_module._moments(rows)
+    lost = harvest_module._squared_difference(rows, fast[2].clamp(-3e38, 3e38))
+    for module in (harvest_module, shards_module):
+        monkeypatch.setattr(module, "has_numba", lambda: False)
+    plain = encode(rows, dtype, 32)
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
+    assert fast[0].dtype == getattr(torch, dtype)
+    mean_plain, deviation_plain = harvest_module._moments(rows)
+    np.testing.assert_allclose(mean, mean_plain, rtol=1e-12)
+    np.testing.assert_allclose(deviation, deviation_plain, rtol=1e-12)
+    assert lost == pytest.approx(harvest_module._squared_difference(rows, plain[2].clamp(-3e38, 3e38)), rel=1e-12)
 
 
 def test_more_tokens_can_be_added_later(embedded_model, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from training.recipe import TextSection
-from training.text import Cursor, contexts, is_heldout, pack
+from training.text import Cursor, are_heldout, contexts, is_heldout, pack
 
 BOS = 99
 
@@ -163,3 +163,11 @@ def test_a_tokenizer_without_bos_is_refused_with_the_remedy():
 
     with pytest.raises(ValueError, match=r"text\.bos: .*Set text\.bos: none"):
         contexts(TextSection(), NoBos())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.7, 1.0])
+def test_whole_arrays_are_split_as_single_documents(share):
+    numbers = np.concatenate([np.arange(-1, 3000), np.random.default_rng(0).integers(0, 2**31 - 1, 499)]).astype(np.int32)
+    # Not contiguous, and of two dimensions, as documents of contexts are.
+    rows = numbers.reshape(2, -1)[:, ::3]
+    assert are_heldout(rows, share).tolist() == [[is_heldout(int(number), share) for number in row] for row in rows]

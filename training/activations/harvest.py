@@ -1,7 +1,9 @@
 """Model and text in, shards out. Interrupted, the same call goes on after the last complete shard."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.files import remove_partial_files, sha256, write_json, write_tensors
+from sae.files import remove_partial_files, write_json, write_tensors
+from sae.kernels.parallel import has_numba
 
 from ..recipe import HarvestSection, ModelSection, TextSection
-from ..text import Context, Cursor, contexts, is_heldout
+from ..text import Context, Cursor, are_heldout, contexts
+from .memory import Memory
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, Store, dequantize, quantize
+from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, Store, encode
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
+# Batches that may wait for the writer: while it syncs a shard the model goes on.
+BATCHES_AHEAD = 8
 GRADIENT_KIND = {"loss": "next_token_cross_entropy", "reduction": "sum over the positions of a context", "normalized": "no"}
 
 
@@ -61,28 +67,53 @@ def excluded(token_ids: np.ndarray, document_ids: np.ndarray, special: frozenset
     return drop
 
 
-def rows_of(model: LanguageModel, batch: list[Context], section: HarvestSection, hooks: tuple[str, ...]) -> Rows:
-    """Run the model on a batch of contexts and keep what is not excluded, as float32 on the CPU.
+def rows_of(
+    model: LanguageModel,
+    batch: list[Context],
+    section: HarvestSection,
+    hooks: tuple[str, ...],
+    memory: dict[str, Memory] | None = None,
+) -> dict[str, Rows]:
+    """Run the model on a batch of contexts: of each split what is not excluded, as float32 on the CPU.
 
-    Raises:
-        ValueError: If an activation is not finite.
+    The training rows of a tensor lie in ``memory[name]``, where that is given.
     """
     token_ids = np.stack([context.token_ids for context in batch])
     document_ids = np.stack([context.document_ids for context in batch])
     offsets = np.stack([context.positions for context in batch])
-    special = frozenset(model.tokenizer.all_special_ids)
-    keep = torch.from_numpy(~excluded(token_ids, document_ids, special, section))
+    positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
+    labels = {"token": token_ids, "document": document_ids, "position": positions, "offset": offsets}
+    keep = ~excluded(token_ids, document_ids, frozenset(model.tokenizer.all_special_ids), section)
+    heldout = are_heldout(document_ids, section.heldout)
     ids = torch.from_numpy(token_ids).long().to(model.device)
     if section.gradients:
         values, gradients = model.activations_and_gradients(ids, hooks)
     else:
         values, gradients = model.activations(ids, hooks), {}
-    positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
-    labels = {"token": token_ids, "document": document_ids, "position": positions, "offset": offsets}
-    mask = keep.to(model.device)
-    tensors = {f"x:{hook}": x[mask].float().cpu() for hook, x in values.items()}
-    tensors |= {f"grad:{hook}": g[mask].float().cpu() for hook, g in gradients.items()}
-    return Rows({k: torch.from_numpy(np.ascontiguousarray(v))[keep] for k, v in labels.items()}, tensors)
+    tensors = {f"x:{hook}": x for hook, x in values.items()} | {f"grad:{hook}": g for hook, g in gradients.items()}
+    splits = {}
+    for split, here in zip(SPLITS, (keep & ~heldout, keep & heldout), strict=True):
+        index = np.flatnonzero(here)
+        chosen = torch.from_numpy(index).to(model.device)
+        splits[split] = Rows(
+            {key: torch.from_numpy(label.reshape(-1)[index]) for key, label in labels.items()},
+            {
+                name: _pick(tensor, chosen, memory[name].take() if memory and split == "train" else None)
+                for name, tensor in tensors.items()
+            },
+        )
+    return splits
+
+
+def _pick(tensor: Tensor, rows: Tensor, memory: np.ndarray | None) -> Tensor:
+    """Rows of ``(contexts, positions, width)`` as ``(n, width)`` float32 on the CPU."""
+    flat = tensor.flatten(0, 1)
+    if memory is None:
+        return flat.index_select(0, rows).float().cpu()
+    out = torch.from_numpy(memory)[: len(rows)]
+    if flat.dtype == out.dtype and flat.device == out.device:
+        return torch.index_select(flat, 0, rows, out=out)
+    return out.copy_(flat.index_select(0, rows))
 
 
 @dataclass(frozen=True)
@@ -164,33 +195,35 @@ def harvest(
     directory = Path(section.store)
     store = _open_or_create(directory, model, text, section)
     hooks = tuple(store.manifest["hooks"])
-    writer = _Writer(store, section)
+    batch_tokens = section.batch_contexts * text.context_length
+    memory = {f"{kind}:{hook}": Memory(batch_tokens, store.width(hook)) for hook in hooks for kind in ("x", "grad")}
     stored = store.tokens("train") + store.tokens("heldout")
-    pieces: list[Rows] = []
-    batch: list[Context] = []
+    pending = 0
     cursor = Cursor(*store.manifest["cursor"])
-    if stored < section.tokens:
-        for batch in batches(contexts(text, model.tokenizer, cursor), section.batch_contexts):
-            rows = rows_of(model, batch, section, hooks)
-            writer.require_finite(rows, sum(map(len, pieces)))
-            pieces.append(rows)
-            pending = sum(map(len, pieces))
-            progress(min(stored + pending, section.tokens))
-            if pending >= section.shard_tokens or stored + pending >= section.tokens:
-                writer.write(Rows.join(pieces), batch[-1].cursor)
-                stored, pieces = stored + pending, []
-            if stored >= section.tokens:
-                break
-        else:
-            if pieces:
-                writer.write(Rows.join(pieces), batch[-1].cursor)
-                stored += sum(map(len, pieces))
-            log.warning("The text ended after %d of %d tokens; the store holds all of it.", stored, section.tokens)
-    if stored == 0:
-        raise ValueError(
-            "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
-        )
-    writer.finish()
+    with _Writer(store, section) as writer:
+        if stored < section.tokens:
+            for batch in batches(contexts(text, model.tokenizer, cursor), section.batch_contexts):
+                rows = rows_of(model, batch, section, hooks, memory)
+                pending += sum(map(len, rows.values()))
+                cursor = batch[-1].cursor
+                enough = stored + pending >= section.tokens
+                full = enough or pending >= section.shard_tokens
+                writer.put(rows, cursor if full else None)
+                progress(min(stored + pending, section.tokens))
+                if full:
+                    stored, pending = stored + pending, 0
+                if enough:
+                    break
+            else:
+                if pending:
+                    writer.put({}, cursor)
+                stored += pending
+                log.warning("The text ended after %d of %d tokens; the store holds all of it.", stored, section.tokens)
+        if stored == 0:
+            raise ValueError(
+                "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
+            )
+        writer.finish()
     return store
 
 
@@ -244,70 +277,139 @@ def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSecti
 
 
 class _Writer:
-    """Turns rows into shards and keeps the manifest in step with them."""
+    """Turns rows into shards, and keeps the manifest in step with them, in a thread of its own.
+
+    It is a context manager: left by an error, it completes the shard that is being written and forgets the rest.
+    """
 
     def __init__(self, store: Store, section: HarvestSection):
         self.store = store
         self.section = section
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparsary-harvest")
+        self._ahead: deque[Future[None]] = deque()
+        self._failed = False
+        self._begin()
 
-    def require_finite(self, rows: Rows, before: int) -> None:
-        number = len(self.store.shards("train"))
-        for name, tensor in rows.tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
-                where = {key: int(values[row]) for key, values in rows.labels.items()}
-                raise ValueError(
-                    f"{self.store.directory}: {name}: not finite at row {before + row} of shard {number} ({where}). "
-                    "The model overflows there: set model.dtype: float32, or leave the token out with harvest.exclude_leading."
-                )
+    def _begin(self) -> None:
+        """An empty shard. Statistics go on from what the manifest says, as they do after an interruption."""
+        self._pieces: dict[str, list[dict[str, Tensor]]] = {split: [] for split in SPLITS}
+        self._moments = {hook: self.store.moments(hook) for hook in self.store.manifest["hooks"]}
+        # Summed squared differences between what the model gave and what was stored.
+        self._lost = {
+            hook: saved["rounding_fvu"] * float(self._moments[hook].squared_deviation())
+            for hook, saved in self.store.manifest["hooks"].items()
+        }
 
-    def write(self, rows: Rows, cursor: Cursor) -> None:
-        """One shard for each split, then the manifest: a kill in between leaves shards that the manifest does not know."""
-        heldout = torch.tensor([is_heldout(int(d), self.section.heldout) for d in rows.labels["document"]])
-        manifest = self.store.manifest
-        number = len({shard["unit"] for shard in manifest["shards"]})
-        for split, keep in zip(SPLITS, (~heldout, heldout), strict=True):
-            part = rows.select(keep)
-            if len(part) == 0:
-                continue
-            name = f"{split}-{number:05d}.safetensors"
-            path = self.store.directory / name
-            write_tensors(path, part.labels | self._encode(part, count=split == "train"), {"split": split})
-            entry = {"name": name, "split": split, "unit": number, "tokens": len(part)}
-            manifest["shards"].append(entry | {"bytes": path.stat().st_size, "sha256": sha256(path)})
-        manifest["cursor"] = list(cursor)
-        write_json(self.store.directory / MANIFEST_FILE, manifest)
+    def __enter__(self) -> "_Writer":
+        return self
 
-    def _encode(self, rows: Rows, count: bool) -> dict[str, Tensor]:
-        """The tensors as stored; training rows also enter the statistics."""
-        encoded: dict[str, Tensor] = {}
-        for name, tensor in rows.tensors.items():
-            if self.section.dtype == "int8":
-                encoded[name], encoded[f"scale:{name}"] = quantize(tensor, self.section.block)
-                restored = dequantize(encoded[name], encoded[f"scale:{name}"], self.section.block)
-            else:
-                encoded[name] = tensor.to(getattr(torch, self.section.dtype))
-                restored = encoded[name].float()
-            kind, _, hook = name.partition(":")
-            if count and kind == "x":
-                self._count(self.store.manifest["hooks"][hook], hook, tensor, restored)
-        return encoded
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
-    def _count(self, saved: dict[str, Any], hook: str, exact: Tensor, restored: Tensor) -> None:
-        """Statistics of what training will read, and the share of variance that rounding cost."""
-        moments = self.store.moments(hook)
-        lost = saved["rounding_fvu"] * float(moments.squared_deviation())
-        moments.update(restored)
-        lost += float((exact.double() - restored.double()).pow(2).sum())
-        spread = float(moments.squared_deviation())
-        saved.update(
-            count=moments.count,
-            mean=moments.mean.tolist(),
-            deviation=moments.deviation.tolist(),
-            rounding_fvu=lost / spread if spread > 0 else 0.0,
-        )
+    def put(self, rows: dict[str, Rows], cursor: Cursor | None) -> None:
+        """Take in the rows of a batch, soon. With ``cursor`` they are the last of a shard, and the text goes on there.
+
+        Raises:
+            ValueError, OSError: If one of the batches before could not be stored.
+        """
+        while self._ahead and (len(self._ahead) == BATCHES_AHEAD or self._ahead[0].done()):
+            self._ahead.popleft().result()
+        self._ahead.append(self._thread.submit(self._take, rows, cursor))
 
     def finish(self) -> None:
+        """Wait until everything is stored, and enter in the manifest that nothing is missing."""
+        while self._ahead:
+            self._ahead.popleft().result()
         if not self.store.manifest["complete"]:
             self.store.manifest["complete"] = True
             write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
+
+    def _take(self, rows: dict[str, Rows], cursor: Cursor | None) -> None:
+        # What comes after a failure may not be stored: a resume starts where the last complete shard ends.
+        if self._failed:
+            return
+        try:
+            for split, part in rows.items():
+                if len(part):
+                    encoded = [self._encode(split, part, name) for name in part.tensors]
+                    self._pieces[split].append(part.labels | {k: v for tensors in encoded for k, v in tensors.items()})
+            if cursor is not None:
+                self._write(cursor)
+                self._begin()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _encode(self, split: str, rows: Rows, name: str) -> dict[str, Tensor]:
+        """A tensor as it is stored; training rows also enter the statistics of what training will read."""
+        exact = rows.tensors[name]
+        mean, deviation = _moments(exact)
+        if not np.isfinite(mean).all():
+            self._refuse(split, rows, name)
+        stored, scale, restored = encode(exact, self.section.dtype, self.section.block)
+        kind, _, hook = name.partition(":")
+        if split == "train" and kind == "x":
+            if restored is not exact:
+                self._lost[hook] += _squared_difference(exact, restored)
+                mean, deviation = _moments(restored)
+            self._moments[hook].merge(len(rows), torch.from_numpy(mean), torch.from_numpy(deviation))
+        return {name: stored} if scale is None else {name: stored, f"scale:{name}": scale}
+
+    def _refuse(self, split: str, rows: Rows, name: str) -> None:
+        row = int((~torch.isfinite(rows.tensors[name])).any(-1).nonzero()[0])
+        where = {key: int(values[row]) for key, values in rows.labels.items()}
+        before = sum(len(piece["token"]) for piece in self._pieces[split])
+        raise ValueError(
+            f"{self.store.directory}: {name}: not finite at row {before + row} of shard {self._number()} ({where}). "
+            "The model overflows there: set model.dtype: float32, or leave the token out with harvest.exclude_leading."
+        )
+
+    def _number(self) -> int:
+        return len({shard["unit"] for shard in self.store.manifest["shards"]})
+
+    def _write(self, cursor: Cursor) -> None:
+        """One shard for each split, then the manifest: a kill in between leaves shards that the manifest does not know."""
+        manifest, number = self.store.manifest, self._number()
+        for split, pieces in self._pieces.items():
+            if not pieces:
+                continue
+            name = f"{split}-{number:05d}.safetensors"
+            path = self.store.directory / name
+            digest = write_tensors(path, {key: [piece[key] for piece in pieces] for key in pieces[0]}, {"split": split})
+            entry = {"name": name, "split": split, "unit": number, "tokens": sum(len(piece["token"]) for piece in pieces)}
+            manifest["shards"].append(entry | {"bytes": path.stat().st_size, "sha256": digest})
+        for hook, saved in manifest["hooks"].items():
+            moments = self._moments[hook]
+            spread = float(moments.squared_deviation())
+            saved.update(
+                count=moments.count,
+                mean=moments.mean.tolist(),
+                deviation=moments.deviation.tolist(),
+                rounding_fvu=self._lost[hook] / spread if spread > 0 else 0.0,
+            )
+        manifest["cursor"] = list(cursor)
+        write_json(self.store.directory / MANIFEST_FILE, manifest)
+
+
+def _moments(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and summed squared deviation of every column, in float64. A mean is not finite if a number is not."""
+    if not has_numba():
+        # Numpy's functions, not torch's: torch's threads belong to the model meanwhile.
+        exact = rows.numpy().astype(np.float64)
+        mean = exact.mean(0)
+        return mean, np.square(exact - mean).sum(0)
+    # Imported on first use: the compiler takes a second.
+    from sae.kernels.storing import moments
+
+    mean, deviation = np.empty((2, rows.shape[1]))
+    moments(rows.numpy(), mean, deviation)
+    return mean, deviation
+
+
+def _squared_difference(left: Tensor, right: Tensor) -> float:
+    """In float64."""
+    if not has_numba():
+        return float(np.square(left.numpy().astype(np.float64) - right.numpy()).sum())
+    from sae.kernels.storing import squared_difference
+
+    return squared_difference(left.numpy(), right.numpy())

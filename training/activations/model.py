@@ -61,10 +61,11 @@ class LanguageModel:
 
         def keep(hook: str) -> Callable[[Tensor], None]:
             def reader(x: Tensor) -> None:
-                # Modules above may write into this tensor; the copy is ours.
-                seen[hook] = x.detach().clone()
+                seen[hook] = x.detach()
                 if len(seen) == len(hooks):
                     raise _EnoughSeen
+                # Modules above may write into this tensor; the copy is ours.
+                seen[hook] = x.detach().clone()
 
             return reader
 

@@ -11,6 +11,7 @@ manifest, which is replaced in the same way.
 import bisect
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from sae.files import read_json, sha256
+from sae.files import DTYPES, read_json, sha256
+from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
 FORMAT = "sparsary-store"
@@ -27,8 +29,8 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 LABELS = ("token", "document", "position", "offset")
 
-# safetensors' names of the dtypes that shards use.
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "I32": torch.int32}
+# Without the compiler rows are read in blocks of so many: a block and its decoded copies stay in the processor's cache.
+PLAIN_ROWS = 1024
 
 
 def quantize(
@@ -41,11 +43,7 @@ def quantize(
     tokens, width = rows.shape
     blocks = -(-width // block)
     padded = torch.nn.functional.pad(rows.float(), (0, blocks * block - width)).view(tokens, blocks, block)
-    largest = padded.abs().amax(-1)
-    if bool((largest > 127 * 65000.0).any()):
-        raise ValueError("harvest.dtype: int8 cannot hold activations above 8 million. Use bfloat16.")
-    # Rounded up, so that the largest entry stays within 127 steps; the floor keeps subnormal scales from being 0.
-    scale = (largest / 127 * (1 + 2**-10)).clamp_min(6e-8).half()
+    scale = _int8_scale(padded.abs().amax(-1))
     codes = (padded / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
     return codes.view(tokens, -1)[:, :width].contiguous(), scale
 
@@ -55,6 +53,55 @@ def dequantize(
 ) -> Float[Tensor, "tokens width"]:
     """The float32 rows that ``quantize`` encoded."""
     return codes.float() * scale.float().repeat_interleave(block, dim=-1)[:, : codes.shape[1]]
+
+
+def encode(
+    rows: Float[Tensor, "tokens width"], dtype: str, block: int
+) -> tuple[Tensor, Tensor | None, Float[Tensor, "tokens width"]]:
+    """What is stored of finite float32 rows, with int8 the scales, and the float32 rows that will be read.
+
+    Without torch's threads where there is a compiler: it runs beside a language model, which needs them.
+    """
+    if dtype == "float32":
+        return rows, None, rows
+    if dtype == "int8":
+        return _encode_int8(rows, block)
+    if dtype == "float16":
+        # An overflow is an infinity, as it is in torch.
+        with np.errstate(over="ignore"):
+            stored = torch.from_numpy(rows.numpy().astype(np.float16))
+        return stored, None, torch.from_numpy(stored.numpy().astype(np.float32))
+    if not has_numba():
+        stored = rows.bfloat16()
+        return stored, None, stored.float()
+    from sae.kernels.storing import to_bfloat16
+
+    halves, restored = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.float32)
+    to_bfloat16(rows.numpy().view(np.uint32), halves.view(np.uint16), restored.view(np.uint32))
+    return torch.from_numpy(halves).view(torch.bfloat16), None, torch.from_numpy(restored)
+
+
+def _encode_int8(rows: Float[Tensor, "tokens width"], block: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not has_numba():
+        codes, scale = quantize(rows, block)
+        return codes, scale, dequantize(codes, scale, block)
+    from sae.kernels.storing import largest_of_blocks, to_int8
+
+    tokens, width = rows.shape
+    largest = np.empty((tokens, -(-width // block)), np.float32)
+    largest_of_blocks(rows.numpy(), block, largest)
+    scale = _int8_scale(torch.from_numpy(largest))
+    codes, restored = np.empty((tokens, width), np.int8), np.empty((tokens, width), np.float32)
+    to_int8(rows.numpy(), scale.numpy().astype(np.float32), block, codes, restored)
+    return torch.from_numpy(codes), scale, torch.from_numpy(restored)
+
+
+def _int8_scale(largest: Float[Tensor, "tokens blocks"]) -> Float[Tensor, "tokens blocks"]:
+    """The float16 scale of blocks from their largest absolute values."""
+    if bool((largest > 127 * 65000.0).any()):
+        raise ValueError("harvest.dtype: int8 cannot hold activations above 8 million. Use bfloat16.")
+    # Rounded up, so that the largest entry stays within 127 steps; the floor keeps subnormal scales from being 0.
+    return (largest / 127 * (1 + 2**-10)).clamp_min(6e-8).half()
 
 
 class Store:
@@ -125,7 +172,8 @@ class Store:
 class Rows:
     """Random access to the rows of one tensor across the shards of a split, in float32 (labels: int32).
 
-    Reads go row by row through ``pread``: nothing stays mapped, so memory does not grow with the store.
+    Rows are read one by one through ``pread``: nothing stays mapped, so memory does not grow with the store, and a file that
+    shrinks is an error, not a signal.
     """
 
     def __init__(self, store: Store, split: str, name: str):
@@ -141,22 +189,37 @@ class Rows:
 
     def gather(self, rows: np.ndarray) -> Tensor:
         """The rows at these indices, in this order."""
+        out = self.empty(len(rows))
+        self.read(rows, out)
+        return torch.from_numpy(out)
+
+    def empty(self, rows: int) -> np.ndarray:
+        """Memory for so many rows as they are read."""
         first = self.shards[0]
-        raw = np.empty((len(rows), first.row_bytes), np.uint8)
-        # Ascending order: neighbouring reads hit neighbouring pages.
-        order = np.argsort(rows, kind="stable")
-        owner = np.searchsorted(self.ends, rows[order], side="right")
-        begins = np.concatenate([[0], self.ends[:-1]])
-        offsets = rows[order] - begins[owner]
-        view = raw.reshape(-1).data
-        bounds = np.searchsorted(owner, np.arange(len(self.shards) + 1))
-        for number in np.unique(owner):
-            here = slice(bounds[number], bounds[number + 1])
-            self.shards[number].read(offsets[here].tolist(), order[here].tolist(), view)
-        values = torch.from_numpy(raw.reshape(-1)).view(first.dtype).view(len(rows), *first.row_shape)
+        return np.empty((rows, *first.row_shape), np.int32 if first.dtype == torch.int32 else np.float32)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> bool:
+        """Put the rows at these indices, in this order, into ``out``; whether every number is finite.
+
+        Raises:
+            ValueError: If a shard ends too early; file and row are named.
+        """
+        finite = True
+        scales = None
         if self.scales is not None:
-            return dequantize(values, self.scales.gather(rows), self.block)
-        return values.float() if values.is_floating_point() else values
+            scales = self.scales.empty(len(rows))
+            finite = self.scales.read(rows, scales)
+        # Ascending order: neighbouring reads hit neighbouring pages.
+        places = np.argsort(rows)
+        ascending = rows[places]
+        bounds = np.searchsorted(ascending, self.ends)
+        begin, first = 0, 0
+        for shard, bound, end in zip(self.shards, bounds.tolist(), self.ends.tolist(), strict=True):
+            if bound > begin:
+                part = slice(begin, bound)
+                finite &= shard.read(ascending[part] - first, places[part], out, scales, self.block)
+            begin, first = bound, end
+        return finite
 
     def locate(self, row: int) -> tuple[Path, int]:
         """The shard that holds a row, and the row's index in it."""
@@ -187,17 +250,62 @@ class _ShardTensor:
         self.row_bytes = (end - start) // max(self.rows, 1)
         self.start = 8 + header_bytes + start
 
-    def read(self, rows: list[int], places: list[int], view: memoryview) -> None:
-        """Read each row into its place of ``view``, which is laid out in rows of the same size."""
+    def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:
+        """Decode each of the ascending ``rows`` into its place of ``out``; whether every number is finite."""
+        done, finite = 0, True
+        if has_numba() and self.row_bytes:
+            done, finite = self._read_compiled(rows, places, out, scales, block)
+        # All of them without the compiler; else those from the first that could not be read, to say what is wrong with it.
+        for begin in range(done, len(rows), PLAIN_ROWS):
+            part = slice(begin, begin + PLAIN_ROWS)
+            finite &= self._read_plain(rows[part], places[part], out, scales, block)
+        return finite
+
+    def _read_compiled(
+        self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int
+    ) -> tuple[int, bool]:
+        # Imported on first use: the compiler takes a second.
+        from sae.kernels import reading
+
+        scratch = np.empty(max(reading.SCRATCH_BYTES, self.row_bytes), np.uint8)
+        where = (self.descriptor, self.start, self.row_bytes, rows, places)
+        match self.dtype:
+            case torch.float32:
+                done, finite = reading.read_float32(*where, out.view(np.uint32), scratch)
+            case torch.bfloat16:
+                done, finite = reading.read_bfloat16(*where, out.view(np.uint32), scratch)
+            case torch.float16:
+                done, finite = reading.read_float16(*where, out, scratch, _float16_values())
+            case torch.int8:
+                done, finite = reading.read_int8(*where, out, scratch, scales, block)
+            case _:
+                done, finite = reading.read_bytes(*where, out.view(np.uint8).reshape(len(out), -1), scratch)
+        return done, bool(finite)
+
+    def _read_plain(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:
         size, start, descriptor, preadv = self.row_bytes, self.start, self.descriptor, os.preadv
-        for row, place in zip(rows, places, strict=True):
-            got = preadv(descriptor, [view[place * size : (place + 1) * size]], start + row * size)
-            if got != size:
+        raw = np.empty((len(rows), size), np.uint8)
+        view = raw.reshape(-1).data
+        for i, row in enumerate(rows.tolist()):
+            if preadv(descriptor, [view[i * size : (i + 1) * size]], start + row * size) != size:
                 raise ValueError(
                     f"{self.path}: row {row}: the file ends too early: truncated. Delete the store and harvest again."
                 )
+        values = torch.from_numpy(raw.reshape(-1)).view(self.dtype).view(len(rows), *self.row_shape)
+        if scales is not None:
+            values = dequantize(values, torch.from_numpy(scales[places]), block)
+        # Numpy's functions, not torch's: these run in a background thread, where torch would start threads of its own.
+        decoded = values.float().numpy() if values.is_floating_point() else values.numpy()
+        out[places] = decoded
+        return bool(np.isfinite(decoded).all())
 
     def close(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+@cache
+def _float16_values() -> np.ndarray:
+    """The float32 of every float16 bit pattern."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)

@@ -21,11 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
 from ..recipe import HarvestSection, TextSection
-from ..text import BEGINNING, Context, Cursor, contexts, is_heldout
+from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
+from .memory import Memory
 from .model import LanguageModel
 from .shards import LABELS, Rows, Store
 
@@ -90,8 +92,20 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     A Feistel network over the next even number of bits, walked until the result is below ``n`` (Black and Rogaway 2002).
     """
     half = max(2, (n - 1).bit_length() + 1) // 2
+    keys = np.array([_mix(key * 8 + r & 0xFFFFFFFFFFFFFFFF) for r in range(6)], np.uint64)
+    index = index.astype(np.uint64)
+    if not has_numba():
+        return _permute_plain(index, n, half, keys).astype(np.int64)
+    # Imported on first use: the compiler takes a second.
+    from sae.kernels.permuting import feistel
+
+    out = np.empty_like(index)
+    feistel(index, np.uint64(n), np.uint64(half), keys, out)
+    return out.view(np.int64)
+
+
+def _permute_plain(index: np.ndarray, n: int, half: int, keys: np.ndarray) -> np.ndarray:
     mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(_mix(key * 8 + r & 0xFFFFFFFFFFFFFFFF)) for r in range(6)]
 
     def scramble(values: np.ndarray) -> np.ndarray:
         left, right = values >> np.uint64(half), values & mask
@@ -99,10 +113,10 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
             left, right = right, left ^ (_mix_array(right ^ round_key) & mask)
         return left << np.uint64(half) | right
 
-    out = scramble(index.astype(np.uint64))
+    out = scramble(index)
     while (outside := out >= n).any():
         out[outside] = scramble(out[outside])
-    return out.astype(np.int64)
+    return out
 
 
 def _mix(z: int) -> int:
@@ -242,12 +256,11 @@ class StoreStream(Stream):
 
     def produce(self, start: int) -> Iterator[Batch]:
         size = self.batch_tokens
+        memory = {role: Memory(*reader.empty(WINDOW_BATCHES * size).shape) for role, reader in self.rows.items()}
         for window in itertools.count(start, WINDOW_BATCHES):
             rows = self.order(window * size, WINDOW_BATCHES * size)
-            read = {role: reader.gather(rows) for role, reader in self.rows.items()}
+            read = {role: self._read(role, rows, memory[role].take()) for role in self.rows}
             labels = {name: reader.gather(rows) for name, reader in self.labels.items()}
-            for role, values in read.items():
-                self._require_finite(role, values, rows)
             for i in range(WINDOW_BATCHES):
                 part = slice(i * size, (i + 1) * size)
                 here = {role: values[part] for role, values in read.items()}
@@ -255,26 +268,24 @@ class StoreStream(Stream):
 
     def order(self, start: int, count: int) -> np.ndarray:
         """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
-        index = np.arange(start, start + count, dtype=np.int64)
-        passes, within = np.divmod(index, self.n)
-        rows = np.empty_like(index)
-        for number in np.unique(passes):
-            here = passes == number
-            rows[here] = permute(within[here], self.n, self.seed * 1_000_003 + int(number))
-        return rows
+        parts = []
+        for number in range(start // self.n, (start + count - 1) // self.n + 1):
+            begin = number * self.n
+            within = np.arange(max(start - begin, 0), min(start + count - begin, self.n))
+            parts.append(permute(within, self.n, self.seed * 1_000_003 + number))
+        return np.concatenate(parts)
 
-    def _require_finite(self, role: str, values: Tensor, rows: np.ndarray) -> None:
-        if not bool(torch.isfinite(values).all()):
-            bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
+    def _read(self, role: str, rows: np.ndarray, out: np.ndarray) -> Tensor:
+        if not self.rows[role].read(rows, out):
+            bad = int(np.flatnonzero(~np.isfinite(out).all(-1))[0])
             path, row = self.rows[role].locate(int(rows[bad]))
             raise ValueError(f"{path}: {self.rows[role].name}: row {row} is not finite. Delete the store and harvest again.")
+        return torch.from_numpy(out)
 
     def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
         # Pass -1: an order that training never uses.
         rows = permute(np.arange(skip, max(skip, min(skip + tokens, self.n))), self.n, self.seed * 1_000_003 - 1)
-        values = self.rows["x"].gather(rows)
-        self._require_finite("x", values, rows)
-        return values
+        return self._read("x", rows, self.rows["x"].empty(len(rows)))
 
     def moments(self) -> Moments:
         return self.store.moments(self.hook_in)
@@ -333,14 +344,13 @@ class Buffers:
             cursor = BEGINNING
 
     def _training_rows(self, batch: list[Context]) -> harvest.Rows:
-        rows = harvest.rows_of(self.model, batch, self.section, self.hooks)
+        rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
         for name, values in rows.tensors.items():
             if not bool(torch.isfinite(values).all()):
                 bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
                 where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
                 raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
-        heldout = [is_heldout(int(document), self.section.heldout) for document in rows.labels["document"]]
-        return rows.select(~torch.tensor(heldout, dtype=torch.bool))
+        return rows
 
 
 class LiveStream(Stream):
@@ -464,8 +474,8 @@ class ContextStream(Stream):
         token_ids = np.stack([context.token_ids for context in pieces])
         document_ids = np.stack([context.document_ids for context in pieces])
         special = frozenset(self.model.tokenizer.all_special_ids)
-        heldout = np.vectorize(lambda document: is_heldout(int(document), self.section.heldout), otypes=[bool])
-        return ~harvest.excluded(token_ids, document_ids, special, self.section) & ~heldout(document_ids)
+        drop = harvest.excluded(token_ids, document_ids, special, self.section)
+        return ~drop & ~are_heldout(document_ids, self.section.heldout)
 
     def _batch(self, pieces: list[Context]) -> Batch:
         document_ids = np.stack([context.document_ids for context in pieces])

@@ -1,0 +1,133 @@
+"""The kernels on tensors in a GPU's memory: what ``backend`` offers there. No function waits for the GPU.
+
+``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGradient``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..code import ByLatent
+from ..ledger import RowGradient
+from . import AdamStep, blocks
+
+# Columns that a program adds up, and entries whose rows it reads at once: 32 numbers a thread of four warps.
+COLUMNS = 512
+SOME = 8
+# A row's gradient of up to so many numbers is held in registers while the row is updated.
+WHOLE_ROW = 8192
+# Entries that one program adds up one after another at most, so that a latent which fires on every token is not waited for:
+# its segment's whole chunks are added up before, by programs of their own.
+CHUNK = 256
+# Rows for the chunks' sums: 256 MB for rows of 4096. Chunks grow where there would be more.
+MOST_CHUNKS = 1 << 14
+
+
+def decode(bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
+    """``(tokens, d)``: the sum of every token's atoms, weighted by its values."""
+    # Tokens have about equally many entries: there is nothing to split.
+    return _sum_segments(bounds, latents, values, atoms, _not_split(bounds, atoms))
+
+
+def dots(bounds: Tensor, latents: Tensor, left: Tensor, rows: Tensor) -> Tensor:
+    """``(nnz,)``: for every entry the product of its token's row of ``left`` with its latent's row."""
+    out = rows.new_empty(latents.shape[0])
+    sizes = {"SOME": SOME, "BLOCK": _block(rows.shape[1], COLUMNS)}
+    _launch(blocks.dots, (bounds.shape[0] - 1,), bounds, latents.contiguous(), left, rows, rows.shape[1], out, **sizes)
+    return out
+
+
+def spread(group: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
+    """``(n_latents, d)``: per latent, the sum of its tokens' rows weighted by ``values``, which stand in ``group``'s order."""
+    return _sum_segments(group.firsts, group.tokens, values, rows, _split(group, values, rows))
+
+
+def squared_norms(weights: Tensor, unit: bool, gradient: RowGradient) -> Tensor:
+    """``(n_latents,)``: squared length of every row of the gradient, where rows are ``unit`` of its tangential part."""
+    out = torch.empty(weights.shape[0], dtype=torch.float32, device=weights.device)
+    parts, sizes = _of_rows(weights, unit, gradient)
+    _launch(blocks.squared_norms, (len(out),), weights, weights.shape[1], *parts, out, **sizes)
+    return out
+
+
+def adam_(
+    weights: Tensor, unit: bool, gradient: RowGradient, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep
+) -> None:
+    """Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``, a scalar."""
+    assert weights.is_contiguous()
+    assert mean.is_contiguous()
+    assert square.is_contiguous()
+    parts, sizes = _of_rows(weights, unit, gradient)
+    # Numbers from Python go as the kernel's arguments: a tensor made of them would have to be copied to the GPU.
+    numbers = (1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps)
+    rows, d = weights.shape
+    _launch(blocks.adam, (rows,), weights, d, *parts, mean, square, factor, *numbers, **sizes)
+
+
+def _sum_segments(firsts: Tensor, members: Tensor, values: Tensor, rows: Tensor, split: tuple[Any, ...]) -> Tensor:
+    *chunks, is_split = split
+    d = rows.shape[1]
+    out = rows.new_empty(firsts.shape[0] - 1, d)
+    block = _block(d, COLUMNS)
+    sizes = {"SPLIT": is_split, "SOME": SOME, "BLOCK": block}
+    arguments = (firsts, members.contiguous(), values, rows, *chunks, d, out)
+    _launch(blocks.sum_segments, (len(out), -(-d // block)), *arguments, **sizes)
+    return out
+
+
+def _not_split(firsts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]:
+    """What kernels take for the chunks where there are none; the tensors are not looked at."""
+    return firsts, rows, CHUNK, False
+
+
+def _split(group: ByLatent, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]:
+    """Each segment's first chunk among all, the chunks' sums, how many entries each has, and whether there are any.
+
+    How long the segments are only the GPU knows, but not more chunks can be whole than the entries fill.
+    """
+    firsts, entries, d = group.firsts, group.tokens.shape[0], rows.shape[1]
+    length = max(CHUNK, 1 << max(-(-entries // MOST_CHUNKS) - 1, 0).bit_length())
+    count = entries // length
+    if not count:
+        return _not_split(firsts, rows)
+    heads = torch.zeros_like(firsts)
+    torch.cumsum(firsts.diff() // length, 0, out=heads[1:])
+    number = torch.arange(count, device=firsts.device)
+    # The numbers from the last head on belong to no segment.
+    segment = (torch.searchsorted(heads, number, right=True) - 1).clamp_(max=len(firsts) - 2)
+    begins = torch.where(number < heads[-1], firsts[segment] + (number - heads[segment]) * length, -1)
+    sums = torch.empty(count, d, dtype=torch.float32, device=rows.device)
+    block = _block(d, COLUMNS)
+    arguments = (begins, length, group.tokens, values, rows, d, sums)
+    _launch(blocks.sum_chunks, (count, -(-d // block)), *arguments, SOME=SOME, BLOCK=block)
+    return heads, sums, length, True
+
+
+def _of_rows(weights: Tensor, unit: bool, gradient: RowGradient) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernels that work on a gradient's rows take of it, and the sizes they are compiled for."""
+    firsts, tokens, values, rows, dense_of, dense = (part.contiguous() for part in gradient.parts())
+    *chunks, is_split = _split(ByLatent(firsts, tokens, gradient.group.order), values, rows)
+    block = _block(weights.shape[1], WHOLE_ROW)
+    sizes = {
+        "UNIT": unit,
+        "WHOLE": weights.shape[1] <= block,
+        "SPLIT": is_split,
+        "SOME": max(1, min(SOME, WHOLE_ROW // block)),
+        "BLOCK": block,
+        "num_warps": max(4, min(16, block // 512)),
+    }
+    return (firsts, tokens, values, rows, dense_of, dense, *chunks), sizes
+
+
+def _block(d: int, most: int) -> int:
+    """The columns of a block: a power of two, at most ``most``."""
+    return min(most, max(16, 1 << (d - 1).bit_length()))
+
+
+def _launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **sizes: Any) -> None:
+    # Triton launches on the current device, which may be another.
+    with torch.cuda.device_of(arguments[0]):
+        if all(programs):
+            # Products may be fused with sums, as on the CPU; Triton's default is about to change.
+            kernel[programs](*arguments, **sizes, enable_fp_fusion=True)

@@ -1,0 +1,23 @@
+"""The keyed permutation of a stream's rows, number by number."""
+
+import numpy as np
+from numba import njit
+
+
+@njit(nogil=True, cache=True)
+def feistel(index, n, half, keys, out):
+    """Write to ``out`` where each of ``index`` goes among ``n``; all are uint64. Same numbers as the plain path."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    for i in range(index.size):
+        value = index[i]
+        while True:
+            left, right = value >> half, value & mask
+            for round_key in keys:
+                z = right ^ round_key
+                z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+                z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+                left, right = right, left ^ ((z ^ (z >> np.uint64(31))) & mask)
+            value = left << half | right
+            if value < n:
+                break
+        out[i] = value

@@ -1,0 +1,161 @@
+"""How fast activations come from a store, and what a harvest costs beyond the model's forward pass."""
+
+import itertools
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae.files import write_json, write_tensors
+
+from ..activations.harvest import batches, excluded, harvest
+from ..activations.model import load_model
+from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, Store, encode
+from ..activations.stream import WINDOW_BATCHES, StoreStream
+from ..recipe import HarvestSection, ModelSection, TextSection
+from ..text import contexts
+
+STREAM_DTYPES = ("float32", "bfloat16", "int8")
+SYNTHETIC_HOOK = "synthetic:out"
+
+
+def synthetic_store(directory: Path, tokens: int, width: int, dtype: str, block: int = 64, shard_tokens: int = 65_536) -> Store:
+    """A store of normally distributed rows at ``SYNTHETIC_HOOK``, all of them for training; no language model is needed."""
+    random = torch.Generator().manual_seed(0)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number, first in enumerate(range(0, tokens, shard_tokens)):
+        n = min(shard_tokens, tokens - first)
+        stored, scale, _ = encode(torch.randn(n, width, generator=random), dtype, block)
+        tensors = {label: torch.arange(first, first + n, dtype=torch.int32) for label in LABELS} | {
+            f"x:{SYNTHETIC_HOOK}": stored
+        }
+        if scale is not None:
+            tensors[f"scale:x:{SYNTHETIC_HOOK}"] = scale
+        path = directory / f"train-{number:05d}.safetensors"
+        digest = write_tensors(path, tensors, {"split": "train"})
+        entry = {"name": path.name, "split": "train", "unit": number, "tokens": n}
+        shards.append(entry | {"bytes": path.stat().st_size, "sha256": digest})
+    # Without statistics: reading needs none.
+    hooks = {SYNTHETIC_HOOK: {"width": width, "count": 0}}
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": dtype, "block": block, "gradients": None}
+    write_json(directory / MANIFEST_FILE, head | {"hooks": hooks, "shards": shards})
+    return Store.open(directory)
+
+
+def bench_stream(
+    width: int = 768, tokens: int = 131_072, batch_tokens: int = 2048, windows: int = 8, repeats: int = 5
+) -> dict[str, Any]:
+    """GB/s (1e9 bytes) of float32 batches from stores in the page cache, with every dtype in turn.
+
+    For every dtype: ``gb_per_second``, the median over ``repeats`` of ``windows`` windows of batches each;
+    ``cpu_seconds_per_gb`` of the whole process; ``bytes_ratio``, the shards' size with labels over that of the float32
+    store; and ``bytes_ratio_activations``, the same without the labels (16 bytes a token in every store).
+    """
+    report: dict[str, Any] = {"width": width, "tokens": tokens, "batch_tokens": batch_tokens}
+    with tempfile.TemporaryDirectory() as directory:
+        stores = {dtype: synthetic_store(Path(directory) / dtype, tokens, width, dtype) for dtype in STREAM_DTYPES}
+        streams = {dtype: StoreStream(store, SYNTHETIC_HOOK, batch_tokens, seed=0) for dtype, store in stores.items()}
+        measured: dict[str, list[tuple[float, float]]] = {dtype: [] for dtype in STREAM_DTYPES}
+        # Once unmeasured: compilation, first touch of memory.
+        for _ in range(repeats + 1):
+            for dtype, stream in streams.items():
+                # A stream that was closed reads nothing ahead, so all that is measured is read while it is measured.
+                measured[dtype].append(_timed_read(stream, windows * WINDOW_BATCHES))
+                stream.close()
+        for stream in streams.values():
+            stream.release()
+        size = {dtype: sum(shard["bytes"] for shard in store.shards("train")) for dtype, store in stores.items()}
+    gigabytes = windows * WINDOW_BATCHES * batch_tokens * width * 4 / 1e9
+    labels = len(LABELS) * 4 * tokens
+    for dtype in STREAM_DTYPES:
+        wall, cpu = (median(column) for column in zip(*measured[dtype][1:], strict=True))
+        report[dtype] = {
+            "gb_per_second": gigabytes / wall,
+            "cpu_seconds_per_gb": cpu / gigabytes,
+            "bytes_ratio": size[dtype] / size["float32"],
+            "bytes_ratio_activations": (size[dtype] - labels) / (size["float32"] - labels),
+        }
+    return report
+
+
+def _timed_read(stream: StoreStream, batches_wanted: int) -> tuple[float, float]:
+    """Wall-clock and processor seconds of so many batches."""
+    clock = _Clock()
+    for batch in itertools.islice(stream, batches_wanted):
+        # Its memory is free again before the next one is asked for.
+        del batch
+    return clock.read()
+
+
+def bench_harvest(
+    model: ModelSection | None = None,
+    hook: str = "transformer.h.2:out",
+    tokens: int = 50_000,
+    context_length: int = 128,
+    dtype: str = "float32",
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Seconds of a harvest and of the bare forward passes of the same contexts up to the same hook, in turn.
+
+    ``ratio`` is the median over ``repeats`` of harvest over forward, ``cpu_ratio`` the same in processor seconds.
+    ``text_seconds`` is what drawing and tokenising the text takes by itself: the harvest includes it, the forward passes
+    do not. The model is the embedded one unless another is given.
+    """
+    text = TextSection(context_length=context_length)
+    language_model = load_model(model or ModelSection())
+    seconds: dict[str, list[tuple[float, float]]] = {"harvest": [], "forward": [], "text": []}
+    with tempfile.TemporaryDirectory() as directory:
+        for repeat in range(repeats + 1):
+            section = HarvestSection.model_validate(
+                {"hooks": (hook,), "tokens": tokens, "store": f"{directory}/{repeat}", "dtype": dtype}
+            )
+            clock = _Clock()
+            inputs = _inputs(language_model, text, section)
+            seconds["text"].append(clock.read())
+            clock = _Clock()
+            for token_ids in inputs:
+                language_model.activations(token_ids, (hook,))
+            seconds["forward"].append(clock.read())
+            clock = _Clock()
+            harvest(language_model, text, section)
+            seconds["harvest"].append(clock.read())
+    # The first of each is left out: it compiles, and touches memory for the first time.
+    pairs = list(zip(seconds["harvest"][1:], seconds["forward"][1:], strict=True))
+    return {
+        "tokens": tokens,
+        "harvest_seconds": median(wall for wall, _ in seconds["harvest"][1:]),
+        "forward_seconds": median(wall for wall, _ in seconds["forward"][1:]),
+        "text_seconds": median(wall for wall, _ in seconds["text"][1:]),
+        "ratio": median(ours[0] / bare[0] for ours, bare in pairs),
+        "cpu_ratio": median(ours[1] / bare[1] for ours, bare in pairs),
+    }
+
+
+class _Clock:
+    """Wall-clock and processor seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+
+
+def _inputs(model: Any, text: TextSection, section: HarvestSection) -> list[torch.Tensor]:
+    """The token ids that a harvest of ``section`` runs the model on."""
+    assert section.tokens is not None
+    special = frozenset(model.tokenizer.all_special_ids)
+    inputs, stored = [], 0
+    for batch in batches(contexts(text, model.tokenizer), section.batch_contexts):
+        token_ids = np.stack([context.token_ids for context in batch])
+        document_ids = np.stack([context.document_ids for context in batch])
+        inputs.append(torch.from_numpy(token_ids).long().to(model.device))
+        stored += int((~excluded(token_ids, document_ids, special, section)).sum())
+        if stored >= section.tokens:
+            break
+    return inputs
