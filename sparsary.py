@@ -38,12 +38,15 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
     """Run a recipe and return the checkpoint's directory.
 
     ``overrides`` are recipe keys; nested ones come with double underscores (``dictionary__n_latents=512``) or as a dict
-    splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, in place of a model.
+    splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, in place of a model. With a ``grid``,
+    the directory is the one above the members' checkpoints.
     """
-    from training.recipe import load_recipe
-    from training.run import train as run
+    from training.grid import load_grid
+    from training.run import train_all
 
-    return run(load_recipe(recipe, {key.replace("__", "."): value for key, value in overrides.items()}), activations)
+    grid = load_grid(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
+    train_all(grid.recipes, activations)
+    return Path(grid.out_dir)
 
 
 def evaluate(directory: str, out: str | None = None, activations: Any = None, tokens: int | None = None) -> dict[str, Any]:
@@ -64,11 +67,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value .
 @app.command("harvest")
 def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Store the activations a recipe asks for; an interrupted harvest goes on."""
-    from training.recipe import load_recipe, parse_overrides
+    from training.grid import load_grid
+    from training.recipe import parse_overrides
     from training.run import run_harvest
 
     with _progress("harvest") as progress:
-        config = load_recipe(recipe, parse_overrides(overrides or []))
+        # One store serves all members of a grid.
+        config = load_grid(recipe, parse_overrides(overrides or [])).recipes[0]
         store = run_harvest(config, progress(config.harvest.tokens or 0))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
@@ -79,19 +84,20 @@ def _train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
 ) -> None:
-    """Harvest if need be, then train; the same command continues an interrupted run."""
-    from training.preflight import preflight
-    from training.recipe import load_recipe, parse_overrides
-    from training.run import train as run
+    """Harvest if need be, then train, all members of a grid side by side; the same command continues an interrupted run."""
+    from training.grid import load_grid
+    from training.preflight import grid_lines, preflight_all
+    from training.recipe import parse_overrides
+    from training.run import train_all
 
-    config = load_recipe(recipe, parse_overrides(overrides or []))
-    plan = preflight(config)
-    _table(plan.lines(config))
+    grid = load_grid(recipe, parse_overrides(overrides or []))
+    _table(grid_lines(grid, preflight_all(grid.recipes)))
     if dry_run:
         return
     with _progress("harvest") as progress:
-        directory = run(config, progress=progress(config.harvest.tokens or 0))
-    print(f"{directory}: done. Judge it with: sparsary eval {directory}")
+        directories = train_all(grid.recipes, progress=progress(grid.recipes[0].harvest.tokens or 0))
+    for directory in directories:
+        print(f"{directory}: done. Judge it with: sparsary eval {directory}")
 
 
 @app.command("eval")

@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 # Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
 # small functions millions of times and holds no tensors.
-CHECKED = "activations checkpoints finish initialize loop objective optim phases preflight run state".split()
+CHECKED = "activations checkpoints finish grid initialize loop objective optim phases preflight run state".split()
 # Nor are the kernels: compilers take functions as they are written.
 SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
 checked = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
@@ -88,15 +88,15 @@ def write_recipe(tmp_path):
 
 
 class _StopAfter:
-    """Stands in for ``Checkpoints.stop_requested``: true once so many steps are done."""
+    """Stands in for ``StopRequest.requested``: true once so many steps are done."""
 
     def __init__(self, steps):
         self.left = steps
 
-    def __get__(self, checkpoints, _owner):
+    def __get__(self, stop, _owner):
         self.left -= 1
         if self.left < 0:
-            checkpoints.stop_signal = signal.SIGTERM
+            stop.signal_number = signal.SIGTERM
         return self.left < 0
 
 
@@ -106,11 +106,10 @@ def stopped_after():
 
     @contextmanager
     def stopped(steps):
-        from training.checkpoints import Checkpoints
-        from training.stopping import Stopped
+        from training.stopping import Stopped, StopRequest
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Checkpoints, "stop_requested", _StopAfter(steps))
+            patch.setattr(StopRequest, "requested", _StopAfter(steps))
             with pytest.raises(Stopped):
                 yield
 

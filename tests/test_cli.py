@@ -67,6 +67,21 @@ def test_dry_run_shows_the_plan_and_does_nothing(command, recipe_values, write_r
     assert not Path(recipe_values["harvest"]["store"]).exists()
 
 
+def test_a_grid_is_planned_and_trained_member_by_member(command, recipe_values, write_recipe):
+    path = write_recipe(recipe_values | {"tokens": 202, "grid": {"dictionary.encoder.k": [2, 3]}})
+    planned = command("train", path, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    for word in ("k=2", "k=3", "128 -> 67", "2 on 1 stream of batches", "for each member"):
+        assert word in planned.stdout
+    assert not Path(recipe_values["out_dir"]).exists()
+    assert command("harvest", path).returncode == 0
+    trained = command("train", path)
+    assert trained.returncode == 0, trained.stderr
+    for k in (2, 3):
+        assert f"Judge it with: sparsary eval {recipe_values['out_dir']}/k={k}" in trained.stdout
+    assert command("info", f"{recipe_values['out_dir']}/k=3").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,6 +90,8 @@ def test_dry_run_shows_the_plan_and_does_nothing(command, recipe_values, write_r
         (["train", "RECIPE", "harvest.hooks=[transformer.h.9:out]", "dictionary.hook=transformer.h.9:out"], "Nearest: "),
         (["train", "RECIPE", "model.id=/nowhere/model", "text.source=files", "text.files=[x.txt]"], "embedded"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "RECIPE", "grid.lrr=[1, 2]"], "Did you mean 'lr'?"),
+        (["train", "RECIPE", "grid.dictionary.encoder.k=[2, 1000]"], "grid k=1000: dictionary.encoder.k: expected at most"),
         (["train", "RECIPE", "loud"], "key.sub=value"),
         (["harvest", "RECIPE", "harvest.store=null"], "stores nothing"),
         (["eval", "/nowhere"], "expected a checkpoint directory"),

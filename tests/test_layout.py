@@ -12,7 +12,7 @@ import pytest
 
 from sae import ENCODERS, SparseCode
 from training.activations.model import hook_widths
-from training.recipe import load_recipe
+from training.grid import load_grid
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
@@ -80,8 +80,7 @@ def test_every_recipe_opens_with_its_command_and_is_valid(path):
     assert path.read_text().startswith("# ")
     header = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines(keepends=True)))
     assert f"sparsary train {path.relative_to(ROOT)}" in header
-    recipe = load_recipe(path)
-    assert recipe.dictionary.encoder["name"] in ENCODERS
+    assert all(recipe.dictionary.encoder["name"] in ENCODERS for recipe in load_grid(path).recipes)
 
 
 # Configurations of the hub models that recipes name, so that their hooks are checked without a network.
@@ -100,13 +99,18 @@ CONFIGS = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
+    stored = load_grid(path).recipes[0].harvest.store is not None
+    for recipe in load_grid(path, {"harvest.store": str(tmp_path / "store")} if stored else None).recipes:
+        check_one(recipe, tmp_path)
+
+
+def check_one(recipe, tmp_path):
     import torch
     import transformers
 
     from sae.checkpoint import build_dictionary
     from training.preflight import preflight
 
-    recipe = load_recipe(path, {"harvest.store": str(tmp_path / "store")} if load_recipe(path).harvest.store else None)
     if recipe.model.id != "embedded":
         name, sizes = CONFIGS[recipe.model.id]
         getattr(transformers, name)(**sizes).save_pretrained(tmp_path / "config")

@@ -1,8 +1,7 @@
-"""The run's directory: who may write to it, what is saved in it, and how a run is asked to stop."""
+"""The run's directory: who may write to it, and what is saved in it."""
 
 import fcntl
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,45 +23,24 @@ LOCK_FILE = ".lock"
 
 
 class Checkpoints:
-    """Saves state and dictionary into ``out_dir``; ``stop_requested`` is set by SIGINT and SIGTERM."""
+    """Saves state and dictionary into ``out_dir``."""
 
     def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases):
         self.directory = directory
         self.provenance = provenance
         self.phases = phases
-        self.stop_signal: int | None = None
-
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop_signal is not None
 
     def save(
         self, state: TrainState, dictionary: SparseDictionary, optimizer: torch.optim.Optimizer, stream: Stream, report: Report
     ) -> None:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
-        state.require_finite()
+        state.require_finite(self.directory)
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
         self.save_dictionary(state, dictionary)
 
     def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
         """The checkpoint that others load."""
         dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
-
-    @contextmanager
-    def signals_deferred(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the loop after the current step instead of the process; a second one does not wait."""
-
-        def request(number: int, _frame: Any) -> None:
-            if self.stop_signal is not None:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 @contextmanager

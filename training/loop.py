@@ -1,50 +1,118 @@
-"""The training loop, read top to bottom."""
+"""The training loop, read top to bottom: for one dictionary, or for several that share their batches."""
 
+from dataclasses import dataclass
+
+import torch
 from accelerate import Accelerator
 
-from .activations.stream import Stream
+from sae import SparseDictionary
+
+from .activations.stream import Batch, Stream
 from .checkpoints import Checkpoints
-from .objective import Objective, combine
+from .objective import Objective, Terms, combine
 from .optim import Schedule
 from .recipe import Recipe
 from .report import Report
-from .state import TrainState
+from .state import NotFinite, TrainState
+from .stopping import StopRequest
 
 
-def train_loop(
-    cfg: Recipe,
-    objective: Objective,
-    optimizer,
-    schedule: Schedule,
-    stream: Stream,
-    state: TrainState,
-    accelerator: Accelerator,
-    report: Report,
-    checkpoints: Checkpoints,
-) -> None:
-    """Step until the token budget is used or a stop is asked for; every way out leaves a saved state.
+@dataclass(frozen=True)
+class Member:
+    """One dictionary in training, with all that is its own: a run of one has one member."""
+
+    recipe: Recipe
+    objective: Objective
+    dictionary: SparseDictionary
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    state: TrainState
+    report: Report
+    checkpoints: Checkpoints
+
+    @property
+    def done(self) -> bool:
+        return self.state.tokens >= self.recipe.tokens
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members that train on the same batches, and where these come from."""
+
+    stream: Stream
+    members: list[Member]
+
+    @property
+    def done(self) -> bool:
+        return all(member.done for member in self.members)
+
+    @property
+    def in_step(self) -> list[Member]:
+        """Members that have seen as many batches as were handed out. After a kill some are ahead: they wait."""
+        return [member for member in self.members if member.state.step == self.stream.batches]
+
+
+def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest) -> None:
+    """Step until every token budget is used or a stop is asked for; every way out leaves saved states.
 
     Raises:
-        ValueError: If the loss or an activation is not finite; the last good state is kept.
+        NotFinite: If a member's loss is not; its last good state is kept, the others' are saved.
     """
-    dictionary = accelerator.unwrap_model(objective).dictionary
-    while state.tokens < cfg.tokens and not checkpoints.stop_requested:
-        batch = next(stream).to(accelerator.device)
-        schedule.apply(state.step)
-        pieces = []
-        for piece in batch.split(cfg.accumulate):
-            with accelerator.accumulate(objective), accelerator.autocast():
-                loss, terms = objective(piece, state.usage)
-            accelerator.backward(loss)
-            pieces.append(terms)
-        # Projection, clipping, Adam and unit atoms are one step: they can be one pass over the weights.
-        optimizer.step()
-        optimizer.zero_grad()
-        terms = combine(pieces)
-        state.advance(batch.x.shape[0], terms)
-        if state.step % cfg.log_every == 0 or state.tokens >= cfg.tokens:
-            state.require_finite()
-            report(state, terms, schedule.lr(state.step - 1), stream.waited_seconds)
-        if state.step % cfg.save_every == 0 and state.tokens < cfg.tokens:
-            checkpoints.save(state, dictionary, optimizer, stream, report)
-    checkpoints.save(state, dictionary, optimizer, stream, report)
+    failures: list[str] = []
+    while not failures and not all(group.done for group in groups) and not stop.requested:
+        for group in (group for group in groups if not group.done):
+            members = [member for member in group.in_step if not member.done]
+            batch = next(group.stream).to(accelerator.device)
+            terms = [step(member, batch, accelerator) for member in members]
+            for member, shown in zip(members, terms, strict=True):
+                failures += record(member, shown, group.stream)
+    save_moved(groups)
+    if failures:
+        raise NotFinite("\n".join(failures))
+
+
+def step(member: Member, batch: Batch, accelerator: Accelerator) -> Terms:
+    """One step of one dictionary. It draws no random numbers: members would take them from each other."""
+    state, optimizer = member.state, member.optimizer
+    member.schedule.apply(state.step)
+    pieces = []
+    for piece in batch.split(member.recipe.accumulate):
+        with accelerator.accumulate(member.objective), accelerator.autocast():
+            loss, terms = member.objective(piece, state.usage)
+        accelerator.backward(loss)
+        pieces.append(terms)
+    # Projection, clipping, Adam and unit atoms are one step: they can be one pass over the weights.
+    optimizer.step()
+    optimizer.zero_grad()
+    terms = combine(pieces)
+    state.advance(batch.x.shape[0], terms)
+    return terms
+
+
+def record(member: Member, terms: Terms, stream: Stream) -> list[str]:
+    """Report and save what is due after a step; returns what keeps the member from going on."""
+    state, cfg = member.state, member.recipe
+    try:
+        if state.step % cfg.log_every == 0 or member.done:
+            state.require_finite(cfg.out_dir)
+            member.report(state, terms, member.schedule.lr(state.step - 1), stream.waited_seconds)
+        if state.step % cfg.save_every == 0 or member.done:
+            save(member, stream)
+    except NotFinite as error:
+        return [str(error)]
+    return []
+
+
+def save(member: Member, stream: Stream) -> None:
+    member.checkpoints.save(member.state, member.dictionary, member.optimizer, stream, member.report)
+
+
+def save_moved(groups: list[Group]) -> None:
+    """Save every member that has moved since it was saved, less those whose loss is not finite.
+
+    Members that wait ahead of the stream have not moved, and its position is not theirs.
+    """
+    for group in groups:
+        for member in group.in_step:
+            if member.state.step != member.state.saved_step and bool(member.state.finite):
+                save(member, group.stream)

@@ -1,6 +1,7 @@
-"""What a recipe will do and need, before anything is done."""
+"""What a recipe, or each member of its grid, will do and need, before anything is done."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sae.checkpoint import build_dictionary
 from .activations.harvest import recipe_identity
 from .activations.model import hook_widths
 from .activations.shards import MANIFEST_FILE, Store
+from .grid import Grid, source, told_together
 from .recipe import Recipe, total_steps
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
@@ -26,18 +28,41 @@ class Plan:
     steps: int
     passes: float | None
     parameters: int
-    memory_bytes: int
+    weights_bytes: int
+    step_bytes: int
+    stream_bytes: int
     stored_tokens: int
     disk_bytes: int
     shuffle_tokens: int
 
+    @property
+    def memory_bytes(self) -> int:
+        return self.weights_bytes + self.step_bytes + self.stream_bytes
+
     def lines(self, recipe: Recipe) -> list[tuple[str, str]]:
         """What to show a person: pairs of a name and a value."""
-        d = self.widths[recipe.dictionary.hook]
+        return [
+            *self.source_lines(recipe),
+            ("dictionary", f"{recipe.dictionary.kind} {self.dictionary_words(recipe)}"),
+            *[
+                (f"from {phase.start:.0%}", f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run")
+                for phase in recipe.phases
+            ],
+            *[
+                (f"{name} moves", ", ".join(f"{value} at {share:.0%}" for share, value in knots))
+                for name, knots in recipe.schedules.items()
+            ],
+            ("objective", recipe.objective),
+            ("training", self.training_words(recipe)),
+            ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
+            ("output", recipe.out_dir),
+        ]
+
+    def source_lines(self, recipe: Recipe) -> list[tuple[str, str]]:
+        """Where activations come from: the same for all members of a grid."""
         live = recipe.harvest.store is None
         store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({_bytes(self.disk_bytes)} to write)"
         reach = "the whole store" if not live else "one buffer"
-        passes = "" if self.passes is None else f", {self.passes:.1f} passes over the training split"
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}"),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
@@ -48,24 +73,34 @@ class Plan:
                 f"{self.stored_tokens:,} tokens in {recipe.harvest.dtype}, {recipe.harvest.heldout:.0%} of documents held out",
             ),
             ("shuffle", f"{self.shuffle_tokens:,} tokens: {reach}"),
-            (
-                "dictionary",
-                f"{recipe.dictionary.kind} {d} -> {recipe.dictionary.n_latents}, {_words(recipe.dictionary.encoder)}, "
-                f"{self.parameters:,} parameters",
-            ),
-            *[
-                (f"from {phase.start:.0%}", f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run")
-                for phase in recipe.phases
-            ],
-            *[
-                (f"{name} moves", ", ".join(f"{value} at {share:.0%}" for share, value in knots))
-                for name, knots in recipe.schedules.items()
-            ],
-            ("objective", recipe.objective),
-            ("training", f"{recipe.tokens:,} tokens in {self.steps:,} steps of {recipe.batch_tokens:,}{passes}"),
-            ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
-            ("output", recipe.out_dir),
         ]
+
+    def dictionary_words(self, recipe: Recipe) -> str:
+        d = self.widths[recipe.dictionary.hook]
+        return f"{d} -> {recipe.dictionary.n_latents}, {_words(recipe.dictionary.encoder)}, {self.parameters:,} parameters"
+
+    def training_words(self, recipe: Recipe) -> str:
+        passes = "" if self.passes is None else f", {self.passes:.1f} passes over the training split"
+        return f"{recipe.tokens:,} tokens in {self.steps:,} steps of {recipe.batch_tokens:,}{passes}"
+
+
+def grid_lines(grid: Grid, plans: list[Plan]) -> list[tuple[str, str]]:
+    """What to show a person of all members: what they share, each by name, and what they need together."""
+    if len(plans) == 1:
+        return plans[0].lines(grid.recipes[0])
+    members = list(zip(grid.names, grid.recipes, plans, strict=True))
+    streams = {source(recipe): plan.stream_bytes for _, recipe, plan in members}
+    # One member steps at a time.
+    memory = sum(plan.weights_bytes for plan in plans) + max(plan.step_bytes for plan in plans) + sum(streams.values())
+    trainings = {plan.training_words(recipe): name for name, recipe, plan in members}
+    return [
+        *plans[0].source_lines(grid.recipes[0]),
+        *[(name, plan.dictionary_words(recipe)) for name, recipe, plan in members],
+        *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
+        ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
+        ("memory", f"about {_bytes(memory)} for training, beside the model's own"),
+        ("output", f"{grid.out_dir}, a directory for each member"),
+    ]
 
 
 def _words(encoder: dict[str, Any]) -> str:
@@ -81,13 +116,30 @@ def _bytes(n: int | float) -> str:
 
 
 def preflight(recipe: Recipe) -> Plan:
-    """Check what can be checked without work, and estimate the rest.
+    """``preflight_all`` of one recipe."""
+    return preflight_all([recipe])[0]
+
+
+def preflight_all(recipes: Sequence[Recipe]) -> list[Plan]:
+    """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
         ValueError: If a hook does not exist, an existing store is another one's, the store would be smaller than a batch,
-            or the disk is too full.
+            or the disk is too full; with one line for each member it concerns, or one for all.
     """
-    widths = hook_widths(recipe.model, recipe.harvest.hooks)
+    widths = hook_widths(recipes[0].model, recipes[0].harvest.hooks)
+    plans, problems = [], {}
+    for recipe in recipes:
+        try:
+            plans.append(_plan(recipe, widths))
+        except ValueError as error:
+            problems[Path(recipe.out_dir).name] = [str(error)]
+    if problems:
+        raise ValueError("\n".join(told_together(problems, len(recipes))))
+    return plans
+
+
+def _plan(recipe: Recipe, widths: dict[str, int]) -> Plan:
     d = widths[recipe.dictionary.hook]
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
     training = round(wanted * (1 - harvest.heldout))
@@ -111,15 +163,16 @@ def preflight(recipe: Recipe) -> Plan:
     with torch.device("meta"):
         arguments = {"kind": recipe.dictionary.kind, "d_in": d, "n_latents": n, "encoder": recipe.dictionary.encoder}
         parameters = sum(p.numel() for p in build_dictionary(arguments).parameters())
-    # Weights, gradients and Adam's two moments; the encoder's output and its gradient; batches read ahead.
-    memory = 16 * parameters + 8 * recipe.batch_tokens // recipe.accumulate * n + 12 * recipe.batch_tokens * (4 * d + 16)
     live = harvest.store is None
     return Plan(
         widths=widths,
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,
         parameters=parameters,
-        memory_bytes=memory,
+        # Weights, gradients and Adam's two moments; the encoder's output and its gradient; batches read ahead.
+        weights_bytes=16 * parameters,
+        step_bytes=8 * recipe.batch_tokens // recipe.accumulate * n,
+        stream_bytes=12 * recipe.batch_tokens * (4 * d + 16),
         stored_tokens=0 if live else wanted,
         disk_bytes=disk,
         shuffle_tokens=harvest.live_buffer_tokens if live else training,

@@ -201,10 +201,18 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ValueError: With one line per mistake.
     """
+    values = read_values(path, overrides)
+    if "grid" in values:
+        raise ValueError(f"{path}: grid: expected a recipe of one run here, got several. Name one member's recipe.yaml.")
+    return check_recipe(values, str(path))
+
+
+def read_values(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A recipe's values, its base's below and the overrides above them; nothing else is checked."""
     values = _read_values(Path(path), ())
     for key, value in (overrides or {}).items():
-        _override(values, key, value)
-    return check_recipe(values, str(path))
+        override(values, key, value)
+    return values
 
 
 def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -254,7 +262,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _override(values: dict[str, Any], key: str, value: Any) -> None:
+def override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key of unchecked values; what was there is replaced whole."""
     *parents, last = key.split(".")
     for parent in parents:
         nested = values.setdefault(parent, {})
@@ -509,7 +518,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys, with both values, in which ``new`` would not continue ``old``."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} here"
         for key in sorted(before.keys() | after.keys())
@@ -517,7 +526,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key."""
     if not isinstance(values, dict):
         return {prefix: values}
-    return {name: leaf for key, value in values.items() for name, leaf in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {name: leaf for key, value in values.items() for name, leaf in flat(value, f"{prefix}.{key}".lstrip(".")).items()}

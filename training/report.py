@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class Report:
-    """Called every ``log_every`` steps. ``metrics.jsonl`` grows by a line; a resume cuts it back to the saved state."""
+    """Called every ``log_every`` steps. ``metrics.jsonl`` grows by a line; a resume cuts it back to the saved state.
 
-    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int):
+    ``progress`` is the terminal's, shared by all runs that are under way.
+    """
+
+    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int, progress: Progress):
         self.path = directory / METRICS_FILE
         self.path.touch()
         with self.path.open("r+b") as handle:
@@ -34,9 +37,8 @@ class Report:
         self.started = time.perf_counter()
         self.last = (self.started, tokens_before)
         self.latest: dict[str, Any] = {}
-        self.progress = _progress_bar()
-        self.task = self.progress.add_task("train", total=recipe.tokens, completed=tokens_before, stats="")
-        self.progress.start()
+        self.progress, self.name = progress, directory.name
+        self.task = progress.add_task(self.name, total=recipe.tokens, completed=tokens_before, stats="")
         self.wandb = _start_wandb(recipe, directory) if recipe.wandb else None
 
     def __call__(self, state: TrainState, terms: Terms, lr: float, waited_seconds: float) -> None:
@@ -57,7 +59,7 @@ class Report:
         stats = f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {row['dead']:.3f}  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=state.tokens, stats=stats)
         if not self.progress.console.is_terminal:
-            log.info("%d of %d tokens  %s", state.tokens, self.total, stats)
+            log.info("%s: %d of %d tokens  %s", self.name, state.tokens, self.total, stats)
         if self.wandb is not None:
             self.wandb.log(row, step=state.step)
 
@@ -67,13 +69,13 @@ class Report:
         return self.handle.tell()
 
     def close(self) -> None:
-        self.progress.stop()
         self.handle.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
-def _progress_bar() -> Progress:
+def progress_bar() -> Progress:
+    """A bar for every run on a terminal, nothing elsewhere. To be entered."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[stats]}"))
     return Progress(*columns, console=console, disable=not console.is_terminal)
@@ -87,6 +89,8 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
     return wandb.init(
         project=recipe.wandb.project,
         name=recipe.wandb.name,
+        # Without this the second run of a process would end the first.
+        reinit="create_new",
         mode=recipe.wandb.mode,
         dir=str(directory),
         config=recipe.model_dump(mode="json"),

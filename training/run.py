@@ -2,8 +2,10 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,29 +13,33 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from jaxtyping import Float
+from rich.progress import Progress
 from torch import Tensor
 
 from sae.checkpoint import build_dictionary
 from sae.encoders import ENCODERS
+from sae.metrics import Moments
 from sae.screen import Screen
 
 from .activations.harvest import harvest
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
-from .activations.stream import ContextStream, LiveStream, StoreStream, Stream, TensorStream
-from .checkpoints import Checkpoints, claimed
+from .activations.stream import Buffers, ContextStream, LiveStream, StoreStream, Stream, TensorStream
+from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .finish import finish
 from .fused import build_optimizer
+from .grid import source, unshared
 from .initialize import SAMPLE_TOKENS, initialize
-from .loop import train_loop
+from .loop import Group, Member, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule
 from .phases import Phases
-from .preflight import preflight
+from .preflight import preflight, preflight_all
 from .recipe import Recipe
-from .report import Report
-from .state import TrainState
-from .stopping import Stopped
+from .report import Report, progress_bar
+from .state import Randomness, TrainState
+from .stopping import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +66,19 @@ def train(
     activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Path:
-    """Run a recipe to its end, or go on with it, and return ``out_dir``.
+    """Run a recipe to its end, or go on with it, and return ``out_dir``: ``train_all`` with one recipe."""
+    return train_all([recipe], activations, progress)[0]
+
+
+def train_all(
+    recipes: Sequence[Recipe],
+    activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Path]:
+    """Run recipes side by side to their ends, or go on with them, and return their ``out_dir``s.
+
+    A batch is read once for all recipes that train on it; the rest is each one's own, and on the CPU each result is bit for
+    bit what the recipe gives alone. Recipes must agree in what ``grid.SHARED`` lists.
 
     ``activations`` takes the place of the model: any iterable of ``(tokens, d_in)`` tensors, or of pairs of such tensors and
     the loss's gradients at them; ``model``, ``text`` and
@@ -70,53 +88,147 @@ def train(
         ValueError: If the user can mend it.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
-    directory = Path(recipe.out_dir)
+    assert not unshared({recipe.out_dir: recipe for recipe in recipes})
     if activations is None:
-        preflight(recipe)
-    elif recipe.objective == "kl":
+        preflight_all(recipes)
+    elif any(recipe.objective == "kl" for recipe in recipes):
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
-    with claimed(directory, recipe) as resuming, open_stream(recipe, activations, progress) as stream:
-        return _train(recipe, directory, stream, resuming)
+    for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
+        if (above / RECIPE_FILE).exists():
+            raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
+    with ExitStack() as stack:
+        resuming = [stack.enter_context(claimed(Path(recipe.out_dir), recipe)) for recipe in recipes]
+        together = stack.enter_context(open_streams(recipes, activations, progress))
+        _train(together, [recipe.out_dir for recipe, saved in zip(recipes, resuming, strict=True) if saved])
+    return [Path(recipe.out_dir) for recipe in recipes]
 
 
 @contextmanager
-def open_stream(
-    recipe: Recipe, activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None, progress: Callable[[int], None]
-) -> Iterator[Stream]:
-    """The recipe's source of batches, harvested first where it is a store."""
-    hook = recipe.dictionary.hook
+def open_streams(
+    recipes: Sequence[Recipe], activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None, progress: Callable[[int], None]
+) -> Iterator[list[tuple[Stream, list[Recipe]]]]:
+    """The recipes' sources of batches, harvested first where it is a store, each with the recipes that share it."""
+    together: dict[tuple[Any, ...], list[Recipe]] = {}
+    for recipe in recipes:
+        # Tensors that a user brings know neither hooks nor seeds.
+        together.setdefault(source(recipe) if activations is None else (recipe.batch_tokens,), []).append(recipe)
+    groups = list(together.values())
     with ExitStack() as stack:
         if activations is not None:
-            stream: Stream = TensorStream(activations, recipe.batch_tokens)
-        elif recipe.harvest.store is None:
-            kind = ContextStream if recipe.objective == "kl" else LiveStream
-            stream = kind(load_model(recipe.model), recipe.text, recipe.harvest, hook, recipe.batch_tokens, recipe.seed)
+            if len(groups) > 1 and iter(activations) is activations:
+                raise ValueError(
+                    "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
+                    f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
+                )
+            streams: list[Stream] = [TensorStream(activations, group[0].batch_tokens) for group in groups]
+        elif recipes[0].harvest.store is None:
+            model = load_model(recipes[0].model)
+            hooks = tuple(dict.fromkeys(recipe.dictionary.hook for recipe in recipes))
+            # Two: the first of the streams may be a buffer ahead of the last.
+            buffers = Buffers(model, recipes[0].text, recipes[0].harvest, hooks, keep=min(len(groups), 2))
+            streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
-            store = run_harvest(recipe, progress)
-            if recipe.harvest.verify:
+            store = run_harvest(recipes[0], progress)
+            if recipes[0].harvest.verify:
                 store.verify()
-            stream = StoreStream(store, hook, recipe.batch_tokens, recipe.seed, gradients=needs_gradient(recipe))
-            stack.callback(stream.release)
-        stack.callback(stream.close)
-        yield stream
+            streams = [_store_stream(store, group, stack) for group in groups]
+        for stream in streams:
+            stack.callback(stream.close)
+        yield list(zip(streams, groups, strict=True))
 
 
-def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> Path:
-    torch.manual_seed(recipe.seed)
-    device = resolve_device(recipe.model.device)
-    sample = stream.sample(SAMPLE_TOKENS)
-    moments = stream.moments()
-    section = recipe.dictionary
-    arguments = {"kind": section.kind, "d_in": sample.shape[1], "n_latents": section.n_latents, "encoder": section.encoder}
-    dictionary = build_dictionary(arguments)
-    if not resuming:
-        initialize(dictionary, sample, moments, section.normalize, section.init)
+def _live_stream(buffers: Buffers, recipe: Recipe) -> Stream:
+    kind = ContextStream if recipe.objective == "kl" else LiveStream
+    hook, size, seed = recipe.dictionary.hook, recipe.batch_tokens, recipe.seed
+    return kind(buffers.model, recipe.text, recipe.harvest, hook, size, seed, buffers)
+
+
+def _store_stream(store: Store, group: list[Recipe], stack: ExitStack) -> Stream:
+    recipe = group[0]
+    gradients = any(needs_gradient(each) for each in group)
+    stream = StoreStream(store, recipe.dictionary.hook, recipe.batch_tokens, recipe.seed, gradients=gradients)
+    stack.callback(stream.release)
+    return stream
+
+
+def _train(together: list[tuple[Stream, list[Recipe]]], resuming: list[str]) -> None:
+    first = together[0][1][0]
+    device = resolve_device(first.model.device)
     # accelerate keeps one state per process and refuses a second run with another precision.
     AcceleratorState._reset_state(True)
-    precision = _precision(recipe, device)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate
+        cpu=device.type == "cpu", mixed_precision=_precision(first, device), gradient_accumulation_steps=first.accumulate
     )
+    stop = StopRequest()
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar())
+        groups = [_group(stream, recipes, resuming, accelerator, bar, stack) for stream, recipes in together]
+        try:
+            with stop.signals_deferred():
+                train_loop(groups, accelerator, stop)
+        except StopIteration:
+            tokens, wanted = max((m.state.tokens, m.recipe.tokens) for group in groups for m in group.members if not m.done)
+            raise ValueError(
+                f"activations: the iterator ended after {tokens} of {wanted} tokens. Lower tokens, or give an "
+                "iterable that can be passed over again, such as a list."
+            ) from None
+    unfinished = [member.state.step for group in groups for member in group.members if not member.done]
+    if stop.signal_number is not None and unfinished:
+        raise Stopped(stop.signal_number, min(unfinished))
+    for group in groups:
+        # Nothing reads ahead any more: calibration goes through the same source.
+        group.stream.close()
+    for group in groups:
+        for member in group.members:
+            # The state keeps what training left; what others load is made ready for use.
+            finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
+            # In any case: a kill may have come between the last state and its dictionary.
+            member.checkpoints.save_dictionary(member.state, member.dictionary)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the dictionaries over one stream start from; ``medians`` are the sample's, by scale, each found once."""
+
+    stream: Stream
+    sample: Float[Tensor, "tokens d_in"]
+    moments: Moments
+    medians: dict[float, Tensor]
+
+
+def _group(
+    stream: Stream, recipes: list[Recipe], resuming: list[str], accelerator: Accelerator, bar: Progress, stack: ExitStack
+) -> Group:
+    """All that trains on one stream, which is brought to where the first of them has to go on."""
+    # For iterables of tensors that draw what they give.
+    torch.manual_seed(recipes[0].seed)
+    start = Start(stream, stream.sample(SAMPLE_TOKENS), stream.moments(), {})
+    members = []
+    for recipe in recipes:
+        with Randomness(recipe.seed) as randomness:
+            member = _member(recipe, start, recipe.out_dir in resuming, randomness, accelerator, bar)
+        stack.callback(member.report.close)
+        members.append(member)
+    state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
+    if state.stream_position is not None:
+        stream.seek(state.stream_position)
+    return Group(stream, members)
+
+
+def _member(
+    recipe: Recipe, start: Start, resuming: bool, randomness: Randomness, accelerator: Accelerator, bar: Progress
+) -> Member:
+    directory, stream, moments = Path(recipe.out_dir), start.stream, start.moments
+    section = recipe.dictionary
+    arguments = {
+        "kind": section.kind,
+        "d_in": start.sample.shape[1],
+        "n_latents": section.n_latents,
+        "encoder": section.encoder,
+    }
+    dictionary = build_dictionary(arguments)
+    if not resuming:
+        initialize(dictionary, start.sample, moments, section.normalize, section.init, start.medians)
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     divergence = Divergence(stream.model, recipe.dictionary.hook) if isinstance(stream, ContextStream) else None
@@ -126,33 +238,16 @@ def _train(recipe: Recipe, directory: Path, stream: Stream, resuming: bool) -> P
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe, accelerator.num_processes)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device)
-    keep_bytes = state.restore(directory, dictionary, phases, optimizer, stream) if resuming else 0
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
+    keep_bytes = state.restore(directory, dictionary, phases, optimizer) if resuming else 0
     if resuming:
         log.info("Continuing %s at step %d.", directory, state.step)
     objective, wrapped = accelerator.prepare(objective, optimizer)
     checkpoints = Checkpoints(directory, provenance(recipe, stream), phases)
-    report = Report(recipe, directory, keep_bytes, state.tokens)
+    report = Report(recipe, directory, keep_bytes, state.tokens, bar)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
-    try:
-        with checkpoints.signals_deferred():
-            train_loop(recipe, objective, wrapped, schedule, stream, state, accelerator, report, checkpoints)
-    except StopIteration:
-        raise ValueError(
-            f"activations: the iterator ended after {state.tokens} of {recipe.tokens} tokens. Lower tokens, or give an "
-            "iterable that can be passed over again, such as a list."
-        ) from None
-    finally:
-        report.close()
-    if checkpoints.stop_signal is not None and state.tokens < recipe.tokens:
-        raise Stopped(checkpoints.stop_signal, state.step)
-    # Nothing reads ahead any more: calibration goes through the same source.
-    stream.close()
-    # The state keeps what training left; what others load is made ready for use.
-    if finish(dictionary, stream, recipe.calibration_tokens, recipe.batch_tokens):
-        checkpoints.save_dictionary(state, dictionary)
-    return directory
+    return Member(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
 
 
 def needs_gradient(recipe: Recipe) -> bool:
@@ -191,6 +286,7 @@ def _version() -> str | None:
         return None
 
 
+@cache
 def git_commit() -> str | None:
     """The commit this source is checked out at, if it is."""
     here = Path(__file__).parent

@@ -25,16 +25,45 @@ FORMAT_VERSION = 2
 DENSITY_HALF_LIFE = 1_000_000
 
 
+class NotFinite(ValueError):  # noqa: N818 - said like this it reads as what happened
+    """A run's loss was not finite."""
+
+
+class Randomness:
+    """One run's own random numbers: torch draws them while this is entered, so that runs side by side draw as if alone.
+
+    Entered while a dictionary is built, and not during its steps, which draw nothing: the thread that reads ahead may be
+    drawing the activations that a user's iterable makes up.
+    """
+
+    def __init__(self, seed: int):
+        outer = _random_state()
+        torch.manual_seed(seed)
+        self.own = _random_state()
+        _set_random_state(outer)
+
+    def __enter__(self) -> "Randomness":
+        self.outer = _random_state()
+        _set_random_state(self.own)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.own = _random_state()
+        _set_random_state(self.outer)
+
+
 class TrainState:
     """Counters of a run.
 
     ``silent_for`` is how many tokens ago each latent last fired, ``density`` the running share of tokens it fires on.
     """
 
-    def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device):
+    def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device, randomness: Randomness):
+        self.randomness = randomness
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
+        self.stream_position: dict[str, Any] | None = None
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.density: Float[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.float64, device=device)
         self.dead_after_tokens = dead_after_tokens
@@ -58,12 +87,12 @@ class TrainState:
         self.density = self.density.lerp(terms.firings.double() / tokens, share)
         self.finite = self.finite & torch.isfinite(terms.named["loss"])
 
-    def require_finite(self) -> None:
-        """Raise ``ValueError`` if the loss was not finite in some step since the last call."""
+    def require_finite(self, directory: str | Path) -> None:
+        """Raise ``NotFinite``, naming the run's directory, if the loss was not finite in some step so far."""
         if not bool(self.finite):
-            raise ValueError(
-                f"loss: not finite between steps {self.saved_step} and {self.step}. The run stops; the state of step "
-                f"{self.saved_step} is kept. Lower lr, raise lr_warmup_steps or set precision: float32, in a new out_dir."
+            raise NotFinite(
+                f"{directory}: loss: not finite between steps {self.saved_step} and {self.step}. The run stops; the state of "
+                f"step {self.saved_step} is kept. Lower lr, raise lr_warmup_steps or set precision: float32, in a new out_dir."
             )
 
     def save(
@@ -85,9 +114,7 @@ class TrainState:
         if dictionary.screen is not None:
             tensors |= {f"screen/{name}": value for name, value in dictionary.screen.state().items()}
         tensors["silent_for"], tensors["density"] = self.silent_for, self.density
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        tensors |= {f"random/{device}": values for device, values in self.randomness.own.items()}
         counters = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
@@ -104,9 +131,11 @@ class TrainState:
         dictionary: SparseDictionary,
         phases: Phases,
         optimizer: torch.optim.Optimizer,
-        stream: Stream,
     ) -> int:
         """Put everything back as ``save`` found it; returns the length of ``metrics.jsonl`` at that time.
+
+        The stream is not ours alone: where it has to go on is left in ``stream_position``. The random numbers are those in
+        force, the run's own if ``Randomness`` is entered.
 
         Raises:
             ValueError: If the file is damaged or of another shape.
@@ -131,11 +160,9 @@ class TrainState:
                 dictionary.screen.restore(_below("screen/", tensors))
             self.silent_for = tensors["silent_for"].to(self.silent_for.device)
             self.density = tensors["density"].to(self.density.device)
-            torch.set_rng_state(tensors["random/cpu"])
-            if torch.cuda.is_available() and "random/cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random/cuda"])
+            _set_random_state(_below("random/", tensors))
             self.step, self.tokens = counters["step"], counters["tokens"]
-            stream.seek(counters["stream"])
+            self.stream_position = counters["stream"]
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
@@ -156,3 +183,15 @@ def _own(named: dict[str, Any]) -> dict[str, Any]:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _random_state() -> dict[str, Tensor]:
+    """What torch's generators would draw next, by kind of device."""
+    here = {"cpu": torch.get_rng_state()}
+    return here | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else here
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,9 @@
-"""How a run says that it was asked to stop; imports nothing, so that the command line can know it for free."""
+"""How a run is asked to stop, and how it says that it did; imports nothing that takes time, as the command line imports it."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -7,3 +12,30 @@ class Stopped(Exception):  # noqa: N818 - not an error
     def __init__(self, signal_number: int, step: int):
         super().__init__(f"Stopped at step {step}; everything is saved. The same command continues.")
         self.signal_number = signal_number
+
+
+class StopRequest:
+    """``requested`` is set by SIGINT and SIGTERM."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_number is not None
+
+    @contextmanager
+    def signals_deferred(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the loop after the current step instead of the process; a second one does not wait."""
+
+        def request(number: int, _frame: Any) -> None:
+            if self.signal_number is not None:
+                raise KeyboardInterrupt
+            self.signal_number = number
+
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

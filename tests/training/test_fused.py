@@ -18,7 +18,7 @@ from training.optim import DictionaryAdam, Schedule
 from training.phases import Phases
 from training.recipe import check_recipe
 from training.run import train
-from training.state import TrainState
+from training.state import Randomness, TrainState
 
 TOKENS, D, LATENTS, STEPS = 37, 19, 67, 7
 
@@ -221,14 +221,14 @@ def test_a_checkpoint_of_one_goes_on_under_the_other(build, tmp_path, name, firs
     for number in range(3):
         whole.step(number)
         begun.step(number)
-    state = TrainState(LATENTS, 500, torch.device("cpu"))
+    state = TrainState(LATENTS, 500, torch.device("cpu"), Randomness(0))
     state.step = 3
     state.save(tmp_path, begun.dictionary, begun.phases, begun.optimizer, no_stream(), 0)
     resumed = build(second, name)
     with torch.no_grad():
         resumed.dictionary.W_dec.zero_()
-    TrainState(LATENTS, 500, torch.device("cpu")).restore(
-        tmp_path, resumed.dictionary, resumed.phases, resumed.optimizer, no_stream()
+    TrainState(LATENTS, 500, torch.device("cpu"), Randomness(0)).restore(
+        tmp_path, resumed.dictionary, resumed.phases, resumed.optimizer
     )
     for number in range(3, 6):
         whole.step(number)

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 import training.run as run_module
 from sae import load_dictionary
 from training.activations.shards import Store
-from training.checkpoints import Checkpoints
 from training.preflight import preflight
 from training.recipe import check_recipe
 from training.run import run_harvest, train
-from training.stopping import Stopped
+from training.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +83,10 @@ class StopAt:
     def __init__(self, step):
         self.left = step
 
-    def __get__(self, checkpoints, _owner):
+    def __get__(self, stop, _owner):
         self.left -= 1
         if self.left < 0:
-            checkpoints.stop_signal = signal.SIGTERM
+            stop.signal_number = signal.SIGTERM
         return self.left < 0
 
 
@@ -97,7 +96,7 @@ def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, mon
         values["harvest"] = values["harvest"] | {"store": None, "live_buffer_tokens": 900}
     whole = run(values, out_dir=str(tmp_path / "whole"))
     for stop in (1, 7, 3):
-        monkeypatch.setattr(Checkpoints, "stop_requested", StopAt(stop))
+        monkeypatch.setattr(StopRequest, "requested", StopAt(stop))
         with pytest.raises(Stopped) as stopped:
             run(values, out_dir=str(tmp_path / "parts"))
         assert stopped.value.signal_number == signal.SIGTERM
@@ -115,7 +114,7 @@ def test_a_finished_run_is_finished(values):
 
 
 def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
-    monkeypatch.setattr(Checkpoints, "stop_requested", StopAt(13))
+    monkeypatch.setattr(StopRequest, "requested", StopAt(13))
     with pytest.raises(Stopped):
         run(values)
     dictionary = load_dictionary(values["out_dir"])

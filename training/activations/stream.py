@@ -297,45 +297,39 @@ class StoreStream(Stream):
             reader.close()
 
 
-class LiveStream(Stream):
-    """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
+class Buffers:
+    """Training tokens straight from the model, buffer after buffer, at every hook that some stream reads.
 
-    The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
-    fill a batch are dropped; the text starts over when it ends.
+    Streams that walk the text together share the work: the last few buffers are kept for those that come after the first.
+    What a buffer holds depends on where it begins and on nothing else.
     """
 
-    def __init__(
-        self, model: LanguageModel, text: TextSection, section: HarvestSection, hook_in: str, batch_tokens: int, seed: int
-    ):
-        super().__init__(batch_tokens)
-        if section.live_buffer_tokens < batch_tokens:
-            raise ValueError(
-                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
-                f"got {section.live_buffer_tokens}."
-            )
-        self.model, self.text, self.section = model, text, section
-        self.hook_in, self.seed = hook_in, seed
-        # Batch number at which a buffer begins -> (buffer number, place in the text).
-        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
-        self._sample: Tensor | None = None
+    def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
+        self.model, self.text, self.section, self.hooks = model, text, section, hooks
+        self.keep = keep
+        self._kept: dict[Cursor, tuple[harvest.Rows, Cursor]] = {}
+        self._making = self._from(BEGINNING)
+        self._stands_at: Cursor | None = BEGINNING
+        self._lock = threading.Lock()
 
-    def produce(self, start: int) -> Iterator[Batch]:
-        begin = max(number for number in self.buffers if number <= start)
-        number, first = self.buffers[begin]
-        for rows, cursor in self._fill(first):
-            batches = len(rows) // self.batch_tokens
-            self.buffers[begin + batches] = (number + 1, cursor)
-            if begin + batches > start:
-                order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
-                shuffled = rows.select(order)
-                for i in range(max(start - begin, 0), batches):
-                    part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
-                    grad = part.tensors.get(f"grad:{self.hook_in}")
-                    yield Batch(part.tensors[f"x:{self.hook_in}"], None, grad, part.labels)
-            begin, number = begin + batches, number + 1
+    def after(self, cursor: Cursor) -> tuple[harvest.Rows, Cursor]:
+        """The buffer that begins at ``cursor``, and where the text stands after it."""
+        # Who wants a buffer that is being made waits for it.
+        with self._lock:
+            if cursor not in self._kept:
+                while len(self._kept) >= self.keep:
+                    self._kept.pop(next(iter(self._kept)))
+                # Going on in the text costs nothing, finding a place in it may cost reading up to there.
+                if cursor != self._stands_at:
+                    self._making = self._from(cursor)
+                # Should it fail, whoever asks next is to hear of it too.
+                self._stands_at = None
+                self._kept[cursor] = next(self._making)
+                self._stands_at = self._kept[cursor][1]
+            return self._kept[cursor]
 
-    def _fill(self, cursor: Cursor) -> Iterator[tuple[harvest.Rows, Cursor]]:
-        """Buffer after buffer of training tokens from ``cursor`` on, and where the text stands after each."""
+    def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.Rows, Cursor]]:
+        """Buffer after buffer from a place in the text on, endlessly."""
         pieces: list[harvest.Rows] = []
         while True:
             found = 0
@@ -350,13 +344,59 @@ class LiveStream(Stream):
             cursor = BEGINNING
 
     def _training_rows(self, batch: list[Context]) -> harvest.Rows:
-        rows = harvest.rows_of(self.model, batch, self.section, (self.hook_in,))["train"]
+        rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
         for name, values in rows.tensors.items():
             if not bool(torch.isfinite(values).all()):
                 bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
                 where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
                 raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
         return rows
+
+
+class LiveStream(Stream):
+    """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
+
+    The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
+    fill a batch are dropped; the text starts over when it ends. ``source`` is for streams that share one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        text: TextSection,
+        section: HarvestSection,
+        hook_in: str,
+        batch_tokens: int,
+        seed: int,
+        source: Buffers | None = None,
+    ):
+        super().__init__(batch_tokens)
+        if section.live_buffer_tokens < batch_tokens:
+            raise ValueError(
+                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
+                f"got {section.live_buffer_tokens}."
+            )
+        self.section, self.hook_in, self.seed = section, hook_in, seed
+        self.source = source or Buffers(model, text, section, (hook_in,))
+        # Batch number at which a buffer begins -> (buffer number, place in the text).
+        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
+        self._sample: Tensor | None = None
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        begin = max(number for number in self.buffers if number <= start)
+        number, cursor = self.buffers[begin]
+        while True:
+            rows, cursor = self.source.after(cursor)
+            batches = len(rows) // self.batch_tokens
+            self.buffers[begin + batches] = (number + 1, cursor)
+            if begin + batches > start:
+                order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
+                shuffled = rows.at(self.hook_in).select(order)
+                for i in range(max(start - begin, 0), batches):
+                    part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
+                    grad = part.tensors.get(f"grad:{self.hook_in}")
+                    yield Batch(part.tensors[f"x:{self.hook_in}"], None, grad, part.labels)
+            begin, number = begin + batches, number + 1
 
     def position(self) -> dict[str, Any]:
         begin = max(number for number in self.buffers if number <= self.batches)
@@ -369,7 +409,7 @@ class LiveStream(Stream):
 
     def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
         if self._sample is None:
-            rows, _ = next(self._fill(BEGINNING))
+            rows, _ = self.source.after(BEGINNING)
             order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
             self._sample = rows.tensors[f"x:{self.hook_in}"][order]
         return self._sample[skip : skip + tokens]
@@ -388,13 +428,20 @@ class ContextStream(Stream):
     """
 
     def __init__(
-        self, model: LanguageModel, text: TextSection, section: HarvestSection, hook_in: str, batch_tokens: int, seed: int
+        self,
+        model: LanguageModel,
+        text: TextSection,
+        section: HarvestSection,
+        hook_in: str,
+        batch_tokens: int,
+        seed: int,
+        source: Buffers | None = None,
     ):
         super().__init__(batch_tokens)
         self.model, self.text, self.section, self.hook_in = model, text, section, hook_in
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
-        self.rows = LiveStream(model, text, section, hook_in, batch_tokens, seed)
+        self.rows = LiveStream(model, text, section, hook_in, batch_tokens, seed, source)
 
     def produce(self, start: int) -> Iterator[Batch]:
         number = max(known for known in self.cursors if known <= start)

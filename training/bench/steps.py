@@ -32,13 +32,14 @@ from ..activations.stream import Batch, Stream
 from ..checkpoints import Checkpoints
 from ..fused import build_optimizer
 from ..initialize import SAMPLE_TOKENS, initialize
-from ..loop import train_loop
+from ..loop import Group, Member, train_loop
 from ..objective import AuxSettings, Objective
 from ..optim import Schedule
 from ..phases import Phases
-from ..recipe import Recipe, _override, check_recipe
+from ..recipe import Recipe, check_recipe, override
 from ..report import Report
-from ..state import TrainState
+from ..state import Randomness, TrainState
+from ..stopping import StopRequest
 from .environment import sparsary_version
 from .worker import BATCHES, Task, Turns, activations, held_bytes
 
@@ -81,7 +82,7 @@ def recipe_of(task: Task) -> Recipe:
     for key, value in task.overrides.items():
         if key in TAKEN:
             raise ValueError(f"{where}: {key}: expected {TAKEN[key]} to say it, got {value!r}.")
-        _override(values, key, value)
+        override(values, key, value)
     recipe = check_recipe(values, where)
     if recipe.objective == "kl":
         raise ValueError(f"{where}: objective: expected reconstruction, got 'kl', whose step is mostly the model's.")
@@ -96,7 +97,9 @@ class Following(Stream):
         self.source = batches
 
     def __next__(self) -> Batch:
-        return next(self.source)
+        batch = next(self.source)
+        self.batches += 1
+        return batch
 
     def produce(self, start: int) -> Iterator[Batch]:
         raise NotImplementedError
@@ -128,7 +131,9 @@ class Run:
         if recipe.screen != "none":
             self.dictionary.screen = Screen(recipe.screen, recipe.screen_floor)
         self.optimizer = build_optimizer(self.dictionary, self.phases, recipe)
-        self.state = TrainState(self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"))
+        self.state = TrainState(
+            self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
+        )
         weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
         objective = Objective(self.dictionary, moments.variance(), aux, None, weight)
         self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
@@ -140,18 +145,12 @@ class Run:
         checkpoints = Checkpoints(Path(self.recipe.out_dir), {}, self.phases)
         # Made without its file: the loop ends before anything is reported, or saved.
         report = object.__new__(Report)
+        member = Member(self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints)
+        stream = Following(batches, self.recipe.batch_tokens)
+        stream.batches = self.state.step
+        group = Group(stream, [member])
         with suppress(StopIteration):
-            train_loop(
-                self.recipe,
-                self.objective,
-                self.wrapped,
-                schedule,
-                Following(batches, self.recipe.batch_tokens),
-                self.state,
-                self.accelerator,
-                report,
-                checkpoints,
-            )
+            train_loop([group], self.accelerator, StopRequest())
 
     def batches(
         self, x: Iterable[Float[Tensor, "tokens d_in"]], gradients: list[Float[Tensor, "tokens d_in"]]

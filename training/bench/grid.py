@@ -1,0 +1,101 @@
+"""What several dictionaries over one stream cost together, as a multiple of one alone."""
+
+import contextlib
+import io
+import json
+import logging
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..grid import check_grid
+from ..report import METRICS_FILE
+from ..run import train_all
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dictionary, its batches, and how many steps are timed; as many before them are not."""
+
+    d: int
+    n_latents: int
+    k: int
+    batch_tokens: int
+    steps: int
+
+
+SHAPES = {
+    "tiny": Shape(64, 256, 8, 512, 100),
+    "small": Shape(128, 1024, 16, 2048, 30),
+    "large": Shape(768, 4096, 32, 2048, 2),
+}
+
+
+def bench_grid(members: int = 8, rounds: int = 5, shapes: dict[str, Shape] = SHAPES) -> dict[str, Any]:
+    """Seconds per step of one dictionary and of all ``members`` together, and their ratio, for every shape.
+
+    One and all take turns, so that a disturbance hits both; figures are medians over rounds, the ratio is the median of the
+    rounds' ratios. Timed is what a long run consists of: reading, steps and reports, not the start and the saving.
+    """
+    return {
+        "members": members,
+        "threads": torch.get_num_threads(),
+        "shapes": {name: asdict(shape) | _measure(shape, members, rounds) for name, shape in shapes.items()},
+    }
+
+
+def _measure(shape: Shape, members: int, rounds: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    # Variance that falls off as 1 / rank, as that of activations does.
+    scales = torch.arange(1, shape.d + 1).float().rsqrt()
+    batches = [torch.randn(shape.batch_tokens, shape.d, generator=generator) * scales for _ in range(4)]
+    one, together = [], []
+    for _ in range(rounds):
+        one.append(_seconds_per_step(shape, 1, batches))
+        together.append(_seconds_per_step(shape, members, batches))
+    ratios = [b / a for a, b in zip(one, together, strict=True)]
+    medians = {"seconds_one": statistics.median(one), "seconds_all": statistics.median(together)}
+    return medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+def _seconds_per_step(shape: Shape, members: int, batches: list[Tensor]) -> float:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        recipes = check_grid(_recipe(shape, members, folder), "bench").recipes
+        # The first member's: between its reports no other member saves.
+        directory = train_all(recipes, batches)[0]
+        last = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-1])
+    return shape.batch_tokens / last["tokens_per_second"]
+
+
+def _recipe(shape: Shape, members: int, folder: str) -> dict[str, Any]:
+    encoder = {"name": "topk", "k": shape.k}
+    return {
+        "harvest": {"hooks": ["bench:out"]},
+        "dictionary": {"hook": "bench:out", "n_latents": shape.n_latents, "encoder": encoder},
+        "tokens": 2 * shape.steps * shape.batch_tokens,
+        "batch_tokens": shape.batch_tokens,
+        "lr_warmup_steps": 0,
+        "log_every": shape.steps,
+        "save_every": 10**9,
+        "model": {"device": "cpu"},
+        "out_dir": str(Path(folder) / "runs"),
+        "grid": {"seed": list(range(members))},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, which are drawn where standard error is a terminal, and no lines about progress."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,185 @@
+"""A recipe's ``grid:`` -> its members: ordinary recipes, each with a readable name and its own directory.
+
+A mapping of keys to lists stands for all combinations, a list of mappings for members picked by hand::
+
+    grid: {dictionary.n_latents: [512, 1024], dictionary.encoder.k: [8, 16], seed: [0, 1]}
+    grid: [{lr: 1e-3}, {name: wide, dictionary.n_latents: 2048, dictionary.encoder: {name: mutual_choice, k: 8}}]
+"""
+
+import copy
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .recipe import Recipe, check_recipe, flat, override, read_values
+
+# What one stream, one model or one accelerator stands for; a section stands for all its keys.
+SHARED = ("model", "text", "harvest", "precision", "accumulate")
+# Directories hold state, metrics and dictionary of one member; more of a name does not fit them everywhere.
+NAME_LENGTH = 120
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Recipes that are run side by side; a recipe without a grid is the only one. ``out_dir`` is above all of theirs."""
+
+    out_dir: str
+    recipes: tuple[Recipe, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names, which are their directories below ``out_dir``; that of a single recipe is its own."""
+        return [Path(recipe.out_dir).name for recipe in self.recipes]
+
+
+def load_grid(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Grid:
+    """Read, override and check a recipe and all members of its grid, if it has one.
+
+    Raises:
+        ValueError: With one line per mistake, those of a single member under its name.
+    """
+    return check_grid(read_values(path, overrides), str(path))
+
+
+def check_grid(values: dict[str, Any], where: str) -> Grid:
+    """The members of parsed YAML; ``where`` opens every line of a mistake."""
+    if "grid" not in values:
+        recipe = check_recipe(values, where)
+        return Grid(recipe.out_dir, (recipe,))
+    base = {key: value for key, value in values.items() if key != "grid"}
+    changes = _changes(values["grid"], where)
+    names = _names(changes, where)
+    problems: dict[str, list[str]] = {}
+    recipes: dict[str, Recipe] = {}
+    for name, change in zip(names, changes, strict=True):
+        try:
+            recipes[name] = check_recipe(_changed(base, change, name), where)
+        except ValueError as error:
+            problems[name] = [line.removeprefix(f"{where}: ") for line in str(error).splitlines()]
+    lines = told_together(problems, len(changes)) + unshared(recipes)
+    if lines:
+        raise ValueError("\n".join(f"{where}: {line}" for line in lines))
+    return Grid(str(base["out_dir"]), tuple(recipes.values()))
+
+
+def source(recipe: Recipe) -> tuple[Any, ...]:
+    """What decides which batches a member gets, in which order: members that agree in it share a stream."""
+    return recipe.batch_tokens, recipe.dictionary.hook, recipe.seed, recipe.objective
+
+
+def told_together(problems: Mapping[str, list[str]], members: int) -> list[str]:
+    """What is wrong with every member once, the rest under each member's name."""
+    counts = Counter(line for lines in problems.values() for line in dict.fromkeys(lines))
+    common = [line for line, count in counts.items() if count == members]
+    return common + [f"grid {name}: {line}" for name, lines in problems.items() for line in lines if line not in common]
+
+
+def unshared(recipes: Mapping[str, Recipe]) -> list[str]:
+    """One line for every key that members must have in common and do not."""
+    values = {name: flat(recipe.model_dump(mode="json", include=set(SHARED))) for name, recipe in recipes.items()}
+    (first, expected), *others = values.items() or [("", {})]
+    found: dict[str, str] = {}
+    for name, own in others:
+        for key in sorted(expected.keys() | own.keys()):
+            if own.get(key) != expected.get(key):
+                line = (
+                    f"grid: {key}: expected one value for all members, which share what they read and run on, got "
+                    f"{expected.get(key)!r} in {first} and {own.get(key)!r} in {name}. Make a recipe of each."
+                )
+                found.setdefault(key, line)
+    return list(found.values())
+
+
+def _changes(grid: Any, where: str) -> list[dict[str, Any]]:
+    """What every member changes, by dotted key, with ``name`` where one was given."""
+    form = "a mapping of keys to lists of values, or a list of mappings of keys to values"
+    if not isinstance(grid, (dict, list)) or not grid:
+        raise ValueError(f"{where}: grid: expected {form}, got {grid!r}.")
+    if isinstance(grid, dict):
+        axes = flat(grid) or {"": {}}
+        problems = [f"grid.{key}: {problem}" for key, choices in axes.items() if (problem := _axis_problem(key, choices))]
+        changes = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())] if not problems else []
+    else:
+        changes = grid
+        problems = [f"grid.{number}: {problem}" for number, change in enumerate(grid) if (problem := _change_problem(change))]
+    if problems:
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
+    return changes
+
+
+def _axis_problem(key: str, choices: Any) -> str:
+    if key in ("out_dir", "name", "base", "grid"):
+        return _key_problem(key)
+    if not isinstance(choices, list) or not choices:
+        return f"expected a list of values, got {choices!r}. Write {key}: [...], or leave it out of the grid."
+    twice = [choice for number, choice in enumerate(choices) if choice in choices[:number]]
+    return f"expected values that differ, got {twice[0]!r} twice." if twice else ""
+
+
+def _change_problem(change: Any) -> str:
+    if not isinstance(change, dict) or not change or not all(isinstance(key, str) for key in change):
+        return f"expected a mapping of the keys this member changes, got {change!r}."
+    return next((_key_problem(key) for key in change if key in ("out_dir", "base", "grid")), "")
+
+
+def _key_problem(key: str) -> str:
+    if key == "out_dir":
+        return "out_dir: every member's is out_dir/NAME. Set out_dir outside of the grid."
+    if key == "name":
+        return "name: combinations are named by what they change. Only members of a list are given a name."
+    return f"{key}: expected a recipe's key, got one that stands above recipes. Leave it out of the grid."
+
+
+def _names(changes: Sequence[dict[str, Any]], where: str) -> list[str]:
+    """A directory's name for every member: the name it was given, or what it changes, by the shortest keys that differ."""
+    keys = list(dict.fromkeys(key for change in changes for key in change if key != "name"))
+    short = {key: _shortest(key, keys) for key in keys}
+    names, problems = [], []
+    for number, change in enumerate(changes):
+        given = change.get("name")
+        parts = [f"{short[key]}={_word(value)}" for key, value in change.items() if key != "name"]
+        name = given if given is not None else re.sub(r"[^\w.,=+-]+", "-", ",".join(parts))
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.,=+-]+", name) or name.startswith("."):
+            problems.append(f"grid.{number}.name: expected letters, digits and any of - _ . , = +, got {name!r}.")
+        elif len(name) > NAME_LENGTH:
+            problems.append(f"grid: {name[:40]}...: too long for a directory. Write the grid as a list, each with a name.")
+        elif name in names:
+            problems.append(f"grid: expected members that differ, got {name} twice. Take one out, or give each a name.")
+        names.append(str(name))
+    if problems:
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems)))
+    return names
+
+
+def _shortest(key: str, keys: list[str]) -> str:
+    """The end of a dotted key that no other key ends in."""
+    parts = key.split(".")
+    ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    return next(end for end in ends if sum(other == end or other.endswith(f".{end}") for other in keys) == 1 or end == key)
+
+
+def _word(value: Any) -> str:
+    """A value as part of a name; an encoder as its variant and arguments."""
+    if isinstance(value, dict):
+        return "-".join(_word(part) if key == "name" else f"{key}{_word(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return "+".join(map(_word, value))
+    # As YAML writes them.
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _changed(base: dict[str, Any], change: dict[str, Any], name: str) -> dict[str, Any]:
+    """A member's unchecked values. Later keys go over earlier ones: first the encoder, then its k."""
+    values = copy.deepcopy(base)
+    for key, value in change.items():
+        if key != "name":
+            override(values, key, copy.deepcopy(value))
+    if isinstance(values.get("out_dir"), str):
+        values["out_dir"] = str(Path(values["out_dir"]) / name)
+    if isinstance(values.get("wandb"), dict):
+        values["wandb"]["name"] = f"{values['wandb'].get('name') or ''} {name}".strip()
+    return values
