@@ -241,7 +241,60 @@ def _bench_pursuit(
     _bench_report("pursuit", report, json)
 
 
-# Further measurements are commands here: what they return, tables or a dict of numbers, `_bench_report` shows.
+@bench.command("stream")
+def _bench_stream(
+    width: Annotated[int, typer.Option(min=1, help="Width of an activation.")] = 768,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """Batches from activation stores in the page cache: GB/s of float32, for every dtype of the store."""
+    from training.bench.data import bench_stream
+
+    report = bench_stream(width, 8192, 256, 2, 3) if quick else bench_stream(width, repeats=rounds)
+    _bench_report("stream", report, json)
+
+
+@bench.command("harvest")
+def _bench_harvest(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    dtype: Annotated[str, typer.Option(help="What the store holds: float32, bfloat16, float16, int8.")] = "float32",
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A harvest of the embedded model against the bare forward passes of the same contexts, in turn."""
+    from training.bench.data import bench_harvest
+
+    _bench_report("harvest", bench_harvest(tokens=2000 if quick else 50_000, dtype=dtype, repeats=rounds), json)
+
+
+@bench.command("grid")
+def _bench_grid(
+    members: Annotated[int, typer.Option(min=2, help="Dictionaries trained together.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """Several dictionaries over one stream against one alone, in turn, for several shapes."""
+    from training.bench.grid import SHAPES, bench_grid
+
+    shapes = dict([*SHAPES.items()][:1]) if quick else SHAPES
+    _bench_report("grid", bench_grid(members, rounds, shapes), json)
+
+
+@bench.command("gpu")
+def _bench_gpu(
+    shape: Annotated[str, typer.Option("--shape", metavar="TOKENSxD_INxN_LATENTSxK", help="Sizes of the step.")] = (
+        "8192x4096x131072x64"
+    ),
+    json: BenchJson = None,
+) -> None:
+    """A TopK step on a CUDA GPU in bf16, and the encoder product it cannot do without."""
+    from training.bench.comparison import parse_shape
+    from training.bench.gpu import bench_gpu_step
+
+    _bench_report("gpu", bench_gpu_step(*parse_shape(shape)), json)
+
 
 
 def _bench_plan(

@@ -1,6 +1,7 @@
-import pytest
+
 """What is special about TopK."""
 
+import pytest
 import torch
 
 from sae import SAE
