@@ -296,7 +296,6 @@ def _bench_gpu(
     _bench_report("gpu", bench_gpu_step(*parse_shape(shape)), json)
 
 
-
 def _bench_plan(
     overrides: list[str] | None,
     shape: list[str] | None,

@@ -26,6 +26,10 @@ class SAE(SparseDictionary):
     def tied(self) -> bool:
         return self.encoder.tied
 
+    @property
+    def shift(self) -> Tensor:
+        return self.b_dec
+
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         return x - self.b_dec
 

@@ -59,6 +59,11 @@ class SparseDictionary(nn.Module, ABC):
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """The encoder's view of normalised inputs."""
 
+    @property
+    @abstractmethod
+    def shift(self) -> Tensor | None:
+        """What ``centre`` subtracts, if that is all it does."""
+
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """What ``dictionary.json`` must hold to rebuild the object, its encoder included."""
@@ -66,7 +71,7 @@ class SparseDictionary(nn.Module, ABC):
     @property
     def weights(self) -> Weights:
         screen = self.screen if self.training else None
-        return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec, screen)
+        return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec, screen, self.shift)
 
     def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_in"] | None = None) -> SparseCode:
         """The sparse code of raw activations ``(tokens, d_in)``.
@@ -105,7 +110,8 @@ class SparseDictionary(nn.Module, ABC):
 
     def decode(self, code: SparseCode) -> Float[Tensor, "tokens d_out"]:
         """The reconstruction of a code, in raw units."""
-        return (decode(code, self.W_dec) + self.b_dec) * self.out_scale
+        # In one pass: this is as large as the batch.
+        return torch.addcmul(self.b_dec * self.out_scale, decode(code, self.W_dec), self.out_scale)
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens d_out"]:
         """Encode, then decode."""

@@ -28,6 +28,8 @@ class Weights:
     b_enc: Float[Tensor, " n_latents"] | None
     W_dec: Float[Tensor, "n_latents d_out"]
     screen: Screen | None = None
+    # What inputs are centred by, where that is a weight as well.
+    shift: Float[Tensor, " d_in"] | None = None
 
     def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
         """The weights of some latents, which differ."""
@@ -63,7 +65,7 @@ def castable(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 def with_gradient(code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: Weights) -> SparseCode:
     """The same entries, taken from a scorer, as differentiable functions of ``x`` and the weights."""
-    values = entries(x, weights.W_enc, weights.b_enc, code.values, code.latents, code.starts)
+    values = entries(x, weights.W_enc, weights.b_enc, code.values, code.latents, code.starts, weights.shift)
     return SparseCode(code.latents, values, code.starts, code.requests)
 
 

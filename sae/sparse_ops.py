@@ -42,9 +42,16 @@ def entries(
     values: Float[Tensor, " nnz"],
     latents: Int[Tensor, " nnz"],
     starts: Int[Tensor, " tokens"],
+    shift: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, " nnz"]:
-    """Entries of ``W x + b`` that were computed without gradient, made differentiable in ``x``, ``W`` and ``b``."""
-    return _Entries.apply(x, W, b, values, latents, starts, ledger_of(W))  # pyright: ignore[reportReturnType]
+    """Entries of ``W x + b`` that were computed without gradient, made differentiable in ``x``, ``W`` and ``b``.
+
+    Where ``x`` is some data less one ``shift``, that is differentiated in place of ``x``: the entries' gradients are summed
+    over tokens first and multiplied by ``W`` once. Source: the training code of Gao et al. 2024, arXiv:2406.04093.
+    """
+    if shift is not None:
+        x = x.detach()
+    return _Entries.apply(x, W, b, shift, values, latents, starts, ledger_of(W))  # pyright: ignore[reportReturnType]
 
 
 def decode_plain(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
@@ -92,6 +99,7 @@ class _Entries(torch.autograd.Function):
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
+        shift: Tensor | None,
         values: Tensor,
         latents: Tensor,
         starts: Tensor,
@@ -103,14 +111,16 @@ class _Entries(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, latents, starts = ctx.saved_tensors
-        to_x = _gather(grads[0], W, latents, starts).to(x.dtype) if ctx.needs_input_grad[0] else None
-        to_W = _to_matrix(grads[0], x, latents, starts, W, ctx.ledger) if ctx.needs_input_grad[1] else None
-        to_b = None
-        if ctx.needs_input_grad[2]:
+        wants_x, wants_W, wants_b, wants_shift = ctx.needs_input_grad[:4]
+        to_x = _gather(grads[0], W, latents, starts).to(x.dtype) if wants_x else None
+        to_W = _to_matrix(grads[0], x, latents, starts, W, ctx.ledger) if wants_W else None
+        to_b = to_shift = None
+        if wants_b or wants_shift:
             to_b = torch.zeros(W.shape[0], dtype=W.dtype, device=W.device).index_add_(0, latents, grads[0].to(W.dtype))
-        return to_x, to_W, to_b, None, None, None, None
+            to_shift = -(to_b @ W) if wants_shift else None
+        return to_x, to_W, to_b if wants_b else None, to_shift, None, None, None, None
 
 
 class _SomeRows(torch.autograd.Function):

@@ -211,3 +211,20 @@ def test_no_gradient_is_computed_that_nobody_wants(monkeypatch):
     values = torch.randn(len(latents), requires_grad=True)
     decode(SparseCode(latents, values, starts), torch.randn(LATENTS, D)).sum().backward()
     assert values.grad is not None
+
+
+@pytest.mark.parametrize("make", CODES)
+def test_a_shift_s_gradient_is_that_of_all_inputs_together(route, make):
+    latents, starts = make()
+    x, W, b, shift = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in SHIFTED)
+    weight = torch.randn(len(latents), dtype=torch.float64)
+    expected = entries_plain(x.detach() - shift, W, b, latents, starts)
+    found = entries(x - shift, W, b, expected.detach(), latents, starts, shift)
+    leaves = [W, b, shift]
+    for a, c in zip(
+        torch.autograd.grad((found * weight).sum(), leaves), torch.autograd.grad((expected * weight).sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, c)
+
+
+SHIFTED = ((TOKENS, D), (LATENTS, D), (LATENTS,), (D,))

@@ -1,4 +1,3 @@
-
 """What is special about TopK."""
 
 import pytest
