@@ -22,7 +22,7 @@ TILE_NUMBERS_ACCELERATOR = 1 << 28
 # A product with fewer latents at a time reads the inputs too often.
 LEAST_WIDTH = 256
 # So many latents and no more are taken together, for some tokens at a time: their rows are read again for every tile.
-WHOLE_WIDTH = 8192
+WHOLE_WIDTH = 2048
 # How much of a batch's budget a cut should let through, so that it seldom lets through too little.
 SLACK = 1.25
 # Tokens from which a first cut is estimated.
