@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sae.checkpoint import build_dictionary
+from sae.scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 
 from .activations.harvest import recipe_identity
 from .activations.model import hook_widths
@@ -169,14 +170,23 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> Plan:
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,
         parameters=parameters,
-        # Weights, gradients and Adam's two moments; the encoder's output and its gradient; batches read ahead.
+        # Weights, Adam's two moments and, in case they are written out, gradients; one step's numbers; batches read ahead.
         weights_bytes=16 * parameters,
-        step_bytes=8 * recipe.batch_tokens // recipe.accumulate * n,
+        step_bytes=_step_bytes(recipe, d),
         stream_bytes=12 * recipe.batch_tokens * (4 * d + 16),
         stored_tokens=0 if live else wanted,
         disk_bytes=disk,
         shuffle_tokens=harvest.live_buffer_tokens if live else training,
     )
+
+
+def _step_bytes(recipe: Recipe, d: int) -> int:
+    """What a step holds at its peak: a tile of scores, or all of them, and about eight tensors as large as the batch."""
+    tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.n_latents
+    # Without a budget every second latent may be on at first.
+    budgeted = "k" in recipe.dictionary.encoder
+    scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
+    return 4 * (scores + 8 * tokens * d)
 
 
 def _require_disk(recipe: Recipe, needed: int) -> None:
