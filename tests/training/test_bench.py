@@ -179,6 +179,27 @@ def test_another_report_is_shown_number_by_number():
     assert table.rows == [["members", "3"], ["shapes.tiny.ratio", "1.235"], ["shapes.tiny.steps", "7"]]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "number"), [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid", "shapes.tiny.ratio")]
+)
+def test_the_other_measurements_are_commands_too(command, tmp_path, name, number):
+    code, out, err = command(name, "--quick", "--rounds", "1", "--json", str(tmp_path / "r.json"))
+    assert (code, err) == (0, "")
+    assert number in out
+    found = json.loads((tmp_path / "r.json").read_text())
+    for part in number.split("."):
+        found = found[part]
+    assert found > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_without_a_gpu_its_measurement_says_what_it_needs(command):
+    code, _, err = command("gpu")
+    assert code == 2
+    assert "needs a CUDA GPU" in err
+
+
 def test_our_step_that_fails_ends_the_command(monkeypatch, command, fake):
     made = fake("sparsary")[0][1]
     monkeypatch.setattr(Plan, "command", lambda self, task: [*made[:-1], "-c", "raise MemoryError('no room')"])
