@@ -168,6 +168,7 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
         compare([str(recipes)], {}, seeds=2, out=str(out))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     narrow = str(recipes / "narrow.yaml")

@@ -297,6 +297,7 @@ def test_braces_and_at_signs_in_text_survive():
     assert Page(render({"hook": '{facts} "@" \\1'}, [])).entry("hook")[1] == '{facts} "@" \\1'
 
 
+@pytest.mark.slow
 def test_equal_input_gives_equal_bytes_whatever_matplotlib_is_set_to(html: str):
     with matplotlib.rc_context({"svg.fonttype": "path", "axes.grid": True, "figure.dpi": 31, "lines.color": "red"}):
         assert render(REPORT, CURVE) == html

@@ -57,6 +57,7 @@ def test_the_figures_hang_together(report):
     assert "fvu" in dict(summary(report))
 
 
+@pytest.mark.slow
 def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
     again = evaluate(str(checkpoint), str(tmp_path / "elsewhere"))
     assert {k: v for k, v in again.items() if k != "report_path"} == {k: v for k, v in report.items() if k != "report_path"}

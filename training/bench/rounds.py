@@ -91,9 +91,14 @@ class Competitor:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        patience = threading.Timer(ANSWER_SECONDS, process.kill)
+        given_up = threading.Event()
+
+        def give_up() -> None:
+            given_up.set()
+            process.kill()
+
+        patience = threading.Timer(ANSWER_SECONDS, give_up)
         patience.start()
-        started = time.monotonic()
         try:
             if order is not None:
                 process.stdin.write(order + "\n")
@@ -104,13 +109,13 @@ class Competitor:
         finally:
             patience.cancel()
         if not line:
-            self.error = self._last_words(process, time.monotonic() - started)
+            self.error = self._last_words(process, given_up.is_set())
             return {}
         return json.loads(line)
 
-    def _last_words(self, process: subprocess.Popen[str], waited: float) -> str:
+    def _last_words(self, process: subprocess.Popen[str], given_up: bool) -> str:
         status = process.wait()
-        if waited >= ANSWER_SECONDS:
+        if given_up:
             return f"no answer within {ANSWER_SECONDS:.0f} s"
         self._complaints.seek(0)
         words = self._complaints.read().decode(errors="replace").splitlines()
