@@ -21,8 +21,8 @@ TILE_NUMBERS_CPU = 1 << 22
 TILE_NUMBERS_ACCELERATOR = 1 << 28
 # A product with fewer latents at a time reads the inputs too often.
 LEAST_WIDTH = 256
-# So many latents and no more are taken together, for some tokens at a time: their rows are read again for every tile.
-WHOLE_WIDTH = 2048
+# An encoder of so many numbers stays in the caches: all its latents are taken together, for some tokens at a time.
+WHOLE_NUMBERS = 1 << 20
 # How much of a batch's budget a cut should let through, so that it seldom lets through too little.
 SLACK = 1.25
 # Tokens from which a first cut is estimated.
@@ -36,6 +36,8 @@ class Scorer:
     x: Float[Tensor, "tokens d_in"]
     W: Float[Tensor, "n_latents d_in"]
     b: Float[Tensor, " n_latents"] | None
+    # Tiles as another scorer has them, for two that are gone through together.
+    plan: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,9 +47,12 @@ class Scorer:
     @property
     def tile_shape(self) -> tuple[int, int]:
         """Tokens and latents of a tile: of a small dictionary some tokens and all latents, else the other way about."""
-        (tokens, n_latents), on_cpu = self.shape, self.x.device.type == "cpu"
-        numbers = TILE_NUMBERS_CPU if on_cpu else TILE_NUMBERS_ACCELERATOR
-        width = n_latents if n_latents <= WHOLE_WIDTH else max(LEAST_WIDTH, numbers // max(tokens, 1))
+        if self.plan is not None:
+            return self.plan
+        tokens, n_latents = self.shape
+        numbers = TILE_NUMBERS_CPU if self.x.device.type == "cpu" else TILE_NUMBERS_ACCELERATOR
+        whole = self.W.numel() <= WHOLE_NUMBERS and n_latents <= numbers
+        width = n_latents if whole else max(LEAST_WIDTH, numbers // max(tokens, 1))
         return max(1, min(tokens, numbers // width)), min(width, n_latents)
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ class GradientTopK(Encoder):
         """What latents are chosen by, a tile at a time; the pre-activations are overwritten."""
         if self.normalize == "token":
             grad = F.normalize(grad, dim=-1)
-        influence = Scorer(*castable(grad.to(weights.W_dec.dtype), weights.W_dec, None))
+        influence = Scorer(*castable(grad.to(weights.W_dec.dtype), weights.W_dec, None), plan=pre_acts.tile_shape)
         for tile, effect in zip(pre_acts.tiles(), influence.tiles(), strict=True):
             # A negative pre-activation stays negative, so that no positive one yields to it.
             tile.scores.addcmul_(tile.scores, effect.scores.abs_(), value=self.beta)

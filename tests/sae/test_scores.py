@@ -37,7 +37,7 @@ def width(request, monkeypatch):
     """Widths of a tile: some latents with a remainder, all but one, all."""
     monkeypatch.setattr(scores, "LEAST_WIDTH", request.param)
     monkeypatch.setattr(scores, "TILE_NUMBERS_CPU", request.param * TOKENS)
-    monkeypatch.setattr(scores, "WHOLE_WIDTH", 0)
+    monkeypatch.setattr(scores, "WHOLE_NUMBERS", 0)
     return request.param
 
 
@@ -92,7 +92,7 @@ def test_tiles_are_of_some_tokens_where_the_latents_are_few_else_of_some_latents
     assert random_scorer(tokens=0).tile_shape == (1, LATENTS)
     monkeypatch.setattr(scores, "TILE_NUMBERS_CPU", 20 * TOKENS)
     assert random_scorer().tile_shape == (20 * TOKENS // LATENTS, LATENTS)
-    monkeypatch.setattr(scores, "WHOLE_WIDTH", LATENTS - 1)
+    monkeypatch.setattr(scores, "WHOLE_NUMBERS", LATENTS * D - 1)
     assert random_scorer().tile_shape == (20 * TOKENS // 256, LATENTS)
     monkeypatch.setattr(scores, "LEAST_WIDTH", 5)
     assert random_scorer().tile_shape == (TOKENS, 20)
@@ -304,7 +304,7 @@ def test_tiles_change_no_code(trained, kernels, monkeypatch, name, mode):
     expected, buffers = whole.encode(x, grad), whole.state_dict()
     # Some latents of all tokens, some of one token, all of some tokens.
     for whole_width, least, numbers in ((0, 7, 7 * TOKENS), (0, 5, 5), (LATENTS, 1, 3 * LATENTS)):
-        monkeypatch.setattr(scores, "WHOLE_WIDTH", whole_width)
+        monkeypatch.setattr(scores, "WHOLE_NUMBERS", whole_width * D)
         monkeypatch.setattr(scores, "LEAST_WIDTH", least)
         monkeypatch.setattr(scores, "TILE_NUMBERS_CPU", numbers)
         tiled = trained(name).train(mode == "train")
@@ -333,7 +333,7 @@ def test_low_precision_autocast_gives_codes_and_finite_gradients(trained, monkey
     sae = trained(name, torch.float32)
     if tiles:
         monkeypatch.setattr(scores, "LEAST_WIDTH", 7)
-        monkeypatch.setattr(scores, "WHOLE_WIDTH", 0)
+        monkeypatch.setattr(scores, "WHOLE_NUMBERS", 0)
         monkeypatch.setattr(scores, "TILE_NUMBERS_CPU", 1)
     x, grad = torch.randn(TOKENS, D), torch.randn(TOKENS, D)
     exact = sae.eval()(x).detach()

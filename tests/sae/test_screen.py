@@ -71,7 +71,7 @@ def test_nearly_all_of_the_largest_are_found_and_their_values_are_exact(kernels,
 
 def test_coarse_scores_are_the_product_s_to_rounding(kernels, monkeypatch):
     some = scorer()
-    monkeypatch.setattr("sae.scores.WHOLE_WIDTH", 0)
+    monkeypatch.setattr("sae.scores.WHOLE_NUMBERS", 0)
     monkeypatch.setattr("sae.scores.LEAST_WIDTH", 50)
     monkeypatch.setattr("sae.scores.TILE_NUMBERS_CPU", 50 * len(some.x))
     coarse = torch.cat([tile.scores.clone() for tile in coarse_tiles(some)], dim=1) * quantize(some.x)[1][:, None]
