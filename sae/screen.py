@@ -96,10 +96,12 @@ def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
     kernels = selection(scorer.W)
     sums = torch.empty(height * width, dtype=torch.int32, device=scorer.x.device)
     scores = torch.empty(height * width, dtype=scorer.x.dtype, device=scorer.x.device)
+    # All latents in one tile are rounded once, not for every tile of tokens.
+    whole = quantize(scorer.W) if width == n_latents else None
     for token in range(0, max(len(scorer.x), 1), height):
         x, x_scale = quantize(scorer.x[token : token + height])
         for first in range(0, n_latents, width):
-            rows, scale = quantize(scorer.W[first : first + width])
+            rows, scale = whole or quantize(scorer.W[first : first + width])
             product = sums[: len(x) * len(rows)].view(len(x), len(rows))
             coarse, shift = scores[: product.numel()].view(product.shape), b[first : first + width]
             torch._int_mm(x, rows.T, out=product)  # pyright: ignore[reportPrivateImportUsage] - int8 has no public product
