@@ -56,6 +56,8 @@ class SparseDictionary(nn.Module, ABC):
                 raise ValueError(f"dictionary.{name}: expected at least 1, got {size}.")
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.encoder = encoder
+        # Set by training, for training: a checkpoint knows nothing of it.
+        self.screen: Screen | None = None
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
 
@@ -227,8 +229,6 @@ class OneSiteDictionary(SparseDictionary, ABC):
         self.b_enc = None if encoder.tied else nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
-        # Set by training, for training: a checkpoint knows nothing of it.
-        self.screen: Screen | None = None
         # On the meta device there are no numbers, and drawing them there would first import torch's compiler.
         if not self.W_dec.is_meta:
             nn.init.normal_(self.W_dec)
