@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .dictionary import SparseDictionary
+from .dictionary import OneSiteDictionary
 from .encoder import Encoder
 from .encoders import encoder_spec
 
 
-class SAE(SparseDictionary):
+class SAE(OneSiteDictionary):
     """Sparse autoencoder: ``x_hat = W_dec^T code(x - b_dec) + b_dec``, with one bias on both sides.
 
     Source: Gao et al. 2024, arXiv:2406.04093.
@@ -30,8 +30,12 @@ class SAE(SparseDictionary):
     def shift(self) -> Tensor:
         return self.b_dec
 
-    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        return x - self.b_dec
+    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
+        return self.b_dec
+
+    @torch.no_grad()
+    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
+        self.b_dec.copy_(outputs)
 
     def arguments(self) -> dict[str, Any]:
         return {"kind": "sae", "d_in": self.d_in, "n_latents": self.n_latents, "encoder": encoder_spec(self.encoder)}

@@ -37,7 +37,7 @@ class BatchWide(Encoder, ABC):
         self.k = k
 
     def forward(
-        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         scores = scorer(x, weights)
         if not self.training:

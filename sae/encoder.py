@@ -95,9 +95,9 @@ class Encoder(nn.Module, ABC):
         self,
         x: Float[Tensor, "tokens d_in"],
         weights: Weights,
-        grad: Float[Tensor, "tokens d_in"] | None = None,
+        grad: Float[Tensor, "tokens d_out"] | None = None,
     ) -> SparseCode:
-        """The code of every token of ``x``; ``grad`` is the loss gradient at the hook, where the variant uses it."""
+        """The code of every token of ``x``; ``grad`` is the loss gradient at the output, where the variant uses it."""
 
     @abstractmethod
     def prepare(self, n_latents: int) -> None:

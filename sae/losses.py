@@ -12,13 +12,16 @@ from .sparse_ops import decode
 
 
 def normalized_mse(
-    y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"], variance: Float[Tensor, ""]
+    y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"], variance: Float[Tensor, "..."]
 ) -> Float[Tensor, ""]:
     """Squared error per token over ``variance``, the mean squared distance of targets from their mean.
 
     ``variance`` is a constant of the data set, not of the batch, so the loss approximates fvu and its gradient does not
-    depend on which tokens share a batch. Source: Gao et al. 2024, arXiv:2406.04093.
+    depend on which tokens share a batch. It may differ between columns: then it is what each column's squared error is
+    divided by. Source: Gao et al. 2024, arXiv:2406.04093.
     """
+    if variance.ndim:
+        return ((y_hat - y).pow(2) / variance).sum() / max(len(y), 1)
     return F.mse_loss(y_hat, y, reduction="sum") / (variance * max(len(y), 1))
 
 

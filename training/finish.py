@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sae import SparseDictionary
-from sae.batch_wide import BatchWide
-from sae.encoder import scorer
-from sae.scores import Scorer
 
 from .activations.stream import Stream
 
@@ -20,19 +19,15 @@ def finish(dictionary: SparseDictionary, stream: Stream, tokens: int, batch_toke
     changed = not dictionary.encoder.unit_atoms
     if changed:
         dictionary.fold_norms()
-    if isinstance(dictionary.encoder, BatchWide):
-        dictionary.encoder.calibrate(scores(dictionary, stream, tokens, batch_tokens))
-        changed = True
-    return changed
+    return dictionary.calibrate(inputs(stream, tokens, batch_tokens, dictionary.device)) or changed
 
 
-@torch.no_grad()
-def scores(dictionary: SparseDictionary, stream: Stream, tokens: int, batch_tokens: int) -> Iterator[Scorer]:
-    """Pre-activations of shuffled training tokens, a batch at a time."""
+def inputs(stream: Stream, tokens: int, batch_tokens: int, device: torch.device) -> Iterator[Float[Tensor, "tokens d_in"]]:
+    """Shuffled training tokens, a batch at a time."""
     seen = 0
     while seen < tokens:
-        x = stream.sample(min(batch_tokens, tokens - seen), seen).to(dictionary.W_dec.device)
+        x = stream.sample(min(batch_tokens, tokens - seen), seen).x.to(device)
         if not len(x):
             return
         seen += len(x)
-        yield scorer(dictionary.centre(x / dictionary.in_scale), dictionary.weights)
+        yield x

@@ -40,7 +40,9 @@ class FusedAdam(DictionaryAdam):
 
     def __init__(self, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
         super().__init__(dictionary, phases, recipe)
-        matrices = [dictionary.W_dec] if dictionary.W_enc is None else [dictionary.W_dec, dictionary.W_enc]
+        weights = [block.weights for block in dictionary.blocks]
+        self.atoms = {each.W_dec for each in weights}
+        matrices = dict.fromkeys(matrix for each in weights for matrix in (each.W_dec, each.W_enc))
         self.ledgers: dict[Tensor, Ledger] = {matrix: keep_ledger(matrix) for matrix in matrices}
         # Steps of each matrix so far: read from the state once, because reading it at every step would wait for a GPU.
         self.taken: dict[Tensor, int] = {}
@@ -57,7 +59,7 @@ class FusedAdam(DictionaryAdam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The same step as ``DictionaryAdam``'s."""
-        kernels = backend(self.dictionary.W_dec)
+        kernels = backend(self.dictionary.in_scale)
         assert kernels is not None
         pending = self._pending()
         others: list[Tensor] = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
@@ -87,13 +89,13 @@ class FusedAdam(DictionaryAdam):
                 grouped[key] = product.code.by_latent(weights.shape[0])
             group = grouped[key]
             gradient = RowGradient(group, product.code.values[group.order], product.rows, *ledger.dense(weights))
-            unit = weights is self.dictionary.W_dec and self.dictionary.encoder.unit_atoms
+            unit = weights in self.atoms and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending
 
     def _clip(self, kernels: ModuleType, pending: list[Pending], others: list[Tensor]) -> Float[Tensor, ""]:
         """What the whole gradient is multiplied by."""
-        device = self.dictionary.W_dec.device
+        device = self.dictionary.device
         if self.grad_clip is None:
             return torch.ones((), device=device)
         squares = [kernels.squared_norms(part.weights, part.unit, part.gradient).sum() for part in pending]
@@ -122,5 +124,5 @@ class FusedAdam(DictionaryAdam):
 
 def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe, processes: int = 1) -> DictionaryAdam:
     """The recipe's optimizer; the fused one unless somebody else has to see the gradients before the step."""
-    fits = backend(dictionary.W_dec.detach()) is not None and recipe.accumulate == 1 and processes == 1
+    fits = backend(dictionary.in_scale) is not None and recipe.accumulate == 1 and processes == 1
     return (FusedAdam if recipe.optimizer == "auto" and fits else DictionaryAdam)(dictionary, phases, recipe)

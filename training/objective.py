@@ -67,16 +67,17 @@ class Objective(nn.Module):
     """The main term, what the encoder asks for besides, and the auxiliary loss.
 
     A module, so that data-parallel wrappers see its forward pass. The main term is the reconstruction error, an fvu because
-    ``variance`` is the targets' mean squared distance from their mean, in raw units; or, with ``divergence``, what the
-    model's predictions lose, plus ``reconstruction_weight`` times that error.
+    ``variance`` is the dictionary's ``spread`` of the targets: for one site their mean squared distance from their mean, in
+    raw units; for several, what makes it the mean of their fvus. Or, with ``divergence``, it is what the model's predictions
+    lose, plus ``reconstruction_weight`` times that error.
     """
 
-    variance: Float[Tensor, ""]
+    variance: Float[Tensor, "..."]
 
     def __init__(
         self,
         dictionary: SparseDictionary,
-        variance: float,
+        variance: Float[Tensor, "..."],
         aux: AuxSettings,
         divergence: Divergence | None = None,
         reconstruction_weight: float = 1.0,
@@ -85,18 +86,18 @@ class Objective(nn.Module):
         self.dictionary = dictionary
         self.aux = aux
         self.divergence, self.reconstruction_weight = divergence, reconstruction_weight
-        self.register_buffer("variance", torch.tensor(variance), persistent=False)
+        self.register_buffer("variance", variance, persistent=False)
 
     def forward(self, batch: Batch, usage: Usage) -> tuple[Float[Tensor, ""], Terms]:
         d = self.dictionary
         y = batch.x if batch.target is None else batch.target
         code = d.encode(batch.x, batch.grad)
-        y_hat = d.decode(code)
+        y_hat = d.decode(code, batch.x)
         fvu = normalized_mse(y, y_hat, self.variance)
         named = {"fvu": fvu.detach(), "l0": (code.values > 0).sum() / max(code.n_tokens, 1)}
-        if d.screen is not None:
-            named["screen_recall"] = d.screen.recall
-        judged = self.prefixes(code, y) if code.requests.prefixes else [y_hat]
+        for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
+            named["screen_recall"] = screen.recall
+        judged = self.prefixes(code, batch.x) if code.requests.prefixes else [y_hat]
         loss = self.reconstruction_weight * torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
         extra = self.extra(batch, code, y, y_hat, usage)
         if self.divergence is not None:
@@ -119,25 +120,36 @@ class Objective(nn.Module):
         d, requests = self.dictionary, code.requests
         terms = dict(requests.penalties)
         if requests.frozen is not None:
-            guess = (decode(requests.frozen, d.W_dec.detach()) + d.b_dec.detach()) * d.out_scale
+            guess = (decode(requests.frozen, d.atoms.detach()) + d.bypass(batch.x).detach()) * d.out_scale
             terms["frozen"] = normalized_mse(y, guess, self.variance)
         if self.aux.weight > 0 and not self.aux.tau and not bool(usage.dead.any()):
             terms["aux"] = y_hat.new_zeros(())
         elif self.aux.weight > 0:
             error = (y - y_hat) / d.out_scale
             # Pursued atoms meet residuals, not inputs.
-            seen = error if d.tied else d.centre(batch.x / d.in_scale)
+            seen = error if d.tied else d.normalised(batch.x)
             settings = (self.aux.tau, self.aux.latents, self.aux.absolute)
-            terms["aux"] = self.aux.weight * aux_zipf(seen, error, d.weights, usage.dead, usage.density, *settings)
+            parts = [
+                aux_zipf(
+                    seen[:, block.reads],
+                    error[:, block.writes],
+                    block.weights,
+                    usage.dead[block.latents],
+                    usage.density[block.latents],
+                    *settings,
+                )
+                for block in d.blocks
+            ]
+            terms["aux"] = self.aux.weight * torch.stack(parts).mean()
         return terms
 
-    def prefixes(self, code: SparseCode, y: Float[Tensor, "tokens d_out"]) -> list[Float[Tensor, "tokens d_out"]]:
+    def prefixes(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> list[Float[Tensor, "tokens d_out"]]:
         """What each prefix reconstructs alone, the whole last; every entry is decoded once."""
         d = self.dictionary
-        guesses, partial, below = [], d.b_dec.expand(y.shape), 0
+        guesses, partial, below = [], d.bypass(x).expand(len(x), d.d_out), 0
         for width in code.requests.prefixes:
             group = code.where((code.latents >= below) & (code.latents < width))
-            partial = partial + decode(group, d.W_dec)
+            partial = partial + decode(group, d.atoms)
             guesses.append(partial * d.out_scale)
             below = width
         return guesses

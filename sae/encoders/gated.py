@@ -25,7 +25,7 @@ class Gated(Encoder):
         self.penalty = SparsityPenalty(target_l0)
 
     def forward(
-        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
         open_ = above(scorer(x, weights).tiles(), x.new_zeros(()), tokens, n_latents)

@@ -36,7 +36,7 @@ class GradientTopK(Encoder):
         self.k, self.beta, self.normalize = k, beta, normalize
 
     def forward(
-        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         if grad is None and self.training:
             raise ValueError(

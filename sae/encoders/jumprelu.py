@@ -53,7 +53,7 @@ class JumpReLU(Encoder):
         self.target_l0, self.sparsity, self.bandwidth = target_l0, sparsity, bandwidth
 
     def forward(
-        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         tokens = x.shape[0]
         if self.training and tokens and int(self.started) == 0:

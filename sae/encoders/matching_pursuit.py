@@ -27,7 +27,7 @@ class MatchingPursuit(Encoder):
         self.k, self.tolerance = k, tolerance
 
     def forward(
-        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         atoms = weights.W_dec if weights.W_enc is weights.W_dec else F.normalize(weights.W_enc, dim=-1)
         return matching_pursuit(x, atoms, self.k, self.tolerance)

@@ -23,7 +23,7 @@ class TopK(Encoder):
         self.k = k
 
     def forward(
-        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_in"] | None = None
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         if weights.screen is None:
             found = largest_per_token(scorer(x, weights).tiles(), self.k)

@@ -1,0 +1,241 @@
+"""CrossLayerTranscoder: one encoder per layer, decoders to that layer and all later ones."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae.allocation import between
+from sae.code import Requests, SparseCode, group
+from sae.dictionary import Block, Site, SparseDictionary
+from sae.encoder import Encoder, Weights, scorer, with_gradient
+from sae.encoders import encoder_spec
+from sae.metrics import Moments
+from sae.scores import above, largest_of_batch, largest_per_token
+from sae.sparse_ops import decode
+
+# Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
+LAYER_ENCODERS = ("topk", "jumprelu", "relu")
+# Those that can choose from all layers together.
+JOINT_ENCODERS = ("topk",)
+# The running threshold looks back over about so many batches.
+LEVEL_BATCHES = 20
+
+
+class CrossLayerTranscoder(SparseDictionary):
+    """Latents that read the MLP input of their layer and write to the MLP outputs of that layer and of every later one.
+
+    ``y_hat^m = sum over l <= m of W_dec^{l->m T} code^l(x^l - in_centre^l) + b_dec^m``. ``d_in``, ``d_out`` and ``n_latents``
+    count all layers together: inputs, outputs and latents of the layers stand side by side. ``W_dec[l]`` holds the decoders
+    of layer ``l`` to layers ``l, l+1, ...`` side by side too, so that a latent is one contiguous row, of unit norm over all
+    the layers it writes to. Every layer has its own scale on both sides, and an encoder of its own, with the arguments of
+    ``encoder``.
+
+    With ``joint`` the ``n_layers k`` strongest latents of a token are kept over all layers together, in training; in
+    ``eval()`` mode those above one threshold, because a layer cannot wait for later ones when the model runs on the result.
+
+    Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
+    """
+
+    in_centre: Float[Tensor, " d_in"]
+    level: Float[Tensor, ""]
+    batches: Int[Tensor, ""]
+
+    def __init__(self, n_layers: int, d_in: int, d_out: int, n_latents: int, encoder: Encoder, joint: bool = False):
+        for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
+            if n_layers < 1 or size % n_layers:
+                raise ValueError(f"dictionary.{name}: expected a multiple of the {n_layers} layers, got {size}.")
+        super().__init__(d_in, d_out, n_latents, encoder)
+        name = encoder_spec(encoder)["name"]
+        allowed = JOINT_ENCODERS if joint else LAYER_ENCODERS
+        if name not in allowed:
+            how = "choosing from all layers together" if joint else "a cross-layer transcoder"
+            raise ValueError(f"dictionary.encoder.name: expected one of {', '.join(allowed)} for {how}, got {name!r}.")
+        self.n_layers, self.joint = n_layers, joint
+        width_in, width_out, here = d_in // n_layers, d_out // n_layers, n_latents // n_layers
+        encoder.prepare(here)
+        # The first layer's is `encoder` itself; a recipe's schedules move the arguments of that one.
+        self.later_encoders = nn.ModuleList([copy.deepcopy(encoder) for _ in range(n_layers - 1)])
+        self.W_enc = nn.ParameterList([torch.empty(here, width_in) for _ in range(n_layers)])
+        self.b_enc = nn.ParameterList([torch.zeros(here) for _ in range(n_layers)])
+        self.W_dec = nn.ParameterList([torch.empty(here, (n_layers - i) * width_out) for i in range(n_layers)])
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.register_buffer("in_scale", torch.ones(d_in))
+        self.register_buffer("out_scale", torch.ones(d_out))
+        self.register_buffer("in_centre", torch.zeros(d_in))
+        if joint:
+            self.register_buffer("level", torch.zeros(()))
+            self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        if not self.b_dec.is_meta:
+            for W_enc, W_dec in zip(self.W_enc, self.W_dec, strict=True):
+                nn.init.normal_(W_enc, std=width_in**-0.5)
+                nn.init.normal_(W_dec)
+            self.renormalize()
+
+    @property
+    def tied(self) -> bool:
+        return False
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """Every layer's encoder."""
+        later = [cast(Encoder, encoder) for encoder in self.later_encoders]
+        for name, value in self.encoder.arguments().items():
+            for encoder in later:
+                setattr(encoder, name, value)
+        return [self.encoder, *later]
+
+    @property
+    def sites(self) -> list[Site]:
+        reads, writes = self.d_in // self.n_layers, self.d_out // self.n_layers
+        return [Site(slice(i * reads, (i + 1) * reads), slice(i * writes, (i + 1) * writes)) for i in range(self.n_layers)]
+
+    @property
+    def blocks(self) -> list[Block]:
+        here, sites = self.n_latents // self.n_layers, self.sites
+        matrices = zip(self.W_enc, self.b_enc, self.W_dec, strict=True)
+        return [
+            Block(
+                slice(i * here, (i + 1) * here),
+                site.reads,
+                slice(site.writes.start, self.d_out),
+                Weights(W_enc, b_enc, W_dec, shift=self.in_centre[site.reads]),
+            )
+            for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
+        ]
+
+    @property
+    def atoms(self) -> Float[Tensor, "n_latents d_out"]:
+        """Zero where a latent does not write: as large as all decoders would be if every layer wrote to every one."""
+        return torch.cat([F.pad(block.weights.W_dec, (block.writes.start, 0)) for block in self.blocks])
+
+    def arguments(self) -> dict[str, Any]:
+        sizes = {"n_layers": self.n_layers, "d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents}
+        return {"kind": "cross_layer_transcoder", **sizes, "joint": self.joint, "encoder": encoder_spec(self.encoder)}
+
+    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+        return x - self.in_centre
+
+    @torch.no_grad()
+    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
+        self.in_centre.copy_(inputs)
+        self.b_dec.copy_(outputs)
+
+    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
+        return self.b_dec
+
+    def code_of(self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None) -> SparseCode:
+        if self.joint and self.training:
+            codes = self._strongest(x)
+        else:
+            codes = [self._code_at(i, x[:, block.reads]) for i, block in enumerate(self.blocks)]
+        return self._joined(codes)
+
+    def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
+        place = self.sites[site].reads
+        self.require_width(x, place.stop - place.start)
+        x = x.to(self.in_scale.dtype) / self.in_scale[place] - self.in_centre[place]
+        return self._code_at(site, x)
+
+    def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
+        total = torch.zeros(code.n_tokens, self.d_out, dtype=self.b_dec.dtype, device=self.b_dec.device)
+        for block in self.blocks:
+            part = code.where((code.latents >= block.latents.start) & (code.latents < block.latents.stop))
+            part = SparseCode(part.latents - block.latents.start, part.values, part.starts)
+            total[:, block.writes] += decode(part, block.weights.W_dec)
+        return torch.addcmul(self.b_dec * self.out_scale, total, self.out_scale)
+
+    def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
+        place = self.sites[site].writes
+        width = place.stop - place.start
+        total = self.b_dec[place]
+        for layer, code in enumerate(codes[: site + 1]):
+            there = slice((site - layer) * width, (site - layer + 1) * width)
+            total = total + decode(code, self.W_dec[layer][:, there].contiguous())
+        return total * self.out_scale[place]
+
+    @torch.no_grad()
+    def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
+        if not self.joint:
+            return False
+        # Of each layer as much as all may keep together, twice over: that holds the budget unless batches differ wildly.
+        pools, tokens = [], 0
+        for batch in inputs:
+            x = self.normalised(batch)
+            tokens += len(x)
+            for block in self.blocks:
+                scores = scorer(x[:, block.reads], block.weights)
+                pools.append(largest_of_batch(scores, 2 * len(x) * self.budget)[0].values.cpu())
+        if not tokens:
+            raise ValueError("encoder: expected tokens to calibrate the threshold on, got none.")
+        pool = torch.cat(pools)
+        best = pool.topk(min(tokens * self.budget + 1, len(pool))).values
+        self.level.fill_(between(best, tokens * self.budget))
+        self.batches.clamp_(min=1)
+        return True
+
+    def spread(self, moments: Moments) -> Float[Tensor, "..."]:
+        spread = torch.empty(self.d_out)
+        for site in self.sites:
+            # Divided by the number of layers the sum of their fvus is a mean, which compares with one layer's.
+            spread[site.writes] = float(moments.deviation[site.writes].sum()) / max(moments.count, 1) * self.n_layers
+        return spread
+
+    @property
+    def budget(self) -> int:
+        """Latents of a token over all layers, where they are chosen together."""
+        return self.encoder.arguments()["k"] * self.n_layers
+
+    def _code_at(self, layer: int, x: Float[Tensor, "tokens d"]) -> SparseCode:
+        """The code of one layer's normalised, centred inputs."""
+        weights = self.blocks[layer].weights
+        if not self.joint:
+            return self.encoders[layer](x, weights)
+        if not int(self.batches):
+            raise ValueError(
+                "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
+            )
+        scores = scorer(x, weights)
+        return with_gradient(above(scores.tiles(), self.level, *scores.shape), x, weights).relu()
+
+    def _strongest(self, x: Float[Tensor, "tokens d_in"]) -> list[SparseCode]:
+        """Every layer's part of each token's strongest latents of all layers."""
+        tokens = len(x)
+        candidates = [
+            largest_per_token(scorer(x[:, block.reads], block.weights).tiles(), min(self.budget, len(block.weights.W_enc)))
+            for block in self.blocks
+        ]
+        values = torch.cat([code.values.view(tokens, -1) for code in candidates], dim=1)
+        best = values.topk(min(self.budget, values.shape[1]), dim=1)
+        kept = torch.zeros_like(values, dtype=torch.bool).scatter_(1, best.indices, True)
+        if tokens:
+            self._observe(best.values.amin())
+        return [
+            with_gradient(code.where(keep.flatten()), x[:, block.reads], block.weights).relu()
+            for code, keep, block in zip(candidates, self._by_layer(kept, candidates), self.blocks, strict=True)
+        ]
+
+    def _by_layer(self, kept: Bool[Tensor, "tokens candidates"], candidates: list[SparseCode]) -> tuple[Tensor, ...]:
+        return kept.split([len(code.values) // max(code.n_tokens, 1) for code in candidates], dim=1)
+
+    @torch.no_grad()
+    def _observe(self, smallest: Float[Tensor, ""]) -> None:
+        """Move the threshold towards the smallest value that a batch kept."""
+        share = (1 / (self.batches.double() + 1)).clamp_min(1 / LEVEL_BATCHES)
+        self.level.lerp_(smallest.clamp_min(0).to(self.level), share.to(self.level))
+        self.batches += 1
+
+    def _joined(self, codes: list[SparseCode]) -> SparseCode:
+        """One code of all layers' latents; penalties are their means over layers."""
+        here = self.n_latents // self.n_layers
+        tokens = torch.cat([code.token_ids() for code in codes])
+        firsts, order = group(tokens, codes[0].n_tokens)
+        latents = torch.cat([code.latents + i * here for i, code in enumerate(codes)])
+        values = torch.cat([code.values for code in codes])
+        names = codes[0].requests.penalties
+        penalties = {name: torch.stack([code.requests.penalties[name] for code in codes]).mean() for name in names}
+        return SparseCode(latents[order], values[order], firsts[:-1], Requests(penalties=penalties))

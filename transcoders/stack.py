@@ -1,0 +1,103 @@
+"""Stack: dictionaries of one model, addressed by the hook point they read or write."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae.checkpoint import CONFIG_FILE, load_dictionary, read_config
+from sae.dictionary import SparseDictionary
+
+
+class Stack(Mapping[str, SparseDictionary]):
+    """Dictionaries by the hook they write; ``stack[hook]`` also takes the hook that is read.
+
+    On disk a stack is a directory of checkpoints, as a grid over layers leaves it.
+    """
+
+    def __init__(self, dictionaries: Mapping[str, SparseDictionary], provenances: Mapping[str, dict[str, Any]]):
+        self.dictionaries, self.provenances = dict(dictionaries), dict(provenances)
+        self._reads = {hooks_of(p)[0][0]: hook for hook, p in self.provenances.items()}
+
+    def __getitem__(self, hook: str) -> SparseDictionary:
+        key = hook if hook in self.dictionaries else self._reads.get(hook)
+        if key is None:
+            raise KeyError(f"{hook}: expected one of {', '.join(self.dictionaries)}.")
+        return self.dictionaries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.dictionaries)
+
+    def __len__(self) -> int:
+        return len(self.dictionaries)
+
+    def save(self, directory: str | Path) -> None:
+        """Write every dictionary into a folder of its own, named after its hook."""
+        for hook, dictionary in self.dictionaries.items():
+            name = re.sub(r"[^\w.-]+", "-", hook)
+            dictionary.save(Path(directory) / name, self.provenances[hook])
+
+
+def hooks_of(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The hooks a dictionary reads and those it writes, by its checkpoint's provenance.
+
+    Raises:
+        ValueError: If the provenance names none.
+    """
+    hook = provenance.get("hook")
+    one = (hook,) if hook else ()
+    reads, writes = (tuple(provenance.get(key) or one) for key in ("hooks_in", "hooks_out"))
+    if not reads or not writes:
+        raise ValueError("provenance: expected the hooks the dictionary was trained on, found none. Train it on a model.")
+    return reads, writes
+
+
+def is_stack(directory: str | Path) -> bool:
+    """Whether a directory holds checkpoints below it, and is none itself."""
+    return not (Path(directory) / CONFIG_FILE).exists() and bool(list(_members(directory)))
+
+
+def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Stack:
+    """The dictionaries of all checkpoints in a directory, in the order of their layers.
+
+    Raises:
+        ValueError: If there is none, two are of one hook, one stands for several hooks, or their models differ.
+    """
+    members = sorted(_members(directory), key=_natural)
+    if not members:
+        raise ValueError(f"{directory}: expected folders with {CONFIG_FILE} below it, found none. Train a grid over layers.")
+    dictionaries: dict[str, SparseDictionary] = {}
+    provenances: dict[str, dict[str, Any]] = {}
+    found: dict[str, Path] = {}
+    for path in members:
+        provenance = read_config(path)["provenance"]
+        try:
+            reads, writes = hooks_of(provenance)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if len(reads) > 1:
+            raise ValueError(f"{path}: expected a dictionary of one hook in a stack, got one of {len(reads)}. Load it alone.")
+        if writes[0] in found:
+            raise ValueError(
+                f"{directory}: expected one dictionary for each hook, got {found[writes[0]].name} and {path.name} for "
+                f"{writes[0]}. Load them one by one, or move one elsewhere."
+            )
+        found[writes[0]] = path
+        dictionaries[writes[0]], provenances[writes[0]] = load_dictionary(path, device), provenance
+    models = {str((provenance.get("model") or {}).get("id")) for provenance in provenances.values()}
+    if len(models) > 1:
+        raise ValueError(f"{directory}: expected dictionaries of one model, got {', '.join(sorted(models))}.")
+    order = sorted(dictionaries, key=lambda hook: [int(number) for number in re.findall(r"\d+", hook)])
+    return Stack({hook: dictionaries[hook] for hook in order}, {hook: provenances[hook] for hook in order})
+
+
+def _members(directory: str | Path) -> Iterator[Path]:
+    folder = Path(directory)
+    return (path.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else iter(())
+
+
+def _natural(path: Path) -> list[int | str]:
+    """Layer 10 comes after layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

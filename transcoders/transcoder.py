@@ -1,0 +1,58 @@
+"""Transcoder: the dictionary that maps what a part of a model reads to what it writes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae.dictionary import OneSiteDictionary
+from sae.encoder import Encoder
+from sae.encoders import encoder_spec
+
+
+class Transcoder(OneSiteDictionary):
+    """``y_hat = W_dec^T code(x - in_centre) + W_skip (x - in_centre) + b_dec``, the skip only where it is asked for.
+
+    It takes the place of a part of the model, usually an MLP, where an SAE only puts a tensor into other words. ``x`` and
+    ``y`` are normalised each by its own scale. ``in_centre`` is the data's centre, set once: that it is subtracted before
+    the encoder could be folded into ``b_enc`` and ``b_dec``, but pursuits need it, and a linear path learns faster.
+    ``W_skip`` starts at zero.
+
+    Sources: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944; the skip, Paulo, Shabalin and Belrose 2025,
+    arXiv:2501.18823.
+    """
+
+    in_centre: Float[Tensor, " d_in"]
+
+    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, skip: bool = False):
+        super().__init__(d_in, d_out, n_latents, encoder)
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if skip else None
+        self.register_buffer("in_centre", torch.zeros(d_in))
+
+    @property
+    def tied(self) -> bool:
+        return False
+
+    @property
+    def shift(self) -> Tensor:
+        return self.in_centre
+
+    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
+        if self.W_skip is None:
+            return self.b_dec
+        if x is None:
+            raise ValueError(
+                "x: expected the raw input, because this transcoder has a skip path from it, got none. Call decode(code, x)."
+            )
+        return F.linear(self.normalised(x), self.W_skip, self.b_dec)
+
+    @torch.no_grad()
+    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
+        self.in_centre.copy_(inputs)
+        self.b_dec.copy_(outputs)
+
+    def arguments(self) -> dict[str, Any]:
+        sizes = {"d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents}
+        return {"kind": "transcoder", **sizes, "skip": self.W_skip is not None, "encoder": encoder_spec(self.encoder)}
