@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -68,7 +68,7 @@ class LanguageModel:
 
             return reader
 
-        with self._hooked({hook: keep(hook) for hook in hooks}), suppress(_EnoughSeen):
+        with self.hooked({hook: keep(hook) for hook in hooks}), suppress(_EnoughSeen):
             self.module(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)
         return self._in_order(seen, hooks, token_ids)
 
@@ -92,7 +92,7 @@ class LanguageModel:
 
             return reader
 
-        with torch.enable_grad(), self._hooked({hook: leaf(hook) for hook in hooks}):
+        with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
             logits = self.module(input_ids=token_ids, use_cache=False).logits
             next_token_loss(logits, token_ids).sum().backward()
         values = {hook: x.detach() for hook, x in self._in_order(seen, hooks, token_ids).items()}
@@ -114,7 +114,7 @@ class LanguageModel:
     @contextmanager
     def replacing(self, hook: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While the context is open, everything after ``hook`` reads ``change(x)`` instead of ``x``."""
-        with self._hooked({hook: change}):
+        with self.hooked({hook: change}):
             yield
 
     def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...], token_ids: Tensor) -> dict[str, Tensor]:
@@ -133,7 +133,8 @@ class LanguageModel:
         return {hook: seen[hook] for hook in hooks}
 
     @contextmanager
-    def _hooked(self, readers: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    def hooked(self, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """While the context is open, each reader sees the tensor at its hook; what it returns, if anything, replaces it."""
         with self._lock, ExitStack() as stack:
             for hook, reader in readers.items():
                 module, side = self.find(hook)
