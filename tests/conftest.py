@@ -165,3 +165,41 @@ def shared_data():
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the project's shared test data (models, texts), which is not part of the repository")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Builds random language models of three blocks in double precision, every bias and norm weight of its own."""
+    import transformers
+
+    from training.activations.model import LanguageModel
+
+    tokens = {"vocab_size": 41, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = tokens | {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
+    shared = sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    families = {
+        "gpt2": ("GPT2Config", tokens | {"n_layer": 3, "n_embd": 12, "n_head": 2, "n_positions": 32}),
+        "gpt_neox": ("GPTNeoXConfig", sizes | {"use_parallel_residual": True}),
+        "gpt_neox sequential": ("GPTNeoXConfig", sizes | {"use_parallel_residual": False}),
+        # Eight dimensions each: heads are wider together than the stream.
+        "llama": ("LlamaConfig", shared | {"head_dim": 8}),
+        "qwen2": ("Qwen2Config", shared | {"hidden_size": 16}),
+    }
+
+    def build(family, dtype=torch.float64):
+        name, values = families[family]
+        torch.manual_seed(5)
+        module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).to(dtype)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                # Fresh biases are zero, fresh norms one, and fresh matrices so small that the MLP is all but linear.
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for path, part in list(module.named_modules()):
+            # Llama's norms compute in single precision whatever the model does; torch's are the same function.
+            if type(part).__name__.endswith("RMSNorm"):
+                exact = torch.nn.RMSNorm(part.weight.shape[0], eps=part.variance_epsilon, dtype=dtype)
+                exact.weight = part.weight
+                module.set_submodule(path, exact)
+        return LanguageModel(module, None, family, None)
+
+    return build

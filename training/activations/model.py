@@ -45,11 +45,10 @@ class LanguageModel:
         Raises:
             ValueError: If a hook does not exist or never sees a tensor of shape (contexts, positions, width).
         """
-        # Any token will do: only the shape counts. A ready-made mask keeps transformers from looking into the input,
-        # which has no values on the meta device.
-        token_ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        mask = torch.zeros((1, 1, 2, 2), dtype=next(self.module.parameters()).dtype, device=self.device)
-        seen = self.activations(token_ids, hooks, attention_mask=mask)
+        # Any token will do: only the shape counts. Several contexts, so that tensors without them are told apart; a mask,
+        # because some models would look into the input for padding, which has no values on the meta device.
+        token_ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
+        seen = self.activations(token_ids, hooks, attention_mask=torch.ones_like(token_ids))
         return {hook: x.shape[-1] for hook, x in seen.items()}
 
     @torch.no_grad()
@@ -71,7 +70,7 @@ class LanguageModel:
 
         with self.hooked({hook: keep(hook) for hook in hooks}), suppress(_EnoughSeen):
             self.module(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)
-        return self._in_order(seen, hooks)
+        return self._in_order(seen, hooks, token_ids)
 
     def activations_and_gradients(
         self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
@@ -96,9 +95,10 @@ class LanguageModel:
         with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
             logits = self.module(input_ids=token_ids, use_cache=False).logits
             next_token_loss(logits, token_ids).sum().backward()
-        values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
+        values = {hook: x.detach() for hook, x in self._in_order(seen, hooks, token_ids).items()}
         # The first hook in execution order may not lie on the path to the loss of every position; zeros then.
-        return values, {hook: torch.zeros_like(x) if x.grad is None else x.grad for hook, x in seen.items()}
+        gradients = {hook: torch.zeros_like(x) if x.grad is None else x.grad for hook, x in seen.items()}
+        return values, self._in_order(gradients, hooks, token_ids)
 
     def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
         """Logits; gradients flow to whatever a hook put in."""
@@ -117,12 +117,15 @@ class LanguageModel:
         with self.hooked({hook: change}):
             yield
 
-    def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...]) -> dict[str, Tensor]:
+    def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...], token_ids: Tensor) -> dict[str, Tensor]:
         for hook in hooks:
             if hook not in seen:
                 raise ValueError(
                     f"harvest.hooks: {hook}: the model never ran this module. Choose one that is part of its forward pass."
                 )
+            if seen[hook].ndim == 2 and seen[hook].shape[0] == token_ids.numel():
+                # Some blocks (OPT's) lay all tokens of the batch in one row before their MLP.
+                seen[hook] = seen[hook].view(*token_ids.shape, -1)
             if seen[hook].ndim != 3:
                 raise ValueError(
                     f"harvest.hooks: {hook}: expected a tensor (contexts, positions, width), got {tuple(seen[hook].shape)}."
@@ -232,7 +235,8 @@ def hook_widths(section: ModelSection, hooks: tuple[str, ...]) -> dict[str, int]
     with _explained(section):
         config = transformers.AutoConfig.from_pretrained(_source(section), revision=section.revision)
         with torch.device("meta"):
-            module = transformers.AutoModelForCausalLM.from_config(config)
+            # Other implementations of attention look whether the mask hides anything.
+            module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return LanguageModel(module, None, section.id, section.revision).widths(hooks)
 
 

@@ -1,0 +1,40 @@
+"""What a latent reads, as a linear function of raw activations: ``pre_act = vector @ x + constant``."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.dictionary import OneSiteDictionary
+
+
+class Readers(NamedTuple):
+    """One row, and one constant, per latent."""
+
+    vectors: Float[Tensor, "latents d_in"]
+    constants: Float[Tensor, " latents"]
+
+
+@torch.no_grad()
+def readers(dictionary: OneSiteDictionary, latents: Int[Tensor, " latents"] | None = None) -> Readers:
+    """How latents, or all of them, read raw activations: scale, centre and bias folded in.
+
+    Raises:
+        ValueError: If the encoder has no pre-activations, as pursuits have none, or a latent is out of range.
+    """
+    weights, scale = dictionary.weights, dictionary.in_scale
+    if weights.b_enc is None:
+        raise ValueError(
+            f"dictionary: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, which chooses "
+            "latents one after another. Nothing it chooses is a linear function of its input."
+        )
+    if latents is not None and latents.numel() and not 0 <= int(latents.min()) <= int(latents.max()) < dictionary.n_latents:
+        raise ValueError(
+            f"latents: expected 0 to {dictionary.n_latents - 1}, got {int(latents.min())} to {int(latents.max())}."
+        )
+    chosen = slice(None) if latents is None else latents
+    W_enc, constants = weights.W_enc[chosen], weights.b_enc[chosen]
+    if weights.shift is not None:
+        constants = constants - W_enc @ weights.shift
+    return Readers(W_enc / scale, constants)

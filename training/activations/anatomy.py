@@ -1,0 +1,254 @@
+"""The parts of a model that linear analysis reads, by one set of names for every architecture, and a pass that records them.
+
+Attention writes ``sum_h z_h @ W_O[h] + b_O``, head ``h`` having mixed ``z_h[t] = sum_s pattern[h, t, s] * v_h[s]``, with
+``v_h = x @ W_V[h].T + b_V[h]``. Of a norm only the division is not linear; its recorded denominator makes it so.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .model import LanguageModel
+from .sites import find_block, n_layers
+
+RECORDED = ("resid_pre", "resid_mid", "attn_heads", "attn_out", "mlp_in", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``(x - mean(x)) / scale(x) * weight + bias``; a root-mean-square norm does not subtract the mean."""
+
+    centred: bool
+    weight: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    eps: float
+
+    def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """``x`` less its mean over the width, where this norm subtracts it."""
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
+        """The denominator of each vector."""
+        return (self.centre(x).pow(2).mean(-1) + self.eps).sqrt()
+
+    def apply(self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
+        """The norm of ``x`` with this denominator in place of its own."""
+        return self.centre(x) / scale[..., None] * self.weight + self.bias
+
+    def fold(self, readers: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """What reads before the norm as ``readers`` do behind it, but for the denominator and the bias."""
+        return self.centre(readers * self.weight)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: its norms and what its heads read values with and write with."""
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    W_V: Float[Tensor, "n_heads d_head d_model"]
+    b_V: Float[Tensor, "n_heads d_head"]
+    W_O: Float[Tensor, "n_heads d_head d_model"]
+    b_O: Float[Tensor, " d_model"]
+
+    def carry(self, head: int, vectors: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """Vectors behind the attention norm, as one head writes them."""
+        return vectors @ self.W_V[head].T @ self.W_O[head]
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one block read and wrote. ``pattern[c, h, t, s]`` is how much head ``h`` at ``t`` takes from ``s``.
+
+    ``mid`` is what the MLP's norm read: in blocks whose attention and MLP are parallel, ``pre`` once more.
+    """
+
+    pre: Float[Tensor, "contexts positions d_model"]
+    attention_in: Float[Tensor, "contexts positions d_model"]
+    attention_scale: Float[Tensor, "contexts positions"]
+    pattern: Float[Tensor, "contexts n_heads positions positions"]
+    v: Float[Tensor, "contexts positions n_heads d_head"]
+    z: Float[Tensor, "contexts positions n_heads d_head"]
+    attention_out: Float[Tensor, "contexts positions d_model"]
+    mid: Float[Tensor, "contexts positions d_model"]
+    mlp_scale: Float[Tensor, "contexts positions"]
+    mlp_in: Float[Tensor, "contexts positions d_model"]
+    mlp_out: Float[Tensor, "contexts positions d_model"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass: every block, and what the final norm read."""
+
+    token_ids: Int[Tensor, "contexts positions"]
+    layers: tuple[LayerTrace, ...]
+    last: Float[Tensor, "contexts positions d_model"]
+    last_scale: Float[Tensor, "contexts positions"]
+    logits: Float[Tensor, "contexts positions vocabulary"]
+
+
+class Anatomy:
+    """A language model taken apart: GPT-2, GPT-NeoX, and those built like Llama.
+
+    Heads that share keys and values (grouped-query attention) each have their own copy of ``W_V`` here. In ``parallel``
+    models attention and MLP of a block read the same stream. ``W_P`` is None where positions are not added to embeddings.
+
+    Raises:
+        ValueError: If the architecture is another one.
+    """
+
+    def __init__(self, model: LanguageModel):
+        module = model.module
+        kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+        if kind not in READERS:
+            raise ValueError(
+                f"model.id: {model.id} is of the architecture {kind!r}, whose attention cannot be taken apart here. Expected "
+                f"one of {', '.join(READERS)}."
+            )
+        self.model = model
+        self.blocks = [find_block(module, layer) for layer in range(n_layers(module))]
+        read = READERS[kind]
+        self.layers, self._attention_norms, self._final_norm = read.layers(module), read.attention_norm, read.final_norm
+        self.final_norm = _norm(module.get_submodule(read.final_norm))
+        self.parallel = self.blocks[0].parallel
+        self.n_layers = len(self.layers)
+        self.n_heads, self.d_head, self.d_model = self.layers[0].W_V.shape
+        self.W_E: Tensor = module.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+        self.W_P: Tensor | None = None if read.positions is None else module.get_parameter(read.positions)
+        self.W_U: Tensor = module.get_output_embeddings().weight  # pyright: ignore[reportCallIssue]
+
+    @torch.no_grad()
+    def trace(self, token_ids: Int[Tensor, "contexts positions"]) -> Trace:
+        """One pass that records all of it.
+
+        Attention is computed step by step for it, as fused kernels never write their pattern out; the model is as it was
+        afterwards, also if the pass fails.
+        """
+        hooks: dict[str, str] = {"last": f"{self._final_norm}:in"}
+        for index, block in enumerate(self.blocks):
+            wanted = {site: hook for site, (hook, _) in block.sites().items() if site in RECORDED}
+            hooks |= {f"{index} {site}": hook for site, hook in wanted.items()}
+            hooks[f"{index} attention_in"] = f"{block.path}.{self._attention_norms}:out"
+        seen: dict[str, Tensor] = {}
+
+        def keeper(name: str) -> Callable[[Tensor], None]:
+            def keep(x: Tensor) -> None:
+                # Modules above may write into it.
+                seen[name] = x.clone()
+
+            return keep
+
+        readers = {hook: keeper(name) for name, hook in hooks.items()}
+        with self.model.hooked(readers), _eager_attention(self.model.module):
+            output = self.model.module(input_ids=token_ids, use_cache=False, output_attentions=True)
+        layers = []
+        for index, layer in enumerate(self.layers):
+            at = {site: seen[f"{index} {site}"] for site in ("resid_pre", "attention_in", "attn_out", "mlp_in", "mlp_out")}
+            mid = at["resid_pre"] if self.parallel else seen[f"{index} resid_mid"]
+            v = torch.einsum("cpm,hdm->cphd", at["attention_in"], layer.W_V) + layer.b_V
+            layers.append(
+                LayerTrace(
+                    pre=at["resid_pre"],
+                    attention_in=at["attention_in"],
+                    attention_scale=layer.attention_norm.scale(at["resid_pre"]),
+                    pattern=output.attentions[index],
+                    v=v,
+                    z=seen[f"{index} attn_heads"].view_as(v),
+                    attention_out=at["attn_out"],
+                    mid=mid,
+                    mlp_scale=layer.mlp_norm.scale(mid),
+                    mlp_in=at["mlp_in"],
+                    mlp_out=at["mlp_out"],
+                )
+            )
+        return Trace(token_ids, tuple(layers), seen["last"], self.final_norm.scale(seen["last"]), output.logits)
+
+
+@contextmanager
+def _eager_attention(module: Any) -> Iterator[None]:
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
+
+
+def _norm(module: Any) -> Norm:
+    weight = module.weight.detach()
+    # Llama's norms have no bias, and do not subtract the mean.
+    bias = getattr(module, "bias", None)
+    centred = isinstance(module, nn.LayerNorm)
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(centred, weight, torch.zeros_like(weight) if bias is None else bias.detach(), eps)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Where an architecture keeps what an anatomy holds. ``attention_norm`` is a path within a block."""
+
+    layers: Callable[[Any], list[Layer]]
+    attention_norm: str
+    final_norm: str
+    positions: str | None
+
+
+def _bias(projection: Any) -> Tensor:
+    return projection.weight.new_zeros(projection.weight.shape[0]) if projection.bias is None else projection.bias
+
+
+def _gpt2_layers(module: Any) -> list[Layer]:
+    def read(block: Any) -> Layer:
+        # These projections keep their weights the other way round: (in, out).
+        shape = (module.config.n_head, -1, module.config.n_embd)
+        W_V, b_V = block.attn.c_attn.weight.chunk(3, 1)[2], block.attn.c_attn.bias.chunk(3)[2]
+        W_O = block.attn.c_proj.weight.view(shape)
+        return Layer(
+            _norm(block.ln_1), _norm(block.ln_2), W_V.T.reshape(shape), b_V.view(shape[:2]), W_O, block.attn.c_proj.bias
+        )
+
+    return [read(block) for block in module.transformer.h]
+
+
+def _gpt_neox_layers(module: Any) -> list[Layer]:
+    heads, width = module.config.num_attention_heads, module.config.hidden_size
+
+    def read(block: Any) -> Layer:
+        # Query, key and value of one head lie next to each other.
+        joint, dense = block.attention.query_key_value, block.attention.dense
+        W_V = joint.weight.view(heads, 3, -1, width)[:, 2]
+        b_V = _bias(joint).view(heads, 3, -1)[:, 2]
+        norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+        return Layer(*norms, W_V, b_V, dense.weight.T.reshape(heads, -1, width), _bias(dense))
+
+    return [read(block) for block in module.gpt_neox.layers]
+
+
+def _llama_layers(module: Any) -> list[Layer]:
+    config = module.config
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+
+    def read(block: Any) -> Layer:
+        values, output = block.self_attn.v_proj, block.self_attn.o_proj
+        W_V = values.weight.view(groups, -1, width).repeat_interleave(heads // groups, 0)
+        b_V = _bias(values).view(groups, -1).repeat_interleave(heads // groups, 0)
+        norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
+        return Layer(*norms, W_V, b_V, output.weight.T.reshape(heads, -1, width), _bias(output))
+
+    return [read(block) for block in module.model.layers]
+
+
+_LLAMA = _Reader(_llama_layers, "input_layernorm", "model.norm", None)
+READERS = {
+    "gpt2": _Reader(_gpt2_layers, "ln_1", "transformer.ln_f", "transformer.wpe.weight"),
+    "gpt_neox": _Reader(_gpt_neox_layers, "input_layernorm", "gpt_neox.final_layer_norm", None),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+}
