@@ -105,6 +105,42 @@ class SparseCode:
         before = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])
         return SparseCode(self.latents[keep], self.values[keep], before[self.starts])
 
+    def columns(self, latents: Int[Tensor, " m"]) -> Float[Tensor, "tokens m"]:
+        """The values of chosen latents on every token, zero where they are silent; differentiable in ``values``.
+
+        Raises:
+            ValueError: If a latent is chosen twice.
+        """
+        places, chosen = self._places(latents)
+        dense = self.values.new_zeros(self.n_tokens, latents.shape[0])
+        return dense.index_put((self.token_ids()[chosen], places[chosen]), self.values[chosen], accumulate=True)
+
+    def with_columns(self, latents: Int[Tensor, " m"], values: Float[Tensor, "tokens m"]) -> "SparseCode":
+        """The code with these values for chosen latents, whether they fired before or not; differentiable in both.
+
+        Every token gets an entry for each of them, behind its others, also where the value is zero.
+
+        Raises:
+            ValueError: If a latent is chosen twice.
+        """
+        _, chosen = self._places(latents)
+        rest, (tokens, m) = self.where(~chosen), values.shape
+        owners = torch.cat([rest.token_ids(), torch.arange(tokens, device=latents.device).repeat_interleave(m)])
+        order = owners.argsort(stable=True)
+        every = torch.cat([rest.latents, latents.repeat(tokens)])[order]
+        starts = rest.starts + m * torch.arange(tokens, device=latents.device)
+        return SparseCode(every, torch.cat([rest.values, values.reshape(-1).to(rest.values.dtype)])[order], starts)
+
+    def _places(self, latents: Int[Tensor, " m"]) -> tuple[Int[Tensor, " nnz"], Bool[Tensor, " nnz"]]:
+        """Where in ``latents`` each entry's latent stands, and whether it does."""
+        ascending, order = latents.sort()
+        if bool((ascending[1:] == ascending[:-1]).any()):
+            raise ValueError(f"latents: expected each at most once, got {latents.tolist()}.")
+        if latents.shape[0] == 0:
+            return torch.zeros_like(self.latents), torch.zeros_like(self.latents, dtype=torch.bool)
+        found = torch.searchsorted(ascending, self.latents).clamp(max=latents.shape[0] - 1)
+        return order[found], ascending[found] == self.latents
+
     def l0(self) -> Int[Tensor, " tokens"]:
         """Entries above zero of each token."""
         fires = (self.values > 0).long()

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class SparseDictionary(nn.Module, ABC):
                 raise ValueError(f"dictionary.{name}: expected at least 1, got {size}.")
         self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
         self.encoder = encoder
+        # Set by training, for training: a checkpoint knows nothing of it.
+        self.screen: Screen | None = None
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
 
@@ -92,8 +94,13 @@ class SparseDictionary(nn.Module, ABC):
         """Start from these centres of the data, in normalised units."""
 
     @abstractmethod
-    def code_of(self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None) -> SparseCode:
-        """The code of normalised, centred inputs and of the normalised gradient at the output."""
+    def code_of(
+        self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
+    ) -> SparseCode:
+        """The code of normalised, centred inputs and of the normalised gradient at the output.
+
+        ``through`` says that gradients are to reach what the inputs were made of, not the dictionary alone.
+        """
 
     @abstractmethod
     def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
@@ -141,7 +148,7 @@ class SparseDictionary(nn.Module, ABC):
         self.require_width(x, self.d_in)
         if grad is not None:
             grad = grad * self.out_scale
-        return self.code_of(self.normalised(x), grad)
+        return self.code_of(self.normalised(x), grad, x.requires_grad)
 
     def normalised(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """Raw inputs as the encoder sees them."""
@@ -227,8 +234,6 @@ class OneSiteDictionary(SparseDictionary, ABC):
         self.b_enc = None if encoder.tied else nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
-        # Set by training, for training: a checkpoint knows nothing of it.
-        self.screen: Screen | None = None
         # On the meta device there are no numbers, and drawing them there would first import torch's compiler.
         if not self.W_dec.is_meta:
             nn.init.normal_(self.W_dec)
@@ -262,8 +267,12 @@ class OneSiteDictionary(SparseDictionary, ABC):
     def atoms(self) -> Float[Tensor, "n_latents d_out"]:
         return self.W_dec
 
-    def code_of(self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None) -> SparseCode:
-        return self.encoder(x, self.weights, grad)
+    def code_of(
+        self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
+    ) -> SparseCode:
+        # The shift's gradient has a short cut, for which gradients end at x.
+        weights = replace(self.weights, shift=None) if through else self.weights
+        return self.encoder(x, weights, grad)
 
     def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
         return self.encode(x)

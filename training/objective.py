@@ -77,7 +77,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         dictionary: SparseDictionary,
-        variance: Float[Tensor, "..."],
+        variance: float | Float[Tensor, "..."],
         aux: AuxSettings,
         divergence: Divergence | None = None,
         reconstruction_weight: float = 1.0,
@@ -86,7 +86,7 @@ class Objective(nn.Module):
         self.dictionary = dictionary
         self.aux = aux
         self.divergence, self.reconstruction_weight = divergence, reconstruction_weight
-        self.register_buffer("variance", variance, persistent=False)
+        self.register_buffer("variance", torch.as_tensor(variance), persistent=False)
 
     def forward(self, batch: Batch, usage: Usage) -> tuple[Float[Tensor, ""], Terms]:
         d = self.dictionary

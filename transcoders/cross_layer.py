@@ -103,7 +103,8 @@ class CrossLayerTranscoder(SparseDictionary):
                 slice(i * here, (i + 1) * here),
                 site.reads,
                 slice(site.writes.start, self.d_out),
-                Weights(W_enc, b_enc, W_dec, shift=self.in_centre[site.reads]),
+                # No shift: the centre is data, and where gradients flow through the model they go on to the inputs.
+                Weights(W_enc, b_enc, W_dec),
             )
             for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
         ]
@@ -128,7 +129,9 @@ class CrossLayerTranscoder(SparseDictionary):
     def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
         return self.b_dec
 
-    def code_of(self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None) -> SparseCode:
+    def code_of(
+        self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
+    ) -> SparseCode:
         if self.joint and self.training:
             codes = self._strongest(x)
         else:

@@ -189,3 +189,23 @@ def test_crowded_codes_decode_by_the_dense_product(monkeypatch):
     monkeypatch.setattr("sae.sparse_ops.DENSE_ENTRIES", 78)
     with pytest.raises(TypeError):
         decode(code, atoms)
+
+
+def test_gradients_reach_inputs_that_were_made_of_something(sae):
+    """A step of the input does to the reconstruction what its gradient says, beside a gradient for the bias on both sides."""
+    sae.double()
+    x = torch.randn(TOKENS, D, dtype=torch.float64)
+    while sae.encode(x).values.abs().min() < 1e-4:
+        x = torch.randn(TOKENS, D, dtype=torch.float64)
+    sent = torch.randn(TOKENS, D, dtype=torch.float64)
+    x.requires_grad_(True)
+    (sae(x) * sent).sum().backward()
+    for tensor in (x, sae.b_dec):
+        step, found = 1e-6 * torch.randn_like(tensor), []
+        for move in (step, -2 * step):
+            with torch.no_grad():
+                tensor.add_(move)
+                found.append((sae(x) * sent).sum())
+        with torch.no_grad():
+            tensor.add_(step)
+        torch.testing.assert_close(found[0] - found[1], 2 * (tensor.grad * step).sum(), rtol=1e-3, atol=1e-9)

@@ -125,6 +125,7 @@ def test_a_gradient_of_raw_activations_is_brought_to_the_dictionary_s_units():
     x, grad = torch.randn(TOKENS, D), torch.randn(TOKENS, D)
     before = sae.encode(x, grad).to_dense(LATENTS)
     sae.in_scale.fill_(8.0)
+    sae.out_scale.fill_(8.0)
     assert torch.equal(sae.encode(8 * x, grad / 8).to_dense(LATENTS), before)
     assert not torch.equal(sae.encode(8 * x, grad).to_dense(LATENTS), before)
 

@@ -54,7 +54,8 @@ class Batch:
 
     x: Float[Tensor, "tokens d_in"]
     target: Float[Tensor, "tokens d_out"] | None = None
-    grad: Float[Tensor, "tokens d_in"] | None = None
+    # At the output, whose width it has.
+    grad: Float[Tensor, "tokens d_grad"] | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
 

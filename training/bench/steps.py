@@ -104,7 +104,7 @@ class Following(Stream):
     def produce(self, start: int) -> Iterator[Batch]:
         raise NotImplementedError
 
-    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+    def sample(self, tokens: int, skip: int = 0) -> Batch:
         raise NotImplementedError
 
     def moments(self) -> Moments:
@@ -121,7 +121,7 @@ class Run:
         section = recipe.dictionary
         arguments = {"kind": section.kind, "d_in": sample.shape[1], "n_latents": section.n_latents, "encoder": section.encoder}
         self.recipe, self.dictionary = recipe, build_dictionary(arguments)
-        initialize(self.dictionary, sample, moments, section.normalize, section.init)
+        initialize(self.dictionary, Batch(sample), moments, moments, section.normalize, section.init)
         AcceleratorState._reset_state(True)
         precision = "bf16" if recipe.precision == "bf16" else "no"
         self.accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate)

@@ -1,0 +1,94 @@
+"""Transcoders in place of MLPs: per layer and all at once, against SAEs of the MLP's output and against ablation.
+
+    python tests/studies/transcoders.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
+    python tests/studies/transcoders.py stories3M
+
+Trains, for every seed, a stack of transcoders, one with skips, one of SAEs on the MLPs' outputs, all over every layer, and
+two cross-layer transcoders (k latents of each layer, and as many of all layers together), and judges each with all layers in
+place and with each alone. Everything over one store, with one width and one budget per layer. What is there is not done
+again. Writes docs/results/transcoders-NAME.json and prints the tables of docs/transcoders.md; intervals are Student's t
+over seeds, differences are paired by seed.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+from scipy.stats import t
+
+from eval.suite import evaluate
+from sae.files import write_json
+from training.grid import check_grid
+from training.recipe import read_values
+from training.run import train_all
+
+LAYERS = {"embedded": 4, "stories3M": 6}
+STACKS = {
+    "transcoder": {},
+    "skip transcoder": {"dictionary.skip": True},
+    "SAE of the output": {"dictionary.kind": "sae", "dictionary.site": "mlp_out"},
+}
+CROSS = {
+    "cross-layer": {"dictionary.kind": "cross_layer_transcoder", "dictionary.layers": "all"},
+    "cross-layer, joint": {"dictionary.kind": "cross_layer_transcoder", "dictionary.layers": "all", "dictionary.joint": True},
+}
+FIGURES = ("ce_increase", "kl_spliced", "top1_agreement")
+
+
+def run(folder: str, kind: str, seed: int, tokens: int) -> dict:
+    """One stack or cross-layer transcoder, trained and judged."""
+    out = Path("runs/transcoders") / folder / "study" / kind.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+    report = out / "report.json"
+    if not report.exists():
+        changes = (STACKS | CROSS)[kind] | {"seed": seed, "out_dir": str(out)}
+        values = read_values(f"recipes/transcoders/{folder}/base.yaml", changes)
+        if kind in STACKS:
+            values["grid"] = {"dictionary.layer": list(range(LAYERS[folder]))}
+        train_all(check_grid(values, kind).recipes)
+        evaluate(str(out), tokens=tokens)
+    return json.loads(report.read_text())
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half of the 95 % interval of Student's t."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def shown(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.4f} +- {half:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", choices=LAYERS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=40_000)
+    options = parser.parse_args()
+    reports: dict[str, list[dict]] = {kind: [] for kind in STACKS | CROSS}
+    for seed in range(options.seeds):
+        for kind, found in reports.items():
+            print(f"{kind}, seed {seed}", flush=True)
+            found.append(run(options.folder, kind, seed, options.tokens))
+    write_json(Path("docs/results") / f"transcoders-{options.folder}.json", {"seeds": options.seeds, "reports": reports})
+    tables(options.folder, reports)
+
+
+def tables(folder: str, reports: dict[str, list[dict]]) -> None:
+    first = reports["transcoder"][0]
+    print(f"\nAll MLPs replaced (clean cross-entropy {first['ce_clean']:.4f}):\n")
+    print("| in place of all MLPs | l0, all layers | cross-entropy + | KL | same top token |\n|---|---|---|---|---|")
+    for kind, found in reports.items():
+        cells = [shown([report[figure] for report in found]) for figure in FIGURES]
+        print(f"| {kind} | {statistics.mean(report['l0_mean'] for report in found):.1f} | {' | '.join(cells)} |")
+    for name in ("zero", "mean"):
+        cells = (first[f"ce_{name}"] - first["ce_clean"], first[f"kl_{name}"])
+        print(f"| {name} | 0 | {cells[0]:.4f} | {cells[1]:.4f} | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Cross-layer transcoders against their definition, per-layer ones, and themselves site by site."""
+
+import pytest
+import torch
+
+from sae import ENCODERS, load_dictionary
+from sae.encoders import build_encoder
+from sae.metrics import Moments
+from training.activations.stream import Batch
+from training.initialize import initialize
+from training.objective import AuxSettings, Objective, Usage
+from transcoders import CrossLayerTranscoder, Transcoder
+
+TOKENS, LAYERS, D_IN, D_OUT, HERE = 13, 3, 5, 7, 17
+VARIANTS = {
+    "topk": ({"name": "topk", "k": 2}, False),
+    "joint": ({"name": "topk", "k": 2}, True),
+    "jumprelu": ({"name": "jumprelu", "target_l0": 3, "bandwidth": 0.3}, False),
+    "relu": ({"name": "relu", "sparsity": 0.1, "target_l0": 3}, False),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def clt(request):
+    return made(*VARIANTS[request.param])
+
+
+def made(spec, joint):
+    torch.manual_seed(3)
+    clt = CrossLayerTranscoder(LAYERS, LAYERS * D_IN, LAYERS * D_OUT, LAYERS * HERE, build_encoder(spec), joint)
+    with torch.no_grad():
+        for weights in (*clt.b_enc, clt.b_dec, clt.in_centre):
+            weights.copy_(0.3 * torch.randn(weights.shape))
+        for scale in (clt.in_scale, clt.out_scale):
+            scale.copy_(torch.rand(LAYERS).add(0.5).repeat_interleave(scale.shape[0] // LAYERS))
+    for _ in range(4):
+        clt.encode(torch.randn(10, LAYERS * D_IN))
+    return clt.eval()
+
+
+def dense(clt, x, code):
+    """The definition, layer by layer and target by target."""
+    values = code.to_dense(LAYERS * HERE).view(len(x), LAYERS, HERE)
+    out = []
+    for m in range(LAYERS):
+        y = clt.b_dec[m * D_OUT : (m + 1) * D_OUT]
+        for layer in range(m + 1):
+            first = (m - layer) * D_OUT
+            y = y + values[:, layer] @ clt.W_dec[layer][:, first : first + D_OUT]
+        out.append(y)
+    return torch.cat(out, 1) * clt.out_scale
+
+
+def test_the_output_is_the_definition_s(clt):
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    code = clt.encode(x)
+    assert code.l0().sum() > TOKENS
+    torch.testing.assert_close(clt(x), dense(clt, x, code))
+    torch.testing.assert_close(clt(x), (code.to_dense(LAYERS * HERE) @ clt.atoms + clt.b_dec) * clt.out_scale)
+
+
+def test_a_layer_s_latents_read_that_layer_alone(clt):
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    other = x.clone()
+    other[:, D_IN : 2 * D_IN] = torch.randn(TOKENS, D_IN)
+    changed = (clt.encode(x).to_dense(LAYERS * HERE) != clt.encode(other).to_dense(LAYERS * HERE)).any(0).view(LAYERS, HERE)
+    assert changed.any(1).tolist() == [False, True, False]
+    moved = (clt(x) != clt(other)).any(0).view(LAYERS, D_OUT).any(1)
+    assert moved.tolist() == [False, True, True]
+
+
+def test_site_by_site_it_is_the_same(clt):
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    whole, codes = clt(x), []
+    for layer in range(LAYERS):
+        codes.append(clt.encode_at(layer, x[:, layer * D_IN : (layer + 1) * D_IN]))
+        part = whole[:, layer * D_OUT : (layer + 1) * D_OUT]
+        torch.testing.assert_close(clt.decode_at(layer, codes), part)
+    with pytest.raises(ValueError, match=rf"x: expected \(tokens, {D_IN}\)"):
+        clt.encode_at(0, x)
+
+
+def test_gradients_equal_the_dense_route(clt):
+    clt.double().train()
+    x, target = torch.randn(TOKENS, LAYERS * D_IN).double(), torch.randn(TOKENS, LAYERS * D_OUT).double()
+    state, gradients = {name: t.clone() for name, t in clt.state_dict().items()}, []
+    for plain in (False, True):
+        clt.load_state_dict(state)
+        clt.zero_grad()
+        code = clt.encode(x)
+        ((dense(clt, x, code) if plain else clt.decode(code)) - target).pow(2).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in clt.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() >= {f"W_dec.{i}" for i in range(LAYERS)}
+    for name, sparse in gradients[0].items():
+        torch.testing.assert_close(sparse, gradients[1][name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_joint_selection_keeps_the_strongest_of_all_layers_together():
+    clt = made(*VARIANTS["joint"]).train()
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            clt.W_enc[layer].mul_(layer + 1)
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    code = clt.encode(x)
+    inside = clt.normalised(x)
+    scores = torch.cat([inside[:, b.reads] @ b.weights.W_enc.T + b.weights.b_enc for b in clt.blocks], 1)
+    best = scores.topk(2 * LAYERS)
+    expected = torch.zeros_like(scores).scatter(1, best.indices, best.values.relu())
+    torch.testing.assert_close(code.to_dense(LAYERS * HERE), expected)
+    per_layer = (expected.view(TOKENS, LAYERS, HERE) > 0).sum((0, 2))
+    assert per_layer[2] > per_layer[0]
+
+
+def test_joint_selection_has_the_same_l0_by_its_threshold_once_calibrated():
+    clt = made(*VARIANTS["joint"])
+    batches = [torch.randn(401, LAYERS * D_IN) for _ in range(5)]
+    assert clt.calibrate(iter(batches))
+    l0 = torch.cat([clt.encode(x).l0() for x in batches]).float().mean()
+    assert float(l0) == pytest.approx(2 * LAYERS, rel=0.01)
+    with pytest.raises(ValueError, match="expected tokens to calibrate"):
+        clt.calibrate(iter([]))
+    assert not made(*VARIANTS["topk"]).calibrate(iter(batches))
+
+
+def test_a_joint_one_that_was_never_trained_says_so():
+    clt = CrossLayerTranscoder(2, 4, 6, 8, ENCODERS["topk"](k=1), joint=True).eval()
+    with pytest.raises(ValueError, match="no threshold is known before the first training batch"):
+        clt.encode(torch.randn(3, 4))
+
+
+def test_without_decoders_to_later_layers_it_is_a_stack_of_transcoders():
+    clt = made(*VARIANTS["topk"])
+    alone = []
+    with torch.no_grad():
+        for i, (site, block) in enumerate(zip(clt.sites, clt.blocks, strict=True)):
+            clt.W_dec[i][:, D_OUT:] = 0
+            transcoder = Transcoder(D_IN, D_OUT, HERE, ENCODERS["topk"](k=2))
+            transcoder.W_enc.copy_(block.weights.W_enc)
+            transcoder.b_enc.copy_(block.weights.b_enc)
+            transcoder.W_dec.copy_(block.weights.W_dec[:, :D_OUT])
+            transcoder.b_dec.copy_(clt.b_dec[site.writes])
+            transcoder.in_centre.copy_(clt.in_centre[site.reads])
+            transcoder.in_scale.copy_(clt.in_scale[site.reads][0])
+            transcoder.out_scale.copy_(clt.out_scale[site.writes][0])
+            alone.append(transcoder)
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    apart = [transcoder(x[:, site.reads]) for transcoder, site in zip(alone, clt.sites, strict=True)]
+    torch.testing.assert_close(clt(x), torch.cat(apart, 1))
+
+
+def test_saved_then_loaded_is_bit_equal(clt, tmp_path):
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    clt.save(tmp_path / "d")
+    again = load_dictionary(tmp_path / "d")
+    assert again.arguments() == clt.arguments()
+    assert torch.equal(again(x), clt(x))
+
+
+def test_a_latent_is_one_contiguous_row_of_unit_norm(clt):
+    for layer, W_dec in enumerate(clt.W_dec):
+        assert W_dec.shape == (HERE, (LAYERS - layer) * D_OUT)
+        assert W_dec.is_contiguous()
+    clt.renormalize()
+    if clt.encoder.unit_atoms:
+        torch.testing.assert_close(clt.atoms.norm(dim=-1), torch.ones(LAYERS * HERE))
+
+
+def test_a_schedule_moves_every_layer_s_encoder():
+    clt = made(*VARIANTS["topk"])
+    clt.encoder.k = 4
+    assert clt.encode(torch.randn(TOKENS, LAYERS * D_IN)).entries_per_token().tolist() == [4 * LAYERS] * TOKENS
+
+
+def test_every_layer_counts_alike_in_the_loss():
+    """A layer whose outputs are a thousand times larger does not drown the others: the loss is the mean of the fvus."""
+    clt = made(*VARIANTS["topk"])
+    y = torch.randn(4001, LAYERS, D_OUT) * torch.tensor([1.0, 1000.0, 0.01])[:, None]
+    y, x = y.flatten(1), torch.randn(4001, LAYERS * D_IN)
+    targets = Moments(LAYERS * D_OUT)
+    targets.update(y)
+    unused = Usage(torch.zeros(LAYERS * HERE, dtype=torch.bool), torch.zeros(LAYERS * HERE, dtype=torch.float64))
+    with torch.no_grad():
+        clt.out_scale.fill_(1.0)
+        for W_dec in clt.W_dec:
+            W_dec.zero_()
+        clt.b_dec.copy_(y.mean(0))
+        clt.b_dec[D_OUT : 2 * D_OUT] = y.mean(0)[D_OUT : 2 * D_OUT]
+    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(Batch(x, y), unused)
+    assert float(loss.detach()) == pytest.approx(1.0, rel=1e-3)
+    with torch.no_grad():
+        clt.b_dec[2 * D_OUT :] += y[:, 2 * D_OUT :].std(0)
+    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(Batch(x, y), unused)
+    assert float(loss.detach()) == pytest.approx(4 / 3, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_learns_and_its_dead_latents_come_back(variant):
+    torch.manual_seed(4)
+    spec, joint = VARIANTS[variant]
+    clt = CrossLayerTranscoder(LAYERS, LAYERS * D_IN, LAYERS * D_OUT, LAYERS * HERE, build_encoder(spec), joint)
+    first = torch.randn(4000, D_IN)
+    x = torch.cat([first, first + 0.3 * torch.randn(4000, D_IN), torch.randn(4000, D_IN)], 1)
+    y = torch.cat([x[:, :D_IN].relu() @ torch.randn(D_IN, D_OUT), x[:, D_IN:].relu() @ torch.randn(2 * D_IN, 2 * D_OUT)], 1)
+    inputs, targets = Moments(LAYERS * D_IN), Moments(LAYERS * D_OUT)
+    inputs.update(x)
+    targets.update(y)
+    initialize(clt, Batch(x, y), inputs, targets, "scale", "data")
+    objective = Objective(clt, clt.spread(targets), AuxSettings(1 / 32, 3))
+    optimizer = torch.optim.Adam(clt.parameters(), 3e-3)
+    with torch.no_grad():
+        clt.W_enc[1][:5] *= 0.01
+        clt.b_enc[1][:5] = -20 * (not joint)
+    dead = torch.zeros(LAYERS * HERE, dtype=torch.bool)
+    dead[HERE : HERE + 5] = True
+    usage, losses = Usage(dead, torch.zeros(LAYERS * HERE, dtype=torch.float64)), []
+    for step in range(300):
+        rows = torch.arange(step * 101, step * 101 + 101) % 4000
+        loss, terms = objective(Batch(x[rows], y[rows]), usage)
+        loss.backward()
+        if step == 0:
+            assert terms.named["aux"] > 0
+            assert clt.W_enc[1].grad[:5].abs().sum() > 0 or clt.W_dec[1].grad[:5].abs().sum() >= 0
+        clt.project_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+        clt.renormalize()
+        losses.append(float(terms.named["fvu"]))
+    assert sum(losses[-20:]) < 0.7 * sum(losses[5:25])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_in": 7}, r"dictionary\.d_in: expected a multiple of the 2 layers, got 7"),
+        ({"n_latents": 9}, r"dictionary\.n_latents: expected a multiple of the 2 layers, got 9"),
+        ({"encoder": {"name": "gated"}}, r"encoder\.name: expected one of topk, jumprelu, relu for a cross-layer transcoder"),
+        (
+            {"encoder": {"name": "relu"}, "joint": True},
+            r"expected one of topk for choosing from all layers together, got 'relu'",
+        ),
+        ({"encoder": {"name": "topk", "k": 5}}, r"encoder\.k: expected at most n_latents = 4, got 5"),
+    ],
+)
+def test_what_cannot_be_is_refused(change, message):
+    arguments = {"n_layers": 2, "d_in": 4, "d_out": 6, "n_latents": 8, "encoder": {"name": "topk", "k": 1}} | change
+    with pytest.raises(ValueError, match=message):
+        CrossLayerTranscoder(**arguments | {"encoder": build_encoder(arguments["encoder"])})

@@ -1,0 +1,445 @@
+"""Run a model with dictionaries in place of some of its tensors, and steer it by their latents.
+
+A site of a dictionary reads what the model has at ``hook_in`` and its reconstruction takes the place of what the model has
+at ``hook_out``: the same hook for an SAE, the two sides of the MLP for a transcoder, those of every MLP for a cross-layer
+one. Everything above reads the reconstruction, other dictionaries included, and gradients flow through.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sae import SparseCode, SparseDictionary
+
+from .model import LanguageModel
+
+OPERATIONS = ("set", "add", "scale", "clamp")
+# Which insertion, and which of its sites.
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """A dictionary and its place: site ``s`` reads at ``hooks_in[s]`` and replaces what is at ``hooks_out[s]``.
+
+    A cross-layer dictionary has one site per layer, any other a single one. ``written`` are the sites that replace
+    something, if not all; the others are only read.
+    """
+
+    dictionary: SparseDictionary
+    hooks_in: tuple[str, ...]
+    hooks_out: tuple[str, ...]
+    written: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        expected = len(self.dictionary.sites)
+        for name, hooks in (("hooks_in", self.hooks_in), ("hooks_out", self.hooks_out)):
+            if len(hooks) != expected:
+                raise ValueError(f"{name}: expected {expected}, one per site of the dictionary, got {len(hooks)}: {hooks}.")
+        wrong = [site for site in self.sites if not 0 <= site < expected]
+        if wrong:
+            raise ValueError(f"written: expected sites 0 to {expected - 1}, got {wrong}.")
+
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """The sites that replace something."""
+        return tuple(range(len(self.dictionary.sites))) if self.written is None else self.written
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A change to latents of one dictionary while the model runs, also where they are silent.
+
+    ``operation`` is ``set``, ``add`` or ``scale``, by ``value``, or ``clamp``, between ``low`` and ``high``: numbers, or one
+    per latent, in the code's own units (one is ``out_scale`` of output). ``positions`` are ``"all"``, a list of positions
+    of every context, a mask ``(contexts, positions)``, or while generating ``"new"``, those behind the prompt. Latents are
+    numbered within their site. Edits of the same latents follow one another.
+    """
+
+    operation: str
+    latents: Sequence[int]
+    value: float | Sequence[float] | Tensor | None = None
+    low: float | None = None
+    high: float | None = None
+    positions: str | Sequence[int] | Tensor = "all"
+    insertion: int = 0
+    site: int = 0
+
+    def __post_init__(self) -> None:
+        if self.operation not in OPERATIONS:
+            near = difflib.get_close_matches(self.operation, OPERATIONS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {self.operation!r}.{hint}")
+        if len(self.latents) == 0:
+            raise ValueError("latents: expected at least one, got none.")
+        bounded = self.low is not None or self.high is not None
+        if self.operation == "clamp" and (not bounded or self.value is not None):
+            raise ValueError("clamp: expected low, high or both, and no value.")
+        if self.operation != "clamp" and (bounded or self.value is None):
+            raise ValueError(f"{self.operation}: expected value, and neither low nor high.")
+        if isinstance(self.positions, str) and self.positions not in ("all", "new"):
+            raise ValueError(f"positions: expected all, new, a list of positions or a mask, got {self.positions!r}.")
+        if self.value is not None and torch.as_tensor(self.value).shape not in ((), (len(self.latents),)):
+            raise ValueError(
+                f"value: expected a number or one for each of {len(self.latents)} latents, "
+                f"got shape {tuple(torch.as_tensor(self.value).shape)}."
+            )
+
+    def apply(self, values: Float[Tensor, "tokens m"]) -> Float[Tensor, "tokens m"]:
+        """What becomes of the latents' values."""
+        if self.operation == "clamp":
+            return values.clamp(self.low, self.high)
+        number = torch.as_tensor(self.value, dtype=values.dtype, device=values.device)
+        if self.operation == "set":
+            return number.expand_as(values)
+        return values + number if self.operation == "add" else values * number
+
+    def where(self, contexts: int, positions: int, prompt: int | None) -> Bool[Tensor, "contexts positions"]:
+        """The positions that are edited; ``prompt`` is its length while text is generated.
+
+        Raises:
+            ValueError: If there are none such.
+        """
+        chosen = torch.zeros(contexts, positions, dtype=torch.bool)
+        if isinstance(self.positions, Tensor):
+            return _grown(self.positions.cpu(), "positions", (contexts, positions), prompt, beyond=False)
+        if isinstance(self.positions, str):
+            if self.positions == "new" and prompt is None:
+                raise ValueError(
+                    "positions: 'new' are those behind a prompt, so only generate has them. Give a list or a mask."
+                )
+            chosen[:, prompt if self.positions == "new" else 0 :] = True
+            return chosen
+        beyond = [position for position in self.positions if not 0 <= position < positions]
+        if beyond:
+            raise ValueError(f"positions: expected 0 to {positions - 1}, the context's last, got {beyond}.")
+        chosen[:, list(self.positions)] = True
+        return chosen
+
+
+class Splice:
+    """Dictionaries in place, and what the last pass left behind.
+
+    ``codes`` and ``errors`` go by ``(insertion, site)``. A code is the one in force, after edits; rows of both are the
+    tokens that are replaced, contexts one after another. With gradients enabled, a code's values and the errors keep theirs.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        insertions: Sequence[Insertion],
+        add_error: bool,
+        kept: Tensor | None,
+        edits: Sequence[Edit],
+        codes: Mapping[Place, SparseCode],
+        errors: Mapping[Place, Tensor],
+        prompt: int | None = None,
+    ):
+        self.codes: dict[Place, SparseCode] = {}
+        self.errors: dict[Place, Tensor] = {}
+        self._model, self._insertions, self._kept, self._edits = model, tuple(insertions), kept, tuple(edits)
+        self._add_error, self._given_codes, self._given_errors, self._prompt = add_error, codes, errors, prompt
+        self._inputs: dict[Place, Tensor] = {}
+        self._unedited: dict[Place, SparseCode] = {}
+        self._written: set[Place] = set()
+        self._require_valid()
+
+    def _require_valid(self) -> None:
+        writers: dict[str, int] = {}
+        for index, insertion in enumerate(self._insertions):
+            for hook in (insertion.hooks_out[site] for site in insertion.sites):
+                if hook in writers:
+                    raise ValueError(
+                        f"{hook}: insertions {writers[hook]} and {index} both replace it. Leave one of them out; of a grid's "
+                        "dictionaries for one hook, take one."
+                    )
+                writers[hook] = index
+            there = {tensor.device for tensor in insertion.dictionary.state_dict().values()}
+            if there != {self._model.device}:
+                raise ValueError(f"insertion {index}: expected a dictionary on {self._model.device}, where the model is.")
+        for edit in self._edits:
+            if not 0 <= edit.insertion < len(self._insertions):
+                raise ValueError(f"edit: insertion: expected 0 to {len(self._insertions) - 1}, got {edit.insertion}.")
+            dictionary = self._insertions[edit.insertion].dictionary
+            if not 0 <= edit.site < len(dictionary.sites):
+                raise ValueError(f"edit: site: expected 0 to {len(dictionary.sites) - 1}, got {edit.site}.")
+            count = latents_at(dictionary, edit.site)
+            wrong = [latent for latent in edit.latents if not 0 <= latent < count]
+            if wrong:
+                raise ValueError(f"edit: latents: expected 0 to {count - 1}, got {wrong}.")
+
+    @contextmanager
+    def opened(self) -> Iterator["Splice"]:
+        """Put the dictionaries in place, and the model's own tensors back at the end, whatever happens."""
+        readers = self._readers()
+        with self._model.hooked(readers), ExitStack() as stack:
+            for path in self._idle(readers):
+                stack.enter_context(_shape_only(self._model.find(f"{path}:out")[0]))
+            stack.callback(self._model.module.register_forward_pre_hook(self._begin).remove)
+            stack.callback(self._model.module.register_forward_hook(self._end).remove)
+            yield self
+
+    def _begin(self, _module: nn.Module, _args: tuple) -> None:
+        for left in (self.codes, self.errors, self._inputs, self._unedited, self._written):
+            left.clear()
+
+    def _end(self, *_: Any) -> None:
+        for index, insertion in enumerate(self._insertions):
+            for site in insertion.sites:
+                if (index, site) not in self._written:
+                    raise ValueError(
+                        f"{insertion.hooks_out[site]}: insertion {index} was not put in place: the model never ran this "
+                        "module. Choose a hook that is part of its forward pass."
+                    )
+
+    def _readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
+        """What is done at each hook: a dictionary that replaces the tensor goes first, others read what it puts there."""
+        reads: dict[str, list[Place]] = {}
+        writes: dict[str, Place] = {}
+        for index, insertion in enumerate(self._insertions):
+            for site in insertion.sites:
+                writes[insertion.hooks_out[site]] = index, site
+            # Later sites than the last that is written need not be read.
+            for site in range(max(insertion.sites, default=-1) + 1):
+                reads.setdefault(insertion.hooks_in[site], []).append((index, site))
+
+        def reader(hook: str) -> Callable[[Tensor], Tensor | None]:
+            place, readers = writes.get(hook), reads.get(hook, [])
+
+            def act(x: Tensor) -> Tensor | None:
+                _require_contexts(hook, x)
+                changed = None
+                if place is not None:
+                    if place in readers:
+                        self._read(place, x)
+                    changed = self._replaced(place, x)
+                for other in readers:
+                    if other != place:
+                        self._read(other, x if changed is None else changed)
+                return changed
+
+            return act
+
+        return {hook: reader(hook) for hook in (*reads, *writes)}
+
+    def _idle(self, readers: Mapping[str, Any]) -> list[str]:
+        """Modules whose own output nobody looks at."""
+        if self._add_error or self._kept is not None:
+            return []
+        found = []
+        for insertion in self._insertions:
+            for site in insertion.sites:
+                path, _, side = insertion.hooks_out[site].rpartition(":")
+                within = any(hook.startswith(f"{path}.") for hook in readers)
+                if side == "out" and insertion.hooks_in[site] != insertion.hooks_out[site] and not within:
+                    found.append(path)
+        return found
+
+    def _read(self, place: Place, x: Float[Tensor, "contexts positions width"]) -> None:
+        index, site = place
+        insertion = self._insertions[index]
+        # Modules above may write into what they get, and a skip reads it once more when decoding.
+        rows = self._rows(x if insertion.hooks_in[site] == insertion.hooks_out[site] else x.clone())
+        code = self._given_codes.get(place)
+        if code is None:
+            code = insertion.dictionary.encode_at(site, rows)
+        elif code.n_tokens != rows.shape[0]:
+            raise ValueError(f"codes: {place}: expected {rows.shape[0]} tokens, those that are replaced, got {code.n_tokens}.")
+        code = _keeping_gradient(code)
+        self._inputs[place], self._unedited[place] = rows, code
+        self.codes[place] = self._edited(place, code, x.shape[0], x.shape[1])
+
+    def _edited(self, place: Place, code: SparseCode, contexts: int, positions: int) -> SparseCode:
+        for edit in self._edits:
+            if (edit.insertion, edit.site) != place:
+                continue
+            where = edit.where(contexts, positions, self._prompt)
+            kept = self._mask(contexts, positions)
+            if kept is not None and not isinstance(edit.positions, str) and bool((where & ~kept.cpu()).any()):
+                missed = (where & ~kept.cpu()).any(0).nonzero().flatten().tolist()
+                raise ValueError(f"positions: expected ones that kept has, for others are not replaced, got {missed}.")
+            chosen = self._rows(where.to(code.values.device).unsqueeze(-1))
+            latents = torch.tensor(list(edit.latents), device=code.latents.device)
+            before = code.columns(latents)
+            code = _keeping_gradient(code.with_columns(latents, torch.where(chosen, edit.apply(before), before)))
+        return code
+
+    def _replaced(self, place: Place, y: Float[Tensor, "contexts positions width"]) -> Tensor:
+        y_hat = self._decoded(place, self.codes)
+        rows = self._rows(y)
+        if y_hat.shape[-1] != rows.shape[-1]:
+            hook = self._insertions[place[0]].hooks_out[place[1]]
+            raise ValueError(f"{hook}: expected width {y_hat.shape[-1]}, which the dictionary writes, got {rows.shape[-1]}.")
+        if place in self._given_errors:
+            y_hat = y_hat + self._given_errors[place]
+        elif self._add_error:
+            plain = self._decoded(place, self._unedited) if self._edits else y_hat
+            error = (rows - plain).detach()
+            error = self.errors[place] = error.requires_grad_(torch.is_grad_enabled())
+            # The same as y_hat + error, without its rounding: unedited, the model's own tensor comes back bit by bit.
+            y_hat = rows.detach() + (y_hat - plain.detach()) + (error - error.detach())
+        self._written.add(place)
+        y_hat = y_hat.to(y.dtype)
+        mask = self._mask(y.shape[0], y.shape[1])
+        return y_hat.unflatten(0, y.shape[:2]) if mask is None else y.masked_scatter(mask.unsqueeze(-1), y_hat)
+
+    def _decoded(self, place: Place, codes: Mapping[Place, SparseCode]) -> Tensor:
+        index, site = place
+        insertion = self._insertions[index]
+        for earlier in range(site + 1):
+            if (index, earlier) not in codes:
+                raise ValueError(
+                    f"{insertion.hooks_out[site]}: insertion {index} is to write here before the model comes to what it reads, "
+                    f"{insertion.hooks_in[earlier]}. Choose hooks in the model's order."
+                )
+        read = [codes[index, earlier] for earlier in range(site + 1)]
+        return insertion.dictionary.decode_at(site, read, self._inputs[place])
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The tokens that are replaced, contexts one after another."""
+        mask = self._mask(x.shape[0], x.shape[1])
+        return x.flatten(0, 1) if mask is None else x[mask]
+
+    def _mask(self, contexts: int, positions: int) -> Tensor | None:
+        if self._kept is None:
+            return None
+        kept = _grown(self._kept, "kept", (contexts, positions), self._prompt, beyond=True)
+        return kept.to(self._model.device)
+
+
+@contextmanager
+def model_spliced(
+    model: LanguageModel,
+    insertions: Sequence[Insertion],
+    add_error: bool = False,
+    kept: Tensor | None = None,
+    edits: Sequence[Edit] = (),
+    codes: Mapping[Place, SparseCode] | None = None,
+    errors: Mapping[Place, Tensor] | None = None,
+) -> Iterator[Splice]:
+    """While the context is open, ``model`` runs with the dictionaries in place; the value holds codes and errors of a pass.
+
+    Positions outside ``kept`` keep the model's own tensor. With ``add_error`` what a dictionary misses is added to its
+    reconstruction, as a constant that passes no gradient on: unedited, the logits are the model's own; edited, they are
+    those of the model with the edited latents' atoms added. ``codes`` and ``errors``, by ``(insertion, site)``, take the
+    place of those found. Where a module's own output is not needed (a transcoder replaces the whole of it), it is not
+    computed.
+
+    Dictionaries stay in the mode they are in; those that are loaded are in ``eval()``. Gradients also reach their
+    parameters, unless these are told not to require any.
+
+    Raises:
+        ValueError: On entering, if two dictionaries replace one hook, a hook does not exist, or an edit names a latent that
+            does not. In the pass, if a hook is never met or met too early, or widths, positions or numbers of tokens do not
+            fit.
+    """
+    with Splice(model, insertions, add_error, kept, edits, codes or {}, errors or {}).opened() as splice:
+        yield splice
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    token_ids: Int[Tensor, "contexts positions"],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    insertions: Sequence[Insertion] = (),
+    edits: Sequence[Edit] = (),
+    add_error: bool = False,
+    kept: Tensor | None = None,
+) -> Int[Tensor, "contexts longer"]:
+    """Prompts of equal length, continued with the dictionaries in place: the prompts and at most so many new tokens.
+
+    Temperature 0 takes the likeliest token; above 0, equal seeds give equal text, and the global random state is left as it
+    was. Every token is computed from the whole text before it, so codes are those of a plain run. ``kept`` is about the
+    prompt: new tokens are always replaced. Edits at ``"new"`` positions change what follows the first new token. A context
+    that ended is filled up with padding.
+
+    Raises:
+        ValueError: If a number is out of range, or as ``model_spliced``.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
+    if temperature < 0:
+        raise ValueError(f"temperature: expected 0, for the likeliest token, or above, got {temperature}.")
+    config: Any = model.module.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    padding = next((token for token in (config.pad_token_id, *ends) if token is not None), 0)
+    # The model's own defaults, like keeping the likeliest fifty tokens only, are not asked for.
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    )
+    splice = Splice(model, insertions, add_error, kept, edits, {}, {}, prompt=token_ids.shape[1])
+    run: Any = model.module.generate
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), splice.opened():
+        torch.manual_seed(seed)
+        return run(
+            input_ids=token_ids.to(model.device),
+            attention_mask=torch.ones_like(token_ids, device=model.device),
+            max_new_tokens=max_new_tokens,
+            use_cache=False,
+            pad_token_id=padding,
+            **sampling,
+        )
+
+
+def latents_at(dictionary: SparseDictionary, site: int) -> int:
+    """How many latents a site has."""
+    latents = dictionary.blocks[site].latents
+    return latents.stop - latents.start
+
+
+def _require_contexts(hook: str, x: Tensor) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"{hook}: expected a tensor (contexts, positions, width), got {tuple(x.shape)}. Choose another hook.")
+
+
+def _grown(mask: Tensor, name: str, shape: tuple[int, int], prompt: int | None, beyond: bool) -> Tensor:
+    """The mask, which is about the prompt while text is generated, for what has been generated too."""
+    contexts, positions = shape
+    if prompt is not None and mask.shape == (contexts, prompt):
+        return torch.cat([mask, mask.new_full((contexts, positions - prompt), beyond)], dim=1)
+    if mask.shape != shape or mask.dtype != torch.bool:
+        expected = shape if prompt is None else (contexts, prompt)
+        raise ValueError(f"{name}: expected a mask (contexts, positions) = {expected}, got {mask.dtype} {tuple(mask.shape)}.")
+    return mask
+
+
+def _keeping_gradient(code: SparseCode) -> SparseCode:
+    if not torch.is_grad_enabled():
+        return code
+    if not code.values.requires_grad:
+        return dataclasses.replace(code, values=code.values.detach().requires_grad_(True))
+    code.values.retain_grad()
+    return code
+
+
+@contextmanager
+def _shape_only(module: nn.Module) -> Iterator[None]:
+    """While the context is open, the module answers with something of the right shape, at the price of a single token."""
+    own, before = module.forward, vars(module).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim == 3:
+            one = own(args[0][:1, :1])
+            # One that returns several things is asked for all of them.
+            if isinstance(one, Tensor):
+                return one.expand(*args[0].shape[:2], -1)
+        return own(*args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
