@@ -83,9 +83,9 @@ class Decomposition:
             return sum(float(values.sum()) for _, values in self.latents.values())
         return sum(term.value for term in self.others if term.kind == kind)
 
-    def largest(self, count: int) -> list[Term]:
-        """The terms of greatest magnitude, greatest first; zeros are left out."""
-        terms = [term for term in self.others if term.value]
+    def largest(self, count: int, kinds: tuple[str, ...] | None = None) -> list[Term]:
+        """The terms of greatest magnitude, or those of some kinds, greatest first; zeros are left out."""
+        terms = list(self.others)
         flat = self.heads.flatten()
         for index in flat.abs().topk(min(count, flat.numel())).indices.tolist():
             layer, head, source = (int(i) for i in torch.unravel_index(torch.tensor(index), self.heads.shape))
@@ -94,7 +94,8 @@ class Decomposition:
             best = values.abs().topk(min(count, values.numel())).indices
             pairs = zip(latents[best].tolist(), values[best].tolist(), strict=True)
             terms.extend(Term("latent", value, self.position, layer, latent=latent) for latent, value in pairs)
-        return sorted((term for term in terms if term.value), key=lambda term: -abs(term.value))[:count]
+        wanted = (term for term in terms if term.value and (kinds is None or term.kind in kinds))
+        return sorted(wanted, key=lambda term: -abs(term.value))[:count]
 
 
 @dataclass(frozen=True)
@@ -221,18 +222,23 @@ class Circuit:
             raise ValueError(f"term: expected one of {', '.join(self._openers)}, which read from the stream, got {term.kind}.")
         return self._openers[term.kind](probe, term)
 
-    def tree(self, probe: Probe, levels: int = 2, branches: int = 5) -> Node:
-        """The largest terms of a probe, the largest terms of each of these, and so on for so many levels."""
+    def tree(self, probe: Probe, levels: int = 2, branches: int = 5, kinds: tuple[str, ...] | None = None) -> Node:
+        """The largest terms of a probe, the largest terms of each of these, and so on for so many levels.
+
+        With ``kinds``, such as ``("latent", "head", "token")``, branches are of these only, and all others part of the rest.
+        """
         decomposition = self.decompose(probe)
         root = Term("target", decomposition.total(), probe.position)
-        return self._grow(probe, root, decomposition, levels, branches)
+        return self._grow(probe, root, decomposition, levels, branches, kinds)
 
-    def _grow(self, probe: Probe, term: Term, decomposition: Decomposition, levels: int, branches: int) -> Node:
+    def _grow(
+        self, probe: Probe, term: Term, terms: Decomposition, levels: int, branches: int, kinds: tuple[str, ...] | None
+    ) -> Node:
         children = []
-        for part in decomposition.largest(branches):
+        for part in terms.largest(branches, kinds):
             if levels > 1 and part.kind in self._openers:
                 opened = self.open(probe, part)
-                children.append(self._grow(opened, part, self.decompose(opened), levels - 1, branches))
+                children.append(self._grow(opened, part, self.decompose(opened), levels - 1, branches, kinds))
             else:
                 children.append(Node(part))
         return Node(term, tuple(children), term.value - sum(child.term.value for child in children))

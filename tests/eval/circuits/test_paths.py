@@ -88,6 +88,10 @@ def test_leaves_and_rests_of_a_tree_add_up_and_with_all_branches_nothing_rests(c
         assert sum(path[-1].value for path in paths) + tree.rests() == pytest.approx(expected, rel=1e-9, abs=1e-9)
         assert len(tree.children) == branches
         assert abs(tree.rest) > 1e-3
+    some = circuit.tree(probe, 3, 2, kinds=("latent", "token"))
+    assert {term.kind for path in some.paths() for term in path[1:]} == {"latent", "token"}
+    total = sum(path[-1].value for path in some.paths()) + some.rests()
+    assert total == pytest.approx(expected, rel=1e-9, abs=1e-9)
     short = Circuit(circuit.anatomy, circuit.weights.transcoders, circuit.token_ids[:2])
     tree = short.tree(short.latent(1, 7, 1), levels=3, branches=10**6)
     assert tree.rest == pytest.approx(0, abs=1e-9)
