@@ -22,6 +22,9 @@ from transcoders.transcoder import Transcoder
 from .connections import Connections
 from .readers import readers
 
+OPENED = ("latent", "head", "skip")
+KINDS = (*OPENED, "token", "position", "mlp", "error", "transcoder bias", "attention bias", "constant")
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -42,8 +45,8 @@ class Probe:
 class Term:
     """One summand. ``position`` is where it was written; a head read at ``source`` what it wrote there.
 
-    Kinds: token, position (embeddings); head, latent, skip (these can be opened); mlp (one without a transcoder), error,
-    transcoder bias, attention bias, constant; target, the root of a tree.
+    Kinds: those of ``OPENED``; token and position (embeddings); mlp (one without a transcoder); error, transcoder bias,
+    attention bias, constant; target, the root of a tree.
     """
 
     kind: str
@@ -226,7 +229,13 @@ class Circuit:
         """The largest terms of a probe, the largest terms of each of these, and so on for so many levels.
 
         With ``kinds``, such as ``("latent", "head", "token")``, branches are of these only, and all others part of the rest.
+
+        Raises:
+            ValueError: If there is no such kind.
         """
+        unknown = [kind for kind in kinds or () if kind not in KINDS]
+        if unknown:
+            raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(unknown)}.")
         decomposition = self.decompose(probe)
         root = Term("target", decomposition.total(), probe.position)
         return self._grow(probe, root, decomposition, levels, branches, kinds)

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from eval.circuits.heads import by_source
-from eval.circuits.paths import Circuit, Term
+from eval.circuits.paths import KINDS, Circuit, Term
 from eval.circuits.readers import readers
 from sae import ENCODERS, SAE
 from training.activations.anatomy import Anatomy
 
 T, S = 5, 2
-KINDS = {"constant", "token", "head", "attention bias", "latent", "transcoder bias", "skip", "error", "mlp"}
 
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
@@ -38,7 +37,7 @@ def test_terms_add_up_to_the_pre_activation(circuit):
         assert decomposition.total() == pytest.approx(pre_activation(circuit, 2, latent, T), rel=1e-9, abs=1e-9)
         terms = decomposition.largest(10**6)
         assert sum(term.value for term in terms) == pytest.approx(decomposition.total(), rel=1e-9, abs=1e-9)
-        kinds = KINDS - {"mlp"} | ({"position"} if circuit.anatomy.W_P is not None else set())
+        kinds = set(KINDS) - {"mlp"} - ({"position"} if circuit.anatomy.W_P is None else set())
         assert {term.kind for term in terms} | {"attention bias"} == kinds
         assert math.fsum(decomposition.of_kind(kind) for kind in kinds) == pytest.approx(decomposition.total(), rel=1e-9)
         # Nothing from the future, greatest first.
@@ -202,5 +201,7 @@ def test_what_is_not_there_is_refused(circuit):
         circuit.latent(1, 19, 0)
     with pytest.raises(ValueError, match=r"token: expected 0 to 40, got 41"):
         circuit.logit(41, 0)
+    with pytest.raises(ValueError, match=r"kinds: expected some of latent, head, .* got heads"):
+        circuit.tree(circuit.latent(1, 0, 0), kinds=("latent", "heads"))
     with pytest.raises(ValueError, match=r"term: expected one of head, latent, skip.* got error"):
         circuit.open(circuit.latent(1, 0, 0), Term("error", 1.0, 0, 0))
