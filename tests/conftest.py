@@ -203,3 +203,29 @@ def tiny_model():
         return LanguageModel(module, None, family, None)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def random_transcoders():
+    """Builds transcoders for layers 0 to 2: with and without skip, and one whose values are not its pre-activations."""
+    from sae import ENCODERS
+    from transcoders.transcoder import Transcoder
+
+    def one(width, dtype, encoder, skip):
+        built = Transcoder(width, width, 19, encoder, skip=skip).to(dtype)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.normal_()
+            built.in_centre.normal_()
+        built.in_scale.fill_(1.3)
+        built.out_scale.fill_(0.7)
+        return built.requires_grad_(False).eval()
+
+    def build(width, dtype=torch.float64):
+        return {
+            0: one(width, dtype, ENCODERS["topk"](k=4), skip=True),
+            1: one(width, dtype, ENCODERS["gated"](), skip=True),
+            2: one(width, dtype, ENCODERS["relu"](), skip=False),
+        }
+
+    return build

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel
+from training.activations.model import LanguageModel, load_model
+from training.recipe import ModelSection
 
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2"])
@@ -51,6 +52,13 @@ def test_the_embedded_model_s_parts_make_it_up(embedded_model):
     token_ids = torch.randint(3, 900, (2, 11))
     trace = check(Anatomy(embedded_model), token_ids, rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(trace.logits, embedded_model.logits(token_ids), rtol=1e-4, atol=2e-4)
+
+
+def test_stories3M_s_parts_make_it_up(shared_data):  # noqa: N802 - the model's name
+    model = load_model(ModelSection(id=str(shared_data / "models" / "stories3M"), device="cpu"))
+    token_ids = torch.randint(3, 4000, (2, 11))
+    trace = check(Anatomy(model), token_ids, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(trace.logits, model.logits(token_ids), rtol=1e-4, atol=2e-4)
 
 
 def test_carrying_and_folding_are_what_heads_and_norms_do(anatomy, token_ids):
