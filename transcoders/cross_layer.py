@@ -145,12 +145,13 @@ class CrossLayerTranscoder(SparseDictionary):
         return self._code_at(site, x)
 
     def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
-        total = torch.zeros(code.n_tokens, self.d_out, dtype=self.b_dec.dtype, device=self.b_dec.device)
+        written = []
         for block in self.blocks:
             part = code.where((code.latents >= block.latents.start) & (code.latents < block.latents.stop))
             part = SparseCode(part.latents - block.latents.start, part.values, part.starts)
-            total[:, block.writes] += decode(part, block.weights.W_dec)
-        return torch.addcmul(self.b_dec * self.out_scale, total, self.out_scale)
+            # Adding to slices in place would copy the whole gradient for every layer.
+            written.append(F.pad(decode(part, block.weights.W_dec), (block.writes.start, 0)))
+        return torch.addcmul(self.b_dec * self.out_scale, torch.stack(written).sum(0), self.out_scale)
 
     def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
         place = self.sites[site].writes
