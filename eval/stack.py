@@ -87,7 +87,7 @@ def _describe(checkpoint: str, sources: list[dict[str, Any]], insertions: list[I
     return {
         "stack_report_version": STACK_REPORT_VERSION,
         "checkpoint": str(checkpoint),
-        "kind": kinds[0] if len(insertions) == 1 else f"stack of {', '.join(kinds)}",
+        "kind": kinds[0] if len(insertions) == 1 else "stack of " + " and ".join(f"{kind}s" for kind in kinds),
         "encoder": encoders[0] if len(encoders) == 1 else f"{len(encoders)} encoders",
         "layers": sum(len(dictionary.sites) for dictionary in dictionaries),
         "n_latents": sum(dictionary.n_latents for dictionary in dictionaries),
@@ -203,19 +203,21 @@ def _entries(layers: list[Layer], found: list[Reconstruction], downstream: Downs
 def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures a person looks at first, as pairs of name and value."""
     variants, keys = ("spliced", "mean", "zero"), ("fvu", "l0", "ce_spliced", "ce_mean", "kl_spliced", "top1_spliced")
+    # Eighty columns hold the names of modules and six figures.
+    width = 9
     agreements = ("top1_agreement", "top1_mean", "top1_zero")
     each = [(hook, [show(report[f"layer_{key}"][i]) for key in keys]) for i, hook in enumerate(report["layer_hooks"])]
     rows: list[tuple[str, list[str]]] = [
-        ("all layers at once", ["clean", "spliced", "mean-ablated", "zero-ablated"]),
+        ("all layers at once", ["clean", "spliced", "mean", "zero"]),
         ("cross-entropy", [show(report[f"ce_{name}"]) for name in ("clean", *variants)]),
         ("KL", ["0", *(show(report[f"kl_{name}"]) for name in variants)]),
         ("same top token", ["100.00%", *(f"{report[key]:.2%}" for key in agreements)]),
-        ("each layer alone", [key.replace("_", " ") for key in keys]),
+        ("each layer alone", ["fvu", "l0", "ce", "ce mean", "KL", "top-1"]),
         *((short(hook), values) for hook, values in each),
     ]
     return [
         ("stack", f"{report['kind']}, {report['layers']} layers  {report['encoder']}  {report['n_latents']:,} latents"),
         ("fvu", f"{report['fvu_layer_mean']:.4f}   mean over layers, on {report['tokens']:,} held-out tokens"),
         ("l0", f"{report['l0_total']:.2f}   all layers together   dead {report['dead_fraction']:.2%}"),
-        *((name, "".join(f"{value:>13}" for value in values)) for name, values in rows),
+        *((name, "".join(f"{value:>{width}}" for value in values)) for name, values in rows),
     ]

@@ -125,7 +125,7 @@ def test_a_stack_is_judged_whole_and_by_layer(stack, report):
         for item in value if isinstance(value, list) else [value]:
             assert not isinstance(item, float) or math.isfinite(item), key
         assert not key.startswith("layer_") or len(value) == 4, key
-    assert report["kind"] == "stack of transcoder"
+    assert report["kind"] == "stack of transcoders"
     assert report["layer_hooks"] == [f"{a} -> {b}" for a, b in zip(READS, WRITES, strict=True)]
     assert report["ce_clean"] < max(report["layer_ce_spliced"]) < report["ce_spliced"] < report["ce_mean"]
     assert 0 < report["top1_mean"] < report["top1_agreement"] < min(report["layer_top1_spliced"]) < 1
@@ -189,7 +189,7 @@ def test_saes_and_transcoders_may_stand_side_by_side(stack, linear, tmp_path):
     sae.save(tmp_path / "b", SOURCE | {"hook": hook})
     found = evaluate(str(tmp_path), tokens=300)
     assert found["layer_hooks"] == [f"{READS[1]} -> {WRITES[1]}", hook]
-    assert found["kind"] == "stack of transcoder, sae"
+    assert found["kind"] == "stack of transcoders and saes"
 
 
 def test_what_does_not_fit_together_is_refused(linear, tmp_path):
