@@ -60,7 +60,9 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
 def evaluate(directory: str, out: str | None = None, activations: Any = None, tokens: int | None = None) -> dict[str, Any]:
     """Judge a checkpoint on held-out documents, write ``report.json`` and ``report.html``, and return the report.
 
-    ``activations``, a ``(tokens, d_in)`` tensor, takes the place of the model; what needs the model is then left out.
+    ``activations``, a ``(tokens, d_in)`` tensor, takes the place of the model; what needs the model is then left out. For a
+    transcoder they are a pair, with the ``(tokens, d_out)`` targets. A directory of checkpoints is judged with all of them in
+    place at once, and each alone, and so is a cross-layer transcoder.
     """
     from eval.suite import evaluate as run
 
@@ -113,7 +115,7 @@ def _train(
 
 @app.command("eval")
 def _eval(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory, a directory of them (all at once), or a hub id.")],
     out: Annotated[str | None, typer.Option(help="Where the report goes; the checkpoint's own directory if not given.")] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")

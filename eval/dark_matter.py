@@ -1,6 +1,6 @@
-"""The error a dictionary leaves, split into what is linear in the activation and what is not.
+"""The error a dictionary leaves, split into what is linear in the activation it reads and what is not.
 
-With ``e = x - x_hat``, a linear map ``A`` is fitted to ``e`` on one set of documents and scored on another. Source: Engels,
+With ``e = y - y_hat``, a linear map of ``x`` is fitted to ``e`` on one set of documents and scored on another. Source: Engels,
 Riggs and Tegmark 2024, arXiv:2410.14670. Least squares run on float64 moments, so nothing is stored per token.
 
 A low ``fvu_nonlinear`` alone is no merit: an empty dictionary has none, its error being all linear. Read it beside
@@ -93,6 +93,23 @@ class DarkMatter:
             "dark_matter_score_tokens": self.y.count,
             "dark_matter_enough_tokens": self.fit.tokens >= TOKENS_PER_COLUMN * columns,
         }
+
+
+class AffineFloor:
+    """``fvu_affine``: of the best affine map ``y ~ A x + b``, fitted on some documents and scored on others.
+
+    What a transcoder achieves is to be read beside it: a linear map alone often explains much of an MLP.
+    """
+
+    def __init__(self, fit: LinearFit):
+        # An error that is the whole target: what the regression leaves of it is what no affine map explains.
+        self.score = DarkMatter(fit)
+
+    def update(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"]) -> None:
+        self.score.update(x, y, torch.zeros_like(y))
+
+    def report(self) -> dict[str, Any]:
+        return {"fvu_affine": self.score.report()["fvu_nonlinear"]}
 
 
 def _ratio(part: float, whole: float) -> float | None:

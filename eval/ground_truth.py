@@ -437,7 +437,7 @@ def judge(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int
             f"dictionary: expected d_in = d_out = {planted.d}, as planted, got {dictionary.d_in} and {dictionary.d_out}."
         )
     sample = planted.sample(tokens, seed)
-    device = dictionary.W_dec.device
+    device = dictionary.device
     latents, x_hat = [], []
     training = dictionary.training
     dictionary.eval()
@@ -450,4 +450,4 @@ def judge(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int
             x_hat.append(dictionary.decode(code).float().cpu())
     finally:
         dictionary.train(training)
-    return score(planted, dictionary.W_dec.float().cpu(), torch.cat(latents), sample, torch.cat(x_hat))
+    return score(planted, dictionary.atoms.float().cpu(), torch.cat(latents), sample, torch.cat(x_hat))

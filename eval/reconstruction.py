@@ -1,4 +1,4 @@
-"""How well a dictionary reconstructs held-out activations, and how it spends its latents doing so."""
+"""How well a dictionary reconstructs held-out targets, and how it spends its latents doing so."""
 
 import math
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import SparseDictionary
 from sae.code import SparseCode
 from sae.metrics import RunningFvu, dead_fraction, density
 
@@ -18,11 +17,11 @@ BINS_PER_DECADE = 4
 
 
 class Reconstruction:
-    """Running sums over batches of raw activations; ``report`` turns them into flat entries."""
+    """Running sums over batches of raw targets and reconstructions; ``report`` turns them into flat entries."""
 
-    def __init__(self, dictionary: SparseDictionary, device: torch.device):
-        self.fvu = RunningFvu(dictionary.d_out, device)
-        self.firings = torch.zeros(dictionary.n_latents, dtype=torch.long, device=device)
+    def __init__(self, d_out: int, n_latents: int, device: torch.device | str = "cpu"):
+        self.fvu = RunningFvu(d_out, device)
+        self.firings = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.l0: list[Tensor] = []
         # Sums over tokens of cosine, norm ratio, x.x_hat and |x_hat|^2.
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from eval.dark_matter import DarkMatter, LinearFit
-from eval.downstream import Downstream
+from eval.dark_matter import AffineFloor, DarkMatter, LinearFit
+from eval.downstream import Downstream, ablations, replaced
 from eval.reconstruction import Reconstruction, density_histogram
 from sae import ENCODERS, SAE
-
-CPU = torch.device("cpu")
 
 
 def dark_matter(x, x_hat, fit_share=0.5):
@@ -75,6 +73,23 @@ def test_a_perfect_dictionary_has_no_share_to_speak_of(x):
     assert report["err_norm_r2"] is None
 
 
+def affine(x, y):
+    fit = LinearFit(x.shape[1], y.shape[1])
+    fit.update(x[:2000], y[:2000])
+    floor = AffineFloor(fit)
+    for part in (slice(2000, 2100), slice(2100, None)):
+        floor.update(x[part], y[part])
+    return floor.report()["fvu_affine"]
+
+
+def test_the_affine_floor_is_what_no_affine_map_explains(x):
+    linear = x @ torch.randn(9, 5) + torch.randn(5)
+    assert affine(x, linear) == pytest.approx(0, abs=1e-6)
+    noise = torch.randn_like(linear) * linear.std()
+    assert affine(x, linear + noise) == pytest.approx(float(noise.var(0).sum() / (linear + noise).var(0).sum()), rel=0.05)
+    assert affine(x, noise) == pytest.approx(1, abs=0.03)
+
+
 def test_too_few_tokens_are_flagged(x):
     assert dark_matter(x, 0.5 * x)["dark_matter_enough_tokens"] is True
     assert dark_matter(x[:150], 0.5 * x[:150])["dark_matter_enough_tokens"] is False
@@ -83,7 +98,7 @@ def test_too_few_tokens_are_flagged(x):
 def test_reconstruction_equals_the_formulas():
     sae = SAE(7, 41, ENCODERS["topk"](k=4))
     x = torch.randn(997, 7)
-    found = Reconstruction(sae, CPU)
+    found = Reconstruction(7, 41)
     codes = []
     with torch.no_grad():
         for part in x.split(100):
@@ -127,11 +142,29 @@ def spliced(embedded_model):
         x = embedded_model.activations(ids, (hook,))[hook]
         kept = torch.ones(ids.shape, dtype=torch.bool)
         kept[:, :2] = False
-        found = Downstream(embedded_model, hook, x[kept].mean(0))
-        found.update(ids, kept, kept[:, :-1], embedded_model.logits(ids), reconstruct(x))
+        found = Downstream(embedded_model)
+        variants = ablations(embedded_model, kept, {hook: x[kept].mean(0)})
+        variants["spliced"] = replaced(embedded_model, kept, {hook: reconstruct})
+        found.update(ids, kept[:, :-1], embedded_model.logits(ids), variants)
         return found.report()
 
     return splice
+
+
+def test_ablations_put_zeros_or_means_in_place_of_all_hooks_at_once(embedded_model):
+    ids = torch.randint(3, 900, (2, 9))
+    kept = torch.rand(ids.shape) < 0.6
+    means = {"transformer.h.1.mlp:out": torch.randn(128), "transformer.h.2.mlp:out": torch.randn(128)}
+    found = ablations(embedded_model, kept, means)
+    for name, factor in (("zero", 0.0), ("mean", 1.0)):
+        with found[name]:
+            logits = embedded_model.logits(ids)
+        first, second = (
+            embedded_model.replacing(hook, lambda x, mean=mean, f=factor: torch.where(kept.unsqueeze(-1), f * mean, x))
+            for hook, mean in means.items()
+        )
+        with first, second:
+            assert torch.equal(embedded_model.logits(ids), logits)
 
 
 def test_a_perfect_reconstruction_recovers_everything(spliced):

@@ -154,7 +154,18 @@ def test_every_scalar_has_a_row_with_value_and_explanation(page: Page, key: str)
 
 
 def test_every_explained_key_is_one_of_the_report():
-    assert {key for entries in EXPLANATIONS.values() for key in entries} == set(SCALARS)
+    # A transcoder's alone.
+    assert {key for entries in EXPLANATIONS.values() for key in entries} == {*SCALARS, "fvu_affine"}
+
+
+def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():
+    hook = "transformer.h.2.mlp:in -> transformer.h.2.mlp:out"
+    page = Page(render(REPORT | {"kind": "transcoder", "d_out": 131, "hook": hook, "fvu_affine": 0.31724}, CURVE))
+    assert page.entry("fvu_affine")[1] == "0.31724"
+    assert "No explanation" not in page.text
+    assert "an affine map leaves 0.3172" in page.text
+    assert hook in page.text
+    assert "127 \u2192 1,021 latents \u2192 131" in page.text
 
 
 def test_header_names_the_run(page: Page):

@@ -65,10 +65,10 @@ def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
 
 
 def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
-    import eval.suite as suite
+    import eval.heldout as heldout
 
     seen = []
-    pieces = suite._pieces
+    pieces = heldout.pieces
 
     def spy(*arguments):
         owners = set()
@@ -77,7 +77,7 @@ def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score
             owners |= piece.documents
             yield piece
 
-    monkeypatch.setattr(suite, "_pieces", spy)
+    monkeypatch.setattr(heldout, "pieces", spy)
     evaluate(str(checkpoint), str(checkpoint / "x"))
     fitted, scored = seen
     assert fitted

@@ -1,0 +1,119 @@
+"""Held-out text, and what a model has at its hooks there: what every evaluation on a model starts from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from training.activations.harvest import batches, excluded
+from training.activations.model import LanguageModel, load_model
+from training.recipe import HarvestSection, ModelSection, TextSection
+from training.text import Cursor, contexts
+
+# Logits over a large vocabulary dominate memory; eight contexts of 128 tokens and GPT-2's vocabulary are 0.2 GB.
+BATCH_CONTEXTS = 8
+DEFAULT_TOKENS = 200_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A few contexts on the model's device: what the model saw, and which positions count."""
+
+    token_ids: Tensor
+    kept: Tensor
+    # Kept positions whose next token is of the same document.
+    counted: Tensor
+    cursor: Cursor
+    documents: set[int]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a checkpoint's provenance says about where to judge it: the model, the text, what is left out of it."""
+
+    model: LanguageModel
+    text: TextSection
+    exclusions: HarvestSection
+
+    def pieces(self, start: Cursor, tokens: int) -> Iterator[Piece]:
+        """Held-out contexts from ``start`` on until so many tokens were kept."""
+        return pieces(self.model, self.text, self.exclusions, start, tokens)
+
+
+def ground(provenance: dict[str, Any], hooks: Sequence[str]) -> Ground:
+    """Where a dictionary is judged that was trained at these hooks.
+
+    Raises:
+        ValueError: If the model cannot be had.
+    """
+    text = TextSection.model_validate(provenance["text"])
+    exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
+    return Ground(load_model(ModelSection.model_validate(provenance["model"])), text, exclusions)
+
+
+def pieces(model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int) -> Iterator[Piece]:
+    """Held-out contexts from ``start`` on until so many tokens were kept."""
+    kept_tokens = 0
+    special = frozenset(model.tokenizer.all_special_ids)
+    for batch in batches(contexts(text, model.tokenizer, start, section.heldout), BATCH_CONTEXTS):
+        token_ids = np.stack([context.token_ids for context in batch])
+        document_ids = np.stack([context.document_ids for context in batch])
+        kept = ~excluded(token_ids, document_ids, special, section)
+        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
+        yield Piece(
+            torch.from_numpy(token_ids).long().to(model.device),
+            torch.from_numpy(kept).to(model.device),
+            torch.from_numpy(counted).to(model.device),
+            batch[-1].cursor,
+            set(document_ids[kept].tolist()),
+        )
+        kept_tokens += int(kept.sum())
+        if kept_tokens >= tokens:
+            return
+
+
+def logits_and_activations(
+    model: LanguageModel, token_ids: Int[Tensor, "contexts positions"], hooks: Sequence[str]
+) -> tuple[Float[Tensor, "contexts positions vocabulary"], dict[str, Tensor]]:
+    """What the untouched model predicts, and what it has at each hook, in one pass."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(hook: str) -> Callable[[Tensor], None]:
+        # Modules above may write into what they get; the copy is ours.
+        return lambda x: seen.update({hook: x.clone()})
+
+    with model.hooked({hook: keep(hook) for hook in hooks}):
+        logits = model.logits(token_ids)
+    return logits, seen
+
+
+def require_widths(model: LanguageModel, hooks: Sequence[str], widths: Sequence[int], name: str) -> None:
+    """Raise ``ValueError`` unless the model's tensors have the widths that a dictionary's ``name`` (d_in, d_out) says."""
+    found = model.widths(tuple(dict.fromkeys(hooks)))
+    for hook, width in zip(hooks, widths, strict=True):
+        if found[hook] != width:
+            raise ValueError(f"{hook}: expected width {width}, the dictionary's {name}, got {found[hook]} from {model.id}.")
+
+
+def wanted_tokens(provenance: dict[str, Any], tokens: int | None) -> int:
+    """How many tokens to judge on: as asked for, else as the recipe says."""
+    return tokens or provenance.get("recipe", {}).get("eval_tokens", DEFAULT_TOKENS)
+
+
+def require_fitted(tokens: int) -> None:
+    """Raise ``ValueError`` if the first half of the text had nothing to fit on."""
+    if tokens == 0:
+        raise ValueError("text: no held-out document was found. Raise harvest.heldout, or give longer text.")
+
+
+def require_scored(scored: int, fitted: int, wanted: int) -> None:
+    """Raise ``ValueError`` if the first half took all the text there is."""
+    if scored == 0:
+        raise ValueError(
+            f"text: the held-out documents hold only {fitted} tokens, not the {wanted} asked for, and none was left to "
+            "score. Lower --tokens, raise harvest.heldout, or give longer text."
+        )

@@ -1,0 +1,221 @@
+"""All layers at once: a stack of dictionaries, or a cross-layer transcoder, put in place together, and each layer alone."""
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae import SparseCode, SparseDictionary, load_dictionary
+from sae.checkpoint import read_config
+from sae.files import write_json, write_text
+from sae.hub import local_directory
+from sae.metrics import Moments
+from training.activations.model import LanguageModel
+from training.activations.splice import Insertion, Place, latents_at, model_spliced
+from training.text import Cursor
+from transcoders.stack import hooks_of, is_stack, load_stack
+
+from .downstream import SPLICES, Downstream, ablations
+from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
+from .plots import show
+from .reconstruction import Reconstruction
+from .stack_page import render, short
+
+STACK_REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One place where something is replaced: which insertion, which of its sites, between which hooks."""
+
+    place: Place
+    hook_in: str
+    hook_out: str
+
+
+def evaluate_stack(checkpoint: str, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """Judge a directory of checkpoints, or a cross-layer transcoder; the report is written to ``out`` or into the directory.
+
+    Cross-entropy, KL and agreement with all dictionaries in place, with all their hooks ablated to zero or the mean, and
+    each layer alone. In place of a layer of a cross-layer transcoder alone, its reconstruction of that layer from the
+    untouched model's inputs. fvu and l0 are those on the untouched model's activations.
+
+    Raises:
+        ValueError: If there is no such directory, its dictionaries do not fit each other or the model, or there is no text.
+    """
+    directory = local_directory(checkpoint)
+    sources, insertions = _load(directory)
+    report = _describe(checkpoint, sources, insertions)
+    report |= judge_stack(insertions, sources[0], wanted_tokens(sources[0], tokens))
+    target = Path(out) if out is not None else Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "report.json", report)
+    write_text(target / "report.html", render(report))
+    return report | {"report_path": str(target / "report.html")}
+
+
+def _load(directory: Path) -> tuple[list[dict[str, Any]], list[Insertion]]:
+    """What the checkpoints say of themselves, and the dictionaries with their hooks."""
+    if not is_stack(directory):
+        source = read_config(directory)["provenance"]
+        return [source], [Insertion(load_dictionary(directory), *hooks_of(source))]
+    stack = load_stack(directory)
+    sources = [stack.provenances[hook] for hook in stack]
+    for key in ("model", "text", "harvest"):
+        different = [hook for hook, source in zip(stack, sources, strict=True) if source.get(key) != sources[0].get(key)]
+        if different:
+            raise ValueError(
+                f"{directory}: {key}: expected dictionaries trained on the same, but {', '.join(different)} differ from "
+                f"{next(iter(stack))}. Judge them one by one."
+            )
+    return sources, [Insertion(stack[hook], *hooks_of(source)) for hook, source in zip(stack, sources, strict=True)]
+
+
+def _describe(checkpoint: str, sources: list[dict[str, Any]], insertions: list[Insertion]) -> dict[str, Any]:
+    dictionaries = [insertion.dictionary for insertion in insertions]
+    arguments = [dictionary.arguments() for dictionary in dictionaries]
+    encoders = list(dict.fromkeys(json.dumps(argument["encoder"]) for argument in arguments))
+    kinds = list(dict.fromkeys(argument["kind"] for argument in arguments))
+    first = sources[0]
+    if not first.get("model"):
+        raise ValueError(f"{checkpoint}: these dictionaries were trained on tensors, not on a model. Judge them one by one.")
+    return {
+        "stack_report_version": STACK_REPORT_VERSION,
+        "checkpoint": str(checkpoint),
+        "kind": kinds[0] if len(insertions) == 1 else f"stack of {', '.join(kinds)}",
+        "encoder": encoders[0] if len(encoders) == 1 else f"{len(encoders)} encoders",
+        "layers": sum(len(dictionary.sites) for dictionary in dictionaries),
+        "n_latents": sum(dictionary.n_latents for dictionary in dictionaries),
+        "parameters": sum(parameter.numel() for dictionary in dictionaries for parameter in dictionary.parameters()),
+        "model": first["model"]["id"],
+        "text": first["text"]["source"],
+        "training_tokens": first.get("training_tokens"),
+        "git_commit": first.get("git_commit"),
+    }
+
+
+@torch.no_grad()
+def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Everything that is measured, as flat entries; those that begin with ``layer_`` are lists with one item per layer."""
+    layers = [
+        Layer((index, site), insertion.hooks_in[site], insertion.hooks_out[site])
+        for index, insertion in enumerate(insertions)
+        for site in insertion.sites
+    ]
+    hooks_in, hooks_out = [layer.hook_in for layer in layers], [layer.hook_out for layer in layers]
+    where = ground(source, (*hooks_in, *hooks_out))
+    model = where.model
+    sites = [insertions[layer.place[0]].dictionary.sites[layer.place[1]] for layer in layers]
+    require_widths(model, hooks_in, [site.reads.stop - site.reads.start for site in sites], "d_in")
+    require_widths(model, hooks_out, [site.writes.stop - site.writes.start for site in sites], "d_out")
+    for insertion in insertions:
+        insertion.dictionary.to(model.device)
+    means, cursor, documents = {}, Cursor(0, 0), set()
+    for piece in where.pieces(Cursor(0, 0), tokens // 2):
+        for hook, y in model.activations(piece.token_ids, tuple(dict.fromkeys(hooks_out))).items():
+            means.setdefault(hook, Moments(y.shape[-1], model.device)).update(y[piece.kept].float())
+        cursor = piece.cursor
+    fitted = next(iter(means.values())).count if means else 0
+    require_fitted(fitted)
+    centres = {hook: moments.mean.float() for hook, moments in means.items()}
+    widths = [site.writes.stop - site.writes.start for site in sites]
+    counts = [latents_at(insertions[layer.place[0]].dictionary, layer.place[1]) for layer in layers]
+    found = [Reconstruction(width, count, model.device) for width, count in zip(widths, counts, strict=True)]
+    alone = [name for layer in range(len(layers)) for name in _alone(layer)]
+    downstream = Downstream(model, [*SPLICES, *alone])
+    # The document the first half ended in is not scored.
+    for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
+        clean_logits, seen = logits_and_activations(model, piece.token_ids, (*hooks_in, *hooks_out))
+        rows = {hook: x[piece.kept].float() for hook, x in seen.items()}
+        for layer, code, y_hat, record in zip(layers, *_reconstructed(insertions, layers, rows), found, strict=True):
+            record.update(rows[layer.hook_out], y_hat, code)
+        variants = dict(_variants(model, insertions, layers, piece, centres))
+        downstream.update(piece.token_ids, piece.counted, clean_logits, variants)
+        documents |= piece.documents
+    require_scored(found[0].tokens, fitted, tokens)
+    return {"documents": len(documents)} | _entries(layers, found, downstream)
+
+
+def _reconstructed(
+    insertions: list[Insertion], layers: list[Layer], rows: dict[str, Tensor]
+) -> tuple[list[SparseCode], list[Tensor]]:
+    """Every layer's code and reconstruction from the untouched model's activations."""
+    codes: dict[Place, SparseCode] = {}
+    outputs = []
+    for layer in layers:
+        index, site = layer.place
+        dictionary: SparseDictionary = insertions[index].dictionary
+        x = rows[layer.hook_in]
+        codes[layer.place] = dictionary.encode_at(site, x)
+        outputs.append(dictionary.decode_at(site, [codes[index, earlier] for earlier in range(site + 1)], x))
+    return [codes[layer.place] for layer in layers], outputs
+
+
+def _alone(layer: int) -> list[str]:
+    """The names of the variants in which only this layer is replaced."""
+    return [f"{name} {layer}" for name in SPLICES]
+
+
+def _variants(
+    model: LanguageModel, insertions: list[Insertion], layers: list[Layer], piece: Piece, means: dict[str, Tensor]
+) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
+    yield "spliced", model_spliced(model, insertions, kept=piece.kept)
+    yield from ablations(model, piece.kept, means).items()
+    for number, layer in enumerate(layers):
+        spliced, zero, mean = _alone(number)
+        index, site = layer.place
+        whole = insertions[index]
+        single = Insertion(whole.dictionary, whole.hooks_in, whole.hooks_out, (site,))
+        yield spliced, model_spliced(model, [single], kept=piece.kept)
+        ablated = ablations(model, piece.kept, {layer.hook_out: means[layer.hook_out]})
+        yield from ((zero, ablated["zero"]), (mean, ablated["mean"]))
+
+
+def _entries(layers: list[Layer], found: list[Reconstruction], downstream: Downstream) -> dict[str, Any]:
+    reports = [record.report() for record in found]
+    entries: dict[str, Any] = {
+        "tokens": found[0].tokens,
+        "fvu_layer_mean": sum(report["fvu"] for report in reports) / len(reports),
+        "l0_total": sum(report["l0_mean"] for report in reports),
+        "dead_fraction": sum(float((record.firings == 0).sum()) for record in found)
+        / sum(len(record.firings) for record in found),
+        "dead_window_tokens": found[0].tokens,
+    }
+    usual = downstream.report()
+    entries |= usual | {f"top1_{name}": downstream.agreement(name) for name in ("zero", "mean")}
+    entries["layer_hooks"] = [
+        layer.hook_out if layer.hook_in == layer.hook_out else f"{layer.hook_in} -> {layer.hook_out}" for layer in layers
+    ]
+    for key, source in (("fvu", "fvu"), ("l0", "l0_mean"), ("dead_fraction", "dead_fraction")):
+        entries[f"layer_{key}"] = [report[source] for report in reports]
+    measures = (("ce", downstream.mean_ce), ("kl", downstream.mean_kl), ("top1", downstream.agreement))
+    for measure, of in measures:
+        for name in SPLICES:
+            entries[f"layer_{measure}_{name}"] = [of(f"{name} {layer}") for layer in range(len(layers))]
+    return entries
+
+
+def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures a person looks at first, as pairs of name and value."""
+    variants, keys = ("spliced", "mean", "zero"), ("fvu", "l0", "ce_spliced", "ce_mean", "kl_spliced", "top1_spliced")
+    agreements = ("top1_agreement", "top1_mean", "top1_zero")
+    each = [(hook, [show(report[f"layer_{key}"][i]) for key in keys]) for i, hook in enumerate(report["layer_hooks"])]
+    rows: list[tuple[str, list[str]]] = [
+        ("all layers at once", ["clean", "spliced", "mean-ablated", "zero-ablated"]),
+        ("cross-entropy", [show(report[f"ce_{name}"]) for name in ("clean", *variants)]),
+        ("KL", ["0", *(show(report[f"kl_{name}"]) for name in variants)]),
+        ("same top token", ["100.00%", *(f"{report[key]:.2%}" for key in agreements)]),
+        ("each layer alone", [key.replace("_", " ") for key in keys]),
+        *((short(hook), values) for hook, values in each),
+    ]
+    return [
+        ("stack", f"{report['kind']}, {report['layers']} layers  {report['encoder']}  {report['n_latents']:,} latents"),
+        ("fvu", f"{report['fvu_layer_mean']:.4f}   mean over layers, on {report['tokens']:,} held-out tokens"),
+        ("l0", f"{report['l0_total']:.2f}   all layers together   dead {report['dead_fraction']:.2%}"),
+        *((name, "".join(f"{value:>13}" for value in values)) for name, values in rows),
+    ]

@@ -1,0 +1,239 @@
+"""The report of a stack as one self-contained page: all layers at once, and each alone."""
+
+from html import escape
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from .page import document, encoder_parts
+from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, UNRECORDED, WARN, figure_element, plain_log_ticks, show
+
+Report = dict[str, Any]
+# Characters that a plot has room for beside an axis.
+LABEL = 16
+
+# Key of the report, its heading, what it says.
+COLUMNS = (
+    (
+        "layer_fvu",
+        "fvu",
+        "Fraction of variance unexplained, against what the layer writes in the untouched model: 0 is perfect.",
+    ),
+    ("layer_l0", "l0", "Latents of the layer that fire on a token, mean over tokens."),
+    ("layer_dead_fraction", "dead", "Share of the layer's latents that are silent on all tokens scored."),
+    ("layer_ce_spliced", "ce spliced", "Cross-entropy with this layer alone replaced by its reconstruction, nats per token."),
+    ("layer_ce_mean", "ce mean", "The same with the mean in its place: what the layer is worth to the model."),
+    ("layer_ce_zero", "ce zero", "The same with zeros in its place."),
+    ("layer_kl_spliced", "KL spliced", "KL divergence from the untouched model's predictions, nats per token."),
+    ("layer_kl_mean", "KL mean", "The same divergence with the mean in its place."),
+    ("layer_kl_zero", "KL zero", "The same divergence with zeros in its place."),
+    ("layer_top1_spliced", "top-1 spliced", "Share of predictions whose likeliest token stays the same."),
+    ("layer_top1_mean", "top-1 mean", "The same share with the mean in its place."),
+    ("layer_top1_zero", "top-1 zero", "The same share with zeros in its place."),
+)
+EXPLANATIONS = {
+    "layers": "Places of the model that are replaced.",
+    "n_latents": "Latents of all layers together.",
+    "parameters": "Numbers learned, of all dictionaries together.",
+    "documents": "Held-out documents scored. The means were taken on others.",
+    "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are neither replaced nor scored.",
+    "fvu_layer_mean": "Mean over layers of the layers' fvu, on the untouched model's activations.",
+    "l0_total": "Latents firing on a token, of all layers together, on the untouched model's activations.",
+    "dead_fraction": "Share of all latents that are silent on the whole window of tokens.",
+    "dead_window_tokens": "That window, in tokens.",
+    "downstream_tokens": "Predictions scored: at replaced positions whose next token is of the same document.",
+    "ce_clean": "Cross-entropy of the untouched model, nats per token.",
+    "ce_spliced": "Cross-entropy with reconstructions in place at all layers at once, each reading what the earlier ones left.",
+    "ce_zero": "Cross-entropy with zeros in place at all layers at once.",
+    "ce_mean": "Cross-entropy with the means in place at all layers at once.",
+    "kl_spliced": "KL divergence from the untouched model's predictions to those with all layers replaced, nats per token.",
+    "kl_zero": "The same divergence with zeros at all layers.",
+    "kl_mean": "The same divergence with the means at all layers.",
+    "ce_increase": "ce_spliced - ce_clean: what it costs to replace all layers, nats per token.",
+    "top1_agreement": "Share of predictions whose likeliest token stays the same with all layers replaced.",
+    "top1_zero": "The same share with zeros at all layers.",
+    "top1_mean": "The same share with the means at all layers.",
+    "ce_recovered_zero": "(ce_zero - ce_spliced) / (ce_zero - ce_clean). 1 is perfect, 0 no better than zeros.",
+    "ce_recovered_mean": "The same fraction, against the means: the fairer yardstick.",
+    "kl_recovered_zero": "(kl_zero - kl_spliced) / kl_zero.",
+    "kl_recovered_mean": "(kl_mean - kl_spliced) / kl_mean.",
+}
+# Label, key, and what stands below the number.
+TILES = (
+    ("fvu", "fvu_layer_mean", "variance unexplained, mean over {layers} layers"),
+    ("l0", "l0_total", "latents per token, all layers together"),
+    ("ce increase", "ce_increase", "nats per token, all layers replaced, on {ce_clean}"),
+    ("ce recovered", "ce_recovered_mean", "against mean ablation of all layers"),
+    ("ce recovered", "ce_recovered_zero", "against zero ablation of all layers"),
+    ("KL", "kl_spliced", "nats per token, all layers replaced"),
+    ("same top token", "top1_agreement", "share of predictions, all layers replaced"),
+    ("dead share", "dead_fraction", "of {n_latents} latents, in {dead_window_tokens} tokens"),
+)
+
+
+def render(report: Report) -> str:
+    """One page that shows the report of ``eval.stack``. Equal input gives equal bytes."""
+    name, arguments = encoder_parts(report["encoder"])
+    trained, commit = report["training_tokens"], report["git_commit"]
+    facts = {
+        "model": report["model"],
+        "text": report["text"],
+        "encoder": f"{name} {arguments}".strip(),
+        "trained on": None if trained is None else f"{show(trained)} tokens",
+        "evaluated on": f"{show(report['tokens'])} tokens, {show(report['documents'])} documents",
+        "git commit": None if commit is None else str(commit)[:12],
+    }
+    heading = f"{report['kind']}, {report['layers']} layers"
+    size = (FIGURE_INCHES[0], max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
+    plots = (
+        (
+            "Cost of each layer",
+            "What replacing one layer alone, and all at once, costs the model. Below 0.0001, or a gain, stands at the edge.",
+            _costs,
+        ),
+        ("Variance unexplained", "By layer, on the untouched model's activations. Lower is better.", _fvus),
+    )
+    body = BODY.format(
+        heading=escape(heading),
+        shape=escape(f"{show(report['n_latents'])} latents \u00b7 {show(report['parameters'])} parameters"),
+        facts="".join(f"<div><dt>{key}</dt><dd>{escape(show(value, UNRECORDED))}</dd></div>" for key, value in facts.items()),
+        tiles="".join(_tile(report, *tile) for tile in TILES),
+        head="".join(f'<th scope="col">{escape(label)}</th>' for _, label, _ in COLUMNS),
+        rows="".join(_row(report, number) for number in range(len(report["layer_hooks"]))) + _total(report),
+        plots="".join(figure_element(title, note, lambda ax, draw=draw: draw(ax, report), size) for title, note, draw in plots),
+        notes="".join(f"<div><dt>{escape(label)}</dt><dd>{escape(words)}</dd></div>" for _, label, words in COLUMNS),
+        entries="".join(
+            f'<tr role="row"><th role="rowheader" scope="row"><code>{key}</code></th>'
+            f'<td role="cell">{escape(show(report[key], digits=6))}</td><td role="cell">{escape(words)}</td></tr>'
+            for key, words in EXPLANATIONS.items()
+        ),
+    )
+    return document(heading, body, CSS)
+
+
+def _tile(report: Report, label: str, key: str, note: str) -> str:
+    words = note.format(**{name: show(report[name]) for name in ("layers", "ce_clean", "n_latents", "dead_window_tokens")})
+    return (
+        f'<div class="tile" data-key="{key}"><div class="label">{escape(label)}</div>'
+        f'<div class="value">{escape(show(report[key]))}</div><div class="note">{escape(words)}</div></div>'
+    )
+
+
+def _row(report: Report, number: int) -> str:
+    cells = "".join(f"<td>{escape(show(report[key][number]))}</td>" for key, _, _ in COLUMNS)
+    return f'<tr><th scope="row">{_hook(report["layer_hooks"][number])}</th>{cells}</tr>'
+
+
+def _total(report: Report) -> str:
+    """The row of all layers at once."""
+    keys = (
+        "fvu_layer_mean",
+        "l0_total",
+        "dead_fraction",
+        "ce_spliced",
+        "ce_mean",
+        "ce_zero",
+        "kl_spliced",
+        "kl_mean",
+        "kl_zero",
+    )
+    cells = "".join(f"<td>{escape(show(report[key]))}</td>" for key in (*keys, "top1_agreement", "top1_mean", "top1_zero"))
+    return f'<tr class="total"><th scope="row">all at once</th>{cells}</tr>'
+
+
+def _hook(hook: str) -> str:
+    """The two sides of one module once."""
+    return f"<code>{escape(short(hook))}</code>"
+
+
+def short(hook: str) -> str:
+    """``a.mlp:in -> a.mlp:out`` as ``a.mlp``; anything else as it is."""
+    reads, arrow, writes = hook.partition(" -> ")
+    path = reads.rpartition(":")[0]
+    return path if arrow and reads == f"{path}:in" and writes == f"{path}:out" else hook
+
+
+def _costs(ax: Axes, report: Report) -> str:
+    names = [_label(hook) for hook in report["layer_hooks"]] + ["all at once"]
+    bars = (("spliced", ACCENT), ("mean", WARN), ("zero", BAD))
+    clean, words = report["ce_clean"], []
+    smallest = 1e-4
+    span = 1000.0
+    for name, color in bars:
+        costs = [ce - clean for ce in (*report[f"layer_ce_{name}"], report[f"ce_{name}"])]
+        # A layer that costs nothing, or helps, has no place on a logarithmic axis; its number is in the table.
+        ax.scatter(
+            [max(cost, smallest) for cost in costs], range(len(names)), color=color, s=34, zorder=3, label=_variant(name)
+        )
+        words.append(
+            f"{_variant(name)}: " + ", ".join(f"{label} {show(cost)}" for label, cost in zip(names, costs, strict=True))
+        )
+        span = max(span, max(costs) / smallest)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xscale="log", xlabel="cross-entropy above the untouched model's, nats", ylim=(len(names) - 0.5, -0.5))
+    plain_log_ticks(ax.xaxis, span)
+    ax.axhline(len(names) - 1.5, color=MUTED, linewidth=0.8)
+    ax.grid(visible=True, axis="both")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.0)
+    return "Increase of the cross-entropy in nats. " + "; ".join(words) + "."
+
+
+def _fvus(ax: Axes, report: Report) -> str:
+    names, values = [_label(hook) for hook in report["layer_hooks"]], report["layer_fvu"]
+    ax.barh(range(len(names)), values, height=0.62, color=ACCENT)
+    for row, value in enumerate(values):
+        ax.text(value + 0.015 * max(*values, 1e-9), row, show(value, digits=3), va="center", color=INK)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="fvu", xlim=(0, 1.2 * max(*values, 1e-9)), ylim=(len(names) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=True, axis="x")
+    return "fvu by layer: " + ", ".join(f"{name} {show(value)}" for name, value in zip(names, values, strict=True)) + "."
+
+
+def _label(hook: str) -> str:
+    """The end of a hook: a card has no room for all of it."""
+    text = short(hook)
+    while len(text) > LABEL and "." in text:
+        text = text.partition(".")[2]
+    return text if len(text) <= LABEL else f"\u2026{text[1 - LABEL :]}"
+
+
+def _variant(name: str) -> str:
+    return name if name == "spliced" else f"{name}-ablated"
+
+
+CSS = """
+.scroll{overflow-x:auto;padding:0 14px 6px;margin:0 0 16px}
+.scroll tr{display:table-row;border:0;padding:0} .scroll th,.scroll td{border-top:1px solid var(--rule);padding:7px 0 7px 14px}
+.scroll td,.scroll thead th+th,.scroll td:last-child{width:auto;text-align:right;white-space:nowrap;color:var(--ink)}
+.scroll td{font-variant-numeric:tabular-nums} .scroll th:first-child{padding-left:0;white-space:nowrap}
+.scroll thead th{border-top:0;color:var(--muted);font-size:12.5px;vertical-align:bottom}
+.scroll .total th,.scroll .total td{border-top:2px solid var(--muted);font-weight:600}
+.columns{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));margin:16px 0 0}
+.columns dd{font-size:13px;color:var(--muted)} .columns dt{color:var(--ink);font-weight:600}
+"""
+BODY = """<header>
+<p class="over">sparsary report</p>
+<h1>{heading}</h1>
+<p class="shape">{shape}</p>
+<dl>{facts}</dl>
+</header>
+<section class="tiles" aria-label="Key figures">{tiles}</section>
+<section class="entries scroll" aria-label="Layers">
+<table><thead><tr><th scope="col">replaced alone</th>{head}</tr></thead><tbody>{rows}</tbody></table>
+</section>
+<section class="plots" aria-label="Plots">{plots}</section>
+<section class="entries" aria-label="All entries">
+<h2>All entries</h2>
+<table role="table"><tbody role="rowgroup">{entries}</tbody></table>
+</section>
+<footer>
+<dl class="columns">{notes}</dl>
+<p>Errors compound: each replaced layer reads what the replaced ones before it left, so all at once cost more than the sum.
+Recovered fractions flatter, for ablating every layer wrecks the model; the increase in nats is the more honest figure. Where
+two hooks belong to one module, its name stands for both: it reads what the module reads and replaces what it returns.</p>
+</footer>
+"""
