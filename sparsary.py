@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +19,20 @@ __all__ = ["evaluate", "load", "push_to_hub", "train"]
 def load(path: str, device: str = "cpu", revision: str | None = None) -> Any:
     """The dictionary of a checkpoint directory or a hub repository id, in eval mode.
 
+    Of a directory with checkpoints below it, one for each hook, it is the ``Stack`` of them all.
+
     Raises:
         ValueError: If there is none, or it is damaged.
     """
     from sae import load_dictionary
     from sae.hub import local_directory
 
-    return load_dictionary(local_directory(path, revision), device)
+    # Their import also makes transcoders known to `load_dictionary`.
+    from transcoders import load_stack
+    from transcoders.stack import is_stack
+
+    directory = local_directory(path, revision)
+    return load_stack(directory, device) if is_stack(directory) else load_dictionary(directory, device)
 
 
 def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
@@ -38,8 +46,8 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
     """Run a recipe and return the checkpoint's directory.
 
     ``overrides`` are recipe keys; nested ones come with double underscores (``dictionary__n_latents=512``) or as a dict
-    splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, in place of a model. With a ``grid``,
-    the directory is the one above the members' checkpoints.
+    splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, or of mappings with ``x`` and
+    ``target`` for transcoders, in place of a model. With a ``grid``, the directory is the one above the members' checkpoints.
     """
     from training.grid import load_grid
     from training.run import train_all
@@ -71,11 +79,12 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Store the activations a recipe asks for; an interrupted harvest goes on."""
     from training.grid import load_grid
     from training.recipe import parse_overrides
+    from training.resolve import resolved
     from training.run import run_harvest
 
     with _progress("harvest") as progress:
         # One store serves all members of a grid.
-        config = load_grid(recipe, parse_overrides(overrides or [])).recipes[0]
+        config = resolved(load_grid(recipe, parse_overrides(overrides or [])).recipes)[0]
         store = run_harvest(config, progress(config.harvest.tokens or 0))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
@@ -90,9 +99,11 @@ def _train(
     from training.grid import load_grid
     from training.preflight import grid_lines, preflight_all
     from training.recipe import parse_overrides
+    from training.resolve import resolved
     from training.run import train_all
 
     grid = load_grid(recipe, parse_overrides(overrides or []))
+    grid = replace(grid, recipes=tuple(resolved(grid.recipes)))
     _table(grid_lines(grid, preflight_all(grid.recipes)))
     if dry_run:
         return

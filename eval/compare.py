@@ -13,6 +13,7 @@ from training.checkpoints import RECIPE_FILE
 from training.preflight import preflight
 from training.recipe import Recipe, differences, load_recipe
 from training.report import METRICS_FILE
+from training.resolve import resolved
 from training.run import run_harvest, train
 
 from .compare_page import COLUMNS, PER_TOKEN, is_oracle, render
@@ -25,7 +26,7 @@ REPORT_FILE = "report.json"
 BASE_FILE = "base.yaml"
 # What the report says of a family, and not of a seed.
 FAMILY_ENTRIES = ("kind", "encoder", "n_latents", "training_tokens")
-COMMON_ENTRIES = ("model", "text", "hook", "tokens", "documents", "dead_window_tokens", "dark_matter_enough_tokens")
+COMMON_ENTRIES = ("model", "text", "tokens", "documents", "dead_window_tokens", "dark_matter_enough_tokens")
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,14 @@ def compare(
     the same call may be repeated. Everything that can be checked is checked before the first run starts.
 
     Raises:
-        ValueError: If the recipes do not share model, text, hook and store (a null one aside), or one cannot be run.
+        ValueError: If the recipes do not share model, text, what they reconstruct and store (a null one aside), or one cannot
+            be run.
     """
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}. Every recipe is trained once per seed.")
     families = load_families(recipes, overrides or {})
+    # Together: the one store is to hold what each of them needs.
+    families = dict(zip(families, resolved(list(families.values())), strict=True))
     require_comparable(families)
     runs = {name: [_seeded(recipe, out, name, seed) for seed in range(seeds)] for name, recipe in families.items()}
     pending = [recipe for recipes in runs.values() for recipe in recipes if not is_complete(recipe)]
@@ -94,14 +98,16 @@ def load_families(recipes: Iterable[str], overrides: Mapping[str, Any]) -> dict[
 def require_comparable(families: Mapping[str, Recipe]) -> None:
     """Raise ``ValueError`` with one line for every key in which a recipe would see other activations than the first.
 
-    A recipe without a store, which streams from the model, is only held to model, text, hook and what is left out.
+    A recipe without a store, which streams from the model, is only held to model, text, what is reconstructed and what is
+    left out. What is read may differ: a transcoder compares with an SAE of its output.
     """
     first = next((name for name, recipe in families.items() if recipe.harvest.store is not None), next(iter(families)))
-    expected = _inputs(families[first])
+    hook = "hook" if all(recipe.dictionary.kind == "sae" for recipe in families.values()) else "hook_out"
+    expected = _inputs(families[first], hook)
     problems = [
         f"{key}: {expected[key]!r} in {first}, {value!r} in {name}"
         for name, recipe in families.items()
-        for key, value in _inputs(recipe).items()
+        for key, value in _inputs(recipe, hook).items()
         if key in expected and value != expected[key]
     ]
     if problems:
@@ -161,6 +167,8 @@ def collect(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -
         "comparison_version": COMPARISON_VERSION,
         "spread": "minimum and maximum over seeds",
         **{key: reference.get(key) for key in COMMON_ENTRIES},
+        # An SAE's one hook; of others what they predict.
+        "hook": reference.get("hook") or ", ".join(reference.get("hooks_out") or ()) or None,
         "families": families,
         "best": best(families),
     }
@@ -231,15 +239,15 @@ def _short(value: float | None) -> str:
     return show(value, digits=3) if value is None or value < 1000 else show(round(value))
 
 
-def _inputs(recipe: Recipe) -> dict[str, Any]:
-    """Keys that decide which activations a dictionary sees and on how many it is judged, the store first."""
+def _inputs(recipe: Recipe, hook: str) -> dict[str, Any]:
+    """Keys that decide which activations a dictionary is judged by and on how many, the store first."""
     values = recipe.model_dump(mode="json")
     harvest = {"store": recipe.harvest.store} | values["harvest"]
     if recipe.harvest.store is None:
         harvest = {key: harvest[key] for key in ("heldout", "exclude_special", "exclude_leading")}
     sections = {"harvest": harvest, "model": values["model"], "text": values["text"]}
     inputs = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return inputs | {"dictionary.hook": recipe.dictionary.hook, "eval_tokens": recipe.eval_tokens}
+    return inputs | {f"dictionary.{hook}": ", ".join(recipe.dictionary.hooks_out), "eval_tokens": recipe.eval_tokens}
 
 
 def _seeded(recipe: Recipe, out: str, name: str, seed: int) -> Recipe:

@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 # Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
 # small functions millions of times and holds no tensors.
-CHECKED = "activations checkpoints finish grid initialize loop objective optim phases preflight run state".split()
+CHECKED = "activations checkpoints finish grid initialize loop objective optim phases preflight resolve run state".split()
 # Nor are the kernels: compilers take functions as they are written.
 SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
 checked = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]

@@ -82,6 +82,38 @@ def test_a_grid_is_planned_and_trained_member_by_member(command, recipe_values, 
     assert command("info", f"{recipe_values['out_dir']}/k=3").returncode == 0
 
 
+def test_a_stack_by_layer_and_site_is_planned_harvested_trained_told_and_loaded(command, recipe_values, write_recipe):
+    del recipe_values["harvest"]["hooks"]
+    recipe_values["dictionary"] = {"kind": "transcoder", "site": "mlp", "n_latents": 67, "encoder": {"name": "topk", "k": 5}}
+    path = write_recipe(recipe_values | {"tokens": 202, "grid": {"dictionary.layer": [0, 1]}})
+    planned = command("train", path, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    for word in ("layer=1", "transcoder 128 -> 67", "without skip", "17,347 parameters", "transformer.h.1.mlp:out (128)"):
+        assert word in " ".join(planned.stdout.split())
+    assert command("harvest", path).returncode == 0
+    trained = command("train", path)
+    assert trained.returncode == 0, trained.stderr
+    described = command("info", recipe_values["out_dir"])
+    assert described.returncode == 0
+    assert "transformer.h.1.mlp:in -> transformer.h.1.mlp:out" in " ".join(described.stdout.split())
+    assert "predicts" in command("info", f"{recipe_values['out_dir']}/layer=1").stdout
+    stack = sparsary.load(recipe_values["out_dir"])
+    assert list(stack) == ["transformer.h.0.mlp:out", "transformer.h.1.mlp:out"]
+    assert sparsary.load(f"{recipe_values['out_dir']}/layer=0").n_latents == 67
+
+
+def test_a_plan_without_room_is_refused_also_as_a_dry_run(command, recipe_values, write_recipe):
+    cross_layer = {"kind": "cross_layer_transcoder", "layers": "all", "site": "mlp", "encoder": {"name": "topk", "k": 5}}
+    # Terabytes.
+    recipe_values |= {"dictionary": cross_layer | {"n_latents": 10**10}}
+    del recipe_values["harvest"]["hooks"]
+    refused = command("train", write_recipe(recipe_values), "--dry-run")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("sparsary: memory: training needs about 2")
+    assert "parameters" in refused.stderr
+    assert not Path(recipe_values["out_dir"]).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,6 +122,8 @@ def test_a_grid_is_planned_and_trained_member_by_member(command, recipe_values, 
         (["train", "RECIPE", "harvest.hooks=[transformer.h.9:out]", "dictionary.hook=transformer.h.9:out"], "Nearest: "),
         (["train", "RECIPE", "model.id=/nowhere/model", "text.source=files", "text.files=[x.txt]"], "embedded"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", "RECIPE", "dictionary.skip=true"], "dictionary.skip: expected it with kind transcoder only"),
+        (["harvest", "RECIPE", "dictionary.hook=null", "dictionary.layer=9", "dictionary.site=mlp_out"], "0 to 3"),
         (["train", "RECIPE", "grid.lrr=[1, 2]"], "Did you mean 'lr'?"),
         (["train", "RECIPE", "grid.dictionary.encoder.k=[2, 1000]"], "grid k=1000: dictionary.encoder.k: expected at most"),
         (["train", "RECIPE", "loud"], "key.sub=value"),

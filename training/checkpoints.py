@@ -11,12 +11,15 @@ import torch
 
 from sae import SparseDictionary
 from sae.files import remove_partial_files, write_text
+from transcoders.stack import hooks_of
 
 from .activations.stream import Stream
 from .phases import Phases
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, Report
 from .state import STATE_FILE, TrainState
+
+__all__ = ["LOCK_FILE", "RECIPE_FILE", "Checkpoints", "claimed", "hooks_of"]
 
 RECIPE_FILE = "recipe.yaml"
 LOCK_FILE = ".lock"

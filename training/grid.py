@@ -67,8 +67,9 @@ def check_grid(values: dict[str, Any], where: str) -> Grid:
 
 
 def source(recipe: Recipe) -> tuple[Any, ...]:
-    """What decides which batches a member gets, in which order: members that agree in it share a stream."""
-    return recipe.batch_tokens, recipe.dictionary.hook, recipe.seed, recipe.objective
+    """What decides which batches a resolved member gets, in which order: members that agree in it share a stream."""
+    section = recipe.dictionary
+    return recipe.batch_tokens, section.hooks_in, section.hooks_out, recipe.seed, recipe.objective
 
 
 def told_together(problems: Mapping[str, list[str]], members: int) -> list[str]:

@@ -1,9 +1,13 @@
-"""What a path holds: a checkpoint or an activation store, with its checksums verified."""
+"""What a path holds: a checkpoint, a stack of them or an activation store, with its checksums verified."""
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
 from sae.files import sha256
+from transcoders.stack import hooks_of, is_stack, members
 
 from .activations.shards import MANIFEST_FILE, Store
 
@@ -12,14 +16,28 @@ def describe(path: str) -> tuple[list[tuple[str, str]], list[str]]:
     """Pairs of a name and a value for people to read, and one line for every damage found.
 
     Raises:
-        ValueError: If the path holds neither a checkpoint nor a store, or its description is damaged.
+        ValueError: If the path holds neither checkpoints nor a store, or its description is damaged.
     """
     directory = Path(path)
     if (directory / MANIFEST_FILE).exists():
         return _describe_store(Store.open(directory))
     if (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists():
         return _describe_checkpoint(directory)
+    if is_stack(directory):
+        return _describe_members(directory)
     raise ValueError(f"{path}: expected a checkpoint ({CONFIG_FILE}) or an activation store ({MANIFEST_FILE}), found neither.")
+
+
+def _describe_members(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """What a stack, or a grid, has below it: a line for each."""
+    lines, problems = [], []
+    for path in members(directory):
+        own, damage = _describe_checkpoint(path)
+        shown = dict(own)
+        hooks = " -> ".join(shown[key] for key in ("hook", "reads", "predicts") if key in shown)
+        lines.append((path.name, f"{shown['dictionary']}  {hooks}  checksum {shown['checksum']}"))
+        problems += damage
+    return [("checkpoints", f"{len(lines)} in {directory}"), *lines], problems
 
 
 def _describe_store(store: Store) -> tuple[list[tuple[str, str]], list[str]]:
@@ -54,10 +72,12 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
     arguments = ", ".join(f"{key} {value}" for key, value in config["dictionary"]["encoder"].items())
     matches = sha256(directory / WEIGHTS_FILE) == config.get("weights_sha256")
     lines = [
-        ("dictionary", f"{config['dictionary']['kind']} {dictionary.d_in} -> {dictionary.n_latents}, {arguments}"),
+        ("dictionary", f"{_sizes(config['dictionary'])}, {arguments}"),
+        ("parameters", f"{sum(p.numel() for p in dictionary.parameters()):,}"),
         ("model", str((source.get("model") or {}).get("id", "unknown"))),
-        ("hook", str(source.get("hook", "unknown"))),
-        ("input scale", f"{float(dictionary.in_scale):.6g}"),
+        *_hooks(config["dictionary"]["kind"], source),
+        ("input scale", _span(dictionary.in_scale)),
+        *([("output scale", _span(dictionary.out_scale))] if config["dictionary"]["kind"] != "sae" else []),
         ("trained on", f"{source.get('training_tokens', 0):,} tokens"),
         ("made by", f"sparsary {source.get('sparsary_version')}, commit {source.get('git_commit')}"),
         ("checksum", "matches" if matches else "differs"),
@@ -66,3 +86,29 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
         f"{directory / WEIGHTS_FILE}: contents differ from the checksum in {CONFIG_FILE}: damaged, or a save was interrupted."
     )
     return lines, [] if matches else [damage]
+
+
+def _sizes(arguments: dict[str, Any]) -> str:
+    """Kind and widths, as ``dictionary.json`` has them."""
+    words = f"{arguments['kind']} {arguments['d_in']} -> {arguments['n_latents']}"
+    if "d_out" in arguments:
+        words += f" -> {arguments['d_out']}"
+    if "n_layers" in arguments:
+        words += f" over {arguments['n_layers']} layers{', joint' if arguments['joint'] else ''}"
+    return words + (", with skip" if arguments.get("skip") else "")
+
+
+def _hooks(kind: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    try:
+        reads, writes = hooks_of(provenance)
+    except ValueError:
+        return [("hook", "unknown")]
+    if kind == "sae":
+        return [("hook", ", ".join(reads))]
+    return [("reads", ", ".join(reads)), ("predicts", ", ".join(writes))]
+
+
+def _span(scale: Tensor) -> str:
+    """One number, or the least and the largest of several layers'."""
+    low, high = float(scale.min()), float(scale.max())
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from sae.checkpoint import build_dictionary
 from sae.scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 
 from .activations.harvest import recipe_identity
-from .activations.model import hook_widths
+from .activations.model import hook_widths, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
 from .grid import Grid, source, told_together
+from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
+from .resolve import dictionary_arguments, resolved
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
@@ -31,20 +34,26 @@ class Plan:
     parameters: int
     weights_bytes: int
     step_bytes: int
+    start_bytes: int
     stream_bytes: int
     stored_tokens: int
     disk_bytes: int
     shuffle_tokens: int
 
     @property
+    def working_bytes(self) -> int:
+        """At the peak of a step, or at the start."""
+        return max(self.step_bytes, self.start_bytes)
+
+    @property
     def memory_bytes(self) -> int:
-        return self.weights_bytes + self.step_bytes + self.stream_bytes
+        return self.weights_bytes + self.working_bytes + self.stream_bytes
 
     def lines(self, recipe: Recipe) -> list[tuple[str, str]]:
         """What to show a person: pairs of a name and a value."""
         return [
             *self.source_lines(recipe),
-            ("dictionary", f"{recipe.dictionary.kind} {self.dictionary_words(recipe)}"),
+            ("dictionary", f"{'sae ' if recipe.dictionary.kind == 'sae' else ''}{self.dictionary_words(recipe)}"),
             *[
                 (f"from {phase.start:.0%}", f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run")
                 for phase in recipe.phases
@@ -77,8 +86,15 @@ class Plan:
         ]
 
     def dictionary_words(self, recipe: Recipe) -> str:
-        d = self.widths[recipe.dictionary.hook]
-        return f"{d} -> {recipe.dictionary.n_latents}, {_words(recipe.dictionary.encoder)}, {self.parameters:,} parameters"
+        section = recipe.dictionary
+        d_in, d_out = self.widths[section.hooks_in[0]], self.widths[section.hooks_out[0]]
+        sizes = f"{d_in} -> {section.n_latents}"
+        if section.kind == "transcoder":
+            sizes = f"transcoder {sizes} -> {d_out}, {'with' if section.skip else 'without'} skip"
+        elif section.kind == "cross_layer_transcoder":
+            chosen = "over all layers" if section.joint else "in each layer"
+            sizes = f"cross_layer_transcoder of {len(section.hooks_in)} layers, each {sizes} -> {d_out}, chosen {chosen}"
+        return f"{sizes}, {_words(section.encoder)}, {self.parameters:,} parameters"
 
     def training_words(self, recipe: Recipe) -> str:
         passes = "" if self.passes is None else f", {self.passes:.1f} passes over the training split"
@@ -90,9 +106,8 @@ def grid_lines(grid: Grid, plans: list[Plan]) -> list[tuple[str, str]]:
     if len(plans) == 1:
         return plans[0].lines(grid.recipes[0])
     members = list(zip(grid.names, grid.recipes, plans, strict=True))
-    streams = {source(recipe): plan.stream_bytes for _, recipe, plan in members}
-    # One member steps at a time.
-    memory = sum(plan.weights_bytes for plan in plans) + max(plan.step_bytes for plan in plans) + sum(streams.values())
+    streams = {source(recipe) for recipe in grid.recipes}
+    memory = memory_together(grid.recipes, plans)
     trainings = {plan.training_words(recipe): name for name, recipe, plan in members}
     return [
         *plans[0].source_lines(grid.recipes[0]),
@@ -125,9 +140,18 @@ def preflight_all(recipes: Sequence[Recipe]) -> list[Plan]:
     """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
-        ValueError: If a hook does not exist, an existing store is another one's, the store would be smaller than a batch,
-            or the disk is too full; with one line for each member it concerns, or one for all.
+        ValueError: If a layer, site or hook does not exist, an existing store is another one's, the store would be smaller
+            than a batch, the disk is too full, or all together need more memory than is free; with one line for each member
+            it concerns, or one for all.
     """
+    recipes = resolved(recipes)
+    plans = plan_all(recipes)
+    require_memory(recipes, plans)
+    return plans
+
+
+def plan_all(recipes: Sequence[Recipe]) -> list[Plan]:
+    """The plans of resolved recipes, whatever memory they need."""
     widths = hook_widths(recipes[0].model, recipes[0].harvest.hooks)
     plans, problems = [], {}
     for recipe in recipes:
@@ -140,8 +164,54 @@ def preflight_all(recipes: Sequence[Recipe]) -> list[Plan]:
     return plans
 
 
+def memory_together(recipes: Sequence[Recipe], plans: Sequence[Plan]) -> int:
+    """Bytes of all members: one of them steps at a time, and streams are shared."""
+    return sum(plan.weights_bytes for plan in plans) + max(plan.working_bytes for plan in plans) + _streams(recipes, plans)
+
+
+def _streams(recipes: Sequence[Recipe], plans: Sequence[Plan]) -> int:
+    return sum({source(recipe): plan.stream_bytes for recipe, plan in zip(recipes, plans, strict=True)}.values())
+
+
+def require_memory(recipes: Sequence[Recipe], plans: Sequence[Plan]) -> None:
+    """Raise ``ValueError``, with sizes, if training would need more memory than is free where it runs."""
+    device, cpu = resolve_device(recipes[0].model.device), torch.device("cpu")
+    weights = sum(plan.weights_bytes for plan in plans)
+    if device.type == "cpu":
+        needs = {cpu: memory_together(recipes, plans)}
+    else:
+        # Batches wait in main memory, and dictionaries start there.
+        starts = max(plan.start_bytes + 4 * plan.parameters for plan in plans)
+        needs = {device: weights + max(plan.step_bytes for plan in plans), cpu: starts + _streams(recipes, plans)}
+    for where, needed in needs.items():
+        free = free_bytes(where)
+        if needed > free:
+            parameters = sum(plan.parameters for plan in plans)
+            raise ValueError(
+                f"memory: training needs about {_bytes(needed)} on {where}, {_bytes(weights)} of them for {parameters:,} "
+                f"parameters and what the optimizer keeps; {_bytes(free)} are free. {_remedies(recipes)}."
+            )
+
+
+def _remedies(recipes: Sequence[Recipe]) -> str:
+    ways = ["Lower dictionary.n_latents or batch_tokens"]
+    if any(recipe.dictionary.kind == "cross_layer_transcoder" for recipe in recipes):
+        ways.append("name fewer layers, because each one's decoders go to every later one")
+    if recipes[0].harvest.store is None:
+        ways.append("lower harvest.live_buffer_tokens")
+    if len(recipes) > 1:
+        ways.append("train fewer members at once")
+    return ", or ".join(ways)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where tensors of a device lie."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def _plan(recipe: Recipe, widths: dict[str, int]) -> Plan:
-    d = widths[recipe.dictionary.hook]
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
     training = round(wanted * (1 - harvest.heldout))
     existing = Store.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
@@ -160,33 +230,42 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> Plan:
         per_token += sum(-(-width // harvest.block) * 2 for width in widths.values())
     disk = 0 if harvest.store is None else round(max(wanted - done, 0) * per_token)
     _require_disk(recipe, disk)
-    n = recipe.dictionary.n_latents
+    arguments = dictionary_arguments(recipe, widths)
     with torch.device("meta"):
-        arguments = {"kind": recipe.dictionary.kind, "d_in": d, "n_latents": n, "encoder": recipe.dictionary.encoder}
-        parameters = sum(p.numel() for p in build_dictionary(arguments).parameters())
-    live = harvest.store is None
+        dictionary = build_dictionary(arguments)
+    parameters = sum(p.numel() for p in dictionary.parameters())
+    live, fused = harvest.store is None, recipe.optimizer == "auto" and recipe.accumulate == 1
+    # Side by side, in one row.
+    row = dictionary.d_in + (dictionary.d_out if recipe.dictionary.hooks_out != recipe.dictionary.hooks_in else 0)
+    buffer = 2 * harvest.live_buffer_tokens * 4 * row if live else 0
     return Plan(
         widths=widths,
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,
         parameters=parameters,
-        # Weights, Adam's two moments and, in case they are written out, gradients; one step's numbers; batches read ahead.
-        weights_bytes=16 * parameters,
-        step_bytes=_step_bytes(recipe, d),
-        stream_bytes=12 * recipe.batch_tokens * (4 * d + 16),
+        # Weights and Adam's two moments, and gradients where they are written out.
+        weights_bytes=(12 if fused else 16) * parameters,
+        step_bytes=_step_bytes(recipe, dictionary.d_in + dictionary.d_out),
+        # The sample, raw and normalised, and what geometric medians are found with.
+        start_bytes=3 * 4 * row * min(SAMPLE_TOKENS, harvest.live_buffer_tokens if live else training),
+        # Batches that are read ahead.
+        stream_bytes=12 * recipe.batch_tokens * (4 * row + 16) + buffer,
         stored_tokens=0 if live else wanted,
         disk_bytes=disk,
         shuffle_tokens=harvest.live_buffer_tokens if live else training,
     )
 
 
-def _step_bytes(recipe: Recipe, d: int) -> int:
-    """What a step holds at its peak: a tile of scores, or all of them, and about eight tensors as large as the batch."""
+def _step_bytes(recipe: Recipe, row: int) -> int:
+    """What a step holds at its peak: a tile of scores, or all of them, and about four tensors as large as either side."""
     tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.n_latents
     # Without a budget every second latent may be on at first.
     budgeted = "k" in recipe.dictionary.encoder
     scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
-    return 4 * (scores + 8 * tokens * d)
+    if not budgeted:
+        # Layers are read one after another, their codes kept.
+        scores *= len(recipe.dictionary.hooks_in)
+    return 4 * (scores + 4 * tokens * row)
 
 
 def _require_disk(recipe: Recipe, needed: int) -> None:

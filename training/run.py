@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
@@ -23,9 +22,10 @@ from sae.metrics import Moments
 from sae.screen import Screen
 
 from .activations.harvest import harvest
+from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
-from .activations.stream import Buffers, ContextStream, LiveStream, StoreStream, Stream, TensorStream
+from .activations.stream import Batch, Item, StoreStream, Stream, TensorStream
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .finish import finish
 from .fused import build_optimizer
@@ -35,9 +35,10 @@ from .loop import Group, Member, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule
 from .phases import Phases
-from .preflight import preflight, preflight_all
-from .recipe import Recipe
+from .preflight import plan_all, preflight_all
+from .recipe import DictionarySection, Recipe
 from .report import Report, progress_bar
+from .resolve import dictionary_arguments, resolved
 from .state import Randomness, TrainState
 from .stopping import Stopped, StopRequest
 
@@ -45,14 +46,16 @@ log = logging.getLogger(__name__)
 
 
 def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens: None) -> Store:
-    """Fill the recipe's store; a complete one is only checked.
+    """Fill the recipe's store; a complete one is only checked. Of a grid, any resolved member will do.
 
     Raises:
         ValueError: If ``harvest.store`` is null, or the store belongs to another recipe.
     """
+    [recipe] = resolved([recipe])
     if recipe.harvest.store is None:
         raise ValueError("harvest.store: null streams from the model and stores nothing. Give a directory to harvest into.")
-    plan = preflight(recipe)
+    # Sizes and identity, not memory: a store may be filled for a machine that has more.
+    [plan] = plan_all([recipe])
     if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
         store = Store.open(recipe.harvest.store)
         # Complete and this recipe's (preflight saw to that): the model is not needed, nor loaded.
@@ -63,7 +66,7 @@ def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens:
 
 def train(
     recipe: Recipe,
-    activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
+    activations: Iterable[Item] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Path:
     """Run a recipe to its end, or go on with it, and return ``out_dir``: ``train_all`` with one recipe."""
@@ -72,7 +75,7 @@ def train(
 
 def train_all(
     recipes: Sequence[Recipe],
-    activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None = None,
+    activations: Iterable[Item] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[Path]:
     """Run recipes side by side to their ends, or go on with them, and return their ``out_dir``s.
@@ -81,13 +84,14 @@ def train_all(
     bit what the recipe gives alone. Recipes must agree in what ``grid.SHARED`` lists.
 
     ``activations`` takes the place of the model: any iterable of ``(tokens, d_in)`` tensors, or of pairs of such tensors and
-    the loss's gradients at them; ``model``, ``text`` and
-    ``harvest`` of the recipe are then only labels. ``progress`` hears of harvested tokens.
+    the loss's gradients at them, or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``,
+    ``harvest`` and the hooks of the recipe are then only labels. ``progress`` hears of harvested tokens.
 
     Raises:
         ValueError: If the user can mend it.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
+    recipes = resolved(recipes)
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
     if activations is None:
         preflight_all(recipes)
@@ -105,13 +109,14 @@ def train_all(
 
 @contextmanager
 def open_streams(
-    recipes: Sequence[Recipe], activations: Iterable[Tensor | tuple[Tensor, Tensor]] | None, progress: Callable[[int], None]
+    recipes: Sequence[Recipe], activations: Iterable[Item] | None, progress: Callable[[int], None]
 ) -> Iterator[list[tuple[Stream, list[Recipe]]]]:
     """The recipes' sources of batches, harvested first where it is a store, each with the recipes that share it."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
     for recipe in recipes:
         # Tensors that a user brings know neither hooks nor seeds.
-        together.setdefault(source(recipe) if activations is None else (recipe.batch_tokens,), []).append(recipe)
+        key = source(recipe) if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
+        together.setdefault(key, []).append(recipe)
     groups = list(together.values())
     with ExitStack() as stack:
         if activations is not None:
@@ -120,10 +125,12 @@ def open_streams(
                     "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
                     f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
                 )
-            streams: list[Stream] = [TensorStream(activations, group[0].batch_tokens) for group in groups]
+            streams: list[Stream] = [
+                TensorStream(activations, group[0].batch_tokens, targets=group[0].dictionary.kind != "sae") for group in groups
+            ]
         elif recipes[0].harvest.store is None:
             model = load_model(recipes[0].model)
-            hooks = tuple(dict.fromkeys(recipe.dictionary.hook for recipe in recipes))
+            hooks = tuple(dict.fromkeys(hook for recipe in recipes for hook in recipe.dictionary.all_hooks))
             # Two: the first of the streams may be a buffer ahead of the last.
             buffers = Buffers(model, recipes[0].text, recipes[0].harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
@@ -139,14 +146,15 @@ def open_streams(
 
 def _live_stream(buffers: Buffers, recipe: Recipe) -> Stream:
     kind = ContextStream if recipe.objective == "kl" else LiveStream
-    hook, size, seed = recipe.dictionary.hook, recipe.batch_tokens, recipe.seed
-    return kind(buffers.model, recipe.text, recipe.harvest, hook, size, seed, buffers)
+    section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
+    return kind(buffers.model, recipe.text, recipe.harvest, section.hooks_in, size, seed, buffers, section.hooks_out)
 
 
 def _store_stream(store: Store, group: list[Recipe], stack: ExitStack) -> Stream:
     recipe = group[0]
     gradients = any(needs_gradient(each) for each in group)
-    stream = StoreStream(store, recipe.dictionary.hook, recipe.batch_tokens, recipe.seed, gradients=gradients)
+    section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
+    stream = StoreStream(store, section.hooks_in, size, seed, hooks_out=section.hooks_out, gradients=gradients)
     stack.callback(stream.release)
     return stream
 
@@ -188,12 +196,28 @@ def _train(together: list[tuple[Stream, list[Recipe]]], resuming: list[str]) -> 
 
 @dataclass(frozen=True)
 class Start:
-    """What the dictionaries over one stream start from; ``medians`` are the sample's, by scale, each found once."""
+    """What the dictionaries over one stream start from; ``medians`` are the sample's, by side and scale, each found once."""
 
     stream: Stream
-    sample: Float[Tensor, "tokens d_in"]
+    sample: Batch
     moments: Moments
-    medians: dict[float, Tensor]
+    target_moments: Moments
+    medians: dict[tuple[str, bytes], Tensor]
+
+    def widths(self, section: DictionarySection) -> dict[str, int]:
+        """The width at every hook: each side of the sample holds all of its hooks, equally wide.
+
+        Raises:
+            ValueError: If a user's tensors cannot be cut into that many.
+        """
+        target = self.sample.x if self.sample.target is None else self.sample.target
+        found = {}
+        for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
+            width, rest = divmod(rows.shape[1], len(hooks))
+            if rest:
+                raise ValueError(f"{name}: expected a width that {len(hooks)} layers share equally, got {rows.shape[1]}.")
+            found |= dict.fromkeys(hooks, width)
+        return found
 
 
 def _group(
@@ -202,7 +226,7 @@ def _group(
     """All that trains on one stream, which is brought to where the first of them has to go on."""
     # For iterables of tensors that draw what they give.
     torch.manual_seed(recipes[0].seed)
-    start = Start(stream, stream.sample(SAMPLE_TOKENS), stream.moments(), {})
+    start = Start(stream, stream.sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
@@ -218,22 +242,17 @@ def _group(
 def _member(
     recipe: Recipe, start: Start, resuming: bool, randomness: Randomness, accelerator: Accelerator, bar: Progress
 ) -> Member:
-    directory, stream, moments = Path(recipe.out_dir), start.stream, start.moments
-    section = recipe.dictionary
-    arguments = {
-        "kind": section.kind,
-        "d_in": start.sample.shape[1],
-        "n_latents": section.n_latents,
-        "encoder": section.encoder,
-    }
-    dictionary = build_dictionary(arguments)
+    directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
+    dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
     if not resuming:
-        initialize(dictionary, start.sample, moments, section.normalize, section.init, start.medians)
-    auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // 2)
+        moments = (start.moments, start.target_moments)
+        initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
+    # Half the width of one site.
+    auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
-    divergence = Divergence(stream.model, recipe.dictionary.hook) if isinstance(stream, ContextStream) else None
+    divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, moments.variance(), aux, divergence, weight).to(accelerator.device)
+    objective = Objective(dictionary, dictionary.spread(start.target_moments), aux, divergence, weight).to(accelerator.device)
     phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
@@ -263,14 +282,17 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def provenance(recipe: Recipe, stream: Stream) -> dict[str, Any]:
-    """Where a dictionary comes from: enough to evaluate it on the same model, hook and held-out documents."""
+    """Where a dictionary comes from: enough to evaluate it on the same model, hooks and held-out documents."""
     resolved = recipe.model_dump(mode="json")
     model = resolved["model"]
     if isinstance(stream, StoreStream):
         model = model | {"revision": stream.store.manifest["model"]["revision"]}
+    section = recipe.dictionary
+    hooks = {"hooks_in": list(section.hooks_in), "hooks_out": list(section.hooks_out)}
     return {
         "model": None if isinstance(stream, TensorStream) else model,
-        "hook": recipe.dictionary.hook,
+        **({"hook": section.hook} if section.kind == "sae" else {}),
+        **hooks,
         "text": resolved["text"],
         "harvest": {key: resolved["harvest"][key] for key in ("dtype", "heldout", "exclude_special", "exclude_leading")},
         "recipe": resolved,

@@ -56,7 +56,7 @@ def hooks_of(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str,
 
 def is_stack(directory: str | Path) -> bool:
     """Whether a directory holds checkpoints below it, and is none itself."""
-    return not (Path(directory) / CONFIG_FILE).exists() and bool(list(_members(directory)))
+    return not (Path(directory) / CONFIG_FILE).exists() and bool(members(directory))
 
 
 def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Stack:
@@ -65,13 +65,13 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
     Raises:
         ValueError: If there is none, two are of one hook, one stands for several hooks, or their models differ.
     """
-    members = sorted(_members(directory), key=_natural)
-    if not members:
+    paths = members(directory)
+    if not paths:
         raise ValueError(f"{directory}: expected folders with {CONFIG_FILE} below it, found none. Train a grid over layers.")
     dictionaries: dict[str, SparseDictionary] = {}
     provenances: dict[str, dict[str, Any]] = {}
     found: dict[str, Path] = {}
-    for path in members:
+    for path in paths:
         provenance = read_config(path)["provenance"]
         try:
             reads, writes = hooks_of(provenance)
@@ -93,11 +93,10 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
     return Stack({hook: dictionaries[hook] for hook in order}, {hook: provenances[hook] for hook in order})
 
 
-def _members(directory: str | Path) -> Iterator[Path]:
-    folder = Path(directory)
-    return (path.parent for path in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else iter(())
+def members(directory: str | Path) -> list[Path]:
+    """The checkpoints right below a directory, layer 10 after layer 9."""
+    return sorted((path.parent for path in Path(directory).glob(f"*/{CONFIG_FILE}")), key=_natural)
 
 
 def _natural(path: Path) -> list[int | str]:
-    """Layer 10 comes after layer 9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]

@@ -12,10 +12,21 @@ import torch
 import eval.compare as compare_module
 import sparsary
 import training.run as run_module
-from eval.compare import COLUMNS, collect, compare, is_complete, load_families, summarize, summary, training_speed
+from eval.compare import (
+    COLUMNS,
+    collect,
+    compare,
+    is_complete,
+    load_families,
+    require_comparable,
+    summarize,
+    summary,
+    training_speed,
+)
 from eval.compare_page import FAMILY_COLORS, MARKERS, PLOTS, render
 from sae import load_dictionary
 from training.recipe import load_recipe
+from training.resolve import resolved
 from training.stopping import Stopped
 
 REPORT = {
@@ -227,6 +238,27 @@ def test_a_hook_of_their_own_is_refused(recipes, recipe_values):
     recipe_values["dictionary"]["hook"] = hooks[1]
     (recipes / "wide.yaml").write_text(json.dumps(recipe_values))
     with pytest.raises(ValueError, match=r"dictionary.hook: 'transformer.h.2:out' in narrow, 'transformer.h.1:out' in wide"):
+        compare([str(recipes)])
+
+
+def test_a_transcoder_compares_with_an_sae_of_what_it_predicts(recipes, recipe_values):
+    """They read different tensors; the store is to hold both, and what is judged is the same."""
+    del recipe_values["harvest"]["hooks"]
+    shared = {"layer": 1, "n_latents": 31, "encoder": {"name": "topk", "k": 3}}
+    for name, changes in {
+        "narrow": {"kind": "sae", "site": "mlp_out"},
+        "wide": {"kind": "transcoder", "site": "mlp"},
+    }.items():
+        (recipes / f"{name}.yaml").write_text(json.dumps(recipe_values | {"dictionary": shared | changes}))
+    families = load_families([str(recipes)], {})
+    together = dict(zip(families, resolved(list(families.values())), strict=True))
+    require_comparable(together)
+    assert {recipe.harvest.hooks for recipe in together.values()} == {("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")}
+    away = recipe_values | {"dictionary": shared | {"kind": "transcoder", "site": "mlp", "layer": 2}}
+    (recipes / "wide.yaml").write_text(json.dumps(away))
+    with pytest.raises(
+        ValueError, match=r"dictionary\.hook_out: 'transformer\.h\.1\.mlp:out' in narrow, 'transformer\.h\.2\.mlp"
+    ):
         compare([str(recipes)])
 
 

@@ -72,7 +72,7 @@ def quickstart(folder: Path) -> tuple[Recipe, torch.Tensor, torch.Tensor]:
 
 def in_order(store: Any, hook: str, tokens: int, split: str = "train") -> torch.Tensor:
     """The first ``tokens`` rows of the shuffled stream; a second pass begins where the store is smaller."""
-    stream = StoreStream(store, hook, 1, seed=0, split=split)
+    stream = StoreStream(store, (hook,), 1, seed=0, split=split)
     rows = np.concatenate([stream.order(i, min(BATCH, tokens - i)) for i in range(0, tokens, BATCH)])
     x = stream.rows["x"].gather(rows)
     stream.release()

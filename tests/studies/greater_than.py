@@ -18,10 +18,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from training.activations.splice import Edit, Insertion, model_spliced
 
 from sae.files import write_json
 from training.activations.model import LanguageModel, load_model
+from training.activations.splice import Edit, Insertion, model_spliced
 from training.embedded.corpus import prompts
 from training.recipe import ModelSection
 from transcoders import Stack, load_stack

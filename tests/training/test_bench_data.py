@@ -12,7 +12,7 @@ def test_a_synthetic_store_is_whole_and_can_be_streamed(tmp_path):
     store = synthetic_store(tmp_path / "s", 700, 70, "int8", shard_tokens=300)
     store.verify()
     assert len(store.shards("train")) == 3
-    stream = StoreStream(store, SYNTHETIC_HOOK, 100, seed=0)
+    stream = StoreStream(store, (SYNTHETIC_HOOK,), 100, seed=0)
     x = torch.cat([next(stream).x for _ in range(7)])
     stream.release()
     assert x.shape == (700, 70)

@@ -179,7 +179,7 @@ def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     order, seen = StoreStream.order, []
 
     def counted(self, start, count):
-        seen.append((self.hook_in, self.seed, start))
+        seen.append((self.hooks_in, self.seed, start))
         return order(self, start, count)
 
     run_harvest(check_recipe(values, "recipe"))
@@ -443,7 +443,7 @@ def test_the_plan_lists_members_and_adds_up_their_memory(values):
     assert shown["n_latents=670,seed=1"] == "128 -> 670, topk, k 5, 172,318 parameters"
     assert shown["members"] == "4 on 2 streams of batches"
     assert shown["training"].startswith("3,030 tokens in 30 steps of 101")
-    together = sum(plan.weights_bytes for plan in plans) + plans[3].step_bytes + 2 * plans[0].stream_bytes
+    together = sum(plan.weights_bytes for plan in plans) + plans[3].working_bytes + 2 * plans[0].stream_bytes
     assert shown["memory"] == f"about {together / 1e6:.1f} MB for training, beside the model's own"
     assert plans[0] == preflight(grid.recipes[0])
     assert not Path(values["out_dir"]).exists()

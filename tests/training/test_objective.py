@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from sae import ENCODERS, SAE, load_dictionary
+from training.activations.live import ContextStream
 from training.activations.model import LanguageModel
-from training.activations.stream import Batch, ContextStream, Origin, StoreStream
+from training.activations.stream import Batch, Origin, StoreStream
 from training.objective import AuxSettings, Divergence, Objective, Terms, Usage, combine
 from training.recipe import HarvestSection, TextSection, check_recipe
 from training.run import run_harvest, train
@@ -26,7 +27,7 @@ BATCH = 101
 
 
 def context_stream(model, text=TEXT, section=SECTION, batch_tokens=BATCH):
-    return ContextStream(model, text, section, HOOK, batch_tokens, seed=1)
+    return ContextStream(model, text, section, (HOOK,), batch_tokens, seed=1)
 
 
 @pytest.fixture
@@ -208,19 +209,19 @@ def test_the_objective_adds_divergence_and_weighted_reconstruction(embedded_mode
     sae = SAE(128, 67, ENCODERS["topk"](k=5))
     divergence, aux = Divergence(embedded_model, HOOK), AuxSettings(0.0, 3)
     for weight in (0.0, 0.7):
-        loss, terms = Objective(sae, 11.0, aux, divergence, weight)(batch, usage(67))
+        loss, terms = Objective(sae, torch.tensor(11.0), aux, divergence, weight)(batch, usage(67))
         fvu = (sae(batch.x) - batch.x).pow(2).sum(-1).mean() / 11
         torch.testing.assert_close(terms.named["kl"], divergence(batch, sae(batch.x)).detach())
         torch.testing.assert_close(terms.named["fvu"], fvu.detach())
         torch.testing.assert_close(loss, terms.named["kl"] + weight * fvu)
-    assert "kl" not in Objective(sae, 11.0, aux)(batch, usage(67))[1].named
+    assert "kl" not in Objective(sae, torch.tensor(11.0), aux)(batch, usage(67))[1].named
 
 
 def test_every_prefix_is_judged_by_the_model(embedded_model, batch):
     torch.manual_seed(2)
     sae = SAE(128, 67, ENCODERS["matryoshka"](k=5, shares=[0.5, 1.0]))
     divergence = Divergence(embedded_model, HOOK)
-    loss, _ = Objective(sae, 11.0, AuxSettings(0.0, 3), divergence, 0.0)(batch, usage(67))
+    loss, _ = Objective(sae, torch.tensor(11.0), AuxSettings(0.0, 3), divergence, 0.0)(batch, usage(67))
     dense = sae.encode(batch.x).to_dense(67)
     kls = [divergence(batch, dense[:, :width] @ sae.W_dec[:width] + sae.b_dec) for width in (34, 67)]
     torch.testing.assert_close(loss, sum(kls) / 2)
@@ -233,7 +234,7 @@ def test_aux_zipf_is_part_of_the_objective():
     density[5] = 1e-5
     named = {}
     for tau in (0.0, 0.5):
-        objective = Objective(sae, 7.0, AuxSettings(0.25, 3, tau))
+        objective = Objective(sae, torch.tensor(7.0), AuxSettings(0.25, 3, tau))
         loss, terms = objective(Batch(x), Usage(torch.zeros(23, dtype=torch.bool), density))
         named[tau] = float(terms.named["aux"])
         torch.testing.assert_close(loss.detach(), terms.named["fvu"] + terms.named["aux"])
@@ -341,7 +342,7 @@ def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, 
         "beta": 20.0,
         "normalize": "token",
     }
-    stream = StoreStream(run_harvest(check_recipe(gradient_values, "recipe")), HOOK, BATCH, seed=0, gradients=True)
+    stream = StoreStream(run_harvest(check_recipe(gradient_values, "recipe")), (HOOK,), BATCH, seed=0, gradients=True)
     batch = next(stream)
     stream.release()
     assert batch.grad.shape == batch.x.shape
@@ -377,7 +378,7 @@ def test_a_store_without_gradients_is_not_one_with(gradient_values, tmp_path):
     plain = gradient_values | {"dictionary": gradient_values["dictionary"] | {"encoder": {"name": "topk", "k": 5}}}
     store = run_harvest(check_recipe(plain, "recipe"))
     with pytest.raises(ValueError, match=r"harvest\.gradients: .* holds None.*sparsary harvest RECIPE"):
-        StoreStream(store, HOOK, BATCH, seed=0, gradients=True)
+        StoreStream(store, (HOOK,), BATCH, seed=0, gradients=True)
     gradient_values["harvest"]["gradients"] = True
     with pytest.raises(ValueError, match=r"gradients: None in the store"):
         train(check_recipe(gradient_values, "recipe"))

@@ -36,6 +36,7 @@ def make_store(directory, width, dtype, sizes=SIZES):
         save_file(tensors, directory / name)
         shards.append({"name": name, "split": "train", "tokens": tokens})
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "gradients": None, "block": BLOCK, "shards": shards}
+    manifest["hooks"] = {"h": {"width": width, "count": 0}}
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest))
     return Store.open(directory), torch.cat(expected)
 
@@ -111,7 +112,7 @@ def test_what_is_not_finite_is_named(path, dtype, bad, tmp_path):
     with shard.path.open("r+b") as handle:
         handle.seek(shard.start + 411 * shard.row_bytes + shard.row_bytes - len(raw))
         handle.write(raw)
-    stream = StoreStream(store, "h", 100, seed=0)
+    stream = StoreStream(store, ("h",), 100, seed=0)
     with pytest.raises(ValueError, match=r"train-00000\.safetensors: x:h: row 411 is not finite"):
         list(itertools.islice(stream, 11))
 
@@ -129,7 +130,7 @@ def test_the_permutation_is_the_same_with_and_without_the_compiler(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_a_batch_that_is_held_does_not_change(path, dtype, tmp_path):
     store, expected = make_store(tmp_path / "s", 24, dtype)
-    stream = StoreStream(store, "h", 50, seed=4)
+    stream = StoreStream(store, ("h",), 50, seed=4)
     # Views of views, and arrays, keep the memory as well as the batch itself.
     held = [(number, next(stream).x[7:].numpy()[::2]) for number in range(50)]
     gc.collect()

@@ -54,8 +54,7 @@ def test_an_unknown_key_does_not_hide_what_no_single_key_can_say(recipe_values):
         ("dictionary.encoder", {"name": "topk", "k": 0}, "dictionary.encoder.k: expected at least 1, got 0"),
         ("dictionary.hook", "transformer.h.3:out", "dictionary.hook: expected one of harvest.hooks"),
         ("dictionary.n_latents", 0, "dictionary.n_latents: expected greater than or equal to 1, got 0"),
-        ("dictionary.kind", "sea", "dictionary.kind: expected 'sae', got 'sea'"),
-        ("harvest.hooks", [], "harvest.hooks: "),
+        ("dictionary.kind", "sea", "dictionary.kind: expected 'sae', 'transcoder' or 'cross_layer_transcoder', got 'sea'"),
         ("harvest.hooks", ["transformer.h.2"], "expected a module path and a side"),
         ("harvest.hooks", ["transformer.h.2:out", "transformer.h.2:out"], "each hook once"),
         ("harvest.tokens", None, "harvest.tokens: required with harvest.store, but missing"),
@@ -194,3 +193,146 @@ def test_a_base_that_leads_nowhere_is_refused(recipe_values, write_recipe, files
 def test_a_base_that_is_no_name_is_refused(recipe_values, write_recipe):
     with pytest.raises(ValueError, match=r"base: expected the name of another recipe file, .*got 3"):
         load_recipe(write_recipe(recipe_values | {"base": 3}))
+
+
+# Kinds of dictionaries, and the two ways to say where they stand.
+
+TRANSCODER = {"kind": "transcoder", "hook": None}
+CROSS_LAYER = {"kind": "cross_layer_transcoder", "hook": None}
+BY_SITE = {"site": "mlp", "layer": 0}
+ALL_LAYERS = {"site": "mlp", "layers": "all"}
+
+
+def with_dictionary(values, changes):
+    values["harvest"] = {key: value for key, value in values["harvest"].items() if key != "hooks"}
+    values["dictionary"] = {key: value for key, value in (values["dictionary"] | changes).items() if value is not None}
+    return values
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hook": None, "layer": 0, "site": "resid_post"},
+        TRANSCODER | BY_SITE | {"skip": True},
+        TRANSCODER | {"hook_in": "a.mlp:in", "hook_out": "a.mlp:out"},
+        CROSS_LAYER | ALL_LAYERS | {"joint": True},
+        CROSS_LAYER | {"site": "mlp", "layers": [0, 2, 3], "encoder": {"name": "jumprelu", "target_l0": 3}},
+        CROSS_LAYER | {"hook_in": ["a:in", "b:in"], "hook_out": ["a:out", "b:out"]},
+    ],
+    ids=str,
+)
+def test_a_dictionary_stands_at_hooks_or_at_a_site(recipe_values, tmp_path, changes):
+    recipe = check_recipe(with_dictionary(recipe_values, changes), "recipe")
+    assert recipe.harvest.hooks == ()
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+    assert recipe.dictionary.resolved == ("site" not in changes)
+
+
+def test_hooks_of_a_dictionary_by_kind(recipe_values):
+    section = check_recipe(
+        with_dictionary(recipe_values, CROSS_LAYER | {"hook_in": ["a:in", "b:in"], "hook_out": ["a:out", "b:out"]}), "x"
+    ).dictionary
+    assert (section.hooks_in, section.hooks_out) == (("a:in", "b:in"), ("a:out", "b:out"))
+    recipe_values["dictionary"] = {"hook": "a:out", "n_latents": 67, "encoder": {"name": "topk", "k": 5}}
+    section = check_recipe(recipe_values, "x").dictionary
+    assert section.hooks_in == section.hooks_out == section.all_hooks == ("a:out",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"skip": True}, "dictionary.skip: expected it with kind transcoder only, got it with kind sae. Leave it out."),
+        ({"joint": True}, "dictionary.joint: expected it with kind cross_layer_transcoder only, got it with kind sae."),
+        ({"hook": None}, "dictionary: expected hooks, or a layer and its site, got neither. Give hook, or layer and site."),
+        ({"layer": 0, "site": "mlp_out"}, "dictionary: expected hooks, or a layer and its site, got hook and layer and site."),
+        ({"hook": None, "layer": 0}, "dictionary.site: required beside layer, but missing."),
+        ({"hook": None, "layer": -1, "site": "mlp_out"}, "dictionary.layer: expected greater than or equal to 0, got -1"),
+        (
+            {"kind": "transcoder"},
+            "dictionary.hook: expected it with kind sae only, got it with kind transcoder. Give hook_in and",
+        ),
+        (TRANSCODER | {"hook_in": "a:in"}, "dictionary.hook_out: required beside hook_in, but missing."),
+        (
+            TRANSCODER | {"hook_in": "a:in", "hook_out": "a"},
+            "dictionary.hook_out: expected a module path and a side, like a:out",
+        ),
+        (TRANSCODER | {"hook_in": ["a:in"], "hook_out": "a:out"}, "dictionary.hook_in: expected one hook, got ['a:in']."),
+        (TRANSCODER | {"hook_in": 3, "hook_out": "a:out"}, "dictionary.hook_in: expected a hook, or a list of hooks, got 3."),
+        (TRANSCODER | {"hook_in": "a:in", "hook_out": "a:in"}, "What reconstructs its input is kind: sae."),
+        (
+            TRANSCODER | ALL_LAYERS,
+            "dictionary.layers: expected it with kind cross_layer_transcoder only, got it with kind transc",
+        ),
+        (
+            CROSS_LAYER | BY_SITE,
+            "dictionary.layer: expected it with kind sae or transcoder only, got it with kind cross_layer_tr",
+        ),
+        (CROSS_LAYER | ALL_LAYERS | {"skip": True}, "dictionary.skip: expected it with kind transcoder only"),
+        (
+            CROSS_LAYER | {"site": "mlp", "layers": [2, 1]},
+            "expected all, or two or more layers that ascend from 0 on, got [2, 1].",
+        ),
+        (CROSS_LAYER | {"site": "mlp", "layers": [1]}, "expected all, or two or more layers that ascend"),
+        (CROSS_LAYER | {"site": "mlp", "layers": "most"}, "dictionary.layers: expected all, or a list of layers, got 'most'."),
+        (
+            CROSS_LAYER | {"hook_in": "a:in", "hook_out": ["a:out", "b:out"]},
+            "hook_in: expected a list of hooks, one of every layer, got 'a:in'",
+        ),
+        (
+            CROSS_LAYER | {"hook_in": ["a:in", "b:in"], "hook_out": ["a:out"]},
+            "dictionary.hook_out: expected two or more hooks, as many as in hook_in, got 2 and 1.",
+        ),
+        (CROSS_LAYER | {"hook_in": ["a:in", "a:in"], "hook_out": ["a:out", "b:out"]}, "hook_in: expected each hook once"),
+        (
+            CROSS_LAYER | ALL_LAYERS | {"encoder": {"name": "mutual_choice", "k": 3}},
+            "dictionary.encoder.name: expected topk or jumprelu or relu in a cross_layer_transcoder, got 'mutual_choice'.",
+        ),
+        (
+            CROSS_LAYER | ALL_LAYERS | {"joint": True, "encoder": {"name": "relu", "target_l0": 3}},
+            "dictionary.encoder.name: expected topk with joint, got 'relu'.",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_a_kind_is_named(recipe_values, changes, message):
+    lines = complaints(with_dictionary(recipe_values, changes))
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_hooks_are_of_the_harvest_where_it_names_them(recipe_values):
+    recipe_values["dictionary"] = TRANSCODER | {"hook_in": "transformer.h.2:out", "hook_out": "transformer.h.2:in"}
+    recipe_values["dictionary"] |= {"n_latents": 67, "encoder": {"name": "topk", "k": 5}}
+    assert complaints(recipe_values) == [
+        "recipe: dictionary.hook_out: expected one of harvest.hooks (transformer.h.2:out), got 'transformer.h.2:in'. "
+        "Did you mean 'transformer.h.2:out'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"phases": [{"start": 0.5, "encoder": {"name": "topk", "k": 3}}]},
+            "phases: expected none with a cross_layer_transcoder",
+        ),
+        ({"screen": "int8"}, "screen: expected none with a cross_layer_transcoder, got 'int8'."),
+        ({"objective": "kl"}, "objective: expected reconstruction with a cross_layer_transcoder, which writes to many layers"),
+    ],
+    ids=["phases", "screen", "objective"],
+)
+def test_what_a_cross_layer_transcoder_cannot_do_is_named(recipe_values, changes, message):
+    values = with_dictionary(recipe_values, CROSS_LAYER | ALL_LAYERS) | changes
+    values["harvest"]["store"] = None
+    lines = complaints(values)
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_hooks_that_are_harvested_besides_do_not_make_another_run(recipe_values):
+    old = check_recipe(recipe_values, "recipe")
+    recipe_values["harvest"]["hooks"] = [*recipe_values["harvest"]["hooks"], "transformer.h.1:out"]
+    assert differences(old, check_recipe(recipe_values, "recipe")) == []

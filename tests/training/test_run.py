@@ -122,7 +122,7 @@ def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
     moments = store.moments("transformer.h.2:out")
     from training.activations.stream import StoreStream
 
-    x = StoreStream(store, "transformer.h.2:out", 100, seed=9, split="heldout").sample(200)
+    x = StoreStream(store, ("transformer.h.2:out",), 100, seed=9, split="heldout").sample(200).x
     error = (dictionary(x) - x).pow(2).sum(-1).mean()
     assert error < 0.8 * moments.variance()
 

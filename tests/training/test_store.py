@@ -349,7 +349,7 @@ def test_not_finite_activations_at_harvest_name_row_and_document(embedded_model,
 
     def poisoned(token_ids, hooks, attention_mask=None):
         seen = original(token_ids, hooks, attention_mask)
-        if token_ids.shape[1] > 2:
+        if token_ids.shape[1] > 3:
             seen[HOOK][0, 7, 3] = float("nan")
         return seen
 
@@ -363,7 +363,7 @@ def test_not_finite_activations_in_a_shard_name_shard_and_row(copy):
     tensors = load_file(path)
     tensors[f"x:{HOOK}"][5, 2] = float("inf")
     save_file(tensors, path)
-    stream = StoreStream(copy, HOOK, batch_tokens=copy.tokens("train"), seed=0)
+    stream = StoreStream(copy, (HOOK,), batch_tokens=copy.tokens("train"), seed=0)
     with pytest.raises(ValueError, match=r"train-00001\.safetensors: x:transformer\.h\.2:out: row 5 is not finite"):
         next(stream)
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from training.activations.harvest import harvest
-from training.activations.stream import LiveStream, StoreStream, TensorStream, permute
+from training.activations.live import ContextStream, LiveStream
+from training.activations.stream import StoreStream, TensorStream, permute
 from training.recipe import HarvestSection, TextSection
 from training.text import is_heldout
 
 HOOK = "transformer.h.1:out"
+READ, WRITTEN = "transformer.h.2.mlp:in", "transformer.h.2.mlp:out"
 TEXT = TextSection(context_length=32)
 BATCH = 101
 
@@ -19,7 +21,8 @@ BATCH = 101
 @pytest.fixture(scope="module")
 def store(embedded_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("stores") / "s"
-    section = HarvestSection(hooks=(HOOK,), tokens=20_000, store=str(directory), shard_tokens=3000, exclude_leading=1)
+    hooks = (HOOK, READ, WRITTEN)
+    section = HarvestSection(hooks=hooks, tokens=20_000, store=str(directory), shard_tokens=3000, exclude_leading=1)
     return harvest(embedded_model, TEXT, section)
 
 
@@ -37,7 +40,7 @@ def test_permutations_of_other_keys_are_unrelated():
 
 def test_the_shuffle_reaches_over_the_whole_store(store):
     """Documents of a batch are uniform over the store, and neighbours in the stream are strangers."""
-    stream = StoreStream(store, HOOK, BATCH, seed=0, labels=True)
+    stream = StoreStream(store, (HOOK,), BATCH, seed=0, labels=True)
     documents = np.concatenate([next(stream).labels["document"].numpy() for _ in range(stream.n // BATCH)])
     stream.release()
     last = documents.max() + 1
@@ -59,17 +62,17 @@ def test_the_shuffle_reaches_over_the_whole_store(store):
 
 
 def test_every_row_comes_once_a_pass_and_passes_differ(store):
-    stream = StoreStream(store, HOOK, BATCH, seed=3)
+    stream = StoreStream(store, (HOOK,), BATCH, seed=3)
     n = stream.n
     first, second = stream.order(0, n), stream.order(n, n)
     assert np.array_equal(np.sort(first), np.arange(n))
     assert np.array_equal(np.sort(second), np.arange(n))
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, StoreStream(store, HOOK, BATCH, seed=4).order(0, n))
+    assert not np.array_equal(first, StoreStream(store, (HOOK,), BATCH, seed=4).order(0, n))
 
 
 def test_batches_hold_the_rows_of_the_order(store):
-    stream = StoreStream(store, HOOK, BATCH, seed=3)
+    stream = StoreStream(store, (HOOK,), BATCH, seed=3)
     everything = stream.rows["x"].gather(np.arange(stream.n))
     for number, batch in enumerate(itertools.islice(stream, 7)):
         rows = stream.order(number * BATCH, BATCH)
@@ -77,21 +80,35 @@ def test_batches_hold_the_rows_of_the_order(store):
     stream.release()
 
 
-@pytest.fixture(params=["store", "live", "tensors"])
+LIVE = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_leading=1, batch_contexts=8)
+PAIR = {"hooks_in": (READ, HOOK), "hooks_out": (WRITTEN,)}
+
+
+@pytest.fixture(params=["store", "live", "tensors", "pairs from a store", "pairs live", "pairs of tensors"])
 def make(request, store, embedded_model):
-    section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_leading=1, batch_contexts=8)
     tensors = [torch.randn(n, 6) for n in (5, 300, 1, 77, 250)]
+    pairs = [{"x": x, "target": x[:, :2] + 1, "grad": x[:, 4:]} for x in tensors]
     return {
-        "store": lambda: StoreStream(store, HOOK, BATCH, seed=1),
-        "live": lambda: LiveStream(embedded_model, TEXT, section, HOOK, BATCH, seed=1),
+        "store": lambda: StoreStream(store, (HOOK,), BATCH, seed=1),
+        "live": lambda: LiveStream(embedded_model, TEXT, LIVE, (HOOK,), BATCH, seed=1),
         "tensors": lambda: TensorStream(tensors, BATCH),
+        "pairs from a store": lambda: StoreStream(store, batch_tokens=BATCH, seed=1, **PAIR),
+        "pairs live": lambda: LiveStream(embedded_model, TEXT, LIVE, batch_tokens=BATCH, seed=1, **PAIR),
+        "pairs of tensors": lambda: TensorStream(pairs, BATCH, targets=True),
     }[request.param]
+
+
+def assert_same(batch, other):
+    for name in ("x", "target", "grad"):
+        a, b = getattr(batch, name), getattr(other, name)
+        assert (a is None) == (b is None), name
+        assert a is None or torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 11])
 def test_a_resumed_stream_goes_on_exactly(make, stop):
     whole = make()
-    expected = [next(whole).x for _ in range(15)]
+    expected = [next(whole) for _ in range(15)]
     whole.close()
     part = make()
     for _ in range(stop):
@@ -101,50 +118,132 @@ def test_a_resumed_stream_goes_on_exactly(make, stop):
     resumed = make()
     resumed.seek(position)
     for batch in expected[stop:]:
-        assert torch.equal(next(resumed).x, batch)
+        assert_same(next(resumed), batch)
     resumed.close()
 
 
 def test_sampling_does_not_move_the_stream(make):
     plain, sampled = make(), make()
     sample = sampled.sample(50)
-    assert sample.shape[0] == 50
-    assert torch.isfinite(sample).all()
-    sampled.moments()
-    assert torch.equal(next(plain).x, next(sampled).x)
+    assert sample.x.shape[0] == 50
+    assert torch.isfinite(sample.x).all()
+    target = sample.x if sample.target is None else sample.target
+    assert sampled.moments().mean.shape == (sample.x.shape[1],)
+    assert sampled.target_moments().mean.shape == (target.shape[1],)
+    assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
+    assert_same(next(plain), next(sampled))
     plain.close()
     sampled.close()
 
 
 def test_live_batches_are_training_tokens_and_match_the_model(embedded_model):
     section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_leading=1, heldout=0.3)
-    stream = LiveStream(embedded_model, TEXT, section, HOOK, BATCH, seed=1)
+    stream = LiveStream(embedded_model, TEXT, section, (HOOK,), BATCH, seed=1)
     documents = torch.cat([next(stream).labels["document"] for _ in range(12)])
     stream.close()
     assert not any(is_heldout(int(d), 0.3) for d in documents)
+
+
+# What is read, and what is to be predicted from it.
+
+
+def seen_by(model, batch, hooks):
+    """What the hooks see in the contexts that the batch's rows come from, in its order."""
+    ids, kept = batch.origin.token_ids, batch.origin.kept
+    seen = model.activations(ids, hooks)
+    return [seen[hook][kept] for hook in hooks]
+
+
+def test_hooks_stand_side_by_side_and_target_and_gradient_are_those_of_the_output(embedded_model, tmp_path):
+    hooks, directory = (HOOK, READ, WRITTEN), tmp_path / "store"
+    section = LIVE.model_copy(update={"hooks": hooks, "tokens": 1000, "store": str(directory), "gradients": True})
+    made = harvest(embedded_model, TEXT, section)
+    single = {hook: StoreStream(made, (hook,), BATCH, seed=1, gradients=True) for hook in hooks}
+    stream = StoreStream(made, (READ, HOOK), BATCH, 1, hooks_out=(WRITTEN, HOOK), gradients=True)
+    for _ in range(3):
+        batch, alone = next(stream), {hook: next(each) for hook, each in single.items()}
+        assert torch.equal(batch.x, torch.cat([alone[READ].x, alone[HOOK].x], 1))
+        assert torch.equal(batch.target, torch.cat([alone[WRITTEN].x, alone[HOOK].x], 1))
+        assert torch.equal(batch.grad, torch.cat([alone[WRITTEN].grad, alone[HOOK].grad], 1))
+    assert torch.equal(stream.sample(7).target, torch.cat([single[WRITTEN].sample(7).x, single[HOOK].sample(7).x], 1))
+    moments = stream.target_moments()
+    for part, hook in ((slice(0, 128), WRITTEN), (slice(128, 256), HOOK)):
+        assert torch.equal(moments.mean[part], made.moments(hook).mean)
+        assert torch.equal(moments.deviation[part], made.moments(hook).deviation)
+    assert moments.count == made.moments(HOOK).count
+    for each in (stream, *single.values()):
+        each.release()
+
+
+def test_live_rows_of_all_hooks_are_of_the_same_tokens(embedded_model):
+    section = LIVE.model_copy(update={"gradients": True})
+    arguments = (embedded_model, TEXT, section)
+    stream = LiveStream(*arguments, (READ, HOOK), BATCH, 1, None, (WRITTEN,))
+    batch = next(stream)
+    stream.close()
+    one = {hook: LiveStream(*arguments, (hook,), BATCH, 1) for hook in (READ, HOOK, WRITTEN)}
+    alone = {hook: next(each) for hook, each in one.items()}
+    assert torch.equal(batch.x, torch.cat([alone[READ].x, alone[HOOK].x], 1))
+    assert torch.equal(batch.target, alone[WRITTEN].x)
+    torch.testing.assert_close(batch.grad, alone[WRITTEN].grad)
+    mlp = embedded_model.module.get_submodule("transformer.h.2.mlp")
+    torch.testing.assert_close(mlp(batch.x[:, :128]), batch.target)
+    for each in one.values():
+        each.close()
+
+
+def test_contexts_come_with_what_is_read_and_what_is_written(embedded_model):
+    stream = ContextStream(embedded_model, TEXT, LIVE, (READ,), BATCH, 1, None, (WRITTEN,))
+    batch = next(stream)
+    stream.close()
+    read, written = seen_by(embedded_model, batch, (READ, WRITTEN))
+    assert torch.equal(batch.x, read)
+    assert torch.equal(batch.target, written)
+
+
+def test_a_hook_that_the_store_lacks_is_named(store):
+    with pytest.raises(
+        ValueError, match=r"^dictionary\.hook: h:out is not in .*, which holds transformer\.h\.1:out, .*harvest RECIPE$"
+    ):
+        StoreStream(store, ("h:out",), BATCH, seed=0)
+    with pytest.raises(ValueError, match=r"^dictionary\.hook_out: h:out is not in "):
+        StoreStream(store, (HOOK,), BATCH, seed=0, hooks_out=("h:out",))
+
+
+def test_a_number_that_is_not_finite_is_named_with_its_hook(embedded_model, tmp_path):
+    section = LIVE.model_copy(update={"hooks": (READ, HOOK), "tokens": 1000, "store": str(tmp_path / "store")})
+    made = harvest(embedded_model, TEXT, section)
+    stream = StoreStream(made, (READ, HOOK), BATCH, seed=0)
+    shard = stream.rows["x"].parts[1].shards[0]
+    with shard.path.open("r+b") as handle:
+        handle.seek(shard.start + 5 * shard.row_bytes)
+        handle.write(np.float32("nan").tobytes())
+    with pytest.raises(ValueError, match=rf"train-00000\.safetensors: x:{HOOK}: row 5 is not finite"):
+        list(itertools.islice(stream, 12))
+    stream.release()
 
 
 def test_live_text_starts_over(embedded_model, tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(["The war lasted from the year 1732 to the year 1741."] * 12))
     text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=16)
     section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=200, exclude_leading=1, heldout=0.0)
-    stream = LiveStream(embedded_model, text, section, HOOK, 50, seed=1)
+    stream = LiveStream(embedded_model, text, section, (HOOK,), 50, seed=1)
     assert sum(next(stream).x.shape[0] for _ in range(20)) == 1000
     stream.close()
 
 
 def test_a_batch_larger_than_the_store_or_the_buffer_is_refused(store, embedded_model):
     with pytest.raises(ValueError, match=r"batch_tokens: expected at most the \d+ train tokens of .*, got 50000"):
-        StoreStream(store, HOOK, 50_000, seed=0)
+        StoreStream(store, (HOOK,), 50_000, seed=0)
     section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=100)
     with pytest.raises(ValueError, match=r"live_buffer_tokens: expected at least batch_tokens = 101, got 100"):
-        LiveStream(embedded_model, TEXT, section, HOOK, BATCH, seed=1)
+        LiveStream(embedded_model, TEXT, section, (HOOK,), BATCH, seed=1)
 
 
 def test_an_iterator_is_used_once_and_ends():
     rows = torch.arange(40.0).view(20, 2)
     stream = TensorStream(iter(rows.split(7)), 6)
-    assert torch.equal(stream.sample(9), rows[:9])
+    assert torch.equal(stream.sample(9).x, rows[:9])
     found = torch.cat([batch.x for batch in stream])
     assert torch.equal(found, rows[:18])
 

@@ -39,9 +39,9 @@ class Rows:
     def select(self, keep: Tensor) -> "Rows":
         return Rows({k: v[keep] for k, v in self.labels.items()}, {k: v[keep] for k, v in self.tensors.items()})
 
-    def at(self, hook: str) -> "Rows":
-        """The same rows with one hook's tensors only."""
-        return Rows(self.labels, {k: v for k, v in self.tensors.items() if k.partition(":")[2] == hook})
+    def at(self, hooks: tuple[str, ...]) -> "Rows":
+        """The same rows with some hooks' tensors only."""
+        return Rows(self.labels, {k: v for k, v in self.tensors.items() if k.partition(":")[2] in hooks})
 
     @staticmethod
     def join(pieces: list["Rows"]) -> "Rows":

@@ -225,11 +225,11 @@ def load_model(section: ModelSection) -> LanguageModel:
     return LanguageModel(module.to(device), tokenizer, section.id, revision)
 
 
-def hook_widths(section: ModelSection, hooks: tuple[str, ...]) -> dict[str, int]:
-    """The width at every hook, from the model's configuration alone: no weights are read.
+def skeleton(section: ModelSection) -> LanguageModel:
+    """The model on the meta device, from its configuration alone: no weights are read, and there is no tokenizer.
 
     Raises:
-        ValueError: If the configuration cannot be had or a hook does not exist.
+        ValueError: If the configuration cannot be had.
     """
     transformers = _transformers()
     with _explained(section):
@@ -237,7 +237,16 @@ def hook_widths(section: ModelSection, hooks: tuple[str, ...]) -> dict[str, int]
         with torch.device("meta"):
             # Other implementations of attention look whether the mask hides anything.
             module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return LanguageModel(module, None, section.id, section.revision).widths(hooks)
+    return LanguageModel(module, None, section.id, section.revision)
+
+
+def hook_widths(section: ModelSection, hooks: tuple[str, ...]) -> dict[str, int]:
+    """The width at every hook, from the model's configuration alone.
+
+    Raises:
+        ValueError: If the configuration cannot be had or a hook does not exist.
+    """
+    return skeleton(section).widths(hooks)
 
 
 def _transformers() -> Any:

@@ -149,6 +149,24 @@ class Store:
             moments.merge(saved["count"], mean, deviation)
         return moments
 
+    def moments_of(self, hooks: tuple[str, ...]) -> Moments:
+        """The same of several hooks side by side."""
+        parts = [self.moments(hook) for hook in hooks]
+        together = Moments(sum(len(part.mean) for part in parts))
+        if parts[0].count:
+            mean, deviation = (torch.cat([getattr(part, key) for part in parts]) for key in ("mean", "deviation"))
+            together.merge(parts[0].count, mean, deviation)
+        return together
+
+    def require_hooks(self, key: str, hooks: tuple[str, ...]) -> None:
+        """Raise ``ValueError``, naming the recipe's ``key``, for hooks that the store lacks."""
+        missing = [hook for hook in hooks if hook not in self.manifest["hooks"]]
+        if missing:
+            raise ValueError(
+                f"{key}: {', '.join(missing)} is not in {self.directory}, which holds {', '.join(self.manifest['hooks'])}. "
+                "Choose a new harvest.store and run: sparsary harvest RECIPE"
+            )
+
     def problems(self) -> list[str]:
         """One line for every shard that is missing or differs from its checksum."""
         found = []
@@ -186,6 +204,10 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.shards else 0
+
+    @property
+    def width(self) -> int:
+        return self.shards[0].row_shape[0] if self.shards else 0
 
     def gather(self, rows: np.ndarray) -> Tensor:
         """The rows at these indices, in this order."""
@@ -231,6 +253,52 @@ class Rows:
             shard.close()
         if self.scales is not None:
             self.scales.close()
+
+
+class Columns:
+    """Several tensors of a split side by side, read like one."""
+
+    def __init__(self, store: Store, split: str, names: list[str]):
+        self.parts = [Rows(store, split, name) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def gather(self, rows: np.ndarray) -> Tensor:
+        """The rows at these indices, in this order."""
+        out = self.empty(len(rows))
+        self.read(rows, out)
+        return torch.from_numpy(out)
+
+    def empty(self, rows: int) -> np.ndarray:
+        """Memory for so many rows as they are read."""
+        return np.empty((rows, sum(part.width for part in self.parts)), np.float32)
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> bool:
+        """Put the rows at these indices, in this order, into ``out``; whether every number is finite."""
+        if len(self.parts) == 1:
+            return self.parts[0].read(rows, out)
+        finite, first = True, 0
+        for part in self.parts:
+            # Rows are read into memory without gaps.
+            values = part.empty(len(rows))
+            finite &= part.read(rows, values)
+            out[:, first : first + part.width] = values
+            first += part.width
+        return finite
+
+    def locate(self, row: int, column: int) -> tuple[Path, str, int]:
+        """The shard that holds a number, its tensor's name there, and the row in it."""
+        for part in self.parts:
+            if column < part.width:
+                path, there = part.locate(row)
+                return path, part.name, there
+            column -= part.width
+        raise IndexError(column)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
 
 
 class _ShardTensor:

@@ -1,4 +1,4 @@
-"""Shuffled batches of activations: from a store, from a live model, or from tensors a user brings.
+"""Shuffled batches of activations, from a store or from tensors a user brings; ``live.py`` has those from a live model.
 
 Every stream is endless where its source allows, reads ahead in a background thread, and is resumed exactly from the
 number of batches that were handed out.
@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +24,15 @@ from torch import Tensor
 from sae.kernels.parallel import has_numba
 from sae.metrics import Moments
 
-from ..recipe import HarvestSection, TextSection
-from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
 from .memory import Memory
-from .model import LanguageModel
-from .shards import LABELS, Rows, Store
+from .shards import LABELS, Columns, Rows, Store
 
 # Batches read together: enough for reads in ascending order to pay, little enough to forget.
 WINDOW_BATCHES = 4
 READ_AHEAD_BATCHES = 8
+# Of tensors that a user brings.
+MOMENT_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens for one training step: ``x`` and, where the training needs them, ``target``, ``grad`` and ``origin``."""
+    """Tokens for one training step: ``x`` and, where the training needs them, ``target``, ``grad`` and ``origin``.
+
+    Without a ``target`` it is ``x`` that is to be reconstructed. ``grad`` is the loss's gradient at whichever it is.
+    """
 
     x: Float[Tensor, "tokens d_in"]
     target: Float[Tensor, "tokens d_out"] | None = None
-    # At the output, whose width it has.
     grad: Float[Tensor, "tokens d_grad"] | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
@@ -65,7 +66,7 @@ class Batch:
         grad = None if self.grad is None else self.grad.to(device, non_blocking=True)
         return Batch(self.x.to(device, non_blocking=True), target, grad, self.labels, self.origin)
 
-    def rows(self, part: slice) -> "Batch":
+    def rows(self, part: slice | Tensor) -> "Batch":
         """Some of the rows. A batch of whole contexts cannot be cut."""
         return Batch(
             self.x[part],
@@ -74,10 +75,17 @@ class Batch:
             {key: values[part] for key, values in self.labels.items()},
         )
 
-    def followed_by(self, other: "Batch") -> "Batch":
-        """Both batches' activations and gradients in one."""
-        both = self.grad is not None and other.grad is not None
-        return Batch(torch.cat([self.x, other.x]), grad=torch.cat([self.grad, other.grad]) if both else None)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    @staticmethod
+    def join(pieces: list["Batch"]) -> "Batch":
+        """Activations, targets and gradients of several batches in one."""
+
+        def joined(name: str) -> Tensor | None:
+            tensors = [getattr(piece, name) for piece in pieces]
+            return None if any(tensor is None for tensor in tensors) else torch.cat(tensors)
+
+        x = joined("x")
+        assert x is not None
+        return Batch(x, joined("target"), joined("grad"))
 
     def split(self, pieces: int) -> list["Batch"]:
         """Equal consecutive parts, for gradient accumulation. A batch of whole contexts cannot be cut."""
@@ -85,6 +93,18 @@ class Batch:
             return [self]
         size = self.x.shape[0] // pieces
         return [self.rows(slice(i * size, (i + 1) * size)) for i in range(pieces)]
+
+
+def side_by_side(columns: list[Tensor]) -> Tensor:
+    """Tensors of the same tokens as one."""
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+
+def moments_of(rows: Float[Tensor, "tokens d"]) -> Moments:
+    """Mean and deviation of so many rows."""
+    moments = Moments(rows.shape[1])
+    moments.update(rows)
+    return moments
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -150,12 +170,16 @@ class Stream(ABC):
         """Batches from number ``start`` on; runs in the background thread."""
 
     @abstractmethod
-    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
-        """Up to so many shuffled inputs for initialisation and calibration, without moving the stream."""
+    def sample(self, tokens: int, skip: int = 0) -> Batch:
+        """Up to so many shuffled inputs, and targets, for initialisation and calibration, without moving the stream."""
 
     @abstractmethod
     def moments(self) -> Moments:
         """Mean and deviation of the inputs: exact for a store, from a sample otherwise."""
+
+    @abstractmethod
+    def target_moments(self) -> Moments:
+        """The same of what is to be reconstructed."""
 
     def position(self) -> dict[str, Any]:
         """Where the stream stands, as JSON."""
@@ -218,34 +242,38 @@ def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
 class StoreStream(Stream):
     """The rows of one split of a store, pass after pass, each pass in a new global order.
 
-    With ``labels`` every batch also says token, document, position and offset of its rows; with ``gradients`` it holds
-    the loss's gradient at the hook.
+    ``x`` holds what ``hooks_in`` saw, side by side, and ``target`` what ``hooks_out`` saw, if those are others. With
+    ``labels`` every batch also says token, document, position and offset of its rows; with ``gradients`` it holds the loss's
+    gradient at ``hooks_out``.
     """
 
     def __init__(
         self,
         store: Store,
-        hook_in: str,
+        hooks_in: tuple[str, ...],
         batch_tokens: int,
         seed: int,
         split: str = "train",
-        hook_out: str | None = None,
+        hooks_out: tuple[str, ...] = (),
         labels: bool = False,
         gradients: bool = False,
     ):
         super().__init__(batch_tokens)
-        self.store, self.hook_in, self.seed = store, hook_in, seed
-        names = {"x": f"x:{hook_in}"}
-        if hook_out is not None:
-            names["target"] = f"x:{hook_out}"
+        self.store, self.seed = store, seed
+        self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
+        store.require_hooks("dictionary.hook_in" if hooks_out else "dictionary.hook", self.hooks_in)
+        store.require_hooks("dictionary.hook_out", self.hooks_out)
+        names = {"x": [f"x:{hook}" for hook in self.hooks_in]}
+        if self.hooks_out != self.hooks_in:
+            names["target"] = [f"x:{hook}" for hook in self.hooks_out]
         if gradients:
             if store.manifest["gradients"] != harvest.GRADIENT_KIND:
                 raise ValueError(
                     f"harvest.gradients: {store.directory} holds {store.manifest['gradients']}, expected "
                     f"{harvest.GRADIENT_KIND}. Choose a new harvest.store and run: sparsary harvest RECIPE"
                 )
-            names["grad"] = f"grad:{hook_in}"
-        self.rows = {role: Rows(store, split, name) for role, name in names.items()}
+            names["grad"] = [f"grad:{hook}" for hook in self.hooks_out]
+        self.rows = {role: Columns(store, split, tensors) for role, tensors in names.items()}
         # Training does not look at them, and each would cost as many reads as the activations do.
         self.labels = {name: Rows(store, split, name) for name in LABELS if labels}
         self.n = len(self.rows["x"])
@@ -278,18 +306,24 @@ class StoreStream(Stream):
 
     def _read(self, role: str, rows: np.ndarray, out: np.ndarray) -> Tensor:
         if not self.rows[role].read(rows, out):
-            bad = int(np.flatnonzero(~np.isfinite(out).all(-1))[0])
-            path, row = self.rows[role].locate(int(rows[bad]))
-            raise ValueError(f"{path}: {self.rows[role].name}: row {row} is not finite. Delete the store and harvest again.")
+            bad, column = np.argwhere(~np.isfinite(out))[0].tolist()
+            path, name, row = self.rows[role].locate(int(rows[bad]), column)
+            raise ValueError(f"{path}: {name}: row {row} is not finite. Delete the store and harvest again.")
         return torch.from_numpy(out)
 
-    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+    def sample(self, tokens: int, skip: int = 0) -> Batch:
         # Pass -1: an order that training never uses.
         rows = permute(np.arange(skip, max(skip, min(skip + tokens, self.n))), self.n, self.seed * 1_000_003 - 1)
-        return self._read("x", rows, self.rows["x"].empty(len(rows)))
+        sides = {
+            role: self._read(role, rows, self.rows[role].empty(len(rows))) for role in ("x", "target") if role in self.rows
+        }
+        return Batch(sides["x"], sides.get("target"))
 
     def moments(self) -> Moments:
-        return self.store.moments(self.hook_in)
+        return self.store.moments_of(self.hooks_in)
+
+    def target_moments(self) -> Moments:
+        return self.store.moments_of(self.hooks_out)
 
     def release(self) -> None:
         """Close the shards' files; the stream is over."""
@@ -298,229 +332,28 @@ class StoreStream(Stream):
             reader.close()
 
 
-class Buffers:
-    """Training tokens straight from the model, buffer after buffer, at every hook that some stream reads.
-
-    Streams that walk the text together share the work: the last few buffers are kept for those that come after the first.
-    What a buffer holds depends on where it begins and on nothing else.
-    """
-
-    def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
-        self.model, self.text, self.section, self.hooks = model, text, section, hooks
-        self.keep = keep
-        self._kept: dict[Cursor, tuple[harvest.Rows, Cursor]] = {}
-        self._making = self._from(BEGINNING)
-        self._stands_at: Cursor | None = BEGINNING
-        self._lock = threading.Lock()
-
-    def after(self, cursor: Cursor) -> tuple[harvest.Rows, Cursor]:
-        """The buffer that begins at ``cursor``, and where the text stands after it."""
-        # Who wants a buffer that is being made waits for it.
-        with self._lock:
-            if cursor not in self._kept:
-                while len(self._kept) >= self.keep:
-                    self._kept.pop(next(iter(self._kept)))
-                # Going on in the text costs nothing, finding a place in it may cost reading up to there.
-                if cursor != self._stands_at:
-                    self._making = self._from(cursor)
-                # Should it fail, whoever asks next is to hear of it too.
-                self._stands_at = None
-                self._kept[cursor] = next(self._making)
-                self._stands_at = self._kept[cursor][1]
-            return self._kept[cursor]
-
-    def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.Rows, Cursor]]:
-        """Buffer after buffer from a place in the text on, endlessly."""
-        pieces: list[harvest.Rows] = []
-        while True:
-            found = 0
-            for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
-                pieces.append(self._training_rows(batch))
-                found += len(pieces[-1])
-                if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    yield harvest.Rows.join(pieces), batch[-1].cursor
-                    pieces = []
-            if not found and cursor == BEGINNING:
-                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
-            cursor = BEGINNING
-
-    def _training_rows(self, batch: list[Context]) -> harvest.Rows:
-        rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
-        for name, values in rows.tensors.items():
-            if not bool(torch.isfinite(values).all()):
-                bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
-                where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
-                raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
-        return rows
-
-
-class LiveStream(Stream):
-    """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
-
-    The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
-    fill a batch are dropped; the text starts over when it ends. ``source`` is for streams that share one.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        text: TextSection,
-        section: HarvestSection,
-        hook_in: str,
-        batch_tokens: int,
-        seed: int,
-        source: Buffers | None = None,
-    ):
-        super().__init__(batch_tokens)
-        if section.live_buffer_tokens < batch_tokens:
-            raise ValueError(
-                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
-                f"got {section.live_buffer_tokens}."
-            )
-        self.section, self.hook_in, self.seed = section, hook_in, seed
-        self.source = source or Buffers(model, text, section, (hook_in,))
-        # Batch number at which a buffer begins -> (buffer number, place in the text).
-        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
-        self._sample: Tensor | None = None
-
-    def produce(self, start: int) -> Iterator[Batch]:
-        begin = max(number for number in self.buffers if number <= start)
-        number, cursor = self.buffers[begin]
-        while True:
-            rows, cursor = self.source.after(cursor)
-            batches = len(rows) // self.batch_tokens
-            self.buffers[begin + batches] = (number + 1, cursor)
-            if begin + batches > start:
-                order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
-                shuffled = rows.at(self.hook_in).select(order)
-                for i in range(max(start - begin, 0), batches):
-                    part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
-                    grad = part.tensors.get(f"grad:{self.hook_in}")
-                    yield Batch(part.tensors[f"x:{self.hook_in}"], None, grad, part.labels)
-            begin, number = begin + batches, number + 1
-
-    def position(self) -> dict[str, Any]:
-        begin = max(number for number in self.buffers if number <= self.batches)
-        number, cursor = self.buffers[begin]
-        return {"batches": self.batches, "begin": begin, "buffer": number, "cursor": list(cursor)}
-
-    def seek(self, position: dict[str, Any]) -> None:
-        super().seek(position)
-        self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
-
-    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
-        if self._sample is None:
-            rows, _ = self.source.after(BEGINNING)
-            order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
-            self._sample = rows.tensors[f"x:{self.hook_in}"][order]
-        return self._sample[skip : skip + tokens]
-
-    def moments(self) -> Moments:
-        moments = Moments(self.sample(1).shape[1])
-        moments.update(self.sample(self.section.live_buffer_tokens))
-        return moments
-
-
-class ContextStream(Stream):
-    """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
-
-    Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
-    them. Held-out documents and excluded positions are never kept.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        text: TextSection,
-        section: HarvestSection,
-        hook_in: str,
-        batch_tokens: int,
-        seed: int,
-        source: Buffers | None = None,
-    ):
-        super().__init__(batch_tokens)
-        self.model, self.text, self.section, self.hook_in = model, text, section, hook_in
-        # Batch number -> the place in the text where it begins.
-        self.cursors: dict[int, Cursor] = {0: BEGINNING}
-        self.rows = LiveStream(model, text, section, hook_in, batch_tokens, seed, source)
-
-    def produce(self, start: int) -> Iterator[Batch]:
-        number = max(known for known in self.cursors if known <= start)
-        pieces: list[Context] = []
-        kept = 0
-        for context in self._endless(self.cursors[number]):
-            here = int(self._keep([context]).sum())
-            # The model need not run where nothing is learned.
-            if here:
-                pieces.append(context)
-            kept += here
-            if kept >= self.batch_tokens:
-                # Before the batch is handed out: whoever has it may ask for the position.
-                self.cursors[number + 1] = context.cursor
-                if number >= start:
-                    yield self._batch(pieces)
-                number, pieces, kept = number + 1, [], 0
-
-    def _endless(self, cursor: Cursor) -> Iterator[Context]:
-        while True:
-            found = False
-            for context in contexts(self.text, self.model.tokenizer, cursor):
-                found = found or bool(self._keep([context]).any())
-                yield context
-            if not found and cursor == BEGINNING:
-                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
-            cursor = BEGINNING
-
-    def _keep(self, pieces: list[Context]) -> np.ndarray:
-        token_ids = np.stack([context.token_ids for context in pieces])
-        document_ids = np.stack([context.document_ids for context in pieces])
-        special = frozenset(self.model.tokenizer.all_special_ids)
-        drop = harvest.excluded(token_ids, document_ids, special, self.section)
-        return ~drop & ~are_heldout(document_ids, self.section.heldout)
-
-    def _batch(self, pieces: list[Context]) -> Batch:
-        document_ids = np.stack([context.document_ids for context in pieces])
-        kept = self._keep(pieces)
-        kept &= (np.cumsum(kept).reshape(kept.shape)) <= self.batch_tokens
-        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
-        device = self.model.device
-        token_ids = torch.from_numpy(np.stack([context.token_ids for context in pieces])).long().to(device)
-        origin = Origin(token_ids, torch.from_numpy(kept).to(device), torch.from_numpy(counted).to(device))
-        x = self.model.activations(token_ids, (self.hook_in,))[self.hook_in][origin.kept].float()
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{self.hook_in}: an activation is not finite. Set model.dtype: float32.")
-        return Batch(x, origin=origin)
-
-    def position(self) -> dict[str, Any]:
-        return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}
-
-    def seek(self, position: dict[str, Any]) -> None:
-        super().seek(position)
-        self.cursors = {position["batches"]: Cursor(*position["cursor"])}
-
-    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
-        return self.rows.sample(tokens, skip)
-
-    def moments(self) -> Moments:
-        return self.rows.moments()
+# What a user may bring: activations, with gradients, or by name.
+Item = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor]
 
 
 class TensorStream(Stream):
     """Batches cut from any iterable of ``(tokens, d_in)`` tensors, in the order they come.
 
-    Items may also be pairs of activations and the loss's gradients there, of equal shape. A list or a data set is passed
-    over again and again; an iterator ends with its last full batch. Resuming reads the iterable from its beginning, so it
-    must give the same tensors again.
+    Items may also be pairs of activations and the loss's gradients there, or mappings with ``x``, ``target`` and ``grad``,
+    of which ``target`` is required if ``targets`` are, and refused if not. A list or a data set is passed over again and
+    again; an iterator ends with its last full batch. Resuming reads the iterable from its beginning, so it must give the
+    same tensors again.
     """
 
-    def __init__(self, tensors: Iterable[Tensor | tuple[Tensor, Tensor]], batch_tokens: int):
+    def __init__(self, tensors: Iterable[Item], batch_tokens: int, targets: bool = False):
         super().__init__(batch_tokens)
         if isinstance(tensors, Tensor):
             tensors = [tensors]
         self.once = iter(tensors) is tensors
-        self.tensors = tensors
+        self.tensors, self.targets = tensors, targets
         # What `sample` took from an iterator must still be handed out afterwards.
-        self._head: list[Tensor | tuple[Tensor, Tensor]] = []
+        self._head: list[Item] = []
+        self._widths: dict[str, int] = {}
 
     def produce(self, start: int) -> Iterator[Batch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
@@ -530,7 +363,7 @@ class TensorStream(Stream):
             skip, batch = skip - taken, batch.rows(slice(taken, None))
             if carried is not None:
                 missing = size - carried.x.shape[0]
-                carried, batch = carried.followed_by(batch.rows(slice(missing))), batch.rows(slice(missing, None))
+                carried, batch = Batch.join([carried, batch.rows(slice(missing))]), batch.rows(slice(missing, None))
                 if carried.x.shape[0] < size:
                     continue
                 yield carried
@@ -544,63 +377,87 @@ class TensorStream(Stream):
         while True:
             seen = 0
             for item in itertools.chain(self._head, self.tensors) if self.once else self.tensors:
-                for name, tensor in zip(("activations", "gradients"), _pair(item), strict=True):
-                    if tensor is None:
-                        continue
-                    if tensor.ndim != 2 or tensor.shape != _pair(item)[0].shape:
-                        raise ValueError(f"{name}: tensor {number}: expected (tokens, d_in), got {tuple(tensor.shape)}.")
-                    if not bool(torch.isfinite(tensor).all()):
-                        row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
-                        raise ValueError(f"{name}: tensor {number}: row {row} is not finite.")
-                batch = _as_batch(item)
+                batch = self._checked(item, number)
                 number, seen = number + 1, seen + batch.x.shape[0]
                 yield batch
             if self.once or not seen:
                 return
 
-    def sample(self, tokens: int, skip: int = 0) -> Float[Tensor, "tokens d_in"]:
+    def _checked(self, item: Item, number: int) -> Batch:
+        """An item of the iterable in float32.
+
+        Raises:
+            ValueError: If it is not what was agreed on, naming the tensor.
+        """
+        where = f"tensor {number}"
+        named = _by_name(item)
+        if "x" not in named or named.keys() - {"x", "target", "grad"}:
+            raise ValueError(f"activations: {where}: expected x, target and grad, the last two if needed, got {list(named)}.")
+        if self.targets and "target" not in named:
+            raise ValueError(
+                f'targets: {where}: a transcoder needs them, got activations only. Give {{"x": ..., "target": ...}}.'
+            )
+        if not self.targets and "target" in named:
+            raise ValueError(
+                f"targets: {where}: expected none, because an SAE reconstructs x. Leave them out, or set dictionary.kind."
+            )
+        x, like = named["x"], named.get("target", named["x"])
+        forms = {"x": ("activations", "(tokens, d_in)"), "target": ("targets", "(tokens, d_out)")}
+        for key, tensor in named.items():
+            name, form = forms.get(key, ("gradients", "(tokens, d_out)" if self.targets else "(tokens, d_in)"))
+            rows = "" if key == "x" or x.ndim != 2 else f" of {x.shape[0]} tokens"
+            if tensor.ndim != 2 or tensor.shape[0] != x.shape[0] or (key == "grad" and tensor.shape != like.shape):
+                raise ValueError(f"{name}: {where}: expected {form}{rows}, got {tuple(tensor.shape)}.")
+            width = self._widths.setdefault(key, tensor.shape[1])
+            if tensor.shape[1] != width:
+                raise ValueError(f"{name}: {where}: expected width {width}, as before, got {tensor.shape[1]}.")
+            if not bool(torch.isfinite(tensor).all()):
+                row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
+                raise ValueError(f"{name}: {where}: row {row} is not finite.")
+        values = {key: tensor.float() for key, tensor in named.items()}
+        return Batch(values["x"], values.get("target"), values.get("grad"))
+
+    def sample(self, tokens: int, skip: int = 0) -> Batch:
         # Of an iterator only what was taken before training is there to be sampled: the rest is for the training.
         head = not self.once or self.batches == 0
-        found: list[Tensor] = []
+        found: list[Batch] = []
         seen = 0
-        for item in self._sampled(skip + tokens) if head else self._head:
-            x = _pair(item)[0]
-            part = x[max(skip - seen, 0) : max(skip + tokens - seen, 0)]
-            if len(part):
-                found.append(part.float())
-            seen += x.shape[0]
+        for number, item in enumerate(self._sampled(skip + tokens) if head else self._head):
+            size = _by_name(item)["x"].shape[0]
+            if seen + size > skip:
+                batch = self._checked(item, number)
+                found.append(batch.rows(slice(max(skip - seen, 0), skip + tokens - seen)))
+            seen += size
             if seen >= skip + tokens:
                 break
         if not seen:
             raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
-        return torch.cat(found) if found else torch.empty(0, self.sample(1).shape[1])
+        together = Batch.join(found) if found else self.sample(1).rows(slice(0))
+        return Batch(together.x, together.target)
 
-    def _sampled(self, tokens: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    def _sampled(self, tokens: int) -> Iterator[Item]:
         """Items from the beginning, of an iterator those that are kept aside; more of it are taken until there are enough."""
         if not self.once:
             yield from self.tensors
             return
         have = 0
         for item in self._head:
-            have += _pair(item)[0].shape[0]
+            have += _by_name(item)["x"].shape[0]
         source = iter(self.tensors)
         while have < tokens and (item := next(source, None)) is not None:
             self._head.append(item)
-            have += _pair(item)[0].shape[0]
+            have += _by_name(item)["x"].shape[0]
         yield from self._head
 
     def moments(self) -> Moments:
-        sample = self.sample(32_768)
-        moments = Moments(sample.shape[1])
-        moments.update(sample)
-        return moments
+        return moments_of(self.sample(MOMENT_TOKENS).x)
+
+    def target_moments(self) -> Moments:
+        sample = self.sample(MOMENT_TOKENS)
+        return moments_of(sample.x if sample.target is None else sample.target)
 
 
-def _pair(item: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    return item if isinstance(item, tuple) else (item, None)
-
-
-def _as_batch(item: Tensor | tuple[Tensor, Tensor]) -> Batch:
-    """An item of a user's iterable, in float32."""
-    x, grad = _pair(item)
-    return Batch(x.float(), grad=None if grad is None else grad.float())
+def _by_name(item: Item) -> dict[str, Tensor]:
+    if isinstance(item, Mapping):
+        return dict(item)
+    return dict(zip(("x", "grad"), item, strict=True)) if isinstance(item, tuple) else {"x": item}

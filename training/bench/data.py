@@ -59,7 +59,7 @@ def bench_stream(
     report: dict[str, Any] = {"width": width, "tokens": tokens, "batch_tokens": batch_tokens}
     with tempfile.TemporaryDirectory() as directory:
         stores = {dtype: synthetic_store(Path(directory) / dtype, tokens, width, dtype) for dtype in STREAM_DTYPES}
-        streams = {dtype: StoreStream(store, SYNTHETIC_HOOK, batch_tokens, seed=0) for dtype, store in stores.items()}
+        streams = {dtype: StoreStream(store, (SYNTHETIC_HOOK,), batch_tokens, seed=0) for dtype, store in stores.items()}
         measured: dict[str, list[tuple[float, float]]] = {dtype: [] for dtype in STREAM_DTYPES}
         # Once unmeasured: compilation, first touch of memory.
         for _ in range(repeats + 1):

@@ -95,7 +95,7 @@ def _step(tokens: int, d: int, n_latents: int, k: int, optimizer: str, device: t
     with device:
         dictionary = SAE(d, n_latents, TopK(k))
     update = build_optimizer(dictionary, Phases(dictionary, recipe), recipe)
-    objective = Objective(dictionary, float(d), AuxSettings(recipe.auxk_weight, max(1, d // 2))).to(device)
+    objective = Objective(dictionary, torch.tensor(float(d)), AuxSettings(recipe.auxk_weight, max(1, d // 2))).to(device)
     dictionary.train()
     # Nothing is dead: AuxK has nothing to do.
     dead = torch.zeros(n_latents, dtype=torch.bool, device=device)

@@ -28,7 +28,7 @@ from sae.encoders.feature_choice import FeatureChoice
 from sae.metrics import Moments
 from sae.screen import Screen
 
-from ..activations.stream import Batch, Stream
+from ..activations.stream import Batch, Stream, moments_of
 from ..checkpoints import Checkpoints
 from ..fused import build_optimizer
 from ..initialize import SAMPLE_TOKENS, initialize
@@ -38,6 +38,7 @@ from ..optim import Schedule
 from ..phases import Phases
 from ..recipe import Recipe, check_recipe, override
 from ..report import Report
+from ..resolve import dictionary_arguments
 from ..state import Randomness, TrainState
 from ..stopping import StopRequest
 from .environment import sparsary_version
@@ -110,17 +111,18 @@ class Following(Stream):
     def moments(self) -> Moments:
         raise NotImplementedError
 
+    def target_moments(self) -> Moments:
+        raise NotImplementedError
+
 
 class Run:
     """A dictionary about to be trained, with all that the loop asks for."""
 
     def __init__(self, recipe: Recipe, sample: Float[Tensor, "tokens d_in"]):
         # As `training.run` builds it; the stream and the files are left out.
-        moments = Moments(sample.shape[1])
-        moments.update(sample)
-        section = recipe.dictionary
-        arguments = {"kind": section.kind, "d_in": sample.shape[1], "n_latents": section.n_latents, "encoder": section.encoder}
-        self.recipe, self.dictionary = recipe, build_dictionary(arguments)
+        moments, section = moments_of(sample), recipe.dictionary
+        self.recipe = recipe
+        self.dictionary = build_dictionary(dictionary_arguments(recipe, {HOOK: sample.shape[1]}))
         initialize(self.dictionary, Batch(sample), moments, moments, section.normalize, section.init)
         AcceleratorState._reset_state(True)
         precision = "bf16" if recipe.precision == "bf16" else "no"
@@ -135,7 +137,7 @@ class Run:
             self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
         )
         weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
-        objective = Objective(self.dictionary, moments.variance(), aux, None, weight)
+        objective = Objective(self.dictionary, self.dictionary.spread(moments), aux, None, weight)
         self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
         self.dictionary.train()
 
@@ -179,7 +181,9 @@ def train(task: Task, turns: Turns) -> None:
     _compile(task)
     turns.build_from_here()
     run = Run(recipe_of(task), sample_of(task, turns.generator))
-    others = {} if buffer is None else {"product": lambda: product(turns.batches[0], run.dictionary.weights.W_enc, buffer)}
+    others = (
+        {} if buffer is None else {"product": lambda: product(turns.batches[0], run.dictionary.blocks[0].weights.W_enc, buffer)}
+    )
     run.follow(run.batches(turns.steps(run.held_bytes, sparsary_version(), others), gradients))
 
 

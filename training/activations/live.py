@@ -1,0 +1,244 @@
+"""Batches straight from the model, nothing on disk: shuffled buffer by buffer, or whole contexts in the order of the text."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.metrics import Moments
+
+from ..recipe import HarvestSection, TextSection
+from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
+from . import harvest
+from .model import LanguageModel
+from .stream import Batch, Origin, Stream, moments_of, permute, side_by_side
+
+
+class Buffers:
+    """Training tokens straight from the model, buffer after buffer, at every hook that some stream reads.
+
+    Streams that walk the text together share the work: the last few buffers are kept for those that come after the first.
+    What a buffer holds depends on where it begins and on nothing else.
+    """
+
+    def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
+        self.model, self.text, self.section, self.hooks = model, text, section, hooks
+        self.keep = keep
+        self._kept: dict[Cursor, tuple[harvest.Rows, Cursor]] = {}
+        self._making = self._from(BEGINNING)
+        self._stands_at: Cursor | None = BEGINNING
+        self._lock = threading.Lock()
+
+    def after(self, cursor: Cursor) -> tuple[harvest.Rows, Cursor]:
+        """The buffer that begins at ``cursor``, and where the text stands after it."""
+        # Who wants a buffer that is being made waits for it.
+        with self._lock:
+            if cursor not in self._kept:
+                while len(self._kept) >= self.keep:
+                    self._kept.pop(next(iter(self._kept)))
+                # Going on in the text costs nothing, finding a place in it may cost reading up to there.
+                if cursor != self._stands_at:
+                    self._making = self._from(cursor)
+                # Should it fail, whoever asks next is to hear of it too.
+                self._stands_at = None
+                self._kept[cursor] = next(self._making)
+                self._stands_at = self._kept[cursor][1]
+            return self._kept[cursor]
+
+    def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.Rows, Cursor]]:
+        """Buffer after buffer from a place in the text on, endlessly."""
+        pieces: list[harvest.Rows] = []
+        while True:
+            found = 0
+            for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
+                pieces.append(self._training_rows(batch))
+                found += len(pieces[-1])
+                if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
+                    yield harvest.Rows.join(pieces), batch[-1].cursor
+                    pieces = []
+            if not found and cursor == BEGINNING:
+                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+            cursor = BEGINNING
+
+    def _training_rows(self, batch: list[Context]) -> harvest.Rows:
+        rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
+        for name, values in rows.tensors.items():
+            if not bool(torch.isfinite(values).all()):
+                bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
+                where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
+                raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
+        return rows
+
+
+class LiveStream(Stream):
+    """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
+
+    The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
+    fill a batch are dropped; the text starts over when it ends. ``source`` is for streams that share one.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        text: TextSection,
+        section: HarvestSection,
+        hooks_in: tuple[str, ...],
+        batch_tokens: int,
+        seed: int,
+        source: Buffers | None = None,
+        hooks_out: tuple[str, ...] = (),
+    ):
+        super().__init__(batch_tokens)
+        if section.live_buffer_tokens < batch_tokens:
+            raise ValueError(
+                f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
+                f"got {section.live_buffer_tokens}."
+            )
+        self.section, self.seed = section, seed
+        self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
+        self.source = source or Buffers(model, text, section, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
+        # Batch number at which a buffer begins -> (buffer number, place in the text).
+        self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
+        self._sample: Batch | None = None
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        begin = max(number for number in self.buffers if number <= start)
+        number, cursor = self.buffers[begin]
+        while True:
+            rows, cursor = self.source.after(cursor)
+            batches = len(rows) // self.batch_tokens
+            self.buffers[begin + batches] = (number + 1, cursor)
+            if begin + batches > start:
+                order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
+                shuffled = rows.at((*self.hooks_in, *self.hooks_out)).select(order)
+                for i in range(max(start - begin, 0), batches):
+                    part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
+                    grad = self._columns(part, "grad", self.hooks_out) if self.section.gradients else None
+                    yield replace(self._sides(part), grad=grad, labels=part.labels)
+            begin, number = begin + batches, number + 1
+
+    def position(self) -> dict[str, Any]:
+        begin = max(number for number in self.buffers if number <= self.batches)
+        number, cursor = self.buffers[begin]
+        return {"batches": self.batches, "begin": begin, "buffer": number, "cursor": list(cursor)}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
+
+    def _sides(self, rows: harvest.Rows) -> Batch:
+        x = self._columns(rows, "x", self.hooks_in)
+        return Batch(x, self._columns(rows, "x", self.hooks_out) if self.hooks_out != self.hooks_in else None)
+
+    def _columns(self, rows: harvest.Rows, kind: str, hooks: tuple[str, ...]) -> Tensor:
+        return side_by_side([rows.tensors[f"{kind}:{hook}"] for hook in hooks])
+
+    def sample(self, tokens: int, skip: int = 0) -> Batch:
+        if self._sample is None:
+            rows, _ = self.source.after(BEGINNING)
+            order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
+            self._sample = self._sides(rows).rows(order)
+        return self._sample.rows(slice(skip, skip + tokens))
+
+    def moments(self) -> Moments:
+        return moments_of(self.sample(self.section.live_buffer_tokens).x)
+
+    def target_moments(self) -> Moments:
+        sample = self.sample(self.section.live_buffer_tokens)
+        return moments_of(sample.x if sample.target is None else sample.target)
+
+
+class ContextStream(Stream):
+    """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
+
+    Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
+    them. Held-out documents and excluded positions are never kept.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        text: TextSection,
+        section: HarvestSection,
+        hooks_in: tuple[str, ...],
+        batch_tokens: int,
+        seed: int,
+        source: Buffers | None = None,
+        hooks_out: tuple[str, ...] = (),
+    ):
+        super().__init__(batch_tokens)
+        self.model, self.text, self.section = model, text, section
+        # Batch number -> the place in the text where it begins.
+        self.cursors: dict[int, Cursor] = {0: BEGINNING}
+        self.rows = LiveStream(model, text, section, hooks_in, batch_tokens, seed, source, hooks_out)
+
+    def produce(self, start: int) -> Iterator[Batch]:
+        number = max(known for known in self.cursors if known <= start)
+        pieces: list[Context] = []
+        kept = 0
+        for context in self._endless(self.cursors[number]):
+            here = int(self._keep([context]).sum())
+            # The model need not run where nothing is learned.
+            if here:
+                pieces.append(context)
+            kept += here
+            if kept >= self.batch_tokens:
+                # Before the batch is handed out: whoever has it may ask for the position.
+                self.cursors[number + 1] = context.cursor
+                if number >= start:
+                    yield self._batch(pieces)
+                number, pieces, kept = number + 1, [], 0
+
+    def _endless(self, cursor: Cursor) -> Iterator[Context]:
+        while True:
+            found = False
+            for context in contexts(self.text, self.model.tokenizer, cursor):
+                found = found or bool(self._keep([context]).any())
+                yield context
+            if not found and cursor == BEGINNING:
+                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+            cursor = BEGINNING
+
+    def _keep(self, pieces: list[Context]) -> np.ndarray:
+        token_ids = np.stack([context.token_ids for context in pieces])
+        document_ids = np.stack([context.document_ids for context in pieces])
+        special = frozenset(self.model.tokenizer.all_special_ids)
+        drop = harvest.excluded(token_ids, document_ids, special, self.section)
+        return ~drop & ~are_heldout(document_ids, self.section.heldout)
+
+    def _batch(self, pieces: list[Context]) -> Batch:
+        document_ids = np.stack([context.document_ids for context in pieces])
+        kept = self._keep(pieces)
+        kept &= (np.cumsum(kept).reshape(kept.shape)) <= self.batch_tokens
+        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
+        device = self.model.device
+        token_ids = torch.from_numpy(np.stack([context.token_ids for context in pieces])).long().to(device)
+        origin = Origin(token_ids, torch.from_numpy(kept).to(device), torch.from_numpy(counted).to(device))
+        hooks_in, hooks_out = self.rows.hooks_in, self.rows.hooks_out
+        seen = self.model.activations(token_ids, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
+        kept_rows = {hook: values[origin.kept].float() for hook, values in seen.items()}
+        for hook, values in kept_rows.items():
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{hook}: an activation is not finite. Set model.dtype: float32.")
+        x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
+        return Batch(x, target if hooks_out != hooks_in else None, origin=origin)
+
+    def position(self) -> dict[str, Any]:
+        return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self.cursors = {position["batches"]: Cursor(*position["cursor"])}
+
+    def sample(self, tokens: int, skip: int = 0) -> Batch:
+        return self.rows.sample(tokens, skip)
+
+    def moments(self) -> Moments:
+        return self.rows.moments()
+
+    def target_moments(self) -> Moments:
+        return self.rows.target_moments()

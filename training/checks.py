@@ -1,0 +1,315 @@
+"""What can be wrong with a recipe, said in this project's words: one line per mistake, with the nearest valid name."""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from sae.encoders import ENCODERS, build_encoder
+from transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
+
+from .sections import DictionarySection, Recipe, total_steps
+
+
+def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every encoder of unchecked values, with its key."""
+    found = [("dictionary.encoder", values.get("dictionary"))]
+    if isinstance(values.get("phases"), list):
+        found += [(f"phases.{i}.encoder", phase) for i, phase in enumerate(values["phases"])]
+    return [
+        (key, section["encoder"])
+        for key, section in found
+        if isinstance(section, dict) and isinstance(section.get("encoder"), dict)
+    ]
+
+
+def check_encoder(spec: dict[str, Any], key: str) -> list[str]:
+    name = spec.get("name")
+    if name not in ENCODERS:
+        if name is None:
+            return [f"{key}.name: required, but missing. Choose one of {', '.join(ENCODERS)}."]
+        return [f"{key}.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{nearest(str(name), ENCODERS)}"]
+    try:
+        encoder_schema(name).model_validate({name: value for name, value in spec.items() if name != "name"})
+    except ValidationError as error:
+        takes = f"{name} takes {', '.join(ENCODERS[name].parameters_of())}."
+        return [explain(problem, spec, tuple(key.split(".")), takes) for problem in error.errors()]
+    return []
+
+
+@cache
+def encoder_schema(name: str) -> type[BaseModel]:
+    """The constructor's signature as a strict schema."""
+    fields: dict[str, Any] = {
+        key: (p.annotation, ... if p.default is inspect.Parameter.empty else p.default)
+        for key, p in ENCODERS[name].parameters_of().items()
+    }
+    return create_model(name, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
+
+
+def check_together(recipe: Recipe) -> list[str]:
+    """What no single key can be blamed for."""
+    section = recipe.dictionary
+    problems = _check_training(recipe) + _check_dictionary(section)
+    named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
+    for key in named if not problems else ():
+        problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
+    for index, hook in enumerate(recipe.harvest.hooks):
+        problems += _check_hook(f"harvest.hooks.{index}", hook)
+    if recipe.harvest.store is not None and recipe.harvest.tokens is None:
+        problems.append("harvest.tokens: required with harvest.store, but missing.")
+    if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
+        problems.append("harvest.hooks: expected each hook once, got one twice.")
+    if recipe.objective == "kl":
+        if recipe.harvest.store is not None:
+            problems.append(
+                "harvest.store: expected null with objective kl, which runs the model at every step, "
+                f"got {recipe.harvest.store!r}."
+            )
+        if recipe.accumulate > 1:
+            problems.append(f"accumulate: expected 1 with objective kl, got {recipe.accumulate}. Lower batch_tokens instead.")
+        if recipe.harvest.gradients:
+            problems.append("harvest.gradients: expected false with objective kl, whose batches hold no gradients, got true.")
+    if recipe.batch_tokens % recipe.accumulate:
+        problems.append(f"accumulate: expected a divisor of batch_tokens = {recipe.batch_tokens}, got {recipe.accumulate}.")
+    if recipe.batch_tokens > recipe.tokens:
+        problems.append(f"batch_tokens: expected at most tokens = {recipe.tokens}, got {recipe.batch_tokens}.")
+    if recipe.harvest.exclude_leading >= recipe.text.context_length:
+        problems.append(
+            f"harvest.exclude_leading: expected less than text.context_length = {recipe.text.context_length}, "
+            f"got {recipe.harvest.exclude_leading}; nothing would be left."
+        )
+    needed = {"files": ("files", recipe.text.files), "hub": ("dataset", recipe.text.dataset)}
+    if recipe.text.source in needed and not needed[recipe.text.source][1]:
+        problems.append(
+            f"text.{needed[recipe.text.source][0]}: required when text.source is {recipe.text.source}, but missing."
+        )
+    if recipe.text.source == "embedded" and recipe.model.id != "embedded":
+        problems.append("text.source: the embedded corpus is for model.id embedded. Set text.source to files or hub.")
+    return problems
+
+
+def unharvested(recipe: Recipe, key: str, hooks: Iterable[str]) -> list[str]:
+    """One line for every hook that is missing from ``harvest.hooks``, where those are given."""
+    given = recipe.harvest.hooks
+    return [
+        f"{key}: expected one of harvest.hooks ({', '.join(given)}), got {hook!r}.{nearest(hook, given)}"
+        for hook in hooks
+        if given and hook not in given
+    ]
+
+
+def _check_hook(key: str, hook: str) -> list[str]:
+    if hook.rpartition(":")[2] in ("in", "out") and hook.rpartition(":")[0]:
+        return []
+    return [f"{key}: expected a module path and a side, like {hook.split(':')[0]}:out, got {hook!r}."]
+
+
+# What only some kinds have, in the order in which a person would be told.
+KINDS_WITH = {
+    "hook": ("sae",),
+    "hook_in": ("transcoder", "cross_layer_transcoder"),
+    "hook_out": ("transcoder", "cross_layer_transcoder"),
+    "layer": ("sae", "transcoder"),
+    "layers": ("cross_layer_transcoder",),
+    "skip": ("transcoder",),
+    "joint": ("cross_layer_transcoder",),
+}
+INSTEAD = {
+    "sae": "Give hook, or layer and site",
+    "transcoder": "Give hook_in and hook_out, or layer and site",
+    "cross_layer_transcoder": "Give hook_in and hook_out as lists, or layers and site",
+}
+
+
+def _check_dictionary(section: DictionarySection) -> list[str]:
+    """The keys that go with the kind, and hooks named in one way only."""
+    kind, instead = section.kind, INSTEAD[section.kind]
+    # Layer 0 is given, and equal to False.
+    given = {key for key in (*KINDS_WITH, "site") if not any(getattr(section, key) is unset for unset in (None, False))}
+    problems = [
+        f"dictionary.{key}: expected it with kind {' or '.join(kinds)} only, got it with kind {kind}."
+        + (f" {instead}." if key not in ("skip", "joint") else " Leave it out.")
+        for key, kinds in KINDS_WITH.items()
+        if key in given and kind not in kinds
+    ]
+    if problems:
+        return problems
+    ways = [("hook",) if kind == "sae" else ("hook_in", "hook_out"), (_layers_key(kind), "site")]
+    started = [way for way in ways if given & set(way)]
+    if len(started) != 1:
+        found = " and ".join(key for way in ways for key in way if key in given)
+        return [f"dictionary: expected hooks, or a layer and its site, got {found or 'neither'}. {instead}."]
+    missing = [key for key in started[0] if key not in given]
+    if missing:
+        return [f"dictionary.{missing[0]}: required beside {(given & set(started[0])).pop()}, but missing. {instead}."]
+    if started[0] == ways[1]:
+        return _check_layers(section)
+    return _check_hooks(section)
+
+
+def _layers_key(kind: str) -> str:
+    return "layers" if kind == "cross_layer_transcoder" else "layer"
+
+
+def _check_layers(section: DictionarySection) -> list[str]:
+    layers = section.layers
+    if isinstance(layers, tuple) and (len(layers) < 2 or sorted(set(layers)) != list(layers) or layers[0] < 0):
+        return [f"dictionary.layers: expected all, or two or more layers that ascend from 0 on, got {list(layers)}."]
+    return []
+
+
+def _check_hooks(section: DictionarySection) -> list[str]:
+    problems = []
+    many = section.kind == "cross_layer_transcoder"
+    for key in ("hook",) if section.kind == "sae" else ("hook_in", "hook_out"):
+        value = getattr(section, key)
+        if isinstance(value, tuple) != many:
+            wanted = "a list of hooks, one of every layer" if many else "one hook"
+            problems.append(f"dictionary.{key}: expected {wanted}, got {list(value) if isinstance(value, tuple) else value!r}.")
+            continue
+        hooks = value if isinstance(value, tuple) else (value,)
+        problems += [line for hook in hooks for line in _check_hook(f"dictionary.{key}", hook)]
+        if len(set(hooks)) < len(hooks):
+            problems.append(f"dictionary.{key}: expected each hook once, got one twice.")
+    if not problems and many and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out)):
+        sizes = f"{len(section.hooks_in)} and {len(section.hooks_out)}"
+        problems.append(f"dictionary.hook_out: expected two or more hooks, as many as in hook_in, got {sizes}.")
+    if not problems and section.kind != "sae" and set(section.hooks_in) & set(section.hooks_out):
+        twice = next(hook for hook in section.hooks_in if hook in section.hooks_out)
+        problems.append(
+            f"dictionary.hook_out: expected hooks other than those of hook_in, got {twice!r} in both. "
+            "What reconstructs its input is kind: sae."
+        )
+    return problems
+
+
+def _check_cross_layer(recipe: Recipe) -> list[str]:
+    """What other dictionaries can do and this one cannot."""
+    name, problems = recipe.dictionary.encoder.get("name"), []
+    allowed = JOINT_ENCODERS if recipe.dictionary.joint else LAYER_ENCODERS
+    if name in ENCODERS and name not in allowed:
+        where = "with joint" if recipe.dictionary.joint else "in a cross_layer_transcoder"
+        problems.append(f"dictionary.encoder.name: expected {' or '.join(allowed)} {where}, got {name!r}.")
+    if recipe.phases:
+        problems.append("phases: expected none with a cross_layer_transcoder, whose encoder stays one. Leave them out.")
+    if recipe.screen != "none":
+        problems.append(f"screen: expected none with a cross_layer_transcoder, got {recipe.screen!r}.")
+    if recipe.objective != "reconstruction":
+        problems.append(
+            f"objective: expected reconstruction with a cross_layer_transcoder, which writes to many layers, "
+            f"got {recipe.objective!r}."
+        )
+    return problems
+
+
+def _check_training(recipe: Recipe) -> list[str]:
+    """Encoders, schedules and phases against each other and against the batch."""
+    specs = [("dictionary.encoder", recipe.dictionary.encoder)]
+    specs += [(f"phases.{i}.encoder", phase.encoder) for i, phase in enumerate(recipe.phases)]
+    problems = []
+    for key, spec in specs:
+        if not check_encoder(spec, key):
+            problems += _check_variants(recipe, key, spec)
+    if recipe.dictionary.kind == "cross_layer_transcoder":
+        problems += _check_cross_layer(recipe)
+    names = {spec["name"] for _, spec in specs if spec.get("name") in ENCODERS}
+    if recipe.screen != "none" and not any(ENCODERS[name].can_screen for name in names):
+        able = ", ".join(name for name, encoder in ENCODERS.items() if encoder.can_screen)
+        problems.append(f"screen: expected none, because only {able} can screen, got {recipe.screen!r}.")
+    arguments = {name for _, spec in specs if spec.get("name") in ENCODERS for name in ENCODERS[spec["name"]].parameters_of()}
+    for name, knots in recipe.schedules.items():
+        if name not in arguments:
+            problems.append(f"schedules.{name}: no encoder of this recipe has that argument.{nearest(name, arguments)}")
+        shares = [share for share, _ in knots]
+        if sorted(set(shares)) != shares or shares[0] < 0 or shares[-1] > 1:
+            problems.append(f"schedules.{name}: expected shares of the run that ascend within 0 to 1, got {shares}.")
+    starts, steps = [phase.start for phase in recipe.phases], total_steps(recipe)
+    firsts = [round(start * steps) for start in starts]
+    if sorted(set(starts)) != starts:
+        problems.append(f"phases: expected starts that ascend, got {starts}.")
+    elif sorted(set(firsts)) != firsts or (firsts and not 0 < firsts[0] <= firsts[-1] < steps):
+        problems.append(
+            f"phases: expected starts at different steps from 1 to {steps - 1} of the run's {steps}, got steps {firsts}."
+        )
+    for i, phase in enumerate(recipe.phases if sorted(starts) == starts else ()):
+        end = starts[i + 1] if i + 1 < len(starts) else 1.0
+        # The sum of two written shares may miss a third by a rounding.
+        if phase.start + phase.blend > end + 1e-9:
+            left = f"{end - phase.start:.3g}, until the phase ends"
+            problems.append(f"phases.{i}.blend: expected at most {left}, got {phase.blend}.")
+    free = [not ENCODERS[spec["name"]].unit_atoms for _, spec in specs if spec.get("name") in ENCODERS]
+    for i, phase in enumerate(recipe.phases):
+        if phase.blend and len(free) == len(specs) and free[i] != free[i + 1]:
+            problems.append(f"phases.{i}.blend: expected 0 between free and unit atoms (relu and others), got {phase.blend}.")
+    tied = {ENCODERS[spec["name"]].tied for _, spec in specs if spec.get("name") in ENCODERS}
+    if len(tied) > 1:
+        problems.append("phases: an encoder with tied weights (matching_pursuit) cannot share a run with one without.")
+    return problems
+
+
+def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]:
+    """One encoder as it stands in the recipe, and with every value its schedules give it."""
+    cases = [(key, spec)]
+    for name, knots in recipe.schedules.items():
+        if name in ENCODERS[spec["name"]].parameters_of():
+            cases += [(f"schedules.{name}.{i}", spec | {name: value}) for i, (_, value) in enumerate(knots)]
+    problems = []
+    pool = recipe.batch_tokens // recipe.accumulate
+    for where, case in cases:
+        found = check_encoder(case, key)
+        if not found:
+            try:
+                encoder = build_encoder(case)
+                encoder.prepare(recipe.dictionary.n_latents)
+            except ValueError as error:
+                found = [str(error)]
+            else:
+                if encoder.smallest_batch > pool:
+                    found = [
+                        f"batch_tokens: {case['name']} gives every latent a match: {pool} tokens x k {case['k']} = "
+                        f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Give at least "
+                        f"{encoder.smallest_batch} tokens a batch (divided by accumulate), raise k, or lower n_latents."
+                    ]
+                if encoder.needs_gradient and where == key and recipe.objective == "kl":
+                    found.append(f"objective: {case['name']} needs gradients, which the batches of objective kl do not hold.")
+                elif encoder.needs_gradient and where == key and not recipe.harvest.gradients:
+                    found.append(
+                        f"harvest.gradients: expected true, because {case['name']} chooses latents by the loss's gradient, got "
+                        "false. Set it, choose a new harvest.store, and run: sparsary harvest RECIPE"
+                    )
+        problems += [line if where == key else f"{where}: {line}" for line in found]
+    return list(dict.fromkeys(line.replace("dictionary.encoder", key, 1) for line in problems))
+
+
+def explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str = "") -> str:
+    """One pydantic error in this project's words."""
+    loc, kind = tuple(str(part) for part in problem["loc"]), problem["type"]
+    key = ".".join((*prefix, *loc))
+    if kind == "extra_forbidden":
+        known = ENCODERS[values["name"]].parameters_of() if prefix else _fields_at(loc[:-1])
+        return f"{key}: unknown key. {takes or 'Known here: ' + ', '.join(known) + '.'}{nearest(loc[-1], known)}"
+    if kind == "missing":
+        return f"{key}: required, but missing. {takes}".rstrip()
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    given = problem["input"]
+    hint = " Write whole numbers without exponent, like 2_000_000." if kind == "int_type" and isinstance(given, float) else ""
+    return f"{key}: expected {message}, got {given!r}.{hint}"
+
+
+def _fields_at(loc: tuple[str, ...]) -> list[str]:
+    """Valid keys of the section at ``loc``."""
+    section: type[BaseModel] = Recipe
+    for part in (part for part in loc if not part.isdigit()):
+        annotation = section.model_fields[part].annotation
+        options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
+        section = next(option for option in options if issubclass(option, BaseModel))
+    return list(section.model_fields)
+
+
+def nearest(name: str, choices: Any) -> str:
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,243 @@
+"""The configuration's schema: every key of a recipe with its type, default and meaning.
+
+Types are never coerced, and unknown keys are errors. What no single key can be blamed for is in ``checks.py``.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+
+
+class Section(BaseModel):
+    """Strict: unknown keys and wrong types are errors. Frozen: what varies in a run lives in ``state.py``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+# YAML has lists where a frozen section has tuples.
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _hooks(value: Any) -> str | tuple[str, ...] | None:
+    if isinstance(value, (list, tuple)) and value and all(isinstance(hook, str) for hook in value):
+        return tuple(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError("a hook, or a list of hooks")
+
+
+def _layers(value: Any) -> Literal["all"] | tuple[int, ...] | None:
+    if isinstance(value, (list, tuple)) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in value):
+        return tuple(value)
+    if value in (None, "all"):
+        return value
+    raise ValueError("all, or a list of layers")
+
+
+# Unions, of which pydantic would report every part.
+_listed = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value)
+Hooks = Annotated[str | tuple[str, ...] | None, PlainValidator(_hooks), _listed]
+Layers = Annotated[Literal["all"] | tuple[int, ...] | None, PlainValidator(_layers), _listed]
+
+
+class ModelSection(Section):
+    """The language model under study."""
+
+    id: str = Field(default="embedded", description="'embedded', a Hugging Face id or a local directory")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(default="auto", description="'auto' takes a GPU if there is one")
+
+
+class TextSection(Section):
+    """Where documents come from and how they become contexts."""
+
+    source: Literal["embedded", "files", "hub"] = "embedded"
+    files: Names = Field(default=(), description="source files: .txt, .jsonl or .parquet paths, read in this order")
+    dataset: str | None = Field(default=None, description="source hub: data set id, streamed")
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    dataset_revision: str | None = None
+    column: str = Field(default="text", description="the column or JSON key that holds the text")
+    separator: str = Field(default="\n\n", description="what stands between the documents of a .txt file")
+    seed: int = Field(default=1, description="source embedded: which corpus")
+    context_length: Annotated[int, Field(ge=2)] = 128
+    bos: Literal["context", "document", "none"] = Field(
+        default="context",
+        description="where the beginning-of-sequence token goes: before every document and at the head of every context; "
+        "before every document; nowhere",
+    )
+    packing: Literal["pack", "separate"] = Field(default="pack", description="documents end to end, or one per context, padded")
+
+
+class HarvestSection(Section):
+    """Which activations are taken, and how they are stored."""
+
+    hooks: Names = Field(
+        default=(),
+        description="module paths with a side, e.g. transformer.h.2:out; left out: those the recipe's dictionaries need",
+    )
+    tokens: Positive | None = Field(default=None, description="with a store: tokens to put in it, held-out ones included")
+    store: str | None = Field(default=None, description="the store's directory; null streams straight from the model")
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    block: Positive = Field(default=64, description="int8: how many neighbouring dimensions share a scale")
+    gradients: bool = Field(default=False, description="also store the gradient of the next-token loss at every hook")
+    batch_contexts: Positive = 32
+    shard_tokens: Positive = 131_072
+    heldout: Share = Field(default=0.05, description="share of documents kept from training, for evaluation")
+    exclude_special: bool = Field(default=True, description="leave out BOS, EOS, padding: their norms dwarf all others")
+    exclude_leading: Annotated[int, Field(ge=0)] = Field(default=8, description="leave out so many positions of every context")
+    live_buffer_tokens: Positive = Field(default=65_536, description="store null: tokens shuffled together")
+    verify: bool = Field(default=True, description="check every shard's checksum before training on it")
+
+
+class DictionarySection(Section):
+    """What is learned, and between which hooks: named as they are, or by ``layer`` and ``site``."""
+
+    kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = "sae"
+    hook: str | None = Field(default=None, description="sae: what it reads and reconstructs")
+    hook_in: Hooks = Field(
+        default=None, description="transcoder: what it reads; cross_layer_transcoder: a list, one of every layer"
+    )
+    hook_out: Hooks = Field(default=None, description="what it predicts, likewise")
+    layer: Annotated[int, Field(ge=0)] | None = Field(default=None, description="with site, in place of hooks; from 0")
+    layers: Layers = Field(default=None, description="cross_layer_transcoder: with site, in place of hooks")
+    site: str | None = Field(default=None, description="a part of the layer: mlp (transcoders), mlp_out, attention, ...")
+    skip: bool = Field(default=False, description="transcoder: an affine map past the latents, zero at first")
+    joint: bool = Field(
+        default=False, description="cross_layer_transcoder: topk chooses among all layers' latents, n_layers x k of them"
+    )
+    n_latents: Positive = Field(description="cross_layer_transcoder: in every layer")
+    encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
+    normalize: Literal["scale", "none"] = Field(
+        default="scale", description="divide by one constant, so that variance per dimension is 1"
+    )
+    init: Literal["data", "random"] = Field(
+        default="data", description="atoms start as centred activations, or in random directions"
+    )
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the hooks are named as the model has them."""
+        return self.hook is not None or (self.hook_in is not None and self.hook_out is not None)
+
+    @property
+    def hooks_in(self) -> tuple[str, ...]:
+        """Whose tensors are read, side by side."""
+        return self._named(self.hook_in)
+
+    @property
+    def hooks_out(self) -> tuple[str, ...]:
+        """Whose tensors are reconstructed: of an SAE the same ones."""
+        return self._named(self.hook_out)
+
+    @property
+    def all_hooks(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys((*self.hooks_in, *self.hooks_out)))
+
+    def _named(self, given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        named = given if self.hook is None else self.hook
+        assert named is not None, "a recipe is resolved before its hooks are asked for"
+        return (named,) if isinstance(named, str) else named
+
+
+class PhaseSection(Section):
+    """Another encoder from some point of the run on; it takes over what the one before it measured."""
+
+    start: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="share of the run at which the phase begins")
+    encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
+    blend: Share = Field(default=0.0, description="share of the run over which more and more batches belong to the new phase")
+    lr_factor: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="what lr is multiplied by from then on")
+
+
+# [[share of the run, value], ...]
+Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)], ...], Field(strict=False, min_length=1)]
+
+
+class WandbSection(Section):
+    """Logging to Weights & Biases, beside metrics.jsonl."""
+
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class Recipe(Section):
+    """One training run."""
+
+    model: ModelSection = ModelSection()
+    text: TextSection = TextSection()
+    harvest: HarvestSection
+    dictionary: DictionarySection
+    tokens: Positive = Field(description="tokens trained on; more than the store holds means several passes")
+    batch_tokens: Positive = 2048
+    accumulate: Positive = Field(default=1, description="split every batch into so many pieces, to save memory")
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
+    lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.2, description="last share of the run, with lr falling to 0"
+    )
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=0.003,
+        description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
+        "then sees gradients of one norm, and the large ones of the start do not slow the rest of the run",
+    )
+    screen: Literal["none", "int8"] = Field(
+        default="none",
+        description="int8: a coarse product finds candidates, an exact one ranks them (topk). Faster; seldom misses a latent",
+    )
+    screen_floor: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.999,
+        description="smallest share of the latents exact selection takes; below it there are more candidates, then no screen",
+    )
+    optimizer: Literal["auto", "plain"] = Field(
+        default="auto",
+        description="auto: Adam in one pass over the latents where there are kernels for it, no accumulation and one process; "
+        "plain: gradients written out and torch's Adam. Both are the same step up to rounding",
+    )
+    objective: Literal["reconstruction", "kl"] = Field(
+        default="reconstruction",
+        description="kl trains end to end: the loss is what the model's predictions lose when it runs on the reconstruction",
+    )
+    reconstruction_weight: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None, description="weight of the reconstruction error; null: 1, or 0 with objective kl"
+    )
+    phases: Annotated[tuple[PhaseSection, ...], Field(strict=False)] = Field(
+        default=(), description="encoders that follow dictionary.encoder within the run, each with its start"
+    )
+    schedules: dict[str, Knots] = Field(
+        default_factory=dict,
+        description="encoder argument -> [[share of the run, value], ...]: piecewise linear, for example k or beta",
+    )
+    auxk_weight: Annotated[float, Field(ge=0.0)] = Field(default=1 / 32, description="Gao et al. 2024, appendix A.2")
+    auxk_latents: Positive | None = Field(
+        default=None, description="dead latents per token in the auxiliary loss; null: d_in / 2"
+    )
+    aux_zipf_tau: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="above 0 the auxiliary loss also takes latents that fire less than tau times what a Zipf law expects of "
+        "their rank (aux_zipf_loss); 0 is AuxK. On stories3M 0.1 changed nothing and 0.5 left more latents dead",
+    )
+    aux_zipf_absolute: bool = Field(default=False, description="compare with what the law expects of the last rank instead")
+    calibration_tokens: Positive = Field(
+        default=262_144, description="tokens from which batch-wide encoders' thresholds are set when training ends"
+    )
+    dead_after_tokens: Positive = Field(default=1_000_000, description="a latent silent for so long is dead")
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on a GPU that has it"
+    )
+    seed: int = 0
+    out_dir: str
+    log_every: Positive = Field(default=50, description="steps")
+    save_every: Positive = Field(default=1000, description="steps")
+    wandb: WandbSection | None = None
+    eval_tokens: Positive = Field(default=200_000, description="held-out tokens that `sparsary eval` judges the dictionary on")
+
+
+def total_steps(recipe: Recipe) -> int:
+    """Steps of the whole run; the last batch is a full one."""
+    return -(-recipe.tokens // recipe.batch_tokens)
