@@ -68,8 +68,9 @@ def main() -> None:
     parser.add_argument("folder", choices=LAYERS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=40_000)
+    parser.add_argument("--kind", action="append", choices=STACKS | CROSS, help="only these; repeatable")
     options = parser.parse_args()
-    reports: dict[str, list[dict]] = {kind: [] for kind in STACKS | CROSS}
+    reports: dict[str, list[dict]] = {kind: [] for kind in options.kind or STACKS | CROSS}
     for seed in range(options.seeds):
         for kind, found in reports.items():
             print(f"{kind}, seed {seed}", flush=True)
