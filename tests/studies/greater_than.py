@@ -1,6 +1,6 @@
 """The greater-than task of the embedded model, through the transcoders of its MLPs: which latents carry it.
 
-    python tests/studies/transcoders.py embedded          # trains the stacks
+    python tests/studies/replaced_mlps.py embedded          # trains the stacks
     python tests/studies/greater_than.py                  # the three seeds' stacks of transcoders
 
 Prompts are "The EVENT lasted from the year 17YY to the year 17"; the preference is the probability of the years after YY less

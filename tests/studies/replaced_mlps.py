@@ -1,7 +1,7 @@
 """Transcoders in place of MLPs: per layer and all at once, against SAEs of the MLP's output and against ablation.
 
-    python tests/studies/transcoders.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
-    python tests/studies/transcoders.py stories3M
+    python tests/studies/replaced_mlps.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
+    python tests/studies/replaced_mlps.py stories3M
 
 Trains, for every seed, a stack of transcoders, one with skips, one of SAEs on the MLPs' outputs, all over every layer, and
 two cross-layer transcoders (k latents of each layer, and as many of all layers together), and judges each with all layers in
