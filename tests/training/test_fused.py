@@ -328,6 +328,7 @@ def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path,
         assert all(0.9 < line["screen_recall"] <= 1 for line in metrics(whole))
 
 
+@pytest.mark.slow
 def test_a_screened_run_ends_near_an_exact_one(recipe_values, rows, tmp_path):
     ends = {}
     for screen in ("none", "int8"):

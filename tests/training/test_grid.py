@@ -97,6 +97,7 @@ def counters(directory):
 # Bit for bit what training alone gives.
 
 
+@pytest.mark.slow
 def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_path):
     recipes = members(values, FAMILIES)
     for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
@@ -104,6 +105,7 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_pat
         assert counters(directory)["tokens"] >= recipe.tokens
 
 
+@pytest.mark.slow
 def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
     first, second = values["harvest"]["hooks"]
     gradient = {"name": "gradient_topk", "k": 5, "beta": 2.0}
@@ -169,6 +171,7 @@ def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
     train_all(members(values, FAMILIES), rows)
 
 
+@pytest.mark.slow
 def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
     recipes = members(values | {"batch_tokens": 100, "accumulate": 4}, {"lr": [1e-3, 2e-3]})
     for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
@@ -189,6 +192,7 @@ def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     assert {seed for _, seed, _ in seen} == {0, 1}
 
 
+@pytest.mark.slow
 def test_an_iterator_serves_all_members(values, rows, tmp_path):
     recipes = members(values, {"lr": [1e-3, 2e-3], "seed": [0, 1]})
     endless = [*rows, *rows, *rows]

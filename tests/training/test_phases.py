@@ -259,6 +259,7 @@ def test_a_stopped_run_saves_the_encoder_of_its_last_step(values, rows, stopped_
     assert torch.isfinite(load_dictionary(values["out_dir"])(rows[0])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1, START - 1, 3, 5), (START + 1, 8)], ids=str)
 def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     """Stops fall before the switch, right at it, one step into the blend, within it and at its end."""

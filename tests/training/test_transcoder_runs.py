@@ -81,6 +81,7 @@ def heldout_fvu(directory):
 # End to end.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     values["dictionary"] = transcoder(skip=skip)
@@ -99,6 +100,7 @@ def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     assert hooks_of(provenance) == ((MLPS[2],), (MLPS[3],))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"joint": True}, {"encoder": {"name": "jumprelu", "target_l0": 3}}, {"encoder": {"name": "relu", "target_l0": 3}}],
