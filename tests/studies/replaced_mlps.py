@@ -34,6 +34,12 @@ CROSS = {
     "cross-layer": {"dictionary.kind": "cross_layer_transcoder", "dictionary.layers": "all"},
     "cross-layer, joint": {"dictionary.kind": "cross_layer_transcoder", "dictionary.layers": "all", "dictionary.joint": True},
 }
+CLAIMS = (
+    ("transcoder", "SAE of the output"),
+    ("skip transcoder", "transcoder"),
+    ("cross-layer", "transcoder"),
+    ("cross-layer, joint", "cross-layer"),
+)
 FIGURES = ("ce_increase", "kl_spliced", "top1_agreement")
 
 
@@ -81,14 +87,35 @@ def main() -> None:
 
 def tables(folder: str, reports: dict[str, list[dict]]) -> None:
     first = reports["transcoder"][0]
-    print(f"\nAll MLPs replaced (clean cross-entropy {first['ce_clean']:.4f}):\n")
-    print("| in place of all MLPs | l0, all layers | cross-entropy + | KL | same top token |\n|---|---|---|---|---|")
+    print(f"\nAll MLPs replaced; clean cross-entropy {first['ce_clean']:.4f}, {first['documents']} documents:\n")
+    print("| in place of all MLPs | parameters | fvu, mean of layers | cross-entropy + | KL | same top token | dead |")
+    print("|---|---|---|---|---|---|---|")
     for kind, found in reports.items():
-        cells = [shown([report[figure] for report in found]) for figure in FIGURES]
-        print(f"| {kind} | {statistics.mean(report['l0_mean'] for report in found):.1f} | {' | '.join(cells)} |")
+        cells = [shown([report[key] for report in found]) for key in ("fvu_layer_mean", *FIGURES)]
+        dead = statistics.mean(report["dead_fraction"] for report in found)
+        print(f"| {kind} | {found[0]['parameters']:,} | {' | '.join(cells)} | {dead:.1%} |")
     for name in ("zero", "mean"):
-        cells = (first[f"ce_{name}"] - first["ce_clean"], first[f"kl_{name}"])
-        print(f"| {name} | 0 | {cells[0]:.4f} | {cells[1]:.4f} | |")
+        cells = (first[f"ce_{name}"] - first["ce_clean"], first[f"kl_{name}"], first[f"top1_{name}"])
+        print(f"| {name} | | | {' | '.join(f'{cell:.4f}' for cell in cells)} | |")
+    print("\nOne MLP replaced, cross-entropy + (fvu), means over seeds:\n")
+    print(f"| layer | {' | '.join(reports)} | zero | mean |\n|---|{'---|' * (len(reports) + 2)}")
+    for layer in range(LAYERS[folder]):
+        cells = []
+        for found in reports.values():
+            ce = statistics.mean(report["layer_ce_spliced"][layer] - report["ce_clean"] for report in found)
+            cells.append(f"{ce:.4f} ({statistics.mean(report['layer_fvu'][layer] for report in found):.4f})")
+        cells += [f"{first[f'layer_ce_{name}'][layer] - first['ce_clean']:.4f}" for name in ("zero", "mean")]
+        print(f"| {layer} | {' | '.join(cells)} |")
+    print("\nDifferences with all MLPs replaced, paired by seed, 95 % intervals:\n")
+    print("| question | figure | difference | answer |\n|---|---|---|---|")
+    for better, worse in CLAIMS:
+        if better not in reports or worse not in reports:
+            continue
+        for figure in ("ce_increase", "kl_spliced"):
+            pairs = zip(reports[better], reports[worse], strict=True)
+            mean, half = interval([left[figure] - right[figure] for left, right in pairs])
+            answer = "no difference" if abs(mean) <= half else "yes" if mean < 0 else "no: the opposite"
+            print(f"| {better} loses less than {worse} | {figure} | {mean:+.4f} +- {half:.4f} | {answer} |")
 
 
 if __name__ == "__main__":
