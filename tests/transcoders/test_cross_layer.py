@@ -104,8 +104,8 @@ def test_joint_selection_keeps_the_strongest_of_all_layers_together():
     code = clt.encode(x)
     inside = clt.normalised(x)
     scores = torch.cat([inside[:, b.reads] @ b.weights.W_enc.T + b.weights.b_enc for b in clt.blocks], 1)
-    best = scores.topk(2 * LAYERS)
-    expected = torch.zeros_like(scores).scatter(1, best.indices, best.values.relu())
+    best = scores.flatten().topk(TOKENS * 2 * LAYERS)
+    expected = torch.zeros(scores.numel()).scatter(0, best.indices, best.values.relu()).view(scores.shape)
     torch.testing.assert_close(code.to_dense(LAYERS * HERE), expected)
     per_layer = (expected.view(TOKENS, LAYERS, HERE) > 0).sum((0, 2))
     assert per_layer[2] > per_layer[0]
