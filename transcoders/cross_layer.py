@@ -15,7 +15,7 @@ from sae.dictionary import Block, Site, SparseDictionary
 from sae.encoder import Encoder, Weights, scorer, with_gradient
 from sae.encoders import encoder_spec
 from sae.metrics import Moments
-from sae.scores import above, largest_of_batch
+from sae.scores import Scorer, above, largest_of_batch
 from sae.sparse_ops import decode
 
 # Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
@@ -58,8 +58,10 @@ class CrossLayerTranscoder(SparseDictionary):
             how = "choosing from all layers together" if joint else "a cross-layer transcoder"
             raise ValueError(f"dictionary.encoder.name: expected one of {', '.join(allowed)} for {how}, got {name!r}.")
         self.n_layers, self.joint = n_layers, joint
-        # Guesses at the next batch's levels. They save work and change no result, so they are not saved.
-        self._cuts: list[float | None] = [None] * n_layers
+        # A guess at the next batch's level, and by how much it stays below the last one. It saves work and changes no result,
+        # so it is not saved.
+        self._cut: float | None = None
+        self._slack = 0.1
         width_in, width_out, here = d_in // n_layers, d_out // n_layers, n_latents // n_layers
         encoder.prepare(here)
         # The first layer's is `encoder` itself; a recipe's schedules move the arguments of that one.
@@ -212,20 +214,32 @@ class CrossLayerTranscoder(SparseDictionary):
 
     def _strongest(self, x: Float[Tensor, "tokens d_in"]) -> list[SparseCode]:
         """Every layer's part of the batch's strongest pairs."""
-        budget, candidates = len(x) * self.budget, []
-        for i, block in enumerate(self.blocks):
-            code, self._cuts[i] = largest_of_batch(scorer(x[:, block.reads], block.weights), budget, self._cuts[i])
-            candidates.append(code)
+        scorers = [scorer(x[:, block.reads], block.weights) for block in self.blocks]
+        budget = len(x) * self.budget
+        candidates = self._candidates(scorers, budget)
         values = torch.cat([code.values for code in candidates])
         best = values.topk(min(budget, len(values)), sorted=False)
         kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, best.indices, True)
         if len(best.values):
-            self._observe(best.values.amin())
+            smallest = best.values.amin()
+            self._observe(smallest)
+            # Between a fifth and a half more than enough should come through the next guess.
+            share = len(values) / budget
+            self._slack *= 1.5 if share < 1.2 else 0.7 if share > 1.5 else 1.0
+            self._cut = float(smallest) - self._slack
         parts = kept.split([len(code.values) for code in candidates])
         return [
             with_gradient(code.where(part), x[:, block.reads], block.weights).relu()
             for code, part, block in zip(candidates, parts, self.blocks, strict=True)
         ]
+
+    def _candidates(self, scorers: list[Scorer], budget: int) -> list[SparseCode]:
+        """At least the ``budget`` largest scores of all layers: what exceeds a guess, or, if too little does, each layer's."""
+        if self._cut is not None:
+            found = [above(s.tiles(), torch.tensor(self._cut, device=s.x.device), *s.shape) for s in scorers]
+            if sum(len(code.values) for code in found) >= budget:
+                return found
+        return [largest_of_batch(s, budget)[0] for s in scorers]
 
     @torch.no_grad()
     def _observe(self, smallest: Float[Tensor, ""]) -> None:

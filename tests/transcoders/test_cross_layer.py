@@ -107,6 +107,11 @@ def test_joint_selection_keeps_the_strongest_of_all_layers_together():
     best = scores.flatten().topk(TOKENS * 2 * LAYERS)
     expected = torch.zeros(scores.numel()).scatter(0, best.indices, best.values.relu()).view(scores.shape)
     torch.testing.assert_close(code.to_dense(LAYERS * HERE), expected)
+    # Whatever is guessed of the next batch's level.
+    level = float(best.values.detach()[-1])
+    for guess in (None, -100.0, level - 1e-4, level + 0.5, 100.0):
+        clt._cut = guess
+        torch.testing.assert_close(clt.encode(x).to_dense(LAYERS * HERE), expected)
     per_layer = (expected.view(TOKENS, LAYERS, HERE) > 0).sum((0, 2))
     assert per_layer[2] > per_layer[0]
 
