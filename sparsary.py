@@ -141,13 +141,27 @@ def _features(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
     out: Annotated[str | None, typer.Option(help="Where it goes; the checkpoint's folder 'features' if not given.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read; 200,000 if not given.")] = None,
+    explainer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Let this language model explain latents: its name, or a local directory."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The OpenAI-compatible endpoint that has it, e.g. http://localhost:8000/v1."),
+    ] = None,
+    explain: Annotated[int, typer.Option(help="With --explainer: how many latents.")] = 20,
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests to the endpoint.")] = None,
 ) -> None:
     """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
-    from eval.features.run import DEFAULT_TOKENS, summary
+    from eval.features.run import DEFAULT_TOKENS, Explainer, summary
     from eval.features.run import features as run
 
+    if address is not None and explainer is None:
+        raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
+    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
     with _progress("features") as progress:
-        about = run(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS))
+        about = run(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked)
     _table(summary(about))
     print(f"page: {about['page_path']}")
 

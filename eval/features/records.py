@@ -14,14 +14,16 @@ Keys of a line, ``null`` where ``reasons`` has an entry of the same name that sa
   Pearson's correlation, zeros included. ``nearest``: latents by cosine of the atoms. ``eval.features.relations`` defines them.
 - ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation; ``eval.features.logits``.
 - ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``; ``eval.features.scores``. ``details`` belong to them.
-- ``explanation``: what a language model said of it, and how well that predicts; ``eval.features.explain``.
+- ``explanation``: ``text``, what a language model said of it; ``detection`` and ``fuzzing``, how well that predicts, as
+  balanced accuracy; ``details``, the counts; ``questions`` asked and answers that were ``malformed``; its own ``reasons``;
+  ``eval.features.explain``.
 
 Numbers are rounded to five digits. ``features.json`` beside it says where all this comes from, and means over latents.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ SCHEMA_VERSION = 1
 SCORES = ("predicate_f1", "example_embedding", "logit_lens")
 QUANTILES, PER_QUANTILE = 5, 4
 LOGIT_TOKENS = 10
+NOT_ASKED = "no explainer was asked"
 UNSEEN = "the latent fired on no token of the pass"
 
 Record = dict[str, Any]
@@ -56,6 +59,8 @@ class Described:
     scores: dict[str, list[Score]]
     effects: list[tuple[np.ndarray, np.ndarray]] | str
     known: Predicates
+    # By latent: what explain.judge found, or why nothing could be asked.
+    explanations: dict[int, dict[str, Any] | str] = field(default_factory=dict)
 
     def records(self) -> Iterator[Record]:
         """One per latent, in order."""
@@ -99,7 +104,7 @@ class Described:
             "logits": None if isinstance(self.effects, str) else self._logits(*self.effects[latent]),
             "scores": {name: None if score.value is None else number(score.value) for name, score in scores.items()},
             "details": {name: _rounded(score.details) for name, score in scores.items() if score.details},
-            "explanation": None,
+            "explanation": self._explanation(latent),
         }
         reasons = {f"scores.{name}": score.reason for name, score in scores.items() if score.value is None}
         if not fired:
@@ -107,7 +112,17 @@ class Described:
             reasons |= {f"scores.{name}": UNSEEN for name in scores}
         if isinstance(self.effects, str):
             reasons["logits"] = self.effects
-        return record | {"reasons": reasons | {"explanation": "no explainer was asked"}}
+        if record["explanation"] is None:
+            reasons["explanation"] = str(self.explanations.get(latent, NOT_ASKED))
+        return record | {"reasons": reasons}
+
+    def _explanation(self, latent: int) -> dict[str, Any] | None:
+        found = self.explanations.get(latent)
+        if not isinstance(found, dict):
+            return None
+        details = {name: _rounded(values) for name, values in found["details"].items()}
+        scores = {name: None if found[name] is None else number(found[name]) for name in ("detection", "fuzzing")}
+        return found | scores | {"details": details}
 
     def _histogram(self, latent: int) -> dict[str, list[Any]]:
         counts = self.collected.histogram[latent]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,39 @@ from training.activations.model import LanguageModel, load_model
 from training.recipe import HarvestSection, ModelSection, TextSection
 from transcoders.stack import hooks_of
 
+from .chat import Chat, Endpoint, LocalChat
 from .collect import Limits, Source, collect
+from .explain import Evidence, evidence, judge
 from .logits import unembedding
 from .page import render
 from .predicates import token_texts
 from .records import SCHEMA_VERSION, SCORES, Described, Record, describe, number
 
 RECORDS_FILE, ABOUT_FILE, PAGE_FILE = "features.jsonl", "features.json", "features.html"
+# A folder of answers, so that a repeated run asks nothing twice.
+ANSWERS = "answers"
 DEFAULT_TOKENS = 200_000
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Which language model is asked about so many latents: ``model`` at ``address``, or without one a local or hub model.
+
+    ``key_env`` names the environment variable that holds the key.
+    """
+
+    model: str
+    address: str | None = None
+    latents: int = 20
+    key_env: str = "OPENAI_API_KEY"
+    requests_per_minute: int | float | None = None
+
+    def chat(self, cache: Path) -> Chat:
+        if self.latents < 1:
+            raise ValueError(f"--explain: expected at least 1 latent, got {self.latents}.")
+        if self.address is None:
+            return LocalChat(load_model(ModelSection(id=self.model)))
+        return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
 
 
 def features(
@@ -32,18 +58,54 @@ def features(
     tokens: int | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    explainer: Explainer | None = None,
 ) -> dict[str, Any]:
     """Describe every latent of a checkpoint on held-out text; writes three files and returns ``features.json``'s content.
 
     The files go to ``out``, or into a folder ``features`` of the checkpoint's directory. ``tokens`` is how many held-out
-    tokens are read.
+    tokens are read. An ``explainer`` is asked about some latents when everything else is written.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
-    described, about, _ = described_checkpoint(checkpoint, tokens, limits, progress)
+    described, about = described_checkpoint(checkpoint, tokens, limits, progress)
     directory = Path(out) if out is not None else Path(local_directory(checkpoint)) / "features"
-    return write(directory, about, described.records())
+    written = write(directory, about, described.records())
+    if explainer is None:
+        return written
+    chat = explainer.chat(directory / ANSWERS)
+    try:
+        explanations = explain_some(described, chat, explainer.latents)
+    finally:
+        chat.close()
+    asked = [found for found in explanations.values() if isinstance(found, dict)]
+    about |= {
+        "explainer": chat.name,
+        "explained": sum(found["text"] is not None for found in asked),
+        "malformed_answers": sum(found["malformed"] for found in asked),
+        "questions": sum(found["questions"] for found in asked),
+    }
+    for name in ("detection", "fuzzing"):
+        known = [found[name] for found in asked if found[name] is not None]
+        about[f"{name}_median"] = number(np.median(known)) if known else None
+    about |= {f"explainer_{key}": value for key, value in chat.usage.entries().items()}
+    return write(directory, about, replace(described, explanations=explanations).records())
+
+
+def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
+    """What ``chat`` says of ``count`` latents, spread evenly over those that have text enough to be asked about."""
+    shown: dict[int, Evidence] = {}
+    explanations: dict[int, dict[str, Any] | str] = {}
+    for latent in range(described.collected.n_latents):
+        found = evidence(described.collected, described.words, latent)
+        if isinstance(found, str):
+            explanations[latent] = found
+        else:
+            shown[latent] = found
+    latents = list(shown)
+    for latent in latents[:: max(1, -(-len(latents) // count))]:
+        explanations[latent] = judge(shown[latent], chat, chat).entries()
+    return explanations
 
 
 def described_checkpoint(
@@ -51,8 +113,8 @@ def described_checkpoint(
     tokens: int | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Described, dict[str, Any], LanguageModel]:
-    """What is found of every latent, where it comes from, and the model that was read."""
+) -> tuple[Described, dict[str, Any]]:
+    """What is found of every latent, and where it comes from."""
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
     directory = local_directory(checkpoint)
@@ -96,7 +158,7 @@ def described_checkpoint(
         "no_factors": described.known.missing,
         "git_commit": provenance.get("git_commit"),
     }
-    return described, about, model
+    return described, about
 
 
 def write(directory: Path, about: dict[str, Any], records: Iterable[Record]) -> dict[str, Any]:
@@ -146,4 +208,19 @@ def summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         value = about[f"{name}_median"]
         words = "undefined" if value is None else f"median {value:.3f} of {about[f'{name}_latents']:,} latents"
         lines.append((name.replace("_", " "), words))
+    if "explainer" in about:
+        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in ("detection", "fuzzing"))
+        lines.append(("explained", f"{about['explained']} latents by {about['explainer']}   {scores}"))
+        lines.append(
+            (
+                "asked",
+                f"{about['questions']:,} questions, {about['malformed_answers']:,} answers of no use   "
+                f"{about['explainer_requests']:,} requests, {about['explainer_cached']:,} from the cache   "
+                f"{about['explainer_prompt_tokens'] + about['explainer_completion_tokens']:,} tokens",
+            )
+        )
     return lines
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

@@ -1,14 +1,17 @@
 """From a checkpoint to its three files, and what a user can get wrong."""
 
 import json
+import logging
 import math
+import sys
 
 import pytest
 import torch
 
+import sparsary
 from eval.features.collect import Limits
 from eval.features.records import SCHEMA_VERSION
-from eval.features.run import features, summary
+from eval.features.run import Explainer, features, summary
 from sae import ENCODERS, SAE
 from training.recipe import HarvestSection, TextSection
 from transcoders.transcoder import Transcoder
@@ -142,3 +145,46 @@ def test_tensors_have_no_text_to_show(tmp_path):
 
 def test_numbers_are_finite(about):
     assert all(math.isfinite(value) for value in about.values() if isinstance(value, float))
+
+
+def saying(text):
+    return {"choices": [{"message": {"content": text}}]}
+
+
+def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatch, capsys, serving):
+    def reply(request):
+        if "EXPLANATION:" in request["messages"][0]["content"]:
+            return saying("EXPLANATION: whatever")
+        return saying(str([1, 0, 1, 0, 1][: request["messages"][1]["content"].count("Excerpt ")]))
+
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparsary", "features", str(checkpoint), "--out", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            sparsary.main()
+        return ended.value.code, capsys.readouterr()
+
+    with serving(reply) as (url, stub):
+        code, said = command("--tokens", "2000", "--explainer", "stub-1", "--address", url, "--explain", "3")
+        assert code == 0, said.err
+    # Kept, so that the same command asks nothing again; of equal questions only one is asked.
+    assert len(list((tmp_path / "answers").iterdir())) == len(stub.requests) > 0
+    assert "explained" in said.out
+    records = lines(tmp_path)
+    explained = [record for record in records if record["explanation"]]
+    assert 1 <= len(explained) <= 3
+    assert explained[0]["explanation"]["text"] == "whatever"
+    assert 0 <= explained[0]["explanation"]["detection"] <= 1
+    assert all(record["reasons"]["explanation"] for record in records if not record["explanation"])
+    code, said = command("--tokens", "3000", "--address", url)
+    assert (code, "--explainer: required with --address" in said.err) == (2, True)
+
+
+def test_an_unreachable_explainer_leaves_what_was_written(checkpoint, tmp_path, monkeypatch, serving):
+    monkeypatch.setattr("eval.features.chat.FIRST_WAIT_SECONDS", 0.0)
+    with serving(lambda _request: {}) as (url, _):
+        pass
+    with pytest.raises(ValueError, match="could not be reached"):
+        features(str(checkpoint), str(tmp_path), 3000, LIMITS, explainer=Explainer("m", url))
+    assert len(lines(tmp_path)) == N
