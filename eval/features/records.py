@@ -138,7 +138,8 @@ class Described:
         there = tokens >= 0
         return {
             "tokens": [self.words[token] for token in tokens[there]],
-            "activations": [number(value) for value in values[there]],
+            # Most are zero, and there are millions.
+            "activations": [number(value) if value else 0.0 for value in values[there].tolist()],
             "peak": self.collected.limits.before - int(np.argmax(there)),
             "document": document,
         }

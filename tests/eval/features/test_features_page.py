@@ -173,6 +173,8 @@ def test_searching_sorting_and_turning_pages(tmp_path, html):
     await type(''); $('sort').value = 'predicate_f1'; $('sort').onchange(); found.best = rows().slice(0, 3);
     $('sort').value = 'density'; $('sort').onchange(); found.rare = rows().slice(0, 3);
     $('dead').checked = true; $('dead').onchange(); found.dead = rows().slice(0, 2);
+    $('sort').value = 'predicate_f1'; $('sort').onchange(); found.nulls = rows().slice(0, 3);
+    $('sort').value = 'density'; $('sort').onchange();
     document.querySelectorAll('#rows tr')[0].click(); await shown(12);
     found.clicked = $('detail').textContent.includes('It fired nowhere.');
     location.hash = '#3'; await shown(3); found.followed = $('detail').textContent.includes('latent 3');
@@ -190,6 +192,7 @@ def test_searching_sorting_and_turning_pages(tmp_path, html):
         "best": best,
         "rare": [0, 1, 2],
         "dead": [12, 25],
+        "nulls": best,
         "clicked": True,
         "followed": True,
     }

@@ -166,6 +166,23 @@ def test_example_embedding_tells_words_in_common_from_none():
     assert found[0].details == {"positives": 20, "negatives": 100}
 
 
+def test_example_embedding_is_a_nearest_mean_classifier():
+    windows = np.random.default_rng(10).integers(0, 12, (1, 40, 7))
+    found = collected(windows, lambda all_windows: [np.zeros(0, np.int64)] * len(all_windows))
+    pool = found.background.tokens
+    idf = np.log(201 / (1 + np.array([(pool == token).any(1).sum() for token in range(VOCABULARY)]))) + 1
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+    positive, negative = (
+        unit(np.stack([np.bincount(row, minlength=VOCABULARY) * idf for row in rows])) for rows in (windows[0], pool)
+    )
+    direction = unit(positive[::2].mean(0)) - unit(negative[::2].mean(0))
+    expected = (np.greater.outer(positive[1::2] @ direction, negative[1::2] @ direction)).mean()
+    assert example_embedding(found, VOCABULARY)[0].value == pytest.approx(expected)
+
+
 def test_example_embedding_needs_windows_without_the_latent():
     windows = np.random.default_rng(8).integers(0, VOCABULARY, (40, 7))
     found = example_embedding(collected([windows], lambda all_windows: [np.zeros(1, np.int64)] * len(all_windows)), VOCABULARY)
