@@ -13,7 +13,7 @@ import typer
 
 from training.stopping import Stopped
 
-__all__ = ["evaluate", "load", "push_to_hub", "train"]
+__all__ = ["evaluate", "features", "load", "push_to_hub", "train"]
 
 
 def load(path: str, device: str = "cpu", revision: str | None = None) -> Any:
@@ -67,6 +67,17 @@ def evaluate(directory: str, out: str | None = None, activations: Any = None, to
     from eval.suite import evaluate as run
 
     return run(directory, out, activations, tokens)
+
+
+def features(directory: str, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """Describe every latent of a checkpoint on held-out documents; returns where it comes from, and medians of its scores.
+
+    Writes ``features.jsonl`` (one latent a line), ``features.json`` (what is returned) and ``features.html`` (to browse) into
+    ``out``, or the folder ``features`` of the checkpoint.
+    """
+    from eval.features.run import features as run
+
+    return run(directory, out, tokens)
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -136,6 +147,36 @@ def _eval(
     report = run(checkpoint, out, None, tokens, Selection(oracle, pursuit, k))
     _table(summary(report))
     print(f"report: {report['report_path']}")
+
+
+@app.command("features")
+def _features(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
+    out: Annotated[str | None, typer.Option(help="Where it goes; the checkpoint's folder 'features' if not given.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read; 200,000 if not given.")] = None,
+    explainer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Let this language model explain latents: its name, or a local directory."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The OpenAI-compatible endpoint that has it, e.g. http://localhost:8000/v1."),
+    ] = None,
+    explain: Annotated[int, typer.Option(help="With --explainer: how many latents.")] = 20,
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests to the endpoint.")] = None,
+) -> None:
+    """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
+    from eval.features.run import DEFAULT_TOKENS, Explainer, summary
+    from eval.features.run import features as run
+
+    if address is not None and explainer is None:
+        raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
+    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
+    with _progress("features") as progress:
+        about = run(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked)
+    _table(summary(about))
+    print(f"page: {about['page_path']}")
 
 
 @app.command("compare")

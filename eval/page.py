@@ -1,5 +1,7 @@
 """The report as one self-contained HTML page: no scripts, no fonts, nothing fetched; plots are inline SVG."""
 
+import base64
+import hashlib
 import json
 import re
 from html import escape
@@ -111,9 +113,19 @@ def render(report: Report, curve: Curve) -> str:
     return document(title, body)
 
 
-def document(title: str, body: str, css: str = "", palette: Palette = PALETTE) -> str:
-    """A whole page in this project's style. ``body`` is HTML; ``css`` comes after the common rules."""
-    return DOCUMENT.format(title=escape(title), style=_variables(palette) + CSS + css, body=body)
+def document(title: str, body: str, css: str = "", palette: Palette = PALETTE, script: str = "") -> str:
+    """A whole page in this project's style. ``body`` is HTML; ``css`` comes after the common rules; ``script`` runs last.
+
+    The script may not hold ``</script``. No other one runs.
+    """
+    allowed = f"; script-src '{_source_hash(script)}'" if script else ""
+    if script:
+        body += f"<script>{script}</script>\n"
+    return DOCUMENT.format(title=escape(title), style=_variables(palette) + CSS + css, body=body, allowed=allowed)
+
+
+def _source_hash(script: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 # Label, key, and what stands below the number; braces name other entries of the report.
@@ -211,12 +223,12 @@ tr{display:grid;grid-template-columns:1fr auto;border-top:1px solid var(--rule);
 th+td{width:auto;text-align:right;padding-left:12px} td:last-child,.group th{grid-column:1/-1} .group{border:0}}
 """
 
-# The policy lets the page's own style in and nothing else, whatever text a report brings along.
+# The policy lets the page's own style and script in and nothing else, whatever text a report brings along.
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'{allowed}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>

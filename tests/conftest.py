@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import threading
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -229,3 +231,49 @@ def random_transcoders():
         }
 
     return build
+
+
+class _Stub:
+    """What the server got, and what it says: a function from the request to (status, body) or a body alone."""
+
+    def __init__(self, reply):
+        self.reply, self.requests, self.headers = reply, [], []
+
+
+@pytest.fixture
+def serving():
+    """A server on this machine that answers by a function of the request: ``with serving(reply) as (url, stub)``."""
+    return _serving
+
+
+@contextmanager
+def _serving(reply):
+    stub = _Stub(reply)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            stub.requests.append(request)
+            stub.headers.append(dict(self.headers))
+            said = stub.reply(request)
+            status, body, headers = said if isinstance(said, tuple) else (200, said, {})
+            payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(payload))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", stub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

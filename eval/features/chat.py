@@ -1,0 +1,205 @@
+"""Language models that answer prompts: any OpenAI-compatible endpoint, or a local model. What is asked is counted."""
+
+import hashlib
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from sae.files import read_json, write_json
+from training.activations.model import LanguageModel
+
+# What a server says when asking again may help.
+TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
+
+
+@dataclass
+class Usage:
+    """What was asked so far. Answers from the cache cost nothing and count as nothing else."""
+
+    requests: int = 0
+    retries: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+    def entries(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+class Chat(ABC):
+    """Something that answers. ``name`` says what it is."""
+
+    name: str
+    usage: Usage
+
+    @abstractmethod
+    def answer(self, system: str, prompt: str) -> str:
+        """The answer's text, as it came."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class Endpoint(Chat):
+    """``POST URL/chat/completions``, as OpenAI's API and those like it (vLLM, llama.cpp, Ollama) take it.
+
+    The key is read from the environment variable ``key_env``, if that is set. Requests are at least ``60 /
+    requests_per_minute`` seconds apart; those that failed in passing (busy, timed out) are repeated, each time after twice
+    the wait, or after what the server asks for. Answers are kept in ``cache`` by everything that was asked, so that a
+    repeated run asks nothing. ``prices`` are per million tokens, of prompts and of answers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key_env: str = "OPENAI_API_KEY",
+        cache: str | Path | None = None,
+        requests_per_minute: int | float | None = None,
+        retries: int = 4,
+        timeout_seconds: float = 60.0,
+        prices: tuple[float, float] = (0.0, 0.0),
+        max_tokens: int = 400,
+        sleep: Callable[[float], Any] = time.sleep,
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--explainer: expected an address that begins with http:// or https://, got {url!r}.")
+        if requests_per_minute is not None and requests_per_minute <= 0:
+            raise ValueError(f"requests_per_minute: expected more than 0, got {requests_per_minute}.")
+        self.url, self.name, self.retries, self.prices, self.max_tokens = url.rstrip("/"), model, retries, prices, max_tokens
+        self.usage = Usage()
+        self.cache = None if cache is None else Path(cache)
+        self._apart = 0.0 if requests_per_minute is None else 60.0 / requests_per_minute
+        self._next, self._sleep = 0.0, sleep
+        key = os.environ.get(key_env)
+        self._client = httpx.Client(timeout=timeout_seconds, headers={"Authorization": f"Bearer {key}"} if key else {})
+
+    def answer(self, system: str, prompt: str) -> str:
+        """The answer's text; an empty one where the server sent something else.
+
+        Raises:
+            ValueError: If the server cannot be reached or refuses.
+        """
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        body = {"model": self.name, "messages": messages, "temperature": 0.0, "max_tokens": self.max_tokens}
+        file = self._file(body)
+        if file is not None and file.exists():
+            self.usage.cached += 1
+            return str(read_json(file)["answer"])
+        reply = self._post(body)
+        text = _text(reply)
+        self._count(reply)
+        if file is not None and text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"request": body, "answer": text})
+        return text
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _file(self, body: dict[str, Any]) -> Path | None:
+        if self.cache is None:
+            return None
+        asked = json.dumps([self.url, body], sort_keys=True)
+        return self.cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        wait, problem = FIRST_WAIT_SECONDS, ""
+        for attempt in range(self.retries + 1):
+            self._keep_apart()
+            self.usage.requests += 1
+            self.usage.retries += attempt > 0
+            try:
+                response = self._client.post(f"{self.url}/chat/completions", json=body)
+            except httpx.TransportError as error:
+                problem, asked = f"{type(error).__name__}: {error}", None
+            else:
+                if response.status_code == 200:
+                    return _json(response)
+                problem, asked = f"status {response.status_code}: {response.text[:200]}", response.headers.get("Retry-After")
+                if response.status_code not in TRANSIENT:
+                    raise ValueError(f"--explainer: {self.url} refuses ({problem}). Check address, model name and key.")
+            if attempt < self.retries:
+                self._sleep(min(LONGEST_WAIT_SECONDS, _seconds(asked, wait)))
+                wait *= 2
+        raise ValueError(
+            f"--explainer: {self.url} could not be reached, {self.retries + 1} times ({problem}). Check that the server runs; "
+            "answers so far are kept, the same command goes on."
+        )
+
+    def _keep_apart(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            self._sleep(self._next - now)
+        self._next = max(now, self._next) + self._apart
+
+    def _count(self, reply: Any) -> None:
+        used = reply.get("usage") if isinstance(reply, dict) else None
+        for name, price in zip(("prompt_tokens", "completion_tokens"), self.prices, strict=True):
+            tokens = (used or {}).get(name) or 0
+            setattr(self.usage, name, getattr(self.usage, name) + tokens)
+            self.usage.cost += tokens * price / 1e6
+
+
+class LocalChat(Chat):
+    """A local transformers model, asked greedily. One without a chat template gets the texts one after the other."""
+
+    def __init__(self, model: LanguageModel, max_tokens: int = 100):
+        self.model, self.name, self.max_tokens, self.usage = model, model.id, max_tokens, Usage()
+
+    @torch.no_grad()
+    def answer(self, system: str, prompt: str) -> str:
+        """The answer's text. Of a prompt too long for the model the beginning is cut off."""
+        tokenizer, module = self.model.tokenizer, self.model.module
+        if getattr(tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": f"{system}\n\n{prompt}"}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = f"{system}\n\n{prompt}\n"
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        longest = getattr(module.config, "max_position_embeddings", None) or ids.shape[1] + self.max_tokens
+        answer_tokens = min(self.max_tokens, longest // 2)
+        ids = ids[:, -(longest - answer_tokens) :].to(self.model.device)
+        generate: Any = module.generate
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        out = generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=answer_tokens, do_sample=False, pad_token_id=pad_id
+        )
+        self.usage.requests += 1
+        self.usage.prompt_tokens += ids.shape[1]
+        self.usage.completion_tokens += out.shape[1] - ids.shape[1]
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _text(reply: Any) -> str:
+    try:
+        text = reply["choices"][0]["message"]["content"]
+    except (TypeError, KeyError, IndexError):
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _seconds(asked: str | None, otherwise: float) -> float:
+    """What a server asks to wait; it may also name a date, which is not looked at."""
+    return float(asked) if asked and asked.replace(".", "", 1).isdigit() else otherwise

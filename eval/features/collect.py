@@ -1,0 +1,455 @@
+"""One streamed pass over held-out text: for every latent its contexts, moments and histogram, and a sample of tokens.
+
+Memory is bounded by a batch, by ``n_latents`` times the contexts kept, and by the entries of the sample; not by the text.
+Everything that is chosen at random is chosen by a hash of what it is, so the result does not depend on how text is batched.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sae.code import SparseCode
+from sae.dictionary import SparseDictionary
+from training.activations.harvest import batches, excluded
+from training.activations.model import LanguageModel
+from training.recipe import HarvestSection, TextSection
+from training.text import Context, contexts
+
+BATCH_CONTEXTS = 32
+# Histogram bins of activations: four to an octave, from 2^-16 to 2^16; what lies outside is counted in the outermost.
+BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS = 4, -16, 128
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is kept. A window holds ``before`` tokens, the token at its centre, and ``after`` tokens.
+
+    Of a latent's contexts the ``top`` strongest are kept and, beside them, ``sample`` drawn uniformly from all it fires in.
+    ``background`` windows are drawn from all text. Of tokens a uniform sample with up to ``sample_entries`` entries is kept.
+    The window is delphi's 32 tokens, three quarters of them before the peak (Paulo et al. 2024, arXiv:2410.13928).
+    """
+
+    top: int = 16
+    sample: int = 40
+    before: int = 23
+    after: int = 8
+    background: int = 400
+    sample_entries: int = 2_000_000
+
+    @property
+    def width(self) -> int:
+        return self.before + 1 + self.after
+
+
+class Batch(NamedTuple):
+    """A few contexts as arrays ``(contexts, positions)``, and the code of the positions that count, in reading order."""
+
+    token_ids: np.ndarray
+    document_ids: np.ndarray
+    offsets: np.ndarray
+    kept: np.ndarray
+    code: SparseCode
+
+
+class Examples(NamedTuple):
+    """Windows of text, and a latent's activation on each of their tokens.
+
+    ``tokens`` and ``values`` are ``(..., width)``; beyond a context's ends tokens are -1. ``keys`` are what was ranked by:
+    minus infinity where there is no example.
+    """
+
+    tokens: np.ndarray
+    values: np.ndarray
+    documents: np.ndarray
+    keys: np.ndarray
+
+
+class Kept:
+    """For each of ``n`` latents the ``keep`` examples with the largest keys, no two of them with the same tokens."""
+
+    def __init__(self, n: int, keep: int, width: int):
+        self.keep = keep
+        self.keys = np.full((n, keep), -np.inf, np.float32)
+        # Empty places differ from each other and from every hash, so that none is taken for a repetition.
+        self.hashes = np.broadcast_to(-1 - np.arange(keep, dtype=np.int64), (n, keep)).copy()
+        self.documents = np.full((n, keep), -1, np.int32)
+        self.tokens = np.full((n, keep, width), NO_TOKEN, np.int32)
+        self.values = np.zeros((n, keep, width), np.float32)
+
+    def offer(
+        self,
+        latents: np.ndarray,
+        keys: np.ndarray,
+        hashes: np.ndarray,
+        fetch: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    ) -> None:
+        """Candidates, in any order; ``fetch`` returns tokens, values and documents of those that get in."""
+        if not self.keep:
+            return
+        better = np.flatnonzero(keys > self.keys.min(1)[latents])
+        touched, place = np.unique(latents[better], return_inverse=True)
+        # Those there already come first, so that of two equal ones the earlier stays.
+        owners = np.concatenate([np.repeat(np.arange(len(touched)), self.keep), place])
+        all_keys = np.concatenate([self.keys[touched].ravel(), keys[better]])
+        all_hashes = np.concatenate([self.hashes[touched].ravel(), hashes[better]])
+        is_new = np.arange(len(owners)) >= len(touched) * self.keep
+        order = np.lexsort((is_new, -all_keys, all_hashes, owners))
+        repeated = np.zeros(len(order), bool)
+        repeated[1:] = (np.diff(owners[order]) == 0) & (np.diff(all_hashes[order]) == 0)
+        alive = order[~repeated]
+        alive = alive[np.lexsort((is_new[alive], -all_keys[alive], owners[alive]))]
+        begins = np.searchsorted(owners[alive], np.arange(len(touched)))
+        stays = np.zeros(len(owners), bool)
+        stays[alive[np.arange(len(alive)) - begins[owners[alive]] < self.keep]] = True
+        # As many places are given up as are taken, latent by latent: both lists are ordered by latent.
+        given_up = np.flatnonzero(~stays & ~is_new)
+        taken = np.flatnonzero(stays & is_new)
+        taken = taken[np.argsort(owners[taken], kind="stable")]
+        rows, columns = touched[given_up // self.keep], given_up % self.keep
+        chosen = better[taken - len(touched) * self.keep]
+        self.keys[rows, columns], self.hashes[rows, columns] = keys[chosen], hashes[chosen]
+        self.tokens[rows, columns], self.values[rows, columns], self.documents[rows, columns] = fetch(chosen)
+
+    def ranked(self) -> Examples:
+        """Everything kept, each latent's largest key first."""
+        order = np.argsort(-self.keys, axis=1, kind="stable")
+
+        def arranged(array: np.ndarray) -> np.ndarray:
+            return np.take_along_axis(array, order.reshape(order.shape + (1,) * (array.ndim - 2)), axis=1)
+
+        return Examples(*map(arranged, (self.tokens, self.values, self.documents, self.keys)))
+
+
+class TokenSample(NamedTuple):
+    """Tokens drawn uniformly from all that count, with their codes: token ``t`` has entries ``starts[t]:starts[t + 1]``.
+
+    ``previous`` and ``following`` are the neighbours' ids, -1 where there is none in the same document. ``repeated`` says
+    whether the token occurred before in its context and document.
+    """
+
+    tokens: np.ndarray
+    previous: np.ndarray
+    following: np.ndarray
+    documents: np.ndarray
+    offsets: np.ndarray
+    repeated: np.ndarray
+    starts: np.ndarray
+    latents: np.ndarray
+    values: np.ndarray
+
+
+class _Sampler:
+    """Keeps the tokens whose hash is below a threshold, and lowers it when there are too many entries."""
+
+    def __init__(self, entries: int):
+        self.entries, self.threshold = entries, 1.0
+        self.parts: list[tuple[np.ndarray, ...]] = []
+
+    def add(
+        self, keys: np.ndarray, labels: tuple[np.ndarray, ...], counts: np.ndarray, entries: tuple[np.ndarray, ...]
+    ) -> None:
+        self.parts.append(self._below((keys, *labels, counts, *entries)))
+        while sum(len(part[-1]) for part in self.parts) > self.entries:
+            self.threshold /= 2
+            self.parts = [self._below(part) for part in self.parts]
+
+    def _below(self, part: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        *labels, counts, latents, values = part
+        here = labels[0] < self.threshold
+        entries = np.repeat(here, counts)
+        return (*(array[here] for array in labels), counts[here], latents[entries], values[entries])
+
+    def result(self) -> TokenSample:
+        _, *labels, counts, latents, values = (np.concatenate(arrays) for arrays in zip(*self.parts, strict=True))
+        tokens, previous, following, documents, offsets, repeated = labels
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return TokenSample(tokens, previous, following, documents, offsets, repeated, starts, latents, values)
+
+
+class Background(NamedTuple):
+    """Windows around tokens drawn from all text. ``fires[i]`` are the latents that fire anywhere in window ``i``."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    fires: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one pass has found. ``histogram[i]`` counts latent ``i``'s activations by bin; see ``bin_edges``."""
+
+    tokens: int
+    documents: int
+    limits: Limits
+    firings: np.ndarray
+    sums: np.ndarray
+    maxima: np.ndarray
+    histogram: np.ndarray
+    top: Examples
+    sample: Examples
+    background: Background
+    token_sample: TokenSample
+
+    @property
+    def n_latents(self) -> int:
+        return len(self.firings)
+
+
+def bin_edges() -> np.ndarray:
+    """The ``N_BINS + 1`` edges of the histogram's bins."""
+    return 2.0 ** (LOWEST_OCTAVE + np.arange(N_BINS + 1) / BINS_PER_OCTAVE)
+
+
+def mixed(*parts: Any) -> np.ndarray:
+    """A hash of integers, arrays or numbers, as 63 bits: splitmix64's finaliser after each part."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(0)
+        for part in parts:
+            z = (np.asarray(part).astype(np.int64).view(np.uint64) ^ z) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return np.asarray(z >> np.uint64(1)).astype(np.int64)
+
+
+def uniform(hashes: np.ndarray) -> np.ndarray:
+    """Hashes as numbers of 0 to 1."""
+    return (hashes / 2.0**63).astype(np.float32)
+
+
+class Collector:
+    """Running statistics of a dictionary's codes over batches of contexts."""
+
+    def __init__(self, n_latents: int, limits: Limits | None = None, seed: int = 22):
+        self.n_latents, self.limits, self.seed = n_latents, limits or Limits(), seed
+        self.tokens = 0
+        self.documents: set[int] = set()
+        self.firings = np.zeros(n_latents, np.int64)
+        self.sums = np.zeros(n_latents)
+        self.maxima = np.zeros(n_latents, np.float32)
+        self.histogram = np.zeros((n_latents, N_BINS), np.int64)
+        self.top = Kept(n_latents, self.limits.top, self.limits.width)
+        self.sample = Kept(n_latents, self.limits.sample, self.limits.width)
+        # One more "latent", of everything: the windows around random tokens.
+        self.background = Kept(1, self.limits.background, self.limits.width)
+        self.background_fires: dict[int, np.ndarray] = {}
+        self.sampler = _Sampler(self.limits.sample_entries)
+
+    def update(self, batch: Batch) -> None:
+        kept = np.flatnonzero(batch.kept)
+        if not len(kept):
+            return
+        self.tokens += len(kept)
+        self.documents |= set(batch.document_ids.ravel()[kept].tolist())
+        latents, places, values = _entries(batch.code, kept, batch.token_ids.size)
+        self._moments(latents, values)
+        view = _View(batch, self.limits, latents, places, values)
+        self._contexts(view)
+        self._sample_tokens(view, kept)
+        self._background(view, kept)
+
+    def result(self) -> Collected:
+        """Raises ``ValueError`` if there was no token."""
+        if not self.tokens:
+            raise ValueError("text: no held-out token was found. Raise harvest.heldout, or give longer text.")
+        tokens, _, documents, keys = self.background.ranked()
+        there = keys[0] > -np.inf
+        hashes = np.take_along_axis(self.background.hashes, np.argsort(-self.background.keys, axis=1, kind="stable"), axis=1)[0]
+        fires = [self.background_fires[value] for value in hashes[there].tolist()]
+        return Collected(
+            self.tokens,
+            len(self.documents),
+            self.limits,
+            self.firings,
+            self.sums,
+            self.maxima,
+            self.histogram,
+            self.top.ranked(),
+            self.sample.ranked(),
+            Background(tokens[0][there], documents[0][there], fires),
+            self.sampler.result(),
+        )
+
+    def _moments(self, latents: np.ndarray, values: np.ndarray) -> None:
+        self.firings += np.bincount(latents, minlength=self.n_latents)
+        self.sums += np.bincount(latents, values, minlength=self.n_latents)
+        np.maximum.at(self.maxima, latents, values)
+        bins = np.floor((np.log2(values.astype(np.float64)) - LOWEST_OCTAVE) * BINS_PER_OCTAVE).astype(np.int64)
+        np.add.at(self.histogram.reshape(-1), latents * N_BINS + bins.clip(0, N_BINS - 1), 1)
+
+    def _contexts(self, view: "_View") -> None:
+        """Offer every latent the window around its strongest token in every context."""
+        length = view.length
+        # Entries are ordered by latent, then place: one context's are next to each other.
+        groups = view.latents * view.n_contexts + view.places // length
+        strongest = np.lexsort((view.places, -view.values, groups))
+        firsts = np.ones(len(groups), bool)
+        firsts[1:] = np.diff(groups[strongest]) != 0
+        chosen = strongest[firsts]
+        latents, centres = view.latents[chosen], view.places[chosen]
+        hashes = view.hashes(centres)
+
+        def fetch(which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return view.windows(latents[which], centres[which])
+
+        self.top.offer(latents, view.values[chosen], hashes, fetch)
+        # By tokens and latent: a repetition gets the same number, and cannot get in by a second draw.
+        self.sample.offer(latents, uniform(mixed(hashes, latents, self.seed)), hashes, fetch)
+
+    def _sample_tokens(self, view: "_View", kept: np.ndarray) -> None:
+        batch = view.batch
+        documents, offsets = batch.document_ids.ravel()[kept], batch.offsets.ravel()[kept]
+        order = np.argsort(view.places, kind="stable")
+        counts = np.bincount(np.searchsorted(kept, view.places), minlength=len(kept))
+        labels = (batch.token_ids, *view.neighbours(), batch.document_ids, batch.offsets, view.repeated())
+        self.sampler.add(
+            uniform(mixed(documents, offsets, self.seed + 1)),
+            tuple(label.ravel()[kept] for label in labels),
+            counts,
+            (view.latents[order].astype(np.int32), view.values[order]),
+        )
+
+    def _background(self, view: "_View", kept: np.ndarray) -> None:
+        hashes = view.hashes(kept)
+        # By place, not by tokens: the same words elsewhere are text too, though only one such window is kept.
+        keys = uniform(mixed(view.batch.document_ids.ravel()[kept], view.batch.offsets.ravel()[kept], self.seed + 2))
+        ordered = np.argsort(view.places, kind="stable")
+        places = view.places[ordered]
+
+        def fetch(which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            for index in which:
+                low, high = view.bounds(int(kept[index]))
+                here = ordered[np.searchsorted(places, low) : np.searchsorted(places, high)]
+                self.background_fires[int(hashes[index])] = np.unique(view.latents[here])
+            nobody = np.full(len(which), -1)
+            return view.windows(nobody, kept[which])
+
+        self.background.offer(np.zeros(len(kept), np.int64), keys, hashes, fetch)
+        alive = set(self.background.hashes[0].tolist())
+        self.background_fires = {key: fires for key, fires in self.background_fires.items() if key in alive}
+
+
+class _View:
+    """A batch, its entries ordered by latent and place, and windows into it."""
+
+    def __init__(self, batch: Batch, limits: Limits, latents: np.ndarray, places: np.ndarray, values: np.ndarray):
+        self.batch, self.limits = batch, limits
+        self.latents, self.places, self.values = latents, places, values
+        self.n_contexts, self.length = batch.token_ids.shape
+        self._keys = latents * batch.token_ids.size + places
+        self._steps = np.arange(-limits.before, limits.after + 1)
+
+    def bounds(self, centre: int) -> tuple[int, int]:
+        """First place of a window, and the one behind its last."""
+        first = centre - centre % self.length
+        return max(first, centre - self.limits.before), min(first + self.length, centre + self.limits.after + 1)
+
+    def _spots(self, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        spots = centres[:, None] + self._steps
+        inside = spots // self.length == centres[:, None] // self.length
+        # Padding is no text; BOS is, although it has no place in its document.
+        spots = np.where(inside, spots, 0)
+        return spots, inside & (self.batch.document_ids.ravel()[spots] >= 0)
+
+    def tokens(self, centres: np.ndarray) -> np.ndarray:
+        spots, inside = self._spots(centres)
+        return np.where(inside, self.batch.token_ids.ravel()[spots], NO_TOKEN).astype(np.int32)
+
+    def hashes(self, centres: np.ndarray) -> np.ndarray:
+        """A hash of each window's tokens."""
+        return mixed(*self.tokens(centres).T) if len(centres) else np.zeros(0, np.int64)
+
+    def windows(self, latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens around each centre, the latent's values on them, and the centre's document."""
+        spots, inside = self._spots(centres)
+        keys = latents[:, None] * self.batch.token_ids.size + spots
+        at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
+        found = inside & (self._keys[at] == keys) if len(self._keys) else np.zeros_like(inside)
+        values = np.where(found, self.values[at] if len(self._keys) else 0.0, 0.0)
+        return self.tokens(centres), values.astype(np.float32), self.batch.document_ids.ravel()[centres]
+
+    def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
+        """The token before and behind each, where it is of the same document."""
+        ids, owners = self.batch.token_ids, self.batch.document_ids
+        previous, following = np.full_like(ids, NO_TOKEN), np.full_like(ids, NO_TOKEN)
+        same = owners[:, 1:] == owners[:, :-1]
+        previous[:, 1:] = np.where(same, ids[:, :-1], NO_TOKEN)
+        following[:, :-1] = np.where(same, ids[:, 1:], NO_TOKEN)
+        return previous, following
+
+    def repeated(self) -> np.ndarray:
+        """Whether a token occurred before in its context and document."""
+        ids, owners = self.batch.token_ids, self.batch.document_ids
+        context = np.repeat(np.arange(self.n_contexts), self.length)
+        order = np.lexsort((owners.ravel(), ids.ravel(), context))
+        again = np.zeros(ids.size, bool)
+        same = [np.diff(key.ravel()[order]) == 0 for key in (context, ids, owners)]
+        again[order[1:]] = same[0] & same[1] & same[2]
+        return again.reshape(ids.shape)
+
+
+def _entries(code: SparseCode, kept: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Latent, place in the batch and value of all that fires, ordered by latent and place; equal entries added up."""
+    latents, values = code.latents.cpu().numpy().astype(np.int64), code.values.detach().float().cpu().numpy()
+    places = kept[code.token_ids().cpu().numpy()]
+    order = np.argsort(latents * size + places, kind="stable")
+    keys = (latents * size + places)[order]
+    firsts = np.flatnonzero(np.diff(keys, prepend=-1)) if len(keys) else np.zeros(0, np.int64)
+    totals = np.add.reduceat(values[order], firsts) if len(keys) else values
+    fires = totals > 0
+    keys = keys[firsts][fires]
+    return keys // size, keys % size, totals[fires].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the text comes from, and the hooks a dictionary reads."""
+
+    model: LanguageModel
+    text: TextSection
+    harvest: HarvestSection
+    reads: tuple[str, ...] = field(default=())
+
+    @torch.no_grad()
+    def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[Batch]:
+        """Held-out contexts and their codes, until so many tokens were kept."""
+        kept_tokens = 0
+        special = frozenset(self.model.tokenizer.all_special_ids)
+        for some in batches(contexts(self.text, self.model.tokenizer, heldout=self.harvest.heldout), BATCH_CONTEXTS):
+            batch = self._batch(dictionary, some, special)
+            yield batch
+            kept_tokens += int(batch.kept.sum())
+            if kept_tokens >= tokens:
+                return
+
+    def _batch(self, dictionary: SparseDictionary, some: list[Context], special: frozenset[int]) -> Batch:
+        token_ids, document_ids, offsets = (
+            np.stack([getattr(context, name) for context in some]) for name in ("token_ids", "document_ids", "positions")
+        )
+        kept = ~excluded(token_ids, document_ids, special, self.harvest)
+        seen = self.model.activations(torch.from_numpy(token_ids).long().to(self.model.device), self.reads)
+        mask = torch.from_numpy(kept).to(self.model.device)
+        x = torch.cat([seen[hook][mask].float() for hook in self.reads], dim=-1)
+        return Batch(token_ids, document_ids, offsets, kept, dictionary.encode(x))
+
+
+def collect(
+    dictionary: SparseDictionary,
+    batches_of_text: Iterable[Batch],
+    limits: Limits | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Collected:
+    """Everything above of a dictionary in ``eval()`` mode.
+
+    Raises:
+        ValueError: If the text holds no token.
+    """
+    collector = Collector(dictionary.n_latents, limits)
+    for batch in batches_of_text:
+        collector.update(batch)
+        progress(collector.tokens)
+    return collector.result()

@@ -1,0 +1,215 @@
+"""A language model says what a latent fires for, and is asked whether that tells where it fires: detection and fuzzing.
+
+Documents of even number are shown to the explainer, the scorers ask about those of odd number. Source: delphi (Paulo et al.
+2024, arXiv:2410.13928): windows of 32 tokens, tokens above 0.3 of the maximum marked, five windows to a question, answers of
+another form discarded and counted.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .chat import Chat
+from .collect import Collected
+from .scores import MIN_WINDOWS
+
+MARKED_SHARE = 0.3
+WINDOWS_PER_QUESTION = 5
+TRAIN_WINDOWS, TEST_WINDOWS = 40, 25
+
+EXPLAIN = """You study one neuron of a language model. You get excerpts in which it is active; the tokens on which it is most \
+active stand between << and >>, and their activations, from 1 to 10, follow each excerpt. Say in one short sentence what the \
+marked tokens, or the text around them, have in common. Do not list the tokens. Answer with one line that begins with \
+EXPLANATION:"""
+DETECT = """You get a description of what a neuron is active for, and some excerpts. Say of each excerpt whether the neuron is \
+active anywhere in it. Answer with a JSON list of as many numbers as there are excerpts, 1 for active, 0 for not, and nothing \
+else."""
+FUZZ = """You get a description of what a neuron is active for, and some excerpts with tokens between << and >>. Say of each \
+excerpt whether the tokens marked are those on which the neuron is active. Answer with a JSON list of as many numbers as there \
+are excerpts, 1 for marked rightly, 0 for wrongly, and nothing else."""
+
+
+class Window(NamedTuple):
+    """A piece of text and a latent's activation on each of its tokens."""
+
+    tokens: tuple[str, ...]
+    values: tuple[float, ...]
+
+    def text(self, marked: Sequence[bool] | None = None) -> str:
+        """The text as it is read, with marks where they are asked for."""
+        marks = marked or [False] * len(self.tokens)
+        # Words without spaces of their own get one.
+        glue = "" if any(token[:1].isspace() for token in self.tokens) else " "
+        return glue.join(f"<<{token}>>" if mark else token for token, mark in zip(self.tokens, marks, strict=True))
+
+    def active(self) -> list[bool]:
+        """Tokens above ``MARKED_SHARE`` of the window's maximum."""
+        level = MARKED_SHARE * max(self.values, default=0.0)
+        return [value > 0 and value >= level for value in self.values]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is shown to the explainer, and what the scorers ask about, with and without the latent."""
+
+    train: list[Window]
+    positive: list[Window]
+    negative: list[Window]
+    maximum: float
+
+
+@dataclass
+class Result:
+    """An explanation, its scores, and answers that were of no use. What is ``None`` has a reason."""
+
+    text: str | None = None
+    detection: float | None = None
+    fuzzing: float | None = None
+    details: dict[str, dict[str, float | int]] = field(default_factory=dict)
+    malformed: int = 0
+    questions: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def entries(self) -> dict[str, Any]:
+        """For ``features.jsonl``."""
+        return {
+            "text": self.text,
+            "detection": self.detection,
+            "fuzzing": self.fuzzing,
+            "details": self.details,
+            "malformed": self.malformed,
+            "questions": self.questions,
+            "reasons": self.reasons,
+        }
+
+
+def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidence | str:
+    """A latent's windows by document, or why there are not enough of them. No window is on both sides."""
+
+    def window(tokens: np.ndarray, values: np.ndarray) -> Window:
+        there = tokens >= 0
+        return Window(tuple(words[int(token)] for token in tokens[there]), tuple(values[there].tolist()))
+
+    def windows(examples: Any, parity: int) -> list[Window]:
+        chosen = (examples.keys[latent] > -np.inf) & (examples.documents[latent] % 2 == parity)
+        return [window(*pair) for pair in zip(examples.tokens[latent][chosen], examples.values[latent][chosen], strict=True)]
+
+    background = collected.background
+    quiet = [i for i, fires in enumerate(background.fires) if background.documents[i] % 2 == 1 and latent not in fires.tolist()]
+    train = list(dict.fromkeys([*windows(collected.top, 0), *windows(collected.sample, 0)]))[:TRAIN_WINDOWS]
+    shown = {example.tokens for example in train}
+    positive = [example for example in windows(collected.sample, 1) if example.tokens not in shown][:TEST_WINDOWS]
+    silence = np.zeros(background.tokens.shape[1], np.float32)
+    # Nor is a text that was shown as active asked about as silent.
+    negative = [example for i in quiet if (example := window(background.tokens[i], silence)).tokens not in shown]
+    negative = negative[:TEST_WINDOWS]
+    if min(len(train), len(positive), len(negative)) < MIN_WINDOWS:
+        return (
+            f"expected {MIN_WINDOWS} windows to explain, and to ask about with and without it, got {len(train)}, "
+            f"{len(positive)} and {len(negative)}"
+        )
+    return Evidence(train, positive, negative, float(collected.maxima[latent]))
+
+
+def judge(shown: Evidence, explainer: Chat, scorer: Chat, seed: int = 22) -> Result:
+    """Explain, then score what was said."""
+    result = Result()
+    result.questions += 1
+    result.text = explanation_in(explainer.answer(EXPLAIN, explain_prompt(shown)))
+    if result.text is None:
+        result.malformed += 1
+        result.reasons = dict.fromkeys(("text", "detection", "fuzzing"), "the explainer's answer holds no explanation")
+        return result
+    detect = [(example.text(), True) for example in shown.positive] + [(example.text(), False) for example in shown.negative]
+    result.detection = _score(result, "detection", DETECT, detect, scorer, seed)
+    result.fuzzing = _score(result, "fuzzing", FUZZ, fuzzed(shown, seed), scorer, seed)
+    return result
+
+
+def explain_prompt(shown: Evidence) -> str:
+    """Windows with marks, and the activations of what is marked: ``ceil(10 a / maximum)``."""
+    lines = []
+    for number, example in enumerate(shown.train, 1):
+        active = example.active()
+        heights = [
+            f"{token.strip()}: {min(10, math.ceil(10 * value / shown.maximum))}"
+            for token, value, marked in zip(example.tokens, example.values, active, strict=True)
+            if marked
+        ]
+        lines.append(f"Excerpt {number}: {example.text(active)}\nActivations: {', '.join(heights)}")
+    return "\n\n".join(lines)
+
+
+def fuzzed(shown: Evidence, seed: int = 22) -> list[tuple[str, bool]]:
+    """Marked windows and whether the marks are right: wrong ones stand on random tokens where the latent is silent.
+
+    As many tokens are marked wrongly as are on average marked rightly, rounded up.
+    """
+    rng = np.random.default_rng(seed)
+    count = math.ceil(float(np.mean([sum(example.active()) for example in shown.positive])))
+    items = [(example.text(example.active()), True) for example in shown.positive]
+    for example in shown.negative:
+        marked = np.zeros(len(example.tokens), bool)
+        marked[rng.permutation(len(example.tokens))[:count]] = True
+        items.append((example.text(marked.tolist()), False))
+    return items
+
+
+def _score(result: Result, name: str, system: str, items: list[tuple[str, bool]], scorer: Chat, seed: int) -> float | None:
+    """Balanced accuracy, ``(recall + specificity) / 2``, over the windows whose questions were answered."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    counts = {"true_positives": 0, "false_negatives": 0, "true_negatives": 0, "false_positives": 0}
+    discarded, questions = 0, math.ceil(len(items) / WINDOWS_PER_QUESTION)
+    for begin in range(0, len(order), WINDOWS_PER_QUESTION):
+        asked = [items[i] for i in order[begin : begin + WINDOWS_PER_QUESTION]]
+        excerpts = "\n\n".join(f"Excerpt {number}: {text}" for number, (text, _) in enumerate(asked, 1))
+        result.questions += 1
+        said = labels_in(scorer.answer(system, f"Description: {result.text}\n\n{excerpts}"), len(asked))
+        if said is None:
+            discarded += 1
+            continue
+        for (_, true), claim in zip(asked, said, strict=True):
+            counts[("true_" if claim == true else "false_") + ("positives" if claim else "negatives")] += 1
+    result.malformed += discarded
+    positives = counts["true_positives"] + counts["false_negatives"]
+    negatives = counts["true_negatives"] + counts["false_positives"]
+    result.details[name] = {**counts, "discarded": discarded}
+    if not positives or not negatives:
+        result.reasons[name] = f"{discarded} of {questions} answers were of no use"
+        return None
+    claimed = counts["true_positives"] + counts["false_positives"]
+    recall, specificity = counts["true_positives"] / positives, counts["true_negatives"] / negatives
+    result.details[name] |= {
+        "recall": recall,
+        "specificity": specificity,
+        "f1": 2 * counts["true_positives"] / (claimed + positives),
+    }
+    return (recall + specificity) / 2
+
+
+def explanation_in(answer: str) -> str | None:
+    """What follows the last ``EXPLANATION:``, one line of it; or else the last line that says something."""
+    _, _, said = answer.rpartition("EXPLANATION:")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if not lines:
+        return None
+    return (lines[0] if "EXPLANATION:" in answer else lines[-1])[:500]
+
+
+def labels_in(answer: str, count: int) -> list[bool] | None:
+    """The list of ``count`` zeros and ones in an answer, or None if it is not there as asked."""
+    match = re.search(r"\[[^\[\]]*\]", answer)
+    if match is None:
+        return None
+    try:
+        values = json.loads(match[0])
+    except json.JSONDecodeError:
+        return None
+    if len(values) != count or any(isinstance(value, bool) or value not in (0, 1) for value in values):
+        return None
+    return [value == 1 for value in values]

@@ -1,0 +1,62 @@
+"""What a latent adds to the logits directly: what it writes, carried through the final norm's linear part and the unembedding.
+
+The direct path only: what later layers make of it is not in it (the logit lens). The final norm's division is left out, so
+effects of one latent compare with each other; those of two latents only up to that division. The mean over the vocabulary
+is taken off, as softmax does not see it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eval.circuits.heads import residual_atoms
+from sae.dictionary import OneSiteDictionary, SparseDictionary
+from training.activations.anatomy import Anatomy
+from training.activations.model import LanguageModel
+from transcoders.stack import hooks_of
+
+# Sites whose tensor is the residual stream, or is added to it.
+ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp")
+
+
+class Unembedding(NamedTuple):
+    """What latents write to the residual stream, in raw units, and what every token reads of it."""
+
+    written: Float[Tensor, "n_latents d_model"]
+    readers: Float[Tensor, "vocabulary d_model"]
+
+    def blocks(self, size: int = 256) -> Iterator[Float[Tensor, "latents vocabulary"]]:
+        """Effects of one unit of activation, some latents at a time."""
+        for written in self.written.split(size):
+            effects = written @ self.readers.T
+            yield effects - effects.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def unembedding(dictionary: SparseDictionary, model: LanguageModel, provenance: Mapping[str, Any]) -> Unembedding | str:
+    """How latents reach the logits, or the reason why that is not defined."""
+    hooks = hooks_of(provenance)[1]
+    try:
+        anatomy = Anatomy(model)
+    except ValueError as error:
+        return str(error)
+    written = torch.zeros(dictionary.n_latents, anatomy.d_model, device=model.device)
+    for site, hook in zip(dictionary.sites, hooks, strict=True):
+        atoms = _written(dictionary, anatomy, hook, site.writes)
+        if isinstance(atoms, str):
+            return atoms
+        written += atoms.to(written)
+    return Unembedding(written, anatomy.final_norm.fold(anatomy.W_U).float())
+
+
+def _written(dictionary: SparseDictionary, anatomy: Anatomy, hook: str, writes: slice) -> Tensor | str:
+    for block, layer in zip(anatomy.blocks, anatomy.layers, strict=True):
+        names = [name for name, (_, written) in block.sites().items() if written == hook]
+        if "attn_heads" in names and isinstance(dictionary, OneSiteDictionary):
+            return residual_atoms(dictionary, layer)
+        if any(name in ADDED for name in names):
+            return (dictionary.atoms * dictionary.out_scale)[:, writes]
+    return f"{hook} is not the residual stream, nor added to it, and no projection from it to the stream is known"

@@ -1,0 +1,212 @@
+"""The script of the page of latents. It writes text as text, never as HTML, whatever tokens hold."""
+
+SCRIPT = """
+'use strict';
+const PAGE = 40, $ = id => document.getElementById(id);
+const gapped = $('detail').classList.contains('gapped');
+const chunkSize = +$('detail').dataset.chunk, cache = new Map();
+let index, words, order = [], page = 0, current = -1, wanted = -1;
+
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob($(id).textContent), c => c.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))).json();
+}
+function chunk(number) {
+  if (!cache.has(number)) {
+    // A few are kept: going to and fro needs no second unpacking, and memory stays small.
+    if (cache.size > 16) cache.delete(cache.keys().next().value);
+    cache.set(number, unpack('chunk-' + number));
+  }
+  return cache.get(number);
+}
+function make(tag, className, ...children) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.append(...children);
+  return node;
+}
+const visible = word => word.replace(/\\n/g, '\\u21b5').replace(/\\t/g, '\\u21e5');
+const number = value => value === null || value === undefined ? '\\u2013' :
+  Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en') : String(+value.toPrecision(3));
+const token = id => make('span', 'token', visible(words[id]));
+function link(latent) {
+  const node = make('a', '', String(latent));
+  node.href = '#' + latent;
+  return node;
+}
+function label(latent) {
+  return index.explanation[latent] || index.predicate[latent] || '';
+}
+
+function search() {
+  const text = $('search').value.trim().toLowerCase(), sort = $('sort').value, dead = $('dead').checked;
+  order = [];
+  for (let i = 0; i < index.density.length; i++) {
+    if (!dead && index.density[i] === 0) continue;
+    if (!text || String(i) === text || index.text[i].includes(text)) order.push(i);
+  }
+  if (sort !== 'latent') {
+    const low = sort === 'density', key = index[sort.replace('-', '')];
+    // What has no value comes last, either way.
+    const at = i => key[i] === null ? Infinity : low ? key[i] : -key[i];
+    order.sort((a, b) => at(a) - at(b) || a - b);
+  }
+  page = 0;
+  list();
+}
+function list() {
+  const pages = Math.max(1, Math.ceil(order.length / PAGE)), rows = [];
+  for (const i of order.slice(page * PAGE, (page + 1) * PAGE)) {
+    const tops = make('td', '', ...index.top[i].slice(0, 3).flatMap(id => [token(id), ' ']));
+    if (label(i)) tops.append(make('span', 'note', label(i)));
+    const row = make('tr', '', make('td', '', link(i)), tops, make('td', '', number(index.density[i])),
+      make('td', '', number(index.predicate_f1[i])));
+    row.dataset.latent = i;
+    if (i === current) row.setAttribute('aria-current', 'true');
+    rows.push(row);
+  }
+  $('rows').replaceChildren(...rows);
+  $('count').textContent = order.length.toLocaleString('en') + ' of ' + index.density.length.toLocaleString('en') + ' latents';
+  $('page').textContent = (page + 1) + ' / ' + pages;
+  $('back').disabled = page === 0;
+  $('on').disabled = page + 1 >= pages;
+}
+
+function context([ids, shades, peak, place], maximum) {
+  const shade = new Map();
+  for (let i = 0; i < shades.length; i += 2) shade.set(shades[i], shades[i + 1]);
+  const line = make('p');
+  line.title = 'document ' + place;
+  ids.forEach((id, i) => {
+    const node = make('span', i === peak ? 'peak' : '', visible(words[id])), value = shade.get(i);
+    if (value) {
+      node.style.background = 'color-mix(in srgb, var(--warn) ' + (8 + value * 0.062).toFixed(1) + '%, transparent)';
+      node.title = number(value / 1000 * maximum);
+    }
+    line.append(node);
+    if (gapped) line.append(' ');
+  });
+  return line;
+}
+function histogram([edges, counts]) {
+  const width = 340, height = 130, base = 108, most = Math.max(...counts), step = width / counts.length;
+  const svg = (tag, values, text) => {
+    const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
+    for (const key in values) node.setAttribute(key, values[key]);
+    if (text) node.textContent = text;
+    return node;
+  };
+  const all = svg('svg', {viewBox: '0 0 ' + width + ' ' + height, role: 'img',
+    'aria-label': 'Histogram of activations from ' + number(edges[0]) + ' to ' + number(edges[edges.length - 1])});
+  counts.forEach((count, i) => {
+    const tall = count / most * (base - 6);
+    const bar = svg('rect', {class: 'bar', x: i * step + 0.5, y: base - tall, width: Math.max(1, step - 1), height: tall});
+    bar.append(svg('title', {}, count + ' from ' + number(edges[i]) + ' to ' + number(edges[i + 1])));
+    all.append(bar);
+  });
+  all.append(svg('line', {class: 'axis', x1: 0, x2: width, y1: base, y2: base}));
+  [[0, 'start'], [0.5, 'middle'], [1, 'end']].forEach(([share, anchor]) => all.append(svg('text',
+    {x: share * width, y: height - 6, 'text-anchor': anchor}, number(edges[Math.round(share * counts.length)]))));
+  return all;
+}
+function listed(entries, first) {
+  return make('ol', '', ...entries.map(entry => make('li', '', first(entry[0]), make('span', '', number(entry[1])))));
+}
+function card(title, className, ...children) {
+  return make('div', className, make('h2', '', title), ...children);
+}
+const none = text => make('p', 'none', text || 'undefined');
+
+function head(i, latent) {
+  const figure = (name, value, note) => {
+    const node = make('div', '', make('div', 'label', name), make('b', '', number(value)));
+    node.title = note || '';
+    if (note && value !== null) node.append(make('div', 'note', note));
+    return node;
+  };
+  const step = (by, text) => {
+    const button = make('button', '', text), at = order.indexOf(i) + by;
+    button.type = 'button';
+    button.disabled = order.indexOf(i) < 0 || at < 0 || at >= order.length;
+    button.onclick = () => { location.hash = order[at]; };
+    return button;
+  };
+  const d = latent.details.predicate_f1, reasons = latent.reasons;
+  const box = make('div', 'head', make('div', 'row', make('h2', '', 'latent ' + i),
+    make('span', '', step(-1, '\\u2190'), ' ', step(1, '\\u2192'))));
+  box.append(make('div', 'figures', figure('density', index.density[i]), figure('firings', latent.firings),
+    figure('max activation', index.max[i]), figure('mean activation', latent.mean),
+    figure('predicate F1', index.predicate_f1[i], d ? 'chance ' + number(d.chance) : reasons['scores.predicate_f1']),
+    figure('example embedding', index.example_embedding[i], reasons['scores.example_embedding']),
+    figure('logit lens', index.logit_lens[i], reasons['scores.logit_lens'])));
+  if (d) box.append(make('p', 'said', make('span', 'label', 'best predicate: '), d.predicate,
+    d.threshold ? ' (above ' + d.threshold + ' of the maximum)' : ''));
+  if (latent.explanation && latent.explanation.text) {
+    const scores = ['detection', 'fuzzing'].filter(name => latent.explanation[name] !== null)
+      .map(name => name + ' ' + number(latent.explanation[name])).join(', ');
+    box.append(make('p', 'said', make('span', 'label', 'explanation: '), latent.explanation.text,
+      make('span', 'note', scores ? '  ' + scores : '')));
+  }
+  return box;
+}
+async function show(i) {
+  wanted = i;
+  const began = performance.now(), latent = (await chunk(Math.floor(i / chunkSize)))[i % chunkSize];
+  if (wanted !== i) return;
+  current = i;
+  const parts = [head(i, latent)];
+  parts.push(card('Activations', '', latent.histogram ? histogram(latent.histogram) : none(latent.reasons.histogram),
+    make('p', 'note', 'Bins are equal on a logarithmic scale.')));
+  parts.push(card('Tokens it fires on', '', latent.tokens.length ? listed(latent.tokens, token) : none('none'),
+    make('p', 'note', 'Share of its summed activation.')));
+  parts.push(card('Direct effect on logits', '', latent.logits ? make('div', 'pair',
+    make('div', '', make('h3', '', 'promoted'), listed(latent.logits[0], token)),
+    make('div', '', make('h3', '', 'suppressed'), listed(latent.logits[1], token))) : none(latent.reasons.logits)));
+  const near = make('div', 'pair four');
+  for (const title in latent.near) near.append(make('div', '', make('h3', '', title),
+    latent.near[title].length ? listed(latent.near[title], other => {
+      const node = link(other);
+      node.title = label(other);
+      return node;
+    }) : none('none')));
+  parts.push(card('Neighbours', 'wide', near));
+  const contexts = card('Contexts', 'contexts wide');
+  if (!latent.top.length) contexts.append(none('It fired nowhere.'));
+  else contexts.append(make('h3', '', 'strongest'), ...latent.top.map(c => context(c, index.max[i])));
+  for (const [low, high, some] of latent.quantiles)
+    contexts.append(make('h3', '', 'a fifth of all: peaks from ' + number(low) + ' to ' + number(high)),
+      ...some.map(c => context(c, index.max[i])));
+  parts.push(contexts);
+  $('detail').replaceChildren(...parts);
+  document.querySelectorAll('#rows tr').forEach(row => row.toggleAttribute('aria-current', +row.dataset.latent === i));
+  document.body.dataset.shown = i;
+  document.body.dataset.milliseconds = (performance.now() - began).toFixed(1);
+}
+function follow() {
+  const i = parseInt(location.hash.slice(1), 10);
+  if (!(i >= 0 && i < index.density.length)) return;
+  // On a narrow screen it stands below the list.
+  show(i).then(() => { if (innerWidth <= 900) $('detail').scrollIntoView(); });
+}
+
+async function start() {
+  [index, words] = await Promise.all([unpack('index'), unpack('words')]);
+  index.text = index.top.map((ids, i) => [...ids, ...index.promoted[i]].map(id => words[id]).concat(
+    index.predicate[i] || '', index.explanation[i] || '').join('\\u0001').toLowerCase());
+  let waiting = 0;
+  $('search').oninput = () => { clearTimeout(waiting); waiting = setTimeout(search, 60); };
+  $('sort').onchange = $('dead').onchange = search;
+  $('back').onclick = () => { page--; list(); };
+  $('on').onclick = () => { page++; list(); };
+  $('rows').onclick = event => {
+    const row = event.target.closest('tr');
+    if (row) location.hash = row.dataset.latent;
+  };
+  onhashchange = follow;
+  if (index.density.every(density => density === 0)) $('dead').checked = true;
+  search();
+  if (location.hash.length > 1) follow(); else if (order.length) await show(order[0]);
+  document.body.dataset.ready = 'yes';
+}
+start();
+"""

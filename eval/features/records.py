@@ -1,0 +1,222 @@
+"""What is known of each latent as one JSON object per line: ``features.jsonl``, schema version 1.
+
+Keys of a line, ``null`` where ``reasons`` has an entry of the same name that says why:
+
+- ``schema_version``, ``latent``, ``firings`` and ``tokens`` (of the pass), ``density`` (their ratio), ``dead``.
+- ``max_activation``, ``mean_activation`` (where it fires), in units of the dictionary's codes.
+- ``histogram``: ``counts`` of activations between neighbouring ``edges``, four bins to an octave, empty ends cut off.
+- ``top``: contexts by peak activation, the strongest first, no two with equal tokens. A context has ``tokens`` (texts),
+  ``activations`` (one per token), ``peak`` (the index it is centred on) and ``document``.
+- ``quantiles``: contexts drawn uniformly from all the latent fires in, ordered by peak and cut into equal counts, strongest
+  first: ``low``, ``high`` (peaks) and some ``contexts`` of each.
+- ``top_tokens``: tokens on which it fires, with the ``share`` of its summed activation that falls on them.
+- ``co_firing``: latents by Jaccard index, with ``lift`` and ``count`` of common tokens; ``lifted``: by lift; ``correlated``: by
+  Pearson's correlation, zeros included. ``nearest``: latents by cosine of the atoms. ``eval.features.relations`` defines them.
+- ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation; ``eval.features.logits``.
+- ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``; ``eval.features.scores``. ``details`` belong to them.
+- ``explanation``: ``text``, what a language model said of it; ``detection`` and ``fuzzing``, how well that predicts, as
+  balanced accuracy; ``details``, the counts; ``questions`` asked and answers that were ``malformed``; its own ``reasons``;
+  ``eval.features.explain``.
+
+Numbers are rounded to five digits. ``features.json`` beside it says where all this comes from, and means over latents.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .collect import Collected, bin_edges
+from .logits import Unembedding
+from .predicates import Predicates, predicates
+from .relations import Neighbours, Together, TokenTable, as_matrix, nearest, together, token_table
+from .scores import Score, example_embedding, logit_lens, predicate_f1
+
+SCHEMA_VERSION = 1
+SCORES = ("predicate_f1", "example_embedding", "logit_lens")
+QUANTILES, PER_QUANTILE = 5, 4
+LOGIT_TOKENS = 10
+NOT_ASKED = "no explainer was asked"
+UNSEEN = "the latent fired on no token of the pass"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Described:
+    """Everything one pass says of a dictionary, ready to be written latent by latent."""
+
+    collected: Collected
+    words: Sequence[str]
+    together: Together
+    nearest: Neighbours
+    tokens: TokenTable
+    scores: dict[str, list[Score]]
+    effects: list[tuple[np.ndarray, np.ndarray]] | str
+    known: Predicates
+    # By latent: what explain.judge found, or why nothing could be asked.
+    explanations: dict[int, dict[str, Any] | str] = field(default_factory=dict)
+
+    def records(self) -> Iterator[Record]:
+        """One per latent, in order."""
+        for latent in range(self.collected.n_latents):
+            yield self.record(latent)
+
+    def record(self, latent: int) -> Record:
+        found, fired = self.collected, int(self.collected.firings[latent]) > 0
+        scores = {name: values[latent] for name, values in self.scores.items()}
+        record: Record = {
+            "schema_version": SCHEMA_VERSION,
+            "latent": latent,
+            "firings": int(found.firings[latent]),
+            "tokens": found.tokens,
+            "density": number(found.firings[latent] / found.tokens),
+            "dead": not fired,
+            "max_activation": number(found.maxima[latent]) if fired else None,
+            "mean_activation": number(found.sums[latent] / found.firings[latent]) if fired else None,
+            "histogram": self._histogram(latent) if fired else None,
+            "top": self._contexts(found.top.tokens[latent], found.top.values[latent], found.top.documents[latent]),
+            "quantiles": self._quantiles(latent),
+            "top_tokens": [
+                {"token": self.words[token], "share": number(share)}
+                for token, share in zip(self.tokens.tokens[latent], self.tokens.shares[latent], strict=True)
+                if token >= 0
+            ],
+            "co_firing": [
+                {"latent": int(other), "jaccard": number(value), "lift": number(lift), "count": int(count)}
+                for other, value, lift, count in zip(
+                    self.together.jaccard.latents[latent],
+                    self.together.jaccard.values[latent],
+                    self.together.lift_of_jaccard[latent],
+                    self.together.count_of_jaccard[latent],
+                    strict=True,
+                )
+                if other >= 0
+            ],
+            "lifted": _named(self.together.lift, latent, "lift"),
+            "correlated": _named(self.together.correlation, latent, "correlation"),
+            "nearest": _named(self.nearest, latent, "cosine"),
+            "logits": None if isinstance(self.effects, str) else self._logits(*self.effects[latent]),
+            "scores": {name: None if score.value is None else number(score.value) for name, score in scores.items()},
+            "details": {name: _rounded(score.details) for name, score in scores.items() if score.details},
+            "explanation": self._explanation(latent),
+        }
+        reasons = {f"scores.{name}": score.reason for name, score in scores.items() if score.value is None}
+        if not fired:
+            reasons |= dict.fromkeys(("max_activation", "mean_activation", "histogram"), UNSEEN)
+            reasons |= {f"scores.{name}": UNSEEN for name in scores}
+        if isinstance(self.effects, str):
+            reasons["logits"] = self.effects
+        if record["explanation"] is None:
+            reasons["explanation"] = str(self.explanations.get(latent, NOT_ASKED))
+        return record | {"reasons": reasons}
+
+    def _explanation(self, latent: int) -> dict[str, Any] | None:
+        found = self.explanations.get(latent)
+        if not isinstance(found, dict):
+            return None
+        details = {name: _rounded(values) for name, values in found["details"].items()}
+        scores = {name: None if found[name] is None else number(found[name]) for name in ("detection", "fuzzing")}
+        return found | scores | {"details": details}
+
+    def _histogram(self, latent: int) -> dict[str, list[Any]]:
+        counts = self.collected.histogram[latent]
+        there = np.flatnonzero(counts)
+        first, last = int(there[0]), int(there[-1])
+        edges = bin_edges()[first : last + 2]
+        return {"edges": [number(edge) for edge in edges], "counts": counts[first : last + 1].tolist()}
+
+    def _contexts(self, tokens: np.ndarray, values: np.ndarray, documents: np.ndarray) -> list[dict[str, Any]]:
+        return [self._context(*example) for example in zip(tokens, values, documents.tolist(), strict=True) if example[2] >= 0]
+
+    def _context(self, tokens: np.ndarray, values: np.ndarray, document: int) -> dict[str, Any]:
+        there = tokens >= 0
+        return {
+            "tokens": [self.words[token] for token in tokens[there]],
+            # Most are zero, and there are millions.
+            "activations": [number(value) if value else 0.0 for value in values[there].tolist()],
+            "peak": self.collected.limits.before - int(np.argmax(there)),
+            "document": document,
+        }
+
+    def _quantiles(self, latent: int) -> list[dict[str, Any]]:
+        """The sampled contexts by peak, cut into equal counts; of each slice the first by the order of drawing."""
+        sample, centre = self.collected.sample, self.collected.limits.before
+        drawn = np.flatnonzero(sample.documents[latent] >= 0)
+        peaks = sample.values[latent, drawn, centre]
+        slices = np.array_split(np.argsort(-peaks, kind="stable"), QUANTILES)
+        return [
+            {
+                "low": number(peaks[some].min()),
+                "high": number(peaks[some].max()),
+                "contexts": self._contexts(*(array[latent, drawn[np.sort(some)[:PER_QUANTILE]]] for array in sample[:3])),
+            }
+            for some in slices
+            if len(some)
+        ]
+
+    def _logits(self, tokens: np.ndarray, effects: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+        pairs = [{"token": self.words[t], "effect": number(e)} for t, e in zip(tokens, effects, strict=True)]
+        half = len(pairs) // 2
+        return {"promoted": pairs[:half], "suppressed": pairs[half:]}
+
+
+def describe(
+    collected: Collected,
+    atoms: Float[Tensor, "n_latents d_out"],
+    words: Sequence[str],
+    lens: Unembedding | str,
+    corpus_seed: int | None,
+) -> Described:
+    """All that is derived from a pass, from the atoms, and from the way to the logits."""
+    codes = as_matrix(collected.token_sample, collected.n_latents)
+    known = predicates(collected.token_sample, words, corpus_seed)
+    return Described(
+        collected,
+        words,
+        together(codes),
+        nearest(atoms),
+        token_table(collected.token_sample, codes),
+        {
+            "predicate_f1": predicate_f1(collected.token_sample, codes, known),
+            "example_embedding": example_embedding(collected, len(words)),
+            "logit_lens": logit_lens(collected.token_sample, codes, lens),
+        },
+        lens if isinstance(lens, str) else strongest_effects(lens, len(words)),
+        known,
+    )
+
+
+def strongest_effects(lens: Unembedding, vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each latent the tokens it promotes most, then those it suppresses most, each list strongest first."""
+    found = []
+    for effects in lens.blocks():
+        # Some models' embeddings are padded beyond their tokenizer's last token.
+        effects = effects[:, :vocabulary]
+        count = min(LOGIT_TOKENS, effects.shape[1])
+        high, low = effects.topk(count, dim=-1), (-effects).topk(count, dim=-1)
+        ids = torch.cat([high.indices, low.indices], -1).cpu().numpy()
+        values = torch.cat([high.values, -low.values], -1).cpu().numpy()
+        found += list(zip(ids, values, strict=True))
+    return found
+
+
+def number(value: Any) -> float:
+    """A finite number, rounded to five digits."""
+    value = float(value)
+    assert math.isfinite(value), value
+    return float(f"{value:.5g}")
+
+
+def _rounded(details: dict[str, object] | None) -> dict[str, object]:
+    return {key: number(value) if isinstance(value, float) else value for key, value in (details or {}).items()}
+
+
+def _named(neighbours: Neighbours, latent: int, measure: str) -> list[dict[str, Any]]:
+    pairs = zip(neighbours.latents[latent], neighbours.values[latent], strict=True)
+    return [{"latent": int(other), measure: number(value)} for other, value in pairs if other >= 0]

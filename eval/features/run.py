@@ -1,0 +1,226 @@
+"""Checkpoint in; ``features.jsonl``, ``features.json`` and ``features.html`` out."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae import load_dictionary
+from sae.checkpoint import read_config
+from sae.dictionary import SparseDictionary
+from sae.files import replacing, write_json, write_text
+from sae.hub import local_directory
+from training.activations.model import LanguageModel, load_model
+from training.recipe import HarvestSection, ModelSection, TextSection
+from transcoders.stack import hooks_of
+
+from .chat import Chat, Endpoint, LocalChat
+from .collect import Limits, Source, collect
+from .explain import Evidence, evidence, judge
+from .logits import unembedding
+from .page import render
+from .predicates import token_texts
+from .records import SCHEMA_VERSION, SCORES, Described, Record, describe, number
+
+RECORDS_FILE, ABOUT_FILE, PAGE_FILE = "features.jsonl", "features.json", "features.html"
+# A folder of answers, so that a repeated run asks nothing twice.
+ANSWERS = "answers"
+DEFAULT_TOKENS = 200_000
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Which language model is asked about so many latents: ``model`` at ``address``, or without one a local or hub model.
+
+    ``key_env`` names the environment variable that holds the key.
+    """
+
+    model: str
+    address: str | None = None
+    latents: int = 20
+    key_env: str = "OPENAI_API_KEY"
+    requests_per_minute: int | float | None = None
+
+    def chat(self, cache: Path) -> Chat:
+        if self.latents < 1:
+            raise ValueError(f"--explain: expected at least 1 latent, got {self.latents}.")
+        if self.address is None:
+            return LocalChat(load_model(ModelSection(id=self.model)))
+        return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
+
+
+def features(
+    checkpoint: str,
+    out: str | None = None,
+    tokens: int | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+    explainer: Explainer | None = None,
+) -> dict[str, Any]:
+    """Describe every latent of a checkpoint on held-out text; writes three files and returns ``features.json``'s content.
+
+    The files go to ``out``, or into a folder ``features`` of the checkpoint's directory. ``tokens`` is how many held-out
+    tokens are read. An ``explainer`` is asked about some latents when everything else is written.
+
+    Raises:
+        ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
+    """
+    described, about = described_checkpoint(checkpoint, tokens, limits, progress)
+    directory = Path(out) if out is not None else Path(local_directory(checkpoint)) / "features"
+    written = write(directory, about, described.records())
+    if explainer is None:
+        return written
+    chat = explainer.chat(directory / ANSWERS)
+    try:
+        explanations = explain_some(described, chat, explainer.latents)
+    finally:
+        chat.close()
+    asked = [found for found in explanations.values() if isinstance(found, dict)]
+    about |= {
+        "explainer": chat.name,
+        "explained": sum(found["text"] is not None for found in asked),
+        "malformed_answers": sum(found["malformed"] for found in asked),
+        "questions": sum(found["questions"] for found in asked),
+    }
+    for name in ("detection", "fuzzing"):
+        known = [found[name] for found in asked if found[name] is not None]
+        about[f"{name}_median"] = number(np.median(known)) if known else None
+    about |= {f"explainer_{key}": value for key, value in chat.usage.entries().items()}
+    return write(directory, about, replace(described, explanations=explanations).records())
+
+
+def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
+    """What ``chat`` says of ``count`` latents, spread evenly over those that have text enough to be asked about."""
+    shown: dict[int, Evidence] = {}
+    explanations: dict[int, dict[str, Any] | str] = {}
+    for latent in range(described.collected.n_latents):
+        found = evidence(described.collected, described.words, latent)
+        if isinstance(found, str):
+            explanations[latent] = found
+        else:
+            shown[latent] = found
+    latents = list(shown)
+    for latent in latents[:: max(1, -(-len(latents) // count))]:
+        explanations[latent] = judge(shown[latent], chat, chat).entries()
+    return explanations
+
+
+def described_checkpoint(
+    checkpoint: str,
+    tokens: int | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[Described, dict[str, Any]]:
+    """What is found of every latent, and where it comes from."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
+    directory = local_directory(checkpoint)
+    dictionary = load_dictionary(directory)
+    config = read_config(directory)
+    provenance: dict[str, Any] = config["provenance"]
+    if not provenance.get("model"):
+        raise ValueError(
+            f"{checkpoint}: this dictionary was trained on tensors, not on a model, so there is no text to show. Train it on "
+            "a model's hook."
+        )
+    reads, writes = hooks_of(provenance)
+    model = load_model(ModelSection.model_validate(provenance["model"]))
+    _require_widths(dictionary, model, reads)
+    dictionary = dictionary.to(model.device)
+    text = TextSection.model_validate(provenance["text"])
+    harvest = HarvestSection(hooks=reads, tokens=1, **provenance["harvest"])
+    source = Source(model, text, harvest, reads)
+    wanted = tokens or DEFAULT_TOKENS
+    collected = collect(dictionary, source.batches(dictionary, wanted), limits, progress)
+    words = token_texts(model.tokenizer, len(model.tokenizer))
+    seed = text.seed if text.source == "embedded" else None
+    lens = unembedding(dictionary, model, provenance)
+    described = describe(collected, dictionary.atoms, words, lens, seed)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "checkpoint": str(checkpoint),
+        "kind": config["dictionary"]["kind"],
+        "encoder": json.dumps(config["dictionary"]["encoder"]),
+        "n_latents": dictionary.n_latents,
+        "d_in": dictionary.d_in,
+        "d_out": dictionary.d_out,
+        "model": model.id,
+        "hooks_in": list(reads),
+        "hooks_out": list(writes),
+        "text": text.source,
+        "tokens": collected.tokens,
+        "documents": collected.documents,
+        "sampled_tokens": len(collected.token_sample.tokens),
+        "predicates": len(described.known.names),
+        "no_factors": described.known.missing,
+        "git_commit": provenance.get("git_commit"),
+    }
+    return described, about
+
+
+def write(directory: Path, about: dict[str, Any], records: Iterable[Record]) -> dict[str, Any]:
+    """The three files, each whole or not at all; ``records`` are read once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    values: dict[str, list[float]] = {name: [] for name in SCORES}
+    dead = 0
+
+    def passing() -> Iterable[Record]:
+        nonlocal dead
+        with replacing(directory / RECORDS_FILE) as temporary, temporary.open("w", encoding="utf-8") as handle:
+            for record in records:
+                handle.write(json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+                dead += record["dead"]
+                for name, value in record["scores"].items():
+                    if value is not None:
+                        values[name].append(value)
+                yield record
+
+    page = render(about, passing())
+    about = about | {"dead": dead}
+    for name, known in values.items():
+        about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
+    write_json(directory / ABOUT_FILE, about)
+    write_text(directory / PAGE_FILE, page)
+    return about | {"page_path": str(directory / PAGE_FILE)}
+
+
+def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: tuple[str, ...]) -> None:
+    widths = model.widths(reads)
+    total = sum(widths.values())
+    if total != dictionary.d_in:
+        raise ValueError(
+            f"{', '.join(reads)}: expected width {dictionary.d_in}, the dictionary's d_in, got {total} from {model.id}. This "
+            "dictionary belongs to another model or hook."
+        )
+
+
+def summary(about: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person looks at first, as pairs of name and value."""
+    lines = [
+        ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {about['encoder']}"),
+        ("read", f"{about['tokens']:,} held-out tokens of {about['documents']:,} documents"),
+        ("latents", f"{about['n_latents']:,}, of which {about['dead']:,} fired nowhere"),
+    ]
+    for name in SCORES:
+        value = about[f"{name}_median"]
+        words = "undefined" if value is None else f"median {value:.3f} of {about[f'{name}_latents']:,} latents"
+        lines.append((name.replace("_", " "), words))
+    if "explainer" in about:
+        scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in ("detection", "fuzzing"))
+        lines.append(("explained", f"{about['explained']} latents by {about['explainer']}   {scores}"))
+        lines.append(
+            (
+                "asked",
+                f"{about['questions']:,} questions, {about['malformed_answers']:,} answers of no use   "
+                f"{about['explainer_requests']:,} requests, {about['explainer_cached']:,} from the cache   "
+                f"{about['explainer_prompt_tokens'] + about['explainer_completion_tokens']:,} tokens",
+            )
+        )
+    return lines
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"

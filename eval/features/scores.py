@@ -1,0 +1,188 @@
+"""How well something simple describes each latent: scores that need no language model.
+
+A score is a number or ``None`` with a reason; never NaN. What is chosen (a predicate, a threshold, a mean) is chosen on
+documents of even number, what is scored lies in those of odd number, so that choosing among many is not rewarded.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.sparse import csc_array, csr_array
+from scipy.stats import rankdata
+
+from .collect import Collected, TokenSample
+from .logits import Unembedding
+from .predicates import Predicates
+from .relations import Matrix
+
+# Fewer firings, or windows, on either side are no ground for a score.
+MIN_FIRINGS, MIN_WINDOWS = 10, 5
+MIN_TRUE = 5
+# A latent counts as firing above such a share of its maximum; the best of them is chosen with the predicate.
+THRESHOLDS = (0.0, 0.25, 0.5)
+BLOCK_ENTRIES = 4_000_000
+
+
+class Score(NamedTuple):
+    """A value, or why there is none; and what was found on the way."""
+
+    value: float | None
+    reason: str | None = None
+    details: dict[str, object] | None = None
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Probability that a positive has the larger value, ties counted half. Both must hold something."""
+    ranks: Any = rankdata(np.concatenate([positive, negative]))
+    n, m = len(positive), len(negative)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def predicate_f1(sample: TokenSample, codes: Matrix, known: Predicates) -> list[Score]:
+    """F1 of "the latent fires" for the predicate that describes it best: ``2 tp / (fires + true)``.
+
+    Predicate and threshold are chosen on one half of the documents; the value is F1 on the other. ``chance`` beside it is
+    the F1 of a latent that fires as often, but independently of the predicate. Source: the F1 test of features against
+    attributes in Makelov, Lange and Nanda 2024, arXiv:2405.08366; here over a bank of predicates, own choice.
+    """
+    n = codes.shape[1]
+    fit, score = (np.flatnonzero(sample.documents % 2 == parity) for parity in (0, 1))
+    if not len(fit) or not len(score) or not known.names:
+        return [Score(None, "the sample's documents do not fill both halves")] * n
+    true = [csc_array(known.true.tocsr()[rows]) for rows in (fit, score)]
+    totals = [np.asarray(matrix.sum(0)).ravel() for matrix in true]
+    halves = [csc_array(codes.tocsr()[rows]) for rows in (fit, score)]
+    maxima = codes.max(axis=0).toarray().ravel()
+    found: list[Score] = []
+    step = max(1, BLOCK_ENTRIES // len(known.names))
+    for begin in range(0, n, step):
+        latents = np.arange(begin, min(n, begin + step))
+        best = np.full(len(latents), -1.0)
+        chosen, cut = np.zeros(len(latents), np.int64), np.zeros(len(latents))
+        for threshold in THRESHOLDS:
+            fires = _above(halves[0], latents, threshold * maxima)
+            values = _f1(fires, true[0], totals[0])
+            values[:, totals[0] < MIN_TRUE] = -1.0
+            at = values.argmax(1)
+            value = values[np.arange(len(latents)), at]
+            # A threshold that leaves too little is no description of the latent.
+            better = (value > best) & (np.asarray(fires.sum(0)).ravel() >= MIN_FIRINGS)
+            best, chosen, cut = np.where(better, value, best), np.where(better, at, chosen), np.where(better, threshold, cut)
+        fires = _above(halves[1], latents, cut * maxima[latents], own=True)
+        heldout = _f1(fires, true[1], totals[1])[np.arange(len(latents)), chosen]
+        counts = np.asarray(fires.sum(0)).ravel()
+        found += [
+            Score(None, f"fires on fewer than {MIN_FIRINGS} sampled tokens of one half of the documents")
+            if best[i] < 0 or counts[i] < MIN_FIRINGS
+            else _described(known.names[chosen[i]], heldout[i], counts[i], float(totals[1][chosen[i]]), len(score), cut[i])
+            for i in range(len(latents))
+        ]
+    return found
+
+
+def _described(name: str, value: Any, fires: Any, true: float, tokens: int, threshold: Any) -> Score:
+    chance = 2 * fires * true / tokens / (fires + true)
+    return Score(float(value), None, {"predicate": name, "chance": float(chance), "threshold": float(threshold)})
+
+
+def _above(codes: Matrix, latents: np.ndarray, levels: np.ndarray, own: bool = False) -> Matrix:
+    """Where latents are above their level, as ones. ``levels`` are those of all latents, or just of these."""
+    some: Any = csc_array(codes[:, latents])
+    level = np.repeat(levels if own else levels[latents], np.diff(some.indptr))
+    some.data = (some.data > level).astype(np.float64)
+    return some
+
+
+def _f1(fires: Matrix, true: Matrix, totals: np.ndarray) -> np.ndarray:
+    both = (fires.T @ true).toarray()
+    return 2 * both / np.maximum(np.asarray(fires.sum(0)).ravel()[:, None] + totals[None], 1.0)
+
+
+def example_embedding(collected: Collected, vocabulary: int) -> list[Score]:
+    """Whether windows a latent fires in look alike, and unlike others: AUROC of a nearest-mean classifier.
+
+    A window's embedding is its TF-IDF vector of token ids, of length 1. A test window's score is its cosine with the mean of
+    the positive training windows less that with the mean of the negative ones. Positives are drawn uniformly from the
+    contexts a latent fires in, negatives from all text, where it does not fire. Needs no explanation; an encoder of
+    sentences would see more than words in common. Source: the example-embedding scorer of delphi (Paulo et al. 2024,
+    arXiv:2410.13928), with TF-IDF in place of its sentence encoder.
+    """
+    background, sample = collected.background, collected.sample
+    idf = _idf(background.tokens, vocabulary)
+    negatives = _tf_idf(background.tokens, idf, vocabulary)
+    silent = np.ones((len(background.fires), collected.n_latents), bool)
+    for window, latents in enumerate(background.fires):
+        silent[window, latents] = False
+    found: list[Score] = []
+    for latent in range(collected.n_latents):
+        there = sample.keys[latent] > -np.inf
+        positives = _tf_idf(sample.tokens[latent][there], idf, vocabulary)
+        odd = sample.documents[latent][there] % 2 == 1
+        quiet = silent[:, latent]
+        odd_quiet = background.documents % 2 == 1
+        counts = (np.sum(~odd), np.sum(odd), np.sum(quiet & ~odd_quiet), np.sum(quiet & odd_quiet))
+        if min(counts) < MIN_WINDOWS:
+            found.append(Score(None, f"fewer than {MIN_WINDOWS} windows, with or without it, in one half of the documents"))
+            continue
+        direction = _unit_mean(positives[~odd]) - _unit_mean(negatives[quiet & ~odd_quiet])
+        value = auroc(positives[odd] @ direction, negatives[quiet & odd_quiet] @ direction)
+        found.append(Score(value, None, {"positives": int(counts[1]), "negatives": int(counts[3])}))
+    return found
+
+
+def _idf(windows: np.ndarray, vocabulary: int) -> np.ndarray:
+    """How rare each token is among windows, by scikit-learn's smooth definition: ``log((1 + n) / (1 + df)) + 1``."""
+    df = np.zeros(vocabulary)
+    for window in windows:
+        df[np.unique(window[window >= 0])] += 1
+    return np.log((1 + len(windows)) / (1 + df)) + 1
+
+
+def _tf_idf(windows: np.ndarray, idf: np.ndarray, vocabulary: int) -> Matrix:
+    rows, columns = np.nonzero(windows >= 0)
+    ids = windows[rows, columns]
+    matrix: Any = csr_array((idf[ids], (rows, ids)), shape=(len(windows), vocabulary))
+    norms = np.sqrt(np.asarray(matrix.power(2).sum(1)).ravel())
+    matrix.data /= np.repeat(np.maximum(norms, 1e-30), np.diff(matrix.indptr))
+    return matrix
+
+
+def _unit_mean(rows: Matrix) -> np.ndarray:
+    mean = np.asarray(rows.mean(0)).ravel()
+    return mean / max(float(np.linalg.norm(mean)), 1e-30)
+
+
+def logit_lens(sample: TokenSample, codes: Matrix, lens: Unembedding | str) -> list[Score]:
+    """Whether a latent promotes what comes next where it fires: AUROC of its effect on the actual next token's logit.
+
+    Probability that the next token of a token on which it fires is promoted more than the next token of one on which it does
+    not; 0.5 is no agreement, below it the latent argues against what comes. Own definition; after the logit lens
+    (nostalgebraist 2020) as used for latents' decoder rows.
+    """
+    n = codes.shape[1]
+    if isinstance(lens, str):
+        return [Score(None, lens)] * n
+    known = np.flatnonzero(sample.following >= 0)
+    ids, places = np.unique(sample.following[known], return_inverse=True)
+    totals = np.bincount(places, minlength=len(ids))
+    next_is = csr_array((np.ones(len(places)), places, np.arange(len(places) + 1)), shape=(len(places), len(ids)))
+    fires = codes.tocsr()[known].astype(bool).astype(np.float64)
+    counts: Any = csr_array(csc_array(fires).T @ next_is)
+    found: list[Score] = []
+    for effects in lens.blocks():
+        for row in effects[:, ids].float().cpu().numpy():
+            positive = counts[[len(found)]].toarray().ravel()
+            negative = totals - positive
+            if positive.sum() < MIN_FIRINGS or negative.sum() < MIN_FIRINGS:
+                found.append(Score(None, f"fires, or is silent, on fewer than {MIN_FIRINGS} sampled tokens"))
+            else:
+                found.append(Score(_weighted_auroc(row, positive, negative)))
+    return found
+
+
+def _weighted_auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> float:
+    """``auroc`` of values that occur so many times each."""
+    _, groups = np.unique(values, return_inverse=True)
+    p, q = np.bincount(groups, positive), np.bincount(groups, negative)
+    below = np.cumsum(q) - q
+    return float((p * (below + q / 2)).sum() / (p.sum() * q.sum()))
