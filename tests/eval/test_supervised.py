@@ -95,6 +95,9 @@ def test_greedy_edits_take_the_nearest_step_and_stop_when_none_helps():
     assert (chosen.tolist(), added.tolist()) == ([[2, 1, -1, -1]], wanted.tolist())
     added, chosen = greedy_edit(source, target, writes, -wanted, 2)
     assert (chosen.tolist(), added.abs().sum().item()) == ([[-1, -1]], 0)
+    # A step of 3 towards something 1 away ends farther off.
+    added, chosen = greedy_edit(source, torch.tensor([[4.0, 0, 5]]), writes, torch.tensor([[1.0, 0, 0]]), 1)
+    assert (chosen.tolist(), added.abs().sum().item()) == ([[-1]], 0)
     added, chosen = greedy_edit(source, source, writes, wanted, 2)
     assert (chosen.tolist(), added.abs().sum().item()) == ([[-1, -1]], 0)
 
