@@ -179,6 +179,34 @@ def _features(
     print(f"page: {about['page_path']}")
 
 
+@app.command("probe")
+def _probe(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help="factors, supervised, sparse_probing, scr, tpp or absorption; repeatable. All that can run."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labelled text (JSONL: text, label, perhaps spurious) in place of the embedded corpus.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/probing if not given.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens for factors and absorption.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides splits, prompts and resampling.")] = 0,
+) -> None:
+    """Judge latents by what is known of the text: probing.json, and SAEBench's result files."""
+    from eval.probing import probe
+
+    found = probe(checkpoint, task, labels, out, tokens, seed)
+    for head, rows in found.tables:
+        _columns(head, rows)
+        print()
+    if found.lines:
+        _table(found.lines)
+    print(f"results: {found.path}")
+
+
 @app.command("compare")
 def _compare(
     arguments: Annotated[

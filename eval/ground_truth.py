@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 from sae import SparseDictionary
-from sae.metrics import dead_fraction, fvu
+from sae.metrics import RunningFvu, dead_fraction
 
 # A feature counts as recovered when some atom is this close to its own.
 RECOVERED_COSINE = 0.9
@@ -132,8 +132,9 @@ class Sample(NamedTuple):
 class Planted:
     """``x = coefficients @ atoms + bias``; a coefficient is ReLU(mean + std N(0, 1)) where its feature fires, else 0.
 
-    ``groups`` names features whose recovery is of interest by itself.
-    Source: SynthSAEBench, arXiv:2602.14687, without its orthogonalisation of the atoms.
+    ``groups`` names features whose recovery is of interest by itself. With ``parents`` (-1 at the roots, parents before their
+    children) a coefficient is also multiplied by its parent's, in units of the parent's mean.
+    Source: SynthSAEBench, arXiv:2602.14687; its own configuration is in ``eval/synth.py``.
     """
 
     atoms: Float[Tensor, "n_features d"]
@@ -143,6 +144,7 @@ class Planted:
     stds: Float[Tensor, " n_features"]
     decision: Decision | None = None
     groups: dict[str, Int[Tensor, " some"]] = field(default_factory=dict)
+    parents: Int[Tensor, " n_features"] | None = None
 
     @property
     def n_features(self) -> int:
@@ -154,13 +156,26 @@ class Planted:
 
     def sample(self, tokens: int, seed: int) -> Sample:
         """So many independent tokens; the same seed gives the same ones."""
-        generator = _generator("sample", seed)
+        generator = generator_of("sample", seed)
         fires = self.firing.draw(tokens, generator)
         magnitudes = (self.means + self.stds * torch.randn(tokens, self.n_features, generator=generator)).relu()
         coefficients = magnitudes * fires
+        for level in [] if self.parents is None else levels(self.parents)[1:]:
+            above = self.parents[level]  # pyright: ignore[reportOptionalSubscript]
+            coefficients[:, level] *= coefficients[:, above] / self.means[above]
         x = coefficients @ self.atoms + self.bias
         grad = None if self.decision is None else self.decision.gradient(x, self.decision.labels(coefficients))
         return Sample(x, coefficients, grad)
+
+
+def levels(parents: Int[Tensor, " n_features"]) -> list[Int[Tensor, " some"]]:
+    """The features by their depth in the forest, roots first."""
+    depth = torch.zeros_like(parents)
+    found = [(parents < 0).nonzero()[:, 0]]
+    while len(found[-1]):
+        depth[torch.isin(parents, found[-1])] = len(found)
+        found.append((depth == len(found)).nonzero()[:, 0])
+    return found[:-1]
 
 
 def flat(
@@ -175,7 +190,7 @@ def flat(
     bias_norm: float = 1.0,
 ) -> Planted:
     """Independent features in random directions; the frequent ones first."""
-    generator = _generator("truth", seed)
+    generator = generator_of("truth", seed)
     p = zipf_probabilities(n_features, exponent, p_min, p_max)
     atoms, bias = _directions(n_features, d, generator), bias_norm * _directions(1, d, generator)[0]
     return Planted(atoms, bias, Independent(p), torch.full((n_features,), mean), torch.full((n_features,), std))
@@ -201,7 +216,7 @@ def correlated(
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected a share of the variance, 0 to 1, got {strength}.")
-    generator = _generator("truth", seed)
+    generator = generator_of("truth", seed)
     p = zipf_probabilities(n_features, exponent, p_min, p_max)
     atoms, bias = _directions(n_features, d, generator), bias_norm * _directions(1, d, generator)[0]
     # Just inside the sphere: at strength 1 rounding could leave a negative variance of its own.
@@ -241,7 +256,7 @@ def hierarchical(
     for name, total in (("p_child", n_children * p_child), ("p_parent", n_parents * p_parent + n_singletons * p_singleton)):
         if total > 1 + 1e-6:
             raise ValueError(f"{name}: expected exclusive probabilities that sum to at most 1, got {total:.3g}. Lower {name}.")
-    generator = _generator("truth", seed)
+    generator = generator_of("truth", seed)
     basis = _orthonormal(d, generator)
     levels = [basis[:n_roots], *basis[n_roots:n_features].split(max(n_children, 1))]
     atoms = torch.cat([_tilted(level, cosine) for level in levels])
@@ -279,7 +294,7 @@ def small_but_decisive(
     """
     if n_decisive >= d:
         raise ValueError(f"n_decisive: expected less than d = {d}, got {n_decisive}.")
-    generator = _generator("truth", seed)
+    generator = generator_of("truth", seed)
     basis = _orthonormal(d, generator)
     decisive, rest = basis[:n_decisive], basis[n_decisive:]
     atoms = torch.cat([_directions(n_large, d - n_decisive, generator) @ rest, decisive])
@@ -318,7 +333,7 @@ def zipf_probabilities(n_features: int, exponent: float, p_min: float, p_max: fl
     return (p_min + (p_max - p_min) * share).float()
 
 
-def _generator(purpose: str, seed: int) -> Generator:
+def generator_of(purpose: str, seed: int) -> Generator:
     """Random numbers of one purpose.
 
     The plain seed would give a dictionary, initialised after ``torch.manual_seed`` of the same number, the truth's atoms.
@@ -370,59 +385,111 @@ def score(
     sample: Sample,
     x_hat: Float[Tensor, "tokens d"],
 ) -> dict[str, float]:
-    """What a dictionary recovered of the truth, from its atoms, its latents on a sample and its reconstruction.
+    """What a dictionary recovered of the truth: ``Recovery`` of one sample."""
+    recovery = Recovery(planted, W_dec)
+    recovery.update(latents, sample, x_hat)
+    return recovery.report()
+
+
+class Recovery:
+    """What a dictionary recovered of the truth, from its atoms and, over any number of samples, latents and reconstruction.
 
     - ``mcc``: mean |cos| of planted and learned atoms matched one to one; ``chance_mcc``: that of random atoms.
-    - ``mmcs_true``: mean over features of the |cos| with the nearest atom, which may be nearest to several.
+    - ``mmcs_true``: mean over features of the |cos| with the nearest atom, which may be nearest to several (like a recall);
+      ``mmcs_learned``: mean over latents of the |cos| with the nearest feature (like a precision).
     - ``recall_09``: share of features with an atom above |cos| 0.9; ``recall_09_<group>``: within a group.
     - ``uniqueness``: share of latents, dead ones included, whose nearest feature is no other latent's nearest.
+      ``distinct_features``: how many features are some latent's nearest, per latent; what SAELens calls uniqueness.
     - ``detector_f1``: (latent > 0) as a detector of (coefficient > 0), mean over matched pairs.
+    - ``latent_f1``, ``latent_precision``, ``latent_recall``: (latent > 0) as a detector of its nearest feature, mean over all
+      latents; 0 for a dead one.
     - ``coefficient_correlation``: Pearson's, over tokens, mean over matched pairs; 0 where the latent is constant.
-    - ``fvu``, ``l0``, ``true_l0``, ``dead_fraction``: on the sample.
+    - ``fvu``, ``shrinkage`` (mean ||x_hat|| / ||x||), ``l0``, ``true_l0``, ``dead_fraction``: on the samples.
 
-    The mean over pairs leaves out features that never fire in the sample.
+    The means over pairs leave out features that never fire in the samples.
     Source: SynthSAEBench, arXiv:2602.14687.
     """
-    cosines = absolute_cosines(planted.atoms, W_dec)
-    pairs = match(cosines)
-    nearest_atom = cosines.max(1).values
-    nearest_feature = cosines.argmax(0)
-    shared_by = torch.bincount(nearest_feature, minlength=planted.n_features)[nearest_feature]
-    recovered = (nearest_atom > RECOVERED_COSINE).double()
-    seen = (sample.coefficients[:, pairs.features] > 0).any(0)
-    true, learned = sample.coefficients[:, pairs.features[seen]], latents[:, pairs.latents[seen]]
-    return {
-        "mcc": float(cosines[pairs.features, pairs.latents].mean()),
-        "chance_mcc": chance_mcc(planted.atoms, W_dec.shape[0]),
-        "mmcs_true": float(nearest_atom.mean()),
-        "recall_09": float(recovered.mean()),
-        **{f"recall_09_{name}": float(recovered[features].mean()) for name, features in planted.groups.items()},
-        "uniqueness": float((shared_by == 1).double().mean()),
-        "detector_f1": float(_f1(true > 0, learned > 0).mean()),
-        "coefficient_correlation": float(_correlation(true, learned).mean()),
-        "fvu": float(fvu(sample.x, x_hat)),
-        "l0": float((latents > 0).sum(-1).double().mean()),
-        "true_l0": float((sample.coefficients > 0).sum(-1).double().mean()),
-        "dead_fraction": dead_fraction((latents > 0).sum(0)),
-    }
+
+    def __init__(self, planted: Planted, W_dec: Float[Tensor, "n_latents d"]):
+        self.planted = planted
+        self.n_latents = W_dec.shape[0]
+        cosines = absolute_cosines(planted.atoms, W_dec)
+        self.pairs = match(cosines)
+        nearest_atom = cosines.max(1).values
+        nearest_cosine, self.nearest_feature = cosines.max(0)
+        shared_by = torch.bincount(self.nearest_feature, minlength=planted.n_features)
+        recovered = (nearest_atom > RECOVERED_COSINE).double()
+        self.of_atoms = {
+            "mcc": float(cosines[self.pairs.features, self.pairs.latents].mean()),
+            "chance_mcc": chance_mcc(planted.atoms, self.n_latents),
+            "mmcs_true": float(nearest_atom.mean()),
+            "mmcs_learned": float(nearest_cosine.mean()),
+            "recall_09": float(recovered.mean()),
+            **{f"recall_09_{name}": float(recovered[features].mean()) for name, features in planted.groups.items()},
+            "uniqueness": float((shared_by[self.nearest_feature] == 1).double().mean()),
+            "distinct_features": int((shared_by > 0).sum()) / self.n_latents,
+        }
+        n_pairs = len(self.pairs.features)
+        # Tokens on which both, the true one, the learned one fire.
+        self.counts = torch.zeros(3, n_pairs, dtype=torch.float64)
+        self.latent_counts = torch.zeros(3, self.n_latents, dtype=torch.float64)
+        # Sums of the coefficient, the latent, their squares and their product.
+        self.sums = torch.zeros(5, n_pairs, dtype=torch.float64)
+        self.fvu = RunningFvu(planted.d)
+        self.shrinkage, self.l0, self.true_l0, self.tokens = 0.0, 0.0, 0.0, 0
+
+    def update(self, latents: Float[Tensor, "tokens n_latents"], sample: Sample, x_hat: Float[Tensor, "tokens d"]) -> None:
+        """Take in a dictionary's latents on a sample, and what it makes of them."""
+        fires, truly = latents > 0, sample.coefficients > 0
+        true, learned = sample.coefficients[:, self.pairs.features].double(), latents[:, self.pairs.latents].double()
+        self.counts += _overlap(truly[:, self.pairs.features], fires[:, self.pairs.latents])
+        self.latent_counts += _overlap(truly[:, self.nearest_feature], fires)
+        self.sums += torch.stack([t.sum(0) for t in (true, learned, true * true, learned * learned, true * learned)])
+        self.fvu.update(sample.x, x_hat)
+        norms = sample.x.double().norm(dim=-1)
+        self.shrinkage += float((x_hat.double().norm(dim=-1) / norms.clamp_min(1e-12)).sum())
+        self.l0 += int(fires.sum())
+        self.true_l0 += int(truly.sum())
+        self.tokens += len(norms)
+
+    def report(self) -> dict[str, float]:
+        """The figures, over all samples so far."""
+        both, truly, fired = self.counts
+        # A feature that never fires is no evidence against its detector.
+        seen = truly > 0
+        f1 = 2 * both[seen] / (truly + fired)[seen]
+        both_latent, truly_latent, fired_latent = self.latent_counts
+        return self.of_atoms | {
+            "detector_f1": float(f1.mean()),
+            "latent_f1": float((2 * both_latent / (truly_latent + fired_latent).clamp_min(1)).mean()),
+            "latent_precision": float((both_latent / fired_latent.clamp_min(1)).mean()),
+            "latent_recall": float((both_latent / truly_latent.clamp_min(1)).mean()),
+            "coefficient_correlation": float(self._correlation()[seen].mean()),
+            "fvu": float(self.fvu.value()),
+            "shrinkage": self.shrinkage / self.tokens,
+            "l0": self.l0 / self.tokens,
+            "true_l0": self.true_l0 / self.tokens,
+            "dead_fraction": dead_fraction(fired_latent.long()),
+        }
+
+    def _correlation(self) -> Float[Tensor, " pairs"]:
+        a, b, aa, bb, ab = self.sums / self.tokens
+        spread = ((aa - a * a).clamp_min(0) * (bb - b * b).clamp_min(0)).sqrt()
+        # What is left of a constant's variance is rounding.
+        constant = (bb - b * b <= 1e-12 * bb) | (aa - a * a <= 1e-12 * aa)
+        return torch.where(constant, 0.0, (ab - a * b) / spread.where(spread > 0, 1.0))
+
+
+def _overlap(true: Bool[Tensor, "tokens n"], detected: Bool[Tensor, "tokens n"]) -> Float[Tensor, "3 n"]:
+    return torch.stack([(true & detected).sum(0), true.sum(0), detected.sum(0)]).double()
 
 
 def chance_mcc(atoms: Float[Tensor, "n_features d"], n_latents: int, seed: int = 0) -> float:
     """The ``mcc`` of ``n_latents`` random atoms: what a dictionary that learned nothing is given."""
-    guessed = _directions(n_latents, atoms.shape[1], _generator("chance", seed))
+    guessed = _directions(n_latents, atoms.shape[1], generator_of("chance", seed))
     cosines = absolute_cosines(atoms, guessed)
     pairs = match(cosines)
     return float(cosines[pairs.features, pairs.latents].mean())
-
-
-def _f1(true: Bool[Tensor, "tokens pairs"], detected: Bool[Tensor, "tokens pairs"]) -> Float[Tensor, " pairs"]:
-    both = (true & detected).sum(0).double()
-    return 2 * both / (true.sum(0) + detected.sum(0))
-
-
-def _correlation(a: Float[Tensor, "tokens pairs"], b: Float[Tensor, "tokens pairs"]) -> Float[Tensor, " pairs"]:
-    a, b = a.double() - a.double().mean(0), b.double() - b.double().mean(0)
-    return (F.normalize(a, dim=0) * F.normalize(b, dim=0)).sum(0)
 
 
 @torch.no_grad()
@@ -436,18 +503,24 @@ def judge(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int
         raise ValueError(
             f"dictionary: expected d_in = d_out = {planted.d}, as planted, got {dictionary.d_in} and {dictionary.d_out}."
         )
-    sample = planted.sample(tokens, seed)
+    recovery = Recovery(planted, dictionary.atoms.detach().float().cpu())
+    update_recovery(recovery, dictionary, planted.sample(tokens, seed))
+    return recovery.report()
+
+
+@torch.no_grad()
+def update_recovery(recovery: Recovery, dictionary: SparseDictionary, sample: Sample) -> None:
+    """Take in what a dictionary in eval mode makes of a sample."""
     device = dictionary.device
-    latents, x_hat = [], []
     training = dictionary.training
     dictionary.eval()
     try:
-        for start in range(0, tokens, JUDGE_BATCH_TOKENS):
-            batch = slice(start, start + JUDGE_BATCH_TOKENS)
-            grad = None if sample.grad is None else sample.grad[batch].to(device)
-            code = dictionary.encode(sample.x[batch].to(device), grad)
-            latents.append(code.to_dense(dictionary.n_latents).float().cpu())
-            x_hat.append(dictionary.decode(code).float().cpu())
+        for start in range(0, len(sample.x), JUDGE_BATCH_TOKENS):
+            x, coefficients, grad = (None if t is None else t[start : start + JUDGE_BATCH_TOKENS] for t in sample)
+            assert x is not None
+            assert coefficients is not None
+            code = dictionary.encode(x.to(device), None if grad is None else grad.to(device))
+            latents = code.to_dense(dictionary.n_latents).float().cpu()
+            recovery.update(latents, Sample(x, coefficients, grad), dictionary.decode(code).float().cpu())
     finally:
         dictionary.train(training)
-    return score(planted, dictionary.atoms.float().cpu(), torch.cat(latents), sample, torch.cat(x_hat))

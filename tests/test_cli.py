@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import sparsary
+from sae import SAE
+from sae.encoders import build_encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,3 +184,30 @@ def test_help_is_quick_and_lists_the_commands(command):
     heavy = "import sys; sys.argv = ['sparsary', '--help']; import sparsary\ntry: sparsary.main()\nexcept SystemExit: pass\n"
     heavy += "print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.endswith("False\n")
+
+
+def test_probe_writes_flat_results_and_names_its_tasks(command, tmp_path):
+    out = str(tmp_path / "d")
+    hook, text = "transformer.h.2:out", {"source": "embedded", "context_length": 32}
+    SAE(128, 67, build_encoder({"name": "topk", "k": 5})).save(
+        out, {"hook": hook, "model": {"id": "embedded"}, "text": text, "harvest": {"heldout": 0.05}}
+    )
+    unknown = command("probe", out, "--task", "factor")
+    assert unknown.returncode == 2
+    assert "expected one of factors, supervised, sparse_probing, scr, tpp, absorption" in unknown.stderr
+    assert "Did you mean 'factors'?" in unknown.stderr
+    lines = [{"text": f"The {word} waits .", "label": word} for word in ("boy", "dog", "king") for _ in range(9)]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tasks = [part for task in ("sparse_probing", "tpp", "absorption") for part in ("--task", task)]
+    judged = command("probe", out, *tasks, "--labels", str(tmp_path / "words.jsonl"))
+    assert judged.returncode == 0, judged.stderr
+    assert "sparse probing" in judged.stdout
+    found = json.loads((Path(out) / "probing" / "probing.json").read_text())
+    assert found["probing_version"] == 1
+    assert found["sparse_probing_llm_test_accuracy"] == 1
+    assert found["tpp_done"]
+    assert all(isinstance(value, str | int | float | bool | None) for value in found.values())
+    assert json.loads((Path(out) / "probing" / "tpp.json").read_text())["eval_type_id"] == "tpp"
+    refused = command("probe", out, "--task", "scr", "--labels", str(tmp_path / "words.jsonl"))
+    assert refused.returncode == 2
+    assert "a second key, spurious" in refused.stderr

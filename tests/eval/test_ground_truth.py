@@ -8,6 +8,7 @@ import torch
 from eval.ground_truth import (
     PLANTED,
     Forest,
+    Recovery,
     Sample,
     chance_mcc,
     correlated,
@@ -122,7 +123,24 @@ def test_scores_of_a_case_by_hand():
     assert report["detector_f1"] == pytest.approx((4 / 7 + 0) / 2)
     true, learned = coefficients[:, 0], latents[:, 0]
     assert report["coefficient_correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([true, learned]))[0, 1]) / 2)
+    # Both latents are nearest to feature 0: the silent one detects nothing of it.
+    assert report["mmcs_learned"] == pytest.approx((1 + 0.8) / 2)
+    assert report["distinct_features"] == 0.5
+    assert (report["latent_f1"], report["latent_precision"]) == pytest.approx((4 / 7 / 2, 2 / 4 / 2))
+    assert report["latent_recall"] == pytest.approx(2 / 3 / 2)
+    assert report["shrinkage"] == 1
     assert (report["l0"], report["true_l0"], report["dead_fraction"]) == (0.8, 1, 0.5)
+
+
+def test_several_samples_are_one(superposed):
+    whole = superposed.sample(TOKENS, 1)
+    latents = whole.coefficients * (torch.rand(whole.coefficients.shape) < 0.7)
+    x_hat = 0.9 * whole.x
+    recovery = Recovery(superposed, superposed.atoms)
+    for part in torch.arange(TOKENS).split(701):
+        recovery.update(latents[part], Sample(whole.x[part], whole.coefficients[part], None), x_hat[part])
+    assert recovery.report() == pytest.approx(score(superposed, superposed.atoms, latents, whole, x_hat), abs=1e-9)
+    assert recovery.report()["shrinkage"] == pytest.approx(0.9, abs=1e-6)
 
 
 def test_features_that_never_fire_are_no_evidence_against_a_detector(superposed):

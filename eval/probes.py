@@ -1,0 +1,277 @@
+"""Detectors of labels: logistic probes, single columns with a threshold, and how good they are on rows they did not see.
+
+Columns are a dense matrix (dimensions, neurons) or a sparse one (latents); rows are tokens or texts, labels are boolean.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from scipy import optimize, sparse
+
+# np.ndarray, or scipy.sparse.csc_array, whose stubs know too little of it.
+Columns = Any
+# Wider problems are solved without second derivatives.
+NEWTON_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear reader: a row is positive where its score is above 0."""
+
+    weights: Float[np.ndarray, " d"]
+    offset: float
+
+    def scores(self, x: Columns) -> Float[np.ndarray, " rows"]:
+        return np.asarray(x @ self.weights.astype(x.dtype) + self.offset)
+
+
+def logistic(x: Columns, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: bool = False) -> Probe:
+    """Logistic regression on standardised columns, its penalty ``l2 / 2 ||w||^2``; with ``weight`` both classes count alike.
+
+    Columns are only scaled, not centred, where they are sparse. Constant ones get no weight.
+
+    Raises:
+        ValueError: If only one class is there.
+    """
+    positives = int(y.sum())
+    if not 0 < positives < len(y):
+        raise ValueError(f"labels: expected two classes, got {positives} positive rows of {len(y)}.")
+    mean, deviation = _moments(x)
+    scale = np.where(deviation > 1e-7 * (1 + np.abs(mean)), 1 / np.maximum(deviation, 1e-30), 0.0)
+    share = positives / len(y)
+    importance = np.where(y, 0.5 / share, 0.5 / (1 - share)) if weight else np.ones(len(y))
+    prior = 0.0 if weight else float(np.log(share / (1 - share)))
+    if isinstance(x, np.ndarray) and x.shape[1] <= NEWTON_WIDTH:
+        w, b = _newton((x - mean) * scale, y, importance, l2, prior)
+        return Probe(w * scale, float(b - (w * scale) @ mean))
+    wide = x * scale if isinstance(x, np.ndarray) else x @ sparse.diags_array(scale)
+    w, b = _quasi_newton(wide, y, importance, l2, prior)
+    return Probe(w * scale, b)
+
+
+def _moments(x: Columns) -> tuple[np.ndarray, np.ndarray]:
+    mean = np.asarray(x.mean(0), dtype=np.float64).ravel()
+    squares = np.asarray((x * x).mean(0) if isinstance(x, np.ndarray) else x.multiply(x).mean(0), dtype=np.float64).ravel()
+    return mean, np.sqrt(np.maximum(squares - mean**2, 0))
+
+
+def _newton(x: np.ndarray, y: np.ndarray, importance: np.ndarray, l2: float, prior: float) -> tuple[np.ndarray, float]:
+    """Damped Newton steps; the offset is the last coefficient and bears no penalty.
+
+    With torch: NumPy's threads spin, which takes the processor from everything else on it.
+    """
+    rows = torch.from_numpy(np.concatenate([x, np.ones((len(x), 1))], 1))
+    # In float32 the large product takes half the time; a step need not be exact.
+    light, target, weight = rows.float(), torch.from_numpy(y.astype(np.float64)), torch.from_numpy(importance)
+    penalty = torch.full((rows.shape[1],), l2, dtype=torch.float64)
+    penalty[-1] = 1e-6
+    w = torch.zeros(rows.shape[1], dtype=torch.float64)
+    w[-1] = prior
+
+    def loss(z: torch.Tensor, w: torch.Tensor) -> float:
+        return float(weight @ (F.softplus(z) - target * z) + 0.5 * penalty @ w**2)
+
+    z = rows @ w
+    now = loss(z, w)
+    for _ in range(30):
+        p = z.sigmoid()
+        gradient = rows.T @ (weight * (p - target)) + penalty * w
+        curvature = (light.T @ (light * (weight * p * (1 - p)).float()[:, None])).double()
+        step = torch.linalg.solve(curvature + torch.diag(penalty + 1e-6), gradient)
+        size, along = 1.0, rows @ step
+        while size > 1e-4 and loss(z - size * along, w - size * step) > now:
+            size /= 2
+        w, z = w - size * step, z - size * along
+        before, now = now, loss(z, w)
+        if before - now < 1e-6 * (1 + abs(now)):
+            break
+    return w[:-1].numpy(), float(w[-1])
+
+
+def _quasi_newton(x: Columns, y: np.ndarray, importance: np.ndarray, l2: float, prior: float) -> tuple[np.ndarray, float]:
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        z = np.asarray(x @ w[:-1]) + w[-1]
+        p = 0.5 * (1 + np.tanh(0.5 * z))
+        error = importance * (p - y)
+        value = importance @ (np.logaddexp(0, z) - y * z) + 0.5 * l2 * w[:-1] @ w[:-1]
+        return float(value), np.append(np.asarray(x.T @ error) + l2 * w[:-1], error.sum())
+
+    start = np.zeros(x.shape[1] + 1)
+    start[-1] = prior
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x
+    return found[:-1], float(found[-1])
+
+
+class Ranking(NamedTuple):
+    """Rows by falling score. Where scores tie, a threshold can only come after the last of them: ``ends``."""
+
+    order: Int[np.ndarray, " rows"]
+    scores: np.ndarray
+    ends: Int[np.ndarray, " distinct"]
+
+
+def ranking(scores: np.ndarray) -> Ranking:
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    return Ranking(order, ordered, np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1))
+
+
+def best_threshold(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> tuple[float, float]:
+    """The largest F1 that any threshold gives, and that threshold; halfway to the next score, so that it holds elsewhere."""
+    hits = np.cumsum(y[ranked.order])[ranked.ends]
+    f1 = 2 * hits / (ranked.ends + 1 + hits_of(y))
+    best = int(np.argmax(f1))
+    here = ranked.scores[ranked.ends[best]]
+    below = ranked.scores[ranked.ends[best] + 1] if best + 1 < len(ranked.ends) else -np.inf
+    return float(f1[best]), float((here + below) / 2)
+
+
+def auroc(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> float:
+    """Chance that a positive row has a higher score than a negative one; ties count half, and 0.5 if a class is missing."""
+    hits = np.append(0, np.cumsum(y[ranked.order])[ranked.ends])
+    false = np.append(0, ranked.ends + 1) - hits
+    if not hits[-1] or not false[-1]:
+        return 0.5
+    return float(((hits[1:] + hits[:-1]) / 2 * np.diff(false)).sum() / (hits[-1] * false[-1]))
+
+
+def hits_of(y: Bool[np.ndarray, " rows"]) -> int:
+    return int(np.count_nonzero(y))
+
+
+def f1_of(detected: Bool[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"]) -> float:
+    """0 where nothing is detected and nothing was to be."""
+    return 2 * hits_of(detected & y) / max(hits_of(detected) + hits_of(y), 1)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One column with a threshold and a sign (-1: small values detect), and its F1 on the rows it was chosen on."""
+
+    column: int
+    sign: int
+    threshold: float
+    fitted_f1: float
+
+    def scores(self, columns: Columns) -> np.ndarray:
+        return self.sign * column(columns, self.column)
+
+    def detects(self, columns: Columns) -> Bool[np.ndarray, " rows"]:
+        return self.scores(columns) > self.threshold
+
+
+def column(columns: Columns, index: int) -> np.ndarray:
+    """A column, dense."""
+    if isinstance(columns, np.ndarray):
+        return columns[:, index]
+    return columns[:, [index]].toarray()[:, 0]
+
+
+class Search:
+    """Finds the column that detects a label best. Candidates are those of largest correlation and best firing F1.
+
+    Latents are tried with positive sign only: they fire, or not. Rankings are kept, as many labels share candidates.
+    """
+
+    def __init__(self, columns: Columns, labels: Bool[np.ndarray, "rows labels"], candidates: int = 6):
+        self.columns, self.labels = columns, labels
+        self.signed = isinstance(columns, np.ndarray)
+        rows = columns.shape[0]
+        y = labels.astype(np.float32)
+        mean, deviation = _moments(columns)
+        share = y.mean(0)
+        covariance = np.asarray(columns.T @ y) / rows - mean[:, None] * share
+        spread = np.maximum(deviation[:, None] * np.sqrt(share * (1 - share)), 1e-12)
+        self.correlation = covariance / spread
+        chosen = [_largest(np.abs(self.correlation) if self.signed else self.correlation, candidates)]
+        if not self.signed:
+            fires = columns > 0
+            both = np.asarray(fires.T.astype(np.float32) @ y)
+            count = np.asarray(fires.sum(0)).ravel()
+            self.firing_f1 = 2 * both / np.maximum(count[:, None] + labels.sum(0), 1)
+            chosen.append(_largest(self.firing_f1, candidates))
+        self.candidates = np.concatenate(chosen, 0)
+        self._rankings: dict[tuple[int, int], Ranking] = {}
+
+    def ranked(self, index: int, sign: int) -> Ranking:
+        if (index, sign) not in self._rankings:
+            self._rankings[index, sign] = ranking(sign * column(self.columns, index))
+        return self._rankings[index, sign]
+
+    def best(self, label: int) -> Detector:
+        """The detector with the largest F1 on these rows."""
+        y = self.labels[:, label]
+        found: list[Detector] = []
+        for index in dict.fromkeys(self.candidates[:, label].tolist()):
+            sign = -1 if self.signed and self.correlation[index, label] < 0 else 1
+            f1, threshold = best_threshold(self.ranked(index, sign), y)
+            found.append(Detector(index, sign, threshold, f1))
+        return max(found, key=lambda detector: detector.fitted_f1)
+
+
+def _largest(scores: np.ndarray, n: int) -> np.ndarray:
+    """Rows of the ``n`` largest entries of every column, the largest first."""
+    return np.argsort(-scores, axis=0, kind="stable")[:n]
+
+
+def split_latents(
+    codes: sparse.csc_array, y: Bool[np.ndarray, " rows"], candidates: list[int], jump: float = 0.03, most: int = 10
+) -> list[int]:
+    """The latents that share a label: the one whose firing has the best F1, then others, while any of them firing has an F1
+    better by ``jump``.
+
+    SAEBench adds latents by the weights of an L1 probe instead; the criterion is its own.
+    """
+    fires = {index: column(codes, index) > 0 for index in dict.fromkeys(candidates)}
+    chosen: list[int] = []
+    union, now = np.zeros(len(y), dtype=bool), 0.0
+    while len(chosen) < min(most, len(fires)):
+        scored = [(f1_of(union | fires[index], y), -index) for index in fires if index not in chosen]
+        f1, negative = max(scored)
+        if f1 - now < jump:
+            break
+        chosen.append(-negative)
+        union, now = union | fires[-negative], f1
+    return chosen
+
+
+class Interval(NamedTuple):
+    """A mean and the middle 95 % of it over resampled groups."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_f1(
+    counts: Float[np.ndarray, "groups labels 3"], seed: int, resamples: int = 500
+) -> Float[np.ndarray, "resamples labels"]:
+    """F1 of every label over resampled groups (documents), from each group's hits, detections and positives."""
+    groups, labels, _ = counts.shape
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
+    hits, detected, positives = np.moveaxis((weights @ counts.reshape(groups, -1)).reshape(resamples, labels, 3), -1, 0)
+    return 2 * hits / np.maximum(detected + positives, 1)
+
+
+def group_counts(
+    detected: Bool[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"], n_groups: int
+) -> Float[np.ndarray, "groups 3"]:
+    """Hits, detections and positives by group."""
+    return np.stack([np.bincount(groups, what, n_groups) for what in (detected & y, detected, y)], -1)
+
+
+def interval(mean: float, resampled: Float[np.ndarray, " resamples"]) -> Interval:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Interval(mean, float(low), float(high))
+
+
+def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 500) -> Interval:
+    """The mean of independent values and its interval."""
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(values)
+    return interval(float(values.mean()), weights @ values)

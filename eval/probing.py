@@ -1,0 +1,146 @@
+"""What ``sparsary probe`` does: the tasks that judge latents by what is known of the text, and their result files."""
+
+import difflib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.files import write_json, write_text
+from sae.hub import local_directory
+
+from . import factors, saebench, supervised
+from .saebench import Task
+from .subject import Pooled, Subject, open_subject, pool, read_labelled
+
+PROBING_VERSION = 1
+# Task -> what needs no labels of the user's: it always runs on the embedded model's own prompts or corpus.
+TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+LABELLED = ("sparse_probing", "scr", "tpp", "absorption")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Found:
+    """The flat report, where it was written, and what a terminal shows."""
+
+    report: dict[str, Any]
+    path: Path
+    tables: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+
+def probe(
+    checkpoint: str,
+    tasks: Iterable[str] | None = None,
+    labels: str | None = None,
+    out: str | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> Found:
+    """Run the tasks on a checkpoint; ``probing.json`` and each task's own file go to ``out``.
+
+    Without ``tasks`` all run that can, and the report says why others did not; a task that was asked for and cannot run is an
+    error. With ``labels`` the last four tasks judge by that text.
+
+    Raises:
+        ValueError: If there is no such task, or one that was asked for cannot be done with this checkpoint or text.
+    """
+    wanted = require_tasks(tasks)
+    data = None if labels is None else read_labelled(labels)
+    subject = open_subject(checkpoint)
+    target = Path(out) if out is not None else Path(local_directory(checkpoint)) / "probing"
+    dictionary = subject.dictionary
+    report: dict[str, Any] = {
+        "probing_version": PROBING_VERSION,
+        "checkpoint": str(checkpoint),
+        "encoder": json.dumps(dictionary.arguments()["encoder"]),
+        "n_latents": dictionary.n_latents,
+        "hook": subject.hook,
+        "model": subject.model.id,
+        "labels": labels,
+        "seed": seed,
+    }
+    found = Found(report, target / "probing.json")
+    pooled: list[Pooled] = []
+
+    def texts() -> list[Pooled]:
+        if not pooled:
+            if data is None and not subject.embedded:
+                raise ValueError(
+                    "--labels: expected a JSONL file of labelled text: only the embedded corpus comes with labels of its own."
+                )
+            some = [data] if data is not None else saebench.embedded_data(seed)
+            pooled.extend(pool(subject, one) for one in some)
+        return pooled
+
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "factors": lambda: _factors(subject, tokens, seed, found, target),
+        "supervised": lambda: _supervised(subject, seed, found, target),
+        "sparse_probing": lambda: _benchmark("sparse_probing", saebench.sparse_probing(subject, texts(), seed), subject, found),
+        "scr": lambda: _benchmark("scr", saebench.scr(subject, texts(), seed), subject, found),
+        "tpp": lambda: _benchmark("tpp", saebench.tpp(subject, texts(), seed), subject, found),
+        "absorption": lambda: _benchmark("absorption", _absorption(subject, data, texts, tokens, seed), subject, found),
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    for task in wanted:
+        log.info("%s ...", task)
+        try:
+            report |= runs[task]()
+        except ValueError as error:
+            if tasks:
+                raise
+            report |= {f"{task}_done": False, f"{task}_why": str(error)}
+            found.lines.append((task, f"left out: {error}"))
+        else:
+            report[f"{task}_done"] = True
+    write_json(found.path, report)
+    return found
+
+
+def require_tasks(tasks: Iterable[str] | None) -> tuple[str, ...]:
+    """The tasks in their fixed order.
+
+    Raises:
+        ValueError: If one does not exist.
+    """
+    wanted = list(tasks or TASKS)
+    for task in wanted:
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}.{hint}")
+    return tuple(task for task in TASKS if task in wanted)
+
+
+def _factors(subject: Subject, tokens: int | None, seed: int, found: Found, target: Path) -> dict[str, Any]:
+    report, rows = factors.judge_factors(subject, tokens or factors.DEFAULT_TOKENS, seed)
+    _write_lines(target / "factors.jsonl", rows)
+    found.tables.append(factors.table(report, rows))
+    return report
+
+
+def _supervised(subject: Subject, seed: int, found: Found, target: Path) -> dict[str, Any]:
+    report, rows = supervised.judge_supervised(subject, seed)
+    _write_lines(target / "supervised.jsonl", rows)
+    found.tables.append(supervised.table(report))
+    return report
+
+
+def _absorption(subject: Subject, data: Any, texts: Callable[[], list[Pooled]], tokens: int | None, seed: int) -> Task:
+    some = None if data is None and subject.embedded else texts()
+    return saebench.absorption(subject, some, seed, tokens or saebench.ABSORPTION_TOKENS)
+
+
+def _benchmark(name: str, task: Task, subject: Subject, found: Found) -> dict[str, Any]:
+    result = saebench.result_file(subject, found.report["checkpoint"], name, task)
+    write_json(found.path.parent / f"{name}.json", result)
+    found.lines += task.lines
+    return task.summary
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))

@@ -1,0 +1,299 @@
+"""What the probing tasks look at: a dictionary, its model, and activations with what is known of each token or text."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from scipy import sparse
+from torch import Tensor
+
+from sae import SparseCode, SparseDictionary, load_dictionary
+from sae.checkpoint import read_config
+from sae.hub import local_directory
+from training.activations.harvest import batches, excluded
+from training.activations.model import LanguageModel, load_model
+from training.embedded import corpus
+from training.recipe import HarvestSection, ModelSection, TextSection
+from training.text import contexts
+
+BATCH_CONTEXTS = 16
+ROWS_AT_ONCE = 4096
+# The last linear map of an MLP, whose inputs are its neurons, as model families name it.
+NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dictionary with the model it was trained on, the hook it reads, and the text it comes from."""
+
+    dictionary: SparseDictionary
+    model: LanguageModel
+    hook: str
+    text: TextSection
+    section: HarvestSection
+    provenance: dict[str, Any]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether every token's factors are known."""
+        return self.text.source == "embedded" and self.model.id == "embedded"
+
+    @property
+    def in_place(self) -> bool:
+        """Whether reconstructions can stand where the activations stood."""
+        hooks = (self.provenance.get("hooks_in"), self.provenance.get("hooks_out"))
+        return self.dictionary.d_in == self.dictionary.d_out and hooks[0] == hooks[1]
+
+    def encode(self, x: Tensor) -> SparseCode:
+        return self.dictionary.encode(x.to(self.dictionary.device))
+
+    def require_in_place(self, task: str) -> None:
+        """Raise ``ValueError`` where a reconstruction could not be spliced in at the hook."""
+        if not self.in_place:
+            raise ValueError(
+                f"--task {task}: expected a dictionary that maps the activation at {self.hook} to itself (an SAE), got one "
+                f"that writes elsewhere. Leave the task out, or try: --task factors --task sparse_probing."
+            )
+
+
+def open_subject(checkpoint: str) -> Subject:
+    """Load a checkpoint and its model, and check that they belong together.
+
+    Raises:
+        ValueError: If either cannot be had, or the dictionary is of another width than its hook.
+    """
+    directory = local_directory(checkpoint)
+    dictionary = load_dictionary(directory)
+    source: dict[str, Any] = read_config(directory)["provenance"]
+    if not source.get("model"):
+        raise ValueError(f"{checkpoint}: this dictionary was trained on tensors, not on a model, so there is nothing to probe.")
+    model = load_model(ModelSection.model_validate(source["model"]))
+    return subject_of(dictionary, model, source)
+
+
+def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> Subject:
+    """The same from objects; ``source`` is the checkpoint's provenance.
+
+    Raises:
+        ValueError: If the dictionary has several sites, or is of another width than its hook.
+    """
+    if len(dictionary.sites) != 1:
+        raise ValueError(f"checkpoint: expected a dictionary of one hook, got one of {len(dictionary.sites)}.")
+    hook = source["hook"]
+    width = model.widths((hook,))[hook]
+    if width != dictionary.d_in:
+        raise ValueError(f"{hook}: expected width {dictionary.d_in}, the dictionary's d_in, got {width} from {model.id}.")
+    text = TextSection.model_validate(source["text"])
+    section = HarvestSection(hooks=(hook,), tokens=1, **source["harvest"])
+    return Subject(dictionary.to(model.device).eval(), model, hook, text, section, source)
+
+
+def neuron_hook(model: LanguageModel, hook: str) -> str | None:
+    """Where the neurons of the hook's own block can be read; None if the model has none by a known name."""
+    block = re.match(r".*?\.\d+(?=[.:])", hook)
+    names = dict(model.module.named_modules())
+    found = (
+        [] if block is None else [f"{block.group()}.{name}" for name in NEURON_READERS if f"{block.group()}.{name}" in names]
+    )
+    return f"{found[0]}:in" if found else None
+
+
+@torch.no_grad()
+def sparse_codes(subject: Subject, x: np.ndarray) -> sparse.csc_array:
+    """The codes of rows of activations, entries above zero only."""
+    rows, columns, values, start = [], [], [], 0
+    for part in torch.from_numpy(x).split(ROWS_AT_ONCE):
+        code = subject.encode(part)
+        fires = code.values > 0
+        rows.append((code.token_ids()[fires] + start).cpu().numpy())
+        columns.append(code.latents[fires].cpu().numpy())
+        values.append(code.values[fires].float().cpu().numpy())
+        start += len(part)
+    shape = (len(x), subject.dictionary.n_latents)
+    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    return sparse.csc_array(sparse.coo_array(entries, shape=shape))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of held-out documents of the embedded corpus."""
+
+    x: np.ndarray  # (tokens, d_in)
+    neurons: np.ndarray | None  # (tokens, n_neurons)
+    documents: np.ndarray  # (tokens,)
+    factors: list[corpus.Factors]
+
+    def where(self, rows: np.ndarray) -> "Tokens":
+        """Some of the tokens."""
+        neurons = None if self.neurons is None else self.neurons[rows]
+        return Tokens(self.x[rows], neurons, self.documents[rows], [self.factors[i] for i in np.flatnonzero(rows)])
+
+
+def embedded_tokens(subject: Subject, tokens: int, neurons: bool = True) -> Tokens:
+    """At least so many tokens of held-out documents, whole batches of contexts, with the factors behind each.
+
+    The tokens that training left out (special ones, leading positions) are left out here too.
+
+    Raises:
+        ValueError: If the dictionary was not trained on the embedded corpus.
+    """
+    if not subject.embedded:
+        raise ValueError(
+            f"--task: the factors behind {subject.model.id} on {subject.text.source} text are not known. This needs a "
+            "dictionary trained on the embedded model and corpus; give labelled text with --labels FILE instead."
+        )
+    model, hook = subject.model, subject.hook
+    neuron = neuron_hook(model, hook) if neurons else None
+    special = frozenset(model.tokenizer.all_special_ids)
+    xs, ns, documents, factors, known = [], [], [], [], {}
+    stream = contexts(subject.text, model.tokenizer, heldout=subject.section.heldout)
+    for batch in batches(stream, BATCH_CONTEXTS):
+        ids, owners, places = (
+            np.stack([getattr(c, name) for c in batch]) for name in ("token_ids", "document_ids", "positions")
+        )
+        kept = (~excluded(ids, owners, special, subject.section)) & (places >= 0)
+        hooks = (hook,) if neuron is None else (hook, neuron)
+        seen = model.activations(torch.from_numpy(ids).long().to(model.device), hooks)
+        mask = torch.from_numpy(kept).to(model.device)
+        xs.append(seen[hook][mask].float().cpu().numpy())
+        if neuron is not None:
+            ns.append(seen[neuron][mask].float().cpu().numpy())
+        documents.append(owners[kept])
+        for owner, place in zip(owners[kept].tolist(), places[kept].tolist(), strict=True):
+            if owner not in known:
+                known[owner] = corpus.document(subject.text.seed, owner).factors
+            factors.append(known[owner][place])
+        if len(factors) >= tokens:
+            break
+    if not factors:
+        raise ValueError("text: no held-out document was found. Train with harvest.heldout above 0.")
+    return Tokens(np.concatenate(xs), np.concatenate(ns) if ns else None, np.concatenate(documents), factors)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Texts with a label each, and perhaps a second one (``spurious``) that could be mistaken for it."""
+
+    name: str
+    texts: list[str]
+    labels: list[str]
+    spurious: list[str] | None = None
+
+
+def read_labelled(path: str | Path) -> Labelled:
+    """A JSONL file with the keys text, label and, in all lines or none, spurious.
+
+    Raises:
+        ValueError: If there is no such file, a line is not such an object, or there are fewer than two labels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f'--labels: {path} does not exist. Expected a JSONL file, one {{"text": ..., "label": ...}} a line.')
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not _is_label(row.get("label")):
+            raise ValueError(
+                f'{path}:{number}: expected {{"text": "...", "label": "..."}}, a label being text, number or bool.'
+            )
+        rows.append(row)
+    seconds = [row.get("spurious") for row in rows]
+    if any(second is not None for second in seconds) and not all(map(_is_label, seconds)):
+        raise ValueError(f"{path}: spurious: expected a label in every line or in none.")
+    labels = [str(row["label"]) for row in rows]
+    if len(set(labels)) < 2:
+        raise ValueError(f"{path}: label: expected at least two classes, got {sorted(set(labels))} in {len(rows)} lines.")
+    spurious = [str(second) for second in seconds] if seconds[0] is not None else None
+    return Labelled(path.stem, [row["text"] for row in rows], labels, spurious)
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool) and value == value and str(value) != ""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Texts as means over their tokens, of activations and of codes.
+
+    Silencing latents while the dictionary's error is kept is linear, so that the means are enough for it.
+    """
+
+    name: str
+    x: np.ndarray  # (texts, d_in)
+    codes: sparse.csc_array  # (texts, n_latents)
+    labels: np.ndarray  # (texts,) of str
+    spurious: np.ndarray | None
+    counts: np.ndarray  # (texts,) tokens of each
+
+
+@torch.no_grad()
+def pool(subject: Subject, data: Labelled, most_tokens: int | None = None) -> Pooled:
+    """Run the model on every text and average over its tokens, special ones aside; texts without any are left out.
+
+    A text is cut to the length of the dictionary's contexts, and stands behind BOS where the dictionary's did.
+
+    Raises:
+        ValueError: If no text has a valid token.
+    """
+    tokenizer = subject.model.tokenizer
+    special = set(tokenizer.all_special_ids)
+    length = most_tokens or subject.text.context_length
+    bos = [] if subject.text.bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(data.texts, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [[*bos, *ids][:length] for ids in encoded]
+    valid = [number for number, row in enumerate(rows) if any(token not in special for token in row)]
+    if not valid:
+        raise ValueError(f"{data.name}: no text has a valid token for {subject.model.id}. Is it empty, or in another language?")
+    d, n_latents = subject.dictionary.d_in, subject.dictionary.n_latents
+    x, codes, counts = np.zeros((len(valid), d), np.float32), [], np.zeros(len(valid), np.int64)
+    for batch in _by_length(valid, rows):
+        width = max(len(rows[number]) for _, number in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id or 0)
+        kept = torch.zeros(len(batch), width, dtype=torch.bool)
+        for line, (_, number) in enumerate(batch):
+            ids[line, : len(rows[number])] = torch.tensor(rows[number])
+            kept[line, : len(rows[number])] = torch.tensor([token not in special for token in rows[number]])
+        # Attention is causal: padding on the right is not seen.
+        seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float()
+        owner = kept.nonzero()[:, 0].to(seen.device)
+        rows_of = seen[kept.to(seen.device)]
+        count = torch.bincount(owner, minlength=len(batch))
+        places = [place for place, _ in batch]
+        x[places] = (torch.zeros(len(batch), d, device=seen.device).index_add_(0, owner, rows_of) / count[:, None]).cpu()
+        counts[places] = count.cpu()
+        code = subject.encode(rows_of)
+        # A pursuit's values may be negative: they write too.
+        fires = code.values != 0
+        tokens = code.token_ids()[fires]
+        values = code.values[fires].float() / count[owner[tokens]]
+        where = torch.tensor(places, device=seen.device)[owner[tokens]]
+        codes.append(tuple(part.cpu().numpy() for part in (where, code.latents[fires], values)))
+    where, latents, values = (np.concatenate(parts) for parts in zip(*codes, strict=True))
+    together = sparse.csc_array(sparse.coo_array((values, (where, latents)), shape=(len(valid), n_latents)))
+    spurious = None if data.spurious is None else np.array(data.spurious)[valid]
+    return Pooled(data.name, x, together, np.array(data.labels)[valid], spurious, counts)
+
+
+def _by_length(valid: Sequence[int], rows: list[list[int]]) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (place, text) of about equal length, so that little is padded."""
+    order = sorted(enumerate(valid), key=lambda item: len(rows[item[1]]))
+    for start in range(0, len(order), 4 * BATCH_CONTEXTS):
+        yield order[start : start + 4 * BATCH_CONTEXTS]
+
+
+def halves(documents: Int[np.ndarray, " tokens"], seed: int) -> np.ndarray:
+    """A mask of the tokens that belong to a random half of the documents."""
+    owners = np.unique(documents)
+    chosen = np.random.default_rng(seed).permutation(owners)[: len(owners) // 2]
+    return np.isin(documents, chosen)

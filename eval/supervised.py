@@ -1,0 +1,554 @@
+"""Supervised dictionaries of the indirect-object task, and how a learned dictionary compares with them as a model's part.
+
+Prompts name two people, one of whom (S) gives something to the other (IO). Three attributes describe each prompt: who IO is,
+who S is, and which of them comes first (Pos). A supervised dictionary has one feature for each value of each attribute. The
+cross-section is the hook's activations at up to four positions: IO, S1, S2 and END.
+Source: Makelov, Lange and Nanda 2024, arXiv:2405.08366.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from torch import Tensor
+
+from training.activations.model import LanguageModel
+from training.embedded import lexicon
+
+from .probes import bootstrap_mean, f1_of, split_latents
+from .subject import Subject
+
+OPENINGS = (
+    "Then , {0} and {1} went to the {p} .",
+    "Then , {0} and {1} had a long argument at the {p} .",
+    "Afterwards , {0} and {1} had a lot of fun at the {p} .",
+)
+CLOSINGS = ("{s} gave a {o} to", "{s} decided to give a {o} to")
+# Stands before every prompt: dictionaries are not trained on a context's first positions.
+PREFIX = "The old king laughs today . "
+POSITIONS = ("io", "s1", "s2", "end")
+CROSS_SECTIONS = {"end": (3,), "s2": (2,), "names": (0, 1), "all": (0, 1, 2, 3)}
+ATTRIBUTES = ("io", "s", "pos")
+EDIT_SIZES = (2, 4, 6, 16)
+N_NAMES, FIT_PROMPTS, SCORED_PROMPTS, EDIT_PROMPTS = 24, 3000, 600, 200
+BATCH = 64
+# A mean ablation that moves the logit difference by less says nothing of what is recovered.
+LEAST_SPAN = 0.1
+# With fewer prompts to change, leaving them as they are is all but a success.
+MOST_UNCHANGED = 0.95
+OCCLUSION_F1, INTERPRETED_F1, CAUSAL_F1 = 0.5, 0.8, 0.6
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenized prompts of one length or several, padded on the right, with the places and values that matter."""
+
+    token_ids: Int[Tensor, "prompts tokens"]
+    places: Int[Tensor, "prompts 4"]
+    # Index into names; Pos is 0 where IO comes first.
+    io: Int[np.ndarray, " prompts"]
+    s: Int[np.ndarray, " prompts"]
+    pos: Int[np.ndarray, " prompts"]
+    name_ids: Int[Tensor, " names"]
+
+    def values(self, attribute: str) -> Int[np.ndarray, " prompts"]:
+        return getattr(self, attribute)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Names, places and objects that are one token each for the model at hand, and how to write them."""
+
+    tokenizer: Any
+    names: list[str]
+    places: list[str]
+    things: list[str]
+
+    @classmethod
+    def of(cls, model: LanguageModel, n_names: int = N_NAMES) -> "Words":
+        """As many names as asked for, half of either gender.
+
+        Raises:
+            ValueError: If the tokenizer knows too few of them as one token.
+        """
+
+        def whole(words: Sequence[str]) -> list[str]:
+            return [word for word in words if len(_ids(model.tokenizer, word)) == 1]
+
+        unknown = model.tokenizer.unk_token_id
+        known = [
+            [name for name in whole(names) if unknown is None or _ids(model.tokenizer, name)[0] != unknown][: n_names // 2]
+            for names in (lexicon.MALE_NAMES, lexicon.FEMALE_NAMES)
+        ]
+        places, things = whole(lexicon.PLACES), whole(lexicon.OBJECTS)
+        if min(map(len, known)) < 4 or not places or not things:
+            raise ValueError(
+                f"--task supervised: expected a tokenizer with English names as single tokens, but {model.id} splits them. "
+                "Leave the task out."
+            )
+        return cls(model.tokenizer, known[0] + known[1], places, things)
+
+    def prompts(self, plans: Sequence["Plan"]) -> Prompts:
+        """The prompts of these plans."""
+        bos = self.tokenizer.bos_token_id
+        prefix = [*([] if bos is None else [bos]), *(i for word in PREFIX.split() for i in _ids(self.tokenizer, word))]
+        rows, places = [], []
+        for plan in plans:
+            row, where = list(prefix), {}
+            for role, word in self._words(plan):
+                row += _ids(self.tokenizer, word)
+                where[role] = len(row) - 1
+            rows.append(row)
+            places.append([where["io"], where["s1"], where["s2"], len(row) - 1])
+        width = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id or 0
+        io, s, pos = (np.array([getattr(plan, name) for plan in plans]) for name in ATTRIBUTES)
+        name_ids = torch.tensor([_ids(self.tokenizer, name)[0] for name in self.names])
+        padded = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        return Prompts(padded, torch.tensor(places), io, s, pos, name_ids)
+
+    def _words(self, plan: "Plan") -> list[tuple[str, str]]:
+        io, s = self.names[plan.io], self.names[plan.s]
+        first, second = (("s1", s), ("io", io)) if plan.pos else (("io", io), ("s1", s))
+        slots = {"{0}": first, "{1}": second, "{s}": ("s2", s)}
+        slots |= {"{p}": ("place", self.places[plan.place]), "{o}": ("object", self.things[plan.thing])}
+        text = f"{OPENINGS[plan.opening]} {CLOSINGS[plan.closing]}"
+        return [slots.get(piece, ("frame", piece)) for piece in text.split()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a prompt."""
+
+    io: int
+    s: int
+    pos: int
+    opening: int
+    closing: int
+    place: int
+    thing: int
+
+    def changed(self, attribute: str, value: int) -> "Plan":
+        """The same prompt but for one attribute."""
+        return Plan(**{**self.__dict__, attribute: value})
+
+
+def draw_plans(words: Words, n: int, seed: int, names: Sequence[int] | None = None) -> list[Plan]:
+    """Independent prompts; IO and S differ."""
+    generator = np.random.default_rng(seed)
+    pool = np.arange(len(words.names)) if names is None else np.array(names)
+    sizes = (2, len(OPENINGS), len(CLOSINGS), len(words.places), len(words.things))
+    found = []
+    for _ in range(n):
+        io, s = generator.choice(pool, 2, replace=False)
+        found.append(Plan(int(io), int(s), *(int(generator.integers(size)) for size in sizes)))
+    return found
+
+
+def _ids(tokenizer: Any, word: str) -> list[int]:
+    # Words stand within a text, behind a space; punctuation does not.
+    text = word if word in ",." else f" {word}"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def cross_section(subject: Subject, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
+    """Activations at the four positions."""
+    found = []
+    for ids, places in zip(prompts.token_ids.split(BATCH), prompts.places.split(BATCH), strict=True):
+        seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float().cpu()
+        found.append(seen.gather(1, places[..., None].expand(-1, -1, seen.shape[-1])))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def end_logits(
+    subject: Subject, prompts: Prompts, positions: Sequence[int] = (), put: Float[Tensor, "prompts 4 d"] | None = None
+) -> Float[Tensor, "prompts names"]:
+    """Logits of the names at END, with some of the four positions replaced."""
+    model, found = subject.model, []
+    for start in range(0, len(prompts.token_ids), BATCH):
+        rows = slice(start, start + BATCH)
+        ids, places = prompts.token_ids[rows].to(model.device), prompts.places[rows].to(model.device)
+        line = torch.arange(len(ids), device=model.device)
+
+        def change(x: Tensor, rows: slice = rows, places: Tensor = places, line: Tensor = line) -> Tensor:
+            x = x.clone()
+            for position in positions:
+                assert put is not None
+                x[line, places[:, position]] = put[rows, position].to(x)
+            return x
+
+        with model.replacing(subject.hook, change):
+            logits = model.logits(ids)
+        found.append(logits[line, places[:, 3]][:, prompts.name_ids.to(model.device)].float().cpu())
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A mean activation, and one feature for each value of each attribute, at every position."""
+
+    mean: Float[Tensor, "4 d"]
+    features: dict[str, Float[Tensor, "values 4 d"]]
+
+    def reconstruct(self, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
+        return self.mean + sum(self.of(prompts, name) for name in self.features)
+
+    def of(self, prompts: Prompts, attribute: str) -> Float[Tensor, "prompts 4 d"]:
+        """Each prompt's own feature of an attribute."""
+        return self.features[attribute][torch.from_numpy(prompts.values(attribute))]
+
+
+def mean_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Supervised:
+    """Features are conditional means less the mean: optimal where attributes are independent."""
+    mean = x.mean(0)
+    sizes = {"io": len(prompts.name_ids), "s": len(prompts.name_ids), "pos": 2}
+    features = {}
+    for name, size in sizes.items():
+        values = torch.from_numpy(prompts.values(name))
+        sums = torch.zeros(size, *x.shape[1:]).index_add_(0, values, x - mean)
+        features[name] = sums / torch.bincount(values, minlength=size).clamp_min(1)[:, None, None]
+    return Supervised(mean, features)
+
+
+def least_squares_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Supervised:
+    """Features are the least-squares coefficients of one-hot attributes: the same in a balanced design."""
+    mean = x.mean(0)
+    sizes = {"io": len(prompts.name_ids), "s": len(prompts.name_ids), "pos": 2}
+    design = torch.cat(
+        [torch.nn.functional.one_hot(torch.from_numpy(prompts.values(n)), size).double() for n, size in sizes.items()], 1
+    )
+    # The smallest solution: one-hot columns of an attribute add up to a constant.
+    solution = torch.linalg.pinv(design) @ (x - mean).double().flatten(1)
+    parts = solution.float().unflatten(1, x.shape[1:]).split(list(sizes.values()))
+    return Supervised(mean, dict(zip(sizes, parts, strict=True)))
+
+
+def logit_difference(logits: Float[Tensor, "prompts names"], prompts: Prompts) -> Float[np.ndarray, " prompts"]:
+    line = torch.arange(len(logits))
+    return (logits[line, torch.from_numpy(prompts.io)] - logits[line, torch.from_numpy(prompts.s)]).numpy()
+
+
+@torch.no_grad()
+def _codes(subject: Subject, x: Float[Tensor, "prompts 4 d"]) -> Float[Tensor, "prompts 4 n_latents"]:
+    found = [subject.encode(part).to_dense(subject.dictionary.n_latents).float().cpu() for part in x.flatten(0, 1).split(1024)]
+    return torch.cat(found).unflatten(0, x.shape[:2])
+
+
+def _inert(clean: np.ndarray, ablated: np.ndarray) -> dict[str, Any]:
+    """Nulls, and the reason, where the mean ablation does nothing; empty elsewhere."""
+    span = float(clean.mean() - ablated.mean())
+    if abs(span) >= LEAST_SPAN:
+        return {}
+    return {"sufficiency": None, "necessity": None, "why": f"mean ablation moves the logit difference by {span:.3f} only"}
+
+
+def _scores(clean: np.ndarray, ablated: np.ndarray, recon: np.ndarray, rest: np.ndarray, seed: int) -> dict[str, Any]:
+    """Sufficiency and necessity from logit differences per prompt."""
+    span = clean.mean() - ablated.mean()
+    generator = np.random.default_rng(seed)
+    n = len(clean)
+    weights = np.concatenate([np.full((1, n), 1 / n), generator.multinomial(n, np.full(n, 1 / n), size=500) / n])
+    a, b, c, d = (weights @ values for values in (clean, ablated, recon, rest))
+    spans = np.where(np.abs(a - b) > 1e-6, a - b, span)
+    sufficiency, necessity = (c - b) / spans, 1 - np.abs(b - d) / np.abs(spans)
+    found: dict[str, Any] = {}
+    for name, values in (("sufficiency", sufficiency), ("necessity", necessity)):
+        low, high = np.quantile(values[1:], [0.025, 0.975])
+        found |= {name: float(values[0]), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return found
+
+
+def greedy_edit(
+    source: Float[Tensor, "rows n_latents"],
+    target: Float[Tensor, "rows n_latents"],
+    writes: Float[Tensor, "n_latents d"],
+    wanted: Float[Tensor, "rows d"],
+    size: int,
+) -> tuple[Float[Tensor, "rows d"], Int[Tensor, "rows size"]]:
+    """What ``size`` latents add to a row when they take their values of ``target``, chosen one by one to come closest to the
+    wanted difference; and which (-1: no further one came closer). The error of the source is kept.
+    """
+    difference = target - source
+    most = max(int((difference != 0).sum(-1).max()), 1)
+    candidates = (difference != 0).to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    steps = difference.gather(1, candidates)[..., None] * writes[candidates]
+    added, line = torch.zeros_like(wanted), torch.arange(len(wanted))
+    norms, chosen = steps.pow(2).sum(-1), []
+    free = norms > 0
+    for _ in range(size):
+        # How much nearer each step would come.
+        gain = torch.where(free, 2 * (steps * (wanted - added)[:, None]).sum(-1) - norms, -torch.inf)
+        best = gain.argmax(-1)
+        good = gain[line, best] > 0
+        added = added + torch.where(good[:, None], steps[line, best], 0)
+        free[line, best] = free[line, best] & ~good
+        chosen.append(torch.where(good, candidates[line, best], -1))
+    return added, torch.stack(chosen, 1)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    subject: Subject
+    words: Words
+    supervised: Supervised
+    writes: Tensor
+    bias: Tensor
+    seed: int
+
+
+def judge_supervised(
+    subject: Subject,
+    seed: int = 0,
+    n_names: int = N_NAMES,
+    fit_prompts: int = FIT_PROMPTS,
+    scored_prompts: int = SCORED_PROMPTS,
+    edit_prompts: int = EDIT_PROMPTS,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A flat summary, and one row for every cross-section, edit and attribute.
+
+    Raises:
+        ValueError: If the dictionary writes elsewhere, or the model's tokenizer splits names.
+    """
+    subject.require_in_place("supervised")
+    words = Words.of(subject.model, n_names)
+    fit, scored = (words.prompts(draw_plans(words, n, 2 * seed + i)) for i, n in enumerate((fit_prompts, scored_prompts)))
+    x_fit, x = cross_section(subject, fit), cross_section(subject, scored)
+    scale = subject.dictionary.out_scale
+    writes = (subject.dictionary.atoms * scale).detach().float().cpu()
+    bias = (subject.dictionary.bypass() * scale).detach().float().cpu()
+    setting = _Setting(subject, words, mean_dictionary(x_fit, fit), writes, bias, seed)
+    least = least_squares_dictionary(x_fit, fit)
+    codes_fit, codes = _codes(subject, x_fit), _codes(subject, x)
+    f1 = _interpretability(fit, scored, codes_fit, codes)
+    logits = end_logits(subject, scored)
+    clean = logit_difference(logits, scored)
+    names = torch.from_numpy(scored.io)
+    report: dict[str, Any] = {
+        "supervised_prompts": scored_prompts,
+        "supervised_accuracy": float((logits.argmax(-1) == names).float().mean()),
+        "supervised_logit_difference": float(clean.mean()),
+        "supervised_l0": float((codes > 0).sum(-1).float().mean()),
+    }
+    rows: list[dict[str, Any]] = []
+    kept = codes * (f1["best"] >= CAUSAL_F1)
+    reconstructions = {
+        "latents": codes @ writes + bias,
+        "interpreted_latents": kept @ writes + bias,
+        "mean_features": setting.supervised.reconstruct(scored),
+        "least_squares_features": least.reconstruct(scored),
+    }
+    for section, positions in CROSS_SECTIONS.items():
+
+        def difference(put: Tensor, positions: tuple[int, ...] = positions) -> np.ndarray:
+            return logit_difference(end_logits(subject, scored, positions, put), scored)
+
+        ablated = difference(setting.supervised.mean.expand_as(x))
+        for name, recon in reconstructions.items():
+            found = _inert(clean, ablated)
+            if not found:
+                rest = difference(setting.supervised.mean + x - recon)
+                found = _scores(clean, ablated, difference(recon), rest, seed)
+            rows.append({"test": "reconstruction", "section": section, "dictionary": name} | found)
+            for key in ("sufficiency", "sufficiency_low", "sufficiency_high", "necessity", "necessity_low", "necessity_high"):
+                if key in found:
+                    report[f"supervised_{section}_{name}_{key}"] = found[key]
+            if "why" in found:
+                report[f"supervised_{section}_{name}_why"] = found["why"]
+    rows += _edits(setting, edit_prompts, report)
+    report |= {key: value for key, value in f1.items() if key.startswith("supervised_")}
+    rows += f1["rows"]
+    rows += _occlusion(setting, scored, x, clean, f1, report)
+    return report, rows
+
+
+def _edits(setting: _Setting, n: int, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Success of changing one attribute: how often the model then names whom it names with the true counterfactual put in.
+
+    The first half of the names takes part before an edit, the second after it.
+    """
+    subject, words = setting.subject, setting.words
+    half = len(words.names) // 2
+    order = np.random.default_rng(setting.seed).permutation(len(words.names))
+    plans = draw_plans(words, n, setting.seed + 1000, order[:half].tolist())
+    generator = np.random.default_rng(setting.seed + 1)
+    new = order[half:][generator.integers(len(words.names) - half, size=n)]
+    source = words.prompts(plans)
+    x_s = cross_section(subject, source)
+    codes_s = _codes(subject, x_s)
+    base = end_logits(subject, source).argmax(-1)
+    rows = []
+    for attribute in ATTRIBUTES:
+        values = [1 - plan.pos if attribute == "pos" else int(value) for plan, value in zip(plans, new, strict=True)]
+        target = words.prompts([plan.changed(attribute, value) for plan, value in zip(plans, values, strict=True)])
+        x_t = cross_section(subject, target)
+        codes_t = _codes(subject, x_t)
+        # Changing Pos moves the names: their activations change places with them.
+        swap = setting.supervised.of(target, attribute) - setting.supervised.of(source, attribute)
+        for section, positions in CROSS_SECTIONS.items():
+
+            def after(put: Tensor, positions: tuple[int, ...] = positions) -> Tensor:
+                return end_logits(subject, source, positions, put).argmax(-1)
+
+            truth = after(x_t)
+            row: dict[str, Any] = {"test": "edit", "section": section, "attribute": attribute}
+            row["no_edit"] = float((base == truth).float().mean())
+            rows.append(row)
+            report[f"supervised_edit_{attribute}_{section}_no_edit"] = row["no_edit"]
+            if row["no_edit"] > MOST_UNCHANGED:
+                row["why"] = "the true counterfactual changes no prediction there: nothing to edit"
+                report[f"supervised_edit_{attribute}_{section}_why"] = row["why"]
+                continue
+            tries: dict[str, Tensor] = {"mean_features": x_s + swap}
+            weights: dict[str, float] = {}
+            for size in EDIT_SIZES:
+                flat = [t.flatten(0, 1) for t in (codes_s, codes_t, x_t - x_s)]
+                added, chosen = greedy_edit(flat[0], flat[1], setting.writes, flat[2], size)
+                tries[f"latents_{size}"] = x_s + added.view_as(x_s)
+                weights[f"latents_{size}"] = _removed_weight(flat[0], chosen, setting.writes, list(positions))
+            tries["random_latents"] = x_s + _random_edit(codes_s, codes_t, setting.writes, EDIT_SIZES[-2], setting.seed)
+            for name, put in tries.items():
+                success = bootstrap_mean((after(put) == truth).double().numpy(), setting.seed)
+                row |= {name: success.mean, f"{name}_low": success.low, f"{name}_high": success.high}
+                report[f"supervised_edit_{attribute}_{section}_{name}"] = success.mean
+            row |= {f"{name}_removed_weight": weight for name, weight in weights.items()}
+    return rows
+
+
+def _removed_weight(codes: Tensor, chosen: Tensor, writes: Tensor, positions: list[int]) -> float:
+    """Which part of the source's reconstruction the exchanged latents made up, on average (Makelov et al., section 4)."""
+    reconstruction = codes @ writes
+    norms = reconstruction.pow(2).sum(-1).clamp_min(1e-12)
+    weight = codes * (reconstruction @ writes.T) / norms[:, None]
+    picked = torch.where(chosen >= 0, weight.gather(1, chosen.clamp_min(0)), 0).sum(-1)
+    return float(picked.view(-1, len(POSITIONS))[:, positions].mean())
+
+
+def _random_edit(codes_s: Tensor, codes_t: Tensor, writes: Tensor, size: int, seed: int) -> Tensor:
+    """So many of the latents that differ, drawn at random."""
+    difference = codes_t - codes_s
+    lots = torch.rand(difference.shape, generator=torch.Generator().manual_seed(seed)) * (difference != 0)
+    keep = torch.zeros_like(difference).scatter_(-1, lots.topk(min(size, lots.shape[-1]), dim=-1).indices, 1.0)
+    return (difference * keep) @ writes
+
+
+def _predicates(prompts: Prompts) -> dict[str, dict[str, np.ndarray]]:
+    """Families of properties of a prompt that a latent may stand for."""
+    names = range(len(prompts.name_ids))
+    half = len(prompts.name_ids) // 2
+    first = np.where(prompts.pos == 0, prompts.io, prompts.s)
+    return {
+        "io": {f"io={v}": prompts.io == v for v in names},
+        "s": {f"s={v}": prompts.s == v for v in names},
+        "pos": {f"pos={v}": prompts.pos == v for v in (0, 1)},
+        "io_and_pos": {f"io={v},pos={p}": (prompts.io == v) & (prompts.pos == p) for v in names for p in (0, 1)},
+        "s_and_pos": {f"s={v},pos={p}": (prompts.s == v) & (prompts.pos == p) for v in names for p in (0, 1)},
+        "name": {f"name={v}": (prompts.s == v) | (prompts.io == v) for v in names},
+        "first_name": {f"first={v}": first == v for v in names},
+        "s_gender": {"s=male": prompts.s < half},
+        "io_gender": {"io=male": prompts.io < half},
+    }
+
+
+def _interpretability(fit: Prompts, scored: Prompts, codes_fit: Tensor, codes: Tensor) -> dict[str, Any]:
+    """F1 of firing against properties of the prompt, at each position: latents chosen on some prompts, scored on others.
+
+    ``best`` holds every latent's best F1 at each position, on the prompts that chose.
+    """
+    n_latents = codes.shape[-1]
+    best = torch.zeros(len(POSITIONS), n_latents)
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    truths_fit, truths = _predicates(fit), _predicates(scored)
+    counts: dict[str, list[float]] = {}
+    for place, position in enumerate(POSITIONS):
+        fires_fit, fires = codes_fit[:, place] > 0, codes[:, place] > 0
+        columns = sparse.csc_array(fires_fit.numpy())
+        for family, masks in truths_fit.items():
+            y = torch.from_numpy(np.stack(list(masks.values()), 1))
+            both = fires_fit.float().T @ y.float()
+            f1 = 2 * both / (fires_fit.sum(0)[:, None] + y.sum(0)).clamp_min(1)
+            best[place] = torch.maximum(best[place], f1.max(1).values)
+            found, unions, splits = [], [], []
+            for index, (name, mask) in enumerate(masks.items()):
+                truth = truths[family][name]
+                order = f1[:, index].argsort(dim=0, descending=True, stable=True)[:10].tolist()
+                found.append(f1_of(fires[:, order[0]].numpy(), truth))
+                chosen = split_latents(columns, mask, order, jump=1e-9) if columns.nnz else []
+                union = fires[:, chosen].any(-1).numpy() if chosen else np.zeros(len(truth), dtype=bool)
+                unions.append(f1_of(union, truth))
+                splits.append(len(split_latents(columns, mask, order)) if columns.nnz else 0)
+            row = {"test": "interpretability", "section": position, "family": family, "f1": float(np.mean(found))}
+            row |= {"union_f1": float(np.mean(unions)), "split": float(np.mean(splits)), "values": len(found)}
+            row["detected"] = float(np.mean([value >= OCCLUSION_F1 for value in found]))
+            row["latents_interpreted"] = int((f1.max(1).values >= INTERPRETED_F1).sum())
+            rows.append(row)
+            counts.setdefault(family, []).append(row["f1"])
+            for key in ("f1", "union_f1", "split", "detected", "latents_interpreted"):
+                report[f"supervised_{position}_{family}_{key}"] = row[key]
+        # Over-splitting: latents that stand for one order and miss most of its prompts.
+        for value in (0, 1):
+            mask = torch.from_numpy(fit.pos == value)
+            share = fires_fit.sum(0) / len(mask)
+            precise = (fires_fit & mask[:, None]).sum(0) / fires_fit.sum(0).clamp_min(1)
+            key = f"supervised_{position}_pos_latents"
+            report[key] = report.get(key, 0) + int(((precise >= 0.9) & (share >= 0.02)).sum())
+    return {"best": best, "rows": rows} | report
+
+
+def _occlusion(
+    setting: _Setting, prompts: Prompts, x: Tensor, clean: np.ndarray, f1: dict[str, Any], report: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """For each attribute and position: how large its features are, how much they matter, how many latents stand for them.
+
+    An attribute is occluded by a larger one that matters less than twice as much if fewer of its values are detected.
+    """
+    rows = []
+    total = (x - setting.supervised.mean).pow(2).sum(-1).mean(0)
+    for place, position in enumerate(POSITIONS):
+        some: dict[str, dict[str, Any]] = {}
+        for attribute in ("io", "s"):
+            part = setting.supervised.of(prompts, attribute)
+            changed = logit_difference(end_logits(setting.subject, prompts, (place,), x - part), prompts)
+            some[attribute] = {
+                "test": "occlusion",
+                "section": position,
+                "attribute": attribute,
+                "variance_share": float(part[:, place].pow(2).sum(-1).mean() / total[place].clamp_min(1e-12)),
+                "effect": float(clean.mean() - changed.mean()),
+                "detected": f1[f"supervised_{position}_{attribute}_detected"],
+            }
+        large, small = sorted(some.values(), key=lambda row: -row["variance_share"])
+        matters = abs(small["effect"]) > max(LEAST_SPAN, 0.5 * abs(large["effect"]))
+        large["occluded"], small["occluded"] = False, bool(matters and small["detected"] < large["detected"])
+        for attribute, row in some.items():
+            for key in ("variance_share", "effect", "occluded"):
+                report[f"supervised_{position}_{attribute}_{key}"] = row[key]
+        rows += some.values()
+    return rows
+
+
+def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines for a terminal: a line for each cross-section."""
+
+    def cell(key: str) -> str:
+        value = report.get(f"supervised_{key}")
+        return "-" if value is None else f"{value:.2f}"
+
+    lines = []
+    for section in CROSS_SECTIONS:
+        cells = [
+            cell(f"{section}_{name}_{key}") for key in ("sufficiency", "necessity") for name in ("latents", "mean_features")
+        ]
+        for attribute in ("io", "pos"):
+            edits = ("no_edit", f"latents_{EDIT_SIZES[0]}", f"latents_{EDIT_SIZES[-1]}", "mean_features")
+            cells.append(" / ".join(cell(f"edit_{attribute}_{section}_{name}") for name in edits))
+        lines.append([section, *cells])
+    sizes = f"none / {EDIT_SIZES[0]} / {EDIT_SIZES[-1]} latents / supervised"
+    head = ["IOI at", "sufficient", "supervised", "necessary", "supervised", f"IO edit: {sizes}", f"Pos edit: {sizes}"]
+    return head, lines
