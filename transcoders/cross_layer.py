@@ -172,14 +172,14 @@ class CrossLayerTranscoder(SparseDictionary):
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
         if not self.joint:
             return False
-        # Of each layer as much as all may keep together, twice over: that holds the budget unless batches differ wildly.
+        # Of every batch twice what it may keep: that holds the budget of all batches unless they differ wildly.
         pools, tokens = [], 0
         for batch in inputs:
             x = self.normalised(batch)
             tokens += len(x)
-            for block in self.blocks:
-                scores = scorer(x[:, block.reads], block.weights)
-                pools.append(largest_of_batch(scores, 2 * len(x) * self.budget)[0].values.cpu())
+            scorers = [scorer(x[:, block.reads], block.weights) for block in self.blocks]
+            values = torch.cat([largest_of_batch(s, 2 * len(x) * self.budget)[0].values for s in scorers])
+            pools.append(values.topk(min(2 * len(x) * self.budget, len(values)), sorted=False).values.cpu())
         if not tokens:
             raise ValueError("encoder: expected tokens to calibrate the threshold on, got none.")
         pool = torch.cat(pools)
