@@ -4,5 +4,6 @@ from .downstream import SplicedModel
 from .groups import MetricGroup
 from .linear_error import LinearError, LinearFloor
 from .reconstruction import Reconstructed
+from .redundancy import Redundancy
 
-GROUPS: tuple[type[MetricGroup], ...] = (Reconstructed, LinearFloor, SplicedModel, LinearError)
+GROUPS: tuple[type[MetricGroup], ...] = (Reconstructed, LinearFloor, Redundancy, SplicedModel, LinearError)
