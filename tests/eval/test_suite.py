@@ -180,6 +180,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     import eval.suite as suite
 
+    monkeypatch.setattr(suite, "render", lambda *_: "")
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
@@ -209,7 +210,29 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
     assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
 
 
-def test_progress_goes_up_to_the_number_of_tokens(rivals, tmp_path):
+def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
+    import eval.suite as suite
+
+    monkeypatch.setattr(suite, "render", lambda *_: "")
+    seen = []
+
+    class Curious(suite.GROUPS[2]):
+        name = "curious"
+
+        def __init__(self, setting):
+            seen.append(dict(setting.options))
+            super().__init__(setting)
+
+    monkeypatch.setattr(suite, "GROUPS", (suite.GROUPS[2], Curious))
+    for options in ({}, {"curious": {"ridge": 0.5}}, {"curious": {"ridge": 0.5}}, {}):
+        evaluate_all([rivals[0]], [str(tmp_path)], 600, options=options)
+    assert seen == [{}, {"ridge": 0.5}]
+    with pytest.raises(ValueError, match="options: expected names among redundancy, curious, got 'curius'"):
+        evaluate_all([rivals[0]], options={"curius": {}})
+
+
+def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.suite.render", lambda *_: "")
     told = []
 
     def progress(total):
