@@ -251,6 +251,9 @@ def judge_tensor(
         raise ValueError(f"activations: expected width {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]}.")
     if targets.shape != (x.shape[0], dictionary.d_out):
         raise ValueError(f"activations: y: expected {(x.shape[0], dictionary.d_out)}, got {tuple(targets.shape)}.")
+    for name, rows in (("x", x), ("y", targets)):
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"activations: {name}: expected finite numbers, got NaN or infinite ones. Leave those rows out.")
     setting = Setting(dictionary, torch.device("cpu"), selection, fit_tokens=half)
     groups = [group(setting) for group in GROUPS if not group.reads_model]
     for rows, wanted in zip(x[:half].float().split(ROWS_AT_ONCE), targets[:half].float().split(ROWS_AT_ONCE), strict=True):
@@ -295,8 +298,11 @@ def judge_on_model(
         judges = []
         for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
             dictionary = candidate.dictionary
-            require_widths(where.model, (hook_in,), (dictionary.d_in,), "d_in")
-            require_widths(where.model, (hook_out,), (dictionary.d_out,), "d_out")
+            try:
+                require_widths(where.model, (hook_in,), (dictionary.d_in,), "d_in")
+                require_widths(where.model, (hook_out,), (dictionary.d_out,), "d_out")
+            except ValueError as error:
+                raise ValueError(f"{candidate.checkpoint}: {error}") from None
             device = where.model.device
             setting = Setting(dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, tokens // 2)
             judges.append(

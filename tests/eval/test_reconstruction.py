@@ -147,6 +147,16 @@ def test_quantiles_of_reals_are_within_a_hundredth():
         assert found == pytest.approx(expected, rel=0.01, abs=1e-5)
 
 
+def test_quantiles_without_a_number_are_none_and_infinity_is_far_out():
+    quantiles = Quantiles(floor=1e-3)
+    quantiles.update(torch.tensor([math.nan, math.nan]))
+    assert all(map(math.isnan, quantiles.quantiles([0.5])))
+    quantiles.update(torch.tensor([1.0, math.inf, -math.inf, math.nan]))
+    low, middle, high = quantiles.quantiles([0.0, 0.5, 1.0])
+    assert middle == pytest.approx(1, rel=0.01)
+    assert -low == high >= 1e6
+
+
 def test_tokens_of_high_norm_are_told_apart():
     torch.manual_seed(1)
     y = torch.randn(1000, 11)
