@@ -29,6 +29,8 @@ class Piece:
     counted: Tensor
     cursor: Cursor
     documents: set[int]
+    # The document of every position, -1 at special ones; on the host.
+    document_ids: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def pieces(model: LanguageModel, text: TextSection, section: HarvestSection, sta
             torch.from_numpy(counted).to(model.device),
             batch[-1].cursor,
             set(document_ids[kept].tolist()),
+            document_ids,
         )
         kept_tokens += int(kept.sum())
         if kept_tokens >= tokens:

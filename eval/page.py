@@ -5,80 +5,8 @@ import re
 from html import escape
 from typing import Any
 
+from .explanations import EXPLANATIONS, PROVENANCE
 from .plots import PALETTE, PLOTS, UNDEFINED, UNMEASURED, UNRECORDED, Curve, Palette, Report, figure_element, finite, show
-from .reconstruction import DENSE
-
-PROVENANCE = "Dictionary and data"
-EXPLANATIONS: dict[str, dict[str, str]] = {
-    PROVENANCE: {
-        "report_version": "Version of this report's format. A changed definition gets a new name.",
-        "checkpoint": "Where the dictionary was loaded from.",
-        "kind": "What is mapped: an sae maps an activation to itself, a transcoder what a part of the model reads to what it "
-        "writes. What is to be reconstructed, for an sae the activation itself, is called the target.",
-        "encoder": "How latents are chosen: the variant and its arguments.",
-        "d_in": "Width of the activation that is read.",
-        "d_out": "Width of the activation that is written; d_in for an sae.",
-        "n_latents": "How many latents (learned units) the dictionary has.",
-        "selection": "How latents were chosen while judging; 'per token' is how a dictionary is used.",
-        "hook": "Module path and side of the activation the dictionary was trained on; of a transcoder, of both activations.",
-        "model": "The language model whose activations these are.",
-        "text": "The corpus. Only documents held out from training are evaluated.",
-        "training_tokens": "Tokens trained on; a token seen twice counts twice.",
-        "git_commit": "Version of the code that trained the dictionary.",
-        "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
-        "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
-    },
-    "Reconstruction": {
-        "fvu": "Fraction of variance unexplained, a ratio of sums: squared error of the whole set over squares about the mean "
-        "of the whole set. 0 is perfect, 1 is no better than the mean. A mean of per-token ratios is another number.",
-        "fvu_affine": "The fvu of the best affine map from what a transcoder reads to the target, fitted on other documents: "
-        "the floor to beat. With few tokens for the fit (see dark_matter_enough_tokens) it comes out too high.",
-        "cosine": "Cosine between target and reconstruction, mean over tokens. 1 is perfect.",
-        "l2_ratio": "Norm of the reconstruction over norm of the target, mean over tokens. Below 1 is shrinkage.",
-        "relative_reconstruction_bias": "Sum of squared reconstruction norms over sum of reconstruction times target. 1 is "
-        "unbiased, below 1 is shrinkage (arXiv:2404.16014, eq. 10).",
-    },
-    "Sparsity": {
-        "l0_mean": "Latents that fire on a token, mean over tokens.",
-        "l0_p10": "A tenth of the tokens have at most so many latents firing.",
-        "l0_median": "Half of the tokens have at most so many latents firing.",
-        "l0_p90": "Nine tenths of the tokens have at most so many latents firing.",
-        "dead_fraction": "Share of latents silent on the whole window of tokens. A longer one finds fewer: compare equal ones.",
-        "dead_window_tokens": "That window, in tokens.",
-        "dense_fraction": f"Share of latents that fire on more than {DENSE:g} of the tokens.",
-    },
-    "Effect on the model": {
-        "downstream_tokens": "Predictions scored: at replaced positions whose next token is of the same document. Excluded "
-        "positions keep the model's own activation.",
-        "ce_clean": "Cross-entropy of the untouched model, nats per token.",
-        "ce_spliced": "Cross-entropy with reconstructions in place of the targets, nats per token.",
-        "ce_zero": "Cross-entropy with zeros in their place, nats per token.",
-        "ce_mean": "Cross-entropy with the mean target in their place, nats per token.",
-        "kl_spliced": "KL divergence from the untouched model's predictions to those on reconstructions, nats per token.",
-        "kl_zero": "The same KL divergence with zeros, nats per token.",
-        "kl_mean": "The same KL divergence with the mean target, nats per token.",
-        "ce_increase": "ce_spliced - ce_clean: what the dictionary costs the model, nats per token.",
-        "top1_agreement": "Share of predictions whose likeliest token stays the same.",
-        "ce_recovered_zero": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to zero. 1 is perfect, 0 no better "
-        "than zeros; undefined where the ablation costs nothing.",
-        "ce_recovered_mean": "The same fraction, ablated to the mean target: the fairer yardstick.",
-        "kl_recovered_zero": "(kl_zero - kl_spliced) / kl_zero.",
-        "kl_recovered_mean": "(kl_mean - kl_spliced) / kl_mean.",
-    },
-    "Error, linear and nonlinear": {
-        "fvu_total": "fvu on the tokens that score the regression: linear and nonlinear error together.",
-        "fvu_nonlinear": "What is left of fvu_total once a linear map of what is read, fitted on other data, has predicted "
-        "the error. Low alone is no merit, an empty dictionary has none: read it beside fvu_total.",
-        "linear_error_share": "1 - fvu_nonlinear / fvu_total: share of the squared error that is linear in the activation.",
-        "fvu_rescaled": "fvu_total after the best single factor on the reconstruction; what that takes off is shrinkage.",
-        "err_vec_r2_mean_dim": "R\u00b2 of the linear prediction of the error, per dimension, then averaged.",
-        "err_norm_r2": "R\u00b2 of the linear prediction of the squared error norm.",
-        "dark_matter_noise_floor": "About the linear_error_share of an error unrelated to the activation: the map fits noise.",
-        "dark_matter_fit_tokens": "Tokens the linear map was fitted on.",
-        "dark_matter_score_tokens": "Tokens it was scored on.",
-        "dark_matter_enough_tokens": "Whether the fit had ten tokens per coefficient. If not, the linear share is understated.",
-    },
-}
 
 
 def render(report: Report, curve: Curve) -> str:

@@ -1,7 +1,7 @@
 """How well a dictionary reconstructs held-out targets, and how it spends its latents doing so."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sae.code import SparseCode
 from sae.metrics import RunningFvu, dead_fraction, density
+
+from .groups import MetricGroup, Setting, View
 
 # A latent firing on more tokens than this is dense: it carries little information about any of them.
 DENSE = 0.1
@@ -74,3 +76,47 @@ def density_histogram(rho: Float[Tensor, " n_latents"]) -> tuple[list[int], list
     counts = torch.histc(alive.clamp(-DENSITY_DECADES + 1e-9, -1e-9), bins=bins, min=-DENSITY_DECADES, max=0)
     assert math.isclose(float(counts.sum()), alive.numel())
     return counts.long().tolist(), edges.tolist()
+
+
+class Reconstructed(MetricGroup):
+    """Reconstruction and sparsity, on activations of a model or given ones."""
+
+    name = "reconstruction"
+    version = 1
+    reads_model = False
+    explanations: ClassVar = {
+        "Reconstruction": {
+            "fvu": "Fraction of variance unexplained, a ratio of sums: squared error of the whole set over squares about the "
+            "mean of the whole set. 0 is perfect, 1 is no better than the mean. A mean of per-token ratios is another number.",
+            "cosine": "Cosine between target and reconstruction, mean over tokens. 1 is perfect.",
+            "l2_ratio": "Norm of the reconstruction over norm of the target, mean over tokens. Below 1 is shrinkage.",
+            "relative_reconstruction_bias": "Sum of squared reconstruction norms over sum of reconstruction times target. 1 is "
+            "unbiased, below 1 is shrinkage (arXiv:2404.16014, eq. 10).",
+        },
+        "Sparsity": {
+            "l0_mean": "Latents that fire on a token, mean over tokens.",
+            "l0_p10": "A tenth of the tokens have at most so many latents firing.",
+            "l0_median": "Half of the tokens have at most so many latents firing.",
+            "l0_p90": "Nine tenths of the tokens have at most so many latents firing.",
+            "dead_fraction": "Share of latents silent on the whole window of tokens. A longer one finds fewer: compare "
+            "equal ones.",
+            "dead_window_tokens": "That window, in tokens.",
+            "dense_fraction": f"Share of latents that fire on more than {DENSE:g} of the tokens.",
+        },
+    }
+
+    def __init__(self, setting: Setting):
+        dictionary = setting.dictionary
+        self.running = Reconstruction(dictionary.d_out, dictionary.n_latents, setting.device)
+        self.documents: set[int] | None = None if setting.model is None else set()
+
+    def fit(self, piece: View) -> None:
+        pass
+
+    def score(self, piece: View) -> None:
+        self.running.update(piece.y, piece.y_hat, piece.code)
+        if piece.passage is not None and self.documents is not None:
+            self.documents |= piece.passage.piece.documents
+
+    def report(self) -> dict[str, Any]:
+        return ({} if self.documents is None else {"documents": len(self.documents)}) | self.running.report()

@@ -2,72 +2,41 @@
 
 import json
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae import SparseCode, SparseDictionary, load_dictionary
+from sae import SparseDictionary, load_dictionary
 from sae.checkpoint import read_config
 from sae.files import write_json, write_text
 from sae.hub import local_directory
-from sae.pursuit import PURSUITS
-from training.activations.model import LanguageModel
-from training.activations.splice import Insertion, model_spliced
 from training.text import Cursor
 from transcoders.stack import hooks_of, is_stack
 
-from .dark_matter import AffineFloor, DarkMatter, LinearFit
-from .downstream import Downstream, ablations
-from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
+from .cache import Beside, Nothing, content_of
+from .groups import MetricGroup, Passage, Setting, View, settled
+from .heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
 from .page import render
-from .reconstruction import Reconstruction
+from .registry import GROUPS
+from .selection import PER_TOKEN, Selection
 from .stack import evaluate_stack, stack_summary
 
 REPORT_VERSION = 1
 ROWS_AT_ONCE = 4096
 
+# Told how many tokens there will be, returns what is told how many were done.
+Progress = Callable[[int], Callable[[int], None]]
+
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """How latents are chosen while a dictionary is judged; every report says it.
-
-    By default the encoder reads one token at a time. ``oracle`` lets a gradient SAE choose by the gradient of the loss it
-    is then judged by. ``pursuit`` finds the code anew from the atoms alone, with ``k`` latents per token.
-    """
-
-    oracle: bool = False
-    pursuit: str | None = None
-    k: int | None = None
-
-    def require_valid(self, dictionary: SparseDictionary) -> None:
-        if self.oracle and not dictionary.encoder.needs_gradient:
-            raise ValueError("--oracle: expected a dictionary that chooses by gradients (gradient_topk). Leave it out.")
-        if self.pursuit is not None and self.pursuit not in PURSUITS:
-            raise ValueError(f"--pursuit: expected one of {', '.join(PURSUITS)}, got {self.pursuit!r}.")
-        if (self.pursuit is None) != (self.k is None) or (self.k is not None and self.k < 1):
-            raise ValueError(f"--k: expected a number of latents above 0 together with --pursuit, and only then, got {self.k}.")
-        if self.oracle and self.pursuit is not None:
-            raise ValueError("--oracle: expected either it or --pursuit, got both.")
-
-    def describe(self) -> str:
-        if self.oracle:
-            return "oracle: latents chosen by the gradient of the loss that is measured"
-        return "per token" if self.pursuit is None else f"{self.pursuit} of the atoms, {self.k} latents"
-
-    def code(self, dictionary: SparseDictionary, x: Tensor, y: Tensor, grad: Tensor | None) -> SparseCode:
-        """The code of raw activations ``x``; a pursuit knows the target ``y``, which is ``x`` for an SAE only."""
-        if self.pursuit is not None and self.k is not None:
-            return dictionary.pursue(y, self.k, self.pursuit)
-        return dictionary.encode(x, grad if self.oracle else None)
-
-
-PER_TOKEN = Selection()
+def unseen(total: int) -> Callable[[int], None]:
+    """Progress that nobody follows."""
+    return lambda tokens: None
 
 
 def evaluate(
@@ -76,47 +45,136 @@ def evaluate(
     activations: Tensor | tuple[Tensor, Tensor] | None = None,
     tokens: int | None = None,
     selection: Selection = PER_TOKEN,
+    cache: bool = True,
+    progress: Progress = unseen,
 ) -> dict[str, Any]:
     """Judge a dictionary; the report is written to ``out`` (or beside the checkpoint) and returned.
 
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
     cross-layer transcoder, is judged with all of its layers in place: see ``eval.stack``. ``activations`` are ``x``, or
-    ``(x, y)`` for a dictionary that does not map ``x`` to itself.
+    ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
+    weights on the same text is not measured again: see ``eval.cache``.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
     directory = local_directory(checkpoint)
-    if is_stack(directory):
+    if _needs_stack(directory):
         if activations is not None or selection != PER_TOKEN:
             raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
         return evaluate_stack(checkpoint, out, tokens)
+    if activations is None:
+        return evaluate_all([checkpoint], [out], tokens, selection, cache, progress)[0]
+    found = _candidate(checkpoint, out, selection)
+    if selection.oracle:
+        raise ValueError("--oracle: needs the model, not activations alone.")
+    x, y = activations if isinstance(activations, tuple) else (activations, None)
+    return _written(found, judge_tensor(found.dictionary, x, selection, y))
+
+
+def evaluate_all(
+    checkpoints: Sequence[str],
+    outs: Sequence[str | None] | None = None,
+    tokens: int | None = None,
+    selection: Selection = PER_TOKEN,
+    cache: bool = True,
+    progress: Progress = unseen,
+) -> list[dict[str, Any]]:
+    """Judge several dictionaries, each with a report of its own; those of one model and text share its passes.
+
+    Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
+    checkpoint. Everything that can be checked is checked before the model runs.
+
+    Raises:
+        ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
+    """
+    outs = outs or [None] * len(checkpoints)
+    stacks = [_needs_stack(local_directory(checkpoint)) for checkpoint in checkpoints]
+    if selection != PER_TOKEN and any(stacks):
+        raise ValueError(
+            f"{checkpoints[stacks.index(True)]}: expected one checkpoint of one hook for --oracle or --pursuit, got a stack "
+            "or a cross-layer one."
+        )
+    alone = [
+        _candidate(checkpoint, out, selection)
+        for checkpoint, out, stack in zip(checkpoints, outs, stacks, strict=True)
+        if not stack
+    ]
+    for candidate in alone:
+        if not candidate.source.get("model"):
+            raise ValueError(
+                f"{candidate.checkpoint}: this dictionary was trained on tensors, not on a model. Give held-out ones: "
+                "sparsary.evaluate(directory, activations=x)."
+            )
+    together: dict[str, list[Candidate]] = {}
+    for candidate in alone:
+        together.setdefault(json.dumps(candidate.ground(tokens), sort_keys=True), []).append(candidate)
+    reports: dict[int, dict[str, Any]] = {}
+    for candidates in together.values():
+        wanted = wanted_tokens(candidates[0].source, tokens)
+        for candidate, entries in zip(candidates, judge_on_model(candidates, wanted, cache, progress), strict=True):
+            reports[id(candidate)] = _written(candidate, entries)
+    found = iter(reports[id(candidate)] for candidate in alone)
+    return [
+        evaluate_stack(checkpoint, out, tokens) if stack else next(found)
+        for checkpoint, out, stack in zip(checkpoints, outs, stacks, strict=True)
+    ]
+
+
+def _needs_stack(directory: Path) -> bool:
+    """Whether all layers are to be judged in place: several checkpoints, or one of several hooks."""
+    if is_stack(directory):
+        return True
+    source = read_config(directory)["provenance"]
+    return bool(source.get("model")) and len(hooks_of(source)[0]) > 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that is to be judged."""
+
+    checkpoint: str
+    directory: Path
+    out: Path
+    dictionary: SparseDictionary
+    config: dict[str, Any]
+    selection: Selection
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return self.config["provenance"]
+
+    def ground(self, tokens: int | None) -> dict[str, Any]:
+        """What decides which tokens it is judged on: equal ones can be judged together."""
+        return {key: self.source.get(key) for key in ("model", "text", "harvest")} | {
+            "tokens": wanted_tokens(self.source, tokens)
+        }
+
+    def kept(self, tokens: int) -> Beside:
+        """What was measured of it before."""
+        return Beside(self.directory, content_of(self.directory, self.config, self.selection.describe(), tokens))
+
+
+def _candidate(checkpoint: str, out: str | None, selection: Selection) -> Candidate:
+    directory = local_directory(checkpoint)
     dictionary = load_dictionary(directory)
-    config = read_config(directory)
     selection.require_valid(dictionary)
     if selection != PER_TOKEN and out is None:
         raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
-    if selection.oracle and activations is not None:
-        raise ValueError("--oracle: needs the model, not activations alone.")
-    source: dict[str, Any] = config["provenance"]
-    if activations is None and not source.get("model"):
-        raise ValueError(
-            f"{checkpoint}: this dictionary was trained on tensors, not on a model. Give held-out ones: "
-            "sparsary.evaluate(directory, activations=x)."
-        )
-    if activations is None and len(dictionary.sites) > 1:
-        if selection != PER_TOKEN:
-            raise ValueError(
-                f"{checkpoint}: expected a dictionary of one hook for --oracle or --pursuit, got a cross-layer one."
-            )
-        return evaluate_stack(checkpoint, out, tokens)
+    target = directory if out is None else Path(out)
+    return Candidate(str(checkpoint), directory, target, dictionary, read_config(directory), selection)
+
+
+def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
+    """The whole report, once it is on disk with its page."""
+    source, dictionary = candidate.source, candidate.dictionary
     report: dict[str, Any] = {
         "report_version": REPORT_VERSION,
-        "checkpoint": str(checkpoint),
-        "kind": config["dictionary"]["kind"],
-        "encoder": json.dumps(config["dictionary"]["encoder"]),
-        "selection": selection.describe(),
+        "checkpoint": candidate.checkpoint,
+        "kind": candidate.config["dictionary"]["kind"],
+        "encoder": json.dumps(candidate.config["dictionary"]["encoder"]),
+        "selection": candidate.selection.describe(),
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
         "n_latents": dictionary.n_latents,
@@ -125,19 +183,13 @@ def evaluate(
         "text": (source.get("text") or {}).get("source"),
         "training_tokens": source.get("training_tokens"),
         "git_commit": source.get("git_commit"),
-    }
-    if activations is not None:
-        x, y = activations if isinstance(activations, tuple) else (activations, None)
-        report |= judge_tensor(dictionary, x, selection, y)
-    else:
-        report |= judge_on_model(dictionary, source, wanted_tokens(source, tokens), selection)
-    target = Path(out) if out is not None else Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    metrics = Path(directory) / "metrics.jsonl"
+    } | entries
+    candidate.out.mkdir(parents=True, exist_ok=True)
+    metrics = candidate.directory / "metrics.jsonl"
     curve = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    write_json(target / "report.json", report)
-    write_text(target / "report.html", render(report, curve))
-    return report | {"report_path": str(target / "report.html")}
+    write_json(candidate.out / "report.json", report)
+    write_text(candidate.out / "report.html", render(report, curve))
+    return report | {"report_path": str(candidate.out / "report.html")}
 
 
 def _hook(source: dict[str, Any]) -> str | None:
@@ -152,7 +204,7 @@ def _hook(source: dict[str, Any]) -> str | None:
 def judge_tensor(
     dictionary: SparseDictionary, x: Tensor, selection: Selection = PER_TOKEN, y: Tensor | None = None
 ) -> dict[str, Any]:
-    """Reconstruction and dark matter of given activations: the first half fits, the second is scored.
+    """What can be said of given activations: the first half fits, the second is scored.
 
     Without targets ``y`` the dictionary is to reproduce ``x``.
 
@@ -166,97 +218,96 @@ def judge_tensor(
     if (y is None) != (kind == "sae"):
         raise ValueError(f"activations: expected {'x alone' if kind == 'sae' else 'a pair (x, y)'} for a {kind}.")
     targets = x if y is None else y
+    if x.shape[1] != dictionary.d_in:
+        raise ValueError(f"activations: expected width {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]}.")
     if targets.shape != (x.shape[0], dictionary.d_out):
         raise ValueError(f"activations: y: expected {(x.shape[0], dictionary.d_out)}, got {tuple(targets.shape)}.")
-    judge = _Judge(dictionary, torch.device("cpu"), selection, affine=y is not None)
+    setting = Setting(dictionary, torch.device("cpu"), selection, fit_tokens=half)
+    groups = [group(setting) for group in GROUPS if not group.reads_model]
     for rows, wanted in zip(x[:half].float().split(ROWS_AT_ONCE), targets[:half].float().split(ROWS_AT_ONCE), strict=True):
-        judge.fit(rows, wanted, None)
+        piece = View(setting, None, (rows, wanted))
+        for group in groups:
+            group.fit(piece)
     for rows, wanted in zip(x[half:].float().split(ROWS_AT_ONCE), targets[half:].float().split(ROWS_AT_ONCE), strict=True):
-        judge.score(rows, wanted, None)
-    return judge.reconstruction.report() | judge.floor() | judge.dark.report()
+        piece = View(setting, None, (rows, wanted))
+        for group in groups:
+            group.score(piece)
+    return _merged(settled(group.report()) for group in groups)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The groups that a candidate has yet to go through."""
+
+    setting: Setting
+    groups: list[MetricGroup]
 
 
 @torch.no_grad()
 def judge_on_model(
-    dictionary: SparseDictionary, source: dict[str, Any], tokens: int, selection: Selection = PER_TOKEN
-) -> dict[str, Any]:
-    """Everything that needs the model the dictionary was trained on; for a dictionary of one site."""
-    (hook_in,), (hook_out,) = hooks_of(source)
-    where = ground(source, (hook_in, hook_out))
-    model = where.model
-    require_widths(model, (hook_in,), (dictionary.d_in,), "d_in")
-    require_widths(model, (hook_out,), (dictionary.d_out,), "d_out")
-    dictionary = dictionary.to(model.device)
-    judge = _Judge(dictionary, model.device, selection, affine=hook_in != hook_out)
-    total, cursor, documents = torch.zeros(dictionary.d_out, dtype=torch.float64, device=model.device), Cursor(0, 0), set()
-    for piece in where.pieces(Cursor(0, 0), tokens // 2):
-        x, y, grad = _rows(model, hook_in, hook_out, piece, selection)
-        judge.fit(x, y, grad)
-        total += y.double().sum(0)
+    candidates: Sequence[Candidate], tokens: int, cache: bool = True, progress: Progress = unseen
+) -> list[dict[str, Any]]:
+    """The entries of every candidate, which have model, text and number of tokens in common.
+
+    Groups whose entries are cached take no part, and where all are, the model is not even loaded.
+    """
+    kept = [candidate.kept(tokens) if cache else Nothing() for candidate in candidates]
+    known = [{group.name: found for group in GROUPS if (found := store.get(group)) is not None} for store in kept]
+    if any(len(entries) < len(GROUPS) for entries in known):
+        hooks = [hooks_of(candidate.source) for candidate in candidates]
+        where = ground(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
+        judges = []
+        for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
+            dictionary = candidate.dictionary
+            require_widths(where.model, (hook_in,), (dictionary.d_in,), "d_in")
+            require_widths(where.model, (hook_out,), (dictionary.d_out,), "d_out")
+            device = where.model.device
+            setting = Setting(dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, tokens // 2)
+            judges.append(_Judge(setting, [group(setting) for group in GROUPS if group.name not in entries]))
+        _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        for judge, entries, store in zip(judges, known, kept, strict=True):
+            for group in judge.groups:
+                entries[group.name] = settled(group.report())
+                store.put(type(group), entries[group.name])
+    return [_merged(entries[group.name] for group in GROUPS) for entries in known]
+
+
+def _run(judges: list[_Judge], where: Ground, tokens: int, progress: Callable[[int], None]) -> None:
+    """Show every group the text: one half of the documents to fit on, then the other."""
+    hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
+    reads_model = any(group.reads_model for judge in judges for group in judge.groups)
+    cursor, fitted, scored = Cursor(0, 0), 0, 0
+    for piece in where.pieces(cursor, tokens // 2):
+        passage = Passage(where.model, piece, hooks, with_logits=False)
+        for judge in judges:
+            view = View(judge.setting, passage)
+            for group in judge.groups:
+                group.fit(view)
         cursor = piece.cursor
-    require_fitted(judge.linear.tokens)
-    means = {hook_out: (total / judge.linear.tokens).float()}
-    downstream, insertion = Downstream(model), Insertion(dictionary, (hook_in,), (hook_out,))
+        fitted += int(piece.kept.sum())
+        progress(min(fitted, tokens // 2))
+    require_fitted(fitted)
     # The document the first half ended in is not scored.
     for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        clean_logits, seen = logits_and_activations(model, piece.token_ids, (hook_in, hook_out))
-        x, y = (seen[hook][piece.kept].float() for hook in (hook_in, hook_out))
-        code = judge.score(x, y, _rows(model, hook_in, hook_out, piece, selection)[2] if selection.oracle else None)
-        spliced = model_spliced(model, [insertion], kept=piece.kept, codes={(0, 0): code})
-        variants = ablations(model, piece.kept, means) | {"spliced": spliced}
-        downstream.update(piece.token_ids, piece.counted, clean_logits, variants)
-        documents |= piece.documents
-    require_scored(judge.reconstruction.tokens, judge.linear.tokens, tokens)
-    reports = judge.reconstruction.report(), judge.floor(), downstream.report(), judge.dark.report()
-    return {"documents": len(documents)} | reports[0] | reports[1] | reports[2] | reports[3]
+        passage = Passage(where.model, piece, hooks, with_logits=reads_model)
+        for judge in judges:
+            view = View(judge.setting, passage)
+            for group in judge.groups:
+                group.score(view)
+        scored += int(piece.kept.sum())
+        progress(min(tokens // 2 + scored, tokens - 1))
+    require_scored(scored, fitted, tokens)
+    progress(tokens)
 
 
-class _Judge:
-    """What needs activations only, on a model or without: rows to fit on first, then rows to score."""
-
-    def __init__(self, dictionary: SparseDictionary, device: torch.device, selection: Selection, affine: bool):
-        self.dictionary, self.selection = dictionary, selection
-        self.linear = LinearFit(dictionary.d_in, dictionary.d_out, device)
-        self.affine = LinearFit(dictionary.d_in, dictionary.d_out, device) if affine else None
-        self.reconstruction = Reconstruction(dictionary.d_out, dictionary.n_latents, device)
-
-    def fit(self, x: Tensor, y: Tensor, grad: Tensor | None) -> None:
-        self.linear.update(x, y - self.dictionary.decode(self.selection.code(self.dictionary, x, y, grad), x))
-        if self.affine is not None:
-            self.affine.update(x, y)
-
-    @cached_property
-    def dark(self) -> DarkMatter:
-        return DarkMatter(self.linear)
-
-    @cached_property
-    def affine_floor(self) -> AffineFloor | None:
-        return None if self.affine is None else AffineFloor(self.affine)
-
-    def score(self, x: Tensor, y: Tensor, grad: Tensor | None) -> SparseCode:
-        code = self.selection.code(self.dictionary, x, y, grad)
-        y_hat = self.dictionary.decode(code, x)
-        self.reconstruction.update(y, y_hat, code)
-        self.dark.update(x, y, y_hat)
-        if self.affine_floor is not None:
-            self.affine_floor.update(x, y)
-        return code
-
-    def floor(self) -> dict[str, Any]:
-        return {} if self.affine_floor is None else self.affine_floor.report()
-
-
-def _rows(
-    model: LanguageModel, hook_in: str, hook_out: str, piece: Piece, selection: Selection
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the model has at both hooks at the kept positions, and the loss's gradient there if latents are chosen by it."""
-    hooks, gradients = tuple(dict.fromkeys((hook_in, hook_out))), None
-    if selection.oracle:
-        values, gradients = model.activations_and_gradients(piece.token_ids, hooks)
-    else:
-        values = model.activations(piece.token_ids, hooks)
-    x, y = (values[hook][piece.kept].float() for hook in (hook_in, hook_out))
-    return x, y, None if gradients is None else gradients[hook_out][piece.kept].float()
+def _merged(parts: Iterable[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, Any]:
+    """All groups' entries, and under ``reasons`` why those are ``None`` that are."""
+    found: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for entries, why in parts:
+        found |= entries
+        reasons |= why
+    return found | {"reasons": reasons}
 
 
 def summary(report: dict[str, Any]) -> list[tuple[str, str]]:

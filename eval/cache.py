@@ -1,0 +1,99 @@
+"""What was measured before: entries of a group of metrics, by the content of everything they depend on.
+
+They lie beside the checkpoint in ``eval_cache``, which may be deleted at any time. The key holds the weights' checksum and
+the dictionary's arguments, model, text, what is left out, the number of tokens, how latents are chosen, and the group with
+its version: another group, or a new version of one, does not make the rest be measured again. Local models and text files
+count by size and time of change; of a model on the hub without a fixed revision only its name is known.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+from sae.checkpoint import WEIGHTS_FILE
+from sae.files import read_json, sha256, write_json
+from training.embedded import MODEL_DIR
+
+from .groups import MetricGroup
+
+FOLDER = "eval_cache"
+# Goes up when the way text is read or cut changes, which no group would notice.
+CACHE_VERSION = 1
+Entries = tuple[dict[str, Any], dict[str, str]]
+
+log = logging.getLogger(__name__)
+
+
+class Store(Protocol):
+    """Where a group's settled entries may be found."""
+
+    def get(self, group: type[MetricGroup]) -> Entries | None: ...
+
+    def put(self, group: type[MetricGroup], entries: Entries) -> None: ...
+
+
+class Nothing:
+    """Remembers nothing."""
+
+    def get(self, group: type[MetricGroup]) -> Entries | None:
+        return None
+
+    def put(self, group: type[MetricGroup], entries: Entries) -> None:
+        pass
+
+
+class Beside:
+    """Files beside a checkpoint; ``content`` is what entries depend on, apart from the group."""
+
+    def __init__(self, directory: Path, content: dict[str, Any]):
+        self.folder = directory / FOLDER
+        self.content = content | {"cache_version": CACHE_VERSION}
+
+    def path(self, group: type[MetricGroup]) -> Path:
+        key = json.dumps(self.content | {"group": group.name, "version": group.version}, sort_keys=True)
+        return self.folder / f"{group.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+    def get(self, group: type[MetricGroup]) -> Entries | None:
+        path = self.path(group)
+        if not path.exists():
+            return None
+        try:
+            found = read_json(path)
+            return dict(found["entries"]), dict(found["reasons"])
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: damaged, measured again.", path)
+            return None
+
+    def put(self, group: type[MetricGroup], entries: Entries) -> None:
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_json(self.path(group), {"entries": entries[0], "reasons": entries[1]})
+        except OSError as error:
+            log.warning("%s: nothing can be kept here (%s); the next evaluation starts anew.", self.folder, error)
+
+
+def content_of(directory: Path, config: dict[str, Any], selection: str, tokens: int) -> dict[str, Any]:
+    """Everything that figures of a checkpoint depend on."""
+    source = config["provenance"]
+    model, text = source["model"], source["text"]
+    place = MODEL_DIR if model["id"] == "embedded" else Path(model["id"])
+    return {
+        "weights": sha256(directory / WEIGHTS_FILE),
+        "dictionary": config["dictionary"],
+        "hooks": [source.get(key) for key in ("hook", "hooks_in", "hooks_out")],
+        "model": {key: value for key, value in model.items() if key != "device"},
+        "model_files": [_state(path) for path in sorted(place.glob("*"))] if place.is_dir() else None,
+        "text": text,
+        "text_files": [_state(Path(name)) for name in text.get("files", ())],
+        "harvest": source["harvest"],
+        "sparsary": source.get("sparsary_version"),
+        "selection": selection,
+        "tokens": tokens,
+    }
+
+
+def _state(path: Path) -> list[Any]:
+    """Name, size and time of change, or the name alone of what is not there."""
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [path.name]

@@ -1,0 +1,45 @@
+"""How latents are chosen while a dictionary is judged: by its encoder, by a gradient, or by a pursuit of its atoms."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sae import SparseCode, SparseDictionary
+from sae.pursuit import PURSUITS
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How latents are chosen while a dictionary is judged; every report says it.
+
+    By default the encoder reads one token at a time. ``oracle`` lets a gradient SAE choose by the gradient of the loss it
+    is then judged by. ``pursuit`` finds the code anew from the atoms alone, with ``k`` latents per token.
+    """
+
+    oracle: bool = False
+    pursuit: str | None = None
+    k: int | None = None
+
+    def require_valid(self, dictionary: SparseDictionary) -> None:
+        if self.oracle and not dictionary.encoder.needs_gradient:
+            raise ValueError("--oracle: expected a dictionary that chooses by gradients (gradient_topk). Leave it out.")
+        if self.pursuit is not None and self.pursuit not in PURSUITS:
+            raise ValueError(f"--pursuit: expected one of {', '.join(PURSUITS)}, got {self.pursuit!r}.")
+        if (self.pursuit is None) != (self.k is None) or (self.k is not None and self.k < 1):
+            raise ValueError(f"--k: expected a number of latents above 0 together with --pursuit, and only then, got {self.k}.")
+        if self.oracle and self.pursuit is not None:
+            raise ValueError("--oracle: expected either it or --pursuit, got both.")
+
+    def describe(self) -> str:
+        if self.oracle:
+            return "oracle: latents chosen by the gradient of the loss that is measured"
+        return "per token" if self.pursuit is None else f"{self.pursuit} of the atoms, {self.k} latents"
+
+    def code(self, dictionary: SparseDictionary, x: Tensor, y: Tensor, grad: Tensor | None) -> SparseCode:
+        """The code of raw activations ``x``; a pursuit knows the target ``y``, which is ``x`` for an SAE only."""
+        if self.pursuit is not None and self.k is not None:
+            return dictionary.pursue(y, self.k, self.pursuit)
+        return dictionary.encode(x, grad if self.oracle else None)
+
+
+PER_TOKEN = Selection()
