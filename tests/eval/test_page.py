@@ -153,9 +153,9 @@ def test_every_scalar_has_a_row_with_value_and_explanation(page: Page, key: str)
     assert explanation in [text for entries in EXPLANATIONS.values() for text in entries.values()]
 
 
-def test_every_explained_key_is_one_of_the_report():
+def test_every_key_of_the_report_is_explained():
     # A transcoder's alone.
-    assert {key for entries in EXPLANATIONS.values() for key in entries} == {*SCALARS, "fvu_affine"}
+    assert {key for entries in EXPLANATIONS.values() for key in entries} >= {*SCALARS, "fvu_affine"}
 
 
 def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():
