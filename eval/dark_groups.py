@@ -1,5 +1,7 @@
 """The dark matter as groups of the report: the split itself, and what needs the model (its cost, and what predicts norms)."""
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,8 +12,7 @@ from .dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
 from .dark_norms import NormRegressions
 from .dark_regression import RIDGE, needed_tokens
 from .dark_shares import Shares
-from .downstream import replaced
-from .groups import MetricGroup, Setting, Undefined, View
+from .groups import MetricGroup, Predictions, Setting, Undefined, View
 
 SPLIT = "Error, linear and nonlinear"
 COST = "Cost of the error's parts"
@@ -166,12 +167,11 @@ class ErrorCost(MetricGroup):
 
     def __init__(self, setting: Setting):
         assert setting.model is not None
-        assert setting.hook_out is not None
+        self.setting = setting
         dictionary, options = setting.dictionary, setting.options
-        self.model, self.hook = setting.model, setting.hook_out
         fit_options = FitOptions(options.get("bias", True), options.get("ridge", RIDGE))
         self.fitted = LinearFit(dictionary.d_in, dictionary.d_out, setting.device, fit_options)
-        module: Any = self.model.module
+        module: Any = setting.model.module
         vocabulary = module.get_input_embeddings().weight.shape[0]
         self.norms = NormRegressions(dictionary.d_in, vocabulary, NORM_TARGETS, NORM_SCALARS, setting.device, fit_options.bias)
         self.shares = Shares()
@@ -193,12 +193,7 @@ class ErrorCost(MetricGroup):
         linear = self.scored.linear_error(piece.x)
         nonlinear = piece.y.double() - piece.y_hat.double() - linear
         self.shares.update_errors(linear, nonlinear, passage.documents)
-        y_hat, kept = piece.y_hat.double(), passage.piece.kept
-        rows = {"spliced": y_hat, "linear": y_hat + linear, "nonlinear": y_hat + nonlinear}
-        found = {
-            name: passage.predictions(lambda rows=rows: replaced(self.model, kept, {self.hook: in_place(kept, rows)}))
-            for name, rows in rows.items()
-        }
+        found = with_parts_back(self.setting, piece, {"linear": linear, "nonlinear": nonlinear})
         self.shares.update_losses(passage.clean_loss, found, passage.prediction_documents)
 
     def report(self) -> dict[str, Any]:
@@ -226,9 +221,19 @@ def norm_facts(piece: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, passage.token_ids[rows], targets, torch.stack([x.norm(dim=-1), l0, passage.clean_loss.double()], dim=1)
 
 
-def in_place(kept: Tensor, rows: Tensor):
-    """A change that puts these rows at the kept positions."""
-    return lambda x: x.masked_scatter(kept.unsqueeze(-1), rows.to(x.dtype))
+def with_parts_back(setting: Setting, piece: View, parts: Mapping[str, Tensor]) -> dict[str, Predictions]:
+    """What the model predicts on ``spliced`` reconstructions, and with each of the ``parts`` of the error put back."""
+    model, hook, passage = setting.model, setting.hook_out, piece.passage
+    assert model is not None
+    assert hook is not None
+    assert passage is not None
+    y_hat, kept = piece.y_hat.double(), passage.piece.kept
+    rows = {"spliced": y_hat} | {name: y_hat + part for name, part in parts.items()}
+
+    def put(here: Tensor) -> AbstractContextManager[Any]:
+        return model.replacing(hook, lambda y: y.masked_scatter(kept.unsqueeze(-1), here.to(y.dtype)))
+
+    return {name: passage.predictions(lambda here=here: put(here)) for name, here in rows.items()}
 
 
 def with_reasons(entries: dict[str, Any]) -> dict[str, Any]:
