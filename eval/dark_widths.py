@@ -35,11 +35,15 @@ STEEPEST = -6.0
 
 @dataclass(frozen=True)
 class Judged:
-    """Entries by dictionary, the matrices across all, and the maps, for what else is to be done with the parts."""
+    """Entries by dictionary, the matrices across all, and the maps, for what else is to be done with the parts.
+
+    ``scored_from`` is where the half of the text that no map was fitted on begins.
+    """
 
     reports: dict[str, dict[str, Any]]
     scaling: dict[str, Any]
     maps: dict[str, DarkMatter]
+    scored_from: Cursor
 
 
 class _One:
@@ -169,7 +173,8 @@ def judge_together(
     for piece in where.pieces(Cursor(0, 0), tokens // 2):
         scaling.fit(*_across(ones, before, Passage(where.model, piece, every, with_logits=True), False)[:2])
     # The document the first half ended in is not scored.
-    for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
+    other_half = Cursor(cursor.document + 1, 0)
+    for piece in where.pieces(other_half, tokens - tokens // 2):
         errors, nonlinear, views = _across(ones, before, Passage(where.model, piece, every, with_logits=True), True)
         scaling.score(errors, nonlinear)
         for one, view in zip(ones.values(), views, strict=True):
@@ -177,7 +182,7 @@ def judge_together(
         scored += int(piece.kept.sum())
     require_scored(scored, fitted, tokens)
     maps = {name: one.matter for name, one in ones.items() if one.matter is not None}
-    return Judged({name: one.report() for name, one in ones.items()}, scaling.report(), maps)
+    return Judged({name: one.report() for name, one in ones.items()}, scaling.report(), maps, other_half)
 
 
 def _across(ones: Mapping[str, _One], before: _One | None, passage: Passage, scored: bool) -> tuple[Tensor, Tensor, list[View]]:
