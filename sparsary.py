@@ -115,10 +115,19 @@ def _train(
 
 @app.command("eval")
 def _eval(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory, a directory of them (all at once), or a hub id.")],
-    out: Annotated[str | None, typer.Option(help="Where the report goes; the checkpoint's own directory if not given.")] = None,
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Checkpoint directories, directories of them (all at once), or hub ids; of one model, they share its passes.",
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(help="Where the report goes; beside the checkpoint if not given. Of several, each has a folder in it."),
+    ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")
+        int | None, typer.Option(min=2, help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")
     ] = None,
     oracle: Annotated[
         bool,
@@ -128,14 +137,19 @@ def _eval(
         str | None, typer.Option(help="Find codes anew from the atoms: matching_pursuit, orthogonal_..., gradient_pursuit.")
     ] = None,
     k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit.")] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure everything anew, whatever eval_cache beside the checkpoint holds.")
+    ] = False,
 ) -> None:
-    """Judge a dictionary on held-out documents: report.json and report.html."""
-    from eval.suite import Selection, summary
-    from eval.suite import evaluate as run
+    """Judge dictionaries on held-out documents: report.json and report.html."""
+    from eval.suite import Selection, evaluate_all, folders, summary
 
-    report = run(checkpoint, out, None, tokens, Selection(oracle, pursuit, k))
-    _table(summary(report))
-    print(f"report: {report['report_path']}")
+    outs = folders(checkpoints, out)
+    with _progress("eval") as progress:
+        reports = evaluate_all(checkpoints, outs, tokens, Selection(oracle, pursuit, k), not no_cache, progress)
+    for report in reports:
+        _table(summary(report))
+        print(f"report: {report['report_path']}")
 
 
 @app.command("compare")

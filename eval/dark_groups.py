@@ -198,9 +198,6 @@ class ErrorCost(MetricGroup):
 
     def report(self) -> dict[str, Any]:
         entries = self.shares.report()
-        if entries["share_documents"] < 2:
-            why = Undefined("an interval over documents needs at least two, got " + str(entries["share_documents"]))
-            entries = {key: why if key.endswith(("_low", "_high")) else value for key, value in entries.items()}
         if self.fitted.tokens <= self.fitted.columns:
             why = Undefined(
                 f"the linear error needs more than {self.fitted.columns} tokens to fit on, and at least "

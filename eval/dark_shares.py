@@ -13,75 +13,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .groups import Predictions
+from .bootstrap import ByDocument, Totals
+from .groups import Predictions, Undefined
 
-DRAWS = 2000
-LEVEL = 0.95
 PARTS = ("linear", "nonlinear")
+SIZES = tuple(f"{figure} {part}".strip() for figure in ("square", "norm") for part in ("", *PARTS))
+LOSSES = ("count", "ce clean", *(f"{figure} {name}" for figure in ("ce", "kl") for name in ("spliced", *PARTS)))
 
-Sums = Mapping[str, np.ndarray]
-
-
-class ByDocument:
-    """Sums over tokens of named figures, kept by document."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, int] = {}
-        self.sums: dict[str, np.ndarray] = {}
-
-    def update(self, figures: Mapping[str, Float[Tensor, " tokens"]], documents: Int[np.ndarray, " tokens"]) -> None:
-        numbers, inverse = np.unique(documents, return_inverse=True)
-        for number in numbers.tolist():
-            self.rows.setdefault(number, len(self.rows))
-        places = np.array([self.rows[number] for number in numbers.tolist()], dtype=np.int64)[inverse]
-        for name, figure in figures.items():
-            held = self.sums.get(name, np.zeros(0))
-            held = np.concatenate([held, np.zeros(len(self.rows) - len(held))])
-            self.sums[name] = held + np.bincount(places, figure.double().cpu().numpy(), len(self.rows))
-
-    def totals(self) -> dict[str, np.ndarray]:
-        """One number per name."""
-        return {name: np.array([values.sum()]) for name, values in self.sums.items()}
-
-    def resampled(self, draws: int = DRAWS, seed: int = 0) -> dict[str, np.ndarray]:
-        """The same sums over documents drawn with replacement, so many times."""
-        count, random = len(self.rows), np.random.default_rng(seed)
-        if not count:
-            return {}
-        table = np.stack([np.pad(values, (0, count - len(values))) for values in self.sums.values()], axis=1)
-        # One draw at a time: the counts of all would be as many as draws times documents.
-        sums = np.stack([random.multinomial(count, np.full(count, 1 / count)) @ table for _ in range(draws)])
-        return dict(zip(self.sums, sums.T, strict=True))
-
-
-def estimate(figures: ByDocument, statistics: Mapping[str, Callable[[Sums], np.ndarray]]) -> dict[str, float | None]:
-    """Every statistic and, as ``_low`` and ``_high``, its 95 % interval over documents.
-
-    A statistic is computed from sums, elementwise; what is not finite is ``None``, and so is the interval of one document.
-    """
-    totals, resampled = figures.totals(), figures.resampled()
-    entries: dict[str, float | None] = {}
-    for name, statistic in statistics.items():
-        value = low = high = None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if totals:
-                found = float(statistic(totals)[0])
-                value = found if np.isfinite(found) else None
-            if len(figures.rows) > 1 and value is not None:
-                drawn = statistic(resampled)
-                drawn = drawn[np.isfinite(drawn)]
-                tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-                low, high = (float(end) for end in np.quantile(drawn, tails)) if len(drawn) else (None, None)
-        entries |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return entries
+Statistic = Callable[[Totals], np.ndarray]
 
 
 class Shares:
     """Losses and norms of the clean model, of one on reconstructions, and of that with a part of the error put back."""
 
     def __init__(self) -> None:
-        self.figures = ByDocument()
-        self.predictions = 0
+        # Sizes are about all replaced tokens, losses about predictions.
+        self.sizes, self.losses = ByDocument(SIZES), ByDocument(LOSSES)
 
     def update_errors(
         self,
@@ -90,9 +37,11 @@ class Shares:
         documents: Int[np.ndarray, " tokens"],
     ) -> None:
         parts = {"": linear + nonlinear, "linear": linear, "nonlinear": nonlinear}
-        squares = {name: part.double().pow(2).sum(-1) for name, part in parts.items()}
-        self.figures.update({f"square {name}": square for name, square in squares.items()}, documents)
-        self.figures.update({f"norm {name}": square.sqrt() for name, square in squares.items()}, documents)
+        values: dict[str, np.ndarray] = {}
+        for name, part in parts.items():
+            square = part.double().pow(2).sum(-1).cpu().numpy()
+            values |= {f"square {name}".strip(): square, f"norm {name}".strip(): np.sqrt(square)}
+        self.sizes.update(documents, values)
 
     def update_losses(
         self,
@@ -101,25 +50,37 @@ class Shares:
         documents: Int[np.ndarray, " predictions"],
     ) -> None:
         """``found``: the model on ``spliced`` reconstructions, and with the ``linear`` or ``nonlinear`` error added back."""
-        figures = {"ce clean": clean_loss, "predictions": torch.ones_like(clean_loss)}
+        values = {"count": torch.ones_like(clean_loss), "ce clean": clean_loss}
         for name in ("spliced", *PARTS):
-            figures |= {f"ce {name}": found[name].loss, f"kl {name}": found[name].kl}
-        self.figures.update(figures, documents)
-        self.predictions += clean_loss.shape[0]
+            values |= {f"ce {name}": found[name].loss, f"kl {name}": found[name].kl}
+        self.losses.update(documents, {name: value.double().cpu().numpy() for name, value in values.items()})
 
     def report(self) -> dict[str, Any]:
-        """Flat entries; every one but counts has ``_low`` and ``_high`` beside it."""
-        statistics: dict[str, Callable[[Sums], np.ndarray]] = {}
+        """Flat entries; every one but the count of documents has ``_low`` and ``_high`` beside it."""
+        of_losses: dict[str, Statistic] = {}
+        of_sizes: dict[str, Statistic] = {}
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
-            statistics[f"ce_spliced_with_{part}_error"] = lambda s, part=part: s[f"ce {part}"] / s["predictions"]
-            statistics[f"ce_recovered_by_{part}_error"] = lambda s, part=part: (
+            of_losses[f"ce_spliced_with_{part}_error"] = lambda s, part=part: s[f"ce {part}"] / s["count"]
+            of_losses[f"ce_recovered_by_{part}_error"] = lambda s, part=part: (
                 (s["ce spliced"] - s[f"ce {part}"]) / (s["ce spliced"] - s["ce clean"])
             )
-            statistics[f"kl_recovered_by_{part}_error"] = lambda s, part=part: 1 - s[f"kl {part}"] / s["kl spliced"]
+            of_losses[f"kl_recovered_by_{part}_error"] = lambda s, part=part: 1 - s[f"kl {part}"] / s["kl spliced"]
             # With one part put back, the error is the other.
-            statistics[f"variance_recovered_by_{part}_error"] = lambda s, other=other: 1 - s[f"square {other}"] / s["square "]
-            statistics[f"error_norm_share_of_{part}"] = lambda s, part=part: s[f"norm {part}"] / s["norm "]
-        known = {name: statistic for name, statistic in statistics.items() if self.predictions or name[:2] not in ("ce", "kl")}
-        known = known if "norm " in self.figures.sums else {}
-        undefined = {f"{name}{end}": None for name in statistics if name not in known for end in ("", "_low", "_high")}
-        return undefined | estimate(self.figures, known) | {"share_documents": len(self.figures.rows)}
+            of_sizes[f"variance_recovered_by_{part}_error"] = lambda s, other=other: 1 - s[f"square {other}"] / s["square"]
+            of_sizes[f"error_norm_share_of_{part}"] = lambda s, part=part: s[f"norm {part}"] / s["norm"]
+        entries: dict[str, Any] = {}
+        for figures, statistics in ((self.losses, of_losses), (self.sizes, of_sizes)):
+            entries |= _values(figures, statistics) | figures.intervals(statistics)
+        return entries | {"share_documents": len(self.sizes.rows)}
+
+
+def _values(figures: ByDocument, statistics: Mapping[str, Statistic]) -> dict[str, Any]:
+    """Every statistic of all documents together."""
+    table = np.stack([figures.rows[document] for document in sorted(figures.rows)]) if figures.rows else None
+    if table is None:
+        return dict.fromkeys(statistics, Undefined("no token was scored"))
+    totals = dict(zip(figures.names, table.sum(0, keepdims=True).T, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {name: float(statistic(totals)[0]) for name, statistic in statistics.items()}
+    why = Undefined("there is no error, or it costs the model nothing, so that it has no shares")
+    return {name: value if np.isfinite(value) else why for name, value in found.items()}

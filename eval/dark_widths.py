@@ -23,7 +23,7 @@ from .dark_norms import NormRegressions
 from .dark_remedies import PARTS, EarlierLayer, parts_of, pursued
 from .dark_scaling import Scaling
 from .dark_shares import Shares
-from .groups import Passage, Setting, View
+from .groups import Passage, Setting, View, settled
 from .heldout import Ground, require_fitted, require_scored
 
 NORM_TARGETS = ("err_norm", "linear_norm", "nonlinear_norm", "reconstruction_norm", "reconstruction_and_nonlinear_norm")
@@ -119,7 +119,7 @@ class _One:
             entries["pursued_l0"] = self.pursued_l0 / self.pursued_tokens if self.pursued_tokens else None
         if self.layer is not None:
             entries |= self.layer.report(float(self.matter.y.squared_deviation()))
-        return entries
+        return settled(entries)[0]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ OWN: dict[str, str] = {
     "git_commit": "Version of the code that trained the dictionary.",
     "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
     "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
+    "reasons": "Entry -> why it is null. Nothing in a report is NaN or infinite.",
 }
 
 

@@ -17,6 +17,7 @@ from training.text import Cursor, contexts
 # Logits over a large vocabulary dominate memory; eight contexts of 128 tokens and GPT-2's vocabulary are 0.2 GB.
 BATCH_CONTEXTS = 8
 DEFAULT_TOKENS = 200_000
+FRUITLESS_CONTEXTS = 1000
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def ground(provenance: dict[str, Any], hooks: Sequence[str]) -> Ground:
 
 def pieces(model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int) -> Iterator[Piece]:
     """Held-out contexts from ``start`` on until so many tokens were kept."""
-    kept_tokens = 0
+    kept_tokens = seen = 0
     special = frozenset(model.tokenizer.all_special_ids)
     for batch in batches(contexts(text, model.tokenizer, start, section.heldout), BATCH_CONTEXTS):
         token_ids = np.stack([context.token_ids for context in batch])
@@ -75,6 +76,13 @@ def pieces(model: LanguageModel, text: TextSection, section: HarvestSection, sta
             document_ids,
         )
         kept_tokens += int(kept.sum())
+        seen += len(batch)
+        if kept_tokens == 0 and seen >= FRUITLESS_CONTEXTS:
+            # Text may be endless; without any token that counts, so would be the search.
+            raise ValueError(
+                f"text: expected tokens to judge on, got none in {seen} contexts: all are special or excluded. Lower "
+                "harvest.exclude_leading, raise text.context_length, or give other text."
+            )
         if kept_tokens >= tokens:
             return
 

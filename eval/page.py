@@ -91,13 +91,20 @@ def _table_group(report: Report, title: str, explanations: dict[str, str]) -> st
     none = UNRECORDED if title == PROVENANCE else UNDEFINED
     rows = [
         f'<tr role="row"><th role="rowheader" scope="row"><code>{escape(key)}</code></th>'
-        f'<td role="cell">{escape(show(report[key], none, digits=6))}</td><td role="cell">{escape(explanation)}</td></tr>'
+        f'<td role="cell">{escape(show(report[key], none, digits=6))}{_reason(report, key)}</td>'
+        f'<td role="cell">{escape(explanation)}</td></tr>'
         for key, explanation in explanations.items()
         if key in report and _is_scalar(report[key])
     ]
     missing = f'<tr role="row"><td role="cell" colspan="3" class="none">{UNMEASURED}</td></tr>'
     head = f'<tr role="row" class="group"><th role="columnheader" colspan="3" scope="rowgroup">{escape(title)}</th></tr>'
     return f'<tbody role="rowgroup">{head}{"".join(rows) or missing}</tbody>'
+
+
+def _reason(report: Report, key: str) -> str:
+    """Why an entry is ``None``, where the report says so."""
+    reason = (report.get("reasons") or {}).get(key)
+    return f'<div class="note">{escape(str(reason))}</div>' if reason else ""
 
 
 def _is_scalar(value: Any) -> bool:

@@ -4,68 +4,144 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.code import SparseCode
-from sae.metrics import RunningFvu, dead_fraction, density
+from sae.metrics import Moments, dead_fraction, density
 
-from .groups import MetricGroup, Setting, View
+from .bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
+from .groups import MetricGroup, Setting, Undefined, View
+from .streams import Counts, Quantiles
 
 # A latent firing on more tokens than this is dense: it carries little information about any of them.
 DENSE = 0.1
+FREQUENT = 0.01
 DENSITY_DECADES = 7
 BINS_PER_DECADE = 4
+# Tokens whose target has more than so many times the median norm: the first of a context, delimiters (Sun et al. 2024,
+# arXiv:2402.17762). A handful of them can hold most of the variance.
+HIGH_NORM = 10
+NO_VARIANCE = "all targets are equal: there is no variance to explain"
+NO_TARGET = "all targets are zero"
+
+
+class Errors:
+    """Running sums over tokens of targets, reconstructions and what lies between them, in float64."""
+
+    def __init__(self, d_out: int, device: torch.device | str = "cpu"):
+        self.target = Moments(d_out, device)
+        self.residual = Moments(d_out, device)
+        # Per dimension.
+        self.squares = torch.zeros(d_out, dtype=torch.float64, device=device)
+        self.error = torch.zeros((), dtype=torch.float64, device=device)
+        # Sums over tokens of cosine, norm ratio, x.x_hat, |x_hat|^2, |x|^2 and |x - x_hat|^2 / |x|^2.
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.nonzero = 0
+        self.tokens = 0
+
+    def update(self, y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"]) -> None:
+        y, y_hat = y.double(), y_hat.double()
+        error = y - y_hat
+        squares = error.pow(2)
+        self.target.update(y)
+        self.residual.update(error)
+        self.squares += squares.sum(0)
+        self.error += squares.sum()
+        dot, norm, norm_hat = (y * y_hat).sum(-1), y.norm(dim=-1), y_hat.norm(dim=-1)
+        tiny = torch.finfo(torch.float64).tiny
+        cosine, ratio = dot / (norm * norm_hat).clamp_min(tiny), norm_hat / norm.clamp_min(tiny)
+        lost = torch.where(norm > 0, squares.sum(-1) / norm.pow(2).clamp_min(tiny), 0)
+        totals = (cosine, ratio, dot, norm_hat.pow(2), norm.pow(2), lost)
+        self.sums += torch.stack([total.sum() for total in totals])
+        self.nonzero += int((norm > 0).sum())
+        self.tokens += y.shape[0]
+
+    def fvu(self) -> float | Undefined:
+        total = float(self.target.squared_deviation())
+        return float(self.error) / total if total > 0 else Undefined(NO_VARIANCE)
+
+    def means(self) -> dict[str, Any]:
+        if self.tokens == 0:
+            return dict.fromkeys(("fvu", "cosine", "l2_ratio"), Undefined("there are no such tokens"))
+        cosine, ratio, *_ = self.sums.tolist()
+        return {"fvu": self.fvu(), "cosine": cosine / self.tokens, "l2_ratio": ratio / self.tokens}
+
+    def explained_variance(self) -> dict[str, Any]:
+        """What is quoted elsewhere under the name of explained variance, each definition under a name of its own."""
+        total, error = float(self.target.squared_deviation()), float(self.error)
+        dimensions = self.target.mean.numel()
+        *_, energy, lost = self.sums.tolist()
+        # About one mean of all dimensions together.
+        scalar = energy - self.tokens * dimensions * float(self.target.mean.mean()) ** 2
+        flat = bool((self.target.deviation <= 0).any())
+        spread = Undefined(NO_VARIANCE)
+        return {
+            "mse": error / self.tokens,
+            "mse_per_dimension": error / self.tokens / dimensions,
+            "ev_global": 1 - error / total if total > 0 else spread,
+            "ev_mean_dim": Undefined("a dimension of the target does not vary")
+            if flat
+            else float((1 - self.squares / self.target.deviation).mean()),
+            "ev_residual_variance": 1 - float(self.residual.squared_deviation()) / total if total > 0 else spread,
+            "ev_scalar_mean": 1 - error / scalar if scalar > 0 else spread,
+            "ev_uncentred": 1 - error / energy if energy > 0 else Undefined(NO_TARGET),
+            "ev_mean_token": 1 - lost / self.nonzero if self.nonzero else Undefined(NO_TARGET),
+        }
+
+    def bias(self) -> float | Undefined:
+        """Gated SAE paper (arXiv:2404.16014), eq. 10: 1 is unbiased, below 1 is shrinkage."""
+        _, _, dot, squared, *_ = self.sums.tolist()
+        return squared / dot if dot != 0 else Undefined("reconstructions are orthogonal to their targets, or zero")
 
 
 class Reconstruction:
     """Running sums over batches of raw targets and reconstructions; ``report`` turns them into flat entries."""
 
     def __init__(self, d_out: int, n_latents: int, device: torch.device | str = "cpu"):
-        self.fvu = RunningFvu(d_out, device)
+        self.errors = Errors(d_out, device)
         self.firings = torch.zeros(n_latents, dtype=torch.long, device=device)
-        self.l0: list[Tensor] = []
-        # Sums over tokens of cosine, norm ratio, x.x_hat and |x_hat|^2.
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.l0 = Counts()
+
+    @property
+    def tokens(self) -> int:
+        return self.errors.tokens
 
     def update(self, y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"], code: SparseCode) -> None:
-        self.fvu.update(y, y_hat)
+        self.errors.update(y, y_hat)
         self.firings += code.firings(self.firings.shape[0])
-        self.l0.append(code.l0().cpu())
-        y, y_hat = y.double(), y_hat.double()
-        dot, norm, norm_hat = (y * y_hat).sum(-1), y.norm(dim=-1), y_hat.norm(dim=-1)
-        tiny = torch.finfo(torch.float64).tiny
-        cosine, ratio = dot / (norm * norm_hat).clamp_min(tiny), norm_hat / norm.clamp_min(tiny)
-        self.sums += torch.stack([cosine.sum(), ratio.sum(), dot.sum(), norm_hat.pow(2).sum()])
-        self.tokens += y.shape[0]
+        self.l0.update(code.l0())
 
     def report(self) -> dict[str, Any]:
-        l0 = torch.cat(self.l0).double()
-        cosine, ratio, dot, squared = self.sums.tolist()
         rho = density(self.firings, self.tokens).cpu()
-        low, median, high = torch.quantile(l0, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        low, median, high = self.l0.quantiles([0.1, 0.5, 0.9])
         counts, edges = density_histogram(rho)
-        l0_edges = torch.arange(int(l0.max()) + 2)
+        l0_counts = self.l0.counts[: int(self.l0.counts.nonzero().max()) + 1].tolist()
         return {
             "tokens": self.tokens,
-            "fvu": float(self.fvu.value()),
-            "cosine": cosine / self.tokens,
-            "l2_ratio": ratio / self.tokens,
-            # Gated SAE paper (arXiv:2404.16014), eq. 10: 1 is unbiased, below 1 is shrinkage.
-            "relative_reconstruction_bias": squared / dot if dot != 0 else None,
-            "l0_mean": float(l0.mean()),
+            **self.errors.means(),
+            "relative_reconstruction_bias": self.errors.bias(),
+            "l0_mean": self.l0.mean(),
             "l0_p10": low,
             "l0_median": median,
             "l0_p90": high,
-            "l0_histogram_counts": torch.bincount(l0.long(), minlength=len(l0_edges) - 1).tolist(),
-            "l0_histogram_edges": l0_edges.tolist(),
+            "l0_histogram_counts": l0_counts,
+            "l0_histogram_edges": list(range(len(l0_counts) + 1)),
             "dead_fraction": dead_fraction(self.firings),
             "dead_window_tokens": self.tokens,
             "dense_fraction": float((rho > DENSE).double().mean()),
             "density_histogram_log10_edges": edges,
             "density_histogram_counts": counts,
+            "frequent_fraction": float((rho > FREQUENT).double().mean()),
+            "effective_latents": effective_latents(rho),
+            **self.errors.explained_variance(),
         }
+
+
+def effective_latents(rho: Float[Tensor, " n_latents"]) -> float | Undefined:
+    """Exponential of the entropy of firing shares: so many latents that fire equally often would be as diverse."""
+    shares = rho[rho > 0] / rho.sum()
+    return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else Undefined("no latent fires")
 
 
 def density_histogram(rho: Float[Tensor, " n_latents"]) -> tuple[list[int], list[float]]:
@@ -79,10 +155,13 @@ def density_histogram(rho: Float[Tensor, " n_latents"]) -> tuple[list[int], list
 
 
 class Reconstructed(MetricGroup):
-    """Reconstruction and sparsity, on activations of a model or given ones."""
+    """Reconstruction and sparsity, on activations of a model or given ones.
+
+    The first half of the documents says which norms are usual, and what squares are summed about for the interval.
+    """
 
     name = "reconstruction"
-    version = 1
+    version = 2
     reads_model = False
     explanations: ClassVar = {
         "Reconstruction": {
@@ -92,6 +171,32 @@ class Reconstructed(MetricGroup):
             "l2_ratio": "Norm of the reconstruction over norm of the target, mean over tokens. Below 1 is shrinkage.",
             "relative_reconstruction_bias": "Sum of squared reconstruction norms over sum of reconstruction times target. 1 is "
             "unbiased, below 1 is shrinkage (arXiv:2404.16014, eq. 10).",
+            "fvu_low": "Lower end of the interval of fvu; see interval_level.",
+            "fvu_high": "Upper end of the same.",
+            "mse": "Squared norm of the error, mean over tokens; in the activation's own units.",
+            "mse_per_dimension": "mse / d_out.",
+        },
+        "Other definitions of explained variance": {
+            "ev_global": "1 - fvu. To be preferred: one mean, one ratio of sums.",
+            "ev_mean_dim": "R\u00b2 of every dimension, then their unweighted mean: dimensions that hardly vary count as much "
+            "as those that carry the signal, and may send it far below 0.",
+            "ev_residual_variance": "1 - variance of the error / variance of the target (dictionary_learning's "
+            "frac_variance_explained): blind to a constant offset of the reconstruction.",
+            "ev_scalar_mean": "Squares of the target about one number, the mean over tokens and dimensions (overcomplete's "
+            "r2_score): the mean direction counts as signal.",
+            "ev_uncentred": "1 - squared error / squares of the target about zero: the mean counts as signal.",
+            "ev_mean_token": "1 - mean over tokens of squared error / squared norm of the target (the normalised MSE of "
+            "several code bases): tokens of small norm weigh most. Tokens whose target is zero are left out.",
+        },
+        "Tokens of high norm": {
+            "high_norm_threshold": f"{HIGH_NORM} times the median norm of the target on the documents of the first half (to 1 "
+            "%). Above it a token is of high norm: often the first of a context, or a delimiter.",
+            "high_norm_tokens": "Scored tokens of high norm.",
+            "high_norm_energy_share": "Their share of the targets' summed squared norms.",
+            "fvu_without_high_norm": "fvu of the other tokens, about their own mean.",
+            "cosine_without_high_norm": "cosine of the other tokens.",
+            "l2_ratio_without_high_norm": "l2_ratio of the other tokens.",
+            "l0_mean_without_high_norm": "l0_mean of the other tokens.",
         },
         "Sparsity": {
             "l0_mean": "Latents that fire on a token, mean over tokens.",
@@ -102,21 +207,69 @@ class Reconstructed(MetricGroup):
             "equal ones.",
             "dead_window_tokens": "That window, in tokens.",
             "dense_fraction": f"Share of latents that fire on more than {DENSE:g} of the tokens.",
+            "frequent_fraction": f"Share of latents that fire on more than {FREQUENT:g} of the tokens.",
+            "effective_latents": "Exponential of the entropy of the latents' shares of all firings: so many latents that fire "
+            "equally often would be as diverse.",
+            "l0_histogram_counts": "Tokens with exactly 0, 1, 2, ... latents firing.",
+            "l0_histogram_edges": "The numbers 0, 1, 2, ... that these counts are about, and where the last one ends.",
+            "density_histogram_counts": "Latents by the decimal logarithm of their firing density; dead ones are in no bin.",
+            "density_histogram_log10_edges": "Edges of these bins.",
+        },
+        "Intervals": {
+            "interval_level": "Entries that end in _low and _high are the ends of a percentile interval of this level: "
+            "scored documents are drawn anew with replacement and the figure is computed from their sums. What the first half "
+            "fitted, and the dictionary, are taken as given.",
+            "interval_resamples": "How often they were drawn.",
+            "interval_seed": "What the draws begin with.",
         },
     }
 
     def __init__(self, setting: Setting):
-        dictionary = setting.dictionary
-        self.running = Reconstruction(dictionary.d_out, dictionary.n_latents, setting.device)
-        self.documents: set[int] | None = None if setting.model is None else set()
+        dictionary, device = setting.dictionary, setting.device
+        self.all = Reconstruction(dictionary.d_out, dictionary.n_latents, device)
+        self.norms = Quantiles(floor=1e-30, largest=1e30)
+        self.fitted = Moments(dictionary.d_out, device)
+        self.usual = Errors(dictionary.d_out, device)
+        self.usual_l0 = Counts()
+        self.documents = ByDocument(("error", "deviation"))
+        self.of_model = setting.model is not None
 
     def fit(self, piece: View) -> None:
-        pass
+        self.norms.update(piece.y.double().norm(dim=-1))
+        self.fitted.update(piece.y)
+
+    @property
+    def threshold(self) -> float:
+        return HIGH_NORM * self.norms.quantiles([0.5])[0]
 
     def score(self, piece: View) -> None:
-        self.running.update(piece.y, piece.y_hat, piece.code)
-        if piece.passage is not None and self.documents is not None:
-            self.documents |= piece.passage.piece.documents
+        y, y_hat = piece.y, piece.y_hat
+        self.all.update(y, y_hat, piece.code)
+        usual: Bool[Tensor, " tokens"] = y.double().norm(dim=-1) <= self.threshold
+        self.usual.update(y[usual], y_hat[usual])
+        self.usual_l0.update(piece.code.l0()[usual])
+        if piece.passage is not None:
+            error = (y.double() - y_hat.double()).pow(2).sum(-1)
+            deviation = (y.double() - self.fitted.mean).pow(2).sum(-1)
+            values = {"error": error.cpu().numpy(), "deviation": deviation.cpu().numpy()}
+            self.documents.update(piece.passage.documents, values)
 
     def report(self) -> dict[str, Any]:
-        return ({} if self.documents is None else {"documents": len(self.documents)}) | self.running.report()
+        entries: dict[str, Any] = {"documents": len(self.documents.rows)} if self.of_model else {}
+        entries |= self.all.report()
+        entries |= {f"{key}_without_high_norm": value for key, value in self.usual.means().items()}
+        few = Undefined("there are no such tokens")
+        entries["l0_mean_without_high_norm"] = self.usual_l0.mean() if self.usual.tokens else few
+        entries["high_norm_threshold"] = self.threshold
+        entries["high_norm_tokens"] = self.all.tokens - self.usual.tokens
+        energy = float(self.all.errors.sums[4])
+        rest = float(self.usual.sums[4])
+        entries["high_norm_energy_share"] = max(0.0, 1 - rest / energy) if energy > 0 else Undefined(NO_TARGET)
+        return entries | self._interval()
+
+    def _interval(self) -> dict[str, Any]:
+        # Squares about the mean of the first half and about the scored tokens' own differ by a hair: a factor takes it out.
+        about = sum(row[1] for row in self.documents.rows.values())
+        factor = about / float(self.all.errors.target.squared_deviation()) if about > 0 else 1.0
+        found = self.documents.intervals({"fvu": lambda totals: factor * totals["error"] / totals["deviation"]})
+        return found | {"interval_level": LEVEL, "interval_resamples": RESAMPLES, "interval_seed": SEED}

@@ -5,5 +5,6 @@ from .downstream import SplicedModel
 from .groups import MetricGroup
 from .linear_error import LinearFloor
 from .reconstruction import Reconstructed
+from .redundancy import Redundancy
 
-GROUPS: tuple[type[MetricGroup], ...] = (Reconstructed, LinearFloor, SplicedModel, ErrorSplit, ErrorCost)
+GROUPS: tuple[type[MetricGroup], ...] = (Reconstructed, LinearFloor, Redundancy, SplicedModel, ErrorSplit, ErrorCost)

@@ -21,6 +21,7 @@ from training.text import Cursor
 from transcoders.stack import hooks_of, is_stack, load_stack
 
 from .downstream import SPLICES, Downstream, ablations
+from .groups import settled
 from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
 from .plots import show
 from .reconstruction import Reconstruction
@@ -177,10 +178,11 @@ def _variants(
 
 
 def _entries(layers: list[Layer], found: list[Reconstruction], downstream: Downstream) -> dict[str, Any]:
-    reports = [record.report() for record in found]
+    reports = [settled(record.report())[0] for record in found]
+    fvus = [report["fvu"] for report in reports]
     entries: dict[str, Any] = {
         "tokens": found[0].tokens,
-        "fvu_layer_mean": sum(report["fvu"] for report in reports) / len(reports),
+        "fvu_layer_mean": None if None in fvus else sum(fvus) / len(reports),
         "l0_total": sum(report["l0_mean"] for report in reports),
         "dead_fraction": sum(float((record.firings == 0).sum()) for record in found)
         / sum(len(record.firings) for record in found),
@@ -217,7 +219,7 @@ def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     return [
         ("stack", f"{report['kind']}, {report['layers']} layers  {report['encoder']}  {report['n_latents']:,} latents"),
-        ("fvu", f"{report['fvu_layer_mean']:.4f}   mean over layers, on {report['tokens']:,} held-out tokens"),
+        ("fvu", f"{show(report['fvu_layer_mean'])}   mean over layers, on {report['tokens']:,} held-out tokens"),
         ("l0", f"{report['l0_total']:.2f}   all layers together   dead {report['dead_fraction']:.2%}"),
         *((name, "".join(f"{value:>{width}}" for value in values)) for name, values in rows),
     ]

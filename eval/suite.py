@@ -122,6 +122,32 @@ def evaluate_all(
     ]
 
 
+def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
+    """Where reports go: ``out`` itself for one checkpoint, for several a folder in it named as the checkpoint is.
+
+    Raises:
+        ValueError: If one is named twice, so that its report would be written twice.
+    """
+    twice = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: expected checkpoints that differ, got it twice. Leave one out.")
+    if out is None or len(checkpoints) == 1:
+        return [out] * len(checkpoints)
+    names = short_names(checkpoints)
+    return [str(Path(out) / name) for name in names]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The ends of paths, as long as they have to be to differ; slashes are dashes."""
+    parts = [Path(path).resolve().parts for path in paths]
+    longest = max(map(len, parts))
+    for length in range(1, longest + 1):
+        names = ["-".join(part[-length:]).replace("/", "") for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def _needs_stack(directory: Path) -> bool:
     """Whether all layers are to be judged in place: several checkpoints, or one of several hooks."""
     if is_stack(directory):
@@ -322,9 +348,9 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("selection", report["selection"]),
         (
             "fvu",
-            f"{report['fvu']:.4f}   "
+            f"{_number(report['fvu'])}   "
             + (f"affine map {_number(report['fvu_affine'])}   " if "fvu_affine" in report else "")
-            + f"cosine {report['cosine']:.4f}   on {report['tokens']:,} held-out tokens",
+            + f"cosine {_number(report['cosine'])}   on {report['tokens']:,} held-out tokens",
         ),
         (
             "l0",
@@ -334,17 +360,20 @@ def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("latents", f"dead {report['dead_fraction']:.2%}   dense {report['dense_fraction']:.2%}"),
     ]
     if "ce_clean" in report:
+        names = ("clean", "spliced", "zero", "mean", "resample")
+        ends = [report[f"ce_increase_{end}"] for end in ("low", "high")]
         lines += [
+            ("cross-entropy", "   ".join(f"{name} {_number(report[f'ce_{name}'])}" for name in names)),
             (
-                "cross-entropy",
-                f"clean {report['ce_clean']:.4f}   spliced {report['ce_spliced']:.4f}   zero {report['ce_zero']:.4f}   "
-                f"mean {report['ce_mean']:.4f}",
+                "increase",
+                f"{_number(report['ce_increase'])}"
+                + (f"   95 % interval {_number(ends[0])} to {_number(ends[1])}" if None not in ends else ""),
             ),
             (
                 "recovered",
                 f"{_number(report['ce_recovered_zero'])} of zero   {_number(report['ce_recovered_mean'])} of mean ablation",
             ),
-            ("KL", f"{report['kl_spliced']:.4f}   same top token {report['top1_agreement']:.2%}"),
+            ("KL", f"{_number(report['kl_spliced'])}   same top token {_number(report['top1_agreement'])}"),
         ]
     lines.append(
         (

@@ -6,8 +6,8 @@ import torch
 
 from eval.dark_norms import NormRegressions
 from eval.dark_scaling import Scaling
-from eval.dark_shares import ByDocument, Shares, estimate
-from eval.groups import Predictions
+from eval.dark_shares import Shares
+from eval.groups import Predictions, settled
 
 CUT, TOKENS, VOCABULARY = 300, 700, 19
 
@@ -122,21 +122,6 @@ def test_scaling_of_nothing_and_of_constants_is_undefined(norms):
     assert matrix[1][0] == pytest.approx(0, abs=1e-12)
 
 
-def test_sums_by_document_and_their_bootstrap():
-    found, values, documents = ByDocument(), torch.rand(500, dtype=torch.float64), torch.randint(0, 40, (500,)).numpy() * 7
-    for rows in torch.arange(500).split(33):
-        figures = {"v": values[rows], "one": torch.ones(len(rows))}
-        found.update(figures, documents[rows.numpy()])
-    mean = estimate(found, {"mean": lambda s: s["v"] / s["one"]})
-    assert mean["mean"] == pytest.approx(float(values.mean()))
-    # An independent bootstrap with draws of its own: document by document, its tokens at once.
-    groups = [values.numpy()[documents == d] for d in np.unique(documents)]
-    random = np.random.default_rng(5)
-    draws = [np.concatenate([groups[i] for i in random.integers(0, len(groups), len(groups))]).mean() for _ in range(3000)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert (mean["mean_low"], mean["mean_high"]) == pytest.approx((low, high), abs=0.003)
-
-
 def shares(linear, nonlinear, losses, documents):
     found = Shares()
     found.update_errors(linear, nonlinear, documents)
@@ -147,7 +132,7 @@ def shares(linear, nonlinear, losses, documents):
         if name != "clean"
     }
     found.update_losses(losses["clean"], predictions, documents[:tokens])
-    return found.report()
+    return settled(found.report())[0]
 
 
 def test_shares_of_loss_variance_and_norm_are_their_formulas():
@@ -178,4 +163,4 @@ def test_one_document_has_no_interval_and_no_increase_no_share():
     assert report["ce_recovered_by_linear_error"] is None
     assert report["error_norm_share_of_linear"] is None
     assert report["share_documents"] == 1
-    assert {value for key, value in Shares().report().items() if key != "share_documents"} == {None}
+    assert {value for key, value in settled(Shares().report())[0].items() if key != "share_documents"} == {None}

@@ -154,8 +154,8 @@ def test_every_scalar_has_a_row_with_value_and_explanation(page: Page, key: str)
 
 
 def test_every_key_of_the_report_is_explained():
-    # A transcoder's alone.
-    assert {key for entries in EXPLANATIONS.values() for key in entries} >= {*SCALARS, "fvu_affine"}
+    # The report above is an older one, of fewer groups; what a new one holds is seen in test_suite.
+    assert set(REPORT) <= {key for entries in EXPLANATIONS.values() for key in entries}
 
 
 def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():

@@ -2,11 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from eval.suite import evaluate, summary
+import sparsary
+from eval.explanations import EXPLANATIONS
+from eval.suite import evaluate, evaluate_all, folders, summary
 from sae import ENCODERS, SAE
 from training.recipe import check_recipe
 from training.run import train
@@ -114,3 +117,173 @@ def test_without_heldout_documents_there_is_nothing_to_judge_on(checkpoint, tmp_
     load_dictionary(checkpoint).save(tmp_path / "d", config["provenance"])
     with pytest.raises(ValueError, match=r"no held-out document was found\. Raise harvest\.heldout"):
         evaluate(str(tmp_path / "d"))
+
+
+@pytest.fixture(scope="module")
+def rivals(checkpoint, tmp_path_factory):
+    """Two more dictionaries of the same model and text, one at another hook."""
+    config = json.loads((checkpoint / "dictionary.json").read_text())
+    folder = tmp_path_factory.mktemp("rivals")
+    torch.manual_seed(7)
+    other = {key: ["transformer.h.1:out"] for key in ("hooks_in", "hooks_out")} | {"hook": "transformer.h.1:out"}
+    for name, k, changes in (("narrow", 3, {}), ("earlier", 5, other)):
+        SAE(128, 67, ENCODERS["topk"](k=k)).save(folder / name, config["provenance"] | changes)
+    return [str(folder / name) for name in ("narrow", "earlier")]
+
+
+def figures(report):
+    return {key: value for key, value in report.items() if key not in ("report_path", "checkpoint")}
+
+
+def passes(monkeypatch):
+    """Counts the forward passes of every model from here on."""
+    from training.activations.model import LanguageModel
+
+    seen = []
+    for name in ("activations", "run"):
+        real = getattr(LanguageModel, name)
+
+        def counted(*arguments, real=real, **options):
+            seen.append(1)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(LanguageModel, name, counted)
+    return seen
+
+
+@pytest.mark.slow
+def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path):
+    everyone = [str(checkpoint), *rivals]
+    seen = passes(monkeypatch)
+    alone = [evaluate(path, str(tmp_path / f"{i}"), tokens=1500, cache=False) for i, path in enumerate(everyone)]
+    apart = len(seen)
+    seen.clear()
+    together = evaluate_all(everyone, folders(everyone, str(tmp_path / "all")), 1500, cache=False)
+    assert [figures(report) for report in together] == [figures(report) for report in alone]
+    # Alone: one pass per piece to fit, and clean, spliced and three ablations to score. Together the third needs its own
+    # ablations for its hook; the second needs its splice alone.
+    assert len(seen) < 0.65 * apart
+    for path, report in zip(everyone, together, strict=True):
+        assert report["checkpoint"] == path
+        assert json.loads((tmp_path / "all" / Path(path).name / "report.json").read_text())["fvu"] == report["fvu"]
+
+
+def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
+    assert folders(["runs/a"], None) == [None]
+    assert folders(["runs/a"], "out") == ["out"]
+    assert folders(["runs/a", "runs/b"], "out") == ["out/a", "out/b"]
+    assert folders(["one/seed-0", "two/seed-0"], "out") == ["out/one-seed-0", "out/two-seed-0"]
+    with pytest.raises(ValueError, match=r"runs/a: expected checkpoints that differ"):
+        folders(["runs/a", "runs/a"], "out")
+
+
+def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
+    import eval.suite as suite
+
+    path = rivals[0]
+    first = evaluate(path, str(tmp_path / "1"), tokens=600)
+    seen = passes(monkeypatch)
+    real = suite.ground
+    monkeypatch.setattr(suite, "ground", None)
+    assert figures(evaluate(path, str(tmp_path / "2"), tokens=600)) == figures(first)
+    assert seen == []
+    monkeypatch.setattr(suite, "ground", real)
+
+    # A new version of one group makes that one be measured again, without the splices of another.
+    class Newer(suite.GROUPS[0]):
+        version = 1000
+
+    monkeypatch.setattr(suite, "GROUPS", (Newer, *suite.GROUPS[1:]))
+    assert figures(evaluate(path, str(tmp_path / "3"), tokens=600)) == figures(first)
+    without_splices = len(seen)
+    seen.clear()
+    evaluate(path, str(tmp_path / "4"), tokens=600, cache=False)
+    assert 0 < without_splices < 0.5 * len(seen)
+    # Other weights, other tokens, or a damaged file: measured.
+    (damaged,) = (Path(path) / "eval_cache").glob("downstream-*")
+    damaged.write_text("{")
+    seen.clear()
+    assert figures(evaluate(path, str(tmp_path / "5"), tokens=600)) == figures(first)
+    assert seen
+    assert "damaged, measured again" in caplog.text
+    assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
+
+
+def test_progress_goes_up_to_the_number_of_tokens(rivals, tmp_path):
+    told = []
+
+    def progress(total):
+        told.append(total)
+        return told.append
+
+    evaluate(rivals[1], str(tmp_path), tokens=700, progress=progress)
+    assert told[0] == told[-1] == 700
+    assert told[1:] == sorted(told[1:])
+    assert len(told) > 4
+
+
+def saved_like(checkpoint, directory, dictionary, **changes):
+    config = json.loads((checkpoint / "dictionary.json").read_text())
+    dictionary.save(directory, config["provenance"] | changes)
+    return str(directory)
+
+
+def test_a_dead_dictionary_is_judged_and_says_what_is_undefined(checkpoint, tmp_path):
+    dead = SAE(128, 67, ENCODERS["topk"](k=5))
+    with torch.no_grad():
+        dead.b_enc.fill_(-1e6)
+    report = evaluate(saved_like(checkpoint, tmp_path / "d", dead), tokens=600)
+    saved = json.loads((tmp_path / "d" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert saved["dead_fraction"] == 1
+    assert saved["effective_latents"] is None
+    assert saved["reasons"]["effective_latents"] == "no latent fires"
+    assert saved["reasons"].keys() == {key for key, value in saved.items() if value is None and key != "git_commit"}
+    assert "no latent fires" in (tmp_path / "d" / "report.html").read_text()
+    assert summary(report)
+
+
+def test_text_without_tokens_that_count_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.heldout.FRUITLESS_CONTEXTS", 16)
+    config = json.loads((checkpoint / "dictionary.json").read_text())
+    harvest = config["provenance"]["harvest"] | {"exclude_leading": 32}
+    path = saved_like(checkpoint, tmp_path / "d", SAE(128, 67, ENCODERS["topk"](k=5)), harvest=harvest)
+    with pytest.raises(ValueError, match=r"got none in 16 contexts: all are special or excluded\. Lower harvest.exclude"):
+        evaluate(path)
+
+
+def test_few_documents_are_refused_or_have_no_interval(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "dictionary.json").read_text())
+    file = tmp_path / "t.txt"
+    changes = {
+        "text": config["provenance"]["text"] | {"source": "files", "files": [str(file)]},
+        "harvest": config["provenance"]["harvest"] | {"heldout": 0.999},
+    }
+    path = saved_like(checkpoint, tmp_path / "d", SAE(128, 67, ENCODERS["topk"](k=5)), **changes)
+    long = "Then Mary went to the store and gave a ring to Kevin because she was there. " * 30
+    file.write_text(long)
+    with pytest.raises(ValueError, match=r"none was left to score\. Lower --tokens, raise harvest.heldout"):
+        evaluate(path, tokens=400)
+    file.write_text(long + "\n\n" + long.replace("Mary", "Kevin"))
+    report = evaluate(path, tokens=60)
+    assert report["documents"] == 1
+    assert report["ce_increase"] is not None
+    assert report["ce_increase_low"] is None
+    assert "at least two documents" in report["reasons"]["ce_increase_low"]
+
+
+def test_every_entry_of_a_report_is_explained(report):
+    known = {key for entries in EXPLANATIONS.values() for key in entries}
+    assert {key for key in report if key != "report_path"} <= known
+
+
+def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("eval.suite.render", lambda *_: "")
+    arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
+    monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        sparsary.main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("narrow", "earlier"):
+        assert (tmp_path / "out" / name / "report.json").exists()
+    assert printed.count("report: ") == 2

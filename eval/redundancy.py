@@ -1,0 +1,86 @@
+"""What the weights alone say: atoms that resemble each other, and rows of the encoder that resemble their atoms."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from .groups import MetricGroup, Setting, Undefined, View
+
+# A block of cosines is this many rows times all latents: 0.5 GB of float32 at 131,072 latents.
+BLOCK = 1024
+# Above, only every so-manieth latent is compared with all others: the cost is quadratic.
+LATENTS_COMPARED = 32_768
+NEAR_COPY = 0.9
+
+
+class Redundancy(MetricGroup):
+    """Cosines between atoms, and between encoder and decoder."""
+
+    name = "redundancy"
+    version = 1
+    reads_model = False
+    explanations: ClassVar = {
+        "Weights": {
+            "decoder_max_cosine_mean": "For every latent the largest absolute cosine between its atom and another's, mean "
+            "over latents. Random directions give about sqrt(2 ln n_latents / d_out).",
+            "decoder_max_cosine_median": "The median of the same.",
+            "decoder_max_cosine_p90": "A tenth of the latents have an atom nearer to another than this.",
+            "decoder_near_copies_fraction": f"Share of latents whose atom has an absolute cosine above {NEAR_COPY:g} with "
+            "another.",
+            "decoder_latents_compared": "Latents these figures are about: all, or in very wide dictionaries evenly spaced "
+            "ones. Each was compared with all others.",
+            "encoder_decoder_cosine_mean": "Cosine between a latent's encoder row and its atom, mean over latents; null where "
+            "they are one matrix, or live in two spaces.",
+            "encoder_decoder_cosine_median": "The median of the same.",
+        }
+    }
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+
+    def fit(self, piece: View) -> None:
+        pass
+
+    def score(self, piece: View) -> None:
+        pass
+
+    def report(self) -> dict[str, Any]:
+        dictionary = self.setting.dictionary
+        largest = max_cosines(dictionary.atoms.detach())
+        entries: dict[str, Any] = {"decoder_latents_compared": largest.numel()}
+        names = ("decoder_max_cosine_mean", "decoder_max_cosine_median", "decoder_max_cosine_p90")
+        if dictionary.n_latents == 1:
+            alone = Undefined("there is one latent only")
+            entries |= dict.fromkeys((*names, "decoder_near_copies_fraction"), alone)
+        else:
+            middle, high = torch.quantile(largest, largest.new_tensor([0.5, 0.9])).tolist()
+            entries |= dict(zip(names, (float(largest.mean()), middle, high), strict=True))
+            entries["decoder_near_copies_fraction"] = float((largest > NEAR_COPY).double().mean())
+        return entries | self._encoder()
+
+    def _encoder(self) -> dict[str, Any]:
+        dictionary = self.setting.dictionary
+        names = ("encoder_decoder_cosine_mean", "encoder_decoder_cosine_median")
+        if dictionary.tied:
+            return dict.fromkeys(names, Undefined("encoder and decoder are one matrix"))
+        if not self.setting.reads_target:
+            return dict.fromkeys(names, Undefined("what is read and what is written are two spaces"))
+        weights = dictionary.blocks[0].weights
+        cosine = F.cosine_similarity(weights.W_enc.detach().double(), weights.W_dec.detach().double(), dim=-1)
+        return dict(zip(names, (float(cosine.mean()), float(cosine.median())), strict=True))
+
+
+def max_cosines(atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " compared"]:
+    """For every latent (of very many, evenly spaced ones) the largest absolute cosine with another's atom, in float64."""
+    directions = F.normalize(atoms.float(), dim=-1)
+    step = -(-len(directions) // LATENTS_COMPARED)
+    found = []
+    for rows in torch.arange(0, len(directions), step, device=atoms.device).split(BLOCK):
+        cosines = (directions[rows] @ directions.T).abs_()
+        # Not with itself.
+        cosines[torch.arange(len(rows), device=atoms.device), rows] = 0
+        found.append(cosines.max(dim=-1).values.double())
+    return torch.cat(found)

@@ -1,0 +1,63 @@
+"""Distributions of a stream of numbers, kept as counts: equal however the stream is cut, and no larger for a longer one."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Counts:
+    """How often each whole number from 0 on was seen. Quantiles are exact, those of ``torch.quantile``."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(1, dtype=torch.long)
+
+    def update(self, numbers: Int[Tensor, " tokens"]) -> None:
+        more = torch.bincount(numbers.cpu(), minlength=len(self.counts))
+        more[: len(self.counts)] += self.counts
+        self.counts = more
+
+    @property
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def mean(self) -> float:
+        # A sum of whole numbers: exact.
+        return int((self.counts * torch.arange(len(self.counts))).sum()) / self.total
+
+    def quantiles(self, shares: list[float]) -> list[float]:
+        """Between two neighbours in rank, a straight line."""
+        ranks = torch.tensor(shares, dtype=torch.float64) * (self.total - 1)
+        below = ranks.floor()
+        seen = self.counts.cumsum(0)
+        low, high = (torch.searchsorted(seen, rank.long(), right=True).double() for rank in (below, ranks.ceil()))
+        return torch.lerp(low, high, ranks - below).tolist()
+
+
+class Quantiles:
+    """Quantiles of real numbers to within a hundredth of their size, or to ``floor / 100`` where they are smaller than that.
+
+    Numbers are counted in bins that are equally wide in asinh(number / floor): linear near zero, logarithmic beyond.
+    """
+
+    BIN = 0.01
+
+    def __init__(self, floor: float, largest: float = 1e6):
+        self.floor = floor
+        self.half = math.ceil(math.asinh(largest / floor) / self.BIN)
+        self.counts = torch.zeros(2 * self.half + 1, dtype=torch.long)
+
+    def update(self, numbers: Float[Tensor, " tokens"]) -> None:
+        bins = (numbers.double().cpu() / self.floor).asinh().div(self.BIN).round().clamp(-self.half, self.half).long()
+        self.counts += torch.bincount(bins + self.half, minlength=len(self.counts))
+
+    @property
+    def total(self) -> int:
+        return int(self.counts.sum())
+
+    def quantiles(self, shares: list[float]) -> list[float]:
+        """The middle of the bin that holds the number of that rank."""
+        ranks = (torch.tensor(shares, dtype=torch.float64) * (self.total - 1)).round().long()
+        bins = torch.searchsorted(self.counts.cumsum(0), ranks, right=True) - self.half
+        return [self.floor * math.sinh(number * self.BIN) for number in bins.tolist()]
