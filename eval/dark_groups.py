@@ -59,6 +59,8 @@ class ErrorSplit(MetricGroup):
             "authors_fvu_nonlinear": "fvu_nonlinear as there: no bias, tokens split at random, and all of them counted.",
             "authors_err_vec_r2_mean_dim": "err_vec_r2_mean_dim as there: no bias, tokens split at random.",
             "authors_err_norm_r2": "err_norm_r2 as there: no bias, tokens split at random.",
+            "dark_matter_notes": "What to know before reading these figures: too few tokens, a dead dictionary, why some are "
+            "undefined.",
             "dark_matter_noise_floor": "About the linear_error_share of an error unrelated to the activation: the map fits "
             "noise.",
             "dark_matter_fit_tokens": "Tokens the linear map was fitted on.",
