@@ -203,16 +203,18 @@ def statements(widths: list[str]) -> list[Statement]:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over seeds."""
+    """Mean and 95 % interval over seeds; of one seed, the figure alone."""
     mean = statistics.mean(values)
     if len(values) < 2:
-        return mean, math.nan, math.nan
+        return mean, mean, mean
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
 def shown(values: list[float]) -> str:
     mean, low, high = interval(values)
+    if len(values) < 2:
+        return f"{mean:.3g} (one seed)"
     return f"{mean:.3g} ({low:.3g} to {high:.3g})"
 
 
@@ -262,6 +264,8 @@ def draw(seeds: list[Seed], path: Path) -> None:
         left.plot(fine, [statistics.mean(law(w) for law in laws) for w in fine], color=INK, linewidth=1, label="c + a W^m")
         left.axhline(statistics.mean(law.c for law in laws), color=MUTED, linewidth=1, linestyle=":", label="c")
         left.set(xscale="log", xlabel="latents", ylabel="fvu", ylim=(0, None), title="The error against width")
+        left.set_xticks(numbers, widths)
+        left.minorticks_off()
         left.legend()
         total = [statistics.mean(of(width, "fvu_total")(seed) for seed in seeds) for width in widths]
         nonlinear = [statistics.mean(of(width, "fvu_nonlinear")(seed) for seed in seeds) for width in widths]
@@ -296,17 +300,22 @@ def draw(seeds: list[Seed], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--earlier", required=True, help="hook of an earlier layer, which the recipe harvests too")
+    parser.add_argument("--earlier", help="hook of an earlier layer, which the recipe harvests too")
     parser.add_argument("--docs", default="docs")
+    parser.add_argument("--redraw", action="store_true", help="tables and plots of the results that are there, nothing else")
     options = parser.parse_args()
     name, docs = Path(options.recipe).stem, Path(options.docs)
-    members, before = trained(options.recipe, options.earlier)
-    found: dict[str, Seed] = {}
-    for seed, recipes in members.items():
-        # As JSON has it, for what is printed is to be what is written.
-        found[str(seed)] = json.loads(json.dumps(one_seed(recipes, before[seed])))
-        print(f"seed {seed} is judged", flush=True)
-    write_json(docs / "results" / f"dark-matter-{name}.json", {"recipe": options.recipe, "seeds": found})
+    results = docs / "results" / f"dark-matter-{name}.json"
+    if not options.redraw:
+        if options.earlier is None:
+            parser.error("--earlier: required, the hook of a layer below that the recipe harvests too.")
+        members, before = trained(options.recipe, options.earlier)
+        judged: dict[str, Seed] = {}
+        for seed, recipes in members.items():
+            judged[str(seed)] = one_seed(recipes, before[seed])
+            print(f"seed {seed} is judged", flush=True)
+        write_json(results, {"recipe": options.recipe, "seeds": judged})
+    found: dict[str, Seed] = json.loads(results.read_text())["seeds"]
     draw(list(found.values()), docs / f"dark_matter_{name}.png")
     print(tables(list(found.values())))
 
