@@ -157,21 +157,40 @@ def _compare(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE_OR_DIRECTORY... [key.sub=value ...]",
-            help="Recipe files, or directories of them (their *.yaml without base.yaml), and keys to override in all.",
+            metavar="RUN... | RECIPE_OR_DIRECTORY... [key.sub=value ...]",
+            help="Checkpoints or reports to set side by side; or recipe files, or directories of them (their *.yaml without "
+            "base.yaml), and keys to override in all.",
         ),
     ],
     seeds: Annotated[int, typer.Option(help="Train every recipe with seeds 0, 1, ..., so many.")] = 3,
-    out: Annotated[str, typer.Option(help="Where runs (RECIPE/seed-N) and the comparison go.")] = "runs/comparison",
+    out: Annotated[str, typer.Option(help="Where the comparison goes, and runs (RECIPE/seed-N).")] = "runs/comparison",
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Judge all runs on so many held-out tokens; without it, those not judged yet.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
 ) -> None:
-    """Train and judge several recipes over one store: comparison.json and comparison.html; repeated, it goes on."""
-    from eval.compare import compare, summary
+    """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
+    from eval import compare as recipes
+    from eval import side_by_side
     from training.recipe import parse_overrides
 
+    named = [argument for argument in arguments if "=" not in argument]
     overrides = parse_overrides([argument for argument in arguments if "=" in argument])
+    runs = side_by_side.runs_among(named)
+    if runs is not None:
+        if overrides:
+            raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
+        with _progress("eval") as progress:
+            comparison = side_by_side.compare_runs(runs, out, tokens, not no_cache, progress)
+        head, *rows = side_by_side.summary(comparison)
+        _columns(head, rows)
+        print(f"report: {comparison['page_path']}")
+        return
+    if tokens is not None or no_cache:
+        raise ValueError("compare: --tokens and --no-cache: expected runs, got recipes. Override eval_tokens=N instead.")
     with _progress("harvest") as progress:
-        comparison = compare([argument for argument in arguments if "=" not in argument], overrides, seeds, out, progress)
-    head, *rows = summary(comparison)
+        comparison = recipes.compare(named, overrides, seeds, out, progress)
+    head, *rows = recipes.summary(comparison)
     _columns(head, rows)
     print(f"* best mean\nreport: {comparison['page_path']}")
 

@@ -178,7 +178,7 @@ def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -
         for column in COLUMNS
     )
     return (
-        f'<tr><th scope="row">{_swatch(index, is_oracle(family))}<strong>{escape(family["name"])}</strong>{badge}'
+        f'<tr><th scope="row">{swatch(index, is_oracle(family))}<strong>{escape(family["name"])}</strong>{badge}'
         f'<div class="note">{escape(words)}</div></th>{cells}</tr>'
     )
 
@@ -217,15 +217,15 @@ def _explanation(key: str) -> str:
     return NOTES.get(key) or next(entries[key] for entries in EXPLANATIONS.values() if key in entries)
 
 
-def _look(index: int) -> tuple[str, str]:
+def look(index: int) -> tuple[str, str]:
     """Colour and marker of a family."""
     colors = list(FAMILY_COLORS.values())
     return colors[index % len(colors)][0], MARKERS[index % len(MARKERS)]
 
 
-def _swatch(index: int, hollow: bool) -> str:
+def swatch(index: int, hollow: bool) -> str:
     """The family's marker as in the plots, for the table."""
-    marker = MarkerStyle(_look(index)[1])
+    marker = MarkerStyle(look(index)[1])
     (outline,) = marker.get_path().transformed(marker.get_transform()).to_polygons()
     points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(outline))
     color = f"var(--family-{index % len(FAMILY_COLORS)})"
@@ -251,16 +251,16 @@ def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | No
     if not points:
         return None
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    log_x, log_y = _spread(xs) > 4, _spread(ys) > 10
+    log_x, log_y = spread(xs) > 4, spread(ys) > 10
     if log_x:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, _spread(xs))
+        plain_log_ticks(ax.xaxis, spread(xs))
     elif max(xs) - min(xs) < 0.04 * max(xs):
         # One budget: without room on both sides, its noise would fill the axis.
         ax.set_xlim(0.9 * min(xs), 1.1 * max(xs))
     if log_y:
         ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis, _spread(ys))
+        plain_log_ticks(ax.yaxis, spread(ys))
     ax.set(xlabel="l0, log scale" if log_x else "l0", ylabel=f"{label}, log scale" if log_y else label)
     ax.grid(visible=True)
     figure = ax.get_figure()
@@ -281,9 +281,9 @@ def _strip(ax: Axes, families: list[Family], key: str, label: str) -> str | None
             ax.scatter(values, [row] * len(values), **_points(row, family))
         else:
             ax.text(0.01, row, _undrawn(entry), va="center", color=MUTED, transform=ax.get_yaxis_transform())
-    if _spread(known) > 10:
+    if spread(known) > 10:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, _spread(known))
+        plain_log_ticks(ax.xaxis, spread(known))
         label += ", log scale"
     else:
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -302,7 +302,7 @@ def _bars(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
         if entry is None or entry["mean"] is None:
             ax.text(0.01, row, _undrawn(entry), va="center", color=MUTED, transform=ax.get_yaxis_transform())
             continue
-        color, _ = _look(row)
+        color, _ = look(row)
         ax.barh(row, entry["mean"], height=0.6, facecolor="none" if is_oracle(family) else color, edgecolor=color)
         ax.plot([entry["min"], entry["max"]], [row, row], color=INK, linewidth=1.4)
         ax.text(entry["max"] + 0.015 * widest, row, show(entry["mean"], digits=3), va="center")
@@ -330,7 +330,7 @@ def _undrawn(entry: dict[str, Any] | None) -> str:
 
 
 def _points(index: int, family: Family) -> dict[str, Any]:
-    color, marker = _look(index)
+    color, marker = look(index)
     face = "none" if is_oracle(family) else color
     return {
         "s": 58 if marker == "*" else 30,
@@ -346,7 +346,7 @@ def _name(family: Family) -> str:
     return f"{family['name']} \u2020" if is_oracle(family) else family["name"]
 
 
-def _spread(values: Iterable[float]) -> float:
+def spread(values: Iterable[float]) -> float:
     low, high = min(values), max(values)
     return high / low if low > 0 else 0
 

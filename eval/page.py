@@ -1,5 +1,7 @@
 """The report as one self-contained HTML page: no scripts, no fonts, nothing fetched; plots are inline SVG."""
 
+import base64
+import hashlib
 import json
 import re
 from html import escape
@@ -39,9 +41,19 @@ def render(report: Report, curve: Curve) -> str:
     return document(title, body)
 
 
-def document(title: str, body: str, css: str = "", palette: Palette = PALETTE) -> str:
-    """A whole page in this project's style. ``body`` is HTML; ``css`` comes after the common rules."""
-    return DOCUMENT.format(title=escape(title), style=_variables(palette) + CSS + css, body=body)
+def document(title: str, body: str, css: str = "", palette: Palette = PALETTE, script: str = "") -> str:
+    """A whole page in this project's style. ``body`` is HTML; ``css`` comes after the common rules.
+
+    The page runs ``script``, if any, and no other: the policy names its hash.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return DOCUMENT.format(
+        title=escape(title),
+        style=_variables(palette) + CSS + css,
+        body=body,
+        policy=f"; script-src 'sha256-{digest}'" if script else "",
+        script=f"<script>{script}</script>\n" if script else "",
+    )
 
 
 # Label, key, and what stands below the number; braces name other entries of the report.
@@ -151,7 +163,7 @@ DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
@@ -160,7 +172,7 @@ DOCUMENT = """<!DOCTYPE html>
 <body>
 <main>
 {body}</main>
-</body>
+{script}</body>
 </html>
 """
 

@@ -140,12 +140,10 @@ def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
 def short_names(paths: Sequence[str]) -> list[str]:
     """The ends of paths, as long as they have to be to differ; slashes are dashes."""
     parts = [Path(path).resolve().parts for path in paths]
-    longest = max(map(len, parts))
-    for length in range(1, longest + 1):
-        names = ["-".join(part[-length:]).replace("/", "") for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+    # Whole paths that are equal are of one place: they need not differ.
+    wanted = len(set(parts))
+    ends = (["-".join(part[-length:]).replace("/", "") for part in parts] for length in range(1, max(map(len, parts)) + 1))
+    return next(names for names in ends if len(set(names)) == wanted)
 
 
 def _needs_stack(directory: Path) -> bool:

@@ -1,0 +1,130 @@
+"""Runs that exist, side by side: checkpoints or reports, whatever trained them; ``eval.compare`` trains its own."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae.checkpoint import CONFIG_FILE
+from sae.files import read_json, write_json, write_text
+from transcoders.stack import members
+
+from .plots import finite, show
+from .side_by_side_page import COLUMNS, render
+from .suite import Progress, evaluate_all, short_names, unseen
+
+RUNS_VERSION = 1
+REPORT_FILE = "report.json"
+# Figures of runs that differ in one of these answer different questions.
+SHARED = ("model", "text", "hook", "tokens", "selection")
+AGAINST_L0 = ("fvu", "ce_increase")
+
+
+def runs_among(arguments: Sequence[str]) -> list[Path] | None:
+    """The runs that arguments name, or ``None`` if none of them is one (they are recipes then).
+
+    A directory that holds several runs, and is none itself, stands for them.
+
+    Raises:
+        ValueError: If some are runs and others are not.
+    """
+    found = [_runs(Path(argument)) for argument in arguments]
+    others = [argument for argument, runs in zip(arguments, found, strict=True) if not runs]
+    if len(others) == len(arguments):
+        return None
+    if others:
+        raise ValueError(
+            f"{others[0]}: expected a directory with {CONFIG_FILE} or {REPORT_FILE}, as the other arguments are, found "
+            "neither. Give runs only, or recipes only."
+        )
+    return list(dict.fromkeys(run for runs in found for run in runs))
+
+
+def _runs(path: Path) -> list[Path]:
+    if any((path / name).exists() for name in (CONFIG_FILE, REPORT_FILE)) and not _is_stack(path):
+        return [path]
+    return members(path) if path.is_dir() else []
+
+
+def _is_stack(path: Path) -> bool:
+    """Whether a report is about several checkpoints below it."""
+    return not (path / CONFIG_FILE).exists() and bool(members(path))
+
+
+def compare_runs(
+    runs: Sequence[Path],
+    out: str = "runs/comparison",
+    tokens: int | None = None,
+    cache: bool = True,
+    progress: Progress = unseen,
+) -> dict[str, Any]:
+    """Set runs side by side; write ``comparison.json`` and ``comparison.html`` into ``out``.
+
+    A checkpoint without a report is judged first, those of one model and text together; with ``tokens`` all are, on so
+    many. Runs may differ in anything: what makes figures hard to compare is said on the page.
+
+    Raises:
+        ValueError: If there are fewer than two runs, a report is of another kind, or a checkpoint cannot be judged.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"compare: expected at least two runs, got {len(runs)}. For one alone: sparsary eval {runs[0]}")
+    wanted = [run for run in runs if tokens is not None or not (run / REPORT_FILE).exists()]
+    bare = [run for run in wanted if not (run / CONFIG_FILE).exists()]
+    if bare:
+        raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to judge, found a report alone. Leave it out.")
+    if wanted:
+        evaluate_all([str(run) for run in wanted], tokens=tokens, cache=cache, progress=progress)
+    comparison = collect_runs(runs)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_json(Path(out) / "comparison.json", comparison)
+    write_text(Path(out) / "comparison.html", render(comparison))
+    return comparison | {"page_path": str(Path(out) / "comparison.html")}
+
+
+def collect_runs(runs: Sequence[Path]) -> dict[str, Any]:
+    """The comparison of judged runs: their scalar entries, in what they differ, and who is on the Pareto fronts."""
+    names = short_names([str(run) for run in runs])
+    found = []
+    for name, run in zip(names, runs, strict=True):
+        report = read_json(run / REPORT_FILE)
+        if not isinstance(report, dict) or "fvu" not in report:
+            raise ValueError(
+                f"{run / REPORT_FILE}: fvu: expected the report of one dictionary, found none. Give the checkpoints of a "
+                "stack one by one; a cross-layer one cannot be compared here."
+            )
+        scalars = {key: value for key, value in report.items() if value is None or isinstance(value, str | int | float)}
+        found.append({"name": name, "directory": str(run), "report": scalars, "reasons": report.get("reasons") or {}})
+    return {
+        "runs_version": RUNS_VERSION,
+        "runs": found,
+        "different": {key: values for key in SHARED if len(values := _by_value(found, key)) > 1},
+        "pareto": {key: pareto(found, key) for key in AGAINST_L0},
+    }
+
+
+def _by_value(runs: list[dict[str, Any]], key: str) -> dict[str, list[str]]:
+    values: dict[str, list[str]] = {}
+    for run in runs:
+        values.setdefault(show(run["report"].get(key)), []).append(run["name"])
+    return values
+
+
+def pareto(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """Names of the runs that no other beats in both l0 and this figure, by l0; lower is better in both."""
+    points = [(finite(run["report"].get("l0_mean")), finite(run["report"].get(key)), run["name"]) for run in runs]
+    known = sorted((x, y, name) for x, y, name in points if x is not None and y is not None)
+    front: list[str] = []
+    lowest = float("inf")
+    for _, y, name in known:
+        if y < lowest:
+            front.append(name)
+            lowest = y
+    return front
+
+
+def summary(comparison: dict[str, Any]) -> list[list[str]]:
+    """The table for a terminal, the best first: a header and one row per run, with intervals where there are some."""
+    rows = [["run", *(column.label for column in COLUMNS)]]
+    for run in comparison["runs"]:
+        report = run["report"]
+        rows.append([run["name"], *(show(report.get(column.key), "-", digits=3) for column in COLUMNS)])
+    return rows
