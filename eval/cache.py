@@ -9,6 +9,7 @@ count by size and time of change; of a model on the hub without a fixed revision
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from .groups import MetricGroup
 FOLDER = "eval_cache"
 # Goes up when the way text is read or cut changes, which no group would notice.
 CACHE_VERSION = 1
+# What a group was told apart from the setting.
+Options = Mapping[str, Any]
 Entries = tuple[dict[str, Any], dict[str, str]]
 
 log = logging.getLogger(__name__)
@@ -29,18 +32,18 @@ log = logging.getLogger(__name__)
 class Store(Protocol):
     """Where a group's settled entries may be found."""
 
-    def get(self, group: type[MetricGroup]) -> Entries | None: ...
+    def get(self, group: type[MetricGroup], options: Options) -> Entries | None: ...
 
-    def put(self, group: type[MetricGroup], entries: Entries) -> None: ...
+    def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None: ...
 
 
 class Nothing:
     """Remembers nothing."""
 
-    def get(self, group: type[MetricGroup]) -> Entries | None:
+    def get(self, group: type[MetricGroup], options: Options) -> Entries | None:
         return None
 
-    def put(self, group: type[MetricGroup], entries: Entries) -> None:
+    def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None:
         pass
 
 
@@ -51,12 +54,13 @@ class Beside:
         self.folder = directory / FOLDER
         self.content = content | {"cache_version": CACHE_VERSION}
 
-    def path(self, group: type[MetricGroup]) -> Path:
-        key = json.dumps(self.content | {"group": group.name, "version": group.version}, sort_keys=True)
+    def path(self, group: type[MetricGroup], options: Options) -> Path:
+        own = {"group": group.name, "version": group.version, "options": dict(options)}
+        key = json.dumps(self.content | own, sort_keys=True)
         return self.folder / f"{group.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
-    def get(self, group: type[MetricGroup]) -> Entries | None:
-        path = self.path(group)
+    def get(self, group: type[MetricGroup], options: Options) -> Entries | None:
+        path = self.path(group, options)
         if not path.exists():
             return None
         try:
@@ -66,10 +70,10 @@ class Beside:
             log.warning("%s: damaged, measured again.", path)
             return None
 
-    def put(self, group: type[MetricGroup], entries: Entries) -> None:
+    def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
-            write_json(self.path(group), {"entries": entries[0], "reasons": entries[1]})
+            write_json(self.path(group, options), {"entries": entries[0], "reasons": entries[1]})
         except OSError as error:
             log.warning("%s: nothing can be kept here (%s); the next evaluation starts anew.", self.folder, error)
 

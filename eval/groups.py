@@ -138,9 +138,19 @@ class Passage:
         return torch.cat([self.piece.counted, last], dim=1)[self.piece.kept]
 
     def activations(self, hook: str) -> Float[Tensor, "tokens width"]:
-        """What the untouched model has at the hook."""
+        """What the untouched model has at the hook.
+
+        Raises:
+            ValueError: If a number there is not finite, as where half precision overflows.
+        """
         if hook not in self._rows:
-            self._rows[hook] = self._seen[1][hook][self.piece.kept].float()
+            rows = self._seen[1][hook][self.piece.kept].float()
+            if not bool(torch.isfinite(rows).all()):
+                raise ValueError(
+                    f"{hook}: expected finite activations, got NaN or infinite ones from {self.model.id}. Judge it in "
+                    "model.dtype: float32 or bfloat16."
+                )
+            self._rows[hook] = rows
         return self._rows[hook]
 
     def gradients(self, hook: str) -> Float[Tensor, "tokens width"]:

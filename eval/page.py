@@ -85,6 +85,8 @@ def _key_figure(report: Report, label: str, key: str, note: str) -> str:
     value = show(report[key]) if key in report else UNMEASURED
     # A note that quotes other entries says nothing beside a figure that is not there.
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
+    ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
+    words += f" ({show(ends[0], digits=3)}\u2013{show(ends[1], digits=3)})" if None not in ends else ""
     kind = "value" if finite(report.get(key)) is not None else "value none"
     return (
         f'<div class="tile" data-key="{escape(key)}"><div class="label">{escape(label)}</div>'
@@ -192,6 +194,7 @@ BODY = """<header>
 <p>Recovered fractions flatter: an ablation to zero wrecks the model so thoroughly that even poor dictionaries come out near 1.
 The increase in nats is the more honest figure, and the mean the fairer ablation.</p>
 <p>A low fvu_nonlinear alone is no merit: a dictionary that reconstructs nothing leaves only linear error. Dead shares compare
-only over equal windows of tokens. Positions excluded from training are neither replaced nor scored.</p>
+only over equal windows of tokens. Positions excluded from training are neither replaced nor scored. Ranges below figures are
+95 % intervals over documents.</p>
 </footer>
 """

@@ -188,12 +188,12 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
 
 
 def cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """The four losses as bars."""
-    bars = {"clean": MUTED, "spliced": ACCENT, "mean": WARN, "zero": BAD}
+    """The losses as bars."""
+    bars = {"clean": MUTED, "spliced": ACCENT, "mean": WARN, "zero": BAD, "resample": INK}
     losses = {name: value for name in bars if (value := finite(report.get(f"ce_{name}"))) is not None}
     if not losses:
         return None
-    labels = [f"{name}-ablated" if name in ("mean", "zero") else name for name in losses]
+    labels = [f"{name}-ablated" if name in ("mean", "zero", "resample") else name for name in losses]
     ax.barh(labels, list(losses.values()), height=0.62, color=[bars[name] for name in losses])
     widest = max(losses.values()) or 1.0
     for row, value in enumerate(losses.values()):
@@ -213,7 +213,11 @@ PLOTS: tuple[tuple[str, str, Draw], ...] = (
     ("Where the variance goes", "Linear error is what a linear map of the activation can predict.", error_split),
     ("Firing density", "Dense latents say little about any token. An arrow marks a bar cut short.", density_histogram),
     ("Latents per token", "How many latents it takes to describe one token.", l0_histogram),
-    ("Cost to the model", "Spliced: the model runs on reconstructions. Ablated: on the mean, or on zeros.", cross_entropy),
+    (
+        "Cost to the model",
+        "Spliced: the model runs on reconstructions. Ablated: on the mean, zeros, or other tokens' activations.",
+        cross_entropy,
+    ),
 )
 
 

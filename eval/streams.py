@@ -49,7 +49,9 @@ class Quantiles:
         self.counts = torch.zeros(2 * self.half + 1, dtype=torch.long)
 
     def update(self, numbers: Float[Tensor, " tokens"]) -> None:
-        bins = (numbers.double().cpu() / self.floor).asinh().div(self.BIN).round().clamp(-self.half, self.half).long()
+        """Take in further numbers; NaN has no place among them and is left out."""
+        numbers = numbers[~numbers.isnan()].double().cpu()
+        bins = (numbers / self.floor).asinh().div(self.BIN).round().clamp(-self.half, self.half).long()
         self.counts += torch.bincount(bins + self.half, minlength=len(self.counts))
 
     @property
@@ -57,7 +59,9 @@ class Quantiles:
         return int(self.counts.sum())
 
     def quantiles(self, shares: list[float]) -> list[float]:
-        """The middle of the bin that holds the number of that rank."""
+        """The middle of the bin that holds the number of that rank; NaN if there is no number."""
+        if self.total == 0:
+            return [math.nan] * len(shares)
         ranks = (torch.tensor(shares, dtype=torch.float64) * (self.total - 1)).round().long()
         bins = torch.searchsorted(self.counts.cumsum(0), ranks, right=True) - self.half
         return [self.floor * math.sinh(number * self.BIN) for number in bins.tolist()]

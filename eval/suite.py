@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from training.text import Cursor
 from transcoders.stack import hooks_of, is_stack
 
 from .cache import Beside, Nothing, content_of
+from .explanations import REPORT_VERSION
 from .groups import MetricGroup, Passage, Setting, View, settled
 from .heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
 from .page import render
@@ -25,7 +26,6 @@ from .registry import GROUPS
 from .selection import PER_TOKEN, Selection
 from .stack import evaluate_stack, stack_summary
 
-REPORT_VERSION = 1
 ROWS_AT_ONCE = 4096
 
 # Told how many tokens there will be, returns what is told how many were done.
@@ -80,15 +80,20 @@ def evaluate_all(
     selection: Selection = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Judge several dictionaries, each with a report of its own; those of one model and text share its passes.
 
     Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint. Everything that can be checked is checked before the model runs.
+    checkpoint; ``options`` go to the group of metrics of that name. Everything that can be checked is
+    checked before the model runs.
 
     Raises:
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
+    unknown = sorted((options or {}).keys() - {group.name for group in GROUPS})
+    if unknown:
+        raise ValueError(f"options: expected names among {', '.join(group.name for group in GROUPS)}, got {unknown[0]!r}.")
     outs = outs or [None] * len(checkpoints)
     stacks = [_needs_stack(local_directory(checkpoint)) for checkpoint in checkpoints]
     if selection != PER_TOKEN and any(stacks):
@@ -113,7 +118,7 @@ def evaluate_all(
     reports: dict[int, dict[str, Any]] = {}
     for candidates in together.values():
         wanted = wanted_tokens(candidates[0].source, tokens)
-        for candidate, entries in zip(candidates, judge_on_model(candidates, wanted, cache, progress), strict=True):
+        for candidate, entries in zip(candidates, judge_on_model(candidates, wanted, cache, progress, options), strict=True):
             reports[id(candidate)] = _written(candidate, entries)
     found = iter(reports[id(candidate)] for candidate in alone)
     return [
@@ -246,6 +251,9 @@ def judge_tensor(
         raise ValueError(f"activations: expected width {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]}.")
     if targets.shape != (x.shape[0], dictionary.d_out):
         raise ValueError(f"activations: y: expected {(x.shape[0], dictionary.d_out)}, got {tuple(targets.shape)}.")
+    for name, rows in (("x", x), ("y", targets)):
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"activations: {name}: expected finite numbers, got NaN or infinite ones. Leave those rows out.")
     setting = Setting(dictionary, torch.device("cpu"), selection, fit_tokens=half)
     groups = [group(setting) for group in GROUPS if not group.reads_model]
     for rows, wanted in zip(x[:half].float().split(ROWS_AT_ONCE), targets[:half].float().split(ROWS_AT_ONCE), strict=True):
@@ -269,30 +277,45 @@ class _Judge:
 
 @torch.no_grad()
 def judge_on_model(
-    candidates: Sequence[Candidate], tokens: int, cache: bool = True, progress: Progress = unseen
+    candidates: Sequence[Candidate],
+    tokens: int,
+    cache: bool = True,
+    progress: Progress = unseen,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """The entries of every candidate, which have model, text and number of tokens in common.
 
     Groups whose entries are cached take no part, and where all are, the model is not even loaded.
     """
     kept = [candidate.kept(tokens) if cache else Nothing() for candidate in candidates]
-    known = [{group.name: found for group in GROUPS if (found := store.get(group)) is not None} for store in kept]
+    told = {group.name: (options or {}).get(group.name, {}) for group in GROUPS}
+    known = [
+        {group.name: found for group in GROUPS if (found := store.get(group, told[group.name])) is not None} for store in kept
+    ]
     if any(len(entries) < len(GROUPS) for entries in known):
         hooks = [hooks_of(candidate.source) for candidate in candidates]
         where = ground(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
         judges = []
         for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
             dictionary = candidate.dictionary
-            require_widths(where.model, (hook_in,), (dictionary.d_in,), "d_in")
-            require_widths(where.model, (hook_out,), (dictionary.d_out,), "d_out")
+            try:
+                require_widths(where.model, (hook_in,), (dictionary.d_in,), "d_in")
+                require_widths(where.model, (hook_out,), (dictionary.d_out,), "d_out")
+            except ValueError as error:
+                raise ValueError(f"{candidate.checkpoint}: {error}") from None
             device = where.model.device
             setting = Setting(dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, tokens // 2)
-            judges.append(_Judge(setting, [group(setting) for group in GROUPS if group.name not in entries]))
+            judges.append(
+                _Judge(
+                    setting,
+                    [group(replace(setting, options=told[group.name])) for group in GROUPS if group.name not in entries],
+                )
+            )
         _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 entries[group.name] = settled(group.report())
-                store.put(type(group), entries[group.name])
+                store.put(type(group), told[group.name], entries[group.name])
     return [_merged(entries[group.name] for group in GROUPS) for entries in known]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from eval.explanations import markdown
 from eval.page import EXPLANATIONS, KEY_FIGURES, PLOTS, render
 
 N_LATENTS, TOKENS = 1021, 20_011
@@ -156,6 +157,11 @@ def test_every_scalar_has_a_row_with_value_and_explanation(page: Page, key: str)
 def test_every_key_of_the_report_is_explained():
     # The report above is an older one, of fewer groups; what a new one holds is seen in test_suite.
     assert set(REPORT) <= {key for entries in EXPLANATIONS.values() for key in entries}
+
+
+def test_the_documented_schema_is_that_of_the_page():
+    # If not: python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
+    assert (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8") == markdown()
 
 
 def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():

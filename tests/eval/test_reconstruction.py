@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eval.redundancy as redundancy
+from eval.explanations import INTRODUCTION
 from eval.groups import Setting, Undefined, View, settled
 from eval.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
 from eval.redundancy import Redundancy, max_cosines
@@ -60,6 +61,8 @@ def test_every_definition_equals_numpy_and_no_two_are_equal():
         assert found[key] == pytest.approx(value, rel=1e-10), key
     named = [value for key, value in found.items() if key.startswith("ev_")]
     assert len({round(value, 3) for value in named}) == 6
+    # The documentation quotes them.
+    assert "| " + " | ".join(f"{value:.3f}" for value in named) + " |" in INTRODUCTION
     # Dimensions that hardly vary ruin the one; to the other the offset is invisible.
     assert found["ev_mean_dim"] < -5
     assert found["ev_residual_variance"] > found["ev_global"]
@@ -69,7 +72,7 @@ def rows_of(report):
     return {key: value for key, value in report.items() if not isinstance(value, Undefined)}
 
 
-@pytest.mark.parametrize("size", [1, 97, 500])
+@pytest.mark.parametrize("size", [5, 97, 500])
 def test_reports_do_not_depend_on_how_tokens_are_cut(size):
     y, y_hat = map(torch.tensor, biased_and_scaled())
     dense = (torch.randn(1013, 41) - 1).relu()
@@ -142,6 +145,16 @@ def test_quantiles_of_reals_are_within_a_hundredth():
     exact = torch.quantile(numbers, torch.tensor(shares, dtype=torch.float64)).tolist()
     for found, expected in zip(quantiles.quantiles(shares), exact, strict=True):
         assert found == pytest.approx(expected, rel=0.01, abs=1e-5)
+
+
+def test_quantiles_without_a_number_are_none_and_infinity_is_far_out():
+    quantiles = Quantiles(floor=1e-3)
+    quantiles.update(torch.tensor([math.nan, math.nan]))
+    assert all(map(math.isnan, quantiles.quantiles([0.5])))
+    quantiles.update(torch.tensor([1.0, math.inf, -math.inf, math.nan]))
+    low, middle, high = quantiles.quantiles([0.0, 0.5, 1.0])
+    assert middle == pytest.approx(1, rel=0.01)
+    assert -low == high >= 1e6
 
 
 def test_tokens_of_high_norm_are_told_apart():

@@ -166,6 +166,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
         ("", ["large", "beaten", "small", "bare"], set()),
         pytest.param("#sort=-l0_mean", ["bare", "beaten", "large", "small"], set(), marks=pytest.mark.slow),
         # Without a value at the end both ways.
+        ("#sort=ce_increase", ["large", "beaten", "small", "bare"], set()),
         ("#sort=-ce_increase", ["small", "beaten", "large", "bare"], set()),
         ("#sort=name&q=l0%3C9", ["large", "small"], {"1", "3"}),
         pytest.param("#q=batch_topk", ["large"], {"0", "1", "3"}, marks=pytest.mark.slow),

@@ -97,6 +97,12 @@ def test_tensors_are_judged_without_a_model(tmp_path):
     assert report["tokens"] == 250
     assert "ce_clean" not in report
     assert summary(report)
+    for rows, message in (
+        (torch.full((9, 6), torch.nan), "x: expected finite numbers"),
+        (torch.randn(9, 7), "expected width 6, the dictionary's d_in, got 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(str(tmp_path / "d"), activations=rows)
     with pytest.raises(ValueError, match="at least 2 tokens"):
         evaluate(str(tmp_path / "d"), activations=torch.randn(1, 6))
 
@@ -104,8 +110,8 @@ def test_tensors_are_judged_without_a_model(tmp_path):
 def test_a_dictionary_of_another_width_is_refused(checkpoint, tmp_path):
     config = json.loads((checkpoint / "dictionary.json").read_text())
     SAE(6, 23, ENCODERS["topk"](k=4)).save(tmp_path / "d", config["provenance"])
-    with pytest.raises(ValueError, match=r"transformer\.h\.2:out: expected width 6, the dictionary's d_in, got 128"):
-        evaluate(str(tmp_path / "d"))
+    with pytest.raises(ValueError, match=r"/d: transformer\.h\.2:out: expected width 6, the dictionary's d_in, got 128"):
+        evaluate_all([str(checkpoint), str(tmp_path / "d")], tokens=600)
 
 
 def test_without_heldout_documents_there_is_nothing_to_judge_on(checkpoint, tmp_path):
@@ -180,6 +186,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     import eval.suite as suite
 
+    monkeypatch.setattr(suite, "render", lambda *_: "")
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
@@ -209,7 +216,29 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
     assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
 
 
-def test_progress_goes_up_to_the_number_of_tokens(rivals, tmp_path):
+def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
+    import eval.suite as suite
+
+    monkeypatch.setattr(suite, "render", lambda *_: "")
+    seen = []
+
+    class Curious(suite.GROUPS[2]):
+        name = "curious"
+
+        def __init__(self, setting):
+            seen.append(dict(setting.options))
+            super().__init__(setting)
+
+    monkeypatch.setattr(suite, "GROUPS", (suite.GROUPS[2], Curious))
+    for options in ({}, {"curious": {"ridge": 0.5}}, {"curious": {"ridge": 0.5}}, {}):
+        evaluate_all([rivals[0]], [str(tmp_path)], 600, options=options)
+    assert seen == [{}, {"ridge": 0.5}]
+    with pytest.raises(ValueError, match="options: expected names among redundancy, curious, got 'curius'"):
+        evaluate_all([rivals[0]], options={"curius": {}})
+
+
+def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.suite.render", lambda *_: "")
     told = []
 
     def progress(total):
@@ -249,6 +278,21 @@ def test_text_without_tokens_that_count_is_refused(checkpoint, tmp_path, monkeyp
     path = saved_like(checkpoint, tmp_path / "d", SAE(128, 67, ENCODERS["topk"](k=5)), harvest=harvest)
     with pytest.raises(ValueError, match=r"got none in 16 contexts: all are special or excluded\. Lower harvest.exclude"):
         evaluate(path)
+
+
+def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeypatch, tmp_path):
+    from training.activations.model import LanguageModel
+
+    real = LanguageModel.activations
+
+    def overflowing(self, *arguments, **options):
+        return {hook: x * torch.inf for hook, x in real(self, *arguments, **options).items()}
+
+    monkeypatch.setattr(LanguageModel, "activations", overflowing)
+    with pytest.raises(
+        ValueError, match=r"transformer.h.2:out: expected finite activations, .* Judge it in model.dtype: float"
+    ):
+        evaluate(rivals[0], str(tmp_path), tokens=600, cache=False)
 
 
 def test_few_documents_are_refused_or_have_no_interval(checkpoint, tmp_path):
