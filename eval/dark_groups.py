@@ -1,0 +1,241 @@
+"""The dark matter as groups of the report: the split itself, and what needs the model (its cost, and what predicts norms)."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
+from .dark_norms import NormRegressions
+from .dark_regression import RIDGE, needed_tokens
+from .dark_shares import Shares
+from .groups import MetricGroup, Predictions, Setting, Undefined, View
+
+SPLIT = "Error, linear and nonlinear"
+COST = "Cost of the error's parts"
+NORMS = "What predicts norms"
+NORM_TARGETS = ("err_norm", "reconstruction_norm", "input_norm")
+NORM_SCALARS = ("input_norm", "l0", "loss")
+# Of the second question, asked where what is read is not the target.
+ON_TARGET = ("fvu_nonlinear", "linear_error_share", "linear_error_share_rescaled", "err_vec_r2", "err_vec_r2_mean_dim")
+ON_TARGET = (*ON_TARGET, "err_norm_r2")
+
+
+class ErrorSplit(MetricGroup):
+    """Half of the documents fit a linear map from what is read to the error, the other half is scored.
+
+    Where what is read is not the target, as for a transcoder, the error is regressed on the target too. Options: ``bias``,
+    ``ridge`` (a number, or several to choose among by document), and ``authors``, for the published protocol beside it.
+    """
+
+    name = "linear_error"
+    version = 2
+    reads_model = False
+    explanations: ClassVar = {
+        SPLIT: {
+            "fvu_total": "fvu on the tokens that score the regression: linear and nonlinear error together.",
+            "fvu_nonlinear": "What is left of fvu_total once a linear map of what is read, fitted on other data, has "
+            "predicted the error. Low alone is no merit, an empty dictionary has none: read it beside fvu_total.",
+            "linear_error_share": "1 - fvu_nonlinear / fvu_total: share of the squared error that is linear in the activation.",
+            "fvu_rescaled": "fvu_total after the best single factor on the reconstruction; what that takes off is shrinkage.",
+            "best_factor": "That factor. Above 1 the dictionary shrinks.",
+            "linear_error_share_rescaled": "linear_error_share after that factor: what is linear beyond shrinkage.",
+            "reconstruction_variance": "Variance of the reconstruction over that of the target. 0 is a dead dictionary, "
+            "whose whole error is linear by construction.",
+            "err_vec_r2": "R\u00b2 of the linear prediction of the error, all dimensions together, about the error's mean.",
+            "err_vec_r2_mean_dim": "R\u00b2 of the linear prediction of the error, per dimension, then averaged.",
+            "err_norm_r2": "R\u00b2 of the linear prediction of the squared error norm.",
+            "fvu_nonlinear_on_target": "fvu_nonlinear where the map reads the target, not what the dictionary reads: how much "
+            "of the error is a linear distortion of what was to be written.",
+            "linear_error_share_on_target": "linear_error_share of that map.",
+            "linear_error_share_rescaled_on_target": "linear_error_share_rescaled of that map.",
+            "err_vec_r2_on_target": "err_vec_r2 of that map.",
+            "err_vec_r2_mean_dim_on_target": "err_vec_r2_mean_dim of that map.",
+            "err_norm_r2_on_target": "err_norm_r2 of that map.",
+            "authors_fvu_total": "fvu of all tokens, those that fitted the map too, as in the scripts of arXiv:2410.14670.",
+            "authors_fvu_nonlinear": "fvu_nonlinear as there: no bias, tokens split at random, and all of them counted.",
+            "authors_err_vec_r2_mean_dim": "err_vec_r2_mean_dim as there: no bias, tokens split at random.",
+            "authors_err_norm_r2": "err_norm_r2 as there: no bias, tokens split at random.",
+            "dark_matter_notes": "What to know before reading these figures: too few tokens, a dead dictionary, why some are "
+            "undefined.",
+            "dark_matter_noise_floor": "About the linear_error_share of an error unrelated to the activation: the map fits "
+            "noise.",
+            "dark_matter_fit_tokens": "Tokens the linear map was fitted on.",
+            "dark_matter_score_tokens": "Tokens it was scored on.",
+            "dark_matter_enough_tokens": "Whether the fit had ten tokens per coefficient. If not, the linear share is "
+            "understated.",
+            "dark_matter_needed_tokens": "Tokens that would be ten per coefficient.",
+            "dark_matter_bias": "Whether the map has a bias.",
+            "dark_matter_ridge": "Ridge of the map, in units of the mean square of what is read.",
+        }
+    }
+
+    def __init__(self, setting: Setting):
+        dictionary, options = setting.dictionary, setting.options
+        self.fit_options = FitOptions(options.get("bias", True), options.get("ridge", RIDGE))
+        widths = (dictionary.d_in, dictionary.d_out)
+        self.reads_target = setting.reads_target
+        self.on_input = LinearFit(*widths, setting.device, self.fit_options)
+        self.on_target = None if self.reads_target else LinearFit(widths[1], widths[1], setting.device, self.fit_options)
+        self.authors = AuthorsSplit(*widths, setting.device) if options.get("authors") else None
+
+    @cached_property
+    def scored(self) -> tuple[DarkMatter, DarkMatter | None]:
+        on_target = None if self.on_target is None else DarkMatter(self.on_target, on_target=True)
+        return DarkMatter(self.on_input, self.reads_target), on_target
+
+    def fit(self, piece: View) -> None:
+        documents = None if piece.passage is None else torch.from_numpy(piece.passage.documents).long().to(piece.x.device)
+        error = piece.y - piece.y_hat
+        self.on_input.update(piece.x, error, documents)
+        if self.on_target is not None:
+            self.on_target.update(piece.y, error, documents)
+        if self.authors is not None:
+            self.authors.update(piece.x, piece.y, piece.y_hat)
+
+    def score(self, piece: View) -> None:
+        on_input, on_target = self.scored
+        on_input.update(piece.x, piece.y, piece.y_hat)
+        if on_target is not None:
+            on_target.update(piece.y, piece.y, piece.y_hat)
+        if self.authors is not None:
+            self.authors.update(piece.x, piece.y, piece.y_hat)
+
+    def report(self) -> dict[str, Any]:
+        on_input, on_target = self.scored
+        entries = with_reasons(on_input.report())
+        if on_target is not None:
+            second = with_reasons(on_target.report())
+            entries |= {f"{key}_on_target": second[key] for key in ON_TARGET}
+        return entries | ({} if self.authors is None else self.authors.report())
+
+
+class ErrorCost(MetricGroup):
+    """What each part of the error costs the model, and how well the error's norm is predicted by more and by less."""
+
+    name = "error_cost"
+    version = 1
+    reads_model = True
+    explanations: ClassVar = {
+        COST: {
+            f"{key}{end}": words + bound
+            for key, words in {
+                "ce_spliced_with_linear_error": "Cross-entropy with reconstructions and the linear error added back.",
+                "ce_spliced_with_nonlinear_error": "Cross-entropy with reconstructions and the nonlinear error added back.",
+                "ce_recovered_by_linear_error": "Share of ce_increase that adding back the linear error undoes. The two "
+                "shares need not add up to 1: the model is not linear.",
+                "ce_recovered_by_nonlinear_error": "Share of ce_increase that adding back the nonlinear error undoes.",
+                "kl_recovered_by_linear_error": "Share of kl_spliced that adding back the linear error undoes.",
+                "kl_recovered_by_nonlinear_error": "Share of kl_spliced that adding back the nonlinear error undoes.",
+                "variance_recovered_by_linear_error": "Share of the squared error that adding back the linear error undoes.",
+                "variance_recovered_by_nonlinear_error": "Share of the squared error that the nonlinear one undoes.",
+                "error_norm_share_of_linear": "Mean norm of the linear error over mean norm of the error.",
+                "error_norm_share_of_nonlinear": "Mean norm of the nonlinear error over mean norm of the error.",
+            }.items()
+            for end, bound in {
+                "": "",
+                "_low": " Lower end of the 95 % bootstrap over documents.",
+                "_high": " Upper end of the 95 % bootstrap over documents.",
+            }.items()
+        }
+        | {"share_documents": "Documents that these intervals draw from."},
+        NORMS: {
+            f"{target}_r2_from_{predictor}": f"Held-out R\u00b2 of {what} from {by}."
+            for target, what in {
+                "err_norm": "the squared error norm",
+                "reconstruction_norm": "the squared norm of the reconstruction",
+                "input_norm": "the squared norm of what is read",
+            }.items()
+            for predictor, by in {
+                "activation": "what is read, linearly, on tokens whose loss is defined. For what is read itself this is the "
+                "baseline: that a norm is predictable is not much",
+                "token_id": "the token: its mean in other documents",
+                "token_id_in_sample": "the token, its mean on the very tokens that are scored: too high, as every rare token "
+                "predicts itself; the published figure",
+                "input_norm": "the norm of what is read",
+                "l0": "how many latents fire",
+                "loss": "the untouched model's loss there",
+            }.items()
+        }
+        | {
+            "norm_fit_tokens": "Tokens that fitted these predictors.",
+            "norm_score_tokens": "Tokens that scored them.",
+            "norm_unseen_token_share": "Share of these whose token the fitted documents do not have; the mean stands in.",
+        },
+    }
+
+    def __init__(self, setting: Setting):
+        assert setting.model is not None
+        self.setting = setting
+        dictionary, options = setting.dictionary, setting.options
+        fit_options = FitOptions(options.get("bias", True), options.get("ridge", RIDGE))
+        self.fitted = LinearFit(dictionary.d_in, dictionary.d_out, setting.device, fit_options)
+        module: Any = setting.model.module
+        vocabulary = module.get_input_embeddings().weight.shape[0]
+        self.norms = NormRegressions(dictionary.d_in, vocabulary, NORM_TARGETS, NORM_SCALARS, setting.device, fit_options.bias)
+        self.shares = Shares()
+
+    @cached_property
+    def scored(self) -> DarkMatter:
+        return DarkMatter(self.fitted)
+
+    def fit(self, piece: View) -> None:
+        assert piece.passage is not None
+        documents = torch.from_numpy(piece.passage.documents).long().to(piece.x.device)
+        self.fitted.update(piece.x, piece.y - piece.y_hat, documents)
+        self.norms.fit(*norm_facts(piece))
+
+    def score(self, piece: View) -> None:
+        passage = piece.passage
+        assert passage is not None
+        self.norms.score(*norm_facts(piece))
+        linear = self.scored.linear_error(piece.x)
+        nonlinear = piece.y.double() - piece.y_hat.double() - linear
+        self.shares.update_errors(linear, nonlinear, passage.documents)
+        found = with_parts_back(self.setting, piece, {"linear": linear, "nonlinear": nonlinear})
+        self.shares.update_losses(passage.clean_loss, found, passage.prediction_documents)
+
+    def report(self) -> dict[str, Any]:
+        entries = self.shares.report()
+        if self.fitted.tokens <= self.fitted.columns:
+            why = Undefined(
+                f"the linear error needs more than {self.fitted.columns} tokens to fit on, and at least "
+                f"{needed_tokens(self.fitted.columns)} to be worth it, got {self.fitted.tokens}"
+            )
+            entries = {key: value if key == "share_documents" else why for key, value in entries.items()}
+        return entries | self.norms.report()
+
+
+def norm_facts(piece: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``NormRegressions`` reads, on the rows at which the model's loss is counted."""
+    passage = piece.passage
+    assert passage is not None
+    rows = passage.predicting
+    x, y, y_hat = piece.x[rows].double(), piece.y[rows].double(), piece.y_hat[rows].double()
+    targets = torch.stack([part.pow(2).sum(-1) for part in (y - y_hat, y_hat, x)], dim=1)
+    l0 = piece.code.l0()[rows].double()
+    return x, passage.token_ids[rows], targets, torch.stack([x.norm(dim=-1), l0, passage.clean_loss.double()], dim=1)
+
+
+def with_parts_back(setting: Setting, piece: View, parts: Mapping[str, Tensor]) -> dict[str, Predictions]:
+    """What the model predicts on ``spliced`` reconstructions, and with each of the ``parts`` of the error put back."""
+    model, hook, passage = setting.model, setting.hook_out, piece.passage
+    assert model is not None
+    assert hook is not None
+    assert passage is not None
+    y_hat, kept = piece.y_hat.double(), passage.piece.kept
+    rows = {"spliced": y_hat} | {name: y_hat + part for name, part in parts.items()}
+
+    def put(here: Tensor) -> AbstractContextManager[Any]:
+        return model.replacing(hook, lambda y: y.masked_scatter(kept.unsqueeze(-1), here.to(y.dtype)))
+
+    return {name: passage.predictions(lambda here=here: put(here)) for name, here in rows.items()}
+
+
+def with_reasons(entries: dict[str, Any]) -> dict[str, Any]:
+    """Entries that are ``None`` with the notes as their reason."""
+    notes = " ".join(entries["dark_matter_notes"])
+    return {key: Undefined(notes) if value is None and notes else value for key, value in entries.items()}

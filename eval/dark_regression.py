@@ -1,0 +1,131 @@
+"""Least squares from running moments in float64: nothing is stored per token, and any split into batches gives the same."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Below this many tokens per regressor, the held-out score is visibly worse than the map could be.
+TOKENS_PER_COLUMN = 10
+# A millionth of the mean eigenvalue only decides directions in which the inputs do not vary.
+RIDGE = 1e-6
+FOLDS = 5
+# What a grid search over ridges tries, from next to nothing to next to no map at all.
+RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Regression:
+    """Moments of inputs and targets: enough to fit targets on inputs, and to score any linear map of them.
+
+    With ``bias`` the last coefficient is one of a constant input, which no ridge shrinks.
+    """
+
+    def __init__(self, n_inputs: int, n_targets: int, device: torch.device | str = "cpu", bias: bool = True):
+        self.bias, self.columns, self.tokens = bias, n_inputs + bias, 0
+        self.inputs = torch.zeros(self.columns, self.columns, dtype=torch.float64, device=device)
+        self.outputs = torch.zeros(self.columns, n_targets, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(n_targets, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(n_targets, dtype=torch.float64, device=device)
+
+    def update(self, inputs: Float[Tensor, "tokens n_inputs"], targets: Float[Tensor, "tokens n_targets"]) -> None:
+        rows, targets = self.rows(inputs), targets.double()
+        self.inputs += rows.T @ rows
+        self.outputs += rows.T @ targets
+        self.sums += targets.sum(0)
+        self.squares += targets.pow(2).sum(0)
+        self.tokens += rows.shape[0]
+
+    def rows(self, inputs: Float[Tensor, "tokens n_inputs"]) -> Float[Tensor, "tokens columns"]:
+        """Inputs as the coefficients meet them."""
+        return with_ones(inputs) if self.bias else inputs.double()
+
+    def joined(self, others: Sequence["Regression"]) -> "Regression":
+        """The moments of all their tokens together."""
+        whole = Regression(self.columns - self.bias, self.outputs.shape[1], self.outputs.device, self.bias)
+        for one in (self, *others):
+            for name in ("inputs", "outputs", "sums", "squares", "tokens"):
+                setattr(whole, name, getattr(whole, name) + getattr(one, name))
+        return whole
+
+    def solve(self, ridge: float = RIDGE) -> Float[Tensor, "columns n_targets"]:
+        """Coefficients; ``ridge`` is in units of the inputs' mean square. At 0, the smallest of the best ones."""
+        if ridge == 0:
+            return torch.linalg.pinv(self.inputs, hermitian=True) @ self.outputs
+        n_inputs = self.columns - self.bias
+        diagonal = torch.zeros(self.columns, dtype=torch.float64, device=self.inputs.device)
+        # Without any token, or with inputs that are all zero, every map is as good: the one that gives zero.
+        diagonal[:n_inputs] = ridge * max(float(self.inputs.diagonal()[:n_inputs].mean()), torch.finfo(torch.float64).tiny)
+        if self.bias and self.tokens == 0:
+            diagonal[-1] = 1.0
+        return torch.linalg.solve(self.inputs + torch.diag(diagonal), self.outputs)
+
+    def squared_residual(self, coefficients: Float[Tensor, "columns n_targets"]) -> Float[Tensor, " n_targets"]:
+        """What a map leaves of these tokens' targets, summed over tokens; it may have been fitted on others."""
+        cross = (coefficients * self.outputs).sum(0)
+        return (self.squares - 2 * cross + (coefficients * (self.inputs @ coefficients)).sum(0)).clamp_min(0)
+
+    def deviation(self) -> Float[Tensor, " n_targets"]:
+        """Squares of the targets about their mean, summed over tokens."""
+        return (self.squares - self.sums.pow(2) / max(self.tokens, 1)).clamp_min(0)
+
+    def noise_floor(self) -> float | None:
+        """About the held-out R2 of a target unrelated to the inputs: below 0, because the map fits noise."""
+        return -self.columns / self.tokens if self.tokens else None
+
+
+class FoldedRegression:
+    """A regression kept in parts by document, so that a ridge can be chosen by documents that did not fit it."""
+
+    def __init__(
+        self, n_inputs: int, n_targets: int, device: torch.device | str = "cpu", bias: bool = True, folds: int = FOLDS
+    ):
+        self.parts = [Regression(n_inputs, n_targets, device, bias) for _ in range(folds)]
+
+    def update(
+        self,
+        inputs: Float[Tensor, "tokens n_inputs"],
+        targets: Float[Tensor, "tokens n_targets"],
+        documents: Int[Tensor, " tokens"],
+    ) -> None:
+        fold = documents % len(self.parts)
+        for number, part in enumerate(self.parts):
+            rows = fold == number
+            part.update(inputs[rows], targets[rows])
+
+    def whole(self) -> Regression:
+        return self.parts[0].joined(self.parts[1:])
+
+    def best_ridge(self, ridges: Sequence[float], targets: slice) -> float:
+        """The ridge whose maps leave least of these targets on the documents they were not fitted on.
+
+        Raises:
+            ValueError: If fewer than two parts have tokens.
+        """
+        filled = [part for part in self.parts if part.tokens]
+        if len(filled) < 2:
+            raise ValueError(
+                "ridge: expected documents to choose among several by, got tokens of one document, or of numbers that agree "
+                f"modulo {len(self.parts)}. Give one ridge, or more documents."
+            )
+        left = dict.fromkeys(ridges, 0.0)
+        for part in filled:
+            others = [other for other in filled if other is not part]
+            rest = others[0].joined(others[1:])
+            for ridge in ridges:
+                left[ridge] += float(part.squared_residual(rest.solve(ridge))[targets].sum())
+        return min(ridges, key=lambda ridge: left[ridge])
+
+
+def needed_tokens(columns: int) -> int:
+    """Tokens to fit a map of so many coefficients per target on."""
+    return TOKENS_PER_COLUMN * columns
+
+
+def r2(residual: float, deviation: float) -> float | None:
+    """``None`` where the target does not vary."""
+    return 1 - residual / deviation if deviation > 0 else None
+
+
+def with_ones(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens columns"]:
+    return torch.cat([x.double(), torch.ones(x.shape[0], 1, dtype=torch.float64, device=x.device)], dim=1)

@@ -1,0 +1,86 @@
+"""Which part of the error costs the model how much: the loss with the linear or the nonlinear part put back.
+
+Per part, the share of the cross-entropy increase it takes back, beside its share of the error's variance and norm. The two
+shares of the loss need not add up to 1: the model is not linear. Intervals are bootstraps over documents, whose tokens hang
+together. Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .bootstrap import ByDocument, Totals
+from .groups import Predictions, Undefined
+
+PARTS = ("linear", "nonlinear")
+SIZES = tuple(f"{figure} {part}".strip() for figure in ("square", "norm") for part in ("", *PARTS))
+LOSSES = ("count", "ce clean", *(f"{figure} {name}" for figure in ("ce", "kl") for name in ("spliced", *PARTS)))
+
+Statistic = Callable[[Totals], np.ndarray]
+
+
+class Shares:
+    """Losses and norms of the clean model, of one on reconstructions, and of that with a part of the error put back."""
+
+    def __init__(self) -> None:
+        # Sizes are about all replaced tokens, losses about predictions.
+        self.sizes, self.losses = ByDocument(SIZES), ByDocument(LOSSES)
+
+    def update_errors(
+        self,
+        linear: Float[Tensor, "tokens d_out"],
+        nonlinear: Float[Tensor, "tokens d_out"],
+        documents: Int[np.ndarray, " tokens"],
+    ) -> None:
+        parts = {"": linear + nonlinear, "linear": linear, "nonlinear": nonlinear}
+        values: dict[str, np.ndarray] = {}
+        for name, part in parts.items():
+            square = part.double().pow(2).sum(-1).cpu().numpy()
+            values |= {f"square {name}".strip(): square, f"norm {name}".strip(): np.sqrt(square)}
+        self.sizes.update(documents, values)
+
+    def update_losses(
+        self,
+        clean_loss: Float[Tensor, " predictions"],
+        found: Mapping[str, Predictions],
+        documents: Int[np.ndarray, " predictions"],
+    ) -> None:
+        """``found``: the model on ``spliced`` reconstructions, and with the ``linear`` or ``nonlinear`` error added back."""
+        values = {"count": torch.ones_like(clean_loss), "ce clean": clean_loss}
+        for name in ("spliced", *PARTS):
+            values |= {f"ce {name}": found[name].loss, f"kl {name}": found[name].kl}
+        self.losses.update(documents, {name: value.double().cpu().numpy() for name, value in values.items()})
+
+    def report(self) -> dict[str, Any]:
+        """Flat entries; every one but the count of documents has ``_low`` and ``_high`` beside it."""
+        of_losses: dict[str, Statistic] = {}
+        of_sizes: dict[str, Statistic] = {}
+        for part, other in zip(PARTS, reversed(PARTS), strict=True):
+            of_losses[f"ce_spliced_with_{part}_error"] = lambda s, part=part: s[f"ce {part}"] / s["count"]
+            of_losses[f"ce_recovered_by_{part}_error"] = lambda s, part=part: (
+                (s["ce spliced"] - s[f"ce {part}"]) / (s["ce spliced"] - s["ce clean"])
+            )
+            of_losses[f"kl_recovered_by_{part}_error"] = lambda s, part=part: 1 - s[f"kl {part}"] / s["kl spliced"]
+            # With one part put back, the error is the other.
+            of_sizes[f"variance_recovered_by_{part}_error"] = lambda s, other=other: 1 - s[f"square {other}"] / s["square"]
+            of_sizes[f"error_norm_share_of_{part}"] = lambda s, part=part: s[f"norm {part}"] / s["norm"]
+        entries: dict[str, Any] = {}
+        for figures, statistics in ((self.losses, of_losses), (self.sizes, of_sizes)):
+            entries |= _values(figures, statistics) | figures.intervals(statistics)
+        return entries | {"share_documents": len(self.sizes.rows)}
+
+
+def _values(figures: ByDocument, statistics: Mapping[str, Statistic]) -> dict[str, Any]:
+    """Every statistic of all documents together."""
+    table = np.stack([figures.rows[document] for document in sorted(figures.rows)]) if figures.rows else None
+    if table is None:
+        return dict.fromkeys(statistics, Undefined("no token was scored"))
+    totals = dict(zip(figures.names, table.sum(0, keepdims=True).T, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {name: float(statistic(totals)[0]) for name, statistic in statistics.items()}
+    why = Undefined("there is no error, or it costs the model nothing, so that it has no shares")
+    return {name: value if np.isfinite(value) else why for name, value in found.items()}
