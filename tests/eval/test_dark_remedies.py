@@ -18,6 +18,9 @@ from training.run import train
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
 
+# Minutes of model passes together.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sae():

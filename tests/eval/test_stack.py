@@ -81,6 +81,7 @@ def report(stack):
     return evaluate(str(stack))
 
 
+@pytest.mark.slow
 def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(stack):
     """That of a least-squares map is the floor itself, but for the text it was fitted on."""
     # Fewer tokens and the fitted floor is too high: it has 129 coefficients per dimension.

@@ -1,6 +1,6 @@
 """Our reconstruction figures against SAELens's and dictionary_learning's own evaluation of the same dictionary and tokens.
 
-Where definitions agree the figures do; docs/evaluation.md says where they do not, and why.
+Where definitions agree the figures do; docs/report.md says where they do not, and why.
 """
 
 import json
@@ -43,7 +43,7 @@ SAME = {
         "relative_reconstruction_bias": lambda r: r["relative_reconstruction_bias"],
         "frac_alive": lambda r: 1 - r["dead_fraction"],
         # Blind to a constant offset: not 1 - fvu.
-        "frac_variance_explained": lambda r: r["explained_residual_variance"],
+        "frac_variance_explained": lambda r: r["ev_residual_variance"],
     },
 }
 

@@ -178,6 +178,7 @@ def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
+@pytest.mark.slow
 def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     order, seen = StoreStream.order, []
 
@@ -209,6 +210,7 @@ def test_an_iterator_serves_all_members(values, rows, tmp_path):
 # Stops, kills and failures.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1, 7, 5), pytest.param((13,), marks=pytest.mark.slow)], ids=str)
 def test_a_grid_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     recipes = members(values, FAMILIES)
@@ -225,6 +227,7 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monkeypatch, stopped_after, live):
     """Killed between the saves of two members, twice; the ones ahead wait, also when a stop comes in between."""
@@ -274,6 +277,7 @@ def test_a_grid_that_has_grown_trains_what_is_new(values, rows, tmp_path):
     assert [(Path(recipe.out_dir) / "state.safetensors").read_bytes() for recipe in first] == before
 
 
+@pytest.mark.slow
 def test_one_loss_that_is_not_finite_is_named_and_the_others_are_kept(values, rows, tmp_path, monkeypatch):
     forward = Objective.forward
 

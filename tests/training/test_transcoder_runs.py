@@ -170,6 +170,7 @@ def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     assert before != [(path / "dictionary.safetensors").stat().st_mtime_ns for path in directories]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, live):
     if live:
@@ -193,6 +194,7 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, liv
 # Stopped and continued.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dictionary",
     [

@@ -151,6 +151,7 @@ def saying(text):
     return {"choices": [{"message": {"content": text}}]}
 
 
+@pytest.mark.slow
 def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatch, capsys, serving):
     def reply(request):
         if "EXPLANATION:" in request["messages"][0]["content"]:
