@@ -348,6 +348,7 @@ def browse(directory: Path, html: str, *arguments: str) -> tuple[str, list[str]]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_browser_understands_the_page(tmp_path: Path, html: str, page: Page):
     dom, console = browse(tmp_path, html, "--dump-dom")
@@ -377,6 +378,7 @@ def test_phone_needs_no_sideways_scrolling(tmp_path: Path, html: str):
     assert needed <= window
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])
 def test_screenshot_shows_plots_on_the_scheme_s_background(tmp_path: Path, html: str, width: int, scheme: str):

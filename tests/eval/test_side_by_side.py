@@ -44,6 +44,9 @@ RUNS = {
     "bare": {"fvu": 0.75, "ce_increase": None, "l0_mean": 20.0},
 }
 
+# A browser, or runs to judge, for every test.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def runs(tmp_path):

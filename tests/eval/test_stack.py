@@ -98,6 +98,7 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
     assert "fvu_affine" in (stack / "layer=1" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
     from eval.heldout import ground
@@ -118,6 +119,7 @@ def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, st
     assert found["ce_spliced"] == pytest.approx(total / tokens, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stack_is_judged_whole_and_by_layer(stack, report):
     saved = json.loads((stack / "report.json").read_text())
     assert saved == {key: value for key, value in report.items() if key != "report_path"}

@@ -67,6 +67,7 @@ def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
     assert (tmp_path / "elsewhere" / "report.json").exists()
 
 
+@pytest.mark.slow
 def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
     import eval.heldout as heldout
 
@@ -183,6 +184,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
         folders(["runs/a", "runs/a"], "out")
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     import eval.suite as suite
 
@@ -320,6 +322,7 @@ def test_every_entry_of_a_report_is_explained(report):
     assert {key for key in report if key != "report_path"} <= known
 
 
+@pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("eval.suite.render", lambda *_: "")
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]

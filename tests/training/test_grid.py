@@ -145,6 +145,7 @@ def test_end_to_end_and_reconstruction_share_a_model(values, tmp_path):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
+@pytest.mark.slow
 def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     rows_of, seen = harvest.rows_of, []
@@ -158,6 +159,7 @@ def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     assert len(seen) == len(set(seen))
 
 
+@pytest.mark.slow
 def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
     step = loop_module.step
 
@@ -256,6 +258,7 @@ def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monk
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
+@pytest.mark.slow
 def test_a_member_goes_on_alone_by_its_own_recipe(values, rows, tmp_path, stopped_after):
     recipes = members(values, FAMILIES[:3])
     with stopped_after(11):
@@ -268,6 +271,7 @@ def test_a_member_goes_on_alone_by_its_own_recipe(values, rows, tmp_path, stoppe
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
+@pytest.mark.slow
 def test_a_grid_that_has_grown_trains_what_is_new(values, rows, tmp_path):
     first = members(values, {"lr": [1e-3, 2e-3]})
     train_all(first, rows)

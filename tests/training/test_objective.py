@@ -331,6 +331,7 @@ def gradient_values(recipe_values, gradient_store):
     return recipe_values | {"tokens": BATCH * 10, "log_every": 1, "lr": 4e-3}
 
 
+@pytest.mark.slow
 def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, tmp_path):
     schedule = {"schedules": {"beta": [[0.0, 0.0], [0.5, 20.0]]}}
     directory = train(check_recipe(gradient_values | schedule, "recipe"))

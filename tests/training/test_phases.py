@@ -281,6 +281,7 @@ def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(valu
     assert {name.split("/")[0] for name in load_file(whole / "state.safetensors")} >= {"encoder-0", "encoder-1"}
 
 
+@pytest.mark.slow
 def test_a_later_phase_s_weights_and_moments_survive_a_stop(values, rows, tmp_path, stopped_after):
     values["phases"][0]["encoder"] = {"name": "jumprelu", "target_l0": 5}
     whole = train(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe"), rows)

@@ -167,6 +167,7 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
     assert parts.manifest == whole.manifest
 
 
+@pytest.mark.slow
 def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, monkeypatch):
     """The model runs ahead of the writer: what it has already computed may not follow a shard that is missing."""
     whole = harvest(embedded_model, TEXT, section(tmp_path / "whole", dtype="int8"))
@@ -190,6 +191,7 @@ def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, m
     assert harvest(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
 
 
+@pytest.mark.slow
 def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, tmp_path, monkeypatch):
     whole = harvest(embedded_model, TEXT, section(tmp_path / "whole"))
     stopping = threading.Event()

@@ -117,6 +117,7 @@ def test_a_cross_layer_transcoder_learns_what_all_mlps_write(values, changes):
     assert all(fvu < 1 for fvu in heldout_fvu(directory))
 
 
+@pytest.mark.slow
 def test_some_layers_only_write_to_those(values):
     values["dictionary"] = cross_layer(layers=[1, 3])
     directory = run(values, tokens=303)
@@ -218,6 +219,7 @@ def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, sto
     assert_equal_runs(whole, run(values, tokens=1010, out_dir=str(tmp_path / "parts")))
 
 
+@pytest.mark.slow
 def test_the_saved_recipe_names_hooks_and_goes_on_by_itself(values, stopped_after):
     recipe = check_recipe(values | {"tokens": 1010}, "recipe")
     with stopped_after(3):
@@ -257,6 +259,7 @@ def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
     assert load_dictionary(directory).d_out == 13
 
 
+@pytest.mark.slow
 def test_layers_of_tensors_stand_side_by_side(values, pairs):
     values["dictionary"] = cross_layer()
     with pytest.raises(ValueError, match=r"activations: expected a width that 4 layers share equally, got 19\."):

@@ -26,6 +26,9 @@ ABOUT = {
     "encoder": '{"name": "topk", "k": 5}',
 }
 
+# A browser for every test.
+pytestmark = pytest.mark.slow
+
 
 def record(latent, rng, contexts=3, width=7):
     """A latent as ``eval.features.records`` writes it; every thirteenth is dead."""

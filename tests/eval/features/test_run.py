@@ -20,6 +20,9 @@ HOOK = "transformer.h.2:out"
 N = 67
 LIMITS = Limits(top=4, sample=12, before=5, after=2, background=60)
 
+# Each collects features anew.
+pytestmark = pytest.mark.slow
+
 
 def provenance(**changes):
     harvest = HarvestSection(hooks=(HOOK,), exclude_leading=2).model_dump(mode="json")
