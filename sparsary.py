@@ -151,13 +151,24 @@ def _eval(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Measure everything anew, whatever eval_cache beside the checkpoint holds.")
     ] = False,
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="Fit the linear map of the error without a constant.")] = False,
+    ridge: Annotated[
+        list[float] | None,
+        typer.Option(help="Ridge of that map, in mean squares of what it reads; of several, documents choose. Repeatable."),
+    ] = None,
+    authors: Annotated[
+        bool, typer.Option("--authors", help="Also split the error as its authors' scripts do (arXiv:2410.14670): authors_*.")
+    ] = False,
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
     from eval.suite import Selection, evaluate_all, folders, summary
 
     outs = folders(checkpoints, out)
+    fitted: dict[str, Any] = {"bias": False} if no_bias else {}
+    fitted |= {"ridge": ridge[0] if len(ridge) == 1 else ridge} if ridge else {}
+    options = {"linear_error": fitted | ({"authors": True} if authors else {}), "error_cost": fitted}
     with _progress("eval") as progress:
-        reports = evaluate_all(checkpoints, outs, tokens, Selection(oracle, pursuit, k), not no_cache, progress)
+        reports = evaluate_all(checkpoints, outs, tokens, Selection(oracle, pursuit, k), not no_cache, progress, options)
     for report in reports:
         _table(summary(report))
         print(f"report: {report['report_path']}")

@@ -334,3 +334,23 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
     for name in ("narrow", "earlier"):
         assert (tmp_path / "out" / name / "report.json").exists()
     assert printed.count("report: ") == 2
+
+
+@pytest.mark.slow
+def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.suite.render", lambda *_: "")
+    out = str(tmp_path / "out")
+    arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
+    reports = []
+    for more in ([], ["--no-bias", "--ridge", "0.5", "--authors"], ["--ridge", "-1"]):
+        monkeypatch.setattr("sys.argv", ["sparsary", *arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            sparsary.main()
+        assert ended.value.code == (2 if "-1" in more else 0)
+        reports.append(json.loads((tmp_path / "out" / "report.json").read_text()))
+    usual, asked, _ = reports
+    assert (usual["dark_matter_bias"], usual["dark_matter_ridge"]) == (True, 1e-6)
+    assert (asked["dark_matter_bias"], asked["dark_matter_ridge"]) == (False, 0.5)
+    assert asked["fvu_nonlinear"] != usual["fvu_nonlinear"]
+    assert "authors_err_norm_r2" in asked
+    assert "authors_err_norm_r2" not in usual
