@@ -121,14 +121,14 @@ class LanguageModel:
         for hook in hooks:
             if hook not in seen:
                 raise ValueError(
-                    f"harvest.hooks: {hook}: the model never ran this module. Choose one that is part of its forward pass."
+                    f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass."
                 )
             if seen[hook].ndim == 2 and seen[hook].shape[0] == token_ids.numel():
                 # Some blocks (OPT's) lay all tokens of the batch in one row before their MLP.
                 seen[hook] = seen[hook].view(*token_ids.shape, -1)
             if seen[hook].ndim != 3:
                 raise ValueError(
-                    f"harvest.hooks: {hook}: expected a tensor (contexts, positions, width), got {tuple(seen[hook].shape)}."
+                    f"hook {hook}: expected a tensor (contexts, positions, width), got {tuple(seen[hook].shape)}."
                 )
         return {hook: seen[hook] for hook in hooks}
 
@@ -153,7 +153,7 @@ class LanguageModel:
         if path not in modules or not path or side not in ("in", "out"):
             near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
             choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)
-            raise ValueError(f"harvest.hooks: {hook!r} does not exist in {self.id}. Nearest: {choices}.")
+            raise ValueError(f"hook {hook!r} does not exist in {self.id}. Nearest: {choices}.")
         return modules[path], side
 
 
