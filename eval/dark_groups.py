@@ -221,18 +221,18 @@ def norm_facts(piece: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def with_parts_back(setting: Setting, piece: View, parts: Mapping[str, Tensor]) -> dict[str, Predictions]:
-    """What the model predicts on ``spliced`` reconstructions, and with each of the ``parts`` of the error put back."""
+    """What the model predicts on ``spliced`` reconstructions, and with each of the ``parts`` of the error put back to them."""
     model, hook, passage = setting.model, setting.hook_out, piece.passage
     assert model is not None
     assert hook is not None
     assert passage is not None
     y_hat, kept = piece.y_hat.double(), passage.piece.kept
-    rows = {"spliced": y_hat} | {name: y_hat + part for name, part in parts.items()}
+    rows = {name: y_hat + part for name, part in parts.items()}
 
     def put(here: Tensor) -> AbstractContextManager[Any]:
         return model.replacing(hook, lambda y: y.masked_scatter(kept.unsqueeze(-1), here.to(y.dtype)))
 
-    return {name: passage.predictions(lambda here=here: put(here)) for name, here in rows.items()}
+    return {"spliced": piece.spliced} | {name: passage.predictions(lambda here=here: put(here)) for name, here in rows.items()}
 
 
 def with_reasons(entries: dict[str, Any]) -> dict[str, Any]:

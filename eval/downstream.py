@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from training.activations.model import LanguageModel, next_token_loss
-from training.activations.splice import Insertion, model_spliced
 
 from .bootstrap import ByDocument, Totals
 from .groups import MetricGroup, Predictions, Setting, Undefined, View, predictions
@@ -88,7 +87,6 @@ class SplicedModel(MetricGroup):
         assert setting.hook_in is not None
         assert setting.hook_out is not None
         self.model, self.hook = setting.model, setting.hook_out
-        self.insertion = Insertion(setting.dictionary, (setting.hook_in,), (setting.hook_out,))
         self.total = torch.zeros(setting.dictionary.d_out, dtype=torch.float64, device=setting.device)
         self.fitted, self.scored = 0, 0
         # Every so-manieth target of the first half, whatever pieces it comes in.
@@ -117,9 +115,7 @@ class SplicedModel(MetricGroup):
         ablated["resample"] = replaced(self.model, kept, {self.hook: lambda x: _placed(x, kept, chosen)})
         self.scored += piece.tokens
         found = {
-            "spliced": passage.predictions(
-                lambda: model_spliced(self.model, [self.insertion], kept=kept, codes={(0, 0): piece.code})
-            ),
+            "spliced": piece.spliced,
             # The same for all dictionaries of this hook.
             **{name: passage.predictions(lambda name=name: ablated[name], (name, self.hook)) for name in ABLATED[1:]},
         }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae import SparseCode, SparseDictionary
 from training.activations.model import LanguageModel, next_token_loss
+from training.activations.splice import Insertion, model_spliced
 
 from .heldout import Piece, logits_and_activations
 from .selection import PER_TOKEN, Selection
@@ -196,6 +197,18 @@ class View:
     @cached_property
     def y_hat(self) -> Float[Tensor, "tokens d_out"]:
         return self.setting.dictionary.decode(self.code, self.x)
+
+    @cached_property
+    def spliced(self) -> Predictions:
+        """What the model predicts on the reconstruction; run once for all groups."""
+        model, passage, (hook_in, hook_out) = self.setting.model, self.passage, (self.setting.hook_in, self.setting.hook_out)
+        assert model is not None
+        assert passage is not None
+        assert hook_in is not None
+        assert hook_out is not None
+        insertion = Insertion(self.setting.dictionary, (hook_in,), (hook_out,))
+        kept = passage.piece.kept
+        return passage.predictions(lambda: model_spliced(model, [insertion], kept=kept, codes={(0, 0): self.code}))
 
     @property
     def tokens(self) -> int:

@@ -120,16 +120,12 @@ class LanguageModel:
     def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...], token_ids: Tensor) -> dict[str, Tensor]:
         for hook in hooks:
             if hook not in seen:
-                raise ValueError(
-                    f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass."
-                )
+                raise ValueError(f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass.")
             if seen[hook].ndim == 2 and seen[hook].shape[0] == token_ids.numel():
                 # Some blocks (OPT's) lay all tokens of the batch in one row before their MLP.
                 seen[hook] = seen[hook].view(*token_ids.shape, -1)
             if seen[hook].ndim != 3:
-                raise ValueError(
-                    f"hook {hook}: expected a tensor (contexts, positions, width), got {tuple(seen[hook].shape)}."
-                )
+                raise ValueError(f"hook {hook}: expected a tensor (contexts, positions, width), got {tuple(seen[hook].shape)}.")
         return {hook: seen[hook] for hook in hooks}
 
     @contextmanager
