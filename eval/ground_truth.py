@@ -499,13 +499,22 @@ def judge(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int
     Raises:
         ValueError: If the dictionary is of another width.
     """
+    recovery = recovery_of(planted, dictionary)
+    update_recovery(recovery, dictionary, planted.sample(tokens, seed))
+    return recovery.report()
+
+
+def recovery_of(planted: Planted, dictionary: SparseDictionary) -> Recovery:
+    """An empty record of what a dictionary recovers.
+
+    Raises:
+        ValueError: If the dictionary is of another width.
+    """
     if dictionary.d_in != planted.d or dictionary.d_out != planted.d:
         raise ValueError(
             f"dictionary: expected d_in = d_out = {planted.d}, as planted, got {dictionary.d_in} and {dictionary.d_out}."
         )
-    recovery = Recovery(planted, dictionary.atoms.detach().float().cpu())
-    update_recovery(recovery, dictionary, planted.sample(tokens, seed))
-    return recovery.report()
+    return Recovery(planted, dictionary.atoms.detach().float().cpu())
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from .ground_truth import (
     Sample,
     generator_of,
     levels,
+    recovery_of,
     update_recovery,
     zipf_probabilities,
 )
@@ -162,11 +163,7 @@ def judge_streamed(dictionary: SparseDictionary, planted: Planted, tokens: int, 
     Raises:
         ValueError: If the dictionary is of another width.
     """
-    if dictionary.d_in != planted.d or dictionary.d_out != planted.d:
-        raise ValueError(
-            f"dictionary: expected d_in = d_out = {planted.d}, as planted, got {dictionary.d_in} and {dictionary.d_out}."
-        )
-    recovery = Recovery(planted, dictionary.atoms.detach().float().cpu())
+    recovery = recovery_of(planted, dictionary)
     for size, number in pieces(planted, tokens, seed):
         update_recovery(recovery, dictionary, planted.sample(size, number))
     return recovery.report()
