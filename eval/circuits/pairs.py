@@ -1,0 +1,151 @@
+"""Prompt pairs: a clean prompt, a corrupted one of the same length, and what the model is asked at the end of both."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+METRICS = ("logit_diff", "max_logit_diff", "prob_diff")
+
+
+class Question(NamedTuple):
+    """After ``position`` the model is to prefer ``answers`` to ``foils``; ids of tokens, either may be empty, not both."""
+
+    position: int
+    answers: tuple[int, ...]
+    foils: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of one task. Shorter prompts are padded on the right; ``lengths`` are without padding.
+
+    ``corruption`` names what was changed, ``roles`` are named positions of each pair, as far as the task knows them.
+
+    Metrics, of every question, then averaged over a pair's questions:
+
+    - ``logit_diff``: mean logit of the answers less that of the foils;
+    - ``max_logit_diff``: largest logit of the answers less that of the foils;
+    - ``prob_diff``: probability of the answers less that of the foils.
+    """
+
+    task: str
+    corruption: str
+    clean: Int[Tensor, "pairs positions"]
+    corrupted: Int[Tensor, "pairs positions"]
+    questions: tuple[tuple[Question, ...], ...]
+    lengths: Int[Tensor, " pairs"]
+    metric: str = "logit_diff"
+    roles: tuple[dict[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}.")
+        counts = {len(self.clean), len(self.corrupted), len(self.questions), len(self.lengths)}
+        if len(counts) > 1 or self.clean.shape != self.corrupted.shape:
+            raise ValueError(
+                f"pairs: expected as many corrupted prompts, questions and lengths as clean prompts ({len(self.clean)}), got "
+                f"{len(self.corrupted)}, {len(self.questions)} and {len(self.lengths)}."
+            )
+        for index, questions in enumerate(self.questions):
+            end = int(self.lengths[index])
+            if not questions or any(not 0 <= q.position < end or not (q.answers or q.foils) for q in questions):
+                raise ValueError(
+                    f"pairs: pair {index}: expected questions at positions 0 to {end - 1} with answers or foils, got "
+                    f"{questions}."
+                )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all prompts are of one length, so that a position means the same in each."""
+        return bool((self.lengths == self.clean.shape[1]).all())
+
+    @property
+    def valid(self) -> Bool[Tensor, "pairs positions"]:
+        """Which positions are not padding."""
+        return torch.arange(self.clean.shape[1])[None] < self.lengths[:, None]
+
+    def require_equal(self, what: str) -> None:
+        """Raise ``ValueError`` where prompts differ in length; the lengths are listed."""
+        if not self.equal:
+            lengths = ", ".join(
+                f"{length} ({int((self.lengths == length).sum())})" for length in self.lengths.unique().tolist()
+            )
+            raise ValueError(
+                f"{self.task}: {what} needs prompts of one length, as a position means nothing otherwise; got lengths (and how "
+                f"many pairs have each) {lengths}. Give pairs of one length, or do not tell positions apart."
+            )
+
+    def take(self, rows: slice | Sequence[int] | Tensor) -> "Pairs":
+        """Some of the pairs, in the order of ``rows``; a pair may be taken several times."""
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
+        chosen = index.tolist()
+        return replace(
+            self,
+            clean=self.clean[index],
+            corrupted=self.corrupted[index],
+            questions=tuple(self.questions[row] for row in chosen),
+            lengths=self.lengths[index],
+            roles=tuple(self.roles[row] for row in chosen) if self.roles else (),
+        )
+
+    def batches(self, size: int) -> Iterator["Pairs"]:
+        """All pairs in order, so many at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
+
+    def measure(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " pairs"]:
+        """The metric of every pair, differentiable. High is the clean answer."""
+        if self.metric == "max_logit_diff":
+            return self._per_pair(self._leads(logits))
+        asked = self._asked
+        rows = logits[asked.pair, asked.position]
+        rows = rows.softmax(-1) if self.metric == "prob_diff" else rows
+        rows = rows[:, : asked.signs.shape[1]]
+        weights = asked.signs if self.metric == "prob_diff" else asked.means
+        return self._per_pair((rows * weights.to(rows)).sum(-1))
+
+    def right(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " pairs"]:
+        """Share of a pair's questions whose best answer has a higher logit than the best foil."""
+        return self._per_pair((self._leads(logits) > 0).to(logits.dtype))
+
+    def _leads(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " questions"]:
+        """The best answer's logit less the best foil's, of each question; of nothing it is 0."""
+        asked = self._asked
+        signs = asked.signs.to(logits.device)
+        rows = logits[asked.pair, asked.position][:, : signs.shape[1]]
+        answers = rows.masked_fill(signs <= 0, -torch.inf).amax(-1)
+        foils = rows.masked_fill(signs >= 0, -torch.inf).amax(-1)
+        return answers.masked_fill(answers.isinf(), 0.0) - foils.masked_fill(foils.isinf(), 0.0)
+
+    def _per_pair(self, values: Float[Tensor, " questions"]) -> Float[Tensor, " pairs"]:
+        pair = self._asked.pair.to(values.device)
+        counts = torch.bincount(pair, minlength=len(self)).to(values)
+        return torch.zeros(len(self), dtype=values.dtype, device=values.device).index_add(0, pair, values) / counts
+
+    @cached_property
+    def _asked(self) -> "_Asked":
+        flat = [(pair, question) for pair, questions in enumerate(self.questions) for question in questions]
+        width = 1 + max((token for _, q in flat for token in (*q.answers, *q.foils)), default=0)
+        signs, means = torch.zeros(len(flat), width), torch.zeros(len(flat), width)
+        for row, (_, question) in enumerate(flat):
+            for ids, sign in ((question.answers, 1.0), (question.foils, -1.0)):
+                signs[row, list(ids)] = sign
+                means[row, list(ids)] = sign / max(len(ids), 1)
+        return _Asked(torch.tensor([pair for pair, _ in flat]), torch.tensor([q.position for _, q in flat]), signs, means)
+
+
+class _Asked(NamedTuple):
+    """All questions in a row: whose, where, and by token whether it is an answer (1) or a foil (-1); means add up to 1."""
+
+    pair: Int[Tensor, " questions"]
+    position: Int[Tensor, " questions"]
+    signs: Float[Tensor, "questions tokens"]
+    means: Float[Tensor, "questions tokens"]
