@@ -32,12 +32,11 @@ from .faithfulness import (
     smallest_size,
     stability,
 )
-from .families import Dictionaries, open_dictionaries, open_model, spaces
+from .families import open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
 from .nodes import NodeSpace
-from .pairs import Pairs
 from .tasks import make_pairs
 from .tasks.competence import Competence, competence
 
