@@ -32,7 +32,7 @@ from .faithfulness import (
     smallest_size,
     stability,
 )
-from .families import open_dictionaries, open_model, spaces
+from .families import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
@@ -103,18 +103,39 @@ def benchmark(
         "curves": [],
         "circuits": [],
     }
-    families = spaces(model, several, settings.seed)
+    families, done = spaces(model, several, settings.seed), 0
     for task in settings.tasks:
         work = _Task(model, task, settings)
         for family, space in families.items():
             for name in settings.methods:
                 work.judge(family, space, name, found)
+                done += 1
                 if progress is not None:
-                    progress(1)
+                    progress(done)
     directory = Path(out) if out is not None else Path(checkpoints[0]) / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "circuits.json", found)
     return found | {"path": str(directory / "circuits.json")}
+
+
+def n_steps(checkpoints: int, settings: Settings) -> int:
+    """How many times ``benchmark`` reports progress."""
+    return (FAMILIES_EACH * checkpoints + BASELINES) * len(settings.tasks) * len(settings.methods)
+
+
+def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
+    """A short table: head, and for each family and method its figures."""
+    head = ["task", "family", "method", "cpr", "cmd", "nodes for 80 %", "of", "with exact"]
+    rows = []
+    for row in found["rows"]:
+        if "refused" in row:
+            figures = ["-"] * 5
+        else:
+            nodes = row[_nodes(LEVEL)]
+            figures = [f"{row['cpr']:.3f}", f"{row['cmd']:.3f}", "never" if nodes is None else str(nodes), str(row["units"])]
+            figures.append("-" if row["exact_pearson"] is None else f"{row['exact_pearson']:.3f}")
+        rows.append([row["task"], row["family"], row["method"], *figures])
+    return head, rows
 
 
 class _Task:

@@ -18,6 +18,8 @@ from ..subject import neuron_hook
 from .nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .randomised import random_like
 
+# Families that a checkpoint makes, and those that stand beside them once.
+FAMILIES_EACH, BASELINES = 5, 3
 # What errors are in the families that a checkpoint makes, and how these are called.
 ERROR_NAMES = {"node": "errors as nodes", "kept": "errors kept", "ablated": "errors ablated"}
 
