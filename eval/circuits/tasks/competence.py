@@ -3,7 +3,6 @@
 import logging
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,20 +20,14 @@ Z = 1.959964
 NOISE = 2.0
 
 
-class Estimate(NamedTuple):
-    """A mean over pairs, and its standard error."""
-
-    mean: float
-    error: float
-
-
 @dataclass(frozen=True)
 class Competence:
     """How well a model does a task, and how far the corruption moves the metric.
 
     ``accuracy`` is the share of questions whose best answer beats the best foil on the clean prompt, averaged over pairs, and
     ``interval`` its 95% interval (Wilson's); ``chance`` is what logits that know nothing would reach. ``difference`` is that
-    of the metric between each pair's prompts: the denominator of every normalised faithfulness.
+    of the metric between each pair's prompts: the denominator of every normalised faithfulness. ``..._error`` are standard
+    errors of means.
     """
 
     task: str
@@ -44,9 +37,12 @@ class Competence:
     accuracy: float
     interval: tuple[float, float]
     chance: float
-    clean: Estimate
-    corrupted: Estimate
-    difference: Estimate
+    clean: float
+    clean_error: float
+    corrupted: float
+    corrupted_error: float
+    difference: float
+    difference_error: float
 
     @property
     def at_chance(self) -> bool:
@@ -56,14 +52,23 @@ class Competence:
     @property
     def noise(self) -> bool:
         """Whether the difference is within two standard errors of zero."""
-        return abs(self.difference.mean) <= NOISE * self.difference.error
+        return abs(self.difference) <= NOISE * self.difference_error
+
+    def require_signal(self) -> None:
+        """Raise ``ValueError`` where the difference, which faithfulness divides by, is within noise."""
+        if self.noise:
+            raise ValueError(
+                f"{self.task}: expected {self.metric} to differ between clean prompts and {self.corruption}, as faithfulness "
+                f"divides by the difference, which is noise here: got {self}. Choose another corruption, more pairs, or a task "
+                "the model does."
+            )
 
     def __str__(self) -> str:
         low, high = self.interval
         return (
             f"{self.task}, {self.corruption}: accuracy {self.accuracy:.3f} ({low:.3f} to {high:.3f}, chance "
-            f"{self.chance:.3f}), {self.metric} {self.clean.mean:.3f} clean and {self.corrupted.mean:.3f} corrupted, a "
-            f"difference of {self.difference.mean:.3f} ± {self.difference.error:.3f}, {self.pairs} pairs"
+            f"{self.chance:.3f}), {self.metric} {self.clean:.3f} clean and {self.corrupted:.3f} corrupted, a "
+            f"difference of {self.difference:.3f} ± {self.difference_error:.3f}, {self.pairs} pairs"
         )
 
 
@@ -86,9 +91,9 @@ def competence(model: LanguageModel, pairs: Pairs, batch_size: int = 32) -> Comp
         accuracy,
         wilson(accuracy, len(pairs)),
         _chance(pairs),
-        _estimate(metric),
-        _estimate(other),
-        _estimate(metric - other),
+        *_mean_and_error(metric),
+        *_mean_and_error(other),
+        *_mean_and_error(metric - other),
     )
 
 
@@ -100,12 +105,7 @@ def require_solved(found: Competence) -> None:
     """
     if found.at_chance:
         logger.warning("the model does not do this task, so that a circuit of it explains little: %s", found)
-    if found.noise:
-        raise ValueError(
-            f"{found.task}: expected {found.metric} to differ between clean prompts and {found.corruption}, as faithfulness "
-            f"divides by the difference, which is noise here: got {found}. Choose another corruption, more pairs, or a task "
-            "the model does."
-        )
+    found.require_signal()
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -118,10 +118,10 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _estimate(values: Float[Tensor, " pairs"]) -> Estimate:
-    """Of a single pair the standard error is unknown: infinite."""
+def _mean_and_error(values: Float[Tensor, " pairs"]) -> tuple[float, float]:
+    """The mean and its standard error; of a single pair that is unknown: infinite."""
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return Estimate(float(values.mean()), error)
+    return float(values.mean()), error
 
 
 def _chance(pairs: Pairs) -> float:

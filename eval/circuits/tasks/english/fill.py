@@ -60,15 +60,17 @@ class Words:
 
     def _is_one(self, word: str) -> bool:
         # After a word, as tokenizers treat the beginning of a text in their own ways.
-        before = self.reader.ids("The")
-        after = self.reader.ids(f"The {word}")
-        return len(after) == len(before) + 1 and after[:-1] == before
+        try:
+            self.reader.following("The", f" {word}")
+        except ValueError:
+            return False
+        return True
 
     def require(self, what: str, known: list, bad: list[str], at_least: int) -> None:
         if len(known) < at_least:
             raise ValueError(
-                f"{self.task}: expected at least {at_least} {what} that are one token each, got {len(known)}; several tokens "
-                f"each: {', '.join(bad)}. Choose another task for this tokenizer, or give pairs in a file."
+                f"{self.task}: expected at least {at_least} {what} that are one token each, got {len(known)}; several tokens, or "
+                f"unknown: {', '.join(bad)}. Choose another task for this tokenizer, or give pairs in a file."
             )
 
 
