@@ -9,7 +9,7 @@ arXiv:2211.00593 (completeness, minimality).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,12 @@ class Curve:
     def cmd(self, weights: np.ndarray | None = None) -> float:
         """Area between faithfulness and 1 over the share of units kept; 0 is best."""
         return float(np.trapezoid(np.abs(1.0 - self.faithfulness(weights)), self._shares()))
+
+    def at(self, sizes: Sequence[int]) -> "Curve":
+        """The same curve at some of its sizes, in the order given; one may come twice."""
+        rows = [self.sizes.index(size) for size in sizes]
+        rest = None if self.complements is None else self.complements[rows]
+        return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=rest)
 
     def smallest(self, level: float) -> int | None:
         """The first size on the curve that reaches a level of faithfulness; None if none does."""
