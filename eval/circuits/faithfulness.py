@@ -106,8 +106,13 @@ def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
     """Units from most to least: those that help most first, or those that matter most either way; equals in their order.
 
     Raises:
-        ValueError: If there is no such ranking.
+        ValueError: If there is no such ranking, or a unit has no score.
     """
+    if not scores.measured.all():
+        raise ValueError(
+            f"ranking: expected a score for every unit, got {int(scores.measured.sum())} of {len(scores.values)}. Measure all "
+            "units (exact: leave out `units`)."
+        )
     return ordered(scores.values, ranking)
 
 

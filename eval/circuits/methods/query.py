@@ -20,10 +20,12 @@ from ..pairs import Pairs
 from ..passes import Cost
 from ..ranking import largest
 from ..space import Space
-from .attribution import AttributionPatching
+from .integrated import IntegratedInputs
 from .scores import Method, Scores
 
 N_VARIANTS = 9
+# Of integrated gradients, as published.
+BASE_STEPS = 20
 # Of all units: the sizes between which a ranking for all sizes is chosen.
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -51,7 +53,8 @@ class QueryCurves:
 class QueryCircuits(Method):
     """For the first of the pairs: the scores that do best on it, on average over sizes, of its own and its variants'.
 
-    The other pairs are what variants are drawn from. ``base`` is the method that finds the circuit of a single pair.
+    The other pairs are what variants are drawn from. ``base`` is the method that finds the circuit of a single pair;
+    without one it is integrated gradients from the embeddings, of 20 steps.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class QueryCircuits(Method):
     ):
         if n_variants < 0:
             raise ValueError(f"n_variants: expected at least 0, got {n_variants}.")
-        self.base, self.n_variants, self.shares = base or AttributionPatching(), n_variants, tuple(shares)
+        self.base, self.n_variants, self.shares = base or IntegratedInputs(BASE_STEPS), n_variants, tuple(shares)
         self.ranking, self.seed = ranking, seed
 
     def discover(self, space: Space, pairs: Pairs) -> Scores:
