@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from .compiled import EDGES, compiled
 from .files import load_toy
 from .handbuilt import fraction, gate, induction, reverse
 from .known import ABLATIONS, Known, edge_names, node_names
@@ -18,5 +19,7 @@ KNOWN: dict[str, Callable[..., Known]] = {
     "fraction": fraction,
     "reverse": reverse,
 }
+# What is read from a directory, the first argument.
+COMPILED: dict[str, Callable[..., Known]] = {name: partial(compiled, name) for name in EDGES}
 
-__all__ = ["ABLATIONS", "KNOWN", "Known", "ToyConfig", "ToyTransformer", "edge_names", "load_toy", "node_names"]
+__all__ = ["ABLATIONS", "COMPILED", "KNOWN", "Known", "ToyConfig", "ToyTransformer", "edge_names", "load_toy", "node_names"]
