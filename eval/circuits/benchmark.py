@@ -5,7 +5,6 @@ method comes to is a flat row of ``circuits.json``; curves, and the circuits tha
 """
 
 import difflib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
 from .nodes import NodeSpace
 from .tasks import make_pairs
-from .tasks.competence import Competence, competence
+from .tasks.competence import competence, require_solved
 
 SCHEMA_VERSION = 1
 DEFAULT_TASKS = ("ioi",)
@@ -50,9 +49,9 @@ VERIFIED_PAIRS = 32
 # Units of the circuit at the middle level that are taken out one by one, and that are drawn.
 TAKEN_OUT = 40
 DRAWN = 40
+EDGES = 200
 LEVEL = 0.8
 
-log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -103,10 +102,10 @@ def benchmark(
         "curves": [],
         "circuits": [],
     }
-    families, done = spaces(model, several, settings.seed), 0
+    done = 0
     for task in settings.tasks:
         work = _Task(model, task, settings)
-        for family, space in families.items():
+        for family, space in spaces(model, several, work.chosen_on.clean, settings.seed).items():
             for name in settings.methods:
                 work.judge(family, space, name, found)
                 done += 1
@@ -148,14 +147,7 @@ class _Task:
         self.task, self.settings = pairs.task, settings
         self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
         self.competence = competence(model, self.judged_on)
-        self.competence.require_signal()
-        if self.competence.at_chance:
-            log.warning(
-                "%s: %s answers %.0f %% of clean prompts right, which chance may do too: circuits are of little meaning.",
-                task,
-                model.id,
-                100 * self.competence.accuracy,
-            )
+        require_solved(self.competence)
 
     def judge(self, family: str, space: NodeSpace, name: str, found: Row) -> None:
         """Discover with one method in one family, and add what comes of it."""
@@ -186,7 +178,6 @@ class _Task:
             found["circuits"].append(about | self._circuit(space, scores, order[: min(size, DRAWN)]))
 
     def _about(self, family: str, space: NodeSpace, method: str, scores: Scores, along: Curve) -> Row:
-        known: Competence = self.competence
         return {
             "task": self.task,
             "corruption": self.judged_on.corruption,
@@ -196,9 +187,9 @@ class _Task:
             "ablation": self.settings.ablation,
             "units": space.size,
             "pairs": len(self.judged_on),
-            "accuracy": known.accuracy,
-            "metric_clean": known.clean,
-            "metric_corrupted": known.corrupted,
+            "accuracy": self.competence.accuracy,
+            "metric_clean": self.competence.clean,
+            "metric_corrupted": self.competence.corrupted,
             "metric_empty": float(along.empty.mean()),
             # Less than 1 where errors are always ablated.
             "faithfulness_all": _number(along.faithfulness()[-1]),
@@ -226,19 +217,20 @@ class _Task:
         generator = torch.Generator().manual_seed(self.settings.seed)
         others = live[torch.randperm(len(live), generator=generator)[: VERIFIED // 2]]
         units = torch.cat([top, others]).unique()
-        truth = ExactPatching(units=units.tolist()).discover(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)))
+        few = self.chosen_on.take(slice(0, VERIFIED_PAIRS))
+        truth = ExactPatching(units=units.tolist()).discover(space, few)
         a, b = scores.values[units].double().numpy(), truth.values[units].double().numpy()
         if len(units) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
             return {"exact_pearson": None, "exact_spearman": None}
         return {
-            "exact_pearson": _number(stats.pearsonr(a, b).statistic),
-            "exact_spearman": _number(stats.spearmanr(a, b).statistic),
+            "exact_pearson": _number(np.corrcoef(a, b)[0, 1]),
+            "exact_spearman": _number(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]),
         }
 
     def _circuit(self, space: NodeSpace, scores: Scores, units: torch.Tensor) -> Row:
         """The units of a circuit, with the effects that pass directly from one to another."""
         names = space.names()
-        edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), units)
+        edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), _mask(units, space.size))
         groups = space.group_of(units.tolist())
         return {
             "units": [
@@ -246,10 +238,15 @@ class _Task:
                 for unit, group in zip(units.tolist(), groups, strict=True)
             ],
             "edges": [
-                {"from": names[sender], "to": names[receiver], "weight": weight}
-                for sender, receiver, weight in edges.largest(200)
+                {"from": sender, "to": receiver, "weight": weight} for sender, receiver, weight in edges.describe(names)[:EDGES]
             ],
         }
+
+
+def _mask(units: torch.Tensor, size: int) -> torch.Tensor:
+    kept = torch.zeros(size, dtype=torch.bool)
+    kept[units] = True
+    return kept
 
 
 def _areas(signed: Curve, absolute: Curve) -> Row:
