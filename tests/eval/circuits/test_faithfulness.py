@@ -131,20 +131,20 @@ def test_the_smallest_size_is_to_the_unit(space, pairs):
 
 def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
     monkeypatch.setattr("eval.circuits.faithfulness.RESAMPLES", 150)
-    rng, hits = np.random.default_rng(0), 0
+    rng, hits, widths = np.random.default_rng(0), 0, []
     for seed in range(40):
-        full = rng.normal(3.0, 0.5, 40)
-        empty = rng.normal(1.0, 0.5, 40)
+        full, empty = rng.normal(3.0, 0.5, 40), rng.normal(1.0, 0.5, 40)
         middle = 0.5 * (full + empty) + rng.normal(0.0, 0.3, 40)
-        along = Curve(2, (1,), middle[None], None, full, empty)
-        low, high = bootstrap(Curve.faithfulness, along, seed)
-        hits += bool(low[0] <= 0.5 <= high[0])
+        ends = [
+            bootstrap(Curve.faithfulness, Curve(2, (1,), middle[None, :n], None, full[:n], empty[:n]), seed) for n in (40, 10)
+        ]
+        hits += bool(ends[0][0][0] <= 0.5 <= ends[0][1][0])
+        widths.append([float(high[0] - low[0]) for low, high in ends])
     # 38 of 40 expected, and more than three standard deviations below it is 33.
     assert 34 <= hits <= 40
-    # Wider with fewer pairs, nothing where all pairs are alike.
-    few = Curve(2, (1,), middle[None, :10], None, full[:10], empty[:10])
-    low_few, high_few = bootstrap(Curve.faithfulness, few)
-    assert high_few - low_few > 1.3 * (high - low)
+    # A quarter of the pairs, intervals twice as wide; where all pairs are alike, none.
+    many, few = np.mean(widths, axis=0)
+    assert 1.6 < few / many < 2.3
     assert bootstrap(Curve.cpr, synthetic([0, 1], (0, 2), 2)) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
