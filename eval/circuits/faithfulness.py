@@ -99,7 +99,7 @@ def bootstrap(
     rng, n = np.random.default_rng(seed), len(along.full)
     draws = [statistic(along, np.bincount(rng.integers(n, size=n), minlength=n)) for _ in range(RESAMPLES)]
     low, high = np.quantile(np.array(draws), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    return np.asarray(low), np.asarray(high)
 
 
 def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
