@@ -352,6 +352,8 @@ def random_pairs():
         questions = tuple((Question(int(length) - 1, (3 + row,), (20 + row,)),) for row, length in enumerate(lengths))
         return Pairs("random", "tokens", clean, corrupted, questions, lengths, metric)
 
+    return build
+
 
 @pytest.fixture(scope="session")
 def gpt2_tokens(shared_data):

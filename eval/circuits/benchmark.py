@@ -17,10 +17,11 @@ from scipy import stats
 from sae.files import json_number, write_json
 from training.activations.model import LanguageModel
 
-from .ablation import ABLATIONS, Filler, filler
+from .ablation import ABLATIONS, filler
 from .faithfulness import (
     LEVELS,
     Curve,
+    Trials,
     bootstrap,
     curve,
     growing_sizes,
@@ -44,13 +45,14 @@ DEFAULT_TASKS = ("ioi",)
 DEFAULT_METHODS = ("attribution", "relevance", "random")
 DEFAULT_PAIRS = 100
 # Units whose true effect is measured, to compare a method's scores with: the largest, and others at random.
-VERIFIED = 60
+VERIFIED = 40
 VERIFIED_PAIRS = 32
 # Units of the circuit at the middle level that are taken out one by one, and that are drawn.
-TAKEN_OUT = 40
+TAKEN_OUT = 20
 DRAWN = 40
 EDGES = 200
 LEVEL = 0.8
+PER_DECADE = 4
 
 Row = dict[str, Any]
 
@@ -141,8 +143,7 @@ class _Task:
     """One task's pairs, what the model makes of them, and the judging of circuits on them."""
 
     def __init__(self, model: LanguageModel, task: str, settings: Settings):
-        # As many again to choose circuits on.
-        pairs = make_pairs(task, model, 2 * settings.pairs, settings.seed, settings.corruption)
+        pairs = make_pairs(task, model, settings.pairs, settings.seed, settings.corruption)
         half = len(pairs) // 2
         self.task, self.settings = pairs.task, settings
         self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
@@ -158,17 +159,18 @@ class _Task:
         # Units that work against the task belong to its circuit too; only CPR asks for those that help.
         order, helping = ranked(scores, "absolute"), ranked(scores, "signed")
         shares = share_sizes(space.size)
-        sizes = sorted({*growing_sizes(space.size, per_decade=4), *shares})
-        along = curve(space, order, self.judged_on, fill, sizes)
+        sizes = sorted({*growing_sizes(space.size, PER_DECADE), *shares})
+        trials = Trials(space, self.judged_on, fill)
+        along = curve(trials, order, sizes, complements=shares)
         row = self._about(family, space, name, scores, along)
         try:
             along.require_signal()
         except ValueError as error:
             found["rows"].append(row | {"refused": str(error)})
             return
-        helped = curve(space, helping, self.judged_on, fill, shares, complements=False)
+        helped = curve(trials, helping, shares, complements=())
         row |= _areas(helped, along.at(shares))
-        row |= self._sizes(space, scores, order, fill, along)
+        row |= self._sizes(trials, scores, order, along)
         row |= self._agreement(space, scores)
         found["rows"].append(row)
         found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
@@ -198,16 +200,16 @@ class _Task:
             "seconds": round(scores.cost.seconds, 3),
         }
 
-    def _sizes(self, space: NodeSpace, scores: Scores, order: torch.Tensor, fill: Filler, along: Curve) -> Row:
-        row: Row = {_nodes(level): smallest_size(space, order, self.judged_on, fill, level, along) for level in LEVELS}
+    def _sizes(self, trials: Trials, scores: Scores, order: torch.Tensor, along: Curve) -> Row:
+        row: Row = {_nodes(level): smallest_size(trials, order, level, along) for level in LEVELS}
         size = row[_nodes(LEVEL)]
         row |= dict.fromkeys(("completeness", "minimality", "stability"))
         if size is not None:
-            kept = members(order, size)
-            at = curve(space, order, self.judged_on, fill, [size])
-            lost = minimality(space, kept, self.judged_on, fill, order[: min(size, TAKEN_OUT)])
+            at = curve(trials, order, [size])
+            lost = minimality(trials, members(order, size), order[: min(size, TAKEN_OUT)])
             row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
-            row["stability"] = None if scores.per_pair is None else stability(scores, size, "absolute", seed=self.settings.seed)
+            if scores.per_pair is not None:
+                row["stability"] = stability(scores, size, "absolute", seed=self.settings.seed)
         return row
 
     def _agreement(self, space: NodeSpace, scores: Scores) -> Row:

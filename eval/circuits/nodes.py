@@ -160,11 +160,13 @@ class Latents(Part):
     def change(self, x: Tensor, y: Tensor, absent: Tensor, filler: State) -> Tensor:
         if self.errors != "ablated" and not absent.requires_grad and not absent.any():
             return torch.zeros_like(y)
-        values, error = self.state(x, y)
         n = self.dictionary.n_latents
+        code = self.dictionary.encode(x.flatten(0, 1))
+        values = code.to_dense(n).view(*y.shape[:2], -1).to(y)
         change = ((filler[0] - values) * absent[..., :n]) @ self.atoms.to(y)
         if self.errors == "kept":
             return change
+        error = y - self.dictionary.decode(code, x.flatten(0, 1)).view(y.shape).to(y)
         return change + (filler[1] - error) * (absent[..., n:] if self.errors == "node" else 1.0)
 
 

@@ -9,6 +9,7 @@ import torch
 from eval.circuits.ablation import filler
 from eval.circuits.faithfulness import (
     Curve,
+    Trials,
     bootstrap,
     curve,
     growing_sizes,
@@ -28,7 +29,8 @@ from eval.circuits.passes import Cost
 def synthetic(faithfulness, sizes, n_units, pairs=5, complements=None):
     """A curve of a model at 3 and nothing at 1, every pair alike."""
     values = np.repeat(1.0 + 2.0 * np.array(faithfulness)[:, None], pairs, axis=1)
-    return Curve(n_units, tuple(sizes), values, complements, np.full(pairs, 3.0), np.full(pairs, 1.0))
+    rest = np.full_like(values, np.nan) if complements is None else complements
+    return Curve(n_units, tuple(sizes), values, rest, np.full(pairs, 3.0), np.full(pairs, 1.0))
 
 
 def scores_of(values, per_pair=None):
@@ -81,17 +83,15 @@ def test_areas_of_known_curves():
 
 
 def test_pairs_are_averaged_before_dividing():
-    uneven = Curve(1, (1,), np.array([[2.0, 2.0]]), None, np.array([4.0, 2.0]), np.array([0.0, 1.0]))
+    uneven = Curve(1, (1,), np.array([[2.0, 2.0]]), np.full((1, 2), np.nan), np.array([4.0, 2.0]), np.array([0.0, 1.0]))
     assert uneven.faithfulness() == pytest.approx([(2 - 0.5) / (3 - 0.5)])
     assert uneven.faithfulness(np.array([0.0, 2.0])) == pytest.approx([1.0])
-    with pytest.raises(ValueError, match="completeness: expected a curve with complements"):
-        uneven.completeness()
 
 
 @pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
 def test_everything_is_one_and_nothing_is_zero_exactly(space, pairs, ablation):
     order = ranked(METHODS["attribution"]().discover(space, pairs))
-    along = curve(space, order, pairs, filler(space, ablation, pairs), [0, 3, space.size], batch=5)
+    along = curve(Trials(space, pairs, filler(space, ablation, pairs), batch=5), order, [0, 3, space.size])
     assert along.faithfulness()[[0, 2]].tolist() == [0.0, 1.0]
     assert along.completeness()[[0, 2]].tolist() == [1.0, 0.0]
     assert along.faithfulness()[1] not in (0.0, 1.0, along.completeness()[1])
@@ -103,7 +103,7 @@ def test_everything_is_one_and_nothing_is_zero_exactly(space, pairs, ablation):
 def test_a_curve_is_its_circuits_run_by_hand(space, pairs):
     order = torch.randperm(space.size, generator=torch.Generator().manual_seed(4))
     fill = filler(space, "resample", pairs)
-    along = curve(space, order, pairs, fill, [2, 5])
+    along = curve(Trials(space, pairs, fill), order, [2, 5])
     for row, size in enumerate((2, 5)):
         kept = torch.zeros(space.size, dtype=torch.bool)
         kept[order[:size]] = True
@@ -114,19 +114,20 @@ def test_a_curve_is_its_circuits_run_by_hand(space, pairs):
 def test_circuits_that_are_the_same_are_run_once(space, pairs):
     before = space.passes.forwards
     n = space.size
-    curve(space, torch.arange(n), pairs, filler(space, "zero", pairs), [0, 1, 1, n])
+    curve(Trials(space, pairs, filler(space, "zero", pairs)), torch.arange(n), [0, 1, 1, n])
     # The mean, the model, nothing, one unit, all, and all but one; complements of nothing and everything are there already.
     assert space.passes.forwards - before == 1 + 1 + 4
 
 
 def test_the_smallest_size_is_to_the_unit(space, pairs):
     order = ranked(METHODS["exact"]().discover(space, pairs))
-    fill = filler(space, "resample", pairs)
-    coarse = curve(space, order, pairs, fill, [0, space.size], complements=False)
-    size = smallest_size(space, order, pairs, fill, 0.8, coarse)
-    reached = curve(space, order, pairs, fill, [size - 1, size]).faithfulness()
+    trials = Trials(space, pairs, filler(space, "resample", pairs))
+    coarse = curve(trials, order, [0, space.size], complements=())
+    assert np.isnan(coarse.completeness()).all()
+    size = smallest_size(trials, order, 0.8, coarse)
+    reached = curve(trials, order, [size - 1, size]).faithfulness()
     assert reached[0] < 0.8 <= reached[1]
-    assert smallest_size(space, order, pairs, fill, 50.0, coarse) is None
+    assert smallest_size(trials, order, 50.0, coarse) is None
 
 
 def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
@@ -136,7 +137,8 @@ def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
         full, empty = rng.normal(3.0, 0.5, 40), rng.normal(1.0, 0.5, 40)
         middle = 0.5 * (full + empty) + rng.normal(0.0, 0.3, 40)
         ends = [
-            bootstrap(Curve.faithfulness, Curve(2, (1,), middle[None, :n], None, full[:n], empty[:n]), seed) for n in (40, 10)
+            bootstrap(Curve.faithfulness, Curve(2, (1,), middle[None, :n], middle[None, :n], full[:n], empty[:n]), seed)
+            for n in (40, 10)
         ]
         hits += bool(ends[0][0][0] <= 0.5 <= ends[0][1][0])
         widths.append([float(high[0] - low[0]) for low, high in ends])
@@ -151,7 +153,7 @@ def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
 def test_a_task_that_ablation_does_not_break_is_refused():
     rng = np.random.default_rng(1)
     full = rng.normal(1.0, 1.0, 20)
-    noise = Curve(2, (1,), full[None], None, full, full + rng.normal(0.0, 1.0, 20))
+    noise = Curve(2, (1,), full[None], full[None], full, full + rng.normal(0.0, 1.0, 20))
     with pytest.raises(ValueError, match="within noise of 0") as error:
         noise.require_signal()
     assert "20 pairs" in str(error.value)
@@ -182,15 +184,16 @@ def test_growing_sizes_go_from_nothing_to_everything():
 def test_minimality_is_what_is_lost_without_a_unit(space, pairs):
     order = ranked(METHODS["exact"]().discover(space, pairs))
     fill, kept = filler(space, "resample", pairs), members(order, 5)
-    lost = minimality(space, kept, pairs, fill, order[:2])
-    along = curve(space, order, pairs, fill, [5])
+    trials = Trials(space, pairs, fill)
+    lost = minimality(trials, kept, order[:2])
+    along = curve(trials, order, [5])
     for unit, found in zip(order[:2].tolist(), lost, strict=True):
         fewer = kept.clone()
         fewer[unit] = False
         changed = pairs.measure(space.run(pairs.clean, fewer, fill(pairs))).mean()
         without = (float(changed) - along.empty.mean()) / (along.full.mean() - along.empty.mean())
         assert found == pytest.approx(along.faithfulness()[0] - without, abs=1e-5)
-    assert len(minimality(space, kept, pairs, fill)) == 5
+    assert len(minimality(trials, kept)) == 5
 
 
 def test_stability_is_of_circuits_of_resampled_pairs():
