@@ -44,7 +44,7 @@ EDGES = {
 }
 
 
-def compiled(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
+def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
     """A compiled program from its directory (``config.json`` with ``residual_labels``, ``model.safetensors``)."""
     if name not in EDGES:
         raise ValueError(f"name: expected one of {', '.join(EDGES)}, got {name!r}.")
@@ -73,7 +73,9 @@ def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
         one, other = (_letters(torch.randint(0, 4, (model.config.n_ctx - 1,), generator=draw)) for _ in range(2))
         counts = [(row[:, None] == row[None]).sum(1).tolist() for row in (one[1:], other[1:])]
         asked = [
-            Question(1 + index, (count,), (foil,)) for index, (count, foil) in enumerate(zip(*counts, strict=True)) if count != foil
+            Question(1 + index, (count,), (foil,))
+            for index, (count, foil) in enumerate(zip(*counts, strict=True))
+            if count != foil
         ]
         if asked:
             clean.append(one)
