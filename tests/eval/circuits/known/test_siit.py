@@ -52,5 +52,9 @@ def test_a_trained_model_is_the_program_where_it_should_be(name, brute):
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match=r"name: expected one of share_of_x, .*got 'sort'"):
         trained("sort")
+
+
+@pytest.mark.slow
+def test_too_few_steps_are_too_few():
     with pytest.raises(ValueError, match=r"max_steps: share_of_x is not yet the program after 1 steps: .*\(m0\).* Give more"):
         train(PROGRAMS["share_of_x"], seed=0, max_steps=1)
