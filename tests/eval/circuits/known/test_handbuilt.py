@@ -79,6 +79,10 @@ def test_reverse_reverses_and_padding_changes_nothing(length):
     padded = torch.nn.functional.pad(known.pairs.clean, (0, LONGEST - length), value=4)
     for prompts in (known.pairs.clean, padded):
         assert torch.equal(known.model.logits(prompts)[:, 1 : length + 1].argmax(-1), letters.flip(1))
+        # What the second head is told: position p of n looks at n + 1 - p.
+        stream = known.model.activations(prompts, ("h.1:out",))["h.1:out"][:, 1 : length + 1]
+        source = torch.stack([stream @ known.directions[f"source:{index}"] for index in range(1, length + 1)], -1)
+        torch.testing.assert_close(source, torch.eye(length).flip(0).expand_as(source), rtol=0, atol=1e-5)
 
 
 def test_wrong_choices_are_refused():
