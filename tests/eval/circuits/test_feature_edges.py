@@ -21,7 +21,7 @@ def pairs_of(clean, corrupted):
 
 @pytest.fixture(scope="module")
 def bent():
-    """A toy transformer that is linear near each prompt: ReLU, no norm, uniform attention; tokens 7 + t hardly differ from t."""
+    """A toy transformer, linear near each prompt: ReLU, no norm, uniform attention; tokens 7 + t hardly differ from t."""
     torch.manual_seed(3)
     module = ToyTransformer(ToyConfig(2, 2, d_model=11, d_head=3, n_ctx=5, d_vocab=14, d_vocab_out=7, d_mlp=13)).double()
     with torch.no_grad():
@@ -127,10 +127,8 @@ def mixed_space(tiny_model, random_transcoders):
 @pytest.mark.parametrize("positions", ["all", "each"])
 def test_a_sender_s_edges_add_up_to_its_attribution(mixed_space, positions):
     model, parts, pairs = mixed_space
-    space = NodeSpace(model, parts, positions, 6 if positions == "each" else None)
-    if positions == "each":
-        # Only heads and errors as senders, to be short; every unit that they reach is a receiver.
-        space = NodeSpace(model, [parts[0], parts[3]], positions, 6)
+    # Fewer parts, to be short, where every position counts.
+    space = NodeSpace(model, parts) if positions == "all" else NodeSpace(model, [parts[0], parts[3]], positions, 6)
     kept = torch.ones(space.size, dtype=torch.bool)
     edges = feature_edges(space, pairs, kept, batch=3)
     sent = torch.zeros(space.size).index_add(0, edges.senders, edges.weights)
@@ -150,13 +148,29 @@ def test_a_sender_s_edges_add_up_to_its_attribution(mixed_space, positions):
         assert (from_heads < behind).all()
 
 
+@pytest.mark.parametrize("errors", ["kept", "ablated"])
+def test_edges_lead_through_errors_that_are_no_nodes(mixed_space, errors):
+    model, parts, pairs = mixed_space
+    others = [Latents(part.name, part.dictionary, part.hook_in, part.hook_out, errors) for part in parts[1:]]
+    space = NodeSpace(model, [parts[0], *others])
+    edges = feature_edges(space, pairs, torch.ones(space.size, dtype=torch.bool))
+    sent = torch.zeros(space.size).index_add(0, edges.senders, edges.weights)
+    effects = METHODS["attribution"]().discover(space, pairs).values.float()
+    torch.testing.assert_close(sent, effects, rtol=1e-4, atol=1e-6)
+    # Past the SAE in the stream too.
+    from_heads = edges.receivers[edges.senders < space.groups["a0"].stop]
+    assert (from_heads >= space.groups["t1"].start).any()
+
+
 def test_only_kept_units_and_strong_edges_are_there(mixed_space):
     model, parts, pairs = mixed_space
     space = NodeSpace(model, parts)
     kept = torch.zeros(space.size, dtype=torch.bool)
     kept[[0, 1, 5, 19, 30]] = True
     few, every = feature_edges(space, pairs, kept), feature_edges(space, pairs, torch.ones_like(kept))
-    inside = torch.isin(every.senders, kept.nonzero()) & torch.isin(every.receivers, torch.tensor([0, 1, 5, 19, 30, space.size]))
+    inside = torch.isin(every.senders, kept.nonzero()) & torch.isin(
+        every.receivers, torch.tensor([0, 1, 5, 19, 30, space.size])
+    )
     assert len(few.weights) == int(inside.sum()) > 3
     torch.testing.assert_close(few.weights, every.weights[inside])
     middle = float(few.weights.abs().median())
@@ -170,3 +184,17 @@ def test_only_kept_units_and_strong_edges_are_there(mixed_space):
     assert (few.cost.forwards, few.cost.backwards) == (3, 1 + 5 + 1)
     with pytest.raises(ValueError, match="kept: expected one entry for each of the"):
         feature_edges(space, pairs, kept[:-1])
+
+
+def test_gradients_where_a_norm_reads_the_stream_are_of_what_it_reads(mixed_space):
+    """The block adds to the same tensor, which an intervention at this hook does not touch."""
+    model, _, pairs = mixed_space
+    (hook,) = set(site_hooks(model.module, 1, "resid_mid"))
+    passes = NodeSpace(model, [Coordinates("r1", hook, 12, 12)]).passes
+    _, grads = passes.gradients(pairs.clean, [hook], pairs.measure)
+    step = 1e-6 * torch.randn(5, 6, 12, dtype=torch.float64)
+    moved = []
+    for sign in (1, -1):
+        with model.replacing(hook, lambda x, sign=sign: x + sign * step):
+            moved.append(pairs.measure(model.logits(pairs.clean)))
+    torch.testing.assert_close((grads[hook] * step).sum((1, 2)), (moved[0] - moved[1]) / 2, rtol=1e-5, atol=1e-14)
