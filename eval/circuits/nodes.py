@@ -55,6 +55,12 @@ class Part(ABC):
         """Gradients by what units carry, from that at ``hook_out``."""
 
     @abstractmethod
+    def past(
+        self, x: Float[Tensor, "pairs positions d_in"], y: Float[Tensor, "pairs positions d_out"], state: State
+    ) -> Float[Tensor, "pairs positions d_out"]:
+        """What gets to ``hook_out`` past the units, whatever becomes of them; constants do not count."""
+
+    @abstractmethod
     def contrast(self, difference: State, slopes: State) -> Float[Tensor, "pairs positions n_units"]:
         """Difference by slope, of each unit at each position."""
 
@@ -97,6 +103,9 @@ class Coordinates(Part):
 
     def slopes(self, grad: Tensor) -> State:
         return [grad]
+
+    def past(self, x: Tensor, y: Tensor, state: State) -> Tensor:
+        return torch.zeros_like(y)
 
     def contrast(self, difference: State, slopes: State) -> Tensor:
         return (difference[0] * slopes[0]).unflatten(-1, (self.n_units, self.group)).sum(-1)
@@ -150,6 +159,13 @@ class Latents(Part):
 
     def slopes(self, grad: Tensor) -> State:
         return [grad @ self.atoms.to(grad).T, grad]
+
+    def past(self, x: Tensor, y: Tensor, state: State) -> Tensor:
+        if self.errors == "node":
+            # A skip, if there is one.
+            around = self.dictionary.bypass(x.flatten(0, 1)) * self.dictionary.out_scale
+            return around.expand(y.shape[0] * y.shape[1], -1).view(y.shape).to(y)
+        return y - state[0] @ self.atoms.to(y)
 
     def contrast(self, difference: State, slopes: State) -> Tensor:
         latents = difference[0] * slopes[0]
