@@ -17,7 +17,7 @@ QUESTION = {
 FAMILY = {
     "family": "What nodes are: latents of a dictionary, with its error as a node, always kept, or always ablated; random "
     "features of equal l0; neurons and components (heads and MLPs) of the model itself.",
-    "method": "How units were scored; a circuit is the units of highest score.",
+    "method": "How units were scored; a circuit is the units whose scores are largest, whichever their sign.",
     "units": "How many units there are to choose from.",
     "metric_empty": "Mean metric with every unit ablated: where faithfulness is 0.",
     "faithfulness_all": "Faithfulness with every unit kept: 1, unless errors are ablated, when it is as much as the dictionary "
@@ -28,15 +28,16 @@ CIRCUIT = {
     "cpr": "Area under faithfulness over the share of units kept, 0.1 to 100 %, units that help most first; more is better, "
     "about 1 is a faithful circuit at every size, above 1 where units that work against the task are left out.",
     "cmd": "Area between faithfulness and 1 over the share of units kept, units that matter most either way first; 0 is best.",
-    "nodes_50": "Fewest units, by score, with faithfulness 0.5; fewer is better, never where no size has it.",
+    "nodes_50": "Fewest units, those that matter most either way first, with faithfulness 0.5; fewer is better, never where no "
+    "size has it.",
     "nodes_80": "Fewest units with faithfulness 0.8: the circuit that the figures to its right are about.",
     "nodes_90": "Fewest units with faithfulness 0.9.",
     "completeness": "Faithfulness of all units but the circuit of 0.8: 0 is best, since what was left out then does nothing.",
-    "minimality": "Faithfulness that the circuit of 0.8 loses without one of its units, median over its 40 of highest score; "
+    "minimality": "Faithfulness that the circuit of 0.8 loses without one of its units, median over its 40 of largest score; "
     "more is better, near 0 it holds units it does not need.",
-    "stability": "Mean Jaccard index of the circuit of 0.8 and those found on pairs drawn anew; 1 is the same units every time. "
+    "stability": "Mean Jaccard index of the circuit of 0.8 and those found on pairs drawn anew; 1 is the same units each time. "
     "Undefined for methods that do not score pair by pair.",
-    "exact_pearson": "Pearson correlation of scores with the effects of patching units one by one, over the 30 of highest "
+    "exact_pearson": "Pearson correlation of scores with the effects of patching units one by one, over the 30 of largest "
     "score and 30 others; 1 is best.",
     "exact_spearman": "Spearman (rank) correlation with the same effects; 1 is best.",
     "auc": "Area under the ROC curve of scores against the units that are known to do the task: 1 ranks all of them first, "
@@ -51,8 +52,8 @@ DRAWN = {
     "faithfulness": "(m(circuit) - m(empty)) / (m(model) - m(empty)), of metrics m averaged over pairs: 1 does what the model "
     "does, 0 no better than everything ablated; the band is a 95 % interval.",
     "sizes": "Number of units in the circuit.",
-    "weight": "Edge: how much of the metric passes directly from one unit to another, in the metric's units; drawn wider the "
-    "larger, dashed where negative.",
+    "weight": "Edge: fall of the metric, to first order, if along this edge alone the sender is taken from the corrupted "
+    "prompt, in the metric's units; drawn wider the larger, dashed where negative.",
     "score": "Node: fall of the metric when the unit is taken from the corrupted prompt, as the method estimates it, in the "
     "metric's units; negative where the unit works against the task.",
 }

@@ -20,6 +20,8 @@ SWEEPS = 8
 # Edges drawn at first, and how many of its edges are listed for a node.
 SHOWN, LISTED = 60, 5
 LONGEST_LABEL = 6
+# The receiver of what passes directly to the metric.
+METRIC = "metric"
 
 
 class Place(NamedTuple):
@@ -34,7 +36,7 @@ def ordered_groups(circuit: Row, hooks: Sequence[str]) -> list[str]:
     """Groups of the circuit's units as the model runs through them; those whose hook is not listed by the numbers in them."""
     known = {hook: place for place, hook in enumerate(hooks)}
     groups = dict.fromkeys(unit["group"] for unit in circuit["units"])
-    return sorted(groups, key=lambda group: (known.get(group, len(known)), _natural(group)))
+    return sorted(groups, key=lambda group: (group == METRIC, known.get(group, len(known)), _natural(group)))
 
 
 def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
@@ -57,23 +59,31 @@ def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
     return {name: Place(at.x, height - at.y, at.row) for name, at in places.items()}, height
 
 
+def with_metric(circuit: Row) -> Row:
+    """The circuit with the metric as a unit above the others, where edges lead to it."""
+    if all(edge["to"] != METRIC for edge in circuit["edges"]):
+        return circuit
+    return circuit | {"units": [*circuit["units"], {"name": METRIC, "group": METRIC, "score": None}]}
+
+
 def draw(circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: str) -> str:
     """The figure: drawing, slider for edges, room for what is known of a node, and all of it as a table."""
+    circuit = with_metric(circuit)
     groups = ordered_groups(circuit, hooks)
     places, height = layout(circuit, groups)
     edges = sorted(circuit["edges"], key=lambda edge: -abs(edge["weight"]))
     edges = [edge for edge in edges if edge["from"] in places and edge["to"] in places]
     largest = max((abs(edge["weight"]) for edge in edges), default=0) or 1.0
-    strongest = max((abs(unit["score"]) for unit in circuit["units"]), default=0) or 1.0
+    strongest = max((abs(unit["score"] or 0) for unit in circuit["units"]), default=0) or 1.0
     lines = "".join(_edge(edge, rank, places, largest) for rank, edge in enumerate(edges))
     nodes = "".join(_node(unit, places, strongest, first=index == 0) for index, unit in enumerate(circuit["units"]))
     return FIGURE.format(
         title=escape(title),
         note=escape(note),
         identifier=identifier,
-        words=escape(f"{title}: {len(places)} units at {len(groups)} hooks, {len(edges)} edges. Listed in the table below."),
+        words=escape(f"{title}: {len(places)} nodes in {len(groups)} rows, {len(edges)} edges. Listed in the table below."),
         view=f"0 0 {WIDTH} {height:.0f}",
-        labels="".join(_label(group, number, places) for number, group in enumerate(groups)),
+        labels="".join(_label(group, number, places) for number, group in enumerate(groups) if group != METRIC),
         edges=lines,
         nodes=nodes,
         n_edges=len(edges),
@@ -122,7 +132,9 @@ def _label(group: str, number: int, places: dict[str, Place]) -> str:
     ys = [at.y for at in places.values() if at.row == number]
     words = re.sub(r"^transformer\.|^model\.", "", group)
     words = words if len(words) <= 20 else f"\u2026{words[-19:]}"
-    return f'<text class="hook" x="0" y="{(min(ys) + max(ys)) / 2 + 4:.1f}">{escape(words)}<title>{escape(group)}</title></text>'
+    return (
+        f'<text class="hook" x="0" y="{(min(ys) + max(ys)) / 2 + 4:.1f}">{escape(words)}<title>{escape(group)}</title></text>'
+    )
 
 
 def _edge(edge: Row, rank: int, places: dict[str, Place], largest: float) -> str:
@@ -142,19 +154,21 @@ def _edge(edge: Row, rank: int, places: dict[str, Place], largest: float) -> str
 
 def _node(unit: Row, places: dict[str, Place], strongest: float, first: bool) -> str:
     at, score = places[unit["name"]], unit["score"]
+    said = "" if score is None else signed(score)
     left, top, w, h = -NODE_WIDTH / 2, -NODE_HEIGHT / 2, NODE_WIDTH, NODE_HEIGHT
     if is_error(unit):
         corners = ((left, 0), (left + 7, top), (-left - 7, top), (-left, 0), (-left - 7, -top), (left + 7, -top))
         shape = '<polygon class="{}" points="' + " ".join(f"{x:g},{y:g}" for x, y in corners) + '"{}/>'
     else:
         shape = f'<rect class="{{}}" x="{left:g}" y="{top:g}" width="{w:g}" height="{h:g}" rx="6"{{}}/>'
-    kind = " error" if is_error(unit) else ""
-    words = f"{unit['name']}, score {signed(score)}"
-    fill = f' style="fill-opacity:{0.08 + 0.42 * abs(score) / strongest:.2f}"'
+    kind = " output" if score is None else " plus" if score >= 0 else " minus"
+    kind += " error" * is_error(unit)
+    words = f"{unit['name']}, score {said}" if said else unit["name"]
+    fill = f' style="fill-opacity:{0.08 + 0.42 * abs(score or 0) / strongest:.2f}"'
     return (
-        f'<g class="node {"plus" if score >= 0 else "minus"}{kind}" transform="translate({at.x:.1f} {at.y:.1f})" role="button" '
+        f'<g class="node{kind}" transform="translate({at.x:.1f} {at.y:.1f})" role="button" '
         f'tabindex="{0 if first else -1}" aria-label="{escape(words)}" data-name="{escape(unit["name"])}" '
-        f'data-score="{signed(score)}" data-row="{at.row}" data-x="{at.x:.1f}"><title>{escape(words)}</title>'
+        f'data-score="{said}" data-row="{at.row}" data-x="{at.x:.1f}"><title>{escape(words)}</title>'
         f"{shape.format('back', '')}{shape.format('mark', fill)}"
         f'<text y="4">{escape(short_name(unit))}</text></g>'
     )
@@ -166,7 +180,7 @@ def _table_row(unit: Row, edges: list[Row]) -> str:
         strongest = [edge for edge in edges if edge[own] == unit["name"]][:LISTED]
         sides.append("<br>".join(f"{escape(edge[other])} {signed(edge['weight'])}" for edge in strongest) or "none drawn")
     return (
-        f'<tr><th scope="row">{escape(unit["name"])}</th><td>{signed(unit["score"])}</td>'
+        f'<tr><th scope="row">{escape(unit["name"])}</th><td>{"" if unit["score"] is None else signed(unit["score"])}</td>'
         f"<td>{sides[0]}</td><td>{sides[1]}</td></tr>"
     )
 
@@ -189,8 +203,8 @@ FIGURE = """<figure class="circuit" aria-label="{title}"><h2>{title}</h2>
 <i class="dashed"></i>dictionary error</span></p>
 <div class="pair"><div class="canvas"><svg role="group" aria-label="{words}" viewBox="{view}">
 <g class="hooks">{labels}</g><g class="edges">{edges}</g><g class="nodes">{nodes}</g></svg></div>
-<aside class="detail" aria-live="polite"><p class="note">Point at a node, or reach the drawing by Tab and move by arrow keys: its
-score and strongest edges show here.</p></aside></div>
+<aside class="detail" aria-live="polite"><p class="note">Point at a node, or reach the drawing by Tab and move by arrow keys:
+its score and strongest edges show here.</p></aside></div>
 <figcaption>{note}</figcaption>
 <details><summary>As a table</summary><div class="scroll"><table><thead><tr><th scope="col">unit</th><th scope="col">score</th>
 <th scope="col">strongest edges in</th><th scope="col">strongest edges out</th></tr></thead><tbody>{rows}</tbody></table></div>

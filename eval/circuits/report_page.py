@@ -3,7 +3,7 @@
 The fragment of the address holds what is shown, so that a view can be passed on: ``#method=attribution&q=latents&sort=-cpr``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -34,7 +34,6 @@ COLUMNS = (
     Column("stability", "stability", max),
     Column("r exact", "exact_pearson", max),
     Column("all kept", "faithfulness_all", None),
-    Column("empty", "metric_empty", None),
     # Scores drawn at random cost nothing: no merit.
     Column("passes", "forwards", None),
     Column("seconds", "seconds", None),
@@ -63,7 +62,8 @@ def render(found: Row) -> str:
         dictionaries=_dictionaries(found),
         ways="".join(f'<a href="#task-{index}">{escape(task)}</a> ' for index, task in enumerate(tasks)),
         methods="".join(
-            f'<label><input type="radio" name="method" value="{escape(method)}"{" checked" * (index == 0)}>{escape(method)}</label>'
+            f'<label><input type="radio" name="method" value="{escape(method)}"{" checked" * (index == 0)}>'
+            f"{escape(method)}</label>"
             for index, method in enumerate(methods)
         ),
         families="".join(
@@ -176,7 +176,7 @@ def _named(family: str, labels: dict[str, str]) -> str:
 def _cell(row: Row, key: str, best: float | None) -> str:
     value = finite(row.get(key))
     if value is None:
-        nothing = UNMEASURED if key not in row else "never" if key.startswith("nodes_") else UNDEFINED
+        nothing = UNMEASURED if key not in row else "never" if key.startswith("nodes_") else "none"
         reason = f' title="{escape(REASONS[key])}"' if key in row and key in REASONS else ""
         return f'<td data-value=""><span class="none"{reason}>{nothing}</span></td>'
     shown = show(row[key], digits=3)
@@ -188,9 +188,12 @@ def _beside(row: Row, key: str, value: float) -> str:
     """What stands below a figure in small print."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
-        return f"{show(low, digits=3)} to {show(high, digits=3)}"
+        return f"{show(low, digits=2)} to {show(high, digits=2)}"
     if key.startswith("nodes_") and row.get("units"):
-        return f"{show(100 * value / row['units'], digits=2)} %"
+        share = 100 * value / row["units"]
+        return f"{share:.0f} %" if share >= 10 else f"{show(share, digits=2)} %"
+    if key == "faithfulness_all":
+        return f"empty {show(row.get('metric_empty'), UNMEASURED, 3)}"
     if key == "exact_pearson":
         return f"rank {show(row.get('exact_spearman'), digits=2)}"
     return f"+ {show(row.get('backwards'))} back" if key == "forwards" else ""
@@ -198,7 +201,8 @@ def _beside(row: Row, key: str, value: float) -> str:
 
 def _best(rows: list[Row], column: Column) -> float | None:
     values = [value for row in rows if (value := finite(row.get(column.key))) is not None]
-    return column.better(values) if column.better is not None and len(values) > 1 else None
+    # Where all are equal none is better.
+    return column.better(values) if column.better is not None and len(set(values)) > 1 else None
 
 
 def _circuits(found: Row, task: str, index: int, methods: list[str], labels: dict[str, str]) -> str:
@@ -216,9 +220,11 @@ def _circuits(found: Row, task: str, index: int, methods: list[str], labels: dic
 
 def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) -> str:
     hooks = next((own for name, own in found["hooks"].items() if entry["family"].startswith(f"{name}: ")), [])
-    sizes = [row.get("nodes_80") for row in found["rows"] if all(row[key] == entry[key] for key in ("task", "family", "method"))]
+    sizes = [
+        row.get("nodes_80") for row in found["rows"] if all(row[key] == entry[key] for key in ("task", "family", "method"))
+    ]
     size, drawn = next(iter(sizes), None), len(entry["units"])
-    which = f"The {drawn} of highest score" if size is not None and size > drawn else "All"
+    which = f"The {drawn} of largest score" if size is not None and size > drawn else "All"
     note = (
         f"{which} of the {show(size, 'unrecorded')} units that have faithfulness {LEVEL:g}; rows are hooks, the first at the "
         f"bottom; shade: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
@@ -241,7 +247,10 @@ def _known(rows: list[Row], tasks: list[str], labels: dict[str, str]) -> str:
             f'<tr data-family="{list(labels).index(family)}"><th scope="row">{_named(family, labels)}</th>'
             f'<td class="method">{escape(method)}</td>{cells}</tr>'
         )
-    head = "".join(f'<th scope="col" data-key="auc_{index}"><button type="button">{escape(task)}</button></th>' for index, task in enumerate(shown))
+    head = "".join(
+        f'<th scope="col" data-key="auc_{index}"><button type="button">{escape(task)}</button></th>'
+        for index, task in enumerate(shown)
+    )
     return KNOWN.format(head=head, rows="".join(lines), note=escape(explanation("auc")))
 
 
@@ -294,7 +303,7 @@ TABLE = """<div class="entries scroll" role="region" tabindex="0" aria-label="{t
 <th scope="col" class="method" data-key="method"><button type="button">method</button></th>{head}</tr></thead>
 <tbody>{rows}</tbody></table>
 <p class="note">Shaded: the best of its column in this task. Small print: 95 % intervals over pairs, shares of all units, rank
-correlation, backward passes. A click on a column sorts by it.</p></div>
+correlation, the metric with every unit ablated, backward passes. A click on a column sorts by it.</p></div>
 """
 KNOWN = """<section class="task" aria-label="Known circuits"><h2>Known circuits: AUC by task</h2>
 <div class="entries scroll" role="region" tabindex="0" aria-label="AUC by task">

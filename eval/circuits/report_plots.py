@@ -1,7 +1,6 @@
 """The curves of circuits.html: faithfulness and completeness by size, a line for every family."""
 
 import math
-import os.path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,15 @@ ZERO = -0.5
 LOWEST, HIGHEST = -0.5, 1.75
 INCHES = (560 / 72, 330 / 72)
 # Lengths of dashes and gaps; with eleven colours, 77 families before a pair comes again.
-DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 1.5), (10, 3), (5, 1.5, 1.5, 1.5, 1.5, 1.5))
+DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (6.0, 2.0),
+    (1.5, 1.5),
+    (7.0, 2.0, 1.5, 2.0),
+    (3.0, 1.5),
+    (10.0, 3.0),
+    (5.0, 1.5, 1.5, 1.5, 1.5, 1.5),
+)
 PANELS = {
     "faithfulness": (
         "Faithfulness",
@@ -49,9 +56,14 @@ def family_labels(found: Row) -> dict[str, str]:
 def _distinct_ends(paths: list[str]) -> dict[str, str]:
     """Path -> its parts without those that all paths begin and end with."""
     parts = [path.rstrip("/").split("/") for path in paths]
-    # It compares any sequences, item by item.
-    start, end = (len(os.path.commonprefix(some)) for some in (parts, [own[::-1] for own in parts]))
+    start, end = _n_shared(parts), _n_shared([own[::-1] for own in parts])
     return {path: "/".join(own[start : len(own) - end]) or path for path, own in zip(paths, parts, strict=True)}
+
+
+def _n_shared(sequences: list[list[str]]) -> int:
+    """How many items all begin with."""
+    places = zip(*sequences, strict=False)
+    return next((n for n, items in enumerate(places) if len(set(items)) > 1), min(map(len, sequences), default=0))
 
 
 def dash(index: int) -> tuple[float, ...]:

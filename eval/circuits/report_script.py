@@ -12,7 +12,8 @@ CSS = (
 .plots svg{max-width:640px} .sample{display:inline-block;width:34px;height:10px;margin:0 7px 0 0;vertical-align:1px}
 .bar{position:sticky;top:0;z-index:2;margin:0 0 8px;padding:10px 14px;box-shadow:0 2px 8px rgb(0 0 0/.07)}
 .line{display:flex;flex-wrap:wrap;gap:6px 20px;align-items:center;font-size:13.5px} .families{gap:6px;margin-top:8px}
-.bar nav a{color:var(--accent);margin-right:10px} .bar fieldset{border:0;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:4px 12px}
+.bar nav a{color:var(--accent);margin-right:10px}
+.bar fieldset{border:0;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:4px 12px}
 .bar legend{float:left;color:var(--muted);font-size:12.5px;padding:2px 10px 0 0} .bar label{white-space:nowrap}
 .bar input[type=radio]{accent-color:var(--accent);margin:0 5px 0 0;vertical-align:-1px}
 .find{display:flex;gap:8px;align-items:center;flex:1 1 220px} .find label{color:var(--muted);font-size:12.5px}
@@ -25,7 +26,9 @@ padding:2px 10px 2px 8px;cursor:pointer;text-align:left}
 :is(button,input,a,.scroll,.canvas):focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 .plots .faint{opacity:.14} .figures thead button{all:unset;cursor:pointer}
 .figures thead button:focus-visible{outline:2px solid var(--accent)} .task .scroll{padding-top:8px}
-.figures th:first-child{min-width:215px} .scroll .figures th+td{width:auto} .figures :is(th,td){padding-left:11px!important}
+main{max-width:1360px} .figures th:first-child{white-space:nowrap} .figures strong{font-weight:600;font-size:13px}
+.figures .sample{width:27px} .figures .none{font-size:12.5px} .scroll .figures th+td{width:auto}
+.figures :is(th,td){padding-left:9px!important}
 .figures th:first-child{padding-left:0!important} .scroll .figures .method,.scroll .figures .refused{text-align:left}
 .scroll .figures .refused{white-space:normal;color:var(--muted);max-width:0}
 .scroll .figures thead th+th.method{text-align:left}
@@ -44,8 +47,10 @@ border-top:3px solid var(--accent);margin:0 3px 0 10px;vertical-align:4px} .key 
 .key .dashed{height:11px;border:1.5px dashed var(--muted);border-radius:4px;vertical-align:-1px}
 .hook{fill:var(--muted);font-size:11.5px} .edge{fill:none;stroke:var(--accent);opacity:var(--strength)}
 .edge.minus{stroke:var(--bad);stroke-dasharray:5 3} .edge.weak{display:none}
-.node{cursor:pointer;outline:none} .node .back{fill:var(--card)} .node .mark{fill:var(--accent);stroke:var(--accent);stroke-width:1.2}
+.node{cursor:pointer;outline:none} .node .back{fill:var(--card)}
+.node .mark{fill:var(--accent);stroke:var(--accent);stroke-width:1.2}
 .node.minus .mark{fill:var(--bad);stroke:var(--bad)} .node.error .mark{stroke-dasharray:3 2}
+.node.output .mark{fill:none;stroke:var(--ink)}
 .node text{fill:var(--ink);font-size:11px;text-anchor:middle} .node.error text{font-style:italic}
 .node:focus-visible .mark,.node.on .mark{stroke:var(--ink);stroke-width:2.4}
 .picked .edge{opacity:.06} .picked .edge.on{opacity:.9;display:inline} .picked .node:not(.on,.near){opacity:.35}
@@ -163,7 +168,7 @@ for (const figure of all("figure.circuit")) {
       other.classList.toggle("near", near.has(other.dataset.name));
     }
     if (node === null) { detail.innerHTML = empty; return; }
-    detail.replaceChildren(element("h3", name), element("p", "score " + node.dataset.score),
+    detail.replaceChildren(element("h3", name), element("p", node.dataset.score && "score " + node.dataset.score),
       element("h4", "strongest edges in"), strongest(edges, "to", "from", name),
       element("h4", "strongest edges out"), strongest(edges, "from", "to", name));
   };
