@@ -37,6 +37,7 @@ from .feature_edges import feature_edges
 from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
 from .nodes import NodeSpace
+from .report_page import render
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved
 
@@ -116,7 +117,8 @@ def benchmark(
     directory = Path(out) if out is not None else Path(checkpoints[0]) / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "circuits.json", found)
-    return found | {"path": str(directory / "circuits.json")}
+    (directory / "circuits.html").write_text(render(found), encoding="utf-8")
+    return found | {"path": str(directory / "circuits.json"), "page_path": str(directory / "circuits.html")}
 
 
 def n_steps(checkpoints: int, settings: Settings) -> int:
