@@ -1,0 +1,244 @@
+"""Does the graph say what happens? Latents are changed, and predictions from edges compared with what is measured.
+
+Predicted is, from the adjacency matrix alone, the direct effect of a source on a target (one edge) and the total one (all
+paths). Measured are both in the local replacement model, where they are equal but for rounding, and in the model itself:
+
+- direct: all MLP outputs are held as they were but for what the changed latent writes; attention and norms go on living;
+- total: the changed latent's atoms are added, and everything above, MLPs included, responds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from sae.code import SparseCode
+from training.activations.splice import Edit, Splice, model_spliced
+
+from .graph import AttributionGraph, target_vectors
+from .graph_linear import LocalReplacement
+
+BATCH_RUNS = 32
+KINDS = ("direct", "total")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well predictions rank and scale with measurements, over pairs of source and target that an edge or path joins."""
+
+    spearman: float
+    pearson: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Sources changed one at a time, and by how much the targets changed: ``(sources, targets)``, by kind of effect.
+
+    Sources and targets are numbers of nodes; targets are latents' pre-activations and, last, ``n_logits`` logits.
+    """
+
+    sources: Int[Tensor, " sources"]
+    targets: Int[Tensor, " targets"]
+    n_logits: int
+    predicted: dict[str, Float[Tensor, "sources targets"]]
+    local: dict[str, Float[Tensor, "sources targets"]]
+    model: dict[str, Float[Tensor, "sources targets"]]
+
+    def agreement(self, kind: str, measured: str = "model", logits_only: bool = False) -> Agreement:
+        """Between predictions of a kind and what the ``model`` or the ``local`` replacement did.
+
+        Raises:
+            ValueError: If there are fewer than three pairs.
+        """
+        columns = slice(-self.n_logits if logits_only else None, None)
+        predicted, found = self.predicted[kind][:, columns], getattr(self, measured)[kind][:, columns]
+        joined = predicted != 0
+        x, y = predicted[joined].double().numpy(force=True), found[joined].double().numpy(force=True)
+        if len(x) < 3:
+            raise ValueError(f"interventions: expected at least 3 pairs that an edge joins, got {len(x)}. Give more sources.")
+        return Agreement(float(stats.spearmanr(x, y).statistic), float(np.corrcoef(x, y)[0, 1]), len(x))
+
+
+@torch.no_grad()
+def intervene(
+    local: LocalReplacement,
+    graph: AttributionGraph,
+    sources: Int[Tensor, " sources"],
+    targets: Int[Tensor, " targets"] | None = None,
+    factor: float = 0.0,
+) -> Interventions:
+    """Multiply each of some latents by ``factor``, one at a time; 0 takes it out.
+
+    ``targets`` are latents to look at, all if none are given; logits are looked at anyway.
+
+    Raises:
+        ValueError: If a source or target is no latent of the graph.
+    """
+    every = torch.arange(len(graph.active), device=graph.adjacency.device)
+    targets = every if targets is None else targets
+    for name, chosen in (("sources", sources), ("targets", targets)):
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(every):
+            raise ValueError(f"{name}: expected latents of the graph, 0 to {len(every) - 1}, got {chosen.tolist()}.")
+    columns = torch.cat([targets, torch.arange(graph.logits.start, graph.n_nodes, device=targets.device)])
+    predicted = predict(graph, sources, factor)
+    return Interventions(
+        sources,
+        columns,
+        len(graph.targets),
+        {kind: changes[:, columns] for kind, changes in predicted.items()},
+        {kind: _in_local(local, graph, sources, factor, kind == "direct")[:, columns] for kind in KINDS},
+        {kind: _in_model(local, graph, sources, factor, kind == "direct")[:, columns] for kind in KINDS},
+    )
+
+
+def most_influential(graph: AttributionGraph, count: int) -> Int[Tensor, " sources"]:
+    """So many latents, those with most influence on the logits."""
+    return graph.influence[graph.latents].topk(min(count, len(graph.active))).indices.sort().values
+
+
+@torch.no_grad()
+def predict(
+    graph: AttributionGraph, sources: Int[Tensor, " sources"], factor: float = 0.0
+) -> dict[str, Float[Tensor, "sources nodes"]]:
+    """What edges say will change at every node, directly and along all paths, when latents are multiplied by ``factor``."""
+    n, values = len(graph.active), graph.active.values
+    keep = torch.cat([torch.arange(n), torch.arange(graph.logits.start, graph.n_nodes)]).to(values.device)
+    per_unit = graph.adjacency[keep][:, :n] / values
+    deltas = torch.zeros(len(keep), len(sources)).to(values)
+    deltas[sources, torch.arange(len(sources), device=sources.device)] = (factor - 1) * values[sources]
+    # Latents come layer by layer, so nothing lies above the diagonal: every path is followed in one substitution.
+    inner = torch.eye(n).to(values) - per_unit[:n]
+    moved = torch.linalg.solve_triangular(inner, deltas[:n], upper=False, unitriangular=True)
+    total = torch.cat([moved - deltas[:n], per_unit[n:] @ moved])
+
+    def spread(changes: Tensor) -> Tensor:
+        return changes.new_zeros(len(sources), graph.n_nodes).index_copy_(1, keep, changes.T.contiguous())
+
+    return {"direct": spread(per_unit @ deltas[:n]), "total": spread(total)}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The model with transcoders in place and their errors dropped, against the model itself, on one prompt.
+
+    ``kl_last`` and ``top1_last`` are about what comes after the prompt; ``kl_mean`` and ``top1_share`` are over all positions
+    whose MLPs are replaced. In nats.
+    """
+
+    kl_last: float
+    kl_mean: float
+    top1_last: bool
+    top1_share: float
+
+
+@torch.no_grad()
+def replaced(local: LocalReplacement) -> Replaced:
+    """What the latents alone make of the prompt, layers without a transcoder being the model's own."""
+    model, first = local.anatomy.model, local.exclude_leading
+    with model_spliced(model, local.replacement.insertions(), kept=_kept(local, 1)):
+        logits = model.logits(local.token_ids[None])[0, first:]
+    own = local.trace.logits[0, first:].float().log_softmax(-1)
+    other = logits.float().log_softmax(-1)
+    kl = (own.exp() * (own - other)).sum(-1)
+    same = own.argmax(-1) == other.argmax(-1)
+    return Replaced(float(kl[-1]), float(kl.mean()), bool(same[-1]), float(same.float().mean()))
+
+
+def _in_local(
+    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, hold: bool
+) -> Float[Tensor, "sources nodes"]:
+    found = []
+    vectors, active = target_vectors(local, graph.targets), graph.active
+    for some in sources.split(BATCH_RUNS):
+        runs = torch.arange(len(some), device=some.device)
+        values, given = active.values.expand(len(some), -1).clone(), torch.zeros(len(some), len(active), dtype=torch.bool)
+        given = given.to(some.device)
+        values[runs, some] *= factor
+        given[runs, some] = True
+        replayed = local.replay(active, values, given, hold)
+        found.append(_changes(graph, replayed.pre_acts, replayed.last @ vectors.T))
+    return torch.cat(found)
+
+
+def _in_model(
+    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, hold: bool
+) -> Float[Tensor, "sources nodes"]:
+    found = []
+    for some in sources.split(BATCH_RUNS):
+        edits = [_edit(local, graph, latent, run, len(some), factor) for run, latent in enumerate(some.tolist())]
+        found.append(_spliced(local, graph, edits, len(some), hold))
+    return torch.cat(found)
+
+
+def _edit(local: LocalReplacement, graph: AttributionGraph, latent: int, run: int, runs: int, factor: float) -> Edit:
+    """The change of one latent at its position, in one of several runs of the prompt side by side."""
+    node = graph.node(latent)
+    assert node.layer is not None
+    assert node.index is not None
+    where = torch.zeros(runs, len(local.token_ids), dtype=torch.bool)
+    where[run, node.position] = True
+    insertion, site = local.replacement.place(node.layer)
+    return Edit("scale", [node.index], factor, positions=where, insertion=insertion, site=site)
+
+
+def _spliced(
+    local: LocalReplacement, graph: AttributionGraph, edits: list[Edit], runs: int, hold: bool
+) -> Float[Tensor, "sources nodes"]:
+    """By how much every target differs from the clean run, in the model itself with these edits."""
+    model, replacement, n_layers = local.anatomy.model, local.replacement, local.anatomy.n_layers
+    kept = _kept(local, runs)
+    rows = slice(local.exclude_leading, None)
+    codes, errors = {}, {}
+    if hold:
+        codes = {replacement.place(layer): _tiled(local.codes[layer], rows, runs) for layer in replacement.layers}
+        errors = {replacement.place(layer): local.errors[layer, rows].repeat(runs, 1) for layer in replacement.layers}
+    seen: dict[int, Tensor] = {}
+    readers: dict[str, Callable[[Tensor], Tensor | None]] = {}
+    for layer in range(n_layers):
+        hook_in, hook_out = local.anatomy.blocks[layer].sites()["mlp"]
+        readers[hook_in] = lambda x, layer=layer: seen.__setitem__(layer, x.clone())
+        if hold and layer not in replacement.layers:
+            readers[hook_out] = lambda y, clean=local.trace.layers[layer].mlp_out: clean.expand_as(y).clone()
+    with _opened(local, edits, hold, kept, codes, errors), model.hooked(readers):
+        logits = model.logits(local.token_ids.expand(runs, -1))[:, -1]
+    pre_acts = logits.new_zeros(runs, len(graph.active))
+    for layer in replacement.layers:
+        here = graph.active.layers == layer
+        vectors, constants = replacement.reads(layer, graph.active.latents[here])
+        pre_acts[:, here] = torch.einsum("bnm,nm->bn", seen[layer][:, graph.active.positions[here]], vectors) + constants
+    means = logits.mean(-1)
+    targets = [logits[:, t.token] - (means if t.foil is None else logits[:, t.foil]) for t in graph.targets]
+    return _changes(graph, pre_acts, torch.stack(targets, dim=1))
+
+
+def _opened(local: LocalReplacement, edits: list[Edit], hold: bool, kept: Tensor | None, codes: dict, errors: dict):
+    insertions = local.replacement.insertions()
+    return model_spliced(
+        local.anatomy.model, insertions, add_error=not hold, kept=kept, edits=edits, codes=codes, errors=errors
+    )
+
+
+def _kept(local: LocalReplacement, runs: int) -> Tensor:
+    kept = torch.ones(runs, len(local.token_ids), dtype=torch.bool)
+    kept[:, : local.exclude_leading] = False
+    return kept
+
+
+def _tiled(code: SparseCode, rows: slice, runs: int) -> SparseCode:
+    """The code of some tokens, once for every run."""
+    first = int(code.starts[rows.start])
+    latents, values, starts = code.latents[first:], code.values[first:], code.starts[rows] - first
+    offsets = torch.arange(runs, device=starts.device)[:, None] * len(latents)
+    return SparseCode(latents.repeat(runs), values.repeat(runs), (starts + offsets).flatten())
+
+
+def _changes(graph: AttributionGraph, pre_acts: Tensor, logits: Tensor) -> Float[Tensor, "runs nodes"]:
+    changes = pre_acts.new_zeros(len(pre_acts), graph.n_nodes)
+    changes[:, graph.latents] = pre_acts - graph.totals[graph.latents]
+    changes[:, graph.logits] = logits - graph.totals[graph.logits]
+    return changes
