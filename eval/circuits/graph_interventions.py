@@ -1,10 +1,13 @@
 """Does the graph say what happens? Latents are changed, and predictions from edges compared with what is measured.
 
 Predicted is, from the adjacency matrix alone, the direct effect of a source on a target (one edge) and the total one (all
-paths). Measured are both in the local replacement model, where they are equal but for rounding, and in the model itself:
+paths). Measured is
 
-- direct: all MLP outputs are held as they were but for what the changed latent writes; attention and norms go on living;
-- total: the changed latent's atoms are added, and everything above, MLPs included, responds.
+- direct: all MLP outputs are held as they were but for what the changed latent writes;
+- total: what the changed latent writes is added, and everything above, MLPs included, responds;
+
+each in the ``local`` replacement model, where it is the prediction but for rounding; in the model itself with attention
+patterns held (``patterns``), as circuit-tracer holds them; and in the ``model`` as it is, norms and attention responding too.
 """
 
 from collections.abc import Callable
@@ -17,13 +20,14 @@ from scipy import stats
 from torch import Tensor
 
 from sae.code import SparseCode
-from training.activations.splice import Edit, Splice, model_spliced
+from training.activations.splice import Edit, model_spliced
 
 from .graph import AttributionGraph, target_vectors
 from .graph_linear import LocalReplacement
 
 BATCH_RUNS = 32
 KINDS = ("direct", "total")
+PLACES = ("local", "patterns", "model")
 
 
 @dataclass(frozen=True)
@@ -39,29 +43,29 @@ class Agreement:
 class Interventions:
     """Sources changed one at a time, and by how much the targets changed: ``(sources, targets)``, by kind of effect.
 
-    Sources and targets are numbers of nodes; targets are latents' pre-activations and, last, ``n_logits`` logits.
+    Sources and targets are numbers of nodes; targets are latents' pre-activations and, last, ``n_logits`` logits. Measured
+    effects go by place, then kind.
     """
 
     sources: Int[Tensor, " sources"]
     targets: Int[Tensor, " targets"]
     n_logits: int
     predicted: dict[str, Float[Tensor, "sources targets"]]
-    local: dict[str, Float[Tensor, "sources targets"]]
-    model: dict[str, Float[Tensor, "sources targets"]]
+    measured: dict[str, dict[str, Float[Tensor, "sources targets"]]]
 
-    def agreement(self, kind: str, measured: str = "model", logits_only: bool = False) -> Agreement:
-        """Between predictions of a kind and what the ``model`` or the ``local`` replacement did.
+    def agreement(self, kind: str, place: str = "model", logits_only: bool = False) -> Agreement:
+        """Between predictions of a kind and what was measured at one of the places.
 
         Raises:
             ValueError: If there are fewer than three pairs.
         """
         columns = slice(-self.n_logits if logits_only else None, None)
-        predicted, found = self.predicted[kind][:, columns], getattr(self, measured)[kind][:, columns]
+        predicted, found = self.predicted[kind][:, columns], self.measured[place][kind][:, columns]
         joined = predicted != 0
         x, y = predicted[joined].double().numpy(force=True), found[joined].double().numpy(force=True)
         if len(x) < 3:
             raise ValueError(f"interventions: expected at least 3 pairs that an edge joins, got {len(x)}. Give more sources.")
-        return Agreement(float(stats.spearmanr(x, y).statistic), float(np.corrcoef(x, y)[0, 1]), len(x))
+        return Agreement(float(stats.spearmanr(x, y)[0]), float(np.corrcoef(x, y)[0, 1]), len(x))
 
 
 @torch.no_grad()
@@ -91,8 +95,10 @@ def intervene(
         columns,
         len(graph.targets),
         {kind: changes[:, columns] for kind, changes in predicted.items()},
-        {kind: _in_local(local, graph, sources, factor, kind == "direct")[:, columns] for kind in KINDS},
-        {kind: _in_model(local, graph, sources, factor, kind == "direct")[:, columns] for kind in KINDS},
+        {
+            place: {kind: _measured(local, graph, sources, factor, kind, place)[:, columns] for kind in KINDS}
+            for place in PLACES
+        },
     )
 
 
@@ -149,30 +155,25 @@ def replaced(local: LocalReplacement) -> Replaced:
     return Replaced(float(kl[-1]), float(kl.mean()), bool(same[-1]), float(same.float().mean()))
 
 
-def _in_local(
-    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, hold: bool
+def _measured(
+    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, kind: str, place: str
 ) -> Float[Tensor, "sources nodes"]:
-    found = []
-    vectors, active = target_vectors(local, graph.targets), graph.active
-    for some in sources.split(BATCH_RUNS):
-        runs = torch.arange(len(some), device=some.device)
-        values, given = active.values.expand(len(some), -1).clone(), torch.zeros(len(some), len(active), dtype=torch.bool)
-        given = given.to(some.device)
-        values[runs, some] *= factor
-        given[runs, some] = True
-        replayed = local.replay(active, values, given, hold)
-        found.append(_changes(graph, replayed.pre_acts, replayed.last @ vectors.T))
-    return torch.cat(found)
+    hold, parts = kind == "direct", sources.split(BATCH_RUNS)
+    if place == "local":
+        return torch.cat([_replayed(local, graph, some, factor, hold) for some in parts])
+    return torch.cat([_spliced(local, graph, some, factor, hold, place == "patterns") for some in parts])
 
 
-def _in_model(
-    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, hold: bool
+def _replayed(
+    local: LocalReplacement, graph: AttributionGraph, some: Tensor, factor: float, hold: bool
 ) -> Float[Tensor, "sources nodes"]:
-    found = []
-    for some in sources.split(BATCH_RUNS):
-        edits = [_edit(local, graph, latent, run, len(some), factor) for run, latent in enumerate(some.tolist())]
-        found.append(_spliced(local, graph, edits, len(some), hold))
-    return torch.cat(found)
+    active, runs = graph.active, torch.arange(len(some), device=some.device)
+    values = active.values.repeat(len(some), 1)
+    given = torch.zeros_like(values, dtype=torch.bool)
+    values[runs, some] *= factor
+    given[runs, some] = True
+    replayed = local.replay(active, values, given, hold)
+    return _changes(graph, replayed.pre_acts, replayed.last @ target_vectors(local, graph.targets).T)
 
 
 def _edit(local: LocalReplacement, graph: AttributionGraph, latent: int, run: int, runs: int, factor: float) -> Edit:
@@ -187,24 +188,19 @@ def _edit(local: LocalReplacement, graph: AttributionGraph, latent: int, run: in
 
 
 def _spliced(
-    local: LocalReplacement, graph: AttributionGraph, edits: list[Edit], runs: int, hold: bool
+    local: LocalReplacement, graph: AttributionGraph, some: Tensor, factor: float, hold: bool, hold_patterns: bool
 ) -> Float[Tensor, "sources nodes"]:
-    """By how much every target differs from the clean run, in the model itself with these edits."""
-    model, replacement, n_layers = local.anatomy.model, local.replacement, local.anatomy.n_layers
-    kept = _kept(local, runs)
-    rows = slice(local.exclude_leading, None)
-    codes, errors = {}, {}
+    """By how much every target differs from the clean run, in the model itself, one latent changed in each of the runs."""
+    model, replacement, runs = local.anatomy.model, local.replacement, len(some)
+    edits = [_edit(local, graph, latent, run, runs, factor) for run, latent in enumerate(some.tolist())]
+    rows, codes, errors = slice(local.exclude_leading, None), {}, {}
     if hold:
         codes = {replacement.place(layer): _tiled(local.codes[layer], rows, runs) for layer in replacement.layers}
         errors = {replacement.place(layer): local.errors[layer, rows].repeat(runs, 1) for layer in replacement.layers}
     seen: dict[int, Tensor] = {}
-    readers: dict[str, Callable[[Tensor], Tensor | None]] = {}
-    for layer in range(n_layers):
-        hook_in, hook_out = local.anatomy.blocks[layer].sites()["mlp"]
-        readers[hook_in] = lambda x, layer=layer: seen.__setitem__(layer, x.clone())
-        if hold and layer not in replacement.layers:
-            readers[hook_out] = lambda y, clean=local.trace.layers[layer].mlp_out: clean.expand_as(y).clone()
-    with _opened(local, edits, hold, kept, codes, errors), model.hooked(readers):
+    readers = _readers(local, seen, hold) | (_holding_patterns(local) if hold_patterns else {})
+    splice = {"add_error": not hold, "kept": _kept(local, runs), "edits": edits, "codes": codes, "errors": errors}
+    with model_spliced(model, replacement.insertions(), **splice), model.hooked(readers):
         logits = model.logits(local.token_ids.expand(runs, -1))[:, -1]
     pre_acts = logits.new_zeros(runs, len(graph.active))
     for layer in replacement.layers:
@@ -216,11 +212,50 @@ def _spliced(
     return _changes(graph, pre_acts, torch.stack(targets, dim=1))
 
 
-def _opened(local: LocalReplacement, edits: list[Edit], hold: bool, kept: Tensor | None, codes: dict, errors: dict):
-    insertions = local.replacement.insertions()
-    return model_spliced(
-        local.anatomy.model, insertions, add_error=not hold, kept=kept, edits=edits, codes=codes, errors=errors
-    )
+Readers = dict[str, Callable[[Tensor], Tensor | None]]
+
+
+def _readers(local: LocalReplacement, seen: dict[int, Tensor], hold: bool) -> Readers:
+    """See what every MLP reads; hold what MLPs without a transcoder write."""
+
+    def see(layer: int) -> Callable[[Tensor], None]:
+        # Modules above may write into it.
+        return lambda x: seen.__setitem__(layer, x.clone())
+
+    def held(clean: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda y: clean.expand_as(y).clone()
+
+    readers: Readers = {}
+    for layer, block in enumerate(local.anatomy.blocks):
+        hook_in, hook_out = block.sites()["mlp"]
+        readers[hook_in] = see(layer)
+        if hold and layer not in local.replacement.layers:
+            readers[hook_out] = held(local.trace.layers[layer].mlp_out)
+    return readers
+
+
+def _holding_patterns(local: LocalReplacement) -> Readers:
+    """Have heads mix the values of this run by the patterns of the clean one."""
+    streams: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[Tensor], None]:
+        return lambda x: streams.__setitem__(layer, x.clone())
+
+    def mix(layer: int) -> Callable[[Tensor], Tensor]:
+        weights, pattern = local.anatomy.layers[layer], local.trace.layers[layer].pattern[0]
+
+        def mixed(_: Tensor) -> Tensor:
+            norm, stream = weights.attention_norm, streams[layer]
+            v = torch.einsum("bsm,hdm->bshd", norm.apply(stream, norm.scale(stream)), weights.W_V) + weights.b_V
+            return torch.einsum("hts,bshd->bthd", pattern, v).flatten(2)
+
+        return mixed
+
+    readers: Readers = {}
+    for layer, block in enumerate(local.anatomy.blocks):
+        sites = block.sites()
+        readers |= {sites["resid_pre"][0]: keep(layer), sites["attn_heads"][0]: mix(layer)}
+    return readers
 
 
 def _kept(local: LocalReplacement, runs: int) -> Tensor:

@@ -239,7 +239,9 @@ def _require_prompt(anatomy: Anatomy, token_ids: Int[Tensor, "..."], exclude_lea
         raise ValueError(f"prompt: expected at most {limit} tokens, the context of {anatomy.model.id}, got {len(token_ids)}.")
     n_tokens = anatomy.W_E.shape[0]
     if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < n_tokens:
-        raise ValueError(f"prompt: expected token ids 0 to {n_tokens - 1}, got {int(token_ids.min())} to {int(token_ids.max())}.")
+        raise ValueError(
+            f"prompt: expected token ids 0 to {n_tokens - 1}, got {int(token_ids.min())} to {int(token_ids.max())}."
+        )
     if not 0 <= exclude_leading < len(token_ids):
         raise ValueError(
             f"exclude_leading: expected 0 to {len(token_ids) - 1}, so that a position is left of {len(token_ids)}, got "

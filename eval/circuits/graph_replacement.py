@@ -17,8 +17,8 @@ from transcoders.transcoder import Transcoder
 
 from .readers import Readers, readers
 
-# A stack with its provenances, transcoders by layer, or a cross-layer transcoder of all layers.
-Dictionaries = Stack | Mapping[int, Transcoder] | CrossLayerTranscoder
+# A stack with its provenances, transcoders by layer, or a cross-layer transcoder. Anything else is refused when it is looked at.
+Dictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Replacement:
         self.anatomy = anatomy
         if isinstance(dictionaries, CrossLayerTranscoder):
             members = _sites_by_layer(anatomy, dictionaries, layers)
+        elif isinstance(dictionaries, SparseDictionary):
+            raise ValueError(
+                f"dictionaries: expected a cross-layer transcoder, a stack or transcoders by layer, got one dictionary of kind "
+                f"{dictionaries.arguments()['kind']!r}. Give a transcoder as {{layer: transcoder}}."
+            )
         else:
             by_layer = _stack_by_layer(anatomy, dictionaries) if isinstance(dictionaries, Stack) else dict(dictionaries)
             members = {layer: _Member(by_layer[layer], index, 0) for index, layer in enumerate(sorted(by_layer))}
@@ -130,9 +135,7 @@ def _cross_layer_readers(dictionary: SparseDictionary, site: int, latents: Int[T
     return Readers(W_enc / dictionary.in_scale[block.reads], constants)
 
 
-def _sites_by_layer(
-    anatomy: Anatomy, dictionary: CrossLayerTranscoder, layers: Sequence[int] | None
-) -> dict[int, _Member]:
+def _sites_by_layer(anatomy: Anatomy, dictionary: CrossLayerTranscoder, layers: Sequence[int] | None) -> dict[int, _Member]:
     chosen = list(range(anatomy.n_layers)) if layers is None else list(layers)
     if len(chosen) != dictionary.n_layers or chosen != sorted(set(chosen)):
         raise ValueError(

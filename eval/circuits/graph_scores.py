@@ -106,9 +106,7 @@ def prune(
     return Pruned(nodes, edges, cumulative)
 
 
-def scores(
-    adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"], errors: slice, tokens: slice
-) -> Scores:
+def scores(adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"], errors: slice, tokens: slice) -> Scores:
     """Replacement and completeness score of a graph: 1 where no influence comes from errors."""
     shares = normalised(adjacency)
     reached = _walked(shares, weights)
