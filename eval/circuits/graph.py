@@ -115,6 +115,15 @@ class AttributionGraph:
         errors = reached[self.errors].unflatten(0, (self.n_layers, -1)).sum(1)
         return errors / (errors.sum() + reached[self.tokens].sum())
 
+    def changes(
+        self, pre_acts: Float[Tensor, "runs latents"], logits: Float[Tensor, "runs targets"]
+    ) -> Float[Tensor, "runs nodes"]:
+        """By how much pre-activations and targets differ from this prompt's, node by node; zero where a node has none."""
+        changes = pre_acts.new_zeros(len(pre_acts), self.n_nodes)
+        changes[:, self.latents] = pre_acts - self.totals[self.latents]
+        changes[:, self.logits] = logits - self.totals[self.logits]
+        return changes
+
     def node(self, number: int) -> GraphNode:
         """What a node stands for."""
         positions = len(self.token_ids)

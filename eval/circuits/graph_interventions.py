@@ -7,10 +7,11 @@ paths). Measured is
 - total: what the changed latent writes is added, and everything above, MLPs included, responds;
 
 each in the ``local`` replacement model, where it is the prediction but for rounding; in the model itself with attention
-patterns held (``patterns``), as circuit-tracer holds them; and in the ``model`` as it is, norms and attention responding too.
+patterns and denominators of norms held (``norms``); with patterns held alone (``patterns``); and in the ``model`` as it is.
+What ``norms`` misses of a total effect is due to MLPs: latents that start or stop firing, and errors that do not stay as
+they were. What ``patterns`` misses beyond that, norms do: they rescale a stream from which something is taken.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,15 +20,15 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from sae.code import SparseCode
-from training.activations.splice import Edit, model_spliced
+from training.activations.splice import model_spliced
 
 from .graph import AttributionGraph, target_vectors
 from .graph_linear import LocalReplacement
+from .graph_measured import Measured, kept_positions
 
 BATCH_RUNS = 32
-KINDS = ("direct", "total")
-PLACES = ("local", "patterns", "model")
+EFFECTS = ("direct", "total")
+PLACES = ("local", "norms", "patterns", "model")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Interventions:
         x, y = predicted[joined].double().numpy(force=True), found[joined].double().numpy(force=True)
         if len(x) < 3:
             raise ValueError(f"interventions: expected at least 3 pairs that an edge joins, got {len(x)}. Give more sources.")
-        return Agreement(float(stats.spearmanr(x, y)[0]), float(np.corrcoef(x, y)[0, 1]), len(x))
+        ranked = np.corrcoef(stats.rankdata(x), stats.rankdata(y))
+        return Agreement(float(ranked[0, 1]), float(np.corrcoef(x, y)[0, 1]), len(x))
 
 
 @torch.no_grad()
@@ -96,7 +98,7 @@ def intervene(
         len(graph.targets),
         {kind: changes[:, columns] for kind, changes in predicted.items()},
         {
-            place: {kind: _measured(local, graph, sources, factor, kind, place)[:, columns] for kind in KINDS}
+            place: {kind: _measured(local, graph, sources, factor, kind, place)[:, columns] for kind in EFFECTS}
             for place in PLACES
         },
     )
@@ -146,7 +148,7 @@ class Replaced:
 def replaced(local: LocalReplacement) -> Replaced:
     """What the latents alone make of the prompt, layers without a transcoder being the model's own."""
     model, first = local.anatomy.model, local.exclude_leading
-    with model_spliced(model, local.replacement.insertions(), kept=_kept(local, 1)):
+    with model_spliced(model, local.replacement.insertions(), kept=kept_positions(local, 1)):
         logits = model.logits(local.token_ids[None])[0, first:]
     own = local.trace.logits[0, first:].float().log_softmax(-1)
     other = logits.float().log_softmax(-1)
@@ -161,7 +163,8 @@ def _measured(
     hold, parts = kind == "direct", sources.split(BATCH_RUNS)
     if place == "local":
         return torch.cat([_replayed(local, graph, some, factor, hold) for some in parts])
-    return torch.cat([_spliced(local, graph, some, factor, hold, place == "patterns") for some in parts])
+    runs = Measured(local, graph, hold, hold_patterns=place != "model", hold_norms=place == "norms")
+    return torch.cat([runs.changes(some, factor) for some in parts])
 
 
 def _replayed(
@@ -173,107 +176,4 @@ def _replayed(
     values[runs, some] *= factor
     given[runs, some] = True
     replayed = local.replay(active, values, given, hold)
-    return _changes(graph, replayed.pre_acts, replayed.last @ target_vectors(local, graph.targets).T)
-
-
-def _edit(local: LocalReplacement, graph: AttributionGraph, latent: int, run: int, runs: int, factor: float) -> Edit:
-    """The change of one latent at its position, in one of several runs of the prompt side by side."""
-    node = graph.node(latent)
-    assert node.layer is not None
-    assert node.index is not None
-    where = torch.zeros(runs, len(local.token_ids), dtype=torch.bool)
-    where[run, node.position] = True
-    insertion, site = local.replacement.place(node.layer)
-    return Edit("scale", [node.index], factor, positions=where, insertion=insertion, site=site)
-
-
-def _spliced(
-    local: LocalReplacement, graph: AttributionGraph, some: Tensor, factor: float, hold: bool, hold_patterns: bool
-) -> Float[Tensor, "sources nodes"]:
-    """By how much every target differs from the clean run, in the model itself, one latent changed in each of the runs."""
-    model, replacement, runs = local.anatomy.model, local.replacement, len(some)
-    edits = [_edit(local, graph, latent, run, runs, factor) for run, latent in enumerate(some.tolist())]
-    rows, codes, errors = slice(local.exclude_leading, None), {}, {}
-    if hold:
-        codes = {replacement.place(layer): _tiled(local.codes[layer], rows, runs) for layer in replacement.layers}
-        errors = {replacement.place(layer): local.errors[layer, rows].repeat(runs, 1) for layer in replacement.layers}
-    seen: dict[int, Tensor] = {}
-    readers = _readers(local, seen, hold) | (_holding_patterns(local) if hold_patterns else {})
-    splice = {"add_error": not hold, "kept": _kept(local, runs), "edits": edits, "codes": codes, "errors": errors}
-    with model_spliced(model, replacement.insertions(), **splice), model.hooked(readers):
-        logits = model.logits(local.token_ids.expand(runs, -1))[:, -1]
-    pre_acts = logits.new_zeros(runs, len(graph.active))
-    for layer in replacement.layers:
-        here = graph.active.layers == layer
-        vectors, constants = replacement.reads(layer, graph.active.latents[here])
-        pre_acts[:, here] = torch.einsum("bnm,nm->bn", seen[layer][:, graph.active.positions[here]], vectors) + constants
-    means = logits.mean(-1)
-    targets = [logits[:, t.token] - (means if t.foil is None else logits[:, t.foil]) for t in graph.targets]
-    return _changes(graph, pre_acts, torch.stack(targets, dim=1))
-
-
-Readers = dict[str, Callable[[Tensor], Tensor | None]]
-
-
-def _readers(local: LocalReplacement, seen: dict[int, Tensor], hold: bool) -> Readers:
-    """See what every MLP reads; hold what MLPs without a transcoder write."""
-
-    def see(layer: int) -> Callable[[Tensor], None]:
-        # Modules above may write into it.
-        return lambda x: seen.__setitem__(layer, x.clone())
-
-    def held(clean: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda y: clean.expand_as(y).clone()
-
-    readers: Readers = {}
-    for layer, block in enumerate(local.anatomy.blocks):
-        hook_in, hook_out = block.sites()["mlp"]
-        readers[hook_in] = see(layer)
-        if hold and layer not in local.replacement.layers:
-            readers[hook_out] = held(local.trace.layers[layer].mlp_out)
-    return readers
-
-
-def _holding_patterns(local: LocalReplacement) -> Readers:
-    """Have heads mix the values of this run by the patterns of the clean one."""
-    streams: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[[Tensor], None]:
-        return lambda x: streams.__setitem__(layer, x.clone())
-
-    def mix(layer: int) -> Callable[[Tensor], Tensor]:
-        weights, pattern = local.anatomy.layers[layer], local.trace.layers[layer].pattern[0]
-
-        def mixed(_: Tensor) -> Tensor:
-            norm, stream = weights.attention_norm, streams[layer]
-            v = torch.einsum("bsm,hdm->bshd", norm.apply(stream, norm.scale(stream)), weights.W_V) + weights.b_V
-            return torch.einsum("hts,bshd->bthd", pattern, v).flatten(2)
-
-        return mixed
-
-    readers: Readers = {}
-    for layer, block in enumerate(local.anatomy.blocks):
-        sites = block.sites()
-        readers |= {sites["resid_pre"][0]: keep(layer), sites["attn_heads"][0]: mix(layer)}
-    return readers
-
-
-def _kept(local: LocalReplacement, runs: int) -> Tensor:
-    kept = torch.ones(runs, len(local.token_ids), dtype=torch.bool)
-    kept[:, : local.exclude_leading] = False
-    return kept
-
-
-def _tiled(code: SparseCode, rows: slice, runs: int) -> SparseCode:
-    """The code of some tokens, once for every run."""
-    first = int(code.starts[rows.start])
-    latents, values, starts = code.latents[first:], code.values[first:], code.starts[rows] - first
-    offsets = torch.arange(runs, device=starts.device)[:, None] * len(latents)
-    return SparseCode(latents.repeat(runs), values.repeat(runs), (starts + offsets).flatten())
-
-
-def _changes(graph: AttributionGraph, pre_acts: Tensor, logits: Tensor) -> Float[Tensor, "runs nodes"]:
-    changes = pre_acts.new_zeros(len(pre_acts), graph.n_nodes)
-    changes[:, graph.latents] = pre_acts - graph.totals[graph.latents]
-    changes[:, graph.logits] = logits - graph.totals[graph.logits]
-    return changes
+    return graph.changes(replayed.pre_acts, replayed.last @ target_vectors(local, graph.targets).T)

@@ -17,7 +17,7 @@ from transcoders.transcoder import Transcoder
 
 from .readers import Readers, readers
 
-# A stack with its provenances, transcoders by layer, or a cross-layer transcoder. Anything else is refused when it is looked at.
+# A stack with its provenances, transcoders by layer, or a cross-layer transcoder; anything else is refused by name.
 Dictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary
 
 

@@ -127,9 +127,7 @@ def test_edges_are_the_derivatives_of_the_forward_replay(local):
     # Nothing changed, everything as it was.
     still = local.replay(active, active.values[None], torch.zeros(1, n, dtype=torch.bool))
     assert torch.allclose(still.pre_acts[0], active.pre_acts, atol=1e-9)
-    assert torch.allclose(
-        still.last @ target_vectors(local, graph.targets).T, graph.totals[graph.logits][None], atol=1e-9
-    )
+    assert torch.allclose(still.last @ target_vectors(local, graph.targets).T, graph.totals[graph.logits][None], atol=1e-9)
 
 
 def test_edges_at_one_position_agree_with_paths(anatomy, random_transcoders):
@@ -176,7 +174,9 @@ def test_a_perfect_transcoder_leaves_no_error(tiny_model):
     assert scores.replacement == pytest.approx(1.0, abs=1e-9)
     assert scores.completeness == pytest.approx(1.0, abs=1e-9)
     # Each MLP without a transcoder is an error as a whole.
-    some = graph_of(LocalReplacement(Replacement(local.anatomy, {0: local.replacement.insertions()[0].dictionary}), prompt(), 1))
+    some = graph_of(
+        LocalReplacement(Replacement(local.anatomy, {0: local.replacement.insertions()[0].dictionary}), prompt(), 1)
+    )
     shares = some.error_shares()
     assert float(shares[0]) == pytest.approx(0.0, abs=1e-9)
     assert float(shares[1:].min()) > 0.01
@@ -233,8 +233,13 @@ def test_latents_that_are_left_out_are_accounted_for(local):
     assert 0 < some.left_out_share < 1
     assert float((totals(some) - some.totals).abs().max()) < 1e-9
     # The rows of those that are in it are those of the whole graph.
-    both = {tuple(row): i for i, row in enumerate(torch.stack([whole.active.layers, whole.active.positions, whole.active.latents], 1).tolist())}
-    kept = [both[tuple(row)] for row in torch.stack([some.active.layers, some.active.positions, some.active.latents], 1).tolist()]
+    both = {
+        tuple(row): i
+        for i, row in enumerate(torch.stack([whole.active.layers, whole.active.positions, whole.active.latents], 1).tolist())
+    }
+    kept = [
+        both[tuple(row)] for row in torch.stack([some.active.layers, some.active.positions, some.active.latents], 1).tolist()
+    ]
     assert kept == sorted(kept)
     assert torch.allclose(some.adjacency[:15, :15], whole.adjacency[kept][:, kept], atol=1e-12)
     # The first to be looked at are those that matter most to the logits alone.
@@ -256,7 +261,10 @@ def test_the_embedded_model_s_rows_add_up_in_single_precision(embedded_model, ra
 
 
 def provenance(layer, model="gpt2", site="mlp"):
-    hooks = {"mlp": (f"transformer.h.{layer}.mlp:in", f"transformer.h.{layer}.mlp:out"), "out": (f"transformer.h.{layer}:out",) * 2}
+    hooks = {
+        "mlp": (f"transformer.h.{layer}.mlp:in", f"transformer.h.{layer}.mlp:out"),
+        "out": (f"transformer.h.{layer}:out",) * 2,
+    }
     return {"model": {"id": model}, "hooks_in": [hooks[site][0]], "hooks_out": [hooks[site][1]]}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eval.circuits.graph import graph_of
-from eval.circuits.graph_interventions import KINDS, intervene, most_influential, predict, replaced
+from eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, predict, replaced
 from eval.circuits.graph_linear import LocalReplacement
 from eval.circuits.graph_replacement import Replacement
 from sae import ENCODERS
@@ -52,7 +52,7 @@ def test_predictions_are_what_the_local_replacement_does(family, kind, tiny_mode
     local = LocalReplacement(Replacement(anatomy, dictionaries), prompt(), 1)
     for graph in (graph_of(local), graph_of(local, max_latents=30)):
         found = intervene(local, graph, most_influential(graph, 9), factor=0.3)
-        for effect in KINDS:
+        for effect in EFFECTS:
             predicted, measured = found.predicted[effect], found.measured["local"][effect]
             assert torch.allclose(predicted, measured, rtol=1e-6, atol=1e-9 * float(predicted.abs().max()))
             assert found.agreement(effect, "local").spearman == pytest.approx(1.0, abs=1e-3)
@@ -74,7 +74,9 @@ def wide_model():
     import transformers
 
     torch.manual_seed(5)
-    config = transformers.GPT2Config(vocab_size=41, n_layer=3, n_embd=64, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(
+        vocab_size=41, n_layer=3, n_embd=64, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
+    )
     module = transformers.AutoModelForCausalLM.from_config(config).double()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -89,7 +91,7 @@ def test_in_a_model_that_its_transcoders_are_edges_rank_effects(place, wide_mode
     local = LocalReplacement(Replacement(anatomy, rectified(anatomy, 0.3)), prompt(), 1)
     graph = graph_of(local)
     found = intervene(local, graph, most_influential(graph, 20))
-    for effect in KINDS:
+    for effect in EFFECTS:
         for logits_only in (False, True):
             agreement = found.agreement(effect, place, logits_only)
             assert agreement.pairs >= 200
@@ -100,8 +102,14 @@ def test_in_a_model_that_its_transcoders_are_edges_rank_effects(place, wide_mode
 def holding_norms_and_patterns(local):
     """Hooks that hold in the model itself all that the local replacement model holds, but for MLPs."""
     streams, changes = {}, {}
-    norms = [(f"transformer.h.{i}.ln_1", layer.attention_norm, local.trace.layers[i].attention_scale) for i, layer in enumerate(local.anatomy.layers)]
-    norms += [(f"transformer.h.{i}.ln_2", layer.mlp_norm, local.trace.layers[i].mlp_scale) for i, layer in enumerate(local.anatomy.layers)]
+    norms = [
+        (f"transformer.h.{i}.ln_1", layer.attention_norm, local.trace.layers[i].attention_scale)
+        for i, layer in enumerate(local.anatomy.layers)
+    ]
+    norms += [
+        (f"transformer.h.{i}.ln_2", layer.mlp_norm, local.trace.layers[i].mlp_scale)
+        for i, layer in enumerate(local.anatomy.layers)
+    ]
     norms.append(("transformer.ln_f", local.anatomy.final_norm, local.trace.last_scale))
     for path, norm, scale in norms:
         changes[f"{path}:in"] = lambda x, path=path: streams.__setitem__(path, x.clone())
