@@ -42,6 +42,7 @@ def render(graph: AttributionGraph, pruned: Pruned, labels: Labels, measures: di
     )
     facts = {"model": labels.model, "transcoders": labels.checkpoint, "explained": likeliest}
     body = BODY.format(
+        gapped="" if any(token[:1].isspace() for token in labels.tokens) else " gapped",
         prompt="".join(f"<span>{escape(_visible(token))}</span>" for token in labels.tokens),
         facts="".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items()),
         tiles="".join(
@@ -132,7 +133,7 @@ constant: there are no latents and errors there.</p>"""
 
 BODY = """<header>
 <p class="over">sparsary attribution graph</p>
-<h1 class="prompt">{prompt}</h1>
+<h1 class="prompt{gapped}">{prompt}</h1>
 <dl>{facts}</dl>
 </header>
 <section class="tiles" aria-label="Key figures">{tiles}</section>

@@ -3,7 +3,7 @@
 SCRIPT = """
 'use strict';
 const $ = id => document.getElementById(id), data = JSON.parse($('data').textContent);
-const KIND = ['latent', 'error', 'token', 'logit'], CAP = 5, STEP = 23, GAP = 16, LINE = 22;
+const KIND = ['latent', 'error', 'token', 'logit'], CAP = 7, STEP = 23, GAP = 16, LINE = 22;
 // Edges drawn at first; the frame's room for names of rows, and of columns.
 const FIRST = 220, LEFT = 58, LOW = 70;
 const svg = $('graph'), NS = 'http://www.w3.org/2000/svg';
@@ -95,8 +95,9 @@ for (const node of nodes) {
   if (node.kind === 'error') draw('path', {d: `M0 ${-r}L${r} 0 0 ${r} ${-r} 0Z`, 'class': 'error'}, shape);
   if (node.kind === 'token') draw('rect', {x: -6, y: -6, width: 12, height: 12, 'class': 'token'}, shape);
   if (node.kind === 'logit') {
-    draw('rect', {x: -31, y: -11, width: 62, height: 22, rx: 7, 'class': 'logit'}, shape);
-    draw('text', {y: 4, 'text-anchor': 'middle'}, shape, short(data.targets[node.index].trim() || '\\u2423', 8));
+    draw('rect', {x: -34, y: -13, width: 68, height: 26, rx: 8, 'class': 'logit'}, shape);
+    const text = short(data.targets[node.index].trim() || '\\u2423', 8);
+    draw('text', {y: 5, 'text-anchor': 'middle', 'class': 'name'}, shape, text);
   }
   draw('title', {}, shape, name(node) + (note(node) && note(node).label ? '\\n' + note(node).label : ''));
   node.shape = shape;
@@ -312,6 +313,7 @@ document.body.dataset.ready = 'yes';
 CSS = """
 main{max-width:1600px}
 .prompt{font-size:21px;font-weight:600} .prompt span{white-space:pre-wrap;border-radius:3px;padding:0 2px}
+.prompt.gapped span{margin-right:3px}
 .prompt span:nth-child(even){background:var(--soft)}
 dl{grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr))} .tile .value{font-size:21px}
@@ -325,7 +327,8 @@ border-radius:6px;padding:5px 10px} button{cursor:pointer}
 :focus-visible{outline:2px solid var(--accent);outline-offset:1px}
 #graph{width:100%;max-width:none;height:min(74vh,760px);min-height:420px;touch-action:none;cursor:grab;margin:0;
 background:var(--page);border:1px solid var(--rule);border-radius:6px;user-select:none} #graph:active{cursor:grabbing}
-#graph text{font-size:12px;fill:var(--ink);pointer-events:none} #graph .row{fill:var(--muted)} .floor{fill:var(--card)}
+#graph text{font-size:12px;fill:var(--ink);pointer-events:none} #graph text.name{font-size:15px}
+#graph .row{fill:var(--muted)} .floor{fill:var(--card)}
 #graph .column{text-anchor:end;font-size:12.5px} .band{fill:var(--card);opacity:.75}
 .wires path,.key path.up,.key path.down{fill:none;stroke-linecap:round} path.up{stroke:var(--accent)}
 path.down{stroke:var(--warn)}
@@ -352,5 +355,5 @@ button.link:hover{text-decoration:underline}
 .contexts p{margin:0;padding:6px 0;border-top:1px solid var(--rule);font-size:13px;line-height:1.55}
 .contexts span{white-space:pre-wrap;border-radius:3px;padding:1px 0}
 .contexts .peak{font-weight:600;text-decoration:underline;text-underline-offset:3px}
-@media (max-width:960px){.columns{grid-template-columns:minmax(0,1fr)} #graph{height:62vh} #detail{max-height:none}}
+@media (max-width:960px){.columns{grid-template-columns:minmax(0,1fr)} #graph{height:min(62vh,480px)} #detail{max-height:none}}
 """

@@ -28,7 +28,12 @@ def cross_layer(width, layers=3, dtype=torch.float64):
     return built.requires_grad_(False).eval()
 
 
-@pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
+FAMILIES, KINDS = ("gpt2", "gpt_neox", "llama"), ("stack", "cross_layer", "some layers")
+
+
+@pytest.fixture(
+    params=["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)]
+)
 def anatomy(request, tiny_model):
     return Anatomy(tiny_model(request.param))
 
@@ -37,13 +42,25 @@ def prompt():
     return torch.randint(3, 41, (POSITIONS,), generator=torch.Generator().manual_seed(9))
 
 
-@pytest.fixture(params=["stack", "cross_layer", "some layers"])
-def local(request, anatomy, random_transcoders):
+# Every family and every kind once in quick runs, all combinations in slow ones.
+PAIRS = [
+    pytest.param(
+        (family, kind), marks=() if FAMILIES.index(family) == KINDS.index(kind) else pytest.mark.slow, id=f"{family} {kind}"
+    )
+    for family in FAMILIES
+    for kind in KINDS
+]
+
+
+@pytest.fixture(params=PAIRS)
+def local(request, tiny_model, random_transcoders):
+    family, kind = request.param
+    anatomy = Anatomy(tiny_model(family))
     dictionaries, layers = {
         "stack": (random_transcoders(anatomy.d_model), None),
         "cross_layer": (cross_layer(anatomy.d_model), None),
         "some layers": (cross_layer(anatomy.d_model, layers=2), (0, 2)),
-    }[request.param]
+    }[kind]
     return LocalReplacement(Replacement(anatomy, dictionaries, layers), prompt(), exclude_leading=1)
 
 
@@ -139,7 +156,7 @@ def test_edges_at_one_position_agree_with_paths(anatomy, random_transcoders):
     number = next(i for i in range(len(graph.active)) if graph.node(i).layer == 1 and graph.node(i).position == 4)
     target = graph.node(number)
     probe = circuit.latent(1, target.index, 4)
-    # All that latent 0 of the path's terms does: its own term, and those of every head opened.
+    # Latents' own terms, and those of every head and skip opened.
     edges = {}
     terms = circuit.decompose(probe).largest(10**6)
     for term in terms:
