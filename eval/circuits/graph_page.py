@@ -128,8 +128,8 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-LEADING = """<p>What the MLPs write at the first {count} position(s), where heads rest that have nothing to do, is held as a
-constant: there are no latents and errors there.</p>"""
+LEADING = """<p>Positions before {count} have neither latents nor errors: heads rest there that have nothing to do, and what
+MLPs write there is held as a constant.</p>"""
 
 BODY = """<header>
 <p class="over">sparsary attribution graph</p>

@@ -49,14 +49,15 @@ for (const node of nodes) {
   if (!cells.has(key)) cells.set(key, []);
   cells.get(key).push(node);
 }
+// Targets have their words in them.
+const WORD = Math.max(44, Math.min(170, 18 + 9 * Math.max(...data.targets.map(text => Math.min(18, text.trim().length)))));
 const cap = at => at === data.layers + 1 ? 10 : CAP;
 const widths = data.tokens.map((token, position) => {
   let most = 1;
   for (let at = 0; at < rows; at++) {
     const cell = cells.get(at + ' ' + position) || [];
     cell.sort((a, b) => b.share - a.share || a.id - b.id);
-    // Targets have their words beside them.
-    const wide = at === data.layers + 1 ? 3.2 : 1;
+    const wide = at === data.layers + 1 ? (WORD + 6) / STEP : 1;
     most = Math.max(most, wide * Math.min(cell.length, cap(at)));
     lines[at] = Math.max(lines[at], Math.ceil(cell.length / cap(at)));
   }
@@ -75,7 +76,7 @@ const most = Math.max(...nodes.filter(n => n.kind === 'latent').map(n => n.share
 for (const node of nodes) {
   const at = row(node), cell = cells.get(at + ' ' + node.position), place = cell.indexOf(node), many = cap(at);
   const inLine = Math.min(many, cell.length - many * Math.floor(place / many));
-  const step = node.kind === 'logit' ? 3.2 * STEP : STEP;
+  const step = node.kind === 'logit' ? WORD + 6 : STEP;
   node.x = lefts[node.position] + widths[node.position] / 2 + step * (place % many - (inLine - 1) / 2);
   node.y = height - bottoms[at] - LINE * Math.floor(place / many) - 14;
   node.r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
@@ -95,14 +96,14 @@ for (const node of nodes) {
   if (node.kind === 'error') draw('path', {d: `M0 ${-r}L${r} 0 0 ${r} ${-r} 0Z`, 'class': 'error'}, shape);
   if (node.kind === 'token') draw('rect', {x: -6, y: -6, width: 12, height: 12, 'class': 'token'}, shape);
   if (node.kind === 'logit') {
-    draw('rect', {x: -34, y: -13, width: 68, height: 26, rx: 8, 'class': 'logit'}, shape);
-    const text = short(data.targets[node.index].trim() || '\\u2423', 8);
+    draw('rect', {x: -WORD / 2, y: -13, width: WORD, height: 26, rx: 8, 'class': 'logit'}, shape);
+    const text = short(data.targets[node.index].trim() || '\\u2423', 18);
     draw('text', {y: 5, 'text-anchor': 'middle', 'class': 'name'}, shape, text);
   }
   draw('title', {}, shape, name(node) + (note(node) && note(node).label ? '\\n' + note(node).label : ''));
   node.shape = shape;
-  shape.addEventListener('pointerenter', () => { hovered = node; paint(); });
-  shape.addEventListener('pointerleave', () => { hovered = null; paint(); });
+  shape.addEventListener('pointerenter', () => { hovered = node; if (!selected) detail(node); paint(); });
+  shape.addEventListener('pointerleave', () => { hovered = null; if (!selected) detail(null); paint(); });
   shape.addEventListener('click', event => { if (!moved) { select(node); event.stopPropagation(); } });
 }
 const rowNames = bottoms.map((_, at) => draw('text', {'class': 'row'}, frame, rowName(at)));
@@ -193,16 +194,16 @@ function edgeList(title, list, other) {
     items.append(make('li', '', make('span', 'who', ...labelled(edge[other])), make('span', 'bar', bar),
       make('span', 'weight', signed(edge.weight))));
   }
-  const rest = ordered.length > 12 ? make('p', 'note', 'and ' + (ordered.length - 12) + ' weaker ones') : null;
+  const rest = ordered.length > 12 ? make('p', 'note', (ordered.length - 12) + ' more, weaker') : null;
   return make('div', 'edges', make('h3', '', title), items, rest);
 }
 function context([tokens, shades, peak]) {
   const line = make('p', '');
   tokens.forEach((token, at) => {
     const space = at && gapped && !/^\\s/.test(token) ? ' ' : '', shade = Math.round(10 + 0.55 * shades[at]);
-    const piece = make('span', at === peak ? 'peak' : '', space + token.replace(/\\n/g, '\\u21b5'));
+    const piece = make('span', at === peak ? 'peak' : '', token.replace(/\\n/g, '\\u21b5'));
     if (shades[at]) piece.style.background = `color-mix(in srgb, var(--accent) ${shade}%, transparent)`;
-    line.append(piece);
+    line.append(space, piece);
   });
   return line;
 }
@@ -234,7 +235,6 @@ function detail(node) {
     parts.push(make('p', 'note', `${what}${number(node.total)} = edges shown ${signed(shown)}, edges not shown ${hidden}, `
       + `constant ${signed(node.constant)}.`));
   }
-  parts.push(edgeList('What makes it up', node.into, 'source'), edgeList('What it adds to', node.from, 'target'));
   if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.join(' \\u00b7 ')),
     make('p', 'note', 'Suppresses: ' + known.suppressed.join(' \\u00b7 ')));
   if (known) {
@@ -242,6 +242,7 @@ function detail(node) {
     parts.push(make('h3', '', known.windows.length ? 'Where it fires most' : none),
       make('div', 'contexts', ...known.windows.map(context)));
   }
+  parts.push(edgeList('What makes it up', node.into, 'source'), edgeList('What it adds to', node.from, 'target'));
   panel.replaceChildren(...parts.filter(Boolean));
   panel.scrollTop = 0;
 }

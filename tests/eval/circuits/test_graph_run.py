@@ -33,7 +33,7 @@ def provenance(layers, site="mlp", model="embedded"):
 def transcoder(seed=0, encoder=None):
     torch.manual_seed(seed)
     built = Transcoder(128, 128, 41, encoder or ENCODERS["topk"](k=4))
-    built.out_scale.fill_(0.05)
+    built.out_scale.fill_(0.5)
     return built
 
 
