@@ -277,3 +277,120 @@ def _serving(reply):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def stream_model():
+    """Builds a language model of two MLPs on a stream, each behind a fixed average over earlier positions; linear by default.
+
+    ``twins`` doubles every neuron of the first MLP, halving what each writes.
+    """
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    from training.activations.model import LanguageModel
+
+    class Stream(nn.Module):
+        def __init__(self, activation, norm, bias, twins):
+            super().__init__()
+            self.wte = nn.Embedding(41, 12)
+            self.layers = nn.ModuleList(
+                nn.ModuleDict(
+                    {
+                        "norm": norm(),
+                        "up": nn.Linear(12, 7, bias=bias),
+                        "act": activation(),
+                        "down": nn.Linear(7, 12, bias=bias),
+                    }
+                )
+                for _ in range(2)
+            )
+            self.norm, self.head = norm(), nn.Linear(12, 41, bias=bias)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.5)
+            if twins:
+                first = self.layers[0]
+                up, down = (nn.Linear(*size, bias=bias) for size in ((12, 14), (14, 12)))
+                up.weight = nn.Parameter(first["up"].weight.repeat(2, 1))
+                down.weight = nn.Parameter(first["down"].weight.repeat(1, 2) / 2)
+                if bias:
+                    up.bias, down.bias = nn.Parameter(first["up"].bias.repeat(2)), first["down"].bias
+                first["up"], first["down"] = up, down
+
+        def get_input_embeddings(self):
+            return self.wte
+
+        def forward(self, input_ids, attention_mask=None, use_cache=False):
+            x = self.wte(input_ids)
+            mixed = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
+            mixed = mixed / mixed.sum(-1, keepdim=True)
+            for layer in self.layers:
+                x = x + mixed @ layer["down"](layer["act"](layer["up"](layer["norm"](x))))
+            return SimpleNamespace(logits=self.head(self.norm(x)))
+
+    def build(activation=nn.Identity, norm=nn.Identity, bias=True, twins=False, dtype=torch.float64):
+        torch.manual_seed(7)
+        return LanguageModel(Stream(activation, norm, bias, twins).to(dtype), None, "stream", None)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_pairs():
+    """Builds pairs that differ at positions 1 and 3, with one question at the end of each; padded to the longest."""
+    from eval.circuits.pairs import Pairs, Question
+
+    def build(n=5, positions=6, lengths=None, metric="logit_diff"):
+        generator = torch.Generator().manual_seed(3)
+        clean = torch.randint(3, 41, (n, positions), generator=generator)
+        corrupted = clean.clone()
+        corrupted[:, [1, 3]] = 3 + (corrupted[:, [1, 3]] - 3 + torch.randint(1, 38, (n, 2), generator=generator)) % 38
+        lengths = torch.tensor([positions] * n if lengths is None else lengths)
+        for ids in (clean, corrupted):
+            ids[torch.arange(positions)[None] >= lengths[:, None]] = 0
+        questions = tuple((Question(int(length) - 1, (3 + row,), (20 + row,)),) for row, length in enumerate(lengths))
+        return Pairs("random", "tokens", clean, corrupted, questions, lengths, metric)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokens(shared_data):
+    """GPT-2's tokenizer in a language model that cannot be run."""
+    import transformers
+
+    from training.activations.model import LanguageModel
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "gpt2"))
+    return LanguageModel(torch.nn.Linear(1, 1), tokenizer, "gpt2", None)
+
+
+@pytest.fixture(scope="session")
+def word_model():
+    """Builds a model, which cannot be run, whose tokenizer knows some words, each with and without a space before it.
+
+    Numbers of two digits and all characters are tokens. It puts BOS in front and EOS behind, as ``ends`` says.
+    """
+    import tokenizers
+    import transformers
+
+    from training.activations.model import LanguageModel
+
+    def build(words, ends=("<bos>", "<eos>"), numbers=range(100)):
+        pieces = [space + word for word in [*words, *(f"{number:02d}" for number in numbers)] for space in ("", " ")]
+        vocabulary = dict.fromkeys(["<unk>", "<bos>", "<eos>", *pieces, *map(chr, range(32, 127)), "\n"])
+        model = tokenizers.models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token="<unk>")
+        backend = tokenizers.Tokenizer(model)
+        cut = tokenizers.Regex(r" ?[A-Za-z]+| ?\d\d|[\s\S]")
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(cut, "isolated")
+        backend.decoder = tokenizers.decoders.Fuse()
+        first, last = ends
+        template = " ".join(piece for piece in (first, "$A", last) if piece)
+        special = [(piece, vocabulary_id) for vocabulary_id, piece in enumerate(vocabulary) if piece in ends]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=special)
+        names = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        return LanguageModel(torch.nn.Linear(1, 1), tokenizer, "words", None)
+
+    return build

@@ -104,28 +104,32 @@ class Pairs:
     def measure(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " pairs"]:
         """The metric of every pair, differentiable. High is the clean answer."""
         if self.metric == "max_logit_diff":
-            return self._per_pair(self._leads(logits))
+            return self.per_pair(self._leads(logits))
         asked = self._asked
-        rows = logits[asked.pair, asked.position]
+        rows = self.asked_rows(logits)
         rows = rows.softmax(-1) if self.metric == "prob_diff" else rows
         rows = rows[:, : asked.signs.shape[1]]
         weights = asked.signs if self.metric == "prob_diff" else asked.means
-        return self._per_pair((rows * weights.to(rows)).sum(-1))
+        return self.per_pair((rows * weights.to(rows)).sum(-1))
 
     def right(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " pairs"]:
         """Share of a pair's questions whose best answer has a higher logit than the best foil."""
-        return self._per_pair((self._leads(logits) > 0).to(logits.dtype))
+        return self.per_pair((self._leads(logits) > 0).to(logits.dtype))
 
     def _leads(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " questions"]:
         """The best answer's logit less the best foil's, of each question; of nothing it is 0."""
-        asked = self._asked
-        signs = asked.signs.to(logits.device)
-        rows = logits[asked.pair, asked.position][:, : signs.shape[1]]
+        signs = self._asked.signs.to(logits.device)
+        rows = self.asked_rows(logits)[:, : signs.shape[1]]
         answers = rows.masked_fill(signs <= 0, -torch.inf).amax(-1)
         foils = rows.masked_fill(signs >= 0, -torch.inf).amax(-1)
         return answers.masked_fill(answers.isinf(), 0.0) - foils.masked_fill(foils.isinf(), 0.0)
 
-    def _per_pair(self, values: Float[Tensor, " questions"]) -> Float[Tensor, " pairs"]:
+    def asked_rows(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, "questions vocabulary"]:
+        """The logits that questions are about, pair after pair."""
+        return logits[self._asked.pair, self._asked.position]
+
+    def per_pair(self, values: Float[Tensor, " questions"]) -> Float[Tensor, " pairs"]:
+        """The mean over each pair's questions."""
         pair = self._asked.pair.to(values.device)
         counts = torch.bincount(pair, minlength=len(self)).to(values)
         return torch.zeros(len(self), dtype=values.dtype, device=values.device).index_add(0, pair, values) / counts

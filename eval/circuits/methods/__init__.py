@@ -1,0 +1,27 @@
+"""Methods of discovery by name. A new one is a file here, a line in ``METHODS`` and a test on a model with a known circuit."""
+
+from .attribution import AttributionPatching
+from .baselines import ActivationMagnitude, RandomScores
+from .certified import Certified
+from .discrete_codes import DiscreteCodes, MeanDifference
+from .exact import ExactPatching
+from .integrated import IntegratedActivations, IntegratedInputs
+from .query import QueryCircuits
+from .relevance import RelevancePatching
+from .scores import Method, Scores
+
+METHODS: dict[str, type[Method]] = {
+    "attribution": AttributionPatching,
+    "certified": Certified,
+    "discrete_codes": DiscreteCodes,
+    "exact": ExactPatching,
+    "integrated_activations": IntegratedActivations,
+    "integrated_inputs": IntegratedInputs,
+    "magnitude": ActivationMagnitude,
+    "mean_difference": MeanDifference,
+    "query": QueryCircuits,
+    "random": RandomScores,
+    "relevance": RelevancePatching,
+}
+
+__all__ = ["METHODS", "Method", "Scores"]
