@@ -21,12 +21,16 @@ RECORDED = ("resid_pre", "resid_mid", "attn_heads", "attn_out", "mlp_in", "mlp_o
 
 @dataclass(frozen=True)
 class Norm:
-    """``(x - mean(x)) / scale(x) * weight + bias``; a root-mean-square norm does not subtract the mean."""
+    """``(x - mean(x)) / scale(x) * weight + bias``; a root-mean-square norm does not subtract the mean.
+
+    Where a model has no norm, one stands in that does not divide either.
+    """
 
     centred: bool
     weight: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"]
     eps: float
+    divides: bool = True
 
     def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """``x`` less its mean over the width, where this norm subtracts it."""
@@ -34,6 +38,8 @@ class Norm:
 
     def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
         """The denominator of each vector."""
+        if not self.divides:
+            return x.new_ones(x.shape[:-1])
         return (self.centre(x).pow(2).mean(-1) + self.eps).sqrt()
 
     def apply(self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
@@ -65,7 +71,8 @@ class Layer:
 class LayerTrace:
     """What one block read and wrote. ``pattern[c, h, t, s]`` is how much head ``h`` at ``t`` takes from ``s``.
 
-    ``mid`` is what the MLP's norm read: in blocks whose attention and MLP are parallel, ``pre`` once more.
+    ``mid`` is what the MLP's norm read: in blocks whose attention and MLP are parallel, ``pre`` once more. A block without an
+    MLP is one whose MLP writes zeros.
     """
 
     pre: Float[Tensor, "contexts positions d_model"]
@@ -148,6 +155,8 @@ class Anatomy:
             output = self.model.module(input_ids=token_ids, use_cache=False, output_attentions=True)
         layers = []
         for index, layer in enumerate(self.layers):
+            if self.blocks[index].mlp is None:
+                _without_mlp(seen, index, layer.mlp_norm)
             at = {site: seen[f"{index} {site}"] for site in ("resid_pre", "attention_in", "attn_out", "mlp_in", "mlp_out")}
             mid = at["resid_pre"] if self.parallel else seen[f"{index} resid_mid"]
             v = torch.einsum("cpm,hdm->cphd", at["attention_in"], layer.W_V) + layer.b_V
@@ -169,6 +178,14 @@ class Anatomy:
         return Trace(token_ids, tuple(layers), seen["last"], self.final_norm.scale(seen["last"]), output.logits)
 
 
+def _without_mlp(seen: dict[str, Tensor], index: int, norm: Norm) -> None:
+    """Note what an MLP that writes nothing would have read and written."""
+    mid = seen[f"{index} resid_pre"] + seen[f"{index} attn_out"]
+    seen[f"{index} resid_mid"] = mid
+    seen[f"{index} mlp_in"] = norm.apply(mid, norm.scale(mid))
+    seen[f"{index} mlp_out"] = torch.zeros_like(mid)
+
+
 @contextmanager
 def _eager_attention(module: Any) -> Iterator[None]:
     before = module.config._attn_implementation
@@ -181,6 +198,8 @@ def _eager_attention(module: Any) -> Iterator[None]:
 
 def _norm(module: Any) -> Norm:
     weight = module.weight.detach()
+    if isinstance(module, nn.Identity):
+        return Norm(False, weight, torch.zeros_like(weight), 0.0, divides=False)
     # Llama's norms have no bias, and do not subtract the mean.
     bias = getattr(module, "bias", None)
     centred = isinstance(module, nn.LayerNorm)
@@ -243,11 +262,26 @@ def _llama_layers(module: Any) -> list[Layer]:
     return [read(block) for block in module.model.layers]
 
 
+def _toy_layers(module: Any) -> list[Layer]:
+    config = module.config
+    heads, width = config.n_heads, config.d_model
+
+    def read(block: Any) -> Layer:
+        values, output = block.attn.v_proj, block.attn.o_proj
+        W_V, b_V = values.weight.view(heads, -1, width), values.bias.view(heads, -1)
+        W_O = output.weight.T.reshape(heads, -1, width)
+        return Layer(_norm(block.ln_1), _norm(block.ln_2), W_V, b_V, W_O, output.bias)
+
+    return [read(block) for block in module.h]
+
+
 _LLAMA = _Reader(_llama_layers, "input_layernorm", "model.norm", None)
 READERS = {
     "gpt2": _Reader(_gpt2_layers, "ln_1", "transformer.ln_f", "transformer.wpe.weight"),
     "gpt_neox": _Reader(_gpt_neox_layers, "input_layernorm", "gpt_neox.final_layer_norm", None),
     "llama": _LLAMA,
+    # The toy models with known circuits (eval.circuits.known).
+    "sparsary_toy": _Reader(_toy_layers, "ln_1", "ln_f", "wpe.weight"),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,

@@ -1,0 +1,119 @@
+"""Known: a model, prompt pairs, and the circuit that is right for both."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from training.activations.model import LanguageModel
+
+from ..pairs import Pairs
+from .toy import ToyConfig, ToyTransformer
+
+ABLATIONS = ("resample", "zero")
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A model whose circuit is known for these pairs, by ablation.
+
+    A unit belongs to the circuit if some set of other units can be ablated such that ablating it too changes the metric. All
+    others change nothing, whatever else is ablated. Redundant parts (an OR of two heads) are therefore in the circuit, though
+    ablating one of them alone does nothing. ``resample`` gives a unit the value it has on the corrupted prompt, so what is the
+    same on both prompts does not belong; ``zero`` gives it zeros.
+
+    Nodes are ``embed`` (token and position together), ``a{layer}.h{head}``, ``m{layer}``; edges ``SENDER->RECEIVER``, where
+    receivers are ``a{layer}.h{head}.q``, ``.k``, ``.v``, ``m{layer}`` and ``logits``.
+
+    ``directions`` are named directions of the residual stream that the model computes with, of norm 1.
+    ``exact`` says whether what is not in the circuit has no effect at all; in trained models it has little.
+    """
+
+    name: str
+    model: LanguageModel
+    pairs: Pairs
+    nodes: dict[str, frozenset[str]]
+    edges: dict[str, frozenset[str]]
+    directions: dict[str, Float[Tensor, " d_model"]]
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        every_node, every_edge = set(node_names(self.config)), set(edge_names(self.config))
+        for what, truth, every in (("nodes", self.nodes, every_node), ("edges", self.edges, every_edge)):
+            for ablation, members in truth.items():
+                strange = sorted(members - every)
+                if strange or ablation not in ABLATIONS:
+                    raise ValueError(
+                        f"{self.name}: {what}: expected parts of the model by ablation ({', '.join(ABLATIONS)}), got "
+                        f"{', '.join(strange) or 'none that it lacks'} for {ablation!r}."
+                    )
+
+    @property
+    def module(self) -> ToyTransformer:
+        """The transformer itself."""
+        module = self.model.module
+        assert isinstance(module, ToyTransformer)
+        return module
+
+    @property
+    def config(self) -> ToyConfig:
+        return self.module.config
+
+    def node_labels(self, ablation: str, names: Iterable[str] | None = None) -> Tensor:
+        """Whether each node belongs to the circuit, in the order of ``names`` or of ``node_names``."""
+        return _labels(self.nodes, ablation, node_names(self.config) if names is None else names)
+
+    def edge_labels(self, ablation: str, names: Iterable[str] | None = None) -> Tensor:
+        """Whether each edge belongs to the circuit, in the order of ``names`` or of ``edge_names``."""
+        return _labels(self.edges, ablation, edge_names(self.config) if names is None else names)
+
+
+def _labels(truth: Mapping[str, frozenset[str]], ablation: str, names: Iterable[str]) -> Tensor:
+    if ablation not in truth:
+        raise ValueError(f"ablation: expected one of {', '.join(truth)}, for which this circuit is known, got {ablation!r}.")
+    return torch.tensor([name in truth[ablation] for name in names])
+
+
+def node_names(config: ToyConfig) -> list[str]:
+    """Every sender, in the order of computation."""
+    names = ["embed"]
+    for layer in range(config.n_layers):
+        names += [f"a{layer}.h{head}" for head in range(config.n_heads)]
+        names += [f"m{layer}"] if config.d_mlp else []
+    return names
+
+
+def edge_names(config: ToyConfig) -> list[str]:
+    """Every edge, receivers in the order of computation and for each the senders before it."""
+    senders, names = ["embed"], []
+    for layer in range(config.n_layers):
+        heads = [f"a{layer}.h{head}" for head in range(config.n_heads)]
+        names += [f"{sender}->{head}.{side}" for head in heads for side in "qkv" for sender in senders]
+        senders += heads
+        if config.d_mlp:
+            names += [f"{sender}->m{layer}" for sender in senders]
+            senders.append(f"m{layer}")
+    return names + [f"{sender}->logits" for sender in senders]
+
+
+def ends(edges: Iterable[str]) -> frozenset[str]:
+    """The nodes that edges touch."""
+    parts = (edge.split("->") for edge in edges)
+    return frozenset(node for sender, receiver in parts for node in (sender, _owner(receiver)) if node != "logits")
+
+
+def _owner(receiver: str) -> str:
+    return receiver[:-2] if receiver.endswith((".q", ".k", ".v")) else receiver
+
+
+def wired(text: str) -> frozenset[str]:
+    """Edges from text such as ``embed->a0.h0.q,k,v a0.h0->logits``, apart by spaces."""
+    edges = set()
+    for term in text.split():
+        sender, receiver = term.split("->")
+        first, *more = receiver.split(",")
+        edges.add(f"{sender}->{first}")
+        edges |= {f"{sender}->{first[:-1]}{side}" for side in more}
+    return frozenset(edges)
