@@ -136,7 +136,7 @@ class EdgeSpace(Space):
 
 
 class _Replacement:
-    """One pass in which edges are replaced. ``lacking`` is what the senders so far write in the filler less what they do now."""
+    """One pass in which edges are replaced. ``lacking`` is what senders so far write in the filler less what they do now."""
 
     def __init__(self, space: EdgeSpace, absent: Float[Tensor, "rows edges"], filler: State):
         self.space, self.absent, self.filler = space, absent, iter(filler)
