@@ -232,6 +232,54 @@ def _probe(
     print(f"results: {found.path}")
 
 
+@app.command("circuits")
+def _circuits(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Checkpoint directories, directories of them (all hooks at once), or hub ids."
+        ),
+    ],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="A task by name, or a file of pairs (JSONL); repeatable. ioi.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Repeatable. attribution, relevance and random if not given.")
+    ] = None,
+    ablation: Annotated[str, typer.Option(help="resample, mean, zero or optimal.")] = "resample",
+    corruption: Annotated[str | None, typer.Option(help="What is changed in a prompt; the task's own default.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs to judge circuits on; as many more choose them.")] = 100,
+    out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/circuits if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides prompts, random features and resampling.")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(help="Draw the attribution graph of this text instead; for transcoders.")
+    ] = None,
+) -> None:
+    """Are the latents the model's own parts? Circuits of them, against neurons, heads and random features: circuits.html."""
+    if prompt is not None:
+        from eval.circuits.graph_run import run_graph
+
+        if task or method or len(checkpoints) > 1:
+            raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
+        _table([(key.replace("_", " "), str(value)) for key, value in run_graph(checkpoints[0], prompt, out).items()])
+        return
+    from eval.circuits.benchmark import Settings, benchmark, best_rows, n_steps
+
+    chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
+    settings = Settings(
+        ablation=ablation,
+        corruption=corruption,
+        pairs=pairs,
+        seed=seed,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    with _progress("circuits") as progress:
+        found = benchmark(checkpoints, settings, out, progress(n_steps(len(checkpoints), settings)))
+    _columns(*best_rows(found))
+    print(f"results: {found['path']}")
+    print(f"page: {found['page_path']}")
+
+
 @app.command("compare")
 def _compare(
     arguments: Annotated[

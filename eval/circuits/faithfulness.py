@@ -9,7 +9,7 @@ arXiv:2211.00593 (completeness, minimality).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,12 @@ class Curve:
         """Area between faithfulness and 1 over the share of units kept; 0 is best."""
         return float(np.trapezoid(np.abs(1.0 - self.faithfulness(weights)), self._shares()))
 
+    def at(self, sizes: Sequence[int]) -> "Curve":
+        """The same curve at some of its sizes, in the order given; one may come twice."""
+        rows = [self.sizes.index(size) for size in sizes]
+        rest = None if self.complements is None else self.complements[rows]
+        return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=rest)
+
     def smallest(self, level: float) -> int | None:
         """The first size on the curve that reaches a level of faithfulness; None if none does."""
         reached = np.flatnonzero(self.faithfulness() >= level)
@@ -100,10 +106,15 @@ def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
     """Units from most to least: those that help most first, or those that matter most either way; equals in their order.
 
     Raises:
-        ValueError: If there is no such ranking.
+        ValueError: If there is no such ranking, or a unit has no score.
     """
     if ranking not in RANKINGS:
         raise ValueError(f"ranking: expected one of {', '.join(RANKINGS)}, got {ranking!r}.")
+    if not scores.measured.all():
+        raise ValueError(
+            f"ranking: expected a score for every unit, got {int(scores.measured.sum())} of {len(scores.values)}. Measure all "
+            "units (exact: leave out `units`)."
+        )
     values = scores.values if ranking == "signed" else scores.values.abs()
     return values.argsort(descending=True, stable=True)
 

@@ -219,19 +219,18 @@ class NodeSpace(Space):
         return [tensor for part in self.parts for tensor in part.slopes(grads[part.hook_out])]
 
     def contrast(self, clean: State, corrupted: State, slopes: State) -> Float[Tensor, "pairs units"]:
-        found, at = [], 0
-        for part in self.parts:
-            end = at + part.n_tensors
-            pieces = [a - b for a, b in zip(clean[at:end], corrupted[at:end], strict=True)]
-            effects = part.contrast(pieces, slopes[at:end])
-            found.append(self._flat(effects))
-            at = end
-        return torch.cat(found, dim=1)
+        return self._by_unit([a - b for a, b in zip(clean, corrupted, strict=True)], slopes)
+
+    def distance(self, a: State, b: State) -> Float[Tensor, "pairs units"]:
+        difference = [x - y for x, y in zip(a, b, strict=True)]
+        return self._by_unit(difference, difference).sqrt()
 
     def run(self, token_ids: Int[Tensor, "pairs positions"], kept: Tensor, filler: State) -> Tensor:
         if self.copies > 1 and token_ids.shape[1] != self.copies:
             raise ValueError(f"positions: expected prompts of {self.copies} tokens, got {token_ids.shape[1]}.")
-        absent, live, readers, at = 1.0 - kept.to(self.model.device).float(), {}, {}, 0
+        kept = kept.to(self.model.device)
+        # In the precision it has, so that gradients to it are no coarser.
+        absent, live, readers, at = 1.0 - (kept if kept.is_floating_point() else kept.float()), {}, {}, 0
         for part in self.parts:
             end = at + part.n_tensors
             readers[part.hook_out] = self._writer(part, absent, filler[at:end], live)
@@ -260,6 +259,14 @@ class NodeSpace(Space):
 
     def _shares(self, part: Part, absent: Tensor) -> Float[Tensor, "rows copies n_units"]:
         return absent.view(-1, absent.shape[-1])[:, self.groups[part.name]].unflatten(1, (self.copies, part.n_units))
+
+    def _by_unit(self, difference: State, slopes: State) -> Float[Tensor, "pairs units"]:
+        found, at = [], 0
+        for part in self.parts:
+            end = at + part.n_tensors
+            found.append(self._flat(part.contrast(difference[at:end], slopes[at:end])))
+            at = end
+        return torch.cat(found, dim=1)
 
     def _flat(self, effects: Float[Tensor, "pairs positions n_units"]) -> Float[Tensor, "pairs units"]:
         return effects.sum(1) if self.copies == 1 else effects.flatten(1)

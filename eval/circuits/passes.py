@@ -66,7 +66,8 @@ class Passes:
         """What each hook sees, and the gradient there of the metric's sum: one forward and one backward pass.
 
         Pairs do not see each other, so the gradient of a pair is that of its own metric. ``held`` are tensors that take the
-        place of what the model has at a hook; ``rules`` is opened around both passes, and may change how gradients flow.
+        place of what the model has at a hook; ``rules`` is opened around both passes, behind the hooks, and may change how
+        gradients flow.
         """
         seen: Seen = {}
         held = held or {}
@@ -83,7 +84,7 @@ class Passes:
             return reader
 
         every = {hook: leaf(hook) for hook in dict.fromkeys([*held, *hooks])}
-        with torch.enable_grad(), rules or nullcontext(), self.model.hooked(every):
+        with torch.enable_grad(), self.model.hooked(every), rules or nullcontext():
             measured = measure(self.run(token_ids)).sum()
             self.backwards += 1
             measured.backward()

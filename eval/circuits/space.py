@@ -52,6 +52,10 @@ class Space(ABC):
         """The linear estimate of how much the metric falls if a unit is taken from the corrupted run: difference by slope."""
 
     @abstractmethod
+    def distance(self, a: State, b: State) -> Float[Tensor, "pairs units"]:
+        """How far apart what each unit carries is: the Euclidean norm over positions and whatever it has several of."""
+
+    @abstractmethod
     def run(
         self, token_ids: Int[Tensor, "pairs positions"], kept: Tensor, filler: State
     ) -> Float[Tensor, "pairs positions vocabulary"]:

@@ -4,26 +4,51 @@ Two forward passes and one backward pass for each batch, whatever the number of 
 patching"; for edges Syed, Rager and Conmy 2023, arXiv:2310.10348.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
+from torch import Tensor
 
 from ..pairs import Pairs
 from ..space import Space
-from .scores import BATCH, Method, Scores
+from .scores import BATCH, Method, Scores, score_batches
+
+ENDS = ("clean", "corrupted")
 
 
 class AttributionPatching(Method):
-    """The metric's linear estimate at the clean prompt."""
+    """The metric's linear estimate at the clean prompt, or ``at`` the corrupted one."""
 
-    def __init__(self, batch: int = BATCH):
-        self.batch = batch
+    def __init__(self, at: str = "clean", batch: int = BATCH):
+        self.at, self.batch = require_end("at", at), batch
 
     def discover(self, space: Space, pairs: Pairs) -> Scores:
-        found = []
-        with space.passes.counted() as cost:
-            for some in pairs.batches(self.batch):
-                _, corrupted = space.see(some.corrupted)
-                seen, grads = space.passes.gradients(some.clean, space.hooks, some.measure)
-                with torch.no_grad():
-                    found.append(space.contrast(space.state(seen), corrupted, space.slopes(seen, grads)))
-        per_pair = torch.cat(found)
-        return Scores(per_pair.mean(0), cost, per_pair)
+        return linear_scores(space, pairs, self.at, self.batch)
+
+
+def require_end(option: str, value: str) -> str:
+    """The value of an option that names a prompt of the pair.
+
+    Raises:
+        ValueError: If it names neither.
+    """
+    if value not in ENDS:
+        raise ValueError(f"{option}: expected one of {', '.join(ENDS)}, got {value!r}.")
+    return value
+
+
+def linear_scores(
+    space: Space, pairs: Pairs, at: str, batch: int, rules: Callable[[], AbstractContextManager] | None = None
+) -> Scores:
+    """What the units' differences amount to by slopes at one prompt; ``rules`` make what is open around those passes."""
+    other = ENDS[1 - ENDS.index(at)]
+
+    def contributions(some: Pairs) -> Tensor:
+        ends = {"clean": some.clean, "corrupted": some.corrupted}
+        seen, grads = space.passes.gradients(ends[at], space.hooks, some.measure, rules=rules and rules())
+        with torch.no_grad():
+            states = {at: space.state(seen), other: space.see(ends[other])[1]}
+            return space.contrast(states["clean"], states["corrupted"], space.slopes(seen, grads))
+
+    return score_batches(space, pairs, batch, contributions)

@@ -1,0 +1,274 @@
+"""The circuit benchmark: families of nodes, by method and task, on pairs they were not chosen on.
+
+Half of a task's pairs choose the circuits, the other half judge them. Everything that one combination of task, family and
+method comes to is a flat row of ``circuits.json``; curves, and the circuits that are drawn, stand beside the rows.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from sae.files import json_number, write_json
+from training.activations.model import LanguageModel
+
+from .ablation import ABLATIONS, Filler, filler
+from .faithfulness import (
+    LEVELS,
+    Curve,
+    bootstrap,
+    curve,
+    growing_sizes,
+    members,
+    minimality,
+    ranked,
+    share_sizes,
+    smallest_size,
+    stability,
+)
+from .families import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
+from .feature_edges import feature_edges
+from .methods import METHODS, Method, Scores
+from .methods.exact import ExactPatching
+from .nodes import NodeSpace
+from .tasks import make_pairs
+from .tasks.competence import Competence, competence
+
+SCHEMA_VERSION = 1
+DEFAULT_TASKS = ("ioi",)
+DEFAULT_METHODS = ("attribution", "relevance", "random")
+DEFAULT_PAIRS = 100
+# Units whose true effect is measured, to compare a method's scores with: the largest, and others at random.
+VERIFIED = 60
+VERIFIED_PAIRS = 32
+# Units of the circuit at the middle level that are taken out one by one, and that are drawn.
+TAKEN_OUT = 40
+DRAWN = 40
+LEVEL = 0.8
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for, beside the checkpoints."""
+
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    ablation: str = "resample"
+    corruption: str | None = None
+    pairs: int = DEFAULT_PAIRS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, asked, known in (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS)):
+            for value in asked:
+                require_known(name, value, tuple(known))
+        if self.pairs < 4:
+            raise ValueError(f"--pairs: expected at least 4, half to choose circuits and half to judge them, got {self.pairs}.")
+
+
+def require_known(option: str, value: str, known: Sequence[str]) -> None:
+    """Raise ``ValueError``, listing the choices and suggesting the nearest, unless ``value`` is one of them."""
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{option}: expected one of {', '.join(known)}, got {value!r}.{hint}")
+
+
+def benchmark(
+    checkpoints: Sequence[str], settings: Settings, out: str | None = None, progress: Callable[[int], None] | None = None
+) -> Row:
+    """Run it all and write ``circuits.json`` and ``circuits.html``; returns what the former holds.
+
+    Raises:
+        ValueError: If dictionaries are of different models, a task or method is unknown, or prompts cannot be used.
+    """
+    several = [open_dictionaries(checkpoint) for checkpoint in checkpoints]
+    model = open_model(several)
+    found: Row = {
+        "schema_version": SCHEMA_VERSION,
+        "model": model.id,
+        "checkpoints": list(checkpoints),
+        "hooks": {dictionaries.name: list(dictionaries.by_hook) for dictionaries in several},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()},
+        "rows": [],
+        "curves": [],
+        "circuits": [],
+    }
+    families, done = spaces(model, several, settings.seed), 0
+    for task in settings.tasks:
+        work = _Task(model, task, settings)
+        for family, space in families.items():
+            for name in settings.methods:
+                work.judge(family, space, name, found)
+                done += 1
+                if progress is not None:
+                    progress(done)
+    directory = Path(out) if out is not None else Path(checkpoints[0]) / "circuits"
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "circuits.json", found)
+    return found | {"path": str(directory / "circuits.json")}
+
+
+def n_steps(checkpoints: int, settings: Settings) -> int:
+    """How many times ``benchmark`` reports progress."""
+    return (FAMILIES_EACH * checkpoints + BASELINES) * len(settings.tasks) * len(settings.methods)
+
+
+def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
+    """A short table: head, and for each family and method its figures."""
+    head = ["task", "family", "method", "cpr", "cmd", "nodes for 80 %", "of", "with exact"]
+    rows = []
+    for row in found["rows"]:
+        if "refused" in row:
+            figures = ["-"] * 5
+        else:
+            nodes = row[_nodes(LEVEL)]
+            figures = [f"{row['cpr']:.3f}", f"{row['cmd']:.3f}", "never" if nodes is None else str(nodes), str(row["units"])]
+            figures.append("-" if row["exact_pearson"] is None else f"{row['exact_pearson']:.3f}")
+        rows.append([row["task"], row["family"], row["method"], *figures])
+    return head, rows
+
+
+class _Task:
+    """One task's pairs, what the model makes of them, and the judging of circuits on them."""
+
+    def __init__(self, model: LanguageModel, task: str, settings: Settings):
+        # As many again to choose circuits on.
+        pairs = make_pairs(task, model, 2 * settings.pairs, settings.seed, settings.corruption)
+        half = len(pairs) // 2
+        self.task, self.settings = pairs.task, settings
+        self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
+        self.competence = competence(model, self.judged_on)
+        self.competence.require_signal()
+        if self.competence.at_chance:
+            log.warning(
+                "%s: %s answers %.0f %% of clean prompts right, which chance may do too: circuits are of little meaning.",
+                task,
+                model.id,
+                100 * self.competence.accuracy,
+            )
+
+    def judge(self, family: str, space: NodeSpace, name: str, found: Row) -> None:
+        """Discover with one method in one family, and add what comes of it."""
+        settings = self.settings
+        method: Method = METHODS[name]()
+        scores = method.discover(space, self.chosen_on)
+        fill = filler(space, settings.ablation, self.chosen_on, settings.seed)
+        signed, absolute = ranked(scores, "signed"), ranked(scores, "absolute")
+        shares = share_sizes(space.size)
+        sizes = sorted({*growing_sizes(space.size, per_decade=4), *shares})
+        along = curve(space, signed, self.judged_on, fill, sizes)
+        row = self._about(family, space, name, scores, along)
+        try:
+            along.require_signal()
+        except ValueError as error:
+            found["rows"].append(row | {"refused": str(error)})
+            return
+        either = curve(space, absolute, self.judged_on, fill, shares, complements=False)
+        row |= _areas(along.at(shares), either)
+        row |= self._sizes(space, scores, signed, fill, along)
+        row |= self._agreement(space, scores)
+        found["rows"].append(row)
+        found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
+        size = row[_nodes(LEVEL)]
+        if size is not None and family.endswith("errors as nodes"):
+            about = {key: row[key] for key in ("task", "family", "method")}
+            found["circuits"].append(about | self._circuit(space, scores, signed[: min(size, DRAWN)]))
+
+    def _about(self, family: str, space: NodeSpace, method: str, scores: Scores, along: Curve) -> Row:
+        known: Competence = self.competence
+        return {
+            "task": self.task,
+            "corruption": self.judged_on.corruption,
+            "metric": self.judged_on.metric,
+            "family": family,
+            "method": method,
+            "ablation": self.settings.ablation,
+            "units": space.size,
+            "pairs": len(self.judged_on),
+            "accuracy": known.accuracy,
+            "metric_clean": known.clean,
+            "metric_corrupted": known.corrupted,
+            "metric_empty": float(along.empty.mean()),
+            # Less than 1 where errors are always ablated.
+            "faithfulness_all": _number(along.faithfulness()[-1]),
+            "forwards": scores.cost.forwards,
+            "backwards": scores.cost.backwards,
+            "seconds": round(scores.cost.seconds, 3),
+        }
+
+    def _sizes(self, space: NodeSpace, scores: Scores, order: torch.Tensor, fill: Filler, along: Curve) -> Row:
+        row: Row = {_nodes(level): smallest_size(space, order, self.judged_on, fill, level, along) for level in LEVELS}
+        size = row[_nodes(LEVEL)]
+        row |= dict.fromkeys(("completeness", "minimality", "stability"))
+        if size is not None:
+            kept = members(order, size)
+            at = curve(space, order, self.judged_on, fill, [size])
+            lost = minimality(space, kept, self.judged_on, fill, order[: min(size, TAKEN_OUT)])
+            row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
+            row["stability"] = None if scores.per_pair is None else stability(scores, size, seed=self.settings.seed)
+        return row
+
+    def _agreement(self, space: NodeSpace, scores: Scores) -> Row:
+        """Pearson and Spearman correlation with the true effects of the units with largest scores, and of others."""
+        live = scores.values.nonzero().flatten()
+        top = scores.values.abs().argsort(descending=True)[: VERIFIED // 2]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        others = live[torch.randperm(len(live), generator=generator)[: VERIFIED // 2]]
+        units = torch.cat([top, others]).unique()
+        truth = ExactPatching(units=units.tolist()).discover(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)))
+        a, b = scores.values[units].double().numpy(), truth.values[units].double().numpy()
+        if len(units) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+            return {"exact_pearson": None, "exact_spearman": None}
+        return {
+            "exact_pearson": _number(stats.pearsonr(a, b).statistic),
+            "exact_spearman": _number(stats.spearmanr(a, b).statistic),
+        }
+
+    def _circuit(self, space: NodeSpace, scores: Scores, units: torch.Tensor) -> Row:
+        """The units of a circuit, with the effects that pass directly from one to another."""
+        names = space.names()
+        edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), units)
+        groups = space.group_of(units.tolist())
+        return {
+            "units": [
+                {"name": names[unit], "group": group, "score": float(scores.values[unit])}
+                for unit, group in zip(units.tolist(), groups, strict=True)
+            ],
+            "edges": [
+                {"from": names[sender], "to": names[receiver], "weight": weight}
+                for sender, receiver, weight in edges.largest(200)
+            ],
+        }
+
+
+def _areas(signed: Curve, absolute: Curve) -> Row:
+    row: Row = {}
+    for name, along, statistic in (("cpr", signed, Curve.cpr), ("cmd", absolute, Curve.cmd)):
+        low, high = bootstrap(statistic, along)
+        row |= {name: _number(statistic(along)), f"{name}_low": _number(low), f"{name}_high": _number(high)}
+    return row
+
+
+def _drawn(along: Curve) -> Row:
+    low, high = bootstrap(Curve.faithfulness, along)
+    values = {"faithfulness": along.faithfulness(), "low": low, "high": high, "completeness": along.completeness()}
+    return {"sizes": list(along.sizes)} | {name: [_number(value) for value in row] for name, row in values.items()}
+
+
+def _nodes(level: float) -> str:
+    return f"nodes_{round(100 * level)}"
+
+
+def _number(value: Any) -> float | None:
+    number = json_number(float(value))
+    return None if number is None else round(number, 6)

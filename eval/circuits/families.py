@@ -1,0 +1,137 @@
+"""Families of nodes that are compared: a checkpoint's latents with their errors in three ways, neurons, components, random."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sae import SparseDictionary, load_dictionary
+from sae.checkpoint import read_config
+from sae.hub import local_directory
+from training.activations.model import LanguageModel, load_model
+from training.activations.sites import find_block, n_layers
+from training.recipe import ModelSection
+from transcoders import load_stack
+from transcoders.stack import hooks_of, is_stack
+
+from ..subject import neuron_hook
+from .nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
+from .randomised import random_like
+
+# Families that a checkpoint makes, and those that stand beside them once.
+FAMILIES_EACH, BASELINES = 5, 3
+# What errors are in the families that a checkpoint makes, and how these are called.
+ERROR_NAMES = {"node": "errors as nodes", "kept": "errors kept", "ablated": "errors ablated"}
+
+
+@dataclass(frozen=True)
+class Dictionaries:
+    """The dictionaries of one argument of the command: of a checkpoint, or of all checkpoints below a directory.
+
+    ``by_hook`` goes by the hook that is written; ``hooks_in`` are those read.
+    """
+
+    name: str
+    by_hook: Mapping[str, SparseDictionary]
+    hooks_in: Mapping[str, str]
+    model: ModelSection
+
+    def parts(self, errors: str) -> list[Part]:
+        """Latents at every hook."""
+        return [Latents(hook, dictionary, self.hooks_in[hook], hook, errors) for hook, dictionary in self.by_hook.items()]
+
+    def randomised(self, model: LanguageModel, seed: int) -> "Dictionaries":
+        """The same with random features of equal l0."""
+        found = {hook: random_like(dictionary, seed) for hook, dictionary in self.by_hook.items()}
+        return replace(self, by_hook=found)
+
+
+def open_dictionaries(checkpoint: str) -> Dictionaries:
+    """A checkpoint directory, a directory of checkpoints, or a hub id.
+
+    Raises:
+        ValueError: If there is none, or it does not say which model it was trained on.
+    """
+    directory = Path(local_directory(checkpoint))
+    if is_stack(directory):
+        stack = load_stack(directory)
+        found, provenances = dict(stack.items()), dict(stack.provenances)
+    else:
+        provenance = read_config(directory)["provenance"]
+        _, writes = hooks_of(provenance)
+        found, provenances = {writes[0]: load_dictionary(directory)}, {writes[0]: provenance}
+    model = next(iter(provenances.values())).get("model")
+    if not model:
+        raise ValueError(
+            f"{checkpoint}: this dictionary was trained on tensors, not on a model, so no circuit passes through it."
+        )
+    reads = {hook: hooks_of(provenance)[0][0] for hook, provenance in provenances.items()}
+    for dictionary in found.values():
+        dictionary.requires_grad_(False)
+    return Dictionaries(checkpoint, found, reads, ModelSection.model_validate(model))
+
+
+def open_model(several: list[Dictionaries]) -> LanguageModel:
+    """The one model of them all.
+
+    Raises:
+        ValueError: If they are of different models.
+    """
+    ids = {found.name: found.model.id for found in several}
+    if len(set(ids.values())) > 1:
+        listed = ", ".join(f"{name} ({model})" for name, model in ids.items())
+        raise ValueError(f"CHECKPOINT: expected dictionaries of one model, got {listed}. Judge them one model at a time.")
+    return load_model(several[0].model)
+
+
+def neurons(model: LanguageModel, hooks: Sequence[str]) -> list[Part]:
+    """Every coordinate of the tensors at some hooks: latents of the identity."""
+    widths = model.widths(tuple(hooks))
+    return [Coordinates(hook, hook, widths[hook], 1) for hook in hooks]
+
+
+def mlp_neurons(model: LanguageModel) -> list[Part]:
+    """What every MLP's last projection reads."""
+    blocks = [find_block(model.module, layer) for layer in range(n_layers(model.module))]
+    found = [neuron_hook(model, f"{block.path}:out") for block in blocks]
+    return neurons(model, [hook for hook in found if hook is not None])
+
+
+def components(model: LanguageModel) -> list[Part]:
+    """Heads and MLPs: how a model is cut without a dictionary."""
+    heads, parts = n_heads(model), []
+    for layer in range(n_layers(model.module)):
+        sites = find_block(model.module, layer).sites()
+        for site, name in (("attn_heads", f"a{layer}"), ("mlp_out", f"m{layer}")):
+            if site in sites:
+                hook = sites[site][1]
+                width = model.widths((hook,))[hook]
+                parts.append(Coordinates(name, hook, width, width // heads if site == "attn_heads" else width))
+    return parts
+
+
+def n_heads(model: LanguageModel) -> int:
+    """Attention heads of a block."""
+    config: Any = model.module.config
+    return config.num_attention_heads
+
+
+def spaces(model: LanguageModel, several: Sequence[Dictionaries], seed: int = 0) -> dict[str, NodeSpace]:
+    """Every family that is compared, by name: of each checkpoint three and random ones of equal l0, neurons, components.
+
+    Random features and neurons stand at the same hooks as the latents do, and leave the same room for errors: random ones
+    have theirs kept, as the most favourable case, and neurons leave none.
+    """
+    found, hooks = {}, {}
+    for dictionaries in several:
+        for errors in ERRORS:
+            found[f"{dictionaries.name}: {ERROR_NAMES[errors]}"] = NodeSpace(model, dictionaries.parts(errors))
+        for errors in ("kept", "ablated"):
+            found[f"{dictionaries.name}: random, {ERROR_NAMES[errors]}"] = NodeSpace(
+                model, dictionaries.randomised(model, seed).parts(errors)
+            )
+        hooks |= dict.fromkeys(dictionaries.by_hook)
+    found["neurons"] = NodeSpace(model, neurons(model, list(hooks)))
+    found["MLP neurons"] = NodeSpace(model, mlp_neurons(model))
+    found["heads and MLPs"] = NodeSpace(model, components(model))
+    return found

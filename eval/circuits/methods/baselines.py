@@ -1,0 +1,50 @@
+"""What any method must beat: scores at random, and how far activations move, without asking the metric."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..pairs import Pairs
+from ..space import Space, State
+from .scores import BATCH, Method, Scores, score_batches
+
+MAGNITUDES = ("difference", "clean")
+
+
+class RandomScores(Method):
+    """Uniform scores between 0 and 1: circuits of units drawn without looking."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def discover(self, space: Space, pairs: Pairs) -> Scores:
+        with space.passes.counted() as cost:
+            values = torch.rand(space.size, generator=torch.Generator().manual_seed(self.seed))
+        return Scores(values, cost)
+
+
+class ActivationMagnitude(Method):
+    """The norm of what a unit carries, over positions: of the ``difference`` between the prompts, or on the ``clean`` one.
+
+    The difference is attribution with every slope 1; the clean norm is what pruning by activation looks at. Padding does not
+    count.
+    """
+
+    def __init__(self, of: str = "difference", batch: int = BATCH):
+        if of not in MAGNITUDES:
+            raise ValueError(f"of: expected one of {', '.join(MAGNITUDES)}, got {of!r}.")
+        self.of, self.batch = of, batch
+
+    @torch.no_grad()
+    def discover(self, space: Space, pairs: Pairs) -> Scores:
+        return score_batches(space, pairs, self.batch, lambda some: self._norms(space, some))
+
+    def _norms(self, space: Space, pairs: Pairs) -> Float[Tensor, "pairs units"]:
+        _, clean = space.see(pairs.clean)
+        other = space.see(pairs.corrupted)[1] if self.of == "difference" else [torch.zeros_like(x) for x in clean]
+        return space.distance(_without_padding(clean, pairs), _without_padding(other, pairs))
+
+
+def _without_padding(state: State, pairs: Pairs) -> State:
+    valid = pairs.valid
+    return [x * valid.to(x).view(*valid.shape, *(1,) * (x.ndim - 2)) for x in state]

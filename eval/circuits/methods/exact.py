@@ -1,0 +1,79 @@
+"""Exact activation patching: every unit by itself taken from the other run, and the metric measured again.
+
+What every other method estimates. ``noising`` takes the unit from the corrupted run and the rest from the clean one, and finds
+each input of an AND; ``denoising`` does the converse, and finds each input of an OR. Many rows, each with another unit absent,
+go through the model together. Source: Heimersheim and Nanda 2024, arXiv:2404.15255.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..pairs import Pairs
+from ..space import Space, State
+from .scores import BATCH, Method, Scores, score_batches
+
+DIRECTIONS = ("noising", "denoising")
+ROWS = 128
+
+
+class ExactPatching(Method):
+    """The effect itself, of all units, of so many drawn with ``seed``, or of those listed; the others have no score.
+
+    ``noising``: m(clean) - m(clean with the unit corrupted); ``denoising``: m(corrupted with the unit clean) - m(corrupted).
+    A unit that carries the same on both prompts of a pair has no effect there, and no pass is spent on it.
+    """
+
+    def __init__(
+        self,
+        units: int | Sequence[int] | None = None,
+        seed: int = 0,
+        direction: str = "noising",
+        rows: int = ROWS,
+        batch: int = BATCH,
+    ):
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+        self.units, self.seed, self.direction, self.rows, self.batch = units, seed, direction, rows, batch
+
+    @torch.no_grad()
+    def discover(self, space: Space, pairs: Pairs) -> Scores:
+        asked = self._asked(space.size)
+        return score_batches(space, pairs, self.batch, lambda some: self._effects(space, some, asked))
+
+    def _asked(self, size: int) -> Bool[Tensor, " units"]:
+        asked = torch.zeros(size, dtype=torch.bool)
+        if self.units is None:
+            return ~asked
+        if isinstance(self.units, int):
+            chosen = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[: self.units]
+        else:
+            chosen = torch.as_tensor(self.units, dtype=torch.long)
+            if ((chosen < 0) | (chosen >= size)).any():
+                raise ValueError(f"units: expected numbers from 0 to {size - 1}, got {list(self.units)}.")
+        asked[chosen] = True
+        return asked
+
+    def _effects(self, space: Space, pairs: Pairs, asked: Bool[Tensor, " units"]) -> Float[Tensor, "pairs units"]:
+        logits, clean = space.see(pairs.clean)
+        other, corrupted = space.see(pairs.corrupted)
+        differs = (space.distance(clean, corrupted) > 0).cpu() & asked
+        if self.direction == "noising":
+            whole, token_ids, filler, sign = pairs.measure(logits), pairs.clean, corrupted, 1.0
+        else:
+            whole, token_ids, filler, sign = pairs.measure(other), pairs.corrupted, clean, -1.0
+        effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
+        effects[:, ~asked] = torch.nan
+        for some in differs.nonzero().split(self.rows):
+            rows, units = some.unbind(1)
+            kept = torch.ones(len(rows), space.size, dtype=torch.bool)
+            kept[torch.arange(len(rows)), units] = False
+            logits = space.run(token_ids[rows], kept, _rows(filler, rows))
+            effects[rows, units] = sign * (whole[rows.to(whole.device)] - pairs.take(rows).measure(logits)).cpu()
+        return effects
+
+
+def _rows(state: State, rows: Tensor) -> State:
+    return [tensor[rows.to(tensor.device)] for tensor in state]
