@@ -10,6 +10,7 @@ Source: edge attribution patching, Syed et al. 2023, arXiv:2310.10348; evaluatio
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
@@ -44,16 +45,16 @@ class EdgeSpace(Space):
 
     States are the embedding, then of each layer the mixed values of its heads (which ``W_O`` turns into what they write) and
     what its MLP writes. Slopes are gradients by the inputs of receivers, ``(pairs, positions, receivers, d_model)`` for every
-    stage of ``edges``; with ``frozen_norms`` the denominators of norms are taken for constants in them.
+    stage of ``edges``.
 
     Raises:
         ValueError: If the architecture is not one of those.
     """
 
-    def __init__(self, model: LanguageModel, frozen_norms: bool = False):
+    def __init__(self, model: LanguageModel):
         self.anatomy = anatomy = Anatomy(model)
         super().__init__(ungrouped(anatomy))
-        self.frozen_norms = frozen_norms
+        self._frozen_norms = False
         mlps = [block.mlp is not None for block in anatomy.blocks]
         self.edges = EdgeList(anatomy.n_layers, anatomy.n_heads, mlps, anatomy.parallel)
         self.groups = self.edges.groups
@@ -116,8 +117,16 @@ class EdgeSpace(Space):
         # Nothing but the last norm reads there, so this gradient has come through it.
         return [*found, grads[self.anatomy.final_norm_hook][:, :, None]]
 
+    @contextmanager
+    def frozen_norms(self) -> Iterator[None]:
+        self._frozen_norms = True
+        try:
+            yield
+        finally:
+            self._frozen_norms = False
+
     def _before(self, norm: Norm, stream: Tensor, grads: Tensor) -> Float[Tensor, "pairs positions receivers d_model"]:
-        if self.frozen_norms:
+        if self._frozen_norms:
             return norm.fold(grads) / norm.scale(stream)[..., None, None]
         return norm.pull_back(stream[:, :, None], grads)
 
@@ -128,6 +137,10 @@ class EdgeSpace(Space):
             products = torch.einsum("ptsd,ptrd->prs", difference[:, :, : stage.n_senders], slope)
             found.append(products.flatten(1))
         return torch.cat(found, dim=1)
+
+    def distance(self, a: State, b: State) -> Float[Tensor, "pairs edges"]:
+        difference = self.writes([x - y for x, y in zip(a, b, strict=True)])
+        return difference.pow(2).sum((1, 3)).sqrt()[:, self.edges.sources]
 
     def run(self, token_ids: Int[Tensor, "pairs positions"], kept: Tensor, filler: State) -> Tensor:
         absent = 1.0 - kept.to(self.model.device).to(self.anatomy.W_E.dtype)

@@ -150,8 +150,8 @@ def brute_force(graph, model, pairs, names):
     for parameter in model.module.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
-    ends = [name.split("->") for name in names]
-    return torch.stack([((clean[s] - other[s]).detach() * inputs[r].grad).sum((1, 2)) for s, r in ends], dim=1)
+    contributions = [(clean[s] - other[s]).detach() * inputs[r].grad for s, r in map(ends, names)]
+    return torch.stack([products.sum((1, 2)) for products in contributions], dim=1)
 
 
 def test_edge_attribution_is_difference_by_gradient_edge_by_edge(space, some_pairs, graph):
@@ -178,14 +178,36 @@ def test_edge_attribution_takes_two_forward_passes_and_one_backward(space, some_
     assert (counts["forward"], counts["backward"]) == (cost.forwards, cost.backwards) == (2, 1)
 
 
-def test_frozen_norms_are_divisions_by_constants(some_pairs, tiny_model):
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_relevance_of_edges_is_attribution_in_a_model_whose_norms_divide_by_constants(
+    some_pairs, graph, tiny_model, monkeypatch, family
+):
+    model, pairs = tiny_model(family), some_pairs()
+    space = EdgeSpace(model)
+    found = METHODS["relevance"](activation=False, gate=False).discover(space, pairs)
+    for name in ("LayerNorm", "RMSNorm"):
+        monkeypatch.setattr(getattr(torch.nn, name), "forward", frozen_norm)
+    close(found.per_pair, brute_force(graph, model, pairs, space.names()), 1e-8)
+    monkeypatch.undo()
+    assert (found.values - METHODS["attribution"]().discover(space, pairs).values).abs().max() > 1e-3
+
+
+def frozen_norm(norm, x):
+    bias = getattr(norm, "bias", None)
+    x = x if bias is None else x - x.mean(-1, keepdim=True)
+    return x / (x.detach().pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + (0.0 if bias is None else bias)
+
+
+def test_distances_of_edges_are_those_of_what_senders_write(some_pairs, tiny_model, graph):
     model, pairs = tiny_model("llama"), some_pairs()
-    space, frozen = EdgeSpace(model), EdgeSpace(model, frozen_norms=True)
-    seen, grads = space.passes.gradients(pairs.clean, space.hooks, pairs.measure)
-    stream, norm = seen[space.at[1].mlp[0]], space.anatomy.layers[1].mlp_norm
-    expected = grads[space.at[1].mlp[1]] * norm.weight / norm.scale(stream)[..., None]
-    close(frozen.slopes(seen, grads)[3][:, :, 0], expected)
-    assert (space.slopes(seen, grads)[3][:, :, 0] - expected).abs().max() > 1e-3
+    space = EdgeSpace(model)
+    (clean, _), (other, _) = (graph(model, ids, lambda _, sent: sum(sent.values())) for ids in (pairs.clean, pairs.corrupted))
+    expected = [(clean[sender] - other[sender]).pow(2).sum((1, 2)).sqrt() for sender, _ in map(ends, space.names())]
+    close(space.distance(space.see(pairs.clean)[1], space.see(pairs.corrupted)[1]), torch.stack(expected, 1))
+
+
+def ends(name):
+    return name.split("->")
 
 
 def test_a_model_without_mlps_and_norms_has_edges_too():
