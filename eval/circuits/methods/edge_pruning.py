@@ -1,0 +1,116 @@
+"""Edge Pruning: a mask over all units at once, learned so that the circuit predicts what the model does with ever fewer units.
+
+Whether a unit is kept is random while learning: a hard concrete variable, which is often exactly 0 or exactly 1 and has a
+gradient. How many units are to go rises step by step, and is held by a Lagrangian whose multipliers climb as long as too many
+are left. Source: Bhaskar et al. 2024, arXiv:2406.16778, whose units are edges; Louizos et al. 2018, arXiv:1712.01312 (masks).
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ..ablation import divergence
+from ..pairs import Pairs
+from ..space import Space
+from .scores import BATCH, Method, Scores
+
+LOSSES = ("kl", "metric")
+# Of the hard concrete distribution, as published: its temperature, how far it is stretched beyond 0 and 1, and how far the
+# uniform numbers that it is made of stay from either.
+TEMPERATURE, STRETCH, MARGIN = 2 / 3, 0.1, 1e-6
+# Where mask logits start: everything is kept.
+START, SPREAD = 10.0, 0.01
+# Shares of all steps in which the learning rate rises, and in which the target does: 200 and 2500 of the published 3000.
+WARMUP, RAMP = 200 / 3000, 2500 / 3000
+
+
+class EdgePruning(Method):
+    """Scores are the mask's logits: above 0 a unit is more likely kept than not. ``kept_units`` makes a circuit of them.
+
+    ``target`` is the share of units that is to be gone in the end. Circuits differ in size, so a share above 1, which is never
+    reached, is a way to have everything removed that the model can do without. ``loss`` is how far the circuit is from the
+    model: ``kl`` in nats at the questions, or ``metric``, the squared difference of the metric, for models with one output.
+    """
+
+    def __init__(
+        self,
+        target: float = 1.0,
+        steps: int = 300,
+        lr: float = 0.8,
+        multiplier_lr: float = 0.8,
+        loss: str = "kl",
+        start: float = START,
+        seed: int = 0,
+        batch: int = BATCH,
+    ):
+        if loss not in LOSSES:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}.")
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}.")
+        self.target, self.steps, self.lr, self.multiplier_lr = target, steps, lr, multiplier_lr
+        self.loss, self.start, self.seed, self.batch = loss, start, seed, batch
+
+    def discover(self, space: Space, pairs: Pairs) -> Scores:
+        draw = torch.Generator().manual_seed(self.seed)
+        with space.passes.counted() as cost:
+            logits = self._learn(space, pairs, draw)
+        return Scores(logits, cost)
+
+    def _learn(self, space: Space, pairs: Pairs, draw: torch.Generator) -> Float[Tensor, " units"]:
+        logits = (self.start + SPREAD * torch.randn(space.size, generator=draw)).requires_grad_()
+        multipliers = torch.zeros(2, requires_grad=True)
+        groups = [
+            {"params": [logits], "lr": self.lr},
+            {"params": [multipliers], "lr": self.multiplier_lr, "maximize": True},
+        ]
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._pace)
+        for step in range(self.steps):
+            some = pairs.take(torch.randperm(len(pairs), generator=draw)[: self.batch])
+            mask = sample_mask(logits.expand(len(some), -1), draw)
+            with torch.enable_grad():
+                missing = 1.0 - mask.mean() - self.target * min(1.0, step / (RAMP * self.steps))
+                constraint = multipliers[0] * missing + multipliers[1] * missing**2
+                loss = self._distance(space, some, mask) + constraint
+                optimizer.zero_grad()
+                loss.backward()
+            space.passes.backwards += 1
+            optimizer.step()
+            schedule.step()
+        return logits.detach()
+
+    def _pace(self, step: int) -> float:
+        """What the learning rates are multiplied by: up to 1, and down to 0."""
+        warmup = WARMUP * self.steps
+        return step / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
+
+    def _distance(self, space: Space, pairs: Pairs, mask: Float[Tensor, "pairs units"]) -> Float[Tensor, ""]:
+        with torch.no_grad():
+            clean, (_, corrupted) = space.passes.run(pairs.clean), space.see(pairs.corrupted)
+        changed = space.run(pairs.clean, mask, corrupted)
+        if self.loss == "metric":
+            return (pairs.measure(changed) - pairs.measure(clean)).pow(2).mean()
+        if clean.shape[-1] == 1:
+            raise ValueError("loss: expected a model with several outputs for kl, got one with 1. Use loss: metric.")
+        return divergence(pairs, clean, changed).mean()
+
+
+def sample_mask(logits: Float[Tensor, "*rows units"], draw: torch.Generator) -> Float[Tensor, "*rows units"]:
+    """Draw a hard concrete mask: numbers from 0 to 1, many of them either."""
+    uniform = MARGIN + (1 - 2 * MARGIN) * torch.rand(logits.shape, generator=draw)
+    soft = torch.sigmoid((uniform.logit() + logits) / TEMPERATURE)
+    return (soft * (1 + 2 * STRETCH) - STRETCH).clamp(0.0, 1.0)
+
+
+def chance_kept(logits: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
+    """How likely each unit's mask is not 0."""
+    return torch.sigmoid(logits - TEMPERATURE * math.log(STRETCH / (1 + STRETCH)))
+
+
+def kept_units(logits: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
+    """The circuit of a mask: the most likely units, as many as are not 0 on average."""
+    kept = torch.zeros(len(logits), dtype=torch.bool)
+    kept[logits.argsort(descending=True, stable=True)[: round(float(chance_kept(logits).sum()))]] = True
+    return kept
