@@ -277,3 +277,79 @@ def _serving(reply):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def stream_model():
+    """Builds a language model of two MLPs on a stream, each behind a fixed average over earlier positions; linear by default.
+
+    ``twins`` doubles every neuron of the first MLP, halving what each writes.
+    """
+    from types import SimpleNamespace
+
+    from torch import nn
+
+    from training.activations.model import LanguageModel
+
+    class Stream(nn.Module):
+        def __init__(self, activation, norm, bias, twins):
+            super().__init__()
+            self.wte = nn.Embedding(41, 12)
+            self.layers = nn.ModuleList(
+                nn.ModuleDict(
+                    {
+                        "norm": norm(),
+                        "up": nn.Linear(12, 7, bias=bias),
+                        "act": activation(),
+                        "down": nn.Linear(7, 12, bias=bias),
+                    }
+                )
+                for _ in range(2)
+            )
+            self.norm, self.head = norm(), nn.Linear(12, 41, bias=bias)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.5)
+            if twins:
+                first = self.layers[0]
+                up, down = (nn.Linear(*size, bias=bias) for size in ((12, 14), (14, 12)))
+                up.weight = nn.Parameter(first["up"].weight.repeat(2, 1))
+                down.weight = nn.Parameter(first["down"].weight.repeat(1, 2) / 2)
+                if bias:
+                    up.bias, down.bias = nn.Parameter(first["up"].bias.repeat(2)), first["down"].bias
+                first["up"], first["down"] = up, down
+
+        def get_input_embeddings(self):
+            return self.wte
+
+        def forward(self, input_ids, attention_mask=None, use_cache=False):
+            x = self.wte(input_ids)
+            mixed = torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril()
+            mixed = mixed / mixed.sum(-1, keepdim=True)
+            for layer in self.layers:
+                x = x + mixed @ layer["down"](layer["act"](layer["up"](layer["norm"](x))))
+            return SimpleNamespace(logits=self.head(self.norm(x)))
+
+    def build(activation=nn.Identity, norm=nn.Identity, bias=True, twins=False, dtype=torch.float64):
+        torch.manual_seed(7)
+        return LanguageModel(Stream(activation, norm, bias, twins).to(dtype), None, "stream", None)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_pairs():
+    """Builds pairs that differ at positions 1 and 3, with one question at the end of each; padded to the longest."""
+    from eval.circuits.pairs import Pairs, Question
+
+    def build(n=5, positions=6, lengths=None, metric="logit_diff"):
+        generator = torch.Generator().manual_seed(3)
+        clean = torch.randint(3, 41, (n, positions), generator=generator)
+        corrupted = clean.clone()
+        corrupted[:, [1, 3]] = 3 + (corrupted[:, [1, 3]] - 3 + torch.randint(1, 38, (n, 2), generator=generator)) % 38
+        lengths = torch.tensor([positions] * n if lengths is None else lengths)
+        for ids in (clean, corrupted):
+            ids[torch.arange(positions)[None] >= lengths[:, None]] = 0
+        questions = tuple((Question(int(length) - 1, (3 + row,), (20 + row,)),) for row, length in enumerate(lengths))
+        return Pairs("random", "tokens", clean, corrupted, questions, lengths, metric)
+
+    return build

@@ -163,26 +163,27 @@ class _Task:
         method: Method = METHODS[name]()
         scores = method.discover(space, self.chosen_on)
         fill = filler(space, settings.ablation, self.chosen_on, settings.seed)
-        signed, absolute = ranked(scores, "signed"), ranked(scores, "absolute")
+        # Units that work against the task belong to its circuit too; only CPR asks for those that help.
+        order, helping = ranked(scores, "absolute"), ranked(scores, "signed")
         shares = share_sizes(space.size)
         sizes = sorted({*growing_sizes(space.size, per_decade=4), *shares})
-        along = curve(space, signed, self.judged_on, fill, sizes)
+        along = curve(space, order, self.judged_on, fill, sizes)
         row = self._about(family, space, name, scores, along)
         try:
             along.require_signal()
         except ValueError as error:
             found["rows"].append(row | {"refused": str(error)})
             return
-        either = curve(space, absolute, self.judged_on, fill, shares, complements=False)
-        row |= _areas(along.at(shares), either)
-        row |= self._sizes(space, scores, signed, fill, along)
+        helped = curve(space, helping, self.judged_on, fill, shares, complements=False)
+        row |= _areas(helped, along.at(shares))
+        row |= self._sizes(space, scores, order, fill, along)
         row |= self._agreement(space, scores)
         found["rows"].append(row)
         found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
         size = row[_nodes(LEVEL)]
         if size is not None and family.endswith("errors as nodes"):
             about = {key: row[key] for key in ("task", "family", "method")}
-            found["circuits"].append(about | self._circuit(space, scores, signed[: min(size, DRAWN)]))
+            found["circuits"].append(about | self._circuit(space, scores, order[: min(size, DRAWN)]))
 
     def _about(self, family: str, space: NodeSpace, method: str, scores: Scores, along: Curve) -> Row:
         known: Competence = self.competence
@@ -215,7 +216,7 @@ class _Task:
             at = curve(space, order, self.judged_on, fill, [size])
             lost = minimality(space, kept, self.judged_on, fill, order[: min(size, TAKEN_OUT)])
             row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
-            row["stability"] = None if scores.per_pair is None else stability(scores, size, seed=self.settings.seed)
+            row["stability"] = None if scores.per_pair is None else stability(scores, size, "absolute", seed=self.settings.seed)
         return row
 
     def _agreement(self, space: NodeSpace, scores: Scores) -> Row:

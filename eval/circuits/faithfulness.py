@@ -20,12 +20,12 @@ from torch import Tensor
 from .ablation import Filler
 from .methods.scores import Scores
 from .pairs import Pairs
+from .ranking import ordered
 from .space import Space
 
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LEVELS = (0.5, 0.8, 0.9)
-RANKINGS = ("signed", "absolute")
 RESAMPLES = 1000
 BATCH = 32
 # A denominator less than so many standard errors from 0 is noise.
@@ -108,15 +108,12 @@ def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
     Raises:
         ValueError: If there is no such ranking, or a unit has no score.
     """
-    if ranking not in RANKINGS:
-        raise ValueError(f"ranking: expected one of {', '.join(RANKINGS)}, got {ranking!r}.")
     if not scores.measured.all():
         raise ValueError(
             f"ranking: expected a score for every unit, got {int(scores.measured.sum())} of {len(scores.values)}. Measure all "
             "units (exact: leave out `units`)."
         )
-    values = scores.values if ranking == "signed" else scores.values.abs()
-    return values.argsort(descending=True, stable=True)
+    return ordered(scores.values, ranking)
 
 
 def members(order: Int[Tensor, " units"], size: int) -> Bool[Tensor, " units"]:

@@ -73,7 +73,7 @@ def gate(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
     others = torch.stack([stream.all("other").sum(0), stream.at("token", ASK) + both])
     write_neurons(model, 0, start, others, -1.0, stream.at("spare").expand(2, -1))
     with torch.no_grad():
-        model.mlp(0).down_proj.bias += constant * result
+        model.mlp(0).down_proj.bias.add_(constant * result)
         model.lm_head.weight[1], model.lm_head.bias[1] = result, -0.5
     fetched = "embed->a0.h1.v embed->a0.h3.v a0.h1->m0 a0.h3->m0 m0->logits"
     edges = {"resample": fetched, "zero": f"{fetched} embed->a0.h1.k embed->a0.h3.k"}
@@ -233,7 +233,7 @@ def _write_lengths(model: ToyTransformer, stream: Stream) -> None:
     start = write_neurons(model, 0, start, read, -0.5 - steep * middle, -write)
     write_neurons(model, 0, start, stream.at("token", 1)[None], 0.0, stream.at("spare", 1)[None])
     with torch.no_grad():
-        model.mlp(0).down_proj.bias += length[-1]
+        model.mlp(0).down_proj.bias.add_(length[-1])
 
 
 def _write_sources(model: ToyTransformer, stream: Stream) -> None:

@@ -19,10 +19,10 @@ ABLATIONS = ("resample", "zero")
 class Known:
     """A model whose circuit is known for these pairs, by ablation.
 
-    A unit belongs to the circuit if some set of other units can be ablated such that ablating it too changes the metric. All
-    others change nothing, whatever else is ablated. Redundant parts (an OR of two heads) are therefore in the circuit, though
-    ablating one of them alone does nothing. ``resample`` gives a unit the value it has on the corrupted prompt, so what is the
-    same on both prompts does not belong; ``zero`` gives it zeros.
+    The circuit is what changes the metric when it is ablated; everything else can be ablated at once without effect. Where
+    parts stand in for each other (an OR of two heads), all of them belong, though ablating one alone does nothing; what only a
+    broken circuit falls back on does not belong. ``resample`` gives a unit the value it has on the corrupted prompt, so what
+    is the same on both prompts is in no such circuit; ``zero`` gives it zeros.
 
     Nodes are ``embed`` (token and position together), ``a{layer}.h{head}``, ``m{layer}``; edges ``SENDER->RECEIVER``, where
     receivers are ``a{layer}.h{head}.q``, ``.k``, ``.v``, ``m{layer}`` and ``logits``.

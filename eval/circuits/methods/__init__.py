@@ -2,17 +2,28 @@
 
 from .attribution import AttributionPatching
 from .baselines import ActivationMagnitude, RandomScores
+from .certified import Certified
+from .discrete_codes import DiscreteCodes, MeanDifference
+from .edge_pruning import EdgePruning
 from .exact import ExactPatching
+from .flow import FlowRoutes
 from .integrated import IntegratedActivations, IntegratedInputs
+from .query import QueryCircuits
 from .relevance import RelevancePatching
 from .scores import Method, Scores
 
 METHODS: dict[str, type[Method]] = {
     "attribution": AttributionPatching,
+    "certified": Certified,
+    "discrete_codes": DiscreteCodes,
+    "edge_pruning": EdgePruning,
     "exact": ExactPatching,
+    "flow": FlowRoutes,
     "integrated_activations": IntegratedActivations,
     "integrated_inputs": IntegratedInputs,
     "magnitude": ActivationMagnitude,
+    "mean_difference": MeanDifference,
+    "query": QueryCircuits,
     "random": RandomScores,
     "relevance": RelevancePatching,
 }

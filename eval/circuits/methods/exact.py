@@ -66,8 +66,10 @@ class ExactPatching(Method):
             whole, token_ids, filler, sign = pairs.measure(other), pairs.corrupted, clean, -1.0
         effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
         effects[:, ~asked] = torch.nan
-        for some in differs.nonzero().split(self.rows):
-            rows, units = some.unbind(1)
+        # Unit by unit, so that those of one part, which may be slow to run, come together.
+        runs = differs.T.nonzero()
+        for start in range(0, len(runs), self.rows):
+            units, rows = runs[start : start + self.rows].unbind(1)
             kept = torch.ones(len(rows), space.size, dtype=torch.bool)
             kept[torch.arange(len(rows)), units] = False
             logits = space.run(token_ids[rows], kept, _rows(filler, rows))

@@ -19,7 +19,7 @@ def test_the_area_is_the_share_of_pairs_in_order(scored):
     inside, outside = scores[truth][:, None], scores[~truth][None]
     wins = (inside > outside).double() + 0.5 * (inside == outside).double()
     assert roc_auc(scores, truth) == pytest.approx(float(wins.mean()), abs=1e-12)
-    peer = mannwhitneyu(scores[truth].numpy(), scores[~truth].numpy()).statistic / wins.numel()
+    peer = mannwhitneyu(scores[truth].double().numpy(), scores[~truth].double().numpy()).statistic / wins.numel()
     assert roc_auc(scores, truth) == pytest.approx(float(peer), abs=1e-12)
 
 

@@ -110,7 +110,7 @@ def brute():
 def check_truth():
     """Checks a known circuit by exact patching, in float64: its members have an effect, the others have none."""
 
-    def check(known, *, floor, leak=1e-9, redundant=False, **contexts):
+    def check(known, *, floor, leak=1e-9, redundant=False, fallback=(), **contexts):
         known.module.double()
         try:
             for ablation in known.nodes:
@@ -119,12 +119,32 @@ def check_truth():
                     effects, truth = runs.at_most(**contexts), runs.truth()
                     named = {name: float(effect) for name, effect in zip(runs.names, effects, strict=True)}
                     silent = [name for name, member in zip(runs.names, truth, strict=True) if member and named[name] < floor]
-                    loud = [name for name, member in zip(runs.names, truth, strict=True) if not member and named[name] > leak]
+                    others = [name for name, member in zip(runs.names, truth, strict=True) if not member]
+                    loud = [name for name in others if named[name] > leak and name not in fallback]
                     assert not silent, (ablation, kind, "without effect", silent)
                     assert not loud, (ablation, kind, "with effect", {name: named[name] for name in loud})
+                    nothing = torch.zeros_like(truth)
+                    apart = runs.measure(torch.stack([nothing, ~truth]))
+                    assert (apart[0] - apart[1]).abs().max() <= leak, (ablation, kind, "the circuit alone is not enough")
+                    assert (runs.alone()[~truth] <= leak).all(), (ablation, kind, "others have an effect")
                     if not redundant:
                         assert (runs.alone()[truth] >= floor).all(), (ablation, kind, "needs others ablated")
         finally:
             known.module.float()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def brute_logits():
+    """Logits of prompts with one node taken from others: ``brute_logits(module, token_ids, source_ids, node)``."""
+
+    def logits(module, token_ids, source_ids, node):
+        filler, _ = senders_of(module, source_ids, lambda sender, receiver, x: x)
+
+        def replaced(sender, receiver, x):
+            return filler[sender] if receiver is None and sender == node else x
+
+        return senders_of(module, token_ids, replaced)[1]
+
+    return logits

@@ -1,0 +1,113 @@
+"""Programs compiled by tracr (Lindner et al. 2023, arXiv:2301.05062), read from files, with the circuit each program makes.
+
+Every axis of a compiled stream is one variable of the program, so the weights say which part reads what which part writes.
+An edge is in the circuit of zero ablation if it carries an axis on a way from the prompt to the output, unless the reader
+does the same without it: softmax does not mind a constant, so a query that is uniform over what it selects is such a case.
+Nor does what
+the program falls back on where it selects nothing (BOS, asked for by ``one``) belong, if it always selects something.
+For resampling, axes that are the same on both prompts drop out: positions, the constant ``one``, ``tokens:BOS``, lengths.
+``one`` is written by the embedding, so a bias of the program is an edge from ``embed``. Circuits of reverse and the fraction
+are those of Conmy et al. 2023, arXiv:2304.14997; those of hist and detect_abc were read off in the same way:
+
+- hist: the head selects equal tokens (query and key) and takes BOS from among them, 1 / (count + 1); the MLP makes it a count.
+- detect_abc: ``m0`` says where a, b and c are, both heads of layer 1 shift a by two and b by one, ``m1`` and ``m2`` join them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..pairs import Pairs, Question
+from .files import load_toy
+from .handbuilt import equal_pairs, fraction_pairs, made, reverse_pairs
+from .known import Known
+from .toy import ToyTransformer
+
+REVERSE = "embed->a3.h0.v a3.h0->logits"
+FRACTION = "embed->m0 m0->a1.h0.v a1.h0->logits"
+HIST = "embed->a0.h0.q,k a0.h0->m0 m0->logits"
+DETECT = "embed->m0 m0->a1.h0.v m0->a1.h1.v a1.h0->m1 a1.h1->m1 m0->m2 m1->m2 m2->logits"
+EDGES = {
+    "tracr_reverse": {
+        "resample": REVERSE,
+        "zero": f"{REVERSE} embed->a0.h0.v a0.h0->m0 embed->m0 m0->m1 embed->m1 m1->m2 m2->a3.h0.q embed->a3.h0.k",
+    },
+    "tracr_frac_prevs": {"resample": FRACTION, "zero": f"{FRACTION} embed->a1.h0.q,k"},
+    "tracr_hist": {"resample": HIST, "zero": f"{HIST} embed->a0.h0.v embed->m0"},
+    "tracr_detect_abc": {
+        "resample": DETECT,
+        "zero": f"{DETECT} embed->a1.h0.q,k embed->a1.h1.q,k embed->m1 embed->m2",
+    },
+}
+
+
+def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
+    """A compiled program from its directory (``config.json`` with ``residual_labels``, ``model.safetensors``)."""
+    if name not in EDGES:
+        raise ValueError(f"name: expected one of {', '.join(EDGES)}, got {name!r}.")
+    model = load_toy(directory)
+    labels = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["residual_labels"]
+    directions = dict(zip(labels, torch.eye(len(labels)), strict=True))
+    return made(name, model, PAIRS[name](model, n_pairs, seed), EDGES[name], directions)
+
+
+def _reverse(_model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+    # BOS, a, b, c are 0 to 3, as in the model written by hand.
+    return reverse_pairs("tracr_reverse", n_pairs, seed, length=4)
+
+
+def _fraction(_model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+    # BOS, padding, w, x, y, z.
+    return fraction_pairs("tracr_frac_prevs", (2, 4, 5), 3, n_pairs, seed, length=5)
+
+
+def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+    """Asked where both prompts have tokens of different counts."""
+    draw = torch.Generator().manual_seed(seed)
+    clean, corrupted, questions = [], [], []
+    while len(clean) < n_pairs:
+        # As long as prompts may be, as counts differ more then. BOS, a, b, c, padding, d.
+        one, other = (_letters(torch.randint(0, 4, (model.config.n_ctx - 1,), generator=draw)) for _ in range(2))
+        counts = [(row[:, None] == row[None]).sum(1).tolist() for row in (one[1:], other[1:])]
+        asked = [
+            Question(1 + index, (count,), (foil,))
+            for index, (count, foil) in enumerate(zip(*counts, strict=True))
+            if count != foil
+        ]
+        if asked:
+            clean.append(one)
+            corrupted.append(other)
+            questions.append(tuple(asked))
+    return equal_pairs("tracr_hist", "other tokens", torch.stack(clean), torch.stack(corrupted), questions)
+
+
+def _detect(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+    """Clean prompts have abc somewhere, and are asked where it ends; corrupted ones have a d for each of its letters."""
+    draw = torch.Generator().manual_seed(seed)
+    length = model.config.n_ctx - 1
+    clean, corrupted, questions = [], [], []
+    for _ in range(n_pairs):
+        row = torch.randint(0, 4, (length,), generator=draw)
+        start = int(torch.randint(0, length - 2, (), generator=draw))
+        without = row.clone()
+        row[start : start + 3], without[start : start + 3] = torch.arange(3), 3
+        clean.append(_letters(row))
+        corrupted.append(_letters(without))
+        questions.append((Question(start + 3, (1,), (0,)),))
+    return equal_pairs("tracr_detect_abc", "no abc", torch.stack(clean), torch.stack(corrupted), questions)
+
+
+def _letters(indices: Tensor) -> Tensor:
+    """BOS (id 0) and a, b, c, d, whose ids are 1, 2, 3 and 5."""
+    return torch.cat([torch.tensor([0]), torch.tensor([1, 2, 3, 5])[indices]])
+
+
+PAIRS: dict[str, Callable[[ToyTransformer, int, int], Pairs]] = {
+    "tracr_reverse": _reverse,
+    "tracr_frac_prevs": _fraction,
+    "tracr_hist": _hist,
+    "tracr_detect_abc": _detect,
+}

@@ -1,0 +1,145 @@
+"""Certified circuits: units that a method selects, or leaves out, on nearly every random part of the pairs.
+
+Every pair is left out of a subsample with probability ``p_del``; a unit is IN if the method selects it on more than ``tau`` of
+all subsamples, OUT if it leaves it out on more than that, with confidence ``1 - alpha``, and nothing is said of the others. A
+data set that differs by ``r`` pairs gives the very same subsample whenever those are left out, with probability ``p_del^r``, so
+that its votes differ by ``1 - p_del^r`` at most: up to ``r = floor(log(1.5 - tau) / log(p_del))`` deletions, insertions and
+substitutions of pairs, more than half of all subsamples still select what is IN, and leave out what is OUT.
+
+Source: Anani et al. 2026, arXiv:2602.22968; the bound is that of Huang et al. 2023, arXiv:2302.01757.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.stats import beta
+from torch import Tensor
+
+from ..pairs import Pairs
+from ..passes import Cost
+from ..ranking import largest, strengths
+from ..space import Space
+from .attribution import AttributionPatching
+from .scores import Method, Scores
+
+# Of all units, where neither a size nor a threshold is given.
+SHARE = 0.1
+# Subsamples that are scored together.
+CHUNK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Share of subsamples that selected each unit, and what follows for any data set within ``radius`` edits of this one."""
+
+    votes: Float[Tensor, " units"]
+    included: Bool[Tensor, " units"]
+    excluded: Bool[Tensor, " units"]
+    radius: int
+    cost: Cost
+
+    @property
+    def abstained(self) -> Bool[Tensor, " units"]:
+        """Of which nothing is said."""
+        return ~(self.included | self.excluded)
+
+    def decisions(self) -> list[str]:
+        """IN, OUT or ABSTAIN for every unit."""
+        return [
+            "IN" if included else "OUT" if excluded else "ABSTAIN"
+            for included, excluded in zip(self.included.tolist(), self.excluded.tolist(), strict=True)
+        ]
+
+
+class Certified(Method):
+    """The votes of subsamples for the circuit that ``base`` finds on each: its ``size`` largest scores, or those above
+    ``threshold``, ``ranking`` as for any circuit; without either a tenth of all units. A score of 0 selects nothing.
+
+    A method that scores pair by pair looks at every pair once; others run anew on each subsample. ``simultaneous`` divides
+    ``alpha`` by the number of units, so that with probability ``1 - alpha`` no decision at all is wrong; without it this
+    holds for each unit by itself.
+    """
+
+    def __init__(
+        self,
+        base: Method | None = None,
+        size: int | None = None,
+        threshold: float | None = None,
+        ranking: str = "signed",
+        subsamples: int = 1000,
+        p_del: float = 0.6,
+        tau: float = 0.95,
+        alpha: float = 0.001,
+        simultaneous: bool = False,
+        seed: int = 0,
+    ):
+        if size is not None and threshold is not None:
+            raise ValueError("size: expected it or threshold, got both. One of them says which units a circuit has.")
+        for name, value, low in (("p_del", p_del, 0.0), ("tau", tau, 0.5), ("alpha", alpha, 0.0)):
+            if not low < value < 1.0:
+                raise ValueError(f"{name}: expected a number between {low:g} and 1, got {value}.")
+        if subsamples < 1 or (threshold or 0.0) < 0.0:
+            raise ValueError(
+                f"subsamples, threshold: expected at least 1 and no negative number, got {subsamples} and {threshold}."
+            )
+        self.base, self.size, self.threshold, self.ranking = base or AttributionPatching(), size, threshold, ranking
+        self.subsamples, self.p_del, self.tau, self.alpha = subsamples, p_del, tau, alpha
+        self.simultaneous, self.seed = simultaneous, seed
+
+    def discover(self, space: Space, pairs: Pairs) -> Scores:
+        found = self.certify(space, pairs)
+        return Scores(found.votes, found.cost)
+
+    def certify(self, space: Space, pairs: Pairs) -> Certificate:
+        """Count the votes and decide."""
+        draw = torch.Generator().manual_seed(self.seed)
+        subsamples = torch.rand(self.subsamples, len(pairs), generator=draw) >= self.p_del
+        with space.passes.counted() as cost:
+            whole = self.base.discover(space, pairs)
+            if whole.per_pair is None:
+                counts = self._rerun(space, pairs, subsamples)
+            else:
+                counts = self._average(whole.per_pair.cpu(), subsamples)
+        counts, alpha = counts.double().numpy(), self.alpha / (space.size if self.simultaneous else 1)
+        included = torch.from_numpy(lower_bound(counts, self.subsamples, alpha) > self.tau)
+        excluded = torch.from_numpy(lower_bound(self.subsamples - counts, self.subsamples, alpha) > self.tau)
+        votes = torch.from_numpy(counts / self.subsamples).float()
+        return Certificate(votes, included, excluded, radius(self.tau, self.p_del), cost)
+
+    def _average(self, per_pair: Float[Tensor, "pairs units"], subsamples: Bool[Tensor, "n pairs"]) -> Float[Tensor, " units"]:
+        votes = torch.zeros(per_pair.shape[1])
+        for some in subsamples.split(CHUNK):
+            chosen = some.to(per_pair)
+            means = chosen @ per_pair / chosen.sum(1, keepdim=True).clamp_min(1)
+            votes += self._select(means).float().sum(0)
+        return votes
+
+    def _rerun(self, space: Space, pairs: Pairs, subsamples: Bool[Tensor, "n pairs"]) -> Float[Tensor, " units"]:
+        votes = torch.zeros(space.size)
+        for some in subsamples:
+            # On nothing, nothing is found.
+            if some.any():
+                values = self.base.discover(space, pairs.take(some.nonzero().flatten())).values
+                votes += self._select(values[None].cpu()).float()[0]
+        return votes
+
+    def _select(self, values: Float[Tensor, "n units"]) -> Bool[Tensor, "n units"]:
+        found = strengths(values, self.ranking)
+        if self.threshold is not None:
+            return found > self.threshold
+        size = max(1, round(SHARE * values.shape[1])) if self.size is None else self.size
+        return largest(values, size, self.ranking) & (found > 0)
+
+
+def radius(tau: float, p_del: float) -> int:
+    """How many pairs may be deleted, inserted or replaced."""
+    return math.floor(math.log(1.5 - tau) / math.log(p_del))
+
+
+def lower_bound(counts: Float[np.ndarray, " units"], n: int, alpha: float) -> Float[np.ndarray, " units"]:
+    """Below a probability with confidence ``1 - alpha``, from so many successes in ``n`` draws: Clopper and Pearson 1934."""
+    bounds = beta.ppf(alpha, np.maximum(counts, 1), n - counts + 1)
+    return np.where(counts > 0, bounds, 0.0)

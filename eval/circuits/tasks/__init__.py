@@ -1,0 +1,94 @@
+"""Circuit tasks by name: pairs of a clean and a corrupted prompt, in the language a model reads, or from a file."""
+
+from pathlib import Path
+
+from training.activations.model import LanguageModel
+from training.embedded.corpus import SPLITS
+
+from ..pairs import Pairs
+from . import embedded, english
+from .competence import Competence, competence, require_solved
+from .files import read_pairs, write_pairs
+from .reader import Reader
+from .task import Corruption, Request, Task, assemble, choose, distinct, nearest, same_length
+
+__all__ = [
+    "TASKS",
+    "Competence",
+    "Corruption",
+    "Task",
+    "competence",
+    "make_pairs",
+    "read_pairs",
+    "require_solved",
+    "write_pairs",
+]
+
+FILES = (".jsonl", ".json", ".csv")
+_WHAT = {
+    "ioi": "which of two people something is given to",
+    "greater_than": "the end of a span of years, after its beginning",
+    "agreement_simple": "a verb right after its subject",
+    "agreement_pp": "a verb after its subject and a prepositional phrase with another noun",
+    "agreement_rc": "the verb of a relative clause, after the clause's subject",
+    "agreement_across_rc": "a verb after its subject and a relative clause",
+    "pronoun": "a pronoun of a named person's gender",
+    "gender_bias": "the pronoun assumed of a profession",
+    "induction": "every next item of a list that is said again",
+    "docstring": "the next argument of a signature that a docstring goes through",
+    "colored_objects": "the colour of one of three objects",
+}
+TASKS = {name: Task(name, what, embedded.VARIANTS.get(name), english.VARIANTS.get(name)) for name, what in _WHAT.items()}
+
+
+def make_pairs(
+    name: str | Path,
+    model: LanguageModel,
+    n: int | None = 100,
+    seed: int = 0,
+    corruption: str | None = None,
+    split: str = "heldout",
+    metric: str | None = None,
+    one_length: bool = False,
+) -> Pairs:
+    """``n`` pairs of a task, no two the same; clean prompts of a seed and split do not depend on the corruption.
+
+    On the embedded model the task is put in its own language, on any other in English. ``corruption`` and ``metric`` are the
+    task's defaults unless given. With ``one_length`` all prompts have as many tokens as most of the first ``n`` drawn.
+
+    ``name`` may be a file that ``read_pairs`` understands (``.jsonl``, ``.json``, ``.csv``): then ``n`` pairs of it are drawn,
+    or all with ``None`` or if it has fewer, and ``split`` means nothing.
+
+    Raises:
+        ValueError: If there is no such task in the model's language, corruption or split, if the model's tokenizer splits the
+            task's words, or if the task has fewer pairs.
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}.")
+    if str(name).endswith(FILES):
+        return read_pairs(name, model, n, seed, corruption, metric, one_length=one_length)
+    if n is None:
+        raise ValueError("n: expected a number of pairs, got None, which means all of a file. Give one.")
+    choose("split", split, SPLITS)
+    variant = _task(str(name), model).variant(model)
+    assert variant is not None
+    names = [one.name for one in variant.corruptions]
+    corruption = names[0] if corruption is None else choose("corruption", corruption, names, f" for {name}")
+    examples = variant.draw(Request(Reader(model), corruption, seed, split))
+    if one_length:
+        examples = same_length(examples, n)
+    return assemble(distinct(examples, n, str(name)), str(name), corruption, metric or variant.metric)
+
+
+def _task(name: str, model: LanguageModel) -> Task:
+    """The task of that name; ``ValueError`` if it does not exist in the language the model reads."""
+    here = [task.name for task in TASKS.values() if task.variant(model) is not None]
+    side = "in the embedded language" if model.id == "embedded" else "in English"
+    where = "only in English" if model.id == "embedded" else "only in the embedded language"
+    of = f" {side}, or a .jsonl, .json or .csv file"
+    if name in TASKS and name not in here:
+        raise ValueError(
+            f"task: {name} exists {where}, and {model.id} reads another. Expected one of {', '.join(here)}{of}."
+            f"{nearest(name, here)}"
+        )
+    return TASKS[choose("task", name, here, of)]

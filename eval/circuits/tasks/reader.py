@@ -1,0 +1,100 @@
+"""How a model's tokenizer reads prompts and the single tokens that continue them."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from training.activations.model import LanguageModel
+
+
+class Reader:
+    """Text to token ids as the model expects them: what its tokenizer puts in front comes first, nothing after the text.
+
+    The embedded model was trained on documents that begin with BOS, which its tokenizer does not add by itself.
+
+    Raises:
+        ValueError: If the model has no tokenizer.
+    """
+
+    def __init__(self, model: LanguageModel):
+        if model.tokenizer is None:
+            raise ValueError(f"model: {model.id} has no tokenizer, which text needs. Give pairs as token ids.")
+        self.tokenizer = model.tokenizer
+        normal, plain = self.tokenizer("a")["input_ids"], self._plain("a")
+        self.head: list[int] = normal[: _index(normal, plain)]
+        if model.id == "embedded":
+            self.head = [self.tokenizer.bos_token_id]
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return len(self.tokenizer)
+
+    def ids(self, text: str) -> list[int]:
+        """A prompt's token ids.
+
+        Raises:
+            ValueError: If the tokenizer does not know a part of the text.
+        """
+        body = self._plain(text)
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown != self.tokenizer.bos_token_id and unknown in body:
+            raise ValueError(f"{_short(text)!r} has words the tokenizer does not know")
+        return [*self.head, *body]
+
+    def text(self, ids: Sequence[int]) -> str | None:
+        """The prompt that reads as exactly these ids; ``None`` if decoding them gives no such prompt."""
+        if list(ids[: len(self.head)]) != self.head:
+            return None
+        text = self.tokenizer.decode(list(ids[len(self.head) :]), clean_up_tokenization_spaces=False)
+        return text if [*self.head, *self._plain(text)] == list(ids) else None
+
+    def following(self, prompt: str, answer: str) -> int:
+        """The token that ``answer`` adds to a prompt; a leading space is part of it.
+
+        Raises:
+            ValueError: If it is not exactly one token after the prompt's own.
+        """
+        before, after = self.ids(prompt), self.ids(prompt + answer)
+        if len(after) == len(before) + 1 and after[:-1] == before:
+            return after[-1]
+        pieces = self.tokenizer.convert_ids_to_tokens(after[_common(before, after) :])
+        hint = " (is a leading space missing?)" if not answer[:1].isspace() else ""
+        raise ValueError(f"{answer!r} is not one token after {_short(prompt)!r}: it gives {' '.join(pieces)}{hint}")
+
+    @cached_property
+    def two_digits(self) -> dict[str, int]:
+        """The tokens 00 to 99, those of them that are one token by themselves.
+
+        By themselves, as a round year may be one token with its century ("1700"), which is not what a model is asked.
+        """
+        found = {text: self._plain(text) for text in (f"{number:02d}" for number in range(100))}
+        return {text: ids[0] for text, ids in found.items() if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id}
+
+    def positions(self, text: str, ends: Sequence[int]) -> list[int | None]:
+        """Position of the last token of each ``text[:end]``; ``None`` where the tokenizer does not cut the text."""
+        whole = self._plain(text)
+        parts = self.tokenizer([text[:end] for end in ends], add_special_tokens=False, verbose=False)["input_ids"]
+        return [len(self.head) + len(part) - 1 if whole[: len(part)] == part else None for part in parts]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _index(whole: list[int], part: list[int]) -> int:
+    """Where ``part`` begins within ``whole``."""
+    starts = range(len(whole) - len(part) + 1)
+    return next((start for start in starts if whole[start : start + len(part)] == part), 0)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many leading ids are the same."""
+    same = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"...{text[-57:]}"
