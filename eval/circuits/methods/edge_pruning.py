@@ -38,7 +38,8 @@ class EdgePruning(Method):
 
     Learning rates, their course, and where logits start are as published for GPT-2. There, 3000 steps share one mask among
     all prompts of a batch, the target rises in 2500 of them, and multipliers learn at 0.8 (for compiled transformers, 0.001
-    or less). Here every pair of a batch has a mask of its own, so that far fewer steps see as many.
+    or less). Here every pair of a batch has a mask of its own, so that far fewer steps see as many. A target below 1 is
+    overshot if it rises fast; with the published ``ramp`` (5 / 6) it is held.
     """
 
     def __init__(

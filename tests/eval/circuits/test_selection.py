@@ -63,8 +63,8 @@ def test_pruning_takes_what_leads_nowhere_away_link_by_link():
 
 
 def test_all_edges_of_a_pruned_circuit_are_on_a_way_from_the_embedding_to_the_logits():
-    kept = pruned(EDGES, torch.rand(len(EDGES)) < 0.1)
-    assert kept.any()
+    kept = pruned(EDGES, torch.rand(len(EDGES)) < 0.25)
+    assert 0 < int(kept.sum()) < len(EDGES)
     ends = [name.split("->") for name in names_of(kept)]
     links = {(sender, receiver[:-2] if receiver[-2] == "." else receiver) for sender, receiver in ends}
     down, up = {"embed"}, {"logits"}
@@ -96,8 +96,7 @@ def test_a_node_s_score_is_that_of_the_edges_that_touch_it(by):
         touching = [
             edge
             for edge, name in enumerate(NAMES)
-            if name.startswith(f"{sender}->") or name.split("->")[1].startswith(f"{sender}.")
-            or name.split("->")[1] == sender
+            if name.startswith(f"{sender}->") or name.split("->")[1].startswith(f"{sender}.") or name.split("->")[1] == sender
         ]
         expected = values[:, touching].amax(1) if by == "max" else values[:, touching].sum(1)
         torch.testing.assert_close(found[:, place], expected)
