@@ -103,7 +103,7 @@ def test_a_node_s_score_is_that_of_the_edges_that_touch_it(by):
 
 
 def test_unknown_ways_are_refused():
-    with pytest.raises(ValueError, match="by: expected one of max, sum, got 'sun'. Did you mean 'sum'"):
+    with pytest.raises(ValueError, match=r"by: expected one of max, sum, got 'sun'\. Did you mean 'sum'"):
         node_scores(EDGES, torch.zeros(len(EDGES)), "sun")
     with pytest.raises(ValueError, match="ranking: expected one of"):
         grown(EDGES, scored(torch.zeros(len(EDGES))), 3, "best")

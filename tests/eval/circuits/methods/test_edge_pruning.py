@@ -86,11 +86,11 @@ def test_nodes_are_pruned_like_edges_and_passes_counted():
     parts = [Coordinates("heads", "h.0.attn.o_proj:in", 4, 1), Coordinates("mlp", "h.0.mlp:out", width, width)]
     space, passes = NodeSpace(known.model, parts), []
     handle = space.model.module.register_forward_hook(lambda *_: passes.append(1))
-    scores = EdgePruning(steps=80).discover(space, known.pairs)
+    scores = EdgePruning(steps=120).discover(space, known.pairs)
     handle.remove()
     assert kept_units(scores.values).tolist() == [False, True, False, True, True]
     # The model on both prompts, once as all pairs are one batch; then one circuit a step.
-    assert (scores.cost.forwards, scores.cost.backwards) == (len(passes), 80) == (82, 80)
+    assert (scores.cost.forwards, scores.cost.backwards) == (len(passes), 120) == (122, 120)
     assert EdgePruning(steps=2, batch=4).discover(space, known.pairs).cost.forwards == 6
 
 
