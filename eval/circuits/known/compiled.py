@@ -73,7 +73,9 @@ def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
         one, other = (_letters(torch.randint(0, 4, (model.config.n_ctx - 1,), generator=draw)) for _ in range(2))
         counts = [(row[:, None] == row[None]).sum(1).tolist() for row in (one[1:], other[1:])]
         asked = [
-            Question(1 + index, (count,), (foil,)) for index, (count, foil) in enumerate(zip(*counts, strict=True)) if count != foil
+            Question(1 + index, (count,), (foil,))
+            for index, (count, foil) in enumerate(zip(*counts, strict=True))
+            if count != foil
         ]
         if asked:
             clean.append(one)
