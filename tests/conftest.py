@@ -353,3 +353,44 @@ def random_pairs():
         return Pairs("random", "tokens", clean, corrupted, questions, lengths, metric)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokens(shared_data):
+    """GPT-2's tokenizer in a language model that cannot be run."""
+    import transformers
+
+    from training.activations.model import LanguageModel
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "gpt2"))
+    return LanguageModel(torch.nn.Linear(1, 1), tokenizer, "gpt2", None)
+
+
+@pytest.fixture(scope="session")
+def word_model():
+    """Builds a model, which cannot be run, whose tokenizer knows some words, each with and without a space before it.
+
+    Numbers of two digits and all characters are tokens. It puts BOS in front and EOS behind, as ``ends`` says.
+    """
+    import tokenizers
+    import transformers
+
+    from training.activations.model import LanguageModel
+
+    def build(words, ends=("<bos>", "<eos>"), numbers=range(100)):
+        pieces = [space + word for word in [*words, *(f"{number:02d}" for number in numbers)] for space in ("", " ")]
+        vocabulary = dict.fromkeys(["<unk>", "<bos>", "<eos>", *pieces, *map(chr, range(32, 127)), "\n"])
+        model = tokenizers.models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token="<unk>")
+        backend = tokenizers.Tokenizer(model)
+        cut = tokenizers.Regex(r" ?[A-Za-z]+| ?\d\d|[\s\S]")
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(cut, "isolated")
+        backend.decoder = tokenizers.decoders.Fuse()
+        first, last = ends
+        template = " ".join(piece for piece in (first, "$A", last) if piece)
+        special = [(piece, vocabulary_id) for vocabulary_id, piece in enumerate(vocabulary) if piece in ends]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=special)
+        names = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        return LanguageModel(torch.nn.Linear(1, 1), tokenizer, "words", None)
+
+    return build

@@ -55,7 +55,15 @@ def test_the_readme_s_map_is_the_tree():
     block = re.search(r"## The map\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     mapped = {line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()}
     tree = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
-    tree |= {"sae/encoders/__init__.py", "eval/circuits/methods/__init__.py", "sparsary.py", "recipes", "tests", "docs", "training/embedded/model"}
+    tree |= {
+        "sae/encoders/__init__.py",
+        "eval/circuits/methods/__init__.py",
+        "sparsary.py",
+        "recipes",
+        "tests",
+        "docs",
+        "training/embedded/model",
+    }
     assert mapped == tree
 
 

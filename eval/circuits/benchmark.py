@@ -5,7 +5,6 @@ method comes to is a flat row of ``circuits.json``; curves, and the circuits tha
 """
 
 import difflib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from scipy import stats
 from sae.files import json_number, write_json
 from training.activations.model import LanguageModel
 
-from .ablation import ABLATIONS, Filler, filler
+from .ablation import ABLATIONS, filler
 from .faithfulness import (
     LEVELS,
     Curve,
+    Trials,
     bootstrap,
     curve,
     growing_sizes,
@@ -39,21 +39,22 @@ from .methods.exact import ExactPatching
 from .nodes import NodeSpace
 from .report_page import render
 from .tasks import make_pairs
-from .tasks.competence import Competence, competence
+from .tasks.competence import competence, require_solved
 
 SCHEMA_VERSION = 1
 DEFAULT_TASKS = ("ioi",)
 DEFAULT_METHODS = ("attribution", "relevance", "random")
 DEFAULT_PAIRS = 100
 # Units whose true effect is measured, to compare a method's scores with: the largest, and others at random.
-VERIFIED = 60
+VERIFIED = 40
 VERIFIED_PAIRS = 32
 # Units of the circuit at the middle level that are taken out one by one, and that are drawn.
-TAKEN_OUT = 40
+TAKEN_OUT = 20
 DRAWN = 40
+EDGES = 200
 LEVEL = 0.8
+PER_DECADE = 4
 
-log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -104,10 +105,10 @@ def benchmark(
         "curves": [],
         "circuits": [],
     }
-    families, done = spaces(model, several, settings.seed), 0
+    done = 0
     for task in settings.tasks:
         work = _Task(model, task, settings)
-        for family, space in families.items():
+        for family, space in spaces(model, several, work.chosen_on.clean, settings.seed).items():
             for name in settings.methods:
                 work.judge(family, space, name, found)
                 done += 1
@@ -144,20 +145,12 @@ class _Task:
     """One task's pairs, what the model makes of them, and the judging of circuits on them."""
 
     def __init__(self, model: LanguageModel, task: str, settings: Settings):
-        # As many again to choose circuits on.
-        pairs = make_pairs(task, model, 2 * settings.pairs, settings.seed, settings.corruption)
+        pairs = make_pairs(task, model, settings.pairs, settings.seed, settings.corruption)
         half = len(pairs) // 2
         self.task, self.settings = pairs.task, settings
         self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
         self.competence = competence(model, self.judged_on)
-        self.competence.require_signal()
-        if self.competence.at_chance:
-            log.warning(
-                "%s: %s answers %.0f %% of clean prompts right, which chance may do too: circuits are of little meaning.",
-                task,
-                model.id,
-                100 * self.competence.accuracy,
-            )
+        require_solved(self.competence)
 
     def judge(self, family: str, space: NodeSpace, name: str, found: Row) -> None:
         """Discover with one method in one family, and add what comes of it."""
@@ -168,17 +161,18 @@ class _Task:
         # Units that work against the task belong to its circuit too; only CPR asks for those that help.
         order, helping = ranked(scores, "absolute"), ranked(scores, "signed")
         shares = share_sizes(space.size)
-        sizes = sorted({*growing_sizes(space.size, per_decade=4), *shares})
-        along = curve(space, order, self.judged_on, fill, sizes)
+        sizes = sorted({*growing_sizes(space.size, PER_DECADE), *shares})
+        trials = Trials(space, self.judged_on, fill)
+        along = curve(trials, order, sizes, complements=shares)
         row = self._about(family, space, name, scores, along)
         try:
             along.require_signal()
         except ValueError as error:
             found["rows"].append(row | {"refused": str(error)})
             return
-        helped = curve(space, helping, self.judged_on, fill, shares, complements=False)
+        helped = curve(trials, helping, shares, complements=())
         row |= _areas(helped, along.at(shares))
-        row |= self._sizes(space, scores, order, fill, along)
+        row |= self._sizes(trials, scores, order, along)
         row |= self._agreement(space, scores)
         found["rows"].append(row)
         found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
@@ -188,7 +182,6 @@ class _Task:
             found["circuits"].append(about | self._circuit(space, scores, order[: min(size, DRAWN)]))
 
     def _about(self, family: str, space: NodeSpace, method: str, scores: Scores, along: Curve) -> Row:
-        known: Competence = self.competence
         return {
             "task": self.task,
             "corruption": self.judged_on.corruption,
@@ -198,9 +191,9 @@ class _Task:
             "ablation": self.settings.ablation,
             "units": space.size,
             "pairs": len(self.judged_on),
-            "accuracy": known.accuracy,
-            "metric_clean": known.clean,
-            "metric_corrupted": known.corrupted,
+            "accuracy": self.competence.accuracy,
+            "metric_clean": self.competence.clean,
+            "metric_corrupted": self.competence.corrupted,
             "metric_empty": float(along.empty.mean()),
             # Less than 1 where errors are always ablated.
             "faithfulness_all": _number(along.faithfulness()[-1]),
@@ -209,16 +202,16 @@ class _Task:
             "seconds": round(scores.cost.seconds, 3),
         }
 
-    def _sizes(self, space: NodeSpace, scores: Scores, order: torch.Tensor, fill: Filler, along: Curve) -> Row:
-        row: Row = {_nodes(level): smallest_size(space, order, self.judged_on, fill, level, along) for level in LEVELS}
+    def _sizes(self, trials: Trials, scores: Scores, order: torch.Tensor, along: Curve) -> Row:
+        row: Row = {_nodes(level): smallest_size(trials, order, level, along) for level in LEVELS}
         size = row[_nodes(LEVEL)]
         row |= dict.fromkeys(("completeness", "minimality", "stability"))
         if size is not None:
-            kept = members(order, size)
-            at = curve(space, order, self.judged_on, fill, [size])
-            lost = minimality(space, kept, self.judged_on, fill, order[: min(size, TAKEN_OUT)])
+            at = curve(trials, order, [size])
+            lost = minimality(trials, members(order, size), order[: min(size, TAKEN_OUT)])
             row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
-            row["stability"] = None if scores.per_pair is None else stability(scores, size, "absolute", seed=self.settings.seed)
+            if scores.per_pair is not None:
+                row["stability"] = stability(scores, size, "absolute", seed=self.settings.seed)
         return row
 
     def _agreement(self, space: NodeSpace, scores: Scores) -> Row:
@@ -228,19 +221,20 @@ class _Task:
         generator = torch.Generator().manual_seed(self.settings.seed)
         others = live[torch.randperm(len(live), generator=generator)[: VERIFIED // 2]]
         units = torch.cat([top, others]).unique()
-        truth = ExactPatching(units=units.tolist()).discover(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)))
+        few = self.chosen_on.take(slice(0, VERIFIED_PAIRS))
+        truth = ExactPatching(units=units.tolist()).discover(space, few)
         a, b = scores.values[units].double().numpy(), truth.values[units].double().numpy()
         if len(units) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
             return {"exact_pearson": None, "exact_spearman": None}
         return {
-            "exact_pearson": _number(stats.pearsonr(a, b).statistic),
-            "exact_spearman": _number(stats.spearmanr(a, b).statistic),
+            "exact_pearson": _number(np.corrcoef(a, b)[0, 1]),
+            "exact_spearman": _number(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]),
         }
 
     def _circuit(self, space: NodeSpace, scores: Scores, units: torch.Tensor) -> Row:
         """The units of a circuit, with the effects that pass directly from one to another."""
         names = space.names()
-        edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), units)
+        edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), _mask(units, space.size))
         groups = space.group_of(units.tolist())
         return {
             "units": [
@@ -248,10 +242,15 @@ class _Task:
                 for unit, group in zip(units.tolist(), groups, strict=True)
             ],
             "edges": [
-                {"from": names[sender], "to": names[receiver], "weight": weight}
-                for sender, receiver, weight in edges.largest(200)
+                {"from": sender, "to": receiver, "weight": weight} for sender, receiver, weight in edges.describe(names)[:EDGES]
             ],
         }
+
+
+def _mask(units: torch.Tensor, size: int) -> torch.Tensor:
+    kept = torch.zeros(size, dtype=torch.bool)
+    kept[units] = True
+    return kept
 
 
 def _areas(signed: Curve, absolute: Curve) -> Row:

@@ -21,7 +21,7 @@ from .ablation import Filler
 from .methods.scores import Scores
 from .pairs import Pairs
 from .ranking import ordered
-from .space import Space
+from .space import Space, State
 
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -39,7 +39,7 @@ class Curve:
     n_units: int
     sizes: tuple[int, ...]
     circuits: Float[np.ndarray, "sizes pairs"]
-    complements: Float[np.ndarray, "sizes pairs"] | None
+    complements: Float[np.ndarray, "sizes pairs"]
     full: Float[np.ndarray, " pairs"]
     empty: Float[np.ndarray, " pairs"]
 
@@ -59,9 +59,7 @@ class Curve:
         return self._ratio(self.circuits, weights)
 
     def completeness(self, weights: np.ndarray | None = None) -> Float[np.ndarray, " sizes"]:
-        """Faithfulness of what each circuit leaves out, by size."""
-        if self.complements is None:
-            raise ValueError("completeness: expected a curve with complements, got one without.")
+        """Faithfulness of what each circuit leaves out, by size; not a number where that was not run."""
         return self._ratio(self.complements, weights)
 
     def cpr(self, weights: np.ndarray | None = None) -> float:
@@ -75,8 +73,7 @@ class Curve:
     def at(self, sizes: Sequence[int]) -> "Curve":
         """The same curve at some of its sizes, in the order given; one may come twice."""
         rows = [self.sizes.index(size) for size in sizes]
-        rest = None if self.complements is None else self.complements[rows]
-        return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=rest)
+        return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=self.complements[rows])
 
     def smallest(self, level: float) -> int | None:
         """The first size on the curve that reaches a level of faithfulness; None if none does."""
@@ -99,7 +96,7 @@ def bootstrap(
     rng, n = np.random.default_rng(seed), len(along.full)
     draws = [statistic(along, np.bincount(rng.integers(n, size=n), minlength=n)) for _ in range(RESAMPLES)]
     low, high = np.quantile(np.array(draws), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+    return np.asarray(low), np.asarray(high)
 
 
 def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
@@ -134,39 +131,45 @@ def growing_sizes(n_units: int, per_decade: int = 6) -> tuple[int, ...]:
     return (0, *sorted({round(size) for size in np.geomspace(1, n_units, steps)}))
 
 
-@torch.no_grad()
+class Trials:
+    """Circuits run on pairs, each of them once: what absent units are filled with is looked up once, and so is every result."""
+
+    def __init__(self, space: Space, pairs: Pairs, fill: Filler, batch: int = BATCH):
+        self.space, self.pairs, self._found = space, pairs, {}
+        with torch.no_grad():
+            self._batches = [(some, fill(some)) for some in pairs.batches(batch)]
+            self.full = self._each(lambda some, _: space.passes.run(some.clean))
+
+    @property
+    def empty(self) -> Float[np.ndarray, " pairs"]:
+        """The metric with every unit ablated."""
+        return self.metric(torch.zeros(self.space.size, dtype=torch.bool))
+
+    @torch.no_grad()
+    def metric(self, kept: Bool[Tensor, " units"]) -> Float[np.ndarray, " pairs"]:
+        """The metric of every pair with the units that are kept."""
+        key = np.packbits(kept.numpy()).tobytes()
+        if key not in self._found:
+            self._found[key] = self._each(lambda some, state: self.space.run(some.clean, kept, state))
+        return self._found[key]
+
+    def _each(self, run: Callable[[Pairs, State], Tensor]) -> Float[np.ndarray, " pairs"]:
+        return torch.cat([some.measure(run(some, state)) for some, state in self._batches]).double().cpu().numpy()
+
+
 def curve(
-    space: Space,
-    order: Int[Tensor, " units"],
-    pairs: Pairs,
-    fill: Filler,
-    sizes: Sequence[int],
-    complements: bool = True,
-    batch: int = BATCH,
+    trials: Trials, order: Int[Tensor, " units"], sizes: Sequence[int], complements: Sequence[int] | None = None
 ) -> Curve:
-    """Run the circuits of the first so many units of ``order``, and their complements, on every pair."""
-    none = torch.zeros(space.size, dtype=torch.bool)
-    kept = [members(order, size) for size in sizes]
-    runs = [none, *kept, *([~some for some in kept] if complements else [])]
-    known: dict[bytes, int] = {}
-    # Complements of small circuits are large ones: what is the same is run once.
-    which = [known.setdefault(run.numpy().tobytes(), len(known)) for run in runs]
-    distinct = [runs[which.index(index)] for index in range(len(known))]
-    full, found = [], []
-    for some in pairs.batches(batch):
-        state = fill(some)
-        full.append(some.measure(space.passes.run(some.clean)))
-        found.append(torch.stack([some.measure(space.run(some.clean, run, state)) for run in distinct]))
-    values = torch.cat(found, dim=1).double().cpu().numpy()[which]
-    rest = values[1 + len(sizes) :] if complements else None
-    whole = torch.cat(full).double().cpu().numpy()
-    return Curve(space.size, tuple(sizes), values[1 : 1 + len(sizes)], rest, whole, values[0])
+    """The circuits of the first so many units of ``order``, and their complements, or those of some of the sizes only."""
+    kept = {size: members(order, size) for size in sizes}
+    asked = sizes if complements is None else complements
+    unknown = np.full(len(trials.pairs), np.nan)
+    circuits = np.stack([trials.metric(kept[size]) for size in sizes])
+    rest = np.stack([trials.metric(~kept[size]) if size in asked else unknown for size in sizes])
+    return Curve(trials.space.size, tuple(sizes), circuits, rest, trials.full, trials.empty)
 
 
-@torch.no_grad()
-def smallest_size(
-    space: Space, order: Int[Tensor, " units"], pairs: Pairs, fill: Filler, level: float, along: Curve
-) -> int | None:
+def smallest_size(trials: Trials, order: Int[Tensor, " units"], level: float, along: Curve) -> int | None:
     """How many units a circuit needs for a level of faithfulness, to the unit: bisected where ``along`` first reaches it.
 
     None where no size on the curve does.
@@ -177,26 +180,18 @@ def smallest_size(
     low = max((size for size in along.sizes if size < high), default=0)
     while high - low > 1:
         middle = (low + high) // 2
-        reached = curve(space, order, pairs, fill, [middle], complements=False).faithfulness()[0] >= level
+        reached = curve(trials, order, [middle], complements=()).faithfulness()[0] >= level
         low, high = (low, middle) if reached else (middle, high)
     return high
 
 
-@torch.no_grad()
 def minimality(
-    space: Space, kept: Bool[Tensor, " units"], pairs: Pairs, fill: Filler, units: Int[Tensor, " some"] | None = None
+    trials: Trials, kept: Bool[Tensor, " units"], units: Int[Tensor, " some"] | None = None
 ) -> Float[np.ndarray, " some"]:
     """How much faithfulness a circuit loses without each of its units (or some of them): near 0 it was not needed."""
     chosen = kept.nonzero().flatten() if units is None else units
-    runs = [kept, *(_without(kept, int(unit)) for unit in chosen)]
-    none = torch.zeros_like(kept)
-    values, full, empty = torch.zeros(len(runs)), 0.0, 0.0
-    for some in pairs.batches(BATCH):
-        state = fill(some)
-        full += float(some.measure(space.passes.run(some.clean)).sum())
-        empty += float(some.measure(space.run(some.clean, none, state)).sum())
-        values += torch.stack([some.measure(space.run(some.clean, run, state)).sum() for run in runs]).cpu()
-    return ((values[0] - values[1:]) / (full - empty)).numpy()
+    without = np.array([trials.metric(_without(kept, int(unit))).mean() for unit in chosen])
+    return (trials.metric(kept).mean() - without) / (trials.full.mean() - trials.empty.mean())
 
 
 def _without(kept: Bool[Tensor, " units"], unit: int) -> Bool[Tensor, " units"]:

@@ -5,8 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae import SparseDictionary, load_dictionary
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae import load_dictionary
 from sae.checkpoint import read_config
+from sae.dictionary import OneSiteDictionary
 from sae.hub import local_directory
 from training.activations.model import LanguageModel, load_model
 from training.activations.sites import find_block, n_layers
@@ -32,7 +36,7 @@ class Dictionaries:
     """
 
     name: str
-    by_hook: Mapping[str, SparseDictionary]
+    by_hook: Mapping[str, OneSiteDictionary]
     hooks_in: Mapping[str, str]
     model: ModelSection
 
@@ -40,9 +44,12 @@ class Dictionaries:
         """Latents at every hook."""
         return [Latents(hook, dictionary, self.hooks_in[hook], hook, errors) for hook, dictionary in self.by_hook.items()]
 
-    def randomised(self, model: LanguageModel, seed: int) -> "Dictionaries":
-        """The same with random features of equal l0."""
-        found = {hook: random_like(dictionary, seed) for hook, dictionary in self.by_hook.items()}
+    def randomised(self, seen: Mapping[str, Float[Tensor, "contexts positions width"]], seed: int) -> "Dictionaries":
+        """The same with random features that have the same l0 on what the hooks see."""
+        found = {
+            hook: random_like(dictionary, seen[self.hooks_in[hook]].flatten(0, 1), seed)
+            for hook, dictionary in self.by_hook.items()
+        }
         return replace(self, by_hook=found)
 
 
@@ -64,6 +71,12 @@ def open_dictionaries(checkpoint: str) -> Dictionaries:
     if not model:
         raise ValueError(
             f"{checkpoint}: this dictionary was trained on tensors, not on a model, so no circuit passes through it."
+        )
+    wide = [hook for hook, dictionary in found.items() if not isinstance(dictionary, OneSiteDictionary)]
+    if wide:
+        raise ValueError(
+            f"{checkpoint}: expected dictionaries that write at one hook each, got a cross-layer one. Its circuits are "
+            "attribution graphs: give --prompt TEXT."
         )
     reads = {hook: hooks_of(provenance)[0][0] for hook, provenance in provenances.items()}
     for dictionary in found.values():
@@ -116,20 +129,22 @@ def n_heads(model: LanguageModel) -> int:
     return config.num_attention_heads
 
 
-def spaces(model: LanguageModel, several: Sequence[Dictionaries], seed: int = 0) -> dict[str, NodeSpace]:
+def spaces(
+    model: LanguageModel, several: Sequence[Dictionaries], token_ids: Int[Tensor, "contexts positions"], seed: int = 0
+) -> dict[str, NodeSpace]:
     """Every family that is compared, by name: of each checkpoint three and random ones of equal l0, neurons, components.
 
-    Random features and neurons stand at the same hooks as the latents do, and leave the same room for errors: random ones
-    have theirs kept, as the most favourable case, and neurons leave none.
+    Random features and neurons stand at the same hooks as the latents do. Random features fire as often as the latents on
+    ``token_ids``; neurons leave no error.
     """
     found, hooks = {}, {}
     for dictionaries in several:
+        seen = model.activations(token_ids.to(model.device), tuple(dict.fromkeys(dictionaries.hooks_in.values())))
+        chance = dictionaries.randomised(seen, seed)
         for errors in ERRORS:
             found[f"{dictionaries.name}: {ERROR_NAMES[errors]}"] = NodeSpace(model, dictionaries.parts(errors))
         for errors in ("kept", "ablated"):
-            found[f"{dictionaries.name}: random, {ERROR_NAMES[errors]}"] = NodeSpace(
-                model, dictionaries.randomised(model, seed).parts(errors)
-            )
+            found[f"{dictionaries.name}: random, {ERROR_NAMES[errors]}"] = NodeSpace(model, chance.parts(errors))
         hooks |= dict.fromkeys(dictionaries.by_hook)
     found["neurons"] = NodeSpace(model, neurons(model, list(hooks)))
     found["MLP neurons"] = NodeSpace(model, mlp_neurons(model))

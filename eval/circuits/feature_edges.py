@@ -51,8 +51,8 @@ def feature_edges(
 ) -> FeatureEdges:
     """The edges among the units that are ``kept``, and from them to the metric, means over pairs.
 
-    An edge is the direct path: it passes no hook at which a part writes, whether or not units of that part are kept. The
-    residual stream flows on between parts, attention and norms included, unless a part stands in the stream itself. For every
+    An edge is the direct path: it passes no other unit of the space, kept or not. The residual stream flows on between parts,
+    attention and norms included, unless a part stands in the stream itself; there only what is no unit gets past. For every
     batch there are three forward passes and two backward passes, and one more backward pass for each unit that is kept.
 
     Raises:
@@ -90,41 +90,40 @@ def _weights(space: NodeSpace, pairs: Pairs, units: Int[Tensor, " kept"]) -> Flo
 
 
 class _Cut:
-    """A pass in which whatever a part writes is a new beginning: gradients reach the parts before, and go no further."""
+    """A pass in which whatever units write is a new beginning: gradients reach the units before, and go no further."""
 
     def __init__(self, space: NodeSpace):
         self.space = space
-        # Before the cut, and behind it.
-        self.written: Seen = {}
         self.leaves: Seen = {}
+        # Behind the cut; at hooks that are only read, as they are.
+        self._seen: Seen = {}
+        self._states: dict[str, State] = {}
 
     def readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
         """What to hook the model with."""
-        writes = {part.hook_out for part in self.space.parts}
-        return {hook: self._cutter(hook) if hook in writes else self._keeper(hook) for hook in self.space.hooks}
+        writers = {part.hook_out: self._cutter(part) for part in self.space.parts}
+        return {hook: writers.get(hook) or self._keeper(hook) for hook in self.space.hooks}
 
-    def _cutter(self, hook: str) -> Callable[[Tensor], Tensor]:
-        def cut(x: Tensor) -> Tensor:
-            self.written[hook] = x.clone()
-            self.leaves[hook] = x.detach().clone().requires_grad_(True)
+    def _cutter(self, part: Part) -> Callable[[Tensor], Tensor]:
+        def cut(y: Tensor) -> Tensor:
+            y = y.clone()
+            x = y if part.hook_in == part.hook_out else self._seen[part.hook_in]
+            self._states[part.name] = part.state(x, y)
+            # A transcoder's skip, or an error that is no node: direct paths lead through it.
+            past = part.past(x, y, self._states[part.name])
+            self.leaves[part.hook_out] = leaf = y.detach().requires_grad_(True)
+            self._seen[part.hook_out] = leaf + (past - past.detach())
             # Modules above may write into what they get.
-            return self.leaves[hook].clone()
+            return self._seen[part.hook_out].clone()
 
         return cut
 
     def _keeper(self, hook: str) -> Callable[[Tensor], None]:
-        return lambda x: self.written.update({hook: x.clone()})
+        return lambda x: self._seen.update({hook: x.clone()})
 
     def state(self) -> State:
-        """What units carry, as functions of what the parts before them write."""
-        return [tensor for part in self.space.parts for tensor in part.state(*self._ends(part))]
-
-    def _ends(self, part: Part) -> tuple[Tensor, Tensor]:
-        y = self.written[part.hook_out]
-        if part.hook_in == part.hook_out:
-            return y, y
-        # What another part writes there is behind its cut.
-        return self.leaves.get(part.hook_in, self.written[part.hook_in]), y
+        """What units carry, as functions of what those before them write."""
+        return [tensor for part in self.space.parts for tensor in self._states[part.name]]
 
     def effects(self, received: Tensor, clean: State, corrupted: State) -> Float[Tensor, " units"]:
         """By how much a number falls if units are taken from the corrupted run, along direct paths, all pairs together."""

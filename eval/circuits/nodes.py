@@ -55,6 +55,12 @@ class Part(ABC):
         """Gradients by what units carry, from that at ``hook_out``."""
 
     @abstractmethod
+    def past(
+        self, x: Float[Tensor, "pairs positions d_in"], y: Float[Tensor, "pairs positions d_out"], state: State
+    ) -> Float[Tensor, "pairs positions d_out"]:
+        """What gets to ``hook_out`` past the units, whatever becomes of them; constants do not count."""
+
+    @abstractmethod
     def contrast(self, difference: State, slopes: State) -> Float[Tensor, "pairs positions n_units"]:
         """Difference by slope, of each unit at each position."""
 
@@ -97,6 +103,9 @@ class Coordinates(Part):
 
     def slopes(self, grad: Tensor) -> State:
         return [grad]
+
+    def past(self, x: Tensor, y: Tensor, state: State) -> Tensor:
+        return torch.zeros_like(y)
 
     def contrast(self, difference: State, slopes: State) -> Tensor:
         return (difference[0] * slopes[0]).unflatten(-1, (self.n_units, self.group)).sum(-1)
@@ -151,6 +160,13 @@ class Latents(Part):
     def slopes(self, grad: Tensor) -> State:
         return [grad @ self.atoms.to(grad).T, grad]
 
+    def past(self, x: Tensor, y: Tensor, state: State) -> Tensor:
+        if self.errors == "node":
+            # A skip, if there is one.
+            around = self.dictionary.bypass(x.flatten(0, 1)) * self.dictionary.out_scale
+            return around.expand(y.shape[0] * y.shape[1], -1).view(y.shape).to(y)
+        return y - state[0] @ self.atoms.to(y)
+
     def contrast(self, difference: State, slopes: State) -> Tensor:
         latents = difference[0] * slopes[0]
         if self.errors != "node":
@@ -160,11 +176,13 @@ class Latents(Part):
     def change(self, x: Tensor, y: Tensor, absent: Tensor, filler: State) -> Tensor:
         if self.errors != "ablated" and not absent.requires_grad and not absent.any():
             return torch.zeros_like(y)
-        values, error = self.state(x, y)
         n = self.dictionary.n_latents
+        code = self.dictionary.encode(x.flatten(0, 1))
+        values = code.to_dense(n).view(*y.shape[:2], -1).to(y)
         change = ((filler[0] - values) * absent[..., :n]) @ self.atoms.to(y)
         if self.errors == "kept":
             return change
+        error = y - self.dictionary.decode(code, x.flatten(0, 1)).view(y.shape).to(y)
         return change + (filler[1] - error) * (absent[..., n:] if self.errors == "node" else 1.0)
 
 

@@ -76,7 +76,8 @@ class Passes:
             def reader(x: Tensor) -> Tensor:
                 x = held[hook].to(x) if hook in held else x
                 # The first hook starts the graph; later ones are part of it, and keep their gradient.
-                x = x if x.requires_grad else x.detach().requires_grad_(True)
+                # A copy, as the module that is hooked may not be the only one to read this tensor.
+                x = x.clone() if x.requires_grad else x.detach().requires_grad_(True)
                 x.retain_grad()
                 seen[hook] = x
                 return x.clone()

@@ -23,8 +23,7 @@ def families(k: int) -> dict[str, dict]:
     return {
         "topk": {},
         "mutual_choice": mutual,
-        "feature_choice": mutual
-        | {"phases": [{"start": 0.8, "blend": 0.05, "encoder": {"name": "feature_choice", "k": k}}]},
+        "feature_choice": mutual | {"phases": [{"start": 0.8, "blend": 0.05, "encoder": {"name": "feature_choice", "k": k}}]},
         "gradient_topk": {
             "dictionary.encoder": {"name": "gradient_topk", "k": k, "beta": 11.0},
             "schedules": {"beta": [[0.0, 0.0], [0.1, 11.0], [0.8, 11.0], [0.95, 0.0]]},

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from functools import partial
 
-from .compiled import EDGES, compiled
+from .compiled import EDGES, program
 from .files import load_toy
 from .handbuilt import fraction, gate, induction, reverse
 from .known import ABLATIONS, Known, edge_names, node_names
+from .modular import clock
+from .rotation import rotated
+from .siit import PROGRAMS, trained
 from .toy import ToyConfig, ToyTransformer
 
-# What needs no files, by name.
+# What needs no files, by name. Models that are trained to be a program take up to a minute.
 KNOWN: dict[str, Callable[..., Known]] = {
     "and_gate": partial(gate, "and"),
     "or_gate": partial(gate, "or"),
@@ -18,8 +21,21 @@ KNOWN: dict[str, Callable[..., Known]] = {
     "induction_query": partial(induction, corruption="other query"),
     "fraction": fraction,
     "reverse": reverse,
+    "clock": clock,
+    **{f"siit_{name}": partial(trained, name) for name in PROGRAMS},
 }
 # What is read from a directory, the first argument.
-COMPILED: dict[str, Callable[..., Known]] = {name: partial(compiled, name) for name in EDGES}
+COMPILED: dict[str, Callable[..., Known]] = {name: partial(program, name) for name in EDGES}
 
-__all__ = ["ABLATIONS", "COMPILED", "KNOWN", "Known", "ToyConfig", "ToyTransformer", "edge_names", "load_toy", "node_names"]
+__all__ = [
+    "ABLATIONS",
+    "COMPILED",
+    "KNOWN",
+    "Known",
+    "ToyConfig",
+    "ToyTransformer",
+    "edge_names",
+    "load_toy",
+    "node_names",
+    "rotated",
+]

@@ -44,7 +44,7 @@ EDGES = {
 }
 
 
-def compiled(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
+def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
     """A compiled program from its directory (``config.json`` with ``residual_labels``, ``model.safetensors``)."""
     if name not in EDGES:
         raise ValueError(f"name: expected one of {', '.join(EDGES)}, got {name!r}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training.activations.model import LanguageModel
 
 from .known import Known
-from .toy import ToyTransformer, Unnormed
+from .toy import ToyTransformer
 
 
 def rotated(known: Known, seed: int) -> Known:
@@ -71,7 +71,7 @@ def _check(name: str, module: ToyTransformer) -> None:
     norms = [part for path, part in module.named_modules() if path.split(".")[-1].startswith("ln_")]
     if any(isinstance(norm, nn.LayerNorm) for norm in norms):
         reason = "norms subtract the mean over the axes"
-    elif any(not isinstance(norm, Unnormed) and (norm.weight != norm.weight.flatten()[0]).any() for norm in norms):
+    elif any(isinstance(norm, nn.RMSNorm) and len(norm.weight.unique()) > 1 for norm in norms):
         reason = "norms weigh the axes differently"
     else:
         return

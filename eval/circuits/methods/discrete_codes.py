@@ -2,7 +2,8 @@
 
 What each head writes on a prompt is replaced by the number of the latent that it excites most, in one small sparse
 autoencoder that all heads share and that a few prompts are enough for. No unit is ever taken out, and no gradient of the
-model is needed: scores are numbers of codes, not falls of a metric.
+model is needed: scores are numbers of codes, not falls of a metric. They say which heads tell the two kinds of prompts apart,
+so they say nothing where corrupted prompts are as likely as clean ones, only with other answers.
 
 Source: O'Neill and Bui 2024, arXiv:2405.12522, and the authors' code for what the paper leaves open.
 """
@@ -47,8 +48,10 @@ class Codes:
         offsets = torch.arange(n) * self.n_codes**2
         rows = []
         for unit in range(n):
-            both = [codes[:, unit, None] * self.n_codes + codes + offsets for codes in (self.positive, self.negative)]
-            rows.append(_only_positive(*both, self.n_codes**2, n))
+            positive, negative = (
+                codes[:, unit, None] * self.n_codes + codes + offsets for codes in (self.positive, self.negative)
+            )
+            rows.append(_only_positive(positive, negative, self.n_codes**2, n))
         return torch.stack(rows).fill_diagonal_(0.0)
 
     def shuffled_counts(self, shuffles: int = 100, seed: int = 0) -> Float[Tensor, "shuffles units"]:
@@ -121,13 +124,16 @@ class DiscreteCodes(Method):
         Raises:
             ValueError: If units are not coordinates that a projection writes to the residual stream, or already lie in it.
         """
-        positive, negative = written(space, pairs, self.tokens)
+        return self.encode(*written(space, pairs, self.tokens))
+
+    def encode(self, positive: Float[Tensor, "pairs units d"], negative: Float[Tensor, "pairs units d"]) -> Codes:
+        """The codes of what units write."""
         every = torch.cat([positive, negative])
         draw = torch.Generator().manual_seed(self.seed)
         encoder = _Autoencoder(every.shape[-1], self.n_codes, draw)
         encoder.fit(every[torch.randperm(len(every), generator=draw)[: self.examples]], self.sparsity, self.lr, self.epochs)
         with torch.no_grad():
-            return Codes(*(encoder.encode(x).argmax(-1) for x in (positive, negative)), self.n_codes)
+            return Codes(encoder.encode(positive).argmax(-1), encoder.encode(negative).argmax(-1), self.n_codes)
 
 
 class MeanDifference(Method):

@@ -115,12 +115,13 @@ def _compare(
     draw: torch.Generator,
 ) -> dict[str, Tensor]:
     """The columns of one query's row, each ``(sizes,)``."""
-    held_out, *variants = _drawn(variants_of(pairs, query), n_variants + 1, draw) or [None]
-    if held_out is None:
+    alike = _drawn(variants_of(pairs, query), n_variants + 1, draw)
+    if not alike:
         raise ValueError(
             f"{pairs.task}: pair {query}: expected another pair with as many answers and foils, to be held out, got none. "
             "Give more pairs."
         )
+    held_out, *variants = alike
     values = single_scores(space, pairs.take([query, *variants]), base)
     n = len(values)
     noise = torch.rand(n, space.size, generator=draw).to(values)

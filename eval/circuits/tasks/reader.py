@@ -36,8 +36,7 @@ class Reader:
             ValueError: If the tokenizer does not know a part of the text.
         """
         body = self._plain(text)
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown != self.tokenizer.bos_token_id and unknown in body:
+        if any(self._unknown(token) for token in body):
             raise ValueError(f"{_short(text)!r} has words the tokenizer does not know")
         return [*self.head, *body]
 
@@ -48,15 +47,22 @@ class Reader:
         text = self.tokenizer.decode(list(ids[len(self.head) :]), clean_up_tokenization_spaces=False)
         return text if [*self.head, *self._plain(text)] == list(ids) else None
 
+    def next_token(self, prompt: str, answer: str) -> int | None:
+        """The token that ``answer`` adds to a prompt; a leading space is part of it. ``None`` if it is not exactly one."""
+        before, after = self._plain(prompt), self._plain(prompt + answer)
+        one = len(after) == len(before) + 1 and after[:-1] == before and not self._unknown(after[-1])
+        return after[-1] if one else None
+
     def following(self, prompt: str, answer: str) -> int:
-        """The token that ``answer`` adds to a prompt; a leading space is part of it.
+        """``next_token``, where there must be one.
 
         Raises:
-            ValueError: If it is not exactly one token after the prompt's own.
+            ValueError: If there is none.
         """
-        before, after = self.ids(prompt), self.ids(prompt + answer)
-        if len(after) == len(before) + 1 and after[:-1] == before:
-            return after[-1]
+        token = self.next_token(prompt, answer)
+        if token is not None:
+            return token
+        before, after = self._plain(prompt), self._plain(prompt + answer)
         pieces = self.tokenizer.convert_ids_to_tokens(after[_common(before, after) :])
         hint = " (is a leading space missing?)" if not answer[:1].isspace() else ""
         raise ValueError(f"{answer!r} is not one token after {_short(prompt)!r}: it gives {' '.join(pieces)}{hint}")
@@ -68,13 +74,17 @@ class Reader:
         By themselves, as a round year may be one token with its century ("1700"), which is not what a model is asked.
         """
         found = {text: self._plain(text) for text in (f"{number:02d}" for number in range(100))}
-        return {text: ids[0] for text, ids in found.items() if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id}
+        return {text: ids[0] for text, ids in found.items() if len(ids) == 1 and not self._unknown(ids[0])}
 
     def positions(self, text: str, ends: Sequence[int]) -> list[int | None]:
         """Position of the last token of each ``text[:end]``; ``None`` where the tokenizer does not cut the text."""
         whole = self._plain(text)
         parts = self.tokenizer([text[:end] for end in ends], add_special_tokens=False, verbose=False)["input_ids"]
         return [len(self.head) + len(part) - 1 if whole[: len(part)] == part else None for part in parts]
+
+    def _unknown(self, token: int) -> bool:
+        # GPT-2 calls its end-of-text token unknown as well; its bytes are all known.
+        return token == self.tokenizer.unk_token_id != self.tokenizer.bos_token_id
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -13,7 +13,7 @@ from ..pairs import Pairs, Question
 from .reader import Reader
 
 # How many draws in a row may repeat what is there before a task counts as exhausted.
-REPEATS = 2000
+REPEATS = 1000
 
 
 class Corruption(NamedTuple):

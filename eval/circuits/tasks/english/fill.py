@@ -10,6 +10,9 @@ from ...pairs import Question
 from ..reader import Reader
 from ..task import Corruption, Example, Request, Variant, with_subject_end
 
+# How many words an error lists.
+LISTED = 30
+
 
 class Filled(NamedTuple):
     """A template's fields for both prompts; a field's name is the role of its word.
@@ -60,17 +63,14 @@ class Words:
 
     def _is_one(self, word: str) -> bool:
         # After a word, as tokenizers treat the beginning of a text in their own ways.
-        try:
-            self.reader.following("The", f" {word}")
-        except ValueError:
-            return False
-        return True
+        return self.reader.next_token("The", f" {word}") is not None
 
     def require(self, what: str, known: list, bad: list[str], at_least: int) -> None:
         if len(known) < at_least:
+            listed = ", ".join(bad[:LISTED]) + (f" and {len(bad) - LISTED} more" if len(bad) > LISTED else "")
             raise ValueError(
-                f"{self.task}: expected at least {at_least} {what} that are one token each, got {len(known)}; several tokens, or "
-                f"unknown: {', '.join(bad)}. Choose another task for this tokenizer, or give pairs in a file."
+                f"{self.task}: expected at least {at_least} {what} that are one token each, got {len(known)}; several tokens "
+                f"or unknown: {listed}. Choose another task for this tokenizer, or give pairs in a file."
             )
 
 
@@ -87,7 +87,13 @@ def from_templates(
         while True:
             filled = draw(words, Random(f"{task}/{request.seed}/{index}"), request.corruption)
             if _belongs(filled.template.format(**filled.clean), request.split):
-                yield example(filled, request.reader)
+                try:
+                    made = example(filled, request.reader)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{task}: {error}. Choose another task for this tokenizer, or give pairs in a file."
+                    ) from None
+                yield made
             index += 1
 
     return Variant(corruptions, metric, examples)
@@ -102,7 +108,7 @@ def example(filled: Filled, reader: Reader) -> Example:
     text = filled.template.format(**filled.clean)
     clean, corrupted = reader.ids(text), reader.ids(filled.template.format(**{**filled.clean, **filled.changes}))
     if len(clean) != len(corrupted):
-        raise ValueError(f"{text!r}: expected a corrupted prompt of {len(clean)} tokens, got {len(corrupted)}.")
+        raise ValueError(f"{text!r}: expected a corrupted prompt of {len(clean)} tokens, got {len(corrupted)}")
     answers, foils = (
         tuple(one if isinstance(one, int) else reader.following(text, one) for one in several)
         for several in (filled.answers, filled.foils)

@@ -3,12 +3,10 @@
 from random import Random
 
 from ..corruptions import GREATER_THAN
-from ..reader import Reader
 from .fill import Filled, Words, from_templates
 
 TEMPLATE = "The {event} lasted from the year {century}{start_year} to the year {century_again}"
 CENTURIES = range(11, 18)
-YEARS = range(2, 99)
 EVENTS = """abduction accord affair agreement appraisal assaults assessment attack attempts campaign captivity case challenge
     chaos clash collaboration coma competition confrontation consequence conspiracy construction consultation contact contract
     convention cooperation custody deal decline decrease demonstrations development disagreement disorder dispute domination
@@ -21,22 +19,22 @@ EVENTS = """abduction accord affair agreement appraisal assaults assessment atta
 
 
 def _draw(words: Words, random: Random, corruption: str) -> Filled:
-    spans = _spans(words)
+    usable = spans(words)
     tokens = _two_digits(words)
     event = random.choice(words.single("events", EVENTS))
-    century = random.choice(list(spans))
-    start = random.choice(spans[century])
+    century = random.choice(list(usable))
+    start = random.choice(usable[century])
     if corruption == "event_random":
         changes = {"event": words.other(random, words.single("events", EVENTS), event)}
     else:
-        other = "01" if corruption == "year_01" else words.other(random, spans[century], start)
+        other = "01" if corruption == "year_01" else words.other(random, usable[century], start)
         changes = {"start_year": other}
     clean = {"event": event, "century": century, "start_year": start, "century_again": century}
     first = int(start) + 1
     return Filled(TEMPLATE, clean, changes, tuple(tokens[first:]), tuple(tokens[:first]))
 
 
-def _spans(words: Words) -> dict[str, list[str]]:
+def spans(words: Words) -> dict[str, list[str]]:
     """By century the years that are two tokens, century and year, without the first and the last of them.
 
     Raises:
@@ -44,7 +42,7 @@ def _spans(words: Words) -> dict[str, list[str]]:
     """
     if "years" not in words.known:
         found = {f"{century}": _split_years(words, f"{century}") for century in CENTURIES}
-        words.known["years"] = {century: years[1:-1] for century, years in found.items() if len(years) > 3}
+        words.known["years"] = {century: years for century, years in found.items() if len(years) > 1}
     if not words.known["years"]:
         raise ValueError(
             "greater_than: expected years that are two tokens, century and year, as 17 and 32, got none from "
@@ -54,17 +52,12 @@ def _spans(words: Words) -> dict[str, list[str]]:
 
 
 def _split_years(words: Words, century: str) -> list[str]:
-    reader = words.reader
-    before = reader.ids(f"The year {century}")
-    if len(before) != len(reader.ids("The year")) + 1:
+    reader, before = words.reader, f"The year {century}"
+    if reader.next_token("The year", f" {century}") is None:
         return []
-    cut = [f"{year:02d}" for year in (1, *YEARS) if _follows(reader, century, f"{year:02d}", before)]
-    # Without 01 there would be nothing to corrupt a year to.
-    return cut[1:] if "01" in cut else []
-
-
-def _follows(reader: Reader, century: str, year: str, before: list[int]) -> bool:
-    return reader.ids(f"The year {century}{year}") == [*before, reader.two_digits.get(year)]
+    cut = [year for year, token in reader.two_digits.items() if year != "00" and reader.next_token(before, year) == token]
+    # The first must be 01: else there would be nothing to corrupt a year to.
+    return cut[1:-1] if cut[:1] == ["01"] else []
 
 
 def _two_digits(words: Words) -> list[int]:

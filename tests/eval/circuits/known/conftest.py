@@ -133,3 +133,18 @@ def check_truth():
             known.module.float()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def brute_logits():
+    """Logits of prompts with one node taken from others: ``brute_logits(module, token_ids, source_ids, node)``."""
+
+    def logits(module, token_ids, source_ids, node):
+        filler, _ = senders_of(module, source_ids, lambda sender, receiver, x: x)
+
+        def replaced(sender, receiver, x):
+            return filler[sender] if receiver is None and sender == node else x
+
+        return senders_of(module, token_ids, replaced)[1]
+
+    return logits

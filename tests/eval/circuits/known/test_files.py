@@ -104,16 +104,14 @@ def test_compiled_programs_compute_their_program(name, vocabulary, task, toy, dr
     module, measured = toy(name)
     ids = {"a": 1, "b": 2, "c": 3, "d": 5}
     longest = module.config.n_ctx - 1
-    seen = 0
-    for _ in range(80):
+    for index in range(80):
         length = int(torch.randint(3, longest + 1, (), generator=draw))
-        letters = [vocabulary[index] for index in torch.randint(0, len(vocabulary), (length,), generator=draw)]
-        if name == "tracr_detect_abc" and seen % 2:
+        letters = [vocabulary[letter] for letter in torch.randint(0, len(vocabulary), (length,), generator=draw)]
+        if name == "tracr_detect_abc" and index % 2:
             letters[:3] = "abc"
         outputs = module(torch.tensor([[0, *(ids[letter] for letter in letters)]])).logits[0, 1:].argmax(-1).tolist()
         expected = task(letters)
         assert outputs == ([vocabulary.index(letter) for letter in expected] if name == "tracr_reverse" else expected)
-        seen += 1
     assert measured["agreement_with_compiler"] == 1.0
 
 

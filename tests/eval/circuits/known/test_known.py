@@ -8,6 +8,9 @@ import torch
 from eval.circuits.known import KNOWN, ToyConfig, edge_names, node_names
 from eval.circuits.known.known import ends, wired
 
+# Those that are trained have tests of their own.
+AT_ONCE = [name for name in KNOWN if not name.startswith("siit_")]
+
 
 @pytest.mark.parametrize(("layers", "heads", "edges", "senders"), [(12, 12, 32491, 157), (6, 4, 1108, 31)])
 def test_as_many_edges_as_published(layers, heads, edges, senders):
@@ -30,7 +33,7 @@ def test_edges_from_text():
     assert ends(wired("embed->a0.h1.q,k m0->logits")) == {"embed", "a0.h1", "m0"}
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_clean_prompts_are_right_and_corrupted_ones_are_not(name):
     known = KNOWN[name](n_pairs=5)
     clean, corrupted = (known.pairs.measure(known.model.logits(ids)) for ids in (known.pairs.clean, known.pairs.corrupted))
@@ -42,7 +45,7 @@ def test_clean_prompts_are_right_and_corrupted_ones_are_not(name):
         torch.testing.assert_close(direction.norm(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_there_is_more_outside_the_circuit_than_in_it(name):
     known = KNOWN[name](n_pairs=2)
     for ablation in known.edges:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
+from eval.circuits.known import KNOWN, ToyTransformer
 from eval.circuits.known.rotation import rotated, rotation
 from training.activations.model import LanguageModel
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from eval.circuits.known.toy import ToyConfig, ToyTransformer
 from eval.circuits.methods.attribution import AttributionPatching
 from eval.circuits.methods.relevance import RelevancePatching, relevance_rules
 from eval.circuits.nodes import Coordinates, NodeSpace
@@ -14,6 +15,17 @@ FAMILIES = ("gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2")
 ALL = {"normalisation": True, "activation": True, "gate": True, "attention": True}
 NONE = dict.fromkeys(ALL, False)
 EMBEDDINGS = {"gpt2": "transformer.wte:out", "gpt_neox": "gpt_neox.embed_in:out", "llama": "model.embed_tokens:out"}
+
+
+@pytest.fixture(scope="module")
+def toy_model():
+    """A random toy transformer, of the kind that circuits are planted in, without biases."""
+    config = ToyConfig(2, 2, 12, 6, 6, 41, 41, d_mlp=7, activation="gelu", norm="rms")
+    torch.manual_seed(3)
+    module = ToyTransformer(config).double()
+    for name, parameter in module.named_parameters():
+        nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.5)
+    return LanguageModel(module, None, "toy", None)
 
 
 def gradient(model, pairs, hooks, rules=None):
@@ -65,6 +77,18 @@ def test_relevance_is_conserved_where_there_are_no_biases(tiny_model, random_pai
     torch.testing.assert_close(relevance(), metric, rtol=1e-9, atol=1e-9)
     for rule in ALL:
         assert ((relevance(**{rule: False}) - metric).abs() > 1e-3).all(), rule
+
+
+def test_a_toy_transformer_keeps_its_values_and_conserves_relevance(toy_model, random_pairs):
+    pairs = random_pairs()
+    # What is learned of positions is part of the stream as well.
+    hook, before = "h.0:in", toy_model.logits(pairs.clean)
+    seen, grads = gradient(toy_model, pairs, (hook,), relevance_rules(toy_model, **ALL))
+    with relevance_rules(toy_model, **ALL):
+        assert toy_model.logits(pairs.clean).equal(before)
+    torch.testing.assert_close((seen[hook] * grads[hook]).sum((1, 2)), pairs.measure(before), rtol=1e-9, atol=1e-9)
+    _, plain = gradient(toy_model, pairs, (hook,))
+    assert ((seen[hook] * plain[hook]).sum((1, 2)) - pairs.measure(before)).abs().amax() > 1e-3
 
 
 def test_relevance_is_conserved_by_centred_norms_and_gelu(stream_model, random_pairs):

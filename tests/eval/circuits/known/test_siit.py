@@ -1,0 +1,60 @@
+"""Training a transformer to be a program at given places."""
+
+import pytest
+import torch
+
+from eval.circuits.known import KNOWN, ToyConfig, ToyTransformer, node_names
+from eval.circuits.known.siit import PROGRAMS, TOLERANCE, _swapped, _watched, distances_of, prompts, train, trained
+from eval.circuits.roc import roc_auc
+
+
+def test_programs_compute_and_take_over_what_is_given():
+    token_ids = torch.tensor([[0, 2, 2, 1, 2]])
+    share = PROGRAMS["share_of_x"].run(token_ids, {})["share"]
+    torch.testing.assert_close(share, torch.tensor([[0, 1 / 2, 2 / 3, 2 / 4, 3 / 5]]))
+    repeats = PROGRAMS["share_of_repeats"].run(token_ids, {})
+    assert repeats["previous"].tolist() == [[0, 0, 2, 2, 1]]
+    assert repeats["repeats"].tolist() == [[0, 0, 1, 0, 0]]
+    other = PROGRAMS["share_of_repeats"].run(token_ids, {"previous": torch.tensor([[0.0, 2, 2, 1, 1]])})
+    assert other["repeats"].tolist() == [[0, 1, 1, 1, 0]]
+    assert other["share"][0, -1] == pytest.approx(3 / 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("node", ["a0.h1", "a1.h3", "m0", "m1"])
+def test_swapping_a_node_is_exact_patching(node, brute_logits):
+    program = PROGRAMS["share_of_x"]
+    model = ToyTransformer(ToyConfig(2, 4, 12, 3, 7, 4, 1, d_mlp=10, activation="gelu")).double()
+    draw = torch.Generator().manual_seed(1)
+    base, source = (prompts(program, 5, draw) for _ in range(2))
+    with _watched(model) as written:
+        model(source)
+    with _swapped(model, node, written):
+        swapped = model(base).logits
+    torch.testing.assert_close(swapped, brute_logits(model, base, source, node))
+    assert not torch.allclose(swapped, model(base).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_trained_model_is_the_program_where_it_should_be(name, brute):
+    known = KNOWN[f"siit_{name}"](n_pairs=8)
+    distances = distances_of(known.module, PROGRAMS[name], seed=7)
+    assert max(distances.values()) < 1.5 * TOLERANCE
+    assert set(distances) == {"as it is", *node_names(known.config)[1:]}
+    assert not known.exact
+    nodes, edges = brute(known, "resample", "nodes"), brute(known, "resample", "edges")
+    effects, truth = nodes.alone(), nodes.truth()
+    assert effects[truth].min() > 10 * effects[~truth].max()
+    assert roc_auc(edges.alone(), edges.truth()) == 1.0
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(ValueError, match=r"name: expected one of share_of_x, .*got 'sort'"):
+        trained("sort")
+
+
+@pytest.mark.slow
+def test_too_few_steps_are_too_few():
+    with pytest.raises(ValueError, match=r"max_steps: share_of_x is not yet the program after 1 steps: .*\(m0\).* Give more"):
+        train(PROGRAMS["share_of_x"], seed=0, max_steps=1)
