@@ -188,7 +188,7 @@ def _beside(row: Row, key: str, value: float) -> str:
     """What stands below a figure in small print."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
-        return f"{show(low, digits=2)} to {show(high, digits=2)}"
+        return " to ".join(show(end, digits=3 if abs(end) >= 0.1 else 2) for end in (low, high))
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
         return f"{share:.0f} %" if share >= 10 else f"{show(share, digits=2)} %"

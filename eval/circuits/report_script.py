@@ -40,7 +40,8 @@ th[aria-sort=ascending] button::after{content:" \\2191"} th[aria-sort=descending
 .detail p{margin:0} .detail ul{list-style:none;margin:0;padding:0;font-variant-numeric:tabular-nums}
 .detail li{display:flex;justify-content:space-between;gap:10px}
 @media (max-width:900px){.pair{grid-template-columns:minmax(0,1fr)} .detail{border:0;border-top:1px solid var(--rule);
-padding:10px 0 0;min-height:120px} .bar{position:static} .task{scroll-margin-top:8px}}
+padding:10px 0 0;min-height:120px} .bar{position:static} .figures th:first-child{white-space:normal;min-width:128px}
+.figures tbody th .note{display:none} .task{scroll-margin-top:8px}}
 .controls{display:flex;flex-wrap:wrap;gap:4px 10px;align-items:center;margin:0 0 8px;font-size:13px;color:var(--muted)}
 .controls input{accent-color:var(--accent);width:150px} .key{margin-left:auto} .key i{display:inline-block;width:22px;height:0;
 border-top:3px solid var(--accent);margin:0 3px 0 10px;vertical-align:4px} .key .minus{border-top:3px dashed var(--bad)}
