@@ -72,16 +72,16 @@ def open_dictionaries(checkpoint: str) -> Dictionaries:
         raise ValueError(
             f"{checkpoint}: this dictionary was trained on tensors, not on a model, so no circuit passes through it."
         )
-    wide = [hook for hook, dictionary in found.items() if not isinstance(dictionary, OneSiteDictionary)]
-    if wide:
+    one_site = {hook: dictionary for hook, dictionary in found.items() if isinstance(dictionary, OneSiteDictionary)}
+    if len(one_site) < len(found):
         raise ValueError(
             f"{checkpoint}: expected dictionaries that write at one hook each, got a cross-layer one. Its circuits are "
             "attribution graphs: give --prompt TEXT."
         )
     reads = {hook: hooks_of(provenance)[0][0] for hook, provenance in provenances.items()}
-    for dictionary in found.values():
+    for dictionary in one_site.values():
         dictionary.requires_grad_(False)
-    return Dictionaries(checkpoint, found, reads, ModelSection.model_validate(model))
+    return Dictionaries(checkpoint, one_site, reads, ModelSection.model_validate(model))
 
 
 def open_model(several: list[Dictionaries]) -> LanguageModel:

@@ -5,7 +5,8 @@ components (``edges``). A method of discovery gives every unit a number, and a c
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,6 +47,11 @@ class Space(ABC):
 
         Linear in ``grads``, so that slopes of several passes may be averaged.
         """
+
+    @contextmanager
+    def frozen_norms(self) -> Iterator[None]:
+        """While open, slopes take the denominators of norms for constants, where a norm lies between a unit and its hook."""
+        yield
 
     @abstractmethod
     def contrast(self, clean: State, corrupted: State, slopes: State) -> Float[Tensor, "pairs units"]:

@@ -50,13 +50,26 @@ class Norm:
         """What reads before the norm as ``readers`` do behind it, but for the denominator and the bias."""
         return self.centre(readers * self.weight)
 
+    def pull_back(
+        self, x: Float[Tensor, "... #readers d_model"], grads: Float[Tensor, "... readers d_model"]
+    ) -> Float[Tensor, "... readers d_model"]:
+        """Gradients by ``x``, from gradients by the norm of ``x``."""
+        folded = self.fold(grads)
+        if self.divides:
+            # The denominator grows with x along x, which takes from the gradient what points there.
+            unit = self.centre(x) / self.scale(x)[..., None]
+            folded = folded - unit * (unit * folded).mean(-1, keepdim=True)
+        return folded / self.scale(x)[..., None]
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One block: its norms and what its heads read values with and write with."""
+    """One block: its norms, and what its heads read queries, keys and values with and write with."""
 
     attention_norm: Norm
     mlp_norm: Norm
+    W_Q: Float[Tensor, "n_heads d_head d_model"]
+    W_K: Float[Tensor, "n_heads d_head d_model"]
     W_V: Float[Tensor, "n_heads d_head d_model"]
     b_V: Float[Tensor, "n_heads d_head"]
     W_O: Float[Tensor, "n_heads d_head d_model"]
@@ -65,6 +78,22 @@ class Layer:
     def carry(self, head: int, vectors: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """Vectors behind the attention norm, as one head writes them."""
         return vectors @ self.W_V[head].T @ self.W_O[head]
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """Where the queries, keys or values of all heads are, before norms and rotations of their own.
+
+    ``shape`` takes apart the width of the tensor at ``hook``, in which ``index`` finds ``(n_heads, d_head)``.
+    """
+
+    hook: str
+    shape: tuple[int, ...]
+    index: tuple[Any, ...]
+
+    def of(self, x: Float[Tensor, "contexts positions width"]) -> Float[Tensor, "contexts positions n_heads d_head"]:
+        """A view of what is at the hook."""
+        return x.unflatten(-1, self.shape)[(..., *self.index)]
 
 
 @dataclass(frozen=True)
@@ -102,8 +131,9 @@ class Trace:
 class Anatomy:
     """A language model taken apart: GPT-2, GPT-NeoX, and those built like Llama.
 
-    Heads that share keys and values (grouped-query attention) each have their own copy of ``W_V`` here. In ``parallel``
-    models attention and MLP of a block read the same stream. ``W_P`` is None where positions are not added to embeddings.
+    Heads that share keys and values (grouped-query attention) each have their own copy of ``W_K`` and ``W_V`` here. In
+    ``parallel`` models attention and MLP of a block read the same stream. ``W_P`` is None where positions are not added to
+    embeddings.
 
     Raises:
         ValueError: If the architecture is another one.
@@ -117,10 +147,10 @@ class Anatomy:
                 f"model.id: {model.id} is of the architecture {kind!r}, whose attention cannot be taken apart here. Expected "
                 f"one of {', '.join(READERS)}."
             )
-        self.model = model
+        self.model, self._read = model, READERS[kind]
         self.blocks = [find_block(module, layer) for layer in range(n_layers(module))]
-        read = READERS[kind]
-        self.layers, self._attention_norms, self._final_norm = read.layers(module), read.attention_norm, read.final_norm
+        read = self._read
+        self.layers = read.layers(module)
         self.final_norm = _norm(module.get_submodule(read.final_norm))
         self.parallel = self.blocks[0].parallel
         self.n_layers = len(self.layers)
@@ -129,6 +159,33 @@ class Anatomy:
         self.W_P: Tensor | None = None if read.positions is None else module.get_parameter(read.positions)
         self.W_U: Tensor = module.get_output_embeddings().weight  # pyright: ignore[reportCallIssue]
 
+    @property
+    def final_norm_hook(self) -> str:
+        """What the last norm reads."""
+        return f"{self._read.final_norm}:in"
+
+    def attention_norm_path(self, layer: int) -> str:
+        """The module path of the norm that attention reads behind."""
+        return f"{self.blocks[layer].path}.{self._read.attention_norm}"
+
+    def head_inputs(self, layer: int) -> dict[str, HeadInput]:
+        """Where queries (``q``), keys (``k``) and values (``v``) of a block's heads can be seen and replaced.
+
+        Heads that share keys and values have no place of their own for them, unless the model is ``ungrouped``.
+        """
+        path, heads, every = self.blocks[layer].path, (self.n_heads, self.d_head), slice(None)
+        found = {}
+        for place, kind in enumerate("qkv"):
+            if len(self._read.projections) == 3:
+                found[kind] = HeadInput(f"{path}.{self._read.projections[place]}:out", heads, (every, every))
+                continue
+            hook = f"{path}.{self._read.projections[0]}:out"
+            if self._read.head_by_head:
+                found[kind] = HeadInput(hook, (self.n_heads, 3, self.d_head), (every, place, every))
+            else:
+                found[kind] = HeadInput(hook, (3, *heads), (place, every, every))
+        return found
+
     @torch.no_grad()
     def trace(self, token_ids: Int[Tensor, "contexts positions"]) -> Trace:
         """One pass that records all of it.
@@ -136,11 +193,11 @@ class Anatomy:
         Attention is computed step by step for it, as fused kernels never write their pattern out; the model is as it was
         afterwards, also if the pass fails.
         """
-        hooks: dict[str, str] = {"last": f"{self._final_norm}:in"}
+        hooks: dict[str, str] = {"last": self.final_norm_hook}
         for index, block in enumerate(self.blocks):
             wanted = {site: hook for site, (hook, _) in block.sites().items() if site in RECORDED}
             hooks |= {f"{index} {site}": hook for site, hook in wanted.items()}
-            hooks[f"{index} attention_in"] = f"{block.path}.{self._attention_norms}:out"
+            hooks[f"{index} attention_in"] = f"{self.attention_norm_path(index)}:out"
         seen: dict[str, Tensor] = {}
 
         def keeper(name: str) -> Callable[[Tensor], None]:
@@ -209,12 +266,18 @@ def _norm(module: Any) -> Norm:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Where an architecture keeps what an anatomy holds. ``attention_norm`` is a path within a block."""
+    """Where an architecture keeps what an anatomy holds; ``attention_norm`` and ``projections`` are paths within a block.
+
+    Projections are those of queries, keys and values, or one of all three: these lie next to each other ``head_by_head``, or
+    the queries of all heads come first.
+    """
 
     layers: Callable[[Any], list[Layer]]
     attention_norm: str
     final_norm: str
     positions: str | None
+    projections: tuple[str, ...]
+    head_by_head: bool = False
 
 
 def _bias(projection: Any) -> Tensor:
@@ -225,11 +288,10 @@ def _gpt2_layers(module: Any) -> list[Layer]:
     def read(block: Any) -> Layer:
         # These projections keep their weights the other way round: (in, out).
         shape = (module.config.n_head, -1, module.config.n_embd)
-        W_V, b_V = block.attn.c_attn.weight.chunk(3, 1)[2], block.attn.c_attn.bias.chunk(3)[2]
+        W_Q, W_K, W_V = (weight.T.reshape(shape) for weight in block.attn.c_attn.weight.chunk(3, 1))
+        b_V = block.attn.c_attn.bias.chunk(3)[2].view(shape[:2])
         W_O = block.attn.c_proj.weight.view(shape)
-        return Layer(
-            _norm(block.ln_1), _norm(block.ln_2), W_V.T.reshape(shape), b_V.view(shape[:2]), W_O, block.attn.c_proj.bias
-        )
+        return Layer(_norm(block.ln_1), _norm(block.ln_2), W_Q, W_K, W_V, b_V, W_O, block.attn.c_proj.bias)
 
     return [read(block) for block in module.transformer.h]
 
@@ -240,10 +302,10 @@ def _gpt_neox_layers(module: Any) -> list[Layer]:
     def read(block: Any) -> Layer:
         # Query, key and value of one head lie next to each other.
         joint, dense = block.attention.query_key_value, block.attention.dense
-        W_V = joint.weight.view(heads, 3, -1, width)[:, 2]
+        W_Q, W_K, W_V = joint.weight.view(heads, 3, -1, width).unbind(1)
         b_V = _bias(joint).view(heads, 3, -1)[:, 2]
         norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        return Layer(*norms, W_V, b_V, dense.weight.T.reshape(heads, -1, width), _bias(dense))
+        return Layer(*norms, W_Q, W_K, W_V, b_V, dense.weight.T.reshape(heads, -1, width), _bias(dense))
 
     return [read(block) for block in module.gpt_neox.layers]
 
@@ -253,11 +315,16 @@ def _llama_layers(module: Any) -> list[Layer]:
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
 
     def read(block: Any) -> Layer:
-        values, output = block.self_attn.v_proj, block.self_attn.o_proj
-        W_V = values.weight.view(groups, -1, width).repeat_interleave(heads // groups, 0)
+        attention = block.self_attn
+        values, output = attention.v_proj, attention.o_proj
+        W_Q = attention.q_proj.weight.view(heads, -1, width)
+        W_K, W_V = (
+            projection.weight.view(groups, -1, width).repeat_interleave(heads // groups, 0)
+            for projection in (attention.k_proj, values)
+        )
         b_V = _bias(values).view(groups, -1).repeat_interleave(heads // groups, 0)
         norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        return Layer(*norms, W_V, b_V, output.weight.T.reshape(heads, -1, width), _bias(output))
+        return Layer(*norms, W_Q, W_K, W_V, b_V, output.weight.T.reshape(heads, -1, width), _bias(output))
 
     return [read(block) for block in module.model.layers]
 
@@ -267,22 +334,34 @@ def _toy_layers(module: Any) -> list[Layer]:
     heads, width = config.n_heads, config.d_model
 
     def read(block: Any) -> Layer:
-        values, output = block.attn.v_proj, block.attn.o_proj
-        W_V, b_V = values.weight.view(heads, -1, width), values.bias.view(heads, -1)
-        W_O = output.weight.T.reshape(heads, -1, width)
-        return Layer(_norm(block.ln_1), _norm(block.ln_2), W_V, b_V, W_O, output.bias)
+        attention = block.attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        W_Q, W_K, W_V = (projection.weight.view(heads, -1, width) for projection in projections)
+        b_V, W_O = attention.v_proj.bias.view(heads, -1), attention.o_proj.weight.T.reshape(heads, -1, width)
+        return Layer(_norm(block.ln_1), _norm(block.ln_2), W_Q, W_K, W_V, b_V, W_O, attention.o_proj.bias)
 
     return [read(block) for block in module.h]
 
 
-_LLAMA = _Reader(_llama_layers, "input_layernorm", "model.norm", None)
+def _apart(attention: str) -> tuple[str, ...]:
+    return tuple(f"{attention}.{kind}_proj" for kind in "qkv")
+
+
+_LLAMA = _Reader(_llama_layers, "input_layernorm", "model.norm", None, _apart("self_attn"))
 READERS = {
-    "gpt2": _Reader(_gpt2_layers, "ln_1", "transformer.ln_f", "transformer.wpe.weight"),
-    "gpt_neox": _Reader(_gpt_neox_layers, "input_layernorm", "gpt_neox.final_layer_norm", None),
+    "gpt2": _Reader(_gpt2_layers, "ln_1", "transformer.ln_f", "transformer.wpe.weight", ("attn.c_attn",)),
+    "gpt_neox": _Reader(
+        _gpt_neox_layers,
+        "input_layernorm",
+        "gpt_neox.final_layer_norm",
+        None,
+        ("attention.query_key_value",),
+        head_by_head=True,
+    ),
     "llama": _LLAMA,
-    # The toy models with known circuits (eval.circuits.known).
-    "sparsary_toy": _Reader(_toy_layers, "ln_1", "ln_f", "wpe.weight"),
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    # The toy models with known circuits (eval.circuits.known).
+    "sparsary_toy": _Reader(_toy_layers, "ln_1", "ln_f", "wpe.weight", _apart("attn")),
 }

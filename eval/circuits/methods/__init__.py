@@ -4,7 +4,9 @@ from .attribution import AttributionPatching
 from .baselines import ActivationMagnitude, RandomScores
 from .certified import Certified
 from .discrete_codes import DiscreteCodes, MeanDifference
+from .edge_pruning import EdgePruning
 from .exact import ExactPatching
+from .flow import FlowRoutes
 from .integrated import IntegratedActivations, IntegratedInputs
 from .query import QueryCircuits
 from .relevance import RelevancePatching
@@ -14,7 +16,9 @@ METHODS: dict[str, type[Method]] = {
     "attribution": AttributionPatching,
     "certified": Certified,
     "discrete_codes": DiscreteCodes,
+    "edge_pruning": EdgePruning,
     "exact": ExactPatching,
+    "flow": FlowRoutes,
     "integrated_activations": IntegratedActivations,
     "integrated_inputs": IntegratedInputs,
     "magnitude": ActivationMagnitude,

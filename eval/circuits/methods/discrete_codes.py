@@ -3,7 +3,10 @@
 What each head writes on a prompt is replaced by the number of the latent that it excites most, in one small sparse
 autoencoder that all heads share and that a few prompts are enough for. No unit is ever taken out, and no gradient of the
 model is needed: scores are numbers of codes, not falls of a metric. They say which heads tell the two kinds of prompts apart,
-so they say nothing where corrupted prompts are as likely as clean ones, only with other answers.
+so they say nothing where corrupted prompts are as likely as clean ones, only with other answers. Compare them with
+``shuffled_counts``, as heads of many codes come first either way: of the embedded model's heads for indirect objects (those
+whose exact effect exceeds 0.5; 3 seeds) codes had an area under the curve of 0.94, 0.68, 0.78 and 0.81 by corruption, shuffled
+labels 0.83, 0.74, 0.81 and 0.80, and ``MeanDifference`` 1.00, 0.98, 0.96 and 0.92.
 
 Source: O'Neill and Bui 2024, arXiv:2405.12522, and the authors' code for what the paper leaves open.
 """

@@ -9,7 +9,7 @@ Source: Jafari et al. 2025, arXiv:2508.21258 (RelP); the rule for attention is A
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,9 @@ class RelevancePatching(Method):
         self.at, self.batch = require_end("at", at), batch
 
     def discover(self, space: Space, pairs: Pairs) -> Scores:
-        return linear_scores(space, pairs, self.at, self.batch, partial(relevance_rules, space.model, **self.rules))
+        rules = partial(relevance_rules, space.model, **self.rules)
+        with space.frozen_norms() if self.rules["normalisation"] else nullcontext():
+            return linear_scores(space, pairs, self.at, self.batch, rules)
 
 
 @contextmanager

@@ -148,6 +148,26 @@ def test_a_sender_s_edges_add_up_to_its_attribution(mixed_space, positions):
         assert (from_heads < behind).all()
 
 
+def test_an_edge_to_a_latent_is_how_its_value_moves(mixed_space):
+    """A small step of one head towards the corrupted run, the latents of the transcoder behind it read off by its encoder."""
+    model, parts, pairs = mixed_space
+    space = NodeSpace(model, [parts[0], parts[2]])
+    edges = feature_edges(space, pairs, torch.ones(space.size, dtype=torch.bool))
+    dense = torch.zeros(space.size + 1, space.size + 1).index_put((edges.senders, edges.receivers), edges.weights)
+    seen, grads = space.passes.gradients(pairs.clean, space.hooks, pairs.measure)
+    _, corrupted = space.passes.see(pairs.corrupted, space.hooks)
+    hook, step = parts[0].hook_out, 1e-6
+    moved = seen[hook].clone()
+    moved[..., 6:] += step * (corrupted[hook] - moved)[..., 6:]
+    with model.replacing(hook, lambda _: moved):
+        _, after = space.passes.see(pairs.clean, space.hooks)
+    values, others = (parts[2].state(x[parts[2].hook_in], x[parts[2].hook_out])[0] for x in (seen, after))
+    slopes = parts[2].slopes(grads[parts[2].hook_out])[0]
+    expected = ((values - others) * slopes).sum(1).mean(0) / step
+    assert (expected != 0).sum() > 3
+    torch.testing.assert_close(dense[1, 2:-2], expected.float(), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("errors", ["kept", "ablated"])
 def test_edges_lead_through_errors_that_are_no_nodes(mixed_space, errors):
     model, parts, pairs = mixed_space
@@ -191,7 +211,8 @@ def test_gradients_where_a_norm_reads_the_stream_are_of_what_it_reads(mixed_spac
     model, _, pairs = mixed_space
     (hook,) = set(site_hooks(model.module, 1, "resid_mid"))
     passes = NodeSpace(model, [Coordinates("r1", hook, 12, 12)]).passes
-    _, grads = passes.gradients(pairs.clean, [hook], pairs.measure)
+    # Behind another hook, so that the stream is part of the graph there.
+    _, grads = passes.gradients(pairs.clean, [site_hooks(model.module, 0, "resid_pre")[0], hook], pairs.measure)
     step = 1e-6 * torch.randn(5, 6, 12, dtype=torch.float64)
     moved = []
     for sign in (1, -1):

@@ -97,10 +97,10 @@ def test_heads_of_a_known_circuit_are_found_where_prompts_differ_in_kind(name):
 
 
 def test_what_heads_write_goes_through_their_output_weights(tiny_model, random_pairs):
-    model, pairs = tiny_model("llama"), random_pairs(n=3, lengths=[4, 6, 5])
+    model, pairs = tiny_model("gpt2"), random_pairs(n=3, lengths=[4, 6, 5])
     anatomy = Anatomy(model)
     hook, width = site_hooks(model.module, 1, "attn_heads")[0], anatomy.n_heads * anatomy.d_head
-    part, mlp = Coordinates("a1", hook, width, anatomy.d_head), Coordinates("m1", "model.layers.1.mlp:out", 12, 12)
+    part, mlp = Coordinates("a1", hook, width, anatomy.d_head), Coordinates("m1", "transformer.h.1.mlp:out", 12, 12)
     layer = anatomy.trace(pairs.clean).layers[1]
     expected = torch.einsum("cthd,hdm->cthm", layer.z, anatomy.layers[1].W_O).float()
     found = {kind: written(NodeSpace(model, [part, mlp]), pairs, kind)[0] for kind in ("mean", "last")}
@@ -112,8 +112,8 @@ def test_what_heads_write_goes_through_their_output_weights(tiny_model, random_p
     each = NodeSpace(model, [part], "each", 6)
     names = each.names()
     positive, _ = written(each, pairs, "mean")
-    place = names.index("a1/2@3")
-    torch.testing.assert_close(positive[:, place], expected[:, 3, 2], rtol=1e-4, atol=1e-5)
+    place = names.index("a1/1@3")
+    torch.testing.assert_close(positive[:, place], expected[:, 3, 1], rtol=1e-4, atol=1e-5)
     values = MeanDifference("last").discover(NodeSpace(model, [part]), pairs).values
     positive, negative = written(NodeSpace(model, [part]), pairs, "last")
     torch.testing.assert_close(values, (positive - negative).mean(0).norm(dim=-1))

@@ -88,7 +88,8 @@ def test_a_negative_difference_is_one_too(model):
 
 
 @pytest.mark.parametrize(
-    ("clean", "warned"), [([0] * 30, False), ([0, 2] * 15, True), ([2] * 30, True), ([0] * 22 + [2] * 8, False)]
+    ("clean", "warned"),
+    [([0] * 30, False), ([0, 2] * 15, True), ([0] * 17 + [2] * 13, True), ([2] * 30, True), ([0] * 22 + [2] * 8, False)],
 )
 def test_a_model_at_chance_or_below_is_warned_of(model, caplog, clean, warned):
     found = competence(model, pairs_of(clean, [1 if token == 0 else 0 for token in clean]))

@@ -32,6 +32,11 @@ def test_an_answer_is_the_one_token_it_adds(word_model):
         reader.ids("Mary Zebedee")
 
 
+def test_as_many_tokens_more_are_not_enough(word_model):
+    # "123" is cut 12, 3: one token more than "1", but not after it.
+    assert Reader(word_model(WORDS)).next_token("1", "23") is None
+
+
 def test_an_answer_that_changes_the_prompt_s_own_tokens_is_none(gpt2_tokens):
     # GPT-2 has " 1700" as one token: after " 17" it is not "00".
     with pytest.raises(ValueError, match=r"'00' is not one token after 'the year 17': it gives Ġ1700"):

@@ -1,0 +1,292 @@
+"""Attribution graph of one prompt: which latents, errors and tokens make up which latents and logits, edge by edge.
+
+An edge is what its source adds to its target directly: along the residual stream and through attention as it is on this
+prompt, but through no other latent. All edges into a target and its constant add up to its pre-activation, or to its logit
+less the mean logit; ``eval.circuits.graph_linear`` says what is held.
+
+Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from training.activations.anatomy import Anatomy
+from training.activations.model import LanguageModel
+
+from .graph_linear import Active, LocalReplacement, Slopes
+from .graph_replacement import Dictionaries, Replacement
+from .graph_scores import SMALLEST_SUM, Pruned, Scores, influence, partial_influence, prune, scores
+
+MAX_LOGITS, LOGIT_MASS = 10, 0.95
+# Targets at a time: bounds what is held at once, targets x layers x positions x d_model numbers.
+BATCH_TARGETS = 256
+KINDS = ("latent", "error", "token", "logit")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A logit less the mean of all, or less another token's. ``weight`` is where influence starts, its probability mostly."""
+
+    token: int
+    foil: int | None
+    probability: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """What a number stands for: a latent or token of so many, or none for errors. ``layer`` is None for tokens and logits."""
+
+    kind: str
+    position: int
+    layer: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """Nodes are latents, then errors layer by layer, then tokens, then logits; ``adjacency[target, source]`` are edges.
+
+    ``constants`` is what targets have without any source, ``left_out`` what latents give them that are not in the graph, and
+    ``totals`` the pre-activations and logits: ``adjacency.sum(1) + constants + left_out``. Values of latents are in the units
+    of their code. ``left_out_share`` is the share of influence that ends in the ``n_left_out`` latents.
+    """
+
+    token_ids: Int[Tensor, " positions"]
+    n_layers: int
+    active: Active
+    targets: tuple[Target, ...]
+    adjacency: Float[Tensor, "nodes nodes"]
+    constants: Float[Tensor, " nodes"]
+    left_out: Float[Tensor, " nodes"]
+    totals: Float[Tensor, " nodes"]
+    exclude_leading: int
+    n_left_out: int
+    left_out_share: float
+
+    @property
+    def n_nodes(self) -> int:
+        return len(self.adjacency)
+
+    @property
+    def latents(self) -> slice:
+        return slice(0, len(self.active))
+
+    @property
+    def errors(self) -> slice:
+        return slice(self.latents.stop, self.latents.stop + self.n_layers * len(self.token_ids))
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.errors.stop, self.errors.stop + len(self.token_ids))
+
+    @property
+    def logits(self) -> slice:
+        return slice(self.tokens.stop, self.n_nodes)
+
+    @cached_property
+    def weights(self) -> Float[Tensor, " nodes"]:
+        """Where influence starts."""
+        weights = torch.zeros_like(self.constants)
+        weights[self.logits] = torch.tensor([target.weight for target in self.targets]).to(weights)
+        return weights
+
+    @cached_property
+    def influence(self) -> Float[Tensor, " nodes"]:
+        return influence(self.adjacency, self.weights)
+
+    def scores(self) -> Scores:
+        """Replacement and completeness score, of the whole graph."""
+        return scores(self.adjacency, self.weights, self.errors, self.tokens)
+
+    def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
+        """What carries these shares of the influence."""
+        kept = self.n_nodes - self.tokens.start
+        return prune(self.adjacency, self.weights, len(self.active), kept, node_threshold, edge_threshold)
+
+    def error_shares(self) -> Float[Tensor, " n_layers"]:
+        """Of all influence on errors and tokens, the share on each layer's errors."""
+        reached = self.influence
+        errors = reached[self.errors].unflatten(0, (self.n_layers, -1)).sum(1)
+        return errors / (errors.sum() + reached[self.tokens].sum())
+
+    def changes(
+        self, pre_acts: Float[Tensor, "runs latents"], logits: Float[Tensor, "runs targets"]
+    ) -> Float[Tensor, "runs nodes"]:
+        """By how much pre-activations and targets differ from this prompt's, node by node; zero where a node has none."""
+        changes = pre_acts.new_zeros(len(pre_acts), self.n_nodes)
+        changes[:, self.latents] = pre_acts - self.totals[self.latents]
+        changes[:, self.logits] = logits - self.totals[self.logits]
+        return changes
+
+    def node(self, number: int) -> GraphNode:
+        """What a node stands for."""
+        positions = len(self.token_ids)
+        if number < self.latents.stop:
+            at = self.active
+            return GraphNode("latent", int(at.positions[number]), int(at.layers[number]), int(at.latents[number]))
+        if number < self.errors.stop:
+            layer, position = divmod(number - self.errors.start, positions)
+            return GraphNode("error", position, layer)
+        if number < self.tokens.stop:
+            position = number - self.tokens.start
+            return GraphNode("token", position, index=int(self.token_ids[position]))
+        return GraphNode("logit", positions - 1, index=self.targets[number - self.logits.start].token)
+
+
+def attribution_graph(
+    model: LanguageModel,
+    dictionaries: Dictionaries,
+    token_ids: Int[Tensor, " positions"] | Sequence[int],
+    layers: Sequence[int] | None = None,
+    answer: int | None = None,
+    foil: int | None = None,
+    exclude_leading: int = 1,
+    max_latents: int | None = None,
+    batch_targets: int = BATCH_TARGETS,
+) -> AttributionGraph:
+    """The graph of what ``model`` says after ``token_ids``, with transcoders in place of its MLPs.
+
+    ``dictionaries`` are a stack, transcoders by layer, or a cross-layer transcoder (of all layers, or of ``layers``). Targets
+    are the likeliest next tokens, up to a probability of 0.95 together and at most ten, or ``answer``, or by how much it
+    exceeds ``foil``. Of the first ``exclude_leading`` positions MLP outputs are constants: the first token's are outliers on
+    which heads rest, and circuit-tracer leaves them out likewise. With ``max_latents`` only so many are in the graph, those
+    that matter most to what is in it already.
+
+    Raises:
+        ValueError: If the dictionaries do not fit the model, or the prompt or a token is not one of the model's.
+    """
+    token_ids = torch.as_tensor(token_ids, dtype=torch.long, device=model.device)
+    replacement = Replacement(Anatomy(model), dictionaries, layers)
+    return graph_of(LocalReplacement(replacement, token_ids, exclude_leading), answer, foil, max_latents, batch_targets)
+
+
+@torch.no_grad()
+def graph_of(
+    local: LocalReplacement,
+    answer: int | None = None,
+    foil: int | None = None,
+    max_latents: int | None = None,
+    batch_targets: int = BATCH_TARGETS,
+) -> AttributionGraph:
+    """The graph of a local replacement model."""
+    if max_latents is not None and max_latents < 1:
+        raise ValueError(f"max_latents: expected at least 1, got {max_latents}.")
+    targets = _targets(local, answer, foil)
+    rows = _Rows(local, targets, batch_targets)
+    everything = len(local.active)
+    rows.explore(everything if max_latents is None else min(max_latents, everything))
+    return rows.graph()
+
+
+def target_vectors(local: LocalReplacement, targets: Sequence[Target]) -> Float[Tensor, "targets d_model"]:
+    """What the targets read behind the final norm."""
+    W_U = local.anatomy.W_U
+    mean = W_U.mean(0)
+    return torch.stack([W_U[t.token] - (mean if t.foil is None else W_U[t.foil]) for t in targets])
+
+
+def _targets(local: LocalReplacement, answer: int | None, foil: int | None) -> tuple[Target, ...]:
+    logits = local.trace.logits[0, -1]
+    for name, token in (("answer", answer), ("foil", foil)):
+        if token is not None and not 0 <= token < len(logits):
+            raise ValueError(f"{name}: expected a token id of 0 to {len(logits) - 1}, got {token}.")
+    if foil is not None and answer is None:
+        raise ValueError("foil: expected an answer to compare with, got none. Give answer too.")
+    probabilities = logits.softmax(-1)
+    if answer is not None:
+        return (Target(answer, foil, float(probabilities[answer]), 1.0),)
+    best, tokens = probabilities.topk(min(MAX_LOGITS, len(logits)))
+    count = int((best.cumsum(0) < LOGIT_MASS).sum()) + 1
+    pairs = zip(best[:count].tolist(), tokens[:count].tolist(), strict=True)
+    return tuple(Target(token, None, probability, probability) for probability, token in pairs)
+
+
+class _Rows:
+    """Rows of the adjacency matrix, the targets' first, then latents' in the order in which they were looked at."""
+
+    def __init__(self, local: LocalReplacement, targets: tuple[Target, ...], batch_targets: int):
+        self.local, self.targets, self.batch = local, targets, batch_targets
+        vectors = target_vectors(local, targets)
+        last = vectors.new_full((len(targets),), len(local.token_ids) - 1, dtype=torch.long)
+        slopes = local.slopes(torch.full_like(last, local.anatomy.n_layers), last, vectors)
+        self.parts, self.constants = [self._edges(slopes)], [slopes.constants]
+        self.seen: list[Tensor] = []
+        self.none = last[:0]
+        self.totals = vectors @ local.anatomy.final_norm.apply(local.trace.last[0, -1], local.trace.last_scale[0, -1])
+
+    def explore(self, count: int) -> None:
+        """Add rows of so many latents; all, or those with most influence in the graph so far."""
+        everything = len(self.local.active)
+        device = self.totals.device
+        while (done := sum(len(part) for part in self.seen)) < count:
+            size = min(self.batch, count - done)
+            if count == everything:
+                chosen = torch.arange(done, done + size, device=device)
+            else:
+                reached = self._influence()[:everything]
+                reached[torch.cat([self.none, *self.seen])] = -1.0
+                chosen = reached.topk(size).indices.sort().values
+            slopes = self.local.latent_slopes(self.local.active.where(chosen))
+            self.parts.append(self._edges(slopes))
+            self.constants.append(slopes.constants)
+            self.seen.append(chosen)
+
+    def graph(self) -> AttributionGraph:
+        local, n_targets, everything = self.local, len(self.targets), len(self.local.active)
+        seen = torch.cat([self.none, *self.seen])
+        chosen, order = seen.sort()
+        outside = torch.ones(everything, dtype=torch.bool, device=seen.device).index_fill_(0, chosen, False)
+        # Back to the order of nodes: latents, then what has no row of its own, then targets.
+        rows, constants = torch.cat(self.parts), torch.cat(self.constants)
+        by_node = torch.cat([order + n_targets, torch.arange(n_targets, device=order.device)])
+        rows, constants = rows[by_node], constants[by_node]
+        columns = torch.cat([chosen, torch.arange(everything, rows.shape[1], device=seen.device)])
+        n_nodes = len(columns) + n_targets
+        places = torch.cat([torch.arange(len(chosen)), torch.arange(n_nodes - n_targets, n_nodes)]).to(rows.device)
+        adjacency = rows.new_zeros(n_nodes, n_nodes)
+        adjacency[places, : len(columns)] = rows[:, columns]
+        active = local.active.where(chosen)
+        totals = torch.cat([active.pre_acts, self.totals])
+        reached = self._influence()
+        ends = torch.cat([reached[:everything] * outside, reached[everything:]])
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(n_nodes).index_put_((places,), values)
+
+        return AttributionGraph(
+            token_ids=local.token_ids,
+            n_layers=local.anatomy.n_layers,
+            active=active,
+            targets=self.targets,
+            adjacency=adjacency,
+            constants=spread(constants),
+            left_out=spread(rows[:, :everything][:, outside].sum(1)),
+            totals=spread(totals),
+            exclude_leading=local.exclude_leading,
+            n_left_out=everything - len(chosen),
+            left_out_share=float(ends[:everything].sum() / ends.sum().clamp_min(SMALLEST_SUM)),
+        )
+
+    def _influence(self) -> Float[Tensor, " sources"]:
+        """Over all active latents, errors and tokens; latents without a row pass nothing on."""
+        rows = torch.cat(self.parts)
+        weights = torch.tensor([target.weight for target in self.targets]).to(rows)
+        return partial_influence(rows, weights, torch.cat([self.none, *self.seen]))
+
+    def _edges(self, slopes: Slopes) -> Float[Tensor, "targets sources"]:
+        """From every active latent, error and token."""
+        local, active = self.local, self.local.active
+        edges = slopes.constants.new_zeros(len(slopes.constants), len(active))
+        for layer, position, which in active.groups():
+            atoms = local.replacement.writes(layer, active.latents[which]) * active.values[which, None, None]
+            there = slopes.mlps[:, list(local.replacement.written(layer)), position]
+            edges[:, which] = there.flatten(1) @ atoms.flatten(1).T
+        errors = torch.einsum("bltm,ltm->blt", slopes.mlps, local.errors).flatten(1)
+        tokens = torch.einsum("btm,tm->bt", slopes.embeddings, local.embeddings)
+        return torch.cat([edges, errors, tokens], dim=1)

@@ -1,0 +1,167 @@
+"""A pruned graph as the JSON that circuit-tracer's front end and Neuronpedia read.
+
+Names of entries and nodes are those of circuit-tracer 0.5 (``frontend/graph_models.py``, ``frontend/feature_models.py``) and
+its schema version 1, in which a latent's ``feature`` is Cantor's number of its layer and index. Serve a folder that holds such
+files with ``circuit_tracer.frontend.local_server.serve(data_dir=FOLDER)``. Entries beyond that schema, as Neuronpedia's own
+graphs have them, say how the graph was made.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.files import write_json
+
+from .graph import AttributionGraph
+from .graph_notes import Latent, Note
+from .graph_scores import Pruned
+
+SCHEMA_VERSION = 1
+GRAPH_FILE, INDEX_FILE, LATENTS_FOLDER = "graph.json", "graph-metadata.json", "features"
+# Where the front end's local server finds the folder of latents: it serves the data folder as /data.
+SCAN = f"./data/{LATENTS_FOLDER}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The texts of a graph: of the prompt, its tokens and its targets, and what is known of its latents."""
+
+    model: str
+    checkpoint: str
+    prompt: str
+    tokens: Sequence[str]
+    targets: Sequence[str]
+    notes: Mapping[Latent, Note]
+
+
+def cantor(layer: int, latent: int) -> int:
+    """One number for a pair."""
+    return (layer + latent) * (layer + latent + 1) // 2 + latent
+
+
+def as_json(
+    graph: AttributionGraph, pruned: Pruned, labels: Labels, node_threshold: float, edge_threshold: float
+) -> dict[str, Any]:
+    """``metadata``, ``qParams``, ``nodes`` and ``links``; a node's ``influence`` is the running share of pruning."""
+    kept = pruned.nodes.nonzero()[:, 0].tolist()
+    identities = {number: node_id(graph, number) for number in kept}
+    scores = graph.scores()
+    targets, sources = pruned.edges.nonzero(as_tuple=True)
+    weights = graph.adjacency[targets, sources].tolist()
+    return {
+        "metadata": {
+            "slug": "graph",
+            "scan": SCAN,
+            "transcoder_list": [],
+            "prompt_tokens": list(labels.tokens),
+            "prompt": labels.prompt,
+            "node_threshold": node_threshold,
+            "schema_version": SCHEMA_VERSION,
+            "info": {"creator_name": "sparsary", "model": labels.model, "transcoders": labels.checkpoint},
+            "generation_settings": {
+                "max_n_logits": len(graph.targets),
+                "max_feature_nodes": len(graph.active),
+                "features_left_out": graph.n_left_out,
+                "positions_left_out": graph.exclude_leading,
+            },
+            "pruning_settings": {"node_threshold": node_threshold, "edge_threshold": edge_threshold},
+            "replacement_score": scores.replacement,
+            "completeness_score": scores.completeness,
+        },
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": [_node(graph, pruned, labels, number) for number in kept],
+        "links": [
+            {"source": identities[source], "target": identities[target], "weight": weight}
+            for target, source, weight in zip(targets.tolist(), sources.tolist(), weights, strict=True)
+        ],
+    }
+
+
+def latent_json(layer: int, latent: int, note: Note) -> dict[str, Any]:
+    """What the front end shows of a latent."""
+    examples = [
+        {
+            "tokens": list(window.tokens),
+            "tokens_acts_list": list(window.activations),
+            "train_token_ind": window.peak,
+            "is_repeated_datapoint": False,
+        }
+        for window in note.windows
+    ]
+    return {
+        "transcoder_id": SCAN,
+        "index": cantor(layer, latent),
+        "examples_quantiles": [{"quantile_name": "Top activations", "examples": examples}],
+        "top_logits": list(note.promoted),
+        "bottom_logits": list(note.suppressed),
+        "act_min": 0.0,
+        "act_max": note.maximum or 0.0,
+        "quantile_values": [],
+        "histogram": [],
+        "activation_frequency": note.density or 0.0,
+    }
+
+
+def write(directory: str | Path, values: Mapping[str, Any], notes: Mapping[Latent, Note]) -> Path:
+    """The graph, the index of graphs that the front end begins with, and a file per latent."""
+    target = Path(directory)
+    (target / LATENTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(target / GRAPH_FILE, values)
+    write_json(target / INDEX_FILE, {"graphs": [values["metadata"]]})
+    for (layer, latent), note in notes.items():
+        write_json(target / LATENTS_FOLDER / f"{cantor(layer, latent)}.json", latent_json(layer, latent, note))
+    return target / GRAPH_FILE
+
+
+def node_id(graph: AttributionGraph, number: int) -> str:
+    """Layer, index and position of a node, as the front end tells nodes apart."""
+    node = graph.node(number)
+    layer = {"token": "E", "logit": str(graph.n_layers + 1)}.get(node.kind, str(node.layer))
+    # Minus one is no latent's number, so errors are mistaken for none.
+    return f"{layer}_{-1 if node.index is None else node.index}_{node.position}"
+
+
+def _node(graph: AttributionGraph, pruned: Pruned, labels: Labels, number: int) -> dict[str, Any]:
+    node, identity = graph.node(number), node_id(graph, number)
+    layer, index, position = identity.split("_")
+    entries = {
+        "node_id": identity,
+        "feature": node.index,
+        "layer": layer,
+        "ctx_idx": node.position,
+        "feature_type": "cross layer transcoder",
+        "token_prob": 0.0,
+        "is_target_logit": False,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": f"{layer}_{index}-{position}",
+        "clerp": "",
+        "influence": float(pruned.cumulative[number]),
+        "activation": None,
+    }
+    if node.kind == "latent":
+        assert node.layer is not None
+        assert node.index is not None
+        note = labels.notes.get((node.layer, node.index), Note())
+        return entries | {
+            "feature": cantor(node.layer, node.index),
+            "jsNodeId": f"{layer}_{index}-0",
+            "clerp": note.label,
+            "activation": float(graph.active.values[number]),
+        }
+    if node.kind == "error":
+        return entries | {"feature": -1, "feature_type": "mlp reconstruction error"}
+    if node.kind == "token":
+        return entries | {"feature": node.position, "feature_type": "embedding"}
+    place = number - graph.logits.start
+    target = graph.targets[place]
+    return entries | {
+        "feature_type": "logit",
+        "token_prob": target.probability,
+        "is_target_logit": place == 0,
+        "jsNodeId": f"L_{index}-{position}",
+        # The front end reads the probability from the text.
+        "clerp": f'Output "{labels.targets[place]}" (p={target.probability:.3f})',
+        "influence": None,
+    }

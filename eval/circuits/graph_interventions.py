@@ -1,0 +1,179 @@
+"""Does the graph say what happens? Latents are changed, and predictions from edges compared with what is measured.
+
+Predicted is, from the adjacency matrix alone, the direct effect of a source on a target (one edge) and the total one (all
+paths). Measured is
+
+- direct: all MLP outputs are held as they were but for what the changed latent writes;
+- total: what the changed latent writes is added, and everything above, MLPs included, responds;
+
+each in the ``local`` replacement model, where it is the prediction but for rounding; in the model itself with attention
+patterns and denominators of norms held (``norms``); with patterns held alone (``patterns``); and in the ``model`` as it is.
+What ``norms`` misses of a total effect is due to MLPs: latents that start or stop firing, and errors that do not stay as
+they were. What ``patterns`` misses beyond that, norms do: they rescale a stream from which something is taken.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from training.activations.splice import model_spliced
+
+from .graph import AttributionGraph, target_vectors
+from .graph_linear import LocalReplacement
+from .graph_measured import Measured, kept_positions
+
+BATCH_RUNS = 32
+EFFECTS = ("direct", "total")
+PLACES = ("local", "norms", "patterns", "model")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well predictions rank and scale with measurements, over pairs of source and target that an edge or path joins."""
+
+    spearman: float
+    pearson: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Sources changed one at a time, and by how much the targets changed: ``(sources, targets)``, by kind of effect.
+
+    Sources and targets are numbers of nodes; targets are latents' pre-activations and, last, ``n_logits`` logits. Measured
+    effects go by place, then kind.
+    """
+
+    sources: Int[Tensor, " sources"]
+    targets: Int[Tensor, " targets"]
+    n_logits: int
+    predicted: dict[str, Float[Tensor, "sources targets"]]
+    measured: dict[str, dict[str, Float[Tensor, "sources targets"]]]
+
+    def agreement(self, kind: str, place: str = "model", logits_only: bool = False) -> Agreement:
+        """Between predictions of a kind and what was measured at one of the places.
+
+        Raises:
+            ValueError: If there are fewer than three pairs.
+        """
+        columns = slice(-self.n_logits if logits_only else None, None)
+        predicted, found = self.predicted[kind][:, columns], self.measured[place][kind][:, columns]
+        joined = predicted != 0
+        x, y = predicted[joined].double().numpy(force=True), found[joined].double().numpy(force=True)
+        if len(x) < 3:
+            raise ValueError(f"interventions: expected at least 3 pairs that an edge joins, got {len(x)}. Give more sources.")
+        ranked = np.corrcoef(stats.rankdata(x), stats.rankdata(y))
+        return Agreement(float(ranked[0, 1]), float(np.corrcoef(x, y)[0, 1]), len(x))
+
+
+@torch.no_grad()
+def intervene(
+    local: LocalReplacement,
+    graph: AttributionGraph,
+    sources: Int[Tensor, " sources"],
+    targets: Int[Tensor, " targets"] | None = None,
+    factor: float = 0.0,
+) -> Interventions:
+    """Multiply each of some latents by ``factor``, one at a time; 0 takes it out.
+
+    ``targets`` are latents to look at, all if none are given; logits are looked at anyway.
+
+    Raises:
+        ValueError: If a source or target is no latent of the graph.
+    """
+    every = torch.arange(len(graph.active), device=graph.adjacency.device)
+    targets = every if targets is None else targets
+    for name, chosen in (("sources", sources), ("targets", targets)):
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(every):
+            raise ValueError(f"{name}: expected latents of the graph, 0 to {len(every) - 1}, got {chosen.tolist()}.")
+    columns = torch.cat([targets, torch.arange(graph.logits.start, graph.n_nodes, device=targets.device)])
+    predicted = predict(graph, sources, factor)
+    return Interventions(
+        sources,
+        columns,
+        len(graph.targets),
+        {kind: changes[:, columns] for kind, changes in predicted.items()},
+        {
+            place: {kind: _measured(local, graph, sources, factor, kind, place)[:, columns] for kind in EFFECTS}
+            for place in PLACES
+        },
+    )
+
+
+def most_influential(graph: AttributionGraph, count: int) -> Int[Tensor, " sources"]:
+    """So many latents, those with most influence on the logits."""
+    return graph.influence[graph.latents].topk(min(count, len(graph.active))).indices.sort().values
+
+
+@torch.no_grad()
+def predict(
+    graph: AttributionGraph, sources: Int[Tensor, " sources"], factor: float = 0.0
+) -> dict[str, Float[Tensor, "sources nodes"]]:
+    """What edges say will change at every node, directly and along all paths, when latents are multiplied by ``factor``."""
+    n, values = len(graph.active), graph.active.values
+    keep = torch.cat([torch.arange(n), torch.arange(graph.logits.start, graph.n_nodes)]).to(values.device)
+    per_unit = graph.adjacency[keep][:, :n] / values
+    deltas = torch.zeros(len(keep), len(sources)).to(values)
+    deltas[sources, torch.arange(len(sources), device=sources.device)] = (factor - 1) * values[sources]
+    # Latents come layer by layer, so nothing lies above the diagonal: every path is followed in one substitution.
+    inner = torch.eye(n).to(values) - per_unit[:n]
+    moved = torch.linalg.solve_triangular(inner, deltas[:n], upper=False, unitriangular=True)
+    total = torch.cat([moved - deltas[:n], per_unit[n:] @ moved])
+
+    def spread(changes: Tensor) -> Tensor:
+        return changes.new_zeros(len(sources), graph.n_nodes).index_copy_(1, keep, changes.T.contiguous())
+
+    return {"direct": spread(per_unit @ deltas[:n]), "total": spread(total)}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The model with transcoders in place and their errors dropped, against the model itself, on one prompt.
+
+    ``kl_last`` and ``top1_last`` are about what comes after the prompt; ``kl_mean`` and ``top1_share`` are over all positions
+    whose MLPs are replaced. In nats.
+    """
+
+    kl_last: float
+    kl_mean: float
+    top1_last: bool
+    top1_share: float
+
+
+@torch.no_grad()
+def replaced(local: LocalReplacement) -> Replaced:
+    """What the latents alone make of the prompt, layers without a transcoder being the model's own."""
+    model, first = local.anatomy.model, local.exclude_leading
+    with model_spliced(model, local.replacement.insertions(), kept=kept_positions(local, 1)):
+        logits = model.logits(local.token_ids[None])[0, first:]
+    own = local.trace.logits[0, first:].float().log_softmax(-1)
+    other = logits.float().log_softmax(-1)
+    kl = (own.exp() * (own - other)).sum(-1)
+    same = own.argmax(-1) == other.argmax(-1)
+    return Replaced(float(kl[-1]), float(kl.mean()), bool(same[-1]), float(same.float().mean()))
+
+
+def _measured(
+    local: LocalReplacement, graph: AttributionGraph, sources: Tensor, factor: float, kind: str, place: str
+) -> Float[Tensor, "sources nodes"]:
+    hold, parts = kind == "direct", sources.split(BATCH_RUNS)
+    if place == "local":
+        return torch.cat([_replayed(local, graph, some, factor, hold) for some in parts])
+    runs = Measured(local, graph, hold, hold_patterns=place != "model", hold_norms=place == "norms")
+    return torch.cat([runs.changes(some, factor) for some in parts])
+
+
+def _replayed(
+    local: LocalReplacement, graph: AttributionGraph, some: Tensor, factor: float, hold: bool
+) -> Float[Tensor, "sources nodes"]:
+    active, runs = graph.active, torch.arange(len(some), device=some.device)
+    values = active.values.repeat(len(some), 1)
+    given = torch.zeros_like(values, dtype=torch.bool)
+    values[runs, some] *= factor
+    given[runs, some] = True
+    replayed = local.replay(active, values, given, hold)
+    return graph.changes(replayed.pre_acts, replayed.last @ target_vectors(local, graph.targets).T)

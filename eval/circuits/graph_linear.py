@@ -1,0 +1,249 @@
+"""The local replacement model of one prompt: linear in embeddings, active latents and errors, forwards and backwards.
+
+Held as they are on this prompt: attention patterns, the denominators of norms, which latents are active, and errors: what
+latents leave of every MLP's output. Then a latent's pre-activation and a logit are sums over what was written before them.
+Positions that are left out keep their whole MLP output as a constant.
+
+Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from training.activations.anatomy import Anatomy, Norm
+
+from .graph_replacement import Replacement
+
+
+@dataclass(frozen=True)
+class Active:
+    """Latents that fire, ordered by layer, position and number. ``beyond`` is a value less its pre-activation: mostly zero."""
+
+    layers: Int[Tensor, " n"]
+    positions: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    pre_acts: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return self.layers.shape[0]
+
+    def where(self, chosen: Tensor) -> "Active":
+        """Some of them, by mask or by ascending index."""
+        return Active(*(part[chosen] for part in (self.layers, self.positions, self.latents, self.values, self.pre_acts)))
+
+    def groups(self) -> Iterator[tuple[int, int, slice]]:
+        """Layer and position of each group of neighbours that share both, and where it lies."""
+        if not len(self):
+            return
+        keys, counts = torch.stack([self.layers, self.positions]).unique_consecutive(dim=1, return_counts=True)
+        start = 0
+        for (layer, position), count in zip(keys.T.tolist(), counts.tolist(), strict=True):
+            yield layer, position, slice(start, start + count)
+            start += count
+
+
+class Slopes(NamedTuple):
+    """Derivatives of some targets by the residual stream's summands, and what is in the targets without any of them."""
+
+    embeddings: Float[Tensor, "targets positions d_model"]
+    mlps: Float[Tensor, "targets n_layers positions d_model"]
+    constants: Float[Tensor, " targets"]
+
+
+class Replayed(NamedTuple):
+    """Pre-activations of the active latents, and what the unembedding reads at the last position."""
+
+    pre_acts: Float[Tensor, "runs n"]
+    last: Float[Tensor, "runs d_model"]
+
+
+class LocalReplacement:
+    """The linear model of ``token_ids``. ``exclude_leading`` positions have neither latents nor errors.
+
+    ``errors[l]`` is what latents leave of the MLP's output, ``fixed[l]`` what it holds whatever they do; an MLP without a
+    transcoder is an error altogether.
+
+    Raises:
+        ValueError: If the prompt is empty, longer than the model's context, or has no position that is not left out.
+    """
+
+    @torch.no_grad()
+    def __init__(self, replacement: Replacement, token_ids: Int[Tensor, " positions"], exclude_leading: int = 0):
+        _require_prompt(replacement.anatomy, token_ids, exclude_leading)
+        self.replacement, self.anatomy, self.token_ids = replacement, replacement.anatomy, token_ids
+        self.exclude_leading = exclude_leading
+        self.trace = self.anatomy.trace(token_ids[None])
+        self.codes = {layer: replacement.encode(layer, self._mlp_in(layer)) for layer in replacement.layers}
+        self.active = self._active()
+        self.skips: dict[int, Tensor] = {}
+        parts = [self._error_and_fixed(layer) for layer in range(self.anatomy.n_layers)]
+        self.errors, self.fixed = torch.stack([error for error, _ in parts]), torch.stack([fixed for _, fixed in parts])
+        self._attention_biases = [self._attention_bias(layer) for layer in range(self.anatomy.n_layers)]
+
+    @property
+    def embeddings(self) -> Float[Tensor, "positions d_model"]:
+        """What the stream begins with: the token's embedding, and the position's where there is one."""
+        x = self.anatomy.W_E[self.token_ids]
+        return x if self.anatomy.W_P is None else x + self.anatomy.W_P[: len(self.token_ids)]
+
+    def latent_slopes(self, active: Active) -> Slopes:
+        """Those of latents' pre-activations."""
+        vectors, own = self._readers(active)
+        slopes = self.slopes(active.layers, active.positions, vectors)
+        return slopes._replace(constants=slopes.constants + own)
+
+    @torch.no_grad()
+    def slopes(
+        self,
+        layers: Int[Tensor, " targets"],
+        positions: Int[Tensor, " targets"],
+        vectors: Float[Tensor, "targets d_model"],
+    ) -> Slopes:
+        """Those of ``vectors @ x``, ``x`` being what a layer's MLP reads at a position.
+
+        The layer after the last one stands for what the unembedding reads.
+        """
+        anatomy, n = self.anatomy, self.anatomy.n_layers
+        grad = vectors.new_zeros(len(vectors), len(self.token_ids), anatomy.d_model)
+        mlps = vectors.new_zeros(len(vectors), n, *grad.shape[1:])
+        constants = vectors.new_zeros(len(vectors))
+
+        def behind(norm: Norm, scale: Tensor, readers: Tensor) -> Tensor:
+            """Derivatives before a norm, from those behind it; its bias goes to the constants."""
+            constants.add_(readers.sum(1) @ norm.bias)
+            return norm.fold(readers) / scale[None, :, None]
+
+        def readers_at(layer: int) -> Tensor:
+            chosen = (layers == layer).nonzero()[:, 0]
+            return torch.zeros_like(grad).index_put_((chosen, positions[chosen]), vectors[chosen])
+
+        grad = grad + behind(anatomy.final_norm, self.trace.last_scale[0], readers_at(n))
+        for layer in reversed(range(min(n, int(layers.max()) + 1) if len(layers) else 0)):
+            at, weights = self.trace.layers[layer], anatomy.layers[layer]
+            mlps[:, layer] = grad
+            constants += torch.einsum("btm,tm->b", grad, self.fixed[layer])
+            into = readers_at(layer)
+            if layer in self.skips:
+                into[:, self.exclude_leading :] += grad[:, self.exclude_leading :] @ self.skips[layer]
+            to_mid = behind(weights.mlp_norm, at.mlp_scale[0], into)
+            heads = grad if anatomy.parallel else grad + to_mid
+            constants += torch.einsum("btm,tm->b", heads, self._attention_biases[layer])
+            mixed = torch.einsum("btm,hdm->bthd", heads, weights.W_O)
+            values = torch.einsum("hts,bthd->bshd", at.pattern[0], mixed)
+            read = torch.einsum("bshd,hdm->bsm", values, weights.W_V)
+            # Not through `behind`: what the norm's bias puts into values is in the attention bias already.
+            grad = grad + to_mid + weights.attention_norm.fold(read) / at.attention_scale[0][None, :, None]
+        return Slopes(grad, mlps, constants)
+
+    @torch.no_grad()
+    def replay(
+        self, active: Active, values: Float[Tensor, "runs n"], given: Bool[Tensor, "runs n"], hold: bool = False
+    ) -> Replayed:
+        """Forward passes in which ``active`` latents have these values where they are ``given``, and follow elsewhere.
+
+        A latent follows by as much as its pre-activation changes. With ``hold`` it keeps its value: what then changes in a
+        pre-activation is the direct effect alone. Latents that are not among ``active`` keep theirs anyway.
+        """
+        anatomy, runs = self.anatomy, len(values)
+        vectors, own = self._readers(active)
+        pre_acts, now = values.new_zeros(values.shape), active.values.expand_as(values).clone()
+        stream = self.embeddings.expand(runs, -1, -1)
+        changes = values.new_zeros(runs, anatomy.n_layers, *stream.shape[1:])
+        for layer in range(anatomy.n_layers):
+            at, weights = self.trace.layers[layer], anatomy.layers[layer]
+            v = weights.attention_norm.apply(stream, at.attention_scale) @ weights.W_V.flatten(0, 1).T + weights.b_V.flatten()
+            v = v.unflatten(-1, weights.b_V.shape)
+            z = torch.einsum("hts,bshd->bthd", at.pattern[0], v)
+            attention = torch.einsum("bthd,hdm->btm", z, weights.W_O) + weights.b_O
+            x = weights.mlp_norm.apply(stream if anatomy.parallel else stream + attention, at.mlp_scale)
+            here = (active.layers == layer).nonzero()[:, 0]
+            if len(here):
+                pre_acts[:, here] = torch.einsum("bnm,nm->bn", x[:, active.positions[here]], vectors[here]) + own[here]
+                if not hold:
+                    now[:, here] += pre_acts[:, here] - active.pre_acts[here]
+                now[:, here] = torch.where(given[:, here], values[:, here], now[:, here])
+                self._write(changes, active.where(here), now[:, here])
+            stream = stream + attention + at.mlp_out + changes[:, layer]
+            if layer in self.skips:
+                moved = (x - at.mlp_in)[:, self.exclude_leading :]
+                stream[:, self.exclude_leading :] += moved @ self.skips[layer].T
+        return Replayed(pre_acts, anatomy.final_norm.apply(stream[:, -1], self.trace.last_scale[:, -1]))
+
+    def _write(self, changes: Tensor, some: Active, now: Float[Tensor, "runs n"]) -> None:
+        """Add what changed values of one layer's latents write to the MLP outputs."""
+        for layer, position, which in some.groups():
+            delta = now[:, which] - some.values[which]
+            atoms = self.replacement.writes(layer, some.latents[which])
+            written = list(self.replacement.written(layer))
+            changes[:, written, position] += torch.einsum("bn,nwm->bwm", delta, atoms)
+
+    def _readers(self, active: Active) -> tuple[Tensor, Tensor]:
+        vectors = self.errors.new_zeros(len(active), self.anatomy.d_model)
+        constants = self.errors.new_zeros(len(active))
+        for layer in active.layers.unique().tolist():
+            here = active.layers == layer
+            vectors[here], constants[here] = self.replacement.reads(layer, active.latents[here])
+        return vectors, constants
+
+    def _mlp_in(self, layer: int) -> Tensor:
+        return self.trace.layers[layer].mlp_in[0]
+
+    def _active(self) -> Active:
+        parts = []
+        for layer, code in self.codes.items():
+            chosen = (code.values > 0) & (code.token_ids() >= self.exclude_leading)
+            positions, latents, values = code.token_ids()[chosen], code.latents[chosen], code.values[chosen]
+            order = latents.argsort(stable=True)
+            order = order[positions[order].argsort(stable=True)]
+            positions, latents = positions[order], latents[order]
+            vectors, constants = self.replacement.reads(layer, latents)
+            pre_acts = torch.einsum("nm,nm->n", vectors, self._mlp_in(layer)[positions]) + constants
+            parts.append(Active(torch.full_like(latents, layer), positions, latents, values[order].to(pre_acts), pre_acts))
+        return Active(*(torch.cat(column) for column in zip(*(_columns(part) for part in parts), strict=True)))
+
+    def _error_and_fixed(self, layer: int) -> tuple[Tensor, Tensor]:
+        written = self.trace.layers[layer].mlp_out[0]
+        error, fixed = written.clone(), torch.zeros_like(written)
+        if layer in self.codes:
+            error -= self.replacement.decode(layer, self.codes, self._mlp_in(layer))
+            bias, skip = self.replacement.bypass(layer)
+            fixed += bias
+            if skip is not None:
+                self.skips[layer] = skip
+        leading = slice(0, self.exclude_leading)
+        error[leading], fixed[leading] = 0.0, written[leading]
+        return error, fixed
+
+    def _attention_bias(self, layer: int) -> Float[Tensor, "positions d_model"]:
+        """What attention writes whatever it reads: its biases, and what the norm's bias becomes on the way."""
+        at, weights = self.trace.layers[layer], self.anatomy.layers[layer]
+        values = weights.W_V @ weights.attention_norm.bias + weights.b_V
+        return torch.einsum("hts,hd,hdm->tm", at.pattern[0], values, weights.W_O) + weights.b_O
+
+
+def _columns(active: Active) -> tuple[Tensor, ...]:
+    return active.layers, active.positions, active.latents, active.values, active.pre_acts
+
+
+def _require_prompt(anatomy: Anatomy, token_ids: Int[Tensor, "..."], exclude_leading: int) -> None:
+    if token_ids.ndim != 1 or not len(token_ids):
+        raise ValueError(f"prompt: expected the ids of at least one token, got {tuple(token_ids.shape)}.")
+    limit = getattr(anatomy.model.module.config, "max_position_embeddings", None)
+    if limit is not None and len(token_ids) > limit:
+        raise ValueError(f"prompt: expected at most {limit} tokens, the context of {anatomy.model.id}, got {len(token_ids)}.")
+    n_tokens = anatomy.W_E.shape[0]
+    if not 0 <= int(token_ids.min()) <= int(token_ids.max()) < n_tokens:
+        raise ValueError(
+            f"prompt: expected token ids 0 to {n_tokens - 1}, got {int(token_ids.min())} to {int(token_ids.max())}."
+        )
+    if not 0 <= exclude_leading < len(token_ids):
+        raise ValueError(
+            f"exclude_leading: expected 0 to {len(token_ids) - 1}, so that a position is left of {len(token_ids)}, got "
+            f"{exclude_leading}. Give a longer prompt."
+        )

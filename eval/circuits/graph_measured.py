@@ -1,0 +1,150 @@
+"""The model itself with latents of a graph changed, and what is held while it runs."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+from training.activations.splice import Edit, model_spliced
+
+from .graph import AttributionGraph
+from .graph_linear import LocalReplacement
+
+Reader = Callable[[Tensor], Tensor | None]
+
+
+class Measured:
+    """Runs of the prompt side by side, one latent of the graph changed in each.
+
+    ``hold_mlps``: all MLP outputs stay as they were but for what the changed latent writes. ``hold_patterns``: heads mix the
+    values of the run by the patterns of the clean one. ``hold_norms``: so do norms divide by the clean run's denominators.
+    """
+
+    def __init__(
+        self,
+        local: LocalReplacement,
+        graph: AttributionGraph,
+        hold_mlps: bool = False,
+        hold_patterns: bool = False,
+        hold_norms: bool = False,
+    ):
+        self.local, self.graph = local, graph
+        self.hold_mlps, self.hold_patterns, self.hold_norms = hold_mlps, hold_patterns, hold_norms
+        # What the last pass had: the stream before attention and before the MLP's norm, and what the MLP read.
+        self._pre: dict[int, Tensor] = {}
+        self._mid: dict[int, Tensor] = {}
+        self._mlp_in: dict[int, Tensor] = {}
+        self._last: list[Tensor] = []
+
+    @torch.no_grad()
+    def changes(self, some: Int[Tensor, " runs"], factor: float) -> Float[Tensor, "runs nodes"]:
+        """By how much every latent's pre-activation and every target differs from the clean run."""
+        local, runs = self.local, len(some)
+        edits = [self._edit(latent, run, runs, factor) for run, latent in enumerate(some.tolist())]
+        codes, errors = {}, {}
+        if self.hold_mlps:
+            rows = slice(local.exclude_leading, None)
+            for layer in local.replacement.layers:
+                place = local.replacement.place(layer)
+                codes[place], errors[place] = tiled(local.codes[layer], rows, runs), local.errors[layer, rows].repeat(runs, 1)
+        kept, insertions = kept_positions(local, runs), local.replacement.insertions()
+        splice = model_spliced(local.anatomy.model, insertions, not self.hold_mlps, kept, edits, codes, errors)
+        # Ours first: dictionaries are to read what a held norm makes of the stream.
+        with local.anatomy.model.hooked(self._readers()), splice:
+            logits = local.anatomy.model.logits(local.token_ids.expand(runs, -1))[:, -1]
+        if self.hold_norms:
+            [last] = self._last
+            logits = local.anatomy.final_norm.apply(last[:, -1], local.trace.last_scale[:, -1]) @ local.anatomy.W_U.T
+        return self.graph.changes(self._pre_acts(logits), self._targets(logits))
+
+    def _targets(self, logits: Float[Tensor, "runs vocabulary"]) -> Float[Tensor, "runs targets"]:
+        means = logits.mean(-1)
+        return torch.stack(
+            [logits[:, t.token] - (means if t.foil is None else logits[:, t.foil]) for t in self.graph.targets], 1
+        )
+
+    def _pre_acts(self, logits: Tensor) -> Float[Tensor, "runs latents"]:
+        active, replacement = self.graph.active, self.local.replacement
+        found = logits.new_zeros(len(logits), len(active))
+        for layer in replacement.layers:
+            here = active.layers == layer
+            vectors, constants = replacement.reads(layer, active.latents[here])
+            found[:, here] = torch.einsum("bnm,nm->bn", self._mlp_in[layer][:, active.positions[here]], vectors) + constants
+        return found
+
+    def _edit(self, latent: int, run: int, runs: int, factor: float) -> Edit:
+        """The change of one latent at its position, in one of the runs."""
+        node = self.graph.node(latent)
+        assert node.layer is not None
+        assert node.index is not None
+        where = torch.zeros(runs, len(self.local.token_ids), dtype=torch.bool)
+        where[run, node.position] = True
+        insertion, site = self.local.replacement.place(node.layer)
+        return Edit("scale", [node.index], factor, positions=where, insertion=insertion, site=site)
+
+    def _readers(self) -> dict[str, Reader]:
+        anatomy, readers = self.local.anatomy, {}
+        for layer, block in enumerate(anatomy.blocks):
+            sites = block.sites()
+            readers[sites["resid_pre"][0]] = self._keep(self._pre, layer)
+            if not anatomy.parallel:
+                readers[sites["resid_mid"][0]] = self._keep(self._mid, layer)
+            readers[sites["mlp"][0]] = self._read(layer)
+            if self.hold_patterns:
+                readers[sites["attn_heads"][0]] = self._mix(layer)
+            if self.hold_mlps and layer not in self.local.replacement.layers:
+                readers[sites["mlp"][1]] = self._held(layer)
+        readers[anatomy.blocks[-1].sites()["resid_post"][0]] = self._keep_last
+        return readers
+
+    def _keep(self, into: dict[int, Tensor], layer: int) -> Reader:
+        # Modules above may write into it.
+        return lambda x: into.__setitem__(layer, x.clone())
+
+    def _keep_last(self, x: Tensor) -> None:
+        self._last = [x.clone()]
+
+    def _read(self, layer: int) -> Reader:
+        norm, at = self.local.anatomy.layers[layer].mlp_norm, self.local.trace.layers[layer]
+
+        def read(x: Tensor) -> Tensor | None:
+            changed = None
+            if self.hold_norms:
+                x = changed = norm.apply((self._pre if self.local.anatomy.parallel else self._mid)[layer], at.mlp_scale)
+            self._mlp_in[layer] = x.clone()
+            return changed
+
+        return read
+
+    def _mix(self, layer: int) -> Reader:
+        weights, at = self.local.anatomy.layers[layer], self.local.trace.layers[layer]
+        norm = weights.attention_norm
+
+        def mixed(_: Tensor) -> Tensor:
+            stream = self._pre[layer]
+            normed = norm.apply(stream, at.attention_scale if self.hold_norms else norm.scale(stream))
+            v = torch.einsum("bsm,hdm->bshd", normed, weights.W_V) + weights.b_V
+            return torch.einsum("hts,bshd->bthd", at.pattern[0], v).flatten(2)
+
+        return mixed
+
+    def _held(self, layer: int) -> Reader:
+        clean = self.local.trace.layers[layer].mlp_out
+        return lambda y: clean.expand_as(y).clone()
+
+
+def kept_positions(local: LocalReplacement, runs: int) -> Bool[Tensor, "runs positions"]:
+    """Where MLPs are replaced."""
+    kept = torch.ones(runs, len(local.token_ids), dtype=torch.bool)
+    kept[:, : local.exclude_leading] = False
+    return kept
+
+
+def tiled(code: SparseCode, rows: slice, runs: int) -> SparseCode:
+    """The code of the tokens from some token on, once for every run."""
+    first = int(code.starts[rows.start])
+    latents, values, starts = code.latents[first:], code.values[first:], code.starts[rows] - first
+    offsets = torch.arange(runs, device=starts.device)[:, None] * len(latents)
+    return SparseCode(latents.repeat(runs), values.repeat(runs), (starts + offsets).flatten())

@@ -1,0 +1,160 @@
+"""What is known of the latents of a graph: contexts they fire in most, tokens they promote, a label.
+
+Contexts come from ``features.jsonl`` beside the checkpoint where ``sparsary features`` has been run, else from a pass over
+held-out text that looks at the graph's latents alone.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.features.collect import BATCH_CONTEXTS, NO_TOKEN, Batch, Collector, Limits
+from eval.features.run import RECORDS_FILE
+from sae.code import SparseCode, group
+from training.activations.harvest import batches, excluded
+from training.recipe import HarvestSection, TextSection
+from training.text import contexts
+
+from .graph_replacement import Replacement
+
+# A latent by its layer and its number there.
+Latent = tuple[int, int]
+CONTEXTS, PROMOTED, LABEL_TOKENS = 6, 5, 3
+LIMITS = Limits(top=CONTEXTS, sample=0, before=15, after=6, background=0, sample_entries=0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of text: its tokens, the latent's activation on each, and which of them it is centred on."""
+
+    tokens: Sequence[str]
+    activations: Sequence[float]
+    peak: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Of one latent. ``maximum`` and ``density`` are over the text that was read, None where nothing was."""
+
+    label: str = ""
+    windows: tuple[Window, ...] = ()
+    promoted: tuple[str, ...] = ()
+    suppressed: tuple[str, ...] = ()
+    maximum: float | None = None
+    density: float | None = None
+
+
+@torch.no_grad()
+def read_heldout(
+    replacement: Replacement,
+    latents: Sequence[Latent],
+    text: TextSection,
+    harvest: HarvestSection,
+    words: Sequence[str],
+    tokens: int,
+) -> dict[Latent, Note]:
+    """Contexts from held-out text, one pass over about so many tokens."""
+    model, numbers = replacement.anatomy.model, {latent: number for number, latent in enumerate(latents)}
+    hooks = {layer: replacement.anatomy.blocks[layer].sites()["mlp"][0] for layer in {layer for layer, _ in latents}}
+    if not hooks:
+        return {}
+    collector, special = Collector(len(numbers), LIMITS), frozenset(model.tokenizer.all_special_ids)
+    for some in batches(contexts(text, model.tokenizer, heldout=harvest.heldout), BATCH_CONTEXTS):
+        token_ids, document_ids, offsets = (
+            np.stack([getattr(context, name) for context in some]) for name in ("token_ids", "document_ids", "positions")
+        )
+        kept = ~excluded(token_ids, document_ids, special, harvest)
+        mask = torch.from_numpy(kept).to(model.device)
+        seen = model.activations(torch.from_numpy(token_ids).long().to(model.device), tuple(hooks.values()))
+        codes = {layer: replacement.encode(layer, seen[hook][mask]) for layer, hook in hooks.items()}
+        collector.update(Batch(token_ids, document_ids, offsets, kept, _only(codes, numbers)))
+        if collector.tokens >= tokens:
+            break
+    found = collector.result()
+    notes = {}
+    for latent, number in numbers.items():
+        top = found.top
+        windows = tuple(
+            _window(top.tokens[number, place], top.values[number, place], words)
+            for place in np.flatnonzero(top.keys[number] > -np.inf)
+        )
+        density = float(found.firings[number] / found.tokens)
+        maximum = float(found.maxima[number]) if windows else None
+        notes[latent] = Note(_peaks(windows), windows, maximum=maximum, density=density)
+    return notes
+
+
+def read_records(directory: str | Path, wanted: Mapping[int, Latent]) -> dict[Latent, Note]:
+    """Those of a checkpoint's ``features.jsonl``, if it has one; ``wanted`` are latents by their number in it."""
+    path = Path(directory) / "features" / RECORDS_FILE
+    if not path.is_file():
+        return {}
+    notes = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if number in wanted:
+                notes[wanted[number]] = _from_record(json.loads(line))
+    return notes
+
+
+@torch.no_grad()
+def with_promoted(replacement: Replacement, notes: Mapping[Latent, Note], words: Sequence[str]) -> dict[Latent, Note]:
+    """The same notes with the tokens each latent promotes and suppresses directly, by all that it writes to any layer."""
+    anatomy = replacement.anatomy
+    unembedding = anatomy.final_norm.fold(anatomy.W_U - anatomy.W_U.mean(0))
+    found = {}
+    for (layer, latent), note in notes.items():
+        written = replacement.writes(layer, torch.tensor([latent], device=unembedding.device))[0].sum(0)
+        effects = unembedding @ written
+        count = min(PROMOTED, len(effects))
+        sides = [tuple(str(words[i]) for i in side.topk(count).indices.tolist()) for side in (effects, -effects)]
+        found[layer, latent] = replace(note, promoted=sides[0], suppressed=sides[1])
+    return found
+
+
+def _only(codes: Mapping[int, SparseCode], numbers: Mapping[Latent, int]) -> SparseCode:
+    """The wanted latents of all layers as one code of theirs, by their new numbers."""
+    tokens, latents, values = [], [], []
+    for layer, code in codes.items():
+        own = sorted((latent, number) for (at, latent), number in numbers.items() if at == layer)
+        known = torch.tensor([latent for latent, _ in own], device=code.latents.device)
+        places = torch.searchsorted(known, code.latents).clamp_max(len(own) - 1)
+        chosen = known[places] == code.latents
+        tokens.append(code.token_ids()[chosen])
+        latents.append(torch.tensor([number for _, number in own], device=known.device)[places[chosen]])
+        values.append(code.values[chosen])
+    ends, order = group(torch.cat(tokens), next(iter(codes.values())).n_tokens)
+    return SparseCode(torch.cat(latents)[order], torch.cat(values)[order], ends[:-1])
+
+
+def _window(tokens: np.ndarray, values: np.ndarray, words: Sequence[str]) -> Window:
+    there = np.flatnonzero(tokens != NO_TOKEN)
+    texts = tuple(words[int(token)] for token in tokens[there])
+    return Window(texts, tuple(float(value) for value in values[there]), int(np.searchsorted(there, LIMITS.before)))
+
+
+def _from_record(record: dict[str, Any]) -> Note:
+    windows = tuple(
+        Window(tuple(example["tokens"]), tuple(example["activations"]), example["peak"]) for example in record["top"][:CONTEXTS]
+    )
+    said = (record["explanation"] or {}).get("text")
+    predicate = (record["details"].get("predicate_f1") or {}).get("predicate")
+    return Note(said or predicate or _peaks(windows), windows, (), (), record["max_activation"], record["density"])
+
+
+def _peaks(windows: Iterable[Window]) -> str:
+    """The tokens on which it fires most strongly, those of most contexts first."""
+    counts = Counter(window.tokens[window.peak].strip() for window in windows)
+    return ", ".join(token for token, _ in counts.most_common(LABEL_TOKENS))
+
+
+def latents_of(layers: Tensor, latents: Tensor) -> Iterator[Latent]:
+    """Each latent once, in order."""
+    yield from dict.fromkeys(zip(layers.tolist(), latents.tolist(), strict=True))

@@ -1,0 +1,360 @@
+"""The script and style of the page of a graph. It writes text as text, never as HTML, whatever tokens hold."""
+
+SCRIPT = """
+'use strict';
+const $ = id => document.getElementById(id), data = JSON.parse($('data').textContent);
+const KIND = ['latent', 'error', 'token', 'logit'], CAP = 7, STEP = 23, GAP = 16, LINE = 22;
+// Edges drawn at first; the frame's room for names of rows, and of columns.
+const FIRST = 220, LEFT = 58, LOW = 70;
+const svg = $('graph'), NS = 'http://www.w3.org/2000/svg';
+const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
+  ({id, kind: KIND[kind], layer, position, index, share, value, total, constant, into: [], from: []}));
+const edges = data.edges.map(([source, target, weight, share, size]) =>
+  ({source: nodes[source], target: nodes[target], weight, share, size}));
+for (const edge of edges) { edge.target.into.push(edge); edge.source.from.push(edge); }
+const note = node => node.kind === 'latent' ? data.notes[node.layer + '.' + node.index] : undefined;
+const row = node => node.kind === 'token' ? 0 : node.kind === 'logit' ? data.layers + 1 : node.layer + 1;
+const rowName = at => at === 0 ? 'embed' : at === data.layers + 1 ? 'logits' : 'layer ' + (at - 1);
+let view = {x: 0, y: 0, k: 1}, selected = null, hovered = null, matches = null, moved = false, own = false;
+
+function draw(tag, attributes, parent, text) {
+  const made = document.createElementNS(NS, tag);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  if (text !== undefined) made.textContent = text;
+  if (parent) parent.append(made);
+  return made;
+}
+function make(tag, className, ...children) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  made.append(...children.filter(child => child !== null && child !== undefined));
+  return made;
+}
+const number = value => value === null || value === undefined ? '\\u2013' : String(+value.toPrecision(3));
+const signed = value => (value > 0 ? '+' : value < 0 ? '\\u2212' : '') + number(Math.abs(value));
+const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + ' %';
+const short = (text, length) => text.length > length ? text.slice(0, length - 1) + '\\u2026' : text;
+function name(node) {
+  const at = ' \\u00b7 \\u201c' + data.tokens[node.position].trim() + '\\u201d ' + node.position;
+  if (node.kind === 'latent') return 'latent ' + node.layer + '.' + node.index + at;
+  if (node.kind === 'error') return 'error of layer ' + node.layer + at;
+  if (node.kind === 'token') return 'token \\u201c' + data.tokens[node.position] + '\\u201d at ' + node.position;
+  return 'logit of \\u201c' + data.targets[node.index] + '\\u201d';
+}
+
+// Nodes of one layer and position stand side by side, the most influential first, a few to a line.
+const cells = new Map(), rows = data.layers + 2, lines = Array(rows).fill(1);
+for (const node of nodes) {
+  const key = row(node) + ' ' + node.position;
+  if (!cells.has(key)) cells.set(key, []);
+  cells.get(key).push(node);
+}
+// Targets have their words in them.
+const WORD = Math.max(44, Math.min(170, 18 + 9 * Math.max(...data.targets.map(text => Math.min(18, text.trim().length)))));
+const cap = at => at === data.layers + 1 ? 10 : CAP;
+const widths = data.tokens.map((token, position) => {
+  let most = 1;
+  for (let at = 0; at < rows; at++) {
+    const cell = cells.get(at + ' ' + position) || [];
+    cell.sort((a, b) => b.share - a.share || a.id - b.id);
+    const wide = at === data.layers + 1 ? (WORD + 6) / STEP : 1;
+    most = Math.max(most, wide * Math.min(cell.length, cap(at)));
+    lines[at] = Math.max(lines[at], Math.ceil(cell.length / cap(at)));
+  }
+  return most * STEP + GAP;
+});
+const lefts = [], bottoms = [];
+widths.reduce((sum, width) => (lefts.push(sum), sum + width), 0);
+const width = lefts[lefts.length - 1] + widths[widths.length - 1];
+// Rows stand as far apart as fills the frame once the columns do.
+const frameBox = svg.getBoundingClientRect(), filled = lines.reduce((sum, count) => sum + count * LINE, 20);
+const wanted = width * (frameBox.height - LOW - 8) / Math.max(200, frameBox.width - LEFT - 16);
+const apart = Math.min(170, Math.max(44, (wanted - filled) / (rows - 1)));
+lines.reduce((sum, count) => (bottoms.push(sum), sum + count * LINE + apart), 0);
+const height = bottoms[rows - 1] + lines[rows - 1] * LINE + 20;
+const most = Math.max(...nodes.filter(n => n.kind === 'latent').map(n => n.share), 1e-9);
+for (const node of nodes) {
+  const at = row(node), cell = cells.get(at + ' ' + node.position), place = cell.indexOf(node), many = cap(at);
+  const inLine = Math.min(many, cell.length - many * Math.floor(place / many));
+  const step = node.kind === 'logit' ? WORD + 6 : STEP;
+  node.x = lefts[node.position] + widths[node.position] / 2 + step * (place % many - (inLine - 1) / 2);
+  node.y = height - bottoms[at] - LINE * Math.floor(place / many) - 14;
+  node.r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
+}
+
+// Bands and edges lie under nodes; names of rows and columns stay at the border while the rest moves.
+const moving = draw('g', {}, svg), bands = draw('g', {}, moving), wires = draw('g', {'class': 'wires'}, moving);
+const dots = draw('g', {}, moving), frame = draw('g', {'class': 'frame'}, svg);
+for (let at = 0; at < rows; at++) {
+  const top = height - bottoms[at] - lines[at] * LINE - 12;
+  draw('rect', {x: -4000, y: top, width: width + 8000, height: lines[at] * LINE + 20, 'class': 'band'}, bands);
+}
+for (const node of nodes) {
+  const shape = draw('g', {transform: 'translate(' + node.x + ',' + node.y + ')', 'class': 'node ' + node.kind}, dots);
+  const r = node.r, full = (0.35 + 0.65 * Math.sqrt(Math.min(1, node.share / most))).toFixed(3);
+  if (node.kind === 'latent') draw('circle', {r, 'fill-opacity': full, 'class': 'latent'}, shape);
+  if (node.kind === 'error') draw('path', {d: `M0 ${-r}L${r} 0 0 ${r} ${-r} 0Z`, 'class': 'error'}, shape);
+  if (node.kind === 'token') draw('rect', {x: -6, y: -6, width: 12, height: 12, 'class': 'token'}, shape);
+  if (node.kind === 'logit') {
+    draw('rect', {x: -WORD / 2, y: -13, width: WORD, height: 26, rx: 8, 'class': 'logit'}, shape);
+    const text = short(data.targets[node.index].trim() || '\\u2423', 18);
+    draw('text', {y: 5, 'text-anchor': 'middle', 'class': 'name'}, shape, text);
+  }
+  draw('title', {}, shape, name(node) + (note(node) && note(node).label ? '\\n' + note(node).label : ''));
+  node.shape = shape;
+  shape.addEventListener('pointerenter', () => { hovered = node; if (!selected) detail(node); paint(); });
+  shape.addEventListener('pointerleave', () => { hovered = null; if (!selected) detail(null); paint(); });
+  shape.addEventListener('click', event => { if (!moved) { select(node); event.stopPropagation(); } });
+}
+const rowNames = bottoms.map((_, at) => draw('text', {'class': 'row'}, frame, rowName(at)));
+const floor = draw('rect', {x: 0, width: 1e5, height: 200, 'class': 'floor'}, frame);
+const columnNames = data.tokens.map(token => draw('text', {'class': 'column'}, frame, short(token.trim() || '\\u2423', 11)));
+
+const strongest = edges.length ? edges[0].size : 1;
+const slider = $('count');
+const toCount = part => Math.round(edges.length ** (part / 100)) - (part > 0 ? 0 : 1);
+function wire(edge, strong) {
+  const a = edge.source, b = edge.target, bend = Math.max(14, (a.y - b.y) * 0.42);
+  const thick = 0.5 + 5 * Math.sqrt(strong ? edge.share : edge.size / strongest);
+  return draw('path', {
+    d: `M${a.x} ${a.y}C${a.x} ${a.y - bend} ${b.x} ${b.y + bend} ${b.x} ${b.y}`,
+    'stroke-width': thick.toFixed(2),
+    'stroke-opacity': strong ? 0.85 : (0.14 + 0.5 * Math.sqrt(edge.size / strongest)).toFixed(3),
+    'class': edge.weight > 0 ? 'up' : 'down',
+  }, wires);
+}
+function paint() {
+  const focus = hovered || selected, count = toCount(+slider.value);
+  wires.replaceChildren();
+  if (focus) {
+    for (const edge of [...focus.into, ...focus.from].sort((a, b) => a.share - b.share)) wire(edge, true);
+  } else {
+    for (const edge of edges.slice(0, count).reverse()) wire(edge, false);
+  }
+  const near = focus && new Set([focus, ...focus.into.map(e => e.source), ...focus.from.map(e => e.target)]);
+  for (const node of nodes) {
+    const lit = matches ? matches.has(node) : !near || near.has(node);
+    node.shape.classList.toggle('dim', !lit);
+    node.shape.classList.toggle('chosen', node === selected);
+    node.shape.classList.toggle('found', Boolean(matches) && matches.has(node));
+  }
+  $('drawn').textContent = focus ? (focus.into.length + focus.from.length) + ' edges of this node'
+    : count + ' strongest of ' + edges.length + ' drawn';
+}
+function place() {
+  const box = svg.getBoundingClientRect(), base = box.height - 64;
+  moving.setAttribute('transform', `translate(${view.x},${view.y}) scale(${view.k})`);
+  rowNames.forEach((text, at) => {
+    text.setAttribute('x', 8);
+    text.setAttribute('y', view.y + view.k * (height - bottoms[at] - (lines[at] - 1) * LINE / 2 - 14) + 4);
+  });
+  floor.setAttribute('y', base);
+  columnNames.forEach((text, at) => {
+    const x = view.x + view.k * (lefts[at] + widths[at] / 2);
+    text.setAttribute('transform', `translate(${x + 4},${base + 14}) rotate(-38)`);
+  });
+}
+function fit() {
+  own = false;
+  const box = svg.getBoundingClientRect();
+  const k = Math.max(0.2, Math.min((box.width - LEFT - 16) / width, (box.height - LOW - 8) / height, 1.5));
+  const [right, under] = [(box.width - LEFT - 16 - k * width) / 2, (box.height - LOW - 8 - k * height) / 2];
+  view = {k, x: LEFT + right, y: 6 + Math.max(0, under)};
+  place();
+}
+function zoom(factor, x, y) {
+  own = true;
+  const box = svg.getBoundingClientRect(), k = Math.min(6, Math.max(0.15, view.k * factor));
+  const cx = x === undefined ? box.width / 2 : x, cy = y === undefined ? box.height / 2 : y;
+  view = {k, x: cx - (cx - view.x) * k / view.k, y: cy - (cy - view.y) * k / view.k};
+  place();
+}
+function show(node) {
+  // Only as far as is needed to have it in sight.
+  const box = svg.getBoundingClientRect(), x = view.x + view.k * node.x, y = view.y + view.k * node.y;
+  const to = (value, low, high) => Math.min(high, Math.max(low, value)) - value;
+  view.x += to(x, 80, box.width - 40);
+  view.y += to(y, 24, box.height - 90);
+  place();
+}
+
+function link(node) {
+  const button = make('button', 'link', name(node));
+  button.type = 'button';
+  button.onclick = () => { select(node); svg.focus({preventScroll: true}); };
+  return button;
+}
+const labelled = node => [link(node), note(node) && note(node).label ? make('em', 'note', note(node).label) : null];
+function edgeList(title, list, other) {
+  if (!list.length) return null;
+  const ordered = [...list].sort((a, b) => Math.abs(b.weight) - Math.abs(a.weight)), items = make('ol', '');
+  for (const edge of ordered.slice(0, 12)) {
+    const bar = make('i', edge.weight > 0 ? 'up' : 'down');
+    bar.style.width = Math.max(2, 100 * Math.abs(edge.weight) / Math.abs(ordered[0].weight)) + '%';
+    items.append(make('li', '', make('span', 'who', ...labelled(edge[other])), make('span', 'bar', bar),
+      make('span', 'weight', signed(edge.weight))));
+  }
+  const rest = ordered.length > 12 ? make('p', 'note', (ordered.length - 12) + ' more, weaker') : null;
+  return make('div', 'edges', make('h3', '', title), items, rest);
+}
+function context([tokens, shades, peak]) {
+  const line = make('p', '');
+  tokens.forEach((token, at) => {
+    const space = at && gapped && !/^\\s/.test(token) ? ' ' : '', shade = Math.round(10 + 0.55 * shades[at]);
+    const piece = make('span', at === peak ? 'peak' : '', token.replace(/\\n/g, '\\u21b5'));
+    if (shades[at]) piece.style.background = `color-mix(in srgb, var(--accent) ${shade}%, transparent)`;
+    line.append(space, piece);
+  });
+  return line;
+}
+const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([tokens]) => tokens.some(t => /^\\s/.test(t))));
+function detail(node) {
+  const panel = $('detail');
+  if (!node) {
+    const top = nodes.filter(n => n.kind === 'latent').sort((a, b) => b.share - a.share).slice(0, 12);
+    const list = matches ? [...matches].slice(0, 40) : top, items = make('ol', 'plain');
+    for (const one of list) {
+      items.append(make('li', '', make('span', 'who', ...labelled(one)), make('span', 'weight', percent(one.share))));
+    }
+    panel.replaceChildren(make('h2', '', matches ? matches.size + ' nodes found' : 'Most influential latents'),
+      make('p', 'note', 'Share of influence that passes through each. Choose a node to see what it is made of.'), items);
+    return;
+  }
+  const known = note(node), facts = [['influence', percent(node.share)]];
+  if (node.kind === 'latent') facts.unshift(['activation', number(node.value)]);
+  if (node.kind === 'logit') facts.unshift(['probability', percent(node.value)]);
+  if (known && known.maximum) facts.push(['most in text read', number(known.maximum)]);
+  if (known && known.density !== null && known.density !== undefined) facts.push(['fires on', percent(known.density)]);
+  const list = make('dl', 'facts');
+  for (const [key, value] of facts) list.append(make('div', '', make('dt', '', key), make('dd', '', value)));
+  const parts = [make('h2', '', name(node)), known && known.label ? make('p', 'said', known.label) : null, list];
+  if (node.total !== null) {
+    const shown = node.into.reduce((sum, edge) => sum + edge.weight, 0);
+    const what = node.kind === 'logit' ? 'Logit, less the mean or the foil: ' : 'Pre-activation: ';
+    const hidden = signed(node.total - node.constant - shown);
+    parts.push(make('p', 'note', `${what}${number(node.total)} = edges shown ${signed(shown)}, edges not shown ${hidden}, `
+      + `constant ${signed(node.constant)}.`));
+  }
+  if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.join(' \\u00b7 ')),
+    make('p', 'note', 'Suppresses: ' + known.suppressed.join(' \\u00b7 ')));
+  if (known) {
+    const none = 'No text was read in which it fires.';
+    parts.push(make('h3', '', known.windows.length ? 'Where it fires most' : none),
+      make('div', 'contexts', ...known.windows.map(context)));
+  }
+  parts.push(edgeList('What makes it up', node.into, 'source'), edgeList('What it adds to', node.from, 'target'));
+  panel.replaceChildren(...parts.filter(Boolean));
+  panel.scrollTop = 0;
+}
+function select(node) {
+  selected = node;
+  if (node) show(node);
+  detail(node);
+  paint();
+  document.body.dataset.shown = node ? name(node) : '';
+}
+function search() {
+  const text = $('search').value.trim().toLowerCase();
+  const said = node => note(node) ? [note(node).label, ...note(node).promoted] : [];
+  const found = nodes.filter(node => [name(node), ...said(node)].join(' ').toLowerCase().includes(text));
+  matches = text ? new Set(found.sort((a, b) => b.share - a.share)) : null;
+  selected = null;
+  detail(null);
+  paint();
+}
+function step(dx, dy) {
+  if (!selected) return select(nodes.reduce((best, node) => node.share > best.share ? node : best, nodes[0]));
+  let best = null, least = Infinity;
+  for (const node of nodes) {
+    const x = node.x - selected.x, y = node.y - selected.y;
+    const along = x * dx + y * dy, aside = Math.abs(x * dy) + Math.abs(y * dx);
+    if (node === selected || along <= 0.5) continue;
+    const cost = along + 2.5 * aside;
+    if (cost < least) [best, least] = [node, cost];
+  }
+  if (best) select(best);
+}
+
+svg.addEventListener('wheel', event => {
+  const box = svg.getBoundingClientRect();
+  event.preventDefault();
+  zoom(Math.exp(-event.deltaY * 0.0015), event.clientX - box.left, event.clientY - box.top);
+}, {passive: false});
+svg.addEventListener('pointerdown', event => {
+  const start = {x: event.clientX - view.x, y: event.clientY - view.y, at: [event.clientX, event.clientY]};
+  moved = false;
+  const move = next => {
+    if (Math.hypot(next.clientX - start.at[0], next.clientY - start.at[1]) > 3) moved = own = true;
+    if (moved) { view.x = next.clientX - start.x; view.y = next.clientY - start.y; place(); }
+  };
+  const done = new AbortController(), until = {signal: done.signal};
+  addEventListener('pointermove', move, until);
+  for (const end of ['pointerup', 'pointercancel']) addEventListener(end, () => done.abort(), until);
+});
+svg.addEventListener('click', () => { if (!moved) select(null); });
+svg.addEventListener('keydown', event => {
+  const act = {
+    ArrowLeft: () => step(-1, 0), ArrowRight: () => step(1, 0), ArrowUp: () => step(0, -1), ArrowDown: () => step(0, 1),
+    Escape: () => select(null), '+': () => zoom(1.25), '=': () => zoom(1.25), '-': () => zoom(0.8), '0': fit,
+  }[event.key];
+  if (act) { event.preventDefault(); act(); }
+});
+$('in').onclick = () => zoom(1.25);
+$('out').onclick = () => zoom(0.8);
+$('fit').onclick = fit;
+$('search').oninput = search;
+slider.oninput = paint;
+slider.value = edges.length > 1 ? Math.min(100, 100 * Math.log(FIRST) / Math.log(edges.length)) : 100;
+new ResizeObserver(() => own ? place() : fit()).observe(svg);
+select(null);
+fit();
+document.body.dataset.ready = 'yes';
+"""
+
+CSS = """
+main{max-width:1600px}
+.prompt{font-size:21px;font-weight:600} .prompt span{white-space:pre-wrap;border-radius:3px;padding:0 2px}
+.prompt.gapped span{margin-right:3px}
+.prompt span:nth-child(even){background:var(--soft)}
+dl{grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr))} .tile .value{font-size:21px}
+.columns{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,390px);gap:16px;align-items:stretch}
+.columns .entries{margin:0} .graph{display:flex;flex-direction:column}
+.controls{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center;font-size:13.5px;margin-bottom:10px}
+.controls input[type=search]{flex:1 1 160px;max-width:300px} .controls label{display:flex;gap:8px;align-items:center}
+.controls .buttons{margin-left:auto;display:flex;gap:6px} input[type=range]{accent-color:var(--accent);width:120px}
+input[type=search],button{font:inherit;font-size:13.5px;color:var(--ink);background:var(--page);border:1px solid var(--rule);
+border-radius:6px;padding:5px 10px} button{cursor:pointer}
+:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
+#graph{width:100%;max-width:none;height:min(74vh,760px);min-height:420px;touch-action:none;cursor:grab;margin:0;
+background:var(--page);border:1px solid var(--rule);border-radius:6px;user-select:none} #graph:active{cursor:grabbing}
+#graph text{font-size:12px;fill:var(--ink);pointer-events:none} #graph text.name{font-size:15px}
+#graph .row{fill:var(--muted)} .floor{fill:var(--card)}
+#graph .column{text-anchor:end;font-size:12.5px} .band{fill:var(--card);opacity:.75}
+.wires path,.key path.up,.key path.down{fill:none;stroke-linecap:round} path.up{stroke:var(--accent)}
+path.down{stroke:var(--warn)}
+.key path.up,.key path.down{stroke-width:2.5}
+.node{cursor:pointer} circle.latent{fill:var(--accent);stroke:var(--card);stroke-width:1.2}
+path.error{fill:var(--card);stroke:var(--muted);stroke-width:1.6} rect.token{fill:var(--muted)}
+rect.logit{fill:var(--card);stroke:var(--ink);stroke-width:1.4}
+.node.dim{opacity:.16} .node:hover>*:first-child,.node.chosen>*:first-child{stroke:var(--ink);stroke-width:2.4}
+.node.found>*:first-child{stroke:var(--bad);stroke-width:2.4}
+.key{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px} .key span{display:flex;gap:6px;align-items:center}
+.key svg{width:16px;height:14px;margin:0}
+#detail{max-height:calc(min(74vh,760px) + 110px);overflow:auto;overflow-wrap:anywhere} #detail h2{font-size:17px}
+#detail h3{font-size:13px;margin:16px 0 4px} .said{margin:2px 0 0} #detail p.note{margin:6px 0 0}
+#detail .facts{grid-template-columns:repeat(auto-fit,minmax(88px,1fr));gap:6px 14px;margin:12px 0 0}
+#detail dd{font-weight:600;font-variant-numeric:tabular-nums}
+#detail ol{list-style:none;margin:6px 0 0;padding:0;font-size:13px}
+#detail li{display:grid;grid-template-columns:minmax(0,1fr) 54px 58px;gap:8px;align-items:center;padding:3px 0;
+border-top:1px solid var(--rule)} #detail .plain li{grid-template-columns:minmax(0,1fr) 58px}
+#detail .who em{display:block;font-style:normal;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.bar i{display:block;height:8px;border-radius:2px} i.up{background:var(--accent)} i.down{background:var(--warn)}
+.weight{text-align:right;font-variant-numeric:tabular-nums}
+button.link{background:none;border:0;padding:0;text-align:left;color:var(--ink);font-size:13px}
+button.link:hover{text-decoration:underline}
+.contexts p{margin:0;padding:6px 0;border-top:1px solid var(--rule);font-size:13px;line-height:1.55}
+.contexts span{white-space:pre-wrap;border-radius:3px;padding:1px 0}
+.contexts .peak{font-weight:600;text-decoration:underline;text-underline-offset:3px}
+@media (max-width:960px){.columns{grid-template-columns:minmax(0,1fr)} #graph{height:min(62vh,480px)} #detail{max-height:none}}
+"""

@@ -1,0 +1,207 @@
+"""What stands in for the MLPs in an attribution graph: transcoders of single layers, or one cross-layer one, asked alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.code import SparseCode
+from sae.dictionary import OneSiteDictionary, SparseDictionary
+from training.activations.anatomy import Anatomy
+from training.activations.splice import Insertion, Place
+from transcoders.cross_layer import CrossLayerTranscoder
+from transcoders.stack import Stack, hooks_of
+from transcoders.transcoder import Transcoder
+
+from .readers import Readers, readers
+
+# A stack with its provenances, transcoders by layer, or a cross-layer transcoder; anything else is refused by name.
+Dictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary
+
+
+@dataclass(frozen=True)
+class _Member:
+    dictionary: SparseDictionary
+    insertion: int
+    site: int
+
+
+class Replacement:
+    """Latents of every replaced layer: what they read, where they write to, and what is written past them.
+
+    Everything is in raw units per unit of a latent's value. ``layers`` are those a cross-layer transcoder's sites stand
+    for; without them its sites are all layers of the model.
+
+    Raises:
+        ValueError: If a dictionary is of another model, is no transcoder of an MLP, has an encoder without pre-activations,
+            or is in training mode.
+    """
+
+    def __init__(self, anatomy: Anatomy, dictionaries: Dictionaries, layers: Sequence[int] | None = None):
+        self.anatomy = anatomy
+        if isinstance(dictionaries, CrossLayerTranscoder):
+            members = _sites_by_layer(anatomy, dictionaries, layers)
+        elif isinstance(dictionaries, SparseDictionary):
+            raise ValueError(
+                f"dictionaries: expected a cross-layer transcoder, a stack or transcoders by layer, got one dictionary of kind "
+                f"{dictionaries.arguments()['kind']!r}. Give a transcoder as {{layer: transcoder}}."
+            )
+        else:
+            by_layer = _stack_by_layer(anatomy, dictionaries) if isinstance(dictionaries, Stack) else dict(dictionaries)
+            members = {layer: _Member(by_layer[layer], index, 0) for index, layer in enumerate(sorted(by_layer))}
+        if not members:
+            raise ValueError("dictionaries: expected a transcoder of at least one layer, got none.")
+        for layer, member in members.items():
+            _require_fitting(anatomy, layer, member)
+        self._members = members
+        self.layers = tuple(members)
+
+    def insertions(self) -> list[Insertion]:
+        """The same dictionaries as ``model_spliced`` takes them."""
+        hooks: dict[int, list[tuple[str, str]]] = {}
+        found: dict[int, SparseDictionary] = {}
+        for layer, member in self._members.items():
+            hooks.setdefault(member.insertion, []).append(self.anatomy.blocks[layer].sites()["mlp"])
+            found[member.insertion] = member.dictionary
+        return [Insertion(found[i], *(tuple(side) for side in zip(*hooks[i], strict=True))) for i in sorted(found)]
+
+    def place(self, layer: int) -> Place:
+        """Which of the insertions, and which of its sites, a layer is."""
+        member = self._members[layer]
+        return member.insertion, member.site
+
+    def encode(self, layer: int, x: Float[Tensor, "tokens d_model"]) -> SparseCode:
+        """The code of what the layer's MLP reads."""
+        member = self._members[layer]
+        return member.dictionary.encode_at(member.site, x)
+
+    def decode(
+        self, layer: int, codes: Mapping[int, SparseCode], x: Float[Tensor, "tokens d_model"]
+    ) -> Float[Tensor, "tokens d_model"]:
+        """The reconstruction of what the layer's MLP writes, from the codes of all layers up to it."""
+        member = self._members[layer]
+        earlier = [one for one, other in self._members.items() if other.insertion == member.insertion and one <= layer]
+        return member.dictionary.decode_at(member.site, [codes[one] for one in earlier], x).to(self.anatomy.W_E.dtype)
+
+    def reads(self, layer: int, latents: Int[Tensor, " n"]) -> Readers:
+        """What latents read behind the MLP's norm."""
+        member = self._members[layer]
+        if isinstance(member.dictionary, OneSiteDictionary):
+            vectors, constants = readers(member.dictionary, latents)
+        else:
+            vectors, constants = _cross_layer_readers(member.dictionary, member.site, latents)
+        return Readers(vectors.to(self.anatomy.W_E.dtype), constants.to(self.anatomy.W_E.dtype))
+
+    def written(self, layer: int) -> tuple[int, ...]:
+        """The layers whose MLP outputs the layer's latents write to."""
+        own = self._members[layer]
+        if not isinstance(own.dictionary, CrossLayerTranscoder):
+            return (layer,)
+        return tuple(one for one in self.layers if one >= layer)
+
+    @torch.no_grad()
+    def writes(self, layer: int, latents: Int[Tensor, " n"]) -> Float[Tensor, "n written d_model"]:
+        """What one unit of latents adds to each of those MLP outputs."""
+        member = self._members[layer]
+        dictionary, block = member.dictionary, member.dictionary.blocks[member.site]
+        scale = dictionary.out_scale if dictionary.out_scale.ndim == 0 else dictionary.out_scale[block.writes]
+        rows = block.weights.W_dec[latents] * scale
+        return rows.to(self.anatomy.W_E.dtype).unflatten(1, (-1, self.anatomy.d_model))
+
+    @torch.no_grad()
+    def bypass(self, layer: int) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_model"] | None]:
+        """What is written past the latents: a constant, and the matrix of the linear path if there is one."""
+        dictionary, site = self._members[layer].dictionary, self._members[layer].site
+        dtype = self.anatomy.W_E.dtype
+        if isinstance(dictionary, CrossLayerTranscoder):
+            there = dictionary.sites[site].writes
+            return (dictionary.b_dec[there] * dictionary.out_scale[there]).to(dtype), None
+        assert isinstance(dictionary, Transcoder)
+        if dictionary.W_skip is None:
+            return (dictionary.b_dec * dictionary.out_scale).to(dtype), None
+        bias = (dictionary.b_dec - dictionary.W_skip @ dictionary.shift) * dictionary.out_scale
+        return bias.to(dtype), (dictionary.W_skip * (dictionary.out_scale / dictionary.in_scale)).to(dtype)
+
+
+@torch.no_grad()
+def _cross_layer_readers(dictionary: SparseDictionary, site: int, latents: Int[Tensor, " n"]) -> Readers:
+    assert isinstance(dictionary, CrossLayerTranscoder)
+    block = dictionary.blocks[site]
+    assert block.weights.b_enc is not None
+    W_enc = block.weights.W_enc[latents]
+    constants = block.weights.b_enc[latents] - W_enc @ dictionary.in_centre[block.reads]
+    return Readers(W_enc / dictionary.in_scale[block.reads], constants)
+
+
+def _sites_by_layer(anatomy: Anatomy, dictionary: CrossLayerTranscoder, layers: Sequence[int] | None) -> dict[int, _Member]:
+    chosen = list(range(anatomy.n_layers)) if layers is None else list(layers)
+    if len(chosen) != dictionary.n_layers or chosen != sorted(set(chosen)):
+        raise ValueError(
+            f"layers: expected {dictionary.n_layers} ascending ones, as the cross-layer transcoder has, got {chosen}. "
+            "Give the layers it was trained on."
+        )
+    return {layer: _Member(dictionary, 0, site) for site, layer in enumerate(chosen)}
+
+
+def _stack_by_layer(anatomy: Anatomy, stack: Stack) -> dict[int, SparseDictionary]:
+    found: dict[int, SparseDictionary] = {}
+    for hook, dictionary in stack.items():
+        provenance = stack.provenances[hook]
+        require_model(anatomy, provenance)
+        found[layers_of(anatomy, provenance)[0]] = dictionary
+    return found
+
+
+def require_model(anatomy: Anatomy, provenance: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` if a checkpoint says that it was trained on another model."""
+    model = provenance.get("model")
+    trained_on = model.get("id") if isinstance(model, Mapping) else None
+    if trained_on is not None and trained_on != anatomy.model.id:
+        raise ValueError(f"dictionaries: expected ones trained on {anatomy.model.id}, got one trained on {trained_on}.")
+
+
+def layers_of(anatomy: Anatomy, provenance: Mapping[str, object]) -> tuple[int, ...]:
+    """The layers whose MLPs a dictionary stands in for, by the hooks its checkpoint names.
+
+    Raises:
+        ValueError: If it reads or writes anything else.
+    """
+    layers = {block.sites().get("mlp"): layer for layer, block in enumerate(anatomy.blocks)}
+    found = []
+    for hooks in zip(*hooks_of(provenance), strict=True):
+        if hooks not in layers:
+            reads = "reads and writes " + hooks[0] if hooks[0] == hooks[1] else f"goes from {hooks[0]} to {hooks[1]}"
+            raise ValueError(
+                f"dictionaries: expected transcoders of MLPs of {anatomy.model.id}, got a dictionary that {reads}. Train one "
+                "with dictionary.kind: transcoder and dictionary.site: mlp."
+            )
+        found.append(layers[hooks])
+    return tuple(found)
+
+
+def _require_fitting(anatomy: Anatomy, layer: int, member: _Member) -> None:
+    dictionary = member.dictionary
+    if not 0 <= layer < anatomy.n_layers:
+        raise ValueError(f"dictionaries: expected layers 0 to {anatomy.n_layers - 1}, got {layer}.")
+    kind = dictionary.arguments()["kind"]
+    if not isinstance(dictionary, Transcoder | CrossLayerTranscoder):
+        raise ValueError(
+            f"dictionaries: layer {layer}: expected a transcoder, got a dictionary of kind {kind!r}, which only puts a tensor "
+            "into other words. Train one with dictionary.kind: transcoder."
+        )
+    site = dictionary.sites[member.site]
+    widths = site.reads.stop - site.reads.start, site.writes.stop - site.writes.start
+    if widths != (anatomy.d_model, anatomy.d_model):
+        raise ValueError(
+            f"dictionaries: layer {layer}: expected one from {anatomy.d_model} to {anatomy.d_model}, as the MLPs of "
+            f"{anatomy.model.id} read and write, got {widths[0]} to {widths[1]}."
+        )
+    if dictionary.training:
+        raise ValueError(f"dictionaries: layer {layer} is in training mode, where codes depend on the batch. Call eval().")
+    if dictionary.blocks[member.site].weights.b_enc is None:
+        raise ValueError(
+            f"dictionaries: layer {layer}: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, "
+            "which chooses latents one after another, so that none is a linear function of its input. Use topk, for one."
+        )

@@ -1,0 +1,213 @@
+"""Checkpoint and prompt in; ``graph.json`` and ``graph.html`` out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.features.predicates import token_texts
+from sae import load_dictionary
+from sae.checkpoint import read_config
+from sae.dictionary import SparseDictionary
+from sae.files import write_text
+from sae.hub import local_directory
+from training.activations.anatomy import Anatomy
+from training.activations.model import LanguageModel, load_model
+from training.recipe import HarvestSection, ModelSection, TextSection
+from transcoders.cross_layer import CrossLayerTranscoder
+from transcoders.stack import Stack, is_stack, load_stack, members
+
+from .graph import AttributionGraph, graph_of
+from .graph_export import Labels, as_json, write
+from .graph_interventions import EFFECTS, PLACES, intervene, most_influential, replaced
+from .graph_linear import LocalReplacement
+from .graph_notes import Latent, Note, latents_of, read_heldout, read_records, with_promoted
+from .graph_page import render
+from .graph_replacement import Replacement, layers_of, require_model
+from .graph_scores import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
+
+PAGE_FILE = "graph.html"
+DEFAULT_TOKENS = 60_000
+INTERVENTIONS = 30
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint with its model: what stands in for the MLPs, where it was trained, and where its folders lie.
+
+    ``folders`` are the checkpoints' own, by the layers they stand for.
+    """
+
+    model: LanguageModel
+    replacement: Replacement
+    provenance: Mapping[str, Any]
+    folders: Mapping[tuple[int, ...], Path]
+
+    @property
+    def text(self) -> TextSection:
+        return TextSection.model_validate(self.provenance["text"])
+
+
+def run_graph(
+    checkpoint: str,
+    prompt: str,
+    out: str | None = None,
+    answer: str | None = None,
+    foil: str | None = None,
+    exclude_leading: int = 1,
+    max_latents: int | None = None,
+    node_threshold: float = NODE_THRESHOLD,
+    edge_threshold: float = EDGE_THRESHOLD,
+    context_tokens: int = DEFAULT_TOKENS,
+) -> dict[str, Any]:
+    """The attribution graph of a prompt, as two files in ``out`` or in a folder ``graph`` of the checkpoint; returns facts.
+
+    ``checkpoint`` is a directory of transcoders' checkpoints, a cross-layer transcoder's, or a single transcoder's.
+    ``answer`` and ``foil`` are texts of one token each. Contexts of latents without a ``features.jsonl`` are looked for in
+    ``context_tokens`` held-out tokens; 0 leaves them out.
+
+    Raises:
+        ValueError: If the checkpoint, its model, the prompt or a token cannot be had, or do not fit each other.
+    """
+    opened = open_checkpoint(checkpoint)
+    tokenizer = opened.model.tokenizer
+    words = token_texts(tokenizer, len(tokenizer))
+    token_ids = prompt_ids(opened, prompt)
+    local = LocalReplacement(opened.replacement, token_ids, exclude_leading)
+    chosen = [None if text is None else one_token(opened, name, text) for name, text in (("answer", answer), ("foil", foil))]
+    graph = graph_of(local, *chosen, max_latents=max_latents)
+    pruned = graph.prune(node_threshold, edge_threshold)
+    notes = _notes(opened, graph, pruned, words, context_tokens)
+    targets = [words[t.token] + ("" if t.foil is None else f" \u2212 {words[t.foil]}") for t in graph.targets]
+    tokens = [words[token] for token in token_ids.tolist()]
+    labels = Labels(opened.model.id, str(checkpoint), prompt, tokens, targets, notes)
+    target = Path(out) if out is not None else Path(local_directory(checkpoint)) / "graph"
+    facts = _facts(local, graph, pruned)
+    path = write(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
+    write_text(target / PAGE_FILE, render(graph, pruned, labels, facts))
+    return facts | {"json_path": str(path), "page_path": str(target / PAGE_FILE)}
+
+
+def save(graph: AttributionGraph, directory: str | Path, labels: Labels | None = None) -> None:
+    """Write ``graph.json``, in circuit-tracer's form, and ``graph.html``; without ``labels`` tokens are shown by number."""
+    if labels is None:
+        tokens = [str(token) for token in graph.token_ids.tolist()]
+        targets = [str(target.token) + ("" if target.foil is None else f" \u2212 {target.foil}") for target in graph.targets]
+        labels = Labels("", "", " ".join(tokens), tokens, targets, {})
+    pruned = graph.prune()
+    write(directory, as_json(graph, pruned, labels, NODE_THRESHOLD, EDGE_THRESHOLD), labels.notes)
+    write_text(Path(directory) / PAGE_FILE, render(graph, pruned, labels))
+
+
+def open_checkpoint(checkpoint: str) -> Opened:
+    """Load transcoders and the model they were trained on.
+
+    Raises:
+        ValueError: If they were trained on tensors, on different models, or on anything but MLPs.
+    """
+    directory = local_directory(checkpoint)
+    dictionaries: Stack | SparseDictionary
+    if is_stack(directory):
+        dictionaries = load_stack(directory)
+        paths = members(directory)
+    else:
+        dictionaries, paths = load_dictionary(directory), [Path(directory)]
+    provenances = [read_config(path)["provenance"] for path in paths]
+    for path, provenance in zip(paths, provenances, strict=True):
+        if not provenance.get("model"):
+            raise ValueError(f"{path}: this dictionary was trained on tensors, not on a model, so there is nothing to explain.")
+    model = load_model(ModelSection.model_validate(provenances[0]["model"]))
+    anatomy = Anatomy(model)
+    layers = [layers_of(anatomy, provenance) for provenance in provenances]
+    for dictionary in dictionaries.values() if isinstance(dictionaries, Stack) else [dictionaries]:
+        dictionary.to(model.device)
+    require_model(anatomy, provenances[0])
+    if isinstance(dictionaries, CrossLayerTranscoder):
+        replacement = Replacement(anatomy, dictionaries, layers[0])
+    elif isinstance(dictionaries, Stack):
+        replacement = Replacement(anatomy, dictionaries)
+    else:
+        replacement = Replacement(anatomy, {layers[0][0]: dictionaries})
+    return Opened(model, replacement, provenances[0], dict(zip(layers, paths, strict=True)))
+
+
+def prompt_ids(opened: Opened, prompt: str) -> torch.Tensor:
+    """The prompt's tokens, behind the BOS token that contexts had in training, if they had one.
+
+    Raises:
+        ValueError: If the prompt is empty.
+    """
+    tokenizer = opened.model.tokenizer
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"prompt: expected text of at least one token, got {prompt!r}.")
+    bos = [] if opened.text.bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return torch.tensor([*bos, *ids], device=opened.model.device)
+
+
+def one_token(opened: Opened, name: str, text: str) -> int:
+    """The id of a text that is one token, with or without a space before it.
+
+    Raises:
+        ValueError: If it is none, or unknown to the tokenizer.
+    """
+    tokenizer = opened.model.tokenizer
+    for spelled in (text, f" {text}"):
+        ids = tokenizer(spelled, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            return ids[0]
+    raise ValueError(f"{name}: expected text that is one token of {opened.model.id}, got {text!r}.")
+
+
+def _notes(
+    opened: Opened, graph: AttributionGraph, pruned: Pruned, words: Sequence[str], context_tokens: int
+) -> dict[Latent, Note]:
+    """Of the latents that are shown."""
+    shown = graph.active.where(pruned.nodes[graph.latents])
+    latents = list(latents_of(shown.layers, shown.latents))
+    notes: dict[Latent, Note] = {}
+    for layers, folder in opened.folders.items():
+        notes |= read_records(folder, _numbers(opened.replacement, layers, latents))
+    missing = [latent for latent in latents if latent not in notes]
+    if missing and context_tokens:
+        reads = tuple(opened.replacement.anatomy.blocks[layer].sites()["mlp"][0] for layer in opened.replacement.layers)
+        harvest = HarvestSection(hooks=reads, tokens=1, **opened.provenance["harvest"])
+        notes |= read_heldout(opened.replacement, missing, opened.text, harvest, words, context_tokens)
+    return with_promoted(opened.replacement, {latent: notes.get(latent, Note()) for latent in latents}, words)
+
+
+def _numbers(replacement: Replacement, layers: tuple[int, ...], latents: Sequence[Latent]) -> dict[int, Latent]:
+    """The latents of one checkpoint by their numbers in it: a cross-layer transcoder's are numbered through all layers."""
+    found = {}
+    for layer, latent in latents:
+        if layer in layers:
+            insertion, site = replacement.place(layer)
+            found[replacement.insertions()[insertion].dictionary.blocks[site].latents.start + latent] = (layer, latent)
+    return found
+
+
+def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned) -> dict[str, Any]:
+    scores = graph.scores()
+    facts: dict[str, Any] = {
+        "positions": len(graph.token_ids),
+        "n_nodes": int(pruned.nodes.sum()),
+        "n_edges": int(pruned.edges.sum()),
+        "n_nodes_all": graph.n_nodes,
+        "n_edges_all": int((graph.adjacency != 0).sum()),
+        "latents_left_out": graph.n_left_out,
+        "left_out_share": graph.left_out_share,
+        "replacement_score": scores.replacement,
+        "completeness_score": scores.completeness,
+        "error_shares": graph.error_shares().tolist(),
+        **asdict(replaced(local)),
+    }
+    shown = pruned.nodes[graph.latents].nonzero()[:, 0]
+    sources = most_influential(graph, INTERVENTIONS)
+    found = intervene(local, graph, sources, shown)
+    for kind in EFFECTS:
+        for place in PLACES[1:]:
+            agreement = found.agreement(kind, place) if len(sources) * len(found.targets) > 2 else None
+            facts[f"{kind}_spearman_{place}"] = None if agreement is None else agreement.spearman
+    return facts

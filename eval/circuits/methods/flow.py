@@ -1,0 +1,50 @@
+"""Information flow routes: a sender matters to a receiver as far as it brings the receiver's input closer to what it is.
+
+No gradient, no metric and no corrupted prompt, one forward pass. Queries, keys and values of all heads of a layer read the
+same stream, so edges from one sender to them score alike. Source: Ferrando and Voita 2024, arXiv:2403.00824, with attention
+as one step from stream to stream, as Mueller et al. 2025, arXiv:2504.13151, have it.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..edges import EdgeSpace
+from ..pairs import Pairs
+from ..space import Space
+from .scores import BATCH, Method, Scores, score_batches
+
+
+class FlowRoutes(Method):
+    """Shares of every receiver's senders, which add up to 1, averaged over positions. Of edges only."""
+
+    def __init__(self, batch: int = BATCH):
+        self.batch = batch
+
+    @torch.no_grad()
+    def discover(self, space: Space, pairs: Pairs) -> Scores:
+        if not isinstance(space, EdgeSpace):
+            raise ValueError(f"flow: expected edges, got a {type(space).__name__}. Use an EdgeSpace, or another method.")
+        return score_batches(space, pairs, self.batch, lambda some: self._shares(space, some))
+
+    def _shares(self, space: EdgeSpace, pairs: Pairs) -> Float[Tensor, "pairs edges"]:
+        _, seen = space.passes.see(pairs.clean, space.hooks)
+        writes = space.writes(space.state(seen))
+        valid = pairs.valid.to(writes)
+        found = []
+        for stage, stream in zip(space.edges.stages, space.streams(seen), strict=True):
+            closer = proximity(writes[:, :, : stage.n_senders], stream)
+            # Where nothing comes closer, nothing is to be shared.
+            share = closer / closer.sum(-1, keepdim=True).clamp_min(torch.finfo(closer.dtype).tiny)
+            mean = (share * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+            found.append(mean.repeat(1, stage.n_receivers))
+        return torch.cat(found, dim=1)
+
+
+def proximity(
+    writes: Float[Tensor, "pairs positions senders d_model"], stream: Float[Tensor, "pairs positions d_model"]
+) -> Float[Tensor, "pairs positions senders"]:
+    """By how much each sender's part leaves less of the stream to be made up, in the sum of magnitudes; 0 if by nothing."""
+    # One sender at a time: all of them are as large as what they write.
+    rests = [(stream - written).abs().sum(-1) for written in writes.unbind(2)]
+    return (stream.abs().sum(-1)[..., None] - torch.stack(rests, dim=-1)).clamp_min(0.0)

@@ -1,0 +1,101 @@
+"""Which edges a circuit of so many is made of, what of them is connected, and what edges say of nodes.
+
+``faithfulness.members`` takes the highest scores wherever they are. Here circuits grow from the logits upwards, lose what
+leads nowhere, are counted by the neurons that carry them, and nodes are scored by their edges.
+
+Sources: Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806 (growing, pruning); Mueller et al. 2025, arXiv:2504.13151 (counts).
+"""
+
+import difflib
+import heapq
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .edge_list import EdgeList
+from .faithfulness import ranked
+from .methods.scores import Scores
+
+REDUCTIONS = ("max", "sum")
+
+
+def grown(edges: EdgeList, scores: Scores, size: int, ranking: str = "signed") -> Bool[Tensor, " edges"]:
+    """A circuit that hangs together: the best edge into the logits, then always the best into anything that is part of it.
+
+    Of equal scores the first in ``ranked`` is taken.
+
+    Raises:
+        ValueError: If there is no such ranking.
+    """
+    place = torch.empty(len(edges), dtype=torch.long)
+    place[ranked(scores, ranking).cpu()] = torch.arange(len(edges))
+    places, sources, into = place.tolist(), edges.sources.tolist(), _edges_into(edges)
+    kept, reached = torch.zeros(len(edges), dtype=torch.bool), {edges.n_senders}
+    candidates = [(places[edge], edge) for edge in into[edges.n_senders]]
+    heapq.heapify(candidates)
+    for _ in range(min(size, len(edges))):
+        _, edge = heapq.heappop(candidates)
+        kept[edge] = True
+        sender = sources[edge]
+        if sender not in reached:
+            reached.add(sender)
+            for other in into[sender]:
+                heapq.heappush(candidates, (places[other], other))
+    return kept
+
+
+def pruned(edges: EdgeList, kept: Bool[Tensor, " edges"]) -> Bool[Tensor, " edges"]:
+    """A circuit without the edges of senders that read nothing in it (but the embedding) or that nothing in it reads.
+
+    What is left lies on a way from the embedding to the logits.
+    """
+    owners = edges.owners[edges.targets]
+    while True:
+        reads, read = torch.zeros(2, edges.n_senders + 1, dtype=torch.bool)
+        reads[owners[kept]] = True
+        read[edges.sources[kept]] = True
+        # The embedding reads nothing, and nothing reads the logits.
+        reads[0] = read[edges.n_senders] = True
+        fewer = kept & reads[edges.sources] & read[owners]
+        if torch.equal(fewer, kept):
+            return kept
+        kept = fewer
+
+
+def among(edges: EdgeList, nodes: Bool[Tensor, " senders"]) -> Bool[Tensor, " edges"]:
+    """The edges that a circuit of nodes has: those between nodes of it, and from them to the logits."""
+    with_logits = torch.cat([nodes, torch.ones(1, dtype=torch.bool)])
+    return with_logits[edges.sources] & with_logits[edges.owners[edges.targets]]
+
+
+def weighted_count(edges: EdgeList, kept: Bool[Tensor, " edges"], shares: Float[Tensor, " senders"] | None = None) -> float:
+    """How many edges a circuit has, each counted as the share of its sender's neurons that are kept (by default all)."""
+    weights = torch.ones(edges.n_senders) if shares is None else shares
+    return float(weights[edges.sources[kept]].sum())
+
+
+def node_scores(edges: EdgeList, values: Float[Tensor, "*rows edges"], by: str = "max") -> Float[Tensor, "*rows senders"]:
+    """Every sender's score: the largest of the edges it reads or is read by, or their sum.
+
+    Raises:
+        ValueError: If there is no such way.
+    """
+    if by not in REDUCTIONS:
+        near = difflib.get_close_matches(by, REDUCTIONS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"by: expected one of {', '.join(REDUCTIONS)}, got {by!r}.{hint}")
+    both = torch.cat([values, values], dim=-1)
+    ends = torch.cat([edges.sources, edges.owners[edges.targets]]).to(values.device)
+    reduction = {"max": "amax", "sum": "sum"}[by]
+    found = values.new_zeros(*values.shape[:-1], edges.n_senders + 1)
+    found = found.scatter_reduce(-1, ends.expand_as(both), both, reduction, include_self=False)
+    return found[..., : edges.n_senders]
+
+
+def _edges_into(edges: EdgeList) -> list[list[int]]:
+    """For every sender, and last for the logits, the edges it reads."""
+    found: list[list[int]] = [[] for _ in range(edges.n_senders + 1)]
+    for edge, owner in enumerate(edges.owners[edges.targets].tolist()):
+        found[owner].append(edge)
+    return found
