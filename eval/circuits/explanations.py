@@ -32,9 +32,10 @@ CIRCUIT = {
     "size has it.",
     "nodes_80": "Fewest units with faithfulness 0.8: the circuit that the figures to its right are about.",
     "nodes_90": "Fewest units with faithfulness 0.9.",
-    "completeness": "Faithfulness of all units but the circuit of 0.8: 0 is best, since what was left out then does nothing.",
+    "completeness": "Faithfulness of all units but the circuit of 0.8: 0 is best, since what was left out then does nothing. "
+    "Compare circuits of like size: one of nearly all units leaves nothing out.",
     "minimality": "Faithfulness that the circuit of 0.8 loses without one of its units, median over its 40 of largest score; "
-    "more is better, near 0 it holds units it does not need.",
+    "more is better, near 0 it holds units it does not need. Compare circuits of like size.",
     "stability": "Mean Jaccard index of the circuit of 0.8 and those found on pairs drawn anew; 1 is the same units each time. "
     "Undefined for methods that do not score pair by pair.",
     "exact_pearson": "Pearson correlation of scores with the effects of patching units one by one, over the 30 of largest "
@@ -44,8 +45,9 @@ CIRCUIT = {
     "0.5 is chance. For models whose circuit is known.",
 }
 COST = {
-    "forwards": "Forward passes that scoring took, in prompts; judging circuits is not counted.",
-    "backwards": "Backward passes that scoring took, in prompts.",
+    "forwards": "Forward passes of whole batches (of 32 pairs, unless a method says otherwise) that scoring took; judging "
+    "circuits is not counted.",
+    "backwards": "Backward passes of whole batches that scoring took.",
     "seconds": "Wall clock of scoring, in seconds; whatever else ran on the machine slowed it.",
 }
 DRAWN = {

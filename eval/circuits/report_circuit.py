@@ -15,7 +15,7 @@ Row = dict[str, Any]
 # All in CSS pixels at full width.
 WIDTH, GUTTER, NODE_WIDTH, NODE_HEIGHT = 960, 132, 46, 22
 STEP, LINE, BETWEEN = 52, 42, 76
-PER_LINE = (WIDTH - GUTTER) // STEP
+PER_LINE = (WIDTH - GUTTER) // STEP - 1
 SWEEPS = 8
 # Edges drawn at first, and how many of its edges are listed for a node.
 SHOWN, LISTED = 60, 5
@@ -48,8 +48,9 @@ def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
     places, y = {}, 0.0
     for number, names in enumerate(rows):
         n_lines = max(1, math.ceil(len(names) / PER_LINE))
-        step = min((WIDTH - GUTTER) / max(len(names), 1), 1.6 * STEP)
-        left = GUTTER + (WIDTH - GUTTER - step * len(names)) / 2 + step / 2
+        room = WIDTH - GUTTER - NODE_WIDTH - 2
+        step = min(room / max(len(names) - 1, 1), 1.6 * STEP)
+        left = (WIDTH + GUTTER - step * (len(names) - 1)) / 2
         y += NODE_HEIGHT / 2 + (BETWEEN if number else 8)
         for index, name in enumerate(names):
             # Neighbours on different lines: each has room, and its edges a way past the others.

@@ -3,7 +3,6 @@
 The fragment of the address holds what is shown, so that a view can be passed on: ``#method=attribution&q=latents&sort=-cpr``.
 """
 
-from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -18,19 +17,15 @@ from .report_script import CSS, SCRIPT
 Row = dict[str, Any]
 
 
-def nearest_zero(values: Iterable[float]) -> float:
-    """The best of figures that are good on neither side."""
-    return min(values, key=abs)
-
-
 COLUMNS = (
     Column("CPR", "cpr", max),
     Column("CMD", "cmd", min),
     Column("nodes 50 %", "nodes_50", min),
     Column("nodes 80 %", "nodes_80", min),
     Column("nodes 90 %", "nodes_90", min),
-    Column("completeness", "completeness", nearest_zero),
-    Column("minimality", "minimality", max),
+    # Circuits of nearly all units leave nothing out, and few large units are each needed: no merit of the family.
+    Column("completeness", "completeness", None),
+    Column("minimality", "minimality", None),
     Column("stability", "stability", max),
     Column("r exact", "exact_pearson", max),
     Column("all kept", "faithfulness_all", None),
