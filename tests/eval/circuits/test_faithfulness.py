@@ -150,6 +150,14 @@ def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
     assert bootstrap(Curve.cpr, synthetic([0, 1], (0, 2), 2)) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
+def test_a_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
+    full = np.random.default_rng(2).normal(size=50)
+    along = Curve(1, (1,), full[None], full[None], full, full - 1.0)
+    for level, deviations in ((0.95, 1.96), (0.5, 0.674)):
+        low, high = bootstrap(lambda at, weights: np.average(at.full, weights=weights), along, level=level)
+        assert high - low == pytest.approx(2 * deviations * full.std() / np.sqrt(50), rel=0.1)
+
+
 def test_a_task_that_ablation_does_not_break_is_refused():
     rng = np.random.default_rng(1)
     full = rng.normal(1.0, 1.0, 20)

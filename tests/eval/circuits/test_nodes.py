@@ -158,6 +158,22 @@ def test_a_later_unit_is_what_it_is_in_the_circuit(model, pairs, parts):
     assert both.run(pairs.clean, kept, state).equal(alone)
 
 
+def test_a_transcoder_reads_what_another_part_has_changed(model, pairs, parts):
+    reads, writes = site_hooks(model.module, 1, "mlp")
+    transcoder = parts("ablated")["skip"]
+    # Only with errors ablated does anything come from what it reads.
+    space = NodeSpace(model, [Coordinates("reads", reads, 12, 12), transcoder])
+    _, corrupted = space.see(pairs.corrupted)
+    kept = torch.ones(space.size, dtype=torch.bool)
+    kept[0] = False
+    state = [corrupted[0], *(torch.zeros_like(tensor) for tensor in corrupted[1:])]
+    x = corrupted[0]
+    y = transcoder.dictionary(x.flatten(0, 1)).view_as(x)
+    with model.replacing(writes, lambda _: y):
+        expected = model.logits(pairs.clean)
+    torch.testing.assert_close(space.run(pairs.clean, kept, state), expected)
+
+
 @OPTIONS
 def test_shares_between_have_the_gradients_of_finite_differences(model, pairs, parts, options):
     space = NodeSpace(model, list(parts().values()), **options)
