@@ -1,0 +1,182 @@
+"""Features where the truth is known: in a rotated residual stream, does a dictionary find the circuit that neurons hide?
+
+    python tests/studies/known_features.py [--seeds 3]
+
+Models whose weights were written by hand compute with named directions. As built these are neurons; rotated at random, no
+neuron is one. On both, circuits are found by attribution patching of: neurons of the stream behind every block, the planted
+directions themselves (both signs, as a dictionary), latents of an SAE trained on the stream (errors ablated), and random
+features. Compared are nodes for 80 % faithfulness and CMD; and for latents, how well scores tell those that match a planted
+direction with an exact effect from all others (area under the ROC curve). Writes docs/results/known-features.json and prints
+the table of docs/circuits.md.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import t
+
+from eval.circuits.ablation import filler
+from eval.circuits.faithfulness import Trials, curve, ranked, smallest_size
+from eval.circuits.families import neurons
+from eval.circuits.known import KNOWN, Known, rotated
+from eval.circuits.methods import METHODS
+from eval.circuits.nodes import Latents, NodeSpace
+from eval.circuits.randomised import random_like
+from eval.circuits.roc import roc_auc
+from sae import SAE, load_dictionary
+from sae.encoders import build_encoder
+from sae.files import write_json
+from training.recipe import check_recipe
+from training.run import train
+
+MODELS = ("induction", "reverse", "fraction", "clock")
+# A latent belongs to the circuit if directions that matter have so much of its atom's squared norm.
+MOSTLY = 0.5
+EFFECT = 1e-3
+LEVEL = 0.8
+
+
+class Prompts:
+    """Activations at a hook on prompts of random tokens, as a training stream."""
+
+    def __init__(self, known: Known, hook: str, seed: int, prompts: int = 4096):
+        generator = torch.Generator().manual_seed(seed)
+        length = known.pairs.clean.shape[1]
+        # Rows of the pairs say what a prompt looks like; tokens at each position are drawn anew from those seen there.
+        seen = torch.cat([known.pairs.clean, known.pairs.corrupted])
+        rows = torch.stack([seen[torch.randint(len(seen), (prompts,), generator=generator), at] for at in range(length)], 1)
+        self.x = known.model.activations(rows, (hook,))[hook].flatten(0, 1)
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = torch.randperm(len(self.x), generator=self.generator)
+        for rows in order.split(2048):
+            yield self.x[rows]
+
+
+def planted(known: Known) -> SAE:
+    """The named directions, both signs of each, as a dictionary that reconstructs exactly."""
+    directions = torch.stack(list(known.directions.values())).float()
+    sae = SAE(directions.shape[1], 2 * len(directions), build_encoder({"name": "relu"}))
+    with torch.no_grad():
+        for matrix in (sae.W_enc, sae.W_dec):
+            assert matrix is not None
+            matrix.copy_(torch.cat([directions, -directions]))
+    return sae.requires_grad_(False).eval()
+
+
+def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
+    """An SAE of the stream: with more latents than directions it would give each of the few prompts one of its own."""
+    out = Path("runs/circuits/known-features") / known.name / hook.replace(":", "-") / f"seed-{seed}"
+    stream = Prompts(known, hook, seed)
+    directions = torch.stack(list(known.directions.values())).float()
+    k = max(2, round(float(((stream.x @ directions.T).abs() > EFFECT).float().sum(-1).mean())))
+    values = {
+        "harvest": {"hooks": [hook], "tokens": 1},
+        "dictionary": {"hook": hook, "n_latents": len(directions), "encoder": {"name": "topk", "k": k}},
+        "tokens": tokens,
+        "batch_tokens": 2048,
+        "lr": 3e-3,
+        "dead_after_tokens": 50_000,
+        "seed": seed,
+        "out_dir": str(out),
+    }
+    found = load_dictionary(train(check_recipe(values, "known-features"), stream))
+    assert isinstance(found, SAE)
+    return found.requires_grad_(False)
+
+
+def measured(space: NodeSpace, known: Known) -> dict[str, Any]:
+    """Nodes for 80 % and CMD, by attribution patching, under resampling."""
+    scores = METHODS["attribution"]().discover(space, known.pairs)
+    order = ranked(scores, "absolute")
+    trials = Trials(space, known.pairs, filler(space, "resample", known.pairs))
+    along = curve(trials, order, range(space.size + 1), complements=())
+    return {"units": space.size, "nodes_80": smallest_size(trials, order, LEVEL, along), "cmd": along.cmd()}
+
+
+def matched_auc(space: NodeSpace, truth: NodeSpace, known: Known) -> float:
+    """Do scores tell latents that write mostly into directions that matter from the rest?"""
+    scores = METHODS["attribution"]().discover(space, known.pairs).values.abs()
+    exact = METHODS["exact"]().discover(truth, known.pairs).values.abs()
+    labels = []
+    for part, true_part in zip(space.parts, truth.parts, strict=True):
+        assert isinstance(part, Latents)
+        assert isinstance(true_part, Latents)
+        matter = true_part.atoms[exact[truth.groups[true_part.name]] > EFFECT]
+        # Directions are orthonormal; one that matters with both signs is to count once.
+        basis = (
+            torch.linalg.svd(matter, full_matrices=False).Vh[: int(torch.linalg.matrix_rank(matter))].T
+            if len(matter)
+            else matter.T
+        )
+        atoms = torch.nn.functional.normalize(part.atoms, dim=-1)
+        labels.append((atoms @ basis).pow(2).sum(-1) > MOSTLY)
+    truths = torch.cat(labels)
+    return float("nan") if bool(truths.all()) or not bool(truths.any()) else roc_auc(scores, truths)
+
+
+def study(name: str, seed: int, tokens: int) -> list[dict[str, Any]]:
+    """One model and seed, as built and rotated."""
+    rows = []
+    built = KNOWN[name](n_pairs=48, seed=seed)
+    for known, basis in ((built, "as built"), (rotated(built, seed), "rotated")):
+        hooks = [f"h.{layer}:out" for layer in range(known.config.n_layers)]
+        saes = {hook: learned(known, hook, seed, tokens) for hook in hooks}
+        truth = NodeSpace(known.model, [Latents(hook, planted(known), hook, hook, "ablated") for hook in hooks])
+        latents = NodeSpace(known.model, [Latents(hook, saes[hook], hook, hook, "ablated") for hook in hooks])
+        seen = known.model.activations(known.pairs.clean, tuple(hooks))
+        chance = [
+            Latents(hook, random_like(sae, seen[hook].flatten(0, 1), seed), hook, hook, "ablated") for hook, sae in saes.items()
+        ]
+        spaces = {
+            "neurons": NodeSpace(known.model, neurons(known.model, hooks)),
+            "planted directions": truth,
+            "SAE latents": latents,
+            "random features": NodeSpace(known.model, chance),
+        }
+        for family, space in spaces.items():
+            row = {"model": name, "basis": basis, "seed": seed, "family": family} | measured(space, known)
+            if family == "SAE latents":
+                row["auc"] = matched_auc(space, truth, known)
+            rows.append(row)
+    return rows
+
+
+def shown(values: list[float | None]) -> str:
+    reached = [float(value) for value in values if value is not None and not math.isnan(value)]
+    if not reached:
+        return "never"
+    mean = statistics.mean(reached)
+    half = (
+        float(t.ppf(0.975, len(reached) - 1)) * statistics.stdev(reached) / math.sqrt(len(reached)) if len(reached) > 1 else 0
+    )
+    text = f"{mean:.3g} +- {half:.2g}"
+    return text if len(reached) == len(values) else f"{text} ({len(reached)} of {len(values)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--model", action="append", choices=MODELS)
+    options = parser.parse_args()
+    rows = [
+        row for name in options.model or MODELS for seed in range(options.seeds) for row in study(name, seed, options.tokens)
+    ]
+    path = Path("docs/results/known-features.json")
+    write_json(path, {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]})
+    print("| model | basis | family | units | nodes for 80 % | CMD | AUC of latents |")
+    for key in dict.fromkeys((row["model"], row["basis"], row["family"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["basis"], row["family"]) == key]
+        cells = [shown([row.get(name) for row in own]) for name in ("nodes_80", "cmd", "auc")]
+        print(f"| {' | '.join(key)} | {own[0]['units']} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
