@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import KINDS, build_dictionary
 from ..dictionary import OneSiteDictionary, SparseDictionary
+from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
 from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of
 from .neutral import Gate, Neutral, NeutralLayers
@@ -32,7 +33,7 @@ def to_dictionary(n: Neutral | NeutralLayers, dtype: torch.dtype | None = torch.
         return _cross_layer(n, dtype)
     n = representable(n)
     own = dtype or n.W_dec.dtype
-    encoder, state = _encoder(n)
+    encoder, state = encoder_of(n)
     if n.kind == "sae":
         if n.d_in != n.d_out:
             raise ValueError(f"W_dec: expected an autoencoder's output as wide as its input, {n.d_in}, got {n.d_out}.")
@@ -78,8 +79,14 @@ def _weights(n: Neutral) -> dict[str, Tensor]:
     return weights | {"b_dec": b_dec}
 
 
+def encoder_of(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What rebuilds the encoder of a gate, and its tensors, those included that only training needs."""
+    spec, own = _encoder(n)
+    fresh = build_encoder(spec).state_dict()
+    return spec, {f"encoder.{name}": tensor for name, tensor in fresh.items()} | own
+
+
 def _encoder(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What rebuilds the encoder of a gate, and its tensors."""
     gate, k = n.gate, n.gate.k
     if gate.name == "threshold":
         assert gate.threshold is not None
@@ -117,7 +124,7 @@ def _cross_layer(n: NeutralLayers, dtype: torch.dtype | None) -> SparseDictionar
     first, count = layers[0], len(layers)
     if any(layer.W_skip is not None or layer.row_norm is not None for layer in layers):
         raise ValueError("layers: expected a cross-layer transcoder without skip and per-token normalisation, got one with.")
-    specs, states = zip(*(_encoder(layer) for layer in layers), strict=True)
+    specs, states = zip(*(encoder_of(layer) for layer in layers), strict=True)
     if any(spec != specs[0] for spec in specs) or len({layer.n_latents for layer in layers}) > 1:
         raise ValueError("layers: expected the same gate, k and number of latents in every layer, got different ones.")
     state: dict[str, Tensor] = {}
@@ -240,8 +247,6 @@ def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
 
 def gate_of(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
     """What an encoder of ours does in eval mode, and in words what that leaves out."""
-    from ..encoders import encoder_spec
-
     name = encoder_spec(encoder)["name"]
     return GATE_OF[name](encoder, n_latents)
 

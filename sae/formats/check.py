@@ -15,7 +15,6 @@ SAMPLE = 512
 UNRELATED, RELATED = 0.1, 0.3
 # An atom this much shorter than the median one writes nothing.
 DEAD = 1e-6
-WIDE = (torch.float32, torch.float64)
 
 
 def check(n: Neutral, where: object) -> list[str]:
@@ -97,12 +96,15 @@ def check_gate(n: Neutral, where: object) -> None:
 
 def check_numbers(n: Neutral, where: object) -> Float[Tensor, " n_latents"]:
     """Raise ``ValueError`` at the first tensor that holds NaN or an infinity. The atoms' norms, which took one pass of them."""
+    named = {"W_dec": n.W_dec, "W_enc": n.W_enc, "W_skip": n.W_skip, "b_enc": n.b_enc, "b_in": n.b_in, "b_out": n.b_out}
+    named |= {"threshold": n.gate.threshold, "r_mag": n.gate.r_mag, "b_mag": n.gate.b_mag}
+    for name, tensor in named.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name}: expected floating-point numbers, got {tensor.dtype}.")
     norms = norms_of(n.W_dec)
     if not bool(torch.isfinite(norms).all()):
         _require_finite(where, "W_dec", n.W_dec)
-    named = {"W_enc": n.W_enc, "W_skip": n.W_skip, "b_enc": n.b_enc, "b_in": n.b_in, "b_out": n.b_out}
-    named |= {"threshold": n.gate.threshold, "r_mag": n.gate.r_mag, "b_mag": n.gate.b_mag}
-    for name, tensor in named.items():
+    for name, tensor in list(named.items())[1:]:
         # One pass, no copy: extremes are NaN if any number is.
         if tensor is not None and not all(torch.isfinite(side) for side in torch.aminmax(tensor)):
             _require_finite(where, name, tensor)

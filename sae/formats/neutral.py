@@ -45,10 +45,10 @@ class Gate:
 
     name: str
     k: int | None = None
-    threshold: Float[Tensor, "..."] | None = None
+    threshold: Tensor | None = None
     by_norm: bool = False
-    r_mag: Float[Tensor, " n_latents"] | None = None
-    b_mag: Float[Tensor, " n_latents"] | None = None
+    r_mag: Tensor | None = None
+    b_mag: Tensor | None = None
     residual_norm: float = 0.0
     tolerance: float = 0.0
     stop_on_repeat: bool = False
@@ -61,6 +61,10 @@ class Gate:
 class Neutral:
     """One dictionary between two places of a model; see the module's equations.
 
+    ``W_enc (n_latents, d_in)``, ``b_enc (n_latents,)``, ``W_dec (n_latents, d_out)``, ``b_out (d_out,)``, ``b_in (d_in,)``,
+    ``W_skip (d_out, d_in)``. Annotations do not say so because readers fill this in before anything is known of a file:
+    ``check.py`` then holds it to these shapes.
+
     ``W_enc`` is ``None`` where the encoder is tied to the atoms. ``provenance`` is that of our checkpoints: ``model``,
     ``hooks_in``, ``hooks_out`` (module paths with a side), ``text`` (context length, BOS), and under ``source`` the foreign
     configuration, whole. ``done`` says in words what was renamed, transposed and folded on the way here, ``evidence`` why the
@@ -68,16 +72,16 @@ class Neutral:
     """
 
     kind: str
-    W_enc: Float[Tensor, "n_latents d_in"] | None
-    b_enc: Float[Tensor, " n_latents"] | None
-    W_dec: Float[Tensor, "n_latents d_out"]
-    b_out: Float[Tensor, " d_out"]
+    W_enc: Tensor | None
+    b_enc: Tensor | None
+    W_dec: Tensor
+    b_out: Tensor
     gate: Gate
-    b_in: Float[Tensor, " d_in"] | None = None
+    b_in: Tensor | None = None
     scale_in: float = 1.0
     scale_out: float = 1.0
     row_norm: str | None = None
-    W_skip: Float[Tensor, "d_out d_in"] | None = None
+    W_skip: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     done: tuple[str, ...] = ()
     evidence: str = ""
