@@ -17,6 +17,7 @@ from .build import from_dictionary, to_dictionary
 from .check import check, check_layers
 from .files import Source
 from .format import Format, Options, Read
+from .hooks import to_module
 from .neutral import Neutral, NeutralLayers
 from .saelens import SAELens
 
@@ -132,9 +133,9 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
     """
     options = options or Options()
     found = places(source, format)
-    if len(found) > 1 and options.hook is not None:
-        chosen = [place for place in found if options.hook in (place[0].name, place[0].inside)]
-        found = chosen or found
+    if len(found) > 1:
+        # A folder named so needs no other folder read.
+        found = [place for place in found if options.hook in (place[0].name, place[0].inside)] or found
     if len(found) > 1 and source.remote:
         names = ", ".join(place[0].inside for place in found[:SHOWN])
         raise ValueError(
@@ -142,7 +143,7 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
         )
     results = [_checked(where, f.read(where, options), f"{f.title}: {words}") for where, f, words in found]
     if len(results) == 1 and not isinstance(results[0], dict):
-        return results[0]
+        return _of_hook(results[0], options.hook)
     several: dict[str, Neutral] = {}
     for (where, _, _), result in zip(found, results, strict=True):
         for hook, n in result.items() if isinstance(result, dict) else [(hook_of(result) or where.name, result)]:
@@ -151,12 +152,24 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
             several[hook] = n
     if options.hook is None:
         return several
-    chosen_hooks = [
-        hook for hook, n in several.items() if options.hook in (hook, hook_of(n), (n.provenance.get("hooks_in") or [None])[0])
-    ]
-    if len(chosen_hooks) != 1:
+    chosen = [n for key, n in several.items() if key == options.hook or is_for(n, options.hook)]
+    if len(chosen) != 1:
         raise ValueError(f"hook: expected one of {', '.join(several)}, got {options.hook!r}.")
-    return several[chosen_hooks[0]]
+    return chosen[0]
+
+
+def is_for(n: Neutral | NeutralLayers, hook: str) -> bool:
+    """Whether a dictionary reads or writes a hook, given in our spelling or TransformerLens's."""
+    model = (n.provenance.get("model") or {}).get("id")
+    return bool(
+        {hook, to_module(hook, model)} & {*(n.provenance.get("hooks_in") or ()), *(n.provenance.get("hooks_out") or ())}
+    )
+
+
+def _of_hook(n: Neutral | NeutralLayers, hook: str | None) -> Neutral | NeutralLayers:
+    if hook is not None and hook_of(n) is not None and not is_for(n, hook):
+        raise ValueError(f"hook: expected {hook_of(n)}, which this dictionary is for, got {hook!r}.")
+    return n
 
 
 def read_dictionary(
