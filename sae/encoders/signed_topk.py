@@ -25,8 +25,6 @@ class SignedTopK(Encoder):
     def __init__(self, k: int, by: Literal["value", "size"] = "value"):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token.")
-        if by not in ("value", "size"):
-            raise ValueError(f"dictionary.encoder.by: expected value or size, got {by!r}.")
         self.k, self.by = k, by
 
     def forward(

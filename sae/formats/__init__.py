@@ -20,6 +20,7 @@ from .format import Format, Options, Read
 from .hooks import to_module
 from .neutral import Neutral, NeutralLayers
 from .saelens import SAELens
+from .saelens_legacy import SAELensLegacy
 
 __all__ = [
     "FORMATS",
@@ -37,7 +38,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-FORMATS: dict[str, Format] = {f.name: f for f in (SAELens(),)}
+FORMATS: dict[str, Format] = {f.name: f for f in (SAELens(), SAELensLegacy())}
 # Folders that are named in an error.
 SHOWN = 20
 

@@ -16,7 +16,7 @@ from ..checkpoint import KINDS, build_dictionary
 from ..dictionary import OneSiteDictionary, SparseDictionary
 from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
-from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of
+from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
 from .neutral import Gate, Neutral, NeutralLayers
 
 # Norms that differ from 1 by no more than roundings of float32 change nothing by being compared with.
@@ -46,7 +46,7 @@ def to_dictionary(n: Neutral | NeutralLayers, dtype: torch.dtype | None = torch.
         arguments["skip"] = n.W_skip is not None
         state["in_centre"] = torch.zeros(n.d_in) if n.b_in is None else n.b_in
     arguments |= {"encoder": encoder} | ({} if n.row_norm is None else {"row_norm": n.row_norm})
-    state |= _weights(n) | {"in_scale": torch.tensor(1 / n.scale_in), "out_scale": torch.tensor(1 / n.scale_out)}
+    state |= _weights(n) | {"in_scale": _number(1 / n.scale_in), "out_scale": _number(1 / n.scale_out)}
     return _assembled(arguments, state, own)
 
 
@@ -65,6 +65,11 @@ def representable(n: Neutral) -> Neutral:
     return n
 
 
+def _number(value: float | list[float]) -> Tensor:
+    """To be rounded once, to the dictionary's own precision."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def _weights(n: Neutral) -> dict[str, Tensor]:
     """A dictionary's tensors under our names; the skip in normalised units, where the input is centred too."""
     b_dec = n.b_out
@@ -73,9 +78,9 @@ def _weights(n: Neutral) -> dict[str, Tensor]:
     weights |= {} if n.b_enc is None else {"b_enc": n.b_enc}
     if n.W_skip is not None:
         factor = n.scale_out / n.scale_in
-        weights["W_skip"] = n.W_skip if factor == 1.0 else n.W_skip * factor
+        weights["W_skip"] = n.W_skip if factor == 1.0 else wide(n.W_skip) * factor
         if n.b_in is not None:
-            b_dec = b_dec + weights["W_skip"].to(b_dec.dtype) @ n.b_in.to(b_dec.dtype)
+            b_dec = wide(b_dec) + wide(weights["W_skip"]) @ wide(n.b_in)
     return weights | {"b_dec": b_dec}
 
 
@@ -139,8 +144,8 @@ def _cross_layer(n: NeutralLayers, dtype: torch.dtype | None) -> SparseDictionar
     state |= {
         "b_dec": torch.cat([layer.b_out for layer in layers]),
         "in_centre": torch.cat([centre.float() for centre in centres]),
-        "in_scale": torch.tensor([1 / layer.scale_in for layer in layers]).repeat_interleave(width_in),
-        "out_scale": torch.tensor([1 / layer.scale_out for layer in layers]).repeat_interleave(width_out),
+        "in_scale": _number([1 / layer.scale_in for layer in layers]).repeat_interleave(width_in),
+        "out_scale": _number([1 / layer.scale_out for layer in layers]).repeat_interleave(width_out),
     }
     arguments = {
         "kind": "cross_layer_transcoder",

@@ -3,6 +3,7 @@
 Pure: each takes a ``Neutral`` and returns another with the same output, which says in ``done`` what was folded. Nothing is
 folded that a dictionary of ours can hold as it is. Units of thresholds are where formats differ, so: ``Gate.threshold`` is
 always what ``p`` is compared with, or, with ``by_norm``, ``p`` times the atom's norm; no fold may assume anything else.
+What is folded of half precision comes out in float32: rounded once more it would be another function.
 """
 
 from dataclasses import replace
@@ -12,6 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .neutral import COMPARING, Neutral
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_latents"]:
@@ -43,9 +49,9 @@ def fold_norms(n: Neutral) -> Neutral:
         gate = replace(gate, b_mag=gate.b_mag * norms)
     return n.noting(
         "decoder norms folded into the encoder",
-        W_enc=n.W_enc * norms[:, None].to(n.W_enc.dtype),
+        W_enc=n.W_enc * norms[:, None],
         b_enc=n.b_enc * norms,
-        W_dec=n.W_dec / norms[:, None].to(n.W_dec.dtype),
+        W_dec=n.W_dec / norms[:, None],
         gate=replace(gate, by_norm=False),
     )
 
@@ -81,15 +87,15 @@ def fold_scale_in(n: Neutral) -> Neutral:
     if n.row_norm is not None:
         # Both norms are blind to a scale, up to the constant that layer_norm adds to the deviation: that is no fold.
         raise ValueError("fold_scale_in: expected a fixed scale without a per-token normalisation behind it, got both.")
-    b_in = None if n.b_in is None else n.b_in / s
+    b_in = None if n.b_in is None else wide(n.b_in) / s
     if n.gate.name != "pursuit":
         assert n.W_enc is not None
-        return n.noting(note, W_enc=n.W_enc * s, b_in=b_in, scale_in=1.0)
+        return n.noting(note, W_enc=wide(n.W_enc) * s, b_in=b_in, scale_in=1.0)
     if n.W_enc is not None or n.kind != "sae":
         raise ValueError("fold_scale_in: expected a pursuit of an autoencoder's atoms, got one of a transcoder.")
     gate = replace(n.gate, residual_norm=n.gate.residual_norm / s)
     # The codes are divided by s, so what they are decoded to must be divided by s less.
-    return n.noting(note, b_in=b_in, b_out=n.b_out / s, gate=gate, scale_in=1.0, scale_out=n.scale_out / s)
+    return n.noting(note, b_in=b_in, b_out=wide(n.b_out) / s, gate=gate, scale_in=1.0, scale_out=n.scale_out / s)
 
 
 def fold_scale_out(n: Neutral) -> Neutral:
@@ -104,8 +110,8 @@ def fold_scale_out(n: Neutral) -> Neutral:
     gate = n.gate
     if gate.by_norm and gate.threshold is not None:
         # The norms have shrunk by s, so that what is compared has.
-        gate = replace(gate, threshold=gate.threshold / s)
-    return n.noting(f"output scale {s:.6g} folded", W_dec=n.W_dec / s, b_out=n.b_out / s, gate=gate, scale_out=1.0)
+        gate = replace(gate, threshold=wide(gate.threshold) / s)
+    return n.noting(f"output scale {s:.6g} folded", W_dec=wide(n.W_dec) / s, b_out=wide(n.b_out) / s, gate=gate, scale_out=1.0)
 
 
 def fold_b_in(n: Neutral) -> Neutral:
@@ -120,13 +126,13 @@ def fold_b_in(n: Neutral) -> Neutral:
         if not bool(n.b_in.any()):
             return n.noting("input bias of zero dropped", b_in=None)
         raise ValueError("fold_b_in: a pursuit has no encoder bias that an input bias could go into.")
-    b_enc = (n.b_enc.to(n.b_in.dtype) - n.W_enc.to(n.b_in.dtype) @ n.b_in).to(torch.promote_types(n.b_enc.dtype, n.b_in.dtype))
+    b_enc = wide(n.b_enc) - wide(n.W_enc) @ wide(n.b_in)
     gate = n.gate
     # Gated magnitudes are measured from W_enc x' alone: b_enc, which p less b_enc leaves out, now holds part of x'.
     if gate.name == "gated":
         assert gate.r_mag is not None
         assert gate.b_mag is not None
-        gate = replace(gate, b_mag=gate.b_mag + gate.r_mag.exp() * (b_enc - n.b_enc))
+        gate = replace(gate, b_mag=wide(gate.b_mag) + wide(gate.r_mag).exp() * (b_enc - n.b_enc))
     return n.noting("input bias folded into the encoder bias", b_in=None, b_enc=b_enc, gate=gate)
 
 
@@ -161,7 +167,7 @@ def fold_activation_scale(n: Neutral, factor: Float[Tensor, " n_latents"]) -> Ne
     """
     if n.gate.by_norm:
         n = fold_norm_into_threshold(n) if n.gate.name == "threshold" else fold_norms(n)
-    return n.noting("per-latent scaling factors folded into the atoms", W_dec=n.W_dec * factor[:, None].to(n.W_dec.dtype))
+    return n.noting("per-latent scaling factors folded into the atoms", W_dec=wide(n.W_dec) * factor[:, None])
 
 
 def fold_all(n: Neutral) -> Neutral:

@@ -80,7 +80,8 @@ ARCHITECTURES = {
 }
 # Told from a name, the first that matches: those of the hub and those of TransformerLens.
 NAMES = (
-    (r"gemma-?[23]|gemma-?scope", "gemma2"),
+    # But gemma-2b is of the first generation.
+    (r"gemma-?[23](?!b)|gemma-?scope", "gemma2"),
     (r"gemma", "gemma"),
     (r"pythia|neox|stablelm-base|redpajama|dolly-v2", "gpt_neox"),
     (r"gpt2|distilgpt2|stanford-gpt2|arwen|embedded", "gpt2"),

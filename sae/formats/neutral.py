@@ -136,11 +136,15 @@ def forward(
 ) -> tuple[Float[Tensor, "tokens n_latents"], Float[Tensor, "tokens d_out"]]:
     """Dense activations and output by the equations above, word for word: what folds and built dictionaries are held to.
 
+    Computed in the precision of ``x``, whatever the weights are in.
+
     Raises:
         ValueError: For pursuits, which have no pre-activations.
     """
     if n.W_enc is None or n.b_enc is None:
         raise ValueError("forward: expected a gate with pre-activations, got a pursuit. Build the dictionary and call that.")
+    n = widened(n, x.dtype)
+    assert n.W_enc is not None
     seen, scale, mean = n.scale_in * x, torch.ones(()), torch.zeros(())
     if n.row_norm is not None:
         seen, scale, mean = ROW_NORMS[n.row_norm](seen)
@@ -151,6 +155,15 @@ def forward(
         y = y * scale + mean
     y = y / n.scale_out
     return acts, y if n.W_skip is None else y + x @ n.W_skip.T
+
+
+def widened(n: Neutral, dtype: torch.dtype) -> Neutral:
+    """The same with all numbers in one precision."""
+
+    def cast(thing: Any) -> dict[str, Tensor]:
+        return {name: value.to(dtype) for name, value in vars(thing).items() if isinstance(value, Tensor)}
+
+    return replace(n, gate=replace(n.gate, **cast(n.gate)), **cast(n))
 
 
 def activations(

@@ -60,14 +60,11 @@ class SAELens(Format):
 
     def read(self, source: Source, options: Options) -> Read:
         cfg = source.config(CONFIG)
-        tensors = dict(source.tensors(WEIGHTS))
         where = source.path(WEIGHTS)
-        if "log_threshold" in tensors:
-            tensors["threshold"] = tensors.pop("log_threshold").exp()
-        n = dictionary(where, cfg, tensors, options)
+        n = dictionary(where, cfg, source.tensors(WEIGHTS), options)
         n = normalised(source, cfg, n, options)
         return n.noting(
-            "W_enc transposed", provenance=provenance(cfg, options), warnings=(*n.warnings, *_doubts(cfg, n, options))
+            "W_enc transposed", provenance=provenance(cfg, options), warnings=(*n.warnings, *doubts(cfg, n, options))
         )
 
     def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
@@ -103,11 +100,17 @@ def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tens
     if architecture not in known:
         raise ValueError(f"{where}: architecture: expected one of {', '.join(known)}, got {architecture!r}.")
     names = known[architecture]
+    if "log_threshold" in tensors:
+        # As checkpoints of earlier trainings have it.
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "log_threshold"} | {
+            "threshold": tensors["log_threshold"].exp()
+        }
     require_keys(where, tensors, names)
     unknown = sorted(set(tensors) - set(names))
     if unknown:
         raise ValueError(f"{where}: expected {', '.join(names)} of {architecture}, got {', '.join(unknown)} besides.")
     kind = "sae" if architecture in AUTOENCODERS else "transcoder"
+    require_keys(where, cfg, ("d_in", "d_sae"))
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
     d_out = d_in if kind == "sae" else cfg.get("d_out", d_in)
     sizes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
@@ -213,21 +216,21 @@ def hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str 
     return reads, (to_module(out, model) if out else reads)
 
 
-def _doubts(cfg: Mapping[str, Any], n: Neutral, options: Options) -> list[str]:
+def doubts(cfg: Mapping[str, Any], n: Neutral, options: Options) -> list[str]:
     """What the configuration says that the tensors, or we, do not."""
-    doubts = []
+    found = []
     declared, actual = str(cfg.get("dtype", "")).removeprefix("torch."), str(n.W_dec.dtype).removeprefix("torch.")
     if declared and declared != actual:
-        doubts.append(f"{CONFIG} says {declared}, the tensors are {actual}")
+        found.append(f"{CONFIG} says {declared}, the tensors are {actual}")
     about = cfg.get("metadata") or {}
     name = about.get("hook_name")
     if name and options.hook is None and hooks(about, options.model or about.get("model_name"))[0] is None:
-        doubts.append(
+        found.append(
             f"the hook {name} of {about.get('model_name')} is no module's input or output known here: give hook=MODULE:SIDE"
         )
     if about.get("hook_head_index") is not None:
-        doubts.append(f"it is for head {about['hook_head_index']} of {name} alone")
-    return doubts
+        found.append(f"it is for head {about['hook_head_index']} of {name} alone")
+    return found
 
 
 def written(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:

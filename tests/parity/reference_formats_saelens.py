@@ -50,6 +50,26 @@ TRAINING = {
     "batchtopk_plain_training": ("batchtopk", {"k": 5.0, "rescale_acts_by_decoder_norm": False}),
     "matryoshka_training": ("matryoshka_batchtopk", {"k": 5.0, "matryoshka_widths": [6, 24]}),
 }
+# Flat configurations: fields beside those that all have.
+HOOK = "blocks.3.hook_resid_pre"
+LEGACY = {
+    "legacy_bare": {"hook_point": HOOK, "hook_point_layer": 3},
+    "legacy_flags": {"hook_name": HOOK, "normalize_activations": False, "apply_b_dec_to_input": False, "prepend_bos": False},
+    "legacy_topk": {
+        "hook_name": HOOK,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 5},
+        "finetuning_scaling_factor": False,
+    },
+    "legacy_topk_renamed": {
+        "hook_name": HOOK,
+        "activation_fn": "topk",
+        "activation_fn_kwargs": {"k": 4},
+        "architecture": "standard",
+    },
+    "legacy_jumprelu": {"hook_name": HOOK, "architecture": "jumprelu", "activation_fn_str": "relu"},
+    "legacy_layer_norm": {"hook_name": HOOK, "normalize_activations": "layer_norm"},
+}
 
 
 def inputs() -> torch.Tensor:
@@ -109,9 +129,22 @@ def golden(out: Path) -> None:
     whitened = {"normalize_activations": "covariance_whitening"}
     training(out / "standard_whitened", "standard", whitened, 200, x)
     training(out / "gated_whitened", "gated", whitened | {"apply_b_dec_to_input": False}, 201, x)
+    for number, (case, fields) in enumerate(LEGACY.items()):
+        legacy(out / case, fields, 300 + number, x)
     about = {"library": "sae_lens", "version": sae_lens.__version__, "torch": torch.__version__, "seed": 3}
     about |= {"command": ".venv-peers/bin/python " + " ".join(sys.argv), "sizes": [D, LATENTS, D_OUT, TOKENS]}
     (out / "header.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def legacy(directory, fields, seed, x):
+    """A flat configuration as versions 2 to 5 wrote it; version 6 still reads it, and its outputs are kept."""
+    architecture = fields.get("architecture", "standard")
+    build, configuration = get_sae_class(architecture)
+    filled(build(configuration(d_in=D, d_sae=LATENTS)), seed).save_model(directory)
+    flat = {"d_in": D, "d_sae": LATENTS, "dtype": "torch.float32", "device": "cpu", "model_name": "gpt2-small"}
+    flat |= {"hook_layer": 3, "hook_head_index": None, "context_size": 128, "dataset_path": "none", **fields}
+    (directory / "cfg.json").write_text(json.dumps(flat))
+    keep(directory, SAE.load_from_disk(directory), x)
 
 
 def training(directory, architecture, config, seed, x):
