@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .folding import norms_of
+from .folding import norm_of, norms_of
 from .format import require_shape
 from .neutral import Neutral, NeutralLayers
 
@@ -105,8 +105,8 @@ def check_numbers(n: Neutral, where: object) -> Float[Tensor, " n_latents"]:
     if not bool(torch.isfinite(norms).all()):
         _require_finite(where, "W_dec", n.W_dec)
     for name, tensor in list(named.items())[1:]:
-        # One pass, no copy: extremes are NaN if any number is.
-        if tensor is not None and not all(torch.isfinite(side) for side in torch.aminmax(tensor)):
+        # One pass, no copy: the norm is finite only if all numbers are. Where it overflows they are looked at one by one.
+        if tensor is not None and not bool(torch.isfinite(norm_of(tensor))):
             _require_finite(where, name, tensor)
     return norms
 
@@ -126,13 +126,11 @@ def check_orientation(n: Neutral, where: object) -> None:
     """
     if n.kind != "sae" or n.W_enc is None or n.W_enc.shape[0] != n.W_enc.shape[1]:
         return
-    as_read = _cosine(n.W_enc, n.W_dec)
-    swapped = {"W_enc": _cosine(n.W_enc.T, n.W_dec), "W_dec": _cosine(n.W_enc, n.W_dec.T)}
-    name, other = max(swapped.items(), key=lambda item: item[1])
-    if as_read < UNRELATED and other > RELATED:
+    as_read, swapped = _cosine(n.W_enc, n.W_dec), _cosine(n.W_enc.T, n.W_dec)
+    if as_read < UNRELATED and swapped > RELATED:
         raise ValueError(
-            f"{where}: swapped orientation: rows of encoder and decoder have a mean cosine of {as_read:.3f}, of {other:.3f} if "
-            f"{name} is transposed. The file was written transposed; transpose {name} in it."
+            f"{where}: swapped orientation: rows of encoder and decoder have a mean cosine of {as_read:.3f}, of {swapped:.3f} "
+            "if one of the matrices is transposed. The file was written transposed: transpose W_enc or W_dec in it."
         )
 
 

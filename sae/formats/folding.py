@@ -25,6 +25,11 @@ def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_laten
     return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
 
 
+def norm_of(tensor: Tensor) -> Float[Tensor, ""]:
+    """The norm of all its numbers, likewise."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
 def fold_norms(n: Neutral) -> Neutral:
     """Atoms of norm 1, the encoder making up for it: activations grow by the norms.
 

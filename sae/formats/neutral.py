@@ -44,13 +44,14 @@ class Gate:
     """
 
     name: str
-    k: int | None = None
+    # Whatever a file says it is; check.py wants a whole number.
+    k: Any = None
     threshold: Tensor | None = None
     by_norm: bool = False
     r_mag: Tensor | None = None
     b_mag: Tensor | None = None
-    residual_norm: float = 0.0
-    tolerance: float = 0.0
+    residual_norm: int | float = 0.0
+    tolerance: int | float = 0.0
     stop_on_repeat: bool = False
 
     def __post_init__(self) -> None:
@@ -78,8 +79,8 @@ class Neutral:
     b_out: Tensor
     gate: Gate
     b_in: Tensor | None = None
-    scale_in: float = 1.0
-    scale_out: float = 1.0
+    scale_in: int | float = 1.0
+    scale_out: int | float = 1.0
     row_norm: str | None = None
     W_skip: Tensor | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

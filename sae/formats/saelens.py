@@ -113,6 +113,9 @@ def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tens
     require_keys(where, cfg, ("d_in", "d_sae"))
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
     d_out = d_in if kind == "sae" else cfg.get("d_out", d_in)
+    for key, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
+        if not isinstance(size, int):
+            raise ValueError(f"{where}: {key}: expected a whole number in {CONFIG}, got {size!r}.")
     sizes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     sizes |= {"W_skip": (d_out, d_in), "topk_threshold": ()}
     for name in names:
@@ -146,9 +149,11 @@ def gate(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], o
     if name == "gated":
         return Gate("gated", r_mag=tensors["r_mag"], b_mag=tensors["b_mag"])
     if name == "matching_pursuit":
-        steps = cfg.get("max_iterations")
+        steps, limit = cfg.get("max_iterations"), cfg.get("residual_threshold", 1e-2)
+        if not isinstance(limit, (int, float)):
+            raise ValueError(f"{where}: residual_threshold: expected a number, got {limit!r}.")
         stop = {
-            "residual_norm": float(cfg.get("residual_threshold", 1e-2)),
+            "residual_norm": max(float(limit), 0.0),
             "stop_on_repeat": cfg.get("stop_on_duplicate_support", True),
         }
         return Gate("pursuit", k=cfg["d_in"] if steps is None else steps, **stop)

@@ -149,6 +149,63 @@ def copied(case, tmp_path, **changes):
     return tmp_path / case
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"W_enc": torch.zeros(24, 8)}, r"W_enc: expected shape \(8, 24\), got \(24, 8\)"),
+        ({"W_dec": torch.zeros(8, 24)}, r"W_dec: expected shape \(24, 8\), got \(8, 24\)"),
+        ({"b_dec": torch.zeros(24)}, r"b_dec: expected shape \(8\), got \(24,\)"),
+        ({"threshold": torch.zeros(1)}, r"threshold: expected shape \(24\), got \(1,\)"),
+        ({"threshold": torch.full((24,), torch.nan)}, r"threshold: expected finite numbers, got nan at \[0\]"),
+        ({"b_enc": torch.zeros(24, dtype=torch.int32)}, "b_enc: expected floating-point numbers, got torch.int32"),
+        ({"b_enc": None}, "b_enc missing among W_dec, W_enc, b_dec, threshold"),
+        ({"W_skip": torch.zeros(8, 8)}, "of jumprelu, got W_skip besides"),
+    ],
+)
+def test_damaged_tensors_are_named(damage, says, tmp_path):
+    folder = copied("jumprelu-none", tmp_path)
+    tensors = load_file(folder / "sae_weights.safetensors") | damage
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=says):
+        read_dictionary(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"d_in": "8"}, "d_in: expected a whole number in cfg.json, got '8'"),
+        ({"d_sae": 25}, r"expected shape \(8, 25\), got \(8, 24\)"),
+        ({"k": "5"}, "k: expected a whole number from 1, got '5'"),
+        ({"k": None}, "k: expected the number of latents per token, found none"),
+        ({"k": 25}, "k: expected at most the 24 latents there are, got 25"),
+    ],
+)
+def test_damaged_configurations_are_named(changes, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        read_dictionary(copied("topk-none", tmp_path, **changes))
+
+
+def test_a_folder_without_weights_says_so(tmp_path):
+    folder = copied("topk-none", tmp_path)
+    (folder / "sae_weights.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors: expected this file, found nothing there"):
+        read_dictionary(folder)
+
+
+@pytest.mark.parametrize("case", ["jumprelu-none", "abstopk-none", "gated-none"])
+def test_gradients_pass_through_matrices_that_lie_as_the_file_has_them(case):
+    d = read_dictionary(GOLDEN / case).dictionary.double()
+    assert not d.W_enc.is_contiguous()
+    gradients = []
+    x = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        y = d(x)
+        gradients.append(torch.autograd.grad(y.pow(2).sum(), [x, d.W_enc, d.W_dec, d.b_dec]))
+        d.W_enc.data = d.W_enc.data.contiguous()
+    for mapped, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(mapped, plain)
+
+
 def test_a_checkpoint_without_its_scale_is_refused_until_it_is_given(tmp_path):
     folder = copied("standard_training", tmp_path)
     (folder / "activation_scaler.json").unlink()
