@@ -45,7 +45,7 @@ def load(
 
 
 def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint directory's two files to the Hugging Face hub; returns the repository's address."""
+    """Upload a checkpoint's files, ours or another library's, to the Hugging Face hub; returns the repository's address."""
     from sae.hub import push
 
     return push(directory, repo_id, private)

@@ -31,6 +31,7 @@ __all__ = [
     "Options",
     "Source",
     "detect",
+    "places",
     "read_dictionary",
     "read_neutral",
     "write_dictionary",

@@ -145,12 +145,14 @@ def forward(
     if n.W_enc is None or n.b_enc is None:
         raise ValueError("forward: expected a gate with pre-activations, got a pursuit. Build the dictionary and call that.")
     n = widened(n, x.dtype)
-    assert n.W_enc is not None
+    W_enc, b_enc = n.W_enc, n.b_enc
+    assert W_enc is not None
+    assert b_enc is not None
     seen, scale, mean = n.scale_in * x, torch.ones(()), torch.zeros(())
     if n.row_norm is not None:
         seen, scale, mean = ROW_NORMS[n.row_norm](seen)
-    p = (seen if n.b_in is None else seen - n.b_in) @ n.W_enc.T + n.b_enc
-    acts = activations(n.gate, p, n.b_enc, n.W_dec.norm(dim=1))
+    p = (seen if n.b_in is None else seen - n.b_in) @ W_enc.T + b_enc
+    acts = activations(n.gate, p, b_enc, n.W_dec.norm(dim=1))
     y = acts @ n.W_dec + n.b_out
     if n.kind == "sae":
         y = y * scale + mean
