@@ -83,9 +83,12 @@ def test_a_built_dictionary_computes_the_equations(gate, norm, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("gate", [g for g in GATES if g != "pursuit"])
-def test_folding_norms_changes_nothing(gate, norm, dtype):
-    n, x = neutral(gate, norm, dtype, by_norm=gate in BY_NORM), inputs(dtype)
+@pytest.mark.parametrize(
+    ("gate", "by_norm"),
+    [("relu", False), ("gated", False), ("threshold", False), *((gate, True) for gate in BY_NORM)],
+)
+def test_folding_norms_changes_nothing(gate, by_norm, norm, dtype):
+    n, x = neutral(gate, norm, dtype, by_norm=by_norm), inputs(dtype)
     folded = fold_norms(n)
     same(n, folded, x)
     norms = folded.W_dec.double().norm(dim=1)
