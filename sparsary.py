@@ -16,27 +16,36 @@ from training.stopping import Stopped
 __all__ = ["evaluate", "features", "load", "push_to_hub", "train"]
 
 
-def load(path: str, device: str = "cpu", revision: str | None = None) -> Any:
-    """The dictionary of a checkpoint directory or a hub repository id, in eval mode.
+def load(
+    path: str,
+    device: str = "cpu",
+    revision: str | None = None,
+    *,
+    hook: str | None = None,
+    format: str | None = None,  # noqa: A002
+    subfolder: str | None = None,
+    dtype: str = "float32",
+    **missing: Any,
+) -> Any:
+    """The dictionary of a checkpoint directory, a file, or a hub repository id, in eval mode; ours, or another library's.
 
-    Of a directory with checkpoints below it, one for each hook, it is the ``Stack`` of them all.
+    Where there are several, one for each hook, it is the ``Stack`` of them all, or, with ``hook``, one of them. ``format``
+    overrides what the files say they are. ``missing`` is what the files may leave open: ``scale``, ``k``, ``threshold``,
+    ``model`` (see ``sae.formats.Options``). Other libraries' dictionaries compute in ``dtype``, ``auto`` being their files'.
 
     Raises:
         ValueError: If there is none, or it is damaged.
     """
-    from sae import load_dictionary
-    from sae.hub import local_directory
+    from sae.formats import Options
 
-    # Their import also makes transcoders known to `load_dictionary`.
-    from transcoders import load_stack
-    from transcoders.stack import is_stack
+    # Its import also makes transcoders known to `load_dictionary`.
+    from transcoders.load import load as run
 
-    directory = local_directory(path, revision)
-    return load_stack(directory, device) if is_stack(directory) else load_dictionary(directory, device)
+    return run(path, device, revision, subfolder, format, Options(hook=hook, **missing), dtype)[0]
 
 
 def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint directory's two files to the Hugging Face hub; returns the repository's address."""
+    """Upload a checkpoint's files, ours or another library's, to the Hugging Face hub; returns the repository's address."""
     from sae.hub import push
 
     return push(directory, repo_id, private)

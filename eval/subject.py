@@ -106,11 +106,11 @@ def neuron_hook(model: LanguageModel, hook: str) -> str | None:
 
 @torch.no_grad()
 def sparse_codes(subject: Subject, x: np.ndarray) -> sparse.csc_array:
-    """The codes of rows of activations, entries above zero only."""
+    """The codes of rows of activations, entries that are not zero only."""
     rows, columns, values, start = [], [], [], 0
     for part in torch.from_numpy(x).split(ROWS_AT_ONCE):
         code = subject.encode(part)
-        fires = code.values > 0
+        fires = code.values != 0
         rows.append((code.token_ids()[fires] + start).cpu().numpy())
         columns.append(code.latents[fires].cpu().numpy())
         values.append(code.values[fires].float().cpu().numpy())

@@ -1,11 +1,13 @@
 """SAE: the dictionary that maps an activation to itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .code import SparseCode
 from .dictionary import OneSiteDictionary
 from .encoder import Encoder
 from .encoders import encoder_spec
@@ -14,11 +16,18 @@ from .encoders import encoder_spec
 class SAE(OneSiteDictionary):
     """Sparse autoencoder: ``x_hat = W_dec^T code(x - b_dec) + b_dec``, with one bias on both sides.
 
+    Published ones come in two more forms. Without ``apply_b_dec_to_input`` nothing is subtracted from the input. With a
+    ``row_norm`` each token is brought to a scale of its own first; what undoes it is in the code's values, so that decoding
+    stays linear in the code with the same atoms for every token, and in ``bypass``, which then needs the input.
+
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
 
-    def __init__(self, d_in: int, n_latents: int, encoder: Encoder):
-        super().__init__(d_in, d_in, n_latents, encoder)
+    def __init__(
+        self, d_in: int, n_latents: int, encoder: Encoder, apply_b_dec_to_input: bool = True, row_norm: str | None = None
+    ):
+        super().__init__(d_in, d_in, n_latents, encoder, row_norm)
+        self.apply_b_dec_to_input = apply_b_dec_to_input
         if not self.W_dec.is_meta:
             self.copy_atoms_to_encoder()
 
@@ -27,18 +36,36 @@ class SAE(OneSiteDictionary):
         return self.encoder.tied
 
     @property
-    def shift(self) -> Tensor:
-        return self.b_dec
+    def shift(self) -> Tensor | None:
+        return self.b_dec if self.apply_b_dec_to_input else None
+
+    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
+        if self.row_norm is None:
+            return code
+        scale = self.normed_rows(x).scale.squeeze(1)[code.token_ids()]
+        return replace(code, values=code.values * scale.to(code.values.dtype))
 
     def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
-        return self.b_dec
+        if self.row_norm is None:
+            return self.b_dec
+        if x is None:
+            raise ValueError(
+                "x: expected the raw input, because this SAE undoes each token's own normalisation, got none. "
+                "Call decode(code, x)."
+            )
+        normed = self.normed_rows(x)
+        return torch.addcmul(normed.mean, normed.scale, self.b_dec)
 
     @torch.no_grad()
     def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
         self.b_dec.copy_(outputs)
 
     def arguments(self) -> dict[str, Any]:
-        return {"kind": "sae", "d_in": self.d_in, "n_latents": self.n_latents, "encoder": encoder_spec(self.encoder)}
+        # Only what is out of the ordinary, so that the checkpoints of trained SAEs stay what they were.
+        rare = {} if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False}
+        rare |= {} if self.row_norm is None else {"row_norm": self.row_norm}
+        sizes = {"kind": "sae", "d_in": self.d_in, "n_latents": self.n_latents}
+        return {**sizes, **rare, "encoder": encoder_spec(self.encoder)}
 
     @torch.no_grad()
     def copy_atoms_to_encoder(self) -> None:

@@ -41,7 +41,7 @@ class BatchWide(Encoder, ABC):
     ) -> SparseCode:
         scores = scorer(x, weights)
         if not self.training:
-            return with_gradient(above(scores.tiles(), self._known_threshold(), *scores.shape), x, weights).relu()
+            return with_gradient(above(scores.tiles(), self.known_threshold(), *scores.shape), x, weights).relu()
         found = self.select(scores)
         if len(x):
             self._observe(found, len(x))
@@ -79,7 +79,12 @@ class BatchWide(Encoder, ABC):
             ValueError: If there is no token.
         """
 
-    def _known_threshold(self) -> Float[Tensor, "..."]:
+    def known_threshold(self) -> Float[Tensor, "..."]:
+        """The threshold of eval mode.
+
+        Raises:
+            ValueError: Before the first batch.
+        """
         threshold = self.threshold()
         if threshold is None:
             raise ValueError(

@@ -142,13 +142,13 @@ class SparseCode:
         return order[found], ascending[found] == self.latents
 
     def l0(self) -> Int[Tensor, " tokens"]:
-        """Entries above zero of each token."""
-        fires = (self.values > 0).long()
+        """Entries of each token that fire: those that are not zero. Few encoders have negative ones."""
+        fires = (self.values != 0).long()
         return torch.zeros_like(self.starts).index_add_(0, self.token_ids(), fires)
 
     def firings(self, n_latents: int) -> Int[Tensor, " n_latents"]:
         """On how many tokens each latent fires."""
-        fires = (self.values > 0).long()
+        fires = (self.values != 0).long()
         return torch.zeros(n_latents, dtype=torch.long, device=self.latents.device).index_add_(0, self.latents, fires)
 
     def to_dense(self, n_latents: int) -> Float[Tensor, "tokens n_latents"]:

@@ -16,6 +16,7 @@ from .code import SparseCode
 from .encoder import Encoder, Weights, scorer
 from .metrics import Moments
 from .pursuit import PURSUITS
+from .row_norm import ROW_NORMS, NormedRows
 from .screen import Screen
 from .sparse_ops import decode
 
@@ -114,6 +115,10 @@ class SparseDictionary(nn.Module, ABC):
         """What a site is to write, in raw units, from the codes of all sites up to it and its own raw input."""
 
     @abstractmethod
+    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
+        """A code in the output's units, where each token's inputs ``x`` were brought to a scale of their own."""
+
+    @abstractmethod
     def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
         """The reconstruction of a code, in raw units. ``x`` is the raw input it came from.
 
@@ -148,7 +153,7 @@ class SparseDictionary(nn.Module, ABC):
         self.require_width(x, self.d_in)
         if grad is not None:
             grad = grad * self.out_scale
-        return self.code_of(self.normalised(x), grad, x.requires_grad)
+        return self.rescaled(self.code_of(self.normalised(x), grad, x.requires_grad), x)
 
     def normalised(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         """Raw inputs as the encoder sees them."""
@@ -223,11 +228,15 @@ class SparseDictionary(nn.Module, ABC):
 class OneSiteDictionary(SparseDictionary, ABC):
     """One matrix to read with and one to write with: what SAEs and transcoders share.
 
-    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``.
+    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. ``row_norm``, one of ``sae.row_norm.ROW_NORMS``, brings every
+    token to a scale of its own before the encoder centres it; loaded dictionaries have that, trained ones do not.
     """
 
-    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder):
+    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, row_norm: str | None = None):
         super().__init__(d_in, d_out, n_latents, encoder)
+        if row_norm is not None and row_norm not in ROW_NORMS:
+            raise ValueError(f"dictionary.row_norm: expected null or one of {', '.join(ROW_NORMS)}, got {row_norm!r}.")
+        self.row_norm = row_norm
         encoder.prepare(n_latents)
         # A tied encoder reads with the atoms themselves, or pursues what it reads with; it has no use for a bias.
         self.W_enc = None if self.tied else nn.Parameter(torch.empty(n_latents, d_in))
@@ -247,7 +256,13 @@ class OneSiteDictionary(SparseDictionary, ABC):
         """What ``centre`` subtracts."""
 
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        return x if self.shift is None else x - self.shift
+        rows = x if self.row_norm is None else ROW_NORMS[self.row_norm](x).rows
+        return rows if self.shift is None else rows - self.shift
+
+    def normed_rows(self, x: Float[Tensor, "tokens d_in"]) -> NormedRows:
+        """Raw inputs as ``row_norm``, which there must be, leaves them."""
+        assert self.row_norm is not None
+        return ROW_NORMS[self.row_norm](x.to(self.in_scale.dtype) / self.in_scale)
 
     @property
     def weights(self) -> Weights:

@@ -78,14 +78,23 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
         *_hooks(config["dictionary"]["kind"], source),
         ("input scale", _span(dictionary.in_scale)),
         *([("output scale", _span(dictionary.out_scale))] if config["dictionary"]["kind"] != "sae" else []),
-        ("trained on", f"{source.get('training_tokens', 0):,} tokens"),
-        ("made by", f"sparsary {source.get('sparsary_version')}, commit {source.get('git_commit')}"),
+        *_origin(source),
         ("checksum", "matches" if matches else "differs"),
     ]
     damage = (
         f"{directory / WEIGHTS_FILE}: contents differ from the checksum in {CONFIG_FILE}: damaged, or a save was interrupted."
     )
     return lines, [] if matches else [damage]
+
+
+def _origin(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Who trained it, or what it was converted from and what was done on the way."""
+    converted = provenance.get("converted")
+    if converted is None:
+        made = f"sparsary {provenance.get('sparsary_version')}, commit {provenance.get('git_commit')}"
+        return [("trained on", f"{provenance.get('training_tokens', 0):,} tokens"), ("made by", made)]
+    lines = [("read as", converted["evidence"]), *(("folded or renamed", word) for word in converted["done"])]
+    return [*lines, *(("doubt", word) for word in converted["warnings"])]
 
 
 def _sizes(arguments: dict[str, Any]) -> str:

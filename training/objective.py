@@ -94,7 +94,7 @@ class Objective(nn.Module):
         code = d.encode(batch.x, batch.grad)
         y_hat = d.decode(code, batch.x)
         fvu = normalized_mse(y, y_hat, self.variance)
-        named = {"fvu": fvu.detach(), "l0": (code.values > 0).sum() / max(code.n_tokens, 1)}
+        named = {"fvu": fvu.detach(), "l0": (code.values != 0).sum() / max(code.n_tokens, 1)}
         for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
             named["screen_recall"] = screen.recall
         judged = self.prefixes(code, batch.x) if code.requests.prefixes else [y_hat]

@@ -20,6 +20,8 @@ from sae.sparse_ops import decode
 
 # Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
 LAYER_ENCODERS = ("topk", "jumprelu", "relu")
+# Such encoders as loaded dictionaries have.
+LOADED_LAYER_ENCODERS = ("threshold", "signed_topk")
 # Those that can choose from all layers together.
 JOINT_ENCODERS = ("topk",)
 # The running threshold looks back over about so many batches.
@@ -54,7 +56,7 @@ class CrossLayerTranscoder(SparseDictionary):
         super().__init__(d_in, d_out, n_latents, encoder)
         name = encoder_spec(encoder)["name"]
         allowed = JOINT_ENCODERS if joint else LAYER_ENCODERS
-        if name not in allowed:
+        if name not in allowed and (joint or name not in LOADED_LAYER_ENCODERS):
             how = "choosing from all layers together" if joint else "a cross-layer transcoder"
             raise ValueError(f"dictionary.encoder.name: expected one of {', '.join(allowed)} for {how}, got {name!r}.")
         self.n_layers, self.joint = n_layers, joint
@@ -149,6 +151,9 @@ class CrossLayerTranscoder(SparseDictionary):
         self.require_width(x, place.stop - place.start)
         x = x.to(self.in_scale.dtype) / self.in_scale[place] - self.in_centre[place]
         return self._code_at(site, x)
+
+    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
+        return code
 
     def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
         written = []

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae.code import SparseCode
 from sae.dictionary import OneSiteDictionary
 from sae.encoder import Encoder
 from sae.encoders import encoder_spec
@@ -18,7 +19,8 @@ class Transcoder(OneSiteDictionary):
     It takes the place of a part of the model, usually an MLP, where an SAE only puts a tensor into other words. ``x`` and
     ``y`` are normalised each by its own scale. ``in_centre`` is the data's centre, set once: that it is subtracted before
     the encoder could be folded into ``b_enc`` and ``b_dec``, but pursuits need it, and a linear path learns faster.
-    ``W_skip`` starts at zero.
+    ``W_skip`` starts at zero. A loaded one may have a ``row_norm``, for the encoder alone: the skip reads raw inputs, and the
+    output, another tensor than the input, is left as it comes.
 
     Sources: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944; the skip, Paulo, Shabalin and Belrose 2025,
     arXiv:2501.18823.
@@ -26,8 +28,10 @@ class Transcoder(OneSiteDictionary):
 
     in_centre: Float[Tensor, " d_in"]
 
-    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, skip: bool = False):
-        super().__init__(d_in, d_out, n_latents, encoder)
+    def __init__(
+        self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, skip: bool = False, row_norm: str | None = None
+    ):
+        super().__init__(d_in, d_out, n_latents, encoder, row_norm)
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if skip else None
         self.register_buffer("in_centre", torch.zeros(d_in))
 
@@ -46,7 +50,10 @@ class Transcoder(OneSiteDictionary):
             raise ValueError(
                 "x: expected the raw input, because this transcoder has a skip path from it, got none. Call decode(code, x)."
             )
-        return F.linear(self.normalised(x), self.W_skip, self.b_dec)
+        return F.linear(x.to(self.in_scale.dtype) / self.in_scale - self.in_centre, self.W_skip, self.b_dec)
+
+    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
+        return code
 
     @torch.no_grad()
     def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
@@ -55,4 +62,6 @@ class Transcoder(OneSiteDictionary):
 
     def arguments(self) -> dict[str, Any]:
         sizes = {"d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents}
-        return {"kind": "transcoder", **sizes, "skip": self.W_skip is not None, "encoder": encoder_spec(self.encoder)}
+        rare = {} if self.row_norm is None else {"row_norm": self.row_norm}
+        skip = self.W_skip is not None
+        return {"kind": "transcoder", **sizes, "skip": skip, **rare, "encoder": encoder_spec(self.encoder)}

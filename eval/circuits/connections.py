@@ -175,7 +175,7 @@ class Connections:
             counts = torch.ones_like(weights)
             if where_active:
                 code = self.at(layer).encode(seen[hooks[layer]])
-                fires = code.token_ids()[(code.latents == latent) & (code.values > 0)]
+                fires = code.token_ids()[(code.latents == latent) & (code.values != 0)]
                 counts = torch.zeros_like(weights).index_fill_(0, fires, 1.0)
             counted += int(counts.sum())
             for index in lower:

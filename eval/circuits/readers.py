@@ -29,6 +29,11 @@ def readers(dictionary: OneSiteDictionary, latents: Int[Tensor, " latents"] | No
             f"dictionary: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, which chooses "
             "latents one after another. Nothing it chooses is a linear function of its input."
         )
+    if dictionary.row_norm is not None:
+        raise ValueError(
+            f"dictionary: expected one that reads raw activations, got one behind a {dictionary.row_norm} of each token, whose "
+            "pre-activations are no linear function of them."
+        )
     if latents is not None and latents.numel() and not 0 <= int(latents.min()) <= int(latents.max()) < dictionary.n_latents:
         raise ValueError(
             f"latents: expected 0 to {dictionary.n_latents - 1}, got {int(latents.min())} to {int(latents.max())}."

@@ -1,4 +1,7 @@
-"""ENCODERS: every variant by its recipe name. A new one is a file beside this and a line here."""
+"""ENCODERS: every variant by its recipe name. A new one is a file beside this and a line here.
+
+LOADED_ENCODERS choose as published dictionaries of other libraries do; recipes do not offer them.
+"""
 
 from typing import Any
 
@@ -7,11 +10,15 @@ from .batch_topk import BatchTopK
 from .feature_choice import FeatureChoice
 from .gated import Gated
 from .gradient_topk import GradientTopK
+from .group_max import GroupMax
 from .jumprelu import JumpReLU
 from .matching_pursuit import MatchingPursuit
 from .matryoshka import Matryoshka
 from .mutual_choice import MutualChoice
 from .relu import ReLU
+from .residual_pursuit import ResidualPursuit
+from .signed_topk import SignedTopK
+from .threshold import Threshold
 from .topk import TopK
 
 ENCODERS: dict[str, type[Encoder]] = {
@@ -27,10 +34,17 @@ ENCODERS: dict[str, type[Encoder]] = {
     "gated": Gated,
 }
 
+LOADED_ENCODERS: dict[str, type[Encoder]] = {
+    "threshold": Threshold,
+    "signed_topk": SignedTopK,
+    "group_max": GroupMax,
+    "residual_pursuit": ResidualPursuit,
+}
+
 
 def encoder_spec(encoder: Encoder) -> dict[str, Any]:
     """``{"name": ..., **arguments}``: what a recipe holds, and what ``build_encoder`` rebuilds."""
-    names = {cls: name for name, cls in ENCODERS.items()}
+    names = {cls: name for name, cls in (ENCODERS | LOADED_ENCODERS).items()}
     return {"name": names[type(encoder)], **encoder.arguments()}
 
 
@@ -42,11 +56,12 @@ def build_encoder(spec: dict[str, Any]) -> Encoder:
     """
     arguments = dict(spec)
     name = arguments.pop("name", None)
-    if name not in ENCODERS:
-        raise ValueError(f"encoder.name: expected one of {', '.join(ENCODERS)}, got {name!r}.")
-    expected = ENCODERS[name].parameters_of()
+    known = ENCODERS | LOADED_ENCODERS
+    if name not in known:
+        raise ValueError(f"encoder.name: expected one of {', '.join(known)}, got {name!r}.")
+    expected = known[name].parameters_of()
     unknown = [key for key in arguments if key not in expected]
     missing = [key for key, p in expected.items() if p.default is p.empty and key not in arguments]
     if unknown or missing:
         raise ValueError(f"encoder: {name} takes {', '.join(expected)}; unknown {unknown}, missing {missing}.")
-    return ENCODERS[name](**arguments)
+    return known[name](**arguments)

@@ -6,7 +6,8 @@ import huggingface_hub
 import pytest
 
 import sparsary
-from sae import ENCODERS, SAE
+from sae import ENCODERS, SAE, load_dictionary
+from sae.formats import write_dictionary
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def test_paths_are_not_taken_for_hub_ids(path, monkeypatch):
         sparsary.load(path)
 
 
-def test_push_uploads_the_two_files_only(checkpoint, monkeypatch):
+@pytest.fixture
+def pushed(monkeypatch):
+    """A hub that notes what is sent to it."""
     calls = []
 
     class Api:
@@ -57,8 +60,18 @@ def test_push_uploads_the_two_files_only(checkpoint, monkeypatch):
             return type("Commit", (), {"repo_url": f"https://hub/{repo_id}"})()
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return calls
+
+
+def test_another_library_s_files_are_uploaded_as_they_are(checkpoint, pushed, tmp_path):
+    write_dictionary(load_dictionary(checkpoint), tmp_path / "theirs", "saelens")
+    assert sparsary.push_to_hub(str(tmp_path / "theirs"), "me/mine") == "https://hub/me/mine"
+    assert pushed[1] == ("upload", "me/mine", str(tmp_path / "theirs"), ["cfg.json", "sae_weights.safetensors"])
+
+
+def test_push_uploads_the_two_files_only(checkpoint, pushed):
     assert sparsary.push_to_hub(str(checkpoint), "me/mine", private=True) == "https://hub/me/mine"
-    assert calls == [
+    assert pushed == [
         ("create", "me/mine", True, True),
         ("upload", "me/mine", str(checkpoint), ["dictionary.json", "dictionary.safetensors"]),
     ]

@@ -1,0 +1,48 @@
+"""Signed TopK: a fixed number of latents per token, whose values may be negative. Loaded, not trained."""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..code import SparseCode
+from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
+from ..scores import Tile, largest_per_token, pick
+
+
+class SignedTopK(Encoder):
+    """Keep the k largest pre-activations of every token, their signs as they are.
+
+    ``by: value`` ranks them as they are, which is ``topk`` without the rectifier, as circuit-tracer runs transcoders;
+    ``by: size`` ranks them by absolute value, so that a latent stands for a direction and its opposite: AbsTopK,
+    arXiv:2510.00404.
+    """
+
+    unit_atoms = False
+
+    def __init__(self, k: int, by: Literal["value", "size"] = "value"):
+        super().__init__()
+        require_argument("k", k, 1, fix="Set how many latents fire per token.")
+        self.k, self.by = k, by
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
+    ) -> SparseCode:
+        scores = scorer(x, weights)
+        if self.by == "value":
+            return with_gradient(largest_per_token(scores.tiles(), self.k), x, weights)
+        found = largest_per_token(sizes(scores.tiles()), self.k)
+        return with_gradient(SparseCode(found.latents, pick(scores, found), found.starts), x, weights)
+
+    def prepare(self, n_latents: int) -> None:
+        require_k(self.k, n_latents)
+
+
+@torch.no_grad()
+def sizes(tiles: Iterable[Tile]) -> Iterator[Tile]:
+    """The same tiles with absolute values, in place."""
+    for tile in tiles:
+        tile.scores.abs_()
+        yield tile

@@ -1,0 +1,240 @@
+"""Dictionaries as other libraries keep them: read, checked, written.
+
+Every format is a file beside this and a line in ``FORMATS``. Readers produce a ``Neutral``, writers take one; renames and
+transpositions are theirs, folds are in ``folding.py``, what becomes of it here in ``build.py``.
+"""
+
+import difflib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dictionary import SparseDictionary
+from .build import from_dictionary, to_dictionary
+from .check import check, check_layers
+from .files import Source
+from .format import Format, Options, Read
+from .hooks import to_module
+from .neutral import Neutral, NeutralLayers
+from .saelens import SAELens
+from .saelens_legacy import SAELensLegacy
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Loaded",
+    "Neutral",
+    "NeutralLayers",
+    "Options",
+    "Source",
+    "detect",
+    "places",
+    "read_dictionary",
+    "read_neutral",
+    "write_dictionary",
+]
+
+log = logging.getLogger(__name__)
+
+FORMATS: dict[str, Format] = {f.name: f for f in (SAELens(), SAELensLegacy())}
+# Folders that are named in an error.
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read: one dictionary, or several by the hook they write, each with its provenance.
+
+    ``notes`` says what was renamed, transposed and folded, ``evidence`` why the files were taken for what they are.
+    """
+
+    dictionaries: dict[str, SparseDictionary]
+    provenances: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    evidence: str
+
+    @property
+    def dictionary(self) -> SparseDictionary:
+        """The only one.
+
+        Raises:
+            ValueError: If there are several.
+        """
+        if len(self.dictionaries) != 1:
+            raise ValueError(
+                f"hook: expected one of {', '.join(self.dictionaries)}, because there are several. Give hook=HOOK."
+            )
+        return next(iter(self.dictionaries.values()))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """That of the only one, or of the first."""
+        return next(iter(self.provenances.values()))
+
+
+def detect(source: Source, format: str | None = None) -> tuple[Format, str] | None:  # noqa: A002
+    """The format of the files right here, and the evidence; ``None`` if they are of none.
+
+    Raises:
+        ValueError: If ``format`` is none of ours, or the evidence is for several.
+    """
+    wanted = FORMATS if format is None else {format: known(format)}
+    found = {name: words for name, f in wanted.items() if (words := f.detect(source)) is not None}
+    if len(found) > 1:
+        reasons = "; ".join(f"{name} ({words})" for name, words in found.items())
+        raise ValueError(f"{source}: the files may be of several formats: {reasons}. Say which: format=NAME, or --from NAME.")
+    return next(((FORMATS[name], words) for name, words in found.items()), None)
+
+
+def known(format: str) -> Format:  # noqa: A002
+    """The format of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if format not in FORMATS:
+        near = "".join(f" Did you mean {s!r}?" for s in difflib.get_close_matches(format, FORMATS, n=1))
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}.{near}")
+    return FORMATS[format]
+
+
+def places(source: Source, format: str | None = None) -> list[tuple[Source, Format, str]]:  # noqa: A002
+    """Where there are dictionaries: here, or in the folders below, the topmost that hold any.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    here = detect(source, format)
+    if here is not None:
+        return [(source, *here)]
+    found: list[tuple[Source, Format, str]] = []
+    for folder in source.folders:
+        above = any(folder.startswith(f"{place.inside}/".removeprefix(source.inside).lstrip("/")) for place, _, _ in found)
+        inner = source.at(folder) if folder and not above else None
+        there = None if inner is None else detect(inner, format)
+        if inner is not None and there is not None:
+            found.append((inner, *there))
+    if not found and format is not None and source.files:
+        # Whoever names a format knows more than the files say.
+        return [(source, FORMATS[format], "by request")]
+    if not found:
+        some = ", ".join(source.files[:SHOWN]) or "no files"
+        raise ValueError(f"{source}: expected a dictionary of a known format ({', '.join(FORMATS)}), found {some}.")
+    return found
+
+
+def read_neutral(source: Source, format: str | None = None, options: Options | None = None) -> Read:  # noqa: A002
+    """What files hold, checked; several dictionaries by hook.
+
+    Raises:
+        ValueError: If the format is unknown or ambiguous, the files are damaged, or several dictionaries are of one hook.
+    """
+    options = options or Options()
+    found = places(source, format)
+    if len(found) > 1:
+        # A folder named so needs no other folder read.
+        found = [place for place in found if options.hook in (place[0].name, place[0].inside)] or found
+    if len(found) > 1 and source.remote:
+        names = ", ".join(place[0].inside for place in found[:SHOWN])
+        raise ValueError(
+            f"{source}: {len(found)} dictionaries: {names}{', ...' if len(found) > SHOWN else ''}. Give subfolder=NAME."
+        )
+    results = [_checked(where, f.read(where, options), f"{f.title}: {words}") for where, f, words in found]
+    if len(results) == 1 and not isinstance(results[0], dict):
+        return _of_hook(results[0], options.hook)
+    several: dict[str, Neutral] = {}
+    for (where, _, _), result in zip(found, results, strict=True):
+        for hook, n in result.items() if isinstance(result, dict) else [(hook_of(result) or where.name, result)]:
+            if hook in several or isinstance(n, NeutralLayers):
+                raise ValueError(f"{source}: expected one dictionary for each hook, got two for {hook}. Load them one by one.")
+            several[hook] = n
+    if options.hook is None:
+        return several
+    chosen = [n for key, n in several.items() if key == options.hook or is_for(n, options.hook)]
+    if len(chosen) != 1:
+        raise ValueError(f"hook: expected one of {', '.join(several)}, got {options.hook!r}.")
+    return chosen[0]
+
+
+def is_for(n: Neutral | NeutralLayers, hook: str) -> bool:
+    """Whether a dictionary reads or writes a hook, given in our spelling or TransformerLens's."""
+    model = (n.provenance.get("model") or {}).get("id")
+    return bool(
+        {hook, to_module(hook, model)} & {*(n.provenance.get("hooks_in") or ()), *(n.provenance.get("hooks_out") or ())}
+    )
+
+
+def _of_hook(n: Neutral | NeutralLayers, hook: str | None) -> Neutral | NeutralLayers:
+    if hook is not None and hook_of(n) is not None and not is_for(n, hook):
+        raise ValueError(f"hook: expected {hook_of(n)}, which this dictionary is for, got {hook!r}.")
+    return n
+
+
+def read_dictionary(
+    path: str | Path | Source,
+    format: str | None = None,  # noqa: A002
+    options: Options | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> Loaded:
+    """Dictionaries of ours from files of another library's, in eval mode.
+
+    They compute in float32, whatever the files have: bfloat16 loses thresholds and biases. ``dtype`` ``None`` keeps the
+    decoder's own for everything.
+
+    Raises:
+        ValueError: As ``read_neutral`` does.
+    """
+    source = path if isinstance(path, Source) else Source(path)
+    read = read_neutral(source, format, options)
+    members = read if isinstance(read, dict) else {hook_of(read) or source.name: read}
+    for warning in dict.fromkeys(warning for n in members.values() for warning in n.warnings):
+        log.warning("%s: %s", source, warning)
+    first = next(iter(members.values()))
+    return Loaded(
+        {hook: to_dictionary(n, dtype).to(device) for hook, n in members.items()},
+        {hook: provenance_of(n) for hook, n in members.items()},
+        tuple(dict.fromkeys(word for n in members.values() for word in n.done)),
+        tuple(dict.fromkeys(warning for n in members.values() for warning in n.warnings)),
+        first.evidence,
+    )
+
+
+def write_dictionary(
+    dictionary: SparseDictionary | Neutral | NeutralLayers,
+    directory: str | Path,
+    format: str,  # noqa: A002
+    provenance: dict[str, Any] | None = None,
+) -> Neutral | NeutralLayers:
+    """Write a dictionary as another library reads it; what was written, whose ``done`` says what became of it.
+
+    Raises:
+        ValueError: If there is no such format, or it cannot hold the dictionary.
+    """
+    n = from_dictionary(dictionary, provenance) if isinstance(dictionary, SparseDictionary) else dictionary
+    known(format).write(n, Path(directory))
+    return n
+
+
+def hook_of(n: Neutral | NeutralLayers) -> str | None:
+    """The hook a dictionary writes, if it is known."""
+    return next(iter(n.provenance.get("hooks_out") or ()), None)
+
+
+def provenance_of(n: Neutral | NeutralLayers) -> dict[str, Any]:
+    """What our checkpoint is to say of where a dictionary comes from."""
+    converted = {"evidence": n.evidence, "done": list(n.done), "warnings": list(n.warnings)}
+    return n.provenance | {"converted": converted}
+
+
+def _checked(where: Source, read: Read, evidence: str) -> Read:
+    """The same after the self-check, with its warnings and the evidence."""
+    if isinstance(read, dict):
+        return {hook: replace(n, warnings=tuple(check(n, f"{where}: {hook}")), evidence=evidence) for hook, n in read.items()}
+    if isinstance(read, NeutralLayers):
+        return replace(read, warnings=(*read.warnings, *check_layers(read, where)), evidence=evidence)
+    return replace(read, warnings=tuple(check(read, where)), evidence=evidence)

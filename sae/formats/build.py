@@ -1,0 +1,308 @@
+"""Neutral <-> our dictionaries.
+
+From a neutral form nothing is folded but what ours cannot hold: an input bias that is not the output bias, and comparisons
+by norm. Matrices that are views of a mapped file stay so, except a decoder whose rows are not contiguous: decoding gathers
+rows. Everything computes in float32 unless asked for otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import KINDS, build_dictionary
+from ..dictionary import OneSiteDictionary, SparseDictionary
+from ..encoders import build_encoder, encoder_spec
+from ..encoders.jumprelu import JumpReLU
+from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
+from .neutral import Gate, Neutral, NeutralLayers
+
+# Norms that differ from 1 by no more than roundings of float32 change nothing by being compared with.
+UNIT = 1e-6
+
+
+def to_dictionary(n: Neutral | NeutralLayers, dtype: torch.dtype | None = torch.float32) -> SparseDictionary:
+    """The dictionary, in eval mode; ``dtype`` ``None`` keeps the decoder's own.
+
+    Raises:
+        ValueError: If its kind is not known here, or ours cannot hold it.
+    """
+    if isinstance(n, NeutralLayers):
+        return _cross_layer(n, dtype)
+    n = representable(n)
+    own = dtype or n.W_dec.dtype
+    encoder, state = encoder_of(n)
+    if n.kind == "sae":
+        if n.d_in != n.d_out:
+            raise ValueError(f"W_dec: expected an autoencoder's output as wide as its input, {n.d_in}, got {n.d_out}.")
+        if n.W_skip is not None:
+            raise ValueError("W_skip: expected no skip path in an autoencoder, got one.")
+        rare = {} if n.b_in is not None else {"apply_b_dec_to_input": False}
+        arguments: dict[str, Any] = {"kind": "sae", "d_in": n.d_in, "n_latents": n.n_latents} | rare
+    else:
+        arguments = {"kind": "transcoder", "d_in": n.d_in, "d_out": n.d_out, "n_latents": n.n_latents}
+        arguments["skip"] = n.W_skip is not None
+        state["in_centre"] = torch.zeros(n.d_in) if n.b_in is None else n.b_in
+    arguments |= {"encoder": encoder} | ({} if n.row_norm is None else {"row_norm": n.row_norm})
+    state |= _weights(n) | {"in_scale": _number(1 / n.scale_in), "out_scale": _number(1 / n.scale_out)}
+    return _assembled(arguments, state, own)
+
+
+def representable(n: Neutral) -> Neutral:
+    """The same function in a form that ours can hold."""
+    if n.gate.by_norm and n.gate.name == "threshold":
+        n = fold_norm_into_threshold(n)
+    elif n.gate.by_norm:
+        norms = norms_of(n.W_dec)
+        unit = bool(((norms - 1).abs() < UNIT).all())
+        n = replace(n, gate=replace(n.gate, by_norm=False)) if unit else fold_norms(n)
+    if n.kind == "sae" and n.b_in is not None and not (n.b_in is n.b_out or torch.equal(n.b_in, n.b_out)):
+        n = fold_b_in(n)
+    if n.gate.k is not None and n.gate.name != "pursuit" and n.gate.k > n.n_latents:
+        raise ValueError(f"k: expected at most the {n.n_latents} latents there are, got {n.gate.k}.")
+    return n
+
+
+def _number(value: float | list[float]) -> Tensor:
+    """To be rounded once, to the dictionary's own precision."""
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _weights(n: Neutral) -> dict[str, Tensor]:
+    """A dictionary's tensors under our names; the skip in normalised units, where the input is centred too."""
+    b_dec = n.b_out
+    weights = {"W_dec": n.W_dec.contiguous()}
+    weights |= {} if n.W_enc is None else {"W_enc": n.W_enc}
+    weights |= {} if n.b_enc is None else {"b_enc": n.b_enc}
+    if n.W_skip is not None:
+        factor = n.scale_out / n.scale_in
+        weights["W_skip"] = n.W_skip if factor == 1.0 else wide(n.W_skip) * factor
+        if n.b_in is not None:
+            b_dec = wide(b_dec) + wide(weights["W_skip"]) @ wide(n.b_in)
+    return weights | {"b_dec": b_dec}
+
+
+def encoder_of(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What rebuilds the encoder of a gate, and its tensors, those included that only training needs."""
+    spec, own = _encoder(n)
+    fresh = build_encoder(spec).state_dict()
+    return spec, {f"encoder.{name}": tensor for name, tensor in fresh.items()} | own
+
+
+def _encoder(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    gate, k = n.gate, n.gate.k
+    if gate.name == "threshold":
+        assert gate.threshold is not None
+        return {"name": "threshold"}, {"encoder.threshold": gate.threshold.reshape(-1).expand(n.n_latents).clone()}
+    if gate.name == "gated":
+        assert gate.r_mag is not None
+        assert gate.b_mag is not None
+        return {"name": "gated"}, {"encoder.r_mag": gate.r_mag, "encoder.b_mag": gate.b_mag}
+    if gate.name == "pursuit":
+        return _pursuit(n), {}
+    specs: dict[str, dict[str, Any]] = {
+        "relu": {"name": "relu"},
+        "topk": {"name": "topk", "k": k},
+        "topk_raw": {"name": "signed_topk", "k": k},
+        "abs_topk": {"name": "signed_topk", "k": k, "by": "size"},
+        "group_max": {"name": "group_max", "k": k},
+    }
+    return specs[gate.name], {}
+
+
+def _pursuit(n: Neutral) -> dict[str, Any]:
+    gate = n.gate
+    plain = gate.residual_norm == 0 and not gate.stop_on_repeat
+    if n.W_enc is not None or (plain and bool(((norms_of(n.W_dec) - 1).abs() < UNIT).all())):
+        # Compiled, and with gradients through all steps.
+        return {"name": "matching_pursuit", "k": gate.k, "tolerance": gate.tolerance}
+    if gate.tolerance:
+        raise ValueError("W_dec: expected atoms of norm 1 of a pursuit that stops by a share of the input's norm.")
+    rules = {"residual_norm": gate.residual_norm, "stop_on_repeat": gate.stop_on_repeat}
+    return {"name": "residual_pursuit", "max_steps": gate.k} | rules
+
+
+def _cross_layer(n: NeutralLayers, dtype: torch.dtype | None) -> SparseDictionary:
+    layers = [representable(layer) for layer in n.layers]
+    first, count = layers[0], len(layers)
+    if any(layer.W_skip is not None or layer.row_norm is not None for layer in layers):
+        raise ValueError("layers: expected a cross-layer transcoder without skip and per-token normalisation, got one with.")
+    specs, states = zip(*(encoder_of(layer) for layer in layers), strict=True)
+    if any(spec != specs[0] for spec in specs) or len({layer.n_latents for layer in layers}) > 1:
+        raise ValueError("layers: expected the same gate, k and number of latents in every layer, got different ones.")
+    state: dict[str, Tensor] = {}
+    for i, (layer, own) in enumerate(zip(layers, states, strict=True)):
+        assert layer.W_enc is not None
+        assert layer.b_enc is not None
+        state |= {f"W_enc.{i}": layer.W_enc, f"b_enc.{i}": layer.b_enc, f"W_dec.{i}": layer.W_dec.contiguous()}
+        prefix = "encoder." if i == 0 else f"later_encoders.{i - 1}."
+        state |= {prefix + name.removeprefix("encoder."): tensor for name, tensor in own.items()}
+    width_in, width_out = first.d_in, first.b_out.shape[0]
+    centres = [torch.zeros(width_in) if layer.b_in is None else layer.b_in for layer in layers]
+    state |= {
+        "b_dec": torch.cat([layer.b_out for layer in layers]),
+        "in_centre": torch.cat([centre.float() for centre in centres]),
+        "in_scale": _number([1 / layer.scale_in for layer in layers]).repeat_interleave(width_in),
+        "out_scale": _number([1 / layer.scale_out for layer in layers]).repeat_interleave(width_out),
+    }
+    arguments = {
+        "kind": "cross_layer_transcoder",
+        "n_layers": count,
+        "d_in": count * width_in,
+        "d_out": count * width_out,
+        "n_latents": count * first.n_latents,
+        "encoder": specs[0],
+    }
+    return _assembled(arguments, state, dtype or first.W_dec.dtype)
+
+
+def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> SparseDictionary:
+    """The dictionary of these tensors, which it takes as its own; wrong shapes are errors that name them."""
+    if arguments["kind"] not in KINDS:
+        raise ValueError(f"dictionary.kind: {arguments['kind']} is not known yet. Import transcoders first.")
+    with torch.device("meta"):
+        dictionary = build_dictionary(arguments)
+    expected = dictionary.state_dict()
+    if expected.keys() != state.keys():
+        raise ValueError(f"tensors: expected {', '.join(sorted(expected))}, got {', '.join(sorted(state))}.")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}.")
+    dictionary.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
+    return dictionary.eval()
+
+
+@torch.no_grad()
+def from_dictionary(dictionary: SparseDictionary, provenance: dict[str, Any] | None = None) -> Neutral | NeutralLayers:
+    """What a dictionary of ours is in eval mode. Tensors are its own, not copies.
+
+    TopK and gradient TopK are topk, since no gradient is given when a dictionary is used; the batch-wide encoders and
+    JumpReLU are thresholds.
+
+    Raises:
+        ValueError: If no threshold is known yet.
+    """
+    if isinstance(dictionary, OneSiteDictionary):
+        return _one_site(dictionary, provenance or {})
+    if dictionary.arguments()["kind"] == "cross_layer_transcoder":
+        return _layers(dictionary, provenance or {})
+    raise ValueError(f"dictionary: expected one of {', '.join(KINDS)}, got {type(dictionary).__name__}.")
+
+
+def _one_site(d: OneSiteDictionary, provenance: dict[str, Any]) -> Neutral:
+    kind = d.arguments()["kind"]
+    gate, words = gate_of(d.encoder, d.n_latents)
+    shift = None if d.shift is None else d.shift.detach()
+    scale_in, scale_out = 1 / float(d.in_scale), 1 / float(d.out_scale)
+    b_out = d.b_dec.detach()
+    W_skip = getattr(d, "W_skip", None)
+    if W_skip is not None:
+        b_out = b_out if shift is None else b_out - W_skip.detach() @ shift
+        W_skip = W_skip.detach() * (scale_in / scale_out)
+    return Neutral(
+        kind=kind,
+        W_enc=None if d.W_enc is None else d.W_enc.detach(),
+        b_enc=None if d.b_enc is None else d.b_enc.detach(),
+        W_dec=d.W_dec.detach(),
+        b_out=b_out,
+        gate=gate,
+        # A centre of zero is none, which every format can hold.
+        b_in=shift if shift is not None and bool(shift.any()) else None if kind == "transcoder" else shift,
+        scale_in=scale_in,
+        scale_out=scale_out,
+        row_norm=d.row_norm,
+        W_skip=W_skip,
+        provenance=provenance,
+        done=words,
+    )
+
+
+def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
+    layers = []
+    words: tuple[str, ...] = ()
+    for site, block, encoder in zip(d.sites, d.blocks, d.encoders, strict=True):
+        if d.joint:
+            if not int(d.batches):
+                raise ValueError("encoder: no threshold is known before the first training batch. Train the dictionary.")
+            here = block.latents.stop - block.latents.start
+            gate, words = (
+                Gate("threshold", threshold=d.level.float().expand(here)),
+                ("joint topk as the threshold of eval mode",),
+            )
+        else:
+            gate, words = gate_of(encoder, block.latents.stop - block.latents.start)
+        centre = d.in_centre[site.reads]
+        layers.append(
+            Neutral(
+                kind="transcoder",
+                W_enc=block.weights.W_enc.detach(),
+                b_enc=block.weights.b_enc.detach(),
+                W_dec=block.weights.W_dec.detach(),
+                b_out=d.b_dec.detach()[site.writes],
+                gate=gate,
+                b_in=centre if bool(centre.any()) else None,
+                scale_in=1 / float(d.in_scale[site.reads.start]),
+                scale_out=1 / float(d.out_scale[site.writes.start]),
+            )
+        )
+    return NeutralLayers(tuple(layers), provenance, words)
+
+
+def gate_of(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
+    """What an encoder of ours does in eval mode, and in words what that leaves out."""
+    name = encoder_spec(encoder)["name"]
+    return GATE_OF[name](encoder, n_latents)
+
+
+def _threshold(words: str) -> Callable[[Any, int], tuple[Gate, tuple[str, ...]]]:
+    def gate(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
+        level = encoder.thresholds() if isinstance(encoder, JumpReLU) else encoder.known_threshold()
+        return Gate("threshold", threshold=level.detach().expand(n_latents)), (words,)
+
+    return gate
+
+
+def _plain(name: str, *arguments: str) -> Callable[[Any, int], tuple[Gate, tuple[str, ...]]]:
+    return lambda encoder, _: (Gate(name, **{key: getattr(encoder, key) for key in arguments}), ())
+
+
+def _gated(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
+    return Gate("gated", r_mag=encoder.r_mag.detach(), b_mag=encoder.b_mag.detach()), ()
+
+
+def _own_threshold(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
+    return Gate("threshold", threshold=encoder.threshold.detach()), ()
+
+
+def _signed(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
+    return Gate("topk_raw" if encoder.by == "value" else "abs_topk", k=encoder.k), ()
+
+
+def _gradient_topk(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
+    return Gate("topk", k=encoder.k), ("gradient topk as the topk it is without a gradient",)
+
+
+def _residual_pursuit(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
+    rules = {"residual_norm": float(encoder.residual_norm), "stop_on_repeat": encoder.stop_on_repeat}
+    return Gate("pursuit", k=encoder.max_steps, **rules), ()
+
+
+# The stated mapping of every family: what its encoder is in eval mode.
+GATE_OF: dict[str, Callable[[Any, int], tuple[Gate, tuple[str, ...]]]] = {
+    "topk": _plain("topk", "k"),
+    "gradient_topk": _gradient_topk,
+    "relu": _plain("relu"),
+    "gated": _gated,
+    "jumprelu": _threshold("learned thresholds written out"),
+    "batch_topk": _threshold("batch topk as the threshold of eval mode"),
+    "matryoshka": _threshold("matryoshka as the threshold of eval mode"),
+    "mutual_choice": _threshold("mutual choice as the threshold of eval mode"),
+    "feature_choice": _threshold("feature choice as the thresholds of eval mode"),
+    "matching_pursuit": _plain("pursuit", "k", "tolerance"),
+    "threshold": _own_threshold,
+    "signed_topk": _signed,
+    "group_max": _plain("group_max", "k"),
+    "residual_pursuit": _residual_pursuit,
+}

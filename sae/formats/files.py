@@ -1,0 +1,283 @@
+"""Foreign files, read without trusting them: no pickled object is built, no path leads out, no claimed size is believed.
+
+What is large is mapped into memory where its file allows it: tensors are views of the file until somebody computes with
+them.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..files import read_tensors
+from .archives import npz_members, one_line, read_npz, read_torch
+
+# Configurations are small. What is larger than this is none.
+CONFIG_BYTES = 1 << 24
+# A folder with more files than this is no set of dictionaries.
+MOST_FILES = 100_000
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor: torch's name of its dtype, its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Source:
+    """Files below one directory, by their paths within it ("layer_3/cfg.json"); or a single file."""
+
+    def __init__(self, root: str | Path, inside: str = ""):
+        self.root = Path(root)
+        self.inside = inside
+        self._tensors: dict[str, dict[str, Any]] = {}
+
+    def __str__(self) -> str:
+        return str(self.root / self.inside) if self.inside else str(self.root)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: in some formats it says which hook a dictionary is for."""
+        return Path(self.inside or self.root.absolute()).name
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """All folders that hold files, themselves included as '', the shallowest first."""
+        found = {str(PurePosixPath(name).parent) for name in self.files}
+        return tuple(sorted(("" if folder == "." else folder for folder in found), key=lambda f: (f.count("/"), natural(f))))
+
+    @property
+    def remote(self) -> bool:
+        """Whether looking into a file means fetching it."""
+        return False
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """All of them, sorted."""
+        return tuple(sorted(self._list()))
+
+    def _list(self) -> Iterator[str]:
+        base = self._base
+        if base.is_file():
+            yield base.name
+            return
+        count = 0
+        for folder, folders, names in os.walk(base):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                count += 1
+                if count > MOST_FILES:
+                    raise ValueError(
+                        f"{self}: expected a folder of dictionaries, got more than {MOST_FILES} files. Name a subfolder."
+                    )
+                if not name.startswith("."):
+                    yield (Path(folder) / name).relative_to(base).as_posix()
+
+    @property
+    def _base(self) -> Path:
+        return self.root / self.inside
+
+    def at(self, folder: str) -> "Source":
+        """The files below a folder.
+
+        Raises:
+            ValueError: If the name leads out of here.
+        """
+        return Source(self.root, _joined(self.inside, inner_path(folder, str(self))))
+
+    def has(self, name: str) -> bool:
+        return name in self.files
+
+    def named(self, pattern: str) -> list[str]:
+        """Files whose whole path matches a regular expression, in the order of the numbers in them."""
+        return sorted((name for name in self.files if re.fullmatch(pattern, name)), key=natural)
+
+    def path(self, name: str) -> Path:
+        """Where a file is on this machine.
+
+        Raises:
+            ValueError: If it is not there, or its name or a link leads out of here.
+        """
+        name = inner_path(name, str(self))
+        base = self._base
+        path = base if base.is_file() and name == base.name else base / name
+        if not path.is_file():
+            raise ValueError(f"{path}: expected this file, found nothing there.")
+        real, allowed = path.resolve(), [self.root.resolve() if self.root.is_dir() else self.root.resolve().parent]
+        # The hub's cache keeps files under their hashes, and links them.
+        allowed += [p.parent / "blobs" for p in self.root.absolute().parents if p.name == "snapshots"]
+        if not any(real.is_relative_to(place.resolve()) for place in allowed) and not base.is_file():
+            raise ValueError(f"{path}: expected a file in {self.root}, got a link out of it, to {real}. Copy the file there.")
+        return path
+
+    def json(self, name: str) -> Any:
+        """A JSON file.
+
+        Raises:
+            ValueError: If there is none, or it is no JSON.
+        """
+        path = self.path(name)
+        try:
+            return json.loads(_text(path))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A JSON or YAML file that holds a mapping.
+
+        Raises:
+            ValueError: If it holds something else.
+        """
+        value = self.yaml(name) if name.endswith((".yaml", ".yml")) else self.json(name)
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path(name)}: expected a mapping, got {type(value).__name__}.")
+        return value
+
+    def yaml(self, name: str) -> Any:
+        """A YAML file: plain values only, no tags.
+
+        Raises:
+            ValueError: If there is none, or it is no YAML.
+        """
+        # Imported here: few formats have any.
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import YAMLError
+
+        path = self.path(name)
+        try:
+            return YAML(typ="safe", pure=True).load(_text(path))
+        except (YAMLError, RecursionError) as error:
+            raise ValueError(f"{path}: expected YAML, got something else ({' '.join(str(error).split())}).") from None
+
+    def headers(self, name: str) -> dict[str, Header]:
+        """The tensors of a file by name, without reading them; nested dictionaries of torch files are joined by dots."""
+        path = self.path(name)
+        if path.suffix == ".safetensors":
+            return safetensors_headers(path)
+        if path.suffix == ".npz":
+            return {key: Header(str(dtype), shape) for key, (dtype, shape, _) in npz_members(path).items()}
+        return {key: Header(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in self.tensors(name).items()}
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors, torch or npz file.
+
+        Raises:
+            ValueError: If the file is missing, damaged, or holds what may not be read.
+        """
+        return {key: value for key, value in self.values(name).items() if isinstance(value, Tensor)}
+
+    def values(self, name: str) -> dict[str, Any]:
+        """The same with the numbers and strings that torch files may hold besides."""
+        if name not in self._tensors:
+            path = self.path(name)
+            if path.suffix == ".safetensors":
+                found: dict[str, Any] = dict(read_tensors(path)[0])
+            elif path.suffix == ".npz":
+                found = dict(read_npz(path))
+            elif path.suffix in TORCH_SUFFIXES:
+                found = read_torch(path)
+            else:
+                raise ValueError(f"{path}: expected .safetensors, .npz or {', '.join(TORCH_SUFFIXES)}, got {path.suffix!r}.")
+            self._tensors[name] = found
+        return self._tensors[name]
+
+
+class HubSource(Source):
+    """A repository of the Hugging Face hub: files are fetched one by one, when they are asked for."""
+
+    def __init__(self, repo_id: str, revision: str | None = None, inside: str = ""):
+        super().__init__(repo_id, inside)
+        self.repo_id, self.revision = repo_id, revision
+
+    def at(self, folder: str) -> "HubSource":
+        return HubSource(self.repo_id, self.revision, _joined(self.inside, inner_path(folder, str(self))))
+
+    @property
+    def remote(self) -> bool:
+        return True
+
+    def _list(self) -> Iterator[str]:
+        prefix = f"{self.inside}/" if self.inside else ""
+        for name in hub_files(self.repo_id, self.revision):
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix)
+
+    def path(self, name: str) -> Path:
+        # Imported here: loading from disk must not need the hub's client.
+        from huggingface_hub import hf_hub_download
+
+        name = _joined(self.inside, inner_path(name, str(self)))
+        try:
+            return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
+        except Exception as error:  # noqa: BLE001
+            # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
+            raise ValueError(f"{self.repo_id}/{name}: could not be had from the hub ({one_line(error)}).") from None
+
+
+def hub_files(repo_id: str, revision: str | None) -> list[str]:
+    """The names of a repository's files, without network those that the cache has.
+
+    Raises:
+        ValueError: If neither the hub nor the cache knows the repository.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except Exception as error:  # noqa: BLE001
+        reason = one_line(error)
+    try:
+        cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except Exception:  # noqa: BLE001
+        raise ValueError(f"{repo_id}: the hub repository of that name could not be had ({reason}).") from None
+    return list(Source(cached).files)
+
+
+def inner_path(name: str, where: str) -> str:
+    """A path given by somebody else, as one that stays inside.
+
+    Raises:
+        ValueError: If it is absolute or climbs.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not parts or name.startswith(("/", "~")) or ".." in parts or ":" in parts[0] or "\0" in name:
+        raise ValueError(f"{where}: expected a path within it, got {name!r}. Absolute paths and '..' are refused.")
+    return "/".join(parts)
+
+
+def natural(name: str) -> list[int | str]:
+    """A key by which layer_10 comes after layer_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def safetensors_headers(path: Path) -> dict[str, Header]:
+    """Names, dtypes and shapes; sizes that the file does not have are errors."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            dtypes = {key: str(piece.get_dtype()) for key, piece in slices.items()}
+            return {k: Header(names.get(dtypes[k], dtypes[k]), tuple(s.get_shape())) for k, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got a damaged or foreign one ({error}).") from None
+
+
+def _joined(inside: str, name: str) -> str:
+    return f"{inside}/{name}" if inside else name
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > CONFIG_BYTES:
+        raise ValueError(f"{path}: expected a configuration of at most {CONFIG_BYTES} bytes, got {path.stat().st_size}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got something else ({error}). The file is damaged.") from None

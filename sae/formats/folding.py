@@ -1,0 +1,183 @@
+"""Folds: the same function with one thing less outside the weights. All of them, and nowhere else.
+
+Pure: each takes a ``Neutral`` and returns another with the same output, which says in ``done`` what was folded. Nothing is
+folded that a dictionary of ours can hold as it is. Units of thresholds are where formats differ, so: ``Gate.threshold`` is
+always what ``p`` is compared with, or, with ``by_norm``, ``p`` times the atom's norm; no fold may assume anything else.
+What is folded of half precision comes out in float32: rounded once more it would be another function.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .neutral import COMPARING, Neutral
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_latents"]:
+    """The norms of atoms in float32, without a copy of the matrix in it."""
+    return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+
+
+def norm_of(tensor: Tensor) -> Float[Tensor, ""]:
+    """The norm of all its numbers, likewise."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def fold_norms(n: Neutral) -> Neutral:
+    """Atoms of norm 1, the encoder making up for it: activations grow by the norms.
+
+    Which latents fire stays the same for gates that compare by norm, or each latent with its own threshold.
+
+    Raises:
+        ValueError: For gates that rank plain pre-activations, whose ranking would change, and for pursuits.
+    """
+    if n.gate.name == "pursuit" or (n.gate.name in COMPARING and n.gate.name != "threshold" and not n.gate.by_norm):
+        raise ValueError(
+            f"fold_norms: {n.gate.name} chooses other latents once atoms have norm 1. Leave the norms as they are."
+        )
+    assert n.W_enc is not None
+    assert n.b_enc is not None
+    norms = norms_of(n.W_dec)
+    if bool((norms == 0).any()):
+        raise ValueError("fold_norms: expected atoms that are not zero, got some that are. Dead latents cannot be normed.")
+    gate = n.gate
+    if gate.threshold is not None and not gate.by_norm:
+        gate = replace(gate, threshold=gate.threshold * norms)
+    if gate.b_mag is not None:
+        gate = replace(gate, b_mag=gate.b_mag * norms)
+    return n.noting(
+        "decoder norms folded into the encoder",
+        W_enc=n.W_enc * norms[:, None],
+        b_enc=n.b_enc * norms,
+        W_dec=n.W_dec / norms[:, None],
+        gate=replace(gate, by_norm=False),
+    )
+
+
+def fold_norm_into_threshold(n: Neutral) -> Neutral:
+    """Thresholds on norm-weighted pre-activations as thresholds on plain ones: ``p n_i > theta`` is ``p > theta / n_i``.
+
+    No matrix is touched. A latent whose atom is zero writes nothing; whether it fires is kept all the same.
+    """
+    if n.gate.name != "threshold" or not n.gate.by_norm:
+        raise ValueError(f"fold_norm_into_threshold: expected thresholds by norm, got {n.gate.name}.")
+    assert n.gate.threshold is not None
+    norms = norms_of(n.W_dec)
+    theta = n.gate.threshold.to(norms.dtype).expand_as(norms)
+    # 0 > theta for no p or for all of them.
+    limit = torch.where(norms > 0, theta / norms, torch.where(theta < 0, -torch.inf, torch.inf))
+    limit = limit.nan_to_num(posinf=torch.finfo(limit.dtype).max, neginf=torch.finfo(limit.dtype).min)
+    return n.noting(
+        "thresholds on norm-weighted pre-activations divided by the norms", gate=replace(n.gate, threshold=limit, by_norm=False)
+    )
+
+
+def fold_scale_in(n: Neutral) -> Neutral:
+    """The fixed input scale inside the weights.
+
+    Pre-activations, and with them thresholds, keep their units: ``W_enc`` takes the scale. A pursuit, whose encoder is its
+    decoder, keeps its atoms, and its activations shrink instead; of an autoencoder its output scale must go with it.
+    """
+    s = n.scale_in
+    if s == 1.0:
+        return n
+    note = f"input scale {s:.6g} folded"
+    if n.row_norm is not None:
+        # Both norms are blind to a scale, up to the constant that layer_norm adds to the deviation: that is no fold.
+        raise ValueError("fold_scale_in: expected a fixed scale without a per-token normalisation behind it, got both.")
+    b_in = None if n.b_in is None else wide(n.b_in) / s
+    if n.gate.name != "pursuit":
+        assert n.W_enc is not None
+        return n.noting(note, W_enc=wide(n.W_enc) * s, b_in=b_in, scale_in=1.0)
+    if n.W_enc is not None or n.kind != "sae":
+        raise ValueError("fold_scale_in: expected a pursuit of an autoencoder's atoms, got one of a transcoder.")
+    gate = replace(n.gate, residual_norm=n.gate.residual_norm / s)
+    # The codes are divided by s, so what they are decoded to must be divided by s less.
+    return n.noting(note, b_in=b_in, b_out=wide(n.b_out) / s, gate=gate, scale_in=1.0, scale_out=n.scale_out / s)
+
+
+def fold_scale_out(n: Neutral) -> Neutral:
+    """The fixed output scale inside decoder and output bias; what is compared by norm is compared as before."""
+    s = n.scale_out
+    if s == 1.0:
+        return n
+    if n.row_norm is not None and n.kind == "sae":
+        raise ValueError("fold_scale_out: expected a fixed scale without a per-token normalisation to undo, got both.")
+    if n.gate.name == "pursuit":
+        raise ValueError("fold_scale_out: a pursuit's atoms are its encoder; what it reads would change.")
+    gate = n.gate
+    if gate.by_norm and gate.threshold is not None:
+        # The norms have shrunk by s, so that what is compared has.
+        gate = replace(gate, threshold=wide(gate.threshold) / s)
+    return n.noting(f"output scale {s:.6g} folded", W_dec=wide(n.W_dec) / s, b_out=wide(n.b_out) / s, gate=gate, scale_out=1.0)
+
+
+def fold_b_in(n: Neutral) -> Neutral:
+    """What is subtracted from the input inside ``b_enc``; no matrix is touched.
+
+    Raises:
+        ValueError: For pursuits, which need their centre.
+    """
+    if n.b_in is None:
+        return n
+    if n.W_enc is None or n.b_enc is None:
+        if not bool(n.b_in.any()):
+            return n.noting("input bias of zero dropped", b_in=None)
+        raise ValueError("fold_b_in: a pursuit has no encoder bias that an input bias could go into.")
+    b_enc = wide(n.b_enc) - wide(n.W_enc) @ wide(n.b_in)
+    gate = n.gate
+    # Gated magnitudes are measured from W_enc x' alone: b_enc, which p less b_enc leaves out, now holds part of x'.
+    if gate.name == "gated":
+        assert gate.r_mag is not None
+        assert gate.b_mag is not None
+        gate = replace(gate, b_mag=wide(gate.b_mag) + wide(gate.r_mag).exp() * (b_enc - n.b_enc))
+    return n.noting("input bias folded into the encoder bias", b_in=None, b_enc=b_enc, gate=gate)
+
+
+def fold_whitening(
+    n: Neutral, mean: Float[Tensor, " d"], whiten: Float[Tensor, "d d"], unwhiten: Float[Tensor, "d d"]
+) -> Neutral:
+    """An affine whitening around an autoencoder, which saw ``(x - mean) @ whiten``, inside its weights.
+
+    Raises:
+        ValueError: For pursuits, transcoders, gates by norm, and dictionaries that scale their inputs besides.
+    """
+    if n.kind != "sae" or n.W_enc is None or n.b_enc is None or n.scaled or n.row_norm is not None or n.gate.by_norm:
+        raise ValueError("fold_whitening: expected a plain autoencoder with an encoder of its own.")
+    dtype = torch.promote_types(n.W_enc.dtype, whiten.dtype)
+    mean, whiten, unwhiten = mean.to(dtype), whiten.to(dtype), unwhiten.to(dtype)
+    b_out = n.b_out.to(dtype) @ unwhiten + mean
+    # The encoder sees (x - mean) whiten - b_in, which is (x - mean - b_in unwhiten) whiten.
+    b_in = mean if n.b_in is None else n.b_in.to(dtype) @ unwhiten + mean
+    return n.noting(
+        "covariance whitening folded",
+        W_enc=n.W_enc.to(dtype) @ whiten.T,
+        W_dec=n.W_dec.to(dtype) @ unwhiten,
+        b_in=b_in,
+        b_out=b_out,
+    )
+
+
+def fold_activation_scale(n: Neutral, factor: Float[Tensor, " n_latents"]) -> Neutral:
+    """Latents whose activations are multiplied by a factor before they are decoded: atoms take it.
+
+    Only activations are meant that were chosen before. Gates by norm are fixed to the norms they had.
+    """
+    if n.gate.by_norm:
+        n = fold_norm_into_threshold(n) if n.gate.name == "threshold" else fold_norms(n)
+    return n.noting("per-latent scaling factors folded into the atoms", W_dec=wide(n.W_dec) * factor[:, None])
+
+
+def fold_all(n: Neutral) -> Neutral:
+    """Nothing left outside the weights but what cannot be folded: for formats that hold weights only."""
+    if n.gate.name == "threshold" and n.gate.by_norm:
+        n = fold_norm_into_threshold(n)
+    n = fold_scale_in(n)
+    return n if n.scale_out == 1.0 else fold_scale_out(n)

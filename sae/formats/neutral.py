@@ -1,0 +1,192 @@
+"""Neutral: what every foreign file is read into, and what every export is written from.
+
+    x' = row_norm(scale_in x)               per token; both may be absent
+    p  = W_enc (x' - b_in) + b_enc          the pre-activations
+    a  = gate(p)
+    y' = W_dec^T a + b_out                  an autoencoder's per-token normalisation is undone here, a transcoder's is not
+    y  = y' / scale_out + W_skip x          the skip reads the raw input
+
+Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``, as everywhere here. A reader transposes by views and copies nothing:
+tensors stay what they are in the file, mapped into memory, until a dictionary is built of them.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..row_norm import ROW_NORMS
+
+KINDS = ("sae", "transcoder")
+# How latents are chosen, and what each needs beside the pre-activations p.
+#   relu       p where it is positive
+#   topk       the k largest of a token, then the positive ones of them
+#   topk_raw   the k largest of a token, negative ones too
+#   abs_topk   the k largest by absolute value, with their signs
+#   threshold  p where it exceeds both the latent's threshold and zero
+#   gated      relu(exp(r_mag) (p - b_enc) + b_mag) where p is positive
+#   group_max  the largest of each of k groups of consecutive latents, if it is positive
+#   pursuit    at most k steps of matching pursuit (`encoders/residual_pursuit.py`, `encoders/matching_pursuit.py`)
+GATES = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
+# Gates that rank or compare: for these it matters whether p counts or p times the norm of the atom.
+COMPARING = ("topk", "topk_raw", "abs_topk", "threshold", "group_max")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How latents are chosen: one of ``GATES``, with what it needs.
+
+    ``by_norm``: the norm of its atom times p is ranked, or compared with the threshold; the value stays p. A pursuit's token
+    stops at a residual below ``residual_norm``, or below ``tolerance`` times its input, or, with ``stop_on_repeat``, where a
+    step has added no latent.
+    """
+
+    name: str
+    # Whatever a file says it is; check.py wants a whole number.
+    k: Any = None
+    threshold: Tensor | None = None
+    by_norm: bool = False
+    r_mag: Tensor | None = None
+    b_mag: Tensor | None = None
+    residual_norm: int | float = 0.0
+    tolerance: int | float = 0.0
+    stop_on_repeat: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.name in GATES, self.name
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """One dictionary between two places of a model; see the module's equations.
+
+    ``W_enc (n_latents, d_in)``, ``b_enc (n_latents,)``, ``W_dec (n_latents, d_out)``, ``b_out (d_out,)``, ``b_in (d_in,)``,
+    ``W_skip (d_out, d_in)``. Annotations do not say so because readers fill this in before anything is known of a file:
+    ``check.py`` then holds it to these shapes.
+
+    ``W_enc`` is ``None`` where the encoder is tied to the atoms. ``provenance`` is that of our checkpoints: ``model``,
+    ``hooks_in``, ``hooks_out`` (module paths with a side), ``text`` (context length, BOS), and under ``source`` the foreign
+    configuration, whole. ``done`` says in words what was renamed, transposed and folded on the way here, ``evidence`` why the
+    file was taken for what it is, ``warnings`` what the reader doubts.
+    """
+
+    kind: str
+    W_enc: Tensor | None
+    b_enc: Tensor | None
+    W_dec: Tensor
+    b_out: Tensor
+    gate: Gate
+    b_in: Tensor | None = None
+    scale_in: int | float = 1.0
+    scale_out: int | float = 1.0
+    row_norm: str | None = None
+    W_skip: Tensor | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    done: tuple[str, ...] = ()
+    evidence: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def n_latents(self) -> int:
+        return self.W_dec.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_in(self) -> int:
+        return self.d_out if self.W_enc is None else self.W_enc.shape[1]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a fixed scale stands outside the weights."""
+        return self.scale_in != 1.0 or self.scale_out != 1.0
+
+    def noting(self, *words: str, **changes: Any) -> "Neutral":
+        """The same with changes, and what they are in words."""
+        return replace(self, done=(*self.done, *words), **changes)
+
+
+@dataclass(frozen=True)
+class NeutralLayers:
+    """A cross-layer transcoder: one ``Neutral`` per layer, first layer first.
+
+    Layer ``l`` reads its own input. Its ``W_dec`` holds the decoders to layers ``l, l+1, ...`` side by side
+    ``(n_latents, (n_layers - l) d_out)``, while its ``b_out`` ``(d_out,)``, ``scale_out`` and ``W_skip`` belong to what layer
+    ``l`` is to write. ``provenance``, ``done``, ``evidence`` and ``warnings`` are those of the whole.
+    """
+
+    layers: tuple[Neutral, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    done: tuple[str, ...] = ()
+    evidence: str = ""
+    warnings: tuple[str, ...] = ()
+    kind: str = "cross_layer_transcoder"
+
+    def noting(self, *words: str, **changes: Any) -> "NeutralLayers":
+        """The same with changes, and what they are in words."""
+        return replace(self, done=(*self.done, *words), **changes)
+
+
+@torch.no_grad()
+def forward(
+    n: Neutral, x: Float[Tensor, "tokens d_in"]
+) -> tuple[Float[Tensor, "tokens n_latents"], Float[Tensor, "tokens d_out"]]:
+    """Dense activations and output by the equations above, word for word: what folds and built dictionaries are held to.
+
+    Computed in the precision of ``x``, whatever the weights are in.
+
+    Raises:
+        ValueError: For pursuits, which have no pre-activations.
+    """
+    if n.W_enc is None or n.b_enc is None:
+        raise ValueError("forward: expected a gate with pre-activations, got a pursuit. Build the dictionary and call that.")
+    n = widened(n, x.dtype)
+    W_enc, b_enc = n.W_enc, n.b_enc
+    assert W_enc is not None
+    assert b_enc is not None
+    seen, scale, mean = n.scale_in * x, torch.ones(()), torch.zeros(())
+    if n.row_norm is not None:
+        seen, scale, mean = ROW_NORMS[n.row_norm](seen)
+    p = (seen if n.b_in is None else seen - n.b_in) @ W_enc.T + b_enc
+    acts = activations(n.gate, p, b_enc, n.W_dec.norm(dim=1))
+    y = acts @ n.W_dec + n.b_out
+    if n.kind == "sae":
+        y = y * scale + mean
+    y = y / n.scale_out
+    return acts, y if n.W_skip is None else y + x @ n.W_skip.T
+
+
+def widened(n: Neutral, dtype: torch.dtype) -> Neutral:
+    """The same with all numbers in one precision."""
+
+    def cast(thing: Any) -> dict[str, Tensor]:
+        return {name: value.to(dtype) for name, value in vars(thing).items() if isinstance(value, Tensor)}
+
+    return replace(n, gate=replace(n.gate, **cast(n.gate)), **cast(n))
+
+
+def activations(
+    gate: Gate, p: Float[Tensor, "tokens n_latents"], b_enc: Float[Tensor, " n_latents"], norms: Float[Tensor, " n_latents"]
+) -> Float[Tensor, "tokens n_latents"]:
+    """What a gate keeps of pre-activations."""
+    seen = p * norms if gate.by_norm else p
+    if gate.name == "relu":
+        return p.relu()
+    if gate.name == "threshold":
+        assert gate.threshold is not None
+        return p.relu() * (seen > gate.threshold)
+    if gate.name == "gated":
+        assert gate.r_mag is not None
+        assert gate.b_mag is not None
+        return (gate.r_mag.exp() * (p - b_enc) + gate.b_mag).relu() * (p > 0)
+    k = gate.k or 0
+    if gate.name == "group_max":
+        best = seen.view(len(p), k, -1).argmax(dim=-1) + torch.arange(k) * (p.shape[1] // k)
+        return torch.zeros_like(p).scatter_(1, best, p.relu().gather(1, best))
+    best = (seen.abs() if gate.name == "abs_topk" else seen).topk(k, dim=-1).indices
+    values = p.gather(1, best)
+    return torch.zeros_like(p).scatter_(1, best, values.relu() if gate.name == "topk" else values)

@@ -1,0 +1,343 @@
+"""SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``, also those of a training that is not over.
+
+Encoders lie transposed there, ``(d_in, d_sae)``; here that is a view. Source: the code of SAELens 6.54.12.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_json, write_tensors
+from .files import Source
+from .folding import fold_all, fold_b_in, fold_norms, fold_whitening
+from .format import Format, Options, Read, require_keys, require_shape
+from .hooks import hub_model, layer_of, to_module, to_transformer_lens, transformer_lens_model
+from .neutral import Gate, Neutral, NeutralLayers
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+# Beside a checkpoint from the middle of a training: the only record of what inputs were multiplied by, or whitened with.
+SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
+# The version whose layout is written.
+VERSION = "6.54.12"
+
+FOUR = ("W_enc", "b_enc", "W_dec", "b_dec")
+# architecture -> its tensors.
+AUTOENCODERS = {
+    "standard": FOUR,
+    "topk": FOUR,
+    "abstopk": FOUR,
+    "jumprelu": (*FOUR, "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+    "matching_pursuit": ("W_dec", "b_dec"),
+    # Only while they train; what is exported of them is jumprelu.
+    "batchtopk": (*FOUR, "topk_threshold"),
+    "matryoshka_batchtopk": (*FOUR, "topk_threshold"),
+}
+TRANSCODERS = {
+    "transcoder": FOUR,
+    "skip_transcoder": (*FOUR, "W_skip"),
+    "jumprelu_transcoder": (*FOUR, "threshold"),
+    "jumprelu_skip_transcoder": (*FOUR, "threshold", "W_skip"),
+}
+ROW_NORMS = {"constant_norm_rescale": "constant_norm", "layer_norm": "layer_norm"}
+SCALED, WHITENED = "expected_average_only_in", "covariance_whitening"
+
+
+class SAELens(Format):
+    name = "saelens"
+    title = "SAELens 6"
+
+    def detect(self, source: Source) -> str | None:
+        if not source.has(CONFIG):
+            return None
+        cfg = source.json(CONFIG)
+        if not isinstance(cfg, dict) or not {"architecture", "d_in", "d_sae"} <= cfg.keys() or is_legacy(cfg):
+            return None
+        return f"{CONFIG} with architecture {cfg['architecture']!r} and SAELens {version(cfg)}"
+
+    def read(self, source: Source, options: Options) -> Read:
+        cfg = source.config(CONFIG)
+        where = source.path(WEIGHTS)
+        n = dictionary(where, cfg, source.tensors(WEIGHTS), options)
+        n = normalised(source, cfg, n, options)
+        return n.noting(
+            "W_enc transposed", provenance=provenance(cfg, options), warnings=(*n.warnings, *doubts(cfg, n, options))
+        )
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        if isinstance(n, NeutralLayers):
+            raise ValueError("saelens: it has no cross-layer transcoders. Write circuit_tracer, which has.")
+        cfg, tensors = written(n)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(directory / WEIGHTS, tensors, {})
+        write_json(directory / CONFIG, cfg)
+
+
+def version(cfg: Mapping[str, Any]) -> str | None:
+    """The version of SAELens that wrote a configuration, if it says so."""
+    metadata = cfg.get("metadata")
+    return cfg.get("sae_lens_version") or (metadata.get("sae_lens_version") if isinstance(metadata, dict) else None)
+
+
+def is_legacy(cfg: Mapping[str, Any]) -> bool:
+    """Whether it is flat, as before version 6."""
+    head = str(version(cfg) or "0").split(".")[0]
+    return not head.isdigit() or int(head) < 6
+
+
+def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Neutral:
+    """The dictionary of a configuration and its tensors, but for normalisation and provenance."""
+    architecture = cfg["architecture"]
+    known = AUTOENCODERS | TRANSCODERS
+    if architecture == "temporal":
+        raise ValueError(
+            f"{where}: temporal: its code of a token depends on the tokens before it, by attention over the whole sequence; a "
+            "dictionary here codes every token by itself. It cannot be loaded."
+        )
+    if architecture not in known:
+        raise ValueError(f"{where}: architecture: expected one of {', '.join(known)}, got {architecture!r}.")
+    names = known[architecture]
+    if "log_threshold" in tensors:
+        # As checkpoints of earlier trainings have it.
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "log_threshold"} | {
+            "threshold": tensors["log_threshold"].exp()
+        }
+    require_keys(where, tensors, names)
+    unknown = sorted(set(tensors) - set(names))
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(names)} of {architecture}, got {', '.join(unknown)} besides.")
+    kind = "sae" if architecture in AUTOENCODERS else "transcoder"
+    require_keys(where, cfg, ("d_in", "d_sae"))
+    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    d_out = d_in if kind == "sae" else cfg.get("d_out", d_in)
+    for key, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
+        if not isinstance(size, int):
+            raise ValueError(f"{where}: {key}: expected a whole number in {CONFIG}, got {size!r}.")
+    sizes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    sizes |= {"W_skip": (d_out, d_in), "topk_threshold": ()}
+    for name in names:
+        require_shape(where, name, tuple(tensors[name].shape), sizes.get(name, (d_sae,)))
+    subtracts = cfg.get("apply_b_dec_to_input", kind == "sae")
+    if kind == "transcoder" and subtracts:
+        raise ValueError(
+            f"{where}: apply_b_dec_to_input: expected false of a transcoder, whose b_dec is of the output, got true."
+        )
+    pursuit, b_dec = architecture == "matching_pursuit", tensors["b_dec"]
+    return Neutral(
+        kind=kind,
+        W_enc=None if pursuit else tensors["W_enc"].T,
+        b_enc=None if pursuit else tensors["b_gate" if architecture == "gated" else "b_enc"],
+        W_dec=tensors["W_dec"],
+        # A pursuit that does not subtract the bias does not add it either.
+        b_out=torch.zeros_like(b_dec) if pursuit and not subtracts else b_dec,
+        gate=gate(where, cfg, tensors, options),
+        b_in=b_dec if subtracts else None,
+        W_skip=tensors.get("W_skip"),
+    )
+
+
+def gate(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Gate:
+    """How an architecture chooses."""
+    name = cfg["architecture"].removesuffix("_transcoder").removesuffix("_skip")
+    if name in ("standard", "transcoder", "skip"):
+        return Gate("relu")
+    if name == "jumprelu":
+        return Gate("threshold", threshold=tensors["threshold"])
+    if name == "gated":
+        return Gate("gated", r_mag=tensors["r_mag"], b_mag=tensors["b_mag"])
+    if name == "matching_pursuit":
+        steps, limit = cfg.get("max_iterations"), cfg.get("residual_threshold", 1e-2)
+        if not isinstance(limit, (int, float)):
+            raise ValueError(f"{where}: residual_threshold: expected a number, got {limit!r}.")
+        stop = {
+            "residual_norm": max(float(limit), 0.0),
+            "stop_on_repeat": cfg.get("stop_on_duplicate_support", True),
+        }
+        return Gate("pursuit", k=cfg["d_in"] if steps is None else steps, **stop)
+    if name in ("batchtopk", "matryoshka_batchtopk"):
+        level = float(tensors["topk_threshold"]) if options.threshold is None else options.threshold
+        if not level > 0:
+            raise ValueError(
+                f"{where}: topk_threshold: expected the threshold that training has measured, got {level}. "
+                "Give it: threshold=NUMBER."
+            )
+        return Gate("threshold", threshold=torch.tensor(level), by_norm=cfg.get("rescale_acts_by_decoder_norm", True))
+    k = cfg.get("k") if options.k is None else options.k
+    return Gate("topk" if name == "topk" else "abs_topk", k=k, by_norm=cfg.get("rescale_acts_by_decoder_norm", False))
+
+
+def normalised(source: Source, cfg: Mapping[str, Any], n: Neutral, options: Options) -> Neutral:
+    """The same with what the configuration says is done to activations first."""
+    how = cfg.get("normalize_activations", "none")
+    if how in ("none", None):
+        return n
+    if how in ROW_NORMS:
+        return n.noting(f"normalize_activations {how} is row_norm {ROW_NORMS[how]}", row_norm=ROW_NORMS[how])
+    if how == SCALED:
+        scale = options.scale
+        if scale is None and source.has(SCALER):
+            scale = source.config(SCALER).get("scaling_factor")
+        if not isinstance(scale, (int, float)) or not scale > 0:
+            raise ValueError(
+                f"{source.path(CONFIG)}: normalize_activations: {how}: expected the factor that inputs were multiplied by, in "
+                f"{SCALER} beside it, found none. Weights are in scaled units, so it is needed. Give it: scale=NUMBER."
+            )
+        return n.noting(f"inputs times {scale:.6g}, outputs divided by it", scale_in=float(scale), scale_out=float(scale))
+    if how == WHITENED:
+        matrices = source.tensors(WHITENING)
+        require_keys(source.path(WHITENING), matrices, ("mean", "matrix", "inverse_matrix"))
+        return fold_whitening(n, matrices["mean"], matrices["matrix"], matrices["inverse_matrix"])
+    choices = ", ".join(("none", SCALED, WHITENED, *ROW_NORMS))
+    raise ValueError(f"{source.path(CONFIG)}: normalize_activations: expected one of {choices}, got {how!r}.")
+
+
+def provenance(cfg: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Where it comes from, as our checkpoints say it; the configuration is kept whole."""
+    about: dict[str, Any] = dict(cfg.get("metadata") or {})
+    lens = options.model or about.get("model_name")
+    model = hub_model(lens)
+    reads, writes = hooks(about, lens)
+    if options.hook is not None and not reads:
+        reads = writes = to_module(options.hook, lens)
+    found: dict[str, Any] = {"model": {"id": model} if model else None}
+    if reads and writes:
+        found |= {"hooks_in": [reads], "hooks_out": [writes]} | ({"hook": reads} if reads == writes else {})
+    text: dict[str, Any] = {}
+    if isinstance(about.get("context_size"), int):
+        text["context_length"] = about["context_size"]
+    if isinstance(about.get("prepend_bos"), bool):
+        text["bos"] = "context" if about["prepend_bos"] else "none"
+    return found | {"text": text, "source": {"format": "saelens", "config": dict(cfg)}}
+
+
+def hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str | None]:
+    """The hooks read and written, as module paths; ``None`` where no module emits them."""
+    name = about.get("hf_hook_name") or about.get("hook_name")
+    reads = to_module(name, model) or to_module(about.get("hook_name") or "", model) if name else None
+    out = about.get("hf_hook_name_out") or about.get("hook_name_out")
+    return reads, (to_module(out, model) if out else reads)
+
+
+def doubts(cfg: Mapping[str, Any], n: Neutral, options: Options) -> list[str]:
+    """What the configuration says that the tensors, or we, do not."""
+    found = []
+    declared, actual = str(cfg.get("dtype", "")).removeprefix("torch."), str(n.W_dec.dtype).removeprefix("torch.")
+    if declared and declared != actual:
+        found.append(f"{CONFIG} says {declared}, the tensors are {actual}")
+    about = cfg.get("metadata") or {}
+    name = about.get("hook_name")
+    if name and options.hook is None and hooks(about, options.model or about.get("model_name"))[0] is None:
+        found.append(
+            f"the hook {name} of {about.get('model_name')} is no module's input or output known here: give hook=MODULE:SIDE"
+        )
+    if about.get("hook_head_index") is not None:
+        found.append(f"it is for head {about['hook_head_index']} of {name} alone")
+    return found
+
+
+def written(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and tensors of a dictionary.
+
+    Raises:
+        ValueError: If SAELens has nothing of the kind.
+    """
+    n = prepared(n)
+    gate, skip = n.gate, n.W_skip is not None
+    cfg: dict[str, Any] = {"d_in": n.d_in, "d_sae": n.n_latents, "dtype": _dtype(n), "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": n.b_in is not None, "normalize_activations": _norm_name(n)}
+    about = metadata(n)
+    heads = str(about.get("hook_name")).endswith("hook_z")
+    cfg |= {"reshape_activations": "hook_z" if heads else "none", "metadata": about}
+    tensors = {"W_dec": n.W_dec, "b_dec": n.b_out}
+    if n.W_enc is not None and n.b_enc is not None:
+        tensors |= {"W_enc": n.W_enc.T, "b_gate" if gate.name == "gated" else "b_enc": n.b_enc}
+    if gate.threshold is not None:
+        tensors["threshold"] = gate.threshold.reshape(-1).expand(n.n_latents)
+    if gate.r_mag is not None and gate.b_mag is not None:
+        tensors |= {"r_mag": gate.r_mag, "b_mag": gate.b_mag}
+    if n.W_skip is not None:
+        tensors["W_skip"] = n.W_skip
+    if n.kind == "transcoder":
+        cfg |= {"d_out": n.d_out, "architecture": _transcoder_name(gate, skip)}
+    else:
+        cfg |= _autoencoder(n)
+    # Ours is of unit atoms; theirs takes atoms as they are.
+    return cfg, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}
+
+
+def prepared(n: Neutral) -> Neutral:
+    """The same function in a form that SAELens has: scales folded, and biases where it has none."""
+    if n.row_norm is not None and n.scaled:
+        raise ValueError("saelens: it has no fixed scale beside a per-token normalisation. Keep it in our own format.")
+    if n.row_norm is None:
+        n = fold_all(n)
+    elif n.gate.by_norm:
+        n = fold_norms(n)
+    if n.gate.by_norm and n.gate.name not in ("topk", "abs_topk"):
+        n = fold_norms(n)
+    # Where the bias that is subtracted is the one that is added there is a flag for it, otherwise no place.
+    same = n.b_in is not None and n.kind == "sae" and torch.equal(n.b_in, n.b_out)
+    return n if n.b_in is None or same else fold_b_in(n)
+
+
+def _transcoder_name(gate: Gate, skip: bool) -> str:
+    names = {"relu": "transcoder", "threshold": "jumprelu_transcoder"}
+    if gate.name not in names:
+        raise ValueError(
+            f"saelens: it has transcoders with relu and jumprelu only, not {gate.name}. Write circuit_tracer or sparsify."
+        )
+    return names[gate.name].replace("transcoder", "skip_transcoder") if skip else names[gate.name]
+
+
+def _autoencoder(n: Neutral) -> dict[str, Any]:
+    gate = n.gate
+    names = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "threshold": "jumprelu", "gated": "gated"}
+    if gate.name in ("topk", "abs_topk"):
+        return {"architecture": names[gate.name], "k": gate.k, "rescale_acts_by_decoder_norm": gate.by_norm}
+    if gate.name in names:
+        return {"architecture": names[gate.name]}
+    if gate.name == "pursuit" and gate.tolerance == 0 and n.W_enc is None:
+        if n.b_in is None and bool(n.b_out.any()):
+            raise ValueError("saelens: a pursuit whose bias is added but not subtracted has no counterpart there.")
+        stop = {"residual_threshold": gate.residual_norm, "stop_on_duplicate_support": gate.stop_on_repeat}
+        return {"architecture": "matching_pursuit", "max_iterations": gate.k} | stop
+    reasons = {
+        "pursuit": "its pursuits are of an autoencoder's atoms and stop at a fixed norm of the residual, not at a share of the "
+        "input's. Set tolerance to 0",
+        "topk_raw": "its topk has a rectifier, and abstopk ranks by size. Write circuit_tracer",
+        "group_max": "it has nothing like it. Write sparsify",
+    }
+    raise ValueError(f"saelens: {gate.name}: {reasons[gate.name]}.")
+
+
+def metadata(n: Neutral) -> dict[str, Any]:
+    """What it is for, in SAELens's names and in the hub's; what an earlier SAELens configuration said is kept."""
+    source = n.provenance.get("source") or {}
+    kept = source.get("config", {}).get("metadata", {}) if source.get("format") == "saelens" else {}
+    model = (n.provenance.get("model") or {}).get("id")
+    hook = n.provenance.get("hook")
+    reads, writes = ((n.provenance.get(key) or ([hook] if hook else [None]))[0] for key in ("hooks_in", "hooks_out"))
+    text = n.provenance.get("text") or {}
+    found: dict[str, Any] = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
+    found |= {"model_name": transformer_lens_model(model), "model_class_name": None}
+    found |= {"hook_name": reads and (to_transformer_lens(reads, model) or reads), "hf_hook_name": reads}
+    found |= {"hook_layer": layer_of(reads), "hook_head_index": None}
+    if n.kind == "transcoder":
+        found |= {"hook_name_out": writes and (to_transformer_lens(writes, model) or writes), "hf_hook_name_out": writes}
+        found |= {"hook_layer_out": layer_of(writes)}
+    found |= {"context_size": text.get("context_length")}
+    found |= {"prepend_bos": None if "bos" not in text else text["bos"] != "none"}
+    found |= {"training_architecture_details": "; ".join(n.done) or None}
+    return {key: value for key, value in found.items() if value is not None} | kept | {"sae_lens_version": VERSION}
+
+
+def _norm_name(n: Neutral) -> str:
+    names = {ours: theirs for theirs, ours in ROW_NORMS.items()}
+    return "none" if n.row_norm is None else names[n.row_norm]
+
+
+def _dtype(n: Neutral) -> str:
+    return str(n.W_dec.dtype).removeprefix("torch.")

@@ -1,0 +1,157 @@
+"""SAELens 2 to 5: a flat ``cfg.json``, whose fields were renamed back and forth, and the same tensor file.
+
+The configuration is brought into the form of version 6 and read as that. Nothing that chooses latents is guessed: an
+activation function spelt in a way that is not known is an error, since a TopK dictionary read as ReLU fits in every shape.
+Source: the upgrade rules in the code of SAELens 6.54.12 and earlier versions' own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import TORCH_SUFFIXES, Source
+from .folding import fold_activation_scale
+from .format import Format, Options, Read, require_keys
+from .neutral import Neutral, NeutralLayers
+from .saelens import CONFIG, WEIGHTS, dictionary, doubts, is_legacy, normalised, provenance
+
+RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
+# Fields of old configurations that are metadata now.
+METADATA = (
+    "model_name",
+    "model_class_name",
+    "hook_name",
+    "hook_layer",
+    "hook_head_index",
+    "prepend_bos",
+    "context_size",
+    "dataset_path",
+    "dataset_trust_remote_code",
+    "seqpos_slice",
+    "model_from_pretrained_kwargs",
+    "neuronpedia_id",
+    "sae_lens_training_version",
+)
+ACTIVATIONS = ("activation_fn", "activation_fn_str")
+ARGUMENTS = ("activation_fn_kwargs", "activation_fn_args")
+# Latents were multiplied by it before they were decoded.
+FACTORS = ("scaling_factor", "finetuning_scaling_factor")
+
+
+class SAELensLegacy(Format):
+    name = "saelens_legacy"
+    title = "SAELens before version 6"
+
+    def detect(self, source: Source) -> str | None:
+        if not source.has(CONFIG):
+            return None
+        cfg = source.json(CONFIG)
+        if not isinstance(cfg, dict) or not {"hook_name", "hook_point"} & cfg.keys() or not is_legacy(cfg):
+            return None
+        return f"{CONFIG}, flat, with {'hook_point' if 'hook_point' in cfg else 'hook_name'}"
+
+    def read(self, source: Source, options: Options) -> Read:
+        if not source.has(CONFIG):
+            raise_for_pickles(source)
+        old = source.config(CONFIG)
+        where = source.path(WEIGHTS)
+        tensors = dict(source.tensors(WEIGHTS))
+        cfg, words = upgraded(where, old, tensors)
+        factor = factors(where, old, tensors)
+        n = normalised(source, cfg, dictionary(where, cfg, tensors, options), options)
+        if factor is not None:
+            n = fold_activation_scale(n, factor)
+        found = provenance(cfg, options)
+        found["source"] = {"format": self.name, "config": dict(old)}
+        return n.noting("W_enc transposed", *words, provenance=found, warnings=(*n.warnings, *doubts(cfg, n, options)))
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        raise ValueError("saelens_legacy: old layouts are read only. Write saelens, which every version of 6 reads.")
+
+
+def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """A flat configuration in the form of version 6, and what was made of it.
+
+    Raises:
+        ValueError: For activation functions and architectures of which version 6 has nothing.
+    """
+    cfg = {RENAMED.get(key, key): value for key, value in old.items()}
+    words = [f"{before} renamed {after}" for before, after in RENAMED.items() if before in old]
+    architecture, gate = chosen(where, cfg)
+    hook = cfg.get("hook_name") or ""
+    new: dict[str, Any] = {"architecture": architecture, "dtype": cfg.get("dtype", ""), **gate}
+    width, latents = tensors["W_dec"].shape[::-1] if "W_dec" in tensors else (None, None)
+    new |= {"d_in": cfg.get("d_in", width), "d_sae": cfg.get("d_sae", latents)}
+    if new["d_sae"] is None:
+        new["d_sae"] = latents
+    new["apply_b_dec_to_input"] = cfg.get("apply_b_dec_to_input", True)
+    new["normalize_activations"] = normalisation(where, cfg.get("normalize_activations"))
+    new["reshape_activations"] = cfg.get("reshape_activations", "hook_z" if "hook_z" in hook else "none")
+    about = {key: cfg[key] for key in METADATA if cfg.get(key) is not None}
+    new["metadata"] = {"prepend_bos": True} | about
+    return new, words
+
+
+def chosen(where: object, cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Architecture, and how many latents it keeps, from fields that had several names."""
+    named = {str(cfg[key]) for key in ACTIVATIONS if cfg.get(key) is not None}
+    if len(named) > 1:
+        raise ValueError(f"{where}: {' and '.join(ACTIVATIONS)}: expected one activation function, got {sorted(named)}.")
+    activation = next(iter(named), "relu")
+    arguments = next((cfg[key] for key in ARGUMENTS if isinstance(cfg.get(key), dict)), {})
+    architecture = cfg.get("architecture") or "standard"
+    if activation == "topk" or architecture == "topk":
+        if architecture not in ("standard", "topk"):
+            raise ValueError(f"{where}: activation topk of architecture {architecture}: version 6 has nothing like it.")
+        k = arguments.get("k", cfg.get("k"))
+        return "topk", {"k": k}
+    if activation != "relu":
+        extra = ", which squashes what relu leaves; nothing here does" if activation.startswith("tanh") else ""
+        raise ValueError(
+            f"{where}: activation function: expected relu or topk, got {activation!r}{extra}. It cannot be loaded."
+        )
+    return architecture, {}
+
+
+def normalisation(where: object, value: object) -> str:
+    """A flag in the oldest files, a name in later ones."""
+    if value in (None, False, "none"):
+        return "none"
+    if value is True:
+        return "expected_average_only_in"
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: normalize_activations: expected a name or true or false, got {value!r}.")
+    return value
+
+
+def factors(where: object, cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor | None:
+    """The factor of every latent, taken out of ``tensors``; ``None`` if it is one.
+
+    Raises:
+        ValueError: If there is one that the configuration says was not used, or it says one was and there is none.
+    """
+    found = [tensors.pop(name) for name in FACTORS if name in tensors]
+    used = bool(cfg.get("finetuning_scaling_factor", False))
+    if not found or torch.equal(found[0], torch.ones_like(found[0])):
+        if used and not found:
+            require_keys(where, tensors, ("finetuning_scaling_factor",))
+        return None
+    if not used:
+        raise ValueError(
+            f"{where}: scaling factors of latents that are not 1, while {CONFIG} says finetuning_scaling_factor false: one of "
+            "them is wrong. Set it to true in the file if they were in use, or take the tensor out."
+        )
+    return found[0]
+
+
+def raise_for_pickles(source: Source) -> None:
+    """Raise ``ValueError``: what there was before there were configurations in files of their own."""
+    pickles = [name for name in source.files if name.endswith((".pkl", ".pkl.gz", *TORCH_SUFFIXES))]
+    what = f"pickled objects ({', '.join(pickles)}), as version 1 wrote," if pickles else "no configuration"
+    raise ValueError(
+        f"{source}: expected {CONFIG} and {WEIGHTS}, got {what} which are never loaded here. Where you trust them, convert "
+        "them in a process of their own with the SAELens that wrote them: SAE.load_from_pretrained(FILE).save_model(FOLDER)."
+    )

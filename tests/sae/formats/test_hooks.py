@@ -1,0 +1,104 @@
+"""Hook names, both ways, on models that exist: what a name is translated to must be where the model has it."""
+
+import pytest
+
+from sae.formats.hooks import (
+    ARCHITECTURES,
+    architecture_of,
+    hub_model,
+    layer_of,
+    to_module,
+    to_transformer_lens,
+    transformer_lens_model,
+)
+
+MODELS = {
+    "gpt2": "gpt2",
+    "gpt_neox": "EleutherAI/pythia-70m",
+    "llama": "meta-llama/Llama-3.1-8B",
+    "gemma2": "google/gemma-2-2b",
+}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_place_goes_there_and_back(architecture):
+    model = MODELS[architecture]
+    assert architecture_of(model) == architecture
+    for place, path in ARCHITECTURES[architecture].places:
+        hook = to_module(f"blocks.11.{place}", model)
+        assert hook.startswith(ARCHITECTURES[architecture].blocks + ".11")
+        first = next(name for name, other in ARCHITECTURES[architecture].places if other == path)
+        assert to_transformer_lens(hook, model) == f"blocks.11.{first}"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "hook"),
+    [
+        ("blocks.3.hook_resid_post", "gpt2-small", "transformer.h.3:out"),
+        ("blocks.0.hook_resid_pre", "gpt2-small", "transformer.h.0:in"),
+        ("blocks.3.attn.hook_z", "pythia-70m-deduped", "gpt_neox.layers.3.attention.dense:in"),
+        ("blocks.3.hook_mlp_out", "gemma-2b", "model.layers.3.mlp:out"),
+        # Normed once more before it is added.
+        ("blocks.3.hook_mlp_out", "gemma-2-2b", "model.layers.3.post_feedforward_layernorm:out"),
+        ("hook_embed", "gpt2", "transformer.wte:out"),
+        ("model.layers.3", "stories3M", "model.layers.3:out"),
+        ("model.layers.3.mlp:in", None, "model.layers.3.mlp:in"),
+        # No module emits these.
+        ("blocks.3.ln2.hook_normalized", "gpt2-small", None),
+        ("blocks.3.hook_resid_mid", "pythia-70m", None),
+        ("hook_embed", "gemma-2b", None),
+        ("blocks.3.hook_resid_post", "somebody/elses", None),
+    ],
+)
+def test_names_of_transformer_lens_are_module_paths(name, model, hook):
+    assert to_module(name, model) == hook
+
+
+def test_module_paths_of_the_same_tensor_have_the_same_name():
+    assert to_transformer_lens("transformer.h.2.attn:out") == "blocks.2.hook_attn_out"
+    assert to_transformer_lens("transformer.h.2.mlp.c_proj:out") == "blocks.2.hook_mlp_out"
+    assert to_transformer_lens("gpt_neox.layers.2.mlp.dense_4h_to_h:out") == "blocks.2.hook_mlp_out"
+    # In Gemma 2 this is before the norm behind the MLP, where TransformerLens has another name.
+    assert to_transformer_lens("model.layers.2.mlp:out", "google/gemma-2-2b") == "blocks.2.mlp.hook_out"
+    assert to_transformer_lens("transformer.h.2.ln_1:out") is None
+    assert to_transformer_lens("encoder.blocks.2:out") is None
+
+
+def test_models_have_two_names():
+    for lens, hub in (
+        ("gpt2-small", "openai-community/gpt2"),
+        ("pythia-70m", "EleutherAI/pythia-70m"),
+        ("gemma-2b", "google/gemma-2b"),
+    ):
+        assert hub_model(lens) == hub
+        assert transformer_lens_model(hub) == lens
+    assert hub_model("mine/own") == transformer_lens_model("mine/own") == "mine/own"
+    assert hub_model(None) is transformer_lens_model(None) is None
+
+
+def test_layers_are_read_from_either_spelling():
+    assert layer_of("blocks.11.hook_resid_post") == layer_of("transformer.h.11:out") == layer_of("model.layers.11.mlp:in") == 11
+    assert layer_of("hook_embed") is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_the_paths_are_modules_of_the_models(family, tiny_model):
+    names = dict(tiny_model(family).module.named_modules())
+    architecture = ARCHITECTURES[family]
+    for _, path in architecture.places:
+        inner = path.rsplit(":", 1)[0]
+        assert f"{architecture.blocks}.1{'.' if inner else ''}{inner}" in names
+    assert architecture.embedding in names
+
+
+def test_gemma_s_paths_are_modules_of_it():
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": 41, "num_hidden_layers": 2, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
+    with torch.device("meta"):
+        config = transformers.Gemma2Config(**sizes, head_dim=6, num_key_value_heads=2)
+        names = dict(transformers.AutoModelForCausalLM.from_config(config).named_modules())
+    for _, path in ARCHITECTURES["gemma2"].places:
+        inner = path.rsplit(":", 1)[0]
+        assert f"model.layers.1{'.' if inner else ''}{inner}" in names
