@@ -13,6 +13,9 @@ from training.activations.model import LanguageModel
 from transcoders import CrossLayerTranscoder
 from transcoders.transcoder import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def prompt(length=6):
     return torch.randint(3, 41, (length,), generator=torch.Generator().manual_seed(9))
