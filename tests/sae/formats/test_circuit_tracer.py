@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,23 @@ def test_a_set_without_a_configuration_says_what_is_not_known(tmp_path, caplog):
     assert "no config.yaml: hooks and model are not known" in caplog.text
     one = read_dictionary(tmp_path / "set", options=Options(hook="layer_1"))
     assert one.dictionary.n_latents == LATENTS
+
+
+def test_a_count_that_is_nowhere_written_may_be_given():
+    """One published set is TopK by its repository's name alone."""
+    x = load_file(GOLDEN / "set_relu" / "expected.safetensors")["x"][1]
+    d = read_dictionary(GOLDEN / "set_relu", options=Options(k=20)).dictionaries["transformer.h.1.mlp:out"]
+    tensors = load_file(GOLDEN / "set_relu" / "layer_1.safetensors")
+    p = x @ tensors["W_enc"].T + tensors["b_enc"]
+    assert torch.equal(d.encode(x).to_dense(LATENTS) != 0, p >= p.topk(20, dim=-1).values[:, -1:])
+
+
+def test_sizes_that_a_file_does_not_have_are_not_allocated(tmp_path):
+    shutil.copytree(GOLDEN / "set_relu", tmp_path / "a")
+    header = json.dumps({"W_enc": {"dtype": "F32", "shape": [1 << 30, 1 << 10], "data_offsets": [0, 1 << 42]}}).encode()
+    (tmp_path / "a" / "layer_1.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match=r"layer_1.safetensors: expected a safetensors file, got a damaged or foreign one"):
+        read_dictionary(tmp_path / "a")
 
 
 def test_a_list_of_files_may_name_local_ones(tmp_path):

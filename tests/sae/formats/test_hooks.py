@@ -5,6 +5,8 @@ import pytest
 from sae.formats.hooks import (
     ARCHITECTURES,
     architecture_of,
+    before_norm,
+    behind_norm,
     hub_model,
     layer_of,
     to_module,
@@ -102,3 +104,21 @@ def test_gemma_s_paths_are_modules_of_it():
     for _, path in ARCHITECTURES["gemma2"].places:
         inner = path.rsplit(":", 1)[0]
         assert f"model.layers.1{'.' if inner else ''}{inner}" in names
+
+
+@pytest.mark.parametrize(
+    ("model", "normed", "path"),
+    [
+        ("meta-llama/Llama-3.2-1B", "blocks.4.ln2.hook_normalized", "model.layers.4.post_attention_layernorm:in"),
+        ("google/gemma-2-2b", "blocks.4.ln2.hook_normalized", "model.layers.4.pre_feedforward_layernorm:in"),
+        ("google/gemma-2b", "blocks.0.ln1.hook_normalized", "model.layers.0.input_layernorm:in"),
+        ("gpt2", "blocks.4.ln2.hook_normalized", None),
+        (None, "blocks.4.ln2.hook_normalized", None),
+        ("meta-llama/Llama-3.2-1B", "blocks.4.hook_resid_post", None),
+    ],
+)
+def test_streams_before_an_rms_norm_s_gain_are_those_before_the_norm(model, normed, path):
+    assert before_norm(normed, model) == path
+    if path is not None:
+        assert behind_norm(path, model) == normed
+    assert behind_norm("model.layers.4.mlp:in", model) is None
