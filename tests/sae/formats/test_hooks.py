@@ -13,6 +13,7 @@ from sae.formats.hooks import (
     to_transformer_lens,
     transformer_lens_model,
 )
+from sae.row_norm import ROW_NORMS
 
 MODELS = {
     "gpt2": "gpt2",
@@ -122,3 +123,15 @@ def test_streams_before_an_rms_norm_s_gain_are_those_before_the_norm(model, norm
     if path is not None:
         assert behind_norm(path, model) == normed
     assert behind_norm("model.layers.4.mlp:in", model) is None
+
+
+def test_a_model_s_rms_norm_is_the_row_norm_times_its_gain(tiny_model):
+    """Up to the constant that the model adds to the mean square, which is small beside that of streams."""
+    import torch
+
+    norm = dict(tiny_model("llama").module.named_modules())["model.layers.1.post_attention_layernorm"]
+    x, gain = (3 * torch.randn(9, len(norm.weight)) + 1).to(norm.weight), (torch.rand(len(norm.weight)) + 0.5).to(norm.weight)
+    with torch.no_grad():
+        norm.weight.copy_(gain)
+        torch.testing.assert_close(norm(x) / gain, ROW_NORMS["constant_norm"](x).rows, rtol=1e-5, atol=1e-5)
+        norm.weight.fill_(1)
