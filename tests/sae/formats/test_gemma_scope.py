@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sae import load_dictionary
 from sae.formats import Options, Source, detect, read_dictionary, write_dictionary
 from transcoders import CrossLayerTranscoder
 
@@ -145,27 +146,42 @@ def test_without_a_configuration_the_path_says_what_it_is_for(site, reads, write
     assert loaded.dictionary.arguments()["kind"] == ("transcoder" if site == "transcoder" else "sae")
 
 
-def across(directory, dtype=torch.float32, padding=0.0):
+def across(directory, dtype=torch.float32, padding=0.0, affine=False):
     found = [parameters(D_OUT, seed, (LAYERS,)) for seed in range(LAYERS)]
+    for seed, own in enumerate(found if affine else []):
+        own["affine_skip_connection"] = RNG(50 + seed).normal(size=(D, D_OUT)).astype(np.float32)
     for i, own in enumerate(found):
         own["W_dec"][:, :i] = padding
         second(directory, own, {"model_name": "gemma-3-1b-pt"}, dtype, f"params_layer_{i}_l0_small.safetensors")
     return found
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("padding", [0.0, 3.0])
-def test_one_across_layers_is_its_equation(padding, tmp_path):
+def test_one_across_layers_is_its_equation(padding, affine, tmp_path):
     folder = tmp_path / "clt" / "width_16k"
-    found, x = across(folder, padding=padding), inputs(LAYERS)
+    found, x = across(folder, padding=padding, affine=affine), inputs(LAYERS)
     loaded = read_dictionary(folder)
     assert isinstance(loaded.dictionary, CrossLayerTranscoder)
     y = np.stack([np.tile(own["b_dec"], (TOKENS, 1)) for own in found])
     for s, own in enumerate(found):
         for t in range(s, LAYERS):
             y[t] += activations(own, x[s]) @ own["W_dec"][:, t]
+        y[s] += x[s] @ own["affine_skip_connection"] if affine else 0
     beside = np.concatenate(list(x), axis=1)
     same(loaded.dictionary(torch.from_numpy(beside)), np.concatenate(list(y), axis=1))
     assert any("are not zero: padding, left out" in warning for warning in loaded.warnings) == (padding != 0)
+    d, rows = loaded.dictionary, torch.from_numpy(x)
+    codes = [d.encode_at(i, rows[i]) for i in range(LAYERS)]
+    for i in range(LAYERS):
+        same(d.decode_at(i, codes, rows[i]), y[i])
+    # Ours keeps it, and other libraries cannot.
+    d.save(tmp_path / "ours", loaded.provenance)
+    again = load_dictionary(tmp_path / "ours")
+    torch.testing.assert_close(again(torch.from_numpy(beside)), d(torch.from_numpy(beside)), rtol=1e-5, atol=1e-5)
+    if affine:
+        with pytest.raises(ValueError, match="across layers it has neither skip paths"):
+            write_dictionary(again, tmp_path / "b", "circuit_tracer", loaded.provenance)
     assert loaded.provenance["hooks_in"][2] == "model.layers.2.pre_feedforward_layernorm:out"
 
 
