@@ -13,14 +13,19 @@ from typing import Any
 import torch
 
 from ..dictionary import SparseDictionary
+from .batch_topk_repo import BatchTopKRepository
 from .build import from_dictionary, to_dictionary
 from .check import check, check_layers
-from .files import Source
+from .dictionary_learning import DictionaryLearning
+from .files import TORCH_SUFFIXES, Source
 from .format import Format, Options, Read
 from .hooks import to_module
 from .neutral import Neutral, NeutralLayers
+from .openai import OpenAI
 from .saelens import SAELens
 from .saelens_legacy import SAELensLegacy
+from .small import DeepSeekR1, Goodfire, HookZ, QwenScope
+from .sparsify import Sparsify
 
 __all__ = [
     "FORMATS",
@@ -39,7 +44,19 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-FORMATS: dict[str, Format] = {f.name: f for f in (SAELens(), SAELensLegacy())}
+KNOWN = (
+    SAELens(),
+    SAELensLegacy(),
+    DictionaryLearning(),
+    Sparsify(),
+    OpenAI(),
+    BatchTopKRepository(),
+    Goodfire(),
+    DeepSeekR1(),
+    QwenScope(),
+    HookZ(),
+)
+FORMATS: dict[str, Format] = {f.name: f for f in KNOWN}
 # Folders that are named in an error.
 SHOWN = 20
 
@@ -122,6 +139,9 @@ def places(source: Source, format: str | None = None) -> list[tuple[Source, Form
         # Whoever names a format knows more than the files say.
         return [(source, FORMATS[format], "by request")]
     if not found:
+        for name in source.files[:1] if len(source.files) == 1 and source.files[0].endswith(TORCH_SUFFIXES) else ():
+            # Damaged or hostile: the reader says so.
+            source.values(name)
         some = ", ".join(source.files[:SHOWN]) or "no files"
         raise ValueError(f"{source}: expected a dictionary of a known format ({', '.join(FORMATS)}), found {some}.")
     return found
