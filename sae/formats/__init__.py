@@ -6,6 +6,8 @@ transpositions are theirs, folds are in ``folding.py``, what becomes of it here 
 
 import difflib
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,15 @@ from ..dictionary import SparseDictionary
 from .batch_topk_repo import BatchTopKRepository
 from .build import from_dictionary, to_dictionary
 from .check import check, check_layers
+from .circuit_tracer import CircuitTracer
 from .dictionary_learning import DictionaryLearning
+from .dunefsky import Dunefsky
 from .files import TORCH_SUFFIXES, Source
-from .format import Format, Options, Read
+from .format import Format, Options, Read, SetFormat
+from .gemma_scope import GemmaScope
 from .hooks import to_module
+from .llama_scope import LlamaScope
+from .llamascopium import Llamascopium
 from .neutral import Neutral, NeutralLayers
 from .openai import OpenAI
 from .saelens import SAELens
@@ -39,6 +46,7 @@ __all__ = [
     "places",
     "read_dictionary",
     "read_neutral",
+    "write_dictionaries",
     "write_dictionary",
 ]
 
@@ -55,6 +63,12 @@ KNOWN = (
     DeepSeekR1(),
     QwenScope(),
     HookZ(),
+    # Those that are mostly of transcoders.
+    GemmaScope(),
+    LlamaScope(),
+    Llamascopium(),
+    CircuitTracer(),
+    Dunefsky(),
 )
 FORMATS: dict[str, Format] = {f.name: f for f in KNOWN}
 # Folders that are named in an error.
@@ -238,6 +252,32 @@ def write_dictionary(
     n = from_dictionary(dictionary, provenance) if isinstance(dictionary, SparseDictionary) else dictionary
     known(format).write(n, Path(directory))
     return n
+
+
+def write_dictionaries(
+    dictionaries: Mapping[str, SparseDictionary | Neutral],
+    directory: str | Path,
+    format: str,  # noqa: A002
+    provenances: Mapping[str, dict[str, Any]],
+) -> dict[str, Neutral]:
+    """Write the dictionaries of several hooks: in one folder where the library has sets of them, else a folder for each.
+
+    Raises:
+        ValueError: If there is no such format, or it cannot hold one of them, or not without others.
+    """
+    members: dict[str, Neutral] = {}
+    for hook, dictionary in dictionaries.items():
+        n = from_dictionary(dictionary, provenances[hook]) if isinstance(dictionary, SparseDictionary) else dictionary
+        if isinstance(n, NeutralLayers):
+            raise ValueError(f"{hook}: expected a dictionary of one hook, got a cross-layer transcoder. Write it alone.")
+        members[hook] = n
+    f = known(format)
+    if isinstance(f, SetFormat):
+        f.write_set(members, Path(directory))
+        return members
+    for hook, n in members.items():
+        f.write(n, Path(directory) / re.sub(r"[^\w.-]+", "-", hook))
+    return members
 
 
 def hook_of(n: Neutral | NeutralLayers) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .neutral import COMPARING, Neutral
+from .neutral import COMPARING, Neutral, NeutralLayers
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -203,3 +203,29 @@ def fold_all(n: Neutral) -> Neutral:
         n = fold_norm_into_threshold(n)
     n = fold_scale_in(n)
     return n if n.scale_out == 1.0 else fold_scale_out(n)
+
+
+def fold_layers(n: NeutralLayers) -> NeutralLayers:
+    """A cross-layer transcoder with nothing left outside its weights.
+
+    The scale of a layer's output is divided out of every decoder that writes there, whichever layer it belongs to.
+
+    Raises:
+        ValueError: For per-token normalisations, which are no weights.
+    """
+    if any(layer.row_norm is not None for layer in n.layers):
+        raise ValueError("fold_layers: expected layers without per-token normalisation, got one with.")
+    folded = []
+    for i, layer in enumerate(n.layers):
+        if layer.gate.by_norm:
+            # Before the scales change the norms.
+            layer = fold_norm_into_threshold(layer) if layer.gate.name == "threshold" else fold_norms(layer)
+        layer = fold_b_in(fold_scale_in(layer))
+        scales = [later.scale_out for later in n.layers[i:]]
+        if any(scale != 1.0 for scale in scales):
+            each = torch.tensor(scales, dtype=wide(layer.W_dec).dtype).repeat_interleave(layer.b_out.shape[0])
+            W_dec, b_out = wide(layer.W_dec) / each, wide(layer.b_out) / layer.scale_out
+            layer = layer.noting("output scales folded", W_dec=W_dec, b_out=b_out, scale_out=1.0)
+        folded.append(layer)
+    words = dict.fromkeys(word for layer in folded for word in layer.done)
+    return n.noting(*words, layers=tuple(folded))

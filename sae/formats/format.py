@@ -61,6 +61,18 @@ class Format(ABC):
         """
 
 
+class SetFormat(Format):
+    """A library that keeps the dictionaries of all layers in one folder."""
+
+    @abstractmethod
+    def write_set(self, members: Mapping[str, Neutral], directory: Path) -> None:
+        """Write dictionaries, given by the hooks they write, as this library reads them.
+
+        Raises:
+            ValueError: If the format cannot hold them; with the reason.
+        """
+
+
 def require_keys(where: object, found: Mapping[str, Any], needed: tuple[str, ...]) -> None:
     """Raise ``ValueError`` naming what is missing, and what there is."""
     missing = [key for key in needed if key not in found]

@@ -87,6 +87,12 @@ NAMES = (
     (r"gpt2|distilgpt2|stanford-gpt2|arwen|embedded", "gpt2"),
     (r"llama|mistral|mixtral|qwen|tinyllama|stories|smollm|olmo|yi-", "llama"),
 )
+# Streams behind an RMS norm but before its gain, which no module emits -> the input of that norm.
+BEFORE_NORM = {
+    "llama": {"ln1.hook_normalized": "input_layernorm:in", "ln2.hook_normalized": "post_attention_layernorm:in"},
+    "gemma2": {"ln1.hook_normalized": "input_layernorm:in", "ln2.hook_normalized": "pre_feedforward_layernorm:in"},
+}
+BEFORE_NORM["gemma"] = BEFORE_NORM["llama"]
 # Equal module paths: what is given by another name than the tables have.
 SAME = {
     "attn:out": "attn.c_proj:out",
@@ -162,6 +168,22 @@ def to_transformer_lens(hook: str, model: str | None = None) -> str | None:
         if name is not None:
             return f"blocks.{layer}.{name}"
     return None
+
+
+def before_norm(name: str, model: str | None) -> str | None:
+    """The input of the RMS norm behind which, before its gain, a TransformerLens hook is; ``None`` for other hooks."""
+    found, architecture = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), architecture_of(model)
+    path = None if found is None else BEFORE_NORM.get(architecture or "", {}).get(found.group(2))
+    return None if found is None or path is None else _join(ARCHITECTURES[architecture or ""].blocks, found.group(1), path)
+
+
+def behind_norm(hook: str, model: str | None) -> str | None:
+    """The other way: what TransformerLens calls the normed stream of a norm's input."""
+    architecture = architecture_of(model) or ""
+    blocks = ARCHITECTURES[architecture].blocks if architecture in BEFORE_NORM else ""
+    found = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", hook) if blocks else None
+    names = {path: name for name, path in BEFORE_NORM.get(architecture, {}).items()}
+    return None if found is None or found.group(2) not in names else f"blocks.{found.group(1)}.{names[found.group(2)]}"
 
 
 def layer_of(hook: str | None) -> int | None:

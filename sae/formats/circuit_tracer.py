@@ -1,0 +1,247 @@
+"""circuit-tracer: a transcoder for each layer, or one across layers, with a ``config.yaml``. Read here, written beside this.
+
+Which gate applies is not written down: a threshold means JumpReLU, ``activation: topk`` or a ``k`` TopK without a rectifier,
+neither ReLU. Source: the code of circuit-tracer 0.5.0, and of its repository for TopK.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gemma_scope
+from .circuit_tracer_writing import CONFIG, THRESHOLD, write_across_layers, write_transcoders
+from .files import Source
+from .format import Options, Read, SetFormat, require_keys, require_shape
+from .neutral import Gate, Neutral, NeutralLayers
+from .origin import origin, reading_before_norm, with_origin
+
+LAYER_FILE = r"layer_(\d+)\.safetensors"
+KINDS = ("transcoder_set", "cross_layer_transcoder")
+FOUR = ("W_enc", "b_enc", "W_dec", "b_dec")
+# Of a cross-layer set whose latents are chosen among all layers together.
+JOINT_CONFIG, JOINT_KEYS = "config.json", {"k", "d_feature"}
+SHOWN = 3
+
+
+class CircuitTracer(SetFormat):
+    name = "circuit_tracer"
+    title = "circuit-tracer"
+
+    def detect(self, source: Source) -> str | None:
+        if source.has(CONFIG):
+            config = source.yaml(CONFIG)
+            kind = config.get("model_kind") if isinstance(config, dict) else None
+            return f"{CONFIG} with model_kind {kind}" if kind is not None else None
+        if source.has("W_enc_0.safetensors") and source.has("W_dec_0.safetensors"):
+            return "W_enc_0.safetensors and W_dec_0.safetensors"
+        if not source.has("layer_0.safetensors"):
+            return None
+        told = source.remote or {"W_enc", "W_dec"} <= source.headers("layer_0.safetensors").keys()
+        return "layer_0.safetensors with W_enc and W_dec" if told else None
+
+    def read(self, source: Source, options: Options) -> Read:
+        config = source.config(CONFIG) if source.has(CONFIG) else {}
+        across = source.has("W_enc_0.safetensors")
+        kind = config.get("model_kind", KINDS[across])
+        if kind not in KINDS:
+            raise ValueError(f"{source.path(CONFIG)}: model_kind: expected {' or '.join(KINDS)}, got {kind!r}.")
+        return across_layers(source, config, options) if kind == KINDS[1] else transcoder_set(source, config, options)
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        if isinstance(n, NeutralLayers):
+            write_across_layers(n, directory)
+        else:
+            write_transcoders([n], directory)
+
+    def write_set(self, members: Mapping[str, Neutral], directory: Path) -> None:
+        write_transcoders(list(members.values()), directory)
+
+
+def transcoder_set(source: Source, config: dict[str, Any], options: Options) -> dict[str, Neutral]:
+    """A transcoder for each layer, by the hook it writes.
+
+    Raises:
+        ValueError: If layers are missing, or their files are in other repositories.
+    """
+    files = layer_files(source, config)
+    found: dict[str, Neutral] = {}
+    for layer, name in enumerate(files):
+        n = transcoder(source, name, config, options)
+        reads, writes = (joined(config.get(f"feature_{side}_hook"), layer) for side in ("input", "output"))
+        model = config.get("model_name")
+        n, reads = reading_before_norm(n, reads, options.model or model)
+        # The hook asked for picks one of them: it does not name them all.
+        provenance, warnings = origin(CircuitTracer.name, config, options.model or model, [reads], [writes])
+        hook = (provenance.get("hooks_out") or [writes or f"layer_{layer}"])[0]
+        extra = [f"no {CONFIG}: hooks and model are not known"] if not config else []
+        found[hook] = with_origin(n, provenance, [*extra, *warnings])
+    return found
+
+
+def layer_files(source: Source, config: Mapping[str, Any]) -> list[str]:
+    """The files of all layers, first layer first."""
+    named = config.get("transcoders")
+    if named is None:
+        files = source.named(LAYER_FILE)
+        numbers = [int(re.findall(r"\d+", name)[0]) for name in files]
+        if not files or numbers != list(range(len(files))):
+            got = ", ".join(map(str, numbers)) or "none"
+            raise ValueError(
+                f"{source}: expected layer_<i>.safetensors of all layers from 0, got layers {got}. Fetch the rest."
+            )
+        return files
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{source.path(CONFIG)}: transcoders: expected a list of paths, got {named!r}.")
+    elsewhere = [name for name in named if name.startswith("hf://")]
+    if elsewhere:
+        some = ", ".join(elsewhere[:SHOWN])
+        raise ValueError(
+            f"{source.path(CONFIG)}: transcoders: {len(elsewhere)} files are in other repositories: {some}"
+            f"{', ...' if len(elsewhere) > SHOWN else ''}. Fetch them (hf download REPOSITORY FILE --local-dir FOLDER), put "
+            "their paths below this folder into the list, and load that; or load one from its own repository."
+        )
+    return named
+
+
+def joined(place: Any, layer: int) -> str | None:
+    """A place in a block as a hook; patterns of nnsight's locations have a gap for the layer."""
+    if not isinstance(place, str):
+        return None
+    if "{layer}" not in place:
+        return f"blocks.{layer}.{place}"
+    return gemma_scope.spelt(re.sub(r"\[(\d+)\]", r".\1", place.format(layer=layer)))
+
+
+def transcoder(source: Source, name: str, config: Mapping[str, Any], options: Options) -> Neutral:
+    """One layer's transcoder, from a file of theirs or of Gemma Scope."""
+    where, tensors = source.path(name), dict(source.tensors(name))
+    if name.endswith(".npz") or "w_enc" in tensors:
+        return gemma_scope.dictionary(where, tensors, "transcoder").noting("W_enc transposed")
+    k = tensors.pop("k", None)
+    require_keys(where, tensors, FOUR)
+    unknown = sorted(set(tensors) - {*FOUR, THRESHOLD, "W_skip"})
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(FOUR)}, got {', '.join(unknown)} besides.")
+    latents, width = (tensors[key].numel() for key in ("b_enc", "b_dec"))
+    sizes = {"W_enc": (latents, None), "W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,)}
+    for key, size in (sizes | {THRESHOLD: (latents,), "W_skip": (width, None)}).items():
+        if key in tensors:
+            require_shape(where, key, tuple(tensors[key].shape), size)
+    return Neutral(
+        kind="transcoder",
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_out=tensors["b_dec"],
+        gate=gate(where, config, tensors.get(THRESHOLD), options.k if k is None or options.k else whole(where, k)),
+        W_skip=tensors.get("W_skip"),
+    )
+
+
+def whole(where: object, k: Tensor) -> int | float:
+    """A count that is kept as a tensor of one number."""
+    require_shape(where, "k", tuple(k.reshape(-1).shape), (1,))
+    number = float(k)
+    return int(number) if number.is_integer() else number
+
+
+def gate(where: object, config: Mapping[str, Any], threshold: Tensor | None, k: Any) -> Gate:
+    """The gate that a threshold, a configuration and a count make out together."""
+    named = str(config.get("activation") or "").lower().replace("_", "")
+    if named not in ("", "relu", "jumprelu", "topk"):
+        raise ValueError(f"{where}: activation: expected topk, jumprelu or relu in {CONFIG}, got {named!r}.")
+    ranked = named == "topk" or k is not None
+    if (ranked and threshold is not None) or (named == "jumprelu" and threshold is None) or (named == "relu" and ranked):
+        raise ValueError(f"{where}: activation {named or 'not named'}, k {k}, and {THRESHOLD} contradict one another.")
+    if ranked:
+        return Gate("topk_raw", k=config.get("k") if k is None else k)
+    return Gate("relu") if threshold is None else Gate("threshold", threshold=not_negative(where, threshold))
+
+
+def not_negative(where: object, threshold: Tensor) -> Tensor:
+    """Raise ``ValueError`` for a threshold below zero, above which they let negative values through."""
+    if bool((threshold < 0).any()):
+        raise ValueError(f"{where}: {THRESHOLD}: expected numbers from 0, got {float(threshold.min()):.4g}.")
+    return threshold
+
+
+def across_layers(source: Source, config: dict[str, Any], options: Options) -> NeutralLayers:
+    """A cross-layer transcoder, whose decoders are in the file of the layer they read.
+
+    Raises:
+        ValueError: If layers are missing, or latents are chosen in a way that is no layer's own.
+    """
+    joint = source.config(JOINT_CONFIG) if source.has(JOINT_CONFIG) else {}
+    joint = joint if joint.keys() >= JOINT_KEYS else {}
+    files = source.named(r"W_enc_(\d+)\.safetensors")
+    numbers = [int(re.findall(r"\d+", name)[0]) for name in files]
+    if not files or numbers != list(range(len(files))):
+        got = ", ".join(map(str, numbers)) or "none"
+        raise ValueError(f"{source}: expected W_enc_<i>.safetensors of all layers from 0, got layers {got}. Fetch the rest.")
+    layers = tuple(layer_of_several(source, i, len(files), joint, options) for i in range(len(files)))
+    if len({layer.gate.name for layer in layers}) > 1:
+        raise ValueError(f"{source}: expected thresholds in all layers or none, got both.")
+    reads, writes = ([joined(config.get(f"feature_{side}_hook"), i) for i in range(len(files))] for side in ("input", "output"))
+    provenance, warnings = origin(CircuitTracer.name, config or joint, config.get("model_name"), reads, writes, options)
+    words = ("decoders to all layers put side by side", *(("joint topk as a threshold",) if joint else ()))
+    return NeutralLayers(layers, provenance, words, warnings=tuple(warnings))
+
+
+def layer_of_several(source: Source, i: int, count: int, joint: Mapping[str, Any], options: Options) -> Neutral:
+    """What one layer reads, and writes to itself and later ones."""
+    names = [f"{kind}_{i}.safetensors" for kind in ("W_enc", "W_dec")]
+    where = source.path(names[0])
+    tensors = {**source.tensors(names[0]), **source.tensors(names[1])}
+    if any(key.startswith("W_skip") for key in tensors):
+        raise ValueError(f"{where}: W_skip: circuit-tracer itself does not run cross-layer transcoders with a skip path.")
+    W_enc, W_dec, b_enc, b_dec, threshold, norm = (
+        tensors.pop(f"{key}_{i}", None) for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_dec_norm")
+    )
+    if joint and W_enc is not None and W_dec is not None:
+        # They have none.
+        b_enc = torch.zeros(len(W_enc), dtype=W_enc.dtype) if b_enc is None else b_enc
+        b_dec = torch.zeros(W_dec.shape[-1], dtype=W_dec.dtype) if b_dec is None else b_dec
+    if W_enc is None or W_dec is None or b_enc is None or b_dec is None or tensors:
+        wanted = ", ".join(f"{key}_{i}" for key in FOUR)
+        got = ", ".join(sorted({**source.tensors(names[0]), **source.tensors(names[1])}))
+        raise ValueError(f"{where}: expected {wanted}, got {got}.")
+    latents, width = b_enc.numel(), b_dec.numel()
+    require_shape(where, f"W_enc_{i}", tuple(W_enc.shape), (latents, None))
+    require_shape(where, f"W_dec_{i}, latents by layers by width", tuple(W_dec.shape), (latents, count - i, width))
+    for key, tensor, size in (("b_enc", b_enc, latents), ("b_dec", b_dec, width), ("threshold", threshold, latents)):
+        if tensor is not None:
+            require_shape(where, f"{key}_{i}", tuple(tensor.shape), (size,))
+    n = Neutral(
+        kind="transcoder",
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec.flatten(1),
+        b_out=b_dec,
+        gate=gate(where, {}, threshold, None),
+    )
+    return replace(n, gate=joint_gate(where, i, norm, joint, options)) if joint else n
+
+
+def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, Any], options: Options) -> Gate:
+    """A threshold in place of a choice among all layers' latents of a token, by what they write.
+
+    Raises:
+        ValueError: If none is given.
+    """
+    if options.threshold is None:
+        raise ValueError(
+            f"{where}: the {joint['k']} n_layers latents of a token that write most are chosen among all layers together, and "
+            "a layer cannot wait for later ones while the model runs on what it writes. A threshold measured on data stands "
+            "in for it: threshold=NUMBER."
+        )
+    level = torch.tensor(options.threshold)
+    if norm is None:
+        return Gate("threshold", threshold=level, by_norm=True)
+    if norm.ndim != 1 or not bool((norm > 0).all()):
+        raise ValueError(f"{where}: W_dec_norm_{i}: expected a number above 0 for each latent, got {tuple(norm.shape)}.")
+    return Gate("threshold", threshold=level / norm.float())

@@ -1,0 +1,194 @@
+"""What circuit-tracer reads: folders of its per-layer and cross-layer transcoders.
+
+It has no scales, no input biases, and two gates, three in its repository: what a dictionary of ours has besides is folded, or
+refused with the reason.
+"""
+
+import io
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..files import write_tensors, write_text
+from .folding import fold_all, fold_b_in, fold_layers, fold_norms
+from .hooks import behind_norm, layer_of, to_transformer_lens, transformer_lens_model
+from .neutral import Gate, Neutral, NeutralLayers
+
+log = logging.getLogger(__name__)
+
+CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
+REFUSED = {
+    "gated": "it has no gate with weights of its own. No threshold says the same",
+    "pursuit": "it encodes by one product. A pursuit's steps depend on one another",
+    "group_max": "it has nothing like it. Write sparsify",
+    "abs_topk": "its topk ranks by value, not by size. Keep it in our own format",
+}
+
+
+def write_transcoders(members: Sequence[Neutral], directory: Path) -> None:
+    """A set of transcoders, one for each layer from 0.
+
+    Raises:
+        ValueError: If layers are missing, hooks are not the same in all, or circuit-tracer has nothing of the kind.
+    """
+    layers = in_order(members)
+    prepared = [transcoder(n, i) for i, n in enumerate(layers)]
+    config = configuration(layers, "transcoder_set")
+    ranked = {n.gate.k for n in prepared if n.gate.name == "topk_raw"}
+    if len({n.gate.name for n in prepared}) > 1 or len(ranked) > 1 or len({n.n_latents for n in prepared}) > 1:
+        raise ValueError("circuit_tracer: expected the same gate, k and number of latents in every layer, got different ones.")
+    if ranked:
+        config |= {"activation": "topk", "k": ranked.pop()}
+        log.warning("circuit-tracer 0.5.0 reads topk as relu; the version in its repository reads `activation: topk`")
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, n in enumerate(prepared):
+        write_tensors(directory / f"layer_{i}.safetensors", tensors_of(n), {})
+    write_yaml(directory / CONFIG, config)
+
+
+def write_across_layers(n: NeutralLayers, directory: Path) -> None:
+    """A cross-layer transcoder.
+
+    Raises:
+        ValueError: If circuit-tracer has nothing of the kind.
+    """
+    for layer in n.layers:
+        if layer.gate.name not in ("relu", "threshold"):
+            raise ValueError(
+                f"circuit_tracer: {layer.gate.name}: across layers it has relu and jumprelu only, and no threshold chooses k "
+                "latents of every token. Train it with jumprelu, or with joint: true, whose eval mode is a threshold."
+            )
+        if layer.W_skip is not None or layer.row_norm is not None:
+            raise ValueError("circuit_tracer: across layers it has neither skip paths nor per-token normalisation.")
+        require_square(layer, layer.b_out.shape[0])
+    hooks = zip(*(n.provenance.get(key) or [None] * len(n.layers) for key in ("hooks_in", "hooks_out")), strict=True)
+    about = [{**n.provenance, "hooks_in": [reads], "hooks_out": [writes]} for reads, writes in hooks]
+    if len(about) != len(n.layers):
+        raise ValueError(f"circuit_tracer: expected the hooks of {len(n.layers)} layers, got {len(about)}.")
+    placed = [replace(layer, provenance=own) for layer, own in zip(n.layers, about, strict=True)]
+    config = configuration(in_order(placed), "cross_layer_transcoder")
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, layer in enumerate(fold_layers(n).layers):
+        assert layer.W_enc is not None
+        assert layer.b_enc is not None
+        encoder = {f"W_enc_{i}": layer.W_enc, f"b_enc_{i}": layer.b_enc, f"b_dec_{i}": layer.b_out}
+        encoder |= {} if layer.gate.threshold is None else {f"threshold_{i}": full(layer)}
+        decoder = {f"W_dec_{i}": layer.W_dec.unflatten(1, (len(n.layers) - i, -1))}
+        write_tensors(directory / f"W_enc_{i}.safetensors", encoder, {})
+        write_tensors(directory / f"W_dec_{i}.safetensors", decoder, {})
+    write_yaml(directory / CONFIG, config)
+
+
+def in_order(members: Sequence[Neutral]) -> list[Neutral]:
+    """The members of a set by their layers.
+
+    Raises:
+        ValueError: If one has no layer, two have the same, or one between is missing.
+    """
+    numbers = [layer_of((n.provenance.get("hooks_out") or [None])[0]) for n in members]
+    if sorted(numbers, key=str) != sorted(range(len(members)), key=str):
+        raise ValueError(
+            f"circuit_tracer: expected a transcoder for each layer from 0, got layers {', '.join(map(str, numbers))}. Its "
+            "graphs need all of them: train a grid over layers."
+        )
+    return [n for _, n in sorted(zip(numbers, members, strict=True), key=lambda pair: pair[0] or 0)]
+
+
+def transcoder(n: Neutral, layer: int) -> Neutral:
+    """The same function as weights alone, with a gate that circuit-tracer has."""
+    if n.kind != "transcoder":
+        raise ValueError(f"circuit_tracer: expected transcoders, got an autoencoder at layer {layer}. Write saelens.")
+    if n.gate.name in REFUSED:
+        raise ValueError(f"circuit_tracer: {n.gate.name}: {REFUSED[n.gate.name]}.")
+    require_square(n, n.d_out)
+    if n.row_norm is not None:
+        if n.row_norm != "constant_norm" or places(n)[0] is None or n.scaled or n.W_skip is not None:
+            raise ValueError(f"circuit_tracer: row_norm {n.row_norm}: it has none but a model's own norm in front.")
+        # What stands in front of the encoder is the hook then.
+        n = replace(n, row_norm=None)
+    n = fold_all(n)
+    n = fold_b_in(fold_norms(n) if n.gate.by_norm else n)
+    return with_idle_latents(n) if n.gate.name == "topk" else n
+
+
+def require_square(n: Neutral, d_out: int) -> None:
+    """Raise ``ValueError`` unless what is read is as wide as what is written, as in everything it has."""
+    if n.d_in != d_out:
+        raise ValueError(f"circuit_tracer: expected outputs as wide as inputs, {n.d_in}, got {d_out}: it has one width.")
+
+
+def with_idle_latents(n: Neutral) -> Neutral:
+    """TopK behind a rectifier as one without.
+
+    With k more latents that are always zero and write nothing, a negative one is never among the k largest.
+    """
+    assert n.W_enc is not None
+    assert n.b_enc is not None
+    k = n.gate.k
+    matrices = {"W_enc": pad(n.W_enc, (0, 0, 0, k)), "W_dec": pad(n.W_dec, (0, 0, 0, k)), "b_enc": pad(n.b_enc, (0, k))}
+    words = f"{k} latents added that are always zero, so that topk without a rectifier chooses no negative one"
+    return n.noting(words, gate=Gate("topk_raw", k=k), **matrices)
+
+
+def tensors_of(n: Neutral) -> dict[str, Tensor]:
+    """One layer's tensors by their names."""
+    assert n.W_enc is not None
+    assert n.b_enc is not None
+    found = {"W_enc": n.W_enc, "b_enc": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
+    found |= {} if n.W_skip is None else {"W_skip": n.W_skip}
+    return found | ({} if n.gate.threshold is None else {THRESHOLD: full(n)})
+
+
+def full(n: Neutral) -> Tensor:
+    """A threshold for each latent; ours let no negative value through, theirs do above a negative threshold."""
+    assert n.gate.threshold is not None
+    return n.gate.threshold.reshape(-1).expand(n.n_latents).clamp_min(0)
+
+
+def configuration(layers: Sequence[Neutral], kind: str) -> dict[str, Any]:
+    """What ``config.yaml`` says, which an earlier one from there may say more fully.
+
+    Raises:
+        ValueError: If hooks are unknown, or not the same place in every layer.
+    """
+    found = {places(n) for n in layers}
+    reads, writes = next(iter(found))
+    if len(found) > 1 or reads is None or writes is None:
+        raise ValueError(
+            "circuit_tracer: expected inputs and outputs at one place of every layer, which TransformerLens has a name for, "
+            f"got {'; '.join(' -> '.join(map(str, pair)) for pair in sorted(found, key=str))}."
+        )
+    first = layers[0].provenance
+    source = first.get("source") or {}
+    kept = source.get("config", {}) if source.get("format") == "circuit_tracer" else {}
+    model = transformer_lens_model((first.get("model") or {}).get("id"))
+    config: dict[str, Any] = {"model_name": model, "model_kind": kind}
+    config |= {"feature_input_hook": reads, "feature_output_hook": writes, "scan": kept.get("scan") or "sparsary"}
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def places(n: Neutral) -> tuple[str | None, str | None]:
+    """Where in a block it reads and writes, in TransformerLens's words."""
+    model = (n.provenance.get("model") or {}).get("id")
+    found = []
+    for key in ("hooks_in", "hooks_out"):
+        hook = (n.provenance.get(key) or [None])[0] or ""
+        normed = n.row_norm is not None and key == "hooks_in"
+        name = behind_norm(hook, model) if normed else to_transformer_lens(hook, model)
+        found.append(None if name is None else re.sub(r"^blocks\.\d+\.", "", name))
+    return found[0], found[1]
+
+
+def write_yaml(path: Path, config: dict[str, Any]) -> None:
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(config, text)
+    write_text(path, text.getvalue())

@@ -1,0 +1,92 @@
+"""MLP transcoders of Dunefsky et al.: a ``.pt`` of tensors alone, converted from the pickle they are published as.
+
+They have an input bias of their own, ``b_dec``, and an output bias, ``b_dec_out``. Source: Dunefsky, Chlenski and Nanda 2024,
+arXiv:2406.11944, and its code, transcoder_circuits.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import TORCH_SUFFIXES, Source
+from .format import Format, Options, Read, require_keys, require_shape
+from .neutral import Gate, Neutral, NeutralLayers
+from .origin import origin, reading_before_norm, with_origin
+
+KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_dec_out")
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
+# The dictionary of tensors in what they pickle, beside a configuration that is an object.
+PREFIX = "state_dict."
+CONVERT = (
+    "Where you trust it, convert it in a process of its own, with their code on the path: "
+    "d = torch.load(FILE, weights_only=False); torch.save({'state_dict': d['state_dict'], 'cfg': {'hook_point': "
+    "d['cfg'].hook_point, 'out_hook_point': d['cfg'].out_hook_point, 'model_name': d['cfg'].model_name}}, NEW)."
+)
+
+
+class Dunefsky(Format):
+    name = "dunefsky"
+    title = "transcoder_circuits"
+
+    def detect(self, source: Source) -> str | None:
+        files = files_of(source)
+        if source.remote or len(files) != 1:
+            return None
+        try:
+            keys = {key.removeprefix(PREFIX) for key in source.headers(files[0])}
+        except ValueError:
+            # What cannot be read is said by whichever format is asked for.
+            return None
+        return f"{files[0]} with b_dec_out" if "b_dec_out" in keys else None
+
+    def read(self, source: Source, options: Options) -> Read:
+        files = files_of(source)
+        if len(files) != 1:
+            raise ValueError(f"{source}: expected one file of tensors, got {', '.join(files) or 'none'}. Name the file.")
+        where = source.path(files[0])
+        try:
+            values = source.values(files[0])
+        except ValueError as error:
+            raise ValueError(f"{error} {CONVERT}" if "pickled" in str(error) else str(error)) from None
+        n = dictionary(where, {key: value for key, value in values.items() if isinstance(value, Tensor)})
+        config: dict[str, Any] = {key.removeprefix("cfg."): value for key, value in values.items() if key.startswith("cfg.")}
+        model = options.model or config.get("model_name")
+        n, reads = reading_before_norm(n, config.get("hook_point"), model)
+        provenance, warnings = origin(self.name, config, model, [reads], [config.get("out_hook_point")], options)
+        return with_origin(n, provenance, warnings, "W_enc transposed", "b_dec is the input bias, b_dec_out the output's")
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        raise ValueError("dunefsky: read only: their files are pickles of their own classes. Write circuit_tracer or saelens.")
+
+
+def files_of(source: Source) -> list[str]:
+    """Files right here that may hold tensors."""
+    return [name for name in source.files if "/" not in name and name.endswith(SUFFIXES)]
+
+
+def dictionary(where: object, tensors: Mapping[str, Tensor]) -> Neutral:
+    """The transcoder of their tensors.
+
+    Raises:
+        ValueError: If one is missing, unknown, or of another shape than the rest.
+    """
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    require_keys(where, tensors, KEYS)
+    unknown = sorted(set(tensors) - set(KEYS))
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got {', '.join(unknown)} besides.")
+    latents, d_in, d_out = (tensors[name].numel() for name in ("b_enc", "b_dec", "b_dec_out"))
+    sizes = {"W_enc": (d_in, latents), "W_dec": (latents, d_out), "b_enc": (latents,), "b_dec": (d_in,), "b_dec_out": (d_out,)}
+    for name, size in sizes.items():
+        require_shape(where, name, tuple(tensors[name].shape), size)
+    return Neutral(
+        kind="transcoder",
+        W_enc=tensors["W_enc"].T,
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_out=tensors["b_dec_out"],
+        b_in=tensors["b_dec"],
+        gate=Gate("relu"),
+    )

@@ -1,0 +1,230 @@
+"""Gemma Scope: ``params.npz`` of the first release; ``params.safetensors``, or a file for each layer, of the second.
+
+JumpReLU dictionaries that subtract nothing and normalise nothing. What they are for is in the path alone in the first
+release, in ``config.json``, which some lack, in the second. Sources: Lieberum et al. 2024, arXiv:2408.05147, and the
+repositories' own descriptions.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import Source
+from .format import Format, Options, Read, require_keys, require_shape
+from .neutral import Gate, Neutral, NeutralLayers
+from .origin import origin, reading_before_norm, with_origin
+
+NPZ, SAFETENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"
+KEYS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
+AFFINE = "affine_skip_connection"
+# One file of a cross-layer set: the number of the layer it reads is in its name.
+LAYER_FILE = r"[^/]*layer_(\d+)[^/]*\.safetensors"
+# Set -> what it reads and writes. Widths are those of the files; labels such as 16k are not needed.
+SITES_1 = {
+    "res": ("hook_resid_post", "hook_resid_post"),
+    "mlp": ("hook_mlp_out", "hook_mlp_out"),
+    "att": ("attn.hook_z", "attn.hook_z"),
+    "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
+}
+# Their transcoders read behind the norm's gain, those of the first release before it.
+SITES_2 = {
+    "resid_post": (":out", ":out"),
+    "attn_out": ("self_attn.o_proj:in", "self_attn.o_proj:in"),
+    "mlp_out": ("post_feedforward_layernorm:out", "post_feedforward_layernorm:out"),
+    "transcoder": ("pre_feedforward_layernorm:out", "post_feedforward_layernorm:out"),
+    "clt": ("pre_feedforward_layernorm:out", "post_feedforward_layernorm:out"),
+}
+BOS = "its first token was excluded from training: leave position 0 out of any measure"
+
+
+class GemmaScope(Format):
+    name = "gemma_scope"
+    title = "Gemma Scope"
+
+    def detect(self, source: Source) -> str | None:
+        archive = npz_of(source)
+        if archive is not None:
+            keys = () if source.remote else {key.lower() for key in source.headers(archive)}
+            return f"{archive} with W_enc and threshold" if source.remote or set(KEYS) <= set(keys) else None
+        if source.has(SAFETENSORS):
+            return f"{SAFETENSORS} with w_enc" if source.remote or "w_enc" in source.headers(SAFETENSORS) else None
+        files = layer_files(source)
+        if not files or source.has("config.yaml") or (files[0].startswith("layer_") and source.remote):
+            return None
+        keys = {"w_enc": None} if source.remote else source.headers(files[0])
+        return f"{files[0]} and {len(files) - 1} like it, with w_enc" if "w_enc" in keys else None
+
+    def read(self, source: Source, options: Options) -> Read:
+        archive = npz_of(source)
+        if archive is not None:
+            return first_release(source, archive, options)
+        config = source.config(CONFIG) if source.has(CONFIG) else {}
+        architecture = config.get("architecture", "jump_relu")
+        if architecture != "jump_relu":
+            raise ValueError(f"{source.path(CONFIG)}: architecture: expected jump_relu, got {architecture!r}.")
+        single = source.named(r"[^/]*params[^/]*\.safetensors") if not layer_files(source) else []
+        if source.has(SAFETENSORS) or single:
+            return second_release(source, SAFETENSORS if source.has(SAFETENSORS) else single[0], config, options)
+        return cross_layer(source, config, options)
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        raise ValueError(
+            "gemma_scope: a layout for two releases, read only. Write saelens or circuit_tracer, which tools take."
+        )
+
+
+def npz_of(source: Source) -> str | None:
+    """The archive: of that name, or the only file there is."""
+    if source.has(NPZ):
+        return NPZ
+    return source.files[0] if len(source.files) == 1 and source.files[0].endswith(".npz") else None
+
+
+def layer_files(source: Source) -> list[str]:
+    """A cross-layer set's files, first layer first."""
+    return sorted(source.named(LAYER_FILE), key=lambda name: int(re.findall(r"layer_(\d+)", name)[-1]))
+
+
+def dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> Neutral:
+    """The equation's parts from the tensors of either release; names in any case, as a few archives have them.
+
+    Raises:
+        ValueError: If one is missing, unknown, or of another shape than the rest.
+    """
+    found = {key.lower(): tensor for key, tensor in tensors.items()}
+    require_keys(where, found, KEYS)
+    unknown = sorted(set(found) - {*KEYS, AFFINE})
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got {', '.join(unknown)} besides.")
+    latents = found["b_enc"].shape[0] if found["b_enc"].ndim else 0
+    require_shape(where, "W_enc, its latents last", tuple(found["w_enc"].shape), (None, latents))
+    require_shape(where, "threshold", tuple(found["threshold"].shape), (latents,))
+    d_in, d_out = found["w_enc"].shape[0], found["b_dec"].shape[-1] if found["b_dec"].ndim else 0
+    targets = (None,) * (found["w_dec"].ndim - 2)
+    require_shape(where, "W_dec, its latents first", tuple(found["w_dec"].shape), (latents, *targets, d_out))
+    skip = found.get(AFFINE)
+    if skip is not None:
+        require_shape(where, AFFINE, tuple(skip.shape), (d_in, d_out))
+    return Neutral(
+        kind=kind,
+        W_enc=found["w_enc"].T,
+        b_enc=found["b_enc"],
+        W_dec=found["w_dec"],
+        b_out=found["b_dec"],
+        gate=Gate("threshold", threshold=found["threshold"]),
+        # Used as x A, ours as W x.
+        W_skip=None if skip is None else skip.T,
+    )
+
+
+def first_release(source: Source, archive: str, options: Options) -> Neutral:
+    """Read ``params.npz``."""
+    path = str(source.path(archive).absolute() if not source.remote else f"{source}/{archive}")
+    site, layer, model, embedding = placed(path)
+    model = options.model or model
+    n = dictionary(source.path(archive), source.tensors(archive), "transcoder" if site == "transcoders" else "sae")
+    reads, writes = (None, None) if site is None else SITES_1[site]
+    reads, writes = (f"blocks.{layer}.{hook}" if hook and layer is not None else None for hook in (reads, writes))
+    words = ["W_enc transposed"]
+    if embedding:
+        # Before the factor sqrt(d) that the model puts behind its embedding module.
+        reads = writes = "model.embed_tokens:out"
+        words.append("trained on embeddings as model.embed_tokens gives them, without the model's factor sqrt(d)")
+    n, reads = reading_before_norm(n, reads, model)
+    provenance, warnings = origin(GemmaScope.name, {}, model, [reads], [writes], options)
+    return with_origin(n, provenance, [*warnings, BOS], *words)
+
+
+def placed(path: str) -> tuple[str | None, int | None, str | None, bool]:
+    """Set, layer, model, and whether it is the embedding's, from a path such as the release has."""
+    repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
+    parts = re.split(r"[/\\]", path)
+    site = repository.group(3) if repository else next((part for part in reversed(parts) if part in SITES_1), None)
+    model = None
+    if repository:
+        model = f"google/gemma-2-{repository.group(1)}{'-it' if repository.group(2) == 'it' else ''}"
+    layer = next((int(found.group(1)) for part in reversed(parts) if (found := re.fullmatch(r"layer_(\d+)", part))), None)
+    return site, layer, model, "embedding" in parts
+
+
+def second_release(source: Source, name: str, config: dict[str, Any], options: Options) -> Neutral:
+    """Read ``params.safetensors``."""
+    where = source.path(name)
+    path = f"{source}/{name}" if source.remote else str(where.absolute())
+    reads, writes, model = hooks(config, path)
+    n = dictionary(where, source.tensors(name), "transcoder")
+    if n.W_dec.ndim == 3:
+        raise ValueError(
+            f"{where}: one layer of a cross-layer set of {n.W_dec.shape[1]}: expected the folder with a file for each. "
+            "Its decoders to later layers, summed into one, would reconstruct nothing."
+        )
+    if reads == writes and n.W_skip is None and n.d_in == n.d_out:
+        n = replace(n, kind="sae")
+    doubt = [] if config else [f"no {CONFIG}: hooks are those of the path"]
+    provenance, warnings = origin(GemmaScope.name, config, options.model or model, [reads], [writes], options)
+    return with_origin(n, provenance, [*doubt, *warnings, BOS], "W_enc transposed")
+
+
+def hooks(config: Mapping[str, Any], path: str, layer: int | None = None) -> tuple[str | None, str | None, str | None]:
+    """What it reads and writes, and the model: by the configuration, or, where that is missing, by the path."""
+    named = config.get("model_name") or next(iter(re.findall(r"gemma-3-\d+m?b?-(?:pt|it)|gemma-3-270m", path)), None)
+    sizes = re.search(r"gemma-scope-2-(\d+[mb])-(pt|it)", path)
+    if named is None and sizes:
+        named = f"gemma-3-{sizes.group(1)}-{sizes.group(2)}"
+    # The smallest base model has no suffix on the hub.
+    model = None if named is None else str(named).replace("-v3", "-3").replace("gemma-3-270m-pt", "gemma-3-270m")
+    model = model if model is None or "/" in model else f"google/{model}"
+    given = [spelt(config.get(key)) for key in ("hf_hook_point_in", "hf_hook_point_out")]
+    if layer is None and all(given):
+        return given[0], given[1], model
+    parts = re.split(r"[/\\]", path)
+    site = next((name for part in parts for name in SITES_2 if part == name or part.startswith(f"{name}_")), None)
+    found = re.search(r"layer_(\d+)", path)
+    layer = int(found.group(1)) if layer is None and found else layer
+    if site is None or layer is None:
+        return given[0], given[1], model
+    reads, writes = (f"model.layers.{layer}{'' if place.startswith(':') else '.'}{place}" for place in SITES_2[site])
+    return reads, writes, model
+
+
+def spelt(hook: Any) -> str | None:
+    """Their ``model.layers.3.mlp.output`` as a module path with a side; a path without one means the output."""
+    if not isinstance(hook, str) or not hook:
+        return None
+    for theirs, ours in ((".output", ":out"), (".input", ":in")):
+        if hook.endswith(theirs):
+            return hook.removesuffix(theirs) + ours
+    return hook if ":" in hook else f"{hook}:out"
+
+
+def cross_layer(source: Source, config: dict[str, Any], options: Options) -> NeutralLayers:
+    """Read a file for each source layer, whose decoders to layers before it are padding.
+
+    Raises:
+        ValueError: If layers are missing, or a decoder writes to an earlier layer.
+    """
+    files = layer_files(source)
+    numbers = [int(re.findall(r"layer_(\d+)", name)[-1]) for name in files]
+    if not files or numbers != list(range(len(files))):
+        raise ValueError(
+            f"{source}: expected one file for each layer from 0, got layers {', '.join(map(str, numbers)) or 'none'}. "
+            "Fetch the rest, or load one set of several from a folder of its own."
+        )
+    layers, dropped = [], 0
+    for i, name in enumerate(files):
+        where = source.path(name)
+        n = dictionary(where, source.tensors(name), "transcoder")
+        require_shape(where, "W_dec, latents by layers by width", tuple(n.W_dec.shape), (None, len(files), n.b_out.shape[0]))
+        dropped += bool(n.W_dec[:, :i].any())
+        layers.append(replace(n, W_dec=n.W_dec[:, i:].flatten(1)))
+    places = [hooks(config, f"{source}/{name}", i) for i, name in enumerate(files)]
+    reads, writes = [place[0] for place in places], [place[1] for place in places]
+    provenance, warnings = origin(GemmaScope.name, config, options.model or places[0][2], reads, writes, options)
+    if dropped:
+        warnings.append(f"decoders of {dropped} layers to layers before their own are not zero: padding, left out")
+    words = ("W_enc transposed", "decoders to layers before the source left out", f"{len(files)} files joined")
+    return NeutralLayers(tuple(layers), provenance, words, warnings=(*warnings, BOS))

@@ -1,0 +1,226 @@
+"""llamascopium, once Language-Model-SAEs: ``config.json`` and ``sae_weights``; autoencoders, transcoders, cross-layer ones.
+
+Also Llama Scope R1-Distill, whose files the same library wrote under earlier names. ``norm_activation`` says whether weights
+are in normalised units still. Source: the code of llamascopium 2.0.0b34.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import Source
+from .format import Format, Options, Read, require_keys, require_shape
+from .llama_scope import kind_of, scale_of, scale_words
+from .neutral import Gate, Neutral, NeutralLayers
+from .origin import origin, reading_before_norm, with_origin
+
+CONFIG = "config.json"
+WEIGHTS = tuple(
+    f"{stem}{suffix}"
+    for stem in ("sae_weights", "checkpoints/pruned", "checkpoints/final")
+    for suffix in (".safetensors", ".pt")
+)
+SHARDED = r"(sae_weights|checkpoints/(pruned|final))\.dcp/.*"
+LOG_THRESHOLD, NORM = "activation_function.log_jumprelu_threshold", "dataset_average_activation_norm."
+# Earlier names -> these, where the matrix lies transposed.
+EARLIER = {
+    "encoder.weight": "W_E",
+    "encoder.bias": "b_E",
+    "decoder.weight": "W_D",
+    "decoder.bias": "b_D",
+    "log_jumprelu_threshold": LOG_THRESHOLD,
+}
+# Chosen among latents of other tokens or other layers too -> why that is no code of a token.
+SHARED = {
+    "batchtopk": "which of a token's latents fire depends on the other tokens of its batch",
+    "layertopk": "all layers' latents of a token are chosen together, and a layer cannot wait for later ones",
+    "batchlayertopk": "which latents fire depends on the other tokens of the batch and on later layers",
+}
+
+
+class Llamascopium(Format):
+    name = "llamascopium"
+    title = "llamascopium"
+
+    def detect(self, source: Source) -> str | None:
+        weights = [*(name for name in WEIGHTS if source.has(name)), *source.named(SHARDED)]
+        if not source.has(CONFIG) or not weights:
+            return None
+        config = source.json(CONFIG)
+        told = isinstance(config, dict) and ("sae_type" in config or {"hook_point_in", "expansion_factor"} <= config.keys())
+        return f"{CONFIG} with {'sae_type' if 'sae_type' in config else 'hook_point_in'} and {weights[0]}" if told else None
+
+    def read(self, source: Source, options: Options) -> Read:
+        config = source.config(CONFIG)
+        weights = next((name for name in WEIGHTS if source.has(name)), None)
+        if weights is None and source.named(SHARDED):
+            raise ValueError(
+                f"{source}: the weights are sharded (.dcp), which only torch's distributed reader opens, and it unpickles an "
+                "index. Where you trust it, write one file with the library: "
+                "SparseDictionary.from_pretrained(FOLDER).save_checkpoint('sae_weights.safetensors')."
+            )
+        weights = weights or WEIGHTS[0]
+        where, tensors, words = source.path(weights), *renamed(source.tensors(weights))
+        kind = config.get("sae_type", "sae")
+        if kind == "clt":
+            return cross_layer(where, config, tensors, words, options)
+        if kind not in ("sae", "transcoder"):
+            raise ValueError(f"{where}: sae_type: expected sae, transcoder or clt, got {kind!r}, which is not held here.")
+        return one(where, config, tensors, words, options)
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        raise ValueError(
+            "llamascopium: read only. It reads SAELens's files too: write saelens, or, across layers, circuit_tracer."
+        )
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under today's names, and what was renamed."""
+    tensors = {key.removeprefix("sae."): tensor for key, tensor in tensors.items()}
+    if "encoder.weight" not in tensors:
+        return tensors, ["W_E transposed"]
+    found = {EARLIER.get(key, key): t.T if key.endswith("weight") and t.ndim == 2 else t for key, t in tensors.items()}
+    return found, ["encoder, decoder and threshold renamed", "decoder transposed"]
+
+
+def one(where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: Options) -> Neutral:
+    """An autoencoder, or a transcoder, which has two hooks."""
+    kind = kind_of(where, config)
+    require_keys(where, tensors, ("W_E", "b_E", "W_D"))
+    width = tensors["W_D"].shape[-1] if tensors["W_D"].ndim else 0
+    tensors = with_bias(config, tensors, "b_D", width)
+    require_known(where, tensors, ("W_E", "b_E", "W_D", "b_D", LOG_THRESHOLD))
+    latents = tensors["b_E"].shape[0] if tensors["b_E"].ndim else 0
+    require_shape(where, "W_E, its latents last", tuple(tensors["W_E"].shape), (config.get("d_model"), latents))
+    require_shape(where, "W_D, its latents first", tuple(tensors["W_D"].shape), (latents, config.get("d_model")))
+    hooks = [config["hook_point_in"], config["hook_point_out"]]
+    n = Neutral(
+        kind=kind,
+        W_enc=tensors["W_E"].T,
+        b_enc=tensors["b_E"],
+        W_dec=tensors["W_D"],
+        b_out=tensors["b_D"],
+        gate=gate(where, config, tensors.get(LOG_THRESHOLD), options),
+    )
+    n, doubts = normalised(where, config, tensors, n, hooks)
+    model = config.get("model_name")
+    n, reads = reading_before_norm(n, hooks[0], options.model or model)
+    provenance, warnings = origin(Llamascopium.name, config, model, [reads], [hooks[1]], options)
+    return with_origin(n, provenance, [*doubts, *warnings], *words)
+
+
+def cross_layer(
+    where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: Options
+) -> NeutralLayers:
+    """A cross-layer transcoder, whose decoders are in the file by the layer they write to.
+
+    Raises:
+        ValueError: If a layer's tensors are missing or of another shape than the rest.
+    """
+    require_keys(where, config, ("hook_points_in", "hook_points_out"))
+    reads, writes = config["hook_points_in"], config["hook_points_out"]
+    if not isinstance(reads, list) or not isinstance(writes, list) or len(reads) != len(writes) or not reads:
+        raise ValueError(f"{where}: hook_points_in and _out: expected a hook for each layer, got {reads!r} and {writes!r}.")
+    count = len(reads)
+    require_keys(where, tensors, ("W_E", "b_E", *(f"W_D.{t}" for t in range(count))))
+    require_shape(where, "W_E, layers by width by latents", tuple(tensors["W_E"].shape), (count, config.get("d_model"), None))
+    width, latents = tensors["W_E"].shape[1:]
+    for t in range(count):
+        tensors = with_bias(config, tensors, f"b_D.{t}", width)
+        # Sources by latents by width.
+        require_shape(where, f"W_D.{t}", tuple(tensors[f"W_D.{t}"].shape), (t + 1, latents, width))
+        require_shape(where, f"b_D.{t}", tuple(tensors[f"b_D.{t}"].shape), (width,))
+    require_shape(where, "b_E", tuple(tensors["b_E"].shape), (count, latents))
+    names = [f"{kind}_D.{t}" for kind in "Wb" for t in range(count)]
+    require_known(where, tensors, ("W_E", "b_E", LOG_THRESHOLD, *names))
+    logs = tensors.get(LOG_THRESHOLD)
+    if logs is not None:
+        require_shape(where, LOG_THRESHOLD, tuple(logs.shape), (count, latents))
+    layers, doubts = [], []
+    for s in range(count):
+        n = Neutral(
+            kind="transcoder",
+            W_enc=tensors["W_E"][s].T,
+            b_enc=tensors["b_E"][s],
+            W_dec=torch.cat([tensors[f"W_D.{t}"][s] for t in range(s, count)], dim=1),
+            b_out=tensors[f"b_D.{s}"],
+            gate=gate(where, config, None if logs is None else logs[s], options),
+        )
+        n, found = normalised(where, config, tensors, n, [reads[s], writes[s]])
+        layers.append(n)
+        doubts += found
+    provenance, warnings = origin(Llamascopium.name, config, config.get("model_name"), reads, writes, options)
+    done = [*words, "decoders regrouped by the layer they read", *(word for layer in layers for word in layer.done)]
+    return NeutralLayers(tuple(layers), provenance, tuple(dict.fromkeys(done)), warnings=(*dict.fromkeys(doubts), *warnings))
+
+
+def with_bias(config: Mapping[str, Any], tensors: dict[str, Tensor], name: str, width: int) -> dict[str, Tensor]:
+    """The same with an output bias of zero where the configuration says there is none."""
+    if config.get("use_decoder_bias", True) is not False or name in tensors:
+        return tensors
+    return tensors | {name: torch.zeros(width, dtype=tensors["b_E"].dtype)}
+
+
+def require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` at tensors that would be left out, and at needed ones that are missing."""
+    unknown = sorted(key for key in tensors if key not in known and not key.startswith(NORM))
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(known)}, got {', '.join(unknown)} besides.")
+    require_keys(where, tensors, tuple(name for name in known if name != LOG_THRESHOLD))
+
+
+def gate(where: object, config: Mapping[str, Any], logs: Tensor | None, options: Options) -> Gate:
+    """How latents are chosen, in the units of the weights; what is shared among tokens or layers needs a threshold."""
+    name, by_norm = str(config.get("act_fn", "relu")).lower(), config.get("sparsity_include_decoder_norm", True)
+    if name == "relu":
+        return Gate("relu")
+    if name == "topk":
+        return Gate("topk", k=config.get("top_k") if options.k is None else options.k, by_norm=by_norm)
+    if name == "jumprelu":
+        if logs is None:
+            raise ValueError(f"{where}: {LOG_THRESHOLD}: expected it of act_fn jumprelu, found none.")
+        return Gate("threshold", threshold=logs.to(torch.promote_types(logs.dtype, torch.float32)).exp(), by_norm=by_norm)
+    if name in SHARED:
+        if options.threshold is None:
+            raise ValueError(
+                f"{where}: act_fn {name}: {SHARED[name]}. A threshold measured on data stands in for it: threshold=NUMBER."
+            )
+        return Gate("threshold", threshold=torch.tensor(options.threshold), by_norm=by_norm)
+    raise ValueError(f"{where}: act_fn: expected relu, topk, jumprelu, {', '.join(SHARED)}, got {name!r}.")
+
+
+def normalised(
+    where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], n: Neutral, hooks: list[str]
+) -> tuple[Neutral, list[str]]:
+    """The same with what ``norm_activation`` says is done to inputs and outputs, and what that leaves in doubt."""
+    how = config.get("norm_activation", "dataset-wise")
+    if how == "inference":
+        doubtful = n.gate.name == "threshold" and config.get("act_fn") == "jumprelu"
+        doubt = (
+            "norms are folded already; the library folds thresholds of some kinds only, so compare l0 with what was published"
+        )
+        return n, [doubt] if doubtful else []
+    if how == "token-wise" and n.kind == "sae":
+        return n.noting("norm_activation token-wise is row_norm constant_norm", row_norm="constant_norm"), []
+    if how != "dataset-wise":
+        raise ValueError(
+            f"{where}: norm_activation: expected dataset-wise, inference or, of an autoencoder, token-wise, got {how!r}, whose "
+            "factors are those of other tokens, or of outputs that only the data has. It cannot be loaded."
+        )
+    width = n.b_out.shape[0] if n.b_out.ndim else 0
+    norms = (mean_norm(where, config, tensors, hook, side) for hook, side in zip(hooks, ("in", "out"), strict=True))
+    scale_in, scale_out = (scale_of(where, hook, norm, width) for hook, norm in zip(hooks, norms, strict=True))
+    return n.noting(*scale_words(scale_in, scale_out), scale_in=scale_in, scale_out=scale_out), []
+
+
+def mean_norm(where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], hook: str, side: str) -> float | None:
+    """The mean norm of a hook's activations: a tensor now, a field of the configuration in earlier files."""
+    if f"{NORM}{hook}" in tensors:
+        found = tensors[f"{NORM}{hook}"]
+        require_shape(where, f"{NORM}{hook}", tuple(found.shape), ())
+        return float(found)
+    means = config.get(NORM.removesuffix("."))
+    return means.get(hook, means.get(side)) if isinstance(means, Mapping) else None
