@@ -240,7 +240,7 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
 def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:
     """What the figures say about hook and normalisation, if they are defined."""
     names = ("tokens", "l0_mean", "fvu", "cosine", "l2_ratio", "dead_fraction")
-    found = [entries[name] for name in names]
+    found = [entries.get(name) for name in names]
     return [] if None in found else doubts(Sanity(*found, ()), dictionary.n_latents)
 
 

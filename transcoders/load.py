@@ -168,8 +168,10 @@ def places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path
         # Our own, but not where it is looked for first.
         source.path(WEIGHTS_FILE)
         return source.path(CONFIG_FILE).parent, source
+    if not subfolder and (directory / CONFIG_FILE).exists():
+        return directory, source
     ours = source.named(rf"[^/]+/{CONFIG_FILE}")
-    if ours and not source.has(CONFIG_FILE) and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
+    if ours and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
         # A stack of ours and nothing beside it.
         for name in ours:
             source.path(name.replace(CONFIG_FILE, WEIGHTS_FILE))
