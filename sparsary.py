@@ -258,7 +258,16 @@ def _eval(
     given = given if pursuit is not None else replace(given, k=k)
     options = {"linear_error": fitted | ({"authors": True} if authors else {}), "error_cost": fitted}
     with _progress("eval") as progress:
-        reports = evaluate_all(checkpoints, outs, tokens, Selection(oracle, pursuit, k if pursuit is not None else None), not no_cache, progress, options, given)
+        reports = evaluate_all(
+            checkpoints,
+            outs,
+            tokens,
+            Selection(oracle, pursuit, k if pursuit is not None else None),
+            not no_cache,
+            progress,
+            options,
+            given,
+        )
     for report in reports:
         _table(summary(report))
         print(f"report: {report['report_path']}")
@@ -445,14 +454,31 @@ def _convert(
 
 
 @app.command("info")
-def _info(path: Annotated[str, typer.Argument(help="A checkpoint directory or an activation store.")]) -> None:
-    """Say what a checkpoint or a store is, and verify its checksums."""
+@_reads_dictionaries
+def _info(
+    path: Annotated[str, typer.Argument(help="A checkpoint, another library's dictionary or an activation store.")],
+    tokens: Annotated[int, typer.Option(min=2, help="With --model or --text: run it on so many tokens.")] = 4000,
+    given: Any = None,
+) -> None:
+    """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
+    from eval.opened import open_checkpoint, sanity_of
     from training.inspect import describe
 
-    lines, problems = describe(path)
+    lines, problems = describe(path, given.options(given.model), given.format, given.subfolder, given.revision)
     _table(lines)
     if problems:
         raise ValueError("\n".join(problems))
+    if given.model is None and not given.text:
+        return
+    doubts = []
+    for hook, found in sanity_of(open_checkpoint(path, given), tokens).items():
+        figures = (
+            f"fvu {found.fvu:.4f}   l0 {found.l0:.2f}   outputs / targets {found.norm_ratio:.3f}   cosine {found.cosine:.3f}"
+        )
+        _table([(hook, f"{figures}   on {found.tokens:,} tokens"), *(("wrong?", doubt) for doubt in found.warnings)])
+        doubts += [f"{hook}: {doubt}" for doubt in found.warnings]
+    if doubts:
+        raise ValueError("wrong hook or normalisation: " + "; ".join(doubts) + ".")
 
 
 bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)

@@ -13,16 +13,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from sae.dictionary import SparseDictionary
 from sae.files import sha256
 from sae.formats import Options
 from sae.formats.hooks import to_module
+from sae.formats.sanity import Sanity, sanity
 from training.checks import explain
 from training.recipe import HarvestSection, ModelSection, TextSection, override
+from training.text import Cursor
 from transcoders.load import Found, find
 from transcoders.stack import hooks_of
+
+from .heldout import ground
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
 # Nothing is known to have been trained on: all documents are held out.
@@ -257,3 +263,31 @@ def _require_valid(found: Mapping[str, Any]) -> None:
         except ValidationError as error:
             problems = [explain({**problem, "loc": (name, *problem["loc"])}, {}) for problem in error.errors()]
             raise ValueError("\n".join(problems)) from None
+
+
+@torch.no_grad()
+def sanity_of(opened: Opened, tokens: int) -> dict[str, Sanity]:
+    """What each dictionary does to its model's activations on a little text, by the hook it writes.
+
+    Raises:
+        ValueError: If model, hook or text are not known or do not fit.
+    """
+    opened = opened.completed()
+    found: dict[str, Sanity] = {}
+    for member in opened.members:
+        reads, writes = hooks_of(member.provenance)
+        where = ground(member.provenance, (*reads, *writes))
+        rows: dict[str, list[Tensor]] = {hook: [] for hook in (*reads, *writes)}
+        for piece in where.pieces(Cursor(0, 0), tokens):
+            seen = where.model.activations(piece.token_ids, tuple(rows))
+            for hook in rows:
+                rows[hook].append(seen[hook][piece.kept].float())
+        x, y = (torch.cat([torch.cat(rows[hook]) for hook in hooks], dim=1) for hooks in (reads, writes))
+        dictionary = member.dictionary.to(where.model.device)
+        if (x.shape[1], y.shape[1]) != (dictionary.d_in, dictionary.d_out):
+            raise ValueError(
+                f"{', '.join(reads)}: expected a width of {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]} from "
+                f"{where.model.id}. This dictionary belongs to another model or hook."
+            )
+        found[writes[0]] = sanity(dictionary, x, None if reads == writes else y)
+    return found
