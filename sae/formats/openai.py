@@ -52,6 +52,8 @@ class OpenAI(TorchFiles):
             raise ValueError(f"{where}: expected {', '.join((*BIASES, *MATRICES))}, got {', '.join(unknown)} besides.")
         require_shape(where, "encoder.weight", tuple(W_enc.shape), (latents, width))
         require_shape(where, "decoder.weight", tuple(W_dec.T.shape), (width, latents))
+        if "decoder.linear.weight" in tensors:
+            require_shape(where, "decoder.linear.weight", tuple(tensors["decoder.linear.weight"].shape), (latents, width))
         kind, gate = chosen(where, values, options)
         row_norm = "layer_norm" if kind == "TopK" else None
         n = Neutral(
@@ -65,7 +67,7 @@ class OpenAI(TorchFiles):
             row_norm=row_norm,
             done=("pre_bias is b_dec, latent_bias b_enc", *(("TopK: each token normalised",) if row_norm else ())),
         )
-        config = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        config = {"file": name} | {k: v for k, v in values.items() if not isinstance(v, Tensor)}
         return originated(n, self.name, config, options)
 
 
