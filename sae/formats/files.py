@@ -4,30 +4,24 @@ What is large is mapped into memory where its file allows it: tensors are views 
 them.
 """
 
-import io
 import json
 import os
 import re
-import struct
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import read_tensors
+from .archives import npz_members, one_line, read_npz, read_torch
 
 # Configurations are small. What is larger than this is none.
 CONFIG_BYTES = 1 << 24
 # A folder with more files than this is no set of dictionaries.
 MOST_FILES = 100_000
-# How many times its size on disk an archive's member may claim: random numbers hardly compress.
-MOST_COMPRESSION = 20
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -169,7 +163,7 @@ class Source:
         if path.suffix == ".safetensors":
             return safetensors_headers(path)
         if path.suffix == ".npz":
-            return {key: Header(str(dtype), shape) for key, (dtype, shape, _) in _npz_members(path).items()}
+            return {key: Header(str(dtype), shape) for key, (dtype, shape, _) in npz_members(path).items()}
         return {key: Header(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in self.tensors(name).items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -225,7 +219,7 @@ class HubSource(Source):
             return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
         except Exception as error:  # noqa: BLE001
             # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
-            raise ValueError(f"{self.repo_id}/{name}: could not be had from the hub ({_one_line(error)}).") from None
+            raise ValueError(f"{self.repo_id}/{name}: could not be had from the hub ({one_line(error)}).") from None
 
 
 def hub_files(repo_id: str, revision: str | None) -> list[str]:
@@ -239,7 +233,7 @@ def hub_files(repo_id: str, revision: str | None) -> list[str]:
     try:
         return HfApi().list_repo_files(repo_id, revision=revision)
     except Exception as error:  # noqa: BLE001
-        reason = _one_line(error)
+        reason = one_line(error)
     try:
         cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except Exception:  # noqa: BLE001
@@ -276,137 +270,6 @@ def safetensors_headers(path: Path) -> dict[str, Header]:
         raise ValueError(f"{path}: expected a safetensors file, got a damaged or foreign one ({error}).") from None
 
 
-def read_torch(path: Path) -> dict[str, Any]:
-    """A torch file that holds tensors, numbers and strings in dictionaries; inner ones are joined by dots.
-
-    Raises:
-        ValueError: If it holds objects, claims what it does not have, or is of a form older than torch 1.6.
-    """
-    _require_torch_zip(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001
-        # torch raises many types; nothing was executed.
-        unsafe = "weights_only" in str(error) or "Unsupported" in str(error) or "GLOBAL" in str(error)
-        what = "pickled Python objects, which are never loaded here" if unsafe else "a damaged file"
-        fix = (
-            " Where you trust it, save its tensors alone with the library that wrote it: "
-            "safetensors.torch.save_file(torch.load(FILE)['state_dict'], 'weights.safetensors')."
-            if unsafe
-            else ""
-        )
-        raise ValueError(f"{path}: expected tensors, got {what} ({_one_line(error)}).{fix}") from None
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(loaded).__name__}.")
-    return dict(_flat(loaded, path))
-
-
-def _flat(values: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, path, f"{name}.")
-        elif isinstance(value, Tensor):
-            yield name, _plain(value, name, path)
-        elif value is None or isinstance(value, (bool, int, float, str, list, tuple)):
-            yield name, value
-
-
-def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """A tensor that has as many numbers as it says, in main memory."""
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ValueError(f"{path}: {name}: expected a plain tensor, got a {tensor.layout} one on {tensor.device}.")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(
-            f"{path}: {name}: expected {tuple(tensor.shape)} numbers, got fewer in the file: a false claim of size."
-        )
-    return tensor
-
-
-def _require_torch_zip(path: Path) -> None:
-    """A torch file is an archive of uncompressed parts, so that it cannot unpack to more than it is."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (zipfile.BadZipFile, OSError, struct.error) as error:
-        raise ValueError(
-            f"{path}: expected a torch file (an archive, as torch writes since 1.6), got a damaged or older one ({error}). "
-            "Load it where you trust it and save it again."
-        ) from None
-    if any(part.file_size != part.compress_size for part in parts) or sum(p.file_size for p in parts) > path.stat().st_size:
-        raise ValueError(f"{path}: expected an archive of uncompressed parts, as torch writes, got one that unpacks to more.")
-
-
-def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an npz archive.
-
-    Raises:
-        ValueError: If an array holds objects, or claims more than the archive has.
-    """
-    members = _npz_members(path)
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for key, (dtype, shape, info) in members.items():
-            if info.compress_type == zipfile.ZIP_STORED:
-                # Read, not mapped: archives put numbers at odd addresses.
-                array = np.fromfile(path, dtype, int(np.prod(shape)), offset=_npz_offset(path, info)).reshape(shape)
-                found[key] = torch.from_numpy(array)
-            else:
-                try:
-                    array = np.lib.format.read_array(io.BytesIO(archive.read(info)), allow_pickle=False)
-                except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-                    raise ValueError(f"{path}: {key}: expected an array, got a damaged one ({error}).") from None
-                found[key] = torch.from_numpy(array)
-    return found
-
-
-def _npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], zipfile.ZipInfo]]:
-    """Dtype, shape and place of every array, checked against the archive before anything is allocated."""
-    found = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                key = info.filename.removesuffix(".npy")
-                with archive.open(info) as member:
-                    dtype, shape, header = _npy_header(member)
-                    size = dtype.itemsize * int(np.prod([int(side) for side in shape], dtype=object))
-                if dtype.hasobject or dtype.kind not in "fiub":
-                    raise ValueError(f"{key}: expected numbers, got {dtype}. Objects are never unpickled here")
-                if header + size != info.file_size or info.file_size > MOST_COMPRESSION * max(info.compress_size, 1024):
-                    raise ValueError(f"{key}: expected {size} bytes for {shape}, the archive has {info.file_size - header}")
-                if info.compress_size > path.stat().st_size:
-                    raise ValueError(f"{key}: expected no more than the file has")
-                found[key] = (dtype, shape, info)
-    except (zipfile.BadZipFile, OSError, struct.error, ValueError, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path}: expected an npz archive of numbers, got a damaged or foreign one ({error}).") from None
-    return found
-
-
-def _npy_header(member: Any) -> tuple[np.dtype[Any], tuple[int, ...], int]:
-    version = np.lib.format.read_magic(member)
-    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if reader is None:
-        raise ValueError(f"npy version {version}")
-    shape, fortran, dtype = reader(member)
-    if fortran and len(shape) > 1:
-        raise ValueError("an array in Fortran's order")
-    return dtype, shape, member.tell()
-
-
-def _npz_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where an uncompressed array's numbers begin in the archive."""
-    with path.open("rb") as handle:
-        handle.seek(info.header_offset)
-        local = handle.read(30)
-        # The local header's own lengths of name and extra field, which may differ from the directory's.
-        name, extra = struct.unpack("<HH", local[26:30])
-        start = info.header_offset + 30 + name + extra
-        handle.seek(start)
-        _npy_header(handle)
-        return handle.tell()
-
-
 def _joined(inside: str, name: str) -> str:
     return f"{inside}/{name}" if inside else name
 
@@ -418,7 +281,3 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, got something else ({error}). The file is damaged.") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae.formats.files import Header, Source, inner_path, natural, read_npz, read_torch
+from sae.formats.archives import read_npz, read_torch
+from sae.formats.files import Header, Source, inner_path, natural
 
 
 class Bomb:
@@ -215,7 +216,7 @@ def test_objects_in_an_archive_are_never_built(tmp_path):
     [
         (npy("<f4", (1 << 40, 1 << 20), b"\0" * 8), zipfile.ZIP_STORED, "the archive has 8"),
         (npy("<f4", (10,), b"\0" * 8), zipfile.ZIP_STORED, "expected 40 bytes"),
-        (npy("<f4", (1 << 24,), b"\0" * (1 << 26)), zipfile.ZIP_DEFLATED, "expected 67108864 bytes"),
+        (npy("<f4", (1 << 19,), b"\0" * (1 << 21)), zipfile.ZIP_DEFLATED, "expected 2097152 bytes"),
         (npy("|S4", (2,), b"\0" * 8), zipfile.ZIP_STORED, "expected numbers"),
         (b"\x93NUMPY\x01\x00\xff\xff", zipfile.ZIP_STORED, "damaged or foreign"),
         (b"no array at all", zipfile.ZIP_STORED, "damaged or foreign"),

@@ -25,7 +25,8 @@ D, D_OUT, LATENTS, TOKENS = 7, 5, 24, 13
 GATES = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
 BY_NORM = ("topk", "topk_raw", "abs_topk", "threshold", "group_max")
 NORMS = ("none", "scaled", "layer_norm", "constant_norm")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# In float64 nothing can hide behind rounding; that is half of the time, though, and seldom finds what float32 does not.
+DTYPES = (torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16)
 # Weights in bfloat16 are computed with in float32, and folded in it.
 COMPUTING = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -84,9 +85,12 @@ def test_a_built_dictionary_computes_the_equations(gate, norm, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("gate", [g for g in GATES if g != "pursuit"])
-def test_folding_norms_changes_nothing(gate, norm, dtype):
-    n, x = neutral(gate, norm, dtype, by_norm=gate in BY_NORM), inputs(dtype)
+@pytest.mark.parametrize(
+    ("gate", "by_norm"),
+    [("relu", False), ("gated", False), ("threshold", False), *((gate, True) for gate in BY_NORM)],
+)
+def test_folding_norms_changes_nothing(gate, by_norm, norm, dtype):
+    n, x = neutral(gate, norm, dtype, by_norm=by_norm), inputs(dtype)
     folded = fold_norms(n)
     same(n, folded, x)
     norms = folded.W_dec.double().norm(dim=1)

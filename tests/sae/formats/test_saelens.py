@@ -17,6 +17,7 @@ import transcoders  # noqa: F401
 from sae import SAE, load_dictionary
 from sae.encoders import build_encoder
 from sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionary
+from sae.formats.build import to_dictionary
 from transcoders import CrossLayerTranscoder, Transcoder
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "saelens"
@@ -252,12 +253,18 @@ def test_bfloat16_computes_in_float32_unless_asked_not_to():
     assert kept(torch.randn(3, 8)).dtype == torch.bfloat16
 
 
-def test_matrices_stay_the_file_s(tmp_path):
+def test_matrices_stay_the_file_s():
+    """No copy on the way: a dictionary takes as much memory as its file, and that is mapped."""
     n = read_neutral(Source(GOLDEN / "standard-none"))
-    d = read_dictionary(GOLDEN / "standard-none").dictionary
+    d = to_dictionary(n)
     assert n.W_enc.T.is_contiguous()
-    assert d.W_enc.T.is_contiguous()
+    assert (d.W_enc.data_ptr(), d.W_enc.stride()) == (n.W_enc.data_ptr(), n.W_enc.stride())
+    assert d.W_dec.data_ptr() == n.W_dec.data_ptr()
     assert d.W_dec.is_contiguous()
+    # In-place changes are ours alone.
+    with torch.no_grad():
+        d.W_dec.zero_()
+    assert read_dictionary(GOLDEN / "standard-none").dictionary.W_dec.any()
 
 
 def test_several_in_one_folder_are_told_apart_by_hook(tmp_path):
