@@ -86,6 +86,6 @@ def chosen(where: object, values: Mapping[str, Any], options: Options) -> tuple[
     k = next((values[key] for key in ("activation_state_dict.k", "activation.k") if key in values), None)
     k = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
     post = next((values[key] for key in ("activation_state_dict.postact_fn", "activation.postact_fn") if key in values), "ReLU")
-    if post not in POST:
+    if not isinstance(post, str) or post not in POST:
         raise ValueError(f"{where}: postact_fn: expected one of {', '.join(POST)}, got {post!r}. It cannot be loaded.")
     return name, Gate(POST[post], k=k if options.k is None else options.k)

@@ -139,6 +139,7 @@ def test_a_threshold_never_measured_is_refused_until_given(tmp_path):
         ({"dict_class": "IdentityDict"}, "IdentityDict: it is its input and has no tensors"),
         ({"dict_class": "AutoEncoderTopk"}, "dict_class: expected one of AutoEncoder, .* Did you mean 'AutoEncoderTopK'"),
         ({"dict_class": "GatedAutoEncoder"}, "decoder_bias, r_mag, gate_bias, mag_bias missing among"),
+        ({"dict_class": ["AutoEncoder"]}, r"dict_class: expected one of .* got \['AutoEncoder'\]"),
         ({"activation_dim": 9}, "activation_dim: expected 8, which the tensors have, got 9"),
         ({"dict_size": 10**12}, "dict_size: expected 24, which the tensors have, got 1000000000000"),
         ({"k": 7}, "k: 5 in the tensors, 7 in config.json: one of them is wrong. Say which: k=NUMBER"),
@@ -160,6 +161,13 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ("AutoEncoder", {"bias": None}, "bias missing among decoder.weight, encoder.bias, encoder.weight"),
         ("AutoEncoder", {"b_dec": torch.zeros(8)}, "of AutoEncoder, got b_dec besides"),
         ("AutoEncoder", {"encoder.bias": torch.zeros(24, dtype=torch.int64)}, "b_enc: expected floating-point numbers"),
+        (
+            "AutoEncoder",
+            {"decoder.weight": torch.ones(8, 24).to(torch.float8_e4m3fn)},
+            "W_dec: expected floating-point numbers",
+        ),
+        ("AutoEncoder", {"decoder.weight": torch.ones(8, 24).to_sparse()}, "decoder.weight: expected a plain tensor"),
+        ("AutoEncoder", {"encoder.bias": torch.zeros(1).expand(10**9)}, "encoder.bias: .* a false claim of size"),
         ("AutoEncoderTopK", {"k": torch.tensor([5, 5])}, r"k: expected shape \(\), got \(2,\)"),
         ("AutoEncoderTopK", {"k": torch.tensor(2.5)}, "k: 2.5 in the tensors, 5 in config.json"),
         ("BatchTopKSAE", {"threshold": torch.zeros(24)}, r"threshold: expected shape \(\), got \(24,\)"),
@@ -177,6 +185,9 @@ def test_damaged_files_are_named(tmp_path):
     whole = (folder / "ae.pt").read_bytes()
     (folder / "ae.pt").write_bytes(whole[:-700])
     with pytest.raises(ValueError, match=r"expected a torch file .* got a damaged or older one"):
+        read_dictionary(folder)
+    (folder / "ae.pt").write_bytes(whole.replace(b"PK\x01\x02", b"PK\x01\x02\x00\x00\xe6", 1))
+    with pytest.raises(ValueError, match="got a damaged or older one"):
         read_dictionary(folder)
     (folder / "ae.pt").unlink()
     with pytest.raises(ValueError, match="expected a dictionary of a known format"):
@@ -214,6 +225,12 @@ def test_no_pickled_object_is_built(place, tmp_path):
         with pytest.raises(ValueError, match="pickled Python objects, which are never loaded here"):
             read_dictionary(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_are_none_are_left_out(tmp_path):
+    loaded = read_dictionary(changed("AutoEncoder", tmp_path, {"lm_name": [1]}))
+    assert "expected a name of hook or model, got [1]: left out" in loaded.warnings
+    assert loaded.provenance["model"] is None
 
 
 def test_a_backup_s_factor_is_checked(tmp_path):
@@ -331,6 +348,26 @@ def test_the_shared_dictionaries_give_their_references(shared_data):
         loaded = read_dictionary(folder / f"list_comp_batchtopk_k{k}")
         assert loaded.dictionary.arguments()["encoder"] == {"name": "threshold"}
         assert loaded.provenance["source"]["config"]["trainer"]["k"] == k
+
+
+@pytest.mark.parametrize(("k", "l0", "unexplained"), [(3, 3.024, 0.0106), (4, 3.892, 0.0115)])
+def test_public_dictionaries_have_their_published_figures(k, l0, unexplained, shared_data):
+    """On the stream after layer 0 at the separator, which in this model sees the two digits but not itself."""
+    w = load_file(shared_data / "models" / "toy" / "list_comp_2l" / "model.safetensors")
+    a = {name.rpartition(".")[2]: tensor.squeeze(0) for name, tensor in w.items() if name.startswith("blocks.0.attn.")}
+    digits = torch.cartesian_prod(torch.arange(100), torch.arange(100))
+    embedded = w["embed.W_E"][torch.cat([digits, torch.full((len(digits), 1), 101)], dim=1)] + w["pos_embed.W_pos"][:3]
+    before, separator = embedded[:, :2], embedded[:, 2]
+    query = separator @ a["W_Q"] + a["b_Q"]
+    share = (((before @ a["W_K"] + a["b_K"]) @ query[:, :, None]) / 64**0.5).softmax(dim=1)
+    x = separator + (share * (before @ a["W_V"] + a["b_V"])).sum(dim=1) @ a["W_O"] + a["b_O"]
+    folder = shared_data / "saes" / f"list_comp_batchtopk_k{k}"
+    mean = torch.load(folder / "act_mean.pt", weights_only=True)
+    d = read_dictionary(folder).dictionary
+    code = d.encode(x - mean)
+    error = d.decode(code) + mean - x
+    assert len(code.values) / len(x) == pytest.approx(l0, abs=1e-3)
+    assert (error.pow(2).sum() / (x - x.mean(dim=0)).pow(2).sum()).item() == pytest.approx(unexplained, abs=1e-4)
 
 
 def test_only_what_says_so_is_taken_for_it(tmp_path):

@@ -101,6 +101,7 @@ def test_a_folder_of_layers_is_read_by_file(tmp_path):
         ({"decoder.linear.weight": torch.zeros(3)}, r"decoder.linear.weight: expected shape \(24, 8\), got \(3,\)"),
         ({"activation": "Softmax"}, "activation: expected ReLU or TopK, got 'Softmax'"),
         ({"activation_state_dict": {"k": K, "postact_fn": "Tanh"}}, "postact_fn: expected one of ReLU, Identity, got 'Tanh'"),
+        ({"activation_state_dict": {"k": K, "postact_fn": []}}, r"postact_fn: expected one of ReLU, Identity, got \[\]"),
         ({"activation_state_dict": {}}, "k: expected the number of latents per token, found none"),
         ({"activation_state_dict": {"k": 25}}, "k: expected at most the 24 latents there are, got 25"),
         ({"activation_state_dict": {"k": -1}}, "k: expected a whole number from 1, got -1"),

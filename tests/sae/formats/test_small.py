@@ -87,6 +87,12 @@ def test_each_is_told_by_its_keys_and_shapes(tmp_path):
         assert found[0].name == kind
 
 
+def test_the_same_keys_the_other_way_round_are_not_qwen_scope_s(tmp_path):
+    W_enc, b_enc, W_dec, b_dec = arrays()
+    torch.save({"W_enc": W_enc.T.contiguous(), "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}, tmp_path / "layer3.sae.pt")
+    assert detect(Source(tmp_path)) is None
+
+
 def test_k_of_qwen_scope_is_never_guessed(tmp_path):
     folder = tmp_path / "Qwen3-8B-W64K"
     folder.mkdir()

@@ -167,6 +167,8 @@ def test_signed_latents_of_old_versions_keep_their_sign(tmp_path):
     ("changes", "says"),
     [
         ({"activation": "relu"}, "activation: expected one of topk, groupmax, got 'relu'"),
+        ({"activation": ["topk"]}, r"activation: expected one of topk, groupmax, got \['topk'\]"),
+        ({"num_latents": None, "expansion_factor": [1]}, "num_latents: expected a whole number"),
         ({"k": None}, "k: expected the number of latents per token, found none"),
         ({"k": 25}, "k: expected at most the 24 latents there are, got 25"),
         ({"activation": "groupmax", "k": 7}, "k: expected a divisor of the 24 latents for groupmax, got 7"),
