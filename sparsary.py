@@ -33,7 +33,8 @@ def load(
 
     Where there are several, one for each hook, it is the ``Stack`` of them all, or, with ``hook``, one of them. ``format``
     overrides what the files say they are. ``missing`` is what the files may leave open: ``scale``, ``k``, ``threshold``,
-    ``model`` (see ``sae.formats.Options``). Other libraries' dictionaries compute in ``dtype``, ``auto`` being their files'.
+    ``model``, ``subtract_b_dec`` (see ``sae.formats.Options``). Other libraries' dictionaries compute in ``dtype``, ``auto``
+    being their files'.
 
     Raises:
         ValueError: If there is none, or it is damaged.

@@ -170,8 +170,9 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
     options = options or Options()
     found = places(source, format)
     if len(found) > 1:
-        # A folder named so needs no other folder read.
-        found = [place for place in found if options.hook in (place[0].name, place[0].inside)] or found
+        # A folder named so needs no other folder read; its name need not be what the dictionary's own hook is called.
+        named = [place for place in found if options.hook in (place[0].name, place[0].inside)]
+        found, options = (named, replace(options, hook=None)) if named else (found, options)
     if len(found) > 1 and source.remote:
         names = ", ".join(place[0].inside for place in found[:SHOWN])
         raise ValueError(

@@ -154,7 +154,7 @@ def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
     if named == "IdentityDict":
         raise ValueError(f"{where}: IdentityDict: it is its input and has no tensors. There is nothing to load.")
     if named is not None:
-        if named not in CLASSES:
+        if not isinstance(named, str) or named not in CLASSES:
             near = difflib.get_close_matches(str(named), CLASSES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: dict_class: expected one of {', '.join(CLASSES)}, got {named!r}.{hint}")

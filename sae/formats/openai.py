@@ -52,6 +52,8 @@ class OpenAI(TorchFiles):
             raise ValueError(f"{where}: expected {', '.join((*BIASES, *MATRICES))}, got {', '.join(unknown)} besides.")
         require_shape(where, "encoder.weight", tuple(W_enc.shape), (latents, width))
         require_shape(where, "decoder.weight", tuple(W_dec.T.shape), (width, latents))
+        if "decoder.linear.weight" in tensors:
+            require_shape(where, "decoder.linear.weight", tuple(tensors["decoder.linear.weight"].shape), (latents, width))
         kind, gate = chosen(where, values, options)
         row_norm = "layer_norm" if kind == "TopK" else None
         n = Neutral(
@@ -65,7 +67,7 @@ class OpenAI(TorchFiles):
             row_norm=row_norm,
             done=("pre_bias is b_dec, latent_bias b_enc", *(("TopK: each token normalised",) if row_norm else ())),
         )
-        config = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        config = {"file": name} | {k: v for k, v in values.items() if not isinstance(v, Tensor)}
         return originated(n, self.name, config, options)
 
 
@@ -84,6 +86,6 @@ def chosen(where: object, values: Mapping[str, Any], options: Options) -> tuple[
     k = next((values[key] for key in ("activation_state_dict.k", "activation.k") if key in values), None)
     k = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
     post = next((values[key] for key in ("activation_state_dict.postact_fn", "activation.postact_fn") if key in values), "ReLU")
-    if post not in POST:
+    if not isinstance(post, str) or post not in POST:
         raise ValueError(f"{where}: postact_fn: expected one of {', '.join(POST)}, got {post!r}. It cannot be loaded.")
     return name, Gate(POST[post], k=k if options.k is None else options.k)

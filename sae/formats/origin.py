@@ -78,9 +78,9 @@ def originated(
     format: str,  # noqa: A002
     config: Mapping[str, Any],
     options: Options,
-    hook: str | None = None,
+    hook: Any = None,
     hook_out: str | None = None,
-    model: str | None = None,
+    model: Any = None,
     text: Mapping[str, Any] | None = None,
 ) -> Neutral:
     """The same with its provenance, and a warning if its hook is not known.
@@ -88,6 +88,9 @@ def originated(
     ``hook`` is what the files say, in TransformerLens's spelling or as a module path, ``hook_out`` where it is written, if
     that is elsewhere. What the options say counts where files say nothing that could be understood.
     """
+    odd = [value for value in (hook, model) if value is not None and not isinstance(value, str)]
+    n = n.noting(warnings=(*n.warnings, *(f"expected a name of hook or model, got {value!r}: left out" for value in odd)))
+    hook, model = (value if isinstance(value, str) else None for value in (hook, model))
     model = options.model or model
     reads = to_module(hook, model) if hook else None
     writes = to_module(hook_out, model) if hook_out else reads

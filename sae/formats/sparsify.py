@@ -54,7 +54,8 @@ class Sparsify(Format):
         run = config_above(source, RUN, 2)
         n = dictionary(where, cfg, run, source.tensors(WEIGHTS), options)
         name, model = hookpoint(source), options.model or run.get("model")
-        module = module_path(name, model if isinstance(model, str) else None)
+        model = model if isinstance(model, str) else None
+        module = module_path(name, model)
         sides = (
             (module and f"{module}:in", module and f"{module}:out") if n.kind == "transcoder" else (module and f"{module}:out",)
         )
@@ -66,7 +67,7 @@ class Sparsify(Format):
             options,
             hook=sides[0] or name,
             hook_out=sides[-1] if n.kind == "transcoder" else None,
-            model=model if isinstance(model, str) else None,
+            model=model,
             text={"context_length": length} if isinstance(length, int) else None,
         )
 
@@ -143,7 +144,9 @@ def dictionary(
     d_in = cfg.get("d_in")
     if not isinstance(d_in, int) or d_in < 1:
         raise ValueError(f"{where}: d_in: expected a whole number in {CONFIG}, got {d_in!r}.")
-    latents = cfg.get("num_latents") or d_in * cfg.get("expansion_factor", 0)
+    latents, factor = cfg.get("num_latents"), cfg.get("expansion_factor")
+    if latents in (None, 0) and isinstance(factor, int):
+        latents = d_in * factor
     if not isinstance(latents, int) or latents < 1:
         raise ValueError(f"{where}: num_latents: expected a whole number, or expansion_factor, got {cfg.get('num_latents')!r}.")
     W_enc, enc_note = rows(where, found, "W_enc", latents, d_in)
@@ -228,7 +231,7 @@ def gate(where: object, cfg: Mapping[str, Any], latents: int, options: Options) 
     """How a configuration chooses."""
     k = cfg.get("k") if options.k is None else options.k
     activation = cfg.get("activation", "topk")
-    if activation not in GATES:
+    if not isinstance(activation, str) or activation not in GATES:
         raise ValueError(f"{where}: activation: expected one of {', '.join(GATES)}, got {activation!r}.")
     if activation == "groupmax" and (not isinstance(k, int) or k < 1 or latents % k):
         raise ValueError(f"{where}: k: expected a divisor of the {latents} latents for groupmax, got {k!r}.")

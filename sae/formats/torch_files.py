@@ -61,7 +61,7 @@ class TorchFiles(Format):
 
     def detect(self, source: Source) -> str | None:
         names = self.names(source)
-        # Of a repository no file is fetched to see whether it might be something.
+        # Of a repository's many files none is fetched to see whether it might be something.
         if not names or (source.remote and len(names) > 1):
             return None
         words = self.recognise(source, names[0])
