@@ -42,6 +42,9 @@ class CrossLayerTranscoder(SparseDictionary):
     on the result. Over the batch and not token by token: chosen per token in training, a threshold left five times the error
     (embedded model: fvu 0.015 by choice, 0.085 by threshold), because tokens differ in what they need.
 
+    With ``skip`` every layer's input reaches its own output by a matrix too, ``W_skip[m] (x^m - in_centre^m)``, as some loaded
+    ones have it.
+
     Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
     """
 
@@ -49,7 +52,16 @@ class CrossLayerTranscoder(SparseDictionary):
     level: Float[Tensor, ""]
     batches: Int[Tensor, ""]
 
-    def __init__(self, n_layers: int, d_in: int, d_out: int, n_latents: int, encoder: Encoder, joint: bool = False):
+    def __init__(
+        self,
+        n_layers: int,
+        d_in: int,
+        d_out: int,
+        n_latents: int,
+        encoder: Encoder,
+        joint: bool = False,
+        skip: bool = False,
+    ):
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if n_layers < 1 or size % n_layers:
                 raise ValueError(f"dictionary.{name}: expected a multiple of the {n_layers} layers, got {size}.")
@@ -71,6 +83,7 @@ class CrossLayerTranscoder(SparseDictionary):
         self.W_enc = nn.ParameterList([torch.empty(here, width_in) for _ in range(n_layers)])
         self.b_enc = nn.ParameterList([torch.zeros(here) for _ in range(n_layers)])
         self.W_dec = nn.ParameterList([torch.empty(here, (n_layers - i) * width_out) for i in range(n_layers)])
+        self.W_skip = nn.ParameterList([torch.zeros(width_out, width_in) for _ in range(n_layers)]) if skip else None
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("in_scale", torch.ones(d_in))
         self.register_buffer("out_scale", torch.ones(d_out))
@@ -124,7 +137,8 @@ class CrossLayerTranscoder(SparseDictionary):
 
     def arguments(self) -> dict[str, Any]:
         sizes = {"n_layers": self.n_layers, "d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents}
-        return {"kind": "cross_layer_transcoder", **sizes, "joint": self.joint, "encoder": encoder_spec(self.encoder)}
+        rare = {} if self.W_skip is None else {"skip": True}
+        return {"kind": "cross_layer_transcoder", **sizes, "joint": self.joint, **rare, "encoder": encoder_spec(self.encoder)}
 
     def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         return x - self.in_centre
@@ -135,7 +149,11 @@ class CrossLayerTranscoder(SparseDictionary):
         self.b_dec.copy_(outputs)
 
     def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
-        return self.b_dec
+        if self.W_skip is None:
+            return self.b_dec
+        inputs = self.normalised(self._required(x))
+        skipped = [F.linear(inputs[:, site.reads], W) for site, W in zip(self.sites, self.W_skip, strict=True)]
+        return torch.cat(skipped, dim=1) + self.b_dec
 
     def code_of(
         self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
@@ -162,12 +180,16 @@ class CrossLayerTranscoder(SparseDictionary):
             part = SparseCode(part.latents - block.latents.start, part.values, part.starts)
             # Adding to slices in place would copy the whole gradient for every layer.
             written.append(F.pad(decode(part, block.weights.W_dec), (block.writes.start, 0)))
-        return torch.addcmul(self.b_dec * self.out_scale, torch.stack(written).sum(0), self.out_scale)
+        return torch.addcmul(self.bypass(x) * self.out_scale, torch.stack(written).sum(0), self.out_scale)
 
     def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
         place = self.sites[site].writes
         width = place.stop - place.start
         total = self.b_dec[place]
+        if self.W_skip is not None:
+            reads = self.sites[site].reads
+            inputs = self._required(x).to(self.in_scale.dtype) / self.in_scale[reads] - self.in_centre[reads]
+            total = F.linear(inputs, self.W_skip[site], total)
         for layer, code in enumerate(codes[: site + 1]):
             there = slice((site - layer) * width, (site - layer + 1) * width)
             total = total + decode(code, self.W_dec[layer][:, there].contiguous())
@@ -204,6 +226,14 @@ class CrossLayerTranscoder(SparseDictionary):
     def budget(self) -> int:
         """Latents per token over all layers, where they are chosen together."""
         return self.encoder.arguments()["k"] * self.n_layers
+
+    @staticmethod
+    def _required(x: Float[Tensor, "..."] | None) -> Float[Tensor, "..."]:
+        if x is None:
+            raise ValueError(
+                "x: expected the raw input, because this transcoder has a skip path from it, got none. Call decode(code, x)."
+            )
+        return x
 
     def _code_at(self, layer: int, x: Float[Tensor, "tokens d"]) -> SparseCode:
         """The code of one layer's normalised, centred inputs."""

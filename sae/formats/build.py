@@ -127,22 +127,26 @@ def _pursuit(n: Neutral) -> dict[str, Any]:
 def _cross_layer(n: NeutralLayers, dtype: torch.dtype | None) -> SparseDictionary:
     layers = [representable(layer) for layer in n.layers]
     first, count = layers[0], len(layers)
-    if any(layer.W_skip is not None or layer.row_norm is not None for layer in layers):
-        raise ValueError("layers: expected a cross-layer transcoder without skip and per-token normalisation, got one with.")
+    if any(layer.row_norm is not None for layer in layers):
+        raise ValueError("layers: expected a cross-layer transcoder without per-token normalisation, got one with.")
+    skip = first.W_skip is not None
+    if any((layer.W_skip is not None) != skip for layer in layers):
+        raise ValueError("layers: expected a skip path in every layer or in none, got some with and some without.")
     specs, states = zip(*(encoder_of(layer) for layer in layers), strict=True)
     if any(spec != specs[0] for spec in specs) or len({layer.n_latents for layer in layers}) > 1:
         raise ValueError("layers: expected the same gate, k and number of latents in every layer, got different ones.")
     state: dict[str, Tensor] = {}
+    biases: list[Tensor] = []
     for i, (layer, own) in enumerate(zip(layers, states, strict=True)):
-        assert layer.W_enc is not None
-        assert layer.b_enc is not None
-        state |= {f"W_enc.{i}": layer.W_enc, f"b_enc.{i}": layer.b_enc, f"W_dec.{i}": layer.W_dec.contiguous()}
+        weights = _weights(layer)
+        state |= {f"{name}.{i}": tensor for name, tensor in weights.items() if name != "b_dec"}
+        biases.append(weights["b_dec"])
         prefix = "encoder." if i == 0 else f"later_encoders.{i - 1}."
         state |= {prefix + name.removeprefix("encoder."): tensor for name, tensor in own.items()}
     width_in, width_out = first.d_in, first.b_out.shape[0]
     centres = [torch.zeros(width_in) if layer.b_in is None else layer.b_in for layer in layers]
     state |= {
-        "b_dec": torch.cat([layer.b_out for layer in layers]),
+        "b_dec": torch.cat(biases),
         "in_centre": torch.cat([centre.float() for centre in centres]),
         "in_scale": _number([1 / layer.scale_in for layer in layers]).repeat_interleave(width_in),
         "out_scale": _number([1 / layer.scale_out for layer in layers]).repeat_interleave(width_out),
@@ -154,7 +158,7 @@ def _cross_layer(n: NeutralLayers, dtype: torch.dtype | None) -> SparseDictionar
         "d_out": count * width_out,
         "n_latents": count * first.n_latents,
         "encoder": specs[0],
-    }
+    } | ({"skip": True} if skip else {})
     return _assembled(arguments, state, dtype or first.W_dec.dtype)
 
 
@@ -233,18 +237,23 @@ def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
             )
         else:
             gate, words = gate_of(encoder, block.latents.stop - block.latents.start)
-        centre = d.in_centre[site.reads]
+        centre, b_out, W_skip = d.in_centre[site.reads], d.b_dec.detach()[site.writes], None
+        scale_in, scale_out = 1 / float(d.in_scale[site.reads.start]), 1 / float(d.out_scale[site.writes.start])
+        if d.W_skip is not None:
+            matrix = d.W_skip[len(layers)].detach()
+            b_out, W_skip = b_out - matrix @ centre, matrix * (scale_in / scale_out)
         layers.append(
             Neutral(
                 kind="transcoder",
                 W_enc=block.weights.W_enc.detach(),
                 b_enc=block.weights.b_enc.detach(),
                 W_dec=block.weights.W_dec.detach(),
-                b_out=d.b_dec.detach()[site.writes],
+                b_out=b_out,
                 gate=gate,
                 b_in=centre if bool(centre.any()) else None,
-                scale_in=1 / float(d.in_scale[site.reads.start]),
-                scale_out=1 / float(d.out_scale[site.writes.start]),
+                scale_in=scale_in,
+                scale_out=scale_out,
+                W_skip=W_skip,
             )
         )
     return NeutralLayers(tuple(layers), provenance, words)

@@ -41,7 +41,9 @@ def origin(
     if unknown:
         named = sorted({str(hook) for hook in unknown if hook})
         what = f"hooks {', '.join(named[:4])} of {model or 'an unknown model'} are no module's input or output known here"
-        warnings.append(f"{what if named else 'the files do not say which hook it is for'}: give hook=MODULE:SIDE")
+        what = what if named else "the files do not say what hooks it is for"
+        # One name cannot stand in for those of several layers.
+        warnings.append(f"{what}: give hook=MODULE:SIDE" if len(reads) == 1 else what)
     return found | {"text": {}, "source": {"format": name, "config": plain(config)}}, warnings
 
 

@@ -5,6 +5,7 @@ import torch
 
 from sae import ENCODERS, load_dictionary
 from sae.encoders import build_encoder
+from sae.formats.build import from_dictionary, to_dictionary
 from sae.metrics import Moments
 from training.activations.stream import Batch
 from training.initialize import initialize
@@ -25,14 +26,17 @@ def clt(request):
     return made(*VARIANTS[request.param])
 
 
-def made(spec, joint):
+def made(spec, joint, skip=False):
     torch.manual_seed(3)
-    clt = CrossLayerTranscoder(LAYERS, LAYERS * D_IN, LAYERS * D_OUT, LAYERS * HERE, build_encoder(spec), joint)
+    clt = CrossLayerTranscoder(LAYERS, LAYERS * D_IN, LAYERS * D_OUT, LAYERS * HERE, build_encoder(spec), joint, skip)
     with torch.no_grad():
         for weights in (*clt.b_enc, clt.b_dec, clt.in_centre):
             weights.copy_(0.3 * torch.randn(weights.shape))
         for scale in (clt.in_scale, clt.out_scale):
             scale.copy_(torch.rand(LAYERS).add(0.5).repeat_interleave(scale.shape[0] // LAYERS))
+        # Last, so that all else is the same with and without.
+        for weights in clt.W_skip or ():
+            weights.normal_()
     for _ in range(4):
         clt.encode(torch.randn(10, LAYERS * D_IN))
     return clt.eval()
@@ -57,6 +61,26 @@ def test_the_output_is_the_definition_s(clt):
     assert code.l0().sum() > TOKENS
     torch.testing.assert_close(clt(x), dense(clt, x, code))
     torch.testing.assert_close(clt(x), (code.to_dense(LAYERS * HERE) @ clt.atoms + clt.b_dec) * clt.out_scale)
+
+
+def test_a_skip_reaches_its_own_layer_alone(tmp_path):
+    plain, clt = (made(*VARIANTS["topk"], skip) for skip in (False, True))
+    x = torch.randn(TOKENS, LAYERS * D_IN)
+    inputs, codes = x / clt.in_scale - clt.in_centre, []
+    for i, (skipped, scale) in enumerate(zip(clt.W_skip, clt.out_scale.view(LAYERS, D_OUT), strict=True)):
+        here, there = slice(i * D_IN, (i + 1) * D_IN), slice(i * D_OUT, (i + 1) * D_OUT)
+        expected = plain(x)[:, there] + inputs[:, here] @ skipped.T * scale
+        torch.testing.assert_close(clt(x)[:, there], expected)
+        codes.append(clt.encode_at(i, x[:, here]))
+        torch.testing.assert_close(clt.decode_at(i, codes, x[:, here]), expected)
+    for call in (lambda: clt.decode(clt.encode(x)), lambda: clt.decode_at(0, codes), clt.bypass):
+        with pytest.raises(ValueError, match="expected the raw input, because this transcoder has a skip path"):
+            call()
+    clt.save(tmp_path, {})
+    assert torch.equal(load_dictionary(tmp_path)(x), clt(x))
+    # In the form that other libraries' files are read into, skips read raw inputs.
+    torch.testing.assert_close(to_dictionary(from_dictionary(clt))(x), clt(x))
+    assert "skip" not in plain.arguments()
 
 
 def test_a_layer_s_latents_read_that_layer_alone(clt):

@@ -5,12 +5,15 @@ import pytest
 from sae.formats.hooks import (
     ARCHITECTURES,
     architecture_of,
+    before_norm,
+    behind_norm,
     hub_model,
     layer_of,
     to_module,
     to_transformer_lens,
     transformer_lens_model,
 )
+from sae.row_norm import ROW_NORMS
 
 MODELS = {
     "gpt2": "gpt2",
@@ -102,3 +105,33 @@ def test_gemma_s_paths_are_modules_of_it():
     for _, path in ARCHITECTURES["gemma2"].places:
         inner = path.rsplit(":", 1)[0]
         assert f"model.layers.1{'.' if inner else ''}{inner}" in names
+
+
+@pytest.mark.parametrize(
+    ("model", "normed", "path"),
+    [
+        ("meta-llama/Llama-3.2-1B", "blocks.4.ln2.hook_normalized", "model.layers.4.post_attention_layernorm:in"),
+        ("google/gemma-2-2b", "blocks.4.ln2.hook_normalized", "model.layers.4.pre_feedforward_layernorm:in"),
+        ("google/gemma-2b", "blocks.0.ln1.hook_normalized", "model.layers.0.input_layernorm:in"),
+        ("gpt2", "blocks.4.ln2.hook_normalized", None),
+        (None, "blocks.4.ln2.hook_normalized", None),
+        ("meta-llama/Llama-3.2-1B", "blocks.4.hook_resid_post", None),
+    ],
+)
+def test_streams_before_an_rms_norm_s_gain_are_those_before_the_norm(model, normed, path):
+    assert before_norm(normed, model) == path
+    if path is not None:
+        assert behind_norm(path, model) == normed
+    assert behind_norm("model.layers.4.mlp:in", model) is None
+
+
+def test_a_model_s_rms_norm_is_the_row_norm_times_its_gain(tiny_model):
+    """Up to the constant that the model adds to the mean square, which is small beside that of streams."""
+    import torch
+
+    norm = dict(tiny_model("llama").module.named_modules())["model.layers.1.post_attention_layernorm"]
+    x, gain = (3 * torch.randn(9, len(norm.weight)) + 1).to(norm.weight), (torch.rand(len(norm.weight)) + 0.5).to(norm.weight)
+    with torch.no_grad():
+        norm.weight.copy_(gain)
+        torch.testing.assert_close(norm(x) / gain, ROW_NORMS["constant_norm"](x).rows, rtol=1e-5, atol=1e-5)
+        norm.weight.fill_(1)
