@@ -353,7 +353,8 @@ def _circuits(
     ] = None,
     ablation: Annotated[str, typer.Option(help="resample, mean, zero or optimal.")] = "resample",
     corruption: Annotated[str | None, typer.Option(help="What is changed in a prompt; the task's own default.")] = None,
-    pairs: Annotated[int, typer.Option(help="Pairs to judge circuits on; as many more choose them.")] = 100,
+    pairs: Annotated[int, typer.Option(help="Pairs: half choose circuits, the other half judge them.")] = 100,
+    edges: Annotated[bool, typer.Option("--edges", help="Also the edges between heads and MLPs.")] = False,
     out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/circuits if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Decides prompts, random features and resampling.")] = 0,
     prompt: Annotated[
@@ -379,6 +380,7 @@ def _circuits(
         corruption=corruption,
         pairs=pairs,
         seed=seed,
+        edges=edges,
         **{key: value for key, value in chosen.items() if value is not None},
     )
     with _progress("circuits") as progress:

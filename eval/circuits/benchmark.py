@@ -19,6 +19,7 @@ from training.activations.model import LanguageModel
 
 from ..opened import NOTHING, Given
 from .ablation import ABLATIONS, filler
+from .edges import EdgeSpace
 from .faithfulness import (
     LEVELS,
     Curve,
@@ -39,6 +40,7 @@ from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
 from .nodes import NodeSpace
 from .report_page import render
+from .space import Space
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved
 
@@ -69,6 +71,7 @@ class Settings:
     corruption: str | None = None
     pairs: int = DEFAULT_PAIRS
     seed: int = 0
+    edges: bool = False
 
     def __post_init__(self) -> None:
         for name, asked, known in (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS)):
@@ -113,7 +116,10 @@ def benchmark(
     done = 0
     for task in settings.tasks:
         work = _Task(model, task, settings)
-        for family, space in spaces(model, several, work.chosen_on.clean, settings.seed).items():
+        families: dict[str, Space] = {**spaces(model, several, work.chosen_on.clean, settings.seed)}
+        if settings.edges:
+            families["edges"] = EdgeSpace(model)
+        for family, space in families.items():
             for name in settings.methods:
                 work.judge(family, space, name, found)
                 done += 1
@@ -128,7 +134,7 @@ def benchmark(
 
 def n_steps(checkpoints: int, settings: Settings) -> int:
     """How many times ``benchmark`` reports progress."""
-    return (FAMILIES_EACH * checkpoints + BASELINES) * len(settings.tasks) * len(settings.methods)
+    return (FAMILIES_EACH * checkpoints + BASELINES + settings.edges) * len(settings.tasks) * len(settings.methods)
 
 
 def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
@@ -157,11 +163,17 @@ class _Task:
         self.competence = competence(model, self.judged_on)
         require_solved(self.competence)
 
-    def judge(self, family: str, space: NodeSpace, name: str, found: Row) -> None:
+    def judge(self, family: str, space: Space, name: str, found: Row) -> None:
         """Discover with one method in one family, and add what comes of it."""
         settings = self.settings
         method: Method = METHODS[name]()
-        scores = method.discover(space, self.chosen_on)
+        try:
+            scores = method.discover(space, self.chosen_on)
+        except ValueError as error:
+            # Some methods are for heads only, or for edges.
+            row = {"task": self.task, "family": family, "method": name, "units": space.size, "refused": str(error)}
+            found["rows"].append(row)
+            return
         fill = filler(space, settings.ablation, self.chosen_on, settings.seed)
         # Units that work against the task belong to its circuit too; only CPR asks for those that help.
         order, helping = ranked(scores, "absolute"), ranked(scores, "signed")
@@ -182,11 +194,11 @@ class _Task:
         found["rows"].append(row)
         found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
         size = row[_nodes(LEVEL)]
-        if size is not None and family.endswith("errors as nodes"):
+        if size is not None and isinstance(space, NodeSpace) and family.endswith("errors as nodes"):
             about = {key: row[key] for key in ("task", "family", "method")}
             found["circuits"].append(about | self._circuit(space, scores, order[: min(size, DRAWN)]))
 
-    def _about(self, family: str, space: NodeSpace, method: str, scores: Scores, along: Curve) -> Row:
+    def _about(self, family: str, space: Space, method: str, scores: Scores, along: Curve) -> Row:
         return {
             "task": self.task,
             "corruption": self.judged_on.corruption,
@@ -219,7 +231,7 @@ class _Task:
                 row["stability"] = stability(scores, size, "absolute", seed=self.settings.seed)
         return row
 
-    def _agreement(self, space: NodeSpace, scores: Scores) -> Row:
+    def _agreement(self, space: Space, scores: Scores) -> Row:
         """Pearson and Spearman correlation with the true effects of the units with largest scores, and of others."""
         live = scores.values.nonzero().flatten()
         top = scores.values.abs().argsort(descending=True)[: VERIFIED // 2]

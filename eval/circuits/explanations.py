@@ -34,12 +34,12 @@ CIRCUIT = {
     "nodes_90": "Fewest units with faithfulness 0.9.",
     "completeness": "Faithfulness of all units but the circuit of 0.8: 0 is best, since what was left out then does nothing. "
     "Compare circuits of like size: one of nearly all units leaves nothing out.",
-    "minimality": "Faithfulness that the circuit of 0.8 loses without one of its units, median over its 40 of largest score; "
+    "minimality": "Faithfulness that the circuit of 0.8 loses without one of its units, median over its 20 of largest score; "
     "more is better, near 0 it holds units it does not need. Compare circuits of like size.",
     "stability": "Mean Jaccard index of the circuit of 0.8 and those found on pairs drawn anew; 1 is the same units each time. "
     "Undefined for methods that do not score pair by pair.",
-    "exact_pearson": "Pearson correlation of scores with the effects of patching units one by one, over the 30 of largest "
-    "score and 30 others; 1 is best.",
+    "exact_pearson": "Pearson correlation of scores with the effects of patching units one by one, over the 20 of largest "
+    "score and 20 others; 1 is best.",
     "exact_spearman": "Spearman (rank) correlation with the same effects; 1 is best.",
     "auc": "Area under the ROC curve of scores against the units that are known to do the task: 1 ranks all of them first, "
     "0.5 is chance. For models whose circuit is known.",

@@ -78,7 +78,7 @@ def _facts(found: Row) -> dict[str, str]:
         "tasks": ", ".join(found["tasks"]),
         "ablation": show(found.get("ablation"), UNRECORDED),
         "corruption": show(found.get("corruption"), "the task's own"),
-        "pairs": f"{show(found.get('pairs'), UNRECORDED)} to judge, as many to choose",
+        "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to choose circuits, half to judge them",
         "seed": show(found.get("seed"), UNRECORDED),
     }
 

@@ -110,7 +110,9 @@ def draw_curves(ax: Axes, curves: list[Row], families: list[str], key: str, node
         if key == "faithfulness":
             band = ax.fill_between(x, _values(entry, "low"), _values(entry, "high"), color=color, alpha=0.13, linewidth=0)
             band.set_gid(_mark("band", key, entry, index))
-        (line,) = ax.plot(x, values, color=color, linewidth=1.9, dashes=dash(index) or (None, None), zorder=3)
+        # Completeness is run at fewer sizes than faithfulness.
+        there = np.isfinite(values)
+        (line,) = ax.plot(x[there], values[there], color=color, linewidth=1.9, dashes=dash(index) or (None, None), zorder=3)
         line.set_gid(_mark("line", key, entry, index))
         size = nodes.get(entry["family"])
         if size is not None:

@@ -159,7 +159,8 @@ def plot(rows: list[Row], tasks: list[str], path: Path) -> None:
                 chance[0]["sizes"], values.mean(0), color="#c2413b", linestyle="-.", label="random features", linewidth=1.3
             )
             axis.axhline(0.8, color="0.8", linewidth=0.8, zorder=0)
-            axis.set(xscale="symlog", xlabel="nodes kept", title=f"{task}, {errors}", ylim=(-0.4, 1.3))
+            axis.set_xscale("symlog", linthresh=1, linscale=0.4)
+            axis.set(xlim=(0, None), xlabel="nodes kept", title=f"{task}, {errors}", ylim=(-0.4, 1.3))
             axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("faithfulness")

@@ -28,7 +28,7 @@ from eval.circuits.selection import node_scores
 from sae.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "known-circuits.json"
-COMPARED = ("attribution", "integrated_inputs", "exact", "exact denoising", "edge_pruning", "flow", "random")
+COMPARED = ("attribution", "integrated_inputs", "exact", "exact denoising", "exact both", "edge_pruning", "flow", "random")
 # What is high for units that are kept, and low for others: its sign counts.
 SIGNED = ("edge_pruning", "flow", "random")
 
@@ -46,7 +46,9 @@ def method(name: str, known: Known) -> Method:
     """A method as compared. A model with one output has no predictions to diverge."""
     if name == "edge_pruning" and known.config.d_vocab_out == 1:
         return EdgePruning(loss="metric")
-    return ExactPatching(direction="denoising") if name == "exact denoising" else METHODS[name]()
+    if name.startswith("exact "):
+        return ExactPatching(direction=name.removeprefix("exact "))
+    return METHODS[name]()
 
 
 def judge(known: Known, name: str, space: EdgeSpace) -> dict[str, Any]:

@@ -6,8 +6,8 @@ Models whose weights were written by hand compute with named directions. As buil
 neuron is one. On both, circuits are found by attribution patching of: neurons of the stream behind every block, the planted
 directions themselves (both signs, as a dictionary), latents of an SAE trained on the stream (errors ablated), and random
 features. Compared are nodes for 80 % faithfulness and CMD; and for latents, how well scores tell those that write mostly into
-planted directions with an exact effect from all others (area under the ROC curve). Writes docs/results/known-features.json and prints
-the table of docs/circuits.md.
+planted directions with an exact effect from all others (area under the ROC curve). Writes docs/results/known-features.json and
+prints the table of docs/circuits.md.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """Exact activation patching: every unit by itself taken from the other run, and the metric measured again.
 
 What every other method estimates. ``noising`` takes the unit from the corrupted run and the rest from the clean one, and finds
-each input of an AND; ``denoising`` does the converse, and finds each input of an OR. Many rows, each with another unit absent,
-go through the model together. Source: Heimersheim and Nanda 2024, arXiv:2404.15255.
+each input of an AND; ``denoising`` does the converse, and finds each input of an OR. ``both`` has of each pair's two effects
+the one of larger magnitude. Many rows, each with another unit absent, go through the model together.
+
+Source: Heimersheim and Nanda 2024, arXiv:2404.15255.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from ..pairs import Pairs
 from ..space import Space, State
 from .scores import BATCH, Method, Scores, score_batches
 
-DIRECTIONS = ("noising", "denoising")
+DIRECTIONS = ("noising", "denoising", "both")
 ROWS = 128
 
 
@@ -60,12 +62,20 @@ class ExactPatching(Method):
         logits, clean = space.see(pairs.clean)
         other, corrupted = space.see(pairs.corrupted)
         differs = (space.distance(clean, corrupted) > 0).cpu() & asked
-        if self.direction == "noising":
-            whole, token_ids, filler, sign = pairs.measure(logits), pairs.clean, corrupted, 1.0
-        else:
-            whole, token_ids, filler, sign = pairs.measure(other), pairs.corrupted, clean, -1.0
-        effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
+        found = []
+        if self.direction != "denoising":
+            found.append(self._without(space, pairs, pairs.clean, pairs.measure(logits), corrupted, differs))
+        if self.direction != "noising":
+            found.append(-self._without(space, pairs, pairs.corrupted, pairs.measure(other), clean, differs))
+        effects = found[0] if len(found) == 1 else torch.where(found[0].abs() >= found[1].abs(), *found)
         effects[:, ~asked] = torch.nan
+        return effects
+
+    def _without(
+        self, space: Space, pairs: Pairs, token_ids: Tensor, whole: Tensor, filler: State, differs: Bool[Tensor, "pairs units"]
+    ) -> Float[Tensor, "pairs units"]:
+        """By how much the metric falls below ``whole`` if a unit that differs is taken from ``filler``."""
+        effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
         # Unit by unit, so that those of one part, which may be slow to run, come together.
         runs = differs.T.nonzero()
         for start in range(0, len(runs), self.rows):
@@ -73,7 +83,7 @@ class ExactPatching(Method):
             kept = torch.ones(len(rows), space.size, dtype=torch.bool)
             kept[torch.arange(len(rows)), units] = False
             logits = space.run(token_ids[rows], kept, _rows(filler, rows))
-            effects[rows, units] = sign * (whole[rows.to(whole.device)] - pairs.take(rows).measure(logits)).cpu()
+            effects[rows, units] = (whole[rows.to(whole.device)] - pairs.take(rows).measure(logits)).cpu()
         return effects
 
 

@@ -11,6 +11,9 @@ from training.activations.sites import site_hooks
 from transcoders.stack import Stack
 from transcoders.transcoder import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 T, S = 5, 2
 
 

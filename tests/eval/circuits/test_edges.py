@@ -9,6 +9,9 @@ from eval.circuits.edges import EdgeSpace
 from eval.circuits.known import KNOWN, edge_names
 from eval.circuits.methods import METHODS
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 FAMILIES = ["gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2"]
 
 

@@ -12,6 +12,9 @@ from sae import ENCODERS, SAE
 from training.activations.model import LanguageModel
 from training.activations.sites import site_hooks
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def pairs_of(clean, corrupted):
     n, length = clean.shape

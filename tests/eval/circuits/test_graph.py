@@ -13,6 +13,9 @@ from transcoders import CrossLayerTranscoder
 from transcoders.stack import Stack
 from transcoders.transcoder import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 POSITIONS = 6
 
 

@@ -7,11 +7,15 @@ from eval.circuits.graph import graph_of
 from eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, predict, replaced
 from eval.circuits.graph_linear import LocalReplacement
 from eval.circuits.graph_replacement import Replacement
+from eval.circuits.known import KNOWN
 from sae import ENCODERS
 from training.activations.anatomy import Anatomy
 from training.activations.model import LanguageModel
 from transcoders import CrossLayerTranscoder
 from transcoders.transcoder import Transcoder
+
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
 
 
 def prompt(length=6):
@@ -104,6 +108,38 @@ def test_in_a_model_that_its_transcoders_are_edges_rank_effects(place, wide_mode
             assert agreement.pairs >= 200
             assert agreement.spearman >= 0.95
             assert agreement.pearson >= 0.95
+
+
+def mlps_as_transcoders(known):
+    """Transcoders that are a hand-built model's MLPs."""
+    found = {}
+    for layer in range(known.config.n_layers):
+        mlp = known.module.mlp(layer)
+        built = Transcoder(known.config.d_model, known.config.d_model, known.config.d_mlp, ENCODERS["relu"]()).double()
+        with torch.no_grad():
+            for own, theirs in (
+                (built.W_enc, mlp.up_proj.weight),
+                (built.b_enc, mlp.up_proj.bias),
+                (built.W_dec, mlp.down_proj.weight.T),
+                (built.b_dec, mlp.down_proj.bias),
+            ):
+                own.copy_(theirs)
+        found[layer] = built.requires_grad_(False).eval()
+    return found
+
+
+@pytest.mark.parametrize("name", ["fraction", "reverse", "clock"])
+def test_in_models_built_by_hand_edges_rank_what_interventions_do(name):
+    known = KNOWN[name]()
+    known.module.double()
+    local = LocalReplacement(Replacement(Anatomy(known.model), mlps_as_transcoders(known)), known.pairs.clean[0], 0)
+    graph = graph_of(local)
+    found = intervene(local, graph, most_influential(graph, 30))
+    for effect in EFFECTS:
+        agreement = found.agreement(effect, "model")
+        assert agreement.pairs >= 8
+        assert agreement.spearman >= 0.95
+        assert agreement.pearson >= 0.99
 
 
 FAMILY_KINDS = [

@@ -11,6 +11,9 @@ from sae import ENCODERS, SAE
 from transcoders import CrossLayerTranscoder
 from transcoders.transcoder import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 TEXT = {"source": "embedded", "context_length": 32}
 HARVEST = {"dtype": "float32", "heldout": 0.05, "exclude_special": True, "exclude_leading": 2}
 PROMPT = "The dog swims again ."

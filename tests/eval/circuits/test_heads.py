@@ -8,6 +8,9 @@ from eval.circuits.readers import readers
 from sae import ENCODERS, SAE
 from training.activations.anatomy import Anatomy
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 LATENTS = torch.tensor([4, 0, 22])
 
 

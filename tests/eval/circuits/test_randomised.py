@@ -9,6 +9,9 @@ from sae.encoder import Encoder
 from sae.metrics import fvu
 from transcoders.transcoder import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trained(encoder_arguments, train_on_planted):

@@ -6,6 +6,9 @@ import torch
 from eval.circuits.known import KNOWN
 from eval.circuits.known.handbuilt import LONGEST, fraction, gate, induction, reverse
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["and_gate", "adder_gate", "induction", "induction_query"])
 def test_exact_patching_finds_the_circuit(name, check_truth):

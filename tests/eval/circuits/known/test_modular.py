@@ -8,6 +8,9 @@ import torch
 from eval.circuits.known import load_toy
 from eval.circuits.known.modular import STEP, clock, spectrum, wave
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def sums(p):
     numbers = torch.cartesian_prod(torch.arange(p), torch.arange(p))

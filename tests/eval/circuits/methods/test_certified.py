@@ -15,6 +15,9 @@ from eval.circuits.pairs import Pairs, Question
 from eval.circuits.passes import Cost
 from training.activations.model import LanguageModel
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 class Given(Method):
     """Scores of each pair that a table says; a pair is known by its only token."""

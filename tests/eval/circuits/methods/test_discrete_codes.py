@@ -13,6 +13,9 @@ from sae import ENCODERS, SAE
 from training.activations.anatomy import Anatomy
 from training.activations.sites import site_hooks
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 HEADS, TELLING = 20, 6
 
 

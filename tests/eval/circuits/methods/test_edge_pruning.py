@@ -13,6 +13,9 @@ from eval.circuits.nodes import Coordinates, NodeSpace
 from eval.circuits.roc import roc_auc
 from eval.circuits.selection import node_scores
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def test_masks_are_hard_concrete():
     logits = torch.tensor([-9.0, -1.0, 0.0, 2.0, 9.0]).expand(5000, -1)

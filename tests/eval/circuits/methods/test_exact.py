@@ -46,6 +46,16 @@ def test_a_component_s_effect_is_that_of_replacing_its_tensor(model, pairs, dire
         assert scores.per_pair[:, unit].abs().min() > 1e-3
 
 
+def test_of_both_directions_the_larger_effect_counts(model, pairs):
+    space = components(model)
+    one, other, both = (ExactPatching(direction=name).discover(space, pairs) for name in ("noising", "denoising", "both"))
+    larger = torch.maximum(one.per_pair.abs(), other.per_pair.abs())
+    torch.testing.assert_close(both.per_pair.abs(), larger)
+    assert ((both.per_pair == one.per_pair) | (both.per_pair == other.per_pair)).all()
+    # Each has the larger one somewhere.
+    assert 0 < int((both.per_pair == one.per_pair).sum()) < both.per_pair.numel()
+
+
 def test_a_head_at_a_position_is_its_own_slice(model, pairs):
     space, layer, at = components(model, **EACH), 1, 3
     scores = ExactPatching().discover(space, pairs)
@@ -98,7 +108,7 @@ def test_some_units(model, pairs):
 
 
 def test_what_cannot_be_asked(model, pairs):
-    with pytest.raises(ValueError, match="direction: expected one of noising, denoising, got 'both'"):
-        ExactPatching(direction="both")
+    with pytest.raises(ValueError, match="direction: expected one of noising, denoising, both, got 'up'"):
+        ExactPatching(direction="up")
     with pytest.raises(ValueError, match="units: expected numbers from 0 to 8, got"):
         ExactPatching(units=[9]).discover(components(model), pairs)

@@ -10,6 +10,9 @@ from eval.circuits.known import KNOWN
 from eval.circuits.methods.flow import FlowRoutes
 from eval.circuits.nodes import Coordinates, NodeSpace
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_shares_are_how_much_closer_each_sender_comes(family, tiny_model, some_pairs, graph):

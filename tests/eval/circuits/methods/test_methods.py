@@ -9,6 +9,9 @@ from torch import nn
 from eval.circuits.methods import METHODS
 from eval.circuits.nodes import Coordinates, NodeSpace
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 SLOPES = ("attribution", "integrated_activations", "integrated_inputs", "relevance")
 EFFECTS = ("exact", *SLOPES)
 

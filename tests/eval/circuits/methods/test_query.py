@@ -13,6 +13,9 @@ from eval.circuits.nodes import NodeSpace
 from eval.circuits.passes import Cost
 from eval.circuits.ranking import largest
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 class Mean(Method):
     """A method that says what it finds on all pairs, and nothing of each."""

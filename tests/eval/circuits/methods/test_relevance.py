@@ -11,6 +11,9 @@ from eval.circuits.nodes import Coordinates, NodeSpace
 from eval.circuits.passes import Passes
 from training.activations.model import LanguageModel
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2")
 ALL = {"normalisation": True, "activation": True, "gate": True, "attention": True}
 NONE = dict.fromkeys(ALL, False)

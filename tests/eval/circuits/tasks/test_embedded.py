@@ -6,6 +6,9 @@ import torch
 from eval.circuits.tasks import TASKS, competence, make_pairs
 from training.embedded import lexicon
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 NAMES = [name for name, task in TASKS.items() if task.embedded is not None]
 
 

@@ -13,6 +13,9 @@ from eval.circuits.tasks.english import agreement, docstrings, ioi, objects, pro
 from eval.circuits.tasks.english.fill import Words
 from eval.circuits.tasks.reader import Reader
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 NAMES = [name for name, task in TASKS.items() if task.english is not None]
 
 

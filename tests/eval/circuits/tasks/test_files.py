@@ -8,6 +8,9 @@ import torch
 
 from eval.circuits.tasks import competence, make_pairs, read_pairs, write_pairs
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 FIELDS = ("task", "corruption", "metric", "questions", "roles")
 GOOD = {"clean": "Mary and Paul went", "corrupted": "Mary and Kate went", "answers": [" to"], "foils": [" in"]}
 
