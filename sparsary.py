@@ -3,9 +3,11 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 
 from training.stopping import Stopped
 
-__all__ = ["evaluate", "features", "load", "push_to_hub", "train"]
+__all__ = ["convert", "evaluate", "features", "load", "push_to_hub", "train"]
 
 
 def load(
@@ -31,7 +33,8 @@ def load(
 
     Where there are several, one for each hook, it is the ``Stack`` of them all, or, with ``hook``, one of them. ``format``
     overrides what the files say they are. ``missing`` is what the files may leave open: ``scale``, ``k``, ``threshold``,
-    ``model`` (see ``sae.formats.Options``). Other libraries' dictionaries compute in ``dtype``, ``auto`` being their files'.
+    ``model``, ``subtract_b_dec`` (see ``sae.formats.Options``). Other libraries' dictionaries compute in ``dtype``, ``auto``
+    being their files'.
 
     Raises:
         ValueError: If there is none, or it is damaged.
@@ -42,6 +45,29 @@ def load(
     from transcoders.load import load as run
 
     return run(path, device, revision, subfolder, format, Options(hook=hook, **missing), dtype)[0]
+
+
+def convert(
+    source: str,
+    destination: str,
+    to: str = "sparsary",
+    *,
+    format: str | None = None,  # noqa: A002
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: str = "float32",
+    **missing: Any,
+) -> Any:
+    """Write a dictionary, whoever wrote it, as our checkpoint or in another library's format; what was done, in words.
+
+    Several, one for each hook, become a directory of them. ``to`` is ``sparsary`` or a format of ``docs/formats.md``; the
+    other arguments are those of ``load``. Whatever is there already stays: ``destination`` must be empty or new.
+    """
+    from sae.formats import Options
+    from transcoders.convert import convert as run
+
+    given = {"format": format, "revision": revision, "subfolder": subfolder, "dtype": dtype}
+    return run(source, destination, to, options=Options(**missing), **given)
 
 
 def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
@@ -66,32 +92,85 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
     return Path(grid.out_dir)
 
 
-def evaluate(directory: str, out: str | None = None, activations: Any = None, tokens: int | None = None) -> dict[str, Any]:
+def evaluate(
+    directory: str, out: str | None = None, activations: Any = None, tokens: int | None = None, **given: Any
+) -> dict[str, Any]:
     """Judge a checkpoint on held-out documents, write ``report.json`` and ``report.html``, and return the report.
 
     ``activations``, a ``(tokens, d_in)`` tensor, takes the place of the model; what needs the model is then left out. For a
     transcoder they are a pair, with the ``(tokens, d_out)`` targets. A directory of checkpoints is judged with all of them in
-    place at once, and each alone, and so is a cross-layer transcoder.
+    place at once, and each alone, and so is a cross-layer transcoder. ``given`` is what other libraries' files leave open:
+    ``model``, ``text`` (a tuple of files), ``hook`` and so on (see ``eval.opened.Given``).
     """
+    from eval.opened import Given
     from eval.suite import evaluate as run
 
-    return run(directory, out, activations, tokens)
+    return run(directory, out, activations, tokens, given=Given(**given))
 
 
-def features(directory: str, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+def features(directory: str, out: str | None = None, tokens: int | None = None, **given: Any) -> dict[str, Any]:
     """Describe every latent of a checkpoint on held-out documents; returns where it comes from, and medians of its scores.
 
     Writes ``features.jsonl`` (one latent a line), ``features.json`` (what is returned) and ``features.html`` (to browse) into
     ``out``, or the folder ``features`` of the checkpoint.
     """
     from eval.features.run import features as run
+    from eval.opened import Given
 
-    return run(directory, out, tokens)
+    return run(directory, out, tokens, given=Given(**given))
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys to override.")]
+
+
+# What another library's files may leave open, or there is to choose among.
+Format = Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="The files' format, in place of what they say.")]
+Hook = Annotated[str | None, typer.Option(help="Which of several; or which hook it is for, MODULE:SIDE, if no file says it.")]
+Subfolder = Annotated[str | None, typer.Option(help="Where in the directory or repository.")]
+Revision = Annotated[str | None, typer.Option(help="The hub repository's revision.")]
+GivenK = Annotated[int | None, typer.Option("--k", help="Latents per token, if no file says it.")]
+GivenScale = Annotated[float | None, typer.Option("--scale", help="What inputs are multiplied by, if no file says it.")]
+GivenThreshold = Annotated[float | None, typer.Option("--threshold", help="What latents must exceed, if no file says it.")]
+# The options of every command that reads dictionaries and runs their model.
+GIVEN: dict[str, Any] = {
+    "model": Annotated[str | None, typer.Option(help="The language model (hub id or directory), in place of what files say.")],
+    "text": Annotated[list[str] | None, typer.Option(help="Text to judge on (.txt, .jsonl, .parquet); repeatable.")],
+    "settings": Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A recipe's key: text.context_length=256, harvest.exclude_leading=0."),
+    ],
+    "hook": Hook,
+    "hook_out": Annotated[str | None, typer.Option(help="Of a transcoder, where it writes, if no file says it.")],
+    "format": Format,
+    "subfolder": Subfolder,
+    "revision": Revision,
+    "k": GivenK,
+    "scale": GivenScale,
+    "threshold": GivenThreshold,
+}
+
+
+def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options ``GIVEN`` that it lacks, which it gets as one argument, ``given``."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        from eval.opened import Given
+        from training.recipe import parse_overrides
+
+        said = {name: arguments.pop(name) for name in options}
+        said |= {"text": tuple(said["text"] or ()), "settings": parse_overrides(said["settings"] or [])}
+        command(**arguments, given=Given(**said))
+
+    own = [parameter for name, parameter in signature(command).parameters.items() if name != "given"]
+    options = {name: option for name, option in GIVEN.items() if name not in signature(command).parameters}
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option) for name, option in options.items()]
+    vars(run).pop("__wrapped__")
+    run.__signature__ = Signature([*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
+    return run
 
 
 @app.command("harvest")
@@ -134,6 +213,7 @@ def _train(
 
 
 @app.command("eval")
+@_reads_dictionaries
 def _eval(
     checkpoints: Annotated[
         list[str],
@@ -156,7 +236,7 @@ def _eval(
     pursuit: Annotated[
         str | None, typer.Option(help="Find codes anew from the atoms: matching_pursuit, orthogonal_..., gradient_pursuit.")
     ] = None,
-    k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit.")] = None,
+    k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit, or if no file says it.")] = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Measure everything anew, whatever eval_cache beside the checkpoint holds.")
     ] = False,
@@ -168,6 +248,7 @@ def _eval(
     authors: Annotated[
         bool, typer.Option("--authors", help="Also split the error as its authors' scripts do (arXiv:2410.14670): authors_*.")
     ] = False,
+    given: Any = None,
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
     from eval.suite import Selection, evaluate_all, folders, summary
@@ -175,15 +256,26 @@ def _eval(
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}
     fitted |= {"ridge": ridge[0] if len(ridge) == 1 else ridge} if ridge else {}
+    given = given if pursuit is not None else replace(given, k=k)
     options = {"linear_error": fitted | ({"authors": True} if authors else {}), "error_cost": fitted}
     with _progress("eval") as progress:
-        reports = evaluate_all(checkpoints, outs, tokens, Selection(oracle, pursuit, k), not no_cache, progress, options)
+        reports = evaluate_all(
+            checkpoints,
+            outs,
+            tokens,
+            Selection(oracle, pursuit, k if pursuit is not None else None),
+            not no_cache,
+            progress,
+            options,
+            given,
+        )
     for report in reports:
         _table(summary(report))
         print(f"report: {report['report_path']}")
 
 
 @app.command("features")
+@_reads_dictionaries
 def _features(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
     out: Annotated[str | None, typer.Option(help="Where it goes; the checkpoint's folder 'features' if not given.")] = None,
@@ -199,6 +291,7 @@ def _features(
     explain: Annotated[int, typer.Option(help="With --explainer: how many latents.")] = 20,
     key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
     requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests to the endpoint.")] = None,
+    given: Any = None,
 ) -> None:
     """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
     from eval.features.run import DEFAULT_TOKENS, Explainer, summary
@@ -208,12 +301,13 @@ def _features(
         raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
     asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
     with _progress("features") as progress:
-        about = run(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked)
+        about = run(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked, given=given)
     _table(summary(about))
     print(f"page: {about['page_path']}")
 
 
 @app.command("probe")
+@_reads_dictionaries
 def _probe(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
     task: Annotated[
@@ -228,11 +322,12 @@ def _probe(
     out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/probing if not given.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens for factors and absorption.")] = None,
     seed: Annotated[int, typer.Option(help="Decides splits, prompts and resampling.")] = 0,
+    given: Any = None,
 ) -> None:
     """Judge latents by what is known of the text: probing.json, and SAEBench's result files."""
     from eval.probing import probe
 
-    found = probe(checkpoint, task, labels, out, tokens, seed)
+    found = probe(checkpoint, task, labels, out, tokens, seed, given)
     for head, rows in found.tables:
         _columns(head, rows)
         print()
@@ -242,6 +337,7 @@ def _probe(
 
 
 @app.command("circuits")
+@_reads_dictionaries
 def _circuits(
     checkpoints: Annotated[
         list[str],
@@ -264,6 +360,7 @@ def _circuits(
     prompt: Annotated[
         str | None, typer.Option(help="Draw the attribution graph of this text instead; for transcoders.")
     ] = None,
+    given: Any = None,
 ) -> None:
     """Are the latents the model's own parts? Circuits of them, against neurons, heads and random features: circuits.html."""
     if prompt is not None:
@@ -271,7 +368,9 @@ def _circuits(
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
-        _table([(key.replace("_", " "), str(value)) for key, value in run_graph(checkpoints[0], prompt, out).items()])
+        _table(
+            [(key.replace("_", " "), str(value)) for key, value in run_graph(checkpoints[0], prompt, out, given=given).items()]
+        )
         return
     from eval.circuits.benchmark import Settings, benchmark, best_rows, n_steps
 
@@ -285,7 +384,7 @@ def _circuits(
         **{key: value for key, value in chosen.items() if value is not None},
     )
     with _progress("circuits") as progress:
-        found = benchmark(checkpoints, settings, out, progress(n_steps(len(checkpoints), settings)))
+        found = benchmark(checkpoints, settings, out, progress(n_steps(len(checkpoints), settings)), given)
     _columns(*best_rows(found))
     print(f"results: {found['path']}")
     print(f"page: {found['page_path']}")
@@ -334,15 +433,55 @@ def _compare(
     print(f"* best mean\nreport: {comparison['page_path']}")
 
 
+@app.command("convert")
+def _convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, a file or a hub repository id.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="A new or empty folder.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="sparsary, or a library's format (docs/formats.md).")] = "sparsary",
+    format: Format = None,  # noqa: A002
+    hook: Hook = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    k: GivenK = None,
+    scale: GivenScale = None,
+    threshold: GivenThreshold = None,
+    model: Annotated[str | None, typer.Option(help="The language model's id, where the files do not say it.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; auto: the files' own.")] = "float32",
+) -> None:
+    """Read another library's dictionary, or ours, and write it as ours, or as another library's."""
+    missing = {"hook": hook, "k": k, "scale": scale, "threshold": threshold, "model": model}
+    given = {"format": format, "revision": revision, "subfolder": subfolder, "dtype": dtype}
+    found = convert(source, destination, to, **given, **missing)
+    _table(found.lines())
+    print(f"{found.directory}: done.")
+
+
 @app.command("info")
-def _info(path: Annotated[str, typer.Argument(help="A checkpoint directory or an activation store.")]) -> None:
-    """Say what a checkpoint or a store is, and verify its checksums."""
+@_reads_dictionaries
+def _info(
+    path: Annotated[str, typer.Argument(help="A checkpoint, another library's dictionary or an activation store.")],
+    tokens: Annotated[int, typer.Option(min=2, help="With --model or --text: run it on so many tokens.")] = 4000,
+    given: Any = None,
+) -> None:
+    """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
+    from eval.opened import open_checkpoint, sanity_of
     from training.inspect import describe
 
-    lines, problems = describe(path)
+    lines, problems = describe(path, given.options(given.model), given.format, given.subfolder, given.revision)
     _table(lines)
     if problems:
         raise ValueError("\n".join(problems))
+    if given.model is None and not given.text:
+        return
+    doubts = []
+    for hook, found in sanity_of(open_checkpoint(path, given), tokens).items():
+        figures = (
+            f"fvu {found.fvu:.4f}   l0 {found.l0:.2f}   outputs / targets {found.norm_ratio:.3f}   cosine {found.cosine:.3f}"
+        )
+        _table([(hook, f"{figures}   on {found.tokens:,} tokens"), *(("wrong?", doubt) for doubt in found.warnings)])
+        doubts += [f"{hook}: {doubt}" for doubt in found.warnings]
+    if doubts:
+        raise ValueError("wrong hook or normalisation: " + "; ".join(doubts) + ".")
 
 
 bench = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)

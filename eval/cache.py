@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sae.checkpoint import WEIGHTS_FILE
-from sae.files import read_json, sha256, write_json
+from sae.files import read_json, write_json
 from training.embedded import MODEL_DIR
 
 from .groups import MetricGroup
@@ -72,19 +71,19 @@ class Beside:
 
     def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None:
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.path(group, options), {"entries": entries[0], "reasons": entries[1]})
         except OSError as error:
             log.warning("%s: nothing can be kept here (%s); the next evaluation starts anew.", self.folder, error)
 
 
-def content_of(directory: Path, config: dict[str, Any], selection: str, tokens: int) -> dict[str, Any]:
-    """Everything that figures of a checkpoint depend on."""
+def content_of(weights: str, config: dict[str, Any], selection: str, tokens: int) -> dict[str, Any]:
+    """Everything that figures of a checkpoint depend on; ``weights`` is the checksum of its files."""
     source = config["provenance"]
     model, text = source["model"], source["text"]
     place = MODEL_DIR if model["id"] == "embedded" else Path(model["id"])
     return {
-        "weights": sha256(directory / WEIGHTS_FILE),
+        "weights": weights,
         "dictionary": config["dictionary"],
         "hooks": [source.get(key) for key in ("hook", "hooks_in", "hooks_out")],
         "model": {key: value for key, value in model.items() if key != "device"},

@@ -23,6 +23,8 @@ OWN: dict[str, str] = {
     "git_commit": "Version of the code that trained the dictionary.",
     "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
     "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
+    "assumed": "What the dictionary's files do not say and nobody said: taken from recipes' defaults.",
+    "doubts": "What these figures say against the hook, the normalisation or the scale; each was also logged.",
     "reasons": "Entry -> why it is null. Nothing in a report is NaN or infinite.",
 }
 

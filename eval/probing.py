@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sae.files import write_json, write_text
-from sae.hub import local_directory
 
 from . import factors, saebench, supervised
+from .opened import NOTHING, Given, open_checkpoint
 from .saebench import Task
 from .subject import Pooled, Subject, open_subject, pool, read_labelled
 
@@ -40,6 +40,7 @@ def probe(
     out: str | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    given: Given = NOTHING,
 ) -> Found:
     """Run the tasks on a checkpoint; ``probing.json`` and each task's own file go to ``out``.
 
@@ -51,8 +52,9 @@ def probe(
     """
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
-    subject = open_subject(checkpoint)
-    target = Path(out) if out is not None else Path(local_directory(checkpoint)) / "probing"
+    opened = open_checkpoint(checkpoint, given)
+    subject = open_subject(opened)
+    target = Path(out) if out is not None else opened.results / "probing"
     dictionary = subject.dictionary
     report: dict[str, Any] = {
         "probing_version": PROBING_VERSION,

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import SparseCode, SparseDictionary, load_dictionary
-from sae.checkpoint import read_config
+from sae import SparseCode, SparseDictionary
 from sae.files import write_json, write_text
-from sae.hub import local_directory
 from sae.metrics import Moments
 from training.activations.model import LanguageModel
 from training.activations.splice import Insertion, Place, latents_at, model_spliced
 from training.text import Cursor
-from transcoders.stack import hooks_of, is_stack, load_stack
+from transcoders.stack import hooks_of
 
 from .downstream import SPLICES, Downstream, ablations
 from .groups import settled
 from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
+from .opened import NOTHING, Given, Opened, open_checkpoint
 from .plots import show
 from .reconstruction import Reconstruction
 from .stack_page import render, short
@@ -39,7 +38,9 @@ class Layer:
     hook_out: str
 
 
-def evaluate_stack(checkpoint: str, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+def evaluate_stack(
+    checkpoint: str, out: str | None = None, tokens: int | None = None, given: Given = NOTHING
+) -> dict[str, Any]:
     """Judge a directory of checkpoints, or a cross-layer transcoder; the report is written to ``out`` or into the directory.
 
     Cross-entropy, KL and agreement with all dictionaries in place, with all their hooks ablated to zero or the mean, and
@@ -49,45 +50,50 @@ def evaluate_stack(checkpoint: str, out: str | None = None, tokens: int | None =
     Raises:
         ValueError: If there is no such directory, its dictionaries do not fit each other or the model, or there is no text.
     """
-    directory = local_directory(checkpoint)
-    sources, insertions = _load(directory)
-    report = _describe(checkpoint, sources, insertions)
+    return evaluate_opened(open_checkpoint(checkpoint, given), out, tokens)
+
+
+def evaluate_opened(opened: Opened, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """The same of what is loaded already."""
+    opened = opened.completed()
+    sources = _of_one_training(opened)
+    insertions = [Insertion(m.dictionary, *hooks_of(m.provenance)) for m in opened.members]
+    report = _describe(opened, insertions)
     report |= judge_stack(insertions, sources[0], wanted_tokens(sources[0], tokens))
-    target = Path(out) if out is not None else Path(directory)
+    target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "report.json", report)
     write_text(target / "report.html", render(report))
     return report | {"report_path": str(target / "report.html")}
 
 
-def _load(directory: Path) -> tuple[list[dict[str, Any]], list[Insertion]]:
-    """What the checkpoints say of themselves, and the dictionaries with their hooks."""
-    if not is_stack(directory):
-        source = read_config(directory)["provenance"]
-        return [source], [Insertion(load_dictionary(directory), *hooks_of(source))]
-    stack = load_stack(directory)
-    sources = [stack.provenances[hook] for hook in stack]
+def _of_one_training(opened: Opened) -> list[dict[str, Any]]:
+    """What the checkpoints say of themselves.
+
+    Raises:
+        ValueError: If they are of different models or texts.
+    """
+    sources = [member.provenance for member in opened.members]
+    hooks = [hooks_of(source)[1][0] for source in sources]
     for key in ("model", "text", "harvest"):
-        different = [hook for hook, source in zip(stack, sources, strict=True) if source.get(key) != sources[0].get(key)]
+        different = [hook for hook, source in zip(hooks, sources, strict=True) if source.get(key) != sources[0].get(key)]
         if different:
             raise ValueError(
-                f"{directory}: {key}: expected dictionaries trained on the same, but {', '.join(different)} differ from "
-                f"{next(iter(stack))}. Judge them one by one."
+                f"{opened.directory}: {key}: expected dictionaries trained on the same, but {', '.join(different)} differ from "
+                f"{hooks[0]}. Judge them one by one."
             )
-    return sources, [Insertion(stack[hook], *hooks_of(source)) for hook, source in zip(stack, sources, strict=True)]
+    return sources
 
 
-def _describe(checkpoint: str, sources: list[dict[str, Any]], insertions: list[Insertion]) -> dict[str, Any]:
+def _describe(opened: Opened, insertions: list[Insertion]) -> dict[str, Any]:
     dictionaries = [insertion.dictionary for insertion in insertions]
     arguments = [dictionary.arguments() for dictionary in dictionaries]
     encoders = list(dict.fromkeys(json.dumps(argument["encoder"]) for argument in arguments))
     kinds = list(dict.fromkeys(argument["kind"] for argument in arguments))
-    first = sources[0]
-    if not first.get("model"):
-        raise ValueError(f"{checkpoint}: these dictionaries were trained on tensors, not on a model. Judge them one by one.")
+    first = opened.members[0].provenance
     return {
         "stack_report_version": STACK_REPORT_VERSION,
-        "checkpoint": str(checkpoint),
+        "checkpoint": opened.name,
         "kind": kinds[0] if len(insertions) == 1 else "stack of " + " and ".join(f"{kind}s" for kind in kinds),
         "encoder": encoders[0] if len(encoders) == 1 else f"{len(encoders)} encoders",
         "layers": sum(len(dictionary.sites) for dictionary in dictionaries),
@@ -97,6 +103,7 @@ def _describe(checkpoint: str, sources: list[dict[str, Any]], insertions: list[I
         "text": first["text"]["source"],
         "training_tokens": first.get("training_tokens"),
         "git_commit": first.get("git_commit"),
+        "assumed": list(opened.assumed),
     }
 
 

@@ -13,14 +13,15 @@ from jaxtyping import Int
 from scipy import sparse
 from torch import Tensor
 
-from sae import SparseCode, SparseDictionary, load_dictionary
-from sae.checkpoint import read_config
-from sae.hub import local_directory
+from sae import SparseCode, SparseDictionary
 from training.activations.harvest import batches, excluded
 from training.activations.model import LanguageModel, load_model
 from training.embedded import corpus
 from training.recipe import HarvestSection, ModelSection, TextSection
 from training.text import contexts
+from transcoders.stack import hooks_of
+
+from .opened import NOTHING, Given, Opened, open_checkpoint
 
 BATCH_CONTEXTS = 16
 ROWS_AT_ONCE = 4096
@@ -62,19 +63,19 @@ class Subject:
             )
 
 
-def open_subject(checkpoint: str) -> Subject:
+def open_subject(checkpoint: str | Opened, given: Given = NOTHING) -> Subject:
     """Load a checkpoint and its model, and check that they belong together.
 
     Raises:
         ValueError: If either cannot be had, or the dictionary is of another width than its hook.
     """
-    directory = local_directory(checkpoint)
-    dictionary = load_dictionary(directory)
-    source: dict[str, Any] = read_config(directory)["provenance"]
-    if not source.get("model"):
-        raise ValueError(f"{checkpoint}: this dictionary was trained on tensors, not on a model, so there is nothing to probe.")
+    opened = open_checkpoint(checkpoint, given) if isinstance(checkpoint, str) else checkpoint
+    opened = opened.completed()
+    if opened.in_place_together:
+        raise ValueError(f"{opened.name}: expected a dictionary of one hook, got one of several. Name one: --hook HOOK.")
+    source = opened.members[0].provenance
     model = load_model(ModelSection.model_validate(source["model"]))
-    return subject_of(dictionary, model, source)
+    return subject_of(opened.members[0].dictionary, model, source)
 
 
 def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> Subject:
@@ -85,7 +86,7 @@ def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[
     """
     if len(dictionary.sites) != 1:
         raise ValueError(f"checkpoint: expected a dictionary of one hook, got one of {len(dictionary.sites)}.")
-    hook = source["hook"]
+    hook = hooks_of(source)[0][0]
     width = model.widths((hook,))[hook]
     if width != dictionary.d_in:
         raise ValueError(f"{hook}: expected width {dictionary.d_in}, the dictionary's d_in, got {width} from {model.id}.")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import SparseDictionary, load_dictionary
-from sae.checkpoint import read_config
+from sae import SparseDictionary
 from sae.files import write_json, write_text
-from sae.hub import local_directory
+from sae.formats.sanity import Sanity, doubts
 from training.text import Cursor
-from transcoders.stack import hooks_of, is_stack
+from transcoders.stack import hooks_of
 
 from .cache import Beside, Nothing, content_of
 from .explanations import REPORT_VERSION
 from .groups import MetricGroup, Passage, Setting, View, settled
 from .heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
+from .opened import NOTHING, Given, Member, Opened, open_checkpoint
 from .page import render
 from .registry import GROUPS
 from .selection import PER_TOKEN, Selection
-from .stack import evaluate_stack, stack_summary
+from .stack import evaluate_opened, stack_summary
 
 ROWS_AT_ONCE = 4096
 
@@ -47,6 +48,7 @@ def evaluate(
     selection: Selection = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
+    given: Given = NOTHING,
 ) -> dict[str, Any]:
     """Judge a dictionary; the report is written to ``out`` (or beside the checkpoint) and returned.
 
@@ -54,19 +56,17 @@ def evaluate(
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
     cross-layer transcoder, is judged with all of its layers in place: see ``eval.stack``. ``activations`` are ``x``, or
     ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
-    weights on the same text is not measured again: see ``eval.cache``.
+    weights on the same text is not measured again: see ``eval.cache``. What other libraries' files leave open is in ``given``.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
-    directory = local_directory(checkpoint)
-    if _needs_stack(directory):
-        if activations is not None or selection != PER_TOKEN:
-            raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
-        return evaluate_stack(checkpoint, out, tokens)
+    opened = open_checkpoint(checkpoint, given)
+    if opened.in_place_together and (activations is not None or selection != PER_TOKEN):
+        raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:
-        return evaluate_all([checkpoint], [out], tokens, selection, cache, progress)[0]
-    found = _candidate(checkpoint, out, selection)
+        return judge_all([opened], [out], tokens, selection, cache, progress)[0]
+    found = _candidate(opened, out, selection)
     if selection.oracle:
         raise ValueError("--oracle: needs the model, not activations alone.")
     x, y = activations if isinstance(activations, tuple) else (activations, None)
@@ -81,37 +81,46 @@ def evaluate_all(
     cache: bool = True,
     progress: Progress = unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    given: Given = NOTHING,
 ) -> list[dict[str, Any]]:
     """Judge several dictionaries, each with a report of its own; those of one model and text share its passes.
 
     Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint; ``options`` go to the group of metrics of that name. Everything that can be checked is
-    checked before the model runs.
+    checkpoint; ``options`` go to the group of metrics of that name; ``given`` is said of them all. Everything that can be
+    checked is checked before the model runs.
 
     Raises:
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
+    opened = [open_checkpoint(checkpoint, given) for checkpoint in checkpoints]
+    return judge_all(opened, outs, tokens, selection, cache, progress, options)
+
+
+def judge_all(
+    several: Sequence[Opened],
+    outs: Sequence[str | None] | None = None,
+    tokens: int | None = None,
+    selection: Selection = PER_TOKEN,
+    cache: bool = True,
+    progress: Progress = unseen,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The same of what is loaded already."""
     unknown = sorted((options or {}).keys() - {group.name for group in GROUPS})
     if unknown:
         raise ValueError(f"options: expected names among {', '.join(group.name for group in GROUPS)}, got {unknown[0]!r}.")
-    outs = outs or [None] * len(checkpoints)
-    stacks = [_needs_stack(local_directory(checkpoint)) for checkpoint in checkpoints]
-    if selection != PER_TOKEN and any(stacks):
+    outs = outs or [None] * len(several)
+    stacks = [opened for opened in several if opened.in_place_together]
+    if selection != PER_TOKEN and stacks:
         raise ValueError(
-            f"{checkpoints[stacks.index(True)]}: expected one checkpoint of one hook for --oracle or --pursuit, got a stack "
-            "or a cross-layer one."
+            f"{stacks[0].name}: expected one checkpoint of one hook for --oracle or --pursuit, got a stack or "
+            "a cross-layer one."
         )
     alone = [
-        _candidate(checkpoint, out, selection)
-        for checkpoint, out, stack in zip(checkpoints, outs, stacks, strict=True)
-        if not stack
+        _candidate(opened.completed(), out, selection)
+        for opened, out in zip(several, outs, strict=True)
+        if not opened.in_place_together
     ]
-    for candidate in alone:
-        if not candidate.source.get("model"):
-            raise ValueError(
-                f"{candidate.checkpoint}: this dictionary was trained on tensors, not on a model. Give held-out ones: "
-                "sparsary.evaluate(directory, activations=x)."
-            )
     together: dict[str, list[Candidate]] = {}
     for candidate in alone:
         together.setdefault(json.dumps(candidate.ground(tokens), sort_keys=True), []).append(candidate)
@@ -122,8 +131,8 @@ def evaluate_all(
             reports[id(candidate)] = _written(candidate, entries)
     found = iter(reports[id(candidate)] for candidate in alone)
     return [
-        evaluate_stack(checkpoint, out, tokens) if stack else next(found)
-        for checkpoint, out, stack in zip(checkpoints, outs, stacks, strict=True)
+        evaluate_opened(opened, out, tokens) if opened.in_place_together else next(found)
+        for opened, out in zip(several, outs, strict=True)
     ]
 
 
@@ -151,28 +160,29 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return next(names for names in ends if len(set(names)) == wanted)
 
 
-def _needs_stack(directory: Path) -> bool:
-    """Whether all layers are to be judged in place: several checkpoints, or one of several hooks."""
-    if is_stack(directory):
-        return True
-    source = read_config(directory)["provenance"]
-    return bool(source.get("model")) and len(hooks_of(source)[0]) > 1
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A checkpoint that is to be judged."""
 
-    checkpoint: str
-    directory: Path
+    opened: Opened
     out: Path
-    dictionary: SparseDictionary
-    config: dict[str, Any]
     selection: Selection
 
     @property
+    def checkpoint(self) -> str:
+        return self.opened.name
+
+    @property
+    def member(self) -> Member:
+        return self.opened.members[0]
+
+    @property
+    def dictionary(self) -> SparseDictionary:
+        return self.member.dictionary
+
+    @property
     def source(self) -> dict[str, Any]:
-        return self.config["provenance"]
+        return self.member.provenance
 
     def ground(self, tokens: int | None) -> dict[str, Any]:
         """What decides which tokens it is judged on: equal ones can be judged together."""
@@ -181,18 +191,19 @@ class Candidate:
         }
 
     def kept(self, tokens: int) -> Beside:
-        """What was measured of it before."""
-        return Beside(self.directory, content_of(self.directory, self.config, self.selection.describe(), tokens))
+        """What was measured of it before: beside our checkpoints, but not among other libraries' files."""
+        content = content_of(self.member.weights, self.member.config, self.selection.describe(), tokens)
+        return Beside(self.out if self.opened.foreign else self.member.directory, content)
 
 
-def _candidate(checkpoint: str, out: str | None, selection: Selection) -> Candidate:
-    directory = local_directory(checkpoint)
-    dictionary = load_dictionary(directory)
-    selection.require_valid(dictionary)
+def _candidate(opened: Opened, out: str | None, selection: Selection) -> Candidate:
+    selection.require_valid(opened.members[0].dictionary)
     if selection != PER_TOKEN and out is None:
         raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
-    target = directory if out is None else Path(out)
-    return Candidate(str(checkpoint), directory, target, dictionary, read_config(directory), selection)
+    target = opened.results if out is None else Path(out)
+    if out is None and opened.foreign and not os.access(target, os.W_OK):
+        raise ValueError(f"--out: required, because {target} cannot be written to.")
+    return Candidate(opened, target, selection)
 
 
 def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +212,8 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "report_version": REPORT_VERSION,
         "checkpoint": candidate.checkpoint,
-        "kind": candidate.config["dictionary"]["kind"],
-        "encoder": json.dumps(candidate.config["dictionary"]["encoder"]),
+        "kind": dictionary.arguments()["kind"],
+        "encoder": json.dumps(dictionary.arguments()["encoder"]),
         "selection": candidate.selection.describe(),
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
@@ -212,13 +223,25 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
         "text": (source.get("text") or {}).get("source"),
         "training_tokens": source.get("training_tokens"),
         "git_commit": source.get("git_commit"),
+        "assumed": list(candidate.opened.assumed),
+        "doubts": _doubts(entries, dictionary),
     } | entries
+    for doubt in report["doubts"]:
+        log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     candidate.out.mkdir(parents=True, exist_ok=True)
-    metrics = candidate.directory / "metrics.jsonl"
-    curve = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    metrics = candidate.member.directory / "metrics.jsonl"
+    own = metrics.exists() and not candidate.opened.foreign
+    curve = [json.loads(line) for line in metrics.read_text().splitlines()] if own else []
     write_json(candidate.out / "report.json", report)
     write_text(candidate.out / "report.html", render(report, curve))
     return report | {"report_path": str(candidate.out / "report.html")}
+
+
+def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:
+    """What the figures say about hook and normalisation, if they are defined."""
+    names = ("tokens", "l0_mean", "fvu", "cosine", "l2_ratio", "dead_fraction")
+    found = [entries.get(name) for name in names]
+    return [] if None in found else doubts(Sanity(*found, ()), dictionary.n_latents)
 
 
 def _hook(source: dict[str, Any]) -> str | None:

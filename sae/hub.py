@@ -1,12 +1,9 @@
 """Checkpoints on the Hugging Face hub: only the files of a dictionary travel, and nothing in them is executed."""
 
+import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
-
-if TYPE_CHECKING:
-    from .formats import Source
 
 
 def local_directory(path_or_id: str, revision: str | None = None) -> Path:
@@ -32,36 +29,49 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
 
 
 def push(directory: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint, or a dictionary in another library's format; returns the repository's address.
+    """Upload a checkpoint, several of them, or a dictionary in another library's format; returns the repository's address.
+
+    Only files that are read when it is loaded are uploaded, whatever else lies there.
 
     Raises:
-        ValueError: If the directory holds no dictionary.
+        ValueError: If the directory holds no dictionary, or a damaged one.
     """
     from huggingface_hub import HfApi
 
-    files = [WEIGHTS_FILE, CONFIG_FILE]
-    if not (Path(directory) / CONFIG_FILE).exists() and Path(directory).is_dir():
-        # Imported here: formats build on everything else.
-        from .formats import Source, places
-
-        try:
-            found = places(Source(directory))
-        except ValueError as error:
-            raise ValueError(f"{directory}: expected {CONFIG_FILE}, or another library's dictionary: {error}") from None
-        files = [name for place, _, _ in found for name in _inside(place)]
-    else:
-        read_config(directory)
+    files = files_of(Path(directory))
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=str(directory),
-        allow_patterns=files,
+        allow_patterns=[glob.escape(name) for name in files],
         commit_message="Upload a sparsary dictionary",
     )
     return commit.repo_url if isinstance(commit.repo_url, str) else str(commit.repo_url)
 
 
-def _inside(place: "Source") -> list[str]:
-    """A dictionary's files, by their paths in the directory that is uploaded."""
-    return [f"{place.inside}/{name}" if place.inside else name for name in place.files]
+def files_of(directory: Path) -> list[str]:
+    """The files that make up the dictionaries of a directory, by their paths in it.
+
+    Raises:
+        ValueError: If it holds none, or damaged ones.
+    """
+    folders = [""] if (directory / CONFIG_FILE).exists() else sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_FILE}"))
+    if folders or not directory.is_dir():
+        for folder in folders or [""]:
+            read_config(directory / folder)
+        return [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    # Imported here: formats build on everything else.
+    from .formats import Source, places
+    from .formats.files import recording
+    from .formats.format import Options
+
+    try:
+        found = places(Source(directory))
+        with recording() as opened:
+            for place, known, _ in found:
+                known.read(place, Options())
+    except ValueError as error:
+        raise ValueError(f"{directory}: expected {CONFIG_FILE}, or another library's dictionary: {error}") from None
+    base = directory.absolute()
+    return sorted({path.absolute().relative_to(base).as_posix() for path in opened if path.absolute().is_relative_to(base)})

@@ -7,17 +7,30 @@ from torch import Tensor
 
 from sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
 from sae.files import sha256
+from sae.formats import Options
+from transcoders.load import find
 from transcoders.stack import hooks_of, is_stack, members
 
 from .activations.shards import MANIFEST_FILE, Store
 
 
-def describe(path: str) -> tuple[list[tuple[str, str]], list[str]]:
+def describe(
+    path: str,
+    options: Options | None = None,
+    format: str | None = None,  # noqa: A002
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Pairs of a name and a value for people to read, and one line for every damage found.
 
+    Other libraries' dictionaries pass their own check when they are read: shapes, finite numbers, orientation, gate.
+
     Raises:
-        ValueError: If the path holds neither checkpoints nor a store, or its description is damaged.
+        ValueError: If the path holds neither dictionaries nor a store, or its description or another library's file is
+            damaged.
     """
+    if format is not None or subfolder is not None:
+        return _describe_foreign(path, options, format, subfolder, revision), []
     directory = Path(path)
     if (directory / MANIFEST_FILE).exists():
         return _describe_store(Store.open(directory))
@@ -25,7 +38,37 @@ def describe(path: str) -> tuple[list[tuple[str, str]], list[str]]:
         return _describe_checkpoint(directory)
     if is_stack(directory):
         return _describe_members(directory)
-    raise ValueError(f"{path}: expected a checkpoint ({CONFIG_FILE}) or an activation store ({MANIFEST_FILE}), found neither.")
+    try:
+        return _describe_foreign(path, options, format, subfolder, revision), []
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a checkpoint ({CONFIG_FILE}), an activation store ({MANIFEST_FILE}) or another library's "
+            f"dictionary, found none: {error}"
+        ) from None
+
+
+def _describe_foreign(
+    path: str,
+    options: Options | None,
+    format: str | None,  # noqa: A002
+    subfolder: str | None,
+    revision: str | None,
+) -> list[tuple[str, str]]:
+    found = find(path, "cpu", revision, subfolder, format, options)
+    lines: list[tuple[str, str]] = []
+    for name, dictionary in found.dictionaries.items():
+        source, arguments = found.provenances[name], dictionary.arguments()
+        encoder = ", ".join(f"{key} {value}" for key, value in arguments["encoder"].items())
+        text = source.get("text") or {}
+        lines += [
+            ("dictionary", f"{_sizes(arguments)}, {encoder}"),
+            ("model", str((source.get("model") or {}).get("id", "unknown"))),
+            *_hooks(arguments["kind"], source),
+            *((key.replace("_", " "), str(value)) for key, value in text.items()),
+            ("input scale", _span(dictionary.in_scale)),
+        ]
+    lines += [("read as", found.evidence), *(("folded or renamed", word) for word in found.notes)]
+    return [*lines, *(("doubt", word) for word in found.warnings), ("self-check", "passed")]
 
 
 def _describe_members(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
@@ -103,7 +146,7 @@ def _sizes(arguments: dict[str, Any]) -> str:
     if "d_out" in arguments:
         words += f" -> {arguments['d_out']}"
     if "n_layers" in arguments:
-        words += f" over {arguments['n_layers']} layers{', joint' if arguments['joint'] else ''}"
+        words += f" over {arguments['n_layers']} layers{', joint' if arguments.get('joint') else ''}"
     return words + (", with skip" if arguments.get("skip") else "")
 
 

@@ -1,6 +1,7 @@
 """Whatever a path or a hub id holds, as dictionaries: our checkpoints and stacks of them first, then other libraries' files."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,11 @@ import torch
 
 from sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
 from sae.dictionary import SparseDictionary
-from sae.formats import Loaded, Options, read_dictionary
-from sae.formats.files import HubSource, Source
+from sae.formats import Options, read_dictionary
+from sae.formats.files import HubSource, Source, recording
 from sae.hub import local_directory
 
-from .stack import Stack, is_stack, load_stack
+from .stack import Stack, hooks_of, is_stack, load_stack, members
 
 DTYPES: Mapping[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -21,6 +22,44 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "float16": torch.float16,
     "auto": None,
 }
+OWN = "dictionary.json of sparsary"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Dictionaries in eval mode, by the hook they write, or by their file's name where that is not known.
+
+    ``directory`` is the place that was named, ``folders`` where each of ours lies, and ``files`` all that was read of another
+    library's. ``evidence`` says why they were taken for what they are, ``notes`` what was renamed, transposed and folded.
+    """
+
+    directory: Path
+    dictionaries: dict[str, SparseDictionary]
+    provenances: dict[str, dict[str, Any]]
+    folders: dict[str, Path]
+    files: tuple[Path, ...]
+    evidence: str = OWN
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    stacked: bool = False
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another library's files were read."""
+        return self.evidence != OWN
+
+    def only(self, hook: str) -> "Found":
+        """One of several, by the hook it writes or reads.
+
+        Raises:
+            ValueError: If there is none for it.
+        """
+        reads = {hooks_of(provenance)[0][0]: key for key, provenance in self.provenances.items()}
+        key = hook if hook in self.dictionaries else reads.get(hook)
+        if key is None:
+            raise ValueError(f"hook: expected one of {', '.join(self.dictionaries)}, got {hook!r}.")
+        one = ({key: d[key]} for d in (self.dictionaries, self.provenances, self.folders))
+        return Found(self.directory, *one, self.files)
 
 
 def load(
@@ -39,21 +78,75 @@ def load(
     Raises:
         ValueError: If there is none, or it is damaged, or it is not said which of several.
     """
+    found = find(path, device, revision, subfolder, format, options, dtype)
+    provenance = next(iter(found.provenances.values()))
+    if len(found.dictionaries) == 1 and not found.stacked:
+        return next(iter(found.dictionaries.values())), provenance
+    unknown = [name for name, about in found.provenances.items() if not (about.get("hooks_out") or about.get("hook"))]
+    if unknown:
+        raise ValueError(
+            f"hook: {len(found.dictionaries)} dictionaries, and the hooks of {', '.join(unknown[:5])} are not known. "
+            f"Load one of them: {', '.join(found.dictionaries)}."
+        )
+    return Stack(found.dictionaries, found.provenances), provenance
+
+
+def find(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    subfolder: str | None = None,
+    format: str | None = None,  # noqa: A002
+    options: Options | None = None,
+    dtype: str = "float32",
+) -> Found:
+    """All dictionaries of a path or hub id, or the one that ``options`` ask for, and how they came about.
+
+    Raises:
+        ValueError: As ``load`` does.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     options = options or Options()
     directory, source = places(str(path), revision, subfolder)
     if format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
         # Also where there is nothing: the error says what a checkpoint is.
-        dictionary = load_dictionary(directory, device)
-        return dictionary, read_config(directory)["provenance"]
+        _require_unsaid(directory, options)
+        dictionary, provenance = load_dictionary(directory, device), read_config(directory)["provenance"]
+        name = (provenance.get("hooks_out") or [provenance.get("hook") or directory.name])[0]
+        return Found(directory, {name: dictionary}, {name: provenance}, {name: directory}, (directory / WEIGHTS_FILE,))
     if format is None and is_stack(directory):
-        stack = load_stack(directory, device)
-        if options.hook is None:
-            return stack, next(iter(stack.provenances.values()))
-        return _member(stack, options.hook)
+        _require_unsaid(directory, options)
+        found = _stack(directory, device)
+        return found if options.hook is None else found.only(options.hook)
     assert source is not None
-    return _result(read_dictionary(source, format, options, device, DTYPES[dtype]))
+    with recording() as files:
+        loaded = read_dictionary(source, format, options, device, DTYPES[dtype])
+    return Found(
+        directory,
+        loaded.dictionaries,
+        loaded.provenances,
+        {},
+        tuple(dict.fromkeys(files)),
+        loaded.evidence,
+        loaded.notes,
+        loaded.warnings,
+        len(loaded.dictionaries) > 1,
+    )
+
+
+def _require_unsaid(directory: Path, options: Options) -> None:
+    """Raise ``ValueError`` for what our own checkpoints leave nobody to say."""
+    for name in ("k", "scale", "threshold"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: expected none with {directory}, which says it itself, got {getattr(options, name)}.")
+
+
+def _stack(directory: Path, device: str | torch.device) -> Found:
+    stack = load_stack(directory, device)
+    folders = {hooks_of(read_config(folder)["provenance"])[1][0]: folder for folder in members(directory)}
+    files = tuple(folders[hook] / WEIGHTS_FILE for hook in stack)
+    return Found(directory, stack.dictionaries, stack.provenances, {h: folders[h] for h in stack}, files, stacked=True)
 
 
 def places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path, Source | None]:
@@ -75,24 +168,12 @@ def places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path
         # Our own, but not where it is looked for first.
         source.path(WEIGHTS_FILE)
         return source.path(CONFIG_FILE).parent, source
+    if not subfolder and (directory / CONFIG_FILE).exists():
+        return directory, source
+    ours = source.named(rf"[^/]+/{CONFIG_FILE}")
+    if ours and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
+        # A stack of ours and nothing beside it.
+        for name in ours:
+            source.path(name.replace(CONFIG_FILE, WEIGHTS_FILE))
+        return source.path(ours[0]).parents[1], source
     return directory / source.inside, source
-
-
-def _member(stack: Stack, hook: str) -> tuple[SparseDictionary, dict[str, Any]]:
-    if hook not in stack:
-        raise ValueError(f"hook: expected one of {', '.join(stack)}, got {hook!r}.")
-    dictionary = stack[hook]
-    own = next(key for key, member in stack.items() if member is dictionary)
-    return dictionary, stack.provenances[own]
-
-
-def _result(loaded: Loaded) -> tuple[SparseDictionary | Stack, dict[str, Any]]:
-    if len(loaded.dictionaries) == 1:
-        return loaded.dictionary, loaded.provenance
-    unknown = [hook for hook, provenance in loaded.provenances.items() if not provenance.get("hooks_out")]
-    if unknown:
-        raise ValueError(
-            f"hook: {len(loaded.dictionaries)} dictionaries, and the hooks of {', '.join(unknown[:5])} are not known. "
-            f"Load one of them: {', '.join(loaded.dictionaries)}."
-        )
-    return Stack(loaded.dictionaries, loaded.provenances), loaded.provenance

@@ -17,6 +17,7 @@ from scipy import stats
 from sae.files import json_number, write_json
 from training.activations.model import LanguageModel
 
+from ..opened import NOTHING, Given
 from .ablation import ABLATIONS, filler
 from .edges import EdgeSpace
 from .faithfulness import (
@@ -89,14 +90,18 @@ def require_known(option: str, value: str, known: Sequence[str]) -> None:
 
 
 def benchmark(
-    checkpoints: Sequence[str], settings: Settings, out: str | None = None, progress: Callable[[int], None] | None = None
+    checkpoints: Sequence[str],
+    settings: Settings,
+    out: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    given: Given = NOTHING,
 ) -> Row:
     """Run it all and write ``circuits.json`` and ``circuits.html``; returns what the former holds.
 
     Raises:
         ValueError: If dictionaries are of different models, a task or method is unknown, or prompts cannot be used.
     """
-    several = [open_dictionaries(checkpoint) for checkpoint in checkpoints]
+    several = [open_dictionaries(checkpoint, given) for checkpoint in checkpoints]
     model = open_model(several)
     found: Row = {
         "schema_version": SCHEMA_VERSION,
@@ -120,7 +125,7 @@ def benchmark(
                 done += 1
                 if progress is not None:
                     progress(done)
-    directory = Path(out) if out is not None else Path(checkpoints[0]) / "circuits"
+    directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "circuits.json", found)
     (directory / "circuits.html").write_text(render(found), encoding="utf-8")

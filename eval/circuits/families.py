@@ -2,22 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae import load_dictionary
-from sae.checkpoint import read_config
 from sae.dictionary import OneSiteDictionary
-from sae.hub import local_directory
 from training.activations.model import LanguageModel, load_model
 from training.activations.sites import find_block, n_layers
 from training.recipe import ModelSection
-from transcoders import load_stack
-from transcoders.stack import hooks_of, is_stack
+from transcoders.stack import hooks_of
 
+from ..opened import NOTHING, Given, Opened, open_checkpoint
 from ..subject import neuron_hook
 from .nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .randomised import random_like
@@ -32,13 +28,14 @@ ERROR_NAMES = {"node": "errors as nodes", "kept": "errors kept", "ablated": "err
 class Dictionaries:
     """The dictionaries of one argument of the command: of a checkpoint, or of all checkpoints below a directory.
 
-    ``by_hook`` goes by the hook that is written; ``hooks_in`` are those read.
+    ``by_hook`` goes by the hook that is written; ``hooks_in`` are those read. ``opened`` is what they were read from.
     """
 
     name: str
     by_hook: Mapping[str, OneSiteDictionary]
     hooks_in: Mapping[str, str]
     model: ModelSection
+    opened: Opened
 
     def parts(self, errors: str) -> list[Part]:
         """Latents at every hook."""
@@ -53,25 +50,16 @@ class Dictionaries:
         return replace(self, by_hook=found)
 
 
-def open_dictionaries(checkpoint: str) -> Dictionaries:
-    """A checkpoint directory, a directory of checkpoints, or a hub id.
+def open_dictionaries(checkpoint: str, given: Given = NOTHING) -> Dictionaries:
+    """Whatever a directory, a file or a hub id holds: ours or another library's, of one hook or several.
 
     Raises:
-        ValueError: If there is none, or it does not say which model it was trained on.
+        ValueError: If there is none, or nobody says which model it is of.
     """
-    directory = Path(local_directory(checkpoint))
-    if is_stack(directory):
-        stack = load_stack(directory)
-        found, provenances = dict(stack.items()), dict(stack.provenances)
-    else:
-        provenance = read_config(directory)["provenance"]
-        _, writes = hooks_of(provenance)
-        found, provenances = {writes[0]: load_dictionary(directory)}, {writes[0]: provenance}
-    model = next(iter(provenances.values())).get("model")
-    if not model:
-        raise ValueError(
-            f"{checkpoint}: this dictionary was trained on tensors, not on a model, so no circuit passes through it."
-        )
+    opened = open_checkpoint(checkpoint, given).completed(text=False)
+    provenances = {hooks_of(member.provenance)[1][0]: member.provenance for member in opened.members}
+    found = dict(zip(provenances, (member.dictionary for member in opened.members), strict=True))
+    model = opened.members[0].provenance["model"]
     one_site = {hook: dictionary for hook, dictionary in found.items() if isinstance(dictionary, OneSiteDictionary)}
     if len(one_site) < len(found):
         raise ValueError(
@@ -81,7 +69,7 @@ def open_dictionaries(checkpoint: str) -> Dictionaries:
     reads = {hook: hooks_of(provenance)[0][0] for hook, provenance in provenances.items()}
     for dictionary in one_site.values():
         dictionary.requires_grad_(False)
-    return Dictionaries(checkpoint, one_site, reads, ModelSection.model_validate(model))
+    return Dictionaries(checkpoint, one_site, reads, ModelSection.model_validate(model), opened)
 
 
 def open_model(several: list[Dictionaries]) -> LanguageModel:

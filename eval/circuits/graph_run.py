@@ -8,17 +8,15 @@ from typing import Any
 import torch
 
 from eval.features.predicates import token_texts
-from sae import load_dictionary
-from sae.checkpoint import read_config
-from sae.dictionary import SparseDictionary
 from sae.files import write_text
-from sae.hub import local_directory
 from training.activations.anatomy import Anatomy
 from training.activations.model import LanguageModel, load_model
 from training.recipe import HarvestSection, ModelSection, TextSection
 from transcoders.cross_layer import CrossLayerTranscoder
-from transcoders.stack import Stack, is_stack, load_stack, members
+from transcoders.stack import Stack, hooks_of
 
+from .. import opened as loading
+from ..opened import NOTHING, Given
 from .graph import AttributionGraph, graph_of
 from .graph_export import Labels, as_json, write
 from .graph_interventions import EFFECTS, PLACES, intervene, most_influential, replaced
@@ -37,13 +35,14 @@ INTERVENTIONS = 30
 class Opened:
     """A checkpoint with its model: what stands in for the MLPs, where it was trained, and where its folders lie.
 
-    ``folders`` are the checkpoints' own, by the layers they stand for.
+    ``folders`` are the checkpoints' own, by the layers they stand for; ``source`` is what was read.
     """
 
     model: LanguageModel
     replacement: Replacement
     provenance: Mapping[str, Any]
     folders: Mapping[tuple[int, ...], Path]
+    source: loading.Opened
 
     @property
     def text(self) -> TextSection:
@@ -61,6 +60,7 @@ def run_graph(
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
     context_tokens: int = DEFAULT_TOKENS,
+    given: Given = NOTHING,
 ) -> dict[str, Any]:
     """The attribution graph of a prompt, as two files in ``out`` or in a folder ``graph`` of the checkpoint; returns facts.
 
@@ -71,7 +71,7 @@ def run_graph(
     Raises:
         ValueError: If the checkpoint, its model, the prompt or a token cannot be had, or do not fit each other.
     """
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, given)
     tokenizer = opened.model.tokenizer
     words = token_texts(tokenizer, len(tokenizer))
     token_ids = prompt_ids(opened, prompt)
@@ -83,7 +83,7 @@ def run_graph(
     targets = [words[t.token] + ("" if t.foil is None else f" \u2212 {words[t.foil]}") for t in graph.targets]
     tokens = [words[token] for token in token_ids.tolist()]
     labels = Labels(opened.model.id, str(checkpoint), prompt, tokens, targets, notes)
-    target = Path(out) if out is not None else Path(local_directory(checkpoint)) / "graph"
+    target = Path(out) if out is not None else opened.source.results / "graph"
     facts = _facts(local, graph, pruned)
     path = write(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
     write_text(target / PAGE_FILE, render(graph, pruned, labels, facts))
@@ -101,36 +101,31 @@ def save(graph: AttributionGraph, directory: str | Path, labels: Labels | None =
     write_text(Path(directory) / PAGE_FILE, render(graph, pruned, labels))
 
 
-def open_checkpoint(checkpoint: str) -> Opened:
+def open_checkpoint(checkpoint: str, given: Given = NOTHING) -> Opened:
     """Load transcoders and the model they were trained on.
 
     Raises:
         ValueError: If they were trained on tensors, on different models, or on anything but MLPs.
     """
-    directory = local_directory(checkpoint)
-    dictionaries: Stack | SparseDictionary
-    if is_stack(directory):
-        dictionaries = load_stack(directory)
-        paths = members(directory)
-    else:
-        dictionaries, paths = load_dictionary(directory), [Path(directory)]
-    provenances = [read_config(path)["provenance"] for path in paths]
-    for path, provenance in zip(paths, provenances, strict=True):
-        if not provenance.get("model"):
-            raise ValueError(f"{path}: this dictionary was trained on tensors, not on a model, so there is nothing to explain.")
+    found = loading.open_checkpoint(checkpoint, given).completed(text=False)
+    provenances = [member.provenance for member in found.members]
+    loaded = [member.dictionary for member in found.members]
     model = load_model(ModelSection.model_validate(provenances[0]["model"]))
     anatomy = Anatomy(model)
     layers = [layers_of(anatomy, provenance) for provenance in provenances]
-    for dictionary in dictionaries.values() if isinstance(dictionaries, Stack) else [dictionaries]:
+    for dictionary in loaded:
         dictionary.to(model.device)
     require_model(anatomy, provenances[0])
-    if isinstance(dictionaries, CrossLayerTranscoder):
-        replacement = Replacement(anatomy, dictionaries, layers[0])
-    elif isinstance(dictionaries, Stack):
-        replacement = Replacement(anatomy, dictionaries)
+    if isinstance(loaded[0], CrossLayerTranscoder):
+        replacement = Replacement(anatomy, loaded[0], layers[0])
+    elif found.stacked:
+        hooks = [hooks_of(provenance)[1][0] for provenance in provenances]
+        stack = Stack(dict(zip(hooks, loaded, strict=True)), dict(zip(hooks, provenances, strict=True)))
+        replacement = Replacement(anatomy, stack)
     else:
-        replacement = Replacement(anatomy, {layers[0][0]: dictionaries})
-    return Opened(model, replacement, provenances[0], dict(zip(layers, paths, strict=True)))
+        replacement = Replacement(anatomy, {layers[0][0]: loaded[0]})
+    folders = {} if found.foreign else dict(zip(layers, (member.directory for member in found.members), strict=True))
+    return Opened(model, replacement, provenances[0], folders, found)
 
 
 def prompt_ids(opened: Opened, prompt: str) -> torch.Tensor:
@@ -171,7 +166,7 @@ def _notes(
     for layers, folder in opened.folders.items():
         notes |= read_records(folder, _numbers(opened.replacement, layers, latents))
     missing = [latent for latent in latents if latent not in notes]
-    if missing and context_tokens:
+    if missing and context_tokens and "source" in opened.provenance["text"]:
         reads = tuple(opened.replacement.anatomy.blocks[layer].sites()["mlp"][0] for layer in opened.replacement.layers)
         harvest = HarvestSection(hooks=reads, tokens=1, **opened.provenance["harvest"])
         notes |= read_heldout(opened.replacement, missing, opened.text, harvest, words, context_tokens)

@@ -15,9 +15,13 @@ from sae.encoder import Encoder, scorer
 from sae.encoders.feature_choice import FeatureChoice
 from sae.encoders.gated import Gated
 from sae.encoders.gradient_topk import GradientTopK
+from sae.encoders.group_max import GroupMax
 from sae.encoders.jumprelu import PACE, JumpReLU
 from sae.encoders.matching_pursuit import MatchingPursuit
 from sae.encoders.relu import ReLU
+from sae.encoders.residual_pursuit import ResidualPursuit
+from sae.encoders.signed_topk import SignedTopK
+from sae.encoders.threshold import Threshold
 from sae.encoders.topk import TopK
 from sae.scores import Scorer, largest_of_batch, largest_per_latent
 
@@ -25,6 +29,10 @@ from sae.scores import Scorer, largest_of_batch, largest_per_latent
 TINY = 1e-6
 # By how much a latent that fires everywhere clears its threshold, in normalised units.
 MARGIN = 1e-3
+
+
+# These choose a number of latents that does not depend on the atoms, or at most that many.
+COUNTED = (TopK, GradientTopK, MatchingPursuit, SignedTopK, GroupMax, ResidualPursuit)
 
 
 @torch.no_grad()
@@ -59,7 +67,7 @@ def _directions(like: Float[Tensor, "n d"], generator: torch.Generator) -> Float
 
 def _match(encoder: Encoder, b_enc: Tensor | None, scores: Scorer, fired: Int[Tensor, " n_latents"]) -> None:
     """Set what decides whether a latent fires, so that on these inputs as many do."""
-    if isinstance(encoder, (TopK, GradientTopK, MatchingPursuit)):
+    if isinstance(encoder, COUNTED):
         return
     if isinstance(encoder, MutualLevel):
         count = int(fired.sum())
@@ -78,6 +86,8 @@ def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, "
     if isinstance(encoder, FeatureChoice):
         encoder.thresholds.copy_(thresholds)
         encoder.own_batches.clamp_(min=1)
+    elif isinstance(encoder, Threshold):
+        encoder.threshold.copy_(thresholds)
     elif isinstance(encoder, JumpReLU):
         encoder.log_threshold.copy_(thresholds.clamp_min(TINY).log() / PACE)
     elif isinstance(encoder, (ReLU, Gated)):

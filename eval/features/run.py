@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from sae import load_dictionary
-from sae.checkpoint import read_config
 from sae.dictionary import SparseDictionary
 from sae.files import replacing, write_json, write_text
-from sae.hub import local_directory
 from training.activations.model import LanguageModel, load_model
 from training.recipe import HarvestSection, ModelSection, TextSection
 from transcoders.stack import hooks_of
 
+from ..opened import NOTHING, Given, Opened, open_checkpoint
 from .chat import Chat, Endpoint, LocalChat
 from .collect import Limits, Source, collect
 from .explain import Evidence, evidence, judge
@@ -59,6 +57,7 @@ def features(
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     explainer: Explainer | None = None,
+    given: Given = NOTHING,
 ) -> dict[str, Any]:
     """Describe every latent of a checkpoint on held-out text; writes three files and returns ``features.json``'s content.
 
@@ -68,8 +67,9 @@ def features(
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
-    described, about = described_checkpoint(checkpoint, tokens, limits, progress)
-    directory = Path(out) if out is not None else Path(local_directory(checkpoint)) / "features"
+    opened = open_checkpoint(checkpoint, given).completed()
+    described, about = described_checkpoint(opened, tokens, limits, progress)
+    directory = Path(out) if out is not None else opened.results / "features"
     written = write(directory, about, described.records())
     if explainer is None:
         return written
@@ -109,7 +109,7 @@ def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict
 
 
 def described_checkpoint(
-    checkpoint: str,
+    opened: Opened,
     tokens: int | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -117,15 +117,11 @@ def described_checkpoint(
     """What is found of every latent, and where it comes from."""
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
-    directory = local_directory(checkpoint)
-    dictionary = load_dictionary(directory)
-    config = read_config(directory)
-    provenance: dict[str, Any] = config["provenance"]
-    if not provenance.get("model"):
-        raise ValueError(
-            f"{checkpoint}: this dictionary was trained on tensors, not on a model, so there is no text to show. Train it on "
-            "a model's hook."
-        )
+    if len(opened.members) > 1:
+        hooks = ", ".join(hooks_of(member.provenance)[1][0] for member in opened.members)
+        raise ValueError(f"{opened.name}: expected one dictionary, got those of {hooks}. Give --hook HOOK, or name its folder.")
+    dictionary, provenance = opened.members[0].dictionary, opened.members[0].provenance
+    arguments = dictionary.arguments()
     reads, writes = hooks_of(provenance)
     model = load_model(ModelSection.model_validate(provenance["model"]))
     _require_widths(dictionary, model, reads)
@@ -141,9 +137,9 @@ def described_checkpoint(
     described = describe(collected, dictionary.atoms, words, lens, seed)
     about = {
         "schema_version": SCHEMA_VERSION,
-        "checkpoint": str(checkpoint),
-        "kind": config["dictionary"]["kind"],
-        "encoder": json.dumps(config["dictionary"]["encoder"]),
+        "checkpoint": opened.name,
+        "kind": arguments["kind"],
+        "encoder": json.dumps(arguments["encoder"]),
         "n_latents": dictionary.n_latents,
         "d_in": dictionary.d_in,
         "d_out": dictionary.d_out,
@@ -156,6 +152,7 @@ def described_checkpoint(
         "sampled_tokens": len(collected.token_sample.tokens),
         "predicates": len(described.known.names),
         "no_factors": described.known.missing,
+        "assumed": list(opened.assumed),
         "git_commit": provenance.get("git_commit"),
     }
     return described, about

@@ -15,19 +15,24 @@ from typing import Any
 import torch
 
 from ..dictionary import SparseDictionary
+from .batch_topk_repo import BatchTopKRepository
 from .build import from_dictionary, to_dictionary
 from .check import check, check_layers
 from .circuit_tracer import CircuitTracer
+from .dictionary_learning import DictionaryLearning
 from .dunefsky import Dunefsky
-from .files import Source
+from .files import TORCH_SUFFIXES, Source
 from .format import Format, Options, Read, SetFormat
 from .gemma_scope import GemmaScope
 from .hooks import to_module
 from .llama_scope import LlamaScope
 from .llamascopium import Llamascopium
 from .neutral import Neutral, NeutralLayers
+from .openai import OpenAI
 from .saelens import SAELens
 from .saelens_legacy import SAELensLegacy
+from .small import DeepSeekR1, Goodfire, HookZ, QwenScope
+from .sparsify import Sparsify
 
 __all__ = [
     "FORMATS",
@@ -47,9 +52,25 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Those that are mostly of transcoders.
-LAYERED = (GemmaScope(), LlamaScope(), Llamascopium(), CircuitTracer(), Dunefsky())
-FORMATS: dict[str, Format] = {f.name: f for f in (SAELens(), SAELensLegacy(), *LAYERED)}
+KNOWN = (
+    SAELens(),
+    SAELensLegacy(),
+    DictionaryLearning(),
+    Sparsify(),
+    OpenAI(),
+    BatchTopKRepository(),
+    Goodfire(),
+    DeepSeekR1(),
+    QwenScope(),
+    HookZ(),
+    # Those that are mostly of transcoders.
+    GemmaScope(),
+    LlamaScope(),
+    Llamascopium(),
+    CircuitTracer(),
+    Dunefsky(),
+)
+FORMATS: dict[str, Format] = {f.name: f for f in KNOWN}
 # Folders that are named in an error.
 SHOWN = 20
 
@@ -132,6 +153,9 @@ def places(source: Source, format: str | None = None) -> list[tuple[Source, Form
         # Whoever names a format knows more than the files say.
         return [(source, FORMATS[format], "by request")]
     if not found:
+        for name in source.files[:1] if len(source.files) == 1 and source.files[0].endswith(TORCH_SUFFIXES) else ():
+            # Damaged or hostile: the reader says so.
+            source.values(name)
         some = ", ".join(source.files[:SHOWN]) or "no files"
         raise ValueError(f"{source}: expected a dictionary of a known format ({', '.join(FORMATS)}), found {some}.")
     return found
@@ -146,8 +170,9 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
     options = options or Options()
     found = places(source, format)
     if len(found) > 1:
-        # A folder named so needs no other folder read.
-        found = [place for place in found if options.hook in (place[0].name, place[0].inside)] or found
+        # A folder named so needs no other folder read; its name need not be what the dictionary's own hook is called.
+        named = [place for place in found if options.hook in (place[0].name, place[0].inside)]
+        found, options = (named, replace(options, hook=None)) if named else (found, options)
     if len(found) > 1 and source.remote:
         names = ", ".join(place[0].inside for place in found[:SHOWN])
         raise ValueError(

@@ -68,7 +68,7 @@ def _require_torch_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-    except (zipfile.BadZipFile, OSError, struct.error) as error:
+    except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError) as error:
         raise ValueError(
             f"{path}: expected a torch file (an archive, as torch writes since 1.6), got a damaged or older one ({error}). "
             "Load it where you trust it and save it again."

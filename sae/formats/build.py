@@ -268,7 +268,8 @@ def gate_of(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
 def _threshold(words: str) -> Callable[[Any, int], tuple[Gate, tuple[str, ...]]]:
     def gate(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
         level = encoder.thresholds() if isinstance(encoder, JumpReLU) else encoder.known_threshold()
-        return Gate("threshold", threshold=level.detach().expand(n_latents)), (words,)
+        # What k was chooses nothing in eval mode; some formats name it.
+        return Gate("threshold", k=getattr(encoder, "k", None), threshold=level.detach().expand(n_latents)), (words,)
 
     return gate
 

@@ -13,6 +13,8 @@ SAMPLE = 512
 # Rows of encoder and decoder that belong together point the same way; unrelated ones of width d have cosines of 1/sqrt(d).
 # The pairing is called swapped if it looks unrelated while the transposed one is far from that.
 UNRELATED, RELATED = 0.1, 0.3
+# What weights may be in; nothing is computed with shorter ones.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # An atom this much shorter than the median one writes nothing.
 DEAD = 1e-6
 
@@ -99,7 +101,7 @@ def check_numbers(n: Neutral, where: object) -> Float[Tensor, " n_latents"]:
     named = {"W_dec": n.W_dec, "W_enc": n.W_enc, "W_skip": n.W_skip, "b_enc": n.b_enc, "b_in": n.b_in, "b_out": n.b_out}
     named |= {"threshold": n.gate.threshold, "r_mag": n.gate.r_mag, "b_mag": n.gate.b_mag}
     for name, tensor in named.items():
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is not None and tensor.dtype not in FLOATS:
             raise ValueError(f"{where}: {name}: expected floating-point numbers, got {tensor.dtype}.")
     norms = norms_of(n.W_dec)
     if not bool(torch.isfinite(norms).all()):

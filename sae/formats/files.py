@@ -8,6 +8,8 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -23,6 +25,28 @@ CONFIG_BYTES = 1 << 24
 # A folder with more files than this is no set of dictionaries.
 MOST_FILES = 100_000
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+# Where the paths of files that are opened go while somebody wants to know.
+_recorder: ContextVar[list[Path] | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Path]]:
+    """The files that sources open meanwhile, in that order, each as often as it is opened."""
+    opened: list[Path] = []
+    token = _recorder.set(opened)
+    try:
+        yield opened
+    finally:
+        _recorder.reset(token)
+
+
+def _recorded(path: Path) -> Path:
+    opened = _recorder.get()
+    if opened is not None:
+        opened.append(path)
+    return path
 
 
 class Header(NamedTuple):
@@ -116,7 +140,7 @@ class Source:
         allowed += [p.parent / "blobs" for p in self.root.absolute().parents if p.name == "snapshots"]
         if not any(real.is_relative_to(place.resolve()) for place in allowed) and not base.is_file():
             raise ValueError(f"{path}: expected a file in {self.root}, got a link out of it, to {real}. Copy the file there.")
-        return path
+        return _recorded(path)
 
     def json(self, name: str) -> Any:
         """A JSON file.
@@ -216,7 +240,7 @@ class HubSource(Source):
 
         name = _joined(self.inside, inner_path(name, str(self)))
         try:
-            return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
+            return _recorded(Path(hf_hub_download(self.repo_id, name, revision=self.revision)))
         except Exception as error:  # noqa: BLE001
             # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
             raise ValueError(f"{self.repo_id}/{name}: could not be had from the hub ({one_line(error)}).") from None

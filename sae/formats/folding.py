@@ -131,14 +131,36 @@ def fold_b_in(n: Neutral) -> Neutral:
         if not bool(n.b_in.any()):
             return n.noting("input bias of zero dropped", b_in=None)
         raise ValueError("fold_b_in: a pursuit has no encoder bias that an input bias could go into.")
-    b_enc = wide(n.b_enc) - wide(n.W_enc) @ wide(n.b_in)
-    gate = n.gate
+    return _recentred(n, -wide(n.b_in)).noting("input bias folded into the encoder bias", b_in=None)
+
+
+def fold_b_out_in(n: Neutral) -> Neutral:
+    """The output bias subtracted from the input, and ``b_enc`` making up for it: for formats that have but one bias.
+
+    Raises:
+        ValueError: For transcoders, whose sides are two spaces, pursuits, and outputs in other units than inputs.
+    """
+    if n.kind != "sae" or n.scaled or n.row_norm is not None:
+        raise ValueError("fold_b_out_in: expected an autoencoder without scales, got one with, or a transcoder.")
+    if n.b_in is not None and torch.equal(n.b_in, n.b_out):
+        return n
+    n = fold_b_in(n)
+    return _recentred(n, wide(n.b_out)).noting(
+        "output bias subtracted from the input too, the encoder bias made up", b_in=n.b_out
+    )
+
+
+def _recentred(n: Neutral, shift: Float[Tensor, " d_in"]) -> Neutral:
+    """With the encoder biases of a dictionary that sees ``x + shift``."""
+    if n.W_enc is None or n.b_enc is None:
+        raise ValueError("fold: a pursuit has no encoder bias that an input bias could go into.")
+    b_enc, gate = wide(n.b_enc) + wide(n.W_enc) @ shift, n.gate
     # Gated magnitudes are measured from W_enc x' alone: b_enc, which p less b_enc leaves out, now holds part of x'.
     if gate.name == "gated":
         assert gate.r_mag is not None
         assert gate.b_mag is not None
         gate = replace(gate, b_mag=wide(gate.b_mag) + wide(gate.r_mag).exp() * (b_enc - n.b_enc))
-    return n.noting("input bias folded into the encoder bias", b_in=None, b_enc=b_enc, gate=gate)
+    return replace(n, b_enc=b_enc, gate=gate)
 
 
 def fold_whitening(

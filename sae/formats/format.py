@@ -19,6 +19,7 @@ class Options:
 
     ``hook`` picks one of several dictionaries, and names the hook where the files do not. ``scale`` is the input scale of a
     checkpoint from the middle of a training, ``k`` and ``threshold`` what its gate lacks, ``model`` the language model's id.
+    ``subtract_b_dec`` says whether the output bias is subtracted from the input where versions of a library differ in it.
     """
 
     hook: str | None = None
@@ -26,6 +27,7 @@ class Options:
     k: int | None = None
     threshold: float | None = None
     model: str | None = None
+    subtract_b_dec: bool | None = None
 
 
 class Format(ABC):

@@ -12,6 +12,7 @@ from sae.formats.folding import (
     fold_activation_scale,
     fold_all,
     fold_b_in,
+    fold_b_out_in,
     fold_norm_into_threshold,
     fold_norms,
     fold_scale_in,
@@ -159,6 +160,19 @@ def test_folding_the_input_bias_changes_nothing(gate, norm, dtype):
         assert fold_b_in(folded) is folded
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("subtracted", [False, True])
+@pytest.mark.parametrize("gate", [g for g in GATES if g != "pursuit"])
+def test_subtracting_the_output_bias_changes_nothing(gate, subtracted, dtype):
+    n, x = neutral(gate, dtype=dtype), inputs(dtype)
+    n = n if subtracted else replace(n, b_in=None)
+    folded = fold_b_out_in(n)
+    same(n, folded, x)
+    assert folded.b_in is folded.b_out is n.b_out
+    assert folded.W_enc is n.W_enc
+    assert fold_b_out_in(folded) is folded
+
+
 @pytest.mark.parametrize("subtracted", [False, True])
 @pytest.mark.parametrize("gate", [g for g in GATES if g != "pursuit"])
 def test_folding_whitening_changes_nothing(gate, subtracted):
@@ -201,6 +215,9 @@ def test_folds_that_would_change_something_are_refused():
         fold_scale_out(replace(neutral("relu", "layer_norm"), scale_out=2.0))
     with pytest.raises(ValueError, match="a pursuit has no encoder bias"):
         fold_b_in(neutral("pursuit"))
+    for wrong in (neutral("relu", "scaled"), neutral("relu", "layer_norm"), neutral("relu", kind="transcoder")):
+        with pytest.raises(ValueError, match="fold_b_out_in: expected an autoencoder without scales"):
+            fold_b_out_in(wrong)
     with pytest.raises(ValueError, match="atoms are its encoder"):
         fold_scale_out(neutral("pursuit", "scaled"))
     with pytest.raises(ValueError, match="expected a plain autoencoder"):

@@ -1,0 +1,293 @@
+"""What is to be judged, whoever wrote it: dictionaries with all that their files leave open about model, hooks and text.
+
+Our checkpoints say on which model and text they were trained and what was left out. Other libraries' files say some of it or
+nothing: what is missing is said by whoever asks, or is what a recipe would have, and reports list what was taken for granted.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sae.dictionary import SparseDictionary
+from sae.files import sha256
+from sae.formats import Options
+from sae.formats.hooks import to_module
+from sae.formats.sanity import Sanity, sanity
+from training.checks import explain
+from training.recipe import HarvestSection, ModelSection, TextSection, override
+from training.text import Cursor
+from transcoders.load import Found, find
+from transcoders.stack import hooks_of
+
+from .heldout import ground
+
+SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
+# Nothing is known to have been trained on: all documents are held out.
+EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is said of a checkpoint beside its path.
+
+    ``model``, a hub id or directory, and ``text``, files, stand in for those that its files name. ``settings`` are keys of a
+    recipe's sections model, text and harvest. ``hook`` is which of several, or what it is for if no file says it, with
+    ``hook_out`` if it writes elsewhere. The rest is as in ``sparsary.load``.
+    """
+
+    model: str | None = None
+    text: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    hook: str | None = None
+    hook_out: str | None = None
+    format: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    k: int | None = None
+    scale: float | None = None
+    threshold: float | None = None
+
+    def options(self, model: str | None) -> Options:
+        """What readers of other libraries' files are told."""
+        return Options(hook=self.hook, k=self.k, scale=self.scale, threshold=self.threshold, model=model)
+
+
+NOTHING = Given()
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dictionary: where results go unless asked otherwise, and what ``dictionary.json`` says or would say of it."""
+
+    directory: Path
+    dictionary: SparseDictionary
+    provenance: dict[str, Any]
+    files: tuple[Path, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"dictionary": self.dictionary.arguments(), "provenance": self.provenance}
+
+    @cached_property
+    def weights(self) -> str:
+        """A checksum of everything the dictionary was read from."""
+        return sha256(self.files[0]) if len(self.files) == 1 else "-".join(sha256(path) for path in self.files)
+
+    @property
+    def on_model(self) -> bool:
+        """Whether it is known which model it is of."""
+        return bool(self.provenance.get("model"))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Dictionaries of one path or hub id. ``assumed`` says what no file and nobody said."""
+
+    name: str
+    directory: Path
+    members: tuple[Member, ...]
+    foreign: bool
+    stacked: bool
+    given: Given
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def in_place_together(self) -> bool:
+        """Whether several places of a model are replaced at once."""
+        first = self.members[0].provenance
+        return self.stacked or (self.members[0].on_model and len(_known_hooks(first)[0]) > 1)
+
+    @property
+    def results(self) -> Path:
+        """Where results go if nobody says where.
+
+        Raises:
+            ValueError: If the dictionary is a single file, beside which other things may lie.
+        """
+        if not self.directory.is_dir():
+            raise ValueError(f"--out: required, because {self.name} is no folder in which results could be written.")
+        return self.directory
+
+    def completed(self, text: bool = True) -> "Opened":
+        """The same with everything that running its model needs, on text unless there is another input.
+
+        Raises:
+            ValueError: If it is not known which model, hook or text it is of.
+        """
+        found = [complete(member.provenance, self.given, self.name, text) for member in self.members]
+        members = tuple(replace(m, provenance=about) for m, (about, _) in zip(self.members, found, strict=True))
+        return replace(self, members=members, assumed=tuple(dict.fromkeys(word for _, words in found for word in words)))
+
+
+def open_checkpoint(path: str, given: Given = NOTHING) -> Opened:
+    """Whatever a path or hub id holds.
+
+    Raises:
+        ValueError: If there is no dictionary, or it is damaged.
+    """
+    found = _found(path, given, None)
+    unknown = any(not _known_hooks(about)[0] for about in found.provenances.values())
+    if found.foreign and unknown and given.model is not None:
+        # Names of hooks may mean something once the architecture is known.
+        found = _found(path, given, architecture(given.model))
+    members = tuple(
+        Member(
+            found.folders.get(hook, found.directory),
+            dictionary,
+            found.provenances[hook],
+            (found.files[number],) if found.folders else found.files,
+        )
+        for number, (hook, dictionary) in enumerate(found.dictionaries.items())
+    )
+    return Opened(str(path), found.directory, members, found.foreign, found.stacked, given)
+
+
+def _found(path: str, given: Given, model: str | None) -> Found:
+    return find(path, "cpu", given.revision, given.subfolder, given.format, given.options(model))
+
+
+def architecture(model: str) -> str:
+    """What tells the architecture of a model: the type in a directory's configuration, or its name."""
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return model
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8")).get("model_type", model))
+    except (ValueError, AttributeError):
+        return model
+
+
+def _known_hooks(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    try:
+        return hooks_of(provenance)
+    except ValueError:
+        return (), ()
+
+
+def complete(
+    provenance: Mapping[str, Any], given: Given, where: str, reads_text: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """A provenance with model, hooks, text and what is left out of it, and in words what was taken for granted.
+
+    Raises:
+        ValueError: If something is missing that nobody said.
+    """
+    found: dict[str, Any] = copy.deepcopy(dict(provenance))
+    assumed: list[str] = []
+    if given.model is not None:
+        found["model"] = {**(found.get("model") or {}), "id": given.model, "revision": None}
+    for key in ("model", "text", "harvest"):
+        found[key] = dict(found.get(key) or {})
+    for key, value in given.settings.items():
+        if key.split(".")[0] not in SECTIONS:
+            raise ValueError(f"--set {key}: expected a key of {', '.join(SECTIONS)}, for example text.context_length.")
+        override(found, key, value)
+    if not found["model"].get("id"):
+        raise ValueError(
+            f"{where}: this dictionary does not say which model it is of: it was trained on tensors, or its files leave it "
+            "open. Name the model: --model ID. Or give held-out activations: sparsary.evaluate(directory, activations=x)."
+        )
+    _complete_hooks(found, given, where)
+    if reads_text:
+        _complete_source(found, given, where, assumed)
+    _complete_text(found, assumed)
+    _require_valid(found)
+    return found, assumed
+
+
+def _complete_hooks(found: dict[str, Any], given: Given, where: str) -> None:
+    if _known_hooks(found)[0]:
+        return
+    names = (given.hook, given.hook_out or given.hook)
+    reads, writes = (to_module(name, architecture(found["model"]["id"])) if name else None for name in names)
+    if reads is None or writes is None:
+        raise ValueError(
+            f"{where}: hook: expected a module path with a side, because the files do not say which hook the dictionary is "
+            f"for, got {given.hook!r}. Give it, for example --hook transformer.h.2:out."
+        )
+    found |= {"hooks_in": [reads], "hooks_out": [writes]} | ({"hook": reads} if reads == writes else {})
+
+
+def _complete_source(found: dict[str, Any], given: Given, where: str, assumed: list[str]) -> None:
+    """Which text."""
+    text = found["text"]
+    if given.text:
+        kept = {key: value for key, value in text.items() if not key.startswith("dataset")}
+        found["text"] = kept | {"source": "files", "files": list(given.text)}
+    elif "source" not in text and found["model"]["id"] == "embedded":
+        text["source"] = "embedded"
+        assumed.append("text: the embedded corpus")
+    elif "source" not in text:
+        raise ValueError(
+            f"{where}: text: expected a text to judge on, which these files do not name. Give it: --text FILE (.txt, .jsonl or "
+            ".parquet)."
+        )
+
+
+def _complete_text(found: dict[str, Any], assumed: list[str]) -> None:
+    """How text is cut, and what is left out of it."""
+    text, harvest = found["text"], found["harvest"]
+    for section, defaults, words in (
+        (text, TextSection(), {"context_length": "contexts of {} tokens", "bos": "BOS: {}"}),
+        (
+            harvest,
+            HarvestSection(),
+            {"exclude_special": "special tokens left out: {}", "exclude_leading": "leading positions left out: {}"},
+        ),
+    ):
+        for key, said in words.items():
+            if key not in section:
+                section[key] = getattr(defaults, key)
+                assumed.append(said.format(section[key]))
+    if "heldout" not in harvest:
+        embedded = text.get("source") == "embedded"
+        harvest["heldout"] = HarvestSection().heldout if embedded else EVERY_DOCUMENT
+        assumed.append(f"documents: {'those that recipes hold out' if embedded else 'all'}")
+    harvest.setdefault("dtype", HarvestSection().dtype)
+
+
+def _require_valid(found: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` in this project's words for a key or value that recipes do not have."""
+    for name, section in SECTIONS.items():
+        try:
+            section.model_validate(found[name])
+        except ValidationError as error:
+            problems = [explain({**problem, "loc": (name, *problem["loc"])}, {}) for problem in error.errors()]
+            raise ValueError("\n".join(problems)) from None
+
+
+@torch.no_grad()
+def sanity_of(opened: Opened, tokens: int) -> dict[str, Sanity]:
+    """What each dictionary does to its model's activations on a little text, by the hook it writes.
+
+    Raises:
+        ValueError: If model, hook or text are not known or do not fit.
+    """
+    opened = opened.completed()
+    found: dict[str, Sanity] = {}
+    for member in opened.members:
+        reads, writes = hooks_of(member.provenance)
+        where = ground(member.provenance, (*reads, *writes))
+        rows: dict[str, list[Tensor]] = {hook: [] for hook in (*reads, *writes)}
+        for piece in where.pieces(Cursor(0, 0), tokens):
+            seen = where.model.activations(piece.token_ids, tuple(rows))
+            for hook in rows:
+                rows[hook].append(seen[hook][piece.kept].float())
+        x, y = (torch.cat([torch.cat(rows[hook]) for hook in hooks], dim=1) for hooks in (reads, writes))
+        dictionary = member.dictionary.to(where.model.device)
+        if (x.shape[1], y.shape[1]) != (dictionary.d_in, dictionary.d_out):
+            raise ValueError(
+                f"{', '.join(reads)}: expected a width of {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]} from "
+                f"{where.model.id}. This dictionary belongs to another model or hook."
+            )
+        found[writes[0]] = sanity(dictionary, x, None if reads == writes else y)
+    return found

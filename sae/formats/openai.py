@@ -1,0 +1,91 @@
+"""OpenAI's autoencoders: a state file with ``pre_bias`` and ``latent_bias``, and the name of the activation in it.
+
+Those with TopK normalise every token and undo it, those with ReLU do not; nothing but the activation says so. Source: the
+code of Gao et al. 2024, arXiv:2406.04093.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .files import Source
+from .format import Options, require_keys, require_shape
+from .neutral import Gate, Neutral
+from .origin import originated
+from .torch_files import TorchFiles, values_of
+
+BIASES = ("pre_bias", "latent_bias")
+MATRICES = ("encoder.weight", "decoder.weight", "decoder.linear.weight")
+# What latents had been doing, and numbers that some versions keep as tensors.
+STATISTICS = (
+    "stats_last_nonzero",
+    "latents_activation_frequency",
+    "latents_mean_square",
+    "activation.k",
+    "activation_state_dict.k",
+)
+POST = {"ReLU": "topk", "Identity": "topk_raw"}
+
+
+class OpenAI(TorchFiles):
+    name = "openai"
+    title = "OpenAI's autoencoders"
+
+    def recognise(self, source: Source, name: str) -> str | None:
+        return f"keys {' and '.join(BIASES)}" if set(BIASES) <= values_of(source, name).keys() else None
+
+    def one(self, source: Source, name: str, options: Options) -> Neutral:
+        where, values = source.path(name), source.values(name)
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        require_keys(where, tensors, BIASES)
+        if not {"encoder.weight", "decoder.weight"} & tensors.keys():
+            require_keys(where, tensors, ("encoder.weight", "decoder.weight"))
+        width, latents = (len(tensors[key].reshape(-1)) for key in BIASES)
+        for key, size in zip(BIASES, (width, latents), strict=True):
+            require_shape(where, key, tuple(tensors[key].shape), (size,))
+        # Tied ones have one matrix, under the name of either or, as decoder.linear.weight, of both.
+        W_enc = tensors["encoder.weight"] if "encoder.weight" in tensors else tensors["decoder.weight"].T
+        W_dec = tensors["decoder.weight"].T if "decoder.weight" in tensors else W_enc
+        unknown = sorted(set(tensors) - {*BIASES, *STATISTICS, *MATRICES})
+        if unknown:
+            raise ValueError(f"{where}: expected {', '.join((*BIASES, *MATRICES))}, got {', '.join(unknown)} besides.")
+        require_shape(where, "encoder.weight", tuple(W_enc.shape), (latents, width))
+        require_shape(where, "decoder.weight", tuple(W_dec.T.shape), (width, latents))
+        if "decoder.linear.weight" in tensors:
+            require_shape(where, "decoder.linear.weight", tuple(tensors["decoder.linear.weight"].shape), (latents, width))
+        kind, gate = chosen(where, values, options)
+        row_norm = "layer_norm" if kind == "TopK" else None
+        n = Neutral(
+            kind="sae",
+            W_enc=W_enc,
+            b_enc=tensors["latent_bias"],
+            W_dec=W_dec,
+            b_out=tensors["pre_bias"],
+            gate=gate,
+            b_in=tensors["pre_bias"],
+            row_norm=row_norm,
+            done=("pre_bias is b_dec, latent_bias b_enc", *(("TopK: each token normalised",) if row_norm else ())),
+        )
+        config = {"file": name} | {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+        return originated(n, self.name, config, options)
+
+
+def chosen(where: object, values: Mapping[str, Any], options: Options) -> tuple[str, Gate]:
+    """The activation's name and what it does.
+
+    Raises:
+        ValueError: If it is none that was published.
+    """
+    name = values.get("activation", "ReLU")
+    if name == "ReLU":
+        return name, Gate("relu")
+    if name != "TopK":
+        raise ValueError(f"{where}: activation: expected ReLU or TopK, got {name!r}. It cannot be loaded.")
+    # As its own dictionary, flattened by the reader, or besides.
+    k = next((values[key] for key in ("activation_state_dict.k", "activation.k") if key in values), None)
+    k = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
+    post = next((values[key] for key in ("activation_state_dict.postact_fn", "activation.postact_fn") if key in values), "ReLU")
+    if not isinstance(post, str) or post not in POST:
+        raise ValueError(f"{where}: postact_fn: expected one of {', '.join(POST)}, got {post!r}. It cannot be loaded.")
+    return name, Gate(POST[post], k=k if options.k is None else options.k)

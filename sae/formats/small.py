@@ -1,0 +1,173 @@
+"""Published sets that have no library: a torch file for each dictionary, and a convention.
+
+Goodfire's, those of the distilled DeepSeek-R1, Qwen Scope, and the set on attention heads' outputs of Kissane et al. 2024
+(arXiv:2406.17759). Which layer a file is for stands in its name alone, and for Qwen Scope k stands in the repository's.
+Source: the headers of the released files, and other loaders of them.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import Source
+from .format import Options, require_keys, require_shape
+from .neutral import Gate, Neutral
+from .origin import originated
+from .torch_files import TorchFiles, torch_names, values_of
+
+LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+GOODFIRE = tuple(name.replace(".", "_linear.") for name in LINEAR)
+PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+class Linear(TorchFiles):
+    """ReLU between two linear layers; nothing is subtracted from inputs, which are outputs of a block."""
+
+    keys = LINEAR
+    # The layer in a file's name.
+    layer = r"(?:^|[^A-Za-z])(?:l|layer)[-_.]?(\d+)(?!\d)"
+
+    def recognise(self, source: Source, name: str) -> str | None:
+        found = {key for key, value in values_of(source, name).items() if isinstance(value, Tensor)}
+        return f"keys {', '.join(self.keys)}" if found == set(self.keys) else None
+
+    def one(self, source: Source, name: str, options: Options) -> Neutral:
+        where, tensors = source.path(name), source.tensors(name)
+        require_keys(where, tensors, self.keys)
+        W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in self.keys)
+        latents, width = sizes(where, b_enc, b_dec)
+        require_shape(where, self.keys[0], tuple(W_enc.shape), (latents, width))
+        require_shape(where, self.keys[2], tuple(W_dec.shape), (width, latents))
+        n = Neutral("sae", W_enc, b_enc, W_dec.T, b_dec, Gate("relu"), done=(f"{self.keys[2]} transposed",))
+        return originated(n, self.name, {"file": name}, options, hook=block_output(self.layer, name))
+
+
+class Goodfire(Linear):
+    name = "goodfire"
+    title = "Goodfire's"
+    keys = GOODFIRE
+
+
+class DeepSeekR1(Linear):
+    name = "deepseek_r1"
+    title = "the DeepSeek-R1 set"
+
+    def names(self, source: Source) -> list[str]:
+        # The same keys and function as dictionary_learning's AutoEncoderNew, whose files are called so.
+        return [name for name in super().names(source) if not re.fullmatch(r"ae(_\d+)?\.pt", name)]
+
+
+class QwenScope(TorchFiles):
+    """TopK; ``W_enc`` has latents first and ``W_dec`` last, contrary to what these names mean elsewhere."""
+
+    name = "qwen_scope"
+    title = "Qwen Scope"
+    file = r"layer(\d+)\.sae\.pt"
+    # The only place of k, in the name that whoever loads it has given.
+    k = r"L0_(\d+)(?!\d)"
+
+    def detect(self, source: Source) -> str | None:
+        named = [name for name in self.names(source) if re.fullmatch(self.file, name)]
+        if source.remote and len(named) > 1:
+            return f"{named[0]} and {len(named) - 1} more"
+        return super().detect(source)
+
+    def recognise(self, source: Source, name: str) -> str | None:
+        tensors = {key: value for key, value in values_of(source, name).items() if isinstance(value, Tensor)}
+        if tensors.keys() != set(PLAIN) or any(tensors[key].ndim != 1 for key in ("b_enc", "b_dec")):
+            return None
+        latents, width = len(tensors["b_enc"]), len(tensors["b_dec"])
+        if tuple(tensors["W_enc"].shape) != (latents, width):
+            return None
+        # Square ones do not say which way they lie.
+        return "W_enc with latents first" if latents != width or re.fullmatch(self.file, name) else None
+
+    def one(self, source: Source, name: str, options: Options) -> Neutral:
+        where, tensors = source.path(name), source.tensors(name)
+        require_keys(where, tensors, PLAIN)
+        W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in PLAIN)
+        latents, width = sizes(where, b_enc, b_dec)
+        require_shape(where, "W_enc, latents first in these files", tuple(W_enc.shape), (latents, width))
+        require_shape(where, "W_dec, latents last in these files", tuple(W_dec.shape), (width, latents))
+        k, warnings = options.k, ()
+        said = re.search(self.k, str(source))
+        if k is None and said is not None:
+            k, warnings = int(said.group(1)), (f"k {said.group(1)} is from the name {source}: no file says it",)
+        if k is None:
+            raise ValueError(f"{where}: k: expected the number of latents per token, which no file says. Give it: k=NUMBER.")
+        n = Neutral(
+            "sae",
+            W_enc,
+            b_enc,
+            W_dec.T,
+            b_dec,
+            Gate("topk", k=k),
+            done=("W_dec transposed; W_enc has latents first already",),
+            warnings=warnings,
+        )
+        return originated(n, self.name, {"file": name}, options, hook=block_output(self.file, name))
+
+
+class HookZ(TorchFiles):
+    """ReLU on the heads' outputs side by side; ``b_dec`` is subtracted from inputs."""
+
+    name = "hook_z"
+    title = "the hook_z set"
+
+    def names(self, source: Source) -> list[str]:
+        return [name for name in torch_names(source) if source.has(config_name(name))]
+
+    def detect(self, source: Source) -> str | None:
+        # Pairs of names are enough to look into a configuration, which is small.
+        names = self.names(source)
+        return self.recognise(source, names[0]) if names else None
+
+    def recognise(self, source: Source, name: str) -> str | None:
+        cfg = source.json(config_name(name))
+        found = isinstance(cfg, dict) and {"act_size", "dict_size"} <= cfg.keys()
+        return f"{config_name(name)} with act_size and dict_size" if found else None
+
+    def one(self, source: Source, name: str, options: Options) -> Neutral:
+        where, tensors, cfg = source.path(name), source.tensors(name), source.config(config_name(name))
+        require_keys(where, tensors, PLAIN)
+        W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in PLAIN)
+        latents, width = sizes(where, b_enc, b_dec)
+        for key, size in (("act_size", width), ("dict_size", latents)):
+            if cfg.get(key, size) != size:
+                raise ValueError(
+                    f"{where}: {key}: expected {size}, which the tensors have, got {cfg[key]!r} in its configuration."
+                )
+        require_shape(where, "W_enc", tuple(W_enc.shape), (width, latents))
+        require_shape(where, "W_dec", tuple(W_dec.shape), (latents, width))
+        extra = sorted(set(tensors) - set(PLAIN))
+        words = ("W_enc transposed", *((f"{', '.join(extra)} of training left out",) if extra else ()))
+        n = Neutral("sae", W_enc.T, b_enc, W_dec, b_dec, Gate("relu"), b_in=b_dec, done=words)
+        return originated(n, self.name, cfg, options, hook=hook_name(cfg), model=cfg.get("model_name"))
+
+
+def config_name(name: str) -> str:
+    return f"{Path(name).stem}_cfg.json"
+
+
+def hook_name(cfg: Mapping[str, Any]) -> str | None:
+    """TransformerLens's name of what is read."""
+    name = cfg.get("act_name")
+    if isinstance(name, str):
+        return name
+    return f"blocks.{cfg['layer']}.attn.hook_z" if isinstance(cfg.get("layer"), int) else None
+
+
+def block_output(pattern: str, name: str) -> str | None:
+    """The block whose number is in a file's name."""
+    found = re.search(pattern, Path(name).name)
+    return None if found is None else f"blocks.{found.group(1)}.hook_resid_post"
+
+
+def sizes(where: object, b_enc: Tensor, b_dec: Tensor) -> tuple[int, int]:
+    """Numbers of latents and of inputs, which the biases say for sure."""
+    require_shape(where, "the encoder's bias", tuple(b_enc.shape), (None,))
+    require_shape(where, "the decoder's bias", tuple(b_dec.shape), (None,))
+    return len(b_enc), len(b_dec)

@@ -1,0 +1,267 @@
+"""sparsify, EleutherAI's: ``cfg.json`` and ``sae.safetensors`` in a folder that is named after the module, and its elders.
+
+The folder's name is the only place that says which module a dictionary is for: a path within the base transformer, such as
+``layers.3.mlp``; with several seeds there are folders ``seed0``, ... in it. Autoencoders are of the module's output,
+transcoders map its input to its output. Source: the code of eai-sparsify 1.3.3, and that of ``sae`` before it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_json, write_tensors
+from .files import Source
+from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms
+from .format import Format, Options, Read, require_keys, require_shape
+from .hooks import ARCHITECTURES, architecture_of
+from .neutral import Gate, Neutral, NeutralLayers
+from .origin import config_above, hooks_of, model_of, originated
+
+CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
+# Fields of which a configuration has at least one.
+MARKS = ("expansion_factor", "num_latents", "transcode", "normalize_decoder")
+# Our names -> theirs, the current one first.
+NAMES = {
+    "W_enc": ("encoder.weight", "W_enc"),
+    "b_enc": ("encoder.bias", "b_enc"),
+    "W_dec": ("W_dec", "decoder.weight"),
+    "b_dec": ("b_dec", "decoder.bias"),
+    "W_skip": ("W_skip",),
+}
+# Names of earlier versions that do not say which way a matrix lies: its shape must.
+UNSURE = ("W_enc", "decoder.weight")
+GATES = {"topk": "topk", "groupmax": "group_max"}
+SEED = r"seed\d+"
+
+
+class Sparsify(Format):
+    name = "sparsify"
+    title = "sparsify"
+
+    def detect(self, source: Source) -> str | None:
+        if not (source.has(CONFIG) and source.has(WEIGHTS)):
+            return None
+        cfg = source.json(CONFIG)
+        found = [key for key in MARKS if isinstance(cfg, dict) and key in cfg]
+        return f"{CONFIG} with {', '.join(found)} and {WEIGHTS}" if found else None
+
+    def read(self, source: Source, options: Options) -> Read:
+        cfg, where = source.config(CONFIG), source.path(WEIGHTS)
+        run = config_above(source, RUN, 2)
+        n = dictionary(where, cfg, run, source.tensors(WEIGHTS), options)
+        name, model = hookpoint(source), options.model or run.get("model")
+        model = model if isinstance(model, str) else None
+        module = module_path(name, model)
+        sides = (
+            (module and f"{module}:in", module and f"{module}:out") if n.kind == "transcoder" else (module and f"{module}:out",)
+        )
+        length = run.get("ctx_len")
+        return originated(
+            n,
+            self.name,
+            cfg,
+            options,
+            hook=sides[0] or name,
+            hook_out=sides[-1] if n.kind == "transcoder" else None,
+            model=model,
+            text={"context_length": length} if isinstance(length, int) else None,
+        )
+
+    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+        if isinstance(n, NeutralLayers):
+            raise ValueError("sparsify: it has no cross-layer transcoders that it could load. Write circuit_tracer, which has.")
+        reads, writes = hooks_of(n)
+        n = prepared(n)
+        assert n.W_enc is not None
+        assert n.b_enc is not None
+        tensors = {"encoder.weight": n.W_enc, "encoder.bias": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
+        tensors |= {} if n.W_skip is None else {"W_skip": n.W_skip}
+        cfg = {
+            "activation": "topk" if n.gate.name == "topk" else "groupmax",
+            "expansion_factor": max(n.n_latents // n.d_in, 1),
+            "normalize_decoder": False,
+            "num_latents": n.n_latents,
+            "k": n.gate.k,
+            "multi_topk": False,
+            "skip_connection": n.W_skip is not None,
+            "transcode": n.kind == "transcoder",
+            "d_in": n.d_in,
+        }
+        # Its folder is named after the module that writes what a dictionary predicts.
+        module = None if writes is None or reads is None else folder_name(writes)
+        folder = directory if module is None or directory.name == module else directory / module
+        folder.mkdir(parents=True, exist_ok=True)
+        # The library makes its own tensors of the first one's dtype.
+        write_tensors(folder / WEIGHTS, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}, {})
+        write_json(folder / CONFIG, cfg)
+        about = {"model": model_of(n), "ctx_len": (n.provenance.get("text") or {}).get("context_length")}
+        if folder != directory and any(about.values()):
+            write_json(directory / RUN, {"sae": cfg} | {key: value for key, value in about.items() if value is not None})
+
+
+def hookpoint(source: Source) -> str:
+    """What the folder says, of which the seeds' folders are parts."""
+    parts = PurePosixPath(source.inside).parts if source.inside else Path(source.root).absolute().parts
+    parts = parts if not source.inside or source.remote else (*Path(source.root).absolute().parts, *parts)
+    names = [part for part in parts if not re.fullmatch(SEED, part)]
+    return names[-1] if names else source.name
+
+
+def module_path(name: str, model: str | None) -> str | None:
+    """A path within the base transformer as one within the model; ``None`` if the model's architecture is not known."""
+    found = re.fullmatch(r"(h|layers)\.\d+((?:\.\w+)*)", name)
+    if found is None:
+        return name if re.fullmatch(r"(model|transformer|gpt_neox)\.(h|layers)\.\d+(\.\w+)*", name) else None
+    architecture = ARCHITECTURES.get(architecture_of(model) or "")
+    if architecture is not None:
+        base, _, blocks = architecture.blocks.rpartition(".")
+        return f"{base}.{name}" if blocks == found.group(1) else None
+    if found.group(1) == "h":
+        return f"transformer.{name}"
+    if found.group(2).startswith((".attention", ".mlp.dense_")):
+        return f"gpt_neox.{name}"
+    # layers.3 alone may be of several architectures.
+    return f"model.{name}" if re.match(r"\.(self_attn|mlp\.(gate|up|down)_proj)", found.group(2)) else None
+
+
+def folder_name(hook: str) -> str:
+    """A hook's module as a path within the base transformer."""
+    module = hook.rsplit(":", 1)[0]
+    bases = {architecture.blocks.rpartition(".")[0] for architecture in ARCHITECTURES.values()}
+    base, _, rest = module.partition(".")
+    return rest if base in bases else module
+
+
+def dictionary(
+    where: object, cfg: Mapping[str, Any], run: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options
+) -> Neutral:
+    """The dictionary of a configuration and its tensors, but for provenance."""
+    found = named(where, tensors)
+    d_in = cfg.get("d_in")
+    if not isinstance(d_in, int) or d_in < 1:
+        raise ValueError(f"{where}: d_in: expected a whole number in {CONFIG}, got {d_in!r}.")
+    latents, factor = cfg.get("num_latents"), cfg.get("expansion_factor")
+    if latents in (None, 0) and isinstance(factor, int):
+        latents = d_in * factor
+    if not isinstance(latents, int) or latents < 1:
+        raise ValueError(f"{where}: num_latents: expected a whole number, or expansion_factor, got {cfg.get('num_latents')!r}.")
+    W_enc, enc_note = rows(where, found, "W_enc", latents, d_in)
+    W_dec, dec_note = rows(where, found, "W_dec", latents, d_in)
+    zeros = [key for key in ("b_enc", "b_dec") if key not in found]
+    b_enc = found["b_enc"][1] if "b_enc" in found else torch.zeros(latents, dtype=W_enc.dtype)
+    b_dec = found["b_dec"][1] if "b_dec" in found else torch.zeros(d_in, dtype=W_dec.dtype)
+    skip = found["W_skip"][1] if "W_skip" in found else None
+    if skip is not None:
+        require_shape(where, "W_skip", tuple(skip.shape), (d_in, d_in))
+    if cfg.get("skip_connection", skip is not None) != (skip is not None):
+        there = "is missing" if skip is None else "is there"
+        raise ValueError(f"{where}: skip_connection: {cfg['skip_connection']} in {CONFIG}, but W_skip {there}.")
+    nested = run.get("sae")
+    # Once it was said of the whole run.
+    whole = run.get("transcode", nested.get("transcode") if isinstance(nested, dict) else None)
+    transcode = bool(cfg.get("transcode", whole))
+    subtracts = not transcode if options.subtract_b_dec is None else options.subtract_b_dec
+    old = "activation" not in cfg and transcode and options.subtract_b_dec is None
+    notes = [note for note in (enc_note, dec_note) if note] + [f"{key} missing, zeros" for key in zeros]
+    doubt = "a transcoder of an old version: before February 2025 b_dec was also subtracted from inputs, and no field says so"
+    return Neutral(
+        kind="transcoder" if transcode else "sae",
+        W_enc=W_enc,
+        b_enc=b_enc,
+        W_dec=W_dec,
+        b_out=b_dec,
+        gate=gate(where, cfg, latents, options),
+        b_in=b_dec if subtracts else None,
+        W_skip=skip,
+        done=tuple(notes),
+        warnings=(f"{doubt}. If its fvu is poor, load it with subtract_b_dec=true",) if old else (),
+    )
+
+
+def named(where: object, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Tensors by our names, with theirs.
+
+    Raises:
+        ValueError: If a matrix is missing, there twice, or unknown.
+    """
+    found: dict[str, tuple[str, Tensor]] = {}
+    for ours, names in NAMES.items():
+        present = [name for name in names if name in tensors]
+        if len(present) > 1:
+            raise ValueError(f"{where}: expected one of {', '.join(names)}, got {' and '.join(present)}.")
+        if present:
+            found[ours] = (present[0], tensors[present[0]])
+    for ours in ("W_enc", "W_dec"):
+        if ours not in found:
+            require_keys(where, tensors, (NAMES[ours][0],))
+    unknown = sorted(set(tensors) - {theirs for theirs, _ in found.values()})
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(n[0] for n in NAMES.values())}, got {', '.join(unknown)} besides.")
+    return found
+
+
+def rows(
+    where: object, found: Mapping[str, tuple[str, Tensor]], ours: str, latents: int, width: int
+) -> tuple[Tensor, str | None]:
+    """A matrix with its latents first, and what was done for it.
+
+    Raises:
+        ValueError: If it lies the other way than its name says, or its name does not say and it is square.
+    """
+    name, tensor = found[ours]
+    if name not in UNSURE:
+        require_shape(where, name, tuple(tensor.shape), (latents, width))
+        return tensor, None
+    if latents == width:
+        raise ValueError(
+            f"{where}: {name}: expected {NAMES[ours][0]}; {name} does not say which way it lies, and a square matrix cannot. "
+            f"Rename it {NAMES[ours][0]} in the file, latents first."
+        )
+    if tuple(tensor.shape) == (width, latents):
+        return tensor.T, f"{name} transposed to {ours}"
+    require_shape(where, name, tuple(tensor.shape), (latents, width))
+    return tensor, f"{name} renamed {ours}"
+
+
+def gate(where: object, cfg: Mapping[str, Any], latents: int, options: Options) -> Gate:
+    """How a configuration chooses."""
+    k = cfg.get("k") if options.k is None else options.k
+    activation = cfg.get("activation", "topk")
+    if not isinstance(activation, str) or activation not in GATES:
+        raise ValueError(f"{where}: activation: expected one of {', '.join(GATES)}, got {activation!r}.")
+    if activation == "groupmax" and (not isinstance(k, int) or k < 1 or latents % k):
+        raise ValueError(f"{where}: k: expected a divisor of the {latents} latents for groupmax, got {k!r}.")
+    if cfg.get("signed"):
+        return Gate("abs_topk", k=k)
+    return Gate(GATES[activation], k=k)
+
+
+def prepared(n: Neutral) -> Neutral:
+    """The same function in a form that sparsify has.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    reasons = {
+        "relu": "it keeps the same number of latents for every token",
+        "threshold": "it keeps the same number of latents for every token, in training and after",
+        "gated": "it has no gates",
+        "topk_raw": "its topk has a rectifier",
+        "abs_topk": "it has no signed latents any more",
+        "pursuit": "it has no pursuits",
+    }
+    if n.gate.name in reasons:
+        instead = "dictionary_learning or saelens" if n.kind == "sae" else "circuit_tracer"
+        raise ValueError(f"sparsify: {n.gate.name}: {reasons[n.gate.name]}. Write {instead}.")
+    if n.row_norm is not None:
+        raise ValueError(f"sparsify: it has no {n.row_norm} of each token. Write saelens, which has.")
+    if n.d_in != n.d_out:
+        raise ValueError(f"sparsify: its transcoders are as wide at the output as at the input, not {n.d_in} and {n.d_out}.")
+    n = fold_all(n)
+    if n.gate.by_norm:
+        n = fold_norms(n)
+    return fold_b_out_in(n) if n.kind == "sae" else fold_b_in(n)

@@ -1,0 +1,144 @@
+"""One library's files -> another's, or ours: written whole or not at all, and read back to see that outputs are the same."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sae.dictionary import SparseDictionary
+from sae.formats import FORMATS, Options, known, write_dictionaries, write_dictionary
+
+from .load import Found, find
+from .stack import Stack, hooks_of
+
+# Our own checkpoint, or a directory of them.
+OURS = "sparsary"
+# Random inputs on which what was written is compared with what was read.
+TOKENS, SEED = 64, 0
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was read, by which evidence, and what became of it.
+
+    ``difference`` is the norm of the change in outputs over the norm of the outputs, on random inputs, once what was written
+    is read again; ``None`` where the format keeps no names by which several dictionaries could be told apart.
+    """
+
+    directory: Path
+    format: str
+    evidence: str
+    hooks: tuple[str, ...]
+    done: tuple[str, ...]
+    warnings: tuple[str, ...]
+    files: tuple[str, ...]
+    difference: float | None
+
+    def lines(self) -> list[tuple[str, str]]:
+        """For people to read, as pairs of a name and a value."""
+        named = [("hook", ", ".join(self.hooks)), ("read as", self.evidence)]
+        words = [("folded or renamed", word) for word in self.done] + [("doubt", word) for word in self.warnings]
+        change = "not compared" if self.difference is None else f"{self.difference:.2g} of their norm"
+        return [*named, *words, ("written as", f"{self.format}: {', '.join(self.files)}"), ("outputs changed by", change)]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str = OURS,
+    *,
+    format: str | None = None,  # noqa: A002
+    options: Options | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: str = "float32",
+) -> Converted:
+    """Write what a path or hub id holds as another library keeps it, or as our checkpoint; of several hooks all of them.
+
+    ``dtype`` is what numbers of another library's dictionaries become, ``auto`` being the files' own.
+
+    Raises:
+        ValueError: If the destination is not empty, there is no such format, or it cannot hold the dictionary. Nothing is
+            left there then.
+    """
+    if to != OURS and to not in FORMATS:
+        try:
+            known(to)
+        except ValueError as error:
+            raise ValueError(f"--to: {str(error).replace('expected one of', f'expected one of {OURS},')}") from None
+    target = Path(destination)
+    require_empty(target)
+    found = find(source, revision=revision, subfolder=subfolder, format=format, options=options, dtype=dtype)
+    with whole(target) as temporary:
+        done = _written(found, temporary, to)
+        files = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
+        difference = _difference(found, temporary, to)
+    words = tuple(dict.fromkeys((*found.notes, *done)))
+    return Converted(target, to, found.evidence, tuple(found.dictionaries), words, found.warnings, files, difference)
+
+
+def _written(found: Found, directory: Path, to: str) -> tuple[str, ...]:
+    """Write into an empty folder; what the format made of the dictionaries."""
+    hook, dictionary = next(iter(found.dictionaries.items()))
+    alone = len(found.dictionaries) == 1 and not found.stacked
+    if to == OURS:
+        if alone:
+            dictionary.save(directory, found.provenances[hook])
+        else:
+            for about in found.provenances.values():
+                hooks_of(about)
+            Stack(found.dictionaries, found.provenances).save(directory)
+        return ()
+    if alone:
+        return write_dictionary(dictionary, directory, to, found.provenances[hook]).done
+    members = write_dictionaries(found.dictionaries, directory, to, found.provenances)
+    return tuple(word for n in members.values() for word in n.done)
+
+
+@torch.no_grad()
+def _difference(found: Found, directory: Path, to: str) -> float | None:
+    again = find(directory, format=None if to == OURS else to, dtype="auto").dictionaries
+    if len(again) == len(found.dictionaries) == 1:
+        pairs = [(next(iter(found.dictionaries.values())), next(iter(again.values())))]
+    elif again.keys() == found.dictionaries.keys():
+        pairs = [(dictionary, again[hook]) for hook, dictionary in found.dictionaries.items()]
+    else:
+        return None
+    return max(_change(before, after) for before, after in pairs)
+
+
+def _change(before: SparseDictionary, after: SparseDictionary) -> float:
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(TOKENS, before.d_in, generator=generator).to(before.in_scale.dtype) * before.in_scale
+    y, again = (dictionary(x.to(dictionary.in_scale.dtype)).double() for dictionary in (before, after))
+    return float((again - y).norm() / y.norm().clamp_min(1e-30))
+
+
+def require_empty(target: Path) -> None:
+    """Raise ``ValueError`` unless nothing is at a place, or an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: expected no such folder, or an empty one, got one that holds files. Name another.")
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its place if all goes well, and otherwise leaves nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.resolve()))
+    try:
+        # What is private while it is made is shared by the rules of its place.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
