@@ -132,7 +132,7 @@ def llama_scope(folder, d):
     about |= {"dataset_average_activation_norm": {"in": 7.0, "out": 7.0}, "sparsity_include_decoder_norm": True}
     about |= {"apply_decoder_bias_to_pre_encoder": False, "use_decoder_bias": True, "d_sae": LATENTS}
     (folder / "hyperparams.json").write_text(json.dumps(about | {"hook_point_in": site, "hook_point_out": site}))
-    return {"hook": OUT}
+    return {}
 
 
 def llamascopium(folder, d):
