@@ -592,6 +592,18 @@ def _bench_harvest(
     _bench_report("harvest", bench_harvest(tokens=2000 if quick else 50_000, dtype=dtype, repeats=rounds), json)
 
 
+@bench.command("loading")
+def _bench_loading(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A 16k x 2304 dictionary in other libraries' formats: time and memory of loading, over those of its bytes."""
+    from training.bench.loading import bench_loading
+
+    _bench_report("loading", bench_loading(64, 32, 1) if quick else bench_loading(rounds=rounds), json)
+
+
 @bench.command("grid")
 def _bench_grid(
     members: Annotated[int, typer.Option(min=2, help="Dictionaries trained together.")] = 8,

@@ -20,12 +20,12 @@ from torch import Tensor
 from sae.dictionary import SparseDictionary
 from sae.files import sha256
 from sae.formats import Options
-from sae.formats.hooks import to_module
+from sae.formats.hooks import architecture_of, to_module
 from sae.formats.sanity import Sanity, sanity
 from training.checks import explain
 from training.recipe import HarvestSection, ModelSection, TextSection, override
 from training.text import Cursor
-from transcoders.load import Found, find
+from transcoders.load import find
 from transcoders.stack import hooks_of
 
 from .heldout import ground
@@ -134,11 +134,10 @@ def open_checkpoint(path: str, given: Given = NOTHING) -> Opened:
     Raises:
         ValueError: If there is no dictionary, or it is damaged.
     """
-    found = _found(path, given, None)
-    unknown = any(not _known_hooks(about)[0] for about in found.provenances.values())
-    if found.foreign and unknown and given.model is not None:
-        # Names of hooks may mean something once the architecture is known.
-        found = _found(path, given, architecture(given.model))
+    # Hooks are named as the model has them that will be run.
+    model = None if given.model is None else architecture(given.model)
+    options = given.options(model if architecture_of(model) else None)
+    found = find(path, "cpu", given.revision, given.subfolder, given.format, options)
     members = tuple(
         Member(
             found.folders.get(hook, found.directory),
@@ -149,10 +148,6 @@ def open_checkpoint(path: str, given: Given = NOTHING) -> Opened:
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())
     )
     return Opened(str(path), found.directory, members, found.foreign, found.stacked, given)
-
-
-def _found(path: str, given: Given, model: str | None) -> Found:
-    return find(path, "cpu", given.revision, given.subfolder, given.format, given.options(model))
 
 
 def architecture(model: str) -> str:

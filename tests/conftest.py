@@ -1,5 +1,6 @@
 """Fixtures, and run-time checks of every shape annotation while tests run."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -159,6 +160,20 @@ def embedded_model():
     from training.recipe import ModelSection
 
     return load_model(ModelSection(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def build_format():
+    """Writes a tiny dictionary of the embedded model in a format: ``build_format(name, folder)``; what its files leave open."""
+    spec = importlib.util.spec_from_file_location("tiny_formats", Path(__file__).parent / "tiny_formats.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def build(name, folder, d=128):
+        folder.mkdir(parents=True, exist_ok=True)
+        return module.BUILD[name](folder, d)
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,7 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
         raise ValueError(
             f"{source}: {len(found)} dictionaries: {names}{', ...' if len(found) > SHOWN else ''}. Give subfolder=NAME."
         )
-    results = [_checked(where, f.read(where, options), f"{f.title}: {words}") for where, f, words in found]
+    results = [_checked(where, _read(where, f, options), f"{f.title}: {words}") for where, f, words in found]
     if len(results) == 1 and not isinstance(results[0], dict):
         return _of_hook(results[0], options.hook)
     several: dict[str, Neutral] = {}
@@ -193,6 +193,17 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
     if len(chosen) != 1:
         raise ValueError(f"hook: expected one of {', '.join(several)}, got {options.hook!r}.")
     return chosen[0]
+
+
+def _read(where: Source, f: Format, options: Options) -> Read:
+    try:
+        return f.read(where, options)
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        # A list where a name should be, or the like: readers check what is likely, files can hold anything.
+        raise ValueError(
+            f"{where}: expected values of {f.title}'s own types, got others ({type(error).__name__}: {error}). Look into the "
+            "configuration."
+        ) from error
 
 
 def is_for(n: Neutral | NeutralLayers, hook: str) -> bool:

@@ -3,6 +3,7 @@
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
             else:
                 try:
                     array = np.lib.format.read_array(io.BytesIO(archive.read(info)), allow_pickle=False)
-                except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+                except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
                     raise ValueError(f"{path}: {key}: expected an array, got a damaged one ({error}).") from None
                 found[key] = torch.from_numpy(array)
     return found
@@ -117,7 +118,8 @@ def npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], z
                 if info.compress_size > path.stat().st_size:
                     raise ValueError(f"{key}: expected no more than the file has")
                 found[key] = (dtype, shape, info)
-    except (zipfile.BadZipFile, OSError, struct.error, ValueError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, struct.error, ValueError, EOFError, RuntimeError) as error:
+        # RuntimeError is what an encrypted member raises, or one of an unknown compression.
         raise ValueError(f"{path}: expected an npz archive of numbers, got a damaged or foreign one ({error}).") from None
     return found
 

@@ -150,8 +150,8 @@ class Source:
         """
         path = self.path(name)
         try:
-            return json.loads(_text(path))
-        except (json.JSONDecodeError, RecursionError) as error:
+            return json.loads(_text(path), object_pairs_hook=_once)
+        except (json.JSONDecodeError, RecursionError, _Twice) as error:
             raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
 
     def config(self, name: str) -> dict[str, Any]:
@@ -292,6 +292,19 @@ def safetensors_headers(path: Path) -> dict[str, Header]:
             return {k: Header(names.get(dtypes[k], dtypes[k]), tuple(s.get_shape())) for k, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got a damaged or foreign one ({error}).") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose keys is there once: of two nobody can know which counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+class _Twice(Exception):
+    """A key that is there twice."""
 
 
 def _joined(inside: str, name: str) -> str:

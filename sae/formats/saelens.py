@@ -61,6 +61,8 @@ class SAELens(Format):
     def read(self, source: Source, options: Options) -> Read:
         cfg = source.config(CONFIG)
         where = source.path(WEIGHTS)
+        if not isinstance(cfg.get("metadata") or {}, dict):
+            raise ValueError(f"{source.path(CONFIG)}: metadata: expected a mapping, got {cfg['metadata']!r}.")
         n = dictionary(where, cfg, source.tensors(WEIGHTS), options)
         n = normalised(source, cfg, n, options)
         return n.noting(

@@ -83,7 +83,7 @@ def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor
     architecture, gate = chosen(where, cfg)
     hook = cfg.get("hook_name") or ""
     new: dict[str, Any] = {"architecture": architecture, "dtype": cfg.get("dtype", ""), **gate}
-    width, latents = tensors["W_dec"].shape[::-1] if "W_dec" in tensors else (None, None)
+    width, latents = tensors["W_dec"].shape[::-1] if "W_dec" in tensors and tensors["W_dec"].ndim == 2 else (None, None)
     new |= {"d_in": cfg.get("d_in", width), "d_sae": cfg.get("d_sae", latents)}
     if new["d_sae"] is None:
         new["d_sae"] = latents

@@ -1,0 +1,215 @@
+"""Every evaluation takes every format's dictionaries, and says of them what it says of our checkpoint of the same."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sparsary
+from eval.circuits.families import open_dictionaries
+from eval.circuits.nodes import NodeSpace
+from eval.circuits.randomised import random_like
+from eval.features.run import features
+from eval.opened import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
+from eval.suite import evaluate, evaluate_all, judge_all
+from sae.formats import FORMATS, write_dictionary
+from transcoders.convert import convert
+
+# What says where a report comes from, not what was measured.
+ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
+TOKENS = 600
+SETTINGS = {"text.context_length": 64, "harvest.exclude_leading": 4}
+
+
+@pytest.fixture(scope="module")
+def both(build_format, tmp_path_factory):
+    """A format's files with what they leave open, and our checkpoint of the same."""
+    made = {}
+
+    def build(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            left_open = build_format(name, folder / "theirs")
+            given = Given(model="embedded", settings=SETTINGS, **left_open)
+            convert(folder / "theirs", folder / "ours", options=given.options("embedded"))
+            made[name] = folder / "theirs", folder / "ours", given
+        return made[name]
+
+    return build
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_figures_are_those_of_our_own_checkpoint(name, both, tmp_path):
+    theirs, ours, given = both(name)
+    report = evaluate(str(theirs), str(tmp_path / "theirs"), tokens=TOKENS, given=given)
+    again = evaluate(str(ours), str(tmp_path / "ours"), tokens=TOKENS, given=Given(model="embedded", settings=SETTINGS))
+    assert report.keys() == again.keys()
+    for key in report.keys() - {*ABOUT}:
+        # Matrices that lie transposed in a file are summed in another order.
+        value = again[key]
+        close = isinstance(value, float) or (isinstance(value, list) and value and isinstance(value[0], float))
+        assert report[key] == (pytest.approx(value, rel=1e-6) if close else value), key
+    assert 0 < report["l0_mean"] < 40
+    assert report["tokens"] >= TOKENS // 2
+    assert report["ce_spliced"] != report["ce_clean"]
+    # Their folder stays what it was.
+    assert not (theirs / "eval_cache").exists()
+    assert not (theirs / "report.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_circuits_pass_through_every_format(name, both, embedded_model):
+    theirs, ours, given = both(name)
+    tokens = torch.randint(5, 200, (3, 7), generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[:, 2:5] = tokens[:, 3:6]
+    clean = embedded_model.logits(tokens)
+    found = []
+    for path, said in ((theirs, given), (ours, Given(model="embedded"))):
+        dictionaries = open_dictionaries(str(path), said)
+        for errors in ("node", "ablated"):
+            space = NodeSpace(embedded_model, dictionaries.parts(errors))
+            state = _state(space, tokens)
+            kept = torch.ones(space.size)
+            if errors == "node":
+                torch.testing.assert_close(space.run(tokens, kept, _state(space, other)), clean, rtol=0, atol=0)
+            found.append((state, space.run(tokens, 1 - kept, _state(space, other))))
+    half = len(found) // 2
+    for (state, logits), (own, again) in zip(found[:half], found[half:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state, own, strict=True))
+        torch.testing.assert_close(logits, again, rtol=0, atol=0)
+        assert not torch.equal(logits, clean)
+    hook, dictionary = next(iter(dictionaries.by_hook.items()))
+    x = embedded_model.activations(tokens, (dictionaries.hooks_in[hook],))[dictionaries.hooks_in[hook]].flatten(0, 1)
+    chance = random_like(dictionary, x)
+    assert float(chance.encode(x).l0().float().mean()) == pytest.approx(
+        float(dictionary.encode(x).l0().float().mean()), rel=0.35
+    )
+
+
+def _state(space, tokens):
+    return space.state(space.model.activations(tokens, space.hooks))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, embedded_model):
+    """A dictionary of a hook's principal directions, in SAELens's format: right, and without a scale."""
+    from sae import SAE
+    from sae.encoders import build_encoder
+
+    hook = "transformer.h.1:out"
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, 300, (40, 32), generator=generator)
+    x = embedded_model.activations(tokens, (hook,))[hook][:, 4:].flatten(0, 1)
+    mean = x.mean(0)
+    _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
+    atoms = torch.cat([directions[:24], -directions[:24]])
+    found = SAE(128, len(atoms), build_encoder({"name": "topk", "k": 12})).eval()
+    with torch.no_grad():
+        for parameter, value in (
+            (found.W_enc, atoms),
+            (found.W_dec, atoms),
+            (found.b_dec, mean),
+            (found.b_enc, 0 * found.b_enc),
+        ):
+            parameter.copy_(value)
+    folder = tmp_path_factory.mktemp("trained")
+    write_dictionary(found, folder / "right", "saelens", {"model": {"id": "embedded"}, "hook": hook})
+    # As if outputs were in units of a thirtieth, and nobody had said so.
+    with torch.no_grad():
+        found.W_dec.div_(30)
+        found.b_dec.div_(30)
+    write_dictionary(found, folder / "unfolded", "saelens", {"model": {"id": "embedded"}, "hook": hook})
+    return folder
+
+
+def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained, capsys):
+    right = sanity_of(open_checkpoint(str(trained / "right"), Given(settings=SETTINGS)), 500)["transformer.h.1:out"]
+    assert (right.warnings, right.l0) == ((), 12)
+    assert right.fvu < 0.6
+    sparsary.app(["info", str(trained / "right"), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
+    assert "fvu" in capsys.readouterr().out
+    cfg = json.loads((trained / "right" / "cfg.json").read_text())
+    cfg["metadata"] |= {"hook_name": "blocks.3.mlp.hook_out", "hf_hook_name": "transformer.h.3.mlp:out"}
+    wrong = trained / "wrong"
+    shutil.copytree(trained / "right", wrong)
+    (wrong / "cfg.json").write_text(json.dumps(cfg))
+    for name in ("wrong", "unfolded"):
+        with pytest.raises(ValueError, match=r"wrong hook or normalisation: .*fvu"):
+            sparsary.app(["info", str(trained / name), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
+        out = capsys.readouterr().out
+        assert "wrong?" in out
+
+
+def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path):
+    found = evaluate(str(trained / "right"), str(tmp_path / "a"), tokens=TOKENS)
+    assert found["assumed"][0] == "text: the embedded corpus"
+    assert "leading positions left out: 8" in found["assumed"]
+    assert found["doubts"] == []
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["assumed"] == found["assumed"]
+
+
+@pytest.mark.parametrize(
+    ("about", "given", "says"),
+    [
+        ({}, Given(), r"does not say which model it is of.*--model ID"),
+        ({"model": {"id": "m"}}, Given(), r"hook: expected a module path with a side.*got None.*--hook transformer.h.2:out"),
+        ({"model": {"id": "m"}}, Given(hook="nowhere"), r"hook: expected a module path with a side.*got 'nowhere'"),
+        ({"model": {"id": "m"}, "hook": "a.b:out"}, Given(), r"text: expected a text to judge on.*--text FILE"),
+        (
+            {"model": {"id": "m"}, "hook": "a.b:out"},
+            Given(settings={"recipe.lr": 1}),
+            r"--set recipe.lr: expected a key of model, ",
+        ),
+        (
+            {"model": {"id": "embedded"}, "hook": "a.b:out"},
+            Given(settings={"text.context_lenth": 3}),
+            r"text.context_lenth: unknown key.*Did you mean 'context_length'",
+        ),
+        (
+            {"model": {"id": "embedded"}, "hook": "a.b:out"},
+            Given(settings={"harvest.exclude_leading": "no"}),
+            r"harvest.exclude_leading: expected a valid integer, got 'no'",
+        ),
+    ],
+)
+def test_what_nobody_said_is_asked_for(about, given, says):
+    with pytest.raises(ValueError, match=says):
+        complete(about, given, "here")
+
+
+def test_what_is_said_counts_and_the_rest_is_a_recipe_s():
+    about = {"model": {"id": "m", "revision": "r"}, "text": {"context_length": 33}, "hook": "a.b:out"}
+    said = Given(model="n", text=("x.txt",), settings={"harvest.exclude_leading": 0})
+    found, assumed = complete(about, said, "here")
+    assert found["model"] == {"id": "n", "revision": None}
+    assert found["text"] == {"context_length": 33, "source": "files", "files": ["x.txt"], "bos": "context"}
+    assert found["harvest"]["heldout"] == EVERY_DOCUMENT
+    assert assumed == ["BOS: context", "special tokens left out: True", "documents: all"]
+    assert about["model"] == {"id": "m", "revision": "r"}
+
+
+def test_ours_say_everything_themselves(trained, tmp_path):
+    convert(trained / "right", tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"k: expected none with .*, which says it itself, got 3"):
+        evaluate_all([str(tmp_path / "ours")], given=Given(k=3))
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(trained, monkeypatch):
+    monkeypatch.setattr("eval.suite.os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"--out: required, because .*right cannot be written to"):
+        evaluate(str(trained / "right"))
+    file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")
+    with pytest.raises(ValueError, match=r"--out: required, because .* is no folder"):
+        judge_all([file])
+
+
+@pytest.mark.slow
+def test_latents_are_described(trained, tmp_path):
+    about = features(str(trained / "right"), str(tmp_path), 2000)
+    assert (about["n_latents"], about["model"], about["text"]) == (48, "embedded", "embedded")
+    assert about["dead"] < 24

@@ -1,0 +1,112 @@
+"""How long published dictionaries take to load, and how much memory, against reading their bytes with safetensors.
+
+Each load happens in a process of its own, in turn with the others, with the files in the page cache. Run as a script it is such
+a process: it is told what to do and prints seconds and bytes.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load, save_file
+
+from sae import SAE
+from sae.encoders import build_encoder
+from sae.formats import write_dictionary
+
+HOOK = "model.layers.3:out"
+PROVENANCE = {"model": {"id": "google/gemma-2-2b"}, "hook": HOOK, "hooks_in": [HOOK], "hooks_out": [HOOK]}
+WRITTEN = ("saelens", "sparsify", "dictionary_learning")
+FORMATS = (*WRITTEN, "gemma_scope")
+BYTES = "bytes.safetensors"
+STATUS = Path("/proc/self/status")
+
+
+def bench_loading(n_latents: int = 16_384, width: int = 2304, rounds: int = 5) -> dict[str, Any]:
+    """Of every format ``FORMAT_time``, median seconds over those of reading the same tensors, and ``FORMAT_memory``.
+
+    Reading is ``safetensors.torch.load`` of the file's bytes. Memory is the peak of the process beyond what it was before,
+    mapped pages included, over the size of the tensors; it is missing where the system does not tell.
+    """
+    report: dict[str, Any] = {"n_latents": n_latents, "width": width}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = _write(folder, n_latents, width)
+        report["tensor_bytes"] = size
+        seconds: dict[str, list[float]] = {what: [] for what in ("bytes", *FORMATS)}
+        peaks: dict[str, list[int]] = {what: [] for what in seconds}
+        for _ in range(rounds):
+            for what in seconds:
+                found = _measured(what, folder)
+                seconds[what].append(found["seconds"])
+                if found["peak"] is not None:
+                    peaks[what].append(found["peak"])
+    report["bytes_seconds"] = median(seconds["bytes"])
+    for what in FORMATS:
+        report[f"{what}_time"] = median(seconds[what]) / report["bytes_seconds"]
+    for what, found in peaks.items():
+        if found:
+            report[f"{what}_memory"] = median(found) / size
+    return report
+
+
+def _write(folder: Path, n_latents: int, width: int) -> int:
+    """The files of one dictionary in every format; the bytes of its tensors."""
+    dictionary = SAE(width, n_latents, build_encoder({"name": "topk", "k": min(64, n_latents)})).eval()
+    for name in WRITTEN:
+        write_dictionary(dictionary, folder / name, name, PROVENANCE)
+    state = {key: tensor.detach() for key, tensor in dictionary.state_dict().items() if tensor.ndim}
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / BYTES)
+    (folder / "gemma_scope").mkdir()
+    found: dict[str, Any] = {key: tensor.numpy() for key, tensor in state.items()}
+    found["W_enc"] = np.ascontiguousarray(found["W_enc"].T)
+    np.savez(folder / "gemma_scope" / "params.npz", threshold=np.ones(n_latents, np.float32), **found)
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _measured(what: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "training.bench.loading", what, str(folder)]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def _memory(key: str) -> int | None:
+    """A figure of this process in bytes, if the system tells."""
+    if not STATUS.exists():
+        return None
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure(what: str, folder: Path) -> dict[str, Any]:
+    """Load once; seconds, and the peak of memory beyond what there was before."""
+    from transcoders.load import load as load_any
+
+    tasks: dict[str, Callable[[], Any]] = {name: lambda name=name: load_any(folder / name) for name in FORMATS}
+    tasks["bytes"] = lambda: load((folder / BYTES).read_bytes())
+    if what != "bytes":
+        # Imports on first use are not the files'.
+        with tempfile.TemporaryDirectory() as tiny:
+            _write(Path(tiny), 8, 4)
+            load_any(Path(tiny) / what)
+    resets = Path("/proc/self/clear_refs")
+    if resets.exists():
+        # The peak counts from here.
+        resets.write_text("5")
+    before, start = _memory("VmRSS"), time.perf_counter()
+    kept = tasks[what]()
+    seconds, peak = time.perf_counter() - start, _memory("VmHWM")
+    del kept
+    return {"seconds": seconds, "peak": None if peak is None or before is None else peak - before}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
