@@ -20,6 +20,7 @@ from transcoders.convert import convert
 # What says where a report comes from, not what was measured.
 ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
 TOKENS = 600
+STORIES = {"text.context_length": 256, "text.packing": "separate", "harvest.exclude_leading": 0}
 SETTINGS = {"text.context_length": 64, "harvest.exclude_leading": 4}
 
 
@@ -145,6 +146,7 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
         assert "wrong?" in out
 
 
+@pytest.mark.slow
 def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path):
     found = evaluate(str(trained / "right"), str(tmp_path / "a"), tokens=TOKENS)
     assert found["assumed"][0] == "text: the embedded corpus"
@@ -206,6 +208,24 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(train
     file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")
     with pytest.raises(ValueError, match=r"--out: required, because .* is no folder"):
         judge_all([file])
+
+
+@pytest.mark.slow
+def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path):
+    text = (str(shared_data / "text" / "tinystories_valid.jsonl"),)
+    given = Given(model=str(shared_data / "models" / "stories3M"), text=text, hook="model.layers.3:out")
+    found = []
+    for name in ("saelens", "sparsify", "dictionary_learning"):
+        path = shared_data / "saes" / f"stories3M_L3_topk16_{name}"
+        found.append(evaluate(str(path), str(tmp_path / name), tokens=3000, given=replace(given, settings=STORIES)))
+    assert 0.1 < found[0]["fvu"] < 0.22
+    for report in found[1:]:
+        for key in ("fvu", "l0_mean", "ce_clean", "ce_spliced", "dead_fraction"):
+            assert report[key] == pytest.approx(found[0][key], rel=1e-5)
+    # The wrong layer is not mistaken for it: only where no file names the hook can it be asked for.
+    path = shared_data / "saes" / "stories3M_L3_topk16_sparsify"
+    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=3000, given=replace(given, hook="model.layers.1:out"))
+    assert [doubt for doubt in wrong["doubts"] if "Wrong hook" in doubt]
 
 
 @pytest.mark.slow
