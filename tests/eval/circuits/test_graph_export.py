@@ -17,6 +17,9 @@ from eval.circuits.graph_notes import Note, Window
 from eval.circuits.graph_page import page_data, render
 from eval.circuits.graph_run import save
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "attribution_graph.json"
 EVIL = "</script><img src=x onerror=alert(1)>"
 

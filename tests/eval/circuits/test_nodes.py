@@ -8,6 +8,9 @@ from eval.circuits.nodes import Coordinates, Latents, NodeSpace
 from sae import ENCODERS, SAE
 from training.activations.sites import site_hooks
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 EACH = {"positions": "each", "n_positions": 6}
 OPTIONS = pytest.mark.parametrize("options", [{}, EACH], ids=["all", "each"])
 

@@ -15,6 +15,9 @@ from eval.circuits.report_circuit import layout, ordered_groups
 from eval.circuits.report_page import COLUMNS, render
 from eval.circuits.report_plots import family_labels, panel
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHECKPOINT = "runs/circuits/topk/seed-0"
 HOOKS = [f"transformer.h.{layer}:out" for layer in range(4)]

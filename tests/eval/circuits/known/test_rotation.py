@@ -9,6 +9,9 @@ from eval.circuits.known import KNOWN, ToyTransformer
 from eval.circuits.known.rotation import rotated, rotation
 from training.activations.model import LanguageModel
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 TURNED = ["and_gate", "induction", "reverse"]
 
 

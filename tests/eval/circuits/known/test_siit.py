@@ -7,6 +7,9 @@ from eval.circuits.known import KNOWN, ToyConfig, ToyTransformer, node_names
 from eval.circuits.known.siit import PROGRAMS, TOLERANCE, _swapped, _watched, distances_of, prompts, train, trained
 from eval.circuits.roc import roc_auc
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def test_programs_compute_and_take_over_what_is_given():
     token_ids = torch.tensor([[0, 2, 2, 1, 2]])

@@ -6,6 +6,9 @@ import torch
 from eval.circuits.methods.attribution import AttributionPatching
 from eval.circuits.nodes import Coordinates, NodeSpace
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 HOOK = "transformer.h.1.mlp:out"
 
 

@@ -8,6 +8,9 @@ from eval.circuits.methods.integrated import IntegratedActivations, IntegratedIn
 from eval.circuits.nodes import Coordinates, Latents, NodeSpace
 from training.activations.sites import site_hooks
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def mixture(model, random_transcoders):
     """Heads, a transcoder with its error, and neurons of the stream."""
