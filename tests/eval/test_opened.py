@@ -135,7 +135,7 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
     sparsary.app(["info", str(trained / "right"), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
     assert "fvu" in capsys.readouterr().out
     cfg = json.loads((trained / "right" / "cfg.json").read_text())
-    cfg["metadata"] |= {"hook_name": "blocks.3.mlp.hook_out", "hf_hook_name": "transformer.h.3.mlp:out"}
+    cfg["metadata"] |= {"hook_name": "blocks.3.attn.hook_z", "hf_hook_name": "transformer.h.3.attn.c_proj:in"}
     wrong = trained / "wrong"
     shutil.copytree(trained / "right", wrong)
     (wrong / "cfg.json").write_text(json.dumps(cfg))
@@ -158,7 +158,7 @@ def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path)
 @pytest.mark.parametrize(
     ("about", "given", "says"),
     [
-        ({}, Given(), r"does not say which model it is of.*--model ID"),
+        ({}, Given(), r"trained on tensors, not on a model, or .*--model ID"),
         ({"model": {"id": "m"}}, Given(), r"hook: expected a module path with a side.*got None.*--hook transformer.h.2:out"),
         ({"model": {"id": "m"}}, Given(hook="nowhere"), r"hook: expected a module path with a side.*got 'nowhere'"),
         ({"model": {"id": "m"}, "hook": "a.b:out"}, Given(), r"text: expected a text to judge on.*--text FILE"),
