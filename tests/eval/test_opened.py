@@ -233,3 +233,27 @@ def test_latents_are_described(trained, tmp_path):
     about = features(str(trained / "right"), str(tmp_path), 2000)
     assert (about["n_latents"], about["model"], about["text"]) == (48, "embedded", "embedded")
     assert about["dead"] < 24
+
+
+@pytest.mark.slow
+def test_a_cross_layer_transcoder_and_a_set_are_judged_in_place(build_format, tmp_path):
+    from sae.encoders import build_encoder
+    from transcoders import CrossLayerTranscoder
+
+    torch.manual_seed(3)
+    across = CrossLayerTranscoder(n_layers=4, d_in=512, d_out=512, n_latents=80, encoder=build_encoder({"name": "relu"})).eval()
+    reads, writes = ([f"transformer.h.{layer}.mlp:{side}" for layer in range(4)] for side in ("in", "out"))
+    about = {"model": {"id": "embedded"}, "hooks_in": reads, "hooks_out": writes}
+    across.save(tmp_path / "ours", about)
+    convert(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
+    given = Given(model="embedded", settings=SETTINGS)
+    found, again = (
+        evaluate(str(tmp_path / n), str(tmp_path / "out" / n), tokens=TOKENS, given=given) for n in ("theirs", "ours")
+    )
+    assert found["layers"] == 4
+    for key in ("ce_clean", "ce_spliced", "l0_total", "layer_fvu"):
+        assert found[key] == pytest.approx(again[key], rel=1e-4), key
+    build_format("circuit_tracer", tmp_path / "set")
+    report = evaluate(str(tmp_path / "set"), str(tmp_path / "out" / "set"), tokens=TOKENS, given=given)
+    assert (report["layers"], report["kind"]) == (4, "stack of transcoders")
+    assert not (tmp_path / "set" / "report.json").exists()
