@@ -188,8 +188,8 @@ def complete(
         override(found, key, value)
     if not found["model"].get("id"):
         raise ValueError(
-            f"{where}: this dictionary does not say which model it is of: it was trained on tensors, or its files leave it "
-            "open. Name the model: --model ID. Or give held-out activations: sparsary.evaluate(directory, activations=x)."
+            f"{where}: this dictionary was trained on tensors, not on a model, or its files do not say on which. Name the "
+            "model: --model ID. Or give held-out activations: sparsary.evaluate(directory, activations=x)."
         )
     _complete_hooks(found, given, where)
     if reads_text:

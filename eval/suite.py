@@ -239,9 +239,10 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
 
 def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:
     """What the figures say about hook and normalisation, if they are defined."""
-    names = ("tokens", "l0_mean", "fvu", "cosine", "l2_ratio", "dead_fraction")
-    found = [entries.get(name) for name in names]
-    return [] if None in found else doubts(Sanity(*found, ()), dictionary.n_latents)
+    # Figure of the check -> entry of the report.
+    names = {"l0": "l0_mean", "norm_ratio": "l2_ratio"} | {n: n for n in ("tokens", "fvu", "cosine", "dead_fraction")}
+    found: dict[str, Any] = {name: entries.get(entry) for name, entry in names.items()}
+    return [] if None in found.values() else doubts(Sanity(**found, warnings=()), dictionary.n_latents)
 
 
 def _hook(source: dict[str, Any]) -> str | None:

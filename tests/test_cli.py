@@ -131,7 +131,7 @@ def test_a_plan_without_room_is_refused_also_as_a_dry_run(command, recipe_values
         (["train", "RECIPE", "loud"], "key.sub=value"),
         (["harvest", "RECIPE", "harvest.store=null"], "stores nothing"),
         (["eval", "/nowhere"], "expected a checkpoint directory"),
-        (["info", "/nowhere"], "found neither"),
+        (["info", "/nowhere"], "found none"),
         (["info"], "Missing argument"),
         (["trian"], "No such command"),
         (["train", "RECIPE", "out_dir=/proc/x/y"], "cannot be written"),

@@ -60,7 +60,8 @@ def convert(
 ) -> Converted:
     """Write what a path or hub id holds as another library keeps it, or as our checkpoint; of several hooks all of them.
 
-    ``dtype`` is what numbers of another library's dictionaries become, ``auto`` being the files' own.
+    ``dtype`` is what numbers of another library's dictionaries become, ``auto`` being the files' own. Our own checkpoints
+    are of float32.
 
     Raises:
         ValueError: If the destination is not empty, there is no such format, or it cannot hold the dictionary. Nothing is
@@ -71,6 +72,9 @@ def convert(
             known(to)
         except ValueError as error:
             raise ValueError(f"--to: {str(error).replace('expected one of', f'expected one of {OURS},')}") from None
+    if to == OURS and dtype not in ("float32", "auto"):
+        raise ValueError(f"--dtype: expected float32, which our checkpoints are of, got {dtype!r}.")
+    dtype = "float32" if to == OURS else dtype
     target = Path(destination)
     require_empty(target)
     found = find(source, revision=revision, subfolder=subfolder, format=format, options=options, dtype=dtype)

@@ -58,8 +58,10 @@ class Found:
         key = hook if hook in self.dictionaries else reads.get(hook)
         if key is None:
             raise ValueError(f"hook: expected one of {', '.join(self.dictionaries)}, got {hook!r}.")
-        one = ({key: d[key]} for d in (self.dictionaries, self.provenances, self.folders))
-        return Found(self.directory, *one, self.files)
+        folder = self.folders[key]
+        return Found(
+            folder, {key: self.dictionaries[key]}, {key: self.provenances[key]}, {key: folder}, (folder / WEIGHTS_FILE,)
+        )
 
 
 def load(

@@ -67,6 +67,8 @@ def features(
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
     opened = open_checkpoint(checkpoint, given).completed()
     described, about = described_checkpoint(opened, tokens, limits, progress)
     directory = Path(out) if out is not None else opened.results / "features"
@@ -115,12 +117,11 @@ def described_checkpoint(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Described, dict[str, Any]]:
     """What is found of every latent, and where it comes from."""
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
-    if len(opened.members) > 1:
+    member, *others = opened.members
+    if others:
         hooks = ", ".join(hooks_of(member.provenance)[1][0] for member in opened.members)
         raise ValueError(f"{opened.name}: expected one dictionary, got those of {hooks}. Give --hook HOOK, or name its folder.")
-    dictionary, provenance = opened.members[0].dictionary, opened.members[0].provenance
+    dictionary, provenance = member.dictionary, member.provenance
     arguments = dictionary.arguments()
     reads, writes = hooks_of(provenance)
     model = load_model(ModelSection.model_validate(provenance["model"]))

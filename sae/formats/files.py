@@ -151,7 +151,7 @@ class Source:
         path = self.path(name)
         try:
             return json.loads(_text(path), object_pairs_hook=_once)
-        except (json.JSONDecodeError, RecursionError, _Twice) as error:
+        except (json.JSONDecodeError, RecursionError, _TwiceError) as error:
             raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
 
     def config(self, name: str) -> dict[str, Any]:
@@ -299,11 +299,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Twice(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise _TwiceError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return found
 
 
-class _Twice(Exception):
+class _TwiceError(Exception):
     """A key that is there twice."""
 
 

@@ -20,9 +20,20 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+# Rows that are squared at once.
+COLUMN_ROWS = 64
+
+
 def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_latents"]:
     """The norms of atoms in float32, without a copy of the matrix in it."""
-    return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.promote_types(W_dec.dtype, torch.float32))
+    dtype = torch.promote_types(W_dec.dtype, torch.float32)
+    if W_dec.is_contiguous() or not W_dec.T.is_contiguous():
+        return torch.linalg.vector_norm(W_dec, dim=1, dtype=dtype)
+    # Of a decoder that lies transposed in its file, down its columns: 9 ms against 175 for 16k x 2304.
+    squares = W_dec.new_zeros(len(W_dec), dtype=dtype)
+    for rows in W_dec.T.split(COLUMN_ROWS):
+        squares += rows.to(dtype).square().sum(0)
+    return squares.sqrt()
 
 
 def norm_of(tensor: Tensor) -> Float[Tensor, ""]:

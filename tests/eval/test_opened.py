@@ -20,6 +20,7 @@ from transcoders.convert import convert
 # What says where a report comes from, not what was measured.
 ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
 TOKENS = 600
+STORIES = {"text.context_length": 256, "text.packing": "separate", "harvest.exclude_leading": 0}
 SETTINGS = {"text.context_length": 64, "harvest.exclude_leading": 4}
 
 
@@ -134,7 +135,7 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
     sparsary.app(["info", str(trained / "right"), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
     assert "fvu" in capsys.readouterr().out
     cfg = json.loads((trained / "right" / "cfg.json").read_text())
-    cfg["metadata"] |= {"hook_name": "blocks.3.mlp.hook_out", "hf_hook_name": "transformer.h.3.mlp:out"}
+    cfg["metadata"] |= {"hook_name": "blocks.3.attn.hook_z", "hf_hook_name": "transformer.h.3.attn.c_proj:in"}
     wrong = trained / "wrong"
     shutil.copytree(trained / "right", wrong)
     (wrong / "cfg.json").write_text(json.dumps(cfg))
@@ -145,6 +146,7 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
         assert "wrong?" in out
 
 
+@pytest.mark.slow
 def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path):
     found = evaluate(str(trained / "right"), str(tmp_path / "a"), tokens=TOKENS)
     assert found["assumed"][0] == "text: the embedded corpus"
@@ -156,7 +158,7 @@ def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path)
 @pytest.mark.parametrize(
     ("about", "given", "says"),
     [
-        ({}, Given(), r"does not say which model it is of.*--model ID"),
+        ({}, Given(), r"trained on tensors, not on a model, or .*--model ID"),
         ({"model": {"id": "m"}}, Given(), r"hook: expected a module path with a side.*got None.*--hook transformer.h.2:out"),
         ({"model": {"id": "m"}}, Given(hook="nowhere"), r"hook: expected a module path with a side.*got 'nowhere'"),
         ({"model": {"id": "m"}, "hook": "a.b:out"}, Given(), r"text: expected a text to judge on.*--text FILE"),
@@ -209,7 +211,49 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(train
 
 
 @pytest.mark.slow
+def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path):
+    text = (str(shared_data / "text" / "tinystories_valid.jsonl"),)
+    given = Given(model=str(shared_data / "models" / "stories3M"), text=text, hook="model.layers.3:out")
+    found = []
+    for name in ("saelens", "sparsify", "dictionary_learning"):
+        path = shared_data / "saes" / f"stories3M_L3_topk16_{name}"
+        found.append(evaluate(str(path), str(tmp_path / name), tokens=3000, given=replace(given, settings=STORIES)))
+    assert 0.1 < found[0]["fvu"] < 0.22
+    for report in found[1:]:
+        for key in ("fvu", "l0_mean", "ce_clean", "ce_spliced", "dead_fraction"):
+            assert report[key] == pytest.approx(found[0][key], rel=1e-5)
+    # The wrong layer is not mistaken for it: only where no file names the hook can it be asked for.
+    path = shared_data / "saes" / "stories3M_L3_topk16_sparsify"
+    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=3000, given=replace(given, hook="model.layers.1:out"))
+    assert [doubt for doubt in wrong["doubts"] if "Wrong hook" in doubt]
+
+
+@pytest.mark.slow
 def test_latents_are_described(trained, tmp_path):
     about = features(str(trained / "right"), str(tmp_path), 2000)
     assert (about["n_latents"], about["model"], about["text"]) == (48, "embedded", "embedded")
     assert about["dead"] < 24
+
+
+@pytest.mark.slow
+def test_a_cross_layer_transcoder_and_a_set_are_judged_in_place(build_format, tmp_path):
+    from sae.encoders import build_encoder
+    from transcoders import CrossLayerTranscoder
+
+    torch.manual_seed(3)
+    across = CrossLayerTranscoder(n_layers=4, d_in=512, d_out=512, n_latents=80, encoder=build_encoder({"name": "relu"})).eval()
+    reads, writes = ([f"transformer.h.{layer}.mlp:{side}" for layer in range(4)] for side in ("in", "out"))
+    about = {"model": {"id": "embedded"}, "hooks_in": reads, "hooks_out": writes}
+    across.save(tmp_path / "ours", about)
+    convert(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
+    given = Given(model="embedded", settings=SETTINGS)
+    found, again = (
+        evaluate(str(tmp_path / n), str(tmp_path / "out" / n), tokens=TOKENS, given=given) for n in ("theirs", "ours")
+    )
+    assert found["layers"] == 4
+    for key in ("ce_clean", "ce_spliced", "l0_total", "layer_fvu"):
+        assert found[key] == pytest.approx(again[key], rel=1e-4), key
+    build_format("circuit_tracer", tmp_path / "set")
+    report = evaluate(str(tmp_path / "set"), str(tmp_path / "out" / "set"), tokens=TOKENS, given=given)
+    assert (report["layers"], report["kind"]) == (4, "stack of transcoders")
+    assert not (tmp_path / "set" / "report.json").exists()

@@ -8,6 +8,8 @@ import pytest
 import sparsary
 from sae import ENCODERS, SAE, load_dictionary
 from sae.formats import write_dictionary
+from sae.hub import files_of
+from transcoders.convert import convert
 
 
 @pytest.fixture
@@ -81,3 +83,23 @@ def test_push_of_something_else_is_refused_before_anything_is_sent(tmp_path, mon
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match=r"dictionary\.json"):
         sparsary.push_to_hub(str(tmp_path), "me/mine")
+
+
+def test_only_what_is_read_is_uploaded(build_format, tmp_path):
+    build_format("saelens", tmp_path / "theirs", 16)
+    for name in ("optimizer.pt", "notes.txt", "report.json", "secrets/token.json"):
+        (tmp_path / "theirs" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "theirs" / name).write_text("{}")
+    assert files_of(tmp_path / "theirs") == ["cfg.json", "sae_weights.safetensors"]
+
+
+def test_several_of_ours_are_uploaded_together(build_format, tmp_path):
+    build_format("circuit_tracer", tmp_path / "theirs", 16)
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    (tmp_path / "ours" / "report.json").write_text("{}")
+    found = files_of(tmp_path / "ours")
+    assert len(found) == 8
+    assert {name.rpartition("/")[2] for name in found} == {"dictionary.json", "dictionary.safetensors"}
+    (tmp_path / "theirs" / "layer_2.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        files_of(tmp_path / "theirs")

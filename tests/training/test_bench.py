@@ -347,3 +347,14 @@ def test_every_peer_takes_its_step(tmp_path):
         assert {(row["family"], row["library"]) for row in rows if row["library"] != "sparsary"} == {
             (family, library) for family in families for library in comparison.PEERS[family]
         }
+
+
+@pytest.mark.slow
+def test_loading_is_measured_against_reading_the_bytes():
+    from training.bench.loading import FORMATS, bench_loading
+
+    report = bench_loading(64, 32, 1)
+    # Two matrices and two biases of float32.
+    assert report["tensor_bytes"] == 4 * (2 * 64 * 32 + 64 + 32)
+    for name in FORMATS:
+        assert report[f"{name}_time"] > 0

@@ -18,6 +18,7 @@ from sae.formats.folding import (
     fold_scale_in,
     fold_scale_out,
     fold_whitening,
+    norms_of,
 )
 from sae.formats.neutral import Gate, Neutral, forward
 
@@ -226,3 +227,11 @@ def test_folds_that_would_change_something_are_refused():
     dead.W_dec[0] = 0
     with pytest.raises(ValueError, match="expected atoms that are not zero"):
         fold_norms(dead)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norms_of_a_decoder_that_lies_transposed_are_its_norms(dtype):
+    W = torch.randn(70, 150).to(dtype).T
+    assert not W.is_contiguous()
+    torch.testing.assert_close(norms_of(W), norms_of(W.contiguous()), rtol=1e-6, atol=0)
+    assert norms_of(W).dtype == torch.promote_types(dtype, torch.float32)
