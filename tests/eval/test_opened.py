@@ -17,6 +17,9 @@ from eval.suite import evaluate, evaluate_all, judge_all
 from sae.formats import FORMATS, write_dictionary
 from transcoders.convert import convert
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 # What says where a report comes from, not what was measured.
 ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
 TOKENS = 600

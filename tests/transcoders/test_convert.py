@@ -13,6 +13,9 @@ from sae.formats import FORMATS
 from transcoders import Stack
 from transcoders.convert import convert, whole
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 WRITABLE = ("saelens", "sparsify", "dictionary_learning")
 
 

@@ -8,6 +8,9 @@ import torch
 
 from sae.formats import Options, read_dictionary, write_dictionary
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 D, LATENTS, K = 8, 24, 5
 CONFIG = {
     "seed": 49,

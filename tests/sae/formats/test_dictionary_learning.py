@@ -17,6 +17,9 @@ from sae.encoders import build_encoder
 from sae.formats import Options, Source, detect, read_dictionary, read_neutral, write_dictionary
 from transcoders import CrossLayerTranscoder, Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "dictionary_learning"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 HOOK = "gpt_neox.layers.3:out"

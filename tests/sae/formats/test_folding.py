@@ -22,6 +22,9 @@ from sae.formats.folding import (
 )
 from sae.formats.neutral import Gate, Neutral, forward
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 D, D_OUT, LATENTS, TOKENS = 7, 5, 24, 13
 GATES = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
 BY_NORM = ("topk", "topk_raw", "abs_topk", "threshold", "group_max")

@@ -15,6 +15,9 @@ from sae import load_dictionary
 from sae.formats import Options, Source, detect, read_dictionary, write_dictionary
 from transcoders import CrossLayerTranscoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "circuit_tracer"
 LAYERS, D, LATENTS, D_OUT, TOKENS = 3, 8, 24, 5, 40
 RNG = np.random.default_rng

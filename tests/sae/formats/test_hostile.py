@@ -16,6 +16,9 @@ import sparsary
 from sae.formats import FORMATS
 from transcoders.convert import convert
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 D = 16
 
 

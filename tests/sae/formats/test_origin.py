@@ -11,6 +11,9 @@ from sae.formats.files import HubSource
 from sae.formats.neutral import Gate, Neutral
 from sae.formats.origin import config_above, hooks_of, model_of, origin, originated, plain, source_config
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 
 def bare():
     return Neutral("sae", torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.zeros(2), Gate("relu"))

@@ -20,6 +20,9 @@ from sae.formats import Options, Source, read_dictionary, read_neutral, write_di
 from sae.formats.build import to_dictionary
 from transcoders import CrossLayerTranscoder, Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "saelens"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 # Whose activations SAELens reports in other units than ours are in, or exports with its norms folded.

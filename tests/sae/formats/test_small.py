@@ -10,6 +10,9 @@ from sae.formats import Options, Source, detect, read_dictionary, write_dictiona
 from sae.formats.small import DeepSeekR1, block_output
 from sae.formats.torch_files import TorchFiles
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 D, LATENTS, K = 8, 24, 5
 
 

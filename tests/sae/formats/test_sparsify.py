@@ -18,6 +18,9 @@ from sae.formats import Options, read_dictionary, write_dictionary
 from sae.formats.sparsify import folder_name, module_path
 from transcoders import CrossLayerTranscoder, Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "sparsify"
 CASES = sorted(str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.rglob("sae.safetensors"))
 
