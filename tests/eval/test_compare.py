@@ -29,6 +29,9 @@ from training.recipe import load_recipe
 from training.resolve import resolved
 from training.stopping import Stopped
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 REPORT = {
     "kind": "sae",
     "encoder": '{"name": "topk", "k": 5}',

@@ -17,6 +17,9 @@ from matplotlib.image import imread
 from eval.explanations import markdown
 from eval.page import EXPLANATIONS, KEY_FIGURES, PLOTS, render
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 N_LATENTS, TOKENS = 1021, 20_011
 L0_COUNTS = [0] * 11 + [round(900 * math.exp(-(((l0 - 37) / 13) ** 2))) for l0 in range(11, 83)]
 REPORT = {

@@ -14,6 +14,9 @@ from sae import ENCODERS, SAE
 from sae.encoders import build_encoder
 from transcoders import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 SOURCE = {
     "hook": "transformer.h.2:out",
     "model": {"id": "embedded", "device": "cpu"},

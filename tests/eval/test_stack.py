@@ -15,6 +15,9 @@ from training.text import Cursor
 from transcoders.cross_layer import CrossLayerTranscoder
 from transcoders.transcoder import Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 READS, WRITES = ([f"transformer.h.{layer}.mlp:{side}" for layer in range(4)] for side in ("in", "out"))
 SOURCE = {
     "model": {"id": "embedded", "device": "cpu"},

@@ -20,6 +20,9 @@ from training.recipe import HarvestSection, TextSection, check_recipe
 from training.run import run_harvest, train
 from training.text import contexts, is_heldout
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 HOOK = "transformer.h.2:out"
 TEXT = TextSection(context_length=32)
 SECTION = HarvestSection(hooks=(HOOK,), live_buffer_tokens=450, exclude_leading=2, heldout=0.3)

@@ -15,6 +15,9 @@ from training.phases import Phases, interpolate
 from training.recipe import check_recipe, dump_recipe, load_recipe, total_steps
 from training.run import train
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 K = 7
 STEPS, START = 30, 12
 

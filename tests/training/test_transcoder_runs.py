@@ -23,6 +23,9 @@ from training.resolve import resolved
 from training.run import run_harvest, train, train_all
 from transcoders import CrossLayerTranscoder, Stack, Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 MLPS = [f"transformer.h.{layer}.mlp:{side}" for layer in range(4) for side in ("in", "out")]
 TOPK = {"name": "topk", "k": 5}
 

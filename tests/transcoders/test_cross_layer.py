@@ -12,6 +12,9 @@ from training.initialize import initialize
 from training.objective import AuxSettings, Objective, Usage
 from transcoders import CrossLayerTranscoder, Transcoder
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 TOKENS, LAYERS, D_IN, D_OUT, HERE = 13, 3, 5, 7, 17
 VARIANTS = {
     "topk": ({"name": "topk", "k": 2}, False),

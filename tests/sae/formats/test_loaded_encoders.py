@@ -6,6 +6,9 @@ import torch
 from sae import SAE, load_dictionary
 from sae.encoders import ENCODERS, LOADED_ENCODERS, build_encoder, encoder_spec
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 D, LATENTS, TOKENS = 11, 30, 13
 ARGUMENTS = {
     "threshold": {},

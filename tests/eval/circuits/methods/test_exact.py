@@ -8,6 +8,9 @@ from eval.circuits.methods.exact import ExactPatching
 from eval.circuits.nodes import Coordinates, NodeSpace
 from training.activations.sites import site_hooks
 
+# Together they take seconds; `make test` runs them.
+pytestmark = pytest.mark.slow
+
 EACH = {"positions": "each", "n_positions": 6}
 
 
