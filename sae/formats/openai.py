@@ -47,12 +47,14 @@ class OpenAI(TorchFiles):
         # Tied ones have one matrix, under the name of either or, as decoder.linear.weight, of both.
         W_enc = tensors["encoder.weight"] if "encoder.weight" in tensors else tensors["decoder.weight"].T
         W_dec = tensors["decoder.weight"].T if "decoder.weight" in tensors else W_enc
+        tied = "decoder.linear.weight" in tensors
+        absent = [] if tied else [key for key in ("encoder.weight", "decoder.weight") if key not in tensors]
         unknown = sorted(set(tensors) - {*BIASES, *STATISTICS, *MATRICES})
         if unknown:
             raise ValueError(f"{where}: expected {', '.join((*BIASES, *MATRICES))}, got {', '.join(unknown)} besides.")
         require_shape(where, "encoder.weight", tuple(W_enc.shape), (latents, width))
         require_shape(where, "decoder.weight", tuple(W_dec.T.shape), (width, latents))
-        if "decoder.linear.weight" in tensors:
+        if tied:
             require_shape(where, "decoder.linear.weight", tuple(tensors["decoder.linear.weight"].shape), (latents, width))
         kind, gate = chosen(where, values, options)
         row_norm = "layer_norm" if kind == "TopK" else None
@@ -65,6 +67,8 @@ class OpenAI(TorchFiles):
             gate=gate,
             b_in=tensors["pre_bias"],
             row_norm=row_norm,
+            # A file that lost a matrix looks the same.
+            warnings=tuple(f"there is no {key}: taken for tied, one matrix for both sides" for key in absent),
             done=("pre_bias is b_dec, latent_bias b_enc", *(("TopK: each token normalised",) if row_norm else ())),
         )
         config = {"file": name} | {k: v for k, v in values.items() if not isinstance(v, Tensor)}
