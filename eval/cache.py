@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sae.files import read_json, write_json
-from training.embedded import MODEL_DIR
-
+from ..sae.files import read_json, write_json
+from ..training.embedded import MODEL_DIR
 from .groups import MetricGroup
 
 FOLDER = "eval_cache"

@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.metrics import Moments
-
+from ..sae.metrics import Moments
 from .dark_regression import RIDGE, TOKENS_PER_COLUMN, FoldedRegression, Regression, needed_tokens, r2
 
 # A reconstruction that varies less than this, relative to its target, comes from a dictionary that is dead.

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.metrics import Moments
-
+from ..sae.metrics import Moments
 from .dark_regression import RIDGE, Regression, r2
 
 

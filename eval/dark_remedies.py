@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import SparseCode, SparseDictionary
-from sae.pursuit import gradient_pursuit
-
+from ..sae import SparseCode, SparseDictionary
+from ..sae.pursuit import gradient_pursuit
 from .dark_matter import DarkMatter
 from .dark_regression import RIDGE, Regression, r2
 

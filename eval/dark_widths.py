@@ -14,9 +14,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from sae import SparseDictionary
-from training.text import Cursor
-
+from ..sae import SparseDictionary
+from ..training.text import Cursor
 from .dark_groups import with_parts_back
 from .dark_matter import USUAL, DarkMatter, FitOptions, LinearFit
 from .dark_norms import NormRegressions

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from training.activations.model import LanguageModel, next_token_loss
-
+from ..training.activations.model import LanguageModel, next_token_loss
 from .bootstrap import ByDocument, Totals
 from .groups import MetricGroup, Predictions, Setting, Undefined, View, predictions
 from .streams import Quantiles

@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import sparse
 
-from training.embedded import lexicon
-from training.embedded.corpus import Factors
-
+from ..training.embedded import lexicon
+from ..training.embedded.corpus import Factors
 from .absorption import absorbed
 from .probes import (
     Columns,

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
-from sae import SparseDictionary
-from sae.metrics import RunningFvu, dead_fraction
+from ..sae import SparseDictionary
+from ..sae.metrics import RunningFvu, dead_fraction
 
 # A feature counts as recovered when some atom is this close to its own.
 RECOVERED_COSINE = 0.9

@@ -18,10 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae import SparseCode, SparseDictionary
-from training.activations.model import LanguageModel, next_token_loss
-from training.activations.splice import Insertion, model_spliced
-
+from ..sae import SparseCode, SparseDictionary
+from ..training.activations.model import LanguageModel, next_token_loss
+from ..training.activations.splice import Insertion, model_spliced
 from .heldout import Piece, logits_and_activations
 from .selection import PER_TOKEN, Selection
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training.activations.harvest import batches, excluded
-from training.activations.model import LanguageModel, load_model
-from training.recipe import HarvestSection, ModelSection, TextSection
-from training.text import Cursor, contexts
+from ..training.activations.harvest import batches, excluded
+from ..training.activations.model import LanguageModel, load_model
+from ..training.recipe import HarvestSection, ModelSection, TextSection
+from ..training.text import Cursor, contexts
 
 # Logits over a large vocabulary dominate memory; eight contexts of 128 tokens and GPT-2's vocabulary are 0.2 GB.
 BATCH_CONTEXTS = 8

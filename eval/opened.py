@@ -17,17 +17,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sae.dictionary import SparseDictionary
-from sae.files import sha256
-from sae.formats import Options
-from sae.formats.hooks import architecture_of, to_module
-from sae.formats.sanity import Sanity, sanity
-from training.checks import explain
-from training.recipe import HarvestSection, ModelSection, TextSection, override
-from training.text import Cursor
-from transcoders.load import find
-from transcoders.stack import hooks_of
-
+from ..sae.dictionary import SparseDictionary
+from ..sae.files import sha256
+from ..sae.formats import Options
+from ..sae.formats.hooks import architecture_of, to_module
+from ..sae.formats.sanity import Sanity, sanity
+from ..training.checks import explain
+from ..training.recipe import HarvestSection, ModelSection, TextSection, override
+from ..training.text import Cursor
+from ..transcoders.load import find
+from ..transcoders.stack import hooks_of
 from .heldout import ground
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae.files import write_json, write_text
-
+from ..sae.files import write_json, write_text
 from . import factors, saebench, supervised
 from .opened import NOTHING, Given, open_checkpoint
 from .saebench import Task

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae.code import SparseCode
-from sae.metrics import Moments, dead_fraction, density
-
+from ..sae.code import SparseCode
+from ..sae.metrics import Moments, dead_fraction, density
 from .bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
 from .groups import MetricGroup, Setting, Undefined, View
 from .streams import Counts, Quantiles

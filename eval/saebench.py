@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from training.embedded import corpus
-
+from ..training.embedded import corpus
 from .absorption import absorbed
 from .factors import LEAST_PROBE_F1, labels_of
 from .probes import Columns, Probe, bootstrap_mean, f1_of, logistic, split_latents

@@ -13,14 +13,13 @@ from jaxtyping import Int
 from scipy import sparse
 from torch import Tensor
 
-from sae import SparseCode, SparseDictionary
-from training.activations.harvest import batches, excluded
-from training.activations.model import LanguageModel, load_model
-from training.embedded import corpus
-from training.recipe import HarvestSection, ModelSection, TextSection
-from training.text import contexts
-from transcoders.stack import hooks_of
-
+from ..sae import SparseCode, SparseDictionary
+from ..training.activations.harvest import batches, excluded
+from ..training.activations.model import LanguageModel, load_model
+from ..training.embedded import corpus
+from ..training.recipe import HarvestSection, ModelSection, TextSection
+from ..training.text import contexts
+from ..transcoders.stack import hooks_of
 from .opened import NOTHING, Given, Opened, open_checkpoint
 
 BATCH_CONTEXTS = 16

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae import SparseDictionary
-from sae.files import write_json, write_text
-from sae.formats.sanity import Sanity, doubts
-from training.text import Cursor
-from transcoders.stack import hooks_of
-
+from ..sae import SparseDictionary
+from ..sae.files import write_json, write_text
+from ..sae.formats.sanity import Sanity, doubts
+from ..training.text import Cursor
+from ..transcoders.stack import hooks_of
 from .cache import Beside, Nothing, content_of
 from .explanations import REPORT_VERSION
 from .groups import MetricGroup, Passage, Setting, View, settled

@@ -16,9 +16,8 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from training.activations.model import LanguageModel
-from training.embedded import lexicon
-
+from ..training.activations.model import LanguageModel
+from ..training.embedded import lexicon
 from .probes import bootstrap_mean, f1_of, split_latents
 from .subject import Subject
 

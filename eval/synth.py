@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from sae import SparseDictionary
-
+from ..sae import SparseDictionary
 from .ground_truth import (
     Firing,
     Planted,

@@ -1,5 +1,8 @@
 """Sparse dictionaries of activations: tensors in, sparse codes out. Knows nothing of language models."""
 
+if __name__ == "sae":
+    raise ImportError("sae is a part of sparsary: write `from sparsary.sae import ...` (a checkout needs `pip install -e .`).")
+
 from .autoencoder import SAE
 from .checkpoint import load_dictionary
 from .code import SparseCode

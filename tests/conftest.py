@@ -17,7 +17,8 @@ from jaxtyping import install_import_hook
 CHECKED = "activations checkpoints finish grid initialize loop objective optim phases preflight resolve run state".split()
 # Nor are the kernels: compilers take functions as they are written.
 SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
-checked = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
+parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
+checked = [f"sparsary.{part}" for part in parts]
 install_import_hook(checked, "beartype.beartype")
 
 # Two workers on two cores: threads of their own would only wait for each other. Processes that tests start inherit it:
@@ -109,7 +110,7 @@ def stopped_after():
 
     @contextmanager
     def stopped(steps):
-        from training.stopping import Stopped, StopRequest
+        from sparsary.training.stopping import Stopped, StopRequest
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(StopRequest, "requested", _StopAfter(steps))
@@ -156,8 +157,8 @@ def train_on_planted(planted):
 @pytest.fixture(scope="session")
 def embedded_model():
     """The language model that ships with the package."""
-    from training.activations.model import load_model
-    from training.recipe import ModelSection
+    from sparsary.training.activations.model import load_model
+    from sparsary.training.recipe import ModelSection
 
     return load_model(ModelSection(device="cpu"))
 
@@ -189,7 +190,7 @@ def tiny_model():
     """Builds random language models of three blocks in double precision, every bias and norm weight of its own."""
     import transformers
 
-    from training.activations.model import LanguageModel
+    from sparsary.training.activations.model import LanguageModel
 
     tokens = {"vocab_size": 41, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     sizes = tokens | {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
@@ -225,8 +226,8 @@ def tiny_model():
 @pytest.fixture(scope="session")
 def random_transcoders():
     """Builds transcoders for layers 0 to 2: with and without skip, and one whose values are not its pre-activations."""
-    from sae import ENCODERS
-    from transcoders.transcoder import Transcoder
+    from sparsary.sae import ENCODERS
+    from sparsary.transcoders.transcoder import Transcoder
 
     def one(width, dtype, encoder, skip):
         built = Transcoder(width, width, 19, encoder, skip=skip).to(dtype)
@@ -304,7 +305,7 @@ def stream_model():
 
     from torch import nn
 
-    from training.activations.model import LanguageModel
+    from sparsary.training.activations.model import LanguageModel
 
     class Stream(nn.Module):
         def __init__(self, activation, norm, bias, twins):
@@ -354,7 +355,7 @@ def stream_model():
 @pytest.fixture(scope="session")
 def random_pairs():
     """Builds pairs that differ at positions 1 and 3, with one question at the end of each; padded to the longest."""
-    from eval.circuits.pairs import Pairs, Question
+    from sparsary.eval.circuits.pairs import Pairs, Question
 
     def build(n=5, positions=6, lengths=None, metric="logit_diff"):
         generator = torch.Generator().manual_seed(3)
@@ -375,7 +376,7 @@ def gpt2_tokens(shared_data):
     """GPT-2's tokenizer in a language model that cannot be run."""
     import transformers
 
-    from training.activations.model import LanguageModel
+    from sparsary.training.activations.model import LanguageModel
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(shared_data / "tokenizers" / "gpt2"))
     return LanguageModel(torch.nn.Linear(1, 1), tokenizer, "gpt2", None)
@@ -390,7 +391,7 @@ def word_model():
     import tokenizers
     import transformers
 
-    from training.activations.model import LanguageModel
+    from sparsary.training.activations.model import LanguageModel
 
     def build(words, ends=("<bos>", "<eos>"), numbers=range(100)):
         pieces = [space + word for word in [*words, *(f"{number:02d}" for number in numbers)] for space in ("", " ")]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import sparsary
-from sae import SAE
-from sae.encoders import build_encoder
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
 
 ROOT = Path(__file__).parents[1]
 

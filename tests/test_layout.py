@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sae import ENCODERS, SparseCode
-from training.activations.model import hook_widths
-from training.grid import load_grid
-from training.resolve import dictionary_arguments, resolved
+from sparsary.sae import ENCODERS, SparseCode
+from sparsary.training.activations.model import hook_widths
+from sparsary.training.grid import load_grid
+from sparsary.training.resolve import dictionary_arguments, resolved
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
@@ -125,8 +125,8 @@ def with_configuration(recipe, tmp_path):
 def check_one(recipe):
     import torch
 
-    from sae.checkpoint import build_dictionary
-    from training.preflight import plan_all
+    from sparsary.sae.checkpoint import build_dictionary
+    from sparsary.training.preflight import plan_all
 
     widths = hook_widths(recipe.model, recipe.harvest.hooks)
     with torch.device("meta"):

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats import write_dictionaries, write_dictionary
-from transcoders import Transcoder
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import write_dictionaries, write_dictionary
+from sparsary.transcoders import Transcoder
 
 LATENTS, K, LAYER, LAYERS = 40, 5, 1, 4
 OUT, MLP_IN, MLP_OUT = f"transformer.h.{LAYER}:out", f"transformer.h.{LAYER}.mlp:in", f"transformer.h.{LAYER}.mlp:out"

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from sae import SparseDictionary
-from sae.files import remove_partial_files, write_text
-from transcoders.stack import hooks_of
-
+from ..sae import SparseDictionary
+from ..sae.files import remove_partial_files, write_text
+from ..transcoders.stack import hooks_of
 from .activations.stream import Stream
 from .phases import Phases
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import SparseDictionary
-
+from ..sae import SparseDictionary
 from .activations.stream import Stream
 
 

@@ -9,11 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import SparseDictionary
-from sae.code import ByLatent
-from sae.kernels import AdamStep, backend
-from sae.ledger import Ledger, RowGradient, keep_ledger
-
+from ..sae import SparseDictionary
+from ..sae.code import ByLatent
+from ..sae.kernels import AdamStep, backend
+from ..sae.ledger import Ledger, RowGradient, keep_ledger
 from .optim import DictionaryAdam
 from .phases import Phases
 from .recipe import Recipe

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import SparseDictionary
-from sae.metrics import Moments
-
+from ..sae import SparseDictionary
+from ..sae.metrics import Moments
 from .activations.stream import Batch
 
 # Gao et al. 2024 take the geometric median of as many tokens.

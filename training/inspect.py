@@ -5,12 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
-from sae.files import sha256
-from sae.formats import Options
-from transcoders.load import find
-from transcoders.stack import hooks_of, is_stack, members
-
+from ..sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
+from ..sae.files import sha256
+from ..sae.formats import Options
+from ..transcoders.load import find
+from ..transcoders.stack import hooks_of, is_stack, members
 from .activations.shards import MANIFEST_FILE, Store
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from sae import SparseDictionary
-
+from ..sae import SparseDictionary
 from .activations.stream import Batch, Stream
 from .checkpoints import Checkpoints
 from .objective import Objective, Terms, combine

@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae import SparseCode, SparseDictionary
-from sae.losses import aux_zipf, normalized_mse
-from sae.sparse_ops import decode
-
+from ..sae import SparseCode, SparseDictionary
+from ..sae.losses import aux_zipf, normalized_mse
+from ..sae.sparse_ops import decode
 from .activations.model import LanguageModel
 from .activations.stream import Batch
 

@@ -2,9 +2,8 @@
 
 import torch
 
-from sae import SparseDictionary
-from sae.ledger import drop_ledger
-
+from ..sae import SparseDictionary
+from ..sae.ledger import drop_ledger
 from .phases import Phases
 from .recipe import Recipe, total_steps
 

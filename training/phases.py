@@ -9,9 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from sae import Encoder, SparseDictionary
-from sae.encoders import build_encoder
-
+from ..sae import Encoder, SparseDictionary
+from ..sae.encoders import build_encoder
 from .recipe import Recipe, total_steps
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae.files import json_number
-
+from ..sae.files import json_number
 from .objective import Terms
 from .recipe import Recipe
 from .state import TrainState

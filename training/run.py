@@ -16,11 +16,10 @@ from accelerate.state import AcceleratorState
 from rich.progress import Progress
 from torch import Tensor
 
-from sae.checkpoint import build_dictionary
-from sae.encoders import ENCODERS
-from sae.metrics import Moments
-from sae.screen import Screen
-
+from ..sae.checkpoint import build_dictionary
+from ..sae.encoders import ENCODERS
+from ..sae.metrics import Moments
+from ..sae.screen import Screen
 from .activations.harvest import harvest
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device

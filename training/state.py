@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae import SparseDictionary
-from sae.files import read_tensors, require_finite, write_tensors
-
+from ..sae import SparseDictionary
+from ..sae.files import read_tensors, require_finite, write_tensors
 from .activations.stream import Stream
 from .objective import Terms, Usage
 from .phases import Phases

@@ -1,7 +1,11 @@
 """Dictionaries from one activation of a model to another: tensors in, sparse codes out."""
 
-from sae.checkpoint import KINDS
+if __name__ == "transcoders":
+    raise ImportError(
+        "transcoders is a part of sparsary: write `from sparsary.transcoders import ...` (a checkout needs `pip install -e .`)."
+    )
 
+from ..sae.checkpoint import KINDS
 from .cross_layer import CrossLayerTranscoder
 from .stack import Stack, load_stack
 from .transcoder import Transcoder

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from sae.dictionary import SparseDictionary
-from sae.formats import FORMATS, Options, known, write_dictionaries, write_dictionary
-
+from ..sae.dictionary import SparseDictionary
+from ..sae.formats import FORMATS, Options, known, write_dictionaries, write_dictionary
 from .load import Found, find
 from .stack import Stack, hooks_of
 

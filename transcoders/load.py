@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
-from sae.dictionary import SparseDictionary
-from sae.formats import Options, read_dictionary
-from sae.formats.files import HubSource, Source, recording
-from sae.hub import local_directory
-
+from ..sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
+from ..sae.dictionary import SparseDictionary
+from ..sae.formats import Options, read_dictionary
+from ..sae.formats.files import HubSource, Source, recording
+from ..sae.hub import local_directory
 from .stack import Stack, hooks_of, is_stack, load_stack, members
 
 DTYPES: Mapping[str, torch.dtype | None] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sae.checkpoint import CONFIG_FILE, load_dictionary, read_config
-from sae.dictionary import SparseDictionary
+from ..sae.checkpoint import CONFIG_FILE, load_dictionary, read_config
+from ..sae.dictionary import SparseDictionary
 
 
 class Stack(Mapping[str, SparseDictionary]):

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from sae.files import json_number, write_json
-from training.activations.model import LanguageModel
-
+from ...sae.files import json_number, write_json
+from ...training.activations.model import LanguageModel
 from ..opened import NOTHING, Given
 from .ablation import ABLATIONS, filler
 from .edges import EdgeSpace

@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel
-
+from ...training.activations.anatomy import Anatomy
+from ...training.activations.model import LanguageModel
 from .graph_linear import Active, LocalReplacement, Slopes
 from .graph_replacement import Dictionaries, Replacement
 from .graph_scores import SMALLEST_SUM, Pruned, Scores, influence, partial_influence, prune, scores

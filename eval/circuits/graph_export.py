@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae.files import write_json
-
+from ...sae.files import write_json
 from .graph import AttributionGraph
 from .graph_notes import Latent, Note
 from .graph_scores import Pruned

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from training.activations.splice import model_spliced
-
+from ...training.activations.splice import model_spliced
 from .graph import AttributionGraph, target_vectors
 from .graph_linear import LocalReplacement
 from .graph_measured import Measured, kept_positions

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from training.activations.anatomy import Anatomy, Norm
-
+from ...training.activations.anatomy import Anatomy, Norm
 from .graph_replacement import Replacement
 
 

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.code import SparseCode
-from training.activations.splice import Edit, model_spliced
-
+from ...sae.code import SparseCode
+from ...training.activations.splice import Edit, model_spliced
 from .graph import AttributionGraph
 from .graph_linear import LocalReplacement
 

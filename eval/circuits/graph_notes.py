@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.features.collect import BATCH_CONTEXTS, NO_TOKEN, Batch, Collector, Limits
-from eval.features.run import RECORDS_FILE
-from sae.code import SparseCode, group
-from training.activations.harvest import batches, excluded
-from training.recipe import HarvestSection, TextSection
-from training.text import contexts
-
+from ...sae.code import SparseCode, group
+from ...training.activations.harvest import batches, excluded
+from ...training.recipe import HarvestSection, TextSection
+from ...training.text import contexts
+from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Batch, Collector, Limits
+from ..features.run import RECORDS_FILE
 from .graph_replacement import Replacement
 
 # A latent by its layer and its number there.

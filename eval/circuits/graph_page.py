@@ -4,9 +4,8 @@ import json
 from html import escape
 from typing import Any
 
-from eval.page import document
-from eval.plots import show
-
+from ..page import document
+from ..plots import show
 from .graph import KINDS, AttributionGraph
 from .graph_export import Labels
 from .graph_notes import Note

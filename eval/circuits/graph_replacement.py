@@ -7,14 +7,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.code import SparseCode
-from sae.dictionary import OneSiteDictionary, SparseDictionary
-from training.activations.anatomy import Anatomy
-from training.activations.splice import Insertion, Place
-from transcoders.cross_layer import CrossLayerTranscoder
-from transcoders.stack import Stack, hooks_of
-from transcoders.transcoder import Transcoder
-
+from ...sae.code import SparseCode
+from ...sae.dictionary import OneSiteDictionary, SparseDictionary
+from ...training.activations.anatomy import Anatomy
+from ...training.activations.splice import Insertion, Place
+from ...transcoders.cross_layer import CrossLayerTranscoder
+from ...transcoders.stack import Stack, hooks_of
+from ...transcoders.transcoder import Transcoder
 from .readers import Readers, readers
 
 # A stack with its provenances, transcoders by layer, or a cross-layer transcoder; anything else is refused by name.

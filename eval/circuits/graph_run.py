@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from eval.features.predicates import token_texts
-from sae.files import write_text
-from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel, load_model
-from training.recipe import HarvestSection, ModelSection, TextSection
-from transcoders.cross_layer import CrossLayerTranscoder
-from transcoders.stack import Stack, hooks_of
-
+from ...sae.files import write_text
+from ...training.activations.anatomy import Anatomy
+from ...training.activations.model import LanguageModel, load_model
+from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...transcoders.cross_layer import CrossLayerTranscoder
+from ...transcoders.stack import Stack, hooks_of
 from .. import opened as loading
+from ..features.predicates import token_texts
 from ..opened import NOTHING, Given
 from .graph import AttributionGraph, graph_of
 from .graph_export import Labels, as_json, write

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.dictionary import OneSiteDictionary
-from training.activations.anatomy import Layer, LayerTrace
-
+from ...sae.dictionary import OneSiteDictionary
+from ...training.activations.anatomy import Layer, LayerTrace
 from .readers import readers
 
 

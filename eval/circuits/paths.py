@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.code import bounds
-from training.activations.anatomy import Anatomy, Norm
-from transcoders.transcoder import Transcoder
-
+from ...sae.code import bounds
+from ...training.activations.anatomy import Anatomy, Norm
+from ...transcoders.transcoder import Transcoder
 from .connections import Connections
 from .readers import readers
 

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import torch
 
-from sae.files import read_json, write_json
-from training.activations.model import LanguageModel
+from ...sae.files import read_json, write_json
+from ...training.activations.model import LanguageModel
 
 # What a server says when asking again may help.
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae.code import SparseCode
-from sae.dictionary import SparseDictionary
-from training.activations.harvest import batches, excluded
-from training.activations.model import LanguageModel
-from training.recipe import HarvestSection, TextSection
-from training.text import Context, contexts
+from ...sae.code import SparseCode
+from ...sae.dictionary import SparseDictionary
+from ...training.activations.harvest import batches, excluded
+from ...training.activations.model import LanguageModel
+from ...training.recipe import HarvestSection, TextSection
+from ...training.text import Context, contexts
 
 BATCH_CONTEXTS = 32
 # Histogram bins of activations: four to an octave, from 2^-16 to 2^16; what lies outside is counted in the outermost.

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eval.circuits.heads import residual_atoms
-from sae.dictionary import OneSiteDictionary, SparseDictionary
-from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel
-from transcoders.stack import hooks_of
+from ...sae.dictionary import OneSiteDictionary, SparseDictionary
+from ...training.activations.anatomy import Anatomy
+from ...training.activations.model import LanguageModel
+from ...transcoders.stack import hooks_of
+from ..circuits.heads import residual_atoms
 
 # Sites whose tensor is the residual stream, or is added to it.
 ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp")

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from eval.page import document, encoder_parts
-from eval.plots import UNRECORDED, show
-
+from ..page import document, encoder_parts
+from ..plots import UNRECORDED, show
 from .page_script import SCRIPT
 from .records import Record
 

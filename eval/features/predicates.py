@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse import csc_array, hstack
 
-from training.embedded import corpus
-
+from ...training.embedded import corpus
 from .collect import TokenSample
 
 # Tokens that get predicates of their own: the most frequent.

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sae.dictionary import SparseDictionary
-from sae.files import replacing, write_json, write_text
-from training.activations.model import LanguageModel, load_model
-from training.recipe import HarvestSection, ModelSection, TextSection
-from transcoders.stack import hooks_of
-
+from ...sae.dictionary import SparseDictionary
+from ...sae.files import replacing, write_json, write_text
+from ...training.activations.model import LanguageModel, load_model
+from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...transcoders.stack import hooks_of
 from ..opened import NOTHING, Given, Opened, open_checkpoint
 from .chat import Chat, Endpoint, LocalChat
 from .collect import Limits, Source, collect

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval.compare as compare_module
 import sparsary
-import training.run as run_module
-from eval.compare import (
+from sparsary.eval import compare as compare_module
+from sparsary.eval.compare import (
     COLUMNS,
     collect,
     compare,
@@ -23,11 +22,12 @@ from eval.compare import (
     summary,
     training_speed,
 )
-from eval.compare_page import FAMILY_COLORS, MARKERS, PLOTS, render
-from sae import load_dictionary
-from training.recipe import load_recipe
-from training.resolve import resolved
-from training.stopping import Stopped
+from sparsary.eval.compare_page import FAMILY_COLORS, MARKERS, PLOTS, render
+from sparsary.sae import load_dictionary
+from sparsary.training import run as run_module
+from sparsary.training.recipe import load_recipe
+from sparsary.training.resolve import resolved
+from sparsary.training.stopping import Stopped
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -135,7 +135,7 @@ def calls(monkeypatch):
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
     watch(run_module, "harvest", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
-    monkeypatch.setattr("eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
     return seen
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from eval.dark_groups import ErrorCost, ErrorSplit
-from eval.groups import Passage, Setting, Undefined, View, settled
-from eval.heldout import Piece
-from sae import ENCODERS, SAE
-from training.activations.model import next_token_loss
-from training.text import Cursor
-from transcoders.transcoder import Transcoder
+from sparsary.eval.dark_groups import ErrorCost, ErrorSplit
+from sparsary.eval.groups import Passage, Setting, Undefined, View, settled
+from sparsary.eval.heldout import Piece
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.model import next_token_loss
+from sparsary.training.text import Cursor
+from sparsary.transcoders.transcoder import Transcoder
 
 HOOK = "transformer.h.2:out"
 

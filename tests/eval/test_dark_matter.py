@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval.dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
-from eval.dark_regression import FoldedRegression, Regression
-from sae import ENCODERS, SAE
+from sparsary.eval.dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
+from sparsary.eval.dark_regression import FoldedRegression, Regression
+from sparsary.sae import ENCODERS, SAE
 
 DOCUMENT = 50
 

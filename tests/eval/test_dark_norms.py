@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.dark_norms import NormRegressions
-from eval.dark_scaling import Scaling
-from eval.dark_shares import Shares
-from eval.groups import Predictions, settled
+from sparsary.eval.dark_norms import NormRegressions
+from sparsary.eval.dark_scaling import Scaling
+from sparsary.eval.dark_shares import Shares
+from sparsary.eval.groups import Predictions, settled
 
 CUT, TOKENS, VOCABULARY = 300, 700, 19
 

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-import eval.dark_widths as dark_widths
-from eval.dark_matter import DarkMatter, LinearFit
-from eval.dark_remedies import EarlierLayer, ErrorParts, parts_of, pursued
-from eval.dark_widths import fit_width_law, judge_together
-from eval.heldout import Ground
-from sae import ENCODERS, SAE
-from sae.pursuit import gradient_pursuit
-from training.recipe import HarvestSection, TextSection, check_recipe
-from training.run import train
+from sparsary.eval import dark_widths
+from sparsary.eval.dark_matter import DarkMatter, LinearFit
+from sparsary.eval.dark_remedies import EarlierLayer, ErrorParts, parts_of, pursued
+from sparsary.eval.dark_widths import fit_width_law, judge_together
+from sparsary.eval.heldout import Ground
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.pursuit import gradient_pursuit
+from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
+from sparsary.training.run import train
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from eval.bootstrap import RESAMPLES, SEED, ByDocument
-from eval.downstream import SplicedModel, scattered
-from eval.groups import Passage, Setting, Undefined, View
-from eval.heldout import pieces
-from sae import ENCODERS, SAE
-from training.recipe import HarvestSection, TextSection
-from training.text import Cursor
+from sparsary.eval.bootstrap import RESAMPLES, SEED, ByDocument
+from sparsary.eval.downstream import SplicedModel, scattered
+from sparsary.eval.groups import Passage, Setting, Undefined, View
+from sparsary.eval.heldout import pieces
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.recipe import HarvestSection, TextSection
+from sparsary.training.text import Cursor
 
 HOOK = "transformer.h.2:out"
 

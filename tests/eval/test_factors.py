@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from eval.factors import judge_factors, labels_of, names_of, score_factors, table
-from eval.subject import Tokens, embedded_tokens, halves, neuron_hook, sparse_codes, subject_of
-from sae import SAE
-from sae.encoders import build_encoder
-from training.embedded import corpus
+from sparsary.eval.factors import judge_factors, labels_of, names_of, score_factors, table
+from sparsary.eval.subject import Tokens, embedded_tokens, halves, neuron_hook, sparse_codes, subject_of
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.training.embedded import corpus
 
 SOURCE = {
     "hook": "transformer.h.2:out",

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from eval.ground_truth import (
+from sparsary.eval.ground_truth import (
     PLANTED,
     Forest,
     Recovery,
@@ -20,8 +20,8 @@ from eval.ground_truth import (
     small_but_decisive,
     zipf_probabilities,
 )
-from sae import SAE
-from sae.encoders import build_encoder
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
 
 TOKENS = 2003
 
@@ -296,7 +296,7 @@ def test_judging_in_batches_changes_nothing(monkeypatch):
     planted = small_but_decisive(13, 2, 11, seed=0)
     dictionary = SAE(11, 17, build_encoder({"name": "topk", "k": 3}))
     whole = judge(dictionary, planted, 101, seed=0)
-    monkeypatch.setattr("eval.ground_truth.JUDGE_BATCH_TOKENS", 23)
+    monkeypatch.setattr("sparsary.eval.ground_truth.JUDGE_BATCH_TOKENS", 23)
     assert judge(dictionary, planted, 101, seed=0) == pytest.approx(whole, abs=1e-6)
 
 

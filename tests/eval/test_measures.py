@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.dark_matter import AffineFloor, DarkMatter, LinearFit
-from eval.downstream import Downstream, ablations, replaced
-from eval.reconstruction import Reconstruction, density_histogram
-from sae import ENCODERS, SAE
+from sparsary.eval.dark_matter import AffineFloor, DarkMatter, LinearFit
+from sparsary.eval.downstream import Downstream, ablations, replaced
+from sparsary.eval.reconstruction import Reconstruction, density_histogram
+from sparsary.sae import ENCODERS, SAE
 
 
 def dark_matter(x, x_hat, fit_share=0.5):

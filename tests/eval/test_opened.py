@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import sparsary
-from eval.circuits.families import open_dictionaries
-from eval.circuits.nodes import NodeSpace
-from eval.circuits.randomised import random_like
-from eval.features.run import features
-from eval.opened import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
-from eval.suite import evaluate, evaluate_all, judge_all
-from sae.formats import FORMATS, write_dictionary
-from transcoders.convert import convert
+from sparsary.eval.circuits.families import open_dictionaries
+from sparsary.eval.circuits.nodes import NodeSpace
+from sparsary.eval.circuits.randomised import random_like
+from sparsary.eval.features.run import features
+from sparsary.eval.opened import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
+from sparsary.eval.suite import evaluate, evaluate_all, judge_all
+from sparsary.sae.formats import FORMATS, write_dictionary
+from sparsary.transcoders.convert import convert
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -102,8 +102,8 @@ def _state(space, tokens):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, embedded_model):
     """A dictionary of a hook's principal directions, in SAELens's format: right, and without a scale."""
-    from sae import SAE
-    from sae.encoders import build_encoder
+    from sparsary.sae import SAE
+    from sparsary.sae.encoders import build_encoder
 
     hook = "transformer.h.1:out"
     generator = torch.Generator().manual_seed(1)
@@ -205,7 +205,7 @@ def test_ours_say_everything_themselves(trained, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(trained, monkeypatch):
-    monkeypatch.setattr("eval.suite.os.access", lambda path, mode: False)
+    monkeypatch.setattr("sparsary.eval.suite.os.access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"--out: required, because .*right cannot be written to"):
         evaluate(str(trained / "right"))
     file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")
@@ -240,8 +240,8 @@ def test_latents_are_described(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_cross_layer_transcoder_and_a_set_are_judged_in_place(build_format, tmp_path):
-    from sae.encoders import build_encoder
-    from transcoders import CrossLayerTranscoder
+    from sparsary.sae.encoders import build_encoder
+    from sparsary.transcoders import CrossLayerTranscoder
 
     torch.manual_seed(3)
     across = CrossLayerTranscoder(n_layers=4, d_in=512, d_out=512, n_latents=80, encoder=build_encoder({"name": "relu"})).eval()

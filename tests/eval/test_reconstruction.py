@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import eval.redundancy as redundancy
-from eval.explanations import INTRODUCTION
-from eval.groups import Setting, Undefined, View, settled
-from eval.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
-from eval.redundancy import Redundancy, max_cosines
-from eval.streams import Counts, Quantiles
-from sae import ENCODERS, SAE, SparseCode
-from transcoders.transcoder import Transcoder
+from sparsary.eval import redundancy
+from sparsary.eval.explanations import INTRODUCTION
+from sparsary.eval.groups import Setting, Undefined, View, settled
+from sparsary.eval.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
+from sparsary.eval.redundancy import Redundancy, max_cosines
+from sparsary.eval.streams import Counts, Quantiles
+from sparsary.sae import ENCODERS, SAE, SparseCode
+from sparsary.transcoders.transcoder import Transcoder
 
 CPU = torch.device("cpu")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy import sparse
 
-from eval.saebench import absorption, embedded_data, result_file, scr, sparse_probing, tpp
-from eval.saebench_adapter import SaeBenchAdapter, transformer_lens_hook
-from eval.subject import Labelled, Pooled, pool, read_labelled, subject_of
-from sae import ENCODERS, SAE
-from sae.encoders import build_encoder
-from transcoders import Transcoder
+from sparsary.eval.saebench import absorption, embedded_data, result_file, scr, sparse_probing, tpp
+from sparsary.eval.saebench_adapter import SaeBenchAdapter, transformer_lens_hook
+from sparsary.eval.subject import Labelled, Pooled, pool, read_labelled, subject_of
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.transcoders import Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

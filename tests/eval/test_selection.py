@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from eval.suite import Selection, evaluate, summary
-from sae import ENCODERS, SAE
-from sae.pursuit import PURSUITS
-from training.recipe import check_recipe
-from training.run import train
+from sparsary.eval.suite import Selection, evaluate, summary
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.pursuit import PURSUITS
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import train
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from eval.stack import Layer, _reconstructed, judge_stack
-from eval.stack_page import EXPLANATIONS, render
-from eval.suite import evaluate, summary
-from sae import ENCODERS, SAE
-from training.activations.splice import Insertion, model_spliced
-from training.text import Cursor
-from transcoders.cross_layer import CrossLayerTranscoder
-from transcoders.transcoder import Transcoder
+from sparsary.eval.stack import Layer, _reconstructed, judge_stack
+from sparsary.eval.stack_page import EXPLANATIONS, render
+from sparsary.eval.suite import evaluate, summary
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.splice import Insertion, model_spliced
+from sparsary.training.text import Cursor
+from sparsary.transcoders.cross_layer import CrossLayerTranscoder
+from sparsary.transcoders.transcoder import Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def topk(k=8):
 @pytest.fixture(scope="module")
 def activations(embedded_model):
     """Inputs and outputs of every MLP on a few thousand tokens of training text."""
-    from eval.heldout import ground
+    from sparsary.eval.heldout import ground
 
     where = ground(SOURCE, (*READS, *WRITES))
     rows = {hook: [] for hook in (*READS, *WRITES)}
@@ -104,8 +104,8 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
 @pytest.mark.slow
 def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
-    from eval.heldout import ground
-    from training.activations.model import next_token_loss
+    from sparsary.eval.heldout import ground
+    from sparsary.training.activations.model import next_token_loss
 
     found = evaluate(str(stack / "layer=1"))
     where = ground(SOURCE, (READS[1], WRITES[1]))

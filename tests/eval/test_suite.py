@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import sparsary
-from eval.explanations import EXPLANATIONS
-from eval.suite import evaluate, evaluate_all, folders, summary
-from sae import ENCODERS, SAE
-from training.recipe import check_recipe
-from training.run import train
+from sparsary.eval.explanations import EXPLANATIONS
+from sparsary.eval.suite import evaluate, evaluate_all, folders, summary
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
 
 @pytest.mark.slow
 def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
-    import eval.heldout as heldout
+    from sparsary.eval import heldout
 
     seen = []
     pieces = heldout.pieces
@@ -119,7 +119,7 @@ def test_without_heldout_documents_there_is_nothing_to_judge_on(checkpoint, tmp_
     config = json.loads((checkpoint / "dictionary.json").read_text())
     (tmp_path / "t.txt").write_text("The war lasted from the year 1732 to the year 1741.")
     config["provenance"]["text"] |= {"source": "files", "files": [str(tmp_path / "t.txt")]}
-    from sae import load_dictionary
+    from sparsary.sae import load_dictionary
 
     load_dictionary(checkpoint).save(tmp_path / "d", config["provenance"])
     with pytest.raises(ValueError, match=r"no held-out document was found\. Raise harvest\.heldout"):
@@ -144,7 +144,7 @@ def figures(report):
 
 def passes(monkeypatch):
     """Counts the forward passes of every model from here on."""
-    from training.activations.model import LanguageModel
+    from sparsary.training.activations.model import LanguageModel
 
     seen = []
     for name in ("activations", "run"):
@@ -186,7 +186,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 
 @pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
-    import eval.suite as suite
+    from sparsary.eval import suite
 
     monkeypatch.setattr(suite, "render", lambda *_: "")
     path = rivals[0]
@@ -219,7 +219,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
 
 
 def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
-    import eval.suite as suite
+    from sparsary.eval import suite
 
     monkeypatch.setattr(suite, "render", lambda *_: "")
     seen = []
@@ -240,7 +240,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
     told = []
 
     def progress(total):
@@ -274,7 +274,7 @@ def test_a_dead_dictionary_is_judged_and_says_what_is_undefined(checkpoint, tmp_
 
 
 def test_text_without_tokens_that_count_is_refused(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.heldout.FRUITLESS_CONTEXTS", 16)
+    monkeypatch.setattr("sparsary.eval.heldout.FRUITLESS_CONTEXTS", 16)
     config = json.loads((checkpoint / "dictionary.json").read_text())
     harvest = config["provenance"]["harvest"] | {"exclude_leading": 32}
     path = saved_like(checkpoint, tmp_path / "d", SAE(128, 67, ENCODERS["topk"](k=5)), harvest=harvest)
@@ -283,7 +283,7 @@ def test_text_without_tokens_that_count_is_refused(checkpoint, tmp_path, monkeyp
 
 
 def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeypatch, tmp_path):
-    from training.activations.model import LanguageModel
+    from sparsary.training.activations.model import LanguageModel
 
     real = LanguageModel.activations
 
@@ -324,7 +324,7 @@ def test_every_entry_of_a_report_is_explained(report):
 
 @pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -338,7 +338,7 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import eval.supervised as supervised
-from eval.subject import subject_of
-from eval.supervised import (
+from sparsary.eval import supervised
+from sparsary.eval.subject import subject_of
+from sparsary.eval.supervised import (
     Plan,
     Prompts,
     Words,
@@ -22,8 +22,8 @@ from eval.supervised import (
     mean_dictionary,
     table,
 )
-from sae import SAE
-from sae.encoders import build_encoder
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
 
 SOURCE = {
     "hook": "transformer.h.2:out",

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from sae import SparseDictionary, load_dictionary
-from sae.metrics import RunningFvu
-from training.activations.harvest import harvest
-from training.activations.model import load_model
-from training.activations.stream import StoreStream
-from training.recipe import HarvestSection, ModelSection, Recipe, TextSection, check_recipe, load_recipe
-from training.run import git_commit, train
+from sparsary.sae import SparseDictionary, load_dictionary
+from sparsary.sae.metrics import RunningFvu
+from sparsary.training.activations.harvest import harvest
+from sparsary.training.activations.model import load_model
+from sparsary.training.activations.stream import StoreStream
+from sparsary.training.recipe import HarvestSection, ModelSection, Recipe, TextSection, check_recipe, load_recipe
+from sparsary.training.run import git_commit, train
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

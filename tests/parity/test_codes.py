@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from sae import SAE
-from sae.batch_wide import BatchWide
-from sae.encoders import build_encoder
-from sae.encoders.jumprelu import PACE, JumpReLU
-from sae.pursuit import gradient_pursuit, orthogonal_matching_pursuit
-from training.activations.stream import Batch
-from training.objective import AuxSettings, Objective, Usage
+from sparsary.sae import SAE
+from sparsary.sae.batch_wide import BatchWide
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.encoders.jumprelu import PACE, JumpReLU
+from sparsary.sae.pursuit import gradient_pursuit, orthogonal_matching_pursuit
+from sparsary.training.activations.stream import Batch
+from sparsary.training.objective import AuxSettings, Objective, Usage
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from eval.reconstruction import Reconstruction
-from sae import SAE
-from sae.encoders import build_encoder
+from sparsary.eval.reconstruction import Reconstruction
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

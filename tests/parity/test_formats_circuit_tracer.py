@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.encoders import build_encoder
-from sae.formats import write_dictionaries, write_dictionary
-from transcoders import CrossLayerTranscoder, Transcoder
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import write_dictionaries, write_dictionary
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats import write_dictionary
-from transcoders import Transcoder
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import write_dictionary
+from sparsary.transcoders import Transcoder
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

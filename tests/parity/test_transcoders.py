@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.encoders import build_encoder
-from sae.encoders.jumprelu import PACE
-from sae.metrics import fvu
-from transcoders import CrossLayerTranscoder, Transcoder
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.encoders.jumprelu import PACE
+from sparsary.sae.metrics import fvu
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

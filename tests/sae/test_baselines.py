@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from sae import ENCODERS, SAE, load_dictionary
-from sae.encoder import Weights, pre_activations
-from sae.encoders.gated import Gated
-from sae.encoders.jumprelu import PACE, Jump, JumpReLU
-from sae.encoders.matching_pursuit import MatchingPursuit
-from sae.encoders.matryoshka import Matryoshka
-from sae.encoders.relu import ReLU
-from sae.losses import normalized_mse
-from training.activations.stream import Batch
-from training.objective import AuxSettings, Objective, Usage
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.sae.encoder import Weights, pre_activations
+from sparsary.sae.encoders.gated import Gated
+from sparsary.sae.encoders.jumprelu import PACE, Jump, JumpReLU
+from sparsary.sae.encoders.matching_pursuit import MatchingPursuit
+from sparsary.sae.encoders.matryoshka import Matryoshka
+from sparsary.sae.encoders.relu import ReLU
+from sparsary.sae.losses import normalized_mse
+from sparsary.training.activations.stream import Batch
+from sparsary.training.objective import AuxSettings, Objective, Usage
 
 TOKENS, D, LATENTS = 31, 5, 13
 

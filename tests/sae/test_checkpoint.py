@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae import ENCODERS, SAE, load_dictionary
-from sae.files import DTYPES, remove_partial_files, replacing, sha256, write_tensors
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.sae.files import DTYPES, remove_partial_files, replacing, sha256, write_tensors
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae import SparseCode
+from sparsary.sae import SparseCode
 
 N_LATENTS = 13
 

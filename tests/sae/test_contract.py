@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sae import ENCODERS, SAE, load_dictionary
-from sae.code import SparseCode
-from sae.encoder import Weights
-from sae.encoders import build_encoder, encoder_spec
-from sae.sparse_ops import decode
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.sae.code import SparseCode
+from sparsary.sae.encoder import Weights
+from sparsary.sae.encoders import build_encoder, encoder_spec
+from sparsary.sae.sparse_ops import decode
 
 TOKENS, D, LATENTS = 13, 11, 29
 
@@ -132,7 +132,7 @@ def test_eval_then_train_restores_everything(sae):
 
 @pytest.mark.slow
 def test_gradcheck_of_every_weight(sae, monkeypatch):
-    cpu, calls = pytest.importorskip("sae.kernels.cpu"), []
+    cpu, calls = pytest.importorskip("sparsary.sae.kernels.cpu"), []
     spread = cpu.spread
     monkeypatch.setattr(cpu, "spread", lambda *arguments: (calls.append(1), spread(*arguments))[1])
     sae.double().train()
@@ -182,11 +182,11 @@ def test_crowded_codes_decode_by_the_dense_product(monkeypatch):
     code = SparseCode.from_rows(latents, values.requires_grad_(True))
     atoms = torch.randn(29, 5, requires_grad=True)
     sparse = torch.autograd.grad(decode(code, atoms).pow(2).sum(), [values, atoms])
-    monkeypatch.setattr("sae.sparse_ops.DENSE_ENTRIES", 77)
-    monkeypatch.setattr("sae.sparse_ops.backend", None)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_ENTRIES", 77)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.backend", None)
     for a, b in zip(torch.autograd.grad(decode(code, atoms).pow(2).sum(), [values, atoms]), sparse, strict=True):
         torch.testing.assert_close(a, b)
-    monkeypatch.setattr("sae.sparse_ops.DENSE_ENTRIES", 78)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_ENTRIES", 78)
     with pytest.raises(TypeError):
         decode(code, atoms)
 

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from sae import SAE
-from sae.budgets import fit_zipf, integer_budgets, zipf
-from sae.encoder import Weights, pre_activations, scorer
-from sae.encoders.feature_choice import FeatureChoice
-from sae.encoders.mutual_choice import MutualChoice
-from sae.encoders.topk import TopK
-from sae.metrics import fvu
-from sae.scores import Scorer
+from sparsary.sae import SAE
+from sparsary.sae.budgets import fit_zipf, integer_budgets, zipf
+from sparsary.sae.encoder import Weights, pre_activations, scorer
+from sparsary.sae.encoders.feature_choice import FeatureChoice
+from sparsary.sae.encoders.mutual_choice import MutualChoice
+from sparsary.sae.encoders.topk import TopK
+from sparsary.sae.metrics import fvu
+from sparsary.sae.scores import Scorer
 
 TOKENS, D, LATENTS, K = 31, 5, 13, 3
 
@@ -224,7 +224,7 @@ def test_silent_latents_rank_last():
 
 
 def test_ranks_and_thresholds_survive_a_save(tmp_path):
-    from sae import load_dictionary
+    from sparsary.sae import load_dictionary
 
     sae = SAE(D, LATENTS, FeatureChoice(k=K, rerank_every=2))
     for _ in range(5):

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import SAE
-from sae.code import ByLatent, SparseCode, bounds, group
-from sae.encoders import ENCODERS
-from sae.kernels import AdamStep
-from sae.ledger import RowGradient
-from sae.screen import quantize
-from training.activations.stream import Batch
-from training.fused import FusedAdam
-from training.objective import AuxSettings, Objective, Usage
-from training.optim import DictionaryAdam
-from training.phases import Phases
-from training.recipe import check_recipe
+from sparsary.sae import SAE
+from sparsary.sae.code import ByLatent, SparseCode, bounds, group
+from sparsary.sae.encoders import ENCODERS
+from sparsary.sae.kernels import AdamStep
+from sparsary.sae.ledger import RowGradient
+from sparsary.sae.screen import quantize
+from sparsary.training.activations.stream import Batch
+from sparsary.training.fused import FusedAdam
+from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.optim import DictionaryAdam
+from sparsary.training.phases import Phases
+from sparsary.training.recipe import check_recipe
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -40,7 +40,7 @@ on_either = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available()
 
 @pytest.fixture
 def gpu():
-    from sae.kernels import gpu
+    from sparsary.sae.kernels import gpu
 
     return gpu
 
@@ -180,7 +180,7 @@ def test_a_nan_does_not_go_unseen(gpu):
 def train(gpu, monkeypatch, recipe_values):
     """Trains with the kernels and one of the two optimizers: the weights and moments after four steps."""
     if INTERPRETED:
-        for module in ("sae.sparse_ops", "training.fused"):
+        for module in ("sparsary.sae.sparse_ops", "sparsary.training.fused"):
             monkeypatch.setattr(f"{module}.backend", lambda *tensors: gpu)
 
     def train(kind, name, clip):
@@ -262,7 +262,7 @@ def test_matrices_of_more_than_2_to_the_31_numbers(gpu):
 def test_entries_are_grouped_on_gpus_as_by_the_cpu_s_kernel(make, monkeypatch):
     latents, _ = make()
     # The way that tensors on a GPU go.
-    monkeypatch.setattr("sae.code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.code.has_numba", lambda: False)
     firsts, order = group(latents, LATENTS)
     expected = [(latents == i).nonzero().squeeze(1).tolist() for i in range(LATENTS)]
     assert [order[first:last].tolist() for first, last in itertools.pairwise(firsts)] == expected

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae import SAE
-from sae.encoder import Weights, pre_activations, scorer
-from sae.encoders.gradient_topk import GradientTopK
-from sae.encoders.topk import TopK
+from sparsary.sae import SAE
+from sparsary.sae.encoder import Weights, pre_activations, scorer
+from sparsary.sae.encoders.gradient_topk import GradientTopK
+from sparsary.sae.encoders.topk import TopK
 
 TOKENS, D, LATENTS = 31, 5, 13
 NORMALIZE = pytest.mark.parametrize("normalize", ["token", "none"])

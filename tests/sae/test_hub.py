@@ -6,10 +6,10 @@ import huggingface_hub
 import pytest
 
 import sparsary
-from sae import ENCODERS, SAE, load_dictionary
-from sae.formats import write_dictionary
-from sae.hub import files_of
-from transcoders.convert import convert
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.sae.formats import write_dictionary
+from sparsary.sae.hub import files_of
+from sparsary.transcoders.convert import convert
 
 
 @pytest.fixture

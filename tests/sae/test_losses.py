@@ -1,9 +1,9 @@
 import torch
 
-from sae.budgets import underused, zipf
-from sae.encoder import Weights
-from sae.losses import aux_zipf, auxk, normalized_mse
-from sae.metrics import fvu
+from sparsary.sae.budgets import underused, zipf
+from sparsary.sae.encoder import Weights
+from sparsary.sae.losses import aux_zipf, auxk, normalized_mse
+from sparsary.sae.metrics import fvu
 
 D, LATENTS = 6, 10
 

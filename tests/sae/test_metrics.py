@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.metrics import Moments, RunningFvu, dead_fraction, density, fvu
+from sparsary.sae.metrics import Moments, RunningFvu, dead_fraction, density, fvu
 
 
 def test_fvu_is_0_for_perfect_and_1_for_the_mean():

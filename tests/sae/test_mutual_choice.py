@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from sae import ENCODERS, SAE
-from sae.encoder import Weights, pre_activations, scorer
-from sae.encoders.batch_topk import BatchTopK
-from sae.encoders.topk import TopK
-from sae.metrics import fvu
-from sae.scores import Scorer
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.encoder import Weights, pre_activations, scorer
+from sparsary.sae.encoders.batch_topk import BatchTopK
+from sparsary.sae.encoders.topk import TopK
+from sparsary.sae.metrics import fvu
+from sparsary.sae.scores import Scorer
 
 TOKENS, D, LATENTS = 31, 5, 13
 BOTH = pytest.mark.parametrize("name", ["mutual_choice", "batch_topk"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sae import pursuit
-from sae.pursuit import (
+from sparsary.sae import pursuit
+from sparsary.sae.pursuit import (
     descends_by_gram,
     gradient_pursuit,
     gram_is_cheaper,
@@ -16,7 +16,7 @@ from sae.pursuit import (
     orthogonal_matching_pursuit,
     select,
 )
-from sae.sparse_ops import decode
+from sparsary.sae.sparse_ops import decode
 
 TOKENS, D, LATENTS, K = 13, 11, 31, 7
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import sae.encoder as encoding
-import sae.scores as scores
-from sae import ENCODERS, SAE
-from sae.code import SparseCode
-from sae.scores import Scorer, above, largest_of_batch, largest_per_latent, largest_per_token, level_of_batch, pick
+from sparsary.sae import ENCODERS, SAE, scores
+from sparsary.sae import encoder as encoding
+from sparsary.sae.code import SparseCode
+from sparsary.sae.scores import Scorer, above, largest_of_batch, largest_per_latent, largest_per_token, level_of_batch, pick
 
 TOKENS, D, LATENTS = 23, 11, 67
 
@@ -26,10 +25,10 @@ def kernels(request, monkeypatch):
 
 
 def without_kernels(monkeypatch):
-    monkeypatch.setattr("sae.sparse_ops.backend", lambda *tensors: None)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.backend", lambda *tensors: None)
     for module in ("scores", "allocation", "screen"):
-        monkeypatch.setattr(f"sae.{module}.selection", lambda *tensors: None)
-    monkeypatch.setattr("sae.code.has_numba", lambda: False)
+        monkeypatch.setattr(f"sparsary.sae.{module}.selection", lambda *tensors: None)
+    monkeypatch.setattr("sparsary.sae.code.has_numba", lambda: False)
 
 
 @pytest.fixture(params=[7, 66, 67], ids="tiles of {}".format)
@@ -119,7 +118,7 @@ def test_the_largest_of_every_token(kernels, width, k):
 
 
 def test_more_than_kernels_keep_are_ranked_by_torch(monkeypatch, width):
-    kernels = pytest.importorskip("sae.kernels.cpu")
+    kernels = pytest.importorskip("sparsary.sae.kernels.cpu")
     monkeypatch.setattr(kernels, "KEPT_MOST", 2)
     monkeypatch.setattr(kernels, "keep_largest_", None)
     scorer = random_scorer()
@@ -267,7 +266,7 @@ def test_every_latent_keeps_its_largest_and_counts_what_is_above_the_level(kerne
 
 
 def test_more_tokens_than_kernels_keep_are_ranked_by_torch(monkeypatch, width):
-    kernels = pytest.importorskip("sae.kernels.cpu")
+    kernels = pytest.importorskip("sparsary.sae.kernels.cpu")
     monkeypatch.setattr(kernels, "KEPT_MOST", 4)
     scorer, room = random_scorer(), torch.arange(LATENTS) % 9
     code = largest_per_latent(scorer, room).code

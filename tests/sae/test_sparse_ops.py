@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import sae.sparse_ops as ops
-from sae.code import SparseCode
-from sae.ledger import drop_ledger, keep_ledger, ledger_of
-from sae.sparse_ops import decode, decode_plain, entries, entries_plain, some_rows
+from sparsary.sae import sparse_ops as ops
+from sparsary.sae.code import SparseCode
+from sparsary.sae.ledger import drop_ledger, keep_ledger, ledger_of
+from sparsary.sae.sparse_ops import decode, decode_plain, entries, entries_plain, some_rows
 
 TOKENS, D, LATENTS, K = 13, 7, 29, 5
 
@@ -89,7 +89,7 @@ def test_entries_and_their_gradients_equal_the_reference(route, make, bias):
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Names of the compiled sums, as often as each is called."""
-    cpu, calls = pytest.importorskip("sae.kernels.cpu"), []
+    cpu, calls = pytest.importorskip("sparsary.sae.kernels.cpu"), []
     for name in ("decode", "dots", "spread"):
         kernel = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, name=name, kernel=kernel: (calls.append(name), kernel(*a))[1])

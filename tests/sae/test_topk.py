@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sae import SAE
-from sae.encoder import Weights, pre_activations
-from sae.encoders.topk import TopK
+from sparsary.sae import SAE
+from sparsary.sae.encoder import Weights, pre_activations
+from sparsary.sae.encoders.topk import TopK
 
 
 def weights(n_latents=13, d=5):

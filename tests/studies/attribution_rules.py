@@ -25,20 +25,20 @@ import numpy as np
 import torch
 from scipy import stats
 
-from eval.circuits.families import components, mlp_neurons, open_dictionaries
-from eval.circuits.methods import Method, Scores
-from eval.circuits.methods.attribution import AttributionPatching
-from eval.circuits.methods.baselines import ActivationMagnitude
-from eval.circuits.methods.exact import ExactPatching
-from eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
-from eval.circuits.methods.relevance import RelevancePatching
-from eval.circuits.nodes import Coordinates, NodeSpace, Part
-from eval.circuits.pairs import Pairs
-from eval.circuits.tasks import make_pairs
-from sae.files import write_json
-from training.activations.model import LanguageModel, load_model
-from training.activations.sites import n_layers, site_hooks
-from training.recipe import ModelSection
+from sparsary.eval.circuits.families import components, mlp_neurons, open_dictionaries
+from sparsary.eval.circuits.methods import Method, Scores
+from sparsary.eval.circuits.methods.attribution import AttributionPatching
+from sparsary.eval.circuits.methods.baselines import ActivationMagnitude
+from sparsary.eval.circuits.methods.exact import ExactPatching
+from sparsary.eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
+from sparsary.eval.circuits.methods.relevance import RelevancePatching
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace, Part
+from sparsary.eval.circuits.pairs import Pairs
+from sparsary.eval.circuits.tasks import make_pairs
+from sparsary.sae.files import write_json
+from sparsary.training.activations.model import LanguageModel, load_model
+from sparsary.training.activations.sites import n_layers, site_hooks
+from sparsary.training.recipe import ModelSection
 
 RESULT = Path("docs/results/attribution-rules.json")
 TASKS = {

@@ -10,11 +10,11 @@ import argparse
 import numpy as np
 import torch
 
-from sae import load_dictionary
-from sae.batch_wide import BatchWide
-from sae.checkpoint import read_config
-from sae.metrics import RunningFvu
-from training.activations.shards import Rows, Store
+from sparsary.sae import load_dictionary
+from sparsary.sae.batch_wide import BatchWide
+from sparsary.sae.checkpoint import read_config
+from sparsary.sae.metrics import RunningFvu
+from sparsary.training.activations.shards import Rows, Store
 
 BATCH = 2048
 

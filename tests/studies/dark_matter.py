@@ -23,18 +23,18 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from eval.dark_remedies import PARTS, ErrorParts, parts_of
-from eval.dark_widths import Judged, WidthLaw, fit_width_law, judge_together
-from eval.heldout import Ground, ground
-from eval.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
-from sae import SparseDictionary, load_dictionary
-from sae.checkpoint import read_config
-from sae.files import write_json
-from sae.metrics import RunningFvu
-from training.activations.shards import Rows, Store
-from training.grid import check_grid
-from training.recipe import Recipe, check_recipe, override, read_values
-from training.run import train, train_all
+from sparsary.eval.dark_remedies import PARTS, ErrorParts, parts_of
+from sparsary.eval.dark_widths import Judged, WidthLaw, fit_width_law, judge_together
+from sparsary.eval.heldout import Ground, ground
+from sparsary.eval.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
+from sparsary.sae import SparseDictionary, load_dictionary
+from sparsary.sae.checkpoint import read_config
+from sparsary.sae.files import write_json
+from sparsary.sae.metrics import RunningFvu
+from sparsary.training.activations.shards import Rows, Store
+from sparsary.training.grid import check_grid
+from sparsary.training.recipe import Recipe, check_recipe, override, read_values
+from sparsary.training.run import train, train_all
 
 ROWS = 4096
 # What a run on errors has in common with the run whose errors they are.

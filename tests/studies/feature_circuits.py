@@ -23,17 +23,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t
 
-from eval.circuits.ablation import filler
-from eval.circuits.faithfulness import LEVELS, Trials, curve, growing_sizes, ranked, share_sizes, smallest_size
-from eval.circuits.families import open_dictionaries, open_model, spaces
-from eval.circuits.methods import METHODS
-from eval.circuits.nodes import Latents, NodeSpace
-from eval.circuits.pairs import Pairs
-from eval.circuits.tasks import make_pairs
-from sae.files import write_json
-from training.grid import check_grid
-from training.recipe import read_values
-from training.run import train_all
+from sparsary.eval.circuits.ablation import filler
+from sparsary.eval.circuits.faithfulness import LEVELS, Trials, curve, growing_sizes, ranked, share_sizes, smallest_size
+from sparsary.eval.circuits.families import open_dictionaries, open_model, spaces
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.nodes import Latents, NodeSpace
+from sparsary.eval.circuits.pairs import Pairs
+from sparsary.eval.circuits.tasks import make_pairs
+from sparsary.sae.files import write_json
+from sparsary.training.grid import check_grid
+from sparsary.training.recipe import read_values
+from sparsary.training.run import train_all
 
 K = {"embedded": 16, "stories3M": 32}
 TASKS = {"embedded": ("ioi", "agreement_simple", "greater_than"), "stories3M": ("ioi", "pronoun", "agreement")}

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.circuits.graph import graph_of
-from eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, replaced
-from eval.circuits.graph_linear import LocalReplacement
-from eval.circuits.graph_run import open_checkpoint
-from sae.files import write_json
-from training.recipe import TextSection
-from training.text import contexts
+from sparsary.eval.circuits.graph import graph_of
+from sparsary.eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, replaced
+from sparsary.eval.circuits.graph_linear import LocalReplacement
+from sparsary.eval.circuits.graph_run import open_checkpoint
+from sparsary.sae.files import write_json
+from sparsary.training.recipe import TextSection
+from sparsary.training.text import contexts
 
 PLACES = ("norms", "patterns", "model")
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from sae.files import write_json
-from training.activations.model import LanguageModel, load_model
-from training.activations.splice import Edit, Insertion, model_spliced
-from training.embedded.corpus import prompts
-from training.recipe import ModelSection
-from transcoders import Stack, load_stack
-from transcoders.stack import hooks_of
+from sparsary.sae.files import write_json
+from sparsary.training.activations.model import LanguageModel, load_model
+from sparsary.training.activations.splice import Edit, Insertion, model_spliced
+from sparsary.training.embedded.corpus import prompts
+from sparsary.training.recipe import ModelSection
+from sparsary.transcoders import Stack, load_stack
+from sparsary.transcoders.stack import hooks_of
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 DRAWS = 20

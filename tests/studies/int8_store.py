@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-from sae import load_dictionary
-from sae.metrics import RunningFvu
-from training.activations.shards import Rows, Store
-from training.recipe import load_recipe
-from training.run import run_harvest, train
+from sparsary.sae import load_dictionary
+from sparsary.sae.metrics import RunningFvu
+from sparsary.training.activations.shards import Rows, Store
+from sparsary.training.recipe import load_recipe
+from sparsary.training.run import run_harvest, train
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from eval.circuits.edges import EdgeSpace
-from eval.circuits.known import COMPILED, KNOWN, Known, rotated
-from eval.circuits.methods import METHODS, Method, Scores
-from eval.circuits.methods.edge_pruning import EdgePruning, kept_units
-from eval.circuits.methods.exact import ExactPatching
-from eval.circuits.roc import average_precision, roc_auc
-from eval.circuits.selection import node_scores
-from sae.files import write_json
+from sparsary.eval.circuits.edges import EdgeSpace
+from sparsary.eval.circuits.known import COMPILED, KNOWN, Known, rotated
+from sparsary.eval.circuits.methods import METHODS, Method, Scores
+from sparsary.eval.circuits.methods.edge_pruning import EdgePruning, kept_units
+from sparsary.eval.circuits.methods.exact import ExactPatching
+from sparsary.eval.circuits.roc import average_precision, roc_auc
+from sparsary.eval.circuits.selection import node_scores
+from sparsary.sae.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "known-circuits.json"
 COMPARED = ("attribution", "integrated_inputs", "exact", "exact denoising", "exact both", "edge_pruning", "flow", "random")

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from scipy.stats import t
 
-from eval.circuits.ablation import filler
-from eval.circuits.faithfulness import Trials, curve, ranked, smallest_size
-from eval.circuits.families import neurons
-from eval.circuits.known import KNOWN, Known, rotated
-from eval.circuits.methods import METHODS
-from eval.circuits.nodes import Latents, NodeSpace
-from eval.circuits.randomised import random_like
-from eval.circuits.roc import roc_auc
-from sae import SAE, load_dictionary
-from sae.encoders import build_encoder
-from sae.files import write_json
-from training.recipe import check_recipe
-from training.run import train
+from sparsary.eval.circuits.ablation import filler
+from sparsary.eval.circuits.faithfulness import Trials, curve, ranked, smallest_size
+from sparsary.eval.circuits.families import neurons
+from sparsary.eval.circuits.known import KNOWN, Known, rotated
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.nodes import Latents, NodeSpace
+from sparsary.eval.circuits.randomised import random_like
+from sparsary.eval.circuits.roc import roc_auc
+from sparsary.sae import SAE, load_dictionary
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.files import write_json
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import train
 
 MODELS = ("induction", "reverse", "fraction", "clock")
 # A latent belongs to the circuit if directions that matter have so much of its atom's squared norm.

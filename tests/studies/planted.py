@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from eval.ground_truth import PLANTED, judge
-from sae import load_dictionary
-from training.recipe import check_recipe
-from training.run import train
+from sparsary.eval.ground_truth import PLANTED, judge
+from sparsary.sae import load_dictionary
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import train
 
 BATCH, STEPS, HELDOUT = 1024, 1200, 20_000
 FIGURES = ("mcc", "recall_09", "detector_f1", "fvu", "l0", "dead_fraction")

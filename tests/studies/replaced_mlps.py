@@ -18,11 +18,11 @@ from pathlib import Path
 
 from scipy.stats import t
 
-from eval.suite import evaluate
-from sae.files import write_json
-from training.grid import check_grid
-from training.recipe import read_values
-from training.run import train_all
+from sparsary.eval.suite import evaluate
+from sparsary.sae.files import write_json
+from sparsary.training.grid import check_grid
+from sparsary.training.recipe import read_values
+from sparsary.training.run import train_all
 
 LAYERS = {"embedded": 4, "stories3M": 6}
 STACKS = {

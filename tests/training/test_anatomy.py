@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel, load_model
-from training.recipe import ModelSection
+from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.model import LanguageModel, load_model
+from sparsary.training.recipe import ModelSection
 
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2"])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import sparsary
-from training.bench import comparison, steps, worker
-from training.bench.comparison import Plan, Shape, parse_shape
-from training.bench.rounds import ratio, slope, started, take_turns
-from training.bench.worker import Task
+from sparsary.training.bench import comparison, steps, worker
+from sparsary.training.bench.comparison import Plan, Shape, parse_shape
+from sparsary.training.bench.rounds import ratio, slope, started, take_turns
+from sparsary.training.bench.worker import Task
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(17, 7, 23, 3)
@@ -47,7 +47,7 @@ for order in map(str.strip, sys.stdin):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Makes tasks and the command of processes that only pretend to step; what they were told stands in ``log``."""
-    monkeypatch.setattr("training.bench.rounds.PAUSE_SECONDS", 0)
+    monkeypatch.setattr("sparsary.training.bench.rounds.PAUSE_SECONDS", 0)
 
     def make(*libraries, fails_at=None):
         (tmp_path / "fake.py").write_text(FAKE)
@@ -108,7 +108,7 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(fake, tmp_path):
 
 
 def test_a_peer_that_is_silent_is_given_up(monkeypatch, fake):
-    monkeypatch.setattr("training.bench.rounds.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("sparsary.training.bench.rounds.ANSWER_SECONDS", 0.2)
     (task, _), *_ = fake("sparsify")
     with started([(task, [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"])]) as (silent,):
         assert silent.error == "no answer within 0 s"
@@ -351,7 +351,7 @@ def test_every_peer_takes_its_step(tmp_path):
 
 @pytest.mark.slow
 def test_loading_is_measured_against_reading_the_bytes():
-    from training.bench.loading import FORMATS, bench_loading
+    from sparsary.training.bench.loading import FORMATS, bench_loading
 
     report = bench_loading(64, 32, 1)
     # Two matrices and two biases of float32.

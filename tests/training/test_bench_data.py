@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from training.activations.shards import Rows
-from training.activations.stream import StoreStream
-from training.bench.data import STREAM_DTYPES, SYNTHETIC_HOOK, bench_harvest, bench_stream, synthetic_store
+from sparsary.training.activations.shards import Rows
+from sparsary.training.activations.stream import StoreStream
+from sparsary.training.bench.data import STREAM_DTYPES, SYNTHETIC_HOOK, bench_harvest, bench_stream, synthetic_store
 
 
 def test_a_synthetic_store_is_whole_and_can_be_streamed(tmp_path):

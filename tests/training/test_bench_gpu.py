@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import training.bench.gpu as bench
-from training.objective import Objective
+from sparsary.training.bench import gpu as bench
+from sparsary.training.objective import Objective
 
 SHAPE = {"tokens": 61, "d": 32, "n_latents": 128, "k": 5}
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from training.embedded import lexicon
-from training.embedded.corpus import SPLITS, TASKS, document, prompts
-from training.embedded.train import build_tokenizer
+from sparsary.training.embedded import lexicon
+from sparsary.training.embedded.corpus import SPLITS, TASKS, document, prompts
+from sparsary.training.embedded.train import build_tokenizer
 
 
 def test_a_document_is_a_function_of_seed_split_and_number():

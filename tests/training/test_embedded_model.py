@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from training.embedded import MODEL_DIR
-from training.embedded.score import score
+from sparsary.training.embedded import MODEL_DIR
+from sparsary.training.embedded.score import score
 
 BARS = {
     "indirect_object_accuracy": 0.95,

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae import ENCODERS, SAE
-from sae.kernels import backend
-from sae.ledger import ledger_of
-from training.activations.stream import Batch, TensorStream
-from training.fused import FusedAdam, build_optimizer
-from training.objective import AuxSettings, Objective, Usage
-from training.optim import DictionaryAdam, Schedule
-from training.phases import Phases
-from training.recipe import check_recipe
-from training.run import train
-from training.state import Randomness, TrainState
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.kernels import backend
+from sparsary.sae.ledger import ledger_of
+from sparsary.training.activations.stream import Batch, TensorStream
+from sparsary.training.fused import FusedAdam, build_optimizer
+from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.optim import DictionaryAdam, Schedule
+from sparsary.training.phases import Phases
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import train
+from sparsary.training.state import Randomness, TrainState
 
 TOKENS, D, LATENTS, STEPS = 37, 19, 67, 7
 
@@ -154,8 +154,8 @@ def test_in_float32_they_agree_to_a_share_of_the_learning_rate(build, name):
 
 def test_codes_so_full_that_gradients_are_written_out_agree_as_well(build, monkeypatch):
     needs_kernels()
-    monkeypatch.setattr("sae.sparse_ops.DENSE_ENTRIES", 0)
-    monkeypatch.setattr("sae.sparse_ops.DENSE_SHARE", 0.0)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_ENTRIES", 0)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_SHARE", 0.0)
     fused, plain = build(FusedAdam, "relu", dead=9), build(DictionaryAdam, "relu", dead=9)
     for number in range(3):
         fused.step(number)
@@ -278,7 +278,7 @@ def test_the_fused_step_is_taken_where_nobody_else_needs_the_gradients(build, re
     assert chosen(batch_tokens=102, accumulate=2) is DictionaryAdam
     assert chosen(processes=2) is DictionaryAdam
     assert chosen(dtype=torch.bfloat16) is DictionaryAdam
-    monkeypatch.setattr("training.fused.backend", lambda *tensors: None)
+    monkeypatch.setattr("sparsary.training.fused.backend", lambda *tensors: None)
     assert chosen() is DictionaryAdam
 
 
@@ -370,8 +370,8 @@ def test_without_the_compiler_every_family_trains_to_the_same(
     pairs = [(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(i))) for i, x in enumerate(rows)]
     data = pairs if ENCODERS[name].needs_gradient else rows
     found = train(check_recipe(recipe_values | {"out_dir": str(tmp_path / "with")}, "recipe"), data)
-    monkeypatch.setattr("sae.kernels.has_numba", lambda: False)
-    monkeypatch.setattr("sae.code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.kernels.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.code.has_numba", lambda: False)
     assert backend(torch.ones(1)) is None
     expected = train(check_recipe(recipe_values | {"out_dir": str(tmp_path / "without")}, "recipe"), data)
     first, second = final_state(found), final_state(expected)

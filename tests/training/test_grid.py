@@ -10,17 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sparsary
-import training.loop as loop_module
-from sae import ENCODERS, SAE, load_dictionary
-from training.activations import harvest
-from training.activations.stream import StoreStream
-from training.bench.grid import Shape, bench_grid
-from training.checkpoints import Checkpoints
-from training.grid import check_grid, load_grid
-from training.objective import Objective
-from training.preflight import grid_lines, preflight, preflight_all
-from training.recipe import check_recipe, load_recipe
-from training.run import run_harvest, train, train_all
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.training import loop as loop_module
+from sparsary.training.activations import harvest
+from sparsary.training.activations.stream import StoreStream
+from sparsary.training.bench.grid import Shape, bench_grid
+from sparsary.training.checkpoints import Checkpoints
+from sparsary.training.grid import check_grid, load_grid
+from sparsary.training.objective import Objective
+from sparsary.training.preflight import grid_lines, preflight, preflight_all
+from sparsary.training.recipe import check_recipe, load_recipe
+from sparsary.training.run import run_harvest, train, train_all
 
 FAMILIES = [
     {"name": "lr", "lr": 3e-3, "log_every": 7},

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from training.activations.model import LanguageModel, hook_widths, load_model, next_token_loss, resolve_device, tokenizer_digest
-from training.recipe import ModelSection
+from sparsary.training.activations.model import (
+    LanguageModel,
+    hook_widths,
+    load_model,
+    next_token_loss,
+    resolve_device,
+    tokenizer_digest,
+)
+from sparsary.training.recipe import ModelSection
 
 HOOKS = (
     "transformer.h.1:in",

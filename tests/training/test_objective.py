@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae import ENCODERS, SAE, load_dictionary
-from training.activations.live import ContextStream
-from training.activations.model import LanguageModel
-from training.activations.stream import Batch, Origin, StoreStream
-from training.objective import AuxSettings, Divergence, Objective, Terms, Usage, combine
-from training.recipe import HarvestSection, TextSection, check_recipe
-from training.run import run_harvest, train
-from training.text import contexts, is_heldout
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.training.activations.live import ContextStream
+from sparsary.training.activations.model import LanguageModel
+from sparsary.training.activations.stream import Batch, Origin, StoreStream
+from sparsary.training.objective import AuxSettings, Divergence, Objective, Terms, Usage, combine
+from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
+from sparsary.training.run import run_harvest, train
+from sparsary.training.text import contexts, is_heldout
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from sae import ENCODERS, SAE
-from sae.metrics import Moments
-from training.activations.stream import Batch
-from training.initialize import geometric_median, initialize
-from training.optim import DictionaryAdam, Schedule
-from training.phases import Phases
-from training.recipe import check_recipe, total_steps
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.metrics import Moments
+from sparsary.training.activations.stream import Batch
+from sparsary.training.initialize import geometric_median, initialize
+from sparsary.training.optim import DictionaryAdam, Schedule
+from sparsary.training.phases import Phases
+from sparsary.training.recipe import check_recipe, total_steps
 
 
 def moments_of(rows):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import training.run as run_module
-from sae import ENCODERS, SAE, load_dictionary
-from sae.encoder import pre_activations
-from training.optim import DictionaryAdam, Schedule
-from training.phases import Phases, interpolate
-from training.recipe import check_recipe, dump_recipe, load_recipe, total_steps
-from training.run import train
+from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.sae.encoder import pre_activations
+from sparsary.training import run as run_module
+from sparsary.training.optim import DictionaryAdam, Schedule
+from sparsary.training.phases import Phases, interpolate
+from sparsary.training.recipe import check_recipe, dump_recipe, load_recipe, total_steps
+from sparsary.training.run import train
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

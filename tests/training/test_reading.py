@@ -9,11 +9,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.activations import shards as shards_module
-from training.activations import stream as stream_module
-from training.activations.memory import Memory
-from training.activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, Rows, Store, dequantize, quantize
-from training.activations.stream import StoreStream, permute
+from sparsary.training.activations import shards as shards_module
+from sparsary.training.activations import stream as stream_module
+from sparsary.training.activations.memory import Memory
+from sparsary.training.activations.shards import (
+    FORMAT,
+    FORMAT_VERSION,
+    LABELS,
+    MANIFEST_FILE,
+    Rows,
+    Store,
+    dequantize,
+    quantize,
+)
+from sparsary.training.activations.stream import StoreStream, permute
 
 SIZES = (613, 1, 389)
 BLOCK = 32

@@ -2,9 +2,9 @@
 
 import pytest
 
-from eval.suite import evaluate
-from training.recipe import check_recipe
-from training.run import train
+from sparsary.eval.suite import evaluate
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import train
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.recipe import check_recipe, differences, dump_recipe, load_recipe, parse_overrides, parse_yaml
+from sparsary.training.recipe import check_recipe, differences, dump_recipe, load_recipe, parse_overrides, parse_yaml
 
 
 def complaints(values):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import training.run as run_module
-from sae import load_dictionary
-from training.activations.shards import Store
-from training.preflight import preflight
-from training.recipe import check_recipe
-from training.run import run_harvest, train
-from training.stopping import Stopped, StopRequest
+from sparsary.sae import load_dictionary
+from sparsary.training import run as run_module
+from sparsary.training.activations.shards import Store
+from sparsary.training.preflight import preflight
+from sparsary.training.recipe import check_recipe
+from sparsary.training.run import run_harvest, train
+from sparsary.training.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
     dictionary = load_dictionary(values["out_dir"])
     store = Store.open(values["harvest"]["store"])
     moments = store.moments("transformer.h.2:out")
-    from training.activations.stream import StoreStream
+    from sparsary.training.activations.stream import StoreStream
 
     x = StoreStream(store, ("transformer.h.2:out",), 100, seed=9, split="heldout").sample(200).x
     error = (dictionary(x) - x).pow(2).sum(-1).mean()
@@ -204,7 +204,7 @@ def test_a_read_only_out_dir_is_refused(values, monkeypatch):
     def refuse(*_arguments, **_options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("training.checkpoints.os.open", refuse)
+    monkeypatch.setattr("sparsary.training.checkpoints.os.open", refuse)
     with pytest.raises(ValueError, match=r"out_dir: .* cannot be written \(Permission denied\)"):
         run(values)
     values["out_dir"] = "/proc/nowhere/run"
@@ -214,7 +214,7 @@ def test_a_read_only_out_dir_is_refused(values, monkeypatch):
 
 
 def test_an_out_dir_in_use_is_refused(values):
-    from training.checkpoints import claimed
+    from sparsary.training.checkpoints import claimed
 
     recipe = check_recipe(values, "recipe")
     with claimed(Path(values["out_dir"]), recipe), pytest.raises(ValueError, match="in use by another process"):
@@ -254,7 +254,7 @@ def test_a_state_with_a_tensor_missing_is_named(values):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(values, monkeypatch):
-    from training.objective import Objective
+    from sparsary.training.objective import Objective
 
     forward, steps = Objective.forward, []
 
@@ -275,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(v
 
 @pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
-    import sae.files as files
+    from sparsary.sae import files
 
     memory, written, allowed = files._memory, [], []
 

@@ -5,9 +5,9 @@ import torch
 import transformers
 from torch import nn
 
-from training.activations.model import LanguageModel, hook_widths
-from training.activations.sites import SITES, TWO_SIDED, find_block, n_layers, site_hooks, sites_of
-from training.recipe import ModelSection
+from sparsary.training.activations.model import LanguageModel, hook_widths
+from sparsary.training.activations.sites import SITES, TWO_SIDED, find_block, n_layers, site_hooks, sites_of
+from sparsary.training.recipe import ModelSection
 
 TOKENS = {"vocab_size": 41, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {**TOKENS, "num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}

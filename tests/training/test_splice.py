@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sae import ENCODERS, SAE
-from training.activations.model import LanguageModel, next_token_loss
-from training.activations.splice import Insertion, model_spliced
-from transcoders.cross_layer import CrossLayerTranscoder
-from transcoders.transcoder import Transcoder
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.model import LanguageModel, next_token_loss
+from sparsary.training.activations.splice import Insertion, model_spliced
+from sparsary.transcoders.cross_layer import CrossLayerTranscoder
+from sparsary.transcoders.transcoder import Transcoder
 
 VOCABULARY = 53
 SIZES = {
@@ -105,8 +105,8 @@ def test_with_the_error_added_the_embedded_model_s_logits_are_its_own(embedded_m
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_error_added_a_real_llama_s_logits_are_its_own(shared_data, kind):
-    from training.activations.model import load_model
-    from training.recipe import ModelSection
+    from sparsary.training.activations.model import load_model
+    from sparsary.training.recipe import ModelSection
 
     model = load_model(ModelSection(id=str(shared_data / "models" / "stories3M"), device="cpu"))
     config = model.module.config

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sae import ENCODERS, SAE
-from training.activations.model import LanguageModel
-from training.activations.splice import Edit, Insertion, generate, model_spliced
-from transcoders.cross_layer import CrossLayerTranscoder
-from transcoders.transcoder import Transcoder
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.model import LanguageModel
+from sparsary.training.activations.splice import Edit, Insertion, generate, model_spliced
+from sparsary.transcoders.cross_layer import CrossLayerTranscoder
+from sparsary.transcoders.transcoder import Transcoder
 
 HOOK = "transformer.h.1:out"
 VOCABULARY = 53

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.files import sha256, write_tensors
-from training.activations import harvest as harvest_module
-from training.activations import shards as shards_module
-from training.activations.harvest import harvest
-from training.activations.shards import Rows, Store, dequantize, encode, quantize
-from training.activations.stream import StoreStream
-from training.recipe import HarvestSection, TextSection
-from training.text import is_heldout
+from sparsary.sae.files import sha256, write_tensors
+from sparsary.training.activations import harvest as harvest_module
+from sparsary.training.activations import shards as shards_module
+from sparsary.training.activations.harvest import harvest
+from sparsary.training.activations.shards import Rows, Store, dequantize, encode, quantize
+from sparsary.training.activations.stream import StoreStream
+from sparsary.training.recipe import HarvestSection, TextSection
+from sparsary.training.text import is_heldout
 
 HOOK, SECOND = "transformer.h.2:out", "transformer.h.2.mlp:in"
 TEXT = TextSection(context_length=32)
@@ -54,7 +54,7 @@ def test_rows_are_the_model_s_activations(store, embedded_model):
     ids = [Rows(store, "train", name).gather(np.arange(store.tokens("train"))) for name in ("token", "document", "position")]
     x = Rows(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train")))
     g = Rows(store, "train", f"grad:{HOOK}").gather(np.arange(store.tokens("train")))
-    from training.text import contexts
+    from sparsary.training.text import contexts
 
     first = next(contexts(TEXT, embedded_model.tokenizer))
     row = torch.from_numpy(first.token_ids).long().unsqueeze(0)

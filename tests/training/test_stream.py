@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from training.activations.harvest import harvest
-from training.activations.live import ContextStream, LiveStream
-from training.activations.stream import StoreStream, TensorStream, permute
-from training.recipe import HarvestSection, TextSection
-from training.text import is_heldout
+from sparsary.training.activations.harvest import harvest
+from sparsary.training.activations.live import ContextStream, LiveStream
+from sparsary.training.activations.stream import StoreStream, TensorStream, permute
+from sparsary.training.recipe import HarvestSection, TextSection
+from sparsary.training.text import is_heldout
 
 HOOK = "transformer.h.1:out"
 READ, WRITTEN = "transformer.h.2.mlp:in", "transformer.h.2.mlp:out"

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from training.recipe import TextSection
-from training.text import Cursor, are_heldout, contexts, is_heldout, pack
+from sparsary.training.recipe import TextSection
+from sparsary.training.text import Cursor, are_heldout, contexts, is_heldout, pack
 
 BOS = 99
 

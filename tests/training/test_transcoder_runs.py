@@ -8,20 +8,20 @@ import torch
 from safetensors.torch import load_file
 
 import sparsary
-import training.preflight as preflight_module
-import training.run as run_module
-from sae import load_dictionary
-from training.activations.shards import Store
-from training.activations.stream import StoreStream
-from training.checkpoints import hooks_of
-from training.grid import check_grid, load_grid
-from training.inspect import describe
-from training.objective import Divergence
-from training.preflight import grid_lines, preflight, preflight_all
-from training.recipe import check_recipe, load_recipe
-from training.resolve import resolved
-from training.run import run_harvest, train, train_all
-from transcoders import CrossLayerTranscoder, Stack, Transcoder
+from sparsary.sae import load_dictionary
+from sparsary.training import preflight as preflight_module
+from sparsary.training import run as run_module
+from sparsary.training.activations.shards import Store
+from sparsary.training.activations.stream import StoreStream
+from sparsary.training.checkpoints import hooks_of
+from sparsary.training.grid import check_grid, load_grid
+from sparsary.training.inspect import describe
+from sparsary.training.objective import Divergence
+from sparsary.training.preflight import grid_lines, preflight, preflight_all
+from sparsary.training.recipe import check_recipe, load_recipe
+from sparsary.training.resolve import resolved
+from sparsary.training.run import run_harvest, train, train_all
+from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

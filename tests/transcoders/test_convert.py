@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import sparsary
-from sae.checkpoint import read_config
-from sae.formats import FORMATS
-from transcoders import Stack
-from transcoders.convert import convert, whole
+from sparsary.sae.checkpoint import read_config
+from sparsary.sae.formats import FORMATS
+from sparsary.transcoders import Stack
+from sparsary.transcoders.convert import convert, whole
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from sae import ENCODERS, load_dictionary
-from sae.encoders import build_encoder
-from sae.formats.build import from_dictionary, to_dictionary
-from sae.metrics import Moments
-from training.activations.stream import Batch
-from training.initialize import initialize
-from training.objective import AuxSettings, Objective, Usage
-from transcoders import CrossLayerTranscoder, Transcoder
+from sparsary.sae import ENCODERS, load_dictionary
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats.build import from_dictionary, to_dictionary
+from sparsary.sae.metrics import Moments
+from sparsary.training.activations.stream import Batch
+from sparsary.training.initialize import initialize
+from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import ENCODERS, SAE
-from sae.formats import FORMATS, read_dictionary, write_dictionaries, write_dictionary
-from transcoders import Transcoder
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.formats import FORMATS, read_dictionary, write_dictionaries, write_dictionary
+from sparsary.transcoders import Transcoder
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 WRITTEN = ("saelens", "sparsify", "dictionary_learning", "circuit_tracer")

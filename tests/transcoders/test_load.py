@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import sparsary
-from sae import SAE
-from sae.encoders import build_encoder
-from transcoders import Stack
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.transcoders import Stack
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "formats" / "saelens"
 

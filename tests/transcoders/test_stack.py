@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from sae import ENCODERS, SAE
-from transcoders import Stack, Transcoder, load_stack
-from transcoders.stack import hooks_of, is_stack
+from sparsary.sae import ENCODERS, SAE
+from sparsary.transcoders import Stack, Transcoder, load_stack
+from sparsary.transcoders.stack import hooks_of, is_stack
 
 
 def provenance(layer, **more):

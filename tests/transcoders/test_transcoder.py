@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from sae import ENCODERS, load_dictionary
-from sae.metrics import Moments
-from training.activations.stream import Batch
-from training.initialize import initialize
-from training.objective import AuxSettings, Objective, Usage
-from transcoders import Transcoder
+from sparsary.sae import ENCODERS, load_dictionary
+from sparsary.sae.metrics import Moments
+from sparsary.training.activations.stream import Batch
+from sparsary.training.initialize import initialize
+from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.transcoders import Transcoder
 
 TOKENS, D_IN, D_OUT, LATENTS = 13, 11, 7, 29
 BATCH = 10

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.files import remove_partial_files, write_json, write_tensors
-from sae.kernels.parallel import has_numba
-
+from ...sae.files import remove_partial_files, write_json, write_tensors
+from ...sae.kernels.parallel import has_numba
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import Context, Cursor, are_heldout, contexts
 from .memory import Memory
@@ -399,7 +398,7 @@ def _moments(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
         mean = exact.mean(0)
         return mean, np.square(exact - mean).sum(0)
     # Imported on first use: the compiler takes a second.
-    from sae.kernels.storing import moments
+    from ...sae.kernels.storing import moments
 
     mean, deviation = np.empty((2, rows.shape[1]))
     moments(rows.numpy(), mean, deviation)
@@ -410,6 +409,6 @@ def _squared_difference(left: Tensor, right: Tensor) -> float:
     """In float64."""
     if not has_numba():
         return float(np.square(left.numpy().astype(np.float64) - right.numpy()).sum())
-    from sae.kernels.storing import squared_difference
+    from ...sae.kernels.storing import squared_difference
 
     return squared_difference(left.numpy(), right.numpy())

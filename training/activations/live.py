@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.metrics import Moments
-
+from ...sae.metrics import Moments
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from sae.files import DTYPES, read_json, sha256
-from sae.kernels.parallel import has_numba
-from sae.metrics import Moments
+from ...sae.files import DTYPES, read_json, sha256
+from ...sae.kernels.parallel import has_numba
+from ...sae.metrics import Moments
 
 FORMAT = "sparsary-store"
 FORMAT_VERSION = 1
@@ -74,7 +74,7 @@ def encode(
     if not has_numba():
         stored = rows.bfloat16()
         return stored, None, stored.float()
-    from sae.kernels.storing import to_bfloat16
+    from ...sae.kernels.storing import to_bfloat16
 
     halves, restored = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.float32)
     to_bfloat16(rows.numpy().view(np.uint32), halves.view(np.uint16), restored.view(np.uint32))
@@ -85,7 +85,7 @@ def _encode_int8(rows: Float[Tensor, "tokens width"], block: int) -> tuple[Tenso
     if not has_numba():
         codes, scale = quantize(rows, block)
         return codes, scale, dequantize(codes, scale, block)
-    from sae.kernels.storing import largest_of_blocks, to_int8
+    from ...sae.kernels.storing import largest_of_blocks, to_int8
 
     tokens, width = rows.shape
     largest = np.empty((tokens, -(-width // block)), np.float32)
@@ -333,7 +333,7 @@ class _ShardTensor:
         self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int
     ) -> tuple[int, bool]:
         # Imported on first use: the compiler takes a second.
-        from sae.kernels import reading
+        from ...sae.kernels import reading
 
         scratch = np.empty(max(reading.SCRATCH_BYTES, self.row_bytes), np.uint8)
         where = (self.descriptor, self.start, self.row_bytes, rows, places)

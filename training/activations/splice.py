@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae import SparseCode, SparseDictionary
-
+from ...sae import SparseCode, SparseDictionary
 from .model import LanguageModel
 
 OPERATIONS = ("set", "add", "scale", "clamp")

@@ -21,9 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae.kernels.parallel import has_numba
-from sae.metrics import Moments
-
+from ...sae.kernels.parallel import has_numba
+from ...sae.metrics import Moments
 from . import harvest
 from .memory import Memory
 from .shards import LABELS, Columns, Rows, Store
@@ -118,7 +117,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     if not has_numba():
         return _permute_plain(index, n, half, keys).astype(np.int64)
     # Imported on first use: the compiler takes a second.
-    from sae.kernels.permuting import feistel
+    from ...sae.kernels.permuting import feistel
 
     out = np.empty_like(index)
     feistel(index, np.uint64(n), np.uint64(half), keys, out)

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae.encoders import ENCODERS
-
+from ...sae.encoders import ENCODERS
 from .environment import environment
 from .rounds import WARMUP_ROUNDS, Competitor, ratio, slope, started, take_turns
 from .steps import PURSUITS, recipe_of
@@ -90,7 +89,7 @@ class Plan:
         """How a task's process is started."""
         if task.library == "sparsary":
             # Not from the current folder, which may hold packages of these names.
-            return [sys.executable, "-P", "-m", "training.bench.steps"]
+            return [sys.executable, "-P", "-m", "sparsary.training.bench.steps"]
         # Isolated: neither our packages nor the names in this folder may stand before the peers' own.
         return [str(self.peers_python), "-I", str(Path(__file__).with_name("peer_steps.py"))]
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae.files import write_json, write_tensors
-
+from ...sae.files import write_json, write_tensors
 from ..activations.harvest import batches, excluded, harvest
 from ..activations.model import load_model
 from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, Store, encode

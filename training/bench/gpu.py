@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from sae import SAE
-from sae.encoders.topk import TopK
-
+from ...sae import SAE
+from ...sae.encoders.topk import TopK
 from ..activations.stream import Batch
 from ..fused import build_optimizer
 from ..objective import AuxSettings, Objective, Usage

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load, save_file
 
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats import write_dictionary
+from ...sae import SAE
+from ...sae.encoders import build_encoder
+from ...sae.formats import write_dictionary
 
 HOOK = "model.layers.3:out"
 PROVENANCE = {"model": {"id": "google/gemma-2-2b"}, "hook": HOOK, "hooks_in": [HOOK], "hooks_out": [HOOK]}
@@ -72,7 +72,7 @@ def _write(folder: Path, n_latents: int, width: int) -> int:
 
 
 def _measured(what: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "training.bench.loading", what, str(folder)]
+    command = [sys.executable, "-m", "sparsary.training.bench.loading", what, str(folder)]
     root = Path(__file__).parents[2]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     return json.loads(run.stdout.splitlines()[-1])
@@ -88,7 +88,7 @@ def _memory(key: str) -> int | None:
 
 def measure(what: str, folder: Path) -> dict[str, Any]:
     """Load once; seconds, and the peak of memory beyond what there was before."""
-    from transcoders.load import load as load_any
+    from ...transcoders.load import load as load_any
 
     tasks: dict[str, Callable[[], Any]] = {name: lambda name=name: load_any(folder / name) for name in FORMATS}
     tasks["bytes"] = lambda: load((folder / BYTES).read_bytes())

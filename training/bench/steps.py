@@ -1,6 +1,6 @@
 """One of our own training steps, taken by the training loop itself: what a measured process of ours runs.
 
-    python -m training.bench.steps '{"library": "sparsary", "family": "topk", "tokens": 2048, ...}'
+    python -m sparsary.training.bench.steps '{"library": "sparsary", "family": "topk", "tokens": 2048, ...}'
 
 The loop gets a stream that waits for orders, so a step is all that lies between one batch and the next: forward, backward,
 projection, clipping, Adam, unit atoms, counters. Nothing is reported or saved.
@@ -21,13 +21,12 @@ from accelerate.state import AcceleratorState
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import pursuit
-from sae.checkpoint import build_dictionary
-from sae.encoders import ENCODERS
-from sae.encoders.feature_choice import FeatureChoice
-from sae.metrics import Moments
-from sae.screen import Screen
-
+from ...sae import pursuit
+from ...sae.checkpoint import build_dictionary
+from ...sae.encoders import ENCODERS
+from ...sae.encoders.feature_choice import FeatureChoice
+from ...sae.metrics import Moments
+from ...sae.screen import Screen
 from ..activations.stream import Batch, Stream, moments_of
 from ..checkpoints import Checkpoints
 from ..fused import build_optimizer

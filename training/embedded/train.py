@@ -1,4 +1,4 @@
-"""Trains the embedded language model and writes its folder: ``python -m training.embedded.train [--out DIR]``.
+"""Trains the embedded language model and writes its folder: ``python -m sparsary.training.embedded.train [--out DIR]``.
 
 Seeded and offline. Two CPU cores take about half an hour; the measured scores go into the model card beside the weights.
 """
@@ -132,8 +132,8 @@ A GPT-2 architecture (4 layers, width 128, 4 heads, contexts of {CONTEXT_LENGTH}
 trained on the embedded corpus, so that demo, tests and studies run offline and against known structure. It knows the
 embedded language and nothing else.
 
-Made by `python -m training.embedded.train`: seed {SEED}, {steps:,} steps of {BATCH_CONTEXTS} contexts ({tokens / 1e6:.1f}
-million tokens), AdamW, peak learning rate {PEAK_LR}, float32.
+Made by `python -m sparsary.training.embedded.train`: seed {SEED}, {steps:,} steps of {BATCH_CONTEXTS} contexts ({tokens / 1e6:.1f} million
+tokens), AdamW, peak learning rate {PEAK_LR}, float32.
 
 Scores on 1,000 prompts per task whose combinations of names, nouns, events and years training never saw
 (`training/embedded/score.py`):

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training.activations.model import LanguageModel
-
+from ....training.activations.model import LanguageModel
 from ..pairs import Pairs, Question
 from .known import Known, ends, wired
 from .toy import ToyConfig, ToyTransformer, blank

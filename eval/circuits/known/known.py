@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training.activations.model import LanguageModel
-
+from ....training.activations.model import LanguageModel
 from ..pairs import Pairs
 from .toy import ToyConfig, ToyTransformer
 

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from training.activations.model import LanguageModel
-
+from ....training.activations.model import LanguageModel
 from .known import Known
 from .toy import ToyTransformer
 

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.activations.model import LanguageModel
-from training.activations.sites import find_block, n_layers
-
+from ....training.activations.model import LanguageModel
+from ....training.activations.sites import find_block, n_layers
 from ..pairs import Pairs
 from ..space import Space
 from .attribution import linear_scores, require_end

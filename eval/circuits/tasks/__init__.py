@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from training.activations.model import LanguageModel
-from training.embedded.corpus import SPLITS
-
+from ....training.activations.model import LanguageModel
+from ....training.embedded.corpus import SPLITS
 from ..pairs import Pairs
 from . import embedded, english
 from .competence import Competence, competence, require_solved

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from training.embedded import lexicon
-from training.embedded.corpus import Prompt, prompts
-
+from ....training.embedded import lexicon
+from ....training.embedded.corpus import Prompt, prompts
 from ..pairs import Question
 from . import corruptions
 from .task import Corruption, Example, Request, Variant, with_subject_end

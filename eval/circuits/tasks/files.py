@@ -19,8 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from training.activations.model import LanguageModel
-
+from ....training.activations.model import LanguageModel
 from ..pairs import Pairs, Question
 from .published import from_csv, from_json
 from .reader import Reader

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-from training.activations.model import LanguageModel
+from ....training.activations.model import LanguageModel
 
 
 class Reader:

@@ -7,8 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from training.activations.model import LanguageModel
-
+from ....training.activations.model import LanguageModel
 from ..pairs import Pairs, Question
 from .reader import Reader
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from eval.circuits.feature_edges import feature_edges
-from eval.circuits.known import ToyConfig, ToyTransformer
-from eval.circuits.methods import METHODS
-from eval.circuits.nodes import Coordinates, Latents, NodeSpace
-from eval.circuits.pairs import Pairs, Question
-from sae import ENCODERS, SAE
-from training.activations.model import LanguageModel
-from training.activations.sites import site_hooks
+from sparsary.eval.circuits.feature_edges import feature_edges
+from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
+from sparsary.eval.circuits.pairs import Pairs, Question
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.model import LanguageModel
+from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

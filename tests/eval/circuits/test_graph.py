@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from eval.circuits.graph import attribution_graph, graph_of, target_vectors
-from eval.circuits.graph_linear import LocalReplacement
-from eval.circuits.graph_replacement import Replacement
-from eval.circuits.paths import Circuit
-from sae import ENCODERS, SAE
-from training.activations.anatomy import Anatomy
-from transcoders import CrossLayerTranscoder
-from transcoders.stack import Stack
-from transcoders.transcoder import Transcoder
+from sparsary.eval.circuits.graph import attribution_graph, graph_of, target_vectors
+from sparsary.eval.circuits.graph_linear import LocalReplacement
+from sparsary.eval.circuits.graph_replacement import Replacement
+from sparsary.eval.circuits.paths import Circuit
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.anatomy import Anatomy
+from sparsary.transcoders import CrossLayerTranscoder
+from sparsary.transcoders.stack import Stack
+from sparsary.transcoders.transcoder import Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.circuits.graph import AttributionGraph, Target
-from eval.circuits.graph_export import Labels, as_json, cantor, write
-from eval.circuits.graph_linear import Active
-from eval.circuits.graph_notes import Note, Window
-from eval.circuits.graph_page import page_data, render
-from eval.circuits.graph_run import save
+from sparsary.eval.circuits.graph import AttributionGraph, Target
+from sparsary.eval.circuits.graph_export import Labels, as_json, cantor, write
+from sparsary.eval.circuits.graph_linear import Active
+from sparsary.eval.circuits.graph_notes import Note, Window
+from sparsary.eval.circuits.graph_page import page_data, render
+from sparsary.eval.circuits.graph_run import save
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from eval.circuits.graph import graph_of
-from eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, predict, replaced
-from eval.circuits.graph_linear import LocalReplacement
-from eval.circuits.graph_replacement import Replacement
-from eval.circuits.known import KNOWN
-from sae import ENCODERS
-from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel
-from transcoders import CrossLayerTranscoder
-from transcoders.transcoder import Transcoder
+from sparsary.eval.circuits.graph import graph_of
+from sparsary.eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, predict, replaced
+from sparsary.eval.circuits.graph_linear import LocalReplacement
+from sparsary.eval.circuits.graph_replacement import Replacement
+from sparsary.eval.circuits.known import KNOWN
+from sparsary.sae import ENCODERS
+from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.model import LanguageModel
+from sparsary.transcoders import CrossLayerTranscoder
+from sparsary.transcoders.transcoder import Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from eval.circuits.graph_notes import read_records
-from eval.circuits.graph_run import open_checkpoint, run_graph
-from sae import ENCODERS, SAE
-from transcoders import CrossLayerTranscoder
-from transcoders.transcoder import Transcoder
+from sparsary.eval.circuits.graph_notes import read_records
+from sparsary.eval.circuits.graph_run import open_checkpoint, run_graph
+from sparsary.sae import ENCODERS, SAE
+from sparsary.transcoders import CrossLayerTranscoder
+from sparsary.transcoders.transcoder import Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.circuits.heads import by_head, by_source, head_shares, residual_atoms
-from eval.circuits.readers import readers
-from sae import ENCODERS, SAE
-from training.activations.anatomy import Anatomy
+from sparsary.eval.circuits.heads import by_head, by_source, head_shares, residual_atoms
+from sparsary.eval.circuits.readers import readers
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.anatomy import Anatomy
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from eval.circuits.heads import by_source
-from eval.circuits.paths import KINDS, Circuit, Term
-from eval.circuits.readers import readers
-from sae import ENCODERS, SAE
-from training.activations.anatomy import Anatomy
+from sparsary.eval.circuits.heads import by_source
+from sparsary.eval.circuits.paths import KINDS, Circuit, Term
+from sparsary.eval.circuits.readers import readers
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.anatomy import Anatomy
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

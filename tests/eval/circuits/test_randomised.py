@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from eval.circuits.randomised import random_like
-from sae import ENCODERS, SAE
-from sae.encoder import Encoder
-from sae.metrics import fvu
-from transcoders.transcoder import Transcoder
+from sparsary.eval.circuits.randomised import random_like
+from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.encoder import Encoder
+from sparsary.sae.metrics import fvu
+from sparsary.transcoders.transcoder import Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

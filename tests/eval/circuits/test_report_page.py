@@ -10,10 +10,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from eval.circuits.explanations import explanation, markdown
-from eval.circuits.report_circuit import layout, ordered_groups
-from eval.circuits.report_page import COLUMNS, render
-from eval.circuits.report_plots import family_labels, panel
+from sparsary.eval.circuits.explanations import explanation, markdown
+from sparsary.eval.circuits.report_circuit import layout, ordered_groups
+from sparsary.eval.circuits.report_page import COLUMNS, render
+from sparsary.eval.circuits.report_plots import family_labels, panel
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

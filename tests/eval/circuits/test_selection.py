@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from eval.circuits.edge_list import EdgeList
-from eval.circuits.faithfulness import members, ranked
-from eval.circuits.methods.scores import Scores
-from eval.circuits.passes import Cost
-from eval.circuits.selection import among, grown, node_scores, pruned, weighted_count
+from sparsary.eval.circuits.edge_list import EdgeList
+from sparsary.eval.circuits.faithfulness import members, ranked
+from sparsary.eval.circuits.methods.scores import Scores
+from sparsary.eval.circuits.passes import Cost
+from sparsary.eval.circuits.selection import among, grown, node_scores, pruned, weighted_count
 
 EDGES = EdgeList(3, 2)
 NAMES = EDGES.names()

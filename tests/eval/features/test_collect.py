@@ -7,12 +7,12 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from eval.features.collect import Batch, Collector, Limits, TokenSample, bin_edges
-from eval.features.logits import Unembedding, unembedding
-from eval.features.relations import as_matrix, nearest, together, token_table
-from sae import ENCODERS, SAE, SparseCode
-from training.activations.anatomy import Anatomy
-from transcoders.transcoder import Transcoder
+from sparsary.eval.features.collect import Batch, Collector, Limits, TokenSample, bin_edges
+from sparsary.eval.features.logits import Unembedding, unembedding
+from sparsary.eval.features.relations import as_matrix, nearest, together, token_table
+from sparsary.sae import ENCODERS, SAE, SparseCode
+from sparsary.training.activations.anatomy import Anatomy
+from sparsary.transcoders.transcoder import Transcoder
 
 N, LENGTH, CONTEXTS = 13, 19, 23
 LIMITS = Limits(top=3, sample=5, before=4, after=2, background=11)

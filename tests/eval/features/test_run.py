@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import sparsary
-from eval.features.collect import Limits
-from eval.features.records import SCHEMA_VERSION
-from eval.features.run import Explainer, features, summary
-from sae import ENCODERS, SAE
-from training.recipe import HarvestSection, TextSection
-from transcoders.transcoder import Transcoder
+from sparsary.eval.features.collect import Limits
+from sparsary.eval.features.records import SCHEMA_VERSION
+from sparsary.eval.features.run import Explainer, features, summary
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.recipe import HarvestSection, TextSection
+from sparsary.transcoders.transcoder import Transcoder
 
 HOOK = "transformer.h.2:out"
 N = 67
@@ -186,7 +186,7 @@ def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatc
 
 
 def test_an_unreachable_explainer_leaves_what_was_written(checkpoint, tmp_path, monkeypatch, serving):
-    monkeypatch.setattr("eval.features.chat.FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("sparsary.eval.features.chat.FIRST_WAIT_SECONDS", 0.0)
     with serving(lambda _request: {}) as (url, _):
         pass
     with pytest.raises(ValueError, match="could not be reached"):

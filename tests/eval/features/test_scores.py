@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.sparse import csc_array, csr_array
 
-from eval.features.collect import Background, Collected, Examples, Limits, TokenSample
-from eval.features.logits import Unembedding
-from eval.features.predicates import predicates, token_texts
-from eval.features.scores import auroc, example_embedding, logit_lens, predicate_f1
-from training.embedded import corpus
+from sparsary.eval.features.collect import Background, Collected, Examples, Limits, TokenSample
+from sparsary.eval.features.logits import Unembedding
+from sparsary.eval.features.predicates import predicates, token_texts
+from sparsary.eval.features.scores import auroc, example_embedding, logit_lens, predicate_f1
+from sparsary.training.embedded import corpus
 
 TOKENS, VOCABULARY = 4000, 23
 WORDS = [" the", " Dog", ",", ".", " 17", "\n", " x", *(f" word{i}" for i in range(16))]
@@ -191,7 +191,7 @@ def test_example_embedding_needs_windows_without_the_latent():
 
 
 def test_tf_idf_is_the_textbook_s():
-    from eval.features.scores import _idf, _tf_idf
+    from sparsary.eval.features.scores import _idf, _tf_idf
 
     windows = np.array([[0, 0, 1], [1, 2, -1], [1, 1, 1]], np.int32)
     idf = _idf(windows, 3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.sae.formats import Options, read_dictionary, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sae.formats import FORMATS, Format, Source, detect
-from sae.formats.check import check
-from sae.formats.neutral import Gate, Neutral
+from sparsary.sae.formats import FORMATS, Format, Source, detect
+from sparsary.sae.formats.check import check
+from sparsary.sae.formats.neutral import Gate, Neutral
 
 D, LATENTS = 8, 24
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsary
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionaries, write_dictionary
-from transcoders import CrossLayerTranscoder, Transcoder
-from transcoders.load import load
-from transcoders.stack import Stack
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionaries, write_dictionary
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
+from sparsary.transcoders.load import load
+from sparsary.transcoders.stack import Stack
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

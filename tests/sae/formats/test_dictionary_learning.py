@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import transcoders  # noqa: F401
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats import Options, Source, detect, read_dictionary, read_neutral, write_dictionary
-from transcoders import CrossLayerTranscoder, Transcoder
+import sparsary.transcoders  # noqa: F401
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import Options, Source, detect, read_dictionary, read_neutral, write_dictionary
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae.formats import Source, detect, read_dictionary, write_dictionaries, write_dictionary
+from sparsary.sae.formats import Source, detect, read_dictionary, write_dictionaries, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae.formats.archives import read_npz, read_torch
-from sae.formats.files import Header, Source, inner_path, natural
+from sparsary.sae.formats.archives import read_npz, read_torch
+from sparsary.sae.formats.files import Header, Source, inner_path, natural
 
 
 class Bomb:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import transcoders  # noqa: F401
-from sae.formats.build import from_dictionary, representable, to_dictionary
-from sae.formats.folding import (
+import sparsary.transcoders  # noqa: F401
+from sparsary.sae.formats.build import from_dictionary, representable, to_dictionary
+from sparsary.sae.formats.folding import (
     fold_activation_scale,
     fold_all,
     fold_b_in,
@@ -20,7 +20,7 @@ from sae.formats.folding import (
     fold_whitening,
     norms_of,
 )
-from sae.formats.neutral import Gate, Neutral, forward
+from sparsary.sae.formats.neutral import Gate, Neutral, forward
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae import load_dictionary
-from sae.formats import Options, Source, detect, read_dictionary, write_dictionary
-from transcoders import CrossLayerTranscoder
+from sparsary.sae import load_dictionary
+from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
+from sparsary.transcoders import CrossLayerTranscoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

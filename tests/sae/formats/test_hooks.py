@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae.formats.hooks import (
+from sparsary.sae.formats.hooks import (
     ARCHITECTURES,
     architecture_of,
     before_norm,
@@ -13,7 +13,7 @@ from sae.formats.hooks import (
     to_transformer_lens,
     transformer_lens_model,
 )
-from sae.row_norm import ROW_NORMS
+from sparsary.sae.row_norm import ROW_NORMS
 
 MODELS = {
     "gpt2": "gpt2",

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparsary
-from sae.formats import FORMATS
-from transcoders.convert import convert
+from sparsary.sae.formats import FORMATS
+from sparsary.transcoders.convert import convert
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

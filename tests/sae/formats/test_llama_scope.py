@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.formats import Options, Source, detect, read_dictionary, write_dictionary
+from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

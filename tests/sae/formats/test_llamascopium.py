@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.formats import Options, read_dictionary, write_dictionary
-from transcoders import CrossLayerTranscoder
+from sparsary.sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.transcoders import CrossLayerTranscoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sae import SAE, load_dictionary
-from sae.encoders import ENCODERS, LOADED_ENCODERS, build_encoder, encoder_spec
+from sparsary.sae import SAE, load_dictionary
+from sparsary.sae.encoders import ENCODERS, LOADED_ENCODERS, build_encoder, encoder_spec
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from sae.formats import FORMATS, Options, Source
-from sae.formats.files import HubSource
-from sae.formats.neutral import Gate, Neutral
-from sae.formats.origin import config_above, hooks_of, model_of, origin, originated, plain, source_config
+from sparsary.sae.formats import FORMATS, Options, Source
+from sparsary.sae.formats.files import HubSource
+from sparsary.sae.formats.neutral import Gate, Neutral
+from sparsary.sae.formats.origin import config_above, hooks_of, model_of, origin, originated, plain, source_config
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_configuration_is_looked_for_in_folders_above(tmp_path):
 
 def test_of_a_repository_it_is_looked_for_within(tmp_path, monkeypatch):
     files = {"layers.1/seed0/cfg.json": 2, "config.json": 0}
-    monkeypatch.setattr("sae.formats.files.hub_files", lambda repo_id, revision: list(files))
+    monkeypatch.setattr("sparsary.sae.formats.files.hub_files", lambda repo_id, revision: list(files))
 
     def fetched(self, name):
         path = tmp_path / name

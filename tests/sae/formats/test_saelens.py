@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import transcoders  # noqa: F401
-from sae import SAE, load_dictionary
-from sae.encoders import build_encoder
-from sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionary
-from sae.formats.build import to_dictionary
-from transcoders import CrossLayerTranscoder, Transcoder
+import sparsary.transcoders  # noqa: F401
+from sparsary.sae import SAE, load_dictionary
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionary
+from sparsary.sae.formats.build import to_dictionary
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.formats import read_dictionary, write_dictionary
+from sparsary.sae.formats import read_dictionary, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats.sanity import sanity
-from transcoders import Transcoder
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats.sanity import sanity
+from sparsary.transcoders import Transcoder
 
 
 @pytest.fixture

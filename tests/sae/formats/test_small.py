@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae.formats import Options, Source, detect, read_dictionary, write_dictionary
-from sae.formats.small import DeepSeekR1, block_output
-from sae.formats.torch_files import TorchFiles
+from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
+from sparsary.sae.formats.small import DeepSeekR1, block_output
+from sparsary.sae.formats.torch_files import TorchFiles
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

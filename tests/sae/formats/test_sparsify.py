@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import transcoders  # noqa: F401
-from sae import SAE
-from sae.encoders import build_encoder
-from sae.formats import Options, read_dictionary, write_dictionary
-from sae.formats.sparsify import folder_name, module_path
-from transcoders import CrossLayerTranscoder, Transcoder
+import sparsary.transcoders  # noqa: F401
+from sparsary.sae import SAE
+from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.sae.formats.sparsify import folder_name, module_path
+from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.circuits.known import edge_names, node_names
+from sparsary.eval.circuits.known import edge_names, node_names
 
 
 def senders_of(module, token_ids, replaced):

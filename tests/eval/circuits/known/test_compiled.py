@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.circuits.known.compiled import EDGES, program
+from sparsary.eval.circuits.known.compiled import EDGES, program
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.circuits.known import load_toy
+from sparsary.eval.circuits.known import load_toy
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

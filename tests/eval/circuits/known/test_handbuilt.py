@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.circuits.known import KNOWN
-from eval.circuits.known.handbuilt import LONGEST, fraction, gate, induction, reverse
+from sparsary.eval.circuits.known import KNOWN
+from sparsary.eval.circuits.known.handbuilt import LONGEST, fraction, gate, induction, reverse
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.circuits.known import KNOWN, ToyConfig, edge_names, node_names
-from eval.circuits.known.known import ends, wired
+from sparsary.eval.circuits.known import KNOWN, ToyConfig, edge_names, node_names
+from sparsary.eval.circuits.known.known import ends, wired
 
 # Those that are trained have tests of their own.
 AT_ONCE = [name for name in KNOWN if not name.startswith("siit_")]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from eval.circuits.known import load_toy
-from eval.circuits.known.modular import STEP, clock, spectrum, wave
+from sparsary.eval.circuits.known import load_toy
+from sparsary.eval.circuits.known.modular import STEP, clock, spectrum, wave
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

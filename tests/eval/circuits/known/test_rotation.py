@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval.circuits.known import KNOWN, ToyTransformer
-from eval.circuits.known.rotation import rotated, rotation
-from training.activations.model import LanguageModel
+from sparsary.eval.circuits.known import KNOWN, ToyTransformer
+from sparsary.eval.circuits.known.rotation import rotated, rotation
+from sparsary.training.activations.model import LanguageModel
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

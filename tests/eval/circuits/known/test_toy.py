@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from eval.circuits.known import ToyConfig, ToyTransformer
-from eval.circuits.known.toy import blank
-from training.activations.anatomy import Anatomy
-from training.activations.model import LanguageModel
-from training.activations.sites import SITES, sites_of
+from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
+from sparsary.eval.circuits.known.toy import blank
+from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.model import LanguageModel
+from sparsary.training.activations.sites import SITES, sites_of
 
 SIZES = {"n_layers": 2, "n_heads": 3, "d_model": 7, "d_head": 5, "n_ctx": 11, "d_vocab": 13, "d_vocab_out": 4}
 KINDS = [

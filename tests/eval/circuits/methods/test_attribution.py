@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.circuits.methods.attribution import AttributionPatching
-from eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.methods.attribution import AttributionPatching
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.circuits.methods.baselines import ActivationMagnitude, RandomScores
-from eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.methods.baselines import ActivationMagnitude, RandomScores
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
 
 HOOK = "transformer.h.1.mlp:out"
 

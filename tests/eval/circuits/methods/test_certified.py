@@ -5,15 +5,15 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from eval.circuits.families import components
-from eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
-from eval.circuits.methods import METHODS
-from eval.circuits.methods.certified import Certified, lower_bound, radius
-from eval.circuits.methods.scores import Method, Scores
-from eval.circuits.nodes import Coordinates, NodeSpace
-from eval.circuits.pairs import Pairs, Question
-from eval.circuits.passes import Cost
-from training.activations.model import LanguageModel
+from sparsary.eval.circuits.families import components
+from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.methods.certified import Certified, lower_bound, radius
+from sparsary.eval.circuits.methods.scores import Method, Scores
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.pairs import Pairs, Question
+from sparsary.eval.circuits.passes import Cost
+from sparsary.training.activations.model import LanguageModel
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

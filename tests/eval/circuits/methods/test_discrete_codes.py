@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from eval.circuits.families import components
-from eval.circuits.known import KNOWN
-from eval.circuits.methods import METHODS
-from eval.circuits.methods.discrete_codes import Codes, DiscreteCodes, MeanDifference, appearances, written
-from eval.circuits.nodes import Coordinates, Latents, NodeSpace
-from eval.circuits.roc import roc_auc
-from sae import ENCODERS, SAE
-from training.activations.anatomy import Anatomy
-from training.activations.sites import site_hooks
+from sparsary.eval.circuits.families import components
+from sparsary.eval.circuits.known import KNOWN
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.methods.discrete_codes import Codes, DiscreteCodes, MeanDifference, appearances, written
+from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
+from sparsary.eval.circuits.roc import roc_auc
+from sparsary.sae import ENCODERS, SAE
+from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

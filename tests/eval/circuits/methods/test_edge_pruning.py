@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from eval.circuits.ablation import divergence
-from eval.circuits.edges import EdgeSpace
-from eval.circuits.known import KNOWN
-from eval.circuits.methods.edge_pruning import EdgePruning, chance_kept, kept_units, sample_mask
-from eval.circuits.nodes import Coordinates, NodeSpace
-from eval.circuits.roc import roc_auc
-from eval.circuits.selection import node_scores
+from sparsary.eval.circuits.ablation import divergence
+from sparsary.eval.circuits.edges import EdgeSpace
+from sparsary.eval.circuits.known import KNOWN
+from sparsary.eval.circuits.methods.edge_pruning import EdgePruning, chance_kept, kept_units, sample_mask
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.roc import roc_auc
+from sparsary.eval.circuits.selection import node_scores
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.circuits.faithfulness import ranked
-from eval.circuits.methods.exact import ExactPatching
-from eval.circuits.nodes import Coordinates, NodeSpace
-from training.activations.sites import site_hooks
+from sparsary.eval.circuits.faithfulness import ranked
+from sparsary.eval.circuits.methods.exact import ExactPatching
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

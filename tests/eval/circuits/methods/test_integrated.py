@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.circuits.methods.attribution import AttributionPatching
-from eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
-from eval.circuits.nodes import Coordinates, Latents, NodeSpace
-from training.activations.sites import site_hooks
+from sparsary.eval.circuits.methods.attribution import AttributionPatching
+from sparsary.eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
+from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
+from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from eval.circuits.methods import METHODS
-from eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

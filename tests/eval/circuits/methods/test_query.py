@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from eval.circuits.families import components
-from eval.circuits.known import KNOWN
-from eval.circuits.methods import METHODS
-from eval.circuits.methods.attribution import AttributionPatching
-from eval.circuits.methods.query import QueryCircuits, deviation, ndf, query_circuits, single_scores, variants_of
-from eval.circuits.methods.scores import Method, Scores
-from eval.circuits.nodes import NodeSpace
-from eval.circuits.passes import Cost
-from eval.circuits.ranking import largest
+from sparsary.eval.circuits.families import components
+from sparsary.eval.circuits.known import KNOWN
+from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.methods.attribution import AttributionPatching
+from sparsary.eval.circuits.methods.query import QueryCircuits, deviation, ndf, query_circuits, single_scores, variants_of
+from sparsary.eval.circuits.methods.scores import Method, Scores
+from sparsary.eval.circuits.nodes import NodeSpace
+from sparsary.eval.circuits.passes import Cost
+from sparsary.eval.circuits.ranking import largest
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -116,7 +116,7 @@ def test_held_out_is_another_pair_that_chose_nothing(known, monkeypatch):
         asked.append(query.clean.tolist())
         return deviation(space, query, kept) / (1 + len(asked))
 
-    monkeypatch.setattr("eval.circuits.methods.query.deviation", watched)
+    monkeypatch.setattr("sparsary.eval.circuits.methods.query.deviation", watched)
     curves = query_circuits(space, pairs, [1], [3], AttributionPatching())
     assert asked == [pairs.clean[[1]].tolist(), pairs.clean[[0]].tolist()]
     torch.testing.assert_close(curves.best_held_out, torch.tensor([[1 / 3]]), rtol=0, atol=1e-3)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from eval.circuits.known.toy import ToyConfig, ToyTransformer
-from eval.circuits.methods.attribution import AttributionPatching
-from eval.circuits.methods.relevance import RelevancePatching, relevance_rules
-from eval.circuits.nodes import Coordinates, NodeSpace
-from eval.circuits.passes import Passes
-from training.activations.model import LanguageModel
+from sparsary.eval.circuits.known.toy import ToyConfig, ToyTransformer
+from sparsary.eval.circuits.methods.attribution import AttributionPatching
+from sparsary.eval.circuits.methods.relevance import RelevancePatching, relevance_rules
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.passes import Passes
+from sparsary.training.activations.model import LanguageModel
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
-from eval.circuits.pairs import Pairs, Question
-from eval.circuits.tasks import competence, require_solved
-from eval.circuits.tasks.competence import wilson
-from training.activations.model import LanguageModel
+from sparsary.eval.circuits.pairs import Pairs, Question
+from sparsary.eval.circuits.tasks import competence, require_solved
+from sparsary.eval.circuits.tasks.competence import wilson
+from sparsary.training.activations.model import LanguageModel
 
 # Logits of tokens 0, 1 and 2 after each token: the answer 0 leads by 3, by 1, and is behind by 2.
 TABLE = [[3.0, 0.0, -1.0], [1.0, 0.0, 0.5], [0.0, 2.0, -3.0]]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.circuits.tasks import TASKS, competence, make_pairs
-from training.embedded import lexicon
+from sparsary.eval.circuits.tasks import TASKS, competence, make_pairs
+from sparsary.training.embedded import lexicon
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -199,6 +199,6 @@ def test_what_does_not_exist_is_refused(embedded_model, name, arguments, message
 
 
 def test_more_pairs_than_there_are_is_refused(embedded_model, monkeypatch):
-    monkeypatch.setattr("eval.circuits.tasks.task.REPEATS", 5)
+    monkeypatch.setattr("sparsary.eval.circuits.tasks.task.REPEATS", 5)
     with pytest.raises(ValueError, match=r"n: agreement_simple has only about .* different pairs here, got n = 5000"):
         make_pairs("agreement_simple", embedded_model, n=5000)

@@ -8,10 +8,10 @@ from string import Formatter
 import pytest
 import torch
 
-from eval.circuits.tasks import TASKS, make_pairs, read_pairs
-from eval.circuits.tasks.english import agreement, docstrings, ioi, objects, pronouns, years
-from eval.circuits.tasks.english.fill import Words
-from eval.circuits.tasks.reader import Reader
+from sparsary.eval.circuits.tasks import TASKS, make_pairs, read_pairs
+from sparsary.eval.circuits.tasks.english import agreement, docstrings, ioi, objects, pronouns, years
+from sparsary.eval.circuits.tasks.english.fill import Words
+from sparsary.eval.circuits.tasks.reader import Reader
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from eval.circuits.tasks import competence, make_pairs, read_pairs, write_pairs
+from sparsary.eval.circuits.tasks import competence, make_pairs, read_pairs, write_pairs
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -222,8 +222,8 @@ def test_the_published_tables_other_corruption_and_lists_of_ids(gpt2_tokens, sha
 
 @pytest.mark.slow
 def test_stories_accuracies_are_those_measured(shared_data):
-    from training.activations.model import load_model
-    from training.recipe import ModelSection
+    from sparsary.training.activations.model import load_model
+    from sparsary.training.recipe import ModelSection
 
     model = load_model(ModelSection(id=str(shared_data / "models" / "stories3M"), device="cpu"))
     folder = shared_data / "circuits" / "stories"

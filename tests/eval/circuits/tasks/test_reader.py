@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.circuits.tasks.reader import Reader
+from sparsary.eval.circuits.tasks.reader import Reader
 
 WORDS = ["Mary", "gave", "a", "ring", "to", "John"]
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from training.stopping import Stopped
+from .training.stopping import Stopped
 
 __all__ = ["convert", "evaluate", "features", "load", "push_to_hub", "train"]
 
@@ -39,10 +39,10 @@ def load(
     Raises:
         ValueError: If there is none, or it is damaged.
     """
-    from sae.formats import Options
+    from .sae.formats import Options
 
     # Its import also makes transcoders known to `load_dictionary`.
-    from transcoders.load import load as run
+    from .transcoders.load import load as run
 
     return run(path, device, revision, subfolder, format, Options(hook=hook, **missing), dtype)[0]
 
@@ -63,8 +63,8 @@ def convert(
     Several, one for each hook, become a directory of them. ``to`` is ``sparsary`` or a format of ``docs/formats.md``; the
     other arguments are those of ``load``. Whatever is there already stays: ``destination`` must be empty or new.
     """
-    from sae.formats import Options
-    from transcoders.convert import convert as run
+    from .sae.formats import Options
+    from .transcoders.convert import convert as run
 
     given = {"format": format, "revision": revision, "subfolder": subfolder, "dtype": dtype}
     return run(source, destination, to, options=Options(**missing), **given)
@@ -72,7 +72,7 @@ def convert(
 
 def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
     """Upload a checkpoint's files, ours or another library's, to the Hugging Face hub; returns the repository's address."""
-    from sae.hub import push
+    from .sae.hub import push
 
     return push(directory, repo_id, private)
 
@@ -84,8 +84,8 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
     splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, or of mappings with ``x`` and
     ``target`` for transcoders, in place of a model. With a ``grid``, the directory is the one above the members' checkpoints.
     """
-    from training.grid import load_grid
-    from training.run import train_all
+    from .training.grid import load_grid
+    from .training.run import train_all
 
     grid = load_grid(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
     train_all(grid.recipes, activations)
@@ -102,8 +102,8 @@ def evaluate(
     place at once, and each alone, and so is a cross-layer transcoder. ``given`` is what other libraries' files leave open:
     ``model``, ``text`` (a tuple of files), ``hook`` and so on (see ``eval.opened.Given``).
     """
-    from eval.opened import Given
-    from eval.suite import evaluate as run
+    from .eval.opened import Given
+    from .eval.suite import evaluate as run
 
     return run(directory, out, activations, tokens, given=Given(**given))
 
@@ -114,8 +114,8 @@ def features(directory: str, out: str | None = None, tokens: int | None = None, 
     Writes ``features.jsonl`` (one latent a line), ``features.json`` (what is returned) and ``features.html`` (to browse) into
     ``out``, or the folder ``features`` of the checkpoint.
     """
-    from eval.features.run import features as run
-    from eval.opened import Given
+    from .eval.features.run import features as run
+    from .eval.opened import Given
 
     return run(directory, out, tokens, given=Given(**given))
 
@@ -157,8 +157,8 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        from eval.opened import Given
-        from training.recipe import parse_overrides
+        from .eval.opened import Given
+        from .training.recipe import parse_overrides
 
         said = {name: arguments.pop(name) for name in options}
         said |= {"text": tuple(said["text"] or ()), "settings": parse_overrides(said["settings"] or [])}
@@ -176,10 +176,10 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 @app.command("harvest")
 def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Store the activations a recipe asks for; an interrupted harvest goes on."""
-    from training.grid import load_grid
-    from training.recipe import parse_overrides
-    from training.resolve import resolved
-    from training.run import run_harvest
+    from .training.grid import load_grid
+    from .training.recipe import parse_overrides
+    from .training.resolve import resolved
+    from .training.run import run_harvest
 
     with _progress("harvest") as progress:
         # One store serves all members of a grid.
@@ -195,11 +195,11 @@ def _train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
 ) -> None:
     """Harvest if need be, then train, all members of a grid side by side; the same command continues an interrupted run."""
-    from training.grid import load_grid
-    from training.preflight import grid_lines, preflight_all
-    from training.recipe import parse_overrides
-    from training.resolve import resolved
-    from training.run import train_all
+    from .training.grid import load_grid
+    from .training.preflight import grid_lines, preflight_all
+    from .training.recipe import parse_overrides
+    from .training.resolve import resolved
+    from .training.run import train_all
 
     grid = load_grid(recipe, parse_overrides(overrides or []))
     grid = replace(grid, recipes=tuple(resolved(grid.recipes)))
@@ -251,7 +251,7 @@ def _eval(
     given: Any = None,
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
-    from eval.suite import Selection, evaluate_all, folders, summary
+    from .eval.suite import Selection, evaluate_all, folders, summary
 
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}
@@ -294,8 +294,8 @@ def _features(
     given: Any = None,
 ) -> None:
     """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
-    from eval.features.run import DEFAULT_TOKENS, Explainer, summary
-    from eval.features.run import features as run
+    from .eval.features.run import DEFAULT_TOKENS, Explainer, summary
+    from .eval.features.run import features as run
 
     if address is not None and explainer is None:
         raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
@@ -325,7 +325,7 @@ def _probe(
     given: Any = None,
 ) -> None:
     """Judge latents by what is known of the text: probing.json, and SAEBench's result files."""
-    from eval.probing import probe
+    from .eval.probing import probe
 
     found = probe(checkpoint, task, labels, out, tokens, seed, given)
     for head, rows in found.tables:
@@ -364,7 +364,7 @@ def _circuits(
 ) -> None:
     """Are the latents the model's own parts? Circuits of them, against neurons, heads and random features: circuits.html."""
     if prompt is not None:
-        from eval.circuits.graph_run import run_graph
+        from .eval.circuits.graph_run import run_graph
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
@@ -372,7 +372,7 @@ def _circuits(
             [(key.replace("_", " "), str(value)) for key, value in run_graph(checkpoints[0], prompt, out, given=given).items()]
         )
         return
-    from eval.circuits.benchmark import Settings, benchmark, best_rows, n_steps
+    from .eval.circuits.benchmark import Settings, benchmark, best_rows, n_steps
 
     chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
     settings = Settings(
@@ -408,9 +408,9 @@ def _compare(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
 ) -> None:
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
-    from eval import compare as recipes
-    from eval import side_by_side
-    from training.recipe import parse_overrides
+    from .eval import compare as recipes
+    from .eval import side_by_side
+    from .training.recipe import parse_overrides
 
     named = [argument for argument in arguments if "=" not in argument]
     overrides = parse_overrides([argument for argument in arguments if "=" in argument])
@@ -464,8 +464,8 @@ def _info(
     given: Any = None,
 ) -> None:
     """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
-    from eval.opened import open_checkpoint, sanity_of
-    from training.inspect import describe
+    from .eval.opened import open_checkpoint, sanity_of
+    from .training.inspect import describe
 
     lines, problems = describe(path, given.options(given.model), given.format, given.subfolder, given.revision)
     _table(lines)
@@ -529,7 +529,7 @@ def _bench_step(
     json: BenchJson = None,
 ) -> None:
     """A training step against its encoder product and other libraries' steps, all in turn, each in its own process."""
-    from training.bench.comparison import GROWTH, QUICK_GROWTH, STEP_FAMILIES, STEP_SHAPE, bench_slopes, bench_steps, rounds_of
+    from .training.bench.comparison import GROWTH, QUICK_GROWTH, STEP_FAMILIES, STEP_SHAPE, bench_slopes, bench_steps, rounds_of
 
     names = family or ["topk"]
     plan = _bench_plan(overrides, shape, STEP_SHAPE, names, STEP_FAMILIES, variant, rounds, threads, peers, peer, quick)
@@ -556,7 +556,7 @@ def _bench_pursuit(
     json: BenchJson = None,
 ) -> None:
     """A training step of matching pursuit, and pursuits of given atoms (inference), in the same way."""
-    from training.bench.comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
+    from .training.bench.comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
 
     names = family or ["matching_pursuit", "gradient_pursuit"]
     plan = _bench_plan(overrides, shape, PURSUIT_SHAPE, names, PURSUIT_FAMILIES, variant, rounds, threads, peers, peer, quick)
@@ -573,7 +573,7 @@ def _bench_stream(
     json: BenchJson = None,
 ) -> None:
     """Batches from activation stores in the page cache: GB/s of float32, for every dtype of the store."""
-    from training.bench.data import bench_stream
+    from .training.bench.data import bench_stream
 
     report = bench_stream(width, 8192, 256, 2, 3) if quick else bench_stream(width, repeats=rounds)
     _bench_report("stream", report, json)
@@ -587,7 +587,7 @@ def _bench_harvest(
     json: BenchJson = None,
 ) -> None:
     """A harvest of the embedded model against the bare forward passes of the same contexts, in turn."""
-    from training.bench.data import bench_harvest
+    from .training.bench.data import bench_harvest
 
     _bench_report("harvest", bench_harvest(tokens=2000 if quick else 50_000, dtype=dtype, repeats=rounds), json)
 
@@ -599,7 +599,7 @@ def _bench_loading(
     json: BenchJson = None,
 ) -> None:
     """A 16k x 2304 dictionary in other libraries' formats: time and memory of loading, over those of its bytes."""
-    from training.bench.loading import bench_loading
+    from .training.bench.loading import bench_loading
 
     _bench_report("loading", bench_loading(64, 32, 1) if quick else bench_loading(rounds=rounds), json)
 
@@ -612,7 +612,7 @@ def _bench_grid(
     json: BenchJson = None,
 ) -> None:
     """Several dictionaries over one stream against one alone, in turn, for several shapes."""
-    from training.bench.grid import SHAPES, bench_grid
+    from .training.bench.grid import SHAPES, bench_grid
 
     shapes = dict([*SHAPES.items()][:1]) if quick else SHAPES
     _bench_report("grid", bench_grid(members, rounds, shapes), json)
@@ -626,8 +626,8 @@ def _bench_gpu(
     json: BenchJson = None,
 ) -> None:
     """A TopK step on a CUDA GPU in bf16, and the encoder product it cannot do without."""
-    from training.bench.comparison import parse_shape
-    from training.bench.gpu import bench_gpu_step
+    from .training.bench.comparison import parse_shape
+    from .training.bench.gpu import bench_gpu_step
 
     _bench_report("gpu", bench_gpu_step(*parse_shape(shape)), json)
 
@@ -647,8 +647,8 @@ def _bench_plan(
 ) -> Any:
     import torch
 
-    from training.bench.comparison import LIBRARIES, QUICK_SHAPE, Plan, choose, parse_shape, peers_python
-    from training.recipe import parse_overrides
+    from .training.bench.comparison import LIBRARIES, QUICK_SHAPE, Plan, choose, parse_shape, peers_python
+    from .training.recipe import parse_overrides
 
     return Plan(
         shapes=tuple(map(parse_shape, shape)) if shape else (QUICK_SHAPE if quick else default,),
@@ -664,9 +664,9 @@ def _bench_plan(
 
 def _bench_report(name: str, report: dict[str, Any], json: str | None) -> None:
     """Print the tables, or the numbers of a flat report, and write the whole of it if asked to."""
-    from sae.files import write_json
-    from training.bench.comparison import tables
-    from training.bench.environment import environment
+    from .sae.files import write_json
+    from .training.bench.comparison import tables
+    from .training.bench.environment import environment
 
     report = {"bench": name, "environment": environment()} | report
     about = report["environment"]

@@ -1,0 +1,6 @@
+"""``python -m sparsary``: the same as the console script."""
+
+from . import main
+
+if __name__ == "__main__":
+    main()
