@@ -132,8 +132,8 @@ A GPT-2 architecture (4 layers, width 128, 4 heads, contexts of {CONTEXT_LENGTH}
 trained on the embedded corpus, so that demo, tests and studies run offline and against known structure. It knows the
 embedded language and nothing else.
 
-Made by `python -m sparsary.training.embedded.train`: seed {SEED}, {steps:,} steps of {BATCH_CONTEXTS} contexts ({tokens / 1e6:.1f} million
-tokens), AdamW, peak learning rate {PEAK_LR}, float32.
+Made by `python -m sparsary.training.embedded.train`: seed {SEED}, {steps:,} steps of {BATCH_CONTEXTS} contexts
+({tokens / 1e6:.1f} million tokens), AdamW, peak learning rate {PEAK_LR}, float32.
 
 Scores on 1,000 prompts per task whose combinations of names, nouns, events and years training never saw
 (`training/embedded/score.py`):
