@@ -102,7 +102,7 @@ def evaluate(
     place at once, and each alone, and so is a cross-layer transcoder. ``given`` is what other libraries' files leave open:
     ``model``, ``text`` (a tuple of files), ``hook`` and so on (see ``eval.opened.Given``).
     """
-    from .eval.opened import Given
+    from .eval.checkpoint import Given
     from .eval.suite import evaluate as run
 
     return run(directory, out, activations, tokens, given=Given(**given))
@@ -114,8 +114,8 @@ def features(directory: str, out: str | None = None, tokens: int | None = None, 
     Writes ``features.jsonl`` (one latent a line), ``features.json`` (what is returned) and ``features.html`` (to browse) into
     ``out``, or the folder ``features`` of the checkpoint.
     """
+    from .eval.checkpoint import Given
     from .eval.features.run import features as run
-    from .eval.opened import Given
 
     return run(directory, out, tokens, given=Given(**given))
 
@@ -157,7 +157,7 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        from .eval.opened import Given
+        from .eval.checkpoint import Given
         from .training.recipe import parse_overrides
 
         said = {name: arguments.pop(name) for name in options}
@@ -251,7 +251,8 @@ def _eval(
     given: Any = None,
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
-    from .eval.suite import Selection, evaluate_all, folders, summary
+    from .eval.checkpoint import folders
+    from .eval.suite import Selection, evaluate_all, summary
 
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}
@@ -464,7 +465,7 @@ def _info(
     given: Any = None,
 ) -> None:
     """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
-    from .eval.opened import open_checkpoint, sanity_of
+    from .eval.checkpoint import open_checkpoint, sanity_of
     from .training.inspect import describe
 
     lines, problems = describe(path, given.options(given.model), given.format, given.subfolder, given.revision)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .groups import Undefined
+from .undefined import Undefined
 
 LEVEL = 0.95
 RESAMPLES = 1000

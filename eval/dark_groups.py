@@ -12,7 +12,8 @@ from .dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
 from .dark_norms import NormRegressions
 from .dark_regression import RIDGE, needed_tokens
 from .dark_shares import Shares
-from .groups import MetricGroup, Predictions, Setting, Undefined, View
+from .groups import MetricGroup, Predictions, Setting, View
+from .undefined import Undefined
 
 SPLIT = "Error, linear and nonlinear"
 COST = "Cost of the error's parts"

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .bootstrap import ByDocument, Totals
-from .groups import Predictions, Undefined
+from .groups import Predictions
+from .undefined import Undefined
 
 PARTS = ("linear", "nonlinear")
 SIZES = tuple(f"{figure} {part}".strip() for figure in ("square", "norm") for part in ("", *PARTS))

@@ -22,8 +22,9 @@ from .dark_norms import NormRegressions
 from .dark_remedies import PARTS, EarlierLayer, parts_of, pursued
 from .dark_scaling import Scaling
 from .dark_shares import Shares
-from .groups import Passage, Setting, View, settled
+from .groups import Passage, Setting, View
 from .heldout import Ground, require_fitted, require_scored
+from .undefined import settled
 
 NORM_TARGETS = ("err_norm", "linear_norm", "nonlinear_norm", "reconstruction_norm", "reconstruction_and_nonlinear_norm")
 NORM_TARGETS = (*NORM_TARGETS, "input_norm")

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..training.activations.model import LanguageModel, next_token_loss
 from .bootstrap import ByDocument, Totals
-from .groups import MetricGroup, Predictions, Setting, Undefined, View, predictions
+from .groups import MetricGroup, Predictions, Setting, View, predictions
 from .streams import Quantiles
+from .undefined import Undefined
 
 SPLICES = ("spliced", "zero", "mean")
 ABLATED = (*SPLICES, "resample")

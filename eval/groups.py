@@ -5,7 +5,6 @@ entry. Everything a piece offers is computed when it is first asked for and shar
 judged in the same pass: a group pays for nothing that it does not read.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
@@ -23,15 +22,6 @@ from ..training.activations.model import LanguageModel, next_token_loss
 from ..training.activations.splice import Insertion, model_spliced
 from .heldout import Piece, logits_and_activations
 from .selection import PER_TOKEN, Selection
-
-NO_REASON = "not defined on this data"
-
-
-@dataclass(frozen=True)
-class Undefined:
-    """An entry that the data do not define; the report has ``null`` there and the reason under ``reasons``."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -247,19 +237,3 @@ class MetricGroup(ABC):
     @abstractmethod
     def report(self) -> dict[str, Any]:
         """Flat entries: strings, numbers, lists of them, ``None`` or ``Undefined``. Not-finite numbers become ``null``."""
-
-
-def settled(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries as JSON can hold them, and why those are ``None`` that are."""
-    values, reasons = {}, {}
-    for key, value in entries.items():
-        values[key] = value
-        if isinstance(value, Undefined):
-            values[key], reasons[key] = None, value.reason
-        elif value is None:
-            reasons[key] = NO_REASON
-        elif isinstance(value, float) and not math.isfinite(value):
-            values[key], reasons[key] = None, f"not a finite number: {value}"
-        elif isinstance(value, list):
-            values[key] = [None if isinstance(item, float) and not math.isfinite(item) else item for item in value]
-    return values, reasons

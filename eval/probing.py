@@ -10,7 +10,7 @@ from typing import Any
 
 from ..sae.files import write_json, write_text
 from . import factors, saebench, supervised
-from .opened import NOTHING, Given, open_checkpoint
+from .checkpoint import NOTHING, Given, open_checkpoint
 from .saebench import Task
 from .subject import Pooled, Subject, open_subject, pool, read_labelled
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..sae.code import SparseCode
 from ..sae.metrics import Moments, dead_fraction, density
 from .bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
-from .groups import MetricGroup, Setting, Undefined, View
+from .groups import MetricGroup, Setting, View
 from .streams import Counts, Quantiles
+from .undefined import Undefined
 
 # A latent firing on more tokens than this is dense: it carries little information about any of them.
 DENSE = 0.1

@@ -17,13 +17,13 @@ from ..training.activations.model import LanguageModel
 from ..training.activations.splice import Insertion, Place, latents_at, model_spliced
 from ..training.text import Cursor
 from ..transcoders.stack import hooks_of
+from .checkpoint import NOTHING, Given, Opened, open_checkpoint
 from .downstream import SPLICES, Downstream, ablations
-from .groups import settled
 from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
-from .opened import NOTHING, Given, Opened, open_checkpoint
 from .plots import show
 from .reconstruction import Reconstruction
 from .stack_page import render, short
+from .undefined import settled
 
 STACK_REPORT_VERSION = 1
 

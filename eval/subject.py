@@ -20,7 +20,7 @@ from ..training.embedded import corpus
 from ..training.recipe import HarvestSection, ModelSection, TextSection
 from ..training.text import contexts
 from ..transcoders.stack import hooks_of
-from .opened import NOTHING, Given, Opened, open_checkpoint
+from .checkpoint import NOTHING, Given, Opened, open_checkpoint
 
 BATCH_CONTEXTS = 16
 ROWS_AT_ONCE = 4096

@@ -13,18 +13,19 @@ from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.files import write_json, write_text
-from ..sae.formats.sanity import Sanity, doubts
 from ..training.text import Cursor
 from ..transcoders.stack import hooks_of
 from .cache import Beside, Nothing, content_of
+from .checkpoint import NOTHING, Given, Member, Opened, open_checkpoint
 from .explanations import REPORT_VERSION
-from .groups import MetricGroup, Passage, Setting, View, settled
+from .groups import MetricGroup, Passage, Setting, View
 from .heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
-from .opened import NOTHING, Given, Member, Opened, open_checkpoint
 from .page import render
 from .registry import GROUPS
+from .sanity import Sanity, doubts
 from .selection import PER_TOKEN, Selection
 from .stack import evaluate_opened, stack_summary
+from .undefined import settled
 
 ROWS_AT_ONCE = 4096
 
@@ -133,30 +134,6 @@ def judge_all(
         evaluate_opened(opened, out, tokens) if opened.in_place_together else next(found)
         for opened, out in zip(several, outs, strict=True)
     ]
-
-
-def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
-    """Where reports go: ``out`` itself for one checkpoint, for several a folder in it named as the checkpoint is.
-
-    Raises:
-        ValueError: If one is named twice, so that its report would be written twice.
-    """
-    twice = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
-    if twice:
-        raise ValueError(f"{twice[0]}: expected checkpoints that differ, got it twice. Leave one out.")
-    if out is None or len(checkpoints) == 1:
-        return [out] * len(checkpoints)
-    names = short_names(checkpoints)
-    return [str(Path(out) / name) for name in names]
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The ends of paths, as long as they have to be to differ; slashes are dashes."""
-    parts = [Path(path).resolve().parts for path in paths]
-    # Whole paths that are equal are of one place: they need not differ.
-    wanted = len(set(parts))
-    ends = (["-".join(part[-length:]).replace("/", "") for part in parts] for length in range(1, max(map(len, parts)) + 1))
-    return next(names for names in ends if len(set(names)) == wanted)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from scipy import stats
 
 from ...sae.files import json_number, write_json
 from ...training.activations.model import LanguageModel
-from ..opened import NOTHING, Given
+from ..checkpoint import NOTHING, Given
 from .ablation import ABLATIONS, filler
 from .edges import EdgeSpace
 from .faithfulness import (

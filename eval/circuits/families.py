@@ -12,7 +12,7 @@ from ...training.activations.model import LanguageModel, load_model
 from ...training.activations.sites import find_block, n_layers
 from ...training.recipe import ModelSection
 from ...transcoders.stack import hooks_of
-from ..opened import NOTHING, Given, Opened, open_checkpoint
+from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
 from ..subject import neuron_hook
 from .nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .randomised import random_like

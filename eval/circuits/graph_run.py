@@ -13,9 +13,9 @@ from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.stack import Stack, hooks_of
-from .. import opened as loading
+from .. import checkpoint as loading
+from ..checkpoint import NOTHING, Given
 from ..features.predicates import token_texts
-from ..opened import NOTHING, Given
 from .graph import AttributionGraph, graph_of
 from .graph_export import Labels, as_json, write
 from .graph_interventions import EFFECTS, PLACES, intervene, most_influential, replaced

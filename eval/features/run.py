@@ -13,7 +13,7 @@ from ...sae.files import replacing, write_json, write_text
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.stack import hooks_of
-from ..opened import NOTHING, Given, Opened, open_checkpoint
+from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
 from .chat import Chat, Endpoint, LocalChat
 from .collect import Limits, Source, collect
 from .explain import Evidence, evidence, judge

@@ -6,8 +6,9 @@ import torch
 
 from sparsary.eval.bootstrap import RESAMPLES, SEED, ByDocument
 from sparsary.eval.downstream import SplicedModel, scattered
-from sparsary.eval.groups import Passage, Setting, Undefined, View
+from sparsary.eval.groups import Passage, Setting, View
 from sparsary.eval.heldout import pieces
+from sparsary.eval.undefined import Undefined
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import Cursor

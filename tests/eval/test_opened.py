@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import sparsary
+from sparsary.eval.checkpoint import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
 from sparsary.eval.circuits.families import open_dictionaries
 from sparsary.eval.circuits.nodes import NodeSpace
 from sparsary.eval.circuits.randomised import random_like
 from sparsary.eval.features.run import features
-from sparsary.eval.opened import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
 from sparsary.eval.suite import evaluate, evaluate_all, judge_all
 from sparsary.sae.formats import FORMATS, write_dictionary
 from sparsary.transcoders.convert import convert

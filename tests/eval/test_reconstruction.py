@@ -8,10 +8,11 @@ import torch
 
 from sparsary.eval import redundancy
 from sparsary.eval.explanations import INTRODUCTION
-from sparsary.eval.groups import Setting, Undefined, View, settled
+from sparsary.eval.groups import Setting, View
 from sparsary.eval.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
 from sparsary.eval.redundancy import Redundancy, max_cosines
 from sparsary.eval.streams import Counts, Quantiles
+from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE, SparseCode
 from sparsary.transcoders.transcoder import Transcoder
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import sparsary
+from sparsary.eval.checkpoint import folders
 from sparsary.eval.explanations import EXPLANATIONS
-from sparsary.eval.suite import evaluate, evaluate_all, folders, summary
+from sparsary.eval.suite import evaluate, evaluate_all, summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
 from sparsary.training.run import train

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
+from sparsary.eval.sanity import sanity
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.formats.sanity import sanity
 from sparsary.transcoders import Transcoder
 
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..dictionary import SparseDictionary
-from ..metrics import RunningFvu, dead_fraction
+from ..sae.dictionary import SparseDictionary
+from ..sae.metrics import RunningFvu, dead_fraction
 
 ROWS_AT_ONCE = 4096
 # Beyond these, something is wrong with what was loaded or what it was given, not with how well it was trained.

@@ -7,7 +7,7 @@ nothing: what is missing is said by whoever asks, or is what a recipe would have
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +21,13 @@ from ..sae.dictionary import SparseDictionary
 from ..sae.files import sha256
 from ..sae.formats import Options
 from ..sae.formats.hooks import architecture_of, to_module
-from ..sae.formats.sanity import Sanity, sanity
 from ..training.checks import explain
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
 from ..training.text import Cursor
 from ..transcoders.load import find
 from ..transcoders.stack import hooks_of
 from .heldout import ground
+from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
 # Nothing is known to have been trained on: all documents are held out.
@@ -285,3 +285,27 @@ def sanity_of(opened: Opened, tokens: int) -> dict[str, Sanity]:
             )
         found[writes[0]] = sanity(dictionary, x, None if reads == writes else y)
     return found
+
+
+def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
+    """Where reports go: ``out`` itself for one checkpoint, for several a folder in it named as the checkpoint is.
+
+    Raises:
+        ValueError: If one is named twice, so that its report would be written twice.
+    """
+    twice = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: expected checkpoints that differ, got it twice. Leave one out.")
+    if out is None or len(checkpoints) == 1:
+        return [out] * len(checkpoints)
+    names = short_names(checkpoints)
+    return [str(Path(out) / name) for name in names]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The ends of paths, as long as they have to be to differ; slashes are dashes."""
+    parts = [Path(path).resolve().parts for path in paths]
+    # Whole paths that are equal are of one place: they need not differ.
+    wanted = len(set(parts))
+    ends = (["-".join(part[-length:]).replace("/", "") for part in parts] for length in range(1, max(map(len, parts)) + 1))
+    return next(names for names in ends if len(set(names)) == wanted)
