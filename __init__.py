@@ -365,7 +365,7 @@ def _circuits(
 ) -> None:
     """Are the latents the model's own parts? Circuits of them, against neurons, heads and random features: circuits.html."""
     if prompt is not None:
-        from .eval.circuits.graph_run import run_graph
+        from .eval.attribution_graphs.run import run_graph
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")

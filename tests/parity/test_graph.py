@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsary.eval.circuits.graph import attribution_graph
-from sparsary.eval.circuits.graph_run import save
+from sparsary.eval.attribution_graphs.graph import attribution_graph
+from sparsary.eval.attribution_graphs.run import save
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsary.eval.circuits.graph import graph_of
-from sparsary.eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, replaced
-from sparsary.eval.circuits.graph_linear import LocalReplacement
-from sparsary.eval.circuits.graph_run import open_checkpoint
+from sparsary.eval.attribution_graphs.graph import graph_of
+from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, replaced
+from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
+from sparsary.eval.attribution_graphs.run import open_checkpoint
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import TextSection
 from sparsary.training.text import contexts

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sparsary.eval.attribution_graphs.paths import Circuit
 from sparsary.eval.circuits.connections import Connections, transcoders_by_layer
-from sparsary.eval.circuits.paths import Circuit
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.anatomy import Anatomy
 from sparsary.training.activations.sites import site_hooks

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.graph import attribution_graph, graph_of, target_vectors
-from sparsary.eval.circuits.graph_linear import LocalReplacement
-from sparsary.eval.circuits.graph_replacement import Replacement
-from sparsary.eval.circuits.paths import Circuit
+from sparsary.eval.attribution_graphs.graph import attribution_graph, graph_of, target_vectors
+from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
+from sparsary.eval.attribution_graphs.paths import Circuit
+from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.anatomy import Anatomy
 from sparsary.transcoders import CrossLayerTranscoder

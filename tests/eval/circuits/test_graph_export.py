@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsary.eval.circuits.graph import AttributionGraph, Target
-from sparsary.eval.circuits.graph_export import Labels, as_json, cantor, write
-from sparsary.eval.circuits.graph_linear import Active
-from sparsary.eval.circuits.graph_notes import Note, Window
-from sparsary.eval.circuits.graph_page import page_data, render
-from sparsary.eval.circuits.graph_run import save
+from sparsary.eval.attribution_graphs.export import Labels, as_json, cantor, write
+from sparsary.eval.attribution_graphs.graph import AttributionGraph, Target
+from sparsary.eval.attribution_graphs.labels import Note, Window
+from sparsary.eval.attribution_graphs.local_replacement_model import Active
+from sparsary.eval.attribution_graphs.page_data import page_data
+from sparsary.eval.attribution_graphs.run import save
+from sparsary.eval.circuits.graph_page import render
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

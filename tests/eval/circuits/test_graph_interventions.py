@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.graph import graph_of
-from sparsary.eval.circuits.graph_interventions import EFFECTS, intervene, most_influential, predict, replaced
-from sparsary.eval.circuits.graph_linear import LocalReplacement
-from sparsary.eval.circuits.graph_replacement import Replacement
+from sparsary.eval.attribution_graphs.graph import graph_of
+from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, predict, replaced
+from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
+from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.sae import ENCODERS
 from sparsary.training.activations.anatomy import Anatomy

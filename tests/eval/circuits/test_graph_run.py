@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from sparsary.eval.circuits.graph_notes import read_records
-from sparsary.eval.circuits.graph_run import open_checkpoint, run_graph
+from sparsary.eval.attribution_graphs.labels import read_records
+from sparsary.eval.attribution_graphs.run import open_checkpoint, run_graph
 from sparsary.sae import ENCODERS, SAE
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder

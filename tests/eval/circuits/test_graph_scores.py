@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.circuits.graph_scores import influence, normalised, partial_influence, prune, scores
+from sparsary.eval.attribution_graphs.pruning import influence, normalised, partial_influence, prune, scores
 
 # Two latents of a lower layer, one of an upper; one error; two tokens; two logits.
 A = np.zeros((8, 8))

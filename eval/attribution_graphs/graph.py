@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ...training.activations.anatomy import Anatomy
 from ...training.activations.model import LanguageModel
-from .graph_linear import Active, LocalReplacement, Slopes
-from .graph_replacement import Dictionaries, Replacement
-from .graph_scores import SMALLEST_SUM, Pruned, Scores, influence, partial_influence, prune, scores
+from .local_replacement_model import Active, LocalReplacement, Slopes
+from .pruning import SMALLEST_SUM, Pruned, Scores, influence, partial_influence, prune, scores
+from .replacement_model import Dictionaries, Replacement
 
 MAX_LOGITS, LOGIT_MASS = 10, 0.95
 # Targets at a time: bounds what is held at once, targets x layers x positions x d_model numbers.

@@ -15,15 +15,15 @@ from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.stack import Stack, hooks_of
 from .. import checkpoint as loading
 from ..checkpoint import NOTHING, Given
+from ..circuits.graph_page import render
 from ..features.predicates import token_texts
+from .export import Labels, as_json, write
 from .graph import AttributionGraph, graph_of
-from .graph_export import Labels, as_json, write
-from .graph_interventions import EFFECTS, PLACES, intervene, most_influential, replaced
-from .graph_linear import LocalReplacement
-from .graph_notes import Latent, Note, latents_of, read_heldout, read_records, with_promoted
-from .graph_page import render
-from .graph_replacement import Replacement, layers_of, require_model
-from .graph_scores import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
+from .interventions import EFFECTS, PLACES, intervene, most_influential, replaced
+from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
+from .local_replacement_model import LocalReplacement
+from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
+from .replacement_model import Replacement, layers_of, require_model
 
 PAGE_FILE = "graph.html"
 DEFAULT_TOKENS = 60_000

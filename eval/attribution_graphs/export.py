@@ -13,8 +13,8 @@ from typing import Any
 
 from ...sae.files import write_json
 from .graph import AttributionGraph
-from .graph_notes import Latent, Note
-from .graph_scores import Pruned
+from .labels import Latent, Note
+from .pruning import Pruned
 
 SCHEMA_VERSION = 1
 GRAPH_FILE, INDEX_FILE, LATENTS_FOLDER = "graph.json", "graph-metadata.json", "features"

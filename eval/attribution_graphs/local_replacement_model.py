@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...training.activations.anatomy import Anatomy, Norm
-from .graph_replacement import Replacement
+from .replacement_model import Replacement
 
 
 @dataclass(frozen=True)

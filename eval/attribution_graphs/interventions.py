@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ...training.activations.splice import model_spliced
 from .graph import AttributionGraph, target_vectors
-from .graph_linear import LocalReplacement
-from .graph_measured import Measured, kept_positions
+from .local_replacement_model import LocalReplacement
+from .perturbed_runs import Measured, kept_positions
 
 BATCH_RUNS = 32
 EFFECTS = ("direct", "total")

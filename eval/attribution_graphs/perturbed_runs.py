@@ -9,7 +9,7 @@ from torch import Tensor
 from ...sae.code import SparseCode
 from ...training.activations.splice import Edit, model_spliced
 from .graph import AttributionGraph
-from .graph_linear import LocalReplacement
+from .local_replacement_model import LocalReplacement
 
 Reader = Callable[[Tensor], Tensor | None]
 

@@ -21,7 +21,7 @@ from ...training.recipe import HarvestSection, TextSection
 from ...training.text import contexts
 from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Batch, Collector, Limits
 from ..features.run import RECORDS_FILE
-from .graph_replacement import Replacement
+from .replacement_model import Replacement
 
 # A latent by its layer and its number there.
 Latent = tuple[int, int]

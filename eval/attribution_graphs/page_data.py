@@ -1,0 +1,81 @@
+"""The data that an attribution graph's page shows."""
+
+from typing import Any
+
+from .export import Labels
+from .graph import KINDS, AttributionGraph
+from .labels import Note
+from .pruning import Pruned, normalised
+
+# Activations in a context are shaded no finer.
+SHADES = 100
+
+
+def page_data(graph: AttributionGraph, pruned: Pruned, labels: Labels) -> dict[str, Any]:
+    """What the page's script draws: nodes by place in a list, edges by these places, strongest first."""
+    kept = pruned.nodes.nonzero()[:, 0].tolist()
+    places = {number: place for place, number in enumerate(kept)}
+    reached = graph.influence + graph.weights
+    shares = normalised(graph.adjacency)
+    targets, sources = pruned.edges.nonzero(as_tuple=True)
+    strength = (shares * reached[:, None])[targets, sources]
+    order = strength.argsort(descending=True, stable=True)
+    columns = (targets[order], sources[order])
+    edges = [
+        [places[source], places[target], _rounded(weight), _rounded(share), _rounded(size)]
+        for target, source, weight, share, size in zip(
+            *(column.tolist() for column in (*columns, graph.adjacency[columns], shares[columns], strength[order])), strict=True
+        )
+    ]
+    whole = float(graph.weights.sum())
+    nodes = [_node(graph, number, float(reached[number]) / whole) for number in kept]
+    return {
+        "tokens": [_visible(token) for token in labels.tokens],
+        "layers": graph.n_layers,
+        "targets": [_visible(text) for text in labels.targets],
+        "nodes": nodes,
+        "edges": edges,
+        "notes": {f"{layer}.{latent}": _note(note) for (layer, latent), note in labels.notes.items()},
+    }
+
+
+def _node(graph: AttributionGraph, number: int, share: float) -> list[Any]:
+    """Kind, layer, position, index, share of influence, value or probability, total and constant."""
+    node, value = graph.node(number), None
+    if node.kind == "latent":
+        value = float(graph.active.values[number])
+    elif node.kind == "logit":
+        value = graph.targets[number - graph.logits.start].probability
+    has_row = node.kind in ("latent", "logit")
+    total, constant = (_rounded(float(x[number])) if has_row else None for x in (graph.totals, graph.constants))
+    place = number - graph.logits.start if node.kind == "logit" else node.index
+    number_of_kind = KINDS.index(node.kind)
+    shown = None if value is None else _rounded(value)
+    return [number_of_kind, node.layer, node.position, place, _rounded(share), shown, total, constant]
+
+
+def _note(note: Note) -> dict[str, Any]:
+    top = note.maximum or 1.0
+    return {
+        "label": note.label,
+        "maximum": note.maximum and _rounded(note.maximum),
+        "density": note.density and _rounded(note.density),
+        "promoted": [_visible(token) for token in note.promoted],
+        "suppressed": [_visible(token) for token in note.suppressed],
+        "windows": [
+            [
+                list(window.tokens),
+                [round(SHADES * max(0.0, min(1.0, value / top))) for value in window.activations],
+                window.peak,
+            ]
+            for window in note.windows
+        ],
+    }
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
