@@ -18,6 +18,7 @@ from ...sae.files import json_number, write_json
 from ...training.activations.model import LanguageModel
 from ..checkpoint import NOTHING, Given
 from .ablation import ABLATIONS, filler
+from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .edges import EdgeSpace
 from .faithfulness import (
     LEVELS,
@@ -33,7 +34,6 @@ from .faithfulness import (
     smallest_size,
     stability,
 )
-from .families import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching

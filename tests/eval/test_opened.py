@@ -9,7 +9,7 @@ import torch
 
 import sparsary
 from sparsary.eval.checkpoint import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
-from sparsary.eval.circuits.families import open_dictionaries
+from sparsary.eval.circuits.compared_units import open_dictionaries
 from sparsary.eval.circuits.nodes import NodeSpace
 from sparsary.eval.circuits.randomised import random_like
 from sparsary.eval.features.run import features

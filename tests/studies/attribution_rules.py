@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from sparsary.eval.circuits.families import components, mlp_neurons, open_dictionaries
+from sparsary.eval.circuits.compared_units import components, mlp_neurons, open_dictionaries
 from sparsary.eval.circuits.methods import Method, Scores
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
 from sparsary.eval.circuits.methods.baselines import ActivationMagnitude

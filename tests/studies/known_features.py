@@ -21,8 +21,8 @@ import torch
 from scipy.stats import t
 
 from sparsary.eval.circuits.ablation import filler
+from sparsary.eval.circuits.compared_units import neurons
 from sparsary.eval.circuits.faithfulness import Trials, curve, ranked, smallest_size
-from sparsary.eval.circuits.families import neurons
 from sparsary.eval.circuits.known import KNOWN, Known, rotated
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.nodes import Latents, NodeSpace

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from sparsary.eval.circuits.families import components
+from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.certified import Certified, lower_bound, radius

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.families import components
+from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
