@@ -6,7 +6,7 @@ from functools import partial
 from .compiled import EDGES, program
 from .files import load_toy
 from .handbuilt import fraction, gate, induction, reverse
-from .known import ABLATIONS, Known, edge_names, node_names
+from .known_circuit import ABLATIONS, Known, edge_names, node_names
 from .modular import clock
 from .rotation import rotated
 from .siit import PROGRAMS, trained

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..pairs import Pairs, Question
 from .files import load_toy
 from .handbuilt import equal_pairs, fraction_pairs, made, reverse_pairs
-from .known import Known
+from .known_circuit import Known
 from .toy import ToyTransformer
 
 REVERSE = "embed->a3.h0.v a3.h0->logits"

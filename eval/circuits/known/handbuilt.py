@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....training.activations.model import LanguageModel
 from ..pairs import Pairs, Question
-from .known import Known, ends, wired
+from .known_circuit import Known, ends, wired
 from .toy import ToyConfig, ToyTransformer, blank
 from .wiring import Stream, write_head, write_neurons
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..pairs import Pairs, Question
 from .handbuilt import BETA, equal_pairs, made
-from .known import Known
+from .known_circuit import Known
 from .toy import ToyConfig, ToyTransformer, blank
 from .wiring import Stream, write_head, write_neurons
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ....training.activations.model import LanguageModel
-from .known import Known
+from .known_circuit import Known
 from .toy import ToyTransformer
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..pairs import Pairs, Question
 from .handbuilt import equal_pairs, made
-from .known import Known, node_names
+from .known_circuit import Known, node_names
 from .toy import ToyConfig, ToyTransformer
 
 BEHAVIOUR, INTERCHANGE, STRICT = 1.0, 1.0, 0.4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.known import KNOWN, ToyConfig, edge_names, node_names
-from sparsary.eval.circuits.known.known import ends, wired
+from sparsary.eval.circuits.known.known_circuit import ends, wired
 
 # Those that are trained have tests of their own.
 AT_ONCE = [name for name in KNOWN if not name.startswith("siit_")]
