@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .ablation import Filler
-from .methods.scores import Scores
+from .methods.method import Scores
 from .pairs import Pairs
 from .ranking import ordered
 from .space import Space, State

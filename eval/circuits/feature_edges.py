@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .methods.scores import BATCH
+from .methods.method import BATCH
 from .nodes import NodeSpace, Part
 from .pairs import Pairs
 from .passes import Cost, Seen

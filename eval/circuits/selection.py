@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .edge_list import EdgeList
 from .faithfulness import ranked
-from .methods.scores import Scores
+from .methods.method import Scores
 
 REDUCTIONS = ("max", "sum")
 

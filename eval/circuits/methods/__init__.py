@@ -8,9 +8,9 @@ from .edge_pruning import EdgePruning
 from .exact import ExactPatching
 from .flow import FlowRoutes
 from .integrated import IntegratedActivations, IntegratedInputs
+from .method import Method, Scores
 from .query import QueryCircuits
 from .relevance import RelevancePatching
-from .scores import Method, Scores
 
 METHODS: dict[str, type[Method]] = {
     "attribution": AttributionPatching,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pairs import Pairs
 from ..space import Space
-from .scores import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, Scores, score_batches
 
 ENDS = ("clean", "corrupted")
 

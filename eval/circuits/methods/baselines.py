@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..pairs import Pairs
 from ..space import Space, State
-from .scores import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, Scores, score_batches
 
 MAGNITUDES = ("difference", "clean")
 

@@ -23,7 +23,7 @@ from ..passes import Cost
 from ..ranking import largest, strengths
 from ..space import Space
 from .attribution import AttributionPatching
-from .scores import Method, Scores
+from .method import Method, Scores
 
 # Of all units, where neither a size nor a threshold is given.
 SHARE = 0.1

@@ -23,7 +23,7 @@ from ..nodes import Coordinates, NodeSpace, Part
 from ..pairs import Pairs
 from ..passes import Seen
 from ..space import Space
-from .scores import BATCH, Method, Scores
+from .method import BATCH, Method, Scores
 
 TOKENS = ("mean", "last")
 COUNTS = ("nodes", "pairs")

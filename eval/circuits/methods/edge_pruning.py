@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ablation import divergence
 from ..pairs import Pairs
 from ..space import Space, State
-from .scores import BATCH, Method, Scores
+from .method import BATCH, Method, Scores
 
 LOSSES = ("kl", "metric")
 # Of the hard concrete distribution, as published: its temperature, how far it is stretched beyond 0 and 1, and how far the

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pairs import Pairs
 from ..space import Space, State
-from .scores import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, Scores, score_batches
 
 DIRECTIONS = ("noising", "denoising", "both")
 ROWS = 128

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..edges import EdgeSpace
 from ..pairs import Pairs
 from ..space import Space
-from .scores import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, Scores, score_batches
 
 
 class FlowRoutes(Method):

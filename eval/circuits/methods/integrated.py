@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..pairs import Pairs
 from ..space import Space, State
-from .scores import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, Scores, score_batches
 
 # Where in each step of the way a slope is taken: at its clean end, its corrupted end, or between.
 POINTS = {"clean": 0.0, "middle": 0.5, "corrupted": 1.0}

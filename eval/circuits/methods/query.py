@@ -21,7 +21,7 @@ from ..passes import Cost
 from ..ranking import largest
 from ..space import Space
 from .integrated import IntegratedInputs
-from .scores import Method, Scores
+from .method import Method, Scores
 
 N_VARIANTS = 9
 # Of integrated gradients, as published.

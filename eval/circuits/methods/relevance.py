@@ -21,7 +21,7 @@ from ....training.activations.sites import find_block, n_layers
 from ..pairs import Pairs
 from ..space import Space
 from .attribution import linear_scores, require_end
-from .scores import BATCH, Method, Scores
+from .method import BATCH, Method, Scores
 
 # By class name, as libraries have classes of their own; a ReLU is its own identity rule.
 SMOOTH = re.compile("gelu|silu|swish|mish", re.IGNORECASE)

@@ -5,7 +5,7 @@ import torch
 
 from sparsary.eval.circuits.edge_list import EdgeList
 from sparsary.eval.circuits.faithfulness import members, ranked
-from sparsary.eval.circuits.methods.scores import Scores
+from sparsary.eval.circuits.methods.method import Scores
 from sparsary.eval.circuits.passes import Cost
 from sparsary.eval.circuits.selection import among, grown, node_scores, pruned, weighted_count
 

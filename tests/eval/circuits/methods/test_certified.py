@@ -9,7 +9,7 @@ from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.certified import Certified, lower_bound, radius
-from sparsary.eval.circuits.methods.scores import Method, Scores
+from sparsary.eval.circuits.methods.method import Method, Scores
 from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.pairs import Pairs, Question
 from sparsary.eval.circuits.passes import Cost

@@ -7,8 +7,8 @@ from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
+from sparsary.eval.circuits.methods.method import Method, Scores
 from sparsary.eval.circuits.methods.query import QueryCircuits, deviation, ndf, query_circuits, single_scores, variants_of
-from sparsary.eval.circuits.methods.scores import Method, Scores
 from sparsary.eval.circuits.nodes import NodeSpace
 from sparsary.eval.circuits.passes import Cost
 from sparsary.eval.circuits.ranking import largest
