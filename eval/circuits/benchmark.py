@@ -20,7 +20,12 @@ from ..checkpoint import NOTHING, Given
 from .ablation import ABLATIONS, filler
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .edges import EdgeSpace
-from .faithfulness import (
+from .feature_edges import feature_edges
+from .methods import METHODS, Method, Scores
+from .methods.exact import ExactPatching
+from .nodes import NodeSpace
+from .report_page import render
+from .scoring.faithfulness import (
     LEVELS,
     Curve,
     Trials,
@@ -34,11 +39,6 @@ from .faithfulness import (
     smallest_size,
     stability,
 )
-from .feature_edges import feature_edges
-from .methods import METHODS, Method, Scores
-from .methods.exact import ExactPatching
-from .nodes import NodeSpace
-from .report_page import render
 from .space import Space
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved

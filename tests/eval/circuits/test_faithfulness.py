@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.ablation import filler
-from sparsary.eval.circuits.faithfulness import (
+from sparsary.eval.circuits.methods import METHODS, Scores
+from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.passes import Cost
+from sparsary.eval.circuits.scoring.faithfulness import (
     Curve,
     Trials,
     bootstrap,
@@ -21,9 +24,6 @@ from sparsary.eval.circuits.faithfulness import (
     smallest_size,
     stability,
 )
-from sparsary.eval.circuits.methods import METHODS, Scores
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
-from sparsary.eval.circuits.passes import Cost
 
 
 def synthetic(faithfulness, sizes, n_units, pairs=5, complements=None):
@@ -132,7 +132,7 @@ def test_the_smallest_size_is_to_the_unit(space, pairs):
 
 @pytest.mark.slow
 def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr("sparsary.eval.circuits.faithfulness.RESAMPLES", 150)
+    monkeypatch.setattr("sparsary.eval.circuits.scoring.faithfulness.RESAMPLES", 150)
     rng, hits, widths = np.random.default_rng(0), 0, []
     for seed in range(40):
         full, empty = rng.normal(3.0, 0.5, 40), rng.normal(1.0, 0.5, 40)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from sparsary.eval.circuits.roc import at_true_size, average_precision, roc_auc
+from sparsary.eval.circuits.scoring.roc import at_true_size, average_precision, roc_auc
 
 
 @pytest.fixture(params=["apart", "tied"])

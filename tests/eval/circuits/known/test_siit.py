@@ -5,7 +5,7 @@ import torch
 
 from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer, node_names
 from sparsary.eval.circuits.known.siit import PROGRAMS, TOLERANCE, _swapped, _watched, distances_of, prompts, train, trained
-from sparsary.eval.circuits.roc import roc_auc
+from sparsary.eval.circuits.scoring.roc import roc_auc
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from sparsary.eval.circuits.edges import EdgeSpace
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods.edge_pruning import EdgePruning, chance_kept, kept_units, sample_mask
 from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
-from sparsary.eval.circuits.roc import roc_auc
-from sparsary.eval.circuits.selection import node_scores
+from sparsary.eval.circuits.scoring.edge_circuits import node_scores
+from sparsary.eval.circuits.scoring.roc import roc_auc
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .edge_list import EdgeList
+from ..edge_list import EdgeList
+from ..methods.method import Scores
 from .faithfulness import ranked
-from .methods.method import Scores
 
 REDUCTIONS = ("max", "sum")
 
