@@ -355,7 +355,7 @@ def stream_model():
 @pytest.fixture(scope="session")
 def random_pairs():
     """Builds pairs that differ at positions 1 and 3, with one question at the end of each; padded to the longest."""
-    from sparsary.eval.circuits.pairs import Pairs, Question
+    from sparsary.eval.circuits.tasks.pairs import Pairs, Question
 
     def build(n=5, positions=6, lengths=None, metric="logit_diff"):
         generator = torch.Generator().manual_seed(3)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .methods.method import BATCH
 from .nodes import NodeSpace, Part
-from .pairs import Pairs
 from .passes import Cost, Seen
 from .space import State
+from .tasks.pairs import Pairs
 
 
 @dataclass(frozen=True, eq=False)

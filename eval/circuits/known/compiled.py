@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pairs import Pairs, Question
+from ..tasks.pairs import Pairs, Question
 from .files import load_toy
 from .handbuilt import equal_pairs, fraction_pairs, made, reverse_pairs
 from .known_circuit import Known

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
-from ..pairs import Pairs, Question
+from ..tasks.pairs import Pairs, Question
 from .known_circuit import Known, ends, wired
 from .toy import ToyConfig, ToyTransformer, blank
 from .wiring import Stream, write_head, write_neurons

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
-from ..pairs import Pairs
+from ..tasks.pairs import Pairs
 from .toy import ToyConfig, ToyTransformer
 
 ABLATIONS = ("resample", "zero")

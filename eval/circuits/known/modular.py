@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pairs import Pairs, Question
+from ..tasks.pairs import Pairs, Question
 from .handbuilt import BETA, equal_pairs, made
 from .known_circuit import Known
 from .toy import ToyConfig, ToyTransformer, blank

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..pairs import Pairs, Question
+from ..tasks.pairs import Pairs, Question
 from .handbuilt import equal_pairs, made
 from .known_circuit import Known, node_names
 from .toy import ToyConfig, ToyTransformer

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pairs import Pairs
 from ..space import Space, State
+from ..tasks.pairs import Pairs
 from .method import BATCH, Method, Scores, score_batches
 
 MAGNITUDES = ("difference", "clean")

@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..nodes import Coordinates, NodeSpace, Part
-from ..pairs import Pairs
 from ..passes import Seen
 from ..space import Space
+from ..tasks.pairs import Pairs
 from .method import BATCH, Method, Scores
 
 TOKENS = ("mean", "last")

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..ablation import divergence
-from ..pairs import Pairs
 from ..space import Space, State
+from ..tasks.pairs import Pairs
 from .method import BATCH, Method, Scores
 
 LOSSES = ("kl", "metric")

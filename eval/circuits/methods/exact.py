@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pairs import Pairs
 from ..space import Space, State
+from ..tasks.pairs import Pairs
 from .method import BATCH, Method, Scores, score_batches
 
 DIRECTIONS = ("noising", "denoising", "both")

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..edges import EdgeSpace
-from ..pairs import Pairs
 from ..space import Space
+from ..tasks.pairs import Pairs
 from .method import BATCH, Method, Scores, score_batches
 
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..pairs import Pairs
 from ..passes import Cost
 from ..space import Space
+from ..tasks.pairs import Pairs
 
 BATCH = 32
 

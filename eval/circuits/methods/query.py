@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..pairs import Pairs
 from ..passes import Cost
 from ..ranking import largest
 from ..space import Space
+from ..tasks.pairs import Pairs
 from .integrated import IntegratedInputs
 from .method import Method, Scores
 

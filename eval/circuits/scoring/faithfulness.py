@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..ablation import Filler
 from ..methods.method import Scores
-from ..pairs import Pairs
 from ..ranking import ordered
 from ..space import Space, State
+from ..tasks.pairs import Pairs
 
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

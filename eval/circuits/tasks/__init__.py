@@ -4,10 +4,10 @@ from pathlib import Path
 
 from ....training.activations.model import LanguageModel
 from ....training.embedded.corpus import SPLITS
-from ..pairs import Pairs
 from . import embedded, english
 from .competence import Competence, competence, require_solved
 from .files import read_pairs, write_pairs
+from .pairs import Pairs
 from .reader import Reader
 from .task import Corruption, Request, Task, assemble, choose, distinct, nearest, same_length
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
-from ..pairs import Pairs
+from .pairs import Pairs
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from random import Random
 
 from ....training.embedded import lexicon
 from ....training.embedded.corpus import Prompt, prompts
-from ..pairs import Question
 from . import corruptions
+from .pairs import Question
 from .task import Corruption, Example, Request, Variant, with_subject_end
 
 # What tasks call a role in both languages, where the corpus has another word for it.

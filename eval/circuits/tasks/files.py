@@ -20,7 +20,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ....training.activations.model import LanguageModel
-from ..pairs import Pairs, Question
+from .pairs import Pairs, Question
 from .published import from_csv, from_json
 from .reader import Reader
 from .task import Example, assemble, same_length

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from ....training.activations.model import LanguageModel
-from ..pairs import Pairs, Question
+from .pairs import Pairs, Question
 from .reader import Reader
 
 # How many draws in a row may repeat what is there before a task counts as exhausted.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.pairs import Pairs, Question
+from sparsary.eval.circuits.tasks.pairs import Pairs, Question
 
 
 def _llama_heads(module, attention, x, head):

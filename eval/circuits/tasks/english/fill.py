@@ -6,7 +6,7 @@ from random import Random
 from string import Formatter
 from typing import Any, NamedTuple
 
-from ...pairs import Question
+from ..pairs import Question
 from ..reader import Reader
 from ..task import Corruption, Example, Request, Variant, with_subject_end
 

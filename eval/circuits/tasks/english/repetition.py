@@ -6,8 +6,8 @@ Source: Olsson et al. 2022, arXiv:2209.11895; lists of 20 as in the data of EAP-
 from collections.abc import Iterator
 from random import Random
 
-from ...pairs import Question
 from ..corruptions import INDUCTION, reordered
+from ..pairs import Question
 from ..task import Example, Request, Variant
 
 LENGTH = 20

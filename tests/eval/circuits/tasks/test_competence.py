@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from sparsary.eval.circuits.pairs import Pairs, Question
 from sparsary.eval.circuits.tasks import competence, require_solved
 from sparsary.eval.circuits.tasks.competence import wilson
+from sparsary.eval.circuits.tasks.pairs import Pairs, Question
 from sparsary.training.activations.model import LanguageModel
 
 # Logits of tokens 0, 1 and 2 after each token: the answer 0 leads by 3, by 1, and is behind by 2.
