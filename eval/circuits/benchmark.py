@@ -17,13 +17,10 @@ from scipy import stats
 from ...sae.files import json_number, write_json
 from ...training.activations.model import LanguageModel
 from ..checkpoint import NOTHING, Given
-from .ablation import ABLATIONS, filler
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
-from .edges import EdgeSpace
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
-from .nodes import NodeSpace
 from .report_page import render
 from .scoring.faithfulness import (
     LEVELS,
@@ -39,9 +36,12 @@ from .scoring.faithfulness import (
     smallest_size,
     stability,
 )
-from .space import Space
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved
+from .units.ablation import ABLATIONS, filler
+from .units.edges import EdgeSpace
+from .units.nodes import NodeSpace
+from .units.space import Space
 
 SCHEMA_VERSION = 1
 DEFAULT_TASKS = ("ioi",)

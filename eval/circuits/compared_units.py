@@ -14,8 +14,8 @@ from ...training.recipe import ModelSection
 from ...transcoders.stack import hooks_of
 from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
 from ..subject import neuron_hook
-from .nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
-from .randomised import random_like
+from .units.nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
+from .units.random_latents import random_like
 
 # Families that a checkpoint makes, and those that stand beside them once.
 FAMILIES_EACH, BASELINES = 5, 3

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .methods.method import BATCH
-from .nodes import NodeSpace, Part
-from .passes import Cost, Seen
-from .space import State
 from .tasks.pairs import Pairs
+from .units.nodes import NodeSpace, Part
+from .units.passes import Cost, Seen
+from .units.space import State
 
 
 @dataclass(frozen=True, eq=False)

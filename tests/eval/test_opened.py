@@ -10,8 +10,8 @@ import torch
 import sparsary
 from sparsary.eval.checkpoint import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
 from sparsary.eval.circuits.compared_units import open_dictionaries
-from sparsary.eval.circuits.nodes import NodeSpace
-from sparsary.eval.circuits.randomised import random_like
+from sparsary.eval.circuits.units.nodes import NodeSpace
+from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.eval.features.run import features
 from sparsary.eval.suite import evaluate, evaluate_all, judge_all
 from sparsary.sae.formats import FORMATS, write_dictionary

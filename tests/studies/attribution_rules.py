@@ -32,9 +32,9 @@ from sparsary.eval.circuits.methods.baselines import ActivationMagnitude
 from sparsary.eval.circuits.methods.exact import ExactPatching
 from sparsary.eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
 from sparsary.eval.circuits.methods.relevance import RelevancePatching
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace, Part
 from sparsary.eval.circuits.tasks import make_pairs
 from sparsary.eval.circuits.tasks.pairs import Pairs
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace, Part
 from sparsary.sae.files import write_json
 from sparsary.training.activations.model import LanguageModel, load_model
 from sparsary.training.activations.sites import n_layers, site_hooks

@@ -23,13 +23,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t
 
-from sparsary.eval.circuits.ablation import filler
 from sparsary.eval.circuits.compared_units import open_dictionaries, open_model, spaces
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.nodes import Latents, NodeSpace
 from sparsary.eval.circuits.scoring.faithfulness import LEVELS, Trials, curve, growing_sizes, ranked, share_sizes, smallest_size
 from sparsary.eval.circuits.tasks import make_pairs
 from sparsary.eval.circuits.tasks.pairs import Pairs
+from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.sae.files import write_json
 from sparsary.training.grid import check_grid
 from sparsary.training.recipe import read_values

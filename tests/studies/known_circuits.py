@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from sparsary.eval.circuits.edges import EdgeSpace
 from sparsary.eval.circuits.known import COMPILED, KNOWN, Known, rotated
 from sparsary.eval.circuits.methods import METHODS, Method, Scores
 from sparsary.eval.circuits.methods.edge_pruning import EdgePruning, kept_units
 from sparsary.eval.circuits.methods.exact import ExactPatching
 from sparsary.eval.circuits.scoring.edge_circuits import node_scores
 from sparsary.eval.circuits.scoring.roc import average_precision, roc_auc
+from sparsary.eval.circuits.units.edges import EdgeSpace
 from sparsary.sae.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "known-circuits.json"

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from scipy.stats import t
 
-from sparsary.eval.circuits.ablation import filler
 from sparsary.eval.circuits.compared_units import neurons
 from sparsary.eval.circuits.known import KNOWN, Known, rotated
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.nodes import Latents, NodeSpace
-from sparsary.eval.circuits.randomised import random_like
 from sparsary.eval.circuits.scoring.faithfulness import Trials, curve, ranked, smallest_size
 from sparsary.eval.circuits.scoring.roc import roc_auc
+from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
+from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.files import write_json

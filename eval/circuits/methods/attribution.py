@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.space import Space
 from .method import BATCH, Method, Scores, score_batches
 
 ENDS = ("clean", "corrupted")

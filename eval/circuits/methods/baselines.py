@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..space import Space, State
 from ..tasks.pairs import Pairs
+from ..units.space import Space, State
 from .method import BATCH, Method, Scores, score_batches
 
 MAGNITUDES = ("difference", "clean")

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float
 from scipy.stats import beta
 from torch import Tensor
 
-from ..passes import Cost
-from ..ranking import largest, strengths
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.passes import Cost
+from ..units.ranking import largest, strengths
+from ..units.space import Space
 from .attribution import AttributionPatching
 from .method import Method, Scores
 

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..nodes import Coordinates, NodeSpace, Part
-from ..passes import Seen
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.nodes import Coordinates, NodeSpace, Part
+from ..units.passes import Seen
+from ..units.space import Space
 from .method import BATCH, Method, Scores
 
 TOKENS = ("mean", "last")

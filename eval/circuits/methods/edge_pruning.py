@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..ablation import divergence
-from ..space import Space, State
 from ..tasks.pairs import Pairs
+from ..units.ablation import divergence
+from ..units.space import Space, State
 from .method import BATCH, Method, Scores
 
 LOSSES = ("kl", "metric")

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..edges import EdgeSpace
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.edges import EdgeSpace
+from ..units.space import Space
 from .method import BATCH, Method, Scores, score_batches
 
 

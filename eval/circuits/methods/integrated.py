@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..space import Space, State
 from ..tasks.pairs import Pairs
+from ..units.space import Space, State
 from .method import BATCH, Method, Scores, score_batches
 
 # Where in each step of the way a slope is taken: at its clean end, its corrupted end, or between.

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..passes import Cost
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.passes import Cost
+from ..units.space import Space
 
 BATCH = 32
 

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..passes import Cost
-from ..ranking import largest
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.passes import Cost
+from ..units.ranking import largest
+from ..units.space import Space
 from .integrated import IntegratedInputs
 from .method import Method, Scores
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ....training.activations.model import LanguageModel
 from ....training.activations.sites import find_block, n_layers
-from ..space import Space
 from ..tasks.pairs import Pairs
+from ..units.space import Space
 from .attribution import linear_scores, require_end
 from .method import BATCH, Method, Scores
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..edge_list import EdgeList
 from ..methods.method import Scores
+from ..units.edge_list import EdgeList
 from .faithfulness import ranked
 
 REDUCTIONS = ("max", "sum")

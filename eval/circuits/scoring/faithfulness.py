@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..ablation import Filler
 from ..methods.method import Scores
-from ..ranking import ordered
-from ..space import Space, State
 from ..tasks.pairs import Pairs
+from ..units.ablation import Filler
+from ..units.ranking import ordered
+from ..units.space import Space, State
 
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

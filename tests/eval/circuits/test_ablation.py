@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.ablation import ABLATIONS, divergence, filler, mean_state, optimal_state
-from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
+from sparsary.eval.circuits.units.ablation import ABLATIONS, divergence, filler, mean_state, optimal_state
+from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 
 HOOKS = [f"transformer.h.{layer}.mlp:out" for layer in range(2)]
@@ -44,7 +44,7 @@ def test_means_of_unequal_prompts_leave_out_padding(space, random_pairs, monkeyp
     lengths = [4, 6, 5]
     pairs = random_pairs(n=3, lengths=lengths)
     # Several batches, of unequal size.
-    monkeypatch.setattr("sparsary.eval.circuits.ablation.BATCH", 2)
+    monkeypatch.setattr("sparsary.eval.circuits.units.ablation.BATCH", 2)
     found = mean_state(space, pairs)
     rows = [space.see(pairs.corrupted[[row], :length])[1] for row, length in enumerate(lengths)]
     for at, tensor in enumerate(found):

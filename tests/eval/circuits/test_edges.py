@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.ablation import filler
-from sparsary.eval.circuits.edge_list import EdgeList
-from sparsary.eval.circuits.edges import EdgeSpace
 from sparsary.eval.circuits.known import KNOWN, edge_names
 from sparsary.eval.circuits.methods import METHODS
+from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.edge_list import EdgeList
+from sparsary.eval.circuits.units.edges import EdgeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.circuits.ablation import filler
 from sparsary.eval.circuits.methods import METHODS, Scores
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
-from sparsary.eval.circuits.passes import Cost
 from sparsary.eval.circuits.scoring.faithfulness import (
     Curve,
     Trials,
@@ -24,6 +21,9 @@ from sparsary.eval.circuits.scoring.faithfulness import (
     smallest_size,
     stability,
 )
+from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.passes import Cost
 
 
 def synthetic(faithfulness, sizes, n_units, pairs=5, complements=None):

@@ -6,8 +6,8 @@ import torch
 from sparsary.eval.circuits.feature_edges import feature_edges
 from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
 from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.sites import site_hooks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
-from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.sites import site_hooks
 

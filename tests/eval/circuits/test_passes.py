@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.passes import Passes
+from sparsary.eval.circuits.units.passes import Passes
 
 HOOKS = ("transformer.h.0:out", "transformer.h.1.mlp:out", "transformer.h.2.attn.c_proj:in")
 

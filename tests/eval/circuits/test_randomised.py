@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.randomised import random_like
+from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoder import Encoder
 from sparsary.sae.metrics import fvu

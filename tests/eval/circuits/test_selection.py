@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.edge_list import EdgeList
 from sparsary.eval.circuits.methods.method import Scores
-from sparsary.eval.circuits.passes import Cost
 from sparsary.eval.circuits.scoring.edge_circuits import among, grown, node_scores, pruned, weighted_count
 from sparsary.eval.circuits.scoring.faithfulness import members, ranked
+from sparsary.eval.circuits.units.edge_list import EdgeList
+from sparsary.eval.circuits.units.passes import Cost
 
 EDGES = EdgeList(3, 2)
 NAMES = EDGES.names()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

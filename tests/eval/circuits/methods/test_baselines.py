@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.methods.baselines import ActivationMagnitude, RandomScores
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
 HOOK = "transformer.h.1.mlp:out"
 

@@ -10,9 +10,9 @@ from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.certified import Certified, lower_bound, radius
 from sparsary.eval.circuits.methods.method import Method, Scores
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
-from sparsary.eval.circuits.passes import Cost
 from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.passes import Cost
 from sparsary.training.activations.model import LanguageModel
 
 # Together they take seconds; `make test` runs them.

@@ -7,8 +7,8 @@ from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.discrete_codes import Codes, DiscreteCodes, MeanDifference, appearances, written
-from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
 from sparsary.eval.circuits.scoring.roc import roc_auc
+from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.anatomy import Anatomy
 from sparsary.training.activations.sites import site_hooks

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from sparsary.eval.circuits.ablation import divergence
-from sparsary.eval.circuits.edges import EdgeSpace
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods.edge_pruning import EdgePruning, chance_kept, kept_units, sample_mask
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.scoring.edge_circuits import node_scores
 from sparsary.eval.circuits.scoring.roc import roc_auc
+from sparsary.eval.circuits.units.ablation import divergence
+from sparsary.eval.circuits.units.edges import EdgeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.methods.exact import ExactPatching
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.scoring.faithfulness import ranked
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.

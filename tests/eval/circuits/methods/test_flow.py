@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsary.eval.circuits.edges import EdgeSpace
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods.flow import FlowRoutes
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.edges import EdgeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

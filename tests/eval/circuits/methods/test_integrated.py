@@ -5,7 +5,7 @@ import torch
 
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
 from sparsary.eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
-from sparsary.eval.circuits.nodes import Coordinates, Latents, NodeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
 from sparsary.eval.circuits.methods.method import Method, Scores
 from sparsary.eval.circuits.methods.query import QueryCircuits, deviation, ndf, query_circuits, single_scores, variants_of
-from sparsary.eval.circuits.nodes import NodeSpace
-from sparsary.eval.circuits.passes import Cost
-from sparsary.eval.circuits.ranking import largest
+from sparsary.eval.circuits.units.nodes import NodeSpace
+from sparsary.eval.circuits.units.passes import Cost
+from sparsary.eval.circuits.units.ranking import largest
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ from torch import nn
 from sparsary.eval.circuits.known.toy import ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
 from sparsary.eval.circuits.methods.relevance import RelevancePatching, relevance_rules
-from sparsary.eval.circuits.nodes import Coordinates, NodeSpace
-from sparsary.eval.circuits.passes import Passes
+from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
+from sparsary.eval.circuits.units.passes import Passes
 from sparsary.training.activations.model import LanguageModel
 
 # Together they take seconds; `make test` runs them.

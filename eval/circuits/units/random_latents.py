@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae import SAE
-from ...sae.allocation import between
-from ...sae.batch_wide import MutualLevel
-from ...sae.dictionary import OneSiteDictionary
-from ...sae.encoder import Encoder, scorer
-from ...sae.encoders.feature_choice import FeatureChoice
-from ...sae.encoders.gated import Gated
-from ...sae.encoders.gradient_topk import GradientTopK
-from ...sae.encoders.group_max import GroupMax
-from ...sae.encoders.jumprelu import PACE, JumpReLU
-from ...sae.encoders.matching_pursuit import MatchingPursuit
-from ...sae.encoders.relu import ReLU
-from ...sae.encoders.residual_pursuit import ResidualPursuit
-from ...sae.encoders.signed_topk import SignedTopK
-from ...sae.encoders.threshold import Threshold
-from ...sae.encoders.topk import TopK
-from ...sae.scores import Scorer, largest_of_batch, largest_per_latent
+from ....sae import SAE
+from ....sae.allocation import between
+from ....sae.batch_wide import MutualLevel
+from ....sae.dictionary import OneSiteDictionary
+from ....sae.encoder import Encoder, scorer
+from ....sae.encoders.feature_choice import FeatureChoice
+from ....sae.encoders.gated import Gated
+from ....sae.encoders.gradient_topk import GradientTopK
+from ....sae.encoders.group_max import GroupMax
+from ....sae.encoders.jumprelu import PACE, JumpReLU
+from ....sae.encoders.matching_pursuit import MatchingPursuit
+from ....sae.encoders.relu import ReLU
+from ....sae.encoders.residual_pursuit import ResidualPursuit
+from ....sae.encoders.signed_topk import SignedTopK
+from ....sae.encoders.threshold import Threshold
+from ....sae.encoders.topk import TopK
+from ....sae.scores import Scorer, largest_of_batch, largest_per_latent
 
 # A threshold that is kept as a logarithm cannot be 0.
 TINY = 1e-6
@@ -99,7 +99,7 @@ def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, "
     else:
         raise ValueError(
             f"random_like: the l0 of the encoder {type(encoder).__name__} cannot be matched here. Say in "
-            "eval/circuits/randomised.py what makes its latents fire."
+            "eval/circuits/units/random_latents.py what makes its latents fire."
         )
 
 

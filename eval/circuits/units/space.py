@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.model import LanguageModel
+from ....training.activations.model import LanguageModel
 from .passes import Passes, Seen
 
 # What units carry on some prompts, or a gradient in the same terms: tensors ``(pairs, positions, ...)``, some for each part.

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae import SparseDictionary
-from ...training.activations.model import LanguageModel
+from ....sae import SparseDictionary
+from ....training.activations.model import LanguageModel
 from .passes import Seen
 from .space import Space, State
 

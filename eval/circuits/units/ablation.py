@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..tasks.pairs import Pairs
 from .space import Space, State
-from .tasks.pairs import Pairs
 
 ABLATIONS = ("resample", "mean", "zero", "optimal")
 Filler = Callable[[Pairs], State]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.model import LanguageModel
+from ....training.activations.model import LanguageModel
 
 Seen = dict[str, Tensor]
 Measure = Callable[[Float[Tensor, "pairs positions vocabulary"]], Float[Tensor, " pairs"]]

@@ -1,0 +1,1 @@
+"""Units of a circuit: nodes, edges, rankings, and how they are ablated."""
