@@ -409,8 +409,7 @@ def _compare(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
 ) -> None:
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
-    from .eval import compare as recipes
-    from .eval import side_by_side
+    from .eval.compare import recipes, runs
     from .training.recipe import parse_overrides
 
     named = [argument for argument in arguments if "=" not in argument]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sparsary
-from sparsary.eval import compare as compare_module
-from sparsary.eval.compare import (
+from sparsary.eval.compare.recipes import recipes as compare_module
+from sparsary.eval.compare.recipes.recipes import (
     COLUMNS,
     collect,
     compare,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sparsary
-from sparsary.eval.side_by_side import collect_runs, compare_runs, pareto, runs_among, summary
+from sparsary.eval.compare.recipes.runs import collect_runs, compare_runs, pareto, runs_among, summary
 from sparsary.eval.side_by_side_page import COLUMNS, SCRIPT, render
 from sparsary.sae import ENCODERS, SAE
 
@@ -111,7 +111,7 @@ def test_checkpoints_without_a_report_are_judged_together(runs, tmp_path, monkey
         for path in checkpoints:
             (Path(path) / "report.json").write_text(json.dumps(REPORT))
 
-    monkeypatch.setattr("sparsary.eval.side_by_side.evaluate_all", instead)
+    monkeypatch.setattr("sparsary.eval.compare.recipes.runs.evaluate_all", instead)
     new = [tmp_path / name for name in ("one", "two")]
     for path in new:
         SAE(5, 13, ENCODERS["topk"](k=2)).save(path)

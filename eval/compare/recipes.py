@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..sae.checkpoint import CONFIG_FILE, read_config
-from ..sae.files import read_json, write_json, write_text
-from ..training.checkpoints import RECIPE_FILE
-from ..training.preflight import preflight
-from ..training.recipe import Recipe, differences, load_recipe
-from ..training.report import METRICS_FILE
-from ..training.resolve import resolved
-from ..training.run import run_harvest, train
-from .compare_page import COLUMNS, PER_TOKEN, is_oracle, render
-from .plots import finite, show
-from .suite import evaluate
+from ...sae.checkpoint import CONFIG_FILE, read_config
+from ...sae.files import read_json, write_json, write_text
+from ...training.checkpoints import RECIPE_FILE
+from ...training.preflight import preflight
+from ...training.recipe import Recipe, differences, load_recipe
+from ...training.report import METRICS_FILE
+from ...training.resolve import resolved
+from ...training.run import run_harvest, train
+from ..compare_page import COLUMNS, PER_TOKEN, is_oracle, render
+from ..plots import finite, show
+from ..suite import evaluate
 
 COMPARISON_VERSION = 1
 REPORT_FILE = "report.json"

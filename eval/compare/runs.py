@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..sae.checkpoint import CONFIG_FILE
-from ..sae.files import read_json, write_json, write_text
-from ..transcoders.stack import members
-from .checkpoint import short_names
-from .plots import finite, show
-from .side_by_side_page import COLUMNS, render
-from .suite import Progress, evaluate_all, unseen
+from ...sae.checkpoint import CONFIG_FILE
+from ...sae.files import read_json, write_json, write_text
+from ...transcoders.stack import members
+from ..checkpoint import short_names
+from ..plots import finite, show
+from ..side_by_side_page import COLUMNS, render
+from ..suite import Progress, evaluate_all, unseen
 
 RUNS_VERSION = 1
 REPORT_FILE = "report.json"

@@ -1,0 +1,1 @@
+"""Comparison of recipes and of runs (``sparsary compare``)."""
