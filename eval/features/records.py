@@ -32,9 +32,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .collect import Collected, bin_edges
-from .logits import Unembedding
+from .logit_lens import Unembedding
+from .neighbours import Neighbours, Together, TokenTable, as_matrix, nearest, together, token_table
 from .predicates import Predicates, predicates
-from .relations import Neighbours, Together, TokenTable, as_matrix, nearest, together, token_table
 from .scores import Score, example_embedding, logit_lens, predicate_f1
 
 SCHEMA_VERSION = 1

@@ -11,9 +11,9 @@ from scipy.sparse import csc_array, csr_array
 from scipy.stats import rankdata
 
 from .collect import Collected, TokenSample
-from .logits import Unembedding
+from .logit_lens import Unembedding
+from .neighbours import Matrix
 from .predicates import Predicates
-from .relations import Matrix
 
 # Fewer firings, or windows, on either side are no ground for a score.
 MIN_FIRINGS, MIN_WINDOWS = 10, 5

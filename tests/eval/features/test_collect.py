@@ -8,8 +8,8 @@ import torch
 from scipy.sparse import csr_array
 
 from sparsary.eval.features.collect import Batch, Collector, Limits, TokenSample, bin_edges
-from sparsary.eval.features.logits import Unembedding, unembedding
-from sparsary.eval.features.relations import as_matrix, nearest, together, token_table
+from sparsary.eval.features.logit_lens import Unembedding, unembedding
+from sparsary.eval.features.neighbours import as_matrix, nearest, together, token_table
 from sparsary.sae import ENCODERS, SAE, SparseCode
 from sparsary.training.activations.anatomy import Anatomy
 from sparsary.transcoders.transcoder import Transcoder

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from sparsary.eval.features.chat import Endpoint, LocalChat, Usage
-from sparsary.eval.features.explain import Evidence, Window, explain_prompt, explanation_in, fuzzed, judge, labels_in
+from sparsary.eval.features.autointerp import Evidence, Window, explain_prompt, explanation_in, fuzzed, judge, labels_in
+from sparsary.eval.features.llm_client import Endpoint, LocalChat, Usage
 
 
 def saying(text):

@@ -186,7 +186,7 @@ def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatc
 
 
 def test_an_unreachable_explainer_leaves_what_was_written(checkpoint, tmp_path, monkeypatch, serving):
-    monkeypatch.setattr("sparsary.eval.features.chat.FIRST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("sparsary.eval.features.llm_client.FIRST_WAIT_SECONDS", 0.0)
     with serving(lambda _request: {}) as (url, _):
         pass
     with pytest.raises(ValueError, match="could not be reached"):

@@ -6,7 +6,7 @@ import torch
 from scipy.sparse import csc_array, csr_array
 
 from sparsary.eval.features.collect import Background, Collected, Examples, Limits, TokenSample
-from sparsary.eval.features.logits import Unembedding
+from sparsary.eval.features.logit_lens import Unembedding
 from sparsary.eval.features.predicates import predicates, token_texts
 from sparsary.eval.features.scores import auroc, example_embedding, logit_lens, predicate_f1
 from sparsary.training.embedded import corpus

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat import Chat
 from .collect import Collected
+from .llm_client import Chat
 from .scores import MIN_WINDOWS
 
 MARKED_SHARE = 0.3
