@@ -12,7 +12,8 @@ from .dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
 from .dark_norms import NormRegressions
 from .dark_regression import RIDGE, needed_tokens
 from .dark_shares import Shares
-from .groups import MetricGroup, Predictions, Setting, View
+from .metrics.base import MetricGroup, Setting, View
+from .metrics.model_outputs import Predictions
 from .undefined import Undefined
 
 SPLIT = "Error, linear and nonlinear"

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .bootstrap import ByDocument, Totals
-from .groups import Predictions
+from .metrics.model_outputs import Predictions
 from .undefined import Undefined
 
 PARTS = ("linear", "nonlinear")

@@ -22,8 +22,9 @@ from .dark_norms import NormRegressions
 from .dark_remedies import PARTS, EarlierLayer, parts_of, pursued
 from .dark_scaling import Scaling
 from .dark_shares import Shares
-from .groups import Passage, Setting, View
 from .heldout import Ground, require_fitted, require_scored
+from .metrics.base import Setting, View
+from .metrics.model_outputs import Passage
 from .undefined import settled
 
 NORM_TARGETS = ("err_norm", "linear_norm", "nonlinear_norm", "reconstruction_norm", "reconstruction_and_nonlinear_norm")

@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import Any
 
-from .explanations import EXPLANATIONS, PROVENANCE
+from .metrics.glossary import EXPLANATIONS, PROVENANCE
 from .plots import PALETTE, PLOTS, UNDEFINED, UNMEASURED, UNRECORDED, Curve, Palette, Report, figure_element, finite, show
 
 

@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .reconstruction import DENSE
+from .metrics.reconstruction import DENSE
 
 Report = dict[str, Any]
 Curve = list[dict[str, Any]]

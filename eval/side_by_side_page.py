@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from .compare_page import COLORS, CSS, NOTES, Column, look, spread, swatch
-from .explanations import EXPLANATIONS
+from .metrics.glossary import EXPLANATIONS
 from .page import document, encoder_parts
 from .plots import INK, UNDEFINED, UNMEASURED, figure_element, finite, plain_log_ticks, show
 

@@ -18,10 +18,10 @@ from ..training.activations.splice import Insertion, Place, latents_at, model_sp
 from ..training.text import Cursor
 from ..transcoders.stack import hooks_of
 from .checkpoint import NOTHING, Given, Opened, open_checkpoint
-from .downstream import SPLICES, Downstream, ablations
 from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
+from .metrics.downstream import SPLICES, Downstream, ablations
+from .metrics.reconstruction import Reconstruction
 from .plots import show
-from .reconstruction import Reconstruction
 from .stack_page import render, short
 from .undefined import settled
 

@@ -17,13 +17,14 @@ from ..training.text import Cursor
 from ..transcoders.stack import hooks_of
 from .cache import Beside, Nothing, content_of
 from .checkpoint import NOTHING, Given, Member, Opened, open_checkpoint
-from .explanations import REPORT_VERSION
-from .groups import MetricGroup, Passage, Setting, View
 from .heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
+from .metrics import GROUPS
+from .metrics.base import MetricGroup, Setting, View
+from .metrics.glossary import REPORT_VERSION
+from .metrics.inference import PER_TOKEN, Selection
+from .metrics.model_outputs import Passage
 from .page import render
-from .registry import GROUPS
 from .sanity import Sanity, doubts
-from .selection import PER_TOKEN, Selection
 from .stack import evaluate_opened, stack_summary
 from .undefined import settled
 

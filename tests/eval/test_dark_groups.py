@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from sparsary.eval.dark_groups import ErrorCost, ErrorSplit
-from sparsary.eval.groups import Passage, Setting, View
 from sparsary.eval.heldout import Piece
+from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.metrics.model_outputs import Passage
 from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import next_token_loss

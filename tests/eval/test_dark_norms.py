@@ -7,7 +7,7 @@ import torch
 from sparsary.eval.dark_norms import NormRegressions
 from sparsary.eval.dark_scaling import Scaling
 from sparsary.eval.dark_shares import Shares
-from sparsary.eval.groups import Predictions
+from sparsary.eval.metrics.model_outputs import Predictions
 from sparsary.eval.undefined import settled
 
 CUT, TOKENS, VOCABULARY = 300, 700, 19

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from sparsary.eval.bootstrap import RESAMPLES, SEED, ByDocument
-from sparsary.eval.downstream import SplicedModel, scattered
-from sparsary.eval.groups import Passage, Setting, View
 from sparsary.eval.heldout import pieces
+from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.metrics.downstream import SplicedModel, scattered
+from sparsary.eval.metrics.model_outputs import Passage
 from sparsary.eval.undefined import Undefined
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import HarvestSection, TextSection

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparsary.eval.dark_matter import AffineFloor, DarkMatter, LinearFit
-from sparsary.eval.downstream import Downstream, ablations, replaced
-from sparsary.eval.reconstruction import Reconstruction, density_histogram
+from sparsary.eval.metrics.downstream import Downstream, ablations, replaced
+from sparsary.eval.metrics.reconstruction import Reconstruction, density_histogram
 from sparsary.sae import ENCODERS, SAE
 
 

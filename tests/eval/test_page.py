@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from sparsary.eval.explanations import markdown
+from sparsary.eval.metrics.glossary import markdown
 from sparsary.eval.page import EXPLANATIONS, KEY_FIGURES, PLOTS, render
 
 # Together they take seconds; `make test` runs them.

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval import redundancy
-from sparsary.eval.explanations import INTRODUCTION
-from sparsary.eval.groups import Setting, View
-from sparsary.eval.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
-from sparsary.eval.redundancy import Redundancy, max_cosines
-from sparsary.eval.streams import Counts, Quantiles
+from sparsary.eval.metrics import redundancy
+from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.metrics.glossary import INTRODUCTION
+from sparsary.eval.metrics.histograms import Counts, Quantiles
+from sparsary.eval.metrics.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
+from sparsary.eval.metrics.redundancy import Redundancy, max_cosines
 from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE, SparseCode
 from sparsary.transcoders.transcoder import Transcoder

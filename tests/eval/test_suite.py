@@ -9,7 +9,7 @@ import torch
 
 import sparsary
 from sparsary.eval.checkpoint import folders
-from sparsary.eval.explanations import EXPLANATIONS
+from sparsary.eval.metrics.glossary import EXPLANATIONS
 from sparsary.eval.suite import evaluate, evaluate_all, summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from sparsary.eval.reconstruction import Reconstruction
+from sparsary.eval.metrics.reconstruction import Reconstruction
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 

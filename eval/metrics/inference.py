@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..sae import SparseCode, SparseDictionary
-from ..sae.pursuit import PURSUITS
+from ...sae import SparseCode, SparseDictionary
+from ...sae.pursuit import PURSUITS
 
 
 @dataclass(frozen=True)

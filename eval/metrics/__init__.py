@@ -1,9 +1,9 @@
 """The groups of metrics that make up a report, in its order."""
 
-from .dark_groups import ErrorCost, ErrorSplit
+from ..dark_groups import ErrorCost, ErrorSplit
+from .affine_baseline import LinearFloor
+from .base import MetricGroup
 from .downstream import SplicedModel
-from .groups import MetricGroup
-from .linear_error import LinearFloor
 from .reconstruction import Reconstructed
 from .redundancy import Redundancy
 

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..training.activations.model import LanguageModel, next_token_loss
-from .bootstrap import ByDocument, Totals
-from .groups import MetricGroup, Predictions, Setting, View, predictions
-from .streams import Quantiles
-from .undefined import Undefined
+from ...training.activations.model import LanguageModel, next_token_loss
+from ..bootstrap import ByDocument, Totals
+from ..undefined import Undefined
+from .base import MetricGroup, Setting, View
+from .histograms import Quantiles
+from .model_outputs import Predictions, predictions
 
 SPLICES = ("spliced", "zero", "mean")
 ABLATED = (*SPLICES, "resample")

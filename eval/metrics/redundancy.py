@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .groups import MetricGroup, Setting, View
-from .undefined import Undefined
+from ..undefined import Undefined
+from .base import MetricGroup, Setting, View
 
 # A block of cosines is this many rows times all latents: 0.5 GB of float32 at 131,072 latents.
 BLOCK = 1024

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..sae.code import SparseCode
-from ..sae.metrics import Moments, dead_fraction, density
-from .bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
-from .groups import MetricGroup, Setting, View
-from .streams import Counts, Quantiles
-from .undefined import Undefined
+from ...sae.code import SparseCode
+from ...sae.metrics import Moments, dead_fraction, density
+from ..bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
+from ..undefined import Undefined
+from .base import MetricGroup, Setting, View
+from .histograms import Counts, Quantiles
 
 # A latent firing on more tokens than this is dense: it carries little information about any of them.
 DENSE = 0.1

@@ -2,7 +2,7 @@
 
 from textwrap import dedent
 
-from .registry import GROUPS
+from . import GROUPS
 
 REPORT_VERSION = 1
 PROVENANCE = "Dictionary and data"
