@@ -1,8 +1,8 @@
 """The groups of metrics that make up a report, in its order."""
 
-from ..dark_groups import ErrorCost, ErrorSplit
 from .affine_baseline import LinearFloor
 from .base import MetricGroup
+from .dark_matter.metrics import ErrorCost, ErrorSplit
 from .downstream import SplicedModel
 from .reconstruction import Reconstructed
 from .redundancy import Redundancy

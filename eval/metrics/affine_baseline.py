@@ -3,8 +3,8 @@
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ..dark_matter import AffineFloor, LinearFit
 from .base import MetricGroup, Setting, View
+from .dark_matter.decomposition import AffineFloor, LinearFit
 
 
 class LinearFloor(MetricGroup):

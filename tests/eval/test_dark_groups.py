@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.dark_groups import ErrorCost, ErrorSplit
 from sparsary.eval.heldout import Piece
 from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.metrics.dark_matter.metrics import ErrorCost, ErrorSplit
 from sparsary.eval.metrics.model_outputs import Passage
 from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE

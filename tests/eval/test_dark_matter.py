@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
-from sparsary.eval.dark_regression import FoldedRegression, Regression
+from sparsary.eval.metrics.dark_matter.decomposition import AuthorsSplit, DarkMatter, FitOptions, LinearFit
+from sparsary.eval.metrics.dark_matter.regression import FoldedRegression, Regression
 from sparsary.sae import ENCODERS, SAE
 
 DOCUMENT = 50

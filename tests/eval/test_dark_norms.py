@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.dark_norms import NormRegressions
-from sparsary.eval.dark_scaling import Scaling
-from sparsary.eval.dark_shares import Shares
+from sparsary.eval.metrics.dark_matter.downstream_cost import Shares
+from sparsary.eval.metrics.dark_matter.error_norms import NormRegressions
+from sparsary.eval.metrics.dark_matter.scaling import Scaling
 from sparsary.eval.metrics.model_outputs import Predictions
 from sparsary.eval.undefined import settled
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval import dark_widths
-from sparsary.eval.dark_matter import DarkMatter, LinearFit
-from sparsary.eval.dark_remedies import EarlierLayer, ErrorParts, parts_of, pursued
-from sparsary.eval.dark_widths import fit_width_law, judge_together
 from sparsary.eval.heldout import Ground
+from sparsary.eval.metrics.dark_matter.decomposition import DarkMatter, LinearFit
+from sparsary.eval.metrics.dark_matter.remedies import EarlierLayer, ErrorParts, parts_of, pursued
+from sparsary.eval.metrics.dark_matter.widths import fit_width_law, judge_together
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import gradient_pursuit
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.dark_matter import AffineFloor, DarkMatter, LinearFit
+from sparsary.eval.metrics.dark_matter.decomposition import AffineFloor, DarkMatter, LinearFit
 from sparsary.eval.metrics.downstream import Downstream, ablations, replaced
 from sparsary.eval.metrics.reconstruction import Reconstruction, density_histogram
 from sparsary.sae import ENCODERS, SAE

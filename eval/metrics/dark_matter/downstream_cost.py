@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .bootstrap import ByDocument, Totals
-from .metrics.model_outputs import Predictions
-from .undefined import Undefined
+from ...bootstrap import ByDocument, Totals
+from ...undefined import Undefined
+from ..model_outputs import Predictions
 
 PARTS = ("linear", "nonlinear")
 SIZES = tuple(f"{figure} {part}".strip() for figure in ("square", "norm") for part in ("", *PARTS))

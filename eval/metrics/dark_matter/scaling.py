@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .dark_regression import r2
+from .regression import r2
 
 # Squared norms are what the authors predict; a few tokens with large errors decide their R2. Norms are less ruled by them.
 POWERS = {"squared_norm": 2, "norm": 1}

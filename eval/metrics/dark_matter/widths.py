@@ -14,18 +14,18 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from ..sae import SparseDictionary
-from ..training.text import Cursor
-from .dark_groups import with_parts_back
-from .dark_matter import USUAL, DarkMatter, FitOptions, LinearFit
-from .dark_norms import NormRegressions
-from .dark_remedies import PARTS, EarlierLayer, parts_of, pursued
-from .dark_scaling import Scaling
-from .dark_shares import Shares
-from .heldout import Ground, require_fitted, require_scored
-from .metrics.base import Setting, View
-from .metrics.model_outputs import Passage
-from .undefined import settled
+from ....sae import SparseDictionary
+from ....training.text import Cursor
+from ...heldout import Ground, require_fitted, require_scored
+from ...undefined import settled
+from ..base import Setting, View
+from ..model_outputs import Passage
+from .decomposition import USUAL, DarkMatter, FitOptions, LinearFit
+from .downstream_cost import Shares
+from .error_norms import NormRegressions
+from .metrics import with_parts_back
+from .remedies import PARTS, EarlierLayer, parts_of, pursued
+from .scaling import Scaling
 
 NORM_TARGETS = ("err_norm", "linear_norm", "nonlinear_norm", "reconstruction_norm", "reconstruction_and_nonlinear_norm")
 NORM_TARGETS = (*NORM_TARGETS, "input_norm")

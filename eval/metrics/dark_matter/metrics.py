@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .dark_matter import AuthorsSplit, DarkMatter, FitOptions, LinearFit
-from .dark_norms import NormRegressions
-from .dark_regression import RIDGE, needed_tokens
-from .dark_shares import Shares
-from .metrics.base import MetricGroup, Setting, View
-from .metrics.model_outputs import Predictions
-from .undefined import Undefined
+from ...undefined import Undefined
+from ..base import MetricGroup, Setting, View
+from ..model_outputs import Predictions
+from .decomposition import AuthorsSplit, DarkMatter, FitOptions, LinearFit
+from .downstream_cost import Shares
+from .error_norms import NormRegressions
+from .regression import RIDGE, needed_tokens
 
 SPLIT = "Error, linear and nonlinear"
 COST = "Cost of the error's parts"

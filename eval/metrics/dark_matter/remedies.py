@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..sae import SparseCode, SparseDictionary
-from ..sae.pursuit import gradient_pursuit
-from .dark_matter import DarkMatter
-from .dark_regression import RIDGE, Regression, r2
+from ....sae import SparseCode, SparseDictionary
+from ....sae.pursuit import gradient_pursuit
+from .decomposition import DarkMatter
+from .regression import RIDGE, Regression, r2
 
 PARTS = ("error", "linear", "nonlinear")
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..sae.metrics import Moments
-from .dark_regression import RIDGE, Regression, r2
+from ....sae.metrics import Moments
+from .regression import RIDGE, Regression, r2
 
 
 class TokenMeans:

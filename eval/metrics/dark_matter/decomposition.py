@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..sae.metrics import Moments
-from .dark_regression import RIDGE, TOKENS_PER_COLUMN, FoldedRegression, Regression, needed_tokens, r2
+from ....sae.metrics import Moments
+from .regression import RIDGE, TOKENS_PER_COLUMN, FoldedRegression, Regression, needed_tokens, r2
 
 # A reconstruction that varies less than this, relative to its target, comes from a dictionary that is dead.
 DEAD_VARIANCE = 1e-9

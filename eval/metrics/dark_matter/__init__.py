@@ -1,0 +1,1 @@
+"""Decomposition of the reconstruction error into linear and nonlinear parts ("dark matter")."""
