@@ -409,7 +409,8 @@ def _compare(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
 ) -> None:
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
-    from .eval.compare import recipes, runs
+    from .eval.compare import recipes
+    from .eval.compare import runs as side_by_side
     from .training.recipe import parse_overrides
 
     named = [argument for argument in arguments if "=" not in argument]
