@@ -21,8 +21,8 @@ from .checkpoint import NOTHING, Given, Opened, open_checkpoint
 from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
 from .metrics.downstream import SPLICES, Downstream, ablations
 from .metrics.reconstruction import Reconstruction
-from .plots import show
-from .stack_page import render, short
+from .pages.numbers import show
+from .pages.stack import render, short
 from .undefined import settled
 
 STACK_REPORT_VERSION = 1

@@ -23,7 +23,7 @@ from .metrics.base import MetricGroup, Setting, View
 from .metrics.glossary import REPORT_VERSION
 from .metrics.inference import PER_TOKEN, Selection
 from .metrics.model_outputs import Passage
-from .page import render
+from .pages.report import render
 from .sanity import Sanity, doubts
 from .stack import evaluate_opened, stack_summary
 from .undefined import settled

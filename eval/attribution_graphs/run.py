@@ -15,8 +15,8 @@ from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.stack import Stack, hooks_of
 from .. import checkpoint as loading
 from ..checkpoint import NOTHING, Given
-from ..circuits.graph_page import render
 from ..features.predicates import token_texts
+from ..pages.attribution_graph import render
 from .export import Labels, as_json, write
 from .graph import AttributionGraph, graph_of
 from .interventions import EFFECTS, PLACES, intervene, most_influential, replaced

@@ -17,11 +17,11 @@ from scipy import stats
 from ...sae.files import json_number, write_json
 from ...training.activations.model import LanguageModel
 from ..checkpoint import NOTHING, Given
+from ..pages.circuits import render
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, Scores
 from .methods.exact import ExactPatching
-from .report_page import render
 from .scoring.faithfulness import (
     LEVELS,
     Curve,

@@ -1,6 +1,6 @@
 """Style and script of circuits.html: choosing what is shown, and pointing at nodes."""
 
-from ..compare_page import CSS as COMPARISON_CSS
+from ..pages.recipes import CSS as COMPARISON_CSS
 
 CSS = (
     COMPARISON_CSS

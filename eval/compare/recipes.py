@@ -15,8 +15,8 @@ from ...training.recipe import Recipe, differences, load_recipe
 from ...training.report import METRICS_FILE
 from ...training.resolve import resolved
 from ...training.run import run_harvest, train
-from ..compare_page import COLUMNS, PER_TOKEN, is_oracle, render
-from ..plots import finite, show
+from ..pages.numbers import finite, show
+from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render
 from ..suite import evaluate
 
 COMPARISON_VERSION = 1

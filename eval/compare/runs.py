@@ -8,8 +8,8 @@ from ...sae.checkpoint import CONFIG_FILE
 from ...sae.files import read_json, write_json, write_text
 from ...transcoders.stack import members
 from ..checkpoint import short_names
-from ..plots import finite, show
-from ..side_by_side_page import COLUMNS, render
+from ..pages.numbers import finite, show
+from ..pages.runs import COLUMNS, render
 from ..suite import Progress, evaluate_all, unseen
 
 RUNS_VERSION = 1

@@ -14,11 +14,11 @@ from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.stack import hooks_of
 from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
+from ..pages.features import render
 from .autointerp import Evidence, evidence, judge
 from .collect import Limits, Source, collect
 from .llm_client import Chat, Endpoint, LocalChat
 from .logit_lens import unembedding
-from .page import render
 from .predicates import token_texts
 from .records import SCHEMA_VERSION, SCORES, Described, Record, describe, number
 

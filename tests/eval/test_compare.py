@@ -22,7 +22,8 @@ from sparsary.eval.compare.recipes.recipes import (
     summary,
     training_speed,
 )
-from sparsary.eval.compare_page import FAMILY_COLORS, MARKERS, PLOTS, render
+from sparsary.eval.pages.charts import FAMILY_COLORS, MARKERS
+from sparsary.eval.pages.recipes import PLOTS, render
 from sparsary.sae import load_dictionary
 from sparsary.training import run as run_module
 from sparsary.training.recipe import load_recipe

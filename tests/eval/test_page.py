@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 from sparsary.eval.metrics.glossary import markdown
-from sparsary.eval.page import EXPLANATIONS, KEY_FIGURES, PLOTS, render
+from sparsary.eval.pages.report import EXPLANATIONS, KEY_FIGURES, PLOTS, render
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -284,7 +284,7 @@ def test_some_entries_may_be_none(keys: str, lost: int):
     ],
 )
 def test_unusual_reports_are_drawn(monkeypatch: pytest.MonkeyPatch, title: str, changes: dict, words: str):
-    monkeypatch.setattr("sparsary.eval.page.PLOTS", [plot for plot in PLOTS if plot[0] == title])
+    monkeypatch.setattr("sparsary.eval.pages.report.PLOTS", [plot for plot in PLOTS if plot[0] == title])
     (plot,) = Page(render(REPORT | changes, [])).plots
     assert words in plot
 
@@ -293,7 +293,7 @@ def test_unusual_reports_are_drawn(monkeypatch: pytest.MonkeyPatch, title: str, 
     "rows", [[], [{}], [{"tokens": 0, "fvu": 1.0, "dead": 0.0}], [{"tokens": 7, "fvu": math.nan, "dead": 1.0}]]
 )
 def test_short_and_broken_curves_are_drawn(monkeypatch: pytest.MonkeyPatch, rows: list[dict]):
-    monkeypatch.setattr("sparsary.eval.page.PLOTS", PLOTS[:2])
+    monkeypatch.setattr("sparsary.eval.pages.report.PLOTS", PLOTS[:2])
     drawn = [row for row in rows for key in ("fvu", "dead") if math.isfinite(row.get(key, math.nan))]
     assert len(Page(render(REPORT, rows)).plots) == len(drawn)
 

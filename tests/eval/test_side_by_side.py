@@ -12,7 +12,7 @@ import pytest
 
 import sparsary
 from sparsary.eval.compare.recipes.runs import collect_runs, compare_runs, pareto, runs_among, summary
-from sparsary.eval.side_by_side_page import COLUMNS, SCRIPT, render
+from sparsary.eval.pages.runs import COLUMNS, SCRIPT, render
 from sparsary.sae import ENCODERS, SAE
 
 REPORT = {

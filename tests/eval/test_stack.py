@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from sparsary.eval.pages.stack import EXPLANATIONS, render
 from sparsary.eval.stack import Layer, _reconstructed, judge_stack
-from sparsary.eval.stack_page import EXPLANATIONS, render
 from sparsary.eval.suite import evaluate, summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.splice import Insertion, model_spliced

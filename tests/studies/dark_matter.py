@@ -26,7 +26,7 @@ from scipy.stats import t
 from sparsary.eval.heldout import Ground, ground
 from sparsary.eval.metrics.dark_matter.remedies import PARTS, ErrorParts, parts_of
 from sparsary.eval.metrics.dark_matter.widths import Judged, WidthLaw, fit_width_law, judge_together
-from sparsary.eval.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
+from sparsary.eval.pages.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
 from sparsary.sae import SparseDictionary, load_dictionary
 from sparsary.sae.checkpoint import read_config
 from sparsary.sae.files import write_json

@@ -16,7 +16,7 @@ from sparsary.eval.attribution_graphs.labels import Note, Window
 from sparsary.eval.attribution_graphs.local_replacement_model import Active
 from sparsary.eval.attribution_graphs.page_data import page_data
 from sparsary.eval.attribution_graphs.run import save
-from sparsary.eval.circuits.graph_page import render
+from sparsary.eval.pages.attribution_graph import render
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

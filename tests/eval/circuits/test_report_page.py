@@ -10,10 +10,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from sparsary.eval.circuits.explanations import explanation, markdown
-from sparsary.eval.circuits.report_circuit import layout, ordered_groups
-from sparsary.eval.circuits.report_page import COLUMNS, render
-from sparsary.eval.circuits.report_plots import family_labels, panel
+from sparsary.eval.pages.circuit_drawing import layout, ordered_groups
+from sparsary.eval.pages.circuit_glossary import explanation, markdown
+from sparsary.eval.pages.circuit_plots import family_labels, panel
+from sparsary.eval.pages.circuits import COLUMNS, render
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from sparsary.eval.features.page import CHUNK_LATENTS, render
+from sparsary.eval.pages.features import CHUNK_LATENTS, render
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 WORDS = [f" w{i}" for i in range(5000)]

@@ -14,7 +14,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .metrics.reconstruction import DENSE
+from ..metrics.reconstruction import DENSE
+from .numbers import UNMEASURED, finite, show
 
 Report = dict[str, Any]
 Curve = list[dict[str, Any]]
@@ -64,7 +65,6 @@ STYLE: dict[Any, Any] = {
 FIGURE_INCHES = (350 / 72, 225 / 72)
 CURVE_POINTS = 300
 L0_BARS = 60
-UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
 
 
 def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
@@ -260,24 +260,6 @@ def plain_log_ticks(axis: Axis, span: float) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
-
-
-def finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:
-    """A scalar as text: thousands separated, floats to so many significant digits."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
-    number = finite(value)
-    if number is None:
-        return none
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{number:,.{1 if number % 1 else 0}f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
 
 
 def _short(count: float) -> str:

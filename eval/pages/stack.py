@@ -6,8 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .page import document, encoder_parts
-from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, UNRECORDED, WARN, figure_element, plain_log_ticks, show
+from .document import document, encoder_parts
+from .numbers import UNRECORDED, show
+from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, figure_element, plain_log_ticks
 
 Report = dict[str, Any]
 # Characters that a plot has room for beside an axis.

@@ -3,41 +3,21 @@
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import MaxNLocator
 
-from .page import EXPLANATIONS, document, encoder_parts
-from .plots import (
-    INK,
-    MUTED,
-    PALETTE,
-    UNDEFINED,
-    UNMEASURED,
-    UNRECORDED,
-    Palette,
-    figure_element,
-    finite,
-    plain_log_ticks,
-    show,
-)
+from .charts import COLORS, NOTES, Column, look, spread, swatch
+from .document import document, encoder_parts
+from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
+from .plots import INK, MUTED, figure_element, plain_log_ticks
+from .report import EXPLANATIONS
 
 Family = dict[str, Any]
 Comparison = dict[str, Any]
 PER_TOKEN = "per token"
-
-
-class Column(NamedTuple):
-    """A figure of the table; ``better`` picks its best value and is ``None`` where neither end is better."""
-
-    label: str
-    key: str
-    better: Callable[[Iterable[float]], float] | None
 
 
 COLUMNS = (
@@ -52,33 +32,6 @@ COLUMNS = (
     Column("linear error", "linear_error_share", min),
     Column("tokens/s", "tokens_per_second", max),
 )
-# Where the report's explanation leans on its neighbours, or there is none.
-NOTES = {
-    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to the mean activation. 1 is perfect, "
-    "0 no better than the mean.",
-    "tokens_per_second": "Training speed, the median over the run's log lines. Whatever else ran on the machine slowed it.",
-}
-
-# Eleven colours and ten markers: 110 families before a pair comes again.
-FAMILY_COLORS: Palette = {
-    f"family-{index}": pair
-    for index, pair in enumerate(
-        (
-            ("#2a63c9", "#78aaf9"),
-            ("#d9730d", "#f5a552"),
-            ("#15803d", "#58c27d"),
-            ("#b4232c", "#f08a86"),
-            ("#7c4dc9", "#b698f2"),
-            ("#0e8a9a", "#4fc6d6"),
-            ("#8a5a2c", "#cda070"),
-            ("#c8408c", "#f18cc2"),
-            ("#74801a", "#bcc658"),
-            ("#4b5563", "#b3bcc9"),
-            ("#b89a00", "#ecd24a"),
-        )
-    )
-}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p")
 WIDTH_INCHES = 430 / 72
 SCATTER_INCHES, LEGEND_ROW_INCHES = 275 / 72, 16 / 72
 # A family's row: a gap and the lines of its name. Below the rows, the axis.
@@ -217,23 +170,6 @@ def _explanation(key: str) -> str:
     return NOTES.get(key) or next(entries[key] for entries in EXPLANATIONS.values() if key in entries)
 
 
-def look(index: int) -> tuple[str, str]:
-    """Colour and marker of a family."""
-    colors = list(FAMILY_COLORS.values())
-    return colors[index % len(colors)][0], MARKERS[index % len(MARKERS)]
-
-
-def swatch(index: int, hollow: bool) -> str:
-    """The family's marker as in the plots, for the table."""
-    marker = MarkerStyle(look(index)[1])
-    (outline,) = marker.get_path().transformed(marker.get_transform()).to_polygons()
-    points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(outline))
-    color = f"var(--family-{index % len(FAMILY_COLORS)})"
-    fill = "none" if hollow else color
-    style = f'fill="{fill}" stroke="{color}" stroke-width="0.12"'
-    return f'<svg class="swatch" aria-hidden="true" viewBox="-0.8 -0.8 1.6 1.6"><polygon points="{points}" {style}/></svg>'
-
-
 def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
     words: list[str] = []
     points: list[tuple[float, float]] = []
@@ -346,11 +282,6 @@ def _name(family: Family) -> str:
     return f"{family['name']} \u2020" if is_oracle(family) else family["name"]
 
 
-def spread(values: Iterable[float]) -> float:
-    low, high = min(values), max(values)
-    return high / low if low > 0 else 0
-
-
 def _legend_columns(families: list[Family]) -> int:
     longest = max(len(_name(family)) for family in families)
     return 3 if longest <= 16 else 2 if longest <= 27 else 1
@@ -374,7 +305,6 @@ PLOTS = (
     ("Dead latents", "Bar: mean over seeds. Line: lowest to highest seed.", dead_bars, _rows_height),
     ("Dense latents", "They say little about any token. Bar: mean. Line: lowest to highest seed.", dense_bars, _rows_height),
 )
-COLORS: Palette = PALETTE | FAMILY_COLORS
 DAGGER = "\u2020 Hollow: chosen knowing more than the token."
 ORACLE = """<p>Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow
 in the plots, they are never marked as best.</p>

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from ..page import document, encoder_parts
-from ..plots import UNRECORDED, show
-from .page_script import SCRIPT
-from .records import Record
+from ..features.page_script import SCRIPT
+from ..features.records import Record
+from .document import document, encoder_parts
+from .numbers import UNRECORDED, show
 
 CHUNK_LATENTS = 64
 # Shades are told apart no finer, and the page is a third smaller.

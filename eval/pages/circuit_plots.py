@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..compare_page import COLORS, FAMILY_COLORS
-from ..plots import INK, MUTED, figure_element, show
+from .charts import COLORS, FAMILY_COLORS
+from .numbers import show
+from .plots import INK, MUTED, figure_element
 
 Row = dict[str, Any]
 LEVEL = 0.8

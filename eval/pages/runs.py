@@ -9,10 +9,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from .compare_page import COLORS, CSS, NOTES, Column, look, spread, swatch
-from .metrics.glossary import EXPLANATIONS
-from .page import document, encoder_parts
-from .plots import INK, UNDEFINED, UNMEASURED, figure_element, finite, plain_log_ticks, show
+from ..metrics.glossary import EXPLANATIONS
+from .charts import COLORS, NOTES, Column, look, spread, swatch
+from .document import document, encoder_parts
+from .numbers import UNDEFINED, UNMEASURED, finite, show
+from .plots import INK, figure_element, plain_log_ticks
+from .recipes import CSS
 
 Run = dict[str, Any]
 COLUMNS = (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from ..plots import show
+from .numbers import show
 
 Row = dict[str, Any]
 # All in CSS pixels at full width.

@@ -6,13 +6,13 @@ The fragment of the address holds what is shown, so that a view can be passed on
 from html import escape
 from typing import Any
 
-from ..compare_page import COLORS, Column
-from ..page import document
-from ..plots import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
-from .explanations import EXPLANATIONS, explanation
-from .report_circuit import draw
-from .report_plots import LEVEL, PANELS, family_labels, panel, sample
-from .report_script import CSS, SCRIPT
+from ..circuits.report_script import CSS, SCRIPT
+from .charts import COLORS, Column
+from .circuit_drawing import draw
+from .circuit_glossary import EXPLANATIONS, explanation
+from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
+from .document import document
+from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 
 Row = dict[str, Any]
 

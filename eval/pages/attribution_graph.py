@@ -8,9 +8,9 @@ from ..attribution_graphs.export import Labels
 from ..attribution_graphs.graph import AttributionGraph
 from ..attribution_graphs.page_data import _visible, page_data
 from ..attribution_graphs.pruning import Pruned
-from ..page import document
-from ..plots import show
-from .graph_page_script import CSS, SCRIPT
+from ..circuits.graph_page_script import CSS, SCRIPT
+from .document import document
+from .numbers import show
 
 
 def render(graph: AttributionGraph, pruned: Pruned, labels: Labels, measures: dict[str, Any] | None = None) -> str:

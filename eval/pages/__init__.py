@@ -1,0 +1,1 @@
+"""HTML pages, rendered from the JSON that a command wrote."""

@@ -1,0 +1,24 @@
+"""Formatting of numbers on pages."""
+
+import math
+from typing import Any
+
+UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:
+    """A scalar as text: thousands separated, floats to so many significant digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
+    number = finite(value)
+    if number is None:
+        return none
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{number:,.{1 if number % 1 else 0}f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
