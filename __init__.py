@@ -326,7 +326,7 @@ def _probe(
     given: Any = None,
 ) -> None:
     """Judge latents by what is known of the text: probing.json, and SAEBench's result files."""
-    from .eval.probing import probe
+    from .eval.probing.run import probe
 
     found = probe(checkpoint, task, labels, out, tokens, seed, given)
     for head, rows in found.tables:

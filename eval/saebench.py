@@ -16,11 +16,12 @@ import numpy as np
 from scipy import sparse
 
 from ..training.embedded import corpus
-from .absorption import absorbed
-from .factors import LEAST_PROBE_F1, labels_of
-from .probes import Columns, Probe, bootstrap_mean, f1_of, logistic, split_latents
+from .probing.absorption import absorbed
+from .probing.datasets import Labelled, Pooled, embedded_tokens, halves
+from .probing.factors import LEAST_PROBE_F1, labels_of
+from .probing.probes import Columns, Probe, bootstrap_mean, f1_of, logistic, split_latents
+from .probing.subject import Subject, sparse_codes
 from .saebench_adapter import SaeBenchAdapter
-from .subject import Labelled, Pooled, Subject, embedded_tokens, halves, sparse_codes
 
 K_VALUES = (1, 2, 5, 10, 20)
 N_VALUES = (2, 5, 10, 20, 50, 100, 500)

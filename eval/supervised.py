@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..training.activations.model import LanguageModel
 from ..training.embedded import lexicon
-from .probes import bootstrap_mean, f1_of, split_latents
-from .subject import Subject
+from .probing.probes import bootstrap_mean, f1_of, split_latents
+from .probing.subject import Subject
 
 OPENINGS = (
     "Then , {0} and {1} went to the {p} .",

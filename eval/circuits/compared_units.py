@@ -13,7 +13,7 @@ from ...training.activations.sites import find_block, n_layers
 from ...training.recipe import ModelSection
 from ...transcoders.stack import hooks_of
 from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
-from ..subject import neuron_hook
+from ..probing.subject import neuron_hook
 from .units.nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .units.random_latents import random_like
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from sparsary.eval.factors import judge_factors, labels_of, names_of, score_factors, table
-from sparsary.eval.subject import Tokens, embedded_tokens, halves, neuron_hook, sparse_codes, subject_of
+from sparsary.eval.probing.run.datasets import Tokens, embedded_tokens, halves
+from sparsary.eval.probing.run.factors import judge_factors, labels_of, names_of, score_factors, table
+from sparsary.eval.probing.run.subject import neuron_hook, sparse_codes, subject_of
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.training.embedded import corpus

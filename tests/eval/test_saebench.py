@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy import sparse
 
+from sparsary.eval.probing.run.datasets import Labelled, Pooled, pool, read_labelled
+from sparsary.eval.probing.run.subject import subject_of
 from sparsary.eval.saebench import absorption, embedded_data, result_file, scr, sparse_probing, tpp
 from sparsary.eval.saebench_adapter import SaeBenchAdapter, transformer_lens_hook
-from sparsary.eval.subject import Labelled, Pooled, pool, read_labelled, subject_of
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.transcoders import Transcoder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsary.eval import supervised
-from sparsary.eval.subject import subject_of
+from sparsary.eval.probing.run.subject import subject_of
 from sparsary.eval.supervised import (
     Plan,
     Prompts,

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import sparse
 
-from ..training.embedded import lexicon
-from ..training.embedded.corpus import Factors
+from ...training.embedded import lexicon
+from ...training.embedded.corpus import Factors
 from .absorption import absorbed
+from .datasets import Tokens, embedded_tokens, halves
 from .probes import (
     Columns,
     Probe,
@@ -26,7 +27,7 @@ from .probes import (
     ranking,
     split_latents,
 )
-from .subject import Subject, Tokens, embedded_tokens, halves, sparse_codes
+from .subject import Subject, sparse_codes
 
 DEFAULT_TOKENS = 60_000
 # Fewer positives in either half leave an F1 to chance.

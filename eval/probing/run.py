@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..sae.files import write_json, write_text
-from . import factors, saebench, supervised
-from .checkpoint import NOTHING, Given, open_checkpoint
-from .saebench import Task
-from .subject import Pooled, Subject, open_subject, pool, read_labelled
+from ...sae.files import write_json, write_text
+from .. import saebench, supervised
+from ..checkpoint import NOTHING, Given, open_checkpoint
+from ..saebench import Task
+from . import factors
+from .datasets import Pooled, pool, read_labelled
+from .subject import Subject, open_subject
 
 PROBING_VERSION = 1
 # Task -> what needs no labels of the user's: it always runs on the embedded model's own prompts or corpus.

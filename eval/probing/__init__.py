@@ -1,0 +1,1 @@
+"""Probing of latents with labelled text (``sparsary probe``)."""

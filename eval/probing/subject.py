@@ -1,0 +1,112 @@
+"""What the probing tasks look at: a dictionary, its model, and activations with what is known of each token or text."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from ...sae import SparseCode, SparseDictionary
+from ...training.activations.model import LanguageModel, load_model
+from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...transcoders.stack import hooks_of
+from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
+
+ROWS_AT_ONCE = 4096
+# The last linear map of an MLP, whose inputs are its neurons, as model families name it.
+NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dictionary with the model it was trained on, the hook it reads, and the text it comes from."""
+
+    dictionary: SparseDictionary
+    model: LanguageModel
+    hook: str
+    text: TextSection
+    section: HarvestSection
+    provenance: dict[str, Any]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether every token's factors are known."""
+        return self.text.source == "embedded" and self.model.id == "embedded"
+
+    @property
+    def in_place(self) -> bool:
+        """Whether reconstructions can stand where the activations stood."""
+        hooks = (self.provenance.get("hooks_in"), self.provenance.get("hooks_out"))
+        return self.dictionary.d_in == self.dictionary.d_out and hooks[0] == hooks[1]
+
+    def encode(self, x: Tensor) -> SparseCode:
+        return self.dictionary.encode(x.to(self.dictionary.device))
+
+    def require_in_place(self, task: str) -> None:
+        """Raise ``ValueError`` where a reconstruction could not be spliced in at the hook."""
+        if not self.in_place:
+            raise ValueError(
+                f"--task {task}: expected a dictionary that maps the activation at {self.hook} to itself (an SAE), got one "
+                f"that writes elsewhere. Leave the task out, or try: --task factors --task sparse_probing."
+            )
+
+
+def open_subject(checkpoint: str | Opened, given: Given = NOTHING) -> Subject:
+    """Load a checkpoint and its model, and check that they belong together.
+
+    Raises:
+        ValueError: If either cannot be had, or the dictionary is of another width than its hook.
+    """
+    opened = open_checkpoint(checkpoint, given) if isinstance(checkpoint, str) else checkpoint
+    opened = opened.completed()
+    if opened.in_place_together:
+        raise ValueError(f"{opened.name}: expected a dictionary of one hook, got one of several. Name one: --hook HOOK.")
+    source = opened.members[0].provenance
+    model = load_model(ModelSection.model_validate(source["model"]))
+    return subject_of(opened.members[0].dictionary, model, source)
+
+
+def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> Subject:
+    """The same from objects; ``source`` is the checkpoint's provenance.
+
+    Raises:
+        ValueError: If the dictionary has several sites, or is of another width than its hook.
+    """
+    if len(dictionary.sites) != 1:
+        raise ValueError(f"checkpoint: expected a dictionary of one hook, got one of {len(dictionary.sites)}.")
+    hook = hooks_of(source)[0][0]
+    width = model.widths((hook,))[hook]
+    if width != dictionary.d_in:
+        raise ValueError(f"{hook}: expected width {dictionary.d_in}, the dictionary's d_in, got {width} from {model.id}.")
+    text = TextSection.model_validate(source["text"])
+    section = HarvestSection(hooks=(hook,), tokens=1, **source["harvest"])
+    return Subject(dictionary.to(model.device).eval(), model, hook, text, section, source)
+
+
+def neuron_hook(model: LanguageModel, hook: str) -> str | None:
+    """Where the neurons of the hook's own block can be read; None if the model has none by a known name."""
+    block = re.match(r".*?\.\d+(?=[.:])", hook)
+    names = dict(model.module.named_modules())
+    found = (
+        [] if block is None else [f"{block.group()}.{name}" for name in NEURON_READERS if f"{block.group()}.{name}" in names]
+    )
+    return f"{found[0]}:in" if found else None
+
+
+@torch.no_grad()
+def sparse_codes(subject: Subject, x: np.ndarray) -> sparse.csc_array:
+    """The codes of rows of activations, entries that are not zero only."""
+    rows, columns, values, start = [], [], [], 0
+    for part in torch.from_numpy(x).split(ROWS_AT_ONCE):
+        code = subject.encode(part)
+        fires = code.values != 0
+        rows.append((code.token_ids()[fires] + start).cpu().numpy())
+        columns.append(code.latents[fires].cpu().numpy())
+        values.append(code.values[fires].float().cpu().numpy())
+        start += len(part)
+    shape = (len(x), subject.dictionary.n_latents)
+    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    return sparse.csc_array(sparse.coo_array(entries, shape=shape))
