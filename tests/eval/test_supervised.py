@@ -6,22 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval import supervised
-from sparsary.eval.probing.run.subject import subject_of
-from sparsary.eval.supervised import (
-    Plan,
-    Prompts,
-    Words,
+from sparsary.eval.probing.ioi import score as supervised
+from sparsary.eval.probing.ioi.prompts import Plan, Prompts, Words, draw_plans
+from sparsary.eval.probing.ioi.score import greedy_edit, judge_supervised, table
+from sparsary.eval.probing.ioi.supervised import (
     cross_section,
-    draw_plans,
     end_logits,
-    greedy_edit,
-    judge_supervised,
     least_squares_dictionary,
     logit_difference,
     mean_dictionary,
-    table,
 )
+from sparsary.eval.probing.run.subject import subject_of
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 

@@ -6,7 +6,6 @@ cross-section is the hook's activations at up to four positions: IO, S1, S2 and 
 Source: Makelov, Lange and Nanda 2024, arXiv:2405.08366.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,227 +15,36 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from ..training.activations.model import LanguageModel
-from ..training.embedded import lexicon
-from .probing.probes import bootstrap_mean, f1_of, split_latents
-from .probing.subject import Subject
-
-OPENINGS = (
-    "Then , {0} and {1} went to the {p} .",
-    "Then , {0} and {1} had a long argument at the {p} .",
-    "Afterwards , {0} and {1} had a lot of fun at the {p} .",
+from ..probes import bootstrap_mean, f1_of, split_latents
+from ..subject import Subject
+from .prompts import (
+    ATTRIBUTES,
+    CROSS_SECTIONS,
+    EDIT_PROMPTS,
+    FIT_PROMPTS,
+    N_NAMES,
+    POSITIONS,
+    SCORED_PROMPTS,
+    Prompts,
+    Words,
+    draw_plans,
 )
-CLOSINGS = ("{s} gave a {o} to", "{s} decided to give a {o} to")
-# Stands before every prompt: dictionaries are not trained on a context's first positions.
-PREFIX = "The old king laughs today . "
-POSITIONS = ("io", "s1", "s2", "end")
-CROSS_SECTIONS = {"end": (3,), "s2": (2,), "names": (0, 1), "all": (0, 1, 2, 3)}
-ATTRIBUTES = ("io", "s", "pos")
+from .supervised import (
+    Supervised,
+    _codes,
+    cross_section,
+    end_logits,
+    least_squares_dictionary,
+    logit_difference,
+    mean_dictionary,
+)
+
 EDIT_SIZES = (2, 4, 6, 16)
-N_NAMES, FIT_PROMPTS, SCORED_PROMPTS, EDIT_PROMPTS = 24, 3000, 600, 200
-BATCH = 64
 # A mean ablation that moves the logit difference by less says nothing of what is recovered.
 LEAST_SPAN = 0.1
 # With fewer prompts to change, leaving them as they are is all but a success.
 MOST_UNCHANGED = 0.95
 OCCLUSION_F1, INTERPRETED_F1, CAUSAL_F1 = 0.5, 0.8, 0.6
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Tokenized prompts of one length or several, padded on the right, with the places and values that matter."""
-
-    token_ids: Int[Tensor, "prompts tokens"]
-    places: Int[Tensor, "prompts 4"]
-    # Index into names; Pos is 0 where IO comes first.
-    io: Int[np.ndarray, " prompts"]
-    s: Int[np.ndarray, " prompts"]
-    pos: Int[np.ndarray, " prompts"]
-    name_ids: Int[Tensor, " names"]
-
-    def values(self, attribute: str) -> Int[np.ndarray, " prompts"]:
-        return getattr(self, attribute)
-
-
-@dataclass(frozen=True)
-class Words:
-    """Names, places and objects that are one token each for the model at hand, and how to write them."""
-
-    tokenizer: Any
-    names: list[str]
-    places: list[str]
-    things: list[str]
-
-    @classmethod
-    def of(cls, model: LanguageModel, n_names: int = N_NAMES) -> "Words":
-        """As many names as asked for, half of either gender.
-
-        Raises:
-            ValueError: If the tokenizer knows too few of them as one token.
-        """
-
-        def whole(words: Sequence[str]) -> list[str]:
-            return [word for word in words if len(_ids(model.tokenizer, word)) == 1]
-
-        unknown = model.tokenizer.unk_token_id
-        known = [
-            [name for name in whole(names) if unknown is None or _ids(model.tokenizer, name)[0] != unknown][: n_names // 2]
-            for names in (lexicon.MALE_NAMES, lexicon.FEMALE_NAMES)
-        ]
-        places, things = whole(lexicon.PLACES), whole(lexicon.OBJECTS)
-        if min(map(len, known)) < 4 or not places or not things:
-            raise ValueError(
-                f"--task supervised: expected a tokenizer with English names as single tokens, but {model.id} splits them. "
-                "Leave the task out."
-            )
-        return cls(model.tokenizer, known[0] + known[1], places, things)
-
-    def prompts(self, plans: Sequence["Plan"]) -> Prompts:
-        """The prompts of these plans."""
-        bos = self.tokenizer.bos_token_id
-        prefix = [*([] if bos is None else [bos]), *(i for word in PREFIX.split() for i in _ids(self.tokenizer, word))]
-        rows, places = [], []
-        for plan in plans:
-            row, where = list(prefix), {}
-            for role, word in self._words(plan):
-                row += _ids(self.tokenizer, word)
-                where[role] = len(row) - 1
-            rows.append(row)
-            places.append([where["io"], where["s1"], where["s2"], len(row) - 1])
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id or 0
-        io, s, pos = (np.array([getattr(plan, name) for plan in plans]) for name in ATTRIBUTES)
-        name_ids = torch.tensor([_ids(self.tokenizer, name)[0] for name in self.names])
-        padded = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-        return Prompts(padded, torch.tensor(places), io, s, pos, name_ids)
-
-    def _words(self, plan: "Plan") -> list[tuple[str, str]]:
-        io, s = self.names[plan.io], self.names[plan.s]
-        first, second = (("s1", s), ("io", io)) if plan.pos else (("io", io), ("s1", s))
-        slots = {"{0}": first, "{1}": second, "{s}": ("s2", s)}
-        slots |= {"{p}": ("place", self.places[plan.place]), "{o}": ("object", self.things[plan.thing])}
-        text = f"{OPENINGS[plan.opening]} {CLOSINGS[plan.closing]}"
-        return [slots.get(piece, ("frame", piece)) for piece in text.split()]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides a prompt."""
-
-    io: int
-    s: int
-    pos: int
-    opening: int
-    closing: int
-    place: int
-    thing: int
-
-    def changed(self, attribute: str, value: int) -> "Plan":
-        """The same prompt but for one attribute."""
-        return Plan(**{**self.__dict__, attribute: value})
-
-
-def draw_plans(words: Words, n: int, seed: int, names: Sequence[int] | None = None) -> list[Plan]:
-    """Independent prompts; IO and S differ."""
-    generator = np.random.default_rng(seed)
-    pool = np.arange(len(words.names)) if names is None else np.array(names)
-    sizes = (2, len(OPENINGS), len(CLOSINGS), len(words.places), len(words.things))
-    found = []
-    for _ in range(n):
-        io, s = generator.choice(pool, 2, replace=False)
-        found.append(Plan(int(io), int(s), *(int(generator.integers(size)) for size in sizes)))
-    return found
-
-
-def _ids(tokenizer: Any, word: str) -> list[int]:
-    # Words stand within a text, behind a space; punctuation does not.
-    text = word if word in ",." else f" {word}"
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@torch.no_grad()
-def cross_section(subject: Subject, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
-    """Activations at the four positions."""
-    found = []
-    for ids, places in zip(prompts.token_ids.split(BATCH), prompts.places.split(BATCH), strict=True):
-        seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float().cpu()
-        found.append(seen.gather(1, places[..., None].expand(-1, -1, seen.shape[-1])))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def end_logits(
-    subject: Subject, prompts: Prompts, positions: Sequence[int] = (), put: Float[Tensor, "prompts 4 d"] | None = None
-) -> Float[Tensor, "prompts names"]:
-    """Logits of the names at END, with some of the four positions replaced."""
-    model, found = subject.model, []
-    for start in range(0, len(prompts.token_ids), BATCH):
-        rows = slice(start, start + BATCH)
-        ids, places = prompts.token_ids[rows].to(model.device), prompts.places[rows].to(model.device)
-        line = torch.arange(len(ids), device=model.device)
-
-        def change(x: Tensor, rows: slice = rows, places: Tensor = places, line: Tensor = line) -> Tensor:
-            x = x.clone()
-            for position in positions:
-                assert put is not None
-                x[line, places[:, position]] = put[rows, position].to(x)
-            return x
-
-        with model.replacing(subject.hook, change):
-            logits = model.logits(ids)
-        found.append(logits[line, places[:, 3]][:, prompts.name_ids.to(model.device)].float().cpu())
-    return torch.cat(found)
-
-
-@dataclass(frozen=True)
-class Supervised:
-    """A mean activation, and one feature for each value of each attribute, at every position."""
-
-    mean: Float[Tensor, "4 d"]
-    features: dict[str, Float[Tensor, "values 4 d"]]
-
-    def reconstruct(self, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
-        return self.mean + sum(self.of(prompts, name) for name in self.features)
-
-    def of(self, prompts: Prompts, attribute: str) -> Float[Tensor, "prompts 4 d"]:
-        """Each prompt's own feature of an attribute."""
-        return self.features[attribute][torch.from_numpy(prompts.values(attribute))]
-
-
-def mean_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Supervised:
-    """Features are conditional means less the mean: optimal where attributes are independent."""
-    mean = x.mean(0)
-    sizes = {"io": len(prompts.name_ids), "s": len(prompts.name_ids), "pos": 2}
-    features = {}
-    for name, size in sizes.items():
-        values = torch.from_numpy(prompts.values(name))
-        sums = torch.zeros(size, *x.shape[1:]).index_add_(0, values, x - mean)
-        features[name] = sums / torch.bincount(values, minlength=size).clamp_min(1)[:, None, None]
-    return Supervised(mean, features)
-
-
-def least_squares_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Supervised:
-    """Features are the least-squares coefficients of one-hot attributes: the same in a balanced design."""
-    mean = x.mean(0)
-    sizes = {"io": len(prompts.name_ids), "s": len(prompts.name_ids), "pos": 2}
-    design = torch.cat(
-        [torch.nn.functional.one_hot(torch.from_numpy(prompts.values(n)), size).double() for n, size in sizes.items()], 1
-    )
-    # The smallest solution: one-hot columns of an attribute add up to a constant.
-    solution = torch.linalg.pinv(design) @ (x - mean).double().flatten(1)
-    parts = solution.float().unflatten(1, x.shape[1:]).split(list(sizes.values()))
-    return Supervised(mean, dict(zip(sizes, parts, strict=True)))
-
-
-def logit_difference(logits: Float[Tensor, "prompts names"], prompts: Prompts) -> Float[np.ndarray, " prompts"]:
-    line = torch.arange(len(logits))
-    return (logits[line, torch.from_numpy(prompts.io)] - logits[line, torch.from_numpy(prompts.s)]).numpy()
-
-
-@torch.no_grad()
-def _codes(subject: Subject, x: Float[Tensor, "prompts 4 d"]) -> Float[Tensor, "prompts 4 n_latents"]:
-    found = [subject.encode(part).to_dense(subject.dictionary.n_latents).float().cpu() for part in x.flatten(0, 1).split(1024)]
-    return torch.cat(found).unflatten(0, x.shape[:2])
 
 
 def _inert(clean: np.ndarray, ablated: np.ndarray) -> dict[str, Any]:
