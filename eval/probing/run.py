@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.files import write_json, write_text
-from .. import saebench
 from ..checkpoint import NOTHING, Given, open_checkpoint
-from ..saebench import Task
 from . import factors
 from .datasets import Pooled, pool, read_labelled
 from .ioi import score as supervised
+from .saebench import output as saebench
+from .saebench.output import Task
 from .subject import Subject, open_subject
 
 PROBING_VERSION = 1

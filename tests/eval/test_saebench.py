@@ -9,8 +9,12 @@ from scipy import sparse
 
 from sparsary.eval.probing.run.datasets import Labelled, Pooled, pool, read_labelled
 from sparsary.eval.probing.run.subject import subject_of
-from sparsary.eval.saebench import absorption, embedded_data, result_file, scr, sparse_probing, tpp
-from sparsary.eval.saebench_adapter import SaeBenchAdapter, transformer_lens_hook
+from sparsary.eval.probing.saebench.absorption import absorption
+from sparsary.eval.probing.saebench.adapter import SaeBenchAdapter, transformer_lens_hook
+from sparsary.eval.probing.saebench.datasets import embedded_data
+from sparsary.eval.probing.saebench.output import result_file
+from sparsary.eval.probing.saebench.scr_tpp import scr, tpp
+from sparsary.eval.probing.saebench.sparse_probing import sparse_probing
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.transcoders import Transcoder

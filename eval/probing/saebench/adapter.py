@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..sae.dictionary import OneSiteDictionary, SparseDictionary
+from ....sae.dictionary import OneSiteDictionary, SparseDictionary
 
 # Our side of a module -> TransformerLens's name, within a block.
 SITES = {

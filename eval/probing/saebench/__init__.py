@@ -1,0 +1,1 @@
+"""SAEBench's probing tasks: sparse probing, SCR, TPP and absorption."""

@@ -1,0 +1,104 @@
+"""Feature absorption: latents that fail to fire where another latent has absorbed their feature."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from ..absorption import absorbed
+from ..datasets import Pooled, embedded_tokens, halves
+from ..factors import LEAST_PROBE_F1, labels_of
+from ..probes import f1_of, logistic, split_latents
+from ..subject import Subject, sparse_codes
+from .datasets import _split, _take
+from .output import Task
+from .scr_tpp import _writes
+
+ABSORPTION_TOKENS = 30_000
+# Labels with words of their own, which a word's own latent may absorb.
+ABSORBABLE = ("class", "gender", "number", "century")
+
+
+def absorption(subject: Subject, data: list[Pooled] | None, seed: int = 0, tokens: int = ABSORPTION_TOKENS) -> Task:
+    """Absorption of labels: of the embedded corpus's word classes, token by token, or of labelled texts, text by text.
+
+    SAEBench asks this of first letters only, so its result file has no name for our labels but ``first_letter``: there is
+    ``label`` in its place, and the type is ``absorption``.
+
+    Raises:
+        ValueError: If the dictionary writes elsewhere than at its hook, or no label is left.
+    """
+    subject.require_in_place("absorption")
+    rows: list[dict[str, Any]] = []
+    if data is None:
+        known = embedded_tokens(subject, tokens, neurons=False)
+        fitted = halves(known.documents, seed)
+        labels = labels_of(known.factors, fitted)
+        some = [i for i, family in enumerate(labels.families) if family in ABSORBABLE]
+        if not some:
+            raise ValueError(f"--tokens: {tokens} tokens hold none of the labels often enough. Raise --tokens.")
+        codes = sparse_codes(subject, known.x)
+        rows = [_absorption_row(subject, known.x, codes, labels.values[:, i], fitted, labels.names[i], seed) for i in some]
+    for one in data or []:
+        split = _split(one, one.labels, seed)
+        fitted = np.zeros(len(one.labels), dtype=bool)
+        fitted[split.train] = True
+        names = split.classes if len(split.classes) > 2 else split.classes[:1]
+        rows += [
+            _absorption_row(subject, one.x, one.codes, one.labels == name, fitted, f"{one.name}: {name}", seed)
+            for name in names
+        ]
+    scored = [row for row in rows if row["mean_absorption_fraction"] is not None]
+    keys = {
+        "absorption_fraction_score": "mean_absorption_fraction",
+        "full_absorption_score": "full_absorption_rate",
+        "num_split_features": "num_split_features",
+    }
+    mean: dict[str, Any] = {}
+    for name, key in keys.items():
+        values = np.array([row[key] for row in scored])
+        mean[f"mean_{name}"] = float(values.mean()) if len(values) else None
+        mean[f"std_dev_{name}"] = float(values.std(ddof=1)) if len(values) > 1 else None
+    summary = {f"absorption_{key}": value for key, value in mean.items()}
+    summary |= {"absorption_labels": len(scored), "absorption_skipped": len(rows) - len(scored)}
+    if not scored:
+        summary["absorption_why"] = rows[0]["why"]
+    details = [{key: value for key, value in row.items() if key != "why"} for row in scored]
+    config = {"random_seed": seed, "model_name": subject.model.id, "min_GT_probe_f1": LEAST_PROBE_F1}
+    shown = "undefined" if not scored else f"fraction {mean['mean_absorption_fraction_score']:.3f}"
+    shown += (
+        ""
+        if not scored
+        else f"   full {mean['mean_full_absorption_score']:.3f}   latents {mean['mean_num_split_features']:.2f}"
+    )
+    return Task(summary, {"mean": mean}, details, config, [("absorption", f"{shown}   of {len(scored)} labels")])
+
+
+def _absorption_row(
+    subject: Subject, x: np.ndarray, codes: sparse.csc_array, y: np.ndarray, fitted: np.ndarray, name: str, seed: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"label": name, "mean_absorption_fraction": None, "full_absorption_rate": None, "why": None}
+    generator = np.random.default_rng(seed)
+    yes, no = np.flatnonzero(y & fitted), np.flatnonzero(~y & fitted)
+    train = np.concatenate([generator.permutation(yes)[:1000], generator.permutation(no)[:2000]])
+    probe = logistic(x[train], y[train])
+    right = probe.scores(x) > 0
+    probe_f1 = f1_of(right[~fitted], y[~fitted])
+    fires = _take(codes, np.flatnonzero(fitted))
+    both = np.asarray((fires > 0).T.astype(np.float32) @ y[fitted].astype(np.float32))
+    f1 = 2 * both / np.maximum(np.asarray((fires > 0).sum(0)).ravel() + y[fitted].sum(), 1)
+    main = split_latents(fires, y[fitted], np.argsort(-f1, kind="stable")[:10].tolist())
+    rows = np.flatnonzero(~fitted & y & right)
+    if not main:
+        return row | {"why": "no latent fires on it"}
+    if probe_f1 < LEAST_PROBE_F1 or not len(rows):
+        return row | {"why": f"the probe's F1 is below {LEAST_PROBE_F1}"}
+    bias = (subject.dictionary.bypass() * subject.dictionary.out_scale).detach().float().cpu().numpy()
+    found = absorbed(x[rows] - bias, sparse.csr_array(codes)[rows], _writes(subject), probe.weights, np.array(main))
+    return row | {
+        "mean_absorption_fraction": float(found.fraction.mean()),
+        "full_absorption_rate": float(found.full.mean()),
+        "num_full_absorption": int(found.full.sum()),
+        "num_probe_true_positives": len(rows),
+        "num_split_features": len(main),
+    }

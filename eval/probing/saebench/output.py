@@ -1,0 +1,58 @@
+"""Tasks after SAEBench that need no hub and no API: k-sparse probing, spurious correlations, targeted perturbation, absorption.
+
+On passages of the embedded corpus, or on labelled text of the user's. Probes are penalised logistic regressions fitted to the
+optimum, where SAEBench takes a fixed number of steps, and train and test texts are drawn from the same file: figures are
+comparable between dictionaries judged here, not with published ones.
+"""
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..probes import Columns
+from ..subject import Subject
+from .adapter import SaeBenchAdapter
+from .datasets import _take
+
+# Per text, on standardised dimensions, for the probes that interventions are to change: as if stopped early, like SAEBench's,
+# so that a biased probe reads all that coincides and not only what separates best.
+PENALTY = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's figures, flat; what belongs in SAEBench's result file; and lines for a terminal."""
+
+    summary: dict[str, Any]
+    metrics: dict[str, dict[str, Any]]
+    details: list[dict[str, Any]]
+    config: dict[str, Any]
+    lines: list[tuple[str, str]]
+
+
+def _largest_difference(columns: Columns, y: np.ndarray) -> np.ndarray:
+    """Columns by falling |mean where true - mean where false|."""
+    yes, no = (np.asarray(_take(columns, np.flatnonzero(side)).mean(0)).ravel() for side in (y, ~y))
+    return np.argsort(-np.abs(yes - no), kind="stable")
+
+
+def result_file(subject: Subject, checkpoint: str, eval_type: str, task: Task) -> dict[str, Any]:
+    """A task's results as SAEBench writes them; only the time differs from one run to the next."""
+    identity = f"{checkpoint}/{eval_type}/{task.config['random_seed']}"
+    return {
+        "eval_type_id": eval_type,
+        "eval_config": task.config,
+        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": task.metrics,
+        "eval_result_details": task.details,
+        "sae_bench_commit_hash": "sparsary",
+        "sae_lens_id": None,
+        "sae_lens_release_id": None,
+        "sae_lens_version": None,
+        "sae_cfg_dict": SaeBenchAdapter(subject.dictionary, subject.model.id, subject.hook).cfg.to_dict(),
+        "eval_result_unstructured": None,
+    }

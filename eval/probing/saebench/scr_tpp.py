@@ -1,0 +1,182 @@
+"""Spurious correlation removal (SCR) and targeted probe perturbation (TPP)."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from ..datasets import Pooled
+from ..probes import Probe, logistic
+from ..subject import Subject
+from .datasets import LEAST_TEXTS, _balanced, _split
+from .output import PENALTY, Task
+
+N_VALUES = (2, 5, 10, 20, 50, 100, 500)
+
+
+def _writes(subject: Subject) -> np.ndarray:
+    """What every latent's unit of value adds to the activation."""
+    dictionary = subject.dictionary
+    return (dictionary.atoms * dictionary.out_scale).detach().float().cpu().numpy()
+
+
+def _without(x: np.ndarray, codes: sparse.csr_array, writes: np.ndarray, latents: np.ndarray) -> np.ndarray:
+    """Mean activations with some latents silenced and the dictionary's error kept."""
+    return x - codes[:, latents] @ writes[latents] if len(latents) else x
+
+
+def _effects(one: Pooled, rows: np.ndarray, y: np.ndarray, probe: Probe, writes: np.ndarray) -> np.ndarray:
+    """How much each latent moves a probe's logit between the two classes."""
+    codes = sparse.csr_array(one.codes)[rows]
+    difference = np.asarray(codes[np.flatnonzero(y)].mean(0)).ravel() - np.asarray(codes[np.flatnonzero(~y)].mean(0)).ravel()
+    return np.stack([difference, writes @ probe.weights])
+
+
+def _top(effects: np.ndarray, n: int) -> np.ndarray:
+    order = np.argsort(-effects, kind="stable")[:n]
+    return order[effects[order] != 0]
+
+
+def scr(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
+    """Spurious correlation removal: a probe trained where two labels coincide, with latents of one of them silenced.
+
+    Direction 1 silences latents of the spurious label and reads the other off, direction 2 the reverse; the score is the
+    part of the accuracy lost to the coincidence that comes back: 0 if none was lost. ``metric`` is the direction in which
+    the biased probe was the less accurate. After SHIFT (Marks et al. 2024), in SAEBench's form.
+
+    Raises:
+        ValueError: If no data set has a second label of two values beside a first of two.
+    """
+    subject.require_in_place("scr")
+    usable = [one for one in data if one.spurious is not None and _two(one.labels) and _two(one.spurious)]
+    if not usable:
+        raise ValueError(
+            "--task scr: expected labelled text with two labels and a second key, spurious, of two values, got none. "
+            'Add "spurious" to every line of --labels, or leave the task out.'
+        )
+    writes = _writes(subject)
+    details, accuracies = [], []
+    for one in usable:
+        assert one.spurious is not None
+        groups = np.array([f"{a} and {b}" for a, b in zip(one.labels, one.spurious, strict=True)])
+        split = _split(one, groups, seed)
+        if len(split.classes) < 4:
+            raise ValueError(
+                f"{one.name}: expected {LEAST_TEXTS} texts or more of all four pairs of label and spurious, got them of "
+                f"{', '.join(split.classes)} only."
+            )
+        truth = {"label": one.labels == sorted(set(one.labels.tolist()))[0]}
+        truth["spurious"] = one.spurious == sorted(set(one.spurious.tolist()))[0]
+        agree = truth["label"] == truth["spurious"]
+        probes = {key: logistic(one.x[split.train], truth[key][split.train], PENALTY * len(split.train)) for key in truth}
+        biased_rows = split.train[agree[split.train]]
+        biased = logistic(one.x[biased_rows], truth["label"][biased_rows], PENALTY * len(biased_rows))
+        codes = sparse.csr_array(one.codes)[split.test]
+        x = one.x[split.test]
+        clean = {key: _accuracy(probes[key], x, truth[key][split.test]) for key in truth}
+        before = {key: _accuracy(biased, x, truth[key][split.test]) for key in truth}
+        detail: dict[str, Any] = {"dataset_name": one.name}
+        for direction, silenced, read in ((1, "spurious", "label"), (2, "label", "spurious")):
+            difference, along = _effects(one, split.train, truth[silenced][split.train], probes[silenced], writes)
+            effects = np.abs(difference * along)
+            for n in _counts(len(effects)):
+                after = _accuracy(biased, _without(x, codes, writes, _top(effects, n)), truth[read][split.test])
+                lost = clean[read] - before[read]
+                score = 0.0 if lost < 0.001 else (after - before[read]) / lost
+                detail[f"scr_dir{direction}_threshold_{n}"] = score
+                if (direction == 1) == (before["label"] < before["spurious"]):
+                    detail[f"scr_metric_threshold_{n}"] = score
+        details.append(detail)
+        accuracies.append({"clean": clean, "biased": before})
+    metrics = {"scr_metrics": _means(details)}
+    summary = metrics["scr_metrics"] | {
+        "scr_clean_accuracy": float(np.mean([value for found in accuracies for value in found["clean"].values()])),
+        "scr_biased_accuracy": float(np.mean([value for found in accuracies for value in found["biased"].values()])),
+        "scr_datasets": len(usable),
+    }
+    shown = "   ".join(f"{n} {summary[f'scr_metric_threshold_{n}']:.3f}" for n in _counts(len(writes))[:5])
+    config = _interventions_config(subject, usable, seed, True)
+    return Task(summary, metrics, details, config, [("SCR", f"share recovered, latents silenced: {shown}")])
+
+
+def _two(values: np.ndarray) -> bool:
+    return len(set(values.tolist())) == 2
+
+
+def _accuracy(probe: Probe, x: np.ndarray, truth: np.ndarray) -> float:
+    """Both classes count alike."""
+    right = (probe.scores(x) > 0) == truth
+    return float((right[truth].mean() + right[~truth].mean()) / 2)
+
+
+def _counts(n_latents: int) -> list[int]:
+    return [n for n in N_VALUES if n <= n_latents]
+
+
+def _means(details: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: float(np.mean([d[key] for d in details])) for key in details[0] if key not in ("dataset_name", "classes")}
+
+
+def _interventions_config(subject: Subject, data: list[Pooled], seed: int, perform_scr: bool) -> dict[str, Any]:
+    config = {
+        "random_seed": seed,
+        "dataset_names": [one.name for one in data],
+        "perform_scr": perform_scr,
+        "context_length": subject.text.context_length,
+        "model_name": subject.model.id,
+        "n_values": list(N_VALUES),
+    }
+    if perform_scr:
+        config["column1_vals_lookup"] = {one.name: [sorted(set(one.labels.tolist()))] for one in data}
+    return config
+
+
+def tpp(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
+    """Targeted probe perturbation: how much accuracy a class's probe loses when its latents are silenced, less what the
+    probes of other classes lose.
+
+    Raises:
+        ValueError: If no data set has three classes: with two, one probe is the other's negative.
+    """
+    subject.require_in_place("tpp")
+    usable = [one for one in data if len(set(one.labels.tolist())) > 2]
+    if not usable:
+        raise ValueError("--task tpp: expected labelled text of at least three classes, got two. Leave the task out.")
+    writes = _writes(subject)
+    details = []
+    for one in usable:
+        split = _split(one, one.labels, seed)
+        if len(split.classes) < 3:
+            raise ValueError(f"{one.name}: expected three classes with {LEAST_TEXTS} texts or more, got {split.classes}.")
+        probes, tests = {}, {}
+        for name in split.classes:
+            generator = np.random.default_rng(seed)
+            train, tests[name] = (_balanced(one.labels, rows, name, generator) for rows in (split.train, split.test))
+            probes[name] = (logistic(one.x[train], one.labels[train] == name, PENALTY * len(train)), train)
+        csr = sparse.csr_array(one.codes)
+
+        def accuracies(
+            silenced: np.ndarray, one: Pooled = one, probes: dict = probes, tests: dict = tests, csr: Any = csr
+        ) -> dict[str, float]:
+            return {
+                name: _accuracy(probe, _without(one.x[rows], csr[rows], writes, silenced), one.labels[rows] == name)
+                for (name, (probe, _)), rows in zip(probes.items(), tests.values(), strict=True)
+            }
+
+        clean = accuracies(np.zeros(0, dtype=int))
+        found: dict[str, list[float]] = {}
+        for name, (probe, train) in probes.items():
+            difference, along = _effects(one, train, one.labels[train] == name, probe, writes)
+            effects = np.maximum(difference, 0) * along
+            for n in _counts(len(effects)):
+                after = accuracies(_top(effects, n))
+                lost = {other: clean[other] - after[other] for other in clean}
+                own, rest = lost.pop(name), float(np.mean(list(lost.values())))
+                for key, value in (("total_metric", own - rest), ("intended_diff_only", own), ("unintended_diff_only", rest)):
+                    found.setdefault(f"tpp_threshold_{n}_{key}", []).append(value)
+        details.append({"dataset_name": one.name} | {key: float(np.mean(values)) for key, values in found.items()})
+    metrics = {"tpp_metrics": _means(details)}
+    summary = metrics["tpp_metrics"] | {"tpp_datasets": len(usable)}
+    shown = "   ".join(f"{n} {summary[f'tpp_threshold_{n}_total_metric']:.3f}" for n in _counts(len(writes))[:5])
+    config = _interventions_config(subject, usable, seed, False)
+    return Task(summary, metrics, details, config, [("TPP", f"own loss less others', latents silenced: {shown}")])

@@ -1,0 +1,71 @@
+"""Sparse probing: accuracy of probes on the k most informative latents."""
+
+from typing import Any
+
+import numpy as np
+
+from ..datasets import Pooled
+from ..probes import bootstrap_mean, logistic
+from ..subject import Subject
+from .datasets import _balanced, _split, _take
+from .output import Task, _largest_difference
+
+K_VALUES = (1, 2, 5, 10, 20)
+
+
+def sparse_probing(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
+    """Accuracy of probes on the k latents, or dimensions, whose means differ most between a class and the others.
+
+    One class against as many texts of the others, so that chance is 0.5; k among all latents, dead ones included.
+    """
+    details, correct, unstructured = [], {}, {}
+    for one in data:
+        split = _split(one, one.labels, seed)
+        scores: dict[str, list[float]] = {}
+        for name in split.classes:
+            generator = np.random.default_rng(seed)
+            train, test = (_balanced(one.labels, rows, name, generator) for rows in (split.train, split.test))
+            y, truth = one.labels[train] == name, one.labels[test] == name
+            for side, columns in (("llm", one.x), ("sae", one.codes)):
+                known = _take(columns, train)
+                order = _largest_difference(known, y)
+                width = known.shape[1]
+                for k in (None, *(k for k in K_VALUES if k <= width)):
+                    some = None if k is None else order[:k]
+                    key = f"{side}_test_accuracy" if k is None else f"{side}_top_{k}_test_accuracy"
+                    probe = logistic(_take(columns, train, some), y)
+                    hits = (probe.scores(_take(columns, test, some)) > 0) == truth
+                    scores.setdefault(key, []).append(float(hits.mean()))
+                    correct.setdefault(key, []).append(hits)
+        details.append({"dataset_name": one.name} | {key: float(np.mean(values)) for key, values in scores.items()})
+        unstructured[one.name] = {key: dict(zip(split.classes, values, strict=True)) for key, values in scores.items()}
+    summary: dict[str, Any] = {"sparse_probing_chance": 0.5, "sparse_probing_datasets": len(data)}
+    metrics: dict[str, dict[str, Any]] = {"llm": {}, "sae": {}}
+    for key in details[0]:
+        if key == "dataset_name":
+            continue
+        value = float(np.mean([detail[key] for detail in details]))
+        metrics[key[:3]][key] = value
+        spread = bootstrap_mean(np.concatenate(correct[key]).astype(float), seed)
+        summary |= {f"sparse_probing_{key}": value}
+        # Of the mean over texts, shifted to the mean over data sets.
+        summary |= {f"sparse_probing_{key}_low": value + spread.low - spread.mean}
+        summary |= {f"sparse_probing_{key}_high": value + spread.high - spread.mean}
+    lines = []
+    for side, name in (("sae", "latents"), ("llm", "dimensions")):
+        found = metrics[side]
+        cells = [
+            f"{k} {found[f'{side}_top_{k}_test_accuracy']:.3f}" for k in K_VALUES if f"{side}_top_{k}_test_accuracy" in found
+        ]
+        cells.append(f"all {found[f'{side}_test_accuracy']:.3f}")
+        lines.append(("sparse probing", f"accuracy of {name}: {'   '.join(cells)}"))
+    config = {
+        "random_seed": seed,
+        "dataset_names": [one.name for one in data],
+        "probe_train_set_size": max(len(_split(one, one.labels, seed).train) for one in data),
+        "probe_test_set_size": max(len(_split(one, one.labels, seed).test) for one in data),
+        "context_length": subject.text.context_length,
+        "model_name": subject.model.id,
+        "k_values": list(K_VALUES),
+    }
+    return Task(summary, metrics, details, config, lines)
