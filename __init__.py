@@ -103,7 +103,7 @@ def evaluate(
     ``model``, ``text`` (a tuple of files), ``hook`` and so on (see ``eval.opened.Given``).
     """
     from .eval.checkpoint import Given
-    from .eval.suite import evaluate as run
+    from .eval.report.evaluate import evaluate as run
 
     return run(directory, out, activations, tokens, given=Given(**given))
 
@@ -252,7 +252,8 @@ def _eval(
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
     from .eval.checkpoint import folders
-    from .eval.suite import Selection, evaluate_all, summary
+    from .eval.report.evaluate import Selection, evaluate_all
+    from .eval.report.summary import summary
 
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}

@@ -17,7 +17,7 @@ from ...training.resolve import resolved
 from ...training.run import run_harvest, train
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render
-from ..suite import evaluate
+from ..report.evaluate import evaluate
 
 COMPARISON_VERSION = 1
 REPORT_FILE = "report.json"

@@ -10,7 +10,7 @@ from ...transcoders.stack import members
 from ..checkpoint import short_names
 from ..pages.numbers import finite, show
 from ..pages.runs import COLUMNS, render
-from ..suite import Progress, evaluate_all, unseen
+from ..report.evaluate import Progress, evaluate_all, unseen
 
 RUNS_VERSION = 1
 REPORT_FILE = "report.json"

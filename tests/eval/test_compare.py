@@ -136,7 +136,7 @@ def calls(monkeypatch):
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
     watch(run_module, "harvest", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
-    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
     return seen
 
 

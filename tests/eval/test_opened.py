@@ -13,7 +13,7 @@ from sparsary.eval.circuits.compared_units import open_dictionaries
 from sparsary.eval.circuits.units.nodes import NodeSpace
 from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.eval.features.run import features
-from sparsary.eval.suite import evaluate, evaluate_all, judge_all
+from sparsary.eval.report.evaluate import evaluate, evaluate_all, judge_all
 from sparsary.sae.formats import FORMATS, write_dictionary
 from sparsary.transcoders.convert import convert
 
@@ -205,7 +205,7 @@ def test_ours_say_everything_themselves(trained, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(trained, monkeypatch):
-    monkeypatch.setattr("sparsary.eval.suite.os.access", lambda path, mode: False)
+    monkeypatch.setattr("sparsary.eval.report.evaluate.os.access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"--out: required, because .*right cannot be written to"):
         evaluate(str(trained / "right"))
     file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")

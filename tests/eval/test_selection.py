@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sparsary.eval.suite import Selection, evaluate, summary
+from sparsary.eval.report.evaluate import Selection, evaluate
+from sparsary.eval.report.summary import summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import PURSUITS
 from sparsary.training.recipe import check_recipe

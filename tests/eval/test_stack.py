@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sparsary.eval.pages.stack import EXPLANATIONS, render
-from sparsary.eval.stack import Layer, _reconstructed, judge_stack
-from sparsary.eval.suite import evaluate, summary
+from sparsary.eval.report.evaluate import evaluate
+from sparsary.eval.report.stack import Layer, _reconstructed, judge_stack
+from sparsary.eval.report.summary import summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.splice import Insertion, model_spliced
 from sparsary.training.text import Cursor

@@ -10,7 +10,8 @@ import torch
 import sparsary
 from sparsary.eval.checkpoint import folders
 from sparsary.eval.metrics.glossary import EXPLANATIONS
-from sparsary.eval.suite import evaluate, evaluate_all, summary
+from sparsary.eval.report.evaluate import evaluate, evaluate_all
+from sparsary.eval.report.summary import summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
 from sparsary.training.run import train
@@ -187,7 +188,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 
 @pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
-    from sparsary.eval import suite
+    from sparsary.eval.report import evaluate as suite
 
     monkeypatch.setattr(suite, "render", lambda *_: "")
     path = rivals[0]
@@ -220,7 +221,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
 
 
 def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
-    from sparsary.eval import suite
+    from sparsary.eval.report import evaluate as suite
 
     monkeypatch.setattr(suite, "render", lambda *_: "")
     seen = []
@@ -241,7 +242,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
     told = []
 
     def progress(total):
@@ -325,7 +326,7 @@ def test_every_entry_of_a_report_is_explained(report):
 
 @pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -339,7 +340,7 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.suite.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []

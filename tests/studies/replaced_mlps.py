@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scipy.stats import t
 
-from sparsary.eval.suite import evaluate
+from sparsary.eval.report.evaluate import evaluate
 from sparsary.sae.files import write_json
 from sparsary.training.grid import check_grid
 from sparsary.training.recipe import read_values

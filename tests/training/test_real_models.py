@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsary.eval.suite import evaluate
+from sparsary.eval.report.evaluate import evaluate
 from sparsary.training.recipe import check_recipe
 from sparsary.training.run import train
 

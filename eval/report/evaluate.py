@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sae import SparseDictionary
-from ..sae.files import write_json, write_text
-from ..training.text import Cursor
-from ..transcoders.stack import hooks_of
+from ...sae import SparseDictionary
+from ...sae.files import write_json, write_text
+from ...training.text import Cursor
+from ...transcoders.stack import hooks_of
+from ..checkpoint import NOTHING, Given, Member, Opened, open_checkpoint
+from ..heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
+from ..metrics import GROUPS
+from ..metrics.base import MetricGroup, Setting, View
+from ..metrics.glossary import REPORT_VERSION
+from ..metrics.inference import PER_TOKEN, Selection
+from ..metrics.model_outputs import Passage
+from ..pages.report import render
+from ..sanity import Sanity, doubts
+from ..undefined import settled
 from .cache import Beside, Nothing, content_of
-from .checkpoint import NOTHING, Given, Member, Opened, open_checkpoint
-from .heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
-from .metrics import GROUPS
-from .metrics.base import MetricGroup, Setting, View
-from .metrics.glossary import REPORT_VERSION
-from .metrics.inference import PER_TOKEN, Selection
-from .metrics.model_outputs import Passage
-from .pages.report import render
-from .sanity import Sanity, doubts
-from .stack import evaluate_opened, stack_summary
-from .undefined import settled
+from .stack import evaluate_opened
 
 ROWS_AT_ONCE = 4096
 
@@ -356,56 +356,3 @@ def _merged(parts: Iterable[tuple[dict[str, Any], dict[str, str]]]) -> dict[str,
         found |= entries
         reasons |= why
     return found | {"reasons": reasons}
-
-
-def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures a person looks at first, as pairs of name and value."""
-    if "layer_hooks" in report:
-        return stack_summary(report)
-    lines = [
-        (
-            "dictionary",
-            f"{report['kind']} {report['d_in']} -> {report['n_latents']}  {report['encoder']}  {report['hook'] or ''}",
-        ),
-        ("selection", report["selection"]),
-        (
-            "fvu",
-            f"{_number(report['fvu'])}   "
-            + (f"affine map {_number(report['fvu_affine'])}   " if "fvu_affine" in report else "")
-            + f"cosine {_number(report['cosine'])}   on {report['tokens']:,} held-out tokens",
-        ),
-        (
-            "l0",
-            f"{report['l0_mean']:.2f}   median {report['l0_median']:.0f}   10 to 90 %: "
-            f"{report['l0_p10']:.0f}-{report['l0_p90']:.0f}",
-        ),
-        ("latents", f"dead {report['dead_fraction']:.2%}   dense {report['dense_fraction']:.2%}"),
-    ]
-    if "ce_clean" in report:
-        names = ("clean", "spliced", "zero", "mean", "resample")
-        ends = [report[f"ce_increase_{end}"] for end in ("low", "high")]
-        lines += [
-            ("cross-entropy", "   ".join(f"{name} {_number(report[f'ce_{name}'])}" for name in names)),
-            (
-                "increase",
-                f"{_number(report['ce_increase'])}"
-                + (f"   95 % interval {_number(ends[0])} to {_number(ends[1])}" if None not in ends else ""),
-            ),
-            (
-                "recovered",
-                f"{_number(report['ce_recovered_zero'])} of zero   {_number(report['ce_recovered_mean'])} of mean ablation",
-            ),
-            ("KL", f"{_number(report['kl_spliced'])}   same top token {_number(report['top1_agreement'])}"),
-        ]
-    lines.append(
-        (
-            "dark matter",
-            f"fvu total {_number(report['fvu_total'])}   nonlinear {_number(report['fvu_nonlinear'])}   linear share of the "
-            f"error {_number(report['linear_error_share'])}   norm R2 {_number(report['err_norm_r2'])}",
-        )
-    )
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sae import SparseCode, SparseDictionary
-from ..sae.files import write_json, write_text
-from ..sae.metrics import Moments
-from ..training.activations.model import LanguageModel
-from ..training.activations.splice import Insertion, Place, latents_at, model_spliced
-from ..training.text import Cursor
-from ..transcoders.stack import hooks_of
-from .checkpoint import NOTHING, Given, Opened, open_checkpoint
-from .heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
-from .metrics.downstream import SPLICES, Downstream, ablations
-from .metrics.reconstruction import Reconstruction
-from .pages.numbers import show
-from .pages.stack import render, short
-from .undefined import settled
+from ...sae import SparseCode, SparseDictionary
+from ...sae.files import write_json, write_text
+from ...sae.metrics import Moments
+from ...training.activations.model import LanguageModel
+from ...training.activations.splice import Insertion, Place, latents_at, model_spliced
+from ...training.text import Cursor
+from ...transcoders.stack import hooks_of
+from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
+from ..heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
+from ..metrics.downstream import SPLICES, Downstream, ablations
+from ..metrics.reconstruction import Reconstruction
+from ..pages.numbers import show
+from ..pages.stack import render, short
+from ..undefined import settled
 
 STACK_REPORT_VERSION = 1
 

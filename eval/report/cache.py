@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..sae.files import read_json, write_json
-from ..training.embedded import MODEL_DIR
-from .metrics.base import MetricGroup
+from ...sae.files import read_json, write_json
+from ...training.embedded import MODEL_DIR
+from ..metrics.base import MetricGroup
 
 FOLDER = "eval_cache"
 # Goes up when the way text is read or cut changes, which no group would notice.
