@@ -5,21 +5,17 @@ import itertools
 import pytest
 import torch
 
-from sparsary.eval.ground_truth import (
+from sparsary.eval.synthetic.firing import Forest
+from sparsary.eval.synthetic.planted import (
     PLANTED,
-    Forest,
-    Recovery,
     Sample,
-    chance_mcc,
     correlated,
     flat,
     hierarchical,
-    judge,
-    match,
-    score,
     small_but_decisive,
     zipf_probabilities,
 )
+from sparsary.eval.synthetic.recovery import Recovery, chance_mcc, judge, match, score
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 
@@ -296,7 +292,7 @@ def test_judging_in_batches_changes_nothing(monkeypatch):
     planted = small_but_decisive(13, 2, 11, seed=0)
     dictionary = SAE(11, 17, build_encoder({"name": "topk", "k": 3}))
     whole = judge(dictionary, planted, 101, seed=0)
-    monkeypatch.setattr("sparsary.eval.ground_truth.JUDGE_BATCH_TOKENS", 23)
+    monkeypatch.setattr("sparsary.eval.synthetic.recovery.JUDGE_BATCH_TOKENS", 23)
     assert judge(dictionary, planted, 101, seed=0) == pytest.approx(whole, abs=1e-6)
 
 

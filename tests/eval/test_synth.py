@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sparsary.eval.ground_truth import judge, levels
-from sparsary.eval.synth import SYNTH, judge_streamed, push_apart, references, synth_sae_bench
+from sparsary.eval.synthetic.planted import levels
+from sparsary.eval.synthetic.recovery import judge
+from sparsary.eval.synthetic.synth_sae_bench import SYNTH, judge_streamed, push_apart, references, synth_sae_bench
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 
@@ -84,10 +85,10 @@ def test_floors_lie_under_a_ceiling_that_is_perfect():
 def test_streaming_counts_what_one_sample_counts(monkeypatch):
     planted = tiny()
     dictionary = SAE(23, 53, build_encoder({"name": "topk", "k": 3}))
-    monkeypatch.setattr("sparsary.eval.synth.pieces", lambda planted, tokens, seed: [(tokens, seed)])
+    monkeypatch.setattr("sparsary.eval.synthetic.synth_sae_bench.pieces", lambda planted, tokens, seed: [(tokens, seed)])
     assert judge_streamed(dictionary, planted, 401, 5) == judge(dictionary, planted, 401, 5)
     monkeypatch.undo()
-    monkeypatch.setattr("sparsary.eval.synth.DRAW_TOKENS", 101)
+    monkeypatch.setattr("sparsary.eval.synthetic.synth_sae_bench.DRAW_TOKENS", 101)
     report = judge_streamed(dictionary, planted, 401, 5)
     assert report["l0"] <= 3
     assert report["mcc"] == judge(dictionary, planted, 401, 5)["mcc"]

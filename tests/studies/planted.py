@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from sparsary.eval.ground_truth import PLANTED, judge
+from sparsary.eval.synthetic.planted import PLANTED
+from sparsary.eval.synthetic.recovery import judge
 from sparsary.sae import load_dictionary
 from sparsary.training.recipe import check_recipe
 from sparsary.training.run import train

@@ -9,18 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from ..sae import SparseDictionary
-from .ground_truth import (
-    Firing,
-    Planted,
-    Recovery,
-    Sample,
-    generator_of,
-    levels,
-    recovery_of,
-    update_recovery,
-    zipf_probabilities,
-)
+from ...sae import SparseDictionary
+from .firing import Firing
+from .planted import Planted, Sample, generator_of, levels, zipf_probabilities
+from .recovery import Recovery, recovery_of, update_recovery
 
 # Tokens drawn at a time: 2048 of 16,384 features are 0.1 GB.
 DRAW_TOKENS = 2048

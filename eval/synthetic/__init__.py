@@ -1,0 +1,1 @@
+"""Synthetic data with planted features, and how well a dictionary recovers them."""
