@@ -18,8 +18,8 @@ from torch import Tensor
 from ...sae.code import bounds
 from ...training.activations.anatomy import Anatomy, Norm
 from ...transcoders.transcoder import Transcoder
-from ..circuits.connections import Connections
-from ..circuits.readers import readers
+from ..virtual_weights.connections import Connections
+from ..virtual_weights.linear_readers import readers
 
 OPENED = ("latent", "head", "skip")
 KINDS = (*OPENED, "token", "position", "mlp", "error", "transcoder bias", "attention bias", "constant")

@@ -14,7 +14,7 @@ from ...training.activations.splice import Insertion, Place
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.stack import Stack, hooks_of
 from ...transcoders.transcoder import Transcoder
-from ..circuits.readers import Readers, readers
+from ..virtual_weights.linear_readers import Readers, readers
 
 # A stack with its provenances, transcoders by layer, or a cross-layer transcoder; anything else is refused by name.
 Dictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary

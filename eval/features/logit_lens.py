@@ -16,7 +16,7 @@ from ...sae.dictionary import OneSiteDictionary, SparseDictionary
 from ...training.activations.anatomy import Anatomy
 from ...training.activations.model import LanguageModel
 from ...transcoders.stack import hooks_of
-from ..circuits.heads import residual_atoms
+from ..virtual_weights.attention_heads import residual_atoms
 
 # Sites whose tensor is the residual stream, or is added to it.
 ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp")

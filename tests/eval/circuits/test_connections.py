@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.paths import Circuit
-from sparsary.eval.circuits.connections import Connections, transcoders_by_layer
+from sparsary.eval.virtual_weights.connections import Connections, transcoders_by_layer
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.anatomy import Anatomy
 from sparsary.training.activations.sites import site_hooks
@@ -64,7 +64,7 @@ def test_deembeddings_and_unembeddings_are_token_terms_and_logit_effects(circuit
 
 
 def test_the_strongest_connections_are_those_of_the_whole_matrix(circuit, monkeypatch):
-    monkeypatch.setattr("sparsary.eval.circuits.connections.TILE_LATENTS", 5)
+    monkeypatch.setattr("sparsary.eval.virtual_weights.connections.TILE_LATENTS", 5)
     strongest = circuit.weights.strongest(0, 2, 4)
     matrix = circuit.weights.between(0, 2).T
     assert strongest.latents.shape == strongest.values.shape == (19, 4)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.heads import by_head, by_source, head_shares, residual_atoms
-from sparsary.eval.circuits.readers import readers
+from sparsary.eval.virtual_weights.attention_heads import by_head, by_source, head_shares, residual_atoms
+from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.anatomy import Anatomy
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.paths import KINDS, Circuit, Term
-from sparsary.eval.circuits.heads import by_source
-from sparsary.eval.circuits.readers import readers
+from sparsary.eval.virtual_weights.attention_heads import by_source
+from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.anatomy import Anatomy
 

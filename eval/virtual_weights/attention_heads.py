@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary
 from ...training.activations.anatomy import Layer, LayerTrace
-from .readers import readers
+from .linear_readers import readers
 
 
 @torch.no_grad()

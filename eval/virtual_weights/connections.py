@@ -15,7 +15,7 @@ from torch import Tensor
 from ...training.activations.anatomy import Anatomy
 from ...transcoders.stack import Stack, hooks_of
 from ...transcoders.transcoder import Transcoder
-from .readers import readers
+from .linear_readers import readers
 
 # Bounds a tile of the connection matrix, which has as many entries as both dictionaries have latents, multiplied.
 TILE_LATENTS = 512

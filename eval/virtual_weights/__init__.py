@@ -1,0 +1,1 @@
+"""Analysis of weights alone: connections between latents, attention heads and linear readers."""
