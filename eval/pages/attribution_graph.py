@@ -8,7 +8,7 @@ from ..attribution_graphs.export import Labels
 from ..attribution_graphs.graph import AttributionGraph
 from ..attribution_graphs.page_data import _visible, page_data
 from ..attribution_graphs.pruning import Pruned
-from ..circuits.graph_page_script import CSS, SCRIPT
+from .attribution_graph_script import CSS, SCRIPT
 from .document import document
 from .numbers import show
 

@@ -6,11 +6,11 @@ The fragment of the address holds what is shown, so that a view can be passed on
 from html import escape
 from typing import Any
 
-from ..circuits.report_script import CSS, SCRIPT
 from .charts import COLORS, Column
 from .circuit_drawing import draw
 from .circuit_glossary import EXPLANATIONS, explanation
 from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
+from .circuits_script import CSS, SCRIPT
 from .document import document
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from ..features.page_script import SCRIPT
 from ..features.records import Record
 from .document import document, encoder_parts
+from .features_script import SCRIPT
 from .numbers import UNRECORDED, show
 
 CHUNK_LATENTS = 64

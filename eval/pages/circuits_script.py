@@ -1,6 +1,6 @@
 """Style and script of circuits.html: choosing what is shown, and pointing at nodes."""
 
-from ..pages.recipes import CSS as COMPARISON_CSS
+from .recipes import CSS as COMPARISON_CSS
 
 CSS = (
     COMPARISON_CSS
