@@ -5,9 +5,9 @@ if __name__ == "sae":
 
 from .autoencoder import SAE
 from .checkpoint import load_dictionary
-from .code import SparseCode
 from .dictionary import SparseDictionary
 from .encoder import Encoder
 from .encoders import ENCODERS
+from .sparse_code import SparseCode
 
 __all__ = ["ENCODERS", "SAE", "Encoder", "SparseCode", "SparseDictionary", "load_dictionary"]

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .code import SparseCode
 from .dictionary import OneSiteDictionary
 from .encoder import Encoder
 from .encoders import encoder_spec
+from .sparse_code import SparseCode
 
 
 class SAE(OneSiteDictionary):

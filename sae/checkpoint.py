@@ -13,14 +13,9 @@ from typing import Any
 import torch
 
 from .autoencoder import SAE
-from .dictionary import SparseDictionary
+from .dictionary import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, SparseDictionary
 from .encoders import build_encoder
-from .files import read_json, read_tensors, require_finite, sha256, write_json, write_tensors
-
-FORMAT = "sparsary-dictionary"
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "dictionary.safetensors"
-CONFIG_FILE = "dictionary.json"
+from .files import read_json, read_tensors, require_finite
 
 # kind in dictionary.json -> class. Layers above register theirs here when they are imported.
 KINDS: dict[str, type[SparseDictionary]] = {"sae": SAE}
@@ -36,25 +31,6 @@ def build_dictionary(arguments: dict[str, Any]) -> SparseDictionary:
         raise ValueError(f"dictionary.kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
     encoder = build_encoder(arguments.pop("encoder"))
     return KINDS[kind](encoder=encoder, **arguments)
-
-
-def save_dictionary(dictionary: SparseDictionary, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
-    """Write both files, each whole or not at all; the weights go first.
-
-    Raises:
-        OSError: If the folder cannot be written; what it held stays as it was.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "dictionary": dictionary.arguments(),
-        "provenance": provenance or {},
-    }
-    write_tensors(directory / WEIGHTS_FILE, dictionary.state_dict(), {"config": json.dumps(config)})
-    digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
-    write_json(directory / CONFIG_FILE, config | digest)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """SparseDictionary: weights, encode and decode, common to everything that is learned here."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .batch_wide import BatchWide
-from .code import SparseCode
+from .batch_encoder import BatchWide
 from .encoder import Encoder, Weights, scorer
+from .files import sha256, write_json, write_tensors
 from .metrics import Moments
 from .pursuit import PURSUITS
 from .row_norm import ROW_NORMS, NormedRows
 from .screen import Screen
+from .sparse_code import SparseCode
 from .sparse_ops import decode
 
 
@@ -220,7 +222,7 @@ class SparseDictionary(nn.Module, ABC):
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write ``dictionary.safetensors`` and ``dictionary.json``; see ``sae.checkpoint``."""
         # Imported here because checkpoint.py rebuilds dictionaries and so imports this module.
-        from .checkpoint import save_dictionary
+        from .dictionary import save_dictionary
 
         save_dictionary(self, directory, provenance)
 
@@ -308,3 +310,28 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     def spread(self, moments: Moments) -> Float[Tensor, "..."]:
         return torch.tensor(moments.variance())
+
+
+FORMAT = "sparsary-dictionary"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "dictionary.safetensors"
+CONFIG_FILE = "dictionary.json"
+
+
+def save_dictionary(dictionary: SparseDictionary, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
+    """Write both files, each whole or not at all; the weights go first.
+
+    Raises:
+        OSError: If the folder cannot be written; what it held stays as it was.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dictionary": dictionary.arguments(),
+        "provenance": provenance or {},
+    }
+    write_tensors(directory / WEIGHTS_FILE, dictionary.state_dict(), {"config": json.dumps(config)})
+    digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
+    write_json(directory / CONFIG_FILE, config | digest)

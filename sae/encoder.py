@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .code import SparseCode
-from .scores import Scorer
 from .screen import Screen
+from .sparse_code import SparseCode
 from .sparse_ops import entries, some_rows
+from .tiled_scores import Scorer
 
 
 @dataclass(frozen=True)

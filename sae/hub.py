@@ -3,7 +3,8 @@
 import glob
 from pathlib import Path
 
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_config
+from .checkpoint import read_config
+from .dictionary import CONFIG_FILE, WEIGHTS_FILE
 
 
 def local_directory(path_or_id: str, revision: str | None = None) -> Path:

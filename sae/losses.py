@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .budgets import underused
 from .encoder import Weights, pre_activations, scorer, with_gradient
-from .scores import largest_per_token
 from .sparse_ops import decode
+from .tiled_scores import largest_per_token
+from .zipf import underused
 
 
 def normalized_mse(

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .code import SparseCode
 from .kernels.parallel import has_numba, over_rows
+from .sparse_code import SparseCode
 
 # The atoms' Gram matrix has to fit in this: 16,384 latents in float32.
 GRAM_BYTES_LIMIT = 2**30

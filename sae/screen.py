@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from .code import SparseCode
 from .kernels import selection
-from .scores import Scorer, Tile, largest_per_token, pick
+from .sparse_code import SparseCode
+from .tiled_scores import Scorer, Tile, largest_per_token, pick
 
 log = logging.getLogger(__name__)
 

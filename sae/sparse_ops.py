@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .code import SparseCode, bounds
 from .kernels import backend
-from .ledger import Ledger, Product, ledger_of
+from .sparse_code import SparseCode, bounds
+from .sparse_grad import Ledger, Product, ledger_of
 
 # From one entry in sixteen on the dense product is faster, as measured on two CPU cores for widths 1024 to 12288: encoders
 # without a budget begin with every second latent on. Small codes are not worth the question.

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..sae import SparseDictionary
-from ..sae.code import ByLatent
 from ..sae.kernels import AdamStep, backend
-from ..sae.ledger import Ledger, RowGradient, keep_ledger
+from ..sae.sparse_code import ByLatent
+from ..sae.sparse_grad import Ledger, RowGradient, keep_ledger
 from .optim import DictionaryAdam
 from .phases import Phases
 from .recipe import Recipe

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
+from ..sae.checkpoint import load_dictionary, read_config
+from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from ..sae.files import sha256
 from ..sae.formats import Options
 from ..transcoders.load import find

@@ -3,7 +3,7 @@
 import torch
 
 from ..sae import SparseDictionary
-from ..sae.ledger import drop_ledger
+from ..sae.sparse_grad import drop_ledger
 from .phases import Phases
 from .recipe import Recipe, total_steps
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from ..sae.checkpoint import build_dictionary
-from ..sae.scores import LEAST_WIDTH, TILE_NUMBERS_CPU
+from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity
 from .activations.model import hook_widths, resolve_device
 from .activations.shards import MANIFEST_FILE, Store

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..sae.allocation import between
-from ..sae.code import Requests, SparseCode, group
+from ..sae.batch_selection import between
 from ..sae.dictionary import Block, Site, SparseDictionary
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.metrics import Moments
-from ..sae.scores import Scorer, above, largest_of_batch
+from ..sae.sparse_code import Requests, SparseCode, group
 from ..sae.sparse_ops import decode
+from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
 # Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
 LAYER_ENCODERS = ("topk", "jumprelu", "relu")

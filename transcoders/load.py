@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..sae.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_dictionary, read_config
-from ..sae.dictionary import SparseDictionary
+from ..sae.checkpoint import load_dictionary, read_config
+from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE, SparseDictionary
 from ..sae.formats import Options, read_dictionary
 from ..sae.formats.files import HubSource, Source, recording
 from ..sae.hub import local_directory

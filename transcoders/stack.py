@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..sae.checkpoint import CONFIG_FILE, load_dictionary, read_config
-from ..sae.dictionary import SparseDictionary
+from ..sae.checkpoint import load_dictionary, read_config
+from ..sae.dictionary import CONFIG_FILE, SparseDictionary
 
 
 class Stack(Mapping[str, SparseDictionary]):

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..sae.code import SparseCode
 from ..sae.dictionary import OneSiteDictionary
 from ..sae.encoder import Encoder
 from ..sae.encoders import encoder_spec
+from ..sae.sparse_code import SparseCode
 
 
 class Transcoder(OneSiteDictionary):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...sae.code import SparseCode, group
+from ...sae.sparse_code import SparseCode, group
 from ...training.activations.harvest import batches, excluded
 from ...training.recipe import HarvestSection, TextSection
 from ...training.text import contexts

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae.code import bounds
+from ...sae.sparse_code import bounds
 from ...training.activations.anatomy import Anatomy, Norm
 from ...transcoders.transcoder import Transcoder
 from ..virtual_weights.connections import Connections

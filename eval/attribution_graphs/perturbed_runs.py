@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...sae.code import SparseCode
+from ...sae.sparse_code import SparseCode
 from ...training.activations.splice import Edit, model_spliced
 from .graph import AttributionGraph
 from .local_replacement_model import LocalReplacement

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae.code import SparseCode
 from ...sae.dictionary import OneSiteDictionary, SparseDictionary
+from ...sae.sparse_code import SparseCode
 from ...training.activations.anatomy import Anatomy
 from ...training.activations.splice import Insertion, Place
 from ...transcoders.cross_layer import CrossLayerTranscoder

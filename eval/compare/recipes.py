@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...sae.checkpoint import CONFIG_FILE, read_config
+from ...sae.checkpoint import read_config
+from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import read_json, write_json, write_text
 from ...training.checkpoints import RECIPE_FILE
 from ...training.preflight import preflight

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...sae.checkpoint import CONFIG_FILE
+from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import read_json, write_json, write_text
 from ...transcoders.stack import members
 from ..checkpoint import short_names

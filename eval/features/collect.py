@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...sae.code import SparseCode
 from ...sae.dictionary import SparseDictionary
+from ...sae.sparse_code import SparseCode
 from ...training.activations.harvest import batches, excluded
 from ...training.activations.model import LanguageModel
 from ...training.recipe import HarvestSection, TextSection

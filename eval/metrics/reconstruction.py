@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...sae.code import SparseCode
 from ...sae.metrics import Moments, dead_fraction, density
+from ...sae.sparse_code import SparseCode
 from ..bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
 from ..undefined import Undefined
 from .base import MetricGroup, Setting, View

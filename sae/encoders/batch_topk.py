@@ -1,6 +1,6 @@
 """BatchTopK: k latents per token on average, shared out over the batch."""
 
-from ..batch_wide import MutualLevel
+from ..batch_encoder import MutualLevel
 
 
 class BatchTopK(MutualLevel):

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..allocation import between
-from ..batch_wide import LEVEL_BATCHES, BatchWide, Selected
-from ..budgets import fit_zipf, integer_budgets, zipf
-from ..code import SparseCode
+from ..batch_encoder import LEVEL_BATCHES, BatchWide, Selected
+from ..batch_selection import between
 from ..encoder import require_argument
-from ..scores import Scorer, largest_per_latent, level_of_batch
+from ..sparse_code import SparseCode
+from ..tiled_scores import Scorer, largest_per_latent, level_of_batch
+from ..zipf import fit_zipf, integer_budgets, zipf
 
 # Ranks follow demand, but only part of the way: a latent keeps half of the (log) budget it had.
 HYSTERESIS = 0.5

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import SparseCode
 from ..encoder import Encoder, Weights, castable, require_argument, require_k, scorer, with_gradient
-from ..scores import Scorer, Tile, largest_per_token, pick
+from ..sparse_code import SparseCode
+from ..tiled_scores import Scorer, Tile, largest_per_token, pick
 
 
 class GradientTopK(Encoder):

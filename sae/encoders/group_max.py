@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import SparseCode
 from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
-from ..scores import Scorer
+from ..sparse_code import SparseCode
+from ..tiled_scores import Scorer
 
 
 class GroupMax(Encoder):

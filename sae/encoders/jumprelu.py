@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..code import Requests, SparseCode
 from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
-from ..scores import Scorer, above, largest_of_batch
+from ..sparse_code import Requests, SparseCode
+from ..tiled_scores import Scorer, above, largest_of_batch
 
 # Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
 PACE = 10.0

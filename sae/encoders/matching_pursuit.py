@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import SparseCode
 from ..encoder import Encoder, Weights, require_argument
 from ..pursuit import matching_pursuit
+from ..sparse_code import SparseCode
 
 
 class MatchingPursuit(Encoder):

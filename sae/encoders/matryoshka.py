@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..batch_wide import MutualLevel
+from ..batch_encoder import MutualLevel
 
 # Cumulative sums of 1/16, 1/16, 1/8, 1/4, 1/2: the groups of the authors' code.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)

@@ -1,6 +1,6 @@
 """Mutual choice: the matches of a batch go to its largest affinities, whatever tokens and latents they belong to."""
 
-from ..batch_wide import MutualLevel
+from ..batch_encoder import MutualLevel
 
 
 class MutualChoice(MutualLevel):

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import Requests, SparseCode
 from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
-from ..penalty import SparsityPenalty
-from ..scores import above
+from ..sparse_code import Requests, SparseCode
+from ..sparsity_penalty import SparsityPenalty
+from ..tiled_scores import above
 
 
 class ReLU(Encoder):

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import SparseCode
 from ..encoder import Encoder, Weights, require_argument
+from ..sparse_code import SparseCode
 
 
 class ResidualPursuit(Encoder):

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import SparseCode
 from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
-from ..scores import Tile, largest_per_token, pick
+from ..sparse_code import SparseCode
+from ..tiled_scores import Tile, largest_per_token, pick
 
 
 class SignedTopK(Encoder):

@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from ..code import SparseCode
 from ..encoder import Encoder, Weights, full_scorer, require_argument, require_k, scorer, with_gradient
-from ..scores import largest_per_token
+from ..sparse_code import SparseCode
+from ..tiled_scores import largest_per_token
 
 
 class TopK(Encoder):

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..code import ByLatent
-from ..ledger import RowGradient
+from ..sparse_code import ByLatent
+from ..sparse_grad import RowGradient
 from . import AdamStep, loops
 from .parallel import over_rows
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..code import ByLatent
-from ..ledger import RowGradient
+from ..sparse_code import ByLatent
+from ..sparse_grad import RowGradient
 from . import AdamStep, blocks
 
 # Columns that a program adds up, and entries whose rows it reads at once: 32 numbers a thread of four warps.

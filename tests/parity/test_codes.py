@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from sparsary.sae import SAE
-from sparsary.sae.batch_wide import BatchWide
+from sparsary.sae.batch_encoder import BatchWide
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.encoders.jumprelu import PACE, JumpReLU
 from sparsary.sae.pursuit import gradient_pursuit, orthogonal_matching_pursuit

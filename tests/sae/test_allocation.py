@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsary.sae.allocation import SAMPLE_STRIDE, SLACK, between, largest_cells
-from sparsary.sae.scores import Scorer, largest_per_latent
+from sparsary.sae.batch_selection import SAMPLE_STRIDE, SLACK, between, largest_cells
+from sparsary.sae.tiled_scores import Scorer, largest_per_latent
 
 # Large enough for the cut to be estimated from a sample.
 TOKENS, LATENTS = 127, 89
@@ -86,10 +86,10 @@ def test_scores_may_carry_gradient_and_stay_as_they_are():
 def per_latent(request, monkeypatch):
     """Cells that ``largest_per_latent`` keeps of given scores, and the smallest of each latent."""
     if request.param == "plain":
-        monkeypatch.setattr("sparsary.sae.allocation.selection", lambda *tensors: None)
+        monkeypatch.setattr("sparsary.sae.batch_selection.selection", lambda *tensors: None)
     # Tiles of a few latents.
-    monkeypatch.setattr("sparsary.sae.scores.LEAST_WIDTH", 7)
-    monkeypatch.setattr("sparsary.sae.scores.TILE_NUMBERS_CPU", 1)
+    monkeypatch.setattr("sparsary.sae.tiled_scores.LEAST_WIDTH", 7)
+    monkeypatch.setattr("sparsary.sae.tiled_scores.TILE_NUMBERS_CPU", 1)
 
     def choose(scores, budgets):
         found = largest_per_latent(Scorer(scores, torch.eye(scores.shape[1]), None), budgets)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.sae.budgets import fit_zipf, integer_budgets, underused, zipf
+from sparsary.sae.zipf import fit_zipf, integer_budgets, underused, zipf
 
 
 def test_zipf_is_the_law_and_sums_to_1():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sparsary.sae import ENCODERS, SAE, load_dictionary
-from sparsary.sae.code import SparseCode
 from sparsary.sae.encoder import Weights
 from sparsary.sae.encoders import build_encoder, encoder_spec
+from sparsary.sae.sparse_code import SparseCode
 from sparsary.sae.sparse_ops import decode
 
 TOKENS, D, LATENTS = 13, 11, 29

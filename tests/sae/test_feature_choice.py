@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sparsary.sae import SAE
-from sparsary.sae.budgets import fit_zipf, integer_budgets, zipf
 from sparsary.sae.encoder import Weights, pre_activations, scorer
 from sparsary.sae.encoders.feature_choice import FeatureChoice
 from sparsary.sae.encoders.mutual_choice import MutualChoice
 from sparsary.sae.encoders.topk import TopK
 from sparsary.sae.metrics import fvu
-from sparsary.sae.scores import Scorer
+from sparsary.sae.tiled_scores import Scorer
+from sparsary.sae.zipf import fit_zipf, integer_budgets, zipf
 
 TOKENS, D, LATENTS, K = 31, 5, 13, 3
 

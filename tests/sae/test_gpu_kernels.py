@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from sparsary.sae import SAE
-from sparsary.sae.code import ByLatent, SparseCode, bounds, group
 from sparsary.sae.encoders import ENCODERS
 from sparsary.sae.kernels import AdamStep
-from sparsary.sae.ledger import RowGradient
 from sparsary.sae.screen import quantize
+from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds, group
+from sparsary.sae.sparse_grad import RowGradient
 from sparsary.training.activations.stream import Batch
 from sparsary.training.fused import FusedAdam
 from sparsary.training.objective import AuxSettings, Objective, Usage
@@ -262,7 +262,7 @@ def test_matrices_of_more_than_2_to_the_31_numbers(gpu):
 def test_entries_are_grouped_on_gpus_as_by_the_cpu_s_kernel(make, monkeypatch):
     latents, _ = make()
     # The way that tensors on a GPU go.
-    monkeypatch.setattr("sparsary.sae.code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
     firsts, order = group(latents, LATENTS)
     expected = [(latents == i).nonzero().squeeze(1).tolist() for i in range(LATENTS)]
     assert [order[first:last].tolist() for first, last in itertools.pairwise(firsts)] == expected

@@ -14,10 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from sparsary.sae.code import ByLatent, SparseCode, bounds
 from sparsary.sae.kernels import AdamStep, backend, cpu, loops
 from sparsary.sae.kernels.parallel import over_rows
-from sparsary.sae.ledger import RowGradient
+from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds
+from sparsary.sae.sparse_grad import RowGradient
 
 TOKENS, D, LATENTS = 13, 7, 29
 DTYPES = [torch.float32, torch.float64]

@@ -1,9 +1,9 @@
 import torch
 
-from sparsary.sae.budgets import underused, zipf
 from sparsary.sae.encoder import Weights
 from sparsary.sae.losses import aux_zipf, auxk, normalized_mse
 from sparsary.sae.metrics import fvu
+from sparsary.sae.zipf import underused, zipf
 
 D, LATENTS = 6, 10
 

@@ -10,7 +10,7 @@ from sparsary.sae.encoder import Weights, pre_activations, scorer
 from sparsary.sae.encoders.batch_topk import BatchTopK
 from sparsary.sae.encoders.topk import TopK
 from sparsary.sae.metrics import fvu
-from sparsary.sae.scores import Scorer
+from sparsary.sae.tiled_scores import Scorer
 
 TOKENS, D, LATENTS = 31, 5, 13
 BOTH = pytest.mark.parametrize("name", ["mutual_choice", "batch_topk"])

@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsary.sae import ENCODERS, SAE, scores
+from sparsary.sae import ENCODERS, SAE
 from sparsary.sae import encoder as encoding
-from sparsary.sae.code import SparseCode
-from sparsary.sae.scores import Scorer, above, largest_of_batch, largest_per_latent, largest_per_token, level_of_batch, pick
+from sparsary.sae import tiled_scores as scores
+from sparsary.sae.sparse_code import SparseCode
+from sparsary.sae.tiled_scores import (
+    Scorer,
+    above,
+    largest_of_batch,
+    largest_per_latent,
+    largest_per_token,
+    level_of_batch,
+    pick,
+)
 
 TOKENS, D, LATENTS = 23, 11, 67
 
@@ -28,7 +37,7 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr("sparsary.sae.sparse_ops.backend", lambda *tensors: None)
     for module in ("scores", "allocation", "screen"):
         monkeypatch.setattr(f"sparsary.sae.{module}.selection", lambda *tensors: None)
-    monkeypatch.setattr("sparsary.sae.code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
 
 
 @pytest.fixture(params=[7, 66, 67], ids="tiles of {}".format)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae import screen as screen_module
-from sparsary.sae.code import SparseCode
 from sparsary.sae.encoder import Weights
-from sparsary.sae.scores import Scorer, largest_per_token
 from sparsary.sae.screen import CANDIDATES, MEASURE_EVERY, Screen, coarse_tiles, quantize
+from sparsary.sae.sparse_code import SparseCode
+from sparsary.sae.tiled_scores import Scorer, largest_per_token
 
 TOKENS, D, LATENTS, K = 31, 37, 211, 5
 
@@ -71,9 +71,9 @@ def test_nearly_all_of_the_largest_are_found_and_their_values_are_exact(kernels,
 
 def test_coarse_scores_are_the_product_s_to_rounding(kernels, monkeypatch):
     some = scorer()
-    monkeypatch.setattr("sparsary.sae.scores.WHOLE_NUMBERS", 0)
-    monkeypatch.setattr("sparsary.sae.scores.LEAST_WIDTH", 50)
-    monkeypatch.setattr("sparsary.sae.scores.TILE_NUMBERS_CPU", 50 * len(some.x))
+    monkeypatch.setattr("sparsary.sae.tiled_scores.WHOLE_NUMBERS", 0)
+    monkeypatch.setattr("sparsary.sae.tiled_scores.LEAST_WIDTH", 50)
+    monkeypatch.setattr("sparsary.sae.tiled_scores.TILE_NUMBERS_CPU", 50 * len(some.x))
     coarse = torch.cat([tile.scores.clone() for tile in coarse_tiles(some)], dim=1) * quantize(some.x)[1][:, None]
     # Each of D products is off by half a level of either factor.
     assert (coarse - whole_of(some)).abs().max() < 0.02 * whole_of(some).abs().max()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparsary.sae import sparse_ops as ops
-from sparsary.sae.code import SparseCode
-from sparsary.sae.ledger import drop_ledger, keep_ledger, ledger_of
+from sparsary.sae.sparse_code import SparseCode
+from sparsary.sae.sparse_grad import drop_ledger, keep_ledger, ledger_of
 from sparsary.sae.sparse_ops import decode, decode_plain, entries, entries_plain, some_rows
 
 TOKENS, D, LATENTS, K = 13, 7, 29, 5

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sparsary.sae import load_dictionary
-from sparsary.sae.batch_wide import BatchWide
+from sparsary.sae.batch_encoder import BatchWide
 from sparsary.sae.checkpoint import read_config
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import Rows, Store

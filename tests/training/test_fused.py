@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.kernels import backend
-from sparsary.sae.ledger import ledger_of
+from sparsary.sae.sparse_grad import ledger_of
 from sparsary.training.activations.stream import Batch, TensorStream
 from sparsary.training.fused import FusedAdam, build_optimizer
 from sparsary.training.objective import AuxSettings, Objective, Usage
@@ -371,7 +371,7 @@ def test_without_the_compiler_every_family_trains_to_the_same(
     data = pairs if ENCODERS[name].needs_gradient else rows
     found = train(check_recipe(recipe_values | {"out_dir": str(tmp_path / "with")}, "recipe"), data)
     monkeypatch.setattr("sparsary.sae.kernels.has_numba", lambda: False)
-    monkeypatch.setattr("sparsary.sae.code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
     assert backend(torch.ones(1)) is None
     expected = train(check_recipe(recipe_values | {"out_dir": str(tmp_path / "without")}, "recipe"), data)
     first, second = final_state(found), final_state(expected)

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ....sae import SAE
-from ....sae.allocation import between
-from ....sae.batch_wide import MutualLevel
+from ....sae.batch_encoder import MutualLevel
+from ....sae.batch_selection import between
 from ....sae.dictionary import OneSiteDictionary
 from ....sae.encoder import Encoder, scorer
 from ....sae.encoders.feature_choice import FeatureChoice
@@ -23,7 +23,7 @@ from ....sae.encoders.residual_pursuit import ResidualPursuit
 from ....sae.encoders.signed_topk import SignedTopK
 from ....sae.encoders.threshold import Threshold
 from ....sae.encoders.topk import TopK
-from ....sae.scores import Scorer, largest_of_batch, largest_per_latent
+from ....sae.tiled_scores import Scorer, largest_of_batch, largest_per_latent
 
 # A threshold that is kept as a logarithm cannot be 0.
 TINY = 1e-6

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .allocation import between
-from .code import Requests, SparseCode
+from .batch_selection import between
 from .encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
-from .scores import Scorer, above, largest_of_batch
+from .sparse_code import Requests, SparseCode
+from .tiled_scores import Scorer, above, largest_of_batch
 
 # The running threshold looks back over about so many batches.
 LEVEL_BATCHES = 20

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .allocation import largest_cells, largest_columns
-from .code import SparseCode, group
+from .batch_selection import largest_cells, largest_columns
 from .kernels import selection
+from .sparse_code import SparseCode, group
 from .sparse_ops import dots
 
 # Numbers in a tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator what launches cost little for.

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .code import ByLatent, SparseCode
+from .sparse_code import ByLatent, SparseCode
 
 
 @dataclass(frozen=True)
