@@ -64,8 +64,8 @@ def files_of(directory: Path) -> list[str]:
         return [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE)]
     # Imported here: formats build on everything else.
     from .formats import Source, places
+    from .formats.base import Options
     from .formats.files import recording
-    from .formats.format import Options
 
     try:
         found = places(Source(directory))

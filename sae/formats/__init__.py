@@ -15,24 +15,24 @@ from typing import Any
 import torch
 
 from ..dictionary import SparseDictionary
+from .base import Format, Options, Read, SetFormat
 from .batch_topk_repo import BatchTopKRepository
-from .build import from_dictionary, to_dictionary
-from .check import check, check_layers
+from .canonical import Neutral, NeutralLayers
 from .circuit_tracer import CircuitTracer
+from .conversion import from_dictionary, to_dictionary
 from .dictionary_learning import DictionaryLearning
 from .dunefsky import Dunefsky
 from .files import TORCH_SUFFIXES, Source
-from .format import Format, Options, Read, SetFormat
 from .gemma_scope import GemmaScope
 from .hooks import to_module
 from .llama_scope import LlamaScope
 from .llamascopium import Llamascopium
-from .neutral import Neutral, NeutralLayers
 from .openai import OpenAI
 from .saelens import SAELens
 from .saelens_legacy import SAELensLegacy
-from .small import DeepSeekR1, Goodfire, HookZ, QwenScope
+from .single_releases import DeepSeekR1, Goodfire, HookZ, QwenScope
 from .sparsify import Sparsify
+from .validation import check, check_layers
 
 __all__ = [
     "FORMATS",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import gemma_scope
+from .base import Options, Read, SetFormat, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .circuit_tracer_writing import CONFIG, THRESHOLD, write_across_layers, write_transcoders
 from .files import Source
-from .format import Options, Read, SetFormat, require_keys, require_shape
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import origin, reading_before_norm, with_origin
 
 LAYER_FILE = r"layer_(\d+)\.safetensors"

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..files import write_tensors, write_text
+from .canonical import Gate, Neutral, NeutralLayers
 from .folding import fold_all, fold_b_in, fold_layers, fold_norms
 from .hooks import behind_norm, layer_of, to_transformer_lens, transformer_lens_model
-from .neutral import Gate, Neutral, NeutralLayers
 
 log = logging.getLogger(__name__)
 

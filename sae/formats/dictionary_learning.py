@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import Source
 from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms, norms_of
-from .format import Format, Options, Read, require_keys, require_shape
 from .hooks import layer_of, to_module
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import config_above, hooks_of, model_of, originated, source_config
 from .torch_files import CONFIGS, torch_names, values_of, write_torch
 

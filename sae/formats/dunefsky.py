@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import TORCH_SUFFIXES, Source
-from .format import Format, Options, Read, require_keys, require_shape
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import origin, reading_before_norm, with_origin
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_dec_out")

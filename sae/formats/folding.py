@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .neutral import COMPARING, Neutral, NeutralLayers
+from .canonical import COMPARING, Neutral, NeutralLayers
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import Source
-from .format import Format, Options, Read, require_keys, require_shape
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import origin, reading_before_norm, with_origin
 
 NPZ, SAFETENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import Source
-from .format import Format, Options, Read, require_keys, require_shape
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import origin, reading_before_norm, with_origin
 
 CONFIG = "hyperparams.json"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import Source
-from .format import Format, Options, Read, require_keys, require_shape
 from .llama_scope import kind_of, scale_of, scale_words
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import origin, reading_before_norm, with_origin
 
 CONFIG = "config.json"

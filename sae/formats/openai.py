@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .base import Options, require_keys, require_shape
+from .canonical import Gate, Neutral
 from .files import Source
-from .format import Options, require_keys, require_shape
-from .neutral import Gate, Neutral
 from .origin import originated
 from .torch_files import TorchFiles, values_of
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
+from .base import Options
+from .canonical import Neutral
 from .files import HubSource, Source
 from .folding import fold_scale_in
-from .format import Options
 from .hooks import before_norm, hub_model, to_module
-from .neutral import Neutral
 
 
 def origin(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..files import write_json, write_tensors
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import Source
 from .folding import fold_all, fold_b_in, fold_norms, fold_whitening
-from .format import Format, Options, Read, require_keys, require_shape
 from .hooks import hub_model, layer_of, to_module, to_transformer_lens, transformer_lens_model
-from .neutral import Gate, Neutral, NeutralLayers
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # Beside a checkpoint from the middle of a training: the only record of what inputs were multiplied by, or whitened with.

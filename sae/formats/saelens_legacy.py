@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import Format, Options, Read, require_keys
+from .canonical import Neutral, NeutralLayers
 from .files import TORCH_SUFFIXES, Source
 from .folding import fold_activation_scale
-from .format import Format, Options, Read, require_keys
-from .neutral import Neutral, NeutralLayers
 from .saelens import CONFIG, WEIGHTS, dictionary, doubts, is_legacy, normalised, provenance
 
 RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..files import write_json, write_tensors
+from .base import Format, Options, Read, require_keys, require_shape
+from .canonical import Gate, Neutral, NeutralLayers
 from .files import Source
 from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms
-from .format import Format, Options, Read, require_keys, require_shape
 from .hooks import ARCHITECTURES, architecture_of
-from .neutral import Gate, Neutral, NeutralLayers
 from .origin import config_above, hooks_of, model_of, originated
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from .base import Format, Options, Read
+from .canonical import Neutral, NeutralLayers
 from .files import TORCH_SUFFIXES, Source
-from .format import Format, Options, Read
-from .neutral import Neutral, NeutralLayers
 
 # Where one of these lies, something else says what is in the folder.
 CONFIGS = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", "conf.yaml")

@@ -5,7 +5,7 @@ import torch
 
 from sparsary.sae import ENCODERS, load_dictionary
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.formats.build import from_dictionary, to_dictionary
+from sparsary.sae.formats.conversion import from_dictionary, to_dictionary
 from sparsary.sae.metrics import Moments
 from sparsary.training.activations.stream import Batch
 from sparsary.training.initialize import initialize

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import normalize
 
 from sparsary.sae.formats import FORMATS, Format, Source, detect
-from sparsary.sae.formats.check import check
-from sparsary.sae.formats.neutral import Gate, Neutral
+from sparsary.sae.formats.canonical import Gate, Neutral
+from sparsary.sae.formats.validation import check
 
 D, LATENTS = 8, 24
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import normalize
 
 import sparsary.transcoders  # noqa: F401
-from sparsary.sae.formats.build import from_dictionary, representable, to_dictionary
+from sparsary.sae.formats.canonical import Gate, Neutral, forward
+from sparsary.sae.formats.conversion import from_dictionary, representable, to_dictionary
 from sparsary.sae.formats.folding import (
     fold_activation_scale,
     fold_all,
@@ -20,7 +21,6 @@ from sparsary.sae.formats.folding import (
     fold_whitening,
     norms_of,
 )
-from sparsary.sae.formats.neutral import Gate, Neutral, forward
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparsary.sae.formats import FORMATS, Options, Source
+from sparsary.sae.formats.canonical import Gate, Neutral
 from sparsary.sae.formats.files import HubSource
-from sparsary.sae.formats.neutral import Gate, Neutral
 from sparsary.sae.formats.origin import config_above, hooks_of, model_of, origin, originated, plain, source_config
 
 # Together they take seconds; `make test` runs them.

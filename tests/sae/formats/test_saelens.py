@@ -17,7 +17,7 @@ import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionary
-from sparsary.sae.formats.build import to_dictionary
+from sparsary.sae.formats.conversion import to_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
-from sparsary.sae.formats.small import DeepSeekR1, block_output
+from sparsary.sae.formats.single_releases import DeepSeekR1, block_output
 from sparsary.sae.formats.torch_files import TorchFiles
 
 # Together they take seconds; `make test` runs them.

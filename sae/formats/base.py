@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .canonical import Neutral, NeutralLayers
 from .files import Source
-from .neutral import Neutral, NeutralLayers
 
 # One dictionary, a cross-layer one, or several by the hook they write.
 Read = Neutral | NeutralLayers | dict[str, Neutral]

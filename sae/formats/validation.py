@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .base import require_shape
+from .canonical import Neutral, NeutralLayers
 from .folding import norm_of, norms_of
-from .format import require_shape
-from .neutral import Neutral, NeutralLayers
 
 # Latents whose encoder rows and atoms are compared.
 SAMPLE = 512

@@ -16,8 +16,8 @@ from ..checkpoint import KINDS, build_dictionary
 from ..dictionary import OneSiteDictionary, SparseDictionary
 from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
+from .canonical import Gate, Neutral, NeutralLayers
 from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
-from .neutral import Gate, Neutral, NeutralLayers
 
 # Norms that differ from 1 by no more than roundings of float32 change nothing by being compared with.
 UNIT = 1e-6
