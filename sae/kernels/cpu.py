@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..sparse_code import ByLatent
 from ..sparse_grad import RowGradient
-from . import AdamStep, loops
+from . import AdamStep
+from . import numba_loops as loops
 from .parallel import over_rows
 
 # Beyond so many, finding the smallest of the kept at every change costs more than torch's sorting (24,576 latents).

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..sparse_code import ByLatent
 from ..sparse_grad import RowGradient
-from . import AdamStep, blocks
+from . import AdamStep
+from . import triton_blocks as blocks
 
 # Columns that a program adds up, and entries whose rows it reads at once: 32 numbers a thread of four warps.
 COLUMNS = 512

@@ -14,7 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from sparsary.sae.kernels import AdamStep, backend, cpu, loops
+from sparsary.sae.kernels import AdamStep, backend, cpu
+from sparsary.sae.kernels import numba_loops as loops
 from sparsary.sae.kernels.parallel import over_rows
 from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds
 from sparsary.sae.sparse_grad import RowGradient
