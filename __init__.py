@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .training.stopping import Stopped
+from .training.signals import Stopped
 
 __all__ = ["convert", "evaluate", "features", "load", "push_to_hub", "train"]
 
@@ -178,7 +178,7 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Store the activations a recipe asks for; an interrupted harvest goes on."""
     from .training.grid import load_grid
     from .training.recipe import parse_overrides
-    from .training.resolve import resolved
+    from .training.resolve_hooks import resolved
     from .training.run import run_harvest
 
     with _progress("harvest") as progress:
@@ -198,7 +198,7 @@ def _train(
     from .training.grid import load_grid
     from .training.preflight import grid_lines, preflight_all
     from .training.recipe import parse_overrides
-    from .training.resolve import resolved
+    from .training.resolve_hooks import resolved
     from .training.run import train_all
 
     grid = load_grid(recipe, parse_overrides(overrides or []))
@@ -467,7 +467,7 @@ def _info(
 ) -> None:
     """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
     from .eval.checkpoint import open_checkpoint, sanity_of
-    from .training.inspect import describe
+    from .training.info import describe
 
     lines, problems = describe(path, given.options(given.model), given.format, given.subfolder, given.revision)
     _table(lines)

@@ -110,7 +110,7 @@ def stopped_after():
 
     @contextmanager
     def stopped(steps):
-        from sparsary.training.stopping import Stopped, StopRequest
+        from sparsary.training.signals import Stopped, StopRequest
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(StopRequest, "requested", _StopAfter(steps))

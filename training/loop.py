@@ -12,8 +12,8 @@ from .objective import Objective, Terms, combine
 from .optim import Schedule
 from .recipe import Recipe
 from .report import Report
+from .signals import StopRequest
 from .state import NotFinite, TrainState
-from .stopping import StopRequest
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .activations.shards import MANIFEST_FILE, Store
 from .grid import Grid, source, told_together
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
-from .resolve import dictionary_arguments, resolved
+from .resolve_hooks import dictionary_arguments, resolved
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16

@@ -25,9 +25,9 @@ from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
 from .activations.stream import Batch, Item, StoreStream, Stream, TensorStream
+from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
-from .finish import finish
-from .fused import build_optimizer
+from .fused_adam import build_optimizer
 from .grid import source, unshared
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, Member, train_loop
@@ -37,9 +37,9 @@ from .phases import Phases
 from .preflight import plan_all, preflight_all
 from .recipe import DictionarySection, Recipe
 from .report import Report, progress_bar
-from .resolve import dictionary_arguments, resolved
+from .resolve_hooks import dictionary_arguments, resolved
+from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
-from .stopping import Stopped, StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ...training.checkpoints import RECIPE_FILE
 from ...training.preflight import preflight
 from ...training.recipe import Recipe, differences, load_recipe
 from ...training.report import METRICS_FILE
-from ...training.resolve import resolved
+from ...training.resolve_hooks import resolved
 from ...training.run import run_harvest, train
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render

@@ -27,8 +27,8 @@ from sparsary.eval.pages.recipes import PLOTS, render
 from sparsary.sae import load_dictionary
 from sparsary.training import run as run_module
 from sparsary.training.recipe import load_recipe
-from sparsary.training.resolve import resolved
-from sparsary.training.stopping import Stopped
+from sparsary.training.resolve_hooks import resolved
+from sparsary.training.signals import Stopped
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from sparsary.sae.screen import quantize
 from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds, group
 from sparsary.sae.sparse_grad import RowGradient
 from sparsary.training.activations.stream import Batch
-from sparsary.training.fused import FusedAdam
+from sparsary.training.fused_adam import FusedAdam
 from sparsary.training.objective import AuxSettings, Objective, Usage
 from sparsary.training.optim import DictionaryAdam
 from sparsary.training.phases import Phases
@@ -180,7 +180,7 @@ def test_a_nan_does_not_go_unseen(gpu):
 def train(gpu, monkeypatch, recipe_values):
     """Trains with the kernels and one of the two optimizers: the weights and moments after four steps."""
     if INTERPRETED:
-        for module in ("sparsary.sae.sparse_ops", "sparsary.training.fused"):
+        for module in ("sparsary.sae.sparse_ops", "sparsary.training.fused_adam"):
             monkeypatch.setattr(f"{module}.backend", lambda *tensors: gpu)
 
     def train(kind, name, clip):

@@ -12,7 +12,7 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.kernels import backend
 from sparsary.sae.sparse_grad import ledger_of
 from sparsary.training.activations.stream import Batch, TensorStream
-from sparsary.training.fused import FusedAdam, build_optimizer
+from sparsary.training.fused_adam import FusedAdam, build_optimizer
 from sparsary.training.objective import AuxSettings, Objective, Usage
 from sparsary.training.optim import DictionaryAdam, Schedule
 from sparsary.training.phases import Phases
@@ -278,7 +278,7 @@ def test_the_fused_step_is_taken_where_nobody_else_needs_the_gradients(build, re
     assert chosen(batch_tokens=102, accumulate=2) is DictionaryAdam
     assert chosen(processes=2) is DictionaryAdam
     assert chosen(dtype=torch.bfloat16) is DictionaryAdam
-    monkeypatch.setattr("sparsary.training.fused.backend", lambda *tensors: None)
+    monkeypatch.setattr("sparsary.training.fused_adam.backend", lambda *tensors: None)
     assert chosen() is DictionaryAdam
 
 

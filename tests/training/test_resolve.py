@@ -5,7 +5,7 @@ import pytest
 from sparsary.training.activations.model import hook_widths
 from sparsary.training.grid import check_grid
 from sparsary.training.recipe import check_recipe
-from sparsary.training.resolve import dictionary_arguments, resolved
+from sparsary.training.resolve_hooks import dictionary_arguments, resolved
 
 TOPK = {"name": "topk", "k": 5}
 
@@ -56,13 +56,13 @@ def test_layer_ten_comes_after_layer_nine(values):
 
 
 def test_hooks_that_are_named_need_no_model(values, monkeypatch):
-    monkeypatch.setattr("sparsary.training.resolve.skeleton", None)
+    monkeypatch.setattr("sparsary.training.resolve_hooks.skeleton", None)
     recipe = one(values, layer=None, site=None, hook_in="a:in", hook_out="a:out")
     assert recipe.harvest.hooks == ("a:in", "a:out")
 
 
 def test_the_model_is_built_once_for_all_members(values, monkeypatch):
-    from sparsary.training import resolve
+    from sparsary.training import resolve_hooks as resolve
 
     skeleton, built = resolve.skeleton, []
     monkeypatch.setattr(resolve, "skeleton", lambda section: built.append(section) or skeleton(section))

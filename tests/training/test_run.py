@@ -19,7 +19,7 @@ from sparsary.training.activations.shards import Store
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
 from sparsary.training.run import run_harvest, train
-from sparsary.training.stopping import Stopped, StopRequest
+from sparsary.training.signals import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from ...sae import SAE
 from ...sae.encoders.topk import TopK
 from ..activations.stream import Batch
-from ..fused import build_optimizer
+from ..fused_adam import build_optimizer
 from ..objective import AuxSettings, Objective, Usage
 from ..phases import Phases
 from ..recipe import check_recipe

@@ -29,7 +29,7 @@ from ...sae.metrics import Moments
 from ...sae.screen import Screen
 from ..activations.stream import Batch, Stream, moments_of
 from ..checkpoints import Checkpoints
-from ..fused import build_optimizer
+from ..fused_adam import build_optimizer
 from ..initialize import SAMPLE_TOKENS, initialize
 from ..loop import Group, Member, train_loop
 from ..objective import AuxSettings, Objective
@@ -37,9 +37,9 @@ from ..optim import Schedule
 from ..phases import Phases
 from ..recipe import Recipe, check_recipe, override
 from ..report import Report
-from ..resolve import dictionary_arguments
+from ..resolve_hooks import dictionary_arguments
+from ..signals import StopRequest
 from ..state import Randomness, TrainState
-from ..stopping import StopRequest
 from .environment import sparsary_version
 from .worker import BATCHES, Task, Turns, activations, held_bytes
 
