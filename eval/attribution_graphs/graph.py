@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.anatomy import Anatomy
+from ...training.activations.architecture import Anatomy
 from ...training.activations.model import LanguageModel
 from .local_replacement_model import Active, LocalReplacement, Slopes
 from .pruning import SMALLEST_SUM, Pruned, Scores, influence, partial_influence, prune, scores

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...training.activations.anatomy import Anatomy, Norm
+from ...training.activations.architecture import Anatomy, Norm
 from .replacement_model import Replacement
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...sae.sparse_code import bounds
-from ...training.activations.anatomy import Anatomy, Norm
+from ...training.activations.architecture import Anatomy, Norm
 from ...transcoders.transcoder import Transcoder
 from ..virtual_weights.connections import Connections
 from ..virtual_weights.linear_readers import readers

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary, SparseDictionary
 from ...sae.sparse_code import SparseCode
-from ...training.activations.anatomy import Anatomy
+from ...training.activations.architecture import Anatomy
 from ...training.activations.splice import Insertion, Place
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.stack import Stack, hooks_of

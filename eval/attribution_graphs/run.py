@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...sae.files import write_text
-from ...training.activations.anatomy import Anatomy
+from ...training.activations.architecture import Anatomy
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.cross_layer import CrossLayerTranscoder

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary
 from ...training.activations.model import LanguageModel, load_model
-from ...training.activations.sites import find_block, n_layers
+from ...training.activations.sites import find_block, n_layers, neuron_hook
 from ...training.recipe import ModelSection
 from ...transcoders.stack import hooks_of
 from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
-from ..probing.subject import neuron_hook
 from .units.nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .units.random_latents import random_like
 

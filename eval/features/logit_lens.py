@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary, SparseDictionary
-from ...training.activations.anatomy import Anatomy
+from ...training.activations.architecture import Anatomy
 from ...training.activations.model import LanguageModel
 from ...transcoders.stack import hooks_of
 from ..virtual_weights.attention_heads import residual_atoms

@@ -12,9 +12,10 @@ from jaxtyping import Int
 from scipy import sparse
 
 from ...training.activations.harvest import batches, excluded
+from ...training.activations.sites import neuron_hook
 from ...training.embedded import corpus
 from ...training.text import contexts
-from .subject import Subject, neuron_hook
+from .subject import Subject
 
 BATCH_CONTEXTS = 16
 

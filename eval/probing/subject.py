@@ -1,6 +1,5 @@
 """What the probing tasks look at: a dictionary, its model, and activations with what is known of each token or text."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ from ...transcoders.stack import hooks_of
 from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
 
 ROWS_AT_ONCE = 4096
-# The last linear map of an MLP, whose inputs are its neurons, as model families name it.
-NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,6 @@ def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[
     text = TextSection.model_validate(source["text"])
     section = HarvestSection(hooks=(hook,), tokens=1, **source["harvest"])
     return Subject(dictionary.to(model.device).eval(), model, hook, text, section, source)
-
-
-def neuron_hook(model: LanguageModel, hook: str) -> str | None:
-    """Where the neurons of the hook's own block can be read; None if the model has none by a known name."""
-    block = re.match(r".*?\.\d+(?=[.:])", hook)
-    names = dict(model.module.named_modules())
-    found = (
-        [] if block is None else [f"{block.group()}.{name}" for name in NEURON_READERS if f"{block.group()}.{name}" in names]
-    )
-    return f"{found[0]}:in" if found else None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary
-from ...training.activations.anatomy import Layer, LayerTrace
+from ...training.activations.architecture import Layer, LayerTrace
 from .linear_readers import readers
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.anatomy import Anatomy
+from ...training.activations.architecture import Anatomy
 from ...transcoders.stack import Stack, hooks_of
 from ...transcoders.transcoder import Transcoder
 from .linear_readers import readers

@@ -14,6 +14,7 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import gradient_pursuit
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
 from sparsary.training.run import train
+from sparsary.training.text import Cursor
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
 
@@ -135,7 +136,7 @@ def rows_of(ground, saes, earlier):
     """Everything as whole matrices: of the documents that fit, and of those that are scored."""
     halves, cursor = [], None
     for tokens in (1200, 1200):
-        start = dark_widths.Cursor(0, 0) if cursor is None else dark_widths.Cursor(cursor.document + 1, 0)
+        start = Cursor(0, 0) if cursor is None else Cursor(cursor.document + 1, 0)
         found = []
         for piece in ground.pieces(start, tokens):
             seen = ground.model.activations(piece.token_ids, (BEFORE, HOOK))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.training.activations.model import LanguageModel, load_model
 from sparsary.training.recipe import ModelSection
 

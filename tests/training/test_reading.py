@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sparsary.training.activations import shards as shards_module
 from sparsary.training.activations import stream as stream_module
-from sparsary.training.activations.memory import Memory
+from sparsary.training.activations.buffer_pool import Memory
 from sparsary.training.activations.shards import (
     FORMAT,
     FORMAT_VERSION,

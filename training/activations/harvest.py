@@ -16,7 +16,7 @@ from ...sae.files import remove_partial_files, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import Context, Cursor, are_heldout, contexts
-from .memory import Memory
+from .buffer_pool import Memory
 from .model import LanguageModel, tokenizer_digest
 from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, Store, encode
 

@@ -16,9 +16,12 @@ projection writes, without that stream.
 
 import difflib
 import inspect
+import re
 from dataclasses import dataclass
 
 from torch import nn
+
+from .model import LanguageModel
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
 # Sites that read one tensor and write another.
@@ -163,3 +166,17 @@ def _writer(block: nn.Module, mlp: str, projection: str | None) -> str:
     takes = inspect.signature(block.get_submodule(mlp).forward).parameters
     # A module that is given the stream adds it to what it writes.
     return projection if "residual" in takes and projection is not None else mlp
+
+
+# The last linear map of an MLP, whose inputs are its neurons, as model families name it.
+NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
+
+
+def neuron_hook(model: LanguageModel, hook: str) -> str | None:
+    """Where the neurons of the hook's own block can be read; None if the model has none by a known name."""
+    block = re.match(r".*?\.\d+(?=[.:])", hook)
+    names = dict(model.module.named_modules())
+    found = (
+        [] if block is None else [f"{block.group()}.{name}" for name in NEURON_READERS if f"{block.group()}.{name}" in names]
+    )
+    return f"{found[0]}:in" if found else None

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
 from . import harvest
-from .memory import Memory
+from .buffer_pool import Memory
 from .shards import LABELS, Columns, Rows, Store
 
 # Batches read together: enough for reads in ascending order to pay, little enough to forget.

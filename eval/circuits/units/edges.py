@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ....training.activations.anatomy import Anatomy, Norm
+from ....training.activations.architecture import Anatomy, Norm
 from ....training.activations.model import LanguageModel
-from ....training.activations.ungrouped import ungrouped
+from ....training.activations.ungrouped_attention import ungrouped
 from .edge_list import SIDES, EdgeList, Stage
 from .passes import Seen
 from .space import Space, State

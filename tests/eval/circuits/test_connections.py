@@ -6,7 +6,7 @@ import torch
 from sparsary.eval.attribution_graphs.paths import Circuit
 from sparsary.eval.virtual_weights.connections import Connections, transcoders_by_layer
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.training.activations.sites import site_hooks
 from sparsary.transcoders.stack import Stack
 from sparsary.transcoders.transcoder import Transcoder

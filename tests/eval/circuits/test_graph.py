@@ -8,7 +8,7 @@ from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplac
 from sparsary.eval.attribution_graphs.paths import Circuit
 from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.stack import Stack
 from sparsary.transcoders.transcoder import Transcoder

@@ -9,7 +9,7 @@ from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplac
 from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.sae import ENCODERS
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.training.activations.model import LanguageModel
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder

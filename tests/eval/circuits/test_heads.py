@@ -6,7 +6,7 @@ import torch
 from sparsary.eval.virtual_weights.attention_heads import by_head, by_source, head_shares, residual_atoms
 from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

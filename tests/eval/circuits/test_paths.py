@@ -9,7 +9,7 @@ from sparsary.eval.attribution_graphs.paths import KINDS, Circuit, Term
 from sparsary.eval.virtual_weights.attention_heads import by_source
 from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow

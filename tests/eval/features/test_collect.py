@@ -11,7 +11,7 @@ from sparsary.eval.features.collect import Batch, Collector, Limits, TokenSample
 from sparsary.eval.features.logit_lens import Unembedding, unembedding
 from sparsary.eval.features.neighbours import as_matrix, nearest, together, token_table
 from sparsary.sae import ENCODERS, SAE, SparseCode
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.transcoders.transcoder import Transcoder
 
 N, LENGTH, CONTEXTS = 13, 19, 23

@@ -5,7 +5,7 @@ import torch
 
 from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
 from sparsary.eval.circuits.known.toy import blank
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.sites import SITES, sites_of
 

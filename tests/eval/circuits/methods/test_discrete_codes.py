@@ -10,7 +10,7 @@ from sparsary.eval.circuits.methods.discrete_codes import Codes, DiscreteCodes, 
 from sparsary.eval.circuits.scoring.roc import roc_auc
 from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.anatomy import Anatomy
+from sparsary.training.activations.architecture import Anatomy
 from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.

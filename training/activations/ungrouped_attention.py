@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .anatomy import Anatomy
+from .architecture import Anatomy
 from .model import LanguageModel
 
 
