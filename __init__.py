@@ -84,7 +84,7 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
     splat of dotted names. ``activations`` is any iterable of ``(tokens, d_in)`` tensors, or of mappings with ``x`` and
     ``target`` for transcoders, in place of a model. With a ``grid``, the directory is the one above the members' checkpoints.
     """
-    from .training.grid import load_grid
+    from .training.recipe.grid import load_grid
     from .training.run import train_all
 
     grid = load_grid(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
@@ -176,8 +176,8 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 @app.command("harvest")
 def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Store the activations a recipe asks for; an interrupted harvest goes on."""
-    from .training.grid import load_grid
     from .training.recipe import parse_overrides
+    from .training.recipe.grid import load_grid
     from .training.resolve_hooks import resolved
     from .training.run import run_harvest
 
@@ -195,9 +195,9 @@ def _train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
 ) -> None:
     """Harvest if need be, then train, all members of a grid side by side; the same command continues an interrupted run."""
-    from .training.grid import load_grid
     from .training.preflight import grid_lines, preflight_all
     from .training.recipe import parse_overrides
+    from .training.recipe.grid import load_grid
     from .training.resolve_hooks import resolved
     from .training.run import train_all
 

@@ -21,8 +21,8 @@ from ..sae.dictionary import SparseDictionary
 from ..sae.files import sha256
 from ..sae.formats import Options
 from ..sae.formats.hooks import architecture_of, to_module
-from ..training.checks import explain
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
+from ..training.recipe.validation import explain
 from ..training.text import Cursor
 from ..transcoders.load import find
 from ..transcoders.stack import hooks_of

@@ -12,7 +12,7 @@ import pytest
 
 from sparsary.sae import ENCODERS, SparseCode
 from sparsary.training.activations.model import hook_widths
-from sparsary.training.grid import load_grid
+from sparsary.training.recipe.grid import load_grid
 from sparsary.training.resolve_hooks import dictionary_arguments, resolved
 
 ROOT = Path(__file__).parents[1]

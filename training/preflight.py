@@ -14,9 +14,9 @@ from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity
 from .activations.model import hook_widths, resolve_device
 from .activations.shards import MANIFEST_FILE, Store
-from .grid import Grid, source, told_together
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
+from .recipe.grid import Grid, source, told_together
 from .resolve_hooks import dictionary_arguments, resolved
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}

@@ -7,9 +7,9 @@ from typing import Any
 
 from .activations.model import LanguageModel, skeleton
 from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
-from .checks import unharvested
-from .grid import told_together
 from .recipe import DictionarySection, ModelSection, Recipe
+from .recipe.grid import told_together
+from .recipe.validation import unharvested
 
 
 def resolved(recipes: Sequence[Recipe]) -> list[Recipe]:

@@ -28,7 +28,6 @@ from .activations.stream import Batch, Item, StoreStream, Stream, TensorStream
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .fused_adam import build_optimizer
-from .grid import source, unshared
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, Member, train_loop
 from .objective import AuxSettings, Divergence, Objective
@@ -36,6 +35,7 @@ from .optim import Schedule
 from .phases import Phases
 from .preflight import plan_all, preflight_all
 from .recipe import DictionarySection, Recipe
+from .recipe.grid import source, unshared
 from .report import Report, progress_bar
 from .resolve_hooks import dictionary_arguments, resolved
 from .signals import Stopped, StopRequest

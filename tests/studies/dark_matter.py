@@ -32,8 +32,8 @@ from sparsary.sae.checkpoint import read_config
 from sparsary.sae.files import write_json
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import Rows, Store
-from sparsary.training.grid import check_grid
 from sparsary.training.recipe import Recipe, check_recipe, override, read_values
+from sparsary.training.recipe.grid import check_grid
 from sparsary.training.run import train, train_all
 
 ROWS = 4096

@@ -31,8 +31,8 @@ from sparsary.eval.circuits.tasks.pairs import Pairs
 from sparsary.eval.circuits.units.ablation import filler
 from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.sae.files import write_json
-from sparsary.training.grid import check_grid
 from sparsary.training.recipe import read_values
+from sparsary.training.recipe.grid import check_grid
 from sparsary.training.run import train_all
 
 K = {"embedded": 16, "stories3M": 32}

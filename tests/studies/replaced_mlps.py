@@ -20,8 +20,8 @@ from scipy.stats import t
 
 from sparsary.eval.report.evaluate import evaluate
 from sparsary.sae.files import write_json
-from sparsary.training.grid import check_grid
 from sparsary.training.recipe import read_values
+from sparsary.training.recipe.grid import check_grid
 from sparsary.training.run import train_all
 
 LAYERS = {"embedded": 4, "stories3M": 6}

@@ -16,10 +16,10 @@ from sparsary.training.activations import harvest
 from sparsary.training.activations.stream import StoreStream
 from sparsary.training.bench.grid import Shape, bench_grid
 from sparsary.training.checkpoints import Checkpoints
-from sparsary.training.grid import check_grid, load_grid
 from sparsary.training.objective import Objective
 from sparsary.training.preflight import grid_lines, preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
+from sparsary.training.recipe.grid import check_grid, load_grid
 from sparsary.training.run import run_harvest, train, train_all
 
 FAMILIES = [

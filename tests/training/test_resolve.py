@@ -3,8 +3,8 @@
 import pytest
 
 from sparsary.training.activations.model import hook_widths
-from sparsary.training.grid import check_grid
 from sparsary.training.recipe import check_recipe
+from sparsary.training.recipe.grid import check_grid
 from sparsary.training.resolve_hooks import dictionary_arguments, resolved
 
 TOPK = {"name": "topk", "k": 5}

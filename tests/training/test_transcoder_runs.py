@@ -14,11 +14,11 @@ from sparsary.training import run as run_module
 from sparsary.training.activations.shards import Store
 from sparsary.training.activations.stream import StoreStream
 from sparsary.training.checkpoints import hooks_of
-from sparsary.training.grid import check_grid, load_grid
 from sparsary.training.info import describe
 from sparsary.training.objective import Divergence
 from sparsary.training.preflight import grid_lines, preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
+from sparsary.training.recipe.grid import check_grid, load_grid
 from sparsary.training.resolve_hooks import resolved
 from sparsary.training.run import run_harvest, train, train_all
 from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grid import check_grid
+from ..recipe.grid import check_grid
 from ..report import METRICS_FILE
 from ..run import train_all
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .recipe import Recipe, check_recipe, flat, override, read_values
+from . import Recipe, check_recipe, flat, override, read_values
 
 # What one stream, one model or one accelerator stands for; a section stands for all its keys.
 SHARED = ("model", "text", "harvest", "precision", "accumulate")

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from ..sae.encoders import ENCODERS, build_encoder
-from ..transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
-from .sections import DictionarySection, Recipe, total_steps
+from ...sae.encoders import ENCODERS, build_encoder
+from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
+from .schema import DictionarySection, Recipe, total_steps
 
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

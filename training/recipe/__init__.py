@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .checks import check_encoder, check_together, encoder_specs, explain
-from .sections import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, total_steps
+from .schema import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, total_steps
+from .validation import check_encoder, check_together, encoder_specs, explain
 
 # The sections are a recipe's, wherever they are written down.
 __all__ = [
