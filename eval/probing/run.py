@@ -13,8 +13,11 @@ from ..checkpoint import NOTHING, Given, open_checkpoint
 from . import factors
 from .datasets import Pooled, pool, read_labelled
 from .ioi import score as supervised
-from .saebench import output as saebench
-from .saebench.output import Task
+from .saebench.absorption import ABSORPTION_TOKENS, absorption
+from .saebench.datasets import embedded_data
+from .saebench.output import Task, result_file
+from .saebench.scr_tpp import scr, tpp
+from .saebench.sparse_probing import sparse_probing
 from .subject import Subject, open_subject
 
 PROBING_VERSION = 1
@@ -77,16 +80,16 @@ def probe(
                 raise ValueError(
                     "--labels: expected a JSONL file of labelled text: only the embedded corpus comes with labels of its own."
                 )
-            some = [data] if data is not None else saebench.embedded_data(seed)
+            some = [data] if data is not None else embedded_data(seed)
             pooled.extend(pool(subject, one) for one in some)
         return pooled
 
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "factors": lambda: _factors(subject, tokens, seed, found, target),
         "supervised": lambda: _supervised(subject, seed, found, target),
-        "sparse_probing": lambda: _benchmark("sparse_probing", saebench.sparse_probing(subject, texts(), seed), subject, found),
-        "scr": lambda: _benchmark("scr", saebench.scr(subject, texts(), seed), subject, found),
-        "tpp": lambda: _benchmark("tpp", saebench.tpp(subject, texts(), seed), subject, found),
+        "sparse_probing": lambda: _benchmark("sparse_probing", sparse_probing(subject, texts(), seed), subject, found),
+        "scr": lambda: _benchmark("scr", scr(subject, texts(), seed), subject, found),
+        "tpp": lambda: _benchmark("tpp", tpp(subject, texts(), seed), subject, found),
         "absorption": lambda: _benchmark("absorption", _absorption(subject, data, texts, tokens, seed), subject, found),
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -136,11 +139,11 @@ def _supervised(subject: Subject, seed: int, found: Found, target: Path) -> dict
 
 def _absorption(subject: Subject, data: Any, texts: Callable[[], list[Pooled]], tokens: int | None, seed: int) -> Task:
     some = None if data is None and subject.embedded else texts()
-    return saebench.absorption(subject, some, seed, tokens or saebench.ABSORPTION_TOKENS)
+    return absorption(subject, some, seed, tokens or ABSORPTION_TOKENS)
 
 
 def _benchmark(name: str, task: Task, subject: Subject, found: Found) -> dict[str, Any]:
-    result = saebench.result_file(subject, found.report["checkpoint"], name, task)
+    result = result_file(subject, found.report["checkpoint"], name, task)
     write_json(found.path.parent / f"{name}.json", result)
     found.lines += task.lines
     return task.summary
