@@ -39,12 +39,12 @@ def load(
     Raises:
         ValueError: If there is none, or it is damaged.
     """
-    from .sae.formats import Options
+    from .sae.formats import ReadOptions
 
     # Its import also makes transcoders known to `load_dictionary`.
     from .transcoders.load import load as run
 
-    return run(path, device, revision, subfolder, format, Options(hook=hook, **missing), dtype)[0]
+    return run(path, device, revision, subfolder, format, ReadOptions(hook=hook, **missing), dtype)[0]
 
 
 def convert(
@@ -63,11 +63,11 @@ def convert(
     Several, one for each hook, become a directory of them. ``to`` is ``sparsary`` or a format of ``docs/formats.md``; the
     other arguments are those of ``load``. Whatever is there already stays: ``destination`` must be empty or new.
     """
-    from .sae.formats import Options
+    from .sae.formats import ReadOptions
     from .transcoders.convert import convert as run
 
     given = {"format": format, "revision": revision, "subfolder": subfolder, "dtype": dtype}
-    return run(source, destination, to, options=Options(**missing), **given)
+    return run(source, destination, to, options=ReadOptions(**missing), **given)
 
 
 def push_to_hub(directory: str, repo_id: str, private: bool = False) -> str:
@@ -102,10 +102,10 @@ def evaluate(
     place at once, and each alone, and so is a cross-layer transcoder. ``given`` is what other libraries' files leave open:
     ``model``, ``text`` (a tuple of files), ``hook`` and so on (see ``eval.opened.Given``).
     """
-    from .eval.checkpoint import Given
+    from .eval.checkpoint import CheckpointOptions
     from .eval.report.evaluate import evaluate as run
 
-    return run(directory, out, activations, tokens, given=Given(**given))
+    return run(directory, out, activations, tokens, given=CheckpointOptions(**given))
 
 
 def features(directory: str, out: str | None = None, tokens: int | None = None, **given: Any) -> dict[str, Any]:
@@ -114,10 +114,10 @@ def features(directory: str, out: str | None = None, tokens: int | None = None, 
     Writes ``features.jsonl`` (one latent a line), ``features.json`` (what is returned) and ``features.html`` (to browse) into
     ``out``, or the folder ``features`` of the checkpoint.
     """
-    from .eval.checkpoint import Given
+    from .eval.checkpoint import CheckpointOptions
     from .eval.features.run import features as run
 
-    return run(directory, out, tokens, given=Given(**given))
+    return run(directory, out, tokens, given=CheckpointOptions(**given))
 
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -157,12 +157,12 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        from .eval.checkpoint import Given
+        from .eval.checkpoint import CheckpointOptions
         from .training.recipe import parse_overrides
 
         said = {name: arguments.pop(name) for name in options}
         said |= {"text": tuple(said["text"] or ()), "settings": parse_overrides(said["settings"] or [])}
-        command(**arguments, given=Given(**said))
+        command(**arguments, given=CheckpointOptions(**said))
 
     own = [parameter for name, parameter in signature(command).parameters.items() if name != "given"]
     options = {name: option for name, option in GIVEN.items() if name not in signature(command).parameters}
@@ -252,8 +252,8 @@ def _eval(
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
     from .eval.checkpoint import folders
-    from .eval.report.evaluate import Selection, evaluate_all
-    from .eval.report.summary import summary
+    from .eval.report.evaluate import InferenceMode, evaluate_all
+    from .eval.report.summary import report_summary
 
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}
@@ -265,14 +265,14 @@ def _eval(
             checkpoints,
             outs,
             tokens,
-            Selection(oracle, pursuit, k if pursuit is not None else None),
+            InferenceMode(oracle, pursuit, k if pursuit is not None else None),
             not no_cache,
             progress,
             options,
             given,
         )
     for report in reports:
-        _table(summary(report))
+        _table(report_summary(report))
         print(f"report: {report['report_path']}")
 
 
@@ -296,7 +296,7 @@ def _features(
     given: Any = None,
 ) -> None:
     """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
-    from .eval.features.run import DEFAULT_TOKENS, Explainer, summary
+    from .eval.features.run import DEFAULT_TOKENS, Explainer, features_summary
     from .eval.features.run import features as run
 
     if address is not None and explainer is None:
@@ -304,7 +304,7 @@ def _features(
     asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
     with _progress("features") as progress:
         about = run(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked, given=given)
-    _table(summary(about))
+    _table(features_summary(about))
     print(f"page: {about['page_path']}")
 
 
@@ -422,7 +422,7 @@ def _compare(
             raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
         with _progress("eval") as progress:
             comparison = side_by_side.compare_runs(runs, out, tokens, not no_cache, progress)
-        head, *rows = side_by_side.summary(comparison)
+        head, *rows = side_by_side.runs_summary(comparison)
         _columns(head, rows)
         print(f"report: {comparison['page_path']}")
         return
@@ -430,7 +430,7 @@ def _compare(
         raise ValueError("compare: --tokens and --no-cache: expected runs, got recipes. Override eval_tokens=N instead.")
     with _progress("harvest") as progress:
         comparison = recipes.compare(named, overrides, seeds, out, progress)
-    head, *rows = recipes.summary(comparison)
+    head, *rows = recipes.recipes_summary(comparison)
     _columns(head, rows)
     print(f"* best mean\nreport: {comparison['page_path']}")
 
@@ -467,9 +467,9 @@ def _info(
 ) -> None:
     """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
     from .eval.checkpoint import open_checkpoint, sanity_of
-    from .training.info import describe
+    from .training.info import describe_files
 
-    lines, problems = describe(path, given.options(given.model), given.format, given.subfolder, given.revision)
+    lines, problems = describe_files(path, given.options(given.model), given.format, given.subfolder, given.revision)
     _table(lines)
     if problems:
         raise ValueError("\n".join(problems))
@@ -649,18 +649,18 @@ def _bench_plan(
 ) -> Any:
     import torch
 
-    from .training.bench.comparison import LIBRARIES, QUICK_SHAPE, Plan, choose, parse_shape, peers_python
+    from .training.bench.comparison import LIBRARIES, QUICK_SHAPE, BenchPlan, parse_shape, peers_python, require_choices
     from .training.recipe import parse_overrides
 
-    return Plan(
+    return BenchPlan(
         shapes=tuple(map(parse_shape, shape)) if shape else (QUICK_SHAPE if quick else default,),
-        families=choose("--family", family, families),
+        families=require_choices("--family", family, families),
         rounds=3 if quick else rounds,
         threads=threads or torch.get_num_threads(),
         overrides=parse_overrides(overrides or []),
         variants=tuple(parse_overrides(keys.split()) for keys in variant or []),
         peers_python=peers_python(peers),
-        libraries=choose("--peer", peer or LIBRARIES, LIBRARIES),
+        libraries=require_choices("--peer", peer or LIBRARIES, LIBRARIES),
     )
 
 

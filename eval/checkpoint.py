@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ..sae.dictionary import SparseDictionary
 from ..sae.files import sha256
-from ..sae.formats import Options
+from ..sae.formats import ReadOptions
 from ..sae.formats.hooks import architecture_of, to_module
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
 from ..training.recipe.validation import explain
 from ..training.text import Cursor
 from ..transcoders.load import find
-from ..transcoders.stack import hooks_of
-from .heldout import ground
+from ..transcoders.stack import hooks_of_provenance
+from .heldout import eval_data
 from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
@@ -35,7 +35,7 @@ EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Given:
+class CheckpointOptions:
     """What is said of a checkpoint beside its path.
 
     ``model``, a hub id or directory, and ``text``, files, stand in for those that its files name. ``settings`` are keys of a
@@ -55,16 +55,16 @@ class Given:
     scale: float | None = None
     threshold: float | None = None
 
-    def options(self, model: str | None) -> Options:
+    def options(self, model: str | None) -> ReadOptions:
         """What readers of other libraries' files are told."""
-        return Options(hook=self.hook, k=self.k, scale=self.scale, threshold=self.threshold, model=model)
+        return ReadOptions(hook=self.hook, k=self.k, scale=self.scale, threshold=self.threshold, model=model)
 
 
-NOTHING = Given()
+NO_OPTIONS = CheckpointOptions()
 
 
 @dataclass(frozen=True)
-class Member:
+class LoadedDictionary:
     """One dictionary: where results go unless asked otherwise, and what ``dictionary.json`` says or would say of it."""
 
     directory: Path
@@ -88,15 +88,15 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedCheckpoint:
     """Dictionaries of one path or hub id. ``assumed`` says what no file and nobody said."""
 
     name: str
     directory: Path
-    members: tuple[Member, ...]
+    members: tuple[LoadedDictionary, ...]
     foreign: bool
     stacked: bool
-    given: Given
+    given: CheckpointOptions
     assumed: tuple[str, ...] = ()
 
     @property
@@ -116,7 +116,7 @@ class Opened:
             raise ValueError(f"--out: required, because {self.name} is no folder in which results could be written.")
         return self.directory
 
-    def completed(self, text: bool = True) -> "Opened":
+    def completed(self, text: bool = True) -> "LoadedCheckpoint":
         """The same with everything that running its model needs, on text unless there is another input.
 
         Raises:
@@ -127,7 +127,7 @@ class Opened:
         return replace(self, members=members, assumed=tuple(dict.fromkeys(word for _, words in found for word in words)))
 
 
-def open_checkpoint(path: str, given: Given = NOTHING) -> Opened:
+def open_checkpoint(path: str, given: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
     """Whatever a path or hub id holds.
 
     Raises:
@@ -138,7 +138,7 @@ def open_checkpoint(path: str, given: Given = NOTHING) -> Opened:
     options = given.options(model if architecture_of(model) else None)
     found = find(path, "cpu", given.revision, given.subfolder, given.format, options)
     members = tuple(
-        Member(
+        LoadedDictionary(
             found.folders.get(hook, found.directory),
             dictionary,
             found.provenances[hook],
@@ -146,7 +146,7 @@ def open_checkpoint(path: str, given: Given = NOTHING) -> Opened:
         )
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())
     )
-    return Opened(str(path), found.directory, members, found.foreign, found.stacked, given)
+    return LoadedCheckpoint(str(path), found.directory, members, found.foreign, found.stacked, given)
 
 
 def architecture(model: str) -> str:
@@ -162,13 +162,13 @@ def architecture(model: str) -> str:
 
 def _known_hooks(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     try:
-        return hooks_of(provenance)
+        return hooks_of_provenance(provenance)
     except ValueError:
         return (), ()
 
 
 def complete(
-    provenance: Mapping[str, Any], given: Given, where: str, reads_text: bool = True
+    provenance: Mapping[str, Any], given: CheckpointOptions, where: str, reads_text: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
     """A provenance with model, hooks, text and what is left out of it, and in words what was taken for granted.
 
@@ -198,7 +198,7 @@ def complete(
     return found, assumed
 
 
-def _complete_hooks(found: dict[str, Any], given: Given, where: str) -> None:
+def _complete_hooks(found: dict[str, Any], given: CheckpointOptions, where: str) -> None:
     if _known_hooks(found)[0]:
         return
     names = (given.hook, given.hook_out or given.hook)
@@ -211,7 +211,7 @@ def _complete_hooks(found: dict[str, Any], given: Given, where: str) -> None:
     found |= {"hooks_in": [reads], "hooks_out": [writes]} | ({"hook": reads} if reads == writes else {})
 
 
-def _complete_source(found: dict[str, Any], given: Given, where: str, assumed: list[str]) -> None:
+def _complete_source(found: dict[str, Any], given: CheckpointOptions, where: str, assumed: list[str]) -> None:
     """Which text."""
     text = found["text"]
     if given.text:
@@ -260,7 +260,7 @@ def _require_valid(found: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def sanity_of(opened: Opened, tokens: int) -> dict[str, Sanity]:
+def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
     """What each dictionary does to its model's activations on a little text, by the hook it writes.
 
     Raises:
@@ -269,8 +269,8 @@ def sanity_of(opened: Opened, tokens: int) -> dict[str, Sanity]:
     opened = opened.completed()
     found: dict[str, Sanity] = {}
     for member in opened.members:
-        reads, writes = hooks_of(member.provenance)
-        where = ground(member.provenance, (*reads, *writes))
+        reads, writes = hooks_of_provenance(member.provenance)
+        where = eval_data(member.provenance, (*reads, *writes))
         rows: dict[str, list[Tensor]] = {hook: [] for hook in (*reads, *writes)}
         for piece in where.pieces(Cursor(0, 0), tokens):
             seen = where.model.activations(piece.token_ids, tuple(rows))

@@ -21,7 +21,7 @@ FRUITLESS_CONTEXTS = 1000
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextBatch:
     """A few contexts on the model's device: what the model saw, and which positions count."""
 
     token_ids: Tensor
@@ -35,19 +35,19 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Ground:
+class EvalData:
     """What a checkpoint's provenance says about where to judge it: the model, the text, what is left out of it."""
 
     model: LanguageModel
     text: TextSection
     exclusions: HarvestSection
 
-    def pieces(self, start: Cursor, tokens: int) -> Iterator[Piece]:
+    def pieces(self, start: Cursor, tokens: int) -> Iterator[TextBatch]:
         """Held-out contexts from ``start`` on until so many tokens were kept."""
-        return pieces(self.model, self.text, self.exclusions, start, tokens)
+        return text_batches(self.model, self.text, self.exclusions, start, tokens)
 
 
-def ground(provenance: dict[str, Any], hooks: Sequence[str]) -> Ground:
+def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
     """Where a dictionary is judged that was trained at these hooks.
 
     Raises:
@@ -55,10 +55,12 @@ def ground(provenance: dict[str, Any], hooks: Sequence[str]) -> Ground:
     """
     text = TextSection.model_validate(provenance["text"])
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
-    return Ground(load_model(ModelSection.model_validate(provenance["model"])), text, exclusions)
+    return EvalData(load_model(ModelSection.model_validate(provenance["model"])), text, exclusions)
 
 
-def pieces(model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int) -> Iterator[Piece]:
+def text_batches(
+    model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int
+) -> Iterator[TextBatch]:
     """Held-out contexts from ``start`` on until so many tokens were kept."""
     kept_tokens = seen = 0
     special = frozenset(model.tokenizer.all_special_ids)
@@ -67,7 +69,7 @@ def pieces(model: LanguageModel, text: TextSection, section: HarvestSection, sta
         document_ids = np.stack([context.document_ids for context in batch])
         kept = ~excluded(token_ids, document_ids, special, section)
         counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
-        yield Piece(
+        yield TextBatch(
             torch.from_numpy(token_ids).long().to(model.device),
             torch.from_numpy(kept).to(model.device),
             torch.from_numpy(counted).to(model.device),

@@ -63,10 +63,10 @@ def sanity(
         firings += code.firings(dictionary.n_latents)
     tokens, fvu = len(x), float(error.value())
     found = Sanity(tokens, l0 / tokens, fvu, cosine / tokens, ratio / tokens, dead_fraction(firings), ())
-    return Sanity(**{**vars(found), "warnings": tuple(doubts(found, dictionary.n_latents, published_l0))})
+    return Sanity(**{**vars(found), "warnings": tuple(sanity_doubts(found, dictionary.n_latents, published_l0))})
 
 
-def doubts(s: Sanity, n_latents: int, published_l0: int | float | None = None) -> list[str]:
+def sanity_doubts(s: Sanity, n_latents: int, published_l0: int | float | None = None) -> list[str]:
     """What such figures say about hook, normalisation and scale, however they were come by."""
     doubts = []
     if not s.fvu < 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch_selection import between
 from .encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
-from .sparse_code import Requests, SparseCode
+from .sparse_code import AuxTerms, SparseCode
 from .tiled_scores import Scorer, above, largest_of_batch
 
 # The running threshold looks back over about so many batches.
@@ -46,7 +46,7 @@ class BatchWide(Encoder, ABC):
         if len(x):
             self._observe(found, len(x))
         code = with_gradient(found.code, x, weights).relu()
-        return SparseCode(code.latents, code.values, code.starts, Requests(prefixes=self.prefixes()))
+        return SparseCode(code.latents, code.values, code.starts, AuxTerms(prefixes=self.prefixes()))
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)

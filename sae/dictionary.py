@@ -24,7 +24,7 @@ from .sparse_ops import decode
 
 
 @dataclass(frozen=True)
-class Block:
+class LatentBlock:
     """Latents that read the same columns of the input and write to the same columns of the output."""
 
     latents: slice
@@ -71,7 +71,7 @@ class SparseDictionary(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[LatentBlock]:
         """The weights, by what they read and write. Row ``i`` of a block's matrices is its latent ``i``."""
 
     @property
@@ -273,8 +273,8 @@ class OneSiteDictionary(SparseDictionary, ABC):
         return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec, screen, self.shift)
 
     @property
-    def blocks(self) -> list[Block]:
-        return [Block(slice(0, self.n_latents), slice(0, self.d_in), slice(0, self.d_out), self.weights)]
+    def blocks(self) -> list[LatentBlock]:
+        return [LatentBlock(slice(0, self.n_latents), slice(0, self.d_in), slice(0, self.d_out), self.weights)]
 
     @property
     def sites(self) -> list[Site]:

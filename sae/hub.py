@@ -63,15 +63,15 @@ def files_of(directory: Path) -> list[str]:
             read_config(directory / folder)
         return [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE)]
     # Imported here: formats build on everything else.
-    from .formats import Source, places
-    from .formats.base import Options
+    from .formats import SourceFiles, dictionary_places
+    from .formats.base import ReadOptions
     from .formats.files import recording
 
     try:
-        found = places(Source(directory))
+        found = dictionary_places(SourceFiles(directory))
         with recording() as opened:
             for place, known, _ in found:
-                known.read(place, Options())
+                known.read(place, ReadOptions())
     except ValueError as error:
         raise ValueError(f"{directory}: expected {CONFIG_FILE}, or another library's dictionary: {error}") from None
     base = directory.absolute()

@@ -15,7 +15,7 @@ def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[
     return torch.cat([starts, starts.new_full((1,), latents.shape[0])])
 
 
-def group(keys: Int[Tensor, " nnz"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " nnz"]]:
+def group_by_latent(keys: Int[Tensor, " nnz"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " nnz"]]:
     """Where each of ``count`` keys begins and ends in the second tensor: the keys' places by key, ascending within one."""
     if keys.device.type == "cpu" and has_numba():
         from .kernels import cpu
@@ -39,7 +39,7 @@ class ByLatent:
 
 
 @dataclass(frozen=True)
-class Requests:
+class AuxTerms:
     """What an encoder asks training to add to the loss. Decoding knows nothing of it.
 
     ``penalties`` are scalars in units of fvu. ``prefixes`` are widths: the reconstruction from the first so many latents
@@ -63,7 +63,7 @@ class SparseCode:
     latents: Int[Tensor, " nnz"]
     values: Float[Tensor, " nnz"]
     starts: Int[Tensor, " tokens"]
-    requests: Requests = field(default_factory=Requests)
+    requests: AuxTerms = field(default_factory=AuxTerms)
 
     @classmethod
     def from_rows(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
@@ -93,7 +93,7 @@ class SparseCode:
 
     def by_latent(self, n_latents: int) -> ByLatent:
         """The entries grouped by latent."""
-        firsts, order = group(self.latents, n_latents)
+        firsts, order = group_by_latent(self.latents, n_latents)
         return ByLatent(firsts, self.token_ids()[order], order)
 
     def relu(self) -> "SparseCode":

@@ -16,7 +16,7 @@ from .sparse_code import ByLatent, SparseCode
 
 
 @dataclass(frozen=True)
-class RowGradient:
+class RowGrad:
     """What every row of a gradient is the sum of: its entries' tokens' ``rows``, and row ``dense_of[i]`` of ``dense``.
 
     ``values`` stand in the order of ``group``; a negative ``dense_of`` is no row.
@@ -42,7 +42,7 @@ class Product:
 
 
 @dataclass
-class Ledger:
+class SparseGrad:
     """What backward passes have added up since the last ``clear``: products, and gradients of some rows."""
 
     products: list[Product] = field(default_factory=list)
@@ -87,9 +87,9 @@ class Ledger:
         return dense_of, gradients
 
 
-def keep_ledger(weights: Tensor) -> Ledger:
+def keep_ledger(weights: Tensor) -> SparseGrad:
     """Give a weight matrix a ledger: from now on backward passes write there."""
-    ledger = Ledger()
+    ledger = SparseGrad()
     weights.ledger = ledger  # pyright: ignore[reportAttributeAccessIssue]
     return ledger
 
@@ -100,6 +100,6 @@ def drop_ledger(weights: Tensor) -> None:
         del weights.ledger  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def ledger_of(weights: Any) -> Ledger | None:
+def ledger_of(weights: Any) -> SparseGrad | None:
     """The ledger of a weight matrix, if an optimizer keeps one."""
     return getattr(weights, "ledger", None)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .kernels import backend
 from .sparse_code import SparseCode, bounds
-from .sparse_grad import Ledger, Product, ledger_of
+from .sparse_grad import Product, SparseGrad, ledger_of
 
 # From one entry in sixteen on the dense product is faster, as measured on two CPU cores for widths 1024 to 12288: encoders
 # without a budget begin with every second latent on. Small codes are not worth the question.
@@ -78,7 +78,7 @@ def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) ->
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor, ledger: Ledger | None) -> Tensor:
+    def forward(ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor, ledger: SparseGrad | None) -> Tensor:
         ctx.save_for_backward(values, atoms, latents, starts)
         ctx.ledger = ledger
         return _gather(values, atoms, latents, starts)
@@ -103,7 +103,7 @@ class _Entries(torch.autograd.Function):
         values: Tensor,
         latents: Tensor,
         starts: Tensor,
-        ledger: Ledger | None,
+        ledger: SparseGrad | None,
     ) -> Tensor:
         ctx.save_for_backward(x, W, latents, starts)
         ctx.ledger = ledger
@@ -125,7 +125,7 @@ class _Entries(torch.autograd.Function):
 
 class _SomeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, W: Tensor, latents: Tensor, ledger: Ledger | None) -> Tensor:
+    def forward(ctx: Any, W: Tensor, latents: Tensor, ledger: SparseGrad | None) -> Tensor:
         ctx.save_for_backward(W, latents)
         ctx.ledger = ledger
         return W[latents]
@@ -141,7 +141,7 @@ class _SomeRows(torch.autograd.Function):
 
 
 def _to_matrix(
-    values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor, ledger: Ledger | None
+    values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor, ledger: SparseGrad | None
 ) -> Tensor | None:
     """The gradient of a matrix whose row ``i`` is weighted into every token that has latent ``i``, unless a ledger takes it."""
     if ledger is None or _crowded(latents, starts, like):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .batch_selection import largest_cells, largest_columns
 from .kernels import selection
-from .sparse_code import SparseCode, group
+from .sparse_code import SparseCode, group_by_latent
 from .sparse_ops import dots
 
 # Numbers in a tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator what launches cost little for.
@@ -167,7 +167,7 @@ def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_laten
         every = torch.arange(tile.token, tile.token + rows, device=cut.device)
         found.append((torch.repeat_interleave(every, counts, output_size=len(values)), values, latents))
     token, values, latents = (torch.cat(parts) for parts in zip(*found, strict=True))
-    firsts, order = group(token, tokens)
+    firsts, order = group_by_latent(token, tokens)
     return SparseCode(latents[order], values[order], firsts[:-1])
 
 
@@ -257,5 +257,5 @@ def largest_per_latent(scorer: Scorer, room: Int[Tensor, " n_latents"], level: f
     value = torch.cat(values)
     latents = torch.repeat_interleave(torch.arange(len(room), device=room.device), room, output_size=len(value))
     smallest = value.new_full((len(room),), torch.inf).scatter_reduce_(0, latents, value, "amin")
-    firsts, order = group(torch.cat(token), tokens)
+    firsts, order = group_by_latent(torch.cat(token), tokens)
     return PerLatent(SparseCode(latents[order], value[order], firsts[:-1]), smallest, torch.cat(over) if over else None)

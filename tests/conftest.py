@@ -14,7 +14,9 @@ from jaxtyping import install_import_hook
 
 # Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
 # small functions millions of times and holds no tensors.
-CHECKED = "activations checkpoints finish grid initialize loop objective optim phases preflight resolve run state".split()
+CHECKED = (
+    "activations calibrate checkpoints initialize loop objective optim phases preflight recipe resolve_hooks run state".split()
+)
 # Nor are the kernels: compilers take functions as they are written.
 SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
 parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
@@ -355,7 +357,7 @@ def stream_model():
 @pytest.fixture(scope="session")
 def random_pairs():
     """Builds pairs that differ at positions 1 and 3, with one question at the end of each; padded to the longest."""
-    from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+    from sparsary.eval.circuits.tasks.pairs import PromptPairs, Question
 
     def build(n=5, positions=6, lengths=None, metric="logit_diff"):
         generator = torch.Generator().manual_seed(3)
@@ -366,7 +368,7 @@ def random_pairs():
         for ids in (clean, corrupted):
             ids[torch.arange(positions)[None] >= lengths[:, None]] = 0
         questions = tuple((Question(int(length) - 1, (3 + row,), (20 + row,)),) for row, length in enumerate(lengths))
-        return Pairs("random", "tokens", clean, corrupted, questions, lengths, metric)
+        return PromptPairs("random", "tokens", clean, corrupted, questions, lengths, metric)
 
     return build
 

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..sae import SparseDictionary
-from .activations.stream import Stream
+from .activations.stream import ActivationStream
 
 
-def finish(dictionary: SparseDictionary, stream: Stream, tokens: int, batch_tokens: int) -> bool:
+def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, batch_tokens: int) -> bool:
     """Calibrate thresholds on up to ``tokens`` training tokens and bring free atoms to unit norm; False if nothing was to do.
 
     The same dictionary and stream give the same result: an interrupted end of a run is done over.
@@ -21,7 +21,9 @@ def finish(dictionary: SparseDictionary, stream: Stream, tokens: int, batch_toke
     return dictionary.calibrate(inputs(stream, tokens, batch_tokens, dictionary.device)) or changed
 
 
-def inputs(stream: Stream, tokens: int, batch_tokens: int, device: torch.device) -> Iterator[Float[Tensor, "tokens d_in"]]:
+def inputs(
+    stream: ActivationStream, tokens: int, batch_tokens: int, device: torch.device
+) -> Iterator[Float[Tensor, "tokens d_in"]]:
     """Shuffled training tokens, a batch at a time."""
     seen = 0
     while seen < tokens:

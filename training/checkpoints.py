@@ -11,14 +11,14 @@ import torch
 
 from ..sae import SparseDictionary
 from ..sae.files import remove_partial_files, write_text
-from ..transcoders.stack import hooks_of
-from .activations.stream import Stream
+from ..transcoders.stack import hooks_of_provenance
+from .activations.stream import ActivationStream
 from .phases import Phases
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
-from .report import METRICS_FILE, Report
+from .report import METRICS_FILE, TrainingLog
 from .state import STATE_FILE, TrainState
 
-__all__ = ["LOCK_FILE", "RECIPE_FILE", "Checkpoints", "claimed", "hooks_of"]
+__all__ = ["LOCK_FILE", "RECIPE_FILE", "Checkpoints", "claimed", "hooks_of_provenance"]
 
 RECIPE_FILE = "recipe.yaml"
 LOCK_FILE = ".lock"
@@ -33,7 +33,12 @@ class Checkpoints:
         self.phases = phases
 
     def save(
-        self, state: TrainState, dictionary: SparseDictionary, optimizer: torch.optim.Optimizer, stream: Stream, report: Report
+        self,
+        state: TrainState,
+        dictionary: SparseDictionary,
+        optimizer: torch.optim.Optimizer,
+        stream: ActivationStream,
+        report: TrainingLog,
     ) -> None:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
         state.require_finite(self.directory)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..sae import SparseDictionary
 from ..sae.kernels import AdamStep, backend
 from ..sae.sparse_code import ByLatent
-from ..sae.sparse_grad import Ledger, RowGradient, keep_ledger
+from ..sae.sparse_grad import RowGrad, SparseGrad, keep_ledger
 from .optim import DictionaryAdam
 from .phases import Phases
 from .recipe import Recipe
@@ -27,7 +27,7 @@ class Pending:
 
     weights: Tensor
     unit: bool
-    gradient: RowGradient
+    gradient: RowGrad
 
 
 class FusedAdam(DictionaryAdam):
@@ -42,7 +42,7 @@ class FusedAdam(DictionaryAdam):
         weights = [block.weights for block in dictionary.blocks]
         self.atoms = {each.W_dec for each in weights}
         matrices = dict.fromkeys(matrix for each in weights for matrix in (each.W_dec, each.W_enc))
-        self.ledgers: dict[Tensor, Ledger] = {matrix: keep_ledger(matrix) for matrix in matrices}
+        self.ledgers: dict[Tensor, SparseGrad] = {matrix: keep_ledger(matrix) for matrix in matrices}
         # Steps of each matrix so far: read from the state once, because reading it at every step would wait for a GPU.
         self.taken: dict[Tensor, int] = {}
 
@@ -87,7 +87,7 @@ class FusedAdam(DictionaryAdam):
             if key not in grouped:
                 grouped[key] = product.code.by_latent(weights.shape[0])
             group = grouped[key]
-            gradient = RowGradient(group, product.code.values[group.order], product.rows, *ledger.dense(weights))
+            gradient = RowGrad(group, product.code.values[group.order], product.rows, *ledger.dense(weights))
             unit = weights in self.atoms and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending

@@ -8,15 +8,15 @@ from torch import Tensor
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from ..sae.files import sha256
-from ..sae.formats import Options
+from ..sae.formats import ReadOptions
 from ..transcoders.load import find
-from ..transcoders.stack import hooks_of, is_stack, members
-from .activations.shards import MANIFEST_FILE, Store
+from ..transcoders.stack import hooks_of_provenance, is_stack, stack_folders
+from .activations.shards import MANIFEST_FILE, ActivationStore
 
 
-def describe(
+def describe_files(
     path: str,
-    options: Options | None = None,
+    options: ReadOptions | None = None,
     format: str | None = None,  # noqa: A002
     subfolder: str | None = None,
     revision: str | None = None,
@@ -33,7 +33,7 @@ def describe(
         return _describe_foreign(path, options, format, subfolder, revision), []
     directory = Path(path)
     if (directory / MANIFEST_FILE).exists():
-        return _describe_store(Store.open(directory))
+        return _describe_store(ActivationStore.open(directory))
     if (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists():
         return _describe_checkpoint(directory)
     if is_stack(directory):
@@ -49,7 +49,7 @@ def describe(
 
 def _describe_foreign(
     path: str,
-    options: Options | None,
+    options: ReadOptions | None,
     format: str | None,  # noqa: A002
     subfolder: str | None,
     revision: str | None,
@@ -74,7 +74,7 @@ def _describe_foreign(
 def _describe_members(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """What a stack, or a grid, has below it: a line for each."""
     lines, problems = [], []
-    for path in members(directory):
+    for path in stack_folders(directory):
         own, damage = _describe_checkpoint(path)
         shown = dict(own)
         hooks = " -> ".join(shown[key] for key in ("hook", "reads", "predicts") if key in shown)
@@ -83,7 +83,7 @@ def _describe_members(directory: Path) -> tuple[list[tuple[str, str]], list[str]
     return [("checkpoints", f"{len(lines)} in {directory}"), *lines], problems
 
 
-def _describe_store(store: Store) -> tuple[list[tuple[str, str]], list[str]]:
+def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list[str]]:
     manifest = store.manifest
     lines = [
         (
@@ -152,7 +152,7 @@ def _sizes(arguments: dict[str, Any]) -> str:
 
 def _hooks(kind: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
     try:
-        reads, writes = hooks_of(provenance)
+        reads, writes = hooks_of_provenance(provenance)
     except ValueError:
         return [("hook", "unknown")]
     if kind == "sae":

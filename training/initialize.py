@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.metrics import Moments
-from .activations.stream import Batch
+from .activations.stream import ActivationBatch
 
 # Gao et al. 2024 take the geometric median of as many tokens.
 SAMPLE_TOKENS = 32_768
@@ -30,7 +30,7 @@ def geometric_median(rows: Float[Tensor, "tokens d"], iterations: int = 100, tol
 @torch.no_grad()
 def initialize(
     dictionary: SparseDictionary,
-    sample: Batch,
+    sample: ActivationBatch,
     moments: Moments,
     target_moments: Moments,
     normalize: str,

@@ -6,18 +6,18 @@ import torch
 from accelerate import Accelerator
 
 from ..sae import SparseDictionary
-from .activations.stream import Batch, Stream
+from .activations.stream import ActivationBatch, ActivationStream
 from .checkpoints import Checkpoints
 from .objective import Objective, Terms, combine
 from .optim import Schedule
 from .recipe import Recipe
-from .report import Report
+from .report import TrainingLog
 from .signals import StopRequest
 from .state import NotFinite, TrainState
 
 
 @dataclass(frozen=True)
-class Member:
+class TrainedMember:
     """One dictionary in training, with all that is its own: a run of one has one member."""
 
     recipe: Recipe
@@ -26,7 +26,7 @@ class Member:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     state: TrainState
-    report: Report
+    report: TrainingLog
     checkpoints: Checkpoints
 
     @property
@@ -38,15 +38,15 @@ class Member:
 class Group:
     """Members that train on the same batches, and where these come from."""
 
-    stream: Stream
-    members: list[Member]
+    stream: ActivationStream
+    members: list[TrainedMember]
 
     @property
     def done(self) -> bool:
         return all(member.done for member in self.members)
 
     @property
-    def in_step(self) -> list[Member]:
+    def in_step(self) -> list[TrainedMember]:
         """Members that have seen as many batches as were handed out. After a kill some are ahead: they wait."""
         return [member for member in self.members if member.state.step == self.stream.batches]
 
@@ -70,7 +70,7 @@ def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest)
         raise NotFinite("\n".join(failures))
 
 
-def step(member: Member, batch: Batch, accelerator: Accelerator) -> Terms:
+def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator) -> Terms:
     """One step of one dictionary. It draws no random numbers: members would take them from each other."""
     state, optimizer = member.state, member.optimizer
     member.schedule.apply(state.step)
@@ -88,7 +88,7 @@ def step(member: Member, batch: Batch, accelerator: Accelerator) -> Terms:
     return terms
 
 
-def record(member: Member, terms: Terms, stream: Stream) -> list[str]:
+def record(member: TrainedMember, terms: Terms, stream: ActivationStream) -> list[str]:
     """Report and save what is due after a step; returns what keeps the member from going on."""
     state, cfg = member.state, member.recipe
     try:
@@ -96,13 +96,13 @@ def record(member: Member, terms: Terms, stream: Stream) -> list[str]:
             state.require_finite(cfg.out_dir)
             member.report(state, terms, member.schedule.lr(state.step - 1), stream.waited_seconds)
         if state.step % cfg.save_every == 0 or member.done:
-            save(member, stream)
+            save_members(member, stream)
     except NotFinite as error:
         return [str(error)]
     return []
 
 
-def save(member: Member, stream: Stream) -> None:
+def save_members(member: TrainedMember, stream: ActivationStream) -> None:
     member.checkpoints.save(member.state, member.dictionary, member.optimizer, stream, member.report)
 
 
@@ -114,4 +114,4 @@ def save_moved(groups: list[Group]) -> None:
     for group in groups:
         for member in group.in_step:
             if member.state.step != member.state.saved_step and bool(member.state.finite):
-                save(member, group.stream)
+                save_members(member, group.stream)

@@ -10,7 +10,7 @@ from ..sae import SparseCode, SparseDictionary
 from ..sae.losses import aux_zipf, normalized_mse
 from ..sae.sparse_ops import decode
 from .activations.model import LanguageModel
-from .activations.stream import Batch
+from .activations.stream import ActivationBatch
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Usage:
+class LatentUsage:
     """How the latents have been used so far: silent for too long, and the running share of tokens each fires on."""
 
     dead: Bool[Tensor, " n_latents"]
@@ -48,7 +48,7 @@ class Divergence:
     def __init__(self, model: LanguageModel, hook: str):
         self.model, self.hook = model, hook
 
-    def __call__(self, batch: Batch, y_hat: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+    def __call__(self, batch: ActivationBatch, y_hat: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
         origin = batch.origin
         assert origin is not None
         with torch.no_grad():
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         self.divergence, self.reconstruction_weight = divergence, reconstruction_weight
         self.register_buffer("variance", torch.as_tensor(variance), persistent=False)
 
-    def forward(self, batch: Batch, usage: Usage) -> tuple[Float[Tensor, ""], Terms]:
+    def forward(self, batch: ActivationBatch, usage: LatentUsage) -> tuple[Float[Tensor, ""], Terms]:
         d = self.dictionary
         y = batch.x if batch.target is None else batch.target
         code = d.encode(batch.x, batch.grad)
@@ -109,11 +109,11 @@ class Objective(nn.Module):
 
     def extra(
         self,
-        batch: Batch,
+        batch: ActivationBatch,
         code: SparseCode,
         y: Float[Tensor, "tokens d_out"],
         y_hat: Float[Tensor, "tokens d_out"],
-        usage: Usage,
+        usage: LatentUsage,
     ) -> dict[str, Float[Tensor, ""]]:
         """What is added to the main term, weighted, by name."""
         d, requests = self.dictionary, code.requests

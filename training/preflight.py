@@ -13,7 +13,7 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity
 from .activations.model import hook_widths, resolve_device
-from .activations.shards import MANIFEST_FILE, Store
+from .activations.shards import MANIFEST_FILE, ActivationStore
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
 from .recipe.grid import Grid, source, told_together
@@ -24,7 +24,7 @@ LABEL_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook."""
 
     widths: dict[str, int]
@@ -100,7 +100,7 @@ class Plan:
         return f"{recipe.tokens:,} tokens in {self.steps:,} steps of {recipe.batch_tokens:,}{passes}"
 
 
-def grid_lines(grid: Grid, plans: list[Plan]) -> list[tuple[str, str]]:
+def grid_lines(grid: Grid, plans: list[TrainingPlan]) -> list[tuple[str, str]]:
     """What to show a person of all members: what they share, each by name, and what they need together."""
     if len(plans) == 1:
         return plans[0].lines(grid.recipes[0])
@@ -130,12 +130,12 @@ def _bytes(n: int | float) -> str:
     return f"{n:.1f} TB"
 
 
-def preflight(recipe: Recipe) -> Plan:
+def preflight(recipe: Recipe) -> TrainingPlan:
     """``preflight_all`` of one recipe."""
     return preflight_all([recipe])[0]
 
 
-def preflight_all(recipes: Sequence[Recipe]) -> list[Plan]:
+def preflight_all(recipes: Sequence[Recipe]) -> list[TrainingPlan]:
     """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
@@ -149,7 +149,7 @@ def preflight_all(recipes: Sequence[Recipe]) -> list[Plan]:
     return plans
 
 
-def plan_all(recipes: Sequence[Recipe]) -> list[Plan]:
+def plan_all(recipes: Sequence[Recipe]) -> list[TrainingPlan]:
     """The plans of resolved recipes, whatever memory they need."""
     widths = hook_widths(recipes[0].model, recipes[0].harvest.hooks)
     plans, problems = [], {}
@@ -163,16 +163,16 @@ def plan_all(recipes: Sequence[Recipe]) -> list[Plan]:
     return plans
 
 
-def memory_together(recipes: Sequence[Recipe], plans: Sequence[Plan]) -> int:
+def memory_together(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> int:
     """Bytes of all members: one of them steps at a time, and streams are shared."""
     return sum(plan.weights_bytes for plan in plans) + max(plan.working_bytes for plan in plans) + _streams(recipes, plans)
 
 
-def _streams(recipes: Sequence[Recipe], plans: Sequence[Plan]) -> int:
+def _streams(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> int:
     return sum({source(recipe): plan.stream_bytes for recipe, plan in zip(recipes, plans, strict=True)}.values())
 
 
-def require_memory(recipes: Sequence[Recipe], plans: Sequence[Plan]) -> None:
+def require_memory(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> None:
     """Raise ``ValueError``, with sizes, if training would need more memory than is free where it runs."""
     device, cpu = resolve_device(recipes[0].model.device), torch.device("cpu")
     weights = sum(plan.weights_bytes for plan in plans)
@@ -210,10 +210,10 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _plan(recipe: Recipe, widths: dict[str, int]) -> Plan:
+def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
     training = round(wanted * (1 - harvest.heldout))
-    existing = Store.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
+    existing = ActivationStore.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
     if existing is not None:
         recipe_identity(recipe.model, recipe.text, harvest).check(existing)
         if existing.manifest["complete"]:
@@ -237,7 +237,7 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> Plan:
     # Side by side, in one row.
     row = dictionary.d_in + (dictionary.d_out if recipe.dictionary.hooks_out != recipe.dictionary.hooks_in else 0)
     buffer = 2 * harvest.live_buffer_tokens * 4 * row if live else 0
-    return Plan(
+    return TrainingPlan(
         widths=widths,
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,

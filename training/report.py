@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
 
-class Report:
+class TrainingLog:
     """Called every ``log_every`` steps. ``metrics.jsonl`` grows by a line; a resume cuts it back to the saved state.
 
     ``progress`` is the terminal's, shared by all runs that are under way.

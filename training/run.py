@@ -23,20 +23,20 @@ from ..sae.screen import Screen
 from .activations.harvest import harvest
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device
-from .activations.shards import MANIFEST_FILE, Store
-from .activations.stream import Batch, Item, StoreStream, Stream, TensorStream
+from .activations.shards import MANIFEST_FILE, ActivationStore
+from .activations.stream import ActivationBatch, ActivationStream, Item, StoreStream, TensorStream
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
-from .loop import Group, Member, train_loop
+from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule
 from .phases import Phases
 from .preflight import plan_all, preflight_all
 from .recipe import DictionarySection, Recipe
 from .recipe.grid import source, unshared
-from .report import Report, progress_bar
+from .report import TrainingLog, progress_bar
 from .resolve_hooks import dictionary_arguments, resolved
 from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
@@ -44,7 +44,7 @@ from .state import Randomness, TrainState
 log = logging.getLogger(__name__)
 
 
-def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens: None) -> Store:
+def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens: None) -> ActivationStore:
     """Fill the recipe's store; a complete one is only checked. Of a grid, any resolved member will do.
 
     Raises:
@@ -56,14 +56,14 @@ def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens:
     # Sizes and identity, not memory: a store may be filled for a machine that has more.
     [plan] = plan_all([recipe])
     if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
-        store = Store.open(recipe.harvest.store)
+        store = ActivationStore.open(recipe.harvest.store)
         # Complete and this recipe's (preflight saw to that): the model is not needed, nor loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
     return harvest(load_model(recipe.model), recipe.text, recipe.harvest, progress)
 
 
-def train(
+def train_recipe(
     recipe: Recipe,
     activations: Iterable[Item] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -109,7 +109,7 @@ def train_all(
 @contextmanager
 def open_streams(
     recipes: Sequence[Recipe], activations: Iterable[Item] | None, progress: Callable[[int], None]
-) -> Iterator[list[tuple[Stream, list[Recipe]]]]:
+) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
     """The recipes' sources of batches, harvested first where it is a store, each with the recipes that share it."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
     for recipe in recipes:
@@ -124,7 +124,7 @@ def open_streams(
                     "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
                     f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
                 )
-            streams: list[Stream] = [
+            streams: list[ActivationStream] = [
                 TensorStream(activations, group[0].batch_tokens, targets=group[0].dictionary.kind != "sae") for group in groups
             ]
         elif recipes[0].harvest.store is None:
@@ -143,13 +143,13 @@ def open_streams(
         yield list(zip(streams, groups, strict=True))
 
 
-def _live_stream(buffers: Buffers, recipe: Recipe) -> Stream:
+def _live_stream(buffers: Buffers, recipe: Recipe) -> ActivationStream:
     kind = ContextStream if recipe.objective == "kl" else LiveStream
     section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
     return kind(buffers.model, recipe.text, recipe.harvest, section.hooks_in, size, seed, buffers, section.hooks_out)
 
 
-def _store_stream(store: Store, group: list[Recipe], stack: ExitStack) -> Stream:
+def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack) -> ActivationStream:
     recipe = group[0]
     gradients = any(needs_gradient(each) for each in group)
     section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
@@ -158,7 +158,7 @@ def _store_stream(store: Store, group: list[Recipe], stack: ExitStack) -> Stream
     return stream
 
 
-def _train(together: list[tuple[Stream, list[Recipe]]], resuming: list[str]) -> None:
+def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list[str]) -> None:
     first = together[0][1][0]
     device = resolve_device(first.model.device)
     # accelerate keeps one state per process and refuses a second run with another precision.
@@ -197,8 +197,8 @@ def _train(together: list[tuple[Stream, list[Recipe]]], resuming: list[str]) -> 
 class Start:
     """What the dictionaries over one stream start from; ``medians`` are the sample's, by side and scale, each found once."""
 
-    stream: Stream
-    sample: Batch
+    stream: ActivationStream
+    sample: ActivationBatch
     moments: Moments
     target_moments: Moments
     medians: dict[tuple[str, bytes], Tensor]
@@ -220,7 +220,12 @@ class Start:
 
 
 def _group(
-    stream: Stream, recipes: list[Recipe], resuming: list[str], accelerator: Accelerator, bar: Progress, stack: ExitStack
+    stream: ActivationStream,
+    recipes: list[Recipe],
+    resuming: list[str],
+    accelerator: Accelerator,
+    bar: Progress,
+    stack: ExitStack,
 ) -> Group:
     """All that trains on one stream, which is brought to where the first of them has to go on."""
     # For iterables of tensors that draw what they give.
@@ -240,7 +245,7 @@ def _group(
 
 def _member(
     recipe: Recipe, start: Start, resuming: bool, randomness: Randomness, accelerator: Accelerator, bar: Progress
-) -> Member:
+) -> TrainedMember:
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
     dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
     if not resuming:
@@ -261,11 +266,11 @@ def _member(
     if resuming:
         log.info("Continuing %s at step %d.", directory, state.step)
     objective, wrapped = accelerator.prepare(objective, optimizer)
-    checkpoints = Checkpoints(directory, provenance(recipe, stream), phases)
-    report = Report(recipe, directory, keep_bytes, state.tokens, bar)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, bar)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
-    return Member(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
+    return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
 
 
 def needs_gradient(recipe: Recipe) -> bool:
@@ -280,7 +285,7 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
     return "bf16" if wanted == "bf16" else "no"
 
 
-def provenance(recipe: Recipe, stream: Stream) -> dict[str, Any]:
+def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
     """Where a dictionary comes from: enough to evaluate it on the same model, hooks and held-out documents."""
     resolved = recipe.model_dump(mode="json")
     model = resolved["model"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..sae import SparseDictionary
 from ..sae.files import read_tensors, require_finite, write_tensors
-from .activations.stream import Stream
-from .objective import Terms, Usage
+from .activations.stream import ActivationStream
+from .objective import LatentUsage, Terms
 from .phases import Phases
 
 STATE_FILE = "state.safetensors"
@@ -73,8 +73,8 @@ class TrainState:
         return self.silent_for >= self.dead_after_tokens
 
     @property
-    def usage(self) -> Usage:
-        return Usage(self.dead, self.density)
+    def usage(self) -> LatentUsage:
+        return LatentUsage(self.dead, self.density)
 
     def advance(self, tokens: int, terms: Terms) -> None:
         """Count one step. Nothing here waits for the device."""
@@ -100,7 +100,7 @@ class TrainState:
         dictionary: SparseDictionary,
         phases: Phases,
         optimizer: torch.optim.Optimizer,
-        stream: Stream,
+        stream: ActivationStream,
         metrics_bytes: int,
     ) -> None:
         """Replace the saved state. Raises ``OSError`` if it cannot be written; the old one then stays."""

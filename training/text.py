@@ -96,7 +96,7 @@ def documents(section: TextSection, start: int, wanted: Callable[[int], bool]) -
     if section.source == "embedded":
         # Any document can be had without those before it.
         for number in filter(wanted, itertools.count(start)):
-            yield number, corpus.document(section.seed, number).text
+            yield number, corpus.embedded_document(section.seed, number).text
         return
     texts = _hub_documents(section) if section.source == "hub" else _all_files(section)
     for number, text in enumerate(texts):

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ..sae.dictionary import SparseDictionary
-from ..sae.formats import FORMATS, Options, known, write_dictionaries, write_dictionary
-from .load import Found, find
-from .stack import Stack, hooks_of
+from ..sae.formats import FORMATS, ReadOptions, known, write_dictionaries, write_dictionary
+from .load import FoundDictionaries, find
+from .stack import Stack, hooks_of_provenance
 
 # Our own checkpoint, or a directory of them.
 OURS = "sparsary"
@@ -52,7 +52,7 @@ def convert(
     to: str = OURS,
     *,
     format: str | None = None,  # noqa: A002
-    options: Options | None = None,
+    options: ReadOptions | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
     dtype: str = "float32",
@@ -77,7 +77,7 @@ def convert(
     target = Path(destination)
     require_empty(target)
     found = find(source, revision=revision, subfolder=subfolder, format=format, options=options, dtype=dtype)
-    with whole(target) as temporary:
+    with _whole(target) as temporary:
         done = _written(found, temporary, to)
         files = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
         difference = _difference(found, temporary, to)
@@ -85,7 +85,7 @@ def convert(
     return Converted(target, to, found.evidence, tuple(found.dictionaries), words, found.warnings, files, difference)
 
 
-def _written(found: Found, directory: Path, to: str) -> tuple[str, ...]:
+def _written(found: FoundDictionaries, directory: Path, to: str) -> tuple[str, ...]:
     """Write into an empty folder; what the format made of the dictionaries."""
     hook, dictionary = next(iter(found.dictionaries.items()))
     alone = len(found.dictionaries) == 1 and not found.stacked
@@ -94,7 +94,7 @@ def _written(found: Found, directory: Path, to: str) -> tuple[str, ...]:
             dictionary.save(directory, found.provenances[hook])
         else:
             for about in found.provenances.values():
-                hooks_of(about)
+                hooks_of_provenance(about)
             Stack(found.dictionaries, found.provenances).save(directory)
         return ()
     if alone:
@@ -104,7 +104,7 @@ def _written(found: Found, directory: Path, to: str) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _difference(found: Found, directory: Path, to: str) -> float | None:
+def _difference(found: FoundDictionaries, directory: Path, to: str) -> float | None:
     again = find(directory, format=None if to == OURS else to, dtype="auto").dictionaries
     if len(again) == len(found.dictionaries) == 1:
         pairs = [(next(iter(found.dictionaries.values())), next(iter(again.values())))]
@@ -129,7 +129,7 @@ def require_empty(target: Path) -> None:
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def _whole(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its place if all goes well, and otherwise leaves nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.resolve()))

@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..sae.batch_selection import between
-from ..sae.dictionary import Block, Site, SparseDictionary
+from ..sae.dictionary import LatentBlock, Site, SparseDictionary
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.metrics import Moments
-from ..sae.sparse_code import Requests, SparseCode, group
+from ..sae.sparse_code import AuxTerms, SparseCode, group_by_latent
 from ..sae.sparse_ops import decode
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
@@ -116,11 +116,11 @@ class CrossLayerTranscoder(SparseDictionary):
         return [Site(slice(i * reads, (i + 1) * reads), slice(i * writes, (i + 1) * writes)) for i in range(self.n_layers)]
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[LatentBlock]:
         here, sites = self.n_latents // self.n_layers, self.sites
         matrices = zip(self.W_enc, self.b_enc, self.W_dec, strict=True)
         return [
-            Block(
+            LatentBlock(
                 slice(i * here, (i + 1) * here),
                 site.reads,
                 slice(site.writes.start, self.d_out),
@@ -287,9 +287,9 @@ class CrossLayerTranscoder(SparseDictionary):
         """One code of all layers' latents; penalties are their means over layers."""
         here = self.n_latents // self.n_layers
         tokens = torch.cat([code.token_ids() for code in codes])
-        firsts, order = group(tokens, codes[0].n_tokens)
+        firsts, order = group_by_latent(tokens, codes[0].n_tokens)
         latents = torch.cat([code.latents + i * here for i, code in enumerate(codes)])
         values = torch.cat([code.values for code in codes])
         names = codes[0].requests.penalties
         penalties = {name: torch.stack([code.requests.penalties[name] for code in codes]).mean() for name in names}
-        return SparseCode(latents[order], values[order], firsts[:-1], Requests(penalties=penalties))
+        return SparseCode(latents[order], values[order], firsts[:-1], AuxTerms(penalties=penalties))

@@ -9,10 +9,10 @@ import torch
 
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE, SparseDictionary
-from ..sae.formats import Options, read_dictionary
-from ..sae.formats.files import HubSource, Source, recording
+from ..sae.formats import ReadOptions, read_dictionary
+from ..sae.formats.files import HubSource, SourceFiles, recording
 from ..sae.hub import local_directory
-from .stack import Stack, hooks_of, is_stack, load_stack, members
+from .stack import Stack, hooks_of_provenance, is_stack, load_stack, stack_folders
 
 DTYPES: Mapping[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -25,7 +25,7 @@ OWN = "dictionary.json of sparsary"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundDictionaries:
     """Dictionaries in eval mode, by the hook they write, or by their file's name where that is not known.
 
     ``directory`` is the place that was named, ``folders`` where each of ours lies, and ``files`` all that was read of another
@@ -47,18 +47,18 @@ class Found:
         """Whether another library's files were read."""
         return self.evidence != OWN
 
-    def only(self, hook: str) -> "Found":
+    def only(self, hook: str) -> "FoundDictionaries":
         """One of several, by the hook it writes or reads.
 
         Raises:
             ValueError: If there is none for it.
         """
-        reads = {hooks_of(provenance)[0][0]: key for key, provenance in self.provenances.items()}
+        reads = {hooks_of_provenance(provenance)[0][0]: key for key, provenance in self.provenances.items()}
         key = hook if hook in self.dictionaries else reads.get(hook)
         if key is None:
             raise ValueError(f"hook: expected one of {', '.join(self.dictionaries)}, got {hook!r}.")
         folder = self.folders[key]
-        return Found(
+        return FoundDictionaries(
             folder, {key: self.dictionaries[key]}, {key: self.provenances[key]}, {key: folder}, (folder / WEIGHTS_FILE,)
         )
 
@@ -69,7 +69,7 @@ def load(
     revision: str | None = None,
     subfolder: str | None = None,
     format: str | None = None,  # noqa: A002
-    options: Options | None = None,
+    options: ReadOptions | None = None,
     dtype: str = "float32",
 ) -> tuple[SparseDictionary | Stack, dict[str, Any]]:
     """A dictionary in eval mode with its provenance; of several, one for each hook, a ``Stack``, with the first's.
@@ -98,9 +98,9 @@ def find(
     revision: str | None = None,
     subfolder: str | None = None,
     format: str | None = None,  # noqa: A002
-    options: Options | None = None,
+    options: ReadOptions | None = None,
     dtype: str = "float32",
-) -> Found:
+) -> FoundDictionaries:
     """All dictionaries of a path or hub id, or the one that ``options`` ask for, and how they came about.
 
     Raises:
@@ -108,14 +108,16 @@ def find(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-    options = options or Options()
-    directory, source = places(str(path), revision, subfolder)
+    options = options or ReadOptions()
+    directory, source = _places(str(path), revision, subfolder)
     if format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
         # Also where there is nothing: the error says what a checkpoint is.
         _require_unsaid(directory, options)
         dictionary, provenance = load_dictionary(directory, device), read_config(directory)["provenance"]
         name = (provenance.get("hooks_out") or [provenance.get("hook") or directory.name])[0]
-        return Found(directory, {name: dictionary}, {name: provenance}, {name: directory}, (directory / WEIGHTS_FILE,))
+        return FoundDictionaries(
+            directory, {name: dictionary}, {name: provenance}, {name: directory}, (directory / WEIGHTS_FILE,)
+        )
     if format is None and is_stack(directory):
         _require_unsaid(directory, options)
         found = _stack(directory, device)
@@ -123,7 +125,7 @@ def find(
     assert source is not None
     with recording() as files:
         loaded = read_dictionary(source, format, options, device, DTYPES[dtype])
-    return Found(
+    return FoundDictionaries(
         directory,
         loaded.dictionaries,
         loaded.provenances,
@@ -136,21 +138,23 @@ def find(
     )
 
 
-def _require_unsaid(directory: Path, options: Options) -> None:
+def _require_unsaid(directory: Path, options: ReadOptions) -> None:
     """Raise ``ValueError`` for what our own checkpoints leave nobody to say."""
     for name in ("k", "scale", "threshold"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: expected none with {directory}, which says it itself, got {getattr(options, name)}.")
 
 
-def _stack(directory: Path, device: str | torch.device) -> Found:
+def _stack(directory: Path, device: str | torch.device) -> FoundDictionaries:
     stack = load_stack(directory, device)
-    folders = {hooks_of(read_config(folder)["provenance"])[1][0]: folder for folder in members(directory)}
+    folders = {hooks_of_provenance(read_config(folder)["provenance"])[1][0]: folder for folder in stack_folders(directory)}
     files = tuple(folders[hook] / WEIGHTS_FILE for hook in stack)
-    return Found(directory, stack.dictionaries, stack.provenances, {h: folders[h] for h in stack}, files, stacked=True)
+    return FoundDictionaries(
+        directory, stack.dictionaries, stack.provenances, {h: folders[h] for h in stack}, files, stacked=True
+    )
 
 
-def places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path, Source | None]:
+def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path, SourceFiles | None]:
     """A directory that may hold our checkpoint, and the files there, which the hub sends one by one.
 
     Raises:
@@ -158,7 +162,7 @@ def places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path
     """
     directory = local_directory(path, revision)
     if Path(path).exists():
-        source = Source(path)
+        source = SourceFiles(path)
         source = source.at(subfolder) if subfolder else source
         return directory / source.inside, source
     if not directory.is_dir():

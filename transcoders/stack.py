@@ -19,7 +19,7 @@ class Stack(Mapping[str, SparseDictionary]):
 
     def __init__(self, dictionaries: Mapping[str, SparseDictionary], provenances: Mapping[str, dict[str, Any]]):
         self.dictionaries, self.provenances = dict(dictionaries), dict(provenances)
-        self._reads = {hooks_of(p)[0][0]: hook for hook, p in self.provenances.items()}
+        self._reads = {hooks_of_provenance(p)[0][0]: hook for hook, p in self.provenances.items()}
 
     def __getitem__(self, hook: str) -> SparseDictionary:
         key = hook if hook in self.dictionaries else self._reads.get(hook)
@@ -40,7 +40,7 @@ class Stack(Mapping[str, SparseDictionary]):
             dictionary.save(Path(directory) / name, self.provenances[hook])
 
 
-def hooks_of(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def hooks_of_provenance(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The hooks a dictionary reads and those it writes, by its checkpoint's provenance.
 
     Raises:
@@ -56,7 +56,7 @@ def hooks_of(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str,
 
 def is_stack(directory: str | Path) -> bool:
     """Whether a directory holds checkpoints below it, and is none itself."""
-    return not (Path(directory) / CONFIG_FILE).exists() and bool(members(directory))
+    return not (Path(directory) / CONFIG_FILE).exists() and bool(stack_folders(directory))
 
 
 def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Stack:
@@ -65,7 +65,7 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
     Raises:
         ValueError: If there is none, two are of one hook, one stands for several hooks, or their models differ.
     """
-    paths = members(directory)
+    paths = stack_folders(directory)
     if not paths:
         raise ValueError(f"{directory}: expected folders with {CONFIG_FILE} below it, found none. Train a grid over layers.")
     dictionaries: dict[str, SparseDictionary] = {}
@@ -74,7 +74,7 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
     for path in paths:
         provenance = read_config(path)["provenance"]
         try:
-            reads, writes = hooks_of(provenance)
+            reads, writes = hooks_of_provenance(provenance)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         if len(reads) > 1:
@@ -93,7 +93,7 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
     return Stack({hook: dictionaries[hook] for hook in order}, {hook: provenances[hook] for hook in order})
 
 
-def members(directory: str | Path) -> list[Path]:
+def stack_folders(directory: str | Path) -> list[Path]:
     """The checkpoints right below a directory, layer 10 after layer 9."""
     return sorted((path.parent for path in Path(directory).glob(f"*/{CONFIG_FILE}")), key=_natural)
 

@@ -23,7 +23,7 @@ SCAN = f"./data/{LATENTS_FOLDER}"
 
 
 @dataclass(frozen=True)
-class Labels:
+class GraphLabels:
     """The texts of a graph: of the prompt, its tokens and its targets, and what is known of its latents."""
 
     model: str
@@ -40,7 +40,7 @@ def cantor(layer: int, latent: int) -> int:
 
 
 def as_json(
-    graph: AttributionGraph, pruned: Pruned, labels: Labels, node_threshold: float, edge_threshold: float
+    graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, node_threshold: float, edge_threshold: float
 ) -> dict[str, Any]:
     """``metadata``, ``qParams``, ``nodes`` and ``links``; a node's ``influence`` is the running share of pruning."""
     kept = pruned.nodes.nonzero()[:, 0].tolist()
@@ -102,7 +102,7 @@ def latent_json(layer: int, latent: int, note: Note) -> dict[str, Any]:
     }
 
 
-def write(directory: str | Path, values: Mapping[str, Any], notes: Mapping[Latent, Note]) -> Path:
+def write_graph(directory: str | Path, values: Mapping[str, Any], notes: Mapping[Latent, Note]) -> Path:
     """The graph, the index of graphs that the front end begins with, and a file per latent."""
     target = Path(directory)
     (target / LATENTS_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def node_id(graph: AttributionGraph, number: int) -> str:
     return f"{layer}_{-1 if node.index is None else node.index}_{node.position}"
 
 
-def _node(graph: AttributionGraph, pruned: Pruned, labels: Labels, number: int) -> dict[str, Any]:
+def _node(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, number: int) -> dict[str, Any]:
     node, identity = graph.node(number), node_id(graph, number)
     layer, index, position = identity.split("_")
     entries = {

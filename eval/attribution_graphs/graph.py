@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.architecture import Anatomy
+from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel
 from .local_replacement_model import Active, LocalReplacement, Slopes
-from .pruning import SMALLEST_SUM, Pruned, Scores, influence, partial_influence, prune, scores
-from .replacement_model import Dictionaries, Replacement
+from .pruning import SMALLEST_SUM, GraphScores, Pruned, influence, partial_influence, prune, scores
+from .replacement_model import Replacement, ReplacementDictionaries
 
 MAX_LOGITS, LOGIT_MASS = 10, 0.95
 # Targets at a time: bounds what is held at once, targets x layers x positions x d_model numbers.
@@ -99,7 +99,7 @@ class AttributionGraph:
     def influence(self) -> Float[Tensor, " nodes"]:
         return influence(self.adjacency, self.weights)
 
-    def scores(self) -> Scores:
+    def scores(self) -> GraphScores:
         """Replacement and completeness score, of the whole graph."""
         return scores(self.adjacency, self.weights, self.errors, self.tokens)
 
@@ -140,7 +140,7 @@ class AttributionGraph:
 
 def attribution_graph(
     model: LanguageModel,
-    dictionaries: Dictionaries,
+    dictionaries: ReplacementDictionaries,
     token_ids: Int[Tensor, " positions"] | Sequence[int],
     layers: Sequence[int] | None = None,
     answer: int | None = None,
@@ -161,7 +161,7 @@ def attribution_graph(
         ValueError: If the dictionaries do not fit the model, or the prompt or a token is not one of the model's.
     """
     token_ids = torch.as_tensor(token_ids, dtype=torch.long, device=model.device)
-    replacement = Replacement(Anatomy(model), dictionaries, layers)
+    replacement = Replacement(Architecture(model), dictionaries, layers)
     return graph_of(LocalReplacement(replacement, token_ids, exclude_leading), answer, foil, max_latents, batch_targets)
 
 

@@ -144,7 +144,7 @@ class Replaced:
 
 
 @torch.no_grad()
-def replaced(local: LocalReplacement) -> Replaced:
+def with_interventions(local: LocalReplacement) -> Replaced:
     """What the latents alone make of the prompt, layers without a transcoder being the model's own."""
     model, first = local.anatomy.model, local.exclude_leading
     with model_spliced(model, local.replacement.insertions(), kept=kept_positions(local, 1)):

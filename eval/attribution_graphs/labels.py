@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...sae.sparse_code import SparseCode, group
+from ...sae.sparse_code import SparseCode, group_by_latent
 from ...training.activations.harvest import batches, excluded
 from ...training.recipe import HarvestSection, TextSection
 from ...training.text import contexts
-from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Batch, Collector, Limits
+from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, ContextBatch, Limits
 from ..features.run import RECORDS_FILE
 from .replacement_model import Replacement
 
@@ -30,7 +30,7 @@ LIMITS = Limits(top=CONTEXTS, sample=0, before=15, after=6, background=0, sample
 
 
 @dataclass(frozen=True)
-class Window:
+class LabelledWindow:
     """A piece of text: its tokens, the latent's activation on each, and which of them it is centred on."""
 
     tokens: Sequence[str]
@@ -43,7 +43,7 @@ class Note:
     """Of one latent. ``maximum`` and ``density`` are over the text that was read, None where nothing was."""
 
     label: str = ""
-    windows: tuple[Window, ...] = ()
+    windows: tuple[LabelledWindow, ...] = ()
     promoted: tuple[str, ...] = ()
     suppressed: tuple[str, ...] = ()
     maximum: float | None = None
@@ -73,7 +73,7 @@ def read_heldout(
         mask = torch.from_numpy(kept).to(model.device)
         seen = model.activations(torch.from_numpy(token_ids).long().to(model.device), tuple(hooks.values()))
         codes = {layer: replacement.encode(layer, seen[hook][mask]) for layer, hook in hooks.items()}
-        collector.update(Batch(token_ids, document_ids, offsets, kept, _only(codes, numbers)))
+        collector.update(ContextBatch(token_ids, document_ids, offsets, kept, _only(codes, numbers)))
         if collector.tokens >= tokens:
             break
     found = collector.result()
@@ -129,26 +129,27 @@ def _only(codes: Mapping[int, SparseCode], numbers: Mapping[Latent, int]) -> Spa
         tokens.append(code.token_ids()[chosen])
         latents.append(torch.tensor([number for _, number in own], device=known.device)[places[chosen]])
         values.append(code.values[chosen])
-    ends, order = group(torch.cat(tokens), next(iter(codes.values())).n_tokens)
+    ends, order = group_by_latent(torch.cat(tokens), next(iter(codes.values())).n_tokens)
     return SparseCode(torch.cat(latents)[order], torch.cat(values)[order], ends[:-1])
 
 
-def _window(tokens: np.ndarray, values: np.ndarray, words: Sequence[str]) -> Window:
+def _window(tokens: np.ndarray, values: np.ndarray, words: Sequence[str]) -> LabelledWindow:
     there = np.flatnonzero(tokens != NO_TOKEN)
     texts = tuple(words[int(token)] for token in tokens[there])
-    return Window(texts, tuple(float(value) for value in values[there]), int(np.searchsorted(there, LIMITS.before)))
+    return LabelledWindow(texts, tuple(float(value) for value in values[there]), int(np.searchsorted(there, LIMITS.before)))
 
 
 def _from_record(record: dict[str, Any]) -> Note:
     windows = tuple(
-        Window(tuple(example["tokens"]), tuple(example["activations"]), example["peak"]) for example in record["top"][:CONTEXTS]
+        LabelledWindow(tuple(example["tokens"]), tuple(example["activations"]), example["peak"])
+        for example in record["top"][:CONTEXTS]
     )
     said = (record["explanation"] or {}).get("text")
     predicate = (record["details"].get("predicate_f1") or {}).get("predicate")
     return Note(said or predicate or _peaks(windows), windows, (), (), record["max_activation"], record["density"])
 
 
-def _peaks(windows: Iterable[Window]) -> str:
+def _peaks(windows: Iterable[LabelledWindow]) -> str:
     """The tokens on which it fires most strongly, those of most contexts first."""
     counts = Counter(window.tokens[window.peak].strip() for window in windows)
     return ", ".join(token for token, _ in counts.most_common(LABEL_TOKENS))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...training.activations.architecture import Anatomy, Norm
+from ...training.activations.architecture import Architecture, Norm
 from .replacement_model import Replacement
 
 
@@ -230,7 +230,7 @@ def _columns(active: Active) -> tuple[Tensor, ...]:
     return active.layers, active.positions, active.latents, active.values, active.pre_acts
 
 
-def _require_prompt(anatomy: Anatomy, token_ids: Int[Tensor, "..."], exclude_leading: int) -> None:
+def _require_prompt(anatomy: Architecture, token_ids: Int[Tensor, "..."], exclude_leading: int) -> None:
     if token_ids.ndim != 1 or not len(token_ids):
         raise ValueError(f"prompt: expected the ids of at least one token, got {tuple(token_ids.shape)}.")
     limit = getattr(anatomy.model.module.config, "max_position_embeddings", None)

@@ -2,21 +2,21 @@
 
 from typing import Any
 
-from .export import Labels
+from .export import GraphLabels
 from .graph import KINDS, AttributionGraph
 from .labels import Note
-from .pruning import Pruned, normalised
+from .pruning import Pruned, normalised_influence
 
 # Activations in a context are shaded no finer.
 SHADES = 100
 
 
-def page_data(graph: AttributionGraph, pruned: Pruned, labels: Labels) -> dict[str, Any]:
+def page_data(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels) -> dict[str, Any]:
     """What the page's script draws: nodes by place in a list, edges by these places, strongest first."""
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     places = {number: place for place, number in enumerate(kept)}
     reached = graph.influence + graph.weights
-    shares = normalised(graph.adjacency)
+    shares = normalised_influence(graph.adjacency)
     targets, sources = pruned.edges.nonzero(as_tuple=True)
     strength = (shares * reached[:, None])[targets, sources]
     order = strength.argsort(descending=True, stable=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...sae.sparse_code import bounds
-from ...training.activations.architecture import Anatomy, Norm
+from ...training.activations.architecture import Architecture, Norm
 from ...transcoders.transcoder import Transcoder
 from ..virtual_weights.connections import Connections
 from ..virtual_weights.linear_readers import readers
@@ -26,7 +26,7 @@ KINDS = (*OPENED, "token", "position", "mlp", "error", "transcoder bias", "atten
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearReadout:
     """A number that is ``vector @ stream + constant``, the residual stream taken at one position and depth.
 
     ``attentions`` and ``mlps`` are how many of either have written to it there. The constant holds the biases of norms,
@@ -131,7 +131,7 @@ class Circuit:
     """
 
     @torch.no_grad()
-    def __init__(self, anatomy: Anatomy, transcoders: Mapping[int, Transcoder], token_ids: Int[Tensor, " positions"]):
+    def __init__(self, anatomy: Architecture, transcoders: Mapping[int, Transcoder], token_ids: Int[Tensor, " positions"]):
         self.anatomy, self.token_ids = anatomy, token_ids
         self.weights = Connections(anatomy, transcoders)
         self.trace = anatomy.trace(token_ids[None])
@@ -140,14 +140,14 @@ class Circuit:
             at = self.trace.layers[layer]
             self.codes[layer] = transcoder.encode(at.mlp_in[0])
             self.errors[layer] = at.mlp_out[0] - transcoder.decode(self.codes[layer], at.mlp_in[0]).to(at.mlp_out.dtype)
-        self._openers: dict[str, Callable[[Probe, Term], Probe]] = {
+        self._openers: dict[str, Callable[[LinearReadout, Term], LinearReadout]] = {
             "head": self._open_head,
             "latent": self._open_latent,
             "skip": self._open_skip,
         }
 
     @torch.no_grad()
-    def latent(self, layer: int, latent: int, position: int) -> Probe:
+    def latent(self, layer: int, latent: int, position: int) -> LinearReadout:
         """A latent's pre-activation.
 
         Raises:
@@ -158,7 +158,7 @@ class Circuit:
         return self._before_mlp(layer, position, vector, constant)
 
     @torch.no_grad()
-    def logit(self, token: int, position: int, against: int | None = None) -> Probe:
+    def logit(self, token: int, position: int, against: int | None = None) -> LinearReadout:
         """A token's logit, or by how much it exceeds another token's.
 
         Raises:
@@ -171,10 +171,12 @@ class Circuit:
                 raise ValueError(f"{name}: expected 0 to {W_U.shape[0] - 1}, got {one}.")
         vector = W_U[token] if against is None else W_U[token] - W_U[against]
         n, scale = self.anatomy.n_layers, self.trace.last_scale[0, position]
-        return _before_norm(self.anatomy.final_norm, scale, Probe(n, n, position, vector, vector.new_zeros(())))
+        return _before_norm(self.anatomy.final_norm, scale, LinearReadout(n, n, position, vector, vector.new_zeros(())))
 
     @torch.no_grad()
-    def through_head(self, layer: int, head: int, position: int, source: int, vector: Float[Tensor, " d_head"]) -> Probe:
+    def through_head(
+        self, layer: int, head: int, position: int, source: int, vector: Float[Tensor, " d_head"]
+    ) -> LinearReadout:
         """What a head brings from ``source`` to ``position``, read by ``vector`` among its mixed values.
 
         With the part of an encoder row that belongs to the head this opens a latent of an attention-output dictionary: over
@@ -182,11 +184,11 @@ class Circuit:
         """
         at, weights = self.trace.layers[layer], self.anatomy.layers[layer]
         carried = at.pattern[0, head, position, source] * vector
-        probe = Probe(layer, layer, source, carried @ weights.W_V[head], carried @ weights.b_V[head])
+        probe = LinearReadout(layer, layer, source, carried @ weights.W_V[head], carried @ weights.b_V[head])
         return _before_norm(weights.attention_norm, at.attention_scale[0, source], probe)
 
     @torch.no_grad()
-    def decompose(self, probe: Probe) -> Decomposition:
+    def decompose(self, probe: LinearReadout) -> Decomposition:
         """Every term of a probe: what wrote to the stream where it reads, and its constant."""
         u, t, anatomy = probe.vector, probe.position, self.anatomy
         others = [Term("constant", float(probe.constant), t), Term("token", float(u @ anatomy.W_E[self.token_ids[t]]), t)]
@@ -214,7 +216,7 @@ class Circuit:
         return Decomposition(t, tuple(others), torch.cat(heads), latents)
 
     @torch.no_grad()
-    def open(self, probe: Probe, term: Term) -> Probe:
+    def open(self, probe: LinearReadout, term: Term) -> LinearReadout:
         """One term of a probe, as a probe of the stream it was read from.
 
         Raises:
@@ -224,7 +226,7 @@ class Circuit:
             raise ValueError(f"term: expected one of {', '.join(self._openers)}, which read from the stream, got {term.kind}.")
         return self._openers[term.kind](probe, term)
 
-    def tree(self, probe: Probe, levels: int = 2, branches: int = 5, kinds: tuple[str, ...] | None = None) -> Node:
+    def tree(self, probe: LinearReadout, levels: int = 2, branches: int = 5, kinds: tuple[str, ...] | None = None) -> Node:
         """The largest terms of a probe, the largest terms of each of these, and so on for so many levels.
 
         With ``kinds``, such as ``("latent", "head", "token")``, branches are of these only, and all others part of the rest.
@@ -240,7 +242,7 @@ class Circuit:
         return self._grow(probe, root, decomposition, levels, branches, kinds)
 
     def _grow(
-        self, probe: Probe, term: Term, terms: Decomposition, levels: int, branches: int, kinds: tuple[str, ...] | None
+        self, probe: LinearReadout, term: Term, terms: Decomposition, levels: int, branches: int, kinds: tuple[str, ...] | None
     ) -> Node:
         children = []
         for part in terms.largest(branches, kinds):
@@ -251,14 +253,14 @@ class Circuit:
                 children.append(Node(part))
         return Node(term, tuple(children), term.value - sum(child.term.value for child in children))
 
-    def _open_head(self, probe: Probe, term: Term) -> Probe:
+    def _open_head(self, probe: LinearReadout, term: Term) -> LinearReadout:
         assert term.layer is not None
         assert term.head is not None
         assert term.source is not None
         vector = self.anatomy.layers[term.layer].W_O[term.head] @ probe.vector
         return self.through_head(term.layer, term.head, term.position, term.source, vector)
 
-    def _open_latent(self, probe: Probe, term: Term) -> Probe:
+    def _open_latent(self, probe: LinearReadout, term: Term) -> LinearReadout:
         assert term.layer is not None
         assert term.latent is not None
         vector, constant = self._reader(term.layer, term.latent)
@@ -269,16 +271,16 @@ class Circuit:
         [weight] = self.weights.writing(term.layer, fired.new_tensor([term.latent])) @ probe.vector
         return self._before_mlp(term.layer, term.position, weight * vector, weight * (constant + beyond))
 
-    def _open_skip(self, probe: Probe, term: Term) -> Probe:
+    def _open_skip(self, probe: LinearReadout, term: Term) -> LinearReadout:
         assert term.layer is not None
         reads, _ = self._bypass(self.weights.transcoders[term.layer])
         assert reads is not None
         return self._before_mlp(term.layer, term.position, probe.vector @ reads, probe.vector.new_zeros(()))
 
-    def _before_mlp(self, layer: int, position: int, vector: Tensor, constant: Tensor) -> Probe:
+    def _before_mlp(self, layer: int, position: int, vector: Tensor, constant: Tensor) -> LinearReadout:
         attentions = layer if self.anatomy.parallel else layer + 1
         scale = self.trace.layers[layer].mlp_scale[0, position]
-        probe = Probe(attentions, layer, position, vector, constant)
+        probe = LinearReadout(attentions, layer, position, vector, constant)
         return _before_norm(self.anatomy.layers[layer].mlp_norm, scale, probe)
 
     def _reader(self, layer: int, latent: int) -> tuple[Tensor, Tensor]:
@@ -305,7 +307,7 @@ class Circuit:
             raise ValueError(f"position: expected 0 to {len(self.token_ids) - 1}, got {position}.")
 
 
-def _before_norm(norm: Norm, scale: Tensor, probe: Probe) -> Probe:
+def _before_norm(norm: Norm, scale: Tensor, probe: LinearReadout) -> LinearReadout:
     """A probe of what a norm has written, as one of what the norm read."""
     constant = probe.constant + probe.vector @ norm.bias
     return replace(probe, vector=norm.fold(probe.vector) / scale, constant=constant)

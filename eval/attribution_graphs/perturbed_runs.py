@@ -7,11 +7,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...sae.sparse_code import SparseCode
-from ...training.activations.splice import Edit, model_spliced
+from ...training.activations.splice import Intervention, model_spliced
 from .graph import AttributionGraph
 from .local_replacement_model import LocalReplacement
 
-Reader = Callable[[Tensor], Tensor | None]
+ValueReader = Callable[[Tensor], Tensor | None]
 
 
 class Measured:
@@ -73,7 +73,7 @@ class Measured:
             found[:, here] = torch.einsum("bnm,nm->bn", self._mlp_in[layer][:, active.positions[here]], vectors) + constants
         return found
 
-    def _edit(self, latent: int, run: int, runs: int, factor: float) -> Edit:
+    def _edit(self, latent: int, run: int, runs: int, factor: float) -> Intervention:
         """The change of one latent at its position, in one of the runs."""
         node = self.graph.node(latent)
         assert node.layer is not None
@@ -81,9 +81,9 @@ class Measured:
         where = torch.zeros(runs, len(self.local.token_ids), dtype=torch.bool)
         where[run, node.position] = True
         insertion, site = self.local.replacement.place(node.layer)
-        return Edit("scale", [node.index], factor, positions=where, insertion=insertion, site=site)
+        return Intervention("scale", [node.index], factor, positions=where, insertion=insertion, site=site)
 
-    def _readers(self) -> dict[str, Reader]:
+    def _readers(self) -> dict[str, ValueReader]:
         anatomy, readers = self.local.anatomy, {}
         for layer, block in enumerate(anatomy.blocks):
             sites = block.sites()
@@ -98,14 +98,14 @@ class Measured:
         readers[anatomy.blocks[-1].sites()["resid_post"][0]] = self._keep_last
         return readers
 
-    def _keep(self, into: dict[int, Tensor], layer: int) -> Reader:
+    def _keep(self, into: dict[int, Tensor], layer: int) -> ValueReader:
         # Modules above may write into it.
         return lambda x: into.__setitem__(layer, x.clone())
 
     def _keep_last(self, x: Tensor) -> None:
         self._last = [x.clone()]
 
-    def _read(self, layer: int) -> Reader:
+    def _read(self, layer: int) -> ValueReader:
         norm, at = self.local.anatomy.layers[layer].mlp_norm, self.local.trace.layers[layer]
 
         def read(x: Tensor) -> Tensor | None:
@@ -117,7 +117,7 @@ class Measured:
 
         return read
 
-    def _mix(self, layer: int) -> Reader:
+    def _mix(self, layer: int) -> ValueReader:
         weights, at = self.local.anatomy.layers[layer], self.local.trace.layers[layer]
         norm = weights.attention_norm
 
@@ -129,7 +129,7 @@ class Measured:
 
         return mixed
 
-    def _held(self, layer: int) -> Reader:
+    def _held(self, layer: int) -> ValueReader:
         clean = self.local.trace.layers[layer].mlp_out
         return lambda y: clean.expand_as(y).clone()
 

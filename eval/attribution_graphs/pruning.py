@@ -30,14 +30,14 @@ class Pruned:
 
 
 @dataclass(frozen=True)
-class Scores:
+class GraphScores:
     """Of all influence on tokens and errors together, and of all edges, the share that errors do not have."""
 
     replacement: float
     completeness: float
 
 
-def normalised(adjacency: Float[Tensor, "rows nodes"]) -> Float[Tensor, "rows nodes"]:
+def normalised_influence(adjacency: Float[Tensor, "rows nodes"]) -> Float[Tensor, "rows nodes"]:
     """Magnitudes, those of every row adding up to one."""
     magnitudes = adjacency.abs()
     return magnitudes / magnitudes.sum(1, keepdim=True).clamp_min(SMALLEST_SUM)
@@ -49,14 +49,14 @@ def influence(adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " 
     Raises:
         ValueError: If the graph has a cycle.
     """
-    return _walked(normalised(adjacency), weights)
+    return _walked(normalised_influence(adjacency), weights)
 
 
 def partial_influence(
     rows: Float[Tensor, "rows nodes"], weights: Float[Tensor, " targets"], numbers: Int[Tensor, " known"]
 ) -> Float[Tensor, " nodes"]:
     """The same where rows are known of the targets, which come first, and of the nodes ``numbers``; others pass nothing on."""
-    shares = normalised(rows)
+    shares = normalised_influence(rows)
     step = torch.cat([weights, weights.new_zeros(len(numbers))])
     total = shares.new_zeros(shares.shape[1])
     for _ in range(len(rows) + 1):
@@ -91,7 +91,7 @@ def prune(
     nodes = reached >= _cut(reached, node_threshold)
     optional = len(adjacency) - n_kept
     nodes[optional:] = True
-    among = normalised(adjacency * nodes[:, None] * nodes)
+    among = normalised_influence(adjacency * nodes[:, None] * nodes)
     scores = among * (_walked(among, weights) + weights)[:, None]
     edges = (scores >= _cut(scores.flatten(), edge_threshold)) & (scores > 0)
     before = None
@@ -106,14 +106,16 @@ def prune(
     return Pruned(nodes, edges, cumulative)
 
 
-def scores(adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"], errors: slice, tokens: slice) -> Scores:
+def scores(
+    adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"], errors: slice, tokens: slice
+) -> GraphScores:
     """Replacement and completeness score of a graph: 1 where no influence comes from errors."""
-    shares = normalised(adjacency)
+    shares = normalised_influence(adjacency)
     reached = _walked(shares, weights)
     explained, unexplained = reached[tokens].sum(), reached[errors].sum()
     at = reached + weights
     complete = ((1 - shares[:, errors].sum(1)) * at).sum() / at.sum()
-    return Scores(float(explained / (explained + unexplained)), float(complete))
+    return GraphScores(float(explained / (explained + unexplained)), float(complete))
 
 
 def _walked(shares: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"]) -> Float[Tensor, " nodes"]:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary, SparseDictionary
 from ...sae.sparse_code import SparseCode
-from ...training.activations.architecture import Anatomy
-from ...training.activations.splice import Insertion, Place
+from ...training.activations.architecture import Architecture
+from ...training.activations.splice import Insertion, TokenPlace
 from ...transcoders.cross_layer import CrossLayerTranscoder
-from ...transcoders.stack import Stack, hooks_of
+from ...transcoders.stack import Stack, hooks_of_provenance
 from ...transcoders.transcoder import Transcoder
 from ..virtual_weights.linear_readers import Readers, readers
 
 # A stack with its provenances, transcoders by layer, or a cross-layer transcoder; anything else is refused by name.
-Dictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary
+ReplacementDictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Replacement:
             or is in training mode.
     """
 
-    def __init__(self, anatomy: Anatomy, dictionaries: Dictionaries, layers: Sequence[int] | None = None):
+    def __init__(self, anatomy: Architecture, dictionaries: ReplacementDictionaries, layers: Sequence[int] | None = None):
         self.anatomy = anatomy
         if isinstance(dictionaries, CrossLayerTranscoder):
             members = _sites_by_layer(anatomy, dictionaries, layers)
@@ -66,7 +66,7 @@ class Replacement:
             found[member.insertion] = member.dictionary
         return [Insertion(found[i], *(tuple(side) for side in zip(*hooks[i], strict=True))) for i in sorted(found)]
 
-    def place(self, layer: int) -> Place:
+    def place(self, layer: int) -> TokenPlace:
         """Which of the insertions, and which of its sites, a layer is."""
         member = self._members[layer]
         return member.insertion, member.site
@@ -134,7 +134,9 @@ def _cross_layer_readers(dictionary: SparseDictionary, site: int, latents: Int[T
     return Readers(W_enc / dictionary.in_scale[block.reads], constants)
 
 
-def _sites_by_layer(anatomy: Anatomy, dictionary: CrossLayerTranscoder, layers: Sequence[int] | None) -> dict[int, _Member]:
+def _sites_by_layer(
+    anatomy: Architecture, dictionary: CrossLayerTranscoder, layers: Sequence[int] | None
+) -> dict[int, _Member]:
     chosen = list(range(anatomy.n_layers)) if layers is None else list(layers)
     if len(chosen) != dictionary.n_layers or chosen != sorted(set(chosen)):
         raise ValueError(
@@ -144,7 +146,7 @@ def _sites_by_layer(anatomy: Anatomy, dictionary: CrossLayerTranscoder, layers: 
     return {layer: _Member(dictionary, 0, site) for site, layer in enumerate(chosen)}
 
 
-def _stack_by_layer(anatomy: Anatomy, stack: Stack) -> dict[int, SparseDictionary]:
+def _stack_by_layer(anatomy: Architecture, stack: Stack) -> dict[int, SparseDictionary]:
     found: dict[int, SparseDictionary] = {}
     for hook, dictionary in stack.items():
         provenance = stack.provenances[hook]
@@ -153,7 +155,7 @@ def _stack_by_layer(anatomy: Anatomy, stack: Stack) -> dict[int, SparseDictionar
     return found
 
 
-def require_model(anatomy: Anatomy, provenance: Mapping[str, object]) -> None:
+def require_model(anatomy: Architecture, provenance: Mapping[str, object]) -> None:
     """Raise ``ValueError`` if a checkpoint says that it was trained on another model."""
     model = provenance.get("model")
     trained_on = model.get("id") if isinstance(model, Mapping) else None
@@ -161,7 +163,7 @@ def require_model(anatomy: Anatomy, provenance: Mapping[str, object]) -> None:
         raise ValueError(f"dictionaries: expected ones trained on {anatomy.model.id}, got one trained on {trained_on}.")
 
 
-def layers_of(anatomy: Anatomy, provenance: Mapping[str, object]) -> tuple[int, ...]:
+def layers_of(anatomy: Architecture, provenance: Mapping[str, object]) -> tuple[int, ...]:
     """The layers whose MLPs a dictionary stands in for, by the hooks its checkpoint names.
 
     Raises:
@@ -169,7 +171,7 @@ def layers_of(anatomy: Anatomy, provenance: Mapping[str, object]) -> tuple[int, 
     """
     layers = {block.sites().get("mlp"): layer for layer, block in enumerate(anatomy.blocks)}
     found = []
-    for hooks in zip(*hooks_of(provenance), strict=True):
+    for hooks in zip(*hooks_of_provenance(provenance), strict=True):
         if hooks not in layers:
             reads = "reads and writes " + hooks[0] if hooks[0] == hooks[1] else f"goes from {hooks[0]} to {hooks[1]}"
             raise ValueError(
@@ -180,7 +182,7 @@ def layers_of(anatomy: Anatomy, provenance: Mapping[str, object]) -> tuple[int, 
     return tuple(found)
 
 
-def _require_fitting(anatomy: Anatomy, layer: int, member: _Member) -> None:
+def _require_fitting(anatomy: Architecture, layer: int, member: _Member) -> None:
     dictionary = member.dictionary
     if not 0 <= layer < anatomy.n_layers:
         raise ValueError(f"dictionaries: expected layers 0 to {anatomy.n_layers - 1}, got {layer}.")

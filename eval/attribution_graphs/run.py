@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from ...sae.files import write_text
-from ...training.activations.architecture import Anatomy
+from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.cross_layer import CrossLayerTranscoder
-from ...transcoders.stack import Stack, hooks_of
+from ...transcoders.stack import Stack, hooks_of_provenance
 from .. import checkpoint as loading
-from ..checkpoint import NOTHING, Given
+from ..checkpoint import NO_OPTIONS, CheckpointOptions
 from ..features.predicates import token_texts
-from ..pages.attribution_graph import render
-from .export import Labels, as_json, write
+from ..pages.attribution_graph import render_graph
+from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
-from .interventions import EFFECTS, PLACES, intervene, most_influential, replaced
+from .interventions import EFFECTS, PLACES, intervene, most_influential, with_interventions
 from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
 from .local_replacement_model import LocalReplacement
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
@@ -31,7 +31,7 @@ INTERVENTIONS = 30
 
 
 @dataclass(frozen=True)
-class Opened:
+class GraphTarget:
     """A checkpoint with its model: what stands in for the MLPs, where it was trained, and where its folders lie.
 
     ``folders`` are the checkpoints' own, by the layers they stand for; ``source`` is what was read.
@@ -41,7 +41,7 @@ class Opened:
     replacement: Replacement
     provenance: Mapping[str, Any]
     folders: Mapping[tuple[int, ...], Path]
-    source: loading.Opened
+    source: loading.LoadedCheckpoint
 
     @property
     def text(self) -> TextSection:
@@ -59,7 +59,7 @@ def run_graph(
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
     context_tokens: int = DEFAULT_TOKENS,
-    given: Given = NOTHING,
+    given: CheckpointOptions = NO_OPTIONS,
 ) -> dict[str, Any]:
     """The attribution graph of a prompt, as two files in ``out`` or in a folder ``graph`` of the checkpoint; returns facts.
 
@@ -70,7 +70,7 @@ def run_graph(
     Raises:
         ValueError: If the checkpoint, its model, the prompt or a token cannot be had, or do not fit each other.
     """
-    opened = open_checkpoint(checkpoint, given)
+    opened = open_graph_target(checkpoint, given)
     tokenizer = opened.model.tokenizer
     words = token_texts(tokenizer, len(tokenizer))
     token_ids = prompt_ids(opened, prompt)
@@ -81,26 +81,26 @@ def run_graph(
     notes = _notes(opened, graph, pruned, words, context_tokens)
     targets = [words[t.token] + ("" if t.foil is None else f" \u2212 {words[t.foil]}") for t in graph.targets]
     tokens = [words[token] for token in token_ids.tolist()]
-    labels = Labels(opened.model.id, str(checkpoint), prompt, tokens, targets, notes)
+    labels = GraphLabels(opened.model.id, str(checkpoint), prompt, tokens, targets, notes)
     target = Path(out) if out is not None else opened.source.results / "graph"
     facts = _facts(local, graph, pruned)
-    path = write(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
-    write_text(target / PAGE_FILE, render(graph, pruned, labels, facts))
+    path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
+    write_text(target / PAGE_FILE, render_graph(graph, pruned, labels, facts))
     return facts | {"json_path": str(path), "page_path": str(target / PAGE_FILE)}
 
 
-def save(graph: AttributionGraph, directory: str | Path, labels: Labels | None = None) -> None:
+def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabels | None = None) -> None:
     """Write ``graph.json``, in circuit-tracer's form, and ``graph.html``; without ``labels`` tokens are shown by number."""
     if labels is None:
         tokens = [str(token) for token in graph.token_ids.tolist()]
         targets = [str(target.token) + ("" if target.foil is None else f" \u2212 {target.foil}") for target in graph.targets]
-        labels = Labels("", "", " ".join(tokens), tokens, targets, {})
+        labels = GraphLabels("", "", " ".join(tokens), tokens, targets, {})
     pruned = graph.prune()
-    write(directory, as_json(graph, pruned, labels, NODE_THRESHOLD, EDGE_THRESHOLD), labels.notes)
-    write_text(Path(directory) / PAGE_FILE, render(graph, pruned, labels))
+    write_graph(directory, as_json(graph, pruned, labels, NODE_THRESHOLD, EDGE_THRESHOLD), labels.notes)
+    write_text(Path(directory) / PAGE_FILE, render_graph(graph, pruned, labels))
 
 
-def open_checkpoint(checkpoint: str, given: Given = NOTHING) -> Opened:
+def open_graph_target(checkpoint: str, given: CheckpointOptions = NO_OPTIONS) -> GraphTarget:
     """Load transcoders and the model they were trained on.
 
     Raises:
@@ -110,7 +110,7 @@ def open_checkpoint(checkpoint: str, given: Given = NOTHING) -> Opened:
     provenances = [member.provenance for member in found.members]
     loaded = [member.dictionary for member in found.members]
     model = load_model(ModelSection.model_validate(provenances[0]["model"]))
-    anatomy = Anatomy(model)
+    anatomy = Architecture(model)
     layers = [layers_of(anatomy, provenance) for provenance in provenances]
     for dictionary in loaded:
         dictionary.to(model.device)
@@ -118,16 +118,16 @@ def open_checkpoint(checkpoint: str, given: Given = NOTHING) -> Opened:
     if isinstance(loaded[0], CrossLayerTranscoder):
         replacement = Replacement(anatomy, loaded[0], layers[0])
     elif found.stacked:
-        hooks = [hooks_of(provenance)[1][0] for provenance in provenances]
+        hooks = [hooks_of_provenance(provenance)[1][0] for provenance in provenances]
         stack = Stack(dict(zip(hooks, loaded, strict=True)), dict(zip(hooks, provenances, strict=True)))
         replacement = Replacement(anatomy, stack)
     else:
         replacement = Replacement(anatomy, {layers[0][0]: loaded[0]})
     folders = {} if found.foreign else dict(zip(layers, (member.directory for member in found.members), strict=True))
-    return Opened(model, replacement, provenances[0], folders, found)
+    return GraphTarget(model, replacement, provenances[0], folders, found)
 
 
-def prompt_ids(opened: Opened, prompt: str) -> torch.Tensor:
+def prompt_ids(opened: GraphTarget, prompt: str) -> torch.Tensor:
     """The prompt's tokens, behind the BOS token that contexts had in training, if they had one.
 
     Raises:
@@ -141,7 +141,7 @@ def prompt_ids(opened: Opened, prompt: str) -> torch.Tensor:
     return torch.tensor([*bos, *ids], device=opened.model.device)
 
 
-def one_token(opened: Opened, name: str, text: str) -> int:
+def one_token(opened: GraphTarget, name: str, text: str) -> int:
     """The id of a text that is one token, with or without a space before it.
 
     Raises:
@@ -156,7 +156,7 @@ def one_token(opened: Opened, name: str, text: str) -> int:
 
 
 def _notes(
-    opened: Opened, graph: AttributionGraph, pruned: Pruned, words: Sequence[str], context_tokens: int
+    opened: GraphTarget, graph: AttributionGraph, pruned: Pruned, words: Sequence[str], context_tokens: int
 ) -> dict[Latent, Note]:
     """Of the latents that are shown."""
     shown = graph.active.where(pruned.nodes[graph.latents])
@@ -195,7 +195,7 @@ def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned) -> 
         "replacement_score": scores.replacement,
         "completeness_score": scores.completeness,
         "error_shares": graph.error_shares().tolist(),
-        **asdict(replaced(local)),
+        **asdict(with_interventions(local)),
     }
     shown = pruned.nodes[graph.latents].nonzero()[:, 0]
     sources = most_influential(graph, INTERVENTIONS)

@@ -16,20 +16,20 @@ from scipy import stats
 
 from ...sae.files import json_number, write_json
 from ...training.activations.model import LanguageModel
-from ..checkpoint import NOTHING, Given
-from ..pages.circuits import render
+from ..checkpoint import NO_OPTIONS, CheckpointOptions
+from ..pages.circuits import render_circuits
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
-from .methods import METHODS, Method, Scores
+from .methods import METHODS, Method, UnitScores
 from .methods.exact import ExactPatching
 from .scoring.faithfulness import (
     LEVELS,
-    Curve,
+    FaithfulnessCurve,
     Trials,
     bootstrap,
+    circuit_members,
     curve,
     growing_sizes,
-    members,
     minimality,
     ranked,
     share_sizes,
@@ -38,7 +38,7 @@ from .scoring.faithfulness import (
 )
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved
-from .units.ablation import ABLATIONS, filler
+from .units.ablation import ABLATIONS, ablation_values
 from .units.edges import EdgeSpace
 from .units.nodes import NodeSpace
 from .units.space import Space
@@ -75,12 +75,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, asked, known in (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS)):
             for value in asked:
-                require_known(name, value, tuple(known))
+                _require_known(name, value, tuple(known))
         if self.pairs < 4:
             raise ValueError(f"--pairs: expected at least 4, half to choose circuits and half to judge them, got {self.pairs}.")
 
 
-def require_known(option: str, value: str, known: Sequence[str]) -> None:
+def _require_known(option: str, value: str, known: Sequence[str]) -> None:
     """Raise ``ValueError``, listing the choices and suggesting the nearest, unless ``value`` is one of them."""
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1)
@@ -93,7 +93,7 @@ def benchmark(
     settings: Settings,
     out: str | None = None,
     progress: Callable[[int], None] | None = None,
-    given: Given = NOTHING,
+    given: CheckpointOptions = NO_OPTIONS,
 ) -> Row:
     """Run it all and write ``circuits.json`` and ``circuits.html``; returns what the former holds.
 
@@ -127,7 +127,7 @@ def benchmark(
     directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "circuits.json", found)
-    (directory / "circuits.html").write_text(render(found), encoding="utf-8")
+    (directory / "circuits.html").write_text(render_circuits(found), encoding="utf-8")
     return found | {"path": str(directory / "circuits.json"), "page_path": str(directory / "circuits.html")}
 
 
@@ -173,7 +173,7 @@ class _Task:
             row = {"task": self.task, "family": family, "method": name, "units": space.size, "refused": str(error)}
             found["rows"].append(row)
             return
-        fill = filler(space, settings.ablation, self.chosen_on, settings.seed)
+        fill = ablation_values(space, settings.ablation, self.chosen_on, settings.seed)
         # Units that work against the task belong to its circuit too; only CPR asks for those that help.
         order, helping = ranked(scores, "absolute"), ranked(scores, "signed")
         shares = share_sizes(space.size)
@@ -197,7 +197,7 @@ class _Task:
             about = {key: row[key] for key in ("task", "family", "method")}
             found["circuits"].append(about | self._circuit(space, scores, order[: min(size, DRAWN)]))
 
-    def _about(self, family: str, space: Space, method: str, scores: Scores, along: Curve) -> Row:
+    def _about(self, family: str, space: Space, method: str, scores: UnitScores, along: FaithfulnessCurve) -> Row:
         return {
             "task": self.task,
             "corruption": self.judged_on.corruption,
@@ -218,19 +218,19 @@ class _Task:
             "seconds": round(scores.cost.seconds, 3),
         }
 
-    def _sizes(self, trials: Trials, scores: Scores, order: torch.Tensor, along: Curve) -> Row:
+    def _sizes(self, trials: Trials, scores: UnitScores, order: torch.Tensor, along: FaithfulnessCurve) -> Row:
         row: Row = {_nodes(level): smallest_size(trials, order, level, along) for level in LEVELS}
         size = row[_nodes(LEVEL)]
         row |= dict.fromkeys(("completeness", "minimality", "stability"))
         if size is not None:
             at = curve(trials, order, [size])
-            lost = minimality(trials, members(order, size), order[: min(size, TAKEN_OUT)])
+            lost = minimality(trials, circuit_members(order, size), order[: min(size, TAKEN_OUT)])
             row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
             if scores.per_pair is not None:
                 row["stability"] = stability(scores, size, "absolute", seed=self.settings.seed)
         return row
 
-    def _agreement(self, space: Space, scores: Scores) -> Row:
+    def _agreement(self, space: Space, scores: UnitScores) -> Row:
         """Pearson and Spearman correlation with the true effects of the units with largest scores, and of others."""
         live = scores.values.nonzero().flatten()
         top = scores.values.abs().argsort(descending=True)[: VERIFIED // 2]
@@ -247,7 +247,7 @@ class _Task:
             "exact_spearman": _number(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]),
         }
 
-    def _circuit(self, space: NodeSpace, scores: Scores, units: torch.Tensor) -> Row:
+    def _circuit(self, space: NodeSpace, scores: UnitScores, units: torch.Tensor) -> Row:
         """The units of a circuit, with the effects that pass directly from one to another."""
         names = space.names()
         edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), _mask(units, space.size))
@@ -269,16 +269,16 @@ def _mask(units: torch.Tensor, size: int) -> torch.Tensor:
     return kept
 
 
-def _areas(signed: Curve, absolute: Curve) -> Row:
+def _areas(signed: FaithfulnessCurve, absolute: FaithfulnessCurve) -> Row:
     row: Row = {}
-    for name, along, statistic in (("cpr", signed, Curve.cpr), ("cmd", absolute, Curve.cmd)):
+    for name, along, statistic in (("cpr", signed, FaithfulnessCurve.cpr), ("cmd", absolute, FaithfulnessCurve.cmd)):
         low, high = bootstrap(statistic, along)
         row |= {name: _number(statistic(along)), f"{name}_low": _number(low), f"{name}_high": _number(high)}
     return row
 
 
-def _drawn(along: Curve) -> Row:
-    low, high = bootstrap(Curve.faithfulness, along)
+def _drawn(along: FaithfulnessCurve) -> Row:
+    low, high = bootstrap(FaithfulnessCurve.faithfulness, along)
     values = {"faithfulness": along.faithfulness(), "low": low, "high": high, "completeness": along.completeness()}
     return {"sizes": list(along.sizes)} | {name: [_number(value) for value in row] for name, row in values.items()}
 

@@ -11,8 +11,8 @@ from ...sae.dictionary import OneSiteDictionary
 from ...training.activations.model import LanguageModel, load_model
 from ...training.activations.sites import find_block, n_layers, neuron_hook
 from ...training.recipe import ModelSection
-from ...transcoders.stack import hooks_of
-from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
+from ...transcoders.stack import hooks_of_provenance
+from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
 from .units.nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .units.random_latents import random_like
 
@@ -23,7 +23,7 @@ ERROR_NAMES = {"node": "errors as nodes", "kept": "errors kept", "ablated": "err
 
 
 @dataclass(frozen=True)
-class Dictionaries:
+class ComparedCheckpoint:
     """The dictionaries of one argument of the command: of a checkpoint, or of all checkpoints below a directory.
 
     ``by_hook`` goes by the hook that is written; ``hooks_in`` are those read. ``opened`` is what they were read from.
@@ -33,13 +33,13 @@ class Dictionaries:
     by_hook: Mapping[str, OneSiteDictionary]
     hooks_in: Mapping[str, str]
     model: ModelSection
-    opened: Opened
+    opened: LoadedCheckpoint
 
     def parts(self, errors: str) -> list[Part]:
         """Latents at every hook."""
         return [Latents(hook, dictionary, self.hooks_in[hook], hook, errors) for hook, dictionary in self.by_hook.items()]
 
-    def randomised(self, seen: Mapping[str, Float[Tensor, "contexts positions width"]], seed: int) -> "Dictionaries":
+    def randomised(self, seen: Mapping[str, Float[Tensor, "contexts positions width"]], seed: int) -> "ComparedCheckpoint":
         """The same with random features that have the same l0 on what the hooks see."""
         found = {
             hook: random_like(dictionary, seen[self.hooks_in[hook]].flatten(0, 1), seed)
@@ -48,14 +48,14 @@ class Dictionaries:
         return replace(self, by_hook=found)
 
 
-def open_dictionaries(checkpoint: str, given: Given = NOTHING) -> Dictionaries:
+def open_dictionaries(checkpoint: str, given: CheckpointOptions = NO_OPTIONS) -> ComparedCheckpoint:
     """Whatever a directory, a file or a hub id holds: ours or another library's, of one hook or several.
 
     Raises:
         ValueError: If there is none, or nobody says which model it is of.
     """
     opened = open_checkpoint(checkpoint, given).completed(text=False)
-    provenances = {hooks_of(member.provenance)[1][0]: member.provenance for member in opened.members}
+    provenances = {hooks_of_provenance(member.provenance)[1][0]: member.provenance for member in opened.members}
     found = dict(zip(provenances, (member.dictionary for member in opened.members), strict=True))
     model = opened.members[0].provenance["model"]
     one_site = {hook: dictionary for hook, dictionary in found.items() if isinstance(dictionary, OneSiteDictionary)}
@@ -64,13 +64,13 @@ def open_dictionaries(checkpoint: str, given: Given = NOTHING) -> Dictionaries:
             f"{checkpoint}: expected dictionaries that write at one hook each, got a cross-layer one. Its circuits are "
             "attribution graphs: give --prompt TEXT."
         )
-    reads = {hook: hooks_of(provenance)[0][0] for hook, provenance in provenances.items()}
+    reads = {hook: hooks_of_provenance(provenance)[0][0] for hook, provenance in provenances.items()}
     for dictionary in one_site.values():
         dictionary.requires_grad_(False)
-    return Dictionaries(checkpoint, one_site, reads, ModelSection.model_validate(model), opened)
+    return ComparedCheckpoint(checkpoint, one_site, reads, ModelSection.model_validate(model), opened)
 
 
-def open_model(several: list[Dictionaries]) -> LanguageModel:
+def open_model(several: list[ComparedCheckpoint]) -> LanguageModel:
     """The one model of them all.
 
     Raises:
@@ -116,7 +116,7 @@ def n_heads(model: LanguageModel) -> int:
 
 
 def spaces(
-    model: LanguageModel, several: Sequence[Dictionaries], token_ids: Int[Tensor, "contexts positions"], seed: int = 0
+    model: LanguageModel, several: Sequence[ComparedCheckpoint], token_ids: Int[Tensor, "contexts positions"], seed: int = 0
 ) -> dict[str, NodeSpace]:
     """Every family that is compared, by name: of each checkpoint three and random ones of equal l0, neurons, components.
 

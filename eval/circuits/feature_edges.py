@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .methods.method import BATCH
-from .tasks.pairs import Pairs
+from .tasks.pairs import PromptPairs
 from .units.nodes import NodeSpace, Part
 from .units.passes import Cost, Seen
 from .units.space import State
@@ -47,7 +47,7 @@ class FeatureEdges:
 
 
 def feature_edges(
-    space: NodeSpace, pairs: Pairs, kept: Bool[Tensor, " units"], threshold: float = 0.0, batch: int = BATCH
+    space: NodeSpace, pairs: PromptPairs, kept: Bool[Tensor, " units"], threshold: float = 0.0, batch: int = BATCH
 ) -> FeatureEdges:
     """The edges among the units that are ``kept``, and from them to the metric, means over pairs.
 
@@ -71,7 +71,7 @@ def feature_edges(
     return FeatureEdges(space.size, numbers[senders], numbers[receivers], weights[senders, receivers], cost)
 
 
-def _weights(space: NodeSpace, pairs: Pairs, units: Int[Tensor, " kept"]) -> Float[Tensor, "kept receivers"]:
+def _weights(space: NodeSpace, pairs: PromptPairs, units: Int[Tensor, " kept"]) -> Float[Tensor, "kept receivers"]:
     """Summed over pairs; the last receiver is the metric."""
     _, corrupted = space.see(pairs.corrupted)
     seen, grads = space.passes.gradients(pairs.clean, space.hooks, pairs.measure)

@@ -15,9 +15,9 @@ from ...training.preflight import preflight
 from ...training.recipe import Recipe, differences, load_recipe
 from ...training.report import METRICS_FILE
 from ...training.resolve_hooks import resolved
-from ...training.run import run_harvest, train
+from ...training.run import run_harvest, train_recipe
 from ..pages.numbers import finite, show
-from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render
+from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
 from ..report.evaluate import evaluate
 
 COMPARISON_VERSION = 1
@@ -63,9 +63,9 @@ def compare(
         log.info("%s: run %d of %d", recipe.out_dir, done + 1, len(pending))
         _run(recipe)
     live = {name for name, recipe in families.items() if recipe.harvest.store is None}
-    comparison = collect({name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}, live)
+    comparison = collect_runs({name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}, live)
     write_json(Path(out) / "comparison.json", comparison)
-    write_text(Path(out) / "comparison.html", render(comparison))
+    write_text(Path(out) / "comparison.html", render_recipes(comparison))
     return comparison | {"page_path": str(Path(out) / "comparison.html")}
 
 
@@ -142,7 +142,7 @@ def is_complete(recipe: Recipe) -> bool:
     return trained >= recipe.tokens and read_json(directory / REPORT_FILE).get("training_tokens") == trained
 
 
-def collect(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
+def collect_runs(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
     """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
 
     ``live`` names the families that were trained on activations streamed from the model.
@@ -224,7 +224,7 @@ def training_speed(metrics: Path) -> float | None:
     return statistics.median(known) if known else None
 
 
-def summary(comparison: dict[str, Any]) -> list[list[str]]:
+def recipes_summary(comparison: dict[str, Any]) -> list[list[str]]:
     """The table for a terminal: a header and one row per family, of means; the best ones carry a star."""
     rows = [["mean over seeds", *(column.label for column in COLUMNS)]]
     for family in comparison["families"]:
@@ -258,7 +258,7 @@ def _run(recipe: Recipe) -> None:
     """Train and judge. An older report goes first: after an interruption it would pass for the new one."""
     (Path(recipe.out_dir) / REPORT_FILE).unlink(missing_ok=True)
     try:
-        train(recipe)
+        train_recipe(recipe)
         evaluate(recipe.out_dir, tokens=recipe.eval_tokens)
     except ValueError as error:
         raise ValueError(f"{recipe.out_dir}: {error}") from None

@@ -6,10 +6,10 @@ from typing import Any
 
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import read_json, write_json, write_text
-from ...transcoders.stack import members
+from ...transcoders.stack import stack_folders
 from ..checkpoint import short_names
 from ..pages.numbers import finite, show
-from ..pages.runs import COLUMNS, render
+from ..pages.runs import COLUMNS, render_runs
 from ..report.evaluate import Progress, evaluate_all, unseen
 
 RUNS_VERSION = 1
@@ -42,12 +42,12 @@ def runs_among(arguments: Sequence[str]) -> list[Path] | None:
 def _runs(path: Path) -> list[Path]:
     if any((path / name).exists() for name in (CONFIG_FILE, REPORT_FILE)) and not _is_stack(path):
         return [path]
-    return members(path) if path.is_dir() else []
+    return stack_folders(path) if path.is_dir() else []
 
 
 def _is_stack(path: Path) -> bool:
     """Whether a report is about several checkpoints below it."""
-    return not (path / CONFIG_FILE).exists() and bool(members(path))
+    return not (path / CONFIG_FILE).exists() and bool(stack_folders(path))
 
 
 def compare_runs(
@@ -76,7 +76,7 @@ def compare_runs(
     comparison = collect_runs(runs)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)
-    write_text(Path(out) / "comparison.html", render(comparison))
+    write_text(Path(out) / "comparison.html", render_runs(comparison))
     return comparison | {"page_path": str(Path(out) / "comparison.html")}
 
 
@@ -121,7 +121,7 @@ def pareto(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     return front
 
 
-def summary(comparison: dict[str, Any]) -> list[list[str]]:
+def runs_summary(comparison: dict[str, Any]) -> list[list[str]]:
     """The table for a terminal, the best first: a header and one row per run, with intervals where there are some."""
     rows = [["run", *(column.label for column in COLUMNS)]]
     for run in comparison["runs"]:

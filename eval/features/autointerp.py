@@ -34,7 +34,7 @@ excerpt whether the tokens marked are those on which the neuron is active. Answe
 are excerpts, 1 for marked rightly, 0 for wrongly, and nothing else."""
 
 
-class Window(NamedTuple):
+class ActivatingWindow(NamedTuple):
     """A piece of text and a latent's activation on each of its tokens."""
 
     tokens: tuple[str, ...]
@@ -57,9 +57,9 @@ class Window(NamedTuple):
 class Evidence:
     """What is shown to the explainer, and what the scorers ask about, with and without the latent."""
 
-    train: list[Window]
-    positive: list[Window]
-    negative: list[Window]
+    train: list[ActivatingWindow]
+    positive: list[ActivatingWindow]
+    negative: list[ActivatingWindow]
     maximum: float
 
 
@@ -91,11 +91,11 @@ class Result:
 def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidence | str:
     """A latent's windows by document, or why there are not enough of them. No window is on both sides."""
 
-    def window(tokens: np.ndarray, values: np.ndarray) -> Window:
+    def window(tokens: np.ndarray, values: np.ndarray) -> ActivatingWindow:
         there = tokens >= 0
-        return Window(tuple(words[int(token)] for token in tokens[there]), tuple(values[there].tolist()))
+        return ActivatingWindow(tuple(words[int(token)] for token in tokens[there]), tuple(values[there].tolist()))
 
-    def windows(examples: Any, parity: int) -> list[Window]:
+    def windows(examples: Any, parity: int) -> list[ActivatingWindow]:
         chosen = (examples.keys[latent] > -np.inf) & (examples.documents[latent] % 2 == parity)
         return [window(*pair) for pair in zip(examples.tokens[latent][chosen], examples.values[latent][chosen], strict=True)]
 
@@ -116,7 +116,7 @@ def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidenc
     return Evidence(train, positive, negative, float(collected.maxima[latent]))
 
 
-def judge(shown: Evidence, explainer: Chat, scorer: Chat, seed: int = 22) -> Result:
+def score_explanations(shown: Evidence, explainer: Chat, scorer: Chat, seed: int = 22) -> Result:
     """Explain, then score what was said."""
     result = Result()
     result.questions += 1

@@ -45,7 +45,7 @@ class Limits:
         return self.before + 1 + self.after
 
 
-class Batch(NamedTuple):
+class ContextBatch(NamedTuple):
     """A few contexts as arrays ``(contexts, positions)``, and the code of the positions that count, in reading order."""
 
     token_ids: np.ndarray
@@ -239,7 +239,7 @@ class Collector:
         self.background_fires: dict[int, np.ndarray] = {}
         self.sampler = _Sampler(self.limits.sample_entries)
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: ContextBatch) -> None:
         kept = np.flatnonzero(batch.kept)
         if not len(kept):
             return
@@ -336,7 +336,7 @@ class Collector:
 class _View:
     """A batch, its entries ordered by latent and place, and windows into it."""
 
-    def __init__(self, batch: Batch, limits: Limits, latents: np.ndarray, places: np.ndarray, values: np.ndarray):
+    def __init__(self, batch: ContextBatch, limits: Limits, latents: np.ndarray, places: np.ndarray, values: np.ndarray):
         self.batch, self.limits = batch, limits
         self.latents, self.places, self.values = latents, places, values
         self.n_contexts, self.length = batch.token_ids.shape
@@ -406,7 +406,7 @@ def _entries(code: SparseCode, kept: np.ndarray, size: int) -> tuple[np.ndarray,
 
 
 @dataclass(frozen=True)
-class Source:
+class FeatureText:
     """Where the text comes from, and the hooks a dictionary reads."""
 
     model: LanguageModel
@@ -415,7 +415,7 @@ class Source:
     reads: tuple[str, ...] = field(default=())
 
     @torch.no_grad()
-    def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[Batch]:
+    def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[ContextBatch]:
         """Held-out contexts and their codes, until so many tokens were kept."""
         kept_tokens = 0
         special = frozenset(self.model.tokenizer.all_special_ids)
@@ -426,7 +426,7 @@ class Source:
             if kept_tokens >= tokens:
                 return
 
-    def _batch(self, dictionary: SparseDictionary, some: list[Context], special: frozenset[int]) -> Batch:
+    def _batch(self, dictionary: SparseDictionary, some: list[Context], special: frozenset[int]) -> ContextBatch:
         token_ids, document_ids, offsets = (
             np.stack([getattr(context, name) for context in some]) for name in ("token_ids", "document_ids", "positions")
         )
@@ -434,12 +434,12 @@ class Source:
         seen = self.model.activations(torch.from_numpy(token_ids).long().to(self.model.device), self.reads)
         mask = torch.from_numpy(kept).to(self.model.device)
         x = torch.cat([seen[hook][mask].float() for hook in self.reads], dim=-1)
-        return Batch(token_ids, document_ids, offsets, kept, dictionary.encode(x))
+        return ContextBatch(token_ids, document_ids, offsets, kept, dictionary.encode(x))
 
 
-def collect(
+def collect_features(
     dictionary: SparseDictionary,
-    batches_of_text: Iterable[Batch],
+    batches_of_text: Iterable[ContextBatch],
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Collected:

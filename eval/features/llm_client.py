@@ -22,7 +22,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 
 
 @dataclass
-class Usage:
+class LlmUsage:
     """What was asked so far. Answers from the cache cost nothing and count as nothing else."""
 
     requests: int = 0
@@ -40,7 +40,7 @@ class Chat(ABC):
     """Something that answers. ``name`` says what it is."""
 
     name: str
-    usage: Usage
+    usage: LlmUsage
 
     @abstractmethod
     def answer(self, system: str, prompt: str) -> str:
@@ -78,7 +78,7 @@ class Endpoint(Chat):
         if requests_per_minute is not None and requests_per_minute <= 0:
             raise ValueError(f"requests_per_minute: expected more than 0, got {requests_per_minute}.")
         self.url, self.name, self.retries, self.prices, self.max_tokens = url.rstrip("/"), model, retries, prices, max_tokens
-        self.usage = Usage()
+        self.usage = LlmUsage()
         self.cache = None if cache is None else Path(cache)
         self._apart = 0.0 if requests_per_minute is None else 60.0 / requests_per_minute
         self._next, self._sleep = 0.0, sleep
@@ -156,7 +156,7 @@ class LocalChat(Chat):
     """A local transformers model, asked greedily. One without a chat template gets the texts one after the other."""
 
     def __init__(self, model: LanguageModel, max_tokens: int = 100):
-        self.model, self.name, self.max_tokens, self.usage = model, model.id, max_tokens, Usage()
+        self.model, self.name, self.max_tokens, self.usage = model, model.id, max_tokens, LlmUsage()
 
     @torch.no_grad()
     def answer(self, system: str, prompt: str) -> str:

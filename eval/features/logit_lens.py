@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary, SparseDictionary
-from ...training.activations.architecture import Anatomy
+from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel
-from ...transcoders.stack import hooks_of
+from ...transcoders.stack import hooks_of_provenance
 from ..virtual_weights.attention_heads import residual_atoms
 
 # Sites whose tensor is the residual stream, or is added to it.
@@ -38,9 +38,9 @@ class Unembedding(NamedTuple):
 @torch.no_grad()
 def unembedding(dictionary: SparseDictionary, model: LanguageModel, provenance: Mapping[str, Any]) -> Unembedding | str:
     """How latents reach the logits, or the reason why that is not defined."""
-    hooks = hooks_of(provenance)[1]
+    hooks = hooks_of_provenance(provenance)[1]
     try:
-        anatomy = Anatomy(model)
+        anatomy = Architecture(model)
     except ValueError as error:
         return str(error)
     written = torch.zeros(dictionary.n_latents, anatomy.d_model, device=model.device)
@@ -52,7 +52,7 @@ def unembedding(dictionary: SparseDictionary, model: LanguageModel, provenance: 
     return Unembedding(written, anatomy.final_norm.fold(anatomy.W_U).float())
 
 
-def _written(dictionary: SparseDictionary, anatomy: Anatomy, hook: str, writes: slice) -> Tensor | str:
+def _written(dictionary: SparseDictionary, anatomy: Architecture, hook: str, writes: slice) -> Tensor | str:
     for block, layer in zip(anatomy.blocks, anatomy.layers, strict=True):
         names = [name for name, (_, written) in block.sites().items() if written == hook]
         if "attn_heads" in names and isinstance(dictionary, OneSiteDictionary):

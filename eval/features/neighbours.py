@@ -84,7 +84,7 @@ def together(codes: Matrix, count: int = 5) -> Together:
 
 
 @torch.no_grad()
-def nearest(atoms: Float[Tensor, "n_latents d_out"], count: int = 5) -> Neighbours:
+def nearest_latents(atoms: Float[Tensor, "n_latents d_out"], count: int = 5) -> Neighbours:
     """The latents whose atoms have the largest cosine with each, whatever its sign says about size."""
     unit = torch.nn.functional.normalize(atoms.detach().float(), dim=-1)
     n = unit.shape[0]

@@ -97,7 +97,7 @@ def _factors(sample: TokenSample, words: Sequence[str], seed: int | None) -> tup
     if seed is None:
         return {}, "factors: the text is not the embedded corpus"
     found: dict[str, list[int]] = {}
-    documents = {number: corpus.document(seed, number) for number in np.unique(sample.documents).tolist()}
+    documents = {number: corpus.embedded_document(seed, number) for number in np.unique(sample.documents).tolist()}
     for place, number in enumerate(sample.documents.tolist()):
         token, offset, document = int(sample.tokens[place]), int(sample.offsets[place]), documents[number]
         if not 0 <= offset < len(document.words) or words[token].strip() != document.words[offset]:

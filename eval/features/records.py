@@ -11,7 +11,7 @@ Keys of a line, ``null`` where ``reasons`` has an entry of the same name that sa
   first: ``low``, ``high`` (peaks) and some ``contexts`` of each.
 - ``top_tokens``: tokens on which it fires, with the ``share`` of its summed activation that falls on them.
 - ``co_firing``: latents by Jaccard index, with ``lift`` and ``count`` of common tokens; ``lifted``: by lift; ``correlated``: by
-  Pearson's correlation, zeros included. ``nearest``: latents by cosine of the atoms. ``eval.features.relations`` defines them.
+  Pearson's correlation, zeros included. ``nearest``: latents by cosine of the atoms. ``eval.features.neighbours`` defines them.
 - ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation; ``eval.features.logits``.
 - ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``; ``eval.features.scores``. ``details`` belong to them.
 - ``explanation``: ``text``, what a language model said of it; ``detection`` and ``fuzzing``, how well that predicts, as
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .collect import Collected, bin_edges
 from .logit_lens import Unembedding
-from .neighbours import Neighbours, Together, TokenTable, as_matrix, nearest, together, token_table
+from .neighbours import Neighbours, Together, TokenTable, as_matrix, nearest_latents, together, token_table
 from .predicates import Predicates, predicates
 from .scores import Score, example_embedding, logit_lens, predicate_f1
 
@@ -44,7 +44,7 @@ LOGIT_TOKENS = 10
 NOT_ASKED = "no explainer was asked"
 UNSEEN = "the latent fired on no token of the pass"
 
-Record = dict[str, Any]
+FeatureRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Described:
     # By latent: what explain.judge found, or why nothing could be asked.
     explanations: dict[int, dict[str, Any] | str] = field(default_factory=dict)
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[FeatureRecord]:
         """One per latent, in order."""
         for latent in range(self.collected.n_latents):
             yield self.record(latent)
 
-    def record(self, latent: int) -> Record:
+    def record(self, latent: int) -> FeatureRecord:
         found, fired = self.collected, int(self.collected.firings[latent]) > 0
         scores = {name: values[latent] for name, values in self.scores.items()}
-        record: Record = {
+        record: FeatureRecord = {
             "schema_version": SCHEMA_VERSION,
             "latent": latent,
             "firings": int(found.firings[latent]),
@@ -166,7 +166,7 @@ class Described:
         return {"promoted": pairs[:half], "suppressed": pairs[half:]}
 
 
-def describe(
+def describe_latents(
     collected: Collected,
     atoms: Float[Tensor, "n_latents d_out"],
     words: Sequence[str],
@@ -180,7 +180,7 @@ def describe(
         collected,
         words,
         together(codes),
-        nearest(atoms),
+        nearest_latents(atoms),
         token_table(collected.token_sample, codes),
         {
             "predicate_f1": predicate_f1(collected.token_sample, codes, known),

@@ -12,15 +12,15 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json, write_text
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
-from ...transcoders.stack import hooks_of
-from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
-from ..pages.features import render
-from .autointerp import Evidence, evidence, judge
-from .collect import Limits, Source, collect
+from ...transcoders.stack import hooks_of_provenance
+from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
+from ..pages.features import render_features
+from .autointerp import Evidence, evidence, score_explanations
+from .collect import FeatureText, Limits, collect_features
 from .llm_client import Chat, Endpoint, LocalChat
 from .logit_lens import unembedding
 from .predicates import token_texts
-from .records import SCHEMA_VERSION, SCORES, Described, Record, describe, number
+from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, number
 
 RECORDS_FILE, ABOUT_FILE, PAGE_FILE = "features.jsonl", "features.json", "features.html"
 # A folder of answers, so that a repeated run asks nothing twice.
@@ -56,7 +56,7 @@ def features(
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     explainer: Explainer | None = None,
-    given: Given = NOTHING,
+    given: CheckpointOptions = NO_OPTIONS,
 ) -> dict[str, Any]:
     """Describe every latent of a checkpoint on held-out text; writes three files and returns ``features.json``'s content.
 
@@ -71,7 +71,7 @@ def features(
     opened = open_checkpoint(checkpoint, given).completed()
     described, about = described_checkpoint(opened, tokens, limits, progress)
     directory = Path(out) if out is not None else opened.results / "features"
-    written = write(directory, about, described.records())
+    written = write_features(directory, about, described.records())
     if explainer is None:
         return written
     chat = explainer.chat(directory / ANSWERS)
@@ -90,7 +90,7 @@ def features(
         known = [found[name] for found in asked if found[name] is not None]
         about[f"{name}_median"] = number(np.median(known)) if known else None
     about |= {f"explainer_{key}": value for key, value in chat.usage.entries().items()}
-    return write(directory, about, replace(described, explanations=explanations).records())
+    return write_features(directory, about, replace(described, explanations=explanations).records())
 
 
 def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
@@ -105,12 +105,12 @@ def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict
             shown[latent] = found
     latents = list(shown)
     for latent in latents[:: max(1, -(-len(latents) // count))]:
-        explanations[latent] = judge(shown[latent], chat, chat).entries()
+        explanations[latent] = score_explanations(shown[latent], chat, chat).entries()
     return explanations
 
 
 def described_checkpoint(
-    opened: Opened,
+    opened: LoadedCheckpoint,
     tokens: int | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -118,23 +118,23 @@ def described_checkpoint(
     """What is found of every latent, and where it comes from."""
     member, *others = opened.members
     if others:
-        hooks = ", ".join(hooks_of(member.provenance)[1][0] for member in opened.members)
+        hooks = ", ".join(hooks_of_provenance(member.provenance)[1][0] for member in opened.members)
         raise ValueError(f"{opened.name}: expected one dictionary, got those of {hooks}. Give --hook HOOK, or name its folder.")
     dictionary, provenance = member.dictionary, member.provenance
     arguments = dictionary.arguments()
-    reads, writes = hooks_of(provenance)
+    reads, writes = hooks_of_provenance(provenance)
     model = load_model(ModelSection.model_validate(provenance["model"]))
     _require_widths(dictionary, model, reads)
     dictionary = dictionary.to(model.device)
     text = TextSection.model_validate(provenance["text"])
     harvest = HarvestSection(hooks=reads, tokens=1, **provenance["harvest"])
-    source = Source(model, text, harvest, reads)
+    source = FeatureText(model, text, harvest, reads)
     wanted = tokens or DEFAULT_TOKENS
-    collected = collect(dictionary, source.batches(dictionary, wanted), limits, progress)
+    collected = collect_features(dictionary, source.batches(dictionary, wanted), limits, progress)
     words = token_texts(model.tokenizer, len(model.tokenizer))
     seed = text.seed if text.source == "embedded" else None
     lens = unembedding(dictionary, model, provenance)
-    described = describe(collected, dictionary.atoms, words, lens, seed)
+    described = describe_latents(collected, dictionary.atoms, words, lens, seed)
     about = {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": opened.name,
@@ -158,13 +158,13 @@ def described_checkpoint(
     return described, about
 
 
-def write(directory: Path, about: dict[str, Any], records: Iterable[Record]) -> dict[str, Any]:
+def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> dict[str, Any]:
     """The three files, each whole or not at all; ``records`` are read once."""
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
     dead = 0
 
-    def passing() -> Iterable[Record]:
+    def passing() -> Iterable[FeatureRecord]:
         nonlocal dead
         with replacing(directory / RECORDS_FILE) as temporary, temporary.open("w", encoding="utf-8") as handle:
             for record in records:
@@ -175,7 +175,7 @@ def write(directory: Path, about: dict[str, Any], records: Iterable[Record]) -> 
                         values[name].append(value)
                 yield record
 
-    page = render(about, passing())
+    page = render_features(about, passing())
     about = about | {"dead": dead}
     for name, known in values.items():
         about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
@@ -194,7 +194,7 @@ def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: t
         )
 
 
-def summary(about: dict[str, Any]) -> list[tuple[str, str]]:
+def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
     """What a person looks at first, as pairs of name and value."""
     lines = [
         ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {about['encoder']}"),

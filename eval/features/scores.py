@@ -31,7 +31,7 @@ class Score(NamedTuple):
     details: dict[str, object] | None = None
 
 
-def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+def activation_auroc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive has the larger value, ties counted half. Both must hold something."""
     ranks: Any = rankdata(np.concatenate([positive, negative]))
     n, m = len(positive), len(negative)
@@ -125,7 +125,7 @@ def example_embedding(collected: Collected, vocabulary: int) -> list[Score]:
             found.append(Score(None, f"fewer than {MIN_WINDOWS} windows, with or without it, in one half of the documents"))
             continue
         direction = _unit_mean(positives[~odd]) - _unit_mean(negatives[quiet & ~odd_quiet])
-        value = auroc(positives[odd] @ direction, negatives[quiet & odd_quiet] @ direction)
+        value = activation_auroc(positives[odd] @ direction, negatives[quiet & odd_quiet] @ direction)
         found.append(Score(value, None, {"positives": int(counts[1]), "negatives": int(counts[3])}))
     return found
 
@@ -181,7 +181,7 @@ def logit_lens(sample: TokenSample, codes: Matrix, lens: Unembedding | str) -> l
 
 
 def _weighted_auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> float:
-    """``auroc`` of values that occur so many times each."""
+    """``activation_auroc`` of values that occur so many times each."""
     _, groups = np.unique(values, return_inverse=True)
     p, q = np.bincount(groups, positive), np.bincount(groups, negative)
     below = np.cumsum(q) - q

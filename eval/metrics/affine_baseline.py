@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Any, ClassVar
 
-from .base import MetricGroup, Setting, View
+from .base import DictionaryOutputs, MetricGroup, Setting
 from .dark_matter.decomposition import AffineFloor, LinearFit
 
 
@@ -28,11 +28,11 @@ class LinearFloor(MetricGroup):
     def scored(self) -> AffineFloor | None:
         return None if self.fitted is None else AffineFloor(self.fitted)
 
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         if self.fitted is not None:
             self.fitted.update(piece.x, piece.y)
 
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         if self.scored is not None:
             self.scored.update(piece.x, piece.y)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, model_spliced
-from .inference import PER_TOKEN, Selection
-from .model_outputs import Passage, Predictions
+from .inference import PER_TOKEN, InferenceMode
+from .model_outputs import ModelOutputs, Predictions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Setting:
 
     dictionary: SparseDictionary
     device: torch.device
-    selection: Selection = PER_TOKEN
+    selection: InferenceMode = PER_TOKEN
     model: LanguageModel | None = None
     hook_in: str | None = None
     hook_out: str | None = None
@@ -45,13 +45,13 @@ class Setting:
         return self.dictionary.arguments()["kind"] == "sae" if self.model is None else self.hook_in == self.hook_out
 
 
-class View:
+class DictionaryOutputs:
     """A piece as one dictionary sees it: what it reads, what it is to reproduce, what it makes of it.
 
     ``passage`` is ``None`` where there are activations only.
     """
 
-    def __init__(self, setting: Setting, passage: Passage | None, rows: tuple[Tensor, Tensor] | None = None):
+    def __init__(self, setting: Setting, passage: ModelOutputs | None, rows: tuple[Tensor, Tensor] | None = None):
         assert (passage is None) != (rows is None)
         self.setting, self.passage, self._given = setting, passage, rows
 
@@ -113,11 +113,11 @@ class MetricGroup(ABC):
     def __init__(self, setting: Setting): ...
 
     @abstractmethod
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         """Take in a piece of the first half of the documents."""
 
     @abstractmethod
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         """Take in a piece of the other half, after all of the first."""
 
     @abstractmethod

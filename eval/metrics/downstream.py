@@ -17,7 +17,7 @@ from torch import Tensor
 from ...training.activations.model import LanguageModel, next_token_loss
 from ..bootstrap import ByDocument, Totals
 from ..undefined import Undefined
-from .base import MetricGroup, Setting, View
+from .base import DictionaryOutputs, MetricGroup, Setting
 from .histograms import Quantiles
 from .model_outputs import Predictions, predictions
 
@@ -98,7 +98,7 @@ class SplicedModel(MetricGroup):
         self.better = 0
         self.documents = ByDocument(("count", "agrees", *(f"{measure}_{name}" for measure, name in MEASURED)))
 
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         self.total += piece.y.double().sum(0)
         self.pool.append(piece.y[-self.fitted % self.stride :: self.stride].clone())
         self.fitted += piece.tokens
@@ -107,13 +107,13 @@ class SplicedModel(MetricGroup):
     def others(self) -> Float[Tensor, "pool d_out"]:
         return torch.cat(self.pool)
 
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         passage = piece.passage
         assert passage is not None
         kept = passage.piece.kept
         ablated = ablations(self.model, kept, {self.hook: (self.total / self.fitted).float()})
         chosen = self.others[scattered(self.scored, piece.tokens, len(self.others)).to(self.others.device)]
-        ablated["resample"] = replaced(self.model, kept, {self.hook: lambda x: _placed(x, kept, chosen)})
+        ablated["resample"] = _replaced(self.model, kept, {self.hook: lambda x: _placed(x, kept, chosen)})
         self.scored += piece.tokens
         found = {
             "spliced": piece.spliced,
@@ -238,7 +238,7 @@ class Downstream:
         return entries
 
 
-def replaced(
+def _replaced(
     model: LanguageModel, kept: Bool[Tensor, "contexts positions"], changes: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> AbstractContextManager[Any]:
     """A context in which the model reads changed tensors at these hooks, and its own at positions that are not kept."""
@@ -254,4 +254,4 @@ def ablations(
 ) -> dict[str, AbstractContextManager[Any]]:
     """Zeros, and the mean, in place of the tensors at all hooks that have a mean here, at once."""
     to_mean = {hook: lambda x, mean=mean: mean.to(x.dtype).expand_as(x) for hook, mean in means.items()}
-    return {"zero": replaced(model, kept, dict.fromkeys(means, torch.zeros_like)), "mean": replaced(model, kept, to_mean)}
+    return {"zero": _replaced(model, kept, dict.fromkeys(means, torch.zeros_like)), "mean": _replaced(model, kept, to_mean)}

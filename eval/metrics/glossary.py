@@ -41,7 +41,7 @@ def explained() -> dict[str, dict[str, str]]:
 EXPLANATIONS = explained()
 
 
-def markdown() -> str:
+def report_markdown() -> str:
     """docs/report.md: how a report comes about, and its schema."""
     parts = [INTRODUCTION.format(version=REPORT_VERSION)]
     for section, entries in EXPLANATIONS.items():

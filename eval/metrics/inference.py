@@ -9,7 +9,7 @@ from ...sae.pursuit import PURSUITS
 
 
 @dataclass(frozen=True)
-class Selection:
+class InferenceMode:
     """How latents are chosen while a dictionary is judged; every report says it.
 
     By default the encoder reads one token at a time. ``oracle`` lets a gradient SAE choose by the gradient of the loss it
@@ -42,4 +42,4 @@ class Selection:
         return dictionary.encode(x, grad if self.oracle else None)
 
 
-PER_TOKEN = Selection()
+PER_TOKEN = InferenceMode()

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...training.activations.model import LanguageModel, next_token_loss
-from ..heldout import Piece, logits_and_activations
+from ..heldout import TextBatch, logits_and_activations
 
 
 class Predictions(NamedTuple):
@@ -37,14 +37,14 @@ def predictions(
     return Predictions(next_token_loss(logits, token_ids)[counted], kl, clean.argmax(-1) == changed.argmax(-1))
 
 
-class Passage:
+class ModelOutputs:
     """A piece of text and what the model makes of it; one for all dictionaries that are judged together.
 
     Rows are the kept positions, in the order of the text; predictions are the counted ones, those of kept positions whose
     next token is of the same document.
     """
 
-    def __init__(self, model: LanguageModel, piece: Piece, hooks: tuple[str, ...], with_logits: bool):
+    def __init__(self, model: LanguageModel, piece: TextBatch, hooks: tuple[str, ...], with_logits: bool):
         self.model, self.piece, self.hooks, self._with_logits = model, piece, hooks, with_logits
         self._rows: dict[str, Tensor] = {}
         self._variants: dict[Hashable, Predictions] = {}

@@ -11,7 +11,7 @@ from ...sae.metrics import Moments, dead_fraction, density
 from ...sae.sparse_code import SparseCode
 from ..bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
 from ..undefined import Undefined
-from .base import MetricGroup, Setting, View
+from .base import DictionaryOutputs, MetricGroup, Setting
 from .histograms import Counts, Quantiles
 
 # A latent firing on more tokens than this is dense: it carries little information about any of them.
@@ -234,7 +234,7 @@ class Reconstructed(MetricGroup):
         self.documents = ByDocument(("error", "deviation"))
         self.of_model = setting.model is not None
 
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         self.norms.update(piece.y.double().norm(dim=-1))
         self.fitted.update(piece.y)
 
@@ -242,7 +242,7 @@ class Reconstructed(MetricGroup):
     def threshold(self) -> float:
         return HIGH_NORM * self.norms.quantiles([0.5])[0]
 
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         y, y_hat = piece.y, piece.y_hat
         self.all.update(y, y_hat, piece.code)
         usual: Bool[Tensor, " tokens"] = y.double().norm(dim=-1) <= self.threshold

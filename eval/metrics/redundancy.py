@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..undefined import Undefined
-from .base import MetricGroup, Setting, View
+from .base import DictionaryOutputs, MetricGroup, Setting
 
 # A block of cosines is this many rows times all latents: 0.5 GB of float32 at 131,072 latents.
 BLOCK = 1024
@@ -42,10 +42,10 @@ class Redundancy(MetricGroup):
     def __init__(self, setting: Setting):
         self.setting = setting
 
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         pass
 
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         pass
 
     def report(self) -> dict[str, Any]:

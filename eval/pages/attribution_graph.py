@@ -4,7 +4,7 @@ import json
 from html import escape
 from typing import Any
 
-from ..attribution_graphs.export import Labels
+from ..attribution_graphs.export import GraphLabels
 from ..attribution_graphs.graph import AttributionGraph
 from ..attribution_graphs.page_data import _visible, page_data
 from ..attribution_graphs.pruning import Pruned
@@ -13,7 +13,7 @@ from .document import document
 from .numbers import show
 
 
-def render(graph: AttributionGraph, pruned: Pruned, labels: Labels, measures: dict[str, Any] | None = None) -> str:
+def render_graph(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, measures: dict[str, Any] | None = None) -> str:
     """One page of the nodes and edges that are kept. Equal input gives equal bytes.
 
     ``measures`` are further figures of the graph by name, as ``eval.circuits.graph_run`` reports them.

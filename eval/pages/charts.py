@@ -63,7 +63,7 @@ def swatch(index: int, hollow: bool) -> str:
     return f'<svg class="swatch" aria-hidden="true" viewBox="-0.8 -0.8 1.6 1.6"><polygon points="{points}" {style}/></svg>'
 
 
-def spread(values: Iterable[float]) -> float:
+def seed_spread(values: Iterable[float]) -> float:
     low, high = min(values), max(values)
     return high / low if low > 0 else 0
 

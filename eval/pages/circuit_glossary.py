@@ -82,7 +82,7 @@ def explanation(key: str) -> str:
     raise KeyError(key)
 
 
-def markdown() -> str:
+def circuit_markdown() -> str:
     """The tables of docs/circuits.md."""
     parts = []
     for section, entries in EXPLANATIONS.items():

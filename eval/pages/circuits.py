@@ -43,7 +43,7 @@ REASONS = {
 }
 
 
-def render(found: Row) -> str:
+def render_circuits(found: Row) -> str:
     """The page of what ``circuits.json`` holds. Equal input gives equal bytes."""
     rows: list[Row] = found["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))

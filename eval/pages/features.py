@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from ..features.records import Record
+from ..features.records import FeatureRecord
 from .document import document, encoder_parts
 from .features_script import SCRIPT
 from .numbers import UNRECORDED, show
@@ -29,7 +29,7 @@ SCORES = {
 }
 
 
-def render(about: dict[str, Any], records: Iterable[Record]) -> str:
+def render_features(about: dict[str, Any], records: Iterable[FeatureRecord]) -> str:
     """One page of all ``records``, which are read once. Equal input gives equal bytes."""
     words = _Words()
     index: dict[str, list[Any]] = {
@@ -85,7 +85,7 @@ class _Words:
         return any(word[:1].isspace() for word in self.numbers)
 
 
-def _enter(index: dict[str, list[Any]], record: Record, words: _Words) -> None:
+def _enter(index: dict[str, list[Any]], record: FeatureRecord, words: _Words) -> None:
     index["density"].append(record["density"])
     index["max"].append(record["max_activation"])
     index["predicate"].append((record["details"].get("predicate_f1") or {}).get("predicate"))
@@ -97,7 +97,7 @@ def _enter(index: dict[str, list[Any]], record: Record, words: _Words) -> None:
         index[name].append(record["scores"][name])
 
 
-def _compact(record: Record, words: _Words) -> dict[str, Any]:
+def _compact(record: FeatureRecord, words: _Words) -> dict[str, Any]:
     """What only the latent's own view needs, token texts as numbers and activations in thousandths of the maximum."""
     top = record["max_activation"] or 1.0
 

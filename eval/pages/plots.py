@@ -125,7 +125,7 @@ def error_split(ax: Axes, report: Report, curve: Curve) -> str | None:
     return f"Shares of the variance: {words}. Linear share of the error: {show(report.get('linear_error_share'))}{doubt}."
 
 
-def density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
+def _density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     """Latents by log10 of their firing density, dead ones in a bar of their own."""
     counts = np.asarray(report.get("density_histogram_counts") or [], dtype=float)
     edges = np.asarray(report.get("density_histogram_log10_edges") or [], dtype=float)
@@ -187,7 +187,7 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     return f"Latents firing on a token: mean {show(mean)}, median {show(median)}, {span} of the tokens, at most {high}."
 
 
-def cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
+def _cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
     """The losses as bars."""
     bars = {"clean": MUTED, "spliced": ACCENT, "mean": WARN, "zero": BAD, "resample": INK}
     losses = {name: value for name in bars if (value := finite(report.get(f"ce_{name}"))) is not None}
@@ -211,12 +211,12 @@ PLOTS: tuple[tuple[str, str, Draw], ...] = (
     ("Training curve", "Lower is better. The line is the median of neighbouring log lines, the band their range.", fvu_curve),
     ("Dead latents in training", "Share of latents silent for the recipe's window of tokens.", dead_curve),
     ("Where the variance goes", "Linear error is what a linear map of the activation can predict.", error_split),
-    ("Firing density", "Dense latents say little about any token. An arrow marks a bar cut short.", density_histogram),
+    ("Firing density", "Dense latents say little about any token. An arrow marks a bar cut short.", _density_histogram),
     ("Latents per token", "How many latents it takes to describe one token.", l0_histogram),
     (
         "Cost to the model",
         "Spliced: the model runs on reconstructions. Ablated: on the mean, zeros, or other tokens' activations.",
-        cross_entropy,
+        _cross_entropy,
     ),
 )
 

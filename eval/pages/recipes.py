@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .charts import COLORS, NOTES, Column, look, spread, swatch
+from .charts import COLORS, NOTES, Column, look, seed_spread, swatch
 from .document import document, encoder_parts
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 from .plots import INK, MUTED, figure_element, plain_log_ticks
@@ -39,7 +39,7 @@ ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
 NAME_WIDTH = 24
 
 
-def render(comparison: Comparison) -> str:
+def render_recipes(comparison: Comparison) -> str:
     """One page of ``comparison``. Equal input gives equal bytes."""
     families = comparison["families"]
     oracle = any(map(is_oracle, families))
@@ -187,16 +187,16 @@ def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | No
     if not points:
         return None
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    log_x, log_y = spread(xs) > 4, spread(ys) > 10
+    log_x, log_y = seed_spread(xs) > 4, seed_spread(ys) > 10
     if log_x:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, spread(xs))
+        plain_log_ticks(ax.xaxis, seed_spread(xs))
     elif max(xs) - min(xs) < 0.04 * max(xs):
         # One budget: without room on both sides, its noise would fill the axis.
         ax.set_xlim(0.9 * min(xs), 1.1 * max(xs))
     if log_y:
         ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis, spread(ys))
+        plain_log_ticks(ax.yaxis, seed_spread(ys))
     ax.set(xlabel="l0, log scale" if log_x else "l0", ylabel=f"{label}, log scale" if log_y else label)
     ax.grid(visible=True)
     figure = ax.get_figure()
@@ -217,9 +217,9 @@ def _strip(ax: Axes, families: list[Family], key: str, label: str) -> str | None
             ax.scatter(values, [row] * len(values), **_points(row, family))
         else:
             ax.text(0.01, row, _undrawn(entry), va="center", color=MUTED, transform=ax.get_yaxis_transform())
-    if spread(known) > 10:
+    if seed_spread(known) > 10:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, spread(known))
+        plain_log_ticks(ax.xaxis, seed_spread(known))
         label += ", log scale"
     else:
         ax.xaxis.set_major_locator(MaxNLocator(5))

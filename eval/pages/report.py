@@ -10,7 +10,7 @@ from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 from .plots import PLOTS, Curve, Report, figure_element
 
 
-def render(report: Report, curve: Curve) -> str:
+def render_report(report: Report, curve: Curve) -> str:
     """One page that shows ``report`` and, where there is one, the training ``curve`` (lines of ``metrics.jsonl``).
 
     Entries that are absent read "not measured", those that are ``None`` "undefined". Equal input gives equal bytes.

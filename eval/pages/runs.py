@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ..metrics.glossary import EXPLANATIONS
-from .charts import COLORS, NOTES, Column, look, spread, swatch
+from .charts import COLORS, NOTES, Column, look, seed_spread, swatch
 from .document import document, encoder_parts
 from .numbers import UNDEFINED, UNMEASURED, finite, show
 from .plots import INK, figure_element, plain_log_ticks
@@ -32,7 +32,7 @@ COLUMNS = (
 SIZE = (430 / 72, 330 / 72)
 
 
-def render(comparison: dict[str, Any]) -> str:
+def render_runs(comparison: dict[str, Any]) -> str:
     """One page of what ``collect_runs`` returned. Equal input gives equal bytes."""
     runs: list[Run] = comparison["runs"]
     order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
@@ -97,9 +97,9 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
         ([x for x, _ in points.values()], ax.xaxis, "x"),
         (_tall(points, runs, key), ax.yaxis, "y"),
     ):
-        if spread(values) > 4:
+        if seed_spread(values) > 4:
             getattr(ax, f"set_{name}scale")("log")
-            plain_log_ticks(axis, spread(values))
+            plain_log_ticks(axis, seed_spread(values))
     ax.set(xlabel="l0", ylabel=_explained_label(key))
     ax.grid(visible=True)
     figure = ax.get_figure()

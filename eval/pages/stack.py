@@ -73,7 +73,7 @@ TILES = (
 )
 
 
-def render(report: Report) -> str:
+def render_stack(report: Report) -> str:
     """One page that shows the report of ``eval.stack``. Equal input gives equal bytes."""
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]

@@ -15,7 +15,7 @@ from ...training.activations.harvest import batches, excluded
 from ...training.activations.sites import neuron_hook
 from ...training.embedded import corpus
 from ...training.text import contexts
-from .subject import Subject
+from .subject import ProbeTarget
 
 BATCH_CONTEXTS = 16
 
@@ -35,7 +35,7 @@ class Tokens:
         return Tokens(self.x[rows], neurons, self.documents[rows], [self.factors[i] for i in np.flatnonzero(rows)])
 
 
-def embedded_tokens(subject: Subject, tokens: int, neurons: bool = True) -> Tokens:
+def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> Tokens:
     """At least so many tokens of held-out documents, whole batches of contexts, with the factors behind each.
 
     The tokens that training left out (special ones, leading positions) are left out here too.
@@ -67,7 +67,7 @@ def embedded_tokens(subject: Subject, tokens: int, neurons: bool = True) -> Toke
         documents.append(owners[kept])
         for owner, place in zip(owners[kept].tolist(), places[kept].tolist(), strict=True):
             if owner not in known:
-                known[owner] = corpus.document(subject.text.seed, owner).factors
+                known[owner] = corpus.embedded_document(subject.text.seed, owner).factors
             factors.append(known[owner][place])
         if len(factors) >= tokens:
             break
@@ -138,7 +138,7 @@ class Pooled:
 
 
 @torch.no_grad()
-def pool(subject: Subject, data: Labelled, most_tokens: int | None = None) -> Pooled:
+def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -> Pooled:
     """Run the model on every text and average over its tokens, special ones aside; texts without any are left out.
 
     A text is cut to the length of the dictionary's contexts, and stands behind BOS where the dictionary's did.

@@ -14,8 +14,8 @@ from ...training.embedded.corpus import Factors
 from .absorption import absorbed
 from .datasets import Tokens, embedded_tokens, halves
 from .probes import (
-    Columns,
-    Probe,
+    LinearProbe,
+    ProbeInputs,
     Search,
     auroc,
     best_threshold,
@@ -27,7 +27,7 @@ from .probes import (
     ranking,
     split_latents,
 )
-from .subject import Subject, sparse_codes
+from .subject import ProbeTarget, sparse_codes
 
 DEFAULT_TOKENS = 60_000
 # Fewer positives in either half leave an F1 to chance.
@@ -63,7 +63,7 @@ def names_of(factors: Factors) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Labels:
+class FactorLabels:
     """Binary factors that are frequent enough in both halves to be scored."""
 
     names: list[str]
@@ -74,7 +74,7 @@ class Labels:
         return [name.partition("=")[0] for name in self.names]
 
 
-def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least: int = LEAST_POSITIVES) -> Labels:
+def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least: int = LEAST_POSITIVES) -> FactorLabels:
     """Every binary factor with at least so many positive and negative tokens in either half."""
     where: dict[str, list[int]] = defaultdict(list)
     cache: dict[tuple, list[str]] = {}
@@ -92,10 +92,12 @@ def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least
         if min(counts) >= least and min(fitted.sum() - counts[0], (~fitted).sum() - counts[1]) >= least:
             names.append(name)
             columns.append(column)
-    return Labels(names, np.stack(columns, 1) if columns else np.zeros((len(factors), 0), dtype=bool))
+    return FactorLabels(names, np.stack(columns, 1) if columns else np.zeros((len(factors), 0), dtype=bool))
 
 
-def judge_factors(subject: Subject, tokens: int = DEFAULT_TOKENS, seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def factor_scores(
+    subject: ProbeTarget, tokens: int = DEFAULT_TOKENS, seed: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A flat summary, and one row for every factor. Half of the documents choose, the other half is scored.
 
     Raises:
@@ -169,14 +171,14 @@ def score_factors(
     return summary, judged.rows
 
 
-def _rows(columns: Any, mask: np.ndarray) -> Columns:
+def _rows(columns: Any, mask: np.ndarray) -> ProbeInputs:
     return columns[mask] if isinstance(columns, np.ndarray) else sparse.csc_array(sparse.csr_array(columns)[mask])
 
 
 class _Judged:
     """One row per factor, filled detector by detector, and each document's counts for the intervals."""
 
-    def __init__(self, labels: Labels, y: np.ndarray, owners: np.ndarray):
+    def __init__(self, labels: FactorLabels, y: np.ndarray, owners: np.ndarray):
         self.y, self.owners, self.n_owners = y, owners, int(owners.max()) + 1
         share = y.mean(0)
         self.rows: list[dict[str, Any]] = [
@@ -202,7 +204,7 @@ class _Judged:
         }
         self.counts.setdefault(name, []).append(group_counts(detected, y, self.owners, self.n_owners))
 
-    def add_columns(self, name: str, search: Search, scored: Columns) -> None:
+    def add_columns(self, name: str, search: Search, scored: ProbeInputs) -> None:
         """The best single column of each factor, as the other half chose it."""
         for index in range(len(self.rows)):
             detector = search.best(index)
@@ -212,7 +214,7 @@ class _Judged:
             )
             self._note(name, index, scores > detector.threshold, scores)
 
-    def add_probes(self, x_fit: np.ndarray, x: np.ndarray, y_fit: np.ndarray, seed: int) -> list[Probe]:
+    def add_probes(self, x_fit: np.ndarray, x: np.ndarray, y_fit: np.ndarray, seed: int) -> list[LinearProbe]:
         """A logistic probe for each factor, its threshold the one of the best F1 on the half that it was fitted on."""
         generator = np.random.default_rng(seed)
         probes = []
@@ -224,7 +226,7 @@ class _Judged:
             probe = logistic(x_fit[chosen], y_fit[chosen, index])
             threshold = best_threshold(ranking(probe.scores(x_fit)), y_fit[:, index])[1]
             if math.isfinite(threshold):
-                probe = Probe(probe.weights, probe.offset - threshold)
+                probe = LinearProbe(probe.weights, probe.offset - threshold)
             scores = probe.scores(x)
             self._note("probe", index, scores > 0, scores)
             probes.append(probe)
@@ -270,7 +272,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
 
-def table(report: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def factors_table(report: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and lines for a terminal: the families, and all of them."""
     names = [name for name in DETECTORS if report.get(f"factors_{name}_f1") is not None]
     lines = []

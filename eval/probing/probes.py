@@ -13,23 +13,23 @@ from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
 
 # np.ndarray, or scipy.sparse.csc_array, whose stubs know too little of it.
-Columns = Any
+ProbeInputs = Any
 # Wider problems are solved without second derivatives.
 NEWTON_WIDTH = 512
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """A linear reader: a row is positive where its score is above 0."""
 
     weights: Float[np.ndarray, " d"]
     offset: float
 
-    def scores(self, x: Columns) -> Float[np.ndarray, " rows"]:
+    def scores(self, x: ProbeInputs) -> Float[np.ndarray, " rows"]:
         return np.asarray(x @ self.weights.astype(x.dtype) + self.offset)
 
 
-def logistic(x: Columns, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: bool = False) -> Probe:
+def logistic(x: ProbeInputs, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: bool = False) -> LinearProbe:
     """Logistic regression on standardised columns, its penalty ``l2 / 2 ||w||^2``; with ``weight`` both classes count alike.
 
     Columns are only scaled, not centred, where they are sparse. Constant ones get no weight.
@@ -47,13 +47,13 @@ def logistic(x: Columns, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: 
     prior = 0.0 if weight else float(np.log(share / (1 - share)))
     if isinstance(x, np.ndarray) and x.shape[1] <= NEWTON_WIDTH:
         w, b = _newton((x - mean) * scale, y, importance, l2, prior)
-        return Probe(w * scale, float(b - (w * scale) @ mean))
+        return LinearProbe(w * scale, float(b - (w * scale) @ mean))
     wide = x * scale if isinstance(x, np.ndarray) else x @ sparse.diags_array(scale)
     w, b = _quasi_newton(wide, y, importance, l2, prior)
-    return Probe(w * scale, b)
+    return LinearProbe(w * scale, b)
 
 
-def _moments(x: Columns) -> tuple[np.ndarray, np.ndarray]:
+def _moments(x: ProbeInputs) -> tuple[np.ndarray, np.ndarray]:
     mean = np.asarray(x.mean(0), dtype=np.float64).ravel()
     squares = np.asarray((x * x).mean(0) if isinstance(x, np.ndarray) else x.multiply(x).mean(0), dtype=np.float64).ravel()
     return mean, np.sqrt(np.maximum(squares - mean**2, 0))
@@ -92,7 +92,7 @@ def _newton(x: np.ndarray, y: np.ndarray, importance: np.ndarray, l2: float, pri
     return w[:-1].numpy(), float(w[-1])
 
 
-def _quasi_newton(x: Columns, y: np.ndarray, importance: np.ndarray, l2: float, prior: float) -> tuple[np.ndarray, float]:
+def _quasi_newton(x: ProbeInputs, y: np.ndarray, importance: np.ndarray, l2: float, prior: float) -> tuple[np.ndarray, float]:
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
         z = np.asarray(x @ w[:-1]) + w[-1]
         p = 0.5 * (1 + np.tanh(0.5 * z))
@@ -157,14 +157,14 @@ class Detector:
     threshold: float
     fitted_f1: float
 
-    def scores(self, columns: Columns) -> np.ndarray:
+    def scores(self, columns: ProbeInputs) -> np.ndarray:
         return self.sign * column(columns, self.column)
 
-    def detects(self, columns: Columns) -> Bool[np.ndarray, " rows"]:
+    def detects(self, columns: ProbeInputs) -> Bool[np.ndarray, " rows"]:
         return self.scores(columns) > self.threshold
 
 
-def column(columns: Columns, index: int) -> np.ndarray:
+def column(columns: ProbeInputs, index: int) -> np.ndarray:
     """A column, dense."""
     if isinstance(columns, np.ndarray):
         return columns[:, index]
@@ -177,7 +177,7 @@ class Search:
     Latents are tried with positive sign only: they fire, or not. Rankings are kept, as many labels share candidates.
     """
 
-    def __init__(self, columns: Columns, labels: Bool[np.ndarray, "rows labels"], candidates: int = 6):
+    def __init__(self, columns: ProbeInputs, labels: Bool[np.ndarray, "rows labels"], candidates: int = 6):
         self.columns, self.labels = columns, labels
         self.signed = isinstance(columns, np.ndarray)
         rows = columns.shape[0]

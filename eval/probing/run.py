@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.files import write_json, write_text
-from ..checkpoint import NOTHING, Given, open_checkpoint
+from ..checkpoint import NO_OPTIONS, CheckpointOptions, open_checkpoint
 from . import factors
 from .datasets import Pooled, pool, read_labelled
 from .ioi import score as supervised
 from .saebench.absorption import ABSORPTION_TOKENS, absorption
 from .saebench.datasets import embedded_data
-from .saebench.output import Task, result_file
+from .saebench.output import SaebenchResult, result_file
 from .saebench.scr_tpp import scr, tpp
 from .saebench.sparse_probing import sparse_probing
-from .subject import Subject, open_subject
+from .subject import ProbeTarget, open_probe_target
 
 PROBING_VERSION = 1
 # Task -> what needs no labels of the user's: it always runs on the embedded model's own prompts or corpus.
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Found:
+class ProbingResults:
     """The flat report, where it was written, and what a terminal shows."""
 
     report: dict[str, Any]
@@ -45,8 +45,8 @@ def probe(
     out: str | None = None,
     tokens: int | None = None,
     seed: int = 0,
-    given: Given = NOTHING,
-) -> Found:
+    given: CheckpointOptions = NO_OPTIONS,
+) -> ProbingResults:
     """Run the tasks on a checkpoint; ``probing.json`` and each task's own file go to ``out``.
 
     Without ``tasks`` all run that can, and the report says why others did not; a task that was asked for and cannot run is an
@@ -58,7 +58,7 @@ def probe(
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
     opened = open_checkpoint(checkpoint, given)
-    subject = open_subject(opened)
+    subject = open_probe_target(opened)
     target = Path(out) if out is not None else opened.results / "probing"
     dictionary = subject.dictionary
     report: dict[str, Any] = {
@@ -71,7 +71,7 @@ def probe(
         "labels": labels,
         "seed": seed,
     }
-    found = Found(report, target / "probing.json")
+    found = ProbingResults(report, target / "probing.json")
     pooled: list[Pooled] = []
 
     def texts() -> list[Pooled]:
@@ -123,26 +123,28 @@ def require_tasks(tasks: Iterable[str] | None) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task in wanted)
 
 
-def _factors(subject: Subject, tokens: int | None, seed: int, found: Found, target: Path) -> dict[str, Any]:
-    report, rows = factors.judge_factors(subject, tokens or factors.DEFAULT_TOKENS, seed)
+def _factors(subject: ProbeTarget, tokens: int | None, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:
+    report, rows = factors.factor_scores(subject, tokens or factors.DEFAULT_TOKENS, seed)
     _write_lines(target / "factors.jsonl", rows)
-    found.tables.append(factors.table(report, rows))
+    found.tables.append(factors.factors_table(report, rows))
     return report
 
 
-def _supervised(subject: Subject, seed: int, found: Found, target: Path) -> dict[str, Any]:
-    report, rows = supervised.judge_supervised(subject, seed)
+def _supervised(subject: ProbeTarget, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:
+    report, rows = supervised.score_supervised(subject, seed)
     _write_lines(target / "supervised.jsonl", rows)
-    found.tables.append(supervised.table(report))
+    found.tables.append(supervised.supervised_table(report))
     return report
 
 
-def _absorption(subject: Subject, data: Any, texts: Callable[[], list[Pooled]], tokens: int | None, seed: int) -> Task:
+def _absorption(
+    subject: ProbeTarget, data: Any, texts: Callable[[], list[Pooled]], tokens: int | None, seed: int
+) -> SaebenchResult:
     some = None if data is None and subject.embedded else texts()
     return absorption(subject, some, seed, tokens or ABSORPTION_TOKENS)
 
 
-def _benchmark(name: str, task: Task, subject: Subject, found: Found) -> dict[str, Any]:
+def _benchmark(name: str, task: SaebenchResult, subject: ProbeTarget, found: ProbingResults) -> dict[str, Any]:
     result = result_file(subject, found.report["checkpoint"], name, task)
     write_json(found.path.parent / f"{name}.json", result)
     found.lines += task.lines

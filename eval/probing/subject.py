@@ -11,14 +11,14 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
-from ...transcoders.stack import hooks_of
-from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
+from ...transcoders.stack import hooks_of_provenance
+from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
 
 ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProbeTarget:
     """A dictionary with the model it was trained on, the hook it reads, and the text it comes from."""
 
     dictionary: SparseDictionary
@@ -51,7 +51,7 @@ class Subject:
             )
 
 
-def open_subject(checkpoint: str | Opened, given: Given = NOTHING) -> Subject:
+def open_probe_target(checkpoint: str | LoadedCheckpoint, given: CheckpointOptions = NO_OPTIONS) -> ProbeTarget:
     """Load a checkpoint and its model, and check that they belong together.
 
     Raises:
@@ -63,10 +63,10 @@ def open_subject(checkpoint: str | Opened, given: Given = NOTHING) -> Subject:
         raise ValueError(f"{opened.name}: expected a dictionary of one hook, got one of several. Name one: --hook HOOK.")
     source = opened.members[0].provenance
     model = load_model(ModelSection.model_validate(source["model"]))
-    return subject_of(opened.members[0].dictionary, model, source)
+    return probe_target(opened.members[0].dictionary, model, source)
 
 
-def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> Subject:
+def probe_target(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> ProbeTarget:
     """The same from objects; ``source`` is the checkpoint's provenance.
 
     Raises:
@@ -74,17 +74,17 @@ def subject_of(dictionary: SparseDictionary, model: LanguageModel, source: dict[
     """
     if len(dictionary.sites) != 1:
         raise ValueError(f"checkpoint: expected a dictionary of one hook, got one of {len(dictionary.sites)}.")
-    hook = hooks_of(source)[0][0]
+    hook = hooks_of_provenance(source)[0][0]
     width = model.widths((hook,))[hook]
     if width != dictionary.d_in:
         raise ValueError(f"{hook}: expected width {dictionary.d_in}, the dictionary's d_in, got {width} from {model.id}.")
     text = TextSection.model_validate(source["text"])
     section = HarvestSection(hooks=(hook,), tokens=1, **source["harvest"])
-    return Subject(dictionary.to(model.device).eval(), model, hook, text, section, source)
+    return ProbeTarget(dictionary.to(model.device).eval(), model, hook, text, section, source)
 
 
 @torch.no_grad()
-def sparse_codes(subject: Subject, x: np.ndarray) -> sparse.csc_array:
+def sparse_codes(subject: ProbeTarget, x: np.ndarray) -> sparse.csc_array:
     """The codes of rows of activations, entries that are not zero only."""
     rows, columns, values, start = [], [], [], 0
     for part in torch.from_numpy(x).split(ROWS_AT_ONCE):

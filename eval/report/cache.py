@@ -21,27 +21,27 @@ FOLDER = "eval_cache"
 # Goes up when the way text is read or cut changes, which no group would notice.
 CACHE_VERSION = 1
 # What a group was told apart from the setting.
-Options = Mapping[str, Any]
+MetricOptions = Mapping[str, Any]
 Entries = tuple[dict[str, Any], dict[str, str]]
 
 log = logging.getLogger(__name__)
 
 
-class Store(Protocol):
+class ReportCache(Protocol):
     """Where a group's settled entries may be found."""
 
-    def get(self, group: type[MetricGroup], options: Options) -> Entries | None: ...
+    def get(self, group: type[MetricGroup], options: MetricOptions) -> Entries | None: ...
 
-    def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None: ...
+    def put(self, group: type[MetricGroup], options: MetricOptions, entries: Entries) -> None: ...
 
 
 class Nothing:
     """Remembers nothing."""
 
-    def get(self, group: type[MetricGroup], options: Options) -> Entries | None:
+    def get(self, group: type[MetricGroup], options: MetricOptions) -> Entries | None:
         return None
 
-    def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None:
+    def put(self, group: type[MetricGroup], options: MetricOptions, entries: Entries) -> None:
         pass
 
 
@@ -52,12 +52,12 @@ class Beside:
         self.folder = directory / FOLDER
         self.content = content | {"cache_version": CACHE_VERSION}
 
-    def path(self, group: type[MetricGroup], options: Options) -> Path:
+    def path(self, group: type[MetricGroup], options: MetricOptions) -> Path:
         own = {"group": group.name, "version": group.version, "options": dict(options)}
         key = json.dumps(self.content | own, sort_keys=True)
         return self.folder / f"{group.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
-    def get(self, group: type[MetricGroup], options: Options) -> Entries | None:
+    def get(self, group: type[MetricGroup], options: MetricOptions) -> Entries | None:
         path = self.path(group, options)
         if not path.exists():
             return None
@@ -68,7 +68,7 @@ class Beside:
             log.warning("%s: damaged, measured again.", path)
             return None
 
-    def put(self, group: type[MetricGroup], options: Options, entries: Entries) -> None:
+    def put(self, group: type[MetricGroup], options: MetricOptions, entries: Entries) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.path(group, options), {"entries": entries[0], "reasons": entries[1]})

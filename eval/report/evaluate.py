@@ -14,16 +14,16 @@ from torch import Tensor
 from ...sae import SparseDictionary
 from ...sae.files import write_json, write_text
 from ...training.text import Cursor
-from ...transcoders.stack import hooks_of
-from ..checkpoint import NOTHING, Given, Member, Opened, open_checkpoint
-from ..heldout import Ground, ground, require_fitted, require_scored, require_widths, wanted_tokens
+from ...transcoders.stack import hooks_of_provenance
+from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, LoadedDictionary, open_checkpoint
+from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
 from ..metrics import GROUPS
-from ..metrics.base import MetricGroup, Setting, View
+from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.glossary import REPORT_VERSION
-from ..metrics.inference import PER_TOKEN, Selection
-from ..metrics.model_outputs import Passage
-from ..pages.report import render
-from ..sanity import Sanity, doubts
+from ..metrics.inference import PER_TOKEN, InferenceMode
+from ..metrics.model_outputs import ModelOutputs
+from ..pages.report import render_report
+from ..sanity import Sanity, sanity_doubts
 from ..undefined import settled
 from .cache import Beside, Nothing, content_of
 from .stack import evaluate_opened
@@ -46,10 +46,10 @@ def evaluate(
     out: str | None = None,
     activations: Tensor | tuple[Tensor, Tensor] | None = None,
     tokens: int | None = None,
-    selection: Selection = PER_TOKEN,
+    selection: InferenceMode = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
-    given: Given = NOTHING,
+    given: CheckpointOptions = NO_OPTIONS,
 ) -> dict[str, Any]:
     """Judge a dictionary; the report is written to ``out`` (or beside the checkpoint) and returned.
 
@@ -66,23 +66,23 @@ def evaluate(
     if opened.in_place_together and (activations is not None or selection != PER_TOKEN):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:
-        return judge_all([opened], [out], tokens, selection, cache, progress)[0]
+        return evaluate_loaded([opened], [out], tokens, selection, cache, progress)[0]
     found = _candidate(opened, out, selection)
     if selection.oracle:
         raise ValueError("--oracle: needs the model, not activations alone.")
     x, y = activations if isinstance(activations, tuple) else (activations, None)
-    return _written(found, judge_tensor(found.dictionary, x, selection, y))
+    return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
 
 
 def evaluate_all(
     checkpoints: Sequence[str],
     outs: Sequence[str | None] | None = None,
     tokens: int | None = None,
-    selection: Selection = PER_TOKEN,
+    selection: InferenceMode = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    given: Given = NOTHING,
+    given: CheckpointOptions = NO_OPTIONS,
 ) -> list[dict[str, Any]]:
     """Judge several dictionaries, each with a report of its own; those of one model and text share its passes.
 
@@ -94,14 +94,14 @@ def evaluate_all(
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
     opened = [open_checkpoint(checkpoint, given) for checkpoint in checkpoints]
-    return judge_all(opened, outs, tokens, selection, cache, progress, options)
+    return evaluate_loaded(opened, outs, tokens, selection, cache, progress, options)
 
 
-def judge_all(
-    several: Sequence[Opened],
+def evaluate_loaded(
+    several: Sequence[LoadedCheckpoint],
     outs: Sequence[str | None] | None = None,
     tokens: int | None = None,
-    selection: Selection = PER_TOKEN,
+    selection: InferenceMode = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -128,7 +128,7 @@ def judge_all(
     reports: dict[int, dict[str, Any]] = {}
     for candidates in together.values():
         wanted = wanted_tokens(candidates[0].source, tokens)
-        for candidate, entries in zip(candidates, judge_on_model(candidates, wanted, cache, progress, options), strict=True):
+        for candidate, entries in zip(candidates, evaluate_on_model(candidates, wanted, cache, progress, options), strict=True):
             reports[id(candidate)] = _written(candidate, entries)
     found = iter(reports[id(candidate)] for candidate in alone)
     return [
@@ -141,16 +141,16 @@ def judge_all(
 class Candidate:
     """A checkpoint that is to be judged."""
 
-    opened: Opened
+    opened: LoadedCheckpoint
     out: Path
-    selection: Selection
+    selection: InferenceMode
 
     @property
     def checkpoint(self) -> str:
         return self.opened.name
 
     @property
-    def member(self) -> Member:
+    def member(self) -> LoadedDictionary:
         return self.opened.members[0]
 
     @property
@@ -173,7 +173,7 @@ class Candidate:
         return Beside(self.out if self.opened.foreign else self.member.directory, content)
 
 
-def _candidate(opened: Opened, out: str | None, selection: Selection) -> Candidate:
+def _candidate(opened: LoadedCheckpoint, out: str | None, selection: InferenceMode) -> Candidate:
     selection.require_valid(opened.members[0].dictionary)
     if selection != PER_TOKEN and out is None:
         raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
@@ -210,7 +210,7 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
     own = metrics.exists() and not candidate.opened.foreign
     curve = [json.loads(line) for line in metrics.read_text().splitlines()] if own else []
     write_json(candidate.out / "report.json", report)
-    write_text(candidate.out / "report.html", render(report, curve))
+    write_text(candidate.out / "report.html", render_report(report, curve))
     return report | {"report_path": str(candidate.out / "report.html")}
 
 
@@ -219,20 +219,20 @@ def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[st
     # Figure of the check -> entry of the report.
     names = {"l0": "l0_mean", "norm_ratio": "l2_ratio"} | {n: n for n in ("tokens", "fvu", "cosine", "dead_fraction")}
     found: dict[str, Any] = {name: entries.get(entry) for name, entry in names.items()}
-    return [] if None in found.values() else doubts(Sanity(**found, warnings=()), dictionary.n_latents)
+    return [] if None in found.values() else sanity_doubts(Sanity(**found, warnings=()), dictionary.n_latents)
 
 
 def _hook(source: dict[str, Any]) -> str | None:
     """The hook of an SAE; of a transcoder the one it reads and the one it writes."""
     if not source.get("hooks_in") and not source.get("hook"):
         return None
-    reads, writes = hooks_of(source)
+    reads, writes = hooks_of_provenance(source)
     return writes[0] if reads == writes else f"{', '.join(reads)} -> {', '.join(writes)}"
 
 
 @torch.no_grad()
-def judge_tensor(
-    dictionary: SparseDictionary, x: Tensor, selection: Selection = PER_TOKEN, y: Tensor | None = None
+def evaluate_tensor(
+    dictionary: SparseDictionary, x: Tensor, selection: InferenceMode = PER_TOKEN, y: Tensor | None = None
 ) -> dict[str, Any]:
     """What can be said of given activations: the first half fits, the second is scored.
 
@@ -258,11 +258,11 @@ def judge_tensor(
     setting = Setting(dictionary, torch.device("cpu"), selection, fit_tokens=half)
     groups = [group(setting) for group in GROUPS if not group.reads_model]
     for rows, wanted in zip(x[:half].float().split(ROWS_AT_ONCE), targets[:half].float().split(ROWS_AT_ONCE), strict=True):
-        piece = View(setting, None, (rows, wanted))
+        piece = DictionaryOutputs(setting, None, (rows, wanted))
         for group in groups:
             group.fit(piece)
     for rows, wanted in zip(x[half:].float().split(ROWS_AT_ONCE), targets[half:].float().split(ROWS_AT_ONCE), strict=True):
-        piece = View(setting, None, (rows, wanted))
+        piece = DictionaryOutputs(setting, None, (rows, wanted))
         for group in groups:
             group.score(piece)
     return _merged(settled(group.report()) for group in groups)
@@ -277,7 +277,7 @@ class _Judge:
 
 
 @torch.no_grad()
-def judge_on_model(
+def evaluate_on_model(
     candidates: Sequence[Candidate],
     tokens: int,
     cache: bool = True,
@@ -294,8 +294,8 @@ def judge_on_model(
         {group.name: found for group in GROUPS if (found := store.get(group, told[group.name])) is not None} for store in kept
     ]
     if any(len(entries) < len(GROUPS) for entries in known):
-        hooks = [hooks_of(candidate.source) for candidate in candidates]
-        where = ground(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
+        hooks = [hooks_of_provenance(candidate.source) for candidate in candidates]
+        where = eval_data(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
         judges = []
         for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
             dictionary = candidate.dictionary
@@ -320,15 +320,15 @@ def judge_on_model(
     return [_merged(entries[group.name] for group in GROUPS) for entries in known]
 
 
-def _run(judges: list[_Judge], where: Ground, tokens: int, progress: Callable[[int], None]) -> None:
+def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> None:
     """Show every group the text: one half of the documents to fit on, then the other."""
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
     cursor, fitted, scored = Cursor(0, 0), 0, 0
     for piece in where.pieces(cursor, tokens // 2):
-        passage = Passage(where.model, piece, hooks, with_logits=False)
+        passage = ModelOutputs(where.model, piece, hooks, with_logits=False)
         for judge in judges:
-            view = View(judge.setting, passage)
+            view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.fit(view)
         cursor = piece.cursor
@@ -337,9 +337,9 @@ def _run(judges: list[_Judge], where: Ground, tokens: int, progress: Callable[[i
     require_fitted(fitted)
     # The document the first half ended in is not scored.
     for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        passage = Passage(where.model, piece, hooks, with_logits=reads_model)
+        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model)
         for judge in judges:
-            view = View(judge.setting, passage)
+            view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.score(view)
         scored += int(piece.kept.sum())

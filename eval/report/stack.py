@@ -14,31 +14,39 @@ from ...sae import SparseCode, SparseDictionary
 from ...sae.files import write_json, write_text
 from ...sae.metrics import Moments
 from ...training.activations.model import LanguageModel
-from ...training.activations.splice import Insertion, Place, latents_at, model_spliced
+from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
 from ...training.text import Cursor
-from ...transcoders.stack import hooks_of
-from ..checkpoint import NOTHING, Given, Opened, open_checkpoint
-from ..heldout import Piece, ground, logits_and_activations, require_fitted, require_scored, require_widths, wanted_tokens
+from ...transcoders.stack import hooks_of_provenance
+from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
+from ..heldout import (
+    TextBatch,
+    eval_data,
+    logits_and_activations,
+    require_fitted,
+    require_scored,
+    require_widths,
+    wanted_tokens,
+)
 from ..metrics.downstream import SPLICES, Downstream, ablations
 from ..metrics.reconstruction import Reconstruction
 from ..pages.numbers import show
-from ..pages.stack import render, short
+from ..pages.stack import render_stack, short
 from ..undefined import settled
 
 STACK_REPORT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Layer:
+class ReplacedLayer:
     """One place where something is replaced: which insertion, which of its sites, between which hooks."""
 
-    place: Place
+    place: TokenPlace
     hook_in: str
     hook_out: str
 
 
 def evaluate_stack(
-    checkpoint: str, out: str | None = None, tokens: int | None = None, given: Given = NOTHING
+    checkpoint: str, out: str | None = None, tokens: int | None = None, given: CheckpointOptions = NO_OPTIONS
 ) -> dict[str, Any]:
     """Judge a directory of checkpoints, or a cross-layer transcoder; the report is written to ``out`` or into the directory.
 
@@ -52,28 +60,28 @@ def evaluate_stack(
     return evaluate_opened(open_checkpoint(checkpoint, given), out, tokens)
 
 
-def evaluate_opened(opened: Opened, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+def evaluate_opened(opened: LoadedCheckpoint, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
     """The same of what is loaded already."""
     opened = opened.completed()
     sources = _of_one_training(opened)
-    insertions = [Insertion(m.dictionary, *hooks_of(m.provenance)) for m in opened.members]
+    insertions = [Insertion(m.dictionary, *hooks_of_provenance(m.provenance)) for m in opened.members]
     report = _describe(opened, insertions)
     report |= judge_stack(insertions, sources[0], wanted_tokens(sources[0], tokens))
     target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "report.json", report)
-    write_text(target / "report.html", render(report))
+    write_text(target / "report.html", render_stack(report))
     return report | {"report_path": str(target / "report.html")}
 
 
-def _of_one_training(opened: Opened) -> list[dict[str, Any]]:
+def _of_one_training(opened: LoadedCheckpoint) -> list[dict[str, Any]]:
     """What the checkpoints say of themselves.
 
     Raises:
         ValueError: If they are of different models or texts.
     """
     sources = [member.provenance for member in opened.members]
-    hooks = [hooks_of(source)[1][0] for source in sources]
+    hooks = [hooks_of_provenance(source)[1][0] for source in sources]
     for key in ("model", "text", "harvest"):
         different = [hook for hook, source in zip(hooks, sources, strict=True) if source.get(key) != sources[0].get(key)]
         if different:
@@ -84,7 +92,7 @@ def _of_one_training(opened: Opened) -> list[dict[str, Any]]:
     return sources
 
 
-def _describe(opened: Opened, insertions: list[Insertion]) -> dict[str, Any]:
+def _describe(opened: LoadedCheckpoint, insertions: list[Insertion]) -> dict[str, Any]:
     dictionaries = [insertion.dictionary for insertion in insertions]
     arguments = [dictionary.arguments() for dictionary in dictionaries]
     encoders = list(dict.fromkeys(json.dumps(argument["encoder"]) for argument in arguments))
@@ -110,12 +118,12 @@ def _describe(opened: Opened, insertions: list[Insertion]) -> dict[str, Any]:
 def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int) -> dict[str, Any]:
     """Everything that is measured, as flat entries; those that begin with ``layer_`` are lists with one item per layer."""
     layers = [
-        Layer((index, site), insertion.hooks_in[site], insertion.hooks_out[site])
+        ReplacedLayer((index, site), insertion.hooks_in[site], insertion.hooks_out[site])
         for index, insertion in enumerate(insertions)
         for site in insertion.sites
     ]
     hooks_in, hooks_out = [layer.hook_in for layer in layers], [layer.hook_out for layer in layers]
-    where = ground(source, (*hooks_in, *hooks_out))
+    where = eval_data(source, (*hooks_in, *hooks_out))
     model = where.model
     sites = [insertions[layer.place[0]].dictionary.sites[layer.place[1]] for layer in layers]
     require_widths(model, hooks_in, [site.reads.stop - site.reads.start for site in sites], "d_in")
@@ -149,10 +157,10 @@ def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int
 
 
 def _reconstructed(
-    insertions: list[Insertion], layers: list[Layer], rows: dict[str, Tensor]
+    insertions: list[Insertion], layers: list[ReplacedLayer], rows: dict[str, Tensor]
 ) -> tuple[list[SparseCode], list[Tensor]]:
     """Every layer's code and reconstruction from the untouched model's activations."""
-    codes: dict[Place, SparseCode] = {}
+    codes: dict[TokenPlace, SparseCode] = {}
     outputs = []
     for layer in layers:
         index, site = layer.place
@@ -169,7 +177,7 @@ def _alone(layer: int) -> list[str]:
 
 
 def _variants(
-    model: LanguageModel, insertions: list[Insertion], layers: list[Layer], piece: Piece, means: dict[str, Tensor]
+    model: LanguageModel, insertions: list[Insertion], layers: list[ReplacedLayer], piece: TextBatch, means: dict[str, Tensor]
 ) -> Iterator[tuple[str, AbstractContextManager[Any]]]:
     yield "spliced", model_spliced(model, insertions, kept=piece.kept)
     yield from ablations(model, piece.kept, means).items()
@@ -183,7 +191,7 @@ def _variants(
         yield from ((zero, ablated["zero"]), (mean, ablated["mean"]))
 
 
-def _entries(layers: list[Layer], found: list[Reconstruction], downstream: Downstream) -> dict[str, Any]:
+def _entries(layers: list[ReplacedLayer], found: list[Reconstruction], downstream: Downstream) -> dict[str, Any]:
     reports = [settled(record.report())[0] for record in found]
     fvus = [report["fvu"] for report in reports]
     entries: dict[str, Any] = {

@@ -5,7 +5,7 @@ from typing import Any
 from .stack import stack_summary
 
 
-def summary(report: dict[str, Any]) -> list[tuple[str, str]]:
+def report_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures a person looks at first, as pairs of name and value."""
     if "layer_hooks" in report:
         return stack_summary(report)

@@ -72,7 +72,7 @@ def levels(parents: Int[Tensor, " n_features"]) -> list[Int[Tensor, " some"]]:
     return found[:-1]
 
 
-def flat(
+def independent_features(
     n_features: int,
     d: int,
     seed: int,
@@ -103,7 +103,7 @@ def correlated(
     std: float = 0.25,
     bias_norm: float = 1.0,
 ) -> Planted:
-    """``flat``, except that features fire together through ``rank`` common factors with ``strength`` of the variance.
+    """``independent_features``, but features fire together through ``rank`` common factors with ``strength`` of the variance.
 
     Raises:
         ValueError: If ``strength`` is not a share.
@@ -178,7 +178,7 @@ def small_but_decisive(
     std: float = 0.25,
     bias_norm: float = 1.0,
 ) -> Planted:
-    """``flat`` features, then a few small ones that alone determine a label; samples carry the gradient of its loss.
+    """``independent_features``, then a few small ones that alone determine a label; samples carry the gradient of its loss.
 
     Decisive atoms are orthogonal to each other and to the large ones: only so can a linear model read the label
     from x without their interference. Its logit is about 1 where one of them fires and -1 where none does.
@@ -205,7 +205,7 @@ def small_but_decisive(
 # Small enough for a dictionary to be trained in minutes on two CPU cores. `flat` and `correlated` plant 256 features in 64
 # dimensions, `hierarchical_*` 20 in 20, `small_but_decisive` 128 large and 4 decisive ones in 64.
 PLANTED: dict[str, Callable[[int], Planted]] = {
-    "flat": lambda seed: flat(256, 64, seed),
+    "flat": lambda seed: independent_features(256, 64, seed),
     "correlated": lambda seed: correlated(256, 64, seed),
     "hierarchical_0": lambda seed: hierarchical(20, seed, cosine=0.0),
     "hierarchical_04": lambda seed: hierarchical(20, seed, cosine=0.4),

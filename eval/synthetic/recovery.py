@@ -18,17 +18,17 @@ RECOVERED_COSINE = 0.9
 JUDGE_BATCH_TOKENS = 8192
 
 
-class Pairs(NamedTuple):
+class Matching(NamedTuple):
     """A one-to-one matching: entry i of both belongs together."""
 
     features: Tensor  # (pairs,)
     latents: Tensor  # (pairs,)
 
 
-def match(cosines: Float[Tensor, "n_features n_latents"]) -> Pairs:
+def match(cosines: Float[Tensor, "n_features n_latents"]) -> Matching:
     """The min(n_features, n_latents) pairs with the largest sum of cosines (Hungarian method)."""
     features, latents = linear_sum_assignment(cosines.numpy(), maximize=True)
-    return Pairs(torch.from_numpy(features), torch.from_numpy(latents))
+    return Matching(torch.from_numpy(features), torch.from_numpy(latents))
 
 
 def absolute_cosines(
@@ -38,7 +38,7 @@ def absolute_cosines(
     return (F.normalize(atoms.double(), dim=-1) @ F.normalize(W_dec.double(), dim=-1).T).abs()
 
 
-def score(
+def match_score(
     planted: Planted,
     W_dec: Float[Tensor, "n_latents d"],
     latents: Float[Tensor, "tokens n_latents"],
@@ -153,8 +153,8 @@ def chance_mcc(atoms: Float[Tensor, "n_features d"], n_latents: int, seed: int =
 
 
 @torch.no_grad()
-def judge(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int) -> dict[str, float]:
-    """``score`` of a dictionary in eval mode on fresh tokens; take a seed that it was not trained on.
+def evaluate_recovery(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int) -> dict[str, float]:
+    """``match_score`` of a dictionary in eval mode on fresh tokens; take a seed that it was not trained on.
 
     Raises:
         ValueError: If the dictionary is of another width.

@@ -142,7 +142,7 @@ def push_apart(atoms: Float[Tensor, "n_features d"], steps: int, lr: float = 3e-
     return F.normalize(rows.detach(), dim=-1)
 
 
-def pieces(planted: Planted, tokens: int, seed: int) -> list[tuple[int, int]]:
+def _pieces(planted: Planted, tokens: int, seed: int) -> list[tuple[int, int]]:
     """Sizes and seeds of the samples that make up so many tokens."""
     sizes = [min(DRAW_TOKENS, tokens - start) for start in range(0, tokens, DRAW_TOKENS)]
     return [(size, 1_000_003 * seed + number) for number, size in enumerate(sizes)]
@@ -155,7 +155,7 @@ def judge_streamed(dictionary: SparseDictionary, planted: Planted, tokens: int, 
         ValueError: If the dictionary is of another width.
     """
     recovery = recovery_of(planted, dictionary)
-    for size, number in pieces(planted, tokens, seed):
+    for size, number in _pieces(planted, tokens, seed):
         update_recovery(recovery, dictionary, planted.sample(size, number))
     return recovery.report()
 
@@ -167,7 +167,7 @@ def references(planted: Planted, n_latents: int, k: int, tokens: int, seed: int)
       them; ``kmeans``: as many spherical cluster centres. The k atoms with the largest inner products fire.
     - ``oracle``: the planted atoms, firing exactly where the truth does, with strengths by least squares.
     """
-    fitted = torch.cat([planted.sample(size, number).x for size, number in pieces(planted, tokens, seed + 1)])
+    fitted = torch.cat([planted.sample(size, number).x for size, number in _pieces(planted, tokens, seed + 1)])
     mean = fitted.mean(0)
     generator = generator_of("references", seed)
     components = torch.linalg.svd(fitted - mean, full_matrices=False).Vh
@@ -179,7 +179,7 @@ def references(planted: Planted, n_latents: int, k: int, tokens: int, seed: int)
     recoveries = {name: Recovery(planted, atoms) for name, atoms in floors.items()} | {
         "oracle": Recovery(planted, planted.atoms)
     }
-    for size, number in pieces(planted, tokens, seed):
+    for size, number in _pieces(planted, tokens, seed):
         sample = planted.sample(size, number)
         for name, atoms in floors.items():
             scores = (sample.x - mean) @ atoms.T

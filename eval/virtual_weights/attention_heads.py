@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...sae.dictionary import OneSiteDictionary
-from ...training.activations.architecture import Layer, LayerTrace
+from ...training.activations.architecture import BlockWeights, LayerTrace
 from .linear_readers import readers
 
 
@@ -27,7 +27,7 @@ def head_shares(dictionary: OneSiteDictionary, n_heads: int) -> Float[Tensor, "n
 
 
 @torch.no_grad()
-def residual_atoms(dictionary: OneSiteDictionary, layer: Layer) -> Float[Tensor, "n_latents d_model"]:
+def residual_atoms(dictionary: OneSiteDictionary, layer: BlockWeights) -> Float[Tensor, "n_latents d_model"]:
     """What one unit of each latent adds to the residual stream, in raw units: its atom through the output projection."""
     atoms = _by_head(dictionary.atoms, layer.W_O.shape[0]) * dictionary.out_scale
     return torch.einsum("lhd,hdm->lm", atoms.to(layer.W_O.dtype), layer.W_O)

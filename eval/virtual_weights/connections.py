@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...training.activations.architecture import Anatomy
-from ...transcoders.stack import Stack, hooks_of
+from ...training.activations.architecture import Architecture
+from ...transcoders.stack import Stack, hooks_of_provenance
 from ...transcoders.transcoder import Transcoder
 from .linear_readers import readers
 
@@ -28,7 +28,7 @@ class Strongest(NamedTuple):
     values: Float[Tensor, "upper k"]
 
 
-def transcoders_by_layer(anatomy: Anatomy, stack: Stack) -> dict[int, Transcoder]:
+def transcoders_by_layer(anatomy: Architecture, stack: Stack) -> dict[int, Transcoder]:
     """Those of a stack that stand in for an MLP, by its layer.
 
     Raises:
@@ -37,7 +37,7 @@ def transcoders_by_layer(anatomy: Anatomy, stack: Stack) -> dict[int, Transcoder
     hooks = {block.sites().get("mlp"): layer for layer, block in enumerate(anatomy.blocks)}
     found = {}
     for hook, dictionary in stack.items():
-        reads, writes = hooks_of(stack.provenances[hook])
+        reads, writes = hooks_of_provenance(stack.provenances[hook])
         layer = hooks.get((reads[0], writes[0]))
         if layer is not None and dictionary.arguments()["kind"] == "transcoder":
             found[layer] = dictionary
@@ -55,7 +55,7 @@ class Connections:
         ValueError: If a layer does not exist, or a transcoder's widths are not the model's.
     """
 
-    def __init__(self, anatomy: Anatomy, transcoders: Mapping[int, Transcoder]):
+    def __init__(self, anatomy: Architecture, transcoders: Mapping[int, Transcoder]):
         for layer, transcoder in transcoders.items():
             if not 0 <= layer < anatomy.n_layers:
                 raise ValueError(f"transcoders: expected layers 0 to {anatomy.n_layers - 1}, got {layer}.")

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
-from ..sparse_code import Requests, SparseCode
+from ..sparse_code import AuxTerms, SparseCode
 from ..sparsity_penalty import SparsityPenalty
 from ..tiled_scores import above
 
@@ -37,7 +37,7 @@ class Gated(Encoder):
             return code
         measure = gate.sum() / (tokens * weights.W_dec.shape[1])
         l0 = (magnitudes.detach() > 0).sum() / tokens
-        requests = Requests(
+        requests = AuxTerms(
             penalties={"sparsity": self.penalty(measure, self.sparsity, l0, self.target_l0)},
             frozen=SparseCode(code.latents, gate, code.starts),
         )

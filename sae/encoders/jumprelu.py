@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
-from ..sparse_code import Requests, SparseCode
+from ..sparse_code import AuxTerms, SparseCode
 from ..tiled_scores import Scorer, above, largest_of_batch
 
 # Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
@@ -67,7 +67,7 @@ class JumpReLU(Encoder):
         if not self.training or tokens == 0:
             return code
         penalty = self.sparsity * (fires.sum() / tokens / self.target_l0 - 1).pow(2)
-        return SparseCode(code.latents, code.values, code.starts, Requests(penalties={"sparsity": penalty}))
+        return SparseCode(code.latents, code.values, code.starts, AuxTerms(penalties={"sparsity": penalty}))
 
     def thresholds(self) -> Float[Tensor, " n_latents"]:
         """What a pre-activation must exceed, in normalised units."""

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
-from ..sparse_code import Requests, SparseCode
+from ..sparse_code import AuxTerms, SparseCode
 from ..sparsity_penalty import SparsityPenalty
 from ..tiled_scores import above
 
@@ -40,7 +40,7 @@ class ReLU(Encoder):
         measure = (code.values * norms[code.latents]).sum() / (tokens * weights.W_dec.shape[1])
         l0 = torch.tensor(len(code.values) / tokens, device=x.device)
         penalties = {"sparsity": self.penalty(measure, self.sparsity, l0, self.target_l0)}
-        return SparseCode(code.latents, code.values, code.starts, Requests(penalties=penalties))
+        return SparseCode(code.latents, code.values, code.starts, AuxTerms(penalties=penalties))
 
     def prepare(self, n_latents: int) -> None:
         if self.target_l0 is not None:

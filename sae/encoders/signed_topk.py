@@ -33,7 +33,7 @@ class SignedTopK(Encoder):
         scores = scorer(x, weights)
         if self.by == "value":
             return with_gradient(largest_per_token(scores.tiles(), self.k), x, weights)
-        found = largest_per_token(sizes(scores.tiles()), self.k)
+        found = largest_per_token(_sizes(scores.tiles()), self.k)
         return with_gradient(SparseCode(found.latents, pick(scores, found), found.starts), x, weights)
 
     def prepare(self, n_latents: int) -> None:
@@ -41,7 +41,7 @@ class SignedTopK(Encoder):
 
 
 @torch.no_grad()
-def sizes(tiles: Iterable[Tile]) -> Iterator[Tile]:
+def _sizes(tiles: Iterable[Tile]) -> Iterator[Tile]:
     """The same tiles with absolute values, in place."""
     for tile in tiles:
         tile.scores.abs_()

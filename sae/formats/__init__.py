@@ -1,6 +1,6 @@
 """Dictionaries as other libraries keep them: read, checked, written.
 
-Every format is a file beside this and a line in ``FORMATS``. Readers produce a ``Neutral``, writers take one; renames and
+Every format is a file beside this and a line in ``FORMATS``. Readers produce a ``CanonicalSAE``, writers take one; renames and
 transpositions are theirs, folds are in ``folding.py``, what becomes of it here in ``build.py``.
 """
 
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ..dictionary import SparseDictionary
-from .base import Format, Options, Read, SetFormat
+from .base import Format, Read, ReadOptions, SetFormat
 from .batch_topk_repo import BatchTopKRepository
-from .canonical import Neutral, NeutralLayers
+from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .circuit_tracer import CircuitTracer
 from .conversion import from_dictionary, to_dictionary
 from .dictionary_learning import DictionaryLearning
 from .dunefsky import Dunefsky
-from .files import TORCH_SUFFIXES, Source
+from .files import TORCH_SUFFIXES, SourceFiles
 from .gemma_scope import GemmaScope
 from .hooks import to_module
 from .llama_scope import LlamaScope
@@ -36,16 +36,16 @@ from .validation import check, check_layers
 
 __all__ = [
     "FORMATS",
+    "CanonicalCrossLayer",
+    "CanonicalSAE",
     "Format",
-    "Loaded",
-    "Neutral",
-    "NeutralLayers",
-    "Options",
-    "Source",
+    "ReadDictionaries",
+    "ReadOptions",
+    "SourceFiles",
     "detect",
-    "places",
+    "dictionary_places",
+    "read_canonical",
     "read_dictionary",
-    "read_neutral",
     "write_dictionaries",
     "write_dictionary",
 ]
@@ -76,7 +76,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ReadDictionaries:
     """What was read: one dictionary, or several by the hook they write, each with its provenance.
 
     ``notes`` says what was renamed, transposed and folded, ``evidence`` why the files were taken for what they are.
@@ -107,7 +107,7 @@ class Loaded:
         return next(iter(self.provenances.values()))
 
 
-def detect(source: Source, format: str | None = None) -> tuple[Format, str] | None:  # noqa: A002
+def detect(source: SourceFiles, format: str | None = None) -> tuple[Format, str] | None:  # noqa: A002
     """The format of the files right here, and the evidence; ``None`` if they are of none.
 
     Raises:
@@ -133,7 +133,7 @@ def known(format: str) -> Format:  # noqa: A002
     return FORMATS[format]
 
 
-def places(source: Source, format: str | None = None) -> list[tuple[Source, Format, str]]:  # noqa: A002
+def dictionary_places(source: SourceFiles, format: str | None = None) -> list[tuple[SourceFiles, Format, str]]:  # noqa: A002
     """Where there are dictionaries: here, or in the folders below, the topmost that hold any.
 
     Raises:
@@ -142,7 +142,7 @@ def places(source: Source, format: str | None = None) -> list[tuple[Source, Form
     here = detect(source, format)
     if here is not None:
         return [(source, *here)]
-    found: list[tuple[Source, Format, str]] = []
+    found: list[tuple[SourceFiles, Format, str]] = []
     for folder in source.folders:
         above = any(folder.startswith(f"{place.inside}/".removeprefix(source.inside).lstrip("/")) for place, _, _ in found)
         inner = source.at(folder) if folder and not above else None
@@ -161,14 +161,14 @@ def places(source: Source, format: str | None = None) -> list[tuple[Source, Form
     return found
 
 
-def read_neutral(source: Source, format: str | None = None, options: Options | None = None) -> Read:  # noqa: A002
+def read_canonical(source: SourceFiles, format: str | None = None, options: ReadOptions | None = None) -> Read:  # noqa: A002
     """What files hold, checked; several dictionaries by hook.
 
     Raises:
         ValueError: If the format is unknown or ambiguous, the files are damaged, or several dictionaries are of one hook.
     """
-    options = options or Options()
-    found = places(source, format)
+    options = options or ReadOptions()
+    found = dictionary_places(source, format)
     if len(found) > 1:
         # A folder named so needs no other folder read; its name need not be what the dictionary's own hook is called.
         named = [place for place in found if options.hook in (place[0].name, place[0].inside)]
@@ -181,10 +181,10 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
     results = [_checked(where, _read(where, f, options), f"{f.title}: {words}") for where, f, words in found]
     if len(results) == 1 and not isinstance(results[0], dict):
         return _of_hook(results[0], options.hook)
-    several: dict[str, Neutral] = {}
+    several: dict[str, CanonicalSAE] = {}
     for (where, _, _), result in zip(found, results, strict=True):
         for hook, n in result.items() if isinstance(result, dict) else [(hook_of(result) or where.name, result)]:
-            if hook in several or isinstance(n, NeutralLayers):
+            if hook in several or isinstance(n, CanonicalCrossLayer):
                 raise ValueError(f"{source}: expected one dictionary for each hook, got two for {hook}. Load them one by one.")
             several[hook] = n
     if options.hook is None:
@@ -195,7 +195,7 @@ def read_neutral(source: Source, format: str | None = None, options: Options | N
     return chosen[0]
 
 
-def _read(where: Source, f: Format, options: Options) -> Read:
+def _read(where: SourceFiles, f: Format, options: ReadOptions) -> Read:
     try:
         return f.read(where, options)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
@@ -206,7 +206,7 @@ def _read(where: Source, f: Format, options: Options) -> Read:
         ) from error
 
 
-def is_for(n: Neutral | NeutralLayers, hook: str) -> bool:
+def is_for(n: CanonicalSAE | CanonicalCrossLayer, hook: str) -> bool:
     """Whether a dictionary reads or writes a hook, given in our spelling or TransformerLens's."""
     model = (n.provenance.get("model") or {}).get("id")
     return bool(
@@ -214,34 +214,34 @@ def is_for(n: Neutral | NeutralLayers, hook: str) -> bool:
     )
 
 
-def _of_hook(n: Neutral | NeutralLayers, hook: str | None) -> Neutral | NeutralLayers:
+def _of_hook(n: CanonicalSAE | CanonicalCrossLayer, hook: str | None) -> CanonicalSAE | CanonicalCrossLayer:
     if hook is not None and hook_of(n) is not None and not is_for(n, hook):
         raise ValueError(f"hook: expected {hook_of(n)}, which this dictionary is for, got {hook!r}.")
     return n
 
 
 def read_dictionary(
-    path: str | Path | Source,
+    path: str | Path | SourceFiles,
     format: str | None = None,  # noqa: A002
-    options: Options | None = None,
+    options: ReadOptions | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
-) -> Loaded:
+) -> ReadDictionaries:
     """Dictionaries of ours from files of another library's, in eval mode.
 
     They compute in float32, whatever the files have: bfloat16 loses thresholds and biases. ``dtype`` ``None`` keeps the
     decoder's own for everything.
 
     Raises:
-        ValueError: As ``read_neutral`` does.
+        ValueError: As ``read_canonical`` does.
     """
-    source = path if isinstance(path, Source) else Source(path)
-    read = read_neutral(source, format, options)
+    source = path if isinstance(path, SourceFiles) else SourceFiles(path)
+    read = read_canonical(source, format, options)
     members = read if isinstance(read, dict) else {hook_of(read) or source.name: read}
     for warning in dict.fromkeys(warning for n in members.values() for warning in n.warnings):
         log.warning("%s: %s", source, warning)
     first = next(iter(members.values()))
-    return Loaded(
+    return ReadDictionaries(
         {hook: to_dictionary(n, dtype).to(device) for hook, n in members.items()},
         {hook: provenance_of(n) for hook, n in members.items()},
         tuple(dict.fromkeys(word for n in members.values() for word in n.done)),
@@ -251,11 +251,11 @@ def read_dictionary(
 
 
 def write_dictionary(
-    dictionary: SparseDictionary | Neutral | NeutralLayers,
+    dictionary: SparseDictionary | CanonicalSAE | CanonicalCrossLayer,
     directory: str | Path,
     format: str,  # noqa: A002
     provenance: dict[str, Any] | None = None,
-) -> Neutral | NeutralLayers:
+) -> CanonicalSAE | CanonicalCrossLayer:
     """Write a dictionary as another library reads it; what was written, whose ``done`` says what became of it.
 
     Raises:
@@ -267,20 +267,20 @@ def write_dictionary(
 
 
 def write_dictionaries(
-    dictionaries: Mapping[str, SparseDictionary | Neutral],
+    dictionaries: Mapping[str, SparseDictionary | CanonicalSAE],
     directory: str | Path,
     format: str,  # noqa: A002
     provenances: Mapping[str, dict[str, Any]],
-) -> dict[str, Neutral]:
+) -> dict[str, CanonicalSAE]:
     """Write the dictionaries of several hooks: in one folder where the library has sets of them, else a folder for each.
 
     Raises:
         ValueError: If there is no such format, or it cannot hold one of them, or not without others.
     """
-    members: dict[str, Neutral] = {}
+    members: dict[str, CanonicalSAE] = {}
     for hook, dictionary in dictionaries.items():
         n = from_dictionary(dictionary, provenances[hook]) if isinstance(dictionary, SparseDictionary) else dictionary
-        if isinstance(n, NeutralLayers):
+        if isinstance(n, CanonicalCrossLayer):
             raise ValueError(f"{hook}: expected a dictionary of one hook, got a cross-layer transcoder. Write it alone.")
         members[hook] = n
     f = known(format)
@@ -292,21 +292,21 @@ def write_dictionaries(
     return members
 
 
-def hook_of(n: Neutral | NeutralLayers) -> str | None:
+def hook_of(n: CanonicalSAE | CanonicalCrossLayer) -> str | None:
     """The hook a dictionary writes, if it is known."""
     return next(iter(n.provenance.get("hooks_out") or ()), None)
 
 
-def provenance_of(n: Neutral | NeutralLayers) -> dict[str, Any]:
+def provenance_of(n: CanonicalSAE | CanonicalCrossLayer) -> dict[str, Any]:
     """What our checkpoint is to say of where a dictionary comes from."""
     converted = {"evidence": n.evidence, "done": list(n.done), "warnings": list(n.warnings)}
     return n.provenance | {"converted": converted}
 
 
-def _checked(where: Source, read: Read, evidence: str) -> Read:
+def _checked(where: SourceFiles, read: Read, evidence: str) -> Read:
     """The same after the self-check, with its warnings and the evidence."""
     if isinstance(read, dict):
         return {hook: replace(n, warnings=tuple(check(n, f"{where}: {hook}")), evidence=evidence) for hook, n in read.items()}
-    if isinstance(read, NeutralLayers):
+    if isinstance(read, CanonicalCrossLayer):
         return replace(read, warnings=(*read.warnings, *check_layers(read, where)), evidence=evidence)
     return replace(read, warnings=tuple(check(read, where)), evidence=evidence)

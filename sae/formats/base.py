@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .canonical import Neutral, NeutralLayers
-from .files import Source
+from .canonical import CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 
 # One dictionary, a cross-layer one, or several by the hook they write.
-Read = Neutral | NeutralLayers | dict[str, Neutral]
+Read = CanonicalSAE | CanonicalCrossLayer | dict[str, CanonicalSAE]
 
 
 @dataclass(frozen=True)
-class Options:
+class ReadOptions:
     """What the files may leave open, said by whoever loads them.
 
     ``hook`` picks one of several dictionaries, and names the hook where the files do not. ``scale`` is the input scale of a
@@ -38,14 +38,14 @@ class Format(ABC):
     title: ClassVar[str]
 
     @abstractmethod
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         """Why these files are of this format: names of files first, then keys, then shapes. ``None`` if they are not.
 
         The name of a repository or folder proves nothing.
         """
 
     @abstractmethod
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         """What the files hold.
 
         Raises:
@@ -53,7 +53,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         """Write a dictionary as this library reads it.
 
         Raises:
@@ -65,7 +65,7 @@ class SetFormat(Format):
     """A library that keeps the dictionaries of all layers in one folder."""
 
     @abstractmethod
-    def write_set(self, members: Mapping[str, Neutral], directory: Path) -> None:
+    def write_set(self, members: Mapping[str, CanonicalSAE], directory: Path) -> None:
         """Write dictionaries, given by the hooks they write, as this library reads them.
 
         Raises:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .origin import originated
 from .torch_files import INSTEAD, torch_names
 
@@ -31,7 +31,7 @@ class BatchTopKRepository(Format):
     name = "batch_topk"
     title = "the BatchTopK repository"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         if not source.has(CONFIG) or not torch_names(source):
             return None
         cfg = source.json(CONFIG)
@@ -39,12 +39,12 @@ class BatchTopKRepository(Format):
             return None
         return f"{CONFIG} with act_size, dict_size and sae_type {cfg.get('sae_type')!r}"
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         cfg, names = source.config(CONFIG), torch_names(source)
         if WEIGHTS not in names and len(names) != 1:
             raise ValueError(f"{source}: expected {WEIGHTS}, found {', '.join(names) or 'no torch file'}.")
         name = WEIGHTS if WEIGHTS in names else names[0]
-        n = dictionary(source.path(name), cfg, source.tensors(name), options)
+        n = _dictionary(source.path(name), cfg, source.tensors(name), options)
         length = cfg.get("seq_len")
         return originated(
             n,
@@ -56,11 +56,11 @@ class BatchTopKRepository(Format):
             text={"context_length": length} if isinstance(length, int) else None,
         )
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError(f"batch_topk: these files are read only. {INSTEAD}.")
 
 
-def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Neutral:
+def _dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> CanonicalSAE:
     """The dictionary of a configuration and its tensors, but for provenance."""
     require_keys(where, tensors, FOUR)
     unknown = sorted(set(tensors) - {*FOUR, *LOGS, *BUFFERS})
@@ -75,11 +75,11 @@ def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tens
         require_shape(where, key, tuple(tensors[key].shape), shape)
     if cfg.get("activation", "relu") != "relu":
         raise ValueError(f"{where}: activation: expected relu, got {cfg['activation']!r}. It cannot be loaded.")
-    gate = chosen(where, cfg, tensors, options)
+    gate = _chosen(where, cfg, tensors, options)
     # JumpReLU alone is not centred there, unless its trainer was told to, which no file says.
     jumps = any(name in tensors for name in LOGS)
     subtracts = not jumps if options.subtract_b_dec is None else options.subtract_b_dec
-    n = Neutral(
+    n = CanonicalSAE(
         kind="sae",
         W_enc=tensors["W_enc"].T,
         b_enc=tensors["b_enc"],
@@ -101,7 +101,7 @@ def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tens
     return n
 
 
-def chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Gate:
+def _chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> ActivationFn:
     """How a type of dictionary chooses.
 
     Raises:
@@ -110,10 +110,10 @@ def chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor],
     log = next((tensors[name] for name in LOGS if name in tensors), None)
     if log is not None:
         require_shape(where, "log_threshold", tuple(log.shape), (cfg["dict_size"],))
-        return Gate("threshold", threshold=log.exp())
+        return ActivationFn("threshold", threshold=log.exp())
     kind = str(cfg.get("sae_type", "")).lower()
     if kind in ("vanilla", "standard"):
-        return Gate("relu")
+        return ActivationFn("relu")
     if any(word in kind for word in BATCHWIDE):
         level = tensors.get("threshold")
         level = torch.tensor(float(options.threshold)) if options.threshold is not None else level
@@ -123,9 +123,11 @@ def chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor],
                 f"{where}: threshold: expected one above 0, because {kind} chooses over a whole batch, on which the code of a "
                 f"token may not depend here; got {found}. Measure the smallest activation kept per batch: threshold=NUMBER."
             )
-        return Gate("threshold", threshold=level.reshape(()), k=cfg["top_k"] if isinstance(cfg.get("top_k"), int) else None)
+        return ActivationFn(
+            "threshold", threshold=level.reshape(()), k=cfg["top_k"] if isinstance(cfg.get("top_k"), int) else None
+        )
     if kind == "topk":
-        return Gate("topk", k=cfg.get("top_k") if options.k is None else options.k)
+        return ActivationFn("topk", k=cfg.get("top_k") if options.k is None else options.k)
     known = "vanilla, topk, batchtopk, jumprelu, or a Matryoshka one"
     raise ValueError(f"{where}: sae_type: expected {known}, got {cfg.get('sae_type')!r}. It cannot be loaded.")
 

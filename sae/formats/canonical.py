@@ -29,14 +29,14 @@ KINDS = ("sae", "transcoder")
 #   gated      relu(exp(r_mag) (p - b_enc) + b_mag) where p is positive
 #   group_max  the largest of each of k groups of consecutive latents, if it is positive
 #   pursuit    at most k steps of matching pursuit (`encoders/residual_pursuit.py`, `encoders/matching_pursuit.py`)
-GATES = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
+ACTIVATION_FNS = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
 # Gates that rank or compare: for these it matters whether p counts or p times the norm of the atom.
 COMPARING = ("topk", "topk_raw", "abs_topk", "threshold", "group_max")
 
 
 @dataclass(frozen=True)
-class Gate:
-    """How latents are chosen: one of ``GATES``, with what it needs.
+class ActivationFn:
+    """How latents are chosen: one of ``ACTIVATION_FNS``, with what it needs.
 
     ``by_norm``: the norm of its atom times p is ranked, or compared with the threshold; the value stays p. A pursuit's token
     stops at a residual below ``residual_norm``, or below ``tolerance`` times its input, or, with ``stop_on_repeat``, where a
@@ -55,11 +55,11 @@ class Gate:
     stop_on_repeat: bool = False
 
     def __post_init__(self) -> None:
-        assert self.name in GATES, self.name
+        assert self.name in ACTIVATION_FNS, self.name
 
 
 @dataclass(frozen=True)
-class Neutral:
+class CanonicalSAE:
     """One dictionary between two places of a model; see the module's equations.
 
     ``W_enc (n_latents, d_in)``, ``b_enc (n_latents,)``, ``W_dec (n_latents, d_out)``, ``b_out (d_out,)``, ``b_in (d_in,)``,
@@ -77,7 +77,7 @@ class Neutral:
     b_enc: Tensor | None
     W_dec: Tensor
     b_out: Tensor
-    gate: Gate
+    gate: ActivationFn
     b_in: Tensor | None = None
     scale_in: int | float = 1.0
     scale_out: int | float = 1.0
@@ -105,35 +105,35 @@ class Neutral:
         """Whether a fixed scale stands outside the weights."""
         return self.scale_in != 1.0 or self.scale_out != 1.0
 
-    def noting(self, *words: str, **changes: Any) -> "Neutral":
+    def noting(self, *words: str, **changes: Any) -> "CanonicalSAE":
         """The same with changes, and what they are in words."""
         return replace(self, done=(*self.done, *words), **changes)
 
 
 @dataclass(frozen=True)
-class NeutralLayers:
-    """A cross-layer transcoder: one ``Neutral`` per layer, first layer first.
+class CanonicalCrossLayer:
+    """A cross-layer transcoder: one ``CanonicalSAE`` per layer, first layer first.
 
     Layer ``l`` reads its own input. Its ``W_dec`` holds the decoders to layers ``l, l+1, ...`` side by side
     ``(n_latents, (n_layers - l) d_out)``, while its ``b_out`` ``(d_out,)``, ``scale_out`` and ``W_skip`` belong to what layer
     ``l`` is to write. ``provenance``, ``done``, ``evidence`` and ``warnings`` are those of the whole.
     """
 
-    layers: tuple[Neutral, ...]
+    layers: tuple[CanonicalSAE, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
     done: tuple[str, ...] = ()
     evidence: str = ""
     warnings: tuple[str, ...] = ()
     kind: str = "cross_layer_transcoder"
 
-    def noting(self, *words: str, **changes: Any) -> "NeutralLayers":
+    def noting(self, *words: str, **changes: Any) -> "CanonicalCrossLayer":
         """The same with changes, and what they are in words."""
         return replace(self, done=(*self.done, *words), **changes)
 
 
 @torch.no_grad()
 def forward(
-    n: Neutral, x: Float[Tensor, "tokens d_in"]
+    n: CanonicalSAE, x: Float[Tensor, "tokens d_in"]
 ) -> tuple[Float[Tensor, "tokens n_latents"], Float[Tensor, "tokens d_out"]]:
     """Dense activations and output by the equations above, word for word: what folds and built dictionaries are held to.
 
@@ -152,7 +152,7 @@ def forward(
     if n.row_norm is not None:
         seen, scale, mean = ROW_NORMS[n.row_norm](seen)
     p = (seen if n.b_in is None else seen - n.b_in) @ W_enc.T + b_enc
-    acts = activations(n.gate, p, b_enc, n.W_dec.norm(dim=1))
+    acts = _activations(n.gate, p, b_enc, n.W_dec.norm(dim=1))
     y = acts @ n.W_dec + n.b_out
     if n.kind == "sae":
         y = y * scale + mean
@@ -160,7 +160,7 @@ def forward(
     return acts, y if n.W_skip is None else y + x @ n.W_skip.T
 
 
-def widened(n: Neutral, dtype: torch.dtype) -> Neutral:
+def widened(n: CanonicalSAE, dtype: torch.dtype) -> CanonicalSAE:
     """The same with all numbers in one precision."""
 
     def cast(thing: Any) -> dict[str, Tensor]:
@@ -169,8 +169,11 @@ def widened(n: Neutral, dtype: torch.dtype) -> Neutral:
     return replace(n, gate=replace(n.gate, **cast(n.gate)), **cast(n))
 
 
-def activations(
-    gate: Gate, p: Float[Tensor, "tokens n_latents"], b_enc: Float[Tensor, " n_latents"], norms: Float[Tensor, " n_latents"]
+def _activations(
+    gate: ActivationFn,
+    p: Float[Tensor, "tokens n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    norms: Float[Tensor, " n_latents"],
 ) -> Float[Tensor, "tokens n_latents"]:
     """What a gate keeps of pre-activations."""
     seen = p * norms if gate.by_norm else p

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import gemma_scope
-from .base import Options, Read, SetFormat, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
+from .base import Read, ReadOptions, SetFormat, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .circuit_tracer_writing import CONFIG, THRESHOLD, write_across_layers, write_transcoders
-from .files import Source
+from .files import SourceFiles
 from .origin import origin, reading_before_norm, with_origin
 
 LAYER_FILE = r"layer_(\d+)\.safetensors"
@@ -32,7 +32,7 @@ class CircuitTracer(SetFormat):
     name = "circuit_tracer"
     title = "circuit-tracer"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         if source.has(CONFIG):
             config = source.yaml(CONFIG)
             kind = config.get("model_kind") if isinstance(config, dict) else None
@@ -44,7 +44,7 @@ class CircuitTracer(SetFormat):
         told = source.remote or {"W_enc", "W_dec"} <= source.headers("layer_0.safetensors").keys()
         return "layer_0.safetensors with W_enc and W_dec" if told else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         config = source.config(CONFIG) if source.has(CONFIG) else {}
         across = source.has("W_enc_0.safetensors")
         kind = config.get("model_kind", KINDS[across])
@@ -52,26 +52,26 @@ class CircuitTracer(SetFormat):
             raise ValueError(f"{source.path(CONFIG)}: model_kind: expected {' or '.join(KINDS)}, got {kind!r}.")
         return across_layers(source, config, options) if kind == KINDS[1] else transcoder_set(source, config, options)
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
-        if isinstance(n, NeutralLayers):
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
+        if isinstance(n, CanonicalCrossLayer):
             write_across_layers(n, directory)
         else:
             write_transcoders([n], directory)
 
-    def write_set(self, members: Mapping[str, Neutral], directory: Path) -> None:
+    def write_set(self, members: Mapping[str, CanonicalSAE], directory: Path) -> None:
         write_transcoders(list(members.values()), directory)
 
 
-def transcoder_set(source: Source, config: dict[str, Any], options: Options) -> dict[str, Neutral]:
+def transcoder_set(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> dict[str, CanonicalSAE]:
     """A transcoder for each layer, by the hook it writes.
 
     Raises:
         ValueError: If layers are missing, or their files are in other repositories.
     """
-    files = layer_files(source, config)
-    found: dict[str, Neutral] = {}
+    files = _layer_files(source, config)
+    found: dict[str, CanonicalSAE] = {}
     for layer, name in enumerate(files):
-        n = transcoder(source, name, config, options)
+        n = _transcoder(source, name, config, options)
         reads, writes = (joined(config.get(f"feature_{side}_hook"), layer) for side in ("input", "output"))
         model = config.get("model_name")
         n, reads = reading_before_norm(n, reads, options.model or model)
@@ -83,7 +83,7 @@ def transcoder_set(source: Source, config: dict[str, Any], options: Options) -> 
     return found
 
 
-def layer_files(source: Source, config: Mapping[str, Any]) -> list[str]:
+def _layer_files(source: SourceFiles, config: Mapping[str, Any]) -> list[str]:
     """The files of all layers, first layer first."""
     named = config.get("transcoders")
     if named is None:
@@ -117,11 +117,11 @@ def joined(place: Any, layer: int) -> str | None:
     return gemma_scope.spelt(re.sub(r"\[(\d+)\]", r".\1", place.format(layer=layer)))
 
 
-def transcoder(source: Source, name: str, config: Mapping[str, Any], options: Options) -> Neutral:
+def _transcoder(source: SourceFiles, name: str, config: Mapping[str, Any], options: ReadOptions) -> CanonicalSAE:
     """One layer's transcoder, from a file of theirs or of Gemma Scope."""
     where, tensors = source.path(name), dict(source.tensors(name))
     if name.endswith(".npz") or "w_enc" in tensors:
-        return gemma_scope.dictionary(where, tensors, "transcoder").noting("W_enc transposed")
+        return gemma_scope._dictionary(where, tensors, "transcoder").noting("W_enc transposed")
     k = tensors.pop("k", None)
     require_keys(where, tensors, FOUR)
     unknown = sorted(set(tensors) - {*FOUR, THRESHOLD, "W_skip"})
@@ -132,25 +132,25 @@ def transcoder(source: Source, name: str, config: Mapping[str, Any], options: Op
     for key, size in (sizes | {THRESHOLD: (latents,), "W_skip": (width, None)}).items():
         if key in tensors:
             require_shape(where, key, tuple(tensors[key].shape), size)
-    return Neutral(
+    return CanonicalSAE(
         kind="transcoder",
         W_enc=tensors["W_enc"],
         b_enc=tensors["b_enc"],
         W_dec=tensors["W_dec"],
         b_out=tensors["b_dec"],
-        gate=gate(where, config, tensors.get(THRESHOLD), options.k if k is None or options.k else whole(where, k)),
+        gate=_activation_fn(where, config, tensors.get(THRESHOLD), options.k if k is None or options.k else _whole(where, k)),
         W_skip=tensors.get("W_skip"),
     )
 
 
-def whole(where: object, k: Tensor) -> int | float:
+def _whole(where: object, k: Tensor) -> int | float:
     """A count that is kept as a tensor of one number."""
     require_shape(where, "k", tuple(k.reshape(-1).shape), (1,))
     number = float(k)
     return int(number) if number.is_integer() else number
 
 
-def gate(where: object, config: Mapping[str, Any], threshold: Tensor | None, k: Any) -> Gate:
+def _activation_fn(where: object, config: Mapping[str, Any], threshold: Tensor | None, k: Any) -> ActivationFn:
     """The gate that a threshold, a configuration and a count make out together."""
     named = str(config.get("activation") or "").lower().replace("_", "")
     if named not in ("", "relu", "jumprelu", "topk"):
@@ -159,8 +159,8 @@ def gate(where: object, config: Mapping[str, Any], threshold: Tensor | None, k: 
     if (ranked and threshold is not None) or (named == "jumprelu" and threshold is None) or (named == "relu" and ranked):
         raise ValueError(f"{where}: activation {named or 'not named'}, k {k}, and {THRESHOLD} contradict one another.")
     if ranked:
-        return Gate("topk_raw", k=config.get("k") if k is None else k)
-    return Gate("relu") if threshold is None else Gate("threshold", threshold=not_negative(where, threshold))
+        return ActivationFn("topk_raw", k=config.get("k") if k is None else k)
+    return ActivationFn("relu") if threshold is None else ActivationFn("threshold", threshold=not_negative(where, threshold))
 
 
 def not_negative(where: object, threshold: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def not_negative(where: object, threshold: Tensor) -> Tensor:
     return threshold
 
 
-def across_layers(source: Source, config: dict[str, Any], options: Options) -> NeutralLayers:
+def across_layers(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> CanonicalCrossLayer:
     """A cross-layer transcoder, whose decoders are in the file of the layer they read.
 
     Raises:
@@ -189,10 +189,10 @@ def across_layers(source: Source, config: dict[str, Any], options: Options) -> N
     reads, writes = ([joined(config.get(f"feature_{side}_hook"), i) for i in range(len(files))] for side in ("input", "output"))
     provenance, warnings = origin(CircuitTracer.name, config or joint, config.get("model_name"), reads, writes, options)
     words = ("decoders to all layers put side by side", *(("joint topk as a threshold",) if joint else ()))
-    return NeutralLayers(layers, provenance, words, warnings=tuple(warnings))
+    return CanonicalCrossLayer(layers, provenance, words, warnings=tuple(warnings))
 
 
-def layer_of_several(source: Source, i: int, count: int, joint: Mapping[str, Any], options: Options) -> Neutral:
+def layer_of_several(source: SourceFiles, i: int, count: int, joint: Mapping[str, Any], options: ReadOptions) -> CanonicalSAE:
     """What one layer reads, and writes to itself and later ones."""
     names = [f"{kind}_{i}.safetensors" for kind in ("W_enc", "W_dec")]
     where = source.path(names[0])
@@ -216,18 +216,18 @@ def layer_of_several(source: Source, i: int, count: int, joint: Mapping[str, Any
     for key, tensor, size in (("b_enc", b_enc, latents), ("b_dec", b_dec, width), ("threshold", threshold, latents)):
         if tensor is not None:
             require_shape(where, f"{key}_{i}", tuple(tensor.shape), (size,))
-    n = Neutral(
+    n = CanonicalSAE(
         kind="transcoder",
         W_enc=W_enc,
         b_enc=b_enc,
         W_dec=W_dec.flatten(1),
         b_out=b_dec,
-        gate=gate(where, {}, threshold, None),
+        gate=_activation_fn(where, {}, threshold, None),
     )
     return replace(n, gate=joint_gate(where, i, norm, joint, options)) if joint else n
 
 
-def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, Any], options: Options) -> Gate:
+def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, Any], options: ReadOptions) -> ActivationFn:
     """A threshold in place of a choice among all layers' latents of a token, by what they write.
 
     Raises:
@@ -241,7 +241,7 @@ def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, A
         )
     level = torch.tensor(options.threshold)
     if norm is None:
-        return Gate("threshold", threshold=level, by_norm=True)
+        return ActivationFn("threshold", threshold=level, by_norm=True)
     if norm.ndim != 1 or not bool((norm > 0).all()):
         raise ValueError(f"{where}: W_dec_norm_{i}: expected a number above 0 for each latent, got {tuple(norm.shape)}.")
-    return Gate("threshold", threshold=level / norm.float())
+    return ActivationFn("threshold", threshold=level / norm.float())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..files import write_tensors, write_text
-from .canonical import Gate, Neutral, NeutralLayers
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .folding import fold_all, fold_b_in, fold_layers, fold_norms
 from .hooks import behind_norm, layer_of, to_transformer_lens, transformer_lens_model
 
@@ -32,14 +32,14 @@ REFUSED = {
 }
 
 
-def write_transcoders(members: Sequence[Neutral], directory: Path) -> None:
+def write_transcoders(members: Sequence[CanonicalSAE], directory: Path) -> None:
     """A set of transcoders, one for each layer from 0.
 
     Raises:
         ValueError: If layers are missing, hooks are not the same in all, or circuit-tracer has nothing of the kind.
     """
     layers = in_order(members)
-    prepared = [transcoder(n, i) for i, n in enumerate(layers)]
+    prepared = [_transcoder(n, i) for i, n in enumerate(layers)]
     config = configuration(layers, "transcoder_set")
     ranked = {n.gate.k for n in prepared if n.gate.name == "topk_raw"}
     if len({n.gate.name for n in prepared}) > 1 or len(ranked) > 1 or len({n.n_latents for n in prepared}) > 1:
@@ -53,7 +53,7 @@ def write_transcoders(members: Sequence[Neutral], directory: Path) -> None:
     write_yaml(directory / CONFIG, config)
 
 
-def write_across_layers(n: NeutralLayers, directory: Path) -> None:
+def write_across_layers(n: CanonicalCrossLayer, directory: Path) -> None:
     """A cross-layer transcoder.
 
     Raises:
@@ -86,7 +86,7 @@ def write_across_layers(n: NeutralLayers, directory: Path) -> None:
     write_yaml(directory / CONFIG, config)
 
 
-def in_order(members: Sequence[Neutral]) -> list[Neutral]:
+def in_order(members: Sequence[CanonicalSAE]) -> list[CanonicalSAE]:
     """The members of a set by their layers.
 
     Raises:
@@ -101,7 +101,7 @@ def in_order(members: Sequence[Neutral]) -> list[Neutral]:
     return [n for _, n in sorted(zip(numbers, members, strict=True), key=lambda pair: pair[0] or 0)]
 
 
-def transcoder(n: Neutral, layer: int) -> Neutral:
+def _transcoder(n: CanonicalSAE, layer: int) -> CanonicalSAE:
     """The same function as weights alone, with a gate that circuit-tracer has."""
     if n.kind != "transcoder":
         raise ValueError(f"circuit_tracer: expected transcoders, got an autoencoder at layer {layer}. Write saelens.")
@@ -109,7 +109,7 @@ def transcoder(n: Neutral, layer: int) -> Neutral:
         raise ValueError(f"circuit_tracer: {n.gate.name}: {REFUSED[n.gate.name]}.")
     require_square(n, n.d_out)
     if n.row_norm is not None:
-        if n.row_norm != "constant_norm" or places(n)[0] is None or n.scaled or n.W_skip is not None:
+        if n.row_norm != "constant_norm" or _places(n)[0] is None or n.scaled or n.W_skip is not None:
             raise ValueError(f"circuit_tracer: row_norm {n.row_norm}: it has none but a model's own norm in front.")
         # What stands in front of the encoder is the hook then.
         n = replace(n, row_norm=None)
@@ -118,13 +118,13 @@ def transcoder(n: Neutral, layer: int) -> Neutral:
     return with_idle_latents(n) if n.gate.name == "topk" else n
 
 
-def require_square(n: Neutral, d_out: int) -> None:
+def require_square(n: CanonicalSAE, d_out: int) -> None:
     """Raise ``ValueError`` unless what is read is as wide as what is written, as in everything it has."""
     if n.d_in != d_out:
         raise ValueError(f"circuit_tracer: expected outputs as wide as inputs, {n.d_in}, got {d_out}: it has one width.")
 
 
-def with_idle_latents(n: Neutral) -> Neutral:
+def with_idle_latents(n: CanonicalSAE) -> CanonicalSAE:
     """TopK behind a rectifier as one without.
 
     With k more latents that are always zero and write nothing, a negative one is never among the k largest.
@@ -134,10 +134,10 @@ def with_idle_latents(n: Neutral) -> Neutral:
     k = n.gate.k
     matrices = {"W_enc": pad(n.W_enc, (0, 0, 0, k)), "W_dec": pad(n.W_dec, (0, 0, 0, k)), "b_enc": pad(n.b_enc, (0, k))}
     words = f"{k} latents added that are always zero, so that topk without a rectifier chooses no negative one"
-    return n.noting(words, gate=Gate("topk_raw", k=k), **matrices)
+    return n.noting(words, gate=ActivationFn("topk_raw", k=k), **matrices)
 
 
-def tensors_of(n: Neutral) -> dict[str, Tensor]:
+def tensors_of(n: CanonicalSAE) -> dict[str, Tensor]:
     """One layer's tensors by their names."""
     assert n.W_enc is not None
     assert n.b_enc is not None
@@ -146,19 +146,19 @@ def tensors_of(n: Neutral) -> dict[str, Tensor]:
     return found | ({} if n.gate.threshold is None else {THRESHOLD: full(n)})
 
 
-def full(n: Neutral) -> Tensor:
+def full(n: CanonicalSAE) -> Tensor:
     """A threshold for each latent; ours let no negative value through, theirs do above a negative threshold."""
     assert n.gate.threshold is not None
     return n.gate.threshold.reshape(-1).expand(n.n_latents).clamp_min(0)
 
 
-def configuration(layers: Sequence[Neutral], kind: str) -> dict[str, Any]:
+def configuration(layers: Sequence[CanonicalSAE], kind: str) -> dict[str, Any]:
     """What ``config.yaml`` says, which an earlier one from there may say more fully.
 
     Raises:
         ValueError: If hooks are unknown, or not the same place in every layer.
     """
-    found = {places(n) for n in layers}
+    found = {_places(n) for n in layers}
     reads, writes = next(iter(found))
     if len(found) > 1 or reads is None or writes is None:
         raise ValueError(
@@ -174,7 +174,7 @@ def configuration(layers: Sequence[Neutral], kind: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def places(n: Neutral) -> tuple[str | None, str | None]:
+def _places(n: CanonicalSAE) -> tuple[str | None, str | None]:
     """Where in a block it reads and writes, in TransformerLens's words."""
     model = (n.provenance.get("model") or {}).get("id")
     found = []

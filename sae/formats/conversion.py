@@ -16,20 +16,20 @@ from ..checkpoint import KINDS, build_dictionary
 from ..dictionary import OneSiteDictionary, SparseDictionary
 from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
-from .canonical import Gate, Neutral, NeutralLayers
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
 
 # Norms that differ from 1 by no more than roundings of float32 change nothing by being compared with.
 UNIT = 1e-6
 
 
-def to_dictionary(n: Neutral | NeutralLayers, dtype: torch.dtype | None = torch.float32) -> SparseDictionary:
+def to_dictionary(n: CanonicalSAE | CanonicalCrossLayer, dtype: torch.dtype | None = torch.float32) -> SparseDictionary:
     """The dictionary, in eval mode; ``dtype`` ``None`` keeps the decoder's own.
 
     Raises:
         ValueError: If its kind is not known here, or ours cannot hold it.
     """
-    if isinstance(n, NeutralLayers):
+    if isinstance(n, CanonicalCrossLayer):
         return _cross_layer(n, dtype)
     n = representable(n)
     own = dtype or n.W_dec.dtype
@@ -50,7 +50,7 @@ def to_dictionary(n: Neutral | NeutralLayers, dtype: torch.dtype | None = torch.
     return _assembled(arguments, state, own)
 
 
-def representable(n: Neutral) -> Neutral:
+def representable(n: CanonicalSAE) -> CanonicalSAE:
     """The same function in a form that ours can hold."""
     if n.gate.by_norm and n.gate.name == "threshold":
         n = fold_norm_into_threshold(n)
@@ -70,7 +70,7 @@ def _number(value: float | list[float]) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _weights(n: Neutral) -> dict[str, Tensor]:
+def _weights(n: CanonicalSAE) -> dict[str, Tensor]:
     """A dictionary's tensors under our names; the skip in normalised units, where the input is centred too."""
     b_dec = n.b_out
     weights = {"W_dec": n.W_dec.contiguous()}
@@ -84,14 +84,14 @@ def _weights(n: Neutral) -> dict[str, Tensor]:
     return weights | {"b_dec": b_dec}
 
 
-def encoder_of(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def encoder_of(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What rebuilds the encoder of a gate, and its tensors, those included that only training needs."""
     spec, own = _encoder(n)
     fresh = build_encoder(spec).state_dict()
     return spec, {f"encoder.{name}": tensor for name, tensor in fresh.items()} | own
 
 
-def _encoder(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _encoder(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     gate, k = n.gate, n.gate.k
     if gate.name == "threshold":
         assert gate.threshold is not None
@@ -112,7 +112,7 @@ def _encoder(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return specs[gate.name], {}
 
 
-def _pursuit(n: Neutral) -> dict[str, Any]:
+def _pursuit(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     plain = gate.residual_norm == 0 and not gate.stop_on_repeat
     if n.W_enc is not None or (plain and bool(((norms_of(n.W_dec) - 1).abs() < UNIT).all())):
@@ -124,7 +124,7 @@ def _pursuit(n: Neutral) -> dict[str, Any]:
     return {"name": "residual_pursuit", "max_steps": gate.k} | rules
 
 
-def _cross_layer(n: NeutralLayers, dtype: torch.dtype | None) -> SparseDictionary:
+def _cross_layer(n: CanonicalCrossLayer, dtype: torch.dtype | None) -> SparseDictionary:
     layers = [representable(layer) for layer in n.layers]
     first, count = layers[0], len(layers)
     if any(layer.row_norm is not None for layer in layers):
@@ -179,7 +179,9 @@ def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch
 
 
 @torch.no_grad()
-def from_dictionary(dictionary: SparseDictionary, provenance: dict[str, Any] | None = None) -> Neutral | NeutralLayers:
+def from_dictionary(
+    dictionary: SparseDictionary, provenance: dict[str, Any] | None = None
+) -> CanonicalSAE | CanonicalCrossLayer:
     """What a dictionary of ours is in eval mode. Tensors are its own, not copies.
 
     TopK and gradient TopK are topk, since no gradient is given when a dictionary is used; the batch-wide encoders and
@@ -195,7 +197,7 @@ def from_dictionary(dictionary: SparseDictionary, provenance: dict[str, Any] | N
     raise ValueError(f"dictionary: expected one of {', '.join(KINDS)}, got {type(dictionary).__name__}.")
 
 
-def _one_site(d: OneSiteDictionary, provenance: dict[str, Any]) -> Neutral:
+def _one_site(d: OneSiteDictionary, provenance: dict[str, Any]) -> CanonicalSAE:
     kind = d.arguments()["kind"]
     gate, words = gate_of(d.encoder, d.n_latents)
     shift = None if d.shift is None else d.shift.detach()
@@ -205,7 +207,7 @@ def _one_site(d: OneSiteDictionary, provenance: dict[str, Any]) -> Neutral:
     if W_skip is not None:
         b_out = b_out if shift is None else b_out - W_skip.detach() @ shift
         W_skip = W_skip.detach() * (scale_in / scale_out)
-    return Neutral(
+    return CanonicalSAE(
         kind=kind,
         W_enc=None if d.W_enc is None else d.W_enc.detach(),
         b_enc=None if d.b_enc is None else d.b_enc.detach(),
@@ -223,7 +225,7 @@ def _one_site(d: OneSiteDictionary, provenance: dict[str, Any]) -> Neutral:
     )
 
 
-def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
+def _layers(d: Any, provenance: dict[str, Any]) -> CanonicalCrossLayer:
     layers = []
     words: tuple[str, ...] = ()
     for site, block, encoder in zip(d.sites, d.blocks, d.encoders, strict=True):
@@ -232,7 +234,7 @@ def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
                 raise ValueError("encoder: no threshold is known before the first training batch. Train the dictionary.")
             here = block.latents.stop - block.latents.start
             gate, words = (
-                Gate("threshold", threshold=d.level.float().expand(here)),
+                ActivationFn("threshold", threshold=d.level.float().expand(here)),
                 ("joint topk as the threshold of eval mode",),
             )
         else:
@@ -243,7 +245,7 @@ def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
             matrix = d.W_skip[len(layers)].detach()
             b_out, W_skip = b_out - matrix @ centre, matrix * (scale_in / scale_out)
         layers.append(
-            Neutral(
+            CanonicalSAE(
                 kind="transcoder",
                 W_enc=block.weights.W_enc.detach(),
                 b_enc=block.weights.b_enc.detach(),
@@ -256,51 +258,51 @@ def _layers(d: Any, provenance: dict[str, Any]) -> NeutralLayers:
                 W_skip=W_skip,
             )
         )
-    return NeutralLayers(tuple(layers), provenance, words)
+    return CanonicalCrossLayer(tuple(layers), provenance, words)
 
 
-def gate_of(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
+def gate_of(encoder: Any, n_latents: int) -> tuple[ActivationFn, tuple[str, ...]]:
     """What an encoder of ours does in eval mode, and in words what that leaves out."""
     name = encoder_spec(encoder)["name"]
     return GATE_OF[name](encoder, n_latents)
 
 
-def _threshold(words: str) -> Callable[[Any, int], tuple[Gate, tuple[str, ...]]]:
-    def gate(encoder: Any, n_latents: int) -> tuple[Gate, tuple[str, ...]]:
+def _threshold(words: str) -> Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]:
+    def gate(encoder: Any, n_latents: int) -> tuple[ActivationFn, tuple[str, ...]]:
         level = encoder.thresholds() if isinstance(encoder, JumpReLU) else encoder.known_threshold()
         # What k was chooses nothing in eval mode; some formats name it.
-        return Gate("threshold", k=getattr(encoder, "k", None), threshold=level.detach().expand(n_latents)), (words,)
+        return ActivationFn("threshold", k=getattr(encoder, "k", None), threshold=level.detach().expand(n_latents)), (words,)
 
     return gate
 
 
-def _plain(name: str, *arguments: str) -> Callable[[Any, int], tuple[Gate, tuple[str, ...]]]:
-    return lambda encoder, _: (Gate(name, **{key: getattr(encoder, key) for key in arguments}), ())
+def _plain(name: str, *arguments: str) -> Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]:
+    return lambda encoder, _: (ActivationFn(name, **{key: getattr(encoder, key) for key in arguments}), ())
 
 
-def _gated(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
-    return Gate("gated", r_mag=encoder.r_mag.detach(), b_mag=encoder.b_mag.detach()), ()
+def _gated(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
+    return ActivationFn("gated", r_mag=encoder.r_mag.detach(), b_mag=encoder.b_mag.detach()), ()
 
 
-def _own_threshold(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
-    return Gate("threshold", threshold=encoder.threshold.detach()), ()
+def _own_threshold(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
+    return ActivationFn("threshold", threshold=encoder.threshold.detach()), ()
 
 
-def _signed(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
-    return Gate("topk_raw" if encoder.by == "value" else "abs_topk", k=encoder.k), ()
+def _signed(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
+    return ActivationFn("topk_raw" if encoder.by == "value" else "abs_topk", k=encoder.k), ()
 
 
-def _gradient_topk(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
-    return Gate("topk", k=encoder.k), ("gradient topk as the topk it is without a gradient",)
+def _gradient_topk(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
+    return ActivationFn("topk", k=encoder.k), ("gradient topk as the topk it is without a gradient",)
 
 
-def _residual_pursuit(encoder: Any, _: int) -> tuple[Gate, tuple[str, ...]]:
+def _residual_pursuit(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
     rules = {"residual_norm": float(encoder.residual_norm), "stop_on_repeat": encoder.stop_on_repeat}
-    return Gate("pursuit", k=encoder.max_steps, **rules), ()
+    return ActivationFn("pursuit", k=encoder.max_steps, **rules), ()
 
 
 # The stated mapping of every family: what its encoder is in eval mode.
-GATE_OF: dict[str, Callable[[Any, int], tuple[Gate, tuple[str, ...]]]] = {
+GATE_OF: dict[str, Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]] = {
     "topk": _plain("topk", "k"),
     "gradient_topk": _gradient_topk,
     "relu": _plain("relu"),

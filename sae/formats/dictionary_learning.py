@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms, norms_of
 from .hooks import layer_of, to_module
-from .origin import config_above, hooks_of, model_of, originated, source_config
+from .origin import config_above, hooks_from_files, model_of, originated, source_config
 from .torch_files import CONFIGS, torch_names, values_of, write_torch
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -47,7 +47,7 @@ class DictionaryLearning(Format):
     name = "dictionary_learning"
     title = "dictionary_learning"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         if source.has(CONFIG) and torch_names(source):
             config = source.json(CONFIG)
             trainer = config.get("trainer") if isinstance(config, dict) else None
@@ -62,7 +62,7 @@ class DictionaryLearning(Format):
         found = [c for c in classes_of(values) if c != "AutoEncoderNew" or WEIGHTS in names or names[0].startswith("ae_")]
         return f"the keys of {' or '.join(found)}" if found else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         name = weights_name(source)
         where, values = source.path(name), dict(source.values(name))
         config = config_above(source, CONFIG, 2)
@@ -77,7 +77,7 @@ class DictionaryLearning(Format):
         trainer = trainer if isinstance(trainer, dict) else {}
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         kind = class_of(where, trainer, tensors, options)
-        n = dictionary(where, kind, trainer, tensors, options)
+        n = _dictionary(where, kind, trainer, tensors, options)
         n = n.noting(f"{kind}: matrices transposed", *words, scale_in=scale, scale_out=scale)
         buffer = config.get("buffer")
         buffer = buffer if isinstance(buffer, dict) else {}
@@ -87,16 +87,16 @@ class DictionaryLearning(Format):
             self.name,
             config,
             options,
-            hook=hook_name(trainer, buffer),
+            hook=_hook_name(trainer, buffer),
             model=trainer.get("lm_name"),
             text={"context_length": length} if isinstance(length, int) else None,
         )
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
-        if isinstance(n, NeutralLayers) or n.kind != "sae":
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
+        if isinstance(n, CanonicalCrossLayer) or n.kind != "sae":
             raise ValueError("dictionary_learning: its dictionaries map a place to itself. Write sparsify or saelens.")
-        kind, trainer, tensors = written(n)
-        reads, _ = hooks_of(n)
+        kind, trainer, tensors = _written(n)
+        reads, _ = hooks_from_files(n)
         module, side = (reads or ":out").rsplit(":", 1)
         kept = source_config(n, self.name)
         found = {"dict_class": kind, "activation_dim": n.d_in, "dict_size": n.n_latents, **trainer}
@@ -113,7 +113,7 @@ class DictionaryLearning(Format):
         )
 
 
-def weights_name(source: Source) -> str:
+def weights_name(source: SourceFiles) -> str:
     """The state file that is meant.
 
     Raises:
@@ -144,7 +144,7 @@ def classes_of(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> str:
+def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> str:
     """The class of a state file.
 
     Raises:
@@ -186,9 +186,9 @@ def factor(where: object, values: Mapping[str, Any]) -> float:
     return 1 / norm
 
 
-def dictionary(
-    where: object, kind: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options
-) -> Neutral:
+def _dictionary(
+    where: object, kind: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
+) -> CanonicalSAE:
     """The dictionary of a class and its tensors."""
     keys = CLASSES[kind]
     require_keys(where, tensors, keys)
@@ -208,33 +208,35 @@ def dictionary(
         if trainer.get(field, size) != size:
             raise ValueError(f"{where}: {field}: expected {size}, which the tensors have, got {trainer[field]!r} in {CONFIG}.")
     subtracts = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
-    return Neutral(
+    return CanonicalSAE(
         kind="sae",
         W_enc=tensors[W_enc] if linear else tensors[W_enc].T,
         b_enc=tensors[b_enc],
         W_dec=tensors[W_dec].T if linear else tensors[W_dec],
         b_out=tensors[b_dec],
-        gate=gate(where, kind, trainer, tensors, options),
+        gate=_activation_fn(where, kind, trainer, tensors, options),
         b_in=tensors[b_dec] if subtracts else None,
     )
 
 
-def gate(where: object, kind: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Gate:
+def _activation_fn(
+    where: object, kind: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
+) -> ActivationFn:
     """How a class chooses."""
     if kind in ("AutoEncoder", "AutoEncoderNew"):
-        return Gate("relu")
+        return ActivationFn("relu")
     if kind == "GatedAutoEncoder":
-        return Gate("gated", r_mag=tensors["r_mag"], b_mag=tensors["mag_bias"])
+        return ActivationFn("gated", r_mag=tensors["r_mag"], b_mag=tensors["mag_bias"])
     if kind == "JumpReluAutoEncoder":
-        return Gate("threshold", threshold=tensors["threshold"])
+        return ActivationFn("threshold", threshold=tensors["threshold"])
     k = chosen_k(where, trainer, tensors, options)
     if kind == "AutoEncoderTopK":
-        return Gate("topk", k=k)
+        return ActivationFn("topk", k=k)
     # The k of its training chooses nothing any more, but the library wants it back.
-    return Gate("threshold", k=k if isinstance(k, int) else None, threshold=chosen_threshold(where, tensors, options))
+    return ActivationFn("threshold", k=k if isinstance(k, int) else None, threshold=chosen_threshold(where, tensors, options))
 
 
-def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Any:
+def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> Any:
     """The latents per token: as said, as in the tensors, as in the configuration, where early files have it alone."""
     said = trainer.get("k")
     if options.k is not None or "k" not in tensors:
@@ -249,7 +251,7 @@ def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
     return k
 
 
-def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: Options) -> Tensor:
+def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: ReadOptions) -> Tensor:
     """One threshold for all latents.
 
     Raises:
@@ -269,7 +271,7 @@ def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: Opti
     return level
 
 
-def hook_name(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | None:
+def _hook_name(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | None:
     """The hook of a configuration: a module's path, TransformerLens's name, or what its scripts call places."""
     name = trainer.get("submodule_name")
     if not isinstance(name, str):
@@ -281,7 +283,7 @@ def hook_name(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | No
     return f"{name}:{side}" if to_module(name) == f"{name}:out" else name
 
 
-def written(n: Neutral) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+def _written(n: CanonicalSAE) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Class, arguments and tensors of a dictionary.
 
     Raises:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import TORCH_SUFFIXES, Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import TORCH_SUFFIXES, SourceFiles
 from .origin import origin, reading_before_norm, with_origin
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_dec_out")
@@ -30,8 +30,8 @@ class Dunefsky(Format):
     name = "dunefsky"
     title = "transcoder_circuits"
 
-    def detect(self, source: Source) -> str | None:
-        files = files_of(source)
+    def detect(self, source: SourceFiles) -> str | None:
+        files = _files_of(source)
         if source.remote or len(files) != 1:
             return None
         try:
@@ -41,8 +41,8 @@ class Dunefsky(Format):
             return None
         return f"{files[0]} with b_dec_out" if "b_dec_out" in keys else None
 
-    def read(self, source: Source, options: Options) -> Read:
-        files = files_of(source)
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
+        files = _files_of(source)
         if len(files) != 1:
             raise ValueError(f"{source}: expected one file of tensors, got {', '.join(files) or 'none'}. Name the file.")
         where = source.path(files[0])
@@ -50,23 +50,23 @@ class Dunefsky(Format):
             values = source.values(files[0])
         except ValueError as error:
             raise ValueError(f"{error} {CONVERT}" if "pickled" in str(error) else str(error)) from None
-        n = dictionary(where, {key: value for key, value in values.items() if isinstance(value, Tensor)})
+        n = _dictionary(where, {key: value for key, value in values.items() if isinstance(value, Tensor)})
         config: dict[str, Any] = {key.removeprefix("cfg."): value for key, value in values.items() if key.startswith("cfg.")}
         model = options.model or config.get("model_name")
         n, reads = reading_before_norm(n, config.get("hook_point"), model)
         provenance, warnings = origin(self.name, config, model, [reads], [config.get("out_hook_point")], options)
         return with_origin(n, provenance, warnings, "W_enc transposed", "b_dec is the input bias, b_dec_out the output's")
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError("dunefsky: read only: their files are pickles of their own classes. Write circuit_tracer or saelens.")
 
 
-def files_of(source: Source) -> list[str]:
+def _files_of(source: SourceFiles) -> list[str]:
     """Files right here that may hold tensors."""
     return [name for name in source.files if "/" not in name and name.endswith(SUFFIXES)]
 
 
-def dictionary(where: object, tensors: Mapping[str, Tensor]) -> Neutral:
+def _dictionary(where: object, tensors: Mapping[str, Tensor]) -> CanonicalSAE:
     """The transcoder of their tensors.
 
     Raises:
@@ -81,12 +81,12 @@ def dictionary(where: object, tensors: Mapping[str, Tensor]) -> Neutral:
     sizes = {"W_enc": (d_in, latents), "W_dec": (latents, d_out), "b_enc": (latents,), "b_dec": (d_in,), "b_dec_out": (d_out,)}
     for name, size in sizes.items():
         require_shape(where, name, tuple(tensors[name].shape), size)
-    return Neutral(
+    return CanonicalSAE(
         kind="transcoder",
         W_enc=tensors["W_enc"].T,
         b_enc=tensors["b_enc"],
         W_dec=tensors["W_dec"],
         b_out=tensors["b_dec_out"],
         b_in=tensors["b_dec"],
-        gate=Gate("relu"),
+        gate=ActivationFn("relu"),
     )

@@ -56,7 +56,7 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Source:
+class SourceFiles:
     """Files below one directory, by their paths within it ("layer_3/cfg.json"); or a single file."""
 
     def __init__(self, root: str | Path, inside: str = ""):
@@ -109,13 +109,13 @@ class Source:
     def _base(self) -> Path:
         return self.root / self.inside
 
-    def at(self, folder: str) -> "Source":
+    def at(self, folder: str) -> "SourceFiles":
         """The files below a folder.
 
         Raises:
             ValueError: If the name leads out of here.
         """
-        return Source(self.root, _joined(self.inside, inner_path(folder, str(self))))
+        return SourceFiles(self.root, _joined(self.inside, inner_path(folder, str(self))))
 
     def has(self, name: str) -> bool:
         return name in self.files
@@ -214,7 +214,7 @@ class Source:
         return self._tensors[name]
 
 
-class HubSource(Source):
+class HubSource(SourceFiles):
     """A repository of the Hugging Face hub: files are fetched one by one, when they are asked for."""
 
     def __init__(self, repo_id: str, revision: str | None = None, inside: str = ""):
@@ -262,7 +262,7 @@ def hub_files(repo_id: str, revision: str | None) -> list[str]:
         cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except Exception:  # noqa: BLE001
         raise ValueError(f"{repo_id}: the hub repository of that name could not be had ({reason}).") from None
-    return list(Source(cached).files)
+    return list(SourceFiles(cached).files)
 
 
 def inner_path(name: str, where: str) -> str:

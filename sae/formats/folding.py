@@ -1,6 +1,6 @@
 """Folds: the same function with one thing less outside the weights. All of them, and nowhere else.
 
-Pure: each takes a ``Neutral`` and returns another with the same output, which says in ``done`` what was folded. Nothing is
+Pure: each takes a ``CanonicalSAE`` and returns another with the same output, which says in ``done`` what was folded. Nothing is
 folded that a dictionary of ours can hold as it is. Units of thresholds are where formats differ, so: ``Gate.threshold`` is
 always what ``p`` is compared with, or, with ``by_norm``, ``p`` times the atom's norm; no fold may assume anything else.
 What is folded of half precision comes out in float32: rounded once more it would be another function.
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .canonical import COMPARING, Neutral, NeutralLayers
+from .canonical import COMPARING, CanonicalCrossLayer, CanonicalSAE
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def norm_of(tensor: Tensor) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def fold_norms(n: Neutral) -> Neutral:
+def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
     """Atoms of norm 1, the encoder making up for it: activations grow by the norms.
 
     Which latents fire stays the same for gates that compare by norm, or each latent with its own threshold.
@@ -72,7 +72,7 @@ def fold_norms(n: Neutral) -> Neutral:
     )
 
 
-def fold_norm_into_threshold(n: Neutral) -> Neutral:
+def fold_norm_into_threshold(n: CanonicalSAE) -> CanonicalSAE:
     """Thresholds on norm-weighted pre-activations as thresholds on plain ones: ``p n_i > theta`` is ``p > theta / n_i``.
 
     No matrix is touched. A latent whose atom is zero writes nothing; whether it fires is kept all the same.
@@ -90,7 +90,7 @@ def fold_norm_into_threshold(n: Neutral) -> Neutral:
     )
 
 
-def fold_scale_in(n: Neutral) -> Neutral:
+def fold_scale_in(n: CanonicalSAE) -> CanonicalSAE:
     """The fixed input scale inside the weights.
 
     Pre-activations, and with them thresholds, keep their units: ``W_enc`` takes the scale. A pursuit, whose encoder is its
@@ -114,7 +114,7 @@ def fold_scale_in(n: Neutral) -> Neutral:
     return n.noting(note, b_in=b_in, b_out=wide(n.b_out) / s, gate=gate, scale_in=1.0, scale_out=n.scale_out / s)
 
 
-def fold_scale_out(n: Neutral) -> Neutral:
+def fold_scale_out(n: CanonicalSAE) -> CanonicalSAE:
     """The fixed output scale inside decoder and output bias; what is compared by norm is compared as before."""
     s = n.scale_out
     if s == 1.0:
@@ -130,7 +130,7 @@ def fold_scale_out(n: Neutral) -> Neutral:
     return n.noting(f"output scale {s:.6g} folded", W_dec=wide(n.W_dec) / s, b_out=wide(n.b_out) / s, gate=gate, scale_out=1.0)
 
 
-def fold_b_in(n: Neutral) -> Neutral:
+def fold_b_in(n: CanonicalSAE) -> CanonicalSAE:
     """What is subtracted from the input inside ``b_enc``; no matrix is touched.
 
     Raises:
@@ -145,7 +145,7 @@ def fold_b_in(n: Neutral) -> Neutral:
     return _recentred(n, -wide(n.b_in)).noting("input bias folded into the encoder bias", b_in=None)
 
 
-def fold_b_out_in(n: Neutral) -> Neutral:
+def fold_b_out_in(n: CanonicalSAE) -> CanonicalSAE:
     """The output bias subtracted from the input, and ``b_enc`` making up for it: for formats that have but one bias.
 
     Raises:
@@ -161,7 +161,7 @@ def fold_b_out_in(n: Neutral) -> Neutral:
     )
 
 
-def _recentred(n: Neutral, shift: Float[Tensor, " d_in"]) -> Neutral:
+def _recentred(n: CanonicalSAE, shift: Float[Tensor, " d_in"]) -> CanonicalSAE:
     """With the encoder biases of a dictionary that sees ``x + shift``."""
     if n.W_enc is None or n.b_enc is None:
         raise ValueError("fold: a pursuit has no encoder bias that an input bias could go into.")
@@ -175,8 +175,8 @@ def _recentred(n: Neutral, shift: Float[Tensor, " d_in"]) -> Neutral:
 
 
 def fold_whitening(
-    n: Neutral, mean: Float[Tensor, " d"], whiten: Float[Tensor, "d d"], unwhiten: Float[Tensor, "d d"]
-) -> Neutral:
+    n: CanonicalSAE, mean: Float[Tensor, " d"], whiten: Float[Tensor, "d d"], unwhiten: Float[Tensor, "d d"]
+) -> CanonicalSAE:
     """An affine whitening around an autoencoder, which saw ``(x - mean) @ whiten``, inside its weights.
 
     Raises:
@@ -198,7 +198,7 @@ def fold_whitening(
     )
 
 
-def fold_activation_scale(n: Neutral, factor: Float[Tensor, " n_latents"]) -> Neutral:
+def fold_activation_scale(n: CanonicalSAE, factor: Float[Tensor, " n_latents"]) -> CanonicalSAE:
     """Latents whose activations are multiplied by a factor before they are decoded: atoms take it.
 
     Only activations are meant that were chosen before. Gates by norm are fixed to the norms they had.
@@ -208,7 +208,7 @@ def fold_activation_scale(n: Neutral, factor: Float[Tensor, " n_latents"]) -> Ne
     return n.noting("per-latent scaling factors folded into the atoms", W_dec=wide(n.W_dec) * factor[:, None])
 
 
-def fold_all(n: Neutral) -> Neutral:
+def fold_all(n: CanonicalSAE) -> CanonicalSAE:
     """Nothing left outside the weights but what cannot be folded: for formats that hold weights only."""
     if n.gate.name == "threshold" and n.gate.by_norm:
         n = fold_norm_into_threshold(n)
@@ -216,7 +216,7 @@ def fold_all(n: Neutral) -> Neutral:
     return n if n.scale_out == 1.0 else fold_scale_out(n)
 
 
-def fold_layers(n: NeutralLayers) -> NeutralLayers:
+def fold_layers(n: CanonicalCrossLayer) -> CanonicalCrossLayer:
     """A cross-layer transcoder with nothing left outside its weights.
 
     The scale of a layer's output is divided out of every decoder that writes there, whichever layer it belongs to.

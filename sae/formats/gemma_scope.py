@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .origin import origin, reading_before_norm, with_origin
 
 NPZ, SAFETENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"
@@ -45,20 +45,20 @@ class GemmaScope(Format):
     name = "gemma_scope"
     title = "Gemma Scope"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         archive = npz_of(source)
         if archive is not None:
             keys = () if source.remote else {key.lower() for key in source.headers(archive)}
             return f"{archive} with W_enc and threshold" if source.remote or set(KEYS) <= set(keys) else None
         if source.has(SAFETENSORS):
             return f"{SAFETENSORS} with w_enc" if source.remote or "w_enc" in source.headers(SAFETENSORS) else None
-        files = layer_files(source)
+        files = _layer_files(source)
         if not files or source.has("config.yaml") or (files[0].startswith("layer_") and source.remote):
             return None
         keys = {"w_enc": None} if source.remote else source.headers(files[0])
         return f"{files[0]} and {len(files) - 1} like it, with w_enc" if "w_enc" in keys else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         archive = npz_of(source)
         if archive is not None:
             return first_release(source, archive, options)
@@ -66,30 +66,30 @@ class GemmaScope(Format):
         architecture = config.get("architecture", "jump_relu")
         if architecture != "jump_relu":
             raise ValueError(f"{source.path(CONFIG)}: architecture: expected jump_relu, got {architecture!r}.")
-        single = source.named(r"[^/]*params[^/]*\.safetensors") if not layer_files(source) else []
+        single = source.named(r"[^/]*params[^/]*\.safetensors") if not _layer_files(source) else []
         if source.has(SAFETENSORS) or single:
             return second_release(source, SAFETENSORS if source.has(SAFETENSORS) else single[0], config, options)
-        return cross_layer(source, config, options)
+        return _cross_layer(source, config, options)
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError(
             "gemma_scope: a layout for two releases, read only. Write saelens or circuit_tracer, which tools take."
         )
 
 
-def npz_of(source: Source) -> str | None:
+def npz_of(source: SourceFiles) -> str | None:
     """The archive: of that name, or the only file there is."""
     if source.has(NPZ):
         return NPZ
     return source.files[0] if len(source.files) == 1 and source.files[0].endswith(".npz") else None
 
 
-def layer_files(source: Source) -> list[str]:
+def _layer_files(source: SourceFiles) -> list[str]:
     """A cross-layer set's files, first layer first."""
     return sorted(source.named(LAYER_FILE), key=lambda name: int(re.findall(r"layer_(\d+)", name)[-1]))
 
 
-def dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> Neutral:
+def _dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> CanonicalSAE:
     """The equation's parts from the tensors of either release; names in any case, as a few archives have them.
 
     Raises:
@@ -109,24 +109,24 @@ def dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> Neutr
     skip = found.get(AFFINE)
     if skip is not None:
         require_shape(where, AFFINE, tuple(skip.shape), (d_in, d_out))
-    return Neutral(
+    return CanonicalSAE(
         kind=kind,
         W_enc=found["w_enc"].T,
         b_enc=found["b_enc"],
         W_dec=found["w_dec"],
         b_out=found["b_dec"],
-        gate=Gate("threshold", threshold=found["threshold"]),
+        gate=ActivationFn("threshold", threshold=found["threshold"]),
         # Used as x A, ours as W x.
         W_skip=None if skip is None else skip.T,
     )
 
 
-def first_release(source: Source, archive: str, options: Options) -> Neutral:
+def first_release(source: SourceFiles, archive: str, options: ReadOptions) -> CanonicalSAE:
     """Read ``params.npz``."""
     path = str(source.path(archive).absolute() if not source.remote else f"{source}/{archive}")
     site, layer, model, embedding = placed(path)
     model = options.model or model
-    n = dictionary(source.path(archive), source.tensors(archive), "transcoder" if site == "transcoders" else "sae")
+    n = _dictionary(source.path(archive), source.tensors(archive), "transcoder" if site == "transcoders" else "sae")
     reads, writes = (None, None) if site is None else SITES_1[site]
     reads, writes = (f"blocks.{layer}.{hook}" if hook and layer is not None else None for hook in (reads, writes))
     words = ["W_enc transposed"]
@@ -151,12 +151,12 @@ def placed(path: str) -> tuple[str | None, int | None, str | None, bool]:
     return site, layer, model, "embedding" in parts
 
 
-def second_release(source: Source, name: str, config: dict[str, Any], options: Options) -> Neutral:
+def second_release(source: SourceFiles, name: str, config: dict[str, Any], options: ReadOptions) -> CanonicalSAE:
     """Read ``params.safetensors``."""
     where = source.path(name)
     path = f"{source}/{name}" if source.remote else str(where.absolute())
-    reads, writes, model = hooks(config, path)
-    n = dictionary(where, source.tensors(name), "transcoder")
+    reads, writes, model = _hooks(config, path)
+    n = _dictionary(where, source.tensors(name), "transcoder")
     if n.W_dec.ndim == 3:
         raise ValueError(
             f"{where}: one layer of a cross-layer set of {n.W_dec.shape[1]}: expected the folder with a file for each. "
@@ -169,7 +169,7 @@ def second_release(source: Source, name: str, config: dict[str, Any], options: O
     return with_origin(n, provenance, [*doubt, *warnings, BOS], "W_enc transposed")
 
 
-def hooks(config: Mapping[str, Any], path: str, layer: int | None = None) -> tuple[str | None, str | None, str | None]:
+def _hooks(config: Mapping[str, Any], path: str, layer: int | None = None) -> tuple[str | None, str | None, str | None]:
     """What it reads and writes, and the model: by the configuration, or, where that is missing, by the path."""
     named = config.get("model_name") or next(iter(re.findall(r"gemma-3-\d+m?b?-(?:pt|it)|gemma-3-270m", path)), None)
     sizes = re.search(r"gemma-scope-2-(\d+[mb])-(pt|it)", path)
@@ -201,13 +201,13 @@ def spelt(hook: Any) -> str | None:
     return hook if ":" in hook else f"{hook}:out"
 
 
-def cross_layer(source: Source, config: dict[str, Any], options: Options) -> NeutralLayers:
+def _cross_layer(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> CanonicalCrossLayer:
     """Read a file for each source layer, whose decoders to layers before it are padding.
 
     Raises:
         ValueError: If layers are missing, or a decoder writes to an earlier layer.
     """
-    files = layer_files(source)
+    files = _layer_files(source)
     numbers = [int(re.findall(r"layer_(\d+)", name)[-1]) for name in files]
     if not files or numbers != list(range(len(files))):
         raise ValueError(
@@ -217,14 +217,14 @@ def cross_layer(source: Source, config: dict[str, Any], options: Options) -> Neu
     layers, dropped = [], 0
     for i, name in enumerate(files):
         where = source.path(name)
-        n = dictionary(where, source.tensors(name), "transcoder")
+        n = _dictionary(where, source.tensors(name), "transcoder")
         require_shape(where, "W_dec, latents by layers by width", tuple(n.W_dec.shape), (None, len(files), n.b_out.shape[0]))
         dropped += bool(n.W_dec[:, :i].any())
         layers.append(replace(n, W_dec=n.W_dec[:, i:].flatten(1)))
-    places = [hooks(config, f"{source}/{name}", i) for i, name in enumerate(files)]
+    places = [_hooks(config, f"{source}/{name}", i) for i, name in enumerate(files)]
     reads, writes = [place[0] for place in places], [place[1] for place in places]
     provenance, warnings = origin(GemmaScope.name, config, options.model or places[0][2], reads, writes, options)
     if dropped:
         warnings.append(f"decoders of {dropped} layers to layers before their own are not zero: padding, left out")
     words = ("W_enc transposed", "decoders to layers before the source left out", f"{len(files)} files joined")
-    return NeutralLayers(tuple(layers), provenance, words, warnings=(*warnings, BOS))
+    return CanonicalCrossLayer(tuple(layers), provenance, words, warnings=(*warnings, BOS))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .origin import origin, reading_before_norm, with_origin
 
 CONFIG = "hyperparams.json"
@@ -29,22 +29,22 @@ class LlamaScope(Format):
     name = "llama_scope"
     title = "Llama Scope"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         found = [name for name in WEIGHTS if source.has(name)]
         return f"{CONFIG} and {found[0]}" if source.has(CONFIG) and found else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         config = source.config(CONFIG)
         weights = next((name for name in WEIGHTS if source.has(name)), WEIGHTS[0])
         where, tensors = source.path(weights), source.tensors(weights)
         kind = kind_of(where, config)
-        n = dictionary(where, config, tensors, kind)
+        n = _dictionary(where, config, tensors, kind)
         scale_in, scale_out = scales(where, config, n.d_in, n.d_out)
         n = n.noting(
             *scale_words(scale_in, scale_out),
             scale_in=scale_in,
             scale_out=scale_out,
-            gate=gate(where, config, options, scale_out),
+            gate=_activation_fn(where, config, options, scale_out),
             row_norm="constant_norm" if config.get("norm_activation") == "token-wise" else None,
         )
         n, reads = reading_before_norm(n, config["hook_point_in"], options.model or MODEL)
@@ -52,7 +52,7 @@ class LlamaScope(Format):
         provenance, warnings = origin(self.name, config, model, [reads], [config["hook_point_out"]], options)
         return with_origin(n, provenance, warnings, "decoder transposed", f"the model taken to be {model}")
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError("llama_scope: a layout for one release, read only. Write saelens, which its users' tools take.")
 
 
@@ -74,7 +74,7 @@ def kind_of(where: object, config: Mapping[str, Any]) -> str:
     return "sae" if config["hook_point_in"] == config["hook_point_out"] else "transcoder"
 
 
-def dictionary(where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> Neutral:
+def _dictionary(where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> CanonicalSAE:
     """Weights as they are in the file, in normalised units; gate and scales are still to come."""
     if config.get("use_decoder_bias") is False and "decoder.bias" not in tensors and "decoder.weight" in tensors:
         bias = torch.zeros(len(tensors["decoder.weight"]), dtype=tensors["decoder.weight"].dtype)
@@ -90,14 +90,14 @@ def dictionary(where: object, config: Mapping[str, Any], tensors: Mapping[str, T
     require_shape(where, "encoder.weight", tuple(tensors["encoder.weight"].shape), (d_sae, d_model))
     require_shape(where, "decoder.weight", tuple(tensors["decoder.weight"].shape), (d_model, d_sae))
     centred = config.get("apply_decoder_bias_to_pre_encoder", False)
-    return Neutral(
+    return CanonicalSAE(
         kind=kind,
         W_enc=tensors["encoder.weight"],
         b_enc=tensors["encoder.bias"],
         W_dec=tensors["decoder.weight"].T,
         b_out=tensors["decoder.bias"],
         b_in=tensors["decoder.bias"] if centred else None,
-        gate=Gate("relu"),
+        gate=ActivationFn("relu"),
     )
 
 
@@ -131,13 +131,13 @@ def scale_of(where: object, name: str, norm: Any, width: int) -> float:
     return width**0.5 / norm
 
 
-def gate(where: object, config: Mapping[str, Any], options: Options, scale_out: float) -> Gate:
+def _activation_fn(where: object, config: Mapping[str, Any], options: ReadOptions, scale_out: float) -> ActivationFn:
     """How latents are chosen, in the units of the weights."""
     name, by_norm = config.get("act_fn"), config.get("sparsity_include_decoder_norm", True)
     if name == "relu":
-        return Gate("relu")
+        return ActivationFn("relu")
     if name == "topk":
-        return Gate("topk", k=config.get("top_k") if options.k is None else options.k, by_norm=by_norm)
+        return ActivationFn("topk", k=config.get("top_k") if options.k is None else options.k, by_norm=by_norm)
     if name != "jumprelu":
         raise ValueError(f"{where}: act_fn: expected jumprelu, topk or relu, got {name!r}.")
     if not by_norm:
@@ -149,7 +149,7 @@ def gate(where: object, config: Mapping[str, Any], options: Options, scale_out: 
     if not isinstance(level, (int, float)) or isinstance(level, bool):
         raise ValueError(f"{where}: jump_relu_threshold: expected a number, got {level!r}. Give it: threshold=NUMBER.")
     # In units of raw outputs: p times the raw atom's norm. Atoms in the file are scale_out times as long.
-    return Gate("threshold", threshold=torch.tensor(level * scale_out), by_norm=True)
+    return ActivationFn("threshold", threshold=torch.tensor(level * scale_out), by_norm=True)
 
 
 def scale_words(scale_in: float, scale_out: float) -> tuple[str, ...]:

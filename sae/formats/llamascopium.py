@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .llama_scope import kind_of, scale_of, scale_words
 from .origin import origin, reading_before_norm, with_origin
 
@@ -45,7 +45,7 @@ class Llamascopium(Format):
     name = "llamascopium"
     title = "llamascopium"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         weights = [*(name for name in WEIGHTS if source.has(name)), *source.named(SHARDED)]
         if not source.has(CONFIG) or not weights:
             return None
@@ -53,7 +53,7 @@ class Llamascopium(Format):
         told = isinstance(config, dict) and ("sae_type" in config or {"hook_point_in", "expansion_factor"} <= config.keys())
         return f"{CONFIG} with {'sae_type' if 'sae_type' in config else 'hook_point_in'} and {weights[0]}" if told else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         config = source.config(CONFIG)
         weights = next((name for name in WEIGHTS if source.has(name)), None)
         if weights is None and source.named(SHARDED):
@@ -66,12 +66,12 @@ class Llamascopium(Format):
         where, tensors, words = source.path(weights), *renamed(source.tensors(weights))
         kind = config.get("sae_type", "sae")
         if kind == "clt":
-            return cross_layer(where, config, tensors, words, options)
+            return _cross_layer(where, config, tensors, words, options)
         if kind not in ("sae", "transcoder"):
             raise ValueError(f"{where}: sae_type: expected sae, transcoder or clt, got {kind!r}, which is not held here.")
         return one(where, config, tensors, words, options)
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError(
             "llamascopium: read only. It reads SAELens's files too: write saelens, or, across layers, circuit_tracer."
         )
@@ -86,35 +86,37 @@ def renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     return found, ["encoder, decoder and threshold renamed", "decoder transposed"]
 
 
-def one(where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: Options) -> Neutral:
+def one(
+    where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: ReadOptions
+) -> CanonicalSAE:
     """An autoencoder, or a transcoder, which has two hooks."""
     kind = kind_of(where, config)
     require_keys(where, tensors, ("W_E", "b_E", "W_D"))
     width = tensors["W_D"].shape[-1] if tensors["W_D"].ndim else 0
     tensors = with_bias(config, tensors, "b_D", width)
-    require_known(where, tensors, ("W_E", "b_E", "W_D", "b_D", LOG_THRESHOLD))
+    _require_known(where, tensors, ("W_E", "b_E", "W_D", "b_D", LOG_THRESHOLD))
     latents = tensors["b_E"].shape[0] if tensors["b_E"].ndim else 0
     require_shape(where, "W_E, its latents last", tuple(tensors["W_E"].shape), (config.get("d_model"), latents))
     require_shape(where, "W_D, its latents first", tuple(tensors["W_D"].shape), (latents, config.get("d_model")))
     hooks = [config["hook_point_in"], config["hook_point_out"]]
-    n = Neutral(
+    n = CanonicalSAE(
         kind=kind,
         W_enc=tensors["W_E"].T,
         b_enc=tensors["b_E"],
         W_dec=tensors["W_D"],
         b_out=tensors["b_D"],
-        gate=gate(where, config, tensors.get(LOG_THRESHOLD), options),
+        gate=_activation_fn(where, config, tensors.get(LOG_THRESHOLD), options),
     )
-    n, doubts = normalised(where, config, tensors, n, hooks)
+    n, doubts = _normalised(where, config, tensors, n, hooks)
     model = config.get("model_name")
     n, reads = reading_before_norm(n, hooks[0], options.model or model)
     provenance, warnings = origin(Llamascopium.name, config, model, [reads], [hooks[1]], options)
     return with_origin(n, provenance, [*doubts, *warnings], *words)
 
 
-def cross_layer(
-    where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: Options
-) -> NeutralLayers:
+def _cross_layer(
+    where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: ReadOptions
+) -> CanonicalCrossLayer:
     """A cross-layer transcoder, whose decoders are in the file by the layer they write to.
 
     Raises:
@@ -135,26 +137,28 @@ def cross_layer(
         require_shape(where, f"b_D.{t}", tuple(tensors[f"b_D.{t}"].shape), (width,))
     require_shape(where, "b_E", tuple(tensors["b_E"].shape), (count, latents))
     names = [f"{kind}_D.{t}" for kind in "Wb" for t in range(count)]
-    require_known(where, tensors, ("W_E", "b_E", LOG_THRESHOLD, *names))
+    _require_known(where, tensors, ("W_E", "b_E", LOG_THRESHOLD, *names))
     logs = tensors.get(LOG_THRESHOLD)
     if logs is not None:
         require_shape(where, LOG_THRESHOLD, tuple(logs.shape), (count, latents))
     layers, doubts = [], []
     for s in range(count):
-        n = Neutral(
+        n = CanonicalSAE(
             kind="transcoder",
             W_enc=tensors["W_E"][s].T,
             b_enc=tensors["b_E"][s],
             W_dec=torch.cat([tensors[f"W_D.{t}"][s] for t in range(s, count)], dim=1),
             b_out=tensors[f"b_D.{s}"],
-            gate=gate(where, config, None if logs is None else logs[s], options),
+            gate=_activation_fn(where, config, None if logs is None else logs[s], options),
         )
-        n, found = normalised(where, config, tensors, n, [reads[s], writes[s]])
+        n, found = _normalised(where, config, tensors, n, [reads[s], writes[s]])
         layers.append(n)
         doubts += found
     provenance, warnings = origin(Llamascopium.name, config, config.get("model_name"), reads, writes, options)
     done = [*words, "decoders regrouped by the layer they read", *(word for layer in layers for word in layer.done)]
-    return NeutralLayers(tuple(layers), provenance, tuple(dict.fromkeys(done)), warnings=(*dict.fromkeys(doubts), *warnings))
+    return CanonicalCrossLayer(
+        tuple(layers), provenance, tuple(dict.fromkeys(done)), warnings=(*dict.fromkeys(doubts), *warnings)
+    )
 
 
 def with_bias(config: Mapping[str, Any], tensors: dict[str, Tensor], name: str, width: int) -> dict[str, Tensor]:
@@ -164,7 +168,7 @@ def with_bias(config: Mapping[str, Any], tensors: dict[str, Tensor], name: str, 
     return tensors | {name: torch.zeros(width, dtype=tensors["b_E"].dtype)}
 
 
-def require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[str, ...]) -> None:
+def _require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[str, ...]) -> None:
     """Raise ``ValueError`` at tensors that would be left out, and at needed ones that are missing."""
     unknown = sorted(key for key in tensors if key not in known and not key.startswith(NORM))
     if unknown:
@@ -172,29 +176,31 @@ def require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[str
     require_keys(where, tensors, tuple(name for name in known if name != LOG_THRESHOLD))
 
 
-def gate(where: object, config: Mapping[str, Any], logs: Tensor | None, options: Options) -> Gate:
+def _activation_fn(where: object, config: Mapping[str, Any], logs: Tensor | None, options: ReadOptions) -> ActivationFn:
     """How latents are chosen, in the units of the weights; what is shared among tokens or layers needs a threshold."""
     name, by_norm = str(config.get("act_fn", "relu")).lower(), config.get("sparsity_include_decoder_norm", True)
     if name == "relu":
-        return Gate("relu")
+        return ActivationFn("relu")
     if name == "topk":
-        return Gate("topk", k=config.get("top_k") if options.k is None else options.k, by_norm=by_norm)
+        return ActivationFn("topk", k=config.get("top_k") if options.k is None else options.k, by_norm=by_norm)
     if name == "jumprelu":
         if logs is None:
             raise ValueError(f"{where}: {LOG_THRESHOLD}: expected it of act_fn jumprelu, found none.")
-        return Gate("threshold", threshold=logs.to(torch.promote_types(logs.dtype, torch.float32)).exp(), by_norm=by_norm)
+        return ActivationFn(
+            "threshold", threshold=logs.to(torch.promote_types(logs.dtype, torch.float32)).exp(), by_norm=by_norm
+        )
     if name in SHARED:
         if options.threshold is None:
             raise ValueError(
                 f"{where}: act_fn {name}: {SHARED[name]}. A threshold measured on data stands in for it: threshold=NUMBER."
             )
-        return Gate("threshold", threshold=torch.tensor(options.threshold), by_norm=by_norm)
+        return ActivationFn("threshold", threshold=torch.tensor(options.threshold), by_norm=by_norm)
     raise ValueError(f"{where}: act_fn: expected relu, topk, jumprelu, {', '.join(SHARED)}, got {name!r}.")
 
 
-def normalised(
-    where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], n: Neutral, hooks: list[str]
-) -> tuple[Neutral, list[str]]:
+def _normalised(
+    where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], n: CanonicalSAE, hooks: list[str]
+) -> tuple[CanonicalSAE, list[str]]:
     """The same with what ``norm_activation`` says is done to inputs and outputs, and what that leaves in doubt."""
     how = config.get("norm_activation", "dataset-wise")
     if how == "inference":

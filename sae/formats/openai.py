@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Options, require_keys, require_shape
-from .canonical import Gate, Neutral
-from .files import Source
+from .base import ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalSAE
+from .files import SourceFiles
 from .origin import originated
 from .torch_files import TorchFiles, values_of
 
@@ -32,10 +32,10 @@ class OpenAI(TorchFiles):
     name = "openai"
     title = "OpenAI's autoencoders"
 
-    def recognise(self, source: Source, name: str) -> str | None:
+    def recognise(self, source: SourceFiles, name: str) -> str | None:
         return f"keys {' and '.join(BIASES)}" if set(BIASES) <= values_of(source, name).keys() else None
 
-    def one(self, source: Source, name: str, options: Options) -> Neutral:
+    def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
         where, values = source.path(name), source.values(name)
         tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
         require_keys(where, tensors, BIASES)
@@ -56,9 +56,9 @@ class OpenAI(TorchFiles):
         require_shape(where, "decoder.weight", tuple(W_dec.T.shape), (width, latents))
         if tied:
             require_shape(where, "decoder.linear.weight", tuple(tensors["decoder.linear.weight"].shape), (latents, width))
-        kind, gate = chosen(where, values, options)
+        kind, gate = _chosen(where, values, options)
         row_norm = "layer_norm" if kind == "TopK" else None
-        n = Neutral(
+        n = CanonicalSAE(
             kind="sae",
             W_enc=W_enc,
             b_enc=tensors["latent_bias"],
@@ -75,7 +75,7 @@ class OpenAI(TorchFiles):
         return originated(n, self.name, config, options)
 
 
-def chosen(where: object, values: Mapping[str, Any], options: Options) -> tuple[str, Gate]:
+def _chosen(where: object, values: Mapping[str, Any], options: ReadOptions) -> tuple[str, ActivationFn]:
     """The activation's name and what it does.
 
     Raises:
@@ -83,7 +83,7 @@ def chosen(where: object, values: Mapping[str, Any], options: Options) -> tuple[
     """
     name = values.get("activation", "ReLU")
     if name == "ReLU":
-        return name, Gate("relu")
+        return name, ActivationFn("relu")
     if name != "TopK":
         raise ValueError(f"{where}: activation: expected ReLU or TopK, got {name!r}. It cannot be loaded.")
     # As its own dictionary, flattened by the reader, or besides.
@@ -92,4 +92,4 @@ def chosen(where: object, values: Mapping[str, Any], options: Options) -> tuple[
     post = next((values[key] for key in ("activation_state_dict.postact_fn", "activation.postact_fn") if key in values), "ReLU")
     if not isinstance(post, str) or post not in POST:
         raise ValueError(f"{where}: postact_fn: expected one of {', '.join(POST)}, got {post!r}. It cannot be loaded.")
-    return name, Gate(POST[post], k=k if options.k is None else options.k)
+    return name, ActivationFn(POST[post], k=k if options.k is None else options.k)

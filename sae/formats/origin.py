@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from .base import Options
-from .canonical import Neutral
-from .files import HubSource, Source
+from .base import ReadOptions
+from .canonical import CanonicalSAE
+from .files import HubSource, SourceFiles
 from .folding import fold_scale_in
 from .hooks import before_norm, hub_model, to_module
 
@@ -18,7 +18,7 @@ def origin(
     model: str | None,
     reads: Sequence[str | None],
     writes: Sequence[str | None],
-    options: Options | None = None,
+    options: ReadOptions | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Provenance of a dictionary of format ``name``, and a warning for hooks that no module emits.
 
@@ -47,7 +47,7 @@ def origin(
     return found | {"text": {}, "source": {"format": name, "config": plain(config)}}, warnings
 
 
-def reading_before_norm(n: Neutral, hook: str | None, model: str | None) -> tuple[Neutral, str | None]:
+def reading_before_norm(n: CanonicalSAE, hook: str | None, model: str | None) -> tuple[CanonicalSAE, str | None]:
     """A transcoder that reads a stream behind an RMS norm but before its gain, as one that reads the stream and norms it.
 
     No module emits such a stream; the norm's input is emitted, and each row's rescaling to a norm of ``sqrt(d)`` is all that
@@ -70,21 +70,21 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def with_origin(n: Neutral, provenance: dict[str, Any], warnings: Sequence[str], *words: str) -> Neutral:
+def with_origin(n: CanonicalSAE, provenance: dict[str, Any], warnings: Sequence[str], *words: str) -> CanonicalSAE:
     """The same with where it comes from, doubts about it, and what was done."""
     return replace(n.noting(*words), provenance=provenance, warnings=(*n.warnings, *warnings))
 
 
 def originated(
-    n: Neutral,
+    n: CanonicalSAE,
     format: str,  # noqa: A002
     config: Mapping[str, Any],
-    options: Options,
+    options: ReadOptions,
     hook: Any = None,
     hook_out: str | None = None,
     model: Any = None,
     text: Mapping[str, Any] | None = None,
-) -> Neutral:
+) -> CanonicalSAE:
     """The same with its provenance, and a warning if its hook is not known.
 
     ``hook`` is what the files say, in TransformerLens's spelling or as a module path, ``hook_out`` where it is written, if
@@ -109,25 +109,25 @@ def originated(
     return n.noting(provenance=known | {"text": dict(text or {}), "source": source}, warnings=warnings)
 
 
-def hooks_of(n: Neutral) -> tuple[str | None, str | None]:
+def hooks_from_files(n: CanonicalSAE) -> tuple[str | None, str | None]:
     """The hooks read and written, as module paths."""
     hook = n.provenance.get("hook")
     reads, writes = ((n.provenance.get(key) or [hook])[0] for key in ("hooks_in", "hooks_out"))
     return reads, writes
 
 
-def model_of(n: Neutral) -> str | None:
+def model_of(n: CanonicalSAE) -> str | None:
     """The language model's id."""
     return (n.provenance.get("model") or {}).get("id")
 
 
-def source_config(n: Neutral, format: str) -> dict[str, Any]:  # noqa: A002
+def source_config(n: CanonicalSAE, format: str) -> dict[str, Any]:  # noqa: A002
     """What the configuration said that it was read from, if it is of this format."""
     source = n.provenance.get("source") or {}
     return dict(source["config"]) if source.get("format") == format else {}
 
 
-def config_above(source: Source, name: str, levels: int) -> dict[str, Any]:
+def config_above(source: SourceFiles, name: str, levels: int) -> dict[str, Any]:
     """A configuration in this folder or up to so many above it; empty if there is none.
 
     On this machine also above what was named: such a file says what a training was of, and nothing else is read of it.
@@ -142,4 +142,4 @@ def config_above(source: Source, name: str, levels: int) -> dict[str, Any]:
     # A file lies in the folder that is meant.
     above = list(base.parents)[: levels + base.is_file()]
     path = next((folder / name for folder in above if (folder / name).is_file()), None)
-    return {} if path is None else Source(path).config(name)
+    return {} if path is None else SourceFiles(path).config(name)

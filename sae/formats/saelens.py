@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_json, write_tensors
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .folding import fold_all, fold_b_in, fold_norms, fold_whitening
 from .hooks import hub_model, layer_of, to_module, to_transformer_lens, transformer_lens_model
 
@@ -50,7 +50,7 @@ class SAELens(Format):
     name = "saelens"
     title = "SAELens 6"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         if not source.has(CONFIG):
             return None
         cfg = source.json(CONFIG)
@@ -58,21 +58,23 @@ class SAELens(Format):
             return None
         return f"{CONFIG} with architecture {cfg['architecture']!r} and SAELens {version(cfg)}"
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         cfg = source.config(CONFIG)
         where = source.path(WEIGHTS)
         if not isinstance(cfg.get("metadata") or {}, dict):
             raise ValueError(f"{source.path(CONFIG)}: metadata: expected a mapping, got {cfg['metadata']!r}.")
-        n = dictionary(where, cfg, source.tensors(WEIGHTS), options)
-        n = normalised(source, cfg, n, options)
+        n = saelens_dictionary(where, cfg, source.tensors(WEIGHTS), options)
+        n = normalise_weights(source, cfg, n, options)
         return n.noting(
-            "W_enc transposed", provenance=provenance(cfg, options), warnings=(*n.warnings, *doubts(cfg, n, options))
+            "W_enc transposed",
+            provenance=saelens_provenance(cfg, options),
+            warnings=(*n.warnings, *saelens_doubts(cfg, n, options)),
         )
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
-        if isinstance(n, NeutralLayers):
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
+        if isinstance(n, CanonicalCrossLayer):
             raise ValueError("saelens: it has no cross-layer transcoders. Write circuit_tracer, which has.")
-        cfg, tensors = written(n)
+        cfg, tensors = _written(n)
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / WEIGHTS, tensors, {})
         write_json(directory / CONFIG, cfg)
@@ -90,7 +92,9 @@ def is_legacy(cfg: Mapping[str, Any]) -> bool:
     return not head.isdigit() or int(head) < 6
 
 
-def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Neutral:
+def saelens_dictionary(
+    where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
+) -> CanonicalSAE:
     """The dictionary of a configuration and its tensors, but for normalisation and provenance."""
     architecture = cfg["architecture"]
     known = AUTOENCODERS | TRANSCODERS
@@ -128,28 +132,28 @@ def dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tens
             f"{where}: apply_b_dec_to_input: expected false of a transcoder, whose b_dec is of the output, got true."
         )
     pursuit, b_dec = architecture == "matching_pursuit", tensors["b_dec"]
-    return Neutral(
+    return CanonicalSAE(
         kind=kind,
         W_enc=None if pursuit else tensors["W_enc"].T,
         b_enc=None if pursuit else tensors["b_gate" if architecture == "gated" else "b_enc"],
         W_dec=tensors["W_dec"],
         # A pursuit that does not subtract the bias does not add it either.
         b_out=torch.zeros_like(b_dec) if pursuit and not subtracts else b_dec,
-        gate=gate(where, cfg, tensors, options),
+        gate=_activation_fn(where, cfg, tensors, options),
         b_in=b_dec if subtracts else None,
         W_skip=tensors.get("W_skip"),
     )
 
 
-def gate(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options) -> Gate:
+def _activation_fn(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> ActivationFn:
     """How an architecture chooses."""
     name = cfg["architecture"].removesuffix("_transcoder").removesuffix("_skip")
     if name in ("standard", "transcoder", "skip"):
-        return Gate("relu")
+        return ActivationFn("relu")
     if name == "jumprelu":
-        return Gate("threshold", threshold=tensors["threshold"])
+        return ActivationFn("threshold", threshold=tensors["threshold"])
     if name == "gated":
-        return Gate("gated", r_mag=tensors["r_mag"], b_mag=tensors["b_mag"])
+        return ActivationFn("gated", r_mag=tensors["r_mag"], b_mag=tensors["b_mag"])
     if name == "matching_pursuit":
         steps, limit = cfg.get("max_iterations"), cfg.get("residual_threshold", 1e-2)
         if not isinstance(limit, (int, float)):
@@ -158,7 +162,7 @@ def gate(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], o
             "residual_norm": max(float(limit), 0.0),
             "stop_on_repeat": cfg.get("stop_on_duplicate_support", True),
         }
-        return Gate("pursuit", k=cfg["d_in"] if steps is None else steps, **stop)
+        return ActivationFn("pursuit", k=cfg["d_in"] if steps is None else steps, **stop)
     if name in ("batchtopk", "matryoshka_batchtopk"):
         level = float(tensors["topk_threshold"]) if options.threshold is None else options.threshold
         if not level > 0:
@@ -166,12 +170,12 @@ def gate(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], o
                 f"{where}: topk_threshold: expected the threshold that training has measured, got {level}. "
                 "Give it: threshold=NUMBER."
             )
-        return Gate("threshold", threshold=torch.tensor(level), by_norm=cfg.get("rescale_acts_by_decoder_norm", True))
+        return ActivationFn("threshold", threshold=torch.tensor(level), by_norm=cfg.get("rescale_acts_by_decoder_norm", True))
     k = cfg.get("k") if options.k is None else options.k
-    return Gate("topk" if name == "topk" else "abs_topk", k=k, by_norm=cfg.get("rescale_acts_by_decoder_norm", False))
+    return ActivationFn("topk" if name == "topk" else "abs_topk", k=k, by_norm=cfg.get("rescale_acts_by_decoder_norm", False))
 
 
-def normalised(source: Source, cfg: Mapping[str, Any], n: Neutral, options: Options) -> Neutral:
+def normalise_weights(source: SourceFiles, cfg: Mapping[str, Any], n: CanonicalSAE, options: ReadOptions) -> CanonicalSAE:
     """The same with what the configuration says is done to activations first."""
     how = cfg.get("normalize_activations", "none")
     if how in ("none", None):
@@ -196,12 +200,12 @@ def normalised(source: Source, cfg: Mapping[str, Any], n: Neutral, options: Opti
     raise ValueError(f"{source.path(CONFIG)}: normalize_activations: expected one of {choices}, got {how!r}.")
 
 
-def provenance(cfg: Mapping[str, Any], options: Options) -> dict[str, Any]:
+def saelens_provenance(cfg: Mapping[str, Any], options: ReadOptions) -> dict[str, Any]:
     """Where it comes from, as our checkpoints say it; the configuration is kept whole."""
     about: dict[str, Any] = dict(cfg.get("metadata") or {})
     lens = options.model or about.get("model_name")
     model = hub_model(lens)
-    reads, writes = hooks(about, lens)
+    reads, writes = _hooks(about, lens)
     if options.hook is not None and not reads:
         reads = writes = to_module(options.hook, lens)
     found: dict[str, Any] = {"model": {"id": model} if model else None}
@@ -215,7 +219,7 @@ def provenance(cfg: Mapping[str, Any], options: Options) -> dict[str, Any]:
     return found | {"text": text, "source": {"format": "saelens", "config": dict(cfg)}}
 
 
-def hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str | None]:
+def _hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str | None]:
     """The hooks read and written, as module paths; ``None`` where no module emits them."""
     name = about.get("hf_hook_name") or about.get("hook_name")
     reads = to_module(name, model) or to_module(about.get("hook_name") or "", model) if name else None
@@ -223,7 +227,7 @@ def hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str 
     return reads, (to_module(out, model) if out else reads)
 
 
-def doubts(cfg: Mapping[str, Any], n: Neutral, options: Options) -> list[str]:
+def saelens_doubts(cfg: Mapping[str, Any], n: CanonicalSAE, options: ReadOptions) -> list[str]:
     """What the configuration says that the tensors, or we, do not."""
     found = []
     declared, actual = str(cfg.get("dtype", "")).removeprefix("torch."), str(n.W_dec.dtype).removeprefix("torch.")
@@ -231,7 +235,7 @@ def doubts(cfg: Mapping[str, Any], n: Neutral, options: Options) -> list[str]:
         found.append(f"{CONFIG} says {declared}, the tensors are {actual}")
     about = cfg.get("metadata") or {}
     name = about.get("hook_name")
-    if name and options.hook is None and hooks(about, options.model or about.get("model_name"))[0] is None:
+    if name and options.hook is None and _hooks(about, options.model or about.get("model_name"))[0] is None:
         found.append(
             f"the hook {name} of {about.get('model_name')} is no module's input or output known here: give hook=MODULE:SIDE"
         )
@@ -240,13 +244,13 @@ def doubts(cfg: Mapping[str, Any], n: Neutral, options: Options) -> list[str]:
     return found
 
 
-def written(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _written(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and tensors of a dictionary.
 
     Raises:
         ValueError: If SAELens has nothing of the kind.
     """
-    n = prepared(n)
+    n = _prepared(n)
     gate, skip = n.gate, n.W_skip is not None
     cfg: dict[str, Any] = {"d_in": n.d_in, "d_sae": n.n_latents, "dtype": _dtype(n), "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": n.b_in is not None, "normalize_activations": _norm_name(n)}
@@ -270,7 +274,7 @@ def written(n: Neutral) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return cfg, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}
 
 
-def prepared(n: Neutral) -> Neutral:
+def _prepared(n: CanonicalSAE) -> CanonicalSAE:
     """The same function in a form that SAELens has: scales folded, and biases where it has none."""
     if n.row_norm is not None and n.scaled:
         raise ValueError("saelens: it has no fixed scale beside a per-token normalisation. Keep it in our own format.")
@@ -285,7 +289,7 @@ def prepared(n: Neutral) -> Neutral:
     return n if n.b_in is None or same else fold_b_in(n)
 
 
-def _transcoder_name(gate: Gate, skip: bool) -> str:
+def _transcoder_name(gate: ActivationFn, skip: bool) -> str:
     names = {"relu": "transcoder", "threshold": "jumprelu_transcoder"}
     if gate.name not in names:
         raise ValueError(
@@ -294,7 +298,7 @@ def _transcoder_name(gate: Gate, skip: bool) -> str:
     return names[gate.name].replace("transcoder", "skip_transcoder") if skip else names[gate.name]
 
 
-def _autoencoder(n: Neutral) -> dict[str, Any]:
+def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     names = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "threshold": "jumprelu", "gated": "gated"}
     if gate.name in ("topk", "abs_topk"):
@@ -315,7 +319,7 @@ def _autoencoder(n: Neutral) -> dict[str, Any]:
     raise ValueError(f"saelens: {gate.name}: {reasons[gate.name]}.")
 
 
-def metadata(n: Neutral) -> dict[str, Any]:
+def metadata(n: CanonicalSAE) -> dict[str, Any]:
     """What it is for, in SAELens's names and in the hub's; what an earlier SAELens configuration said is kept."""
     source = n.provenance.get("source") or {}
     kept = source.get("config", {}).get("metadata", {}) if source.get("format") == "saelens" else {}
@@ -336,10 +340,10 @@ def metadata(n: Neutral) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None} | kept | {"sae_lens_version": VERSION}
 
 
-def _norm_name(n: Neutral) -> str:
+def _norm_name(n: CanonicalSAE) -> str:
     names = {ours: theirs for theirs, ours in ROW_NORMS.items()}
     return "none" if n.row_norm is None else names[n.row_norm]
 
 
-def _dtype(n: Neutral) -> str:
+def _dtype(n: CanonicalSAE) -> str:
     return str(n.W_dec.dtype).removeprefix("torch.")

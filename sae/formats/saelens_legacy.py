@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Format, Options, Read, require_keys
-from .canonical import Neutral, NeutralLayers
-from .files import TORCH_SUFFIXES, Source
+from .base import Format, Read, ReadOptions, require_keys
+from .canonical import CanonicalCrossLayer, CanonicalSAE
+from .files import TORCH_SUFFIXES, SourceFiles
 from .folding import fold_activation_scale
-from .saelens import CONFIG, WEIGHTS, dictionary, doubts, is_legacy, normalised, provenance
+from .saelens import CONFIG, WEIGHTS, is_legacy, normalise_weights, saelens_dictionary, saelens_doubts, saelens_provenance
 
 RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
 # Fields of old configurations that are metadata now.
@@ -45,7 +45,7 @@ class SAELensLegacy(Format):
     name = "saelens_legacy"
     title = "SAELens before version 6"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         if not source.has(CONFIG):
             return None
         cfg = source.json(CONFIG)
@@ -53,7 +53,7 @@ class SAELensLegacy(Format):
             return None
         return f"{CONFIG}, flat, with {'hook_point' if 'hook_point' in cfg else 'hook_name'}"
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         if not source.has(CONFIG):
             raise_for_pickles(source)
         old = source.config(CONFIG)
@@ -61,14 +61,14 @@ class SAELensLegacy(Format):
         tensors = dict(source.tensors(WEIGHTS))
         cfg, words = upgraded(where, old, tensors)
         factor = factors(where, old, tensors)
-        n = normalised(source, cfg, dictionary(where, cfg, tensors, options), options)
+        n = normalise_weights(source, cfg, saelens_dictionary(where, cfg, tensors, options), options)
         if factor is not None:
             n = fold_activation_scale(n, factor)
-        found = provenance(cfg, options)
+        found = saelens_provenance(cfg, options)
         found["source"] = {"format": self.name, "config": dict(old)}
-        return n.noting("W_enc transposed", *words, provenance=found, warnings=(*n.warnings, *doubts(cfg, n, options)))
+        return n.noting("W_enc transposed", *words, provenance=found, warnings=(*n.warnings, *saelens_doubts(cfg, n, options)))
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError("saelens_legacy: old layouts are read only. Write saelens, which every version of 6 reads.")
 
 
@@ -80,7 +80,7 @@ def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor
     """
     cfg = {RENAMED.get(key, key): value for key, value in old.items()}
     words = [f"{before} renamed {after}" for before, after in RENAMED.items() if before in old]
-    architecture, gate = chosen(where, cfg)
+    architecture, gate = _chosen(where, cfg)
     hook = cfg.get("hook_name") or ""
     new: dict[str, Any] = {"architecture": architecture, "dtype": cfg.get("dtype", ""), **gate}
     width, latents = tensors["W_dec"].shape[::-1] if "W_dec" in tensors and tensors["W_dec"].ndim == 2 else (None, None)
@@ -95,7 +95,7 @@ def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor
     return new, words
 
 
-def chosen(where: object, cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _chosen(where: object, cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Architecture, and how many latents it keeps, from fields that had several names."""
     named = {str(cfg[key]) for key in ACTIVATIONS if cfg.get(key) is not None}
     if len(named) > 1:
@@ -147,7 +147,7 @@ def factors(where: object, cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -
     return found[0]
 
 
-def raise_for_pickles(source: Source) -> None:
+def raise_for_pickles(source: SourceFiles) -> None:
     """Raise ``ValueError``: what there was before there were configurations in files of their own."""
     pickles = [name for name in source.files if name.endswith((".pkl", ".pkl.gz", *TORCH_SUFFIXES))]
     what = f"pickled objects ({', '.join(pickles)}), as version 1 wrote," if pickles else "no configuration"

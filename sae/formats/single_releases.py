@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Options, require_keys, require_shape
-from .canonical import Gate, Neutral
-from .files import Source
+from .base import ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalSAE
+from .files import SourceFiles
 from .origin import originated
 from .torch_files import TorchFiles, torch_names, values_of
 
@@ -30,18 +30,18 @@ class Linear(TorchFiles):
     # The layer in a file's name.
     layer = r"(?:^|[^A-Za-z])(?:l|layer)[-_.]?(\d+)(?!\d)"
 
-    def recognise(self, source: Source, name: str) -> str | None:
+    def recognise(self, source: SourceFiles, name: str) -> str | None:
         found = {key for key, value in values_of(source, name).items() if isinstance(value, Tensor)}
         return f"keys {', '.join(self.keys)}" if found == set(self.keys) else None
 
-    def one(self, source: Source, name: str, options: Options) -> Neutral:
+    def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
         where, tensors = source.path(name), source.tensors(name)
         require_keys(where, tensors, self.keys)
         W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in self.keys)
-        latents, width = sizes(where, b_enc, b_dec)
+        latents, width = _sizes(where, b_enc, b_dec)
         require_shape(where, self.keys[0], tuple(W_enc.shape), (latents, width))
         require_shape(where, self.keys[2], tuple(W_dec.shape), (width, latents))
-        n = Neutral("sae", W_enc, b_enc, W_dec.T, b_dec, Gate("relu"), done=(f"{self.keys[2]} transposed",))
+        n = CanonicalSAE("sae", W_enc, b_enc, W_dec.T, b_dec, ActivationFn("relu"), done=(f"{self.keys[2]} transposed",))
         return originated(n, self.name, {"file": name}, options, hook=block_output(self.layer, name))
 
 
@@ -55,7 +55,7 @@ class DeepSeekR1(Linear):
     name = "deepseek_r1"
     title = "the DeepSeek-R1 set"
 
-    def names(self, source: Source) -> list[str]:
+    def names(self, source: SourceFiles) -> list[str]:
         # The same keys and function as dictionary_learning's AutoEncoderNew, whose files are called so.
         return [name for name in super().names(source) if not re.fullmatch(r"ae(_\d+)?\.pt", name)]
 
@@ -69,13 +69,13 @@ class QwenScope(TorchFiles):
     # The only place of k, in the name that whoever loads it has given.
     k = r"L0_(\d+)(?!\d)"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         named = [name for name in self.names(source) if re.fullmatch(self.file, name)]
         if source.remote and len(named) > 1:
             return f"{named[0]} and {len(named) - 1} more"
         return super().detect(source)
 
-    def recognise(self, source: Source, name: str) -> str | None:
+    def recognise(self, source: SourceFiles, name: str) -> str | None:
         tensors = {key: value for key, value in values_of(source, name).items() if isinstance(value, Tensor)}
         if tensors.keys() != set(PLAIN) or any(tensors[key].ndim != 1 for key in ("b_enc", "b_dec")):
             return None
@@ -85,11 +85,11 @@ class QwenScope(TorchFiles):
         # Square ones do not say which way they lie.
         return "W_enc with latents first" if latents != width or re.fullmatch(self.file, name) else None
 
-    def one(self, source: Source, name: str, options: Options) -> Neutral:
+    def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
         where, tensors = source.path(name), source.tensors(name)
         require_keys(where, tensors, PLAIN)
         W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in PLAIN)
-        latents, width = sizes(where, b_enc, b_dec)
+        latents, width = _sizes(where, b_enc, b_dec)
         require_shape(where, "W_enc, latents first in these files", tuple(W_enc.shape), (latents, width))
         require_shape(where, "W_dec, latents last in these files", tuple(W_dec.shape), (width, latents))
         k, warnings = options.k, ()
@@ -98,13 +98,13 @@ class QwenScope(TorchFiles):
             k, warnings = int(said.group(1)), (f"k {said.group(1)} is from the name {source}: no file says it",)
         if k is None:
             raise ValueError(f"{where}: k: expected the number of latents per token, which no file says. Give it: k=NUMBER.")
-        n = Neutral(
+        n = CanonicalSAE(
             "sae",
             W_enc,
             b_enc,
             W_dec.T,
             b_dec,
-            Gate("topk", k=k),
+            ActivationFn("topk", k=k),
             done=("W_dec transposed; W_enc has latents first already",),
             warnings=warnings,
         )
@@ -117,24 +117,24 @@ class HookZ(TorchFiles):
     name = "hook_z"
     title = "the hook_z set"
 
-    def names(self, source: Source) -> list[str]:
+    def names(self, source: SourceFiles) -> list[str]:
         return [name for name in torch_names(source) if source.has(config_name(name))]
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         # Pairs of names are enough to look into a configuration, which is small.
         names = self.names(source)
         return self.recognise(source, names[0]) if names else None
 
-    def recognise(self, source: Source, name: str) -> str | None:
+    def recognise(self, source: SourceFiles, name: str) -> str | None:
         cfg = source.json(config_name(name))
         found = isinstance(cfg, dict) and {"act_size", "dict_size"} <= cfg.keys()
         return f"{config_name(name)} with act_size and dict_size" if found else None
 
-    def one(self, source: Source, name: str, options: Options) -> Neutral:
+    def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
         where, tensors, cfg = source.path(name), source.tensors(name), source.config(config_name(name))
         require_keys(where, tensors, PLAIN)
         W_enc, b_enc, W_dec, b_dec = (tensors[key] for key in PLAIN)
-        latents, width = sizes(where, b_enc, b_dec)
+        latents, width = _sizes(where, b_enc, b_dec)
         for key, size in (("act_size", width), ("dict_size", latents)):
             if cfg.get(key, size) != size:
                 raise ValueError(
@@ -144,15 +144,15 @@ class HookZ(TorchFiles):
         require_shape(where, "W_dec", tuple(W_dec.shape), (latents, width))
         extra = sorted(set(tensors) - set(PLAIN))
         words = ("W_enc transposed", *((f"{', '.join(extra)} of training left out",) if extra else ()))
-        n = Neutral("sae", W_enc.T, b_enc, W_dec, b_dec, Gate("relu"), b_in=b_dec, done=words)
-        return originated(n, self.name, cfg, options, hook=hook_name(cfg), model=cfg.get("model_name"))
+        n = CanonicalSAE("sae", W_enc.T, b_enc, W_dec, b_dec, ActivationFn("relu"), b_in=b_dec, done=words)
+        return originated(n, self.name, cfg, options, hook=_hook_name(cfg), model=cfg.get("model_name"))
 
 
 def config_name(name: str) -> str:
     return f"{Path(name).stem}_cfg.json"
 
 
-def hook_name(cfg: Mapping[str, Any]) -> str | None:
+def _hook_name(cfg: Mapping[str, Any]) -> str | None:
     """TransformerLens's name of what is read."""
     name = cfg.get("act_name")
     if isinstance(name, str):
@@ -166,7 +166,7 @@ def block_output(pattern: str, name: str) -> str | None:
     return None if found is None else f"blocks.{found.group(1)}.hook_resid_post"
 
 
-def sizes(where: object, b_enc: Tensor, b_dec: Tensor) -> tuple[int, int]:
+def _sizes(where: object, b_enc: Tensor, b_dec: Tensor) -> tuple[int, int]:
     """Numbers of latents and of inputs, which the biases say for sure."""
     require_shape(where, "the encoder's bias", tuple(b_enc.shape), (None,))
     require_shape(where, "the decoder's bias", tuple(b_dec.shape), (None,))

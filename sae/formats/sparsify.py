@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..files import write_json, write_tensors
-from .base import Format, Options, Read, require_keys, require_shape
-from .canonical import Gate, Neutral, NeutralLayers
-from .files import Source
+from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .files import SourceFiles
 from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms
 from .hooks import ARCHITECTURES, architecture_of
-from .origin import config_above, hooks_of, model_of, originated
+from .origin import config_above, hooks_from_files, model_of, originated
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 # Fields of which a configuration has at least one.
@@ -42,17 +42,17 @@ class Sparsify(Format):
     name = "sparsify"
     title = "sparsify"
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         if not (source.has(CONFIG) and source.has(WEIGHTS)):
             return None
         cfg = source.json(CONFIG)
         found = [key for key in MARKS if isinstance(cfg, dict) and key in cfg]
         return f"{CONFIG} with {', '.join(found)} and {WEIGHTS}" if found else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         cfg, where = source.config(CONFIG), source.path(WEIGHTS)
         run = config_above(source, RUN, 2)
-        n = dictionary(where, cfg, run, source.tensors(WEIGHTS), options)
+        n = _dictionary(where, cfg, run, source.tensors(WEIGHTS), options)
         name, model = hookpoint(source), options.model or run.get("model")
         model = model if isinstance(model, str) else None
         module = module_path(name, model)
@@ -71,11 +71,11 @@ class Sparsify(Format):
             text={"context_length": length} if isinstance(length, int) else None,
         )
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
-        if isinstance(n, NeutralLayers):
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
+        if isinstance(n, CanonicalCrossLayer):
             raise ValueError("sparsify: it has no cross-layer transcoders that it could load. Write circuit_tracer, which has.")
-        reads, writes = hooks_of(n)
-        n = prepared(n)
+        reads, writes = hooks_from_files(n)
+        n = _prepared(n)
         assert n.W_enc is not None
         assert n.b_enc is not None
         tensors = {"encoder.weight": n.W_enc, "encoder.bias": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
@@ -103,7 +103,7 @@ class Sparsify(Format):
             write_json(directory / RUN, {"sae": cfg} | {key: value for key, value in about.items() if value is not None})
 
 
-def hookpoint(source: Source) -> str:
+def hookpoint(source: SourceFiles) -> str:
     """What the folder says, of which the seeds' folders are parts."""
     parts = PurePosixPath(source.inside).parts if source.inside else Path(source.root).absolute().parts
     parts = parts if not source.inside or source.remote else (*Path(source.root).absolute().parts, *parts)
@@ -136,9 +136,9 @@ def folder_name(hook: str) -> str:
     return rest if base in bases else module
 
 
-def dictionary(
-    where: object, cfg: Mapping[str, Any], run: Mapping[str, Any], tensors: Mapping[str, Tensor], options: Options
-) -> Neutral:
+def _dictionary(
+    where: object, cfg: Mapping[str, Any], run: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
+) -> CanonicalSAE:
     """The dictionary of a configuration and its tensors, but for provenance."""
     found = named(where, tensors)
     d_in = cfg.get("d_in")
@@ -168,13 +168,13 @@ def dictionary(
     old = "activation" not in cfg and transcode and options.subtract_b_dec is None
     notes = [note for note in (enc_note, dec_note) if note] + [f"{key} missing, zeros" for key in zeros]
     doubt = "a transcoder of an old version: before February 2025 b_dec was also subtracted from inputs, and no field says so"
-    return Neutral(
+    return CanonicalSAE(
         kind="transcoder" if transcode else "sae",
         W_enc=W_enc,
         b_enc=b_enc,
         W_dec=W_dec,
         b_out=b_dec,
-        gate=gate(where, cfg, latents, options),
+        gate=_activation_fn(where, cfg, latents, options),
         b_in=b_dec if subtracts else None,
         W_skip=skip,
         done=tuple(notes),
@@ -227,7 +227,7 @@ def rows(
     return tensor, f"{name} renamed {ours}"
 
 
-def gate(where: object, cfg: Mapping[str, Any], latents: int, options: Options) -> Gate:
+def _activation_fn(where: object, cfg: Mapping[str, Any], latents: int, options: ReadOptions) -> ActivationFn:
     """How a configuration chooses."""
     k = cfg.get("k") if options.k is None else options.k
     activation = cfg.get("activation", "topk")
@@ -236,11 +236,11 @@ def gate(where: object, cfg: Mapping[str, Any], latents: int, options: Options) 
     if activation == "groupmax" and (not isinstance(k, int) or k < 1 or latents % k):
         raise ValueError(f"{where}: k: expected a divisor of the {latents} latents for groupmax, got {k!r}.")
     if cfg.get("signed"):
-        return Gate("abs_topk", k=k)
-    return Gate(GATES[activation], k=k)
+        return ActivationFn("abs_topk", k=k)
+    return ActivationFn(GATES[activation], k=k)
 
 
-def prepared(n: Neutral) -> Neutral:
+def _prepared(n: CanonicalSAE) -> CanonicalSAE:
     """The same function in a form that sparsify has.
 
     Raises:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
-from .base import Format, Options, Read
-from .canonical import Neutral, NeutralLayers
-from .files import TORCH_SUFFIXES, Source
+from .base import Format, Read, ReadOptions
+from .canonical import CanonicalCrossLayer, CanonicalSAE
+from .files import TORCH_SUFFIXES, SourceFiles
 
 # Where one of these lies, something else says what is in the folder.
 CONFIGS = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", "conf.yaml")
@@ -23,12 +23,12 @@ CONFIGS = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", "conf.y
 INSTEAD = "Write saelens, which most tools read"
 
 
-def torch_names(source: Source) -> list[str]:
+def torch_names(source: SourceFiles) -> list[str]:
     """The torch files right here, in the order of the numbers in them."""
     return [name for name in source.named(r"[^/]+") if name.endswith(TORCH_SUFFIXES)]
 
 
-def values_of(source: Source, name: str) -> Mapping[str, Any]:
+def values_of(source: SourceFiles, name: str) -> Mapping[str, Any]:
     """What a file holds; nothing if it cannot be read, of which whoever reads it will say why."""
     try:
         return source.values(name)
@@ -48,18 +48,18 @@ class TorchFiles(Format):
     """A folder of torch files, or one."""
 
     @abstractmethod
-    def recognise(self, source: Source, name: str) -> str | None:
+    def recognise(self, source: SourceFiles, name: str) -> str | None:
         """Why a file is of this format, or ``None``."""
 
     @abstractmethod
-    def one(self, source: Source, name: str, options: Options) -> Neutral:
+    def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
         """The dictionary of a file."""
 
-    def names(self, source: Source) -> list[str]:
+    def names(self, source: SourceFiles) -> list[str]:
         """The files that may hold one."""
         return [] if any(source.has(name) for name in CONFIGS) else torch_names(source)
 
-    def detect(self, source: Source) -> str | None:
+    def detect(self, source: SourceFiles) -> str | None:
         names = self.names(source)
         # Of a repository's many files none is fetched to see whether it might be something.
         if not names or (source.remote and len(names) > 1):
@@ -67,7 +67,7 @@ class TorchFiles(Format):
         words = self.recognise(source, names[0])
         return f"{names[0]} with {words}" if words else None
 
-    def read(self, source: Source, options: Options) -> Read:
+    def read(self, source: SourceFiles, options: ReadOptions) -> Read:
         names = self.names(source) or torch_names(source)
         if not names:
             raise ValueError(f"{source}: expected a torch file ({', '.join(TORCH_SUFFIXES)}), found none.")
@@ -81,5 +81,5 @@ class TorchFiles(Format):
         read = {name: self.one(source, name, replace(options, hook=None)) for name in names}
         return {(n.provenance.get("hooks_out") or [Path(name).stem])[0]: n for name, n in read.items()}
 
-    def write(self, n: Neutral | NeutralLayers, directory: Path) -> None:
+    def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError(f"{self.name}: these files are read only. {INSTEAD}.")

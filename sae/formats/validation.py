@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .base import require_shape
-from .canonical import Neutral, NeutralLayers
+from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .folding import norm_of, norms_of
 
 # Latents whose encoder rows and atoms are compared.
@@ -19,7 +19,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DEAD = 1e-6
 
 
-def check(n: Neutral, where: object) -> list[str]:
+def check(n: CanonicalSAE, where: object) -> list[str]:
     """Warnings about a dictionary; what makes it unusable raises.
 
     Raises:
@@ -43,14 +43,14 @@ def check(n: Neutral, where: object) -> list[str]:
     return warnings
 
 
-def check_layers(n: NeutralLayers, where: object) -> list[str]:
+def check_layers(n: CanonicalCrossLayer, where: object) -> list[str]:
     """The same of every layer of a cross-layer transcoder; layers after the first name themselves in errors."""
     return [
         w for i, layer in enumerate(n.layers) for w in (f"layer {i}: {text}" for text in check(layer, f"{where}: layer {i}"))
     ]
 
 
-def check_shapes(n: Neutral, where: object) -> None:
+def check_shapes(n: CanonicalSAE, where: object) -> None:
     """Raise ``ValueError`` unless all tensors fit one another."""
     if n.W_dec.ndim != 2 or 0 in n.W_dec.shape:
         raise ValueError(f"{where}: W_dec: expected a matrix of latents by width, got {tuple(n.W_dec.shape)}.")
@@ -79,7 +79,7 @@ def check_shapes(n: Neutral, where: object) -> None:
         raise ValueError(f"{where}: expected W_enc and b_enc for {n.gate.name}, found none.")
 
 
-def check_gate(n: Neutral, where: object) -> None:
+def check_gate(n: CanonicalSAE, where: object) -> None:
     """Raise ``ValueError`` where a gate lacks what it chooses by, or has what cannot be meant."""
     gate = n.gate
     if gate.name == "threshold" and gate.threshold is None:
@@ -96,7 +96,7 @@ def check_gate(n: Neutral, where: object) -> None:
             raise ValueError(f"{where}: {name}: expected a number above 0, got {scale}.")
 
 
-def check_numbers(n: Neutral, where: object) -> Float[Tensor, " n_latents"]:
+def check_numbers(n: CanonicalSAE, where: object) -> Float[Tensor, " n_latents"]:
     """Raise ``ValueError`` at the first tensor that holds NaN or an infinity. The atoms' norms, which took one pass of them."""
     named = {"W_dec": n.W_dec, "W_enc": n.W_enc, "W_skip": n.W_skip, "b_enc": n.b_enc, "b_in": n.b_in, "b_out": n.b_out}
     named |= {"threshold": n.gate.threshold, "r_mag": n.gate.r_mag, "b_mag": n.gate.b_mag}
@@ -120,7 +120,7 @@ def _require_finite(where: object, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{where}: {name}: expected finite numbers, got {float(tensor[tuple(place)])} at {place}.")
 
 
-def check_orientation(n: Neutral, where: object) -> None:
+def check_orientation(n: CanonicalSAE, where: object) -> None:
     """Raise ``ValueError`` where a square matrix was taken for its transpose: where widths differ, shapes would have told.
 
     What reads and what writes a feature of one space are alike in every trained autoencoder. Of a transcoder, whose sides are

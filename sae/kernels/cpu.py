@@ -1,6 +1,6 @@
 """The kernels on tensors in main memory: what ``backend`` offers there.
 
-``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGradient``.
+``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGrad``.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..sparse_code import ByLatent
-from ..sparse_grad import RowGradient
+from ..sparse_grad import RowGrad
 from . import AdamStep
 from . import numba_loops as loops
 from .parallel import over_rows
@@ -54,16 +54,14 @@ def spread(group: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
-def squared_norms(weights: Tensor, unit: bool, gradient: RowGradient) -> Tensor:
+def squared_norms(weights: Tensor, unit: bool, gradient: RowGrad) -> Tensor:
     """``(n_latents,)``: squared length of every row of the gradient, where rows are ``unit`` of its tangential part."""
     out = weights.new_empty(weights.shape[0])
     _run(loops.squared_norms, len(out), weights, unit, *gradient.parts(), out)
     return out
 
 
-def adam_(
-    weights: Tensor, unit: bool, gradient: RowGradient, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep
-) -> None:
+def adam_(weights: Tensor, unit: bool, gradient: RowGrad, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep) -> None:
     """Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``, a scalar."""
     # Numbers in the weights' own precision: with wider ones all arithmetic would be wider.
     numbers = [1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps]

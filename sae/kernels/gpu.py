@@ -1,6 +1,6 @@
 """The kernels on tensors in a GPU's memory: what ``backend`` offers there. No function waits for the GPU.
 
-``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGradient``.
+``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGrad``.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..sparse_code import ByLatent
-from ..sparse_grad import RowGradient
+from ..sparse_grad import RowGrad
 from . import AdamStep
 from . import triton_blocks as blocks
 
@@ -44,7 +44,7 @@ def spread(group: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
     return _sum_segments(group.firsts, group.tokens, values, rows, _split(group, values, rows))
 
 
-def squared_norms(weights: Tensor, unit: bool, gradient: RowGradient) -> Tensor:
+def squared_norms(weights: Tensor, unit: bool, gradient: RowGrad) -> Tensor:
     """``(n_latents,)``: squared length of every row of the gradient, where rows are ``unit`` of its tangential part."""
     out = torch.empty(weights.shape[0], dtype=torch.float32, device=weights.device)
     parts, sizes = _of_rows(weights, unit, gradient)
@@ -52,9 +52,7 @@ def squared_norms(weights: Tensor, unit: bool, gradient: RowGradient) -> Tensor:
     return out
 
 
-def adam_(
-    weights: Tensor, unit: bool, gradient: RowGradient, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep
-) -> None:
+def adam_(weights: Tensor, unit: bool, gradient: RowGrad, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep) -> None:
     """Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``, a scalar."""
     assert weights.is_contiguous()
     assert mean.is_contiguous()
@@ -105,7 +103,7 @@ def _split(group: ByLatent, values: Tensor, rows: Tensor) -> tuple[Tensor, Tenso
     return heads, sums, length, True
 
 
-def _of_rows(weights: Tensor, unit: bool, gradient: RowGradient) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _of_rows(weights: Tensor, unit: bool, gradient: RowGrad) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the kernels that work on a gradient's rows take of it, and the sizes they are compiled for."""
     firsts, tokens, values, rows, dense_of, dense = (part.contiguous() for part in gradient.parts())
     *chunks, is_split = _split(ByLatent(firsts, tokens, gradient.group.order), values, rows)

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 import sparsary
-from sparsary.eval.compare.recipes import recipes as compare_module
-from sparsary.eval.compare.recipes.recipes import (
+from sparsary.eval.compare import recipes as compare_module
+from sparsary.eval.compare.recipes import (
     COLUMNS,
-    collect,
+    collect_runs,
     compare,
     is_complete,
     load_families,
+    recipes_summary,
     require_comparable,
     summarize,
-    summary,
     training_speed,
 )
 from sparsary.eval.pages.charts import FAMILY_COLORS, MARKERS
-from sparsary.eval.pages.recipes import PLOTS, render
+from sparsary.eval.pages.recipes import PLOTS, render_recipes
 from sparsary.sae import load_dictionary
 from sparsary.training import run as run_module
 from sparsary.training.recipe import load_recipe
@@ -136,7 +136,7 @@ def calls(monkeypatch):
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
     watch(run_module, "harvest", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
     return seen
 
 
@@ -160,10 +160,10 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
         assert family["figures"]["tokens_per_second"]["min"] > 0
     assert json.loads((out / "comparison.json").read_text()) == {k: v for k, v in comparison.items() if k != "page_path"}
     page = (out / "comparison.html").read_text()
-    assert page == render(comparison)
+    assert page == render_recipes(comparison)
 
     # Repeated: nothing is done again. The page was seen; drawing it takes a second.
-    monkeypatch.setattr(compare_module, "render", lambda _comparison: page)
+    monkeypatch.setattr(compare_module, "render_recipes", lambda _comparison: page)
     for seen in calls.values():
         seen.clear()
     assert compare([str(recipes)], overrides, seeds=2, out=str(out)) == comparison
@@ -330,7 +330,7 @@ def test_means_ranges_and_best(judged):
         ],
         "d": [judged("d", seed, selection="oracle", fvu=0.0, ce_recovered_mean=1.0) for seed in range(3)],
     }
-    comparison = collect(directories)
+    comparison = collect_runs(directories)
     a, b, c, d = comparison["families"]
     assert a["figures"]["fvu"] == {"mean": 0.5, "min": 0.25, "max": 0.75, "values": [0.25, 0.5, 0.75]}
     assert b["figures"]["l0_mean"]["mean"] == pytest.approx(14 / 3)
@@ -338,7 +338,7 @@ def test_means_ranges_and_best(judged):
     assert [family["selection"] for family in (a, d)] == ["per token", "oracle"]
     # Not the oracle, not who is undefined for a seed, not where all are equal, and never l0.
     assert comparison["best"] == {"fvu": ["b"], "ce_recovered_mean": ["c"], "kl_spliced": ["b"]}
-    head, *rows = summary(comparison)
+    head, *rows = recipes_summary(comparison)
     assert head == ["mean over seeds", *(column.label for column in COLUMNS)]
     assert rows[0][-1] == "1,001"
     assert [row[:2] for row in rows] == [["a", "0.5"], ["b", "0.125*"], ["c", "0.125"], ["d (oracle)", "0"]]
@@ -346,7 +346,7 @@ def test_means_ranges_and_best(judged):
 
 def test_equal_best_values_are_best_together(judged):
     figures = {"a": 0.25, "b": 0.25, "c": 0.5}
-    comparison = collect({name: [judged(name, 0, fvu=fvu)] for name, fvu in figures.items()})
+    comparison = collect_runs({name: [judged(name, 0, fvu=fvu)] for name, fvu in figures.items()})
     assert comparison["best"] == {"fvu": ["a", "b"]}
 
 
@@ -360,7 +360,7 @@ def test_a_figure_no_report_has_is_not_measured():
 def test_reports_on_other_tokens_do_not_compare(judged):
     directories = {"a": [judged("a", 0)], "b": [judged("b", 0, tokens=509)]}
     with pytest.raises(ValueError, match=r"b/seed-0/report.json: tokens: expected 1,013 as in .*a/seed-0/report.json, got 509"):
-        collect(directories)
+        collect_runs(directories)
 
 
 def test_speed_is_the_median_line(tmp_path):
@@ -374,8 +374,8 @@ def test_speed_is_the_median_line(tmp_path):
 
 def test_page_shows_every_family_once_with_mean_and_range(judged):
     table = Table(
-        render(
-            collect(
+        render_recipes(
+            collect_runs(
                 {
                     "plain": [judged("plain", 0, fvu=0.25), judged("plain", 1, fvu=0.5)],
                     "none": [judged("none", 0, kl_spliced=None, fvu=math.nan), judged("none", 1, kl_spliced=None)],
@@ -406,7 +406,7 @@ def test_page_without_model_says_not_measured(judged, tmp_path):
     directory = judged("a", 0)
     kept = {key: value for key, value in REPORT.items() if not key.startswith(("ce_", "kl_"))}
     (directory / "report.json").write_text(json.dumps(kept))
-    table = Table(render(collect({"a": [directory]})))
+    table = Table(render_recipes(collect_runs({"a": [directory]})))
     assert table.cell("a", "kl_spliced") == ["not measured"]
     assert len(table.plots) == len(PLOTS) - 2
 
@@ -414,10 +414,10 @@ def test_page_without_model_says_not_measured(judged, tmp_path):
 def test_page_is_self_contained_safe_and_the_same_each_time(judged):
     attack = '<script>alert(1)</script>"onload="x'
     changes = {"hook": attack, "model": attack, "encoder": attack, "selection": attack}
-    comparison = collect({"a": [judged("a", 0, **changes)], "b": [judged("b", 0)]})
+    comparison = collect_runs({"a": [judged("a", 0, **changes)], "b": [judged("b", 0)]})
     comparison["families"][1]["name"] = attack
-    html = render(comparison)
-    assert html == render(comparison)
+    html = render_recipes(comparison)
+    assert html == render_recipes(comparison)
     assert "<script" not in html
     assert not re.search(r"@import|@font-face|<link|<iframe|<img", html)
     for name, value in Table(html).attributes:
@@ -431,7 +431,7 @@ def test_page_is_self_contained_safe_and_the_same_each_time(judged):
 def test_many_families_keep_looks_and_colours_apart(judged):
     names = [f"family-with-a-rather-long-$name$-{index}" for index in range(13)]
     assert len(names) <= math.lcm(len(FAMILY_COLORS), len(MARKERS))
-    html = render(collect({name: [judged(name, 0, l0_mean=4.0 + index)] for index, name in enumerate(names)}))
+    html = render_recipes(collect_runs({name: [judged(name, 0, l0_mean=4.0 + index)] for index, name in enumerate(names)}))
     table = Table(html)
     assert [row[0][0] for row in table.rows[1:]] == names
     plots = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
@@ -447,7 +447,7 @@ def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
 
     def instead(recipes, overrides, seeds, out, progress):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
-        return collect({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
+        return collect_runs({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 
     monkeypatch.setattr(compare_module, "compare", instead)
     arguments = "compare recipes lr=2e-3 more.yaml --seeds 2 --out there dictionary.encoder.k=3"

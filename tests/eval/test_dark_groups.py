@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.heldout import Piece
-from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.heldout import TextBatch
+from sparsary.eval.metrics.base import DictionaryOutputs, Setting
 from sparsary.eval.metrics.dark_matter.metrics import ErrorCost, ErrorSplit
-from sparsary.eval.metrics.model_outputs import Passage
+from sparsary.eval.metrics.model_outputs import ModelOutputs
 from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import next_token_loss
@@ -23,9 +23,9 @@ def on_tensors(dictionary, x, y, **options):
     half = len(x) // 2
     with torch.no_grad():
         for rows in torch.arange(half).split(100):
-            group.fit(View(setting, None, (x[rows], y[rows])))
+            group.fit(DictionaryOutputs(setting, None, (x[rows], y[rows])))
         for rows in torch.arange(half, len(x)).split(77):
-            group.score(View(setting, None, (x[rows], y[rows])))
+            group.score(DictionaryOutputs(setting, None, (x[rows], y[rows])))
     return group.report()
 
 
@@ -74,8 +74,8 @@ def passages(embedded_model):
         kept = torch.ones(2, 40, dtype=torch.bool)
         kept[:, 0] = False
         counted = kept[:, :-1] & torch.from_numpy(documents[:, 1:] == documents[:, :-1])
-        piece = Piece(ids, kept, counted, Cursor(0, 0), {10 * seed}, document_ids=documents)
-        return Passage(embedded_model, piece, (HOOK,), with_logits=True)
+        piece = TextBatch(ids, kept, counted, Cursor(0, 0), {10 * seed}, document_ids=documents)
+        return ModelOutputs(embedded_model, piece, (HOOK,), with_logits=True)
 
     return build
 
@@ -94,9 +94,9 @@ def judged(model, sae, fitted, scored):
     group = ErrorCost(setting)
     with torch.no_grad():
         for passage in fitted:
-            group.fit(View(setting, passage))
+            group.fit(DictionaryOutputs(setting, passage))
         for passage in scored:
-            group.score(View(setting, passage))
+            group.score(DictionaryOutputs(setting, passage))
     return group
 
 

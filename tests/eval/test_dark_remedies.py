@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.heldout import Ground
+from sparsary.eval.heldout import EvalData
 from sparsary.eval.metrics.dark_matter.decomposition import DarkMatter, LinearFit
 from sparsary.eval.metrics.dark_matter.remedies import EarlierLayer, ErrorParts, parts_of, pursued
-from sparsary.eval.metrics.dark_matter.widths import fit_width_law, judge_together
+from sparsary.eval.metrics.dark_matter.widths import evaluate_widths, fit_width_law
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import gradient_pursuit
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
-from sparsary.training.run import train
+from sparsary.training.run import train_recipe
 from sparsary.training.text import Cursor
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
@@ -115,13 +115,13 @@ def test_a_dictionary_of_the_nonlinear_error_trains_on_tensors(sae, tmp_path):
         "out_dir": str(tmp_path / "run"),
     }
     tensors = ErrorParts(batches, sae, split(sae, torch.cat(batches)), "nonlinear")
-    assert (train(check_recipe(values, "recipe"), tensors) / "dictionary.safetensors").exists()
+    assert (train_recipe(check_recipe(values, "recipe"), tensors) / "dictionary.safetensors").exists()
 
 
 @pytest.fixture
 def ground(embedded_model):
     exclusions = HarvestSection(hooks=(BEFORE, HOOK), tokens=1, exclude_leading=2)
-    return Ground(embedded_model, TextSection(source="embedded", context_length=64), exclusions)
+    return EvalData(embedded_model, TextSection(source="embedded", context_length=64), exclusions)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def judged(ground):
     torch.manual_seed(1)
     saes = {"a": SAE(128, 90, ENCODERS["topk"](k=8)), "b": SAE(128, 150, ENCODERS["topk"](k=8))}
     earlier = SAE(128, 70, ENCODERS["topk"](k=8))
-    return saes, earlier, judge_together(ground, (HOOK, HOOK), saes, 2400, (earlier, (BEFORE, BEFORE)))
+    return saes, earlier, evaluate_widths(ground, (HOOK, HOOK), saes, 2400, (earlier, (BEFORE, BEFORE)))
 
 
 def rows_of(ground, saes, earlier):
@@ -193,7 +193,7 @@ def test_text_for_one_half_only_is_refused(ground, tmp_path):
     text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=64)
     exclusions = ground.exclusions.model_copy(update={"heldout": 0.999})
     with pytest.raises(ValueError, match=r"held-out documents hold only \d+ tokens.*none was left to score"):
-        judge_together(Ground(ground.model, text, exclusions), (HOOK, HOOK), {"a": SAE(128, 9, ENCODERS["topk"](k=2))}, 2000)
+        evaluate_widths(EvalData(ground.model, text, exclusions), (HOOK, HOOK), {"a": SAE(128, 9, ENCODERS["topk"](k=2))}, 2000)
 
 
 @pytest.mark.parametrize(("c", "a", "m"), [(0.05, 0.8, -0.6), (0.0, 1.3, -0.25), (0.2, 40.0, -1.5)])

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from sparsary.eval.bootstrap import RESAMPLES, SEED, ByDocument
-from sparsary.eval.heldout import pieces
-from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.heldout import text_batches
+from sparsary.eval.metrics.base import DictionaryOutputs, Setting
 from sparsary.eval.metrics.downstream import SplicedModel, scattered
-from sparsary.eval.metrics.model_outputs import Passage
+from sparsary.eval.metrics.model_outputs import ModelOutputs
 from sparsary.eval.undefined import Undefined
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import HarvestSection, TextSection
@@ -21,7 +21,7 @@ HOOK = "transformer.h.2:out"
 def text(embedded_model):
     """Two batches of held-out contexts to fit on, and two to score."""
     section = HarvestSection(hooks=(HOOK,), tokens=1, heldout=0.3, exclude_leading=2)
-    found = list(pieces(embedded_model, TextSection(context_length=32), section, Cursor(0, 0), 900))
+    found = list(text_batches(embedded_model, TextSection(context_length=32), section, Cursor(0, 0), 900))
     return found[:2], found[2:4]
 
 
@@ -35,9 +35,9 @@ def judged(embedded_model, text):
     group = SplicedModel(setting)
     with torch.no_grad():
         for piece in text[0]:
-            group.fit(View(setting, Passage(embedded_model, piece, (HOOK,), with_logits=False)))
+            group.fit(DictionaryOutputs(setting, ModelOutputs(embedded_model, piece, (HOOK,), with_logits=False)))
         for piece in text[1]:
-            group.score(View(setting, Passage(embedded_model, piece, (HOOK,), with_logits=True)))
+            group.score(DictionaryOutputs(setting, ModelOutputs(embedded_model, piece, (HOOK,), with_logits=True)))
     return sae, group.report()
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from sparsary.eval.probing.run.datasets import Tokens, embedded_tokens, halves
-from sparsary.eval.probing.run.factors import judge_factors, labels_of, names_of, score_factors, table
-from sparsary.eval.probing.run.subject import neuron_hook, sparse_codes, subject_of
+from sparsary.eval.probing.datasets import Tokens, embedded_tokens, halves
+from sparsary.eval.probing.factors import factor_scores, labels_of, names_of, score_factors
+from sparsary.eval.probing.subject import probe_target, sparse_codes
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
+from sparsary.training.activations.sites import neuron_hook
 from sparsary.training.embedded import corpus
 
 SOURCE = {
@@ -23,7 +24,7 @@ SOURCE = {
 
 @pytest.fixture(scope="module")
 def subject(embedded_model):
-    return subject_of(SAE(128, 67, build_encoder({"name": "topk", "k": 5})), embedded_model, SOURCE)
+    return probe_target(SAE(128, 67, build_encoder({"name": "topk", "k": 5})), embedded_model, SOURCE)
 
 
 ENTITIES = ("boy", "dog", "ring", "store")
@@ -112,14 +113,14 @@ def test_tokens_come_with_the_factors_that_produced_them(subject):
     assert known.neurons.shape == (len(known.factors), 512)
     assert neuron_hook(subject.model, "transformer.h.2:out") == "transformer.h.2.mlp.c_proj:in"
     assert neuron_hook(subject.model, "transformer.wte:out") is None
-    document = corpus.document(1, int(known.documents[-1]))
+    document = corpus.embedded_document(1, int(known.documents[-1]))
     # The last token's own words: no other document has this token's activation.
     ids = subject.model.tokenizer.convert_tokens_to_ids(list(document.words))
     assert subject.model.tokenizer(document.text, add_special_tokens=False)["input_ids"] == ids
     owners = set(known.documents.tolist())
     for owner in list(owners)[:5]:
         mine = [factors for factors, document in zip(known.factors, known.documents, strict=True) if document == owner]
-        whole = list(corpus.document(1, owner).factors)
+        whole = list(corpus.embedded_document(1, owner).factors)
         assert any(mine == whole[start : start + len(mine)] for start in range(len(whole))) or len(mine) < len(whole)
     assert sparse_codes(subject, known.x).shape == (len(known.factors), 67)
 
@@ -147,18 +148,18 @@ def test_too_few_tokens_and_unknown_text_are_refused(subject):
     few = few.where(np.arange(len(few.factors)) < 40)
     with pytest.raises(ValueError, match=r"tokens hold no factor 30 times .* Raise --tokens"):
         score_factors(few, sparse.csc_array((40, 67)), None, None)
-    files = subject_of(subject.dictionary, subject.model, SOURCE | {"text": {"source": "files", "files": ["a.txt"]}})
+    files = probe_target(subject.dictionary, subject.model, SOURCE | {"text": {"source": "files", "files": ["a.txt"]}})
     with pytest.raises(ValueError, match="give labelled text with --labels FILE"):
-        judge_factors(files)
+        factor_scores(files)
     with pytest.raises(ValueError, match=r"expected width 31, the dictionary's d_in, got 128"):
-        subject_of(SAE(31, 67, build_encoder({"name": "topk", "k": 5})), subject.model, SOURCE)
+        probe_target(SAE(31, 67, build_encoder({"name": "topk", "k": 5})), subject.model, SOURCE)
 
 
 @pytest.mark.slow
 def test_on_the_embedded_model_probes_bound_latents_which_beat_chance(subject):
-    report, rows = judge_factors(subject, 20_000)
+    report, rows = factor_scores(subject, 20_000)
     assert report["factors_probe_f1"] > report["factors_latent_f1"] > report["factors_chance_f1"]
-    assert report == judge_factors(subject, 20_000)[0]
-    head, lines = table(report, rows)
+    assert report == factor_scores(subject, 20_000)[0]
+    head, lines = factors_table(report, rows)
     assert all(len(line) == len(head) for line in lines)
     json.dumps([report, rows], allow_nan=False)

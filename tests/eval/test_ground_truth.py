@@ -10,12 +10,12 @@ from sparsary.eval.synthetic.planted import (
     PLANTED,
     Sample,
     correlated,
-    flat,
     hierarchical,
+    independent_features,
     small_but_decisive,
     zipf_probabilities,
 )
-from sparsary.eval.synthetic.recovery import Recovery, chance_mcc, judge, match, score
+from sparsary.eval.synthetic.recovery import Recovery, chance_mcc, evaluate_recovery, match, match_score
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 
@@ -28,12 +28,12 @@ def score_truth(planted, W_dec=None, order=None, latents=None):
     order = torch.arange(planted.n_features) if order is None else order
     latents = sample.coefficients if latents is None else latents
     W_dec = planted.atoms if W_dec is None else W_dec
-    return score(planted, W_dec[order], latents[:, order], sample, sample.x)
+    return match_score(planted, W_dec[order], latents[:, order], sample, sample.x)
 
 
 @pytest.fixture(scope="module")
 def superposed():
-    return flat(67, 31, seed=5)
+    return independent_features(67, 31, seed=5)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -59,7 +59,7 @@ def test_order_and_sign_and_scale_of_atoms_do_not_matter(superposed):
 def test_random_atoms_score_about_chance(superposed):
     sample = superposed.sample(TOKENS, 1)
     latents = torch.rand(TOKENS, 101) * (torch.rand(TOKENS, 101) < 0.1)
-    report = score(superposed, torch.randn(101, superposed.d), latents, sample, sample.x.mean(0).expand_as(sample.x))
+    report = match_score(superposed, torch.randn(101, superposed.d), latents, sample, sample.x.mean(0).expand_as(sample.x))
     assert report["mcc"] == pytest.approx(report["chance_mcc"], abs=0.03)
     assert 0.2 < report["mcc"] < 0.6
     assert report["recall_09"] == 0
@@ -70,16 +70,16 @@ def test_random_atoms_score_about_chance(superposed):
 
 def test_chance_falls_with_width_and_rises_with_latents():
     def chance(d, n_latents):
-        return chance_mcc(flat(53, d, seed=0).atoms, n_latents)
+        return chance_mcc(independent_features(53, d, seed=0).atoms, n_latents)
 
     assert chance(64, 53) < chance(16, 53) < chance(16, 211)
 
 
 def test_one_seed_for_all_does_not_hand_out_the_truth():
-    planted = flat(53, 16, seed=3)
+    planted = independent_features(53, 16, seed=3)
     torch.manual_seed(3)
     dictionary = SAE(16, 53, build_encoder({"name": "topk", "k": 2}))
-    assert judge(dictionary, planted, 101, seed=3)["mcc"] < 0.6
+    assert evaluate_recovery(dictionary, planted, 101, seed=3)["mcc"] < 0.6
     assert chance_mcc(planted.atoms, 53, seed=3) < 0.6
 
 
@@ -111,7 +111,7 @@ def test_scores_of_a_case_by_hand():
     coefficients = torch.tensor([[1.0, 0], [2, 0], [3, 0], [0, 4], [0, 5]])
     latents = torch.tensor([[1.0, 0], [2, 0], [0, 0], [2, 0], [1, 0]])
     sample = Sample(coefficients @ planted.atoms, coefficients, None)
-    report = score(planted, torch.stack([3 * a, 4 * a + 3 * b]), latents, sample, sample.x)
+    report = match_score(planted, torch.stack([3 * a, 4 * a + 3 * b]), latents, sample, sample.x)
     assert report["mcc"] == pytest.approx((1 + 0.6) / 2)
     assert report["mmcs_true"] == pytest.approx((1 + 0.6) / 2)
     assert report["recall_09"] == 0.5
@@ -135,7 +135,7 @@ def test_several_samples_are_one(superposed):
     recovery = Recovery(superposed, superposed.atoms)
     for part in torch.arange(TOKENS).split(701):
         recovery.update(latents[part], Sample(whole.x[part], whole.coefficients[part], None), x_hat[part])
-    assert recovery.report() == pytest.approx(score(superposed, superposed.atoms, latents, whole, x_hat), abs=1e-9)
+    assert recovery.report() == pytest.approx(match_score(superposed, superposed.atoms, latents, whole, x_hat), abs=1e-9)
     assert recovery.report()["shrinkage"] == pytest.approx(0.9, abs=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_features_that_never_fire_are_no_evidence_against_a_detector(superposed)
     coefficients = sample.coefficients.clone()
     coefficients[:, 3] = 0
     sample = sample._replace(coefficients=coefficients)
-    report = score(superposed, superposed.atoms, coefficients, sample, sample.x)
+    report = match_score(superposed, superposed.atoms, coefficients, sample, sample.x)
     assert (report["detector_f1"], report["coefficient_correlation"]) == pytest.approx((1, 1))
 
 
@@ -192,7 +192,10 @@ def test_zipf_falls_from_p_max_to_p_min():
 
 
 def test_flat_features_fire_independently_and_correlated_ones_as_their_factors_say():
-    for planted, strength in ((flat(29, 11, 0, p_min=0.2, p_max=0.4), 0), (correlated(29, 11, 0, p_min=0.2, p_max=0.4), 1)):
+    for planted, strength in (
+        (independent_features(29, 11, 0, p_min=0.2, p_max=0.4), 0),
+        (correlated(29, 11, 0, p_min=0.2, p_max=0.4), 1),
+    ):
         fires = (planted.sample(20_011, 0).coefficients > 0).float()
         found = torch.corrcoef(fires.T)
         off = ~torch.eye(29, dtype=torch.bool)
@@ -276,24 +279,24 @@ def test_judging_a_dictionary_made_of_the_truth():
         dictionary.W_enc.copy_(planted.atoms[order])
         # Half a token's second place would else go to rounding noise.
         dictionary.b_enc.fill_(-0.1)
-    report = judge(dictionary.train(), planted, TOKENS, seed=9)
+    report = evaluate_recovery(dictionary.train(), planted, TOKENS, seed=9)
     assert dictionary.training
     assert report["mcc"] == pytest.approx(1, abs=1e-5)
     assert report["detector_f1"] == pytest.approx(1, abs=1e-3)
     assert report["l0"] == pytest.approx(report["true_l0"], abs=1e-3)
     assert report["coefficient_correlation"] > 0.99
     assert report["fvu"] < 0.02
-    assert report == judge(dictionary, planted, TOKENS, seed=9)
+    assert report == evaluate_recovery(dictionary, planted, TOKENS, seed=9)
     with pytest.raises(ValueError, match="expected d_in = d_out = 20, as planted, got 23 and 23"):
-        judge(dictionary, hierarchical(20, 0, 0.0), 11, seed=0)
+        evaluate_recovery(dictionary, hierarchical(20, 0, 0.0), 11, seed=0)
 
 
 def test_judging_in_batches_changes_nothing(monkeypatch):
     planted = small_but_decisive(13, 2, 11, seed=0)
     dictionary = SAE(11, 17, build_encoder({"name": "topk", "k": 3}))
-    whole = judge(dictionary, planted, 101, seed=0)
+    whole = evaluate_recovery(dictionary, planted, 101, seed=0)
     monkeypatch.setattr("sparsary.eval.synthetic.recovery.JUDGE_BATCH_TOKENS", 23)
-    assert judge(dictionary, planted, 101, seed=0) == pytest.approx(whole, abs=1e-6)
+    assert evaluate_recovery(dictionary, planted, 101, seed=0) == pytest.approx(whole, abs=1e-6)
 
 
 def test_judging_hands_the_gradient_to_the_encoder_in_eval_mode():
@@ -305,7 +308,7 @@ def test_judging_hands_the_gradient_to_the_encoder_in_eval_mode():
         seen.append((encoder.training, inputs[2]))
 
     dictionary.encoder.register_forward_pre_hook(look)
-    judge(dictionary, planted, 101, seed=4)
+    evaluate_recovery(dictionary, planted, 101, seed=4)
     ((training, grad),) = seen
     assert not training
     assert torch.equal(grad, planted.sample(101, 4).grad)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.metrics.dark_matter.decomposition import AffineFloor, DarkMatter, LinearFit
-from sparsary.eval.metrics.downstream import Downstream, ablations, replaced
+from sparsary.eval.metrics.downstream import Downstream, _replaced, ablations
 from sparsary.eval.metrics.reconstruction import Reconstruction, density_histogram
 from sparsary.sae import ENCODERS, SAE
 
@@ -144,7 +144,7 @@ def spliced(embedded_model):
         kept[:, :2] = False
         found = Downstream(embedded_model)
         variants = ablations(embedded_model, kept, {hook: x[kept].mean(0)})
-        variants["spliced"] = replaced(embedded_model, kept, {hook: reconstruct})
+        variants["spliced"] = _replaced(embedded_model, kept, {hook: reconstruct})
         found.update(ids, kept[:, :-1], embedded_model.logits(ids), variants)
         return found.report()
 

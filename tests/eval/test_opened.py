@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import sparsary
-from sparsary.eval.checkpoint import EVERY_DOCUMENT, Given, complete, open_checkpoint, sanity_of
+from sparsary.eval.checkpoint import EVERY_DOCUMENT, CheckpointOptions, complete, open_checkpoint, sanity_of
 from sparsary.eval.circuits.compared_units import open_dictionaries
 from sparsary.eval.circuits.units.nodes import NodeSpace
 from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.eval.features.run import features
-from sparsary.eval.report.evaluate import evaluate, evaluate_all, judge_all
+from sparsary.eval.report.evaluate import evaluate, evaluate_all, evaluate_loaded
 from sparsary.sae.formats import FORMATS, write_dictionary
 from sparsary.transcoders.convert import convert
 
@@ -36,7 +36,7 @@ def both(build_format, tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             left_open = build_format(name, folder / "theirs")
-            given = Given(model="embedded", settings=SETTINGS, **left_open)
+            given = CheckpointOptions(model="embedded", settings=SETTINGS, **left_open)
             convert(folder / "theirs", folder / "ours", options=given.options("embedded"))
             made[name] = folder / "theirs", folder / "ours", given
         return made[name]
@@ -49,7 +49,9 @@ def both(build_format, tmp_path_factory):
 def test_figures_are_those_of_our_own_checkpoint(name, both, tmp_path):
     theirs, ours, given = both(name)
     report = evaluate(str(theirs), str(tmp_path / "theirs"), tokens=TOKENS, given=given)
-    again = evaluate(str(ours), str(tmp_path / "ours"), tokens=TOKENS, given=Given(model="embedded", settings=SETTINGS))
+    again = evaluate(
+        str(ours), str(tmp_path / "ours"), tokens=TOKENS, given=CheckpointOptions(model="embedded", settings=SETTINGS)
+    )
     assert report.keys() == again.keys()
     for key in report.keys() - {*ABOUT}:
         # Matrices that lie transposed in a file are summed in another order.
@@ -73,7 +75,7 @@ def test_circuits_pass_through_every_format(name, both, embedded_model):
     other[:, 2:5] = tokens[:, 3:6]
     clean = embedded_model.logits(tokens)
     found = []
-    for path, said in ((theirs, given), (ours, Given(model="embedded"))):
+    for path, said in ((theirs, given), (ours, CheckpointOptions(model="embedded"))):
         dictionaries = open_dictionaries(str(path), said)
         for errors in ("node", "ablated"):
             space = NodeSpace(embedded_model, dictionaries.parts(errors))
@@ -132,7 +134,7 @@ def trained(tmp_path_factory, embedded_model):
 
 
 def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained, capsys):
-    right = sanity_of(open_checkpoint(str(trained / "right"), Given(settings=SETTINGS)), 500)["transformer.h.1:out"]
+    right = sanity_of(open_checkpoint(str(trained / "right"), CheckpointOptions(settings=SETTINGS)), 500)["transformer.h.1:out"]
     assert (right.warnings, right.l0) == ((), 12)
     assert right.fvu < 0.6
     sparsary.app(["info", str(trained / "right"), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
@@ -161,23 +163,27 @@ def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path)
 @pytest.mark.parametrize(
     ("about", "given", "says"),
     [
-        ({}, Given(), r"trained on tensors, not on a model, or .*--model ID"),
-        ({"model": {"id": "m"}}, Given(), r"hook: expected a module path with a side.*got None.*--hook transformer.h.2:out"),
-        ({"model": {"id": "m"}}, Given(hook="nowhere"), r"hook: expected a module path with a side.*got 'nowhere'"),
-        ({"model": {"id": "m"}, "hook": "a.b:out"}, Given(), r"text: expected a text to judge on.*--text FILE"),
+        ({}, CheckpointOptions(), r"trained on tensors, not on a model, or .*--model ID"),
+        (
+            {"model": {"id": "m"}},
+            CheckpointOptions(),
+            r"hook: expected a module path with a side.*got None.*--hook transformer.h.2:out",
+        ),
+        ({"model": {"id": "m"}}, CheckpointOptions(hook="nowhere"), r"hook: expected a module path with a side.*got 'nowhere'"),
+        ({"model": {"id": "m"}, "hook": "a.b:out"}, CheckpointOptions(), r"text: expected a text to judge on.*--text FILE"),
         (
             {"model": {"id": "m"}, "hook": "a.b:out"},
-            Given(settings={"recipe.lr": 1}),
+            CheckpointOptions(settings={"recipe.lr": 1}),
             r"--set recipe.lr: expected a key of model, ",
         ),
         (
             {"model": {"id": "embedded"}, "hook": "a.b:out"},
-            Given(settings={"text.context_lenth": 3}),
+            CheckpointOptions(settings={"text.context_lenth": 3}),
             r"text.context_lenth: unknown key.*Did you mean 'context_length'",
         ),
         (
             {"model": {"id": "embedded"}, "hook": "a.b:out"},
-            Given(settings={"harvest.exclude_leading": "no"}),
+            CheckpointOptions(settings={"harvest.exclude_leading": "no"}),
             r"harvest.exclude_leading: expected a valid integer, got 'no'",
         ),
     ],
@@ -189,7 +195,7 @@ def test_what_nobody_said_is_asked_for(about, given, says):
 
 def test_what_is_said_counts_and_the_rest_is_a_recipe_s():
     about = {"model": {"id": "m", "revision": "r"}, "text": {"context_length": 33}, "hook": "a.b:out"}
-    said = Given(model="n", text=("x.txt",), settings={"harvest.exclude_leading": 0})
+    said = CheckpointOptions(model="n", text=("x.txt",), settings={"harvest.exclude_leading": 0})
     found, assumed = complete(about, said, "here")
     assert found["model"] == {"id": "n", "revision": None}
     assert found["text"] == {"context_length": 33, "source": "files", "files": ["x.txt"], "bos": "context"}
@@ -201,7 +207,7 @@ def test_what_is_said_counts_and_the_rest_is_a_recipe_s():
 def test_ours_say_everything_themselves(trained, tmp_path):
     convert(trained / "right", tmp_path / "ours")
     with pytest.raises(ValueError, match=r"k: expected none with .*, which says it itself, got 3"):
-        evaluate_all([str(tmp_path / "ours")], given=Given(k=3))
+        evaluate_all([str(tmp_path / "ours")], given=CheckpointOptions(k=3))
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(trained, monkeypatch):
@@ -210,13 +216,13 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(train
         evaluate(str(trained / "right"))
     file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")
     with pytest.raises(ValueError, match=r"--out: required, because .* is no folder"):
-        judge_all([file])
+        evaluate_loaded([file])
 
 
 @pytest.mark.slow
 def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path):
     text = (str(shared_data / "text" / "tinystories_valid.jsonl"),)
-    given = Given(model=str(shared_data / "models" / "stories3M"), text=text, hook="model.layers.3:out")
+    given = CheckpointOptions(model=str(shared_data / "models" / "stories3M"), text=text, hook="model.layers.3:out")
     found = []
     for name in ("saelens", "sparsify", "dictionary_learning"):
         path = shared_data / "saes" / f"stories3M_L3_topk16_{name}"
@@ -249,7 +255,7 @@ def test_a_cross_layer_transcoder_and_a_set_are_judged_in_place(build_format, tm
     about = {"model": {"id": "embedded"}, "hooks_in": reads, "hooks_out": writes}
     across.save(tmp_path / "ours", about)
     convert(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
-    given = Given(model="embedded", settings=SETTINGS)
+    given = CheckpointOptions(model="embedded", settings=SETTINGS)
     found, again = (
         evaluate(str(tmp_path / n), str(tmp_path / "out" / n), tokens=TOKENS, given=given) for n in ("theirs", "ours")
     )

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from sparsary.eval.metrics.glossary import markdown
-from sparsary.eval.pages.report import EXPLANATIONS, KEY_FIGURES, PLOTS, render
+from sparsary.eval.metrics.glossary import report_markdown
+from sparsary.eval.pages.report import EXPLANATIONS, KEY_FIGURES, PLOTS, render_report
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -136,7 +136,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return render(REPORT, CURVE)
+    return render_report(REPORT, CURVE)
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +164,12 @@ def test_every_key_of_the_report_is_explained():
 
 def test_the_documented_schema_is_that_of_the_page():
     # If not: python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
-    assert (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8") == markdown()
+    assert (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
 
 
 def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():
     hook = "transformer.h.2.mlp:in -> transformer.h.2.mlp:out"
-    page = Page(render(REPORT | {"kind": "transcoder", "d_out": 131, "hook": hook, "fvu_affine": 0.31724}, CURVE))
+    page = Page(render_report(REPORT | {"kind": "transcoder", "d_out": 131, "hook": hook, "fvu_affine": 0.31724}, CURVE))
     assert page.entry("fvu_affine")[1] == "0.31724"
     assert "No explanation" not in page.text
     assert "an affine map leaves 0.3172" in page.text
@@ -207,7 +207,7 @@ def test_plots_say_their_figures_in_words(page: Page):
 
 
 def test_unknown_entries_are_shown_and_lists_are_not():
-    page = Page(render({"novel_figure": 0.5, "novel_list": [1, 2]}, []))
+    page = Page(render_report({"novel_figure": 0.5, "novel_list": [1, 2]}, []))
     assert page.entry("novel_figure")[1] == "0.5"
     assert "novel_list" not in page.text
 
@@ -236,7 +236,7 @@ def test_colours_follow_the_colour_scheme(html: str):
 
 
 def test_report_without_model_reads_not_measured():
-    page = Page(render(WITHOUT_MODEL, []))
+    page = Page(render_report(WITHOUT_MODEL, []))
     assert page.tiles["kl_spliced"] == page.tiles["ce_recovered_mean"] == "not measured"
     assert page.tiles["fvu"] == "0.1852"
     assert len(page.plots) == len(PLOTS) - 3
@@ -244,7 +244,7 @@ def test_report_without_model_reads_not_measured():
 
 
 def test_none_reads_undefined_and_missing_provenance_not_recorded():
-    page = Page(render(UNDEFINED, [{"tokens": None, "fvu": None, "dead": None}]))
+    page = Page(render_report(UNDEFINED, [{"tokens": None, "fvu": None, "dead": None}]))
     assert set(page.tiles.values()) == {"undefined"}
     assert page.entry("ce_recovered_zero")[1] == "undefined"
     assert page.entry("git_commit")[1] == "not recorded"
@@ -260,7 +260,7 @@ def test_none_reads_undefined_and_missing_provenance_not_recorded():
     ],
 )
 def test_some_entries_may_be_none(keys: str, lost: int):
-    page = Page(render(REPORT | dict.fromkeys(keys.split()), CURVE[:3]))
+    page = Page(render_report(REPORT | dict.fromkeys(keys.split()), CURVE[:3]))
     assert len(page.plots) == len(PLOTS) - lost
     assert "None" not in page.text + "".join(page.plots)
 
@@ -285,7 +285,7 @@ def test_some_entries_may_be_none(keys: str, lost: int):
 )
 def test_unusual_reports_are_drawn(monkeypatch: pytest.MonkeyPatch, title: str, changes: dict, words: str):
     monkeypatch.setattr("sparsary.eval.pages.report.PLOTS", [plot for plot in PLOTS if plot[0] == title])
-    (plot,) = Page(render(REPORT | changes, [])).plots
+    (plot,) = Page(render_report(REPORT | changes, [])).plots
     assert words in plot
 
 
@@ -295,18 +295,18 @@ def test_unusual_reports_are_drawn(monkeypatch: pytest.MonkeyPatch, title: str, 
 def test_short_and_broken_curves_are_drawn(monkeypatch: pytest.MonkeyPatch, rows: list[dict]):
     monkeypatch.setattr("sparsary.eval.pages.report.PLOTS", PLOTS[:2])
     drawn = [row for row in rows for key in ("fvu", "dead") if math.isfinite(row.get(key, math.nan))]
-    assert len(Page(render(REPORT, rows)).plots) == len(drawn)
+    assert len(Page(render_report(REPORT, rows)).plots) == len(drawn)
 
 
 def test_long_curve_makes_no_large_page(html: str):
     rows = [{"tokens": step * 4096, "fvu": 0.1 + (step % 7) / 100, "dead": 0.1} for step in range(30_000)]
-    assert len(render({}, rows)) < 100_000
+    assert len(render_report({}, rows)) < 100_000
 
 
 def test_text_is_escaped():
     attack = '<script>alert(1)</script>"onload="x'
     texts = dict.fromkeys(("kind", "encoder", "hook", "model", "text", "git_commit", "checkpoint"), attack)
-    html = render(REPORT | texts | {attack: attack}, [])
+    html = render_report(REPORT | texts | {attack: attack}, [])
     assert "<script" not in html
     assert '"onload=' not in html
     assert escape(attack) in html
@@ -314,13 +314,13 @@ def test_text_is_escaped():
 
 
 def test_braces_and_at_signs_in_text_survive():
-    assert Page(render({"hook": '{facts} "@" \\1'}, [])).entry("hook")[1] == '{facts} "@" \\1'
+    assert Page(render_report({"hook": '{facts} "@" \\1'}, [])).entry("hook")[1] == '{facts} "@" \\1'
 
 
 @pytest.mark.slow
 def test_equal_input_gives_equal_bytes_whatever_matplotlib_is_set_to(html: str):
     with matplotlib.rc_context({"svg.fonttype": "path", "axes.grid": True, "figure.dpi": 31, "lines.color": "red"}):
-        assert render(REPORT, CURVE) == html
+        assert render_report(REPORT, CURVE) == html
 
 
 def test_matplotlib_is_left_as_it_was():
@@ -331,7 +331,7 @@ def test_matplotlib_is_left_as_it_was():
 
     with matplotlib.rc_context({"lines.linewidth": 7.5}):
         before = state()
-        render({"l0_histogram_counts": [1, 2]}, [])
+        render_report({"l0_histogram_counts": [1, 2]}, [])
         assert state() == before
 
 

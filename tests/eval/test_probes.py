@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from sparsary.eval.probing.run.absorption import absorbed
-from sparsary.eval.probing.run.probes import (
+from sparsary.eval.probing.absorption import absorbed
+from sparsary.eval.probing.probes import (
     Search,
     auroc,
     best_threshold,

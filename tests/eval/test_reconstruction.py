@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsary.eval.metrics import redundancy
-from sparsary.eval.metrics.base import Setting, View
+from sparsary.eval.metrics.base import DictionaryOutputs, Setting
 from sparsary.eval.metrics.glossary import INTRODUCTION
 from sparsary.eval.metrics.histograms import Counts, Quantiles
 from sparsary.eval.metrics.reconstruction import Errors, Reconstructed, Reconstruction, effective_latents
@@ -82,12 +82,12 @@ def test_reports_do_not_depend_on_how_tokens_are_cut(size):
     def judged(cut):
         group = Reconstructed(setting)
         for rows in torch.arange(1013).split(cut):
-            piece = View(setting, None, (y[rows], y[rows]))
+            piece = DictionaryOutputs(setting, None, (y[rows], y[rows]))
             # An encoder's own product would round differently for other shapes.
             vars(piece).update(y_hat=y_hat[rows], code=code_of(dense[rows]))
             group.fit(piece)
         for rows in torch.arange(1013).split(cut):
-            piece = View(setting, None, (y[rows], y[rows]))
+            piece = DictionaryOutputs(setting, None, (y[rows], y[rows]))
             vars(piece).update(y_hat=y_hat[rows], code=code_of(dense[rows]))
             group.score(piece)
         return rows_of(group.report())
@@ -166,8 +166,8 @@ def test_tokens_of_high_norm_are_told_apart():
     setting = Setting(sae, CPU)
     group = Reconstructed(setting)
     with torch.no_grad():
-        group.fit(View(setting, None, (y[:500], y[:500])))
-        group.score(View(setting, None, (y[500:], y[500:])))
+        group.fit(DictionaryOutputs(setting, None, (y[:500], y[:500])))
+        group.score(DictionaryOutputs(setting, None, (y[500:], y[500:])))
         usual = torch.cat([y[500:600], y[601:700], y[701:999]])
         alone = in_numpy(usual.numpy(), sae(usual).numpy())
         l0 = sae.encode(usual).l0().double().mean()

@@ -7,14 +7,14 @@ import pytest
 import torch
 from scipy import sparse
 
-from sparsary.eval.probing.run.datasets import Labelled, Pooled, pool, read_labelled
-from sparsary.eval.probing.run.subject import subject_of
+from sparsary.eval.probing.datasets import Labelled, Pooled, pool, read_labelled
 from sparsary.eval.probing.saebench.absorption import absorption
 from sparsary.eval.probing.saebench.adapter import SaeBenchAdapter, transformer_lens_hook
 from sparsary.eval.probing.saebench.datasets import embedded_data
 from sparsary.eval.probing.saebench.output import result_file
 from sparsary.eval.probing.saebench.scr_tpp import scr, tpp
 from sparsary.eval.probing.saebench.sparse_probing import sparse_probing
+from sparsary.eval.probing.subject import probe_target
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.transcoders import Transcoder
@@ -33,7 +33,7 @@ SOURCE = {
 @pytest.fixture(scope="module")
 def subject(embedded_model):
     torch.manual_seed(3)
-    return subject_of(SAE(128, 131, build_encoder({"name": "topk", "k": 8})).eval(), embedded_model, SOURCE)
+    return probe_target(SAE(128, 131, build_encoder({"name": "topk", "k": 8})).eval(), embedded_model, SOURCE)
 
 
 def planted(subject, labels, spurious=None, latents=None, noise=0.02, name="planted"):

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from sparsary.eval.report.evaluate import Selection, evaluate
-from sparsary.eval.report.summary import summary
+from sparsary.eval.report.evaluate import InferenceMode, evaluate
+from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import PURSUITS
 from sparsary.training.recipe import check_recipe
-from sparsary.training.run import train
+from sparsary.training.run import train_recipe
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +28,18 @@ def gradient_run(tmp_path_factory):
         "out_dir": str(folder / "run"),
         "eval_tokens": 1500,
     }
-    return train(check_recipe(values, "recipe"))
+    return train_recipe(check_recipe(values, "recipe"))
 
 
 @pytest.mark.slow
 def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
-    oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=Selection(oracle=True))
+    oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=InferenceMode(oracle=True))
     assert usual["selection"] == "per token"
     assert oracle["selection"].startswith("oracle")
     assert usual["fvu"] != oracle["fvu"]
     assert usual["tokens"] == oracle["tokens"]
-    assert dict(summary(oracle))["selection"].startswith("oracle")
+    assert dict(report_summary(oracle))["selection"].startswith("oracle")
     assert "oracle: latents chosen" in (tmp_path / "oracle" / "report.html").read_text()
     assert json.loads((gradient_run / "report.json").read_text())["selection"] == "per token"
 
@@ -48,7 +48,7 @@ def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
 def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
     for name in PURSUITS:
-        found = evaluate(str(gradient_run), str(tmp_path / name), selection=Selection(pursuit=name, k=8))
+        found = evaluate(str(gradient_run), str(tmp_path / name), selection=InferenceMode(pursuit=name, k=8))
         assert name in found["selection"]
         assert found["l0_mean"] <= 8
         assert found["fvu"] < usual["fvu"]
@@ -57,11 +57,11 @@ def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path):
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        (Selection(pursuit="greedy", k=3), "--pursuit: expected one of matching_pursuit"),
-        (Selection(pursuit="gradient_pursuit"), "--k: expected a number"),
-        (Selection(k=3), "--k: expected a number"),
-        (Selection(pursuit="gradient_pursuit", k=0), "--k: expected a number"),
-        (Selection(oracle=True, pursuit="gradient_pursuit", k=3), "expected either it or --pursuit"),
+        (InferenceMode(pursuit="greedy", k=3), "--pursuit: expected one of matching_pursuit"),
+        (InferenceMode(pursuit="gradient_pursuit"), "--k: expected a number"),
+        (InferenceMode(k=3), "--k: expected a number"),
+        (InferenceMode(pursuit="gradient_pursuit", k=0), "--k: expected a number"),
+        (InferenceMode(oracle=True, pursuit="gradient_pursuit", k=3), "expected either it or --pursuit"),
     ],
 )
 def test_selections_that_make_no_sense_are_refused(gradient_run, tmp_path, selection, message):
@@ -71,13 +71,13 @@ def test_selections_that_make_no_sense_are_refused(gradient_run, tmp_path, selec
 
 def test_an_unusual_report_does_not_replace_the_usual_one(gradient_run):
     with pytest.raises(ValueError, match="--out: required with --oracle or --pursuit"):
-        evaluate(str(gradient_run), selection=Selection(oracle=True))
+        evaluate(str(gradient_run), selection=InferenceMode(oracle=True))
 
 
 def test_an_oracle_needs_an_encoder_that_reads_gradients(tmp_path):
     SAE(5, 13, ENCODERS["topk"](k=2)).save(tmp_path)
     with pytest.raises(ValueError, match="--oracle: expected a dictionary that chooses by gradients"):
-        evaluate(str(tmp_path), str(tmp_path / "o"), torch.randn(9, 5), selection=Selection(oracle=True))
+        evaluate(str(tmp_path), str(tmp_path / "o"), torch.randn(9, 5), selection=InferenceMode(oracle=True))
 
 
 def test_a_dictionary_pursues_raw_targets_whatever_its_atoms_norms():

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import sparsary
-from sparsary.eval.compare.recipes.runs import collect_runs, compare_runs, pareto, runs_among, summary
-from sparsary.eval.pages.runs import COLUMNS, SCRIPT, render
+from sparsary.eval.compare.runs import collect_runs, compare_runs, pareto, runs_among, runs_summary
+from sparsary.eval.pages.runs import COLUMNS, SCRIPT, render_runs
 from sparsary.sae import ENCODERS, SAE
 
 REPORT = {
@@ -77,7 +77,7 @@ def test_the_front_holds_who_is_not_beaten_in_both(runs):
     assert comparison["different"] == {}
     equal = [{"name": name, "report": {"l0_mean": 4, "fvu": fvu}} for name, fvu in (("a", 0.5), ("b", 0.25), ("c", None))]
     assert pareto(equal, "fvu") == ["b"]
-    head, *rows = summary(comparison)
+    head, *rows = runs_summary(comparison)
     assert head == ["run", *(column.label for column in COLUMNS)]
     assert [row[:3] for row in rows] == [
         ["small", "3", "0.5"], ["beaten", "9", "0.3"], ["large", "8", "0.125"], ["bare", "20", "0.75"],
@@ -88,7 +88,7 @@ def test_what_makes_figures_incomparable_is_said(runs):
     (runs[1] / "report.json").write_text(json.dumps(REPORT | {"tokens": 509, "hook": "transformer.h.1:out"}))
     comparison = collect_runs(runs)
     assert comparison["different"]["tokens"] == {"1,013": ["small", "large", "bare"], "509": ["beaten"]}
-    html = render(comparison)
+    html = render_runs(comparison)
     assert html.count('class="warning"') == 2
     assert "Not the same <code>tokens</code>" in html
 
@@ -111,7 +111,7 @@ def test_checkpoints_without_a_report_are_judged_together(runs, tmp_path, monkey
         for path in checkpoints:
             (Path(path) / "report.json").write_text(json.dumps(REPORT))
 
-    monkeypatch.setattr("sparsary.eval.compare.recipes.runs.evaluate_all", instead)
+    monkeypatch.setattr("sparsary.eval.compare.runs.evaluate_all", instead)
     new = [tmp_path / name for name in ("one", "two")]
     for path in new:
         SAE(5, 13, ENCODERS["topk"](k=2)).save(path)
@@ -127,8 +127,8 @@ def test_page_is_self_contained_safe_and_the_same_each_time(runs):
     (runs[0] / "report.json").write_text(json.dumps(REPORT | dict.fromkeys(("hook", "model", "encoder", "selection"), attack)))
     comparison = collect_runs(runs)
     comparison["runs"][1]["name"] = attack
-    html = render(comparison)
-    assert html == render(comparison)
+    html = render_runs(comparison)
+    assert html == render_runs(comparison)
     # The one script is ours, and the policy lets no other run.
     (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
     assert script == SCRIPT
@@ -178,7 +178,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 )
 def test_browser_sorts_and_filters(runs, tmp_path, fragment, shown, hidden_points):
     file = tmp_path / "comparison.html"
-    file.write_text(render(collect_runs(runs)), encoding="utf-8")
+    file.write_text(render_runs(collect_runs(runs)), encoding="utf-8")
     assert CHROMIUM is not None
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     more = "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000 --dump-dom"

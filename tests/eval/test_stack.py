@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from sparsary.eval.pages.stack import EXPLANATIONS, render
+from sparsary.eval.pages.stack import EXPLANATIONS, render_stack
 from sparsary.eval.report.evaluate import evaluate
-from sparsary.eval.report.stack import Layer, _reconstructed, judge_stack
-from sparsary.eval.report.summary import summary
+from sparsary.eval.report.stack import ReplacedLayer, _reconstructed, judge_stack
+from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.splice import Insertion, model_spliced
 from sparsary.training.text import Cursor
@@ -36,9 +36,9 @@ def topk(k=8):
 @pytest.fixture(scope="module")
 def activations(embedded_model):
     """Inputs and outputs of every MLP on a few thousand tokens of training text."""
-    from sparsary.eval.heldout import ground
+    from sparsary.eval.heldout import eval_data
 
-    where = ground(SOURCE, (*READS, *WRITES))
+    where = eval_data(SOURCE, (*READS, *WRITES))
     rows = {hook: [] for hook in (*READS, *WRITES)}
     for piece in where.pieces(Cursor(0, 0), 3000):
         for hook, x in embedded_model.activations(piece.token_ids, (*READS, *WRITES)).items():
@@ -98,18 +98,18 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
     assert 0.2 < found["ce_recovered_mean"] < 1
     # No linear map predicts what is left.
     assert found["linear_error_share"] < 0.1
-    assert "affine map" in dict(summary(found))["fvu"]
+    assert "affine map" in dict(report_summary(found))["fvu"]
     assert "fvu_affine" in (stack / "layer=1" / "report.html").read_text()
 
 
 @pytest.mark.slow
 def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
-    from sparsary.eval.heldout import ground
+    from sparsary.eval.heldout import eval_data
     from sparsary.training.activations.model import next_token_loss
 
     found = evaluate(str(stack / "layer=1"))
-    where = ground(SOURCE, (READS[1], WRITES[1]))
+    where = eval_data(SOURCE, (READS[1], WRITES[1]))
     fitted = list(where.pieces(Cursor(0, 0), 600))[-1].cursor
     total, tokens = 0.0, 0
     for piece in where.pieces(Cursor(fitted.document + 1, 0), 600):
@@ -181,7 +181,7 @@ def test_a_stack_of_one_is_the_same_at_once_and_alone(linear, tmp_path):
 def test_each_layer_of_a_cross_layer_transcoder_is_reconstructed_from_all_before_it(activations):
     clt = CrossLayerTranscoder(4, 512, 512, 4 * 67, topk()).eval()
     insertion = Insertion(clt, tuple(READS), tuple(WRITES))
-    layers = [Layer((0, layer), READS[layer], WRITES[layer]) for layer in range(4)]
+    layers = [ReplacedLayer((0, layer), READS[layer], WRITES[layer]) for layer in range(4)]
     rows = {hook: x[:50] for hook, x in activations.items()}
     with torch.no_grad():
         codes, outputs = _reconstructed([insertion], layers, rows)
@@ -225,7 +225,7 @@ def test_targets_are_judged_without_a_model(tmp_path):
     found = evaluate(str(tmp_path), activations=(x, y))
     assert found["tokens"] == 300
     assert found["fvu"] > found["fvu_affine"] > 0
-    assert summary(found)
+    assert report_summary(found)
     with torch.no_grad():
         expected = (y[300:] - dictionary.eval()(x[300:])).pow(2).sum() / (y[300:] - y[300:].mean(0)).pow(2).sum()
     assert found["fvu"] == pytest.approx(float(expected), rel=1e-5)
@@ -262,7 +262,7 @@ def test_judging_leaves_the_dictionaries_where_the_model_is(linear, embedded_mod
 
 
 def test_the_page_shows_every_figure(report):
-    html = render({key: value for key, value in report.items() if key != "report_path"})
+    html = render_stack({key: value for key, value in report.items() if key != "report_path"})
     for key in EXPLANATIONS:
         assert f"<code>{key}</code>" in html
     shown = {key for key in report if not key.startswith("layer_") and isinstance(report[key], int | float)}
@@ -271,7 +271,7 @@ def test_the_page_shows_every_figure(report):
     assert "all at once" in html
     assert "transformer.h.3.mlp" in html
     assert "http" not in html.replace("http-equiv", "")
-    lines = summary(report)
+    lines = report_summary(report)
     assert lines[0] == ("stack", lines[0][1])
     assert len(lines) == 8 + 4
     assert lines[-1][0] == "transformer.h.3.mlp"

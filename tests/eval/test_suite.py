@@ -11,10 +11,10 @@ import sparsary
 from sparsary.eval.checkpoint import folders
 from sparsary.eval.metrics.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
-from sparsary.eval.report.summary import summary
+from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
-from sparsary.training.run import train
+from sparsary.training.run import train_recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
         "out_dir": str(folder / "run"),
         "eval_tokens": 4000,
     }
-    return train(check_recipe(values, "recipe"))
+    return train_recipe(check_recipe(values, "recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_figures_hang_together(report):
     assert report["dark_matter_fit_tokens"] >= 2000
     assert report["documents"] > 20
     assert report["text"] == "embedded"
-    assert "fvu" in dict(summary(report))
+    assert "fvu" in dict(report_summary(report))
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score
     from sparsary.eval import heldout
 
     seen = []
-    pieces = heldout.pieces
+    pieces = heldout.text_batches
 
     def spy(*arguments):
         owners = set()
@@ -83,7 +83,7 @@ def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score
             owners |= piece.documents
             yield piece
 
-    monkeypatch.setattr(heldout, "pieces", spy)
+    monkeypatch.setattr(heldout, "text_batches", spy)
     evaluate(str(checkpoint), str(checkpoint / "x"), cache=False)
     fitted, scored = seen
     assert fitted
@@ -99,7 +99,7 @@ def test_tensors_are_judged_without_a_model(tmp_path):
     report = evaluate(str(tmp_path / "d"), activations=torch.randn(500, 6))
     assert report["tokens"] == 250
     assert "ce_clean" not in report
-    assert summary(report)
+    assert report_summary(report)
     for rows, message in (
         (torch.full((9, 6), torch.nan), "x: expected finite numbers"),
         (torch.randn(9, 7), "expected width 6, the dictionary's d_in, got 7"),
@@ -190,15 +190,15 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render", lambda *_: "")
+    monkeypatch.setattr(suite, "render_report", lambda *_: "")
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
-    real = suite.ground
-    monkeypatch.setattr(suite, "ground", None)
+    real = suite.eval_data
+    monkeypatch.setattr(suite, "eval_data", None)
     assert figures(evaluate(path, str(tmp_path / "2"), tokens=600)) == figures(first)
     assert seen == []
-    monkeypatch.setattr(suite, "ground", real)
+    monkeypatch.setattr(suite, "eval_data", real)
 
     # A new version of one group makes that one be measured again, without the splices of another.
     class Newer(suite.GROUPS[0]):
@@ -223,7 +223,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
 def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render", lambda *_: "")
+    monkeypatch.setattr(suite, "render_report", lambda *_: "")
     seen = []
 
     class Curious(suite.GROUPS[2]):
@@ -242,7 +242,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
     told = []
 
     def progress(total):
@@ -272,7 +272,7 @@ def test_a_dead_dictionary_is_judged_and_says_what_is_undefined(checkpoint, tmp_
     assert saved["reasons"]["effective_latents"] == "no latent fires"
     assert saved["reasons"].keys() == {key for key, value in saved.items() if value is None and key != "git_commit"}
     assert "no latent fires" in (tmp_path / "d" / "report.html").read_text()
-    assert summary(report)
+    assert report_summary(report)
 
 
 def test_text_without_tokens_that_count_is_refused(checkpoint, tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def test_every_entry_of_a_report_is_explained(report):
 
 @pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -340,7 +340,7 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparsary.eval.probing.ioi import score as supervised
-from sparsary.eval.probing.ioi.prompts import Plan, Prompts, Words, draw_plans
-from sparsary.eval.probing.ioi.score import greedy_edit, judge_supervised, table
+from sparsary.eval.probing.ioi.prompts import PromptPlan, Prompts, PromptWords, draw_plans
+from sparsary.eval.probing.ioi.score import greedy_edit, score_supervised, supervised_table
 from sparsary.eval.probing.ioi.supervised import (
     cross_section,
     end_logits,
@@ -16,7 +16,7 @@ from sparsary.eval.probing.ioi.supervised import (
     logit_difference,
     mean_dictionary,
 )
-from sparsary.eval.probing.run.subject import subject_of
+from sparsary.eval.probing.subject import probe_target
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 
@@ -44,12 +44,12 @@ def sae_of(atoms, threshold=0.0):
 @pytest.fixture(scope="module")
 def exact(embedded_model):
     """A dictionary without error: every dimension, with either sign."""
-    return subject_of(sae_of(torch.cat([torch.eye(128), -torch.eye(128)])), embedded_model, SOURCE)
+    return probe_target(sae_of(torch.cat([torch.eye(128), -torch.eye(128)])), embedded_model, SOURCE)
 
 
 @pytest.fixture(scope="module")
 def words(embedded_model):
-    return Words.of(embedded_model, 12)
+    return PromptWords.of(embedded_model, 12)
 
 
 def factorial(n):
@@ -101,7 +101,7 @@ def test_greedy_edits_take_the_nearest_step_and_stop_when_none_helps():
 
 
 def test_prompts_are_what_their_plans_say(words, exact):
-    prompts = words.prompts([Plan(2, 7, 0, 0, 0, 0, 0), Plan(2, 7, 1, 1, 1, 3, 4)])
+    prompts = words.prompts([PromptPlan(2, 7, 0, 0, 0, 0, 0), PromptPlan(2, 7, 1, 1, 1, 3, 4)])
     names = [words.names[2], words.names[7]]
     for row, places, order in zip(prompts.token_ids, prompts.places, ("IO first", "S first"), strict=True):
         text = exact.model.tokenizer.convert_ids_to_tokens(row.tolist())
@@ -110,7 +110,7 @@ def test_prompts_are_what_their_plans_say(words, exact):
         assert (places[0] < places[1]) == (order == "IO first")
         assert places.min() >= 8
     assert logit_difference(end_logits(exact, prompts), prompts).min() > 1
-    changed = Plan(2, 7, 0, 0, 0, 0, 0).changed("s", 3)
+    changed = PromptPlan(2, 7, 0, 0, 0, 0, 0).changed("s", 3)
     assert (changed.s, changed.io) == (3, 2)
     plans = draw_plans(words, 50, 0, [1, 2, 3])
     assert {plan.io for plan in plans} <= {1, 2, 3}
@@ -134,7 +134,7 @@ def judged(exact):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "EDIT_SIZES", (2, 6, 256))
         patch.setattr(supervised, "CROSS_SECTIONS", {"end": (3,), "names": (0, 1)})
-        return judge_supervised(exact, n_names=12, fit_prompts=300, scored_prompts=48, edit_prompts=16)
+        return score_supervised(exact, n_names=12, fit_prompts=300, scored_prompts=48, edit_prompts=16)
 
 
 def test_a_dictionary_without_error_is_sufficient_and_necessary(judged):
@@ -148,7 +148,7 @@ def test_a_dictionary_without_error_is_sufficient_and_necessary(judged):
     assert report["supervised_names_latents_sufficiency"] is None
     assert "moves the logit difference by" in report["supervised_names_latents_why"]
     json.dumps([report, rows], allow_nan=False)
-    head, lines = table(report)
+    head, lines = supervised_table(report)
     assert all(len(line) == len(head) for line in lines)
 
 
@@ -164,7 +164,7 @@ def test_editing_everything_is_the_true_patch_and_no_edit_is_not(judged):
 
 def test_latents_that_are_the_attributes_are_found(embedded_model, words):
     """A dictionary of the mean features at END: one latent for every name that is IO there."""
-    base = subject_of(sae_of(torch.eye(128)), embedded_model, SOURCE)
+    base = probe_target(sae_of(torch.eye(128)), embedded_model, SOURCE)
     prompts = words.prompts(draw_plans(words, 600, 5))
     x = cross_section(base, prompts)[:, 3]
     # Each latent reads whether its name is IO, by least squares, and fires when that is likelier than not.
@@ -174,7 +174,7 @@ def test_latents_that_are_the_attributes_are_found(embedded_model, words):
     with torch.no_grad():
         dictionary.b_dec.copy_(x.mean(0))
         dictionary.b_enc.copy_(wanted.mean(0) - 0.5)
-    subject = subject_of(dictionary, embedded_model, SOURCE)
+    subject = probe_target(dictionary, embedded_model, SOURCE)
     codes = supervised._codes(subject, cross_section(subject, prompts))
     fresh = words.prompts(draw_plans(words, 300, 6))
     found = supervised._interpretability(prompts, fresh, codes, supervised._codes(subject, cross_section(subject, fresh)))
@@ -187,8 +187,8 @@ def test_latents_that_are_the_attributes_are_found(embedded_model, words):
 
 def test_a_dead_dictionary_is_judged_without_nan(embedded_model, monkeypatch):
     monkeypatch.setattr(supervised, "CROSS_SECTIONS", {"end": (3,)})
-    dead = subject_of(sae_of(torch.eye(128)[:13], threshold=1e6), embedded_model, SOURCE)
-    report, rows = judge_supervised(dead, n_names=8, fit_prompts=80, scored_prompts=16, edit_prompts=8)
+    dead = probe_target(sae_of(torch.eye(128)[:13], threshold=1e6), embedded_model, SOURCE)
+    report, rows = score_supervised(dead, n_names=8, fit_prompts=80, scored_prompts=16, edit_prompts=8)
     assert report["supervised_l0"] == 0
     assert report["supervised_end_io_f1"] == 0
     assert report["supervised_edit_io_end_latents_16"] == report["supervised_edit_io_end_no_edit"]
@@ -198,4 +198,4 @@ def test_a_dead_dictionary_is_judged_without_nan(embedded_model, monkeypatch):
 def test_a_dictionary_that_writes_elsewhere_is_refused(exact):
     elsewhere = exact.provenance | {"hooks_in": ["transformer.h.2.mlp:in"], "hooks_out": ["transformer.h.2.mlp:out"]}
     with pytest.raises(ValueError, match="--task supervised: expected a dictionary that maps the activation"):
-        judge_supervised(subject_of(exact.dictionary, exact.model, elsewhere))
+        score_supervised(probe_target(exact.dictionary, exact.model, elsewhere))

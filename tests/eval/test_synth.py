@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.synthetic.planted import levels
-from sparsary.eval.synthetic.recovery import judge
+from sparsary.eval.synthetic.recovery import evaluate_recovery
 from sparsary.eval.synthetic.synth_sae_bench import SYNTH, judge_streamed, push_apart, references, synth_sae_bench
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
@@ -85,13 +85,13 @@ def test_floors_lie_under_a_ceiling_that_is_perfect():
 def test_streaming_counts_what_one_sample_counts(monkeypatch):
     planted = tiny()
     dictionary = SAE(23, 53, build_encoder({"name": "topk", "k": 3}))
-    monkeypatch.setattr("sparsary.eval.synthetic.synth_sae_bench.pieces", lambda planted, tokens, seed: [(tokens, seed)])
-    assert judge_streamed(dictionary, planted, 401, 5) == judge(dictionary, planted, 401, 5)
+    monkeypatch.setattr("sparsary.eval.synthetic.synth_sae_bench._pieces", lambda planted, tokens, seed: [(tokens, seed)])
+    assert judge_streamed(dictionary, planted, 401, 5) == evaluate_recovery(dictionary, planted, 401, 5)
     monkeypatch.undo()
     monkeypatch.setattr("sparsary.eval.synthetic.synth_sae_bench.DRAW_TOKENS", 101)
     report = judge_streamed(dictionary, planted, 401, 5)
     assert report["l0"] <= 3
-    assert report["mcc"] == judge(dictionary, planted, 401, 5)["mcc"]
+    assert report["mcc"] == evaluate_recovery(dictionary, planted, 401, 5)["mcc"]
     with pytest.raises(ValueError, match="expected d_in = d_out = 31, as planted, got 23"):
         judge_streamed(dictionary, tiny(d=31), 11, 0)
 

@@ -24,8 +24,8 @@ from sparsary.sae.batch_encoder import BatchWide
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.encoders.jumprelu import PACE, JumpReLU
 from sparsary.sae.pursuit import gradient_pursuit, orthogonal_matching_pursuit
-from sparsary.training.activations.stream import Batch
-from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.activations.stream import ActivationBatch
+from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -269,7 +269,7 @@ def test_loss_gradients_agree(case, given, theirs):
     atoms, x = atoms_and_inputs(case, given)
     # variance 1: a squared error per token, as theirs.
     objective = Objective(sae, 1.0, AuxSettings(AUX if case.aux else 0.0, D // 2)).train()
-    loss, _ = objective(Batch(x), Usage(given["dead"], torch.zeros(LATENTS)))
+    loss, _ = objective(ActivationBatch(x), LatentUsage(given["dead"], torch.zeros(LATENTS)))
     loss.backward()
     if case.loss:
         assert_close(loss.detach(), expected["loss"], case.tolerance, "loss")

@@ -15,8 +15,8 @@ from sparsary.sae.encoders.matching_pursuit import MatchingPursuit
 from sparsary.sae.encoders.matryoshka import Matryoshka
 from sparsary.sae.encoders.relu import ReLU
 from sparsary.sae.losses import normalized_mse
-from sparsary.training.activations.stream import Batch
-from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.activations.stream import ActivationBatch
+from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
 TOKENS, D, LATENTS = 31, 5, 13
 
@@ -34,8 +34,8 @@ def prepared(encoder, n_latents=LATENTS):
 def loss_and_terms(sae, x):
     """Loss of one batch without auxiliary loss, in units of an fvu with variance 7."""
     objective = Objective(sae, 7.0, AuxSettings(0.0, 3))
-    usage = Usage(torch.zeros(sae.n_latents, dtype=torch.bool), torch.zeros(sae.n_latents, dtype=torch.float64))
-    return objective(Batch(x), usage)
+    usage = LatentUsage(torch.zeros(sae.n_latents, dtype=torch.bool), torch.zeros(sae.n_latents, dtype=torch.float64))
+    return objective(ActivationBatch(x), usage)
 
 
 # ReLU.
@@ -266,9 +266,9 @@ def test_the_frozen_term_trains_the_gate_and_moves_neither_atoms_nor_the_decoder
         sae.b_dec.normal_()
         sae.b_enc.normal_()
     objective = Objective(sae, 7.0, AuxSettings(0.0, 3))
-    usage = Usage(torch.zeros(LATENTS, dtype=torch.bool), torch.zeros(LATENTS, dtype=torch.float64))
+    usage = LatentUsage(torch.zeros(LATENTS, dtype=torch.bool), torch.zeros(LATENTS, dtype=torch.float64))
     code = sae.encode(x)
-    terms = objective.extra(Batch(x), code, x, sae.decode(code), usage)
+    terms = objective.extra(ActivationBatch(x), code, x, sae.decode(code), usage)
     gate = pre_activations(x - sae.b_dec, sae.weights).relu()
     by_hand = (gate @ sae.W_dec + sae.b_dec - x).pow(2).sum(-1).mean() / 7
     torch.testing.assert_close(terms["frozen"], by_hand)
@@ -278,7 +278,7 @@ def test_the_frozen_term_trains_the_gate_and_moves_neither_atoms_nor_the_decoder
     # b_dec is also what the encoder's input is centred by; that is all it hears of.
     torch.testing.assert_close(sae.b_dec.grad, -sae.b_enc.grad @ sae.W_enc.detach())
     # Without the detachment there would be more.
-    torch.testing.assert_close(objective(Batch(x), usage)[1].named["frozen"], by_hand.detach())
+    torch.testing.assert_close(objective(ActivationBatch(x), usage)[1].named["frozen"], by_hand.detach())
 
 
 # Matryoshka.

@@ -18,11 +18,11 @@ from sparsary.sae import SAE
 from sparsary.sae.encoders import ENCODERS
 from sparsary.sae.kernels import AdamStep
 from sparsary.sae.screen import quantize
-from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds, group
-from sparsary.sae.sparse_grad import RowGradient
-from sparsary.training.activations.stream import Batch
+from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds, group_by_latent
+from sparsary.sae.sparse_grad import RowGrad
+from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.fused_adam import FusedAdam
-from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.training.optim import DictionaryAdam
 from sparsary.training.phases import Phases
 from sparsary.training.recipe import check_recipe
@@ -100,7 +100,7 @@ class Case:
         some = torch.randperm(LATENTS)[:written]
         dense_of[some] = torch.arange(written)
         dense = torch.randn(written, self.W.shape[1]).to(self.W.dtype)
-        parts = RowGradient(self.group, self.values[self.group.order], self.x, dense_of, dense)
+        parts = RowGrad(self.group, self.values[self.group.order], self.x, dense_of, dense)
         expected = self.dense.T @ self.x.double()
         return here(parts), expected.index_add(0, some, dense.double())
 
@@ -109,8 +109,8 @@ def here(part):
     """The same where the kernels run."""
     if isinstance(part, ByLatent):
         return ByLatent(*(here(tensor) for tensor in (part.firsts, part.tokens, part.order)))
-    if isinstance(part, RowGradient):
-        return RowGradient(*(here(each) for each in (part.group, part.values, part.rows, part.dense_of, part.dense)))
+    if isinstance(part, RowGrad):
+        return RowGrad(*(here(each) for each in (part.group, part.values, part.rows, part.dense_of, part.dense)))
     return part.to(DEVICE)
 
 
@@ -190,11 +190,11 @@ def train(gpu, monkeypatch, recipe_values):
         optimizer = kind(sae, Phases(sae, recipe), recipe)
         # Dead latents bring an auxiliary loss, whose gradients come as rows.
         dead = torch.arange(LATENTS, device=DEVICE) % 3 == 0
-        usage = Usage(dead, torch.full((LATENTS,), 0.1, device=DEVICE, dtype=torch.float64))
+        usage = LatentUsage(dead, torch.full((LATENTS,), 0.1, device=DEVICE, dtype=torch.float64))
         objective = Objective(sae, float(D), AuxSettings(1 / 32, 2)).to(DEVICE)
         sae.train()
         for _ in range(4):
-            objective(Batch(torch.randn(13, D).to(DEVICE)), usage)[0].backward()
+            objective(ActivationBatch(torch.randn(13, D).to(DEVICE)), usage)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
         moments = [optimizer.state[p][part] for p in sae.parameters() for part in ("exp_avg", "exp_avg_sq")]
@@ -224,7 +224,7 @@ def test_results_repeat_bit_for_bit_and_no_function_waits(gpu):
     def everything():
         by_latent, ends = code.by_latent(1009), bounds(code.latents, code.starts)
         none = torch.full((1009,), -1, device="cuda"), W[:0]
-        gradient = RowGradient(by_latent, code.values[by_latent.order], x, *none)
+        gradient = RowGrad(by_latent, code.values[by_latent.order], x, *none)
         moved = [W.clone(), torch.zeros_like(W), torch.zeros_like(W)]
         gpu.adam_(moved[0], True, gradient, *moved[1:], torch.ones((), device="cuda"), AdamStep(0.9, 0.99, 0.1, 1.0, 1e-8))
         found = gpu.decode(ends, code.latents, code.values, W), gpu.dots(ends, code.latents, x, W)
@@ -263,7 +263,7 @@ def test_entries_are_grouped_on_gpus_as_by_the_cpu_s_kernel(make, monkeypatch):
     latents, _ = make()
     # The way that tensors on a GPU go.
     monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
-    firsts, order = group(latents, LATENTS)
+    firsts, order = group_by_latent(latents, LATENTS)
     expected = [(latents == i).nonzero().squeeze(1).tolist() for i in range(LATENTS)]
     assert [order[first:last].tolist() for first, last in itertools.pairwise(firsts)] == expected
 
@@ -323,7 +323,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(gpu, monkeypatch, tmp_pa
     assert gpu.decode(ends, latents, values, W).shape == x.shape
     assert gpu.dots(ends, latents, x, W).shape == latents.shape
     assert gpu.spread(by_latent, values, x).shape == W.shape
-    gradient = RowGradient(by_latent, values, x, latents[:n_latents], W[:0])
+    gradient = RowGrad(by_latent, values, x, latents[:n_latents], W[:0])
     for unit in (True, False):
         assert gpu.squared_norms(W, unit, gradient).shape == (n_latents,)
         gpu.adam_(W, unit, gradient, W, W, torch.empty((), device=meta), AdamStep(0.9, 0.99, 0.1, 1.0, 1e-8))

@@ -18,7 +18,7 @@ from sparsary.sae.kernels import AdamStep, backend, cpu
 from sparsary.sae.kernels import numba_loops as loops
 from sparsary.sae.kernels.parallel import over_rows
 from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds
-from sparsary.sae.sparse_grad import RowGradient
+from sparsary.sae.sparse_grad import RowGrad
 
 TOKENS, D, LATENTS = 13, 7, 29
 DTYPES = [torch.float32, torch.float64]
@@ -119,7 +119,7 @@ def gradient(request, code, dtype):
     group = code.by_latent(LATENTS)
     whole = code.to_dense(LATENTS).T @ rows
     whole[dense_of >= 0] += dense[dense_of[dense_of >= 0]]
-    return RowGradient(group, code.values[group.order], rows, dense_of, dense), whole
+    return RowGrad(group, code.values[group.order], rows, dense_of, dense), whole
 
 
 def tangential(whole: Tensor, weights: Tensor, unit: bool) -> Tensor:
@@ -155,7 +155,7 @@ def test_adam_is_torch_s_adam_on_the_written_gradient(gradient, dtype, unit):
 
 def test_a_row_of_zeros_stays_finite_under_adam(dtype):
     none = SparseCode(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=dtype), torch.zeros(2, dtype=torch.long))
-    entries = RowGradient(
+    entries = RowGrad(
         none.by_latent(3), none.values, torch.ones(2, D, dtype=dtype), torch.full((3,), -1), torch.empty(0, D, dtype=dtype)
     )
     weights, mean, square = (torch.zeros(3, D, dtype=dtype) for _ in range(3))
@@ -351,7 +351,7 @@ def everything() -> list[Tensor]:
     code = SparseCode.from_rows(latents, randn(rows, 3))
     ends, group = bounds(code.latents, code.starts), code.by_latent(n)
     x, W, scores, cut = randn(rows, d), F.normalize(randn(n, d), dim=-1), randn(rows, n), randn(n)
-    gradient = RowGradient(group, code.values[group.order], x, torch.full((n,), -1), x[:0])
+    gradient = RowGrad(group, code.values[group.order], x, torch.full((n,), -1), x[:0])
     best, names = torch.full((rows, 5), -torch.inf), torch.zeros(rows, 5, dtype=torch.long)
     cpu.keep_largest_(scores, 0, best, names)
     room = torch.randint(0, 9, (rows,), generator=generator)

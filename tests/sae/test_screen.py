@@ -28,7 +28,7 @@ def kernels(request, monkeypatch):
 
 def without_kernels(monkeypatch):
     monkeypatch.setattr("sparsary.sae.sparse_ops.backend", lambda *tensors: None)
-    for module in ("scores", "allocation", "screen"):
+    for module in ("tiled_scores", "batch_selection", "screen"):
         monkeypatch.setattr(f"sparsary.sae.{module}.selection", lambda *tensors: None)
 
 

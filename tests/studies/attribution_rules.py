@@ -26,14 +26,14 @@ import torch
 from scipy import stats
 
 from sparsary.eval.circuits.compared_units import components, mlp_neurons, open_dictionaries
-from sparsary.eval.circuits.methods import Method, Scores
+from sparsary.eval.circuits.methods import Method, UnitScores
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
 from sparsary.eval.circuits.methods.baselines import ActivationMagnitude
 from sparsary.eval.circuits.methods.exact import ExactPatching
 from sparsary.eval.circuits.methods.integrated import IntegratedActivations, IntegratedInputs
 from sparsary.eval.circuits.methods.relevance import RelevancePatching
 from sparsary.eval.circuits.tasks import make_pairs
-from sparsary.eval.circuits.tasks.pairs import Pairs
+from sparsary.eval.circuits.tasks.pairs import PromptPairs
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace, Part
 from sparsary.sae.files import write_json
 from sparsary.training.activations.model import LanguageModel, load_model
@@ -78,7 +78,7 @@ def sites(model: LanguageModel, length: int, dictionaries: str | None) -> Iterat
         yield "latents and errors", NodeSpace(model, open_dictionaries(dictionaries).parts("node"))
 
 
-def some_units(space: NodeSpace, pairs: Pairs, most: int) -> list[int]:
+def some_units(space: NodeSpace, pairs: PromptPairs, most: int) -> list[int]:
     """At most so many of the units that carry something else on corrupted prompts."""
     differing = ActivationMagnitude().discover(space, pairs).values.nonzero().flatten()
     order = torch.randperm(len(differing), generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
     return row
 
 
-def of_units(scores: Scores, units: list[int]) -> np.ndarray:
+def of_units(scores: UnitScores, units: list[int]) -> np.ndarray:
     """Of every pair."""
     assert scores.per_pair is not None
     return scores.per_pair[:, units].double().numpy()

@@ -14,17 +14,17 @@ from sparsary.sae import load_dictionary
 from sparsary.sae.batch_encoder import BatchWide
 from sparsary.sae.checkpoint import read_config
 from sparsary.sae.metrics import RunningFvu
-from sparsary.training.activations.shards import Rows, Store
+from sparsary.training.activations.shards import ActivationStore, RowReader
 
 BATCH = 2048
 
 
 @torch.no_grad()
-def judged(directory: str, store: Store) -> dict[str, float]:
+def judged(directory: str, store: ActivationStore) -> dict[str, float]:
     """l0 and fvu both ways."""
     sae = load_dictionary(directory)
     assert isinstance(sae.encoder, BatchWide), f"{directory}: not a batch-wide family"
-    rows = Rows(store, "heldout", f"x:{read_config(directory)['provenance']['hook']}")
+    rows = RowReader(store, "heldout", f"x:{read_config(directory)['provenance']['hook']}")
     order = np.random.default_rng(0).permutation(len(rows))
     found = {}
     for mode in ("per token", "batch"):
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("store")
     parser.add_argument("runs", nargs="+")
     options = parser.parse_args()
-    store = Store.open(options.store)
+    store = ActivationStore.open(options.store)
     for directory in options.runs:
         row = judged(directory, store)
         print(f"{directory}: " + "  ".join(f"{key} {value:.4f}" for key, value in row.items()))

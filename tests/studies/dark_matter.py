@@ -23,18 +23,18 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from sparsary.eval.heldout import Ground, ground
+from sparsary.eval.heldout import EvalData, eval_data
 from sparsary.eval.metrics.dark_matter.remedies import PARTS, ErrorParts, parts_of
-from sparsary.eval.metrics.dark_matter.widths import Judged, WidthLaw, fit_width_law, judge_together
+from sparsary.eval.metrics.dark_matter.widths import Judged, WidthLaw, evaluate_widths, fit_width_law
 from sparsary.eval.pages.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
 from sparsary.sae import SparseDictionary, load_dictionary
 from sparsary.sae.checkpoint import read_config
 from sparsary.sae.files import write_json
 from sparsary.sae.metrics import RunningFvu
-from sparsary.training.activations.shards import Rows, Store
+from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import Recipe, check_recipe, override, read_values
 from sparsary.training.recipe.grid import check_grid
-from sparsary.training.run import train, train_all
+from sparsary.training.run import train_all, train_recipe
 
 ROWS = 4096
 # What a run on errors has in common with the run whose errors they are.
@@ -50,8 +50,8 @@ Statement = tuple[str, str, Callable[[Seed], float]]
 class StoredRows:
     """The training activations of a store, batch by batch in a fixed random order, again and again."""
 
-    def __init__(self, store: Store, hook: str):
-        self.rows = Rows(store, "train", f"x:{hook}")
+    def __init__(self, store: ActivationStore, hook: str):
+        self.rows = RowReader(store, "train", f"x:{hook}")
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         order = np.random.default_rng(0).permutation(len(self.rows))
@@ -75,11 +75,11 @@ def trained(path: str, earlier: str) -> tuple[dict[int, dict[int, Recipe]], dict
     return found, {recipe.seed: recipe for recipe in before}
 
 
-def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: Ground) -> dict[str, float]:
+def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: EvalData) -> dict[str, float]:
     """Dictionaries trained on the error and its parts: their fvu on held-out errors, and what is left with them added."""
     (hook,), matter, store = recipe.dictionary.hooks_out, judged.maps[str(sae.n_latents)], recipe.harvest.store
     assert store is not None
-    rows = StoredRows(Store.open(store), hook)
+    rows = StoredRows(ActivationStore.open(store), hook)
     held = [
         where.model.activations(piece.token_ids, (hook,))[hook][piece.kept]
         for piece in where.pieces(judged.scored_from, recipe.eval_tokens // 4)
@@ -91,7 +91,7 @@ def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: Grou
             "dictionary": {"hook": f"{part}:out", "n_latents": sae.n_latents, "encoder": recipe.dictionary.encoder},
             "out_dir": f"{Path(recipe.out_dir).parent}-of-{part}/seed={recipe.seed}",
         }
-        own = load_dictionary(train(check_recipe(values, part), ErrorParts(rows, sae, matter, part)))
+        own = load_dictionary(train_recipe(check_recipe(values, part), ErrorParts(rows, sae, matter, part)))
         alone, together = RunningFvu(sae.d_out), RunningFvu(sae.d_out)
         with torch.no_grad():
             for x in held:
@@ -108,10 +108,10 @@ def one_seed(members: dict[int, Recipe], before: Recipe) -> Seed:
     """Everything of one seed."""
     first = next(iter(members.values()))
     (hook,), (earlier,) = first.dictionary.hooks_out, before.dictionary.hooks_out
-    where = ground(read_config(Path(first.out_dir))["provenance"], (earlier, hook))
+    where = eval_data(read_config(Path(first.out_dir))["provenance"], (earlier, hook))
     saes = {str(width): load_dictionary(recipe.out_dir) for width, recipe in members.items()}
     there = load_dictionary(before.out_dir)
-    judged = judge_together(where, (hook, hook), saes, first.eval_tokens, (there, (earlier, earlier)))
+    judged = evaluate_widths(where, (hook, hook), saes, first.eval_tokens, (there, (earlier, earlier)))
     middle = members[sorted(members)[len(members) // 2]]
     reports = judged.reports
     law = fit_width_law([int(width) for width in reports], [report["fvu_total"] for report in reports.values()])

@@ -27,8 +27,8 @@ from sparsary.eval.circuits.compared_units import open_dictionaries, open_model,
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.scoring.faithfulness import LEVELS, Trials, curve, growing_sizes, ranked, share_sizes, smallest_size
 from sparsary.eval.circuits.tasks import make_pairs
-from sparsary.eval.circuits.tasks.pairs import Pairs
-from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.tasks.pairs import PromptPairs
+from sparsary.eval.circuits.units.ablation import ablation_values
 from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import read_values
@@ -68,10 +68,10 @@ def trained(name: str, family: str, seed: int) -> Path:
     return out
 
 
-def judged(space: NodeSpace, chosen_on: Pairs, judged_on: Pairs, method: str, ablation: str) -> Row:
+def judged(space: NodeSpace, chosen_on: PromptPairs, judged_on: PromptPairs, method: str, ablation: str) -> Row:
     """The curve of one family of nodes on one task, and the sizes it needs."""
     order = ranked(METHODS[method]().discover(space, chosen_on), "absolute")
-    trials = Trials(space, judged_on, filler(space, ablation, chosen_on))
+    trials = Trials(space, judged_on, ablation_values(space, ablation, chosen_on))
     shares = share_sizes(space.size)
     along = curve(trials, order, sorted({*growing_sizes(space.size, 4), *shares}), complements=())
     return {
@@ -83,7 +83,7 @@ def judged(space: NodeSpace, chosen_on: Pairs, judged_on: Pairs, method: str, ab
     }
 
 
-def l0_of(space: NodeSpace, pairs: Pairs) -> float:
+def l0_of(space: NodeSpace, pairs: PromptPairs) -> float:
     """Latents per token on the task's clean prompts, mean over hooks."""
     _, seen = space.passes.see(pairs.clean, space.hooks)
     found = [part.dictionary.encode(seen[part.hook_in].flatten(0, 1)) for part in space.parts if isinstance(part, Latents)]

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from sparsary.eval.attribution_graphs.graph import graph_of
-from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, replaced
+from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, with_interventions
 from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
-from sparsary.eval.attribution_graphs.run import open_checkpoint
+from sparsary.eval.attribution_graphs.run import open_graph_target
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import TextSection
 from sparsary.training.text import contexts
@@ -29,13 +29,13 @@ PLACES = ("norms", "patterns", "model")
 
 def study(checkpoint: str, prompts: int, length: int, taken_out: int) -> list[dict[str, Any]]:
     """One row for every prompt."""
-    opened = open_checkpoint(checkpoint)
+    opened = open_graph_target(checkpoint)
     replacement = opened.replacement
     rows = []
     for context in contexts(TextSection(source="embedded", context_length=128), opened.model.tokenizer, heldout=0.05):
         local = LocalReplacement(replacement, torch.from_numpy(context.token_ids[:length]).long(), 1)
         graph = graph_of(local)
-        scores, pruned, alone = graph.scores(), graph.prune(), replaced(local)
+        scores, pruned, alone = graph.scores(), graph.prune(), with_interventions(local)
         kept = pruned.nodes[: len(graph.active)].nonzero()[:, 0]
         found = intervene(local, graph, most_influential(graph, taken_out), kept)
         row = {

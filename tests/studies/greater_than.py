@@ -21,11 +21,11 @@ import torch
 
 from sparsary.sae.files import write_json
 from sparsary.training.activations.model import LanguageModel, load_model
-from sparsary.training.activations.splice import Edit, Insertion, model_spliced
-from sparsary.training.embedded.corpus import prompts
+from sparsary.training.activations.splice import Insertion, Intervention, model_spliced
+from sparsary.training.embedded.corpus import task_prompts
 from sparsary.training.recipe import ModelSection
 from sparsary.transcoders import Stack, load_stack
-from sparsary.transcoders.stack import hooks_of
+from sparsary.transcoders.stack import hooks_of_provenance
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 DRAWS = 20
@@ -36,7 +36,7 @@ class Task:
     """Prompts of one length, and the preference of logits."""
 
     def __init__(self, model: LanguageModel, n: int, seed: int):
-        found = prompts("greater_than", n, seed=seed)
+        found = task_prompts("greater_than", n, seed=seed)
         ids = model.tokenizer.convert_tokens_to_ids
         self.token_ids = torch.tensor([[model.tokenizer.bos_token_id, *ids(list(prompt.words))] for prompt in found])
         self.years = torch.tensor([next(f["year"] for f in prompt.factors if f["role"] == "start_year") for prompt in found])
@@ -51,7 +51,7 @@ class Task:
 
 
 def insertions(stack: Stack) -> list[Insertion]:
-    return [Insertion(stack[hook], *hooks_of(stack.provenances[hook])) for hook in stack]
+    return [Insertion(stack[hook], *hooks_of_provenance(stack.provenances[hook])) for hook in stack]
 
 
 def attributions(model: LanguageModel, stack: Stack, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ def attributions(model: LanguageModel, stack: Stack, task: Task) -> tuple[torch.
 def without(model: LanguageModel, stack: Stack, task: Task, latents: list[tuple[int, int]]) -> float:
     """The mean preference with these (layer, latent)s set to 0 everywhere."""
     edits = [
-        Edit("set", [latent for layer, latent in latents if layer == index], 0.0, insertion=index)
+        Intervention("set", [latent for layer, latent in latents if layer == index], 0.0, insertion=index)
         for index in {layer for layer, _ in latents}
     ]
     with model_spliced(model, insertions(stack), add_error=True, edits=edits):

@@ -18,18 +18,18 @@ from scipy import stats
 
 from sparsary.sae import load_dictionary
 from sparsary.sae.metrics import RunningFvu
-from sparsary.training.activations.shards import Rows, Store
+from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import load_recipe
-from sparsary.training.run import run_harvest, train
+from sparsary.training.run import run_harvest, train_recipe
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
 @torch.no_grad()
-def heldout_fvu(directory: Path, store: Store, hook: str) -> float:
+def heldout_fvu(directory: Path, store: ActivationStore, hook: str) -> float:
     """Of the dictionary, on all held-out rows of a store."""
     sae = load_dictionary(directory).eval()
-    rows = Rows(store, "heldout", f"x:{hook}")
+    rows = RowReader(store, "heldout", f"x:{hook}")
     running = RunningFvu(sae.d_out)
     for start in range(0, len(rows), 2048):
         x = rows.gather(np.arange(start, min(start + 2048, len(rows))))
@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         fvu: dict[str, list[float]] = {}
-        stores: dict[str, Store] = {}
+        stores: dict[str, ActivationStore] = {}
         for dtype in ("float32", "int8"):
             fvu[dtype] = []
             for seed in range(options.seeds):
@@ -65,7 +65,7 @@ def main() -> None:
                 }
                 recipe = load_recipe(QUICKSTART, values)
                 stores[dtype] = run_harvest(recipe)
-                train(recipe)
+                train_recipe(recipe)
                 fvu[dtype].append(heldout_fvu(out, stores["float32"], recipe.dictionary.hook))
                 print(f"{dtype} seed {seed}: fvu {fvu[dtype][-1]:.5f}, waited {waited_share(out):.4f} of the time", flush=True)
     size = {dtype: sum(shard["bytes"] for shard in store.manifest["shards"]) for dtype, store in stores.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sparsary.eval.circuits.known import COMPILED, KNOWN, Known, rotated
-from sparsary.eval.circuits.methods import METHODS, Method, Scores
+from sparsary.eval.circuits.methods import METHODS, Method, UnitScores
 from sparsary.eval.circuits.methods.edge_pruning import EdgePruning, kept_units
 from sparsary.eval.circuits.methods.exact import ExactPatching
 from sparsary.eval.circuits.scoring.edge_circuits import node_scores
@@ -53,7 +53,7 @@ def method(name: str, known: Known) -> Method:
 
 def judge(known: Known, name: str, space: EdgeSpace) -> dict[str, Any]:
     """One row of the table."""
-    scores: Scores = method(name, known).discover(space, known.pairs)
+    scores: UnitScores = method(name, known).discover(space, known.pairs)
     values = scores.values if name in SIGNED else scores.values.abs()
     edges = known.edge_labels("resample", space.names())
     nodes = known.node_labels("resample", space.edges.senders)

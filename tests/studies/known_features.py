@@ -25,14 +25,14 @@ from sparsary.eval.circuits.known import KNOWN, Known, rotated
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.scoring.faithfulness import Trials, curve, ranked, smallest_size
 from sparsary.eval.circuits.scoring.roc import roc_auc
-from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.ablation import ablation_values
 from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import check_recipe
-from sparsary.training.run import train
+from sparsary.training.run import train_recipe
 
 MODELS = ("induction", "reverse", "fraction", "clock")
 # A latent belongs to the circuit if directions that matter have so much of its atom's squared norm.
@@ -86,7 +86,7 @@ def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
         "seed": seed,
         "out_dir": str(out),
     }
-    found = load_dictionary(train(check_recipe(values, "known-features"), stream))
+    found = load_dictionary(train_recipe(check_recipe(values, "known-features"), stream))
     assert isinstance(found, SAE)
     return found.requires_grad_(False)
 
@@ -95,7 +95,7 @@ def measured(space: NodeSpace, known: Known) -> dict[str, Any]:
     """Nodes for 80 % and CMD, by attribution patching, under resampling."""
     scores = METHODS["attribution"]().discover(space, known.pairs)
     order = ranked(scores, "absolute")
-    trials = Trials(space, known.pairs, filler(space, "resample", known.pairs))
+    trials = Trials(space, known.pairs, ablation_values(space, "resample", known.pairs))
     along = curve(trials, order, range(space.size + 1), complements=())
     return {"units": space.size, "nodes_80": smallest_size(trials, order, LEVEL, along), "cmd": along.cmd()}
 

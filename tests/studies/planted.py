@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from sparsary.eval.synthetic.planted import PLANTED
-from sparsary.eval.synthetic.recovery import judge
+from sparsary.eval.synthetic.recovery import evaluate_recovery
 from sparsary.sae import load_dictionary
 from sparsary.training.recipe import check_recipe
-from sparsary.training.run import train
+from sparsary.training.run import train_recipe
 
 BATCH, STEPS, HELDOUT = 1024, 1200, 20_000
 FIGURES = ("mcc", "recall_09", "detector_f1", "fvu", "l0", "dead_fraction")
@@ -64,8 +64,8 @@ def run(name: str, entries: dict, dataset: str, seed: int, folder: Path) -> dict
     } | {key: value for key, value in entries.items() if key != "encoder"}
     samples = (planted.sample(BATCH, 1000 + i) for i in range(STEPS))
     pairs = [(sample.x, torch.zeros_like(sample.x) if sample.grad is None else sample.grad) for sample in samples]
-    directory = train(check_recipe(values, name), pairs)
-    return judge(load_dictionary(directory), planted, HELDOUT, seed=7)
+    directory = train_recipe(check_recipe(values, name), pairs)
+    return evaluate_recovery(load_dictionary(directory), planted, HELDOUT, seed=7)
 
 
 def main() -> None:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.model import LanguageModel, load_model
 from sparsary.training.recipe import ModelSection
 
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2"])
 def anatomy(request, tiny_model):
-    return Anatomy(tiny_model(request.param))
+    return Architecture(tiny_model(request.param))
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def test_the_parts_make_up_the_model(anatomy, token_ids):
 
 def test_the_embedded_model_s_parts_make_it_up(embedded_model):
     token_ids = torch.randint(3, 900, (2, 11))
-    trace = check(Anatomy(embedded_model), token_ids, rtol=1e-4, atol=2e-4)
+    trace = check(Architecture(embedded_model), token_ids, rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(trace.logits, embedded_model.logits(token_ids), rtol=1e-4, atol=2e-4)
 
 
 def test_stories3M_s_parts_make_it_up(shared_data):  # noqa: N802 - the model's name
     model = load_model(ModelSection(id=str(shared_data / "models" / "stories3M"), device="cpu"))
     token_ids = torch.randint(3, 4000, (2, 11))
-    trace = check(Anatomy(model), token_ids, rtol=1e-4, atol=2e-4)
+    trace = check(Architecture(model), token_ids, rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(trace.logits, model.logits(token_ids), rtol=1e-4, atol=2e-4)
 
 
@@ -72,7 +72,7 @@ def test_carrying_and_folding_are_what_heads_and_norms_do(anatomy, token_ids):
 
 def test_the_model_is_as_it_was_also_after_a_failed_pass(tiny_model, token_ids):
     model = tiny_model("llama")
-    anatomy, clean = Anatomy(model), model.logits(token_ids)
+    anatomy, clean = Architecture(model), model.logits(token_ids)
     assert model.module.config._attn_implementation == "sdpa"
 
     def fail(*_):
@@ -90,4 +90,4 @@ def test_the_model_is_as_it_was_also_after_a_failed_pass(tiny_model, token_ids):
 
 def test_an_architecture_that_cannot_be_taken_apart_is_named():
     with pytest.raises(ValueError, match=r"model\.id: odd .*'Linear'.*one of gpt2, gpt_neox, llama"):
-        Anatomy(LanguageModel(nn.Linear(3, 3), None, "odd", None))
+        Architecture(LanguageModel(nn.Linear(3, 3), None, "odd", None))

@@ -12,12 +12,12 @@ import torch
 
 import sparsary
 from sparsary.training.bench import comparison, steps, worker
-from sparsary.training.bench.comparison import Plan, Shape, parse_shape
+from sparsary.training.bench.comparison import BenchPlan, StepShape, parse_shape
 from sparsary.training.bench.rounds import ratio, slope, started, take_turns
-from sparsary.training.bench.worker import Task
+from sparsary.training.bench.worker import BenchTask
 
 ROOT = Path(__file__).parents[2]
-SHAPE = Shape(17, 7, 23, 3)
+SHAPE = StepShape(17, 7, 23, 3)
 # Speaks as a measured process does, without loading torch; writes down what it is told, and fails as it is told to.
 FAKE = """
 import json, os, sys
@@ -52,7 +52,7 @@ def fake(tmp_path, monkeypatch):
     def make(*libraries, fails_at=None):
         (tmp_path / "fake.py").write_text(FAKE)
         (tmp_path / "fails_at").write_text(json.dumps(fails_at or {}))
-        tasks = [Task(name, "topk", *SHAPE, 1, product=name == "sparsary") for name in libraries]
+        tasks = [BenchTask(name, "topk", *SHAPE, 1, product=name == "sparsary") for name in libraries]
         return [(task, [sys.executable, "-I", "-S", str(tmp_path / "fake.py")]) for task in tasks]
 
     make.log = tmp_path / "log"
@@ -73,7 +73,7 @@ def command(monkeypatch, capsys):
 
 
 def plan(**changes):
-    return Plan(**{"shapes": (SHAPE,), "families": ("topk",), "rounds": 2, "threads": 1, "overrides": {}} | changes)
+    return BenchPlan(**{"shapes": (SHAPE,), "families": ("topk",), "rounds": 2, "threads": 1, "overrides": {}} | changes)
 
 
 def test_competitors_step_in_turn_and_the_first_rounds_do_not_count(fake):
@@ -146,7 +146,7 @@ def test_slopes_are_exponents():
 
 def test_the_command_shows_a_table_and_writes_everything(monkeypatch, command, fake, tmp_path):
     made = fake("sparsary")[0][1]
-    monkeypatch.setattr(Plan, "command", lambda self, task: made)
+    monkeypatch.setattr(BenchPlan, "command", lambda self, task: made)
     monkeypatch.setattr(comparison, "PEERS", {"topk": ("sparsify",)})
     arguments = ["--quick", "--peers", sys.executable, "--json", str(tmp_path / "out.json")]
     status, out, err = command("step", *arguments, "--variant", "accumulate=2", "--threads", "1")
@@ -202,7 +202,7 @@ def test_without_a_gpu_its_measurement_says_what_it_needs(command):
 
 def test_our_step_that_fails_ends_the_command(monkeypatch, command, fake):
     made = fake("sparsary")[0][1]
-    monkeypatch.setattr(Plan, "command", lambda self, task: [*made[:-1], "-c", "raise MemoryError('no room')"])
+    monkeypatch.setattr(BenchPlan, "command", lambda self, task: [*made[:-1], "-c", "raise MemoryError('no room')"])
     status, _, err = command("step", "--quick", "--peers", "none")
     assert (status, err) == (2, "sparsary: bench, topk at 64x32x256x4: MemoryError: no room\n")
 
@@ -264,12 +264,12 @@ def test_shapes_are_read_as_they_are_written():
 
 @pytest.mark.parametrize("family", comparison.STEP_FAMILIES)
 def test_every_family_s_step_is_the_loop_s(family):
-    task = Task("sparsary", family, 17, 7, 23, 3, 1, overrides={"lr": 0.002, "grad_clip": None})
+    task = BenchTask("sparsary", family, 17, 7, 23, 3, 1, overrides={"lr": 0.002, "grad_clip": None})
     recipe = steps.recipe_of(task)
     assert (recipe.lr, recipe.batch_tokens, recipe.dictionary.n_latents) == (0.002, 17, 23)
-    run = steps.Run(recipe, worker.activations(101, 7, torch.Generator().manual_seed(0)))
+    run = steps.BenchRun(recipe, worker.random_activations(101, 7, torch.Generator().manual_seed(0)))
     before = run.dictionary.W_dec.detach().clone()
-    x = [worker.activations(17, 7, torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)]
+    x = [worker.random_activations(17, 7, torch.Generator().manual_seed(seed)) for seed in (1, 2, 3)]
     run.follow(run.batches(x, x))
     assert (run.state.step, run.state.tokens) == (3, 51)
     assert not torch.equal(run.dictionary.W_dec, before)
@@ -285,7 +285,7 @@ def test_held_bytes_count_a_shared_tensor_once():
 
 
 def test_the_spectrum_falls_as_one_over_rank():
-    x = worker.activations(4001, 11, torch.Generator().manual_seed(0))
+    x = worker.random_activations(4001, 11, torch.Generator().manual_seed(0))
     variance = x.var(0)
     assert variance.mean() == pytest.approx(1, abs=0.05)
     assert variance[0] / variance[9] == pytest.approx(10, rel=0.15)

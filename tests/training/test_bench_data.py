@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.training.activations.shards import Rows
+from sparsary.training.activations.shards import RowReader
 from sparsary.training.activations.stream import StoreStream
 from sparsary.training.bench.data import STREAM_DTYPES, SYNTHETIC_HOOK, bench_harvest, bench_stream, synthetic_store
 
@@ -17,7 +17,7 @@ def test_a_synthetic_store_is_whole_and_can_be_streamed(tmp_path):
     stream.release()
     assert x.shape == (700, 70)
     assert float(x.std()) == pytest.approx(1.0, abs=0.02)
-    assert len(Rows(store, "train", "token")) == 700
+    assert len(RowReader(store, "train", "token")) == 700
 
 
 def test_the_speed_of_a_stream_is_measured_for_every_dtype():

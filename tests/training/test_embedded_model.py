@@ -6,7 +6,7 @@ import re
 import pytest
 
 from sparsary.training.embedded import MODEL_DIR
-from sparsary.training.embedded.score import score
+from sparsary.training.embedded.score import score_model
 
 BARS = {
     "indirect_object_accuracy": 0.95,
@@ -23,7 +23,7 @@ BARS = {
 
 @pytest.fixture(scope="module")
 def scores(embedded_model):
-    return score(embedded_model.module, embedded_model.tokenizer, n=300)
+    return score_model(embedded_model.module, embedded_model.tokenizer, n=300)
 
 
 @pytest.mark.slow

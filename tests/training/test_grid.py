@@ -14,13 +14,13 @@ from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training import loop as loop_module
 from sparsary.training.activations import harvest
 from sparsary.training.activations.stream import StoreStream
-from sparsary.training.bench.grid import Shape, bench_grid
+from sparsary.training.bench.grid import GridShape, bench_grid
 from sparsary.training.checkpoints import Checkpoints
 from sparsary.training.objective import Objective
 from sparsary.training.preflight import grid_lines, preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid, load_grid
-from sparsary.training.run import run_harvest, train, train_all
+from sparsary.training.run import run_harvest, train_all, train_recipe
 
 FAMILIES = [
     {"name": "lr", "lr": 3e-3, "log_every": 7},
@@ -71,7 +71,7 @@ def alone(recipe, tmp_path, activations=None):
     key = (recipe.model_copy(update={"out_dir": ""}).model_dump_json(), type(activations))
     if key not in TRAINED:
         out = tmp_path / "alone" / Path(recipe.out_dir).name
-        TRAINED[key] = train(recipe.model_copy(update={"out_dir": str(out)}), activations)
+        TRAINED[key] = train_recipe(recipe.model_copy(update={"out_dir": str(out)}), activations)
     return TRAINED[key]
 
 
@@ -265,7 +265,7 @@ def test_a_member_goes_on_alone_by_its_own_recipe(values, rows, tmp_path, stoppe
         train_all(recipes, rows)
     own = load_recipe(Path(recipes[2].out_dir) / "recipe.yaml")
     assert own == recipes[2]
-    assert_equal_runs(alone(own, tmp_path, rows), train(own, rows))
+    assert_equal_runs(alone(own, tmp_path, rows), train_recipe(own, rows))
     # And is then waited for by nobody.
     for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
@@ -319,13 +319,13 @@ def test_a_finished_member_stays_calibrated_while_others_go_on(values, rows, sto
 
 
 def test_a_grid_is_not_put_into_a_run_nor_beside_strange_files(values, rows):
-    train(check_recipe(values, "recipe"), rows)
+    train_recipe(check_recipe(values, "recipe"), rows)
     with pytest.raises(ValueError, match="holds a run of its own"):
         train_all(members(values, {"lr": [1e-3, 2e-3]}), rows)
     shutil.rmtree(values["out_dir"])
     train_all(members(values, {"lr": [1e-3, 2e-3]}), rows)
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        train(check_recipe(values, "recipe"), rows)
+        train_recipe(check_recipe(values, "recipe"), rows)
     with pytest.raises(ValueError, match=r"lr=0\.001 holds another run"):
         train_all(members(values | {"seed": 5}, {"lr": [1e-3, 2e-3]}), rows)
 
@@ -480,7 +480,7 @@ def test_the_facade_returns_the_directory_above_the_members(values, rows, write_
 
 
 def test_the_bench_tells_what_all_cost_beside_one():
-    found = bench_grid(members=2, rounds=1, shapes={"x": Shape(17, 31, 3, 50, 2)})
+    found = bench_grid(members=2, rounds=1, shapes={"x": GridShape(17, 31, 3, 50, 2)})
     assert found["members"] == 2
     row = found["shapes"]["x"]
     assert row["ratio"] == row["seconds_all"] / row["seconds_one"] > 0

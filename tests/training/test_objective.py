@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training.activations.live import ContextStream
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.stream import Batch, Origin, StoreStream
-from sparsary.training.objective import AuxSettings, Divergence, Objective, Terms, Usage, combine
+from sparsary.training.activations.stream import ActivationBatch, Origin, StoreStream
+from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
-from sparsary.training.run import run_harvest, train
+from sparsary.training.run import run_harvest, train_recipe
 from sparsary.training.text import contexts, is_heldout
 
 # Together they take seconds; `make test` runs them.
@@ -62,7 +62,7 @@ def exact_model(embedded_model):
 
 
 def usage(n_latents):
-    return Usage(torch.zeros(n_latents, dtype=torch.bool), torch.zeros(n_latents, dtype=torch.float64))
+    return LatentUsage(torch.zeros(n_latents, dtype=torch.bool), torch.zeros(n_latents, dtype=torch.float64))
 
 
 # Contexts.
@@ -172,14 +172,16 @@ def test_positions_that_are_not_kept_read_what_the_model_has(embedded_model, bat
     """If nothing is kept, nothing is replaced."""
     origin = batch.origin
     none = Origin(origin.token_ids, torch.zeros_like(origin.kept), origin.counted)
-    assert abs(float(Divergence(embedded_model, HOOK)(Batch(batch.x, origin=none), torch.zeros_like(batch.x)))) < 1e-7
+    assert abs(float(Divergence(embedded_model, HOOK)(ActivationBatch(batch.x, origin=none), torch.zeros_like(batch.x)))) < 1e-7
 
 
 def test_the_divergence_s_gradient_is_that_of_finite_differences(exact_model, batch):
     """On the weights that matter most, in float64 but for the logits; the model itself gets none."""
     torch.manual_seed(2)
     sae = SAE(128, 67, ENCODERS["topk"](k=5)).double()
-    exact = Batch(exact_model.activations(batch.origin.token_ids, (HOOK,))[HOOK][batch.origin.kept], origin=batch.origin)
+    exact = ActivationBatch(
+        exact_model.activations(batch.origin.token_ids, (HOOK,))[HOOK][batch.origin.kept], origin=batch.origin
+    )
     sae.out_scale.fill_(float(exact.x.std()))
     sae.in_scale.fill_(float(exact.x.std()))
     with torch.no_grad():
@@ -238,7 +240,7 @@ def test_aux_zipf_is_part_of_the_objective():
     named = {}
     for tau in (0.0, 0.5):
         objective = Objective(sae, torch.tensor(7.0), AuxSettings(0.25, 3, tau))
-        loss, terms = objective(Batch(x), Usage(torch.zeros(23, dtype=torch.bool), density))
+        loss, terms = objective(ActivationBatch(x), LatentUsage(torch.zeros(23, dtype=torch.bool), density))
         named[tau] = float(terms.named["aux"])
         torch.testing.assert_close(loss.detach(), terms.named["fvu"] + terms.named["aux"])
     assert named[0.0] == 0.0
@@ -274,7 +276,7 @@ def assert_equal_files(first, second, name="state.safetensors"):
 
 @pytest.mark.slow
 def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_path, stopped_after):
-    whole = train(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe"))
+    whole = train_recipe(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe"))
     lines = metrics(whole)
     kl = [line["kl"] for line in lines]
     assert sum(kl[-3:]) < 0.8 * sum(kl[:3])
@@ -283,8 +285,8 @@ def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_p
     assert lines[0]["fvu"] > 0
     recipe = check_recipe(end_to_end | {"out_dir": str(tmp_path / "parts")}, "recipe")
     with stopped_after(5):
-        train(recipe)
-    assert_equal_files(whole, train(recipe))
+        train_recipe(recipe)
+    assert_equal_files(whole, train_recipe(recipe))
     assert load_dictionary(whole).n_latents == 67
 
 
@@ -314,7 +316,7 @@ def test_what_end_to_end_training_cannot_do_is_refused(end_to_end, section, chan
 
 def test_end_to_end_training_on_bare_tensors_is_refused(end_to_end):
     with pytest.raises(ValueError, match=r"activations: .*objective kl"):
-        train(check_recipe(end_to_end, "recipe"), [torch.randn(500, 19)])
+        train_recipe(check_recipe(end_to_end, "recipe"), [torch.randn(500, 19)])
     assert not Path(end_to_end["out_dir"]).exists()
 
 
@@ -337,7 +339,7 @@ def gradient_values(recipe_values, gradient_store):
 @pytest.mark.slow
 def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, tmp_path):
     schedule = {"schedules": {"beta": [[0.0, 0.0], [0.5, 20.0]]}}
-    directory = train(check_recipe(gradient_values | schedule, "recipe"))
+    directory = train_recipe(check_recipe(gradient_values | schedule, "recipe"))
     lines = metrics(directory)
     assert lines[-1]["fvu"] < lines[0]["fvu"]
     assert json.loads((directory / "dictionary.json").read_text())["dictionary"]["encoder"] == {
@@ -362,18 +364,18 @@ def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, 
     for number, encoder in enumerate((none, topk)):
         values = gradient_values | {"out_dir": str(tmp_path / f"{number}")}
         values["dictionary"] = values["dictionary"] | {"encoder": encoder}
-        runs.append(load_file(train(check_recipe(values, "recipe")) / "state.safetensors"))
+        runs.append(load_file(train_recipe(check_recipe(values, "recipe")) / "state.safetensors"))
     assert torch.equal(runs[0]["dictionary/W_dec"], runs[1]["dictionary/W_dec"])
     assert not torch.equal(runs[0]["dictionary/W_dec"], load_file(directory / "state.safetensors")["dictionary/W_dec"])
 
 
 @pytest.mark.slow
 def test_a_gradient_sae_resumes_bit_equal(gradient_values, tmp_path, stopped_after):
-    whole = train(check_recipe(gradient_values | {"out_dir": str(tmp_path / "whole")}, "recipe"))
+    whole = train_recipe(check_recipe(gradient_values | {"out_dir": str(tmp_path / "whole")}, "recipe"))
     recipe = check_recipe(gradient_values | {"out_dir": str(tmp_path / "parts")}, "recipe")
     with stopped_after(4):
-        train(recipe)
-    assert_equal_files(whole, train(recipe))
+        train_recipe(recipe)
+    assert_equal_files(whole, train_recipe(recipe))
 
 
 def test_a_store_without_gradients_is_not_one_with(gradient_values, tmp_path):
@@ -385,4 +387,4 @@ def test_a_store_without_gradients_is_not_one_with(gradient_values, tmp_path):
         StoreStream(store, (HOOK,), BATCH, seed=0, gradients=True)
     gradient_values["harvest"]["gradients"] = True
     with pytest.raises(ValueError, match=r"gradients: None in the store"):
-        train(check_recipe(gradient_values, "recipe"))
+        train_recipe(check_recipe(gradient_values, "recipe"))

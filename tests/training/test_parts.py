@@ -7,7 +7,7 @@ import torch
 
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.metrics import Moments
-from sparsary.training.activations.stream import Batch
+from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.initialize import geometric_median, initialize
 from sparsary.training.optim import DictionaryAdam, Schedule
 from sparsary.training.phases import Phases
@@ -36,7 +36,7 @@ def test_the_geometric_median_of_a_symmetric_set_is_its_centre():
 def test_a_fresh_dictionary_has_unit_scale_and_from_data_a_reconstruction_that_does_not_overshoot(atoms):
     rows = 50 * torch.randn(2000, 12) @ torch.randn(12, 12) + 400
     sae = SAE(12, 61, ENCODERS["topk"](k=5))
-    initialize(sae, Batch(rows), moments_of(rows), moments_of(rows), "scale", atoms)
+    initialize(sae, ActivationBatch(rows), moments_of(rows), moments_of(rows), "scale", atoms)
     variance = float((rows - rows.mean(0)).pow(2).sum(-1).mean())
     assert float(sae.in_scale) == pytest.approx(math.sqrt(variance / 12), rel=1e-5)
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(61))
@@ -53,14 +53,14 @@ def test_a_fresh_dictionary_has_unit_scale_and_from_data_a_reconstruction_that_d
 def test_without_normalisation_scales_stay_1():
     rows = torch.randn(200, 7) * 9
     sae = SAE(7, 13, ENCODERS["topk"](k=2))
-    initialize(sae, Batch(rows), moments_of(rows), moments_of(rows), "none", "random")
+    initialize(sae, ActivationBatch(rows), moments_of(rows), moments_of(rows), "none", "random")
     assert float(sae.in_scale) == float(sae.out_scale) == 1.0
 
 
 def test_fewer_samples_than_latents_give_distinct_atoms():
     rows = torch.randn(5, 7)
     sae = SAE(7, 31, ENCODERS["topk"](k=2))
-    initialize(sae, Batch(rows), moments_of(rows), moments_of(rows), "scale", "data")
+    initialize(sae, ActivationBatch(rows), moments_of(rows), moments_of(rows), "scale", "data")
     cosines = sae.W_dec @ sae.W_dec.T - torch.eye(31)
     assert cosines.max() < 1 - 1e-4
 
@@ -68,7 +68,9 @@ def test_fewer_samples_than_latents_give_distinct_atoms():
 def test_constant_activations_are_refused():
     rows = torch.ones(50, 7)
     with pytest.raises(ValueError, match="expected variance above 0"):
-        initialize(SAE(7, 13, ENCODERS["topk"](k=2)), Batch(rows), moments_of(rows), moments_of(rows), "scale", "data")
+        initialize(
+            SAE(7, 13, ENCODERS["topk"](k=2)), ActivationBatch(rows), moments_of(rows), moments_of(rows), "scale", "data"
+        )
 
 
 def test_the_learning_rate_rises_stays_and_falls(recipe_values):

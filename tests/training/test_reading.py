@@ -17,10 +17,10 @@ from sparsary.training.activations.shards import (
     FORMAT_VERSION,
     LABELS,
     MANIFEST_FILE,
-    Rows,
-    Store,
+    ActivationStore,
+    RowReader,
     dequantize,
-    quantize,
+    quantize_rows,
 )
 from sparsary.training.activations.stream import StoreStream, permute
 
@@ -36,7 +36,7 @@ def make_store(directory, width, dtype, sizes=SIZES):
         x = torch.randn(tokens, width) * torch.logspace(-6, 4, tokens).unsqueeze(-1)
         tensors = {name: torch.arange(tokens, dtype=torch.int32) + 7 * i for i, name in enumerate(LABELS)}
         if dtype == torch.int8:
-            tensors["x:h"], tensors["scale:x:h"] = quantize(x, BLOCK)
+            tensors["x:h"], tensors["scale:x:h"] = quantize_rows(x, BLOCK)
             expected.append(dequantize(tensors["x:h"], tensors["scale:x:h"], BLOCK))
         else:
             tensors["x:h"] = x.to(dtype)
@@ -47,7 +47,7 @@ def make_store(directory, width, dtype, sizes=SIZES):
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "gradients": None, "block": BLOCK, "shards": shards}
     manifest["hooks"] = {"h": {"width": width, "count": 0}}
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest))
-    return Store.open(directory), torch.cat(expected)
+    return ActivationStore.open(directory), torch.cat(expected)
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -76,14 +76,14 @@ ORDERS = {
 def test_rows_are_those_that_were_written(path, dtype, width, order, tmp_path):
     store, expected = make_store(tmp_path / "s", width, dtype, SIZES if width < 1000 else (5, 1, 7))
     rows = ORDERS[order](len(expected))
-    assert torch.equal(Rows(store, "train", "x:h").gather(rows), expected[rows])
+    assert torch.equal(RowReader(store, "train", "x:h").gather(rows), expected[rows])
 
 
 def test_labels_are_those_that_were_written(path, tmp_path):
     store, _ = make_store(tmp_path / "s", 3, torch.float32)
     rows = np.random.default_rng(1).permutation(sum(SIZES))
     expected = torch.cat([torch.arange(n, dtype=torch.int32) + 14 for n in SIZES])[rows]
-    found = Rows(store, "train", LABELS[2]).gather(rows)
+    found = RowReader(store, "train", LABELS[2]).gather(rows)
     assert found.dtype == torch.int32
     assert torch.equal(found, expected)
 
@@ -91,7 +91,7 @@ def test_labels_are_those_that_were_written(path, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_a_truncated_shard_is_named_with_the_row(path, dtype, tmp_path):
     store, expected = make_store(tmp_path / "s", 16, dtype)
-    readers = Rows(store, "train", "x:h")
+    readers = RowReader(store, "train", "x:h")
     shard = readers.shards[2]
     # Cut in the middle of row 200 while it is open, as another program might.
     with shard.path.open("r+b") as handle:
@@ -111,7 +111,7 @@ def test_a_truncated_shard_is_named_with_the_row(path, dtype, tmp_path):
 def test_what_is_not_finite_is_named(path, dtype, bad, tmp_path):
     width = 37
     store, expected = make_store(tmp_path / "s", width, dtype)
-    reader = Rows(store, "train", "x:h")
+    reader = RowReader(store, "train", "x:h")
     out = reader.empty(len(expected))
     assert reader.read(np.arange(len(expected)), out)
     # Any row, any place in it.

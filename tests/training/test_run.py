@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from sparsary.sae import load_dictionary
 from sparsary.training import run as run_module
-from sparsary.training.activations.shards import Store
+from sparsary.training.activations.shards import ActivationStore
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
-from sparsary.training.run import run_harvest, train
+from sparsary.training.run import run_harvest, train_recipe
 from sparsary.training.signals import Stopped, StopRequest
 
 
@@ -35,7 +35,7 @@ def values(recipe_values, shared_store):
 
 
 def run(values, **changes):
-    return train(check_recipe(values | changes, "recipe"))
+    return train_recipe(check_recipe(values | changes, "recipe"))
 
 
 def final_state(directory):
@@ -118,7 +118,7 @@ def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
     with pytest.raises(Stopped):
         run(values)
     dictionary = load_dictionary(values["out_dir"])
-    store = Store.open(values["harvest"]["store"])
+    store = ActivationStore.open(values["harvest"]["store"])
     moments = store.moments("transformer.h.2:out")
     from sparsary.training.activations.stream import StoreStream
 
@@ -159,7 +159,7 @@ def test_dead_latents_are_revived_by_auxk(values):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_module, "initialize", with_dead)
-            state = final_state(train(recipe))
+            state = final_state(train_recipe(recipe))
         counts[weight] = int((state["silent_for"][:20] > 2000).sum())
     assert counts[0.0] >= 15
     assert counts[1 / 32] <= counts[0.0] - 10
@@ -168,10 +168,10 @@ def test_dead_latents_are_revived_by_auxk(values):
 def test_tensors_instead_of_a_model(values):
     torch.manual_seed(0)
     rows = [torch.randn(500, 19) @ torch.randn(19, 19) for _ in range(3)]
-    directory = train(check_recipe(values, "recipe"), rows)
+    directory = train_recipe(check_recipe(values, "recipe"), rows)
     assert load_dictionary(directory).d_in == 19
     with pytest.raises(ValueError, match=r"the iterator ended after 1010 of 3030 tokens"):
-        train(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), iter([torch.randn(1100, 19)]))
+        train_recipe(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), iter([torch.randn(1100, 19)]))
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_an_out_dir_in_use_is_refused(values):
 
     recipe = check_recipe(values, "recipe")
     with claimed(Path(values["out_dir"]), recipe), pytest.raises(ValueError, match="in use by another process"):
-        train(recipe)
+        train_recipe(recipe)
 
 
 def test_a_damaged_store_is_not_trained_on(values, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.splice import Edit, Insertion, generate, model_spliced
+from sparsary.training.activations.splice import Insertion, Intervention, generate, model_spliced
 from sparsary.transcoders.cross_layer import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
 
@@ -81,13 +81,13 @@ def latents(dense):
 @pytest.mark.parametrize("add_error", [False, True])
 @pytest.mark.parametrize("change", [("scale", {"value": 1.0}), ("add", {"value": 0.0}), ("clamp", {"low": -9.0, "high": 99.0})])
 def test_an_edit_that_changes_nothing_leaves_the_logits(gpt2, ids, insertion, latents, change, add_error):
-    edit = Edit(change[0], latents, **change[1])
+    edit = Intervention(change[0], latents, **change[1])
     plain = logits_of(gpt2, ids, insertion, add_error=add_error)
     torch.testing.assert_close(logits_of(gpt2, ids, insertion, edit, add_error=add_error), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_setting_to_zero_with_the_error_takes_the_atoms_away(gpt2, ids, insertion, sae, dense, latents):
-    found = logits_of(gpt2, ids, insertion, Edit("set", latents, 0.0), add_error=True)
+    found = logits_of(gpt2, ids, insertion, Intervention("set", latents, 0.0), add_error=True)
     expected = with_atoms(gpt2, ids, sae, latents, -dense[..., latents])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, gpt2.logits(ids), atol=1e-2)
@@ -109,7 +109,7 @@ def test_edits_add_what_they_say_at_the_positions_they_say(gpt2, ids, insertion,
     some = torch.zeros(2, 7, dtype=torch.bool)
     some[:, [1, 4]] = True
     for positions, where in (("all", torch.ones(2, 7) > 0), ([4, 1], some), (mask, mask)):
-        found = logits_of(gpt2, ids, insertion, Edit(latents=latents, positions=positions, **edit), add_error=True)
+        found = logits_of(gpt2, ids, insertion, Intervention(latents=latents, positions=positions, **edit), add_error=True)
         expected = with_atoms(gpt2, ids, sae, latents, where.unsqueeze(-1) * amount(dense[..., latents]))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -117,16 +117,16 @@ def test_edits_add_what_they_say_at_the_positions_they_say(gpt2, ids, insertion,
 def test_positions_count_from_the_context_s_start_when_some_are_not_kept(gpt2, ids, insertion, sae, latents):
     kept = torch.ones(2, 7, dtype=torch.bool)
     kept[:, :2] = kept[1, 5] = False
-    found = logits_of(gpt2, ids, insertion, Edit("add", latents, 2.0, positions=[4]), add_error=True, kept=kept)
+    found = logits_of(gpt2, ids, insertion, Intervention("add", latents, 2.0, positions=[4]), add_error=True, kept=kept)
     amounts = torch.zeros(2, 7, 3)
     amounts[:, 4] = 2.0
     torch.testing.assert_close(found, with_atoms(gpt2, ids, sae, latents, amounts), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"positions: expected ones that kept has, .* got \[5\]"):
-        logits_of(gpt2, ids, insertion, Edit("add", latents, 2.0, positions=[4, 5]), kept=kept)
+        logits_of(gpt2, ids, insertion, Intervention("add", latents, 2.0, positions=[4, 5]), kept=kept)
 
 
 def test_edits_follow_one_another(gpt2, ids, insertion, sae, dense, latents):
-    edits = Edit("set", latents, 1.0), Edit("scale", latents[1:], 3.0), Edit("add", latents[2:], 1.0)
+    edits = Intervention("set", latents, 1.0), Intervention("scale", latents[1:], 3.0), Intervention("add", latents[2:], 1.0)
     found = logits_of(gpt2, ids, insertion, *edits, add_error=True)
     expected = with_atoms(gpt2, ids, sae, latents, torch.tensor([1.0, 3.0, 4.0]) - dense[..., latents])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -134,7 +134,7 @@ def test_edits_follow_one_another(gpt2, ids, insertion, sae, dense, latents):
 
 def test_codes_are_those_in_force_and_pass_gradients_to_the_strength(gpt2, ids, insertion, latents):
     strength = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
-    with model_spliced(gpt2, [insertion], edits=[Edit("set", latents, strength)]) as run:
+    with model_spliced(gpt2, [insertion], edits=[Intervention("set", latents, strength)]) as run:
         gpt2.run(ids)[:, -1, 0].sum().backward()
     assert torch.equal(run.codes[0, 0].columns(torch.tensor(latents)), strength.expand(14, 3))
     assert run.codes[0, 0].values.grad is not None
@@ -145,7 +145,7 @@ def test_a_latent_of_a_cross_layer_transcoder_is_edited_in_every_layer_it_writes
     clt = CrossLayerTranscoder(3, 36, 36, 93, topk()).eval()
     clt.out_scale.copy_(torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(12))
     hooks = [tuple(f"transformer.h.{layer}.mlp:{side}" for layer in range(3)) for side in ("in", "out")]
-    edit = Edit("add", [5], 2.0, positions=[3], site=1)
+    edit = Intervention("add", [5], 2.0, positions=[3], site=1)
     found = logits_of(gpt2, ids, Insertion(clt, *hooks), edit, add_error=True)
     step = torch.zeros(2, 7, 24)
     step[:, 3] = 2.0 * clt.out_scale[12:] * clt.W_dec[1].detach()[5]
@@ -168,11 +168,11 @@ def test_greedy_text_is_that_of_plain_runs(gpt2, ids, insertion, latents):
     assert torch.equal(generate(gpt2, ids, 6, insertions=[insertion]), continued(gpt2, ids, 6, insertion))
     texts = []
     for positions, edited in (("all", range), ([2, 5], lambda _: (2, 5)), ("new", lambda length: range(7, length))):
-        edits = [Edit("add", latents, 9.0, positions=positions)]
+        edits = [Intervention("add", latents, 9.0, positions=positions)]
         texts.append(generate(gpt2, ids, 6, insertions=[insertion], edits=edits, add_error=True))
 
         def same(length, edited=edited):
-            return [Edit("add", latents, 9.0, positions=list(edited(length)))]
+            return [Intervention("add", latents, 9.0, positions=list(edited(length)))]
 
         assert torch.equal(texts[-1], continued(gpt2, ids, 6, insertion, same, add_error=True))
     for text, other in ((texts[0], texts[1]), (texts[1], texts[2]), (texts[2], plain), (texts[0], plain)):
@@ -185,12 +185,12 @@ def test_masks_of_the_prompt_serve_for_what_follows_it(gpt2, ids, insertion, lat
     mask, kept = torch.zeros(2, 7, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)
     mask[0, 3] = True
     kept[:, :2] = False
-    found = generate(gpt2, ids, 4, insertions=[insertion], edits=[Edit("set", latents, 9.0, positions=mask)], kept=kept)
+    found = generate(gpt2, ids, 4, insertions=[insertion], edits=[Intervention("set", latents, 9.0, positions=mask)], kept=kept)
     text = ids
     for _ in range(4):
         longer = torch.nn.functional.pad(mask, (0, text.shape[1] - 7)), torch.ones(2, text.shape[1], dtype=torch.bool)
         longer[1][:, :2] = False
-        logits = logits_of(gpt2, text, insertion, Edit("set", latents, 9.0, positions=longer[0]), kept=longer[1])
+        logits = logits_of(gpt2, text, insertion, Intervention("set", latents, 9.0, positions=longer[0]), kept=longer[1])
         text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(found, text)
 
@@ -225,7 +225,7 @@ def test_the_embedded_model_is_steered(embedded_model):
     with torch.no_grad():
         dictionary.W_dec[7] = unembedding[wanted] / unembedding[wanted].norm()
     insertion = Insertion(dictionary, ("transformer.h.3.mlp:in",), ("transformer.h.3.mlp:out",))
-    edits = [Edit("add", [7], 60.0)]
+    edits = [Intervention("add", [7], 60.0)]
     text = generate(embedded_model, ids, 1, insertions=[insertion], edits=edits, add_error=True)
     assert text[0, -1] == wanted
     assert generate(embedded_model, ids, 1, insertions=[insertion], add_error=True)[0, -1] != wanted
@@ -258,7 +258,7 @@ def test_the_embedded_model_is_steered(embedded_model):
 )
 def test_edits_that_make_no_sense_are_refused(gpt2, ids, insertion, edit, message):
     with pytest.raises(ValueError, match=message):
-        logits_of(gpt2, ids, insertion, Edit(**edit))
+        logits_of(gpt2, ids, insertion, Intervention(**edit))
 
 
 def test_numbers_out_of_range_are_refused(gpt2, ids):

@@ -16,7 +16,7 @@ from sparsary.sae.files import sha256, write_tensors
 from sparsary.training.activations import harvest as harvest_module
 from sparsary.training.activations import shards as shards_module
 from sparsary.training.activations.harvest import harvest
-from sparsary.training.activations.shards import Rows, Store, dequantize, encode, quantize
+from sparsary.training.activations.shards import ActivationStore, RowReader, dequantize, encode, quantize_rows
 from sparsary.training.activations.stream import StoreStream
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import is_heldout
@@ -47,13 +47,15 @@ def store(embedded_model, tmp_path_factory):
 def copy(store, tmp_path):
     """A copy of the store that a test may damage."""
     shutil.copytree(store.directory, tmp_path / "copy")
-    return Store.open(tmp_path / "copy")
+    return ActivationStore.open(tmp_path / "copy")
 
 
 def test_rows_are_the_model_s_activations(store, embedded_model):
-    ids = [Rows(store, "train", name).gather(np.arange(store.tokens("train"))) for name in ("token", "document", "position")]
-    x = Rows(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train")))
-    g = Rows(store, "train", f"grad:{HOOK}").gather(np.arange(store.tokens("train")))
+    ids = [
+        RowReader(store, "train", name).gather(np.arange(store.tokens("train"))) for name in ("token", "document", "position")
+    ]
+    x = RowReader(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train")))
+    g = RowReader(store, "train", f"grad:{HOOK}").gather(np.arange(store.tokens("train")))
     from sparsary.training.text import contexts
 
     first = next(contexts(TEXT, embedded_model.tokenizer))
@@ -72,7 +74,7 @@ def test_rows_are_the_model_s_activations(store, embedded_model):
 def test_excluded_tokens_are_not_stored(store, embedded_model):
     for split in ("train", "heldout"):
         everything = np.arange(store.tokens(split))
-        tokens, positions = (Rows(store, split, name).gather(everything) for name in ("token", "position"))
+        tokens, positions = (RowReader(store, split, name).gather(everything) for name in ("token", "position"))
         assert positions.min() >= 2
         # With gradients the last position, which predicts nothing, is left out too.
         assert positions.max() == 30
@@ -81,14 +83,14 @@ def test_excluded_tokens_are_not_stored(store, embedded_model):
 
 def test_special_tokens_are_kept_where_the_recipe_says_so(embedded_model, tmp_path):
     kept = harvest(embedded_model, TEXT, section(tmp_path / "s", exclude_special=False, exclude_leading=0))
-    tokens, offsets = (Rows(kept, "train", name).gather(np.arange(kept.tokens("train"))) for name in ("token", "offset"))
+    tokens, offsets = (RowReader(kept, "train", name).gather(np.arange(kept.tokens("train"))) for name in ("token", "offset"))
     assert (tokens == embedded_model.tokenizer.bos_token_id).sum() > 50
     assert torch.equal(tokens == embedded_model.tokenizer.bos_token_id, offsets == -1)
 
 
 def test_the_split_is_by_document(store):
     for split, expected in (("train", False), ("heldout", True)):
-        documents = Rows(store, split, "document").gather(np.arange(store.tokens(split)))
+        documents = RowReader(store, split, "document").gather(np.arange(store.tokens(split)))
         assert documents.unique().numel() > 5
         assert {is_heldout(int(d), 0.2) for d in documents} == {expected}
 
@@ -108,7 +110,7 @@ def test_the_manifest_says_everything(store):
 
 
 def test_statistics_are_those_of_the_training_rows(store):
-    x = Rows(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train"))).double()
+    x = RowReader(store, "train", f"x:{HOOK}").gather(np.arange(store.tokens("train"))).double()
     moments = store.moments(HOOK)
     assert moments.count == x.shape[0]
     torch.testing.assert_close(moments.mean, x.mean(0))
@@ -120,7 +122,7 @@ def test_other_dtypes_cost_what_the_manifest_says(embedded_model, tmp_path, dtyp
     exact = harvest(embedded_model, TEXT, section(tmp_path / "exact", tokens=1500))
     small = harvest(embedded_model, TEXT, section(tmp_path / "small", tokens=1500, dtype=dtype, block=64))
     rows = np.arange(exact.tokens("train"))
-    x, x_small = (Rows(s, "train", f"x:{HOOK}").gather(rows).double() for s in (exact, small))
+    x, x_small = (RowReader(s, "train", f"x:{HOOK}").gather(rows).double() for s in (exact, small))
     lost = float((x - x_small).pow(2).sum() / (x_small - x_small.mean(0)).pow(2).sum())
     assert 0 < lost < fvu
     assert small.manifest["hooks"][HOOK]["rounding_fvu"] == pytest.approx(lost, rel=1e-6)
@@ -130,7 +132,7 @@ def test_other_dtypes_cost_what_the_manifest_says(embedded_model, tmp_path, dtyp
 def test_quantized_rows_are_within_half_a_step(width):
     rows = torch.randn(23, width) * torch.logspace(-3, 3, 23).unsqueeze(-1)
     rows[3] = 0.0
-    codes, scale = quantize(rows, 32)
+    codes, scale = quantize_rows(rows, 32)
     assert codes.dtype == torch.int8
     assert scale.shape == (23, -(-width // 32))
     error = (dequantize(codes, scale, 32) - rows).abs()
@@ -141,7 +143,7 @@ def test_quantized_rows_are_within_half_a_step(width):
 
 def test_int8_refuses_what_float16_scales_cannot_hold():
     with pytest.raises(ValueError, match="bfloat16"):
-        quantize(torch.full((1, 4), 1e8), 4)
+        quantize_rows(torch.full((1, 4), 1e8), 4)
 
 
 def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_path, monkeypatch):
@@ -159,7 +161,7 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
     monkeypatch.setattr(harvest_module, "write_tensors", dying)
     with pytest.raises(KeyboardInterrupt):
         harvest(embedded_model, TEXT, section(tmp_path / "parts"))
-    broken = Store.open(tmp_path / "parts")
+    broken = ActivationStore.open(tmp_path / "parts")
     assert not broken.manifest["complete"]
     assert broken.problems() == []
     monkeypatch.setattr(harvest_module, "write_tensors", write)
@@ -184,7 +186,7 @@ def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, m
     with pytest.raises(OSError, match=r"train-00001\.safetensors: could not be written \(the disk is gone\)"):
         harvest(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8"))
     assert len(written) == 3
-    broken = Store.open(tmp_path / "parts")
+    broken = ActivationStore.open(tmp_path / "parts")
     assert [shard["unit"] for shard in broken.manifest["shards"]] == [0, 0]
     assert broken.problems() == []
     monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
@@ -210,7 +212,7 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
     monkeypatch.setattr(harvest_module, "write_tensors", slow)
     with pytest.raises(KeyboardInterrupt):
         harvest(embedded_model, TEXT, section(tmp_path / "parts"), stop)
-    broken = Store.open(tmp_path / "parts")
+    broken = ActivationStore.open(tmp_path / "parts")
     assert {shard["unit"] for shard in broken.manifest["shards"]} == {0}
     assert not list((tmp_path / "parts").glob(".*.partial"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sparsary-harvest")]
@@ -225,8 +227,8 @@ def test_shards_hold_the_training_rows_of_several_batches(embedded_model, tmp_pa
     rows = np.arange(min(many.tokens("train"), few.tokens("train")))
     assert len(rows) > 2000
     for name in ("token", "offset"):
-        assert torch.equal(*(Rows(store, "train", name).gather(rows) for store in (many, few)))
-    found, expected = (Rows(store, "train", f"x:{HOOK}").gather(rows) for store in (many, few))
+        assert torch.equal(*(RowReader(store, "train", name).gather(rows) for store in (many, few)))
+    found, expected = (RowReader(store, "train", f"x:{HOOK}").gather(rows) for store in (many, few))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -238,7 +240,7 @@ def test_rows_are_stored_alike_with_and_without_the_compiler(dtype, monkeypatch)
         rows[5, 2:4] = 8e6
         # Halves of a step, which go to the even code.
         rows[7, :32] = torch.arange(32) * 2.0
-        rows[7, 1:31] = (torch.arange(30) - 14.5) * quantize(rows[7:8], 32)[1][0, 0].float()
+        rows[7, 1:31] = (torch.arange(30) - 14.5) * quantize_rows(rows[7:8], 32)[1][0, 0].float()
     fast = encode(rows, dtype, 32)
     mean, deviation = harvest_module._moments(rows)
     lost = harvest_module._squared_difference(rows, fast[2].clamp(-3e38, 3e38))
@@ -343,7 +345,7 @@ def test_every_damaged_shard_is_named_at_once(copy):
 def test_a_damaged_manifest_is_named(copy, text):
     (copy.directory / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json"):
-        Store.open(copy.directory)
+        ActivationStore.open(copy.directory)
 
 
 def test_not_finite_activations_at_harvest_name_row_and_document(embedded_model, tmp_path, monkeypatch):
@@ -398,7 +400,7 @@ def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     large = section(tmp_path / "s", tokens=6000, shard_tokens=2500)
     command = [sys.executable, "-c", FULL_DISK, large.model_dump_json()]
     assert "could not be written" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kept = Store.open(tmp_path / "s")
+    kept = ActivationStore.open(tmp_path / "s")
     assert len(kept.manifest["shards"]) == held
     assert kept.problems() == []
     assert harvest(embedded_model, TEXT, large).tokens("train") > 4000

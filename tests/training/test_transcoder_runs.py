@@ -11,16 +11,16 @@ import sparsary
 from sparsary.sae import load_dictionary
 from sparsary.training import preflight as preflight_module
 from sparsary.training import run as run_module
-from sparsary.training.activations.shards import Store
+from sparsary.training.activations.shards import ActivationStore
 from sparsary.training.activations.stream import StoreStream
-from sparsary.training.checkpoints import hooks_of
-from sparsary.training.info import describe
+from sparsary.training.checkpoints import hooks_of_provenance
+from sparsary.training.info import describe_files
 from sparsary.training.objective import Divergence
 from sparsary.training.preflight import grid_lines, preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid, load_grid
 from sparsary.training.resolve_hooks import resolved
-from sparsary.training.run import run_harvest, train, train_all
+from sparsary.training.run import run_harvest, train_all, train_recipe
 from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder
 
 # Together they take seconds; `make test` runs them.
@@ -53,7 +53,7 @@ def cross_layer(**changes):
 
 
 def run(values, **changes):
-    return train(check_recipe(values | changes, "recipe"))
+    return train_recipe(check_recipe(values | changes, "recipe"))
 
 
 def assert_equal_runs(a, b):
@@ -70,8 +70,8 @@ def metrics(directory):
 def heldout_fvu(directory):
     """Of the target, over what training never saw."""
     dictionary = load_dictionary(directory)
-    reads, writes = hooks_of(json.loads((Path(directory) / "dictionary.json").read_text())["provenance"])
-    store = Store.open(load_recipe(Path(directory) / "recipe.yaml").harvest.store)
+    reads, writes = hooks_of_provenance(json.loads((Path(directory) / "dictionary.json").read_text())["provenance"])
+    store = ActivationStore.open(load_recipe(Path(directory) / "recipe.yaml").harvest.store)
     stream = StoreStream(store, reads, 100, seed=0, split="heldout", hooks_out=writes)
     batch = stream.sample(250)
     stream.release()
@@ -100,7 +100,7 @@ def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     assert fvu < 0.6
     provenance = json.loads((directory / "dictionary.json").read_text())["provenance"]
     assert "hook" not in provenance
-    assert hooks_of(provenance) == ((MLPS[2],), (MLPS[3],))
+    assert hooks_of_provenance(provenance) == ((MLPS[2],), (MLPS[3],))
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_some_layers_only_write_to_those(values):
     dictionary = load_dictionary(directory)
     assert [tuple(W_dec.shape) for W_dec in dictionary.W_dec] == [(31, 256), (31, 128)]
     provenance = json.loads((directory / "dictionary.json").read_text())["provenance"]
-    assert hooks_of(provenance) == ((MLPS[2], MLPS[6]), (MLPS[3], MLPS[7]))
+    assert hooks_of_provenance(provenance) == ((MLPS[2], MLPS[6]), (MLPS[3], MLPS[7]))
 
 
 def test_a_site_of_an_sae_is_its_hook(values):
@@ -136,7 +136,7 @@ def test_a_site_of_an_sae_is_its_hook(values):
     recipe = load_recipe(run(values, tokens=303) / "recipe.yaml")
     assert recipe.dictionary.hook is not None
     assert recipe.harvest.hooks == (recipe.dictionary.hook,)
-    assert list(Store.open(recipe.harvest.store).manifest["hooks"]) == [recipe.dictionary.hook]
+    assert list(ActivationStore.open(recipe.harvest.store).manifest["hooks"]) == [recipe.dictionary.hook]
 
 
 def test_end_to_end_a_transcoder_stands_in_for_the_mlp(values, monkeypatch):
@@ -157,12 +157,12 @@ def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     directories = train_all(grid.recipes)
     assert [path.name for path in directories] == ["layer=0", "layer=2", "layer=3"]
     # In the order of layers, and nothing of layer 1.
-    assert list(Store.open(tmp_path / "store").manifest["hooks"]) == MLPS[:2] + MLPS[4:]
+    assert list(ActivationStore.open(tmp_path / "store").manifest["hooks"]) == MLPS[:2] + MLPS[4:]
     stack = sparsary.load(grid.out_dir)
     assert isinstance(stack, Stack)
     assert list(stack) == [MLPS[1], MLPS[5], MLPS[7]]
     assert torch.equal(stack[MLPS[4]].W_dec, load_dictionary(directories[1]).W_dec)
-    lines, problems = describe(grid.out_dir)
+    lines, problems = describe_files(grid.out_dir)
     assert [name for name, _ in lines] == ["checkpoints", "layer=0", "layer=2", "layer=3"]
     assert f"transcoder 128 -> 67 -> 128, name topk, k 5  {MLPS[4]} -> {MLPS[5]}  checksum matches" == dict(lines)["layer=2"]
     assert not problems
@@ -191,7 +191,7 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, liv
     ]
     recipes = check_grid(values | {"tokens": 505, "grid": changes}, "recipe").recipes
     for directory, recipe in zip(train_all(recipes), recipes, strict=True):
-        alone = train(recipe.model_copy(update={"out_dir": str(tmp_path / "alone" / Path(recipe.out_dir).name)}))
+        alone = train_recipe(recipe.model_copy(update={"out_dir": str(tmp_path / "alone" / Path(recipe.out_dir).name)}))
         assert_equal_runs(alone, directory)
 
 
@@ -226,12 +226,12 @@ def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, sto
 def test_the_saved_recipe_names_hooks_and_goes_on_by_itself(values, stopped_after):
     recipe = check_recipe(values | {"tokens": 1010}, "recipe")
     with stopped_after(3):
-        train(recipe)
+        train_recipe(recipe)
     saved = load_recipe(Path(recipe.out_dir) / "recipe.yaml")
     assert (saved.dictionary.hook_in, saved.dictionary.hook_out) == (MLPS[2], MLPS[3])
     assert (saved.dictionary.layer, saved.dictionary.site) == (None, None)
     assert resolved([saved]) == [saved]
-    train(saved)
+    train_recipe(saved)
     with pytest.raises(ValueError, match=r"dictionary.hook_in: 'transformer.h.1.mlp:in' there, 'transformer.h.2.mlp:in' here"):
         run(values | {"dictionary": transcoder(layer=2)}, tokens=1010)
 
@@ -248,7 +248,7 @@ def pairs():
 
 
 def test_a_transcoder_of_tensors(values, pairs):
-    directory = train(check_recipe(values, "recipe"), pairs)
+    directory = train_recipe(check_recipe(values, "recipe"), pairs)
     dictionary = load_dictionary(directory)
     assert (dictionary.d_in, dictionary.d_out) == (19, 13)
     assert metrics(directory)[-1]["fvu"] < metrics(directory)[0]["fvu"]
@@ -258,7 +258,9 @@ def test_a_transcoder_of_tensors(values, pairs):
 def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
     values["harvest"]["gradients"] = True
     values["dictionary"]["encoder"] = {"name": "gradient_topk", "k": 5, "beta": 2.0}
-    directory = train(check_recipe(values, "recipe"), [pair | {"grad": torch.ones_like(pair["target"])} for pair in pairs])
+    directory = train_recipe(
+        check_recipe(values, "recipe"), [pair | {"grad": torch.ones_like(pair["target"])} for pair in pairs]
+    )
     assert load_dictionary(directory).d_out == 13
 
 
@@ -266,9 +268,9 @@ def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
 def test_layers_of_tensors_stand_side_by_side(values, pairs):
     values["dictionary"] = cross_layer()
     with pytest.raises(ValueError, match=r"activations: expected a width that 4 layers share equally, got 19\."):
-        train(check_recipe(values, "recipe"), pairs)
+        train_recipe(check_recipe(values, "recipe"), pairs)
     wide = [{"x": pair["x"][:, :16], "target": pair["target"][:, :12]} for pair in pairs]
-    dictionary = load_dictionary(train(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), wide))
+    dictionary = load_dictionary(train_recipe(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), wide))
     assert (dictionary.d_in, dictionary.d_out, dictionary.n_layers) == (16, 12, 4)
 
 
@@ -299,13 +301,13 @@ def test_tensors_that_do_not_fit_are_named(values, pairs, kind, change, message)
     if kind == "sae":
         values["dictionary"] = {"hook": MLPS[3], "n_latents": 67, "encoder": TOPK}
     with pytest.raises(ValueError, match=message):
-        train(check_recipe(values, "recipe"), [change(pair) for pair in pairs])
+        train_recipe(check_recipe(values, "recipe"), [change(pair) for pair in pairs])
 
 
 def test_targets_of_another_width_are_named(values, pairs):
     pairs[2]["target"] = torch.randn(500, 17)
     with pytest.raises(ValueError, match=r"targets: tensor 2: expected width 13, as before, got 17\."):
-        train(check_recipe(values, "recipe"), pairs)
+        train_recipe(check_recipe(values, "recipe"), pairs)
 
 
 # Refusals.

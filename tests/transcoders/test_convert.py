@@ -11,7 +11,7 @@ import sparsary
 from sparsary.sae.checkpoint import read_config
 from sparsary.sae.formats import FORMATS
 from sparsary.transcoders import Stack
-from sparsary.transcoders.convert import convert, whole
+from sparsary.transcoders.convert import _whole, convert
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_what_cannot_be_held_leaves_nothing(build_format, tmp_path):
 
 def test_a_killed_conversion_leaves_nothing(tmp_path):
     def killed():
-        with whole(tmp_path / "b") as temporary:
+        with _whole(tmp_path / "b") as temporary:
             (temporary / "half").write_text("x")
             raise KeyboardInterrupt
 

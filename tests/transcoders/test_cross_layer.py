@@ -7,9 +7,9 @@ from sparsary.sae import ENCODERS, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats.conversion import from_dictionary, to_dictionary
 from sparsary.sae.metrics import Moments
-from sparsary.training.activations.stream import Batch
+from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.initialize import initialize
-from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.
@@ -210,18 +210,18 @@ def test_every_layer_counts_alike_in_the_loss():
     y, x = y.flatten(1), torch.randn(4001, LAYERS * D_IN)
     targets = Moments(LAYERS * D_OUT)
     targets.update(y)
-    unused = Usage(torch.zeros(LAYERS * HERE, dtype=torch.bool), torch.zeros(LAYERS * HERE, dtype=torch.float64))
+    unused = LatentUsage(torch.zeros(LAYERS * HERE, dtype=torch.bool), torch.zeros(LAYERS * HERE, dtype=torch.float64))
     with torch.no_grad():
         clt.out_scale.fill_(1.0)
         for W_dec in clt.W_dec:
             W_dec.zero_()
         clt.b_dec.copy_(y.mean(0))
         clt.b_dec[D_OUT : 2 * D_OUT] = y.mean(0)[D_OUT : 2 * D_OUT]
-    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(Batch(x, y), unused)
+    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(ActivationBatch(x, y), unused)
     assert float(loss.detach()) == pytest.approx(1.0, rel=1e-3)
     with torch.no_grad():
         clt.b_dec[2 * D_OUT :] += y[:, 2 * D_OUT :].std(0)
-    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(Batch(x, y), unused)
+    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(ActivationBatch(x, y), unused)
     assert float(loss.detach()) == pytest.approx(4 / 3, rel=1e-2)
 
 
@@ -237,7 +237,7 @@ def test_it_learns_and_its_dead_latents_come_back(variant):
     inputs, targets = Moments(LAYERS * D_IN), Moments(LAYERS * D_OUT)
     inputs.update(x)
     targets.update(y)
-    initialize(clt, Batch(x, y), inputs, targets, "scale", "data")
+    initialize(clt, ActivationBatch(x, y), inputs, targets, "scale", "data")
     objective = Objective(clt, clt.spread(targets), AuxSettings(1 / 32, 3))
     optimizer = torch.optim.Adam(clt.parameters(), 3e-3)
     with torch.no_grad():
@@ -245,10 +245,10 @@ def test_it_learns_and_its_dead_latents_come_back(variant):
         clt.b_enc[1][:5] = -20 * (not joint)
     dead = torch.zeros(LAYERS * HERE, dtype=torch.bool)
     dead[HERE : HERE + 5] = True
-    usage, losses = Usage(dead, torch.zeros(LAYERS * HERE, dtype=torch.float64)), []
+    usage, losses = LatentUsage(dead, torch.zeros(LAYERS * HERE, dtype=torch.float64)), []
     for step in range(300):
         rows = torch.arange(step * 101, step * 101 + 101) % 4000
-        loss, terms = objective(Batch(x[rows], y[rows]), usage)
+        loss, terms = objective(ActivationBatch(x[rows], y[rows]), usage)
         loss.backward()
         if step == 0:
             assert terms.named["aux"] > 0

@@ -7,7 +7,7 @@ import torch
 
 from sparsary.sae import ENCODERS, SAE
 from sparsary.transcoders import Stack, Transcoder, load_stack
-from sparsary.transcoders.stack import hooks_of, is_stack
+from sparsary.transcoders.stack import hooks_of_provenance, is_stack
 
 
 def provenance(layer, **more):
@@ -45,12 +45,12 @@ def test_saved_then_loaded_is_the_same(folder, tmp_path):
 
 
 def test_an_sae_s_hook_is_both():
-    assert hooks_of({"hook": "h.1:out"}) == (("h.1:out",), ("h.1:out",))
+    assert hooks_of_provenance({"hook": "h.1:out"}) == (("h.1:out",), ("h.1:out",))
     sae = SAE(3, 7, ENCODERS["topk"](k=2))
     stack = Stack({"h.1:out": sae}, {"h.1:out": {"hook": "h.1:out"}})
     assert stack["h.1:out"] is sae
     with pytest.raises(ValueError, match="expected the hooks the dictionary was trained on"):
-        hooks_of({})
+        hooks_of_provenance({})
 
 
 def test_what_is_no_stack_is_refused(folder, tmp_path):

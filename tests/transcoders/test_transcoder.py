@@ -6,9 +6,9 @@ from torch import nn
 
 from sparsary.sae import ENCODERS, load_dictionary
 from sparsary.sae.metrics import Moments
-from sparsary.training.activations.stream import Batch
+from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.initialize import initialize
-from sparsary.training.objective import AuxSettings, Objective, Usage
+from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.transcoders import Transcoder
 
 TOKENS, D_IN, D_OUT, LATENTS = 13, 11, 7, 29
@@ -111,13 +111,13 @@ def learned(name, atoms, skip, encoder_arguments, steps):
     inputs, targets = Moments(D_IN), Moments(D_OUT)
     inputs.update(x)
     targets.update(y)
-    initialize(transcoder, Batch(x, y), inputs, targets, "scale", atoms)
+    initialize(transcoder, ActivationBatch(x, y), inputs, targets, "scale", atoms)
     objective = Objective(transcoder, transcoder.spread(targets), AuxSettings(1 / 32, 3))
     optimizer = torch.optim.Adam(transcoder.parameters(), 3e-3)
-    usage, losses = Usage(torch.zeros(LATENTS, dtype=torch.bool), torch.zeros(LATENTS, dtype=torch.float64)), []
+    usage, losses = LatentUsage(torch.zeros(LATENTS, dtype=torch.bool), torch.zeros(LATENTS, dtype=torch.float64)), []
     for step in range(steps):
         rows = torch.arange(step * 101, step * 101 + 101) % 4096
-        loss, terms = objective(Batch(x[rows], y[rows], torch.ones(101, D_OUT)), usage)
+        loss, terms = objective(ActivationBatch(x[rows], y[rows], torch.ones(101, D_OUT)), usage)
         loss.backward()
         transcoder.project_grad()
         optimizer.step()
@@ -151,7 +151,7 @@ def test_a_skip_without_latents_to_speak_of_is_least_squares():
     inputs.update(x)
     targets.update(y)
     transcoder = Transcoder(D_IN, D_OUT, 1, ENCODERS["topk"](k=1), skip=True)
-    initialize(transcoder, Batch(x, y), inputs, targets, "scale", "random")
+    initialize(transcoder, ActivationBatch(x, y), inputs, targets, "scale", "random")
     with torch.no_grad():
         transcoder.b_enc.fill_(-1e6)
     optimizer = torch.optim.LBFGS([transcoder.W_skip, transcoder.b_dec], max_iter=300, line_search_fn="strong_wolfe")
@@ -187,7 +187,7 @@ def test_units_do_not_matter(encoder_arguments):
         inputs.update(a * x)
         targets.update(b * y)
         transcoder = Transcoder(D_IN, D_OUT, LATENTS, ENCODERS["topk"](k=3))
-        initialize(transcoder, Batch(a * x, b * y), inputs, targets, "scale", "data")
+        initialize(transcoder, ActivationBatch(a * x, b * y), inputs, targets, "scale", "data")
         codes.append(transcoder.encode(a * x).to_dense(LATENTS))
         outputs.append(transcoder(a * x) / b)
     torch.testing.assert_close(codes[0], codes[1], rtol=1e-3, atol=1e-3)
@@ -201,4 +201,4 @@ def test_constant_targets_are_refused():
     targets.update(torch.ones(50, D_OUT))
     transcoder = Transcoder(D_IN, D_OUT, LATENTS, ENCODERS["topk"](k=3))
     with pytest.raises(ValueError, match=r"targets: expected variance above 0"):
-        initialize(transcoder, Batch(x, torch.ones(50, D_OUT)), inputs, targets, "scale", "data")
+        initialize(transcoder, ActivationBatch(x, torch.ones(50, D_OUT)), inputs, targets, "scale", "data")

@@ -63,7 +63,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Layer:
+class BlockWeights:
     """One block: its norms, and what its heads read queries, keys and values with and write with."""
 
     attention_norm: Norm
@@ -128,7 +128,7 @@ class Trace:
     logits: Float[Tensor, "contexts positions vocabulary"]
 
 
-class Anatomy:
+class Architecture:
     """A language model taken apart: GPT-2, GPT-NeoX, and those built like Llama.
 
     Heads that share keys and values (grouped-query attention) each have their own copy of ``W_K`` and ``W_V`` here. In
@@ -272,7 +272,7 @@ class _Reader:
     the queries of all heads come first.
     """
 
-    layers: Callable[[Any], list[Layer]]
+    layers: Callable[[Any], list[BlockWeights]]
     attention_norm: str
     final_norm: str
     positions: str | None
@@ -284,37 +284,37 @@ def _bias(projection: Any) -> Tensor:
     return projection.weight.new_zeros(projection.weight.shape[0]) if projection.bias is None else projection.bias
 
 
-def _gpt2_layers(module: Any) -> list[Layer]:
-    def read(block: Any) -> Layer:
+def _gpt2_layers(module: Any) -> list[BlockWeights]:
+    def read(block: Any) -> BlockWeights:
         # These projections keep their weights the other way round: (in, out).
         shape = (module.config.n_head, -1, module.config.n_embd)
         W_Q, W_K, W_V = (weight.T.reshape(shape) for weight in block.attn.c_attn.weight.chunk(3, 1))
         b_V = block.attn.c_attn.bias.chunk(3)[2].view(shape[:2])
         W_O = block.attn.c_proj.weight.view(shape)
-        return Layer(_norm(block.ln_1), _norm(block.ln_2), W_Q, W_K, W_V, b_V, W_O, block.attn.c_proj.bias)
+        return BlockWeights(_norm(block.ln_1), _norm(block.ln_2), W_Q, W_K, W_V, b_V, W_O, block.attn.c_proj.bias)
 
     return [read(block) for block in module.transformer.h]
 
 
-def _gpt_neox_layers(module: Any) -> list[Layer]:
+def _gpt_neox_layers(module: Any) -> list[BlockWeights]:
     heads, width = module.config.num_attention_heads, module.config.hidden_size
 
-    def read(block: Any) -> Layer:
+    def read(block: Any) -> BlockWeights:
         # Query, key and value of one head lie next to each other.
         joint, dense = block.attention.query_key_value, block.attention.dense
         W_Q, W_K, W_V = joint.weight.view(heads, 3, -1, width).unbind(1)
         b_V = _bias(joint).view(heads, 3, -1)[:, 2]
         norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        return Layer(*norms, W_Q, W_K, W_V, b_V, dense.weight.T.reshape(heads, -1, width), _bias(dense))
+        return BlockWeights(*norms, W_Q, W_K, W_V, b_V, dense.weight.T.reshape(heads, -1, width), _bias(dense))
 
     return [read(block) for block in module.gpt_neox.layers]
 
 
-def _llama_layers(module: Any) -> list[Layer]:
+def _llama_layers(module: Any) -> list[BlockWeights]:
     config = module.config
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
 
-    def read(block: Any) -> Layer:
+    def read(block: Any) -> BlockWeights:
         attention = block.self_attn
         values, output = attention.v_proj, attention.o_proj
         W_Q = attention.q_proj.weight.view(heads, -1, width)
@@ -324,21 +324,21 @@ def _llama_layers(module: Any) -> list[Layer]:
         )
         b_V = _bias(values).view(groups, -1).repeat_interleave(heads // groups, 0)
         norms = _norm(block.input_layernorm), _norm(block.post_attention_layernorm)
-        return Layer(*norms, W_Q, W_K, W_V, b_V, output.weight.T.reshape(heads, -1, width), _bias(output))
+        return BlockWeights(*norms, W_Q, W_K, W_V, b_V, output.weight.T.reshape(heads, -1, width), _bias(output))
 
     return [read(block) for block in module.model.layers]
 
 
-def _toy_layers(module: Any) -> list[Layer]:
+def _toy_layers(module: Any) -> list[BlockWeights]:
     config = module.config
     heads, width = config.n_heads, config.d_model
 
-    def read(block: Any) -> Layer:
+    def read(block: Any) -> BlockWeights:
         attention = block.attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         W_Q, W_K, W_V = (projection.weight.view(heads, -1, width) for projection in projections)
         b_V, W_O = attention.v_proj.bias.view(heads, -1), attention.o_proj.weight.T.reshape(heads, -1, width)
-        return Layer(_norm(block.ln_1), _norm(block.ln_2), W_Q, W_K, W_V, b_V, W_O, attention.o_proj.bias)
+        return BlockWeights(_norm(block.ln_1), _norm(block.ln_2), W_Q, W_K, W_V, b_V, W_O, attention.o_proj.bias)
 
     return [read(block) for block in module.h]
 

@@ -18,7 +18,7 @@ from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import Context, Cursor, are_heldout, contexts
 from .buffer_pool import Memory
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, Store, encode
+from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, ActivationStore, encode
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +29,23 @@ GRADIENT_KIND = {"loss": "next_token_cross_entropy", "reduction": "sum over the 
 
 
 @dataclass
-class Rows:
+class HarvestedRows:
     """Tokens of some contexts that passed the exclusions: labels ``(n,)`` and tensors ``(n, width)``."""
 
     labels: dict[str, Tensor]
     tensors: dict[str, Tensor]
 
-    def select(self, keep: Tensor) -> "Rows":
-        return Rows({k: v[keep] for k, v in self.labels.items()}, {k: v[keep] for k, v in self.tensors.items()})
+    def select(self, keep: Tensor) -> "HarvestedRows":
+        return HarvestedRows({k: v[keep] for k, v in self.labels.items()}, {k: v[keep] for k, v in self.tensors.items()})
 
-    def at(self, hooks: tuple[str, ...]) -> "Rows":
+    def at(self, hooks: tuple[str, ...]) -> "HarvestedRows":
         """The same rows with some hooks' tensors only."""
-        return Rows(self.labels, {k: v for k, v in self.tensors.items() if k.partition(":")[2] in hooks})
+        return HarvestedRows(self.labels, {k: v for k, v in self.tensors.items() if k.partition(":")[2] in hooks})
 
     @staticmethod
-    def join(pieces: list["Rows"]) -> "Rows":
+    def join(pieces: list["HarvestedRows"]) -> "HarvestedRows":
         first = pieces[0]
-        return Rows(
+        return HarvestedRows(
             {k: torch.cat([piece.labels[k] for piece in pieces]) for k in first.labels},
             {k: torch.cat([piece.tensors[k] for piece in pieces]) for k in first.tensors},
         )
@@ -72,7 +72,7 @@ def rows_of(
     section: HarvestSection,
     hooks: tuple[str, ...],
     memory: dict[str, Memory] | None = None,
-) -> dict[str, Rows]:
+) -> dict[str, HarvestedRows]:
     """Run the model on a batch of contexts: of each split what is not excluded, as float32 on the CPU.
 
     The training rows of a tensor lie in ``memory[name]``, where that is given.
@@ -94,7 +94,7 @@ def rows_of(
     for split, here in zip(SPLITS, (keep & ~heldout, keep & heldout), strict=True):
         index = np.flatnonzero(here)
         chosen = torch.from_numpy(index).to(model.device)
-        splits[split] = Rows(
+        splits[split] = HarvestedRows(
             {key: torch.from_numpy(label.reshape(-1)[index]) for key, label in labels.items()},
             {
                 name: _pick(tensor, chosen, memory[name].take() if memory and split == "train" else None)
@@ -123,7 +123,7 @@ class Identity:
     entries: dict[tuple[str, ...], Any]
     hooks: tuple[str, ...]
 
-    def check(self, store: Store) -> None:
+    def check(self, store: ActivationStore) -> None:
         """Raise ``ValueError`` with one line for every way in which the store is not the recipe's."""
         problems = [
             f"{'.'.join(path)}: {_nested(store.manifest, path)!r} in the store, {value!r} in the recipe"
@@ -180,7 +180,7 @@ def harvest(
     text: TextSection,
     section: HarvestSection,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> Store:
+) -> ActivationStore:
     """Fill ``section.store`` up to ``section.tokens`` stored tokens and return it.
 
     ``progress`` is called with the number of tokens stored so far.
@@ -238,9 +238,9 @@ def batches(source: Iterator[Context], size: int) -> Iterator[list[Context]]:
         yield batch
 
 
-def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> Store:
+def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
     if (directory / MANIFEST_FILE).exists():
-        store = Store.open(directory)
+        store = ActivationStore.open(directory)
         dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
         recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section).check(store)  # pyright: ignore[reportArgumentType]
         model_identity(model, section.hooks).check(store)
@@ -249,7 +249,7 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
     if directory.exists() and any(not path.name.endswith(".partial") for path in directory.iterdir()):
         raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
     directory.mkdir(parents=True, exist_ok=True)
-    store = Store(directory, _new_manifest(model, text, section))
+    store = ActivationStore(directory, _new_manifest(model, text, section))
     write_json(directory / MANIFEST_FILE, store.manifest)
     return store
 
@@ -281,7 +281,7 @@ class _Writer:
     It is a context manager: left by an error, it completes the shard that is being written and forgets the rest.
     """
 
-    def __init__(self, store: Store, section: HarvestSection):
+    def __init__(self, store: ActivationStore, section: HarvestSection):
         self.store = store
         self.section = section
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sparsary-harvest")
@@ -305,7 +305,7 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def put(self, rows: dict[str, Rows], cursor: Cursor | None) -> None:
+    def put(self, rows: dict[str, HarvestedRows], cursor: Cursor | None) -> None:
         """Take in the rows of a batch, soon. With ``cursor`` they are the last of a shard, and the text goes on there.
 
         Raises:
@@ -323,7 +323,7 @@ class _Writer:
             self.store.manifest["complete"] = True
             write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
 
-    def _take(self, rows: dict[str, Rows], cursor: Cursor | None) -> None:
+    def _take(self, rows: dict[str, HarvestedRows], cursor: Cursor | None) -> None:
         # What comes after a failure may not be stored: a resume starts where the last complete shard ends.
         if self._failed:
             return
@@ -339,7 +339,7 @@ class _Writer:
             self._failed = True
             raise
 
-    def _encode(self, split: str, rows: Rows, name: str) -> dict[str, Tensor]:
+    def _encode(self, split: str, rows: HarvestedRows, name: str) -> dict[str, Tensor]:
         """A tensor as it is stored; training rows also enter the statistics of what training will read."""
         exact = rows.tensors[name]
         mean, deviation = _moments(exact)
@@ -354,7 +354,7 @@ class _Writer:
             self._moments[hook].merge(len(rows), torch.from_numpy(mean), torch.from_numpy(deviation))
         return {name: stored} if scale is None else {name: stored, f"scale:{name}": scale}
 
-    def _refuse(self, split: str, rows: Rows, name: str) -> None:
+    def _refuse(self, split: str, rows: HarvestedRows, name: str) -> None:
         row = int((~torch.isfinite(rows.tensors[name])).any(-1).nonzero()[0])
         where = {key: int(values[row]) for key, values in rows.labels.items()}
         before = sum(len(piece["token"]) for piece in self._pieces[split])

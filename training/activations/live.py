@@ -14,7 +14,7 @@ from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
 from .model import LanguageModel
-from .stream import Batch, Origin, Stream, moments_of, permute, side_by_side
+from .stream import ActivationBatch, ActivationStream, Origin, moments_of, permute, side_by_side
 
 
 class Buffers:
@@ -27,12 +27,12 @@ class Buffers:
     def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
         self.model, self.text, self.section, self.hooks = model, text, section, hooks
         self.keep = keep
-        self._kept: dict[Cursor, tuple[harvest.Rows, Cursor]] = {}
+        self._kept: dict[Cursor, tuple[harvest.HarvestedRows, Cursor]] = {}
         self._making = self._from(BEGINNING)
         self._stands_at: Cursor | None = BEGINNING
         self._lock = threading.Lock()
 
-    def after(self, cursor: Cursor) -> tuple[harvest.Rows, Cursor]:
+    def after(self, cursor: Cursor) -> tuple[harvest.HarvestedRows, Cursor]:
         """The buffer that begins at ``cursor``, and where the text stands after it."""
         # Who wants a buffer that is being made waits for it.
         with self._lock:
@@ -48,22 +48,22 @@ class Buffers:
                 self._stands_at = self._kept[cursor][1]
             return self._kept[cursor]
 
-    def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.Rows, Cursor]]:
+    def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.HarvestedRows, Cursor]]:
         """Buffer after buffer from a place in the text on, endlessly."""
-        pieces: list[harvest.Rows] = []
+        pieces: list[harvest.HarvestedRows] = []
         while True:
             found = 0
             for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
                 pieces.append(self._training_rows(batch))
                 found += len(pieces[-1])
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    yield harvest.Rows.join(pieces), batch[-1].cursor
+                    yield harvest.HarvestedRows.join(pieces), batch[-1].cursor
                     pieces = []
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
             cursor = BEGINNING
 
-    def _training_rows(self, batch: list[Context]) -> harvest.Rows:
+    def _training_rows(self, batch: list[Context]) -> harvest.HarvestedRows:
         rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
         for name, values in rows.tensors.items():
             if not bool(torch.isfinite(values).all()):
@@ -73,7 +73,7 @@ class Buffers:
         return rows
 
 
-class LiveStream(Stream):
+class LiveStream(ActivationStream):
     """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
 
     The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
@@ -102,9 +102,9 @@ class LiveStream(Stream):
         self.source = source or Buffers(model, text, section, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
         # Batch number at which a buffer begins -> (buffer number, place in the text).
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
-        self._sample: Batch | None = None
+        self._sample: ActivationBatch | None = None
 
-    def produce(self, start: int) -> Iterator[Batch]:
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
         begin = max(number for number in self.buffers if number <= start)
         number, cursor = self.buffers[begin]
         while True:
@@ -129,14 +129,14 @@ class LiveStream(Stream):
         super().seek(position)
         self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
 
-    def _sides(self, rows: harvest.Rows) -> Batch:
+    def _sides(self, rows: harvest.HarvestedRows) -> ActivationBatch:
         x = self._columns(rows, "x", self.hooks_in)
-        return Batch(x, self._columns(rows, "x", self.hooks_out) if self.hooks_out != self.hooks_in else None)
+        return ActivationBatch(x, self._columns(rows, "x", self.hooks_out) if self.hooks_out != self.hooks_in else None)
 
-    def _columns(self, rows: harvest.Rows, kind: str, hooks: tuple[str, ...]) -> Tensor:
+    def _columns(self, rows: harvest.HarvestedRows, kind: str, hooks: tuple[str, ...]) -> Tensor:
         return side_by_side([rows.tensors[f"{kind}:{hook}"] for hook in hooks])
 
-    def sample(self, tokens: int, skip: int = 0) -> Batch:
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         if self._sample is None:
             rows, _ = self.source.after(BEGINNING)
             order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
@@ -151,7 +151,7 @@ class LiveStream(Stream):
         return moments_of(sample.x if sample.target is None else sample.target)
 
 
-class ContextStream(Stream):
+class ContextStream(ActivationStream):
     """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
 
     Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
@@ -175,7 +175,7 @@ class ContextStream(Stream):
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
         self.rows = LiveStream(model, text, section, hooks_in, batch_tokens, seed, source, hooks_out)
 
-    def produce(self, start: int) -> Iterator[Batch]:
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
         number = max(known for known in self.cursors if known <= start)
         pieces: list[Context] = []
         kept = 0
@@ -209,7 +209,7 @@ class ContextStream(Stream):
         drop = harvest.excluded(token_ids, document_ids, special, self.section)
         return ~drop & ~are_heldout(document_ids, self.section.heldout)
 
-    def _batch(self, pieces: list[Context]) -> Batch:
+    def _batch(self, pieces: list[Context]) -> ActivationBatch:
         document_ids = np.stack([context.document_ids for context in pieces])
         kept = self._keep(pieces)
         kept &= (np.cumsum(kept).reshape(kept.shape)) <= self.batch_tokens
@@ -224,7 +224,7 @@ class ContextStream(Stream):
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{hook}: an activation is not finite. Set model.dtype: float32.")
         x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
-        return Batch(x, target if hooks_out != hooks_in else None, origin=origin)
+        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=origin)
 
     def position(self) -> dict[str, Any]:
         return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}
@@ -233,7 +233,7 @@ class ContextStream(Stream):
         super().seek(position)
         self.cursors = {position["batches"]: Cursor(*position["cursor"])}
 
-    def sample(self, tokens: int, skip: int = 0) -> Batch:
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         return self.rows.sample(tokens, skip)
 
     def moments(self) -> Moments:

@@ -33,7 +33,7 @@ LABELS = ("token", "document", "position", "offset")
 PLAIN_ROWS = 1024
 
 
-def quantize(
+def quantize_rows(
     rows: Float[Tensor, "tokens width"], block: int
 ) -> tuple[Int8[Tensor, "tokens width"], Float[Tensor, "tokens blocks"]]:
     """int8 codes and the scale of each run of ``block`` dimensions, float16.
@@ -51,7 +51,7 @@ def quantize(
 def dequantize(
     codes: Int8[Tensor, "tokens width"], scale: Float[Tensor, "tokens blocks"], block: int
 ) -> Float[Tensor, "tokens width"]:
-    """The float32 rows that ``quantize`` encoded."""
+    """The float32 rows that ``quantize_rows`` encoded."""
     return codes.float() * scale.float().repeat_interleave(block, dim=-1)[:, : codes.shape[1]]
 
 
@@ -83,7 +83,7 @@ def encode(
 
 def _encode_int8(rows: Float[Tensor, "tokens width"], block: int) -> tuple[Tensor, Tensor, Tensor]:
     if not has_numba():
-        codes, scale = quantize(rows, block)
+        codes, scale = quantize_rows(rows, block)
         return codes, scale, dequantize(codes, scale, block)
     from ...sae.kernels.storing import largest_of_blocks, to_int8
 
@@ -104,7 +104,7 @@ def _int8_scale(largest: Float[Tensor, "tokens blocks"]) -> Float[Tensor, "token
     return (largest / 127 * (1 + 2**-10)).clamp_min(6e-8).half()
 
 
-class Store:
+class ActivationStore:
     """A directory of shards, complete or still being harvested."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
@@ -112,7 +112,7 @@ class Store:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Store":
+    def open(cls, directory: str | Path) -> "ActivationStore":
         """The store at ``directory``.
 
         Raises:
@@ -187,19 +187,19 @@ class Store:
             raise ValueError("\n".join([*problems, "Delete the store's directory and harvest again."]))
 
 
-class Rows:
+class RowReader:
     """Random access to the rows of one tensor across the shards of a split, in float32 (labels: int32).
 
     Rows are read one by one through ``pread``: nothing stays mapped, so memory does not grow with the store, and a file that
     shrinks is an error, not a signal.
     """
 
-    def __init__(self, store: Store, split: str, name: str):
+    def __init__(self, store: ActivationStore, split: str, name: str):
         self.name = name
         self.block: int = store.manifest["block"]
         self.shards = [_ShardTensor(store.directory / shard["name"], name) for shard in store.shards(split)]
         quantized = bool(self.shards) and self.shards[0].dtype == torch.int8
-        self.scales = Rows(store, split, f"scale:{name}") if quantized else None
+        self.scales = RowReader(store, split, f"scale:{name}") if quantized else None
         self.ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -255,11 +255,11 @@ class Rows:
             self.scales.close()
 
 
-class Columns:
+class ColumnReader:
     """Several tensors of a split side by side, read like one."""
 
-    def __init__(self, store: Store, split: str, names: list[str]):
-        self.parts = [Rows(store, split, name) for name in names]
+    def __init__(self, store: ActivationStore, split: str, names: list[str]):
+        self.parts = [RowReader(store, split, name) for name in names]
 
     def __len__(self) -> int:
         return len(self.parts[0])

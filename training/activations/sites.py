@@ -42,7 +42,7 @@ PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture"
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockPaths:
     """Module paths within the whole model; None where this block has no such part."""
 
     path: str
@@ -74,7 +74,7 @@ def n_layers(module: nn.Module) -> int:
     return len(_block_paths(module))
 
 
-def find_block(module: nn.Module, layer: int) -> Block:
+def find_block(module: nn.Module, layer: int) -> BlockPaths:
     """The parts of one block.
 
     Raises:
@@ -107,7 +107,7 @@ def find_block(module: nn.Module, layer: int) -> Block:
         ends = (mlp, _writer(block, mlp, first(MLP_PROJECTION, f"{mlp}.")))
     else:
         ends = LOOSE_MLP if children.issuperset(LOOSE_MLP) else None
-    return Block(
+    return BlockPaths(
         path,
         attention and f"{path}.{attention}",
         projection and f"{path}.{projection}",

@@ -21,7 +21,7 @@ from .model import LanguageModel
 
 OPERATIONS = ("set", "add", "scale", "clamp")
 # Which insertion, and which of its sites.
-Place = tuple[int, int]
+TokenPlace = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Insertion:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Intervention:
     """A change to latents of one dictionary while the model runs, also where they are silent.
 
     ``operation`` is ``set``, ``add`` or ``scale``, by ``value``, or ``clamp``, between ``low`` and ``high``: numbers, or one
@@ -136,18 +136,18 @@ class Splice:
         insertions: Sequence[Insertion],
         add_error: bool,
         kept: Tensor | None,
-        edits: Sequence[Edit],
-        codes: Mapping[Place, SparseCode],
-        errors: Mapping[Place, Tensor],
+        edits: Sequence[Intervention],
+        codes: Mapping[TokenPlace, SparseCode],
+        errors: Mapping[TokenPlace, Tensor],
         prompt: int | None = None,
     ):
-        self.codes: dict[Place, SparseCode] = {}
-        self.errors: dict[Place, Tensor] = {}
+        self.codes: dict[TokenPlace, SparseCode] = {}
+        self.errors: dict[TokenPlace, Tensor] = {}
         self._model, self._insertions, self._kept, self._edits = model, tuple(insertions), kept, tuple(edits)
         self._add_error, self._given_codes, self._given_errors, self._prompt = add_error, codes, errors, prompt
-        self._inputs: dict[Place, Tensor] = {}
-        self._unedited: dict[Place, SparseCode] = {}
-        self._written: set[Place] = set()
+        self._inputs: dict[TokenPlace, Tensor] = {}
+        self._unedited: dict[TokenPlace, SparseCode] = {}
+        self._written: set[TokenPlace] = set()
         self._require_valid()
 
     def _require_valid(self) -> None:
@@ -200,8 +200,8 @@ class Splice:
 
     def _readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
         """What is done at each hook: a dictionary that replaces the tensor goes first, others read what it puts there."""
-        reads: dict[str, list[Place]] = {}
-        writes: dict[str, Place] = {}
+        reads: dict[str, list[TokenPlace]] = {}
+        writes: dict[str, TokenPlace] = {}
         for index, insertion in enumerate(self._insertions):
             for site in insertion.sites:
                 writes[insertion.hooks_out[site]] = index, site
@@ -241,7 +241,7 @@ class Splice:
                     found.append(path)
         return found
 
-    def _read(self, place: Place, x: Float[Tensor, "contexts positions width"]) -> None:
+    def _read(self, place: TokenPlace, x: Float[Tensor, "contexts positions width"]) -> None:
         index, site = place
         insertion = self._insertions[index]
         # Modules above may write into what they get, and a skip reads it once more when decoding.
@@ -255,7 +255,7 @@ class Splice:
         self._inputs[place], self._unedited[place] = rows, code
         self.codes[place] = self._edited(place, code, x.shape[0], x.shape[1])
 
-    def _edited(self, place: Place, code: SparseCode, contexts: int, positions: int) -> SparseCode:
+    def _edited(self, place: TokenPlace, code: SparseCode, contexts: int, positions: int) -> SparseCode:
         for edit in self._edits:
             if (edit.insertion, edit.site) != place:
                 continue
@@ -270,7 +270,7 @@ class Splice:
             code = _keeping_gradient(code.with_columns(latents, torch.where(chosen, edit.apply(before), before)))
         return code
 
-    def _replaced(self, place: Place, y: Float[Tensor, "contexts positions width"]) -> Tensor:
+    def _replaced(self, place: TokenPlace, y: Float[Tensor, "contexts positions width"]) -> Tensor:
         y_hat = self._decoded(place, self.codes)
         rows = self._rows(y)
         if y_hat.shape[-1] != rows.shape[-1]:
@@ -289,7 +289,7 @@ class Splice:
         mask = self._mask(y.shape[0], y.shape[1])
         return y_hat.unflatten(0, y.shape[:2]) if mask is None else y.masked_scatter(mask.unsqueeze(-1), y_hat)
 
-    def _decoded(self, place: Place, codes: Mapping[Place, SparseCode]) -> Tensor:
+    def _decoded(self, place: TokenPlace, codes: Mapping[TokenPlace, SparseCode]) -> Tensor:
         index, site = place
         insertion = self._insertions[index]
         for earlier in range(site + 1):
@@ -319,9 +319,9 @@ def model_spliced(
     insertions: Sequence[Insertion],
     add_error: bool = False,
     kept: Tensor | None = None,
-    edits: Sequence[Edit] = (),
-    codes: Mapping[Place, SparseCode] | None = None,
-    errors: Mapping[Place, Tensor] | None = None,
+    edits: Sequence[Intervention] = (),
+    codes: Mapping[TokenPlace, SparseCode] | None = None,
+    errors: Mapping[TokenPlace, Tensor] | None = None,
 ) -> Iterator[Splice]:
     """While the context is open, ``model`` runs with the dictionaries in place; the value holds codes and errors of a pass.
 
@@ -351,7 +351,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     insertions: Sequence[Insertion] = (),
-    edits: Sequence[Edit] = (),
+    edits: Sequence[Intervention] = (),
     add_error: bool = False,
     kept: Tensor | None = None,
 ) -> Int[Tensor, "contexts longer"]:

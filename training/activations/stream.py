@@ -25,7 +25,7 @@ from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
 from . import harvest
 from .buffer_pool import Memory
-from .shards import LABELS, Columns, Rows, Store
+from .shards import LABELS, ActivationStore, ColumnReader, RowReader
 
 # Batches read together: enough for reads in ascending order to pay, little enough to forget.
 WINDOW_BATCHES = 4
@@ -47,7 +47,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ActivationBatch:
     """Tokens for one training step: ``x`` and, where the training needs them, ``target``, ``grad`` and ``origin``.
 
     Without a ``target`` it is ``x`` that is to be reconstructed. ``grad`` is the loss's gradient at whichever it is.
@@ -59,15 +59,15 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "ActivationBatch":
         """The same batch on a device."""
         target = None if self.target is None else self.target.to(device, non_blocking=True)
         grad = None if self.grad is None else self.grad.to(device, non_blocking=True)
-        return Batch(self.x.to(device, non_blocking=True), target, grad, self.labels, self.origin)
+        return ActivationBatch(self.x.to(device, non_blocking=True), target, grad, self.labels, self.origin)
 
-    def rows(self, part: slice | Tensor) -> "Batch":
+    def rows(self, part: slice | Tensor) -> "ActivationBatch":
         """Some of the rows. A batch of whole contexts cannot be cut."""
-        return Batch(
+        return ActivationBatch(
             self.x[part],
             None if self.target is None else self.target[part],
             None if self.grad is None else self.grad[part],
@@ -75,7 +75,7 @@ class Batch:
         )
 
     @staticmethod
-    def join(pieces: list["Batch"]) -> "Batch":
+    def join(pieces: list["ActivationBatch"]) -> "ActivationBatch":
         """Activations, targets and gradients of several batches in one."""
 
         def joined(name: str) -> Tensor | None:
@@ -84,9 +84,9 @@ class Batch:
 
         x = joined("x")
         assert x is not None
-        return Batch(x, joined("target"), joined("grad"))
+        return ActivationBatch(x, joined("target"), joined("grad"))
 
-    def split(self, pieces: int) -> list["Batch"]:
+    def split(self, pieces: int) -> list["ActivationBatch"]:
         """Equal consecutive parts, for gradient accumulation. A batch of whole contexts cannot be cut."""
         if pieces == 1:
             return [self]
@@ -153,7 +153,7 @@ def _mix_array(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-class Stream(ABC):
+class ActivationStream(ABC):
     """Batches one after another; ``position()`` is all that a resume needs."""
 
     def __init__(self, batch_tokens: int):
@@ -165,11 +165,11 @@ class Stream(ABC):
         self._thread: threading.Thread | None = None
 
     @abstractmethod
-    def produce(self, start: int) -> Iterator[Batch]:
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
         """Batches from number ``start`` on; runs in the background thread."""
 
     @abstractmethod
-    def sample(self, tokens: int, skip: int = 0) -> Batch:
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         """Up to so many shuffled inputs, and targets, for initialisation and calibration, without moving the stream."""
 
     @abstractmethod
@@ -189,10 +189,10 @@ class Stream(ABC):
         self.close()
         self.batches = position["batches"]
 
-    def __iter__(self) -> "Stream":
+    def __iter__(self) -> "ActivationStream":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         if self._thread is None:
             self._start()
         assert self._queue is not None
@@ -238,7 +238,7 @@ def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
     return False
 
 
-class StoreStream(Stream):
+class StoreStream(ActivationStream):
     """The rows of one split of a store, pass after pass, each pass in a new global order.
 
     ``x`` holds what ``hooks_in`` saw, side by side, and ``target`` what ``hooks_out`` saw, if those are others. With
@@ -248,7 +248,7 @@ class StoreStream(Stream):
 
     def __init__(
         self,
-        store: Store,
+        store: ActivationStore,
         hooks_in: tuple[str, ...],
         batch_tokens: int,
         seed: int,
@@ -272,9 +272,9 @@ class StoreStream(Stream):
                     f"{harvest.GRADIENT_KIND}. Choose a new harvest.store and run: sparsary harvest RECIPE"
                 )
             names["grad"] = [f"grad:{hook}" for hook in self.hooks_out]
-        self.rows = {role: Columns(store, split, tensors) for role, tensors in names.items()}
+        self.rows = {role: ColumnReader(store, split, tensors) for role, tensors in names.items()}
         # Training does not look at them, and each would cost as many reads as the activations do.
-        self.labels = {name: Rows(store, split, name) for name in LABELS if labels}
+        self.labels = {name: RowReader(store, split, name) for name in LABELS if labels}
         self.n = len(self.rows["x"])
         if batch_tokens > self.n:
             raise ValueError(
@@ -282,7 +282,7 @@ class StoreStream(Stream):
                 "Lower batch_tokens or raise harvest.tokens."
             )
 
-    def produce(self, start: int) -> Iterator[Batch]:
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
         size = self.batch_tokens
         memory = {role: Memory(*reader.empty(WINDOW_BATCHES * size).shape) for role, reader in self.rows.items()}
         for window in itertools.count(start, WINDOW_BATCHES):
@@ -292,7 +292,7 @@ class StoreStream(Stream):
             for i in range(WINDOW_BATCHES):
                 part = slice(i * size, (i + 1) * size)
                 here = {role: values[part] for role, values in read.items()}
-                yield Batch(here["x"], here.get("target"), here.get("grad"), {k: v[part] for k, v in labels.items()})
+                yield ActivationBatch(here["x"], here.get("target"), here.get("grad"), {k: v[part] for k, v in labels.items()})
 
     def order(self, start: int, count: int) -> np.ndarray:
         """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
@@ -310,13 +310,13 @@ class StoreStream(Stream):
             raise ValueError(f"{path}: {name}: row {row} is not finite. Delete the store and harvest again.")
         return torch.from_numpy(out)
 
-    def sample(self, tokens: int, skip: int = 0) -> Batch:
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         # Pass -1: an order that training never uses.
         rows = permute(np.arange(skip, max(skip, min(skip + tokens, self.n))), self.n, self.seed * 1_000_003 - 1)
         sides = {
             role: self._read(role, rows, self.rows[role].empty(len(rows))) for role in ("x", "target") if role in self.rows
         }
-        return Batch(sides["x"], sides.get("target"))
+        return ActivationBatch(sides["x"], sides.get("target"))
 
     def moments(self) -> Moments:
         return self.store.moments_of(self.hooks_in)
@@ -335,7 +335,7 @@ class StoreStream(Stream):
 Item = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor]
 
 
-class TensorStream(Stream):
+class TensorStream(ActivationStream):
     """Batches cut from any iterable of ``(tokens, d_in)`` tensors, in the order they come.
 
     Items may also be pairs of activations and the loss's gradients there, or mappings with ``x``, ``target`` and ``grad``,
@@ -354,15 +354,15 @@ class TensorStream(Stream):
         self._head: list[Item] = []
         self._widths: dict[str, int] = {}
 
-    def produce(self, start: int) -> Iterator[Batch]:
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
-        carried: Batch | None = None
+        carried: ActivationBatch | None = None
         for batch in self._endless():
             taken = min(skip, batch.x.shape[0])
             skip, batch = skip - taken, batch.rows(slice(taken, None))
             if carried is not None:
                 missing = size - carried.x.shape[0]
-                carried, batch = Batch.join([carried, batch.rows(slice(missing))]), batch.rows(slice(missing, None))
+                carried, batch = ActivationBatch.join([carried, batch.rows(slice(missing))]), batch.rows(slice(missing, None))
                 if carried.x.shape[0] < size:
                     continue
                 yield carried
@@ -371,7 +371,7 @@ class TensorStream(Stream):
                 yield batch.rows(slice(i, i + size))
             carried = batch.rows(slice(whole, None))
 
-    def _endless(self) -> Iterator[Batch]:
+    def _endless(self) -> Iterator[ActivationBatch]:
         number = 0
         while True:
             seen = 0
@@ -382,7 +382,7 @@ class TensorStream(Stream):
             if self.once or not seen:
                 return
 
-    def _checked(self, item: Item, number: int) -> Batch:
+    def _checked(self, item: Item, number: int) -> ActivationBatch:
         """An item of the iterable in float32.
 
         Raises:
@@ -414,12 +414,12 @@ class TensorStream(Stream):
                 row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
                 raise ValueError(f"{name}: {where}: row {row} is not finite.")
         values = {key: tensor.float() for key, tensor in named.items()}
-        return Batch(values["x"], values.get("target"), values.get("grad"))
+        return ActivationBatch(values["x"], values.get("target"), values.get("grad"))
 
-    def sample(self, tokens: int, skip: int = 0) -> Batch:
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         # Of an iterator only what was taken before training is there to be sampled: the rest is for the training.
         head = not self.once or self.batches == 0
-        found: list[Batch] = []
+        found: list[ActivationBatch] = []
         seen = 0
         for number, item in enumerate(self._sampled(skip + tokens) if head else self._head):
             size = _by_name(item)["x"].shape[0]
@@ -431,8 +431,8 @@ class TensorStream(Stream):
                 break
         if not seen:
             raise ValueError("activations: expected at least one tensor (tokens, d_in), got none.")
-        together = Batch.join(found) if found else self.sample(1).rows(slice(0))
-        return Batch(together.x, together.target)
+        together = ActivationBatch.join(found) if found else self.sample(1).rows(slice(0))
+        return ActivationBatch(together.x, together.target)
 
     def _sampled(self, tokens: int) -> Iterator[Item]:
         """Items from the beginning, of an iterator those that are kept aside; more of it are taken until there are enough."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architecture import Anatomy
+from .architecture import Architecture
 from .model import LanguageModel
 
 
@@ -20,7 +20,7 @@ class _Repeated(nn.Module):
         return self.projection(x).unflatten(-1, (-1, self.d_head)).repeat_interleave(self.times, -2).flatten(-2)
 
 
-def ungrouped(anatomy: Anatomy) -> LanguageModel:
+def ungrouped(anatomy: Architecture) -> LanguageModel:
     """The model, computing the same with keys and values of every head apart, so that one head's can be replaced alone.
 
     Where heads share keys and values this is another module around the same weights, which repeats what they share before

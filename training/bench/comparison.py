@@ -13,7 +13,7 @@ from ...sae.encoders import ENCODERS
 from .environment import environment
 from .rounds import WARMUP_ROUNDS, Competitor, ratio, slope, started, take_turns
 from .steps import PURSUITS, recipe_of
-from .worker import Task
+from .worker import BenchTask
 
 # Who has a step to set beside ours; `peer_steps.py` says what each does.
 PEERS = {
@@ -29,7 +29,7 @@ LIBRARIES = tuple(dict.fromkeys(library for libraries in PEERS.values() for libr
 STEP_FAMILIES, PURSUIT_FAMILIES = tuple(ENCODERS), ("matching_pursuit", *PURSUITS)
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """Sizes of a step."""
 
     tokens: int
@@ -41,17 +41,21 @@ class Shape(NamedTuple):
         return "x".join(map(str, self))
 
 
-STEP_SHAPE, PURSUIT_SHAPE, QUICK_SHAPE = Shape(2048, 768, 12288, 32), Shape(2048, 512, 4096, 32), Shape(64, 32, 256, 4)
+STEP_SHAPE, PURSUIT_SHAPE, QUICK_SHAPE = (
+    StepShape(2048, 768, 12288, 32),
+    StepShape(2048, 512, 4096, 32),
+    StepShape(64, 32, 256, 4),
+)
 # Sizes for the slopes, of n_latents and of tokens.
 GROWTH = {"n_latents": [4096, 8192, 16384, 32768, 65536], "tokens": [512, 1024, 2048, 4096, 8192]}
 QUICK_GROWTH = {"n_latents": [128, 256, 512], "tokens": [64, 128, 256]}
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What a run measures. ``variants`` are sets of recipe keys, each measured beside the step without them."""
 
-    shapes: tuple[Shape, ...]
+    shapes: tuple[StepShape, ...]
     families: tuple[str, ...]
     rounds: int
     threads: int
@@ -60,7 +64,7 @@ class Plan:
     peers_python: Path | None = None
     libraries: tuple[str, ...] = LIBRARIES
 
-    def ours(self, shape: Shape) -> list[Task]:
+    def ours(self, shape: StepShape) -> list[BenchTask]:
         """Our processes; the first also times the product.
 
         Raises:
@@ -71,21 +75,21 @@ class Plan:
             trained = family not in PURSUITS
             for variant in ({}, *self.variants) if trained else ({},):
                 overrides = {**self.overrides, **variant} if trained else {}
-                tasks.append(Task("sparsary", family, *shape, self.threads, overrides=overrides))
+                tasks.append(BenchTask("sparsary", family, *shape, self.threads, overrides=overrides))
                 if trained:
                     recipe_of(tasks[-1])
         return [replace(tasks[0], product=True), *tasks[1:]]
 
-    def peers(self, shape: Shape) -> list[Task]:
+    def peers(self, shape: StepShape) -> list[BenchTask]:
         """Their processes, if there is a Python for them."""
         return [
-            Task(library, family, *shape, self.threads)
+            BenchTask(library, family, *shape, self.threads)
             for family in (self.families if self.peers_python else ())
             for library in PEERS.get(family, ())
             if library in self.libraries
         ]
 
-    def command(self, task: Task) -> list[str]:
+    def command(self, task: BenchTask) -> list[str]:
         """How a task's process is started."""
         if task.library == "sparsary":
             # Not from the current folder, which may hold packages of these names.
@@ -94,7 +98,7 @@ class Plan:
         return [str(self.peers_python), "-I", str(Path(__file__).with_name("peer_steps.py"))]
 
 
-def parse_shape(text: str) -> Shape:
+def parse_shape(text: str) -> StepShape:
     """``2048x768x12288x32`` as a shape.
 
     Raises:
@@ -103,10 +107,10 @@ def parse_shape(text: str) -> Shape:
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
     if found is None or "0" in found.groups():
         raise ValueError(f"--shape: expected TOKENSxD_INxN_LATENTSxK, for example {STEP_SHAPE}, got {text!r}.")
-    return Shape(*map(int, found.groups()))
+    return StepShape(*map(int, found.groups()))
 
 
-def choose(option: str, names: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
+def require_choices(option: str, names: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
     """The names, each once.
 
     Raises:
@@ -136,7 +140,7 @@ def peers_python(given: str | None) -> Path | None:
     return Path(given).absolute()
 
 
-def bench_steps(plan: Plan, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+def bench_steps(plan: BenchPlan, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
     """Every shape's competitors in turn, and the report. ``progress`` hears of rounds.
 
     Raises:
@@ -154,14 +158,14 @@ def bench_steps(plan: Plan, progress: Callable[[int], None] = lambda done: None)
     return {"environment": environment(plan.threads), "settings": _settings(plan), "shapes": shapes}
 
 
-def rounds_of(plan: Plan, growth: Mapping[str, list[int]] | None = None) -> int:
+def rounds_of(plan: BenchPlan, growth: Mapping[str, list[int]] | None = None) -> int:
     """How many rounds ``bench_steps`` tells its progress of, or with ``growth`` ``bench_slopes``."""
     sizes = len(plan.shapes) if growth is None else len(plan.families) * sum(map(len, growth.values()))
     return sizes * (WARMUP_ROUNDS + plan.rounds)
 
 
 def bench_slopes(
-    plan: Plan, growth: Mapping[str, list[int]], progress: Callable[[int], None] = lambda done: None
+    plan: BenchPlan, growth: Mapping[str, list[int]], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
     """How time grows with n_latents and with tokens from the first shape on: step, product, and the one over the other.
 
@@ -211,7 +215,7 @@ def growth_report(sizes: list[int], measured: list[dict[str, list[float]]]) -> d
     }
 
 
-def shape_report(shape: Shape, competitors: list[Competitor], plan: Plan) -> dict[str, Any]:
+def shape_report(shape: StepShape, competitors: list[Competitor], plan: BenchPlan) -> dict[str, Any]:
     """All that one shape's rounds have shown, raw times included."""
     product = competitors[0].seconds["product"]
     output_bytes = 4 * shape.tokens * shape.n_latents
@@ -299,7 +303,7 @@ def _shape_table(found: dict[str, Any], rounds: int) -> Table:
                 "?" if memory is None else f"{row['memory_over_output']:.2f}",
             ]
         )
-    shape = Shape(**found["shape"])
+    shape = StepShape(**found["shape"])
     title = f"{shape.tokens} tokens, d {shape.d_in}, {shape.n_latents} latents, k {shape.k}; medians of {rounds} rounds"
     return Table(title, ["", "family", "seconds", "x product", "x sparsary", "MB", "x output"], rows, notes)
 
@@ -321,7 +325,7 @@ def _seconds(value: float) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(plan: BenchPlan) -> dict[str, Any]:
     python = None if plan.peers_python is None else str(plan.peers_python)
     return asdict(plan) | {"shapes": [str(shape) for shape in plan.shapes], "peers_python": python, "warmup": WARMUP_ROUNDS}
 
@@ -330,7 +334,7 @@ def _require_ours(competitors: list[Competitor]) -> None:
     for competitor in competitors:
         if competitor.error is not None and competitor.task.library == "sparsary":
             task = competitor.task
-            shape = Shape(task.tokens, task.d_in, task.n_latents, task.k)
+            shape = StepShape(task.tokens, task.d_in, task.n_latents, task.k)
             raise ValueError(f"bench, {task.family} at {shape}: {competitor.error}")
 
 

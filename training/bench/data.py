@@ -13,7 +13,7 @@ import torch
 from ...sae.files import write_json, write_tensors
 from ..activations.harvest import batches, excluded, harvest
 from ..activations.model import load_model
-from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, Store, encode
+from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, ActivationStore, encode
 from ..activations.stream import WINDOW_BATCHES, StoreStream
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import contexts
@@ -22,7 +22,9 @@ STREAM_DTYPES = ("float32", "bfloat16", "int8")
 SYNTHETIC_HOOK = "synthetic:out"
 
 
-def synthetic_store(directory: Path, tokens: int, width: int, dtype: str, block: int = 64, shard_tokens: int = 65_536) -> Store:
+def synthetic_store(
+    directory: Path, tokens: int, width: int, dtype: str, block: int = 64, shard_tokens: int = 65_536
+) -> ActivationStore:
     """A store of normally distributed rows at ``SYNTHETIC_HOOK``, all of them for training; no language model is needed."""
     random = torch.Generator().manual_seed(0)
     directory.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def synthetic_store(directory: Path, tokens: int, width: int, dtype: str, block:
     hooks = {SYNTHETIC_HOOK: {"width": width, "count": 0}}
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": dtype, "block": block, "gradients": None}
     write_json(directory / MANIFEST_FILE, head | {"hooks": hooks, "shards": shards})
-    return Store.open(directory)
+    return ActivationStore.open(directory)
 
 
 def bench_stream(

@@ -8,12 +8,12 @@ import torch
 
 from ...sae import SAE
 from ...sae.encoders.topk import TopK
-from ..activations.stream import Batch
+from ..activations.stream import ActivationBatch
 from ..fused_adam import build_optimizer
-from ..objective import AuxSettings, Objective, Usage
+from ..objective import AuxSettings, LatentUsage, Objective
 from ..phases import Phases
 from ..recipe import check_recipe
-from .worker import BATCHES, activations
+from .worker import BATCHES, random_activations
 
 WARMUP_STEPS = 5
 
@@ -98,9 +98,9 @@ def _step(tokens: int, d: int, n_latents: int, k: int, optimizer: str, device: t
     dictionary.train()
     # Nothing is dead: AuxK has nothing to do.
     dead = torch.zeros(n_latents, dtype=torch.bool, device=device)
-    usage = Usage(dead, torch.full((n_latents,), k / n_latents, dtype=torch.float64, device=device))
+    usage = LatentUsage(dead, torch.full((n_latents,), k / n_latents, dtype=torch.float64, device=device))
     generator = torch.Generator().manual_seed(0)
-    batches = [Batch(activations(tokens, d, generator).to(device)) for _ in range(BATCHES)]
+    batches = [ActivationBatch(random_activations(tokens, d, generator).to(device)) for _ in range(BATCHES)]
 
     def step() -> None:
         batches.append(batches.pop(0))

@@ -20,7 +20,7 @@ from ..run import train_all
 
 
 @dataclass(frozen=True)
-class Shape:
+class GridShape:
     """A dictionary, its batches, and how many steps are timed; as many before them are not."""
 
     d: int
@@ -31,13 +31,13 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 256, 8, 512, 100),
-    "small": Shape(128, 1024, 16, 2048, 30),
-    "large": Shape(768, 4096, 32, 2048, 2),
+    "tiny": GridShape(64, 256, 8, 512, 100),
+    "small": GridShape(128, 1024, 16, 2048, 30),
+    "large": GridShape(768, 4096, 32, 2048, 2),
 }
 
 
-def bench_grid(members: int = 8, rounds: int = 5, shapes: dict[str, Shape] = SHAPES) -> dict[str, Any]:
+def bench_grid(members: int = 8, rounds: int = 5, shapes: dict[str, GridShape] = SHAPES) -> dict[str, Any]:
     """Seconds per step of one dictionary and of all ``members`` together, and their ratio, for every shape.
 
     One and all take turns, so that a disturbance hits both; figures are medians over rounds, the ratio is the median of the
@@ -50,7 +50,7 @@ def bench_grid(members: int = 8, rounds: int = 5, shapes: dict[str, Shape] = SHA
     }
 
 
-def _measure(shape: Shape, members: int, rounds: int) -> dict[str, Any]:
+def _measure(shape: GridShape, members: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     # Variance that falls off as 1 / rank, as that of activations does.
     scales = torch.arange(1, shape.d + 1).float().rsqrt()
@@ -64,7 +64,7 @@ def _measure(shape: Shape, members: int, rounds: int) -> dict[str, Any]:
     return medians | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
-def _seconds_per_step(shape: Shape, members: int, batches: list[Tensor]) -> float:
+def _seconds_per_step(shape: GridShape, members: int, batches: list[Tensor]) -> float:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         recipes = check_grid(_recipe(shape, members, folder), "bench").recipes
         # The first member's: between its reports no other member saves.
@@ -73,7 +73,7 @@ def _seconds_per_step(shape: Shape, members: int, batches: list[Tensor]) -> floa
     return shape.batch_tokens / last["tokens_per_second"]
 
 
-def _recipe(shape: Shape, members: int, folder: str) -> dict[str, Any]:
+def _recipe(shape: GridShape, members: int, folder: str) -> dict[str, Any]:
     encoder = {"name": "topk", "k": shape.k}
     return {
         "harvest": {"hooks": ["bench:out"]},

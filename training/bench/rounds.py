@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .worker import Task
+from .worker import BenchTask
 
 WARMUP_ROUNDS = 2
 # A process that is silent for so long is given up; the slowest step known takes tens of seconds.
@@ -33,7 +33,7 @@ class Competitor:
     ``error`` says in one line why it takes no part (any more). ``seconds`` holds every counted time by what was ordered.
     """
 
-    def __init__(self, task: Task, command: list[str], environment: dict[str, str]):
+    def __init__(self, task: BenchTask, command: list[str], environment: dict[str, str]):
         self.task = task
         self.seconds: dict[str, list[float]] = {order: [] for order in (["product"] if task.product else []) + ["step"]}
         self.memory_bytes: int | None = None
@@ -125,7 +125,7 @@ class Competitor:
 
 
 @contextmanager
-def started(tasks: list[tuple[Task, list[str]]]) -> Iterator[list[Competitor]]:
+def started(tasks: list[tuple[BenchTask, list[str]]]) -> Iterator[list[Competitor]]:
     """All tasks' processes, ready or failed; they end with the context."""
     competitors: list[Competitor] = []
     # Our own packages are found where this file is, installed or not.

@@ -27,21 +27,21 @@ from ...sae.encoders import ENCODERS
 from ...sae.encoders.feature_choice import FeatureChoice
 from ...sae.metrics import Moments
 from ...sae.screen import Screen
-from ..activations.stream import Batch, Stream, moments_of
+from ..activations.stream import ActivationBatch, ActivationStream, moments_of
 from ..checkpoints import Checkpoints
 from ..fused_adam import build_optimizer
 from ..initialize import SAMPLE_TOKENS, initialize
-from ..loop import Group, Member, train_loop
+from ..loop import Group, TrainedMember, train_loop
 from ..objective import AuxSettings, Objective
 from ..optim import Schedule
 from ..phases import Phases
 from ..recipe import Recipe, check_recipe, override
-from ..report import Report
+from ..report import TrainingLog
 from ..resolve_hooks import dictionary_arguments
 from ..signals import StopRequest
 from ..state import Randomness, TrainState
 from .environment import sparsary_version
-from .worker import BATCHES, Task, Turns, activations, held_bytes
+from .worker import BATCHES, BenchTask, Turns, held_bytes, random_activations
 
 HOOK = "activations:out"
 # No schedule ends while it is measured.
@@ -60,7 +60,7 @@ TAKEN = {
 }
 
 
-def recipe_of(task: Task) -> Recipe:
+def recipe_of(task: BenchTask) -> Recipe:
     """The recipe whose step the task measures.
 
     Raises:
@@ -89,22 +89,22 @@ def recipe_of(task: Task) -> Recipe:
     return recipe
 
 
-class Following(Stream):
+class Following(ActivationStream):
     """Batches as they come, without the background thread, which would read ahead of the orders."""
 
-    def __init__(self, batches: Iterator[Batch], batch_tokens: int):
+    def __init__(self, batches: Iterator[ActivationBatch], batch_tokens: int):
         super().__init__(batch_tokens)
         self.source = batches
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> ActivationBatch:
         batch = next(self.source)
         self.batches += 1
         return batch
 
-    def produce(self, start: int) -> Iterator[Batch]:
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
         raise NotImplementedError
 
-    def sample(self, tokens: int, skip: int = 0) -> Batch:
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         raise NotImplementedError
 
     def moments(self) -> Moments:
@@ -114,7 +114,7 @@ class Following(Stream):
         raise NotImplementedError
 
 
-class Run:
+class BenchRun:
     """A dictionary about to be trained, with all that the loop asks for."""
 
     def __init__(self, recipe: Recipe, sample: Float[Tensor, "tokens d_in"]):
@@ -122,7 +122,7 @@ class Run:
         moments, section = moments_of(sample), recipe.dictionary
         self.recipe = recipe
         self.dictionary = build_dictionary(dictionary_arguments(recipe, {HOOK: sample.shape[1]}))
-        initialize(self.dictionary, Batch(sample), moments, moments, section.normalize, section.init)
+        initialize(self.dictionary, ActivationBatch(sample), moments, moments, section.normalize, section.init)
         AcceleratorState._reset_state(True)
         precision = "bf16" if recipe.precision == "bf16" else "no"
         self.accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate)
@@ -140,13 +140,15 @@ class Run:
         self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
         self.dictionary.train()
 
-    def follow(self, batches: Iterator[Batch]) -> None:
+    def follow(self, batches: Iterator[ActivationBatch]) -> None:
         """Step on every batch that comes."""
         schedule = Schedule(self.optimizer, self.dictionary, self.phases, self.recipe)
         checkpoints = Checkpoints(Path(self.recipe.out_dir), {}, self.phases)
         # Made without its file: the loop ends before anything is reported, or saved.
-        report = object.__new__(Report)
-        member = Member(self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints)
+        report = object.__new__(TrainingLog)
+        member = TrainedMember(
+            self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints
+        )
         stream = Following(batches, self.recipe.batch_tokens)
         stream.batches = self.state.step
         group = Group(stream, [member])
@@ -155,45 +157,45 @@ class Run:
 
     def batches(
         self, x: Iterable[Float[Tensor, "tokens d_in"]], gradients: list[Float[Tensor, "tokens d_in"]]
-    ) -> Iterator[Batch]:
+    ) -> Iterator[ActivationBatch]:
         """What the loop is given; gradients go round."""
         for number, (rows, grad) in enumerate(zip(x, itertools.cycle(gradients), strict=False)):
             # Zipf budgets, as they are for most of a run, once a batch has told the densities. This is before any count.
             if number == 1 and isinstance(self.dictionary.encoder, FeatureChoice):
                 self.dictionary.encoder.rerank()
-            yield Batch(rows, grad=grad)
+            yield ActivationBatch(rows, grad=grad)
 
     def held_bytes(self) -> int:
         """Parameters and optimizer state."""
         return held_bytes([*self.dictionary.parameters(), *self.phases.parameters()], self.optimizer.state)
 
 
-def sample_of(task: Task, generator: torch.Generator) -> Float[Tensor, "tokens d_in"]:
+def sample_of(task: BenchTask, generator: torch.Generator) -> Float[Tensor, "tokens d_in"]:
     """Enough rows for atoms to start from."""
-    return activations(min(SAMPLE_TOKENS, 2 * task.n_latents), task.d_in, generator)
+    return random_activations(min(SAMPLE_TOKENS, 2 * task.n_latents), task.d_in, generator)
 
 
-def train(task: Task, turns: Turns) -> None:
+def _train(task: BenchTask, turns: Turns) -> None:
     """Hold a training step ready, and the encoder product if the task wants it."""
     gradients = [torch.randn(task.tokens, task.d_in, generator=turns.generator) for _ in range(BATCHES)]
     buffer = torch.zeros(task.tokens, task.n_latents).add_(1) if task.product else None
     _compile(task)
     turns.build_from_here()
-    run = Run(recipe_of(task), sample_of(task, turns.generator))
+    run = BenchRun(recipe_of(task), sample_of(task, turns.generator))
     others = (
         {} if buffer is None else {"product": lambda: product(turns.batches[0], run.dictionary.blocks[0].weights.W_enc, buffer)}
     )
     run.follow(run.batches(turns.steps(run.held_bytes, sparsary_version(), others), gradients))
 
 
-def _compile(task: Task) -> None:
+def _compile(task: BenchTask) -> None:
     """Two steps of a quarter of the size, so that no compiler's memory is taken for the step's."""
     part = replace(task, tokens=max(1, task.tokens // 4), n_latents=max(task.k, task.n_latents // 4))
     generator = torch.Generator().manual_seed(0)
-    x = [activations(part.tokens, part.d_in, generator) for _ in range(2)]
+    x = [random_activations(part.tokens, part.d_in, generator) for _ in range(2)]
     # What is too small for its family is left to the warm-up.
     with suppress(ValueError):
-        run = Run(recipe_of(part), sample_of(part, generator))
+        run = BenchRun(recipe_of(part), sample_of(part, generator))
         run.follow(run.batches(x, x))
 
 
@@ -205,7 +207,7 @@ def product(
     torch.mm(x, weights.T, out=out)
 
 
-def pursue(task: Task, turns: Turns) -> None:
+def pursue(task: BenchTask, turns: Turns) -> None:
     """Hold the pursuit of a batch ready: random unit atoms, inference only."""
     find = getattr(pursuit, task.family)
     buffer = torch.zeros(task.tokens, task.n_latents).add_(1) if task.product else None
@@ -220,9 +222,9 @@ def pursue(task: Task, turns: Turns) -> None:
 
 def main() -> None:
     """Hold the ordered step ready."""
-    task = Task(**json.loads(sys.argv[1]))
+    task = BenchTask(**json.loads(sys.argv[1]))
     turns = Turns(task)
-    (pursue if task.family in PURSUITS else train)(task, turns)
+    (pursue if task.family in PURSUITS else _train)(task, turns)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ RESET_SLACK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchTask:
     """What one process measures; it travels as JSON on the command line. ``overrides`` are recipe keys, for ours only."""
 
     library: str
@@ -36,7 +36,7 @@ class Task:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-def activations(tokens: int, d: int, generator: torch.Generator) -> Tensor:
+def random_activations(tokens: int, d: int, generator: torch.Generator) -> Tensor:
     """Rows whose variance falls off as 1 / rank, as that of real activations roughly does; 1 per dimension on average."""
     scales = torch.arange(1, d + 1).float().rsqrt()
     return torch.randn(tokens, d, generator=generator) * (scales * (d / scales.pow(2).sum()).sqrt())
@@ -52,14 +52,14 @@ def held_bytes(parameters: Iterable[Tensor], state: Mapping[Any, Mapping[str, An
 class Turns:
     """This process's side of the conversation: an order a line comes in, an answer a line, in JSON, goes out."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: BenchTask):
         # Orders and answers have the pipes to themselves: what libraries print goes to stderr.
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         torch.set_num_threads(task.threads)
         torch.manual_seed(0)
         self.generator = torch.Generator().manual_seed(0)
-        self.batches = [activations(task.tokens, task.d_in, self.generator) for _ in range(BATCHES)]
+        self.batches = [random_activations(task.tokens, task.d_in, self.generator) for _ in range(BATCHES)]
         self._before: int | None = None
         self._peak_is_of_steps = False
 

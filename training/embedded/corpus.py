@@ -58,7 +58,7 @@ class Prompt:
 
 
 @dataclass
-class Passage:
+class FilledPassage:
     """What a task generator fills in: words, and where in them the answers are."""
 
     task: str
@@ -78,7 +78,7 @@ class Passage:
         self.say(answer, role, **factors)
 
 
-class Draw:
+class DocumentChoices:
     """The random choices of one document, within one split."""
 
     def __init__(self, key: str, split: str):
@@ -128,7 +128,7 @@ def _gender_of(name: str) -> str:
     return "male" if name in lexicon.MALE_NAMES else "female"
 
 
-def _say_name(passage: Passage, name: str, role: str) -> None:
+def _say_name(passage: FilledPassage, name: str, role: str) -> None:
     passage.say(name, role, entity=name, gender=_gender_of(name))
 
 
@@ -153,7 +153,7 @@ _IOI_CLOSINGS = (
 )
 
 
-def indirect_object(draw: Draw, passage: Passage, topic: int, ambiguous: bool | None = None) -> None:
+def indirect_object(draw: DocumentChoices, passage: FilledPassage, topic: int, ambiguous: bool | None = None) -> None:
     """Two people, one of whom gives something to the other (Wang et al. 2022, arXiv:2211.00593).
 
     One passage in ten is ambiguous (a third person gives), so that the corrupted prompts of patching are in distribution.
@@ -192,7 +192,7 @@ def indirect_object(draw: Draw, passage: Passage, topic: int, ambiguous: bool | 
     passage.say(".")
 
 
-def _say_slot(passage: Passage, piece: str, place: str, thing: str) -> None:
+def _say_slot(passage: FilledPassage, piece: str, place: str, thing: str) -> None:
     if piece == "{p}":
         passage.say(place, "place", entity=place)
     elif piece == "{o}":
@@ -201,7 +201,7 @@ def _say_slot(passage: Passage, piece: str, place: str, thing: str) -> None:
         passage.say(piece)
 
 
-def greater_than(draw: Draw, passage: Passage, topic: int) -> None:
+def greater_than(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
     """A span of years: the end must exceed the start within the century (Hanna et al. 2023, arXiv:2305.00586)."""
 
     def event():
@@ -224,14 +224,14 @@ def greater_than(draw: Draw, passage: Passage, topic: int) -> None:
     passage.say(".")
 
 
-def _glue_last(passage: Passage) -> None:
+def _glue_last(passage: FilledPassage) -> None:
     passage.words[-1] = passage.words[-1]._replace(glued=True)
 
 
 AGREEMENT_KINDS = ("simple", "across_pp", "across_rc")
 
 
-def agreement(draw: Draw, passage: Passage, topic: int, kind: str | None = None) -> None:
+def agreement(draw: DocumentChoices, passage: FilledPassage, topic: int, kind: str | None = None) -> None:
     """A subject, perhaps an attractor noun, and a verb that agrees with the subject.
 
     ``across_rc`` holds both relative clauses: the attractor as the clause's subject ("the boy that the dogs like") and as
@@ -276,7 +276,7 @@ def agreement(draw: Draw, passage: Passage, topic: int, kind: str | None = None)
     passage.say(".")
 
 
-def pronoun(draw: Draw, passage: Passage, topic: int) -> None:
+def pronoun(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
     """A named person and, later, a pronoun of that person's gender."""
 
     def person():
@@ -331,7 +331,7 @@ def pronoun(draw: Draw, passage: Passage, topic: int) -> None:
         passage.say("again .")
 
 
-def induction(draw: Draw, passage: Passage, topic: int) -> None:
+def _induction(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
     """A list of random words, said twice: from the second word of the repetition on, the next one is known."""
     n = 4 + int(draw.random.random() * 7)
     pool = lexicon.NAMES if draw.chance(0.6) else lexicon.NAMES + lexicon.OBJECTS + lexicon.PLACES + lexicon.FILLER_NOUNS
@@ -347,7 +347,7 @@ def induction(draw: Draw, passage: Passage, topic: int) -> None:
     passage.say(".")
 
 
-def argument_copying(draw: Draw, passage: Passage, topic: int) -> None:
+def argument_copying(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
     """A function's signature and a docstring that goes through its arguments in order (Heimersheim and Janiak 2023)."""
     arguments = draw.sample(lexicon.ARGUMENTS, 3 + int(draw.random.random() * 2))
     passage.say("def")
@@ -369,7 +369,7 @@ def argument_copying(draw: Draw, passage: Passage, topic: int) -> None:
         passage.say(".")
 
 
-def filler(draw: Draw, passage: Passage, topic: int) -> None:
+def _filler(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
     """A clause of coined words with Zipfian frequencies; half of them belong to the document's topic."""
 
     def phrase(role: str) -> None:
@@ -397,9 +397,9 @@ TASKS: dict[str, tuple[Callable[..., None], float]] = {
     "greater_than": (greater_than, 0.14),
     "agreement": (agreement, 0.20),
     "pronoun": (pronoun, 0.12),
-    "induction": (induction, 0.12),
+    "induction": (_induction, 0.12),
     "argument_copying": (argument_copying, 0.06),
-    "filler": (filler, 0.14),
+    "filler": (_filler, 0.14),
 }
 _TASK_NAMES = tuple(TASKS)
 _TASK_CUMULATIVE = list(accumulate(share for _, share in TASKS.values()))
@@ -407,43 +407,43 @@ _TASK_CUMULATIVE = list(accumulate(share for _, share in TASKS.values()))
 SPLITS = ("train", "heldout", "all")
 
 
-def document(seed: int, index: int, split: str = "train") -> Document:
+def embedded_document(seed: int, index: int, split: str = "train") -> Document:
     """Document ``index`` of the corpus, 2 to 6 passages long, the same on every call."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}.")
-    draw = Draw(f"{seed}/{split}/{index}", split)
+    draw = DocumentChoices(f"{seed}/{split}/{index}", split)
     topic = int(draw.random.random() * lexicon.N_TOPICS)
     words: list[Word] = []
     for _ in range(2 + int(draw.random.random() * 5)):
         task = _TASK_NAMES[bisect(_TASK_CUMULATIVE, draw.random.random() * _TASK_CUMULATIVE[-1])]
-        passage = Passage(task)
+        passage = FilledPassage(task)
         TASKS[task][0](draw, passage, topic)
         words += passage.words
     return Document(join(words), tuple(word.text for word in words), tuple(word.factors for word in words))
 
 
-def documents(seed: int, split: str = "train", start: int = 0) -> Iterator[Document]:
+def embedded_documents(seed: int, split: str = "train", start: int = 0) -> Iterator[Document]:
     """Documents from ``start`` on, without end."""
     index = start
     while True:
-        yield document(seed, index, split)
+        yield embedded_document(seed, index, split)
         index += 1
 
 
-def prompts(task: str, n: int, seed: int = 0, split: str = "heldout", **options) -> list[Prompt]:
+def task_prompts(task: str, n: int, seed: int = 0, split: str = "heldout", **options) -> list[Prompt]:
     """``n`` prompts of a task, each cut before its last answer; ``options`` go to the task's generator.
 
     Raises:
         ValueError: If the task is unknown or has no answers (filler).
     """
     if task not in TASKS or task == "filler":
-        raise ValueError(f"task: expected one of {', '.join(name for name in TASKS if name != 'filler')}, got {task!r}.")
+        raise ValueError(f"task: expected one of {', '.join(name for name in TASKS if name != '_filler')}, got {task!r}.")
     if task == "indirect_object":
         options.setdefault("ambiguous", False)
     found = []
     for index in range(n):
-        draw = Draw(f"prompt/{seed}/{split}/{task}/{index}", split)
-        passage = Passage(task)
+        draw = DocumentChoices(f"prompt/{seed}/{split}/{task}/{index}", split)
+        passage = FilledPassage(task)
         TASKS[task][0](draw, passage, 0, **options)
         end, answers, foils = passage.questions[-1]
         cut = passage.words[:end]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .corpus import AGREEMENT_KINDS, Prompt, document, prompts
+from .corpus import AGREEMENT_KINDS, Prompt, embedded_document, task_prompts
 
 
 @torch.no_grad()
@@ -44,33 +44,35 @@ def top1(model, tokenizer: Any, batch: list[Prompt]) -> float:
 
 
 @torch.no_grad()
-def cross_entropy(model, tokenizer: Any, n: int, seed: int = 7) -> float:
+def mean_cross_entropy(model, tokenizer: Any, n: int, seed: int = 7) -> float:
     """Mean next-token loss in nats over ``n`` held-out documents, each on its own."""
     total, count = 0.0, 0
     for index in range(n):
-        ids = tokenizer.convert_tokens_to_ids(list(document(seed, index, "heldout").words))[: model.config.n_positions - 1]
+        ids = tokenizer.convert_tokens_to_ids(list(embedded_document(seed, index, "heldout").words))[
+            : model.config.n_positions - 1
+        ]
         row = torch.tensor([[tokenizer.bos_token_id, *ids]], device=model.device)
         total += float(model(row, labels=row).loss) * len(ids)
         count += len(ids)
     return total / count
 
 
-def score(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
+def score_model(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
     """Every figure of the model card, on held-out combinations of names, nouns and years."""
     was_training = model.training
     model.eval()
     results = {
-        "indirect_object_accuracy": accuracy(model, tokenizer, prompts("indirect_object", n)),
-        "greater_than_mass": answer_mass(model, tokenizer, prompts("greater_than", n)),
-        "pronoun_accuracy": accuracy(model, tokenizer, prompts("pronoun", n)),
-        "induction_top1": top1(model, tokenizer, prompts("induction", n)),
-        "argument_copying_top1": top1(model, tokenizer, prompts("argument_copying", n)),
-        "cross_entropy": cross_entropy(model, tokenizer, n),
+        "indirect_object_accuracy": accuracy(model, tokenizer, task_prompts("indirect_object", n)),
+        "greater_than_mass": answer_mass(model, tokenizer, task_prompts("greater_than", n)),
+        "pronoun_accuracy": accuracy(model, tokenizer, task_prompts("pronoun", n)),
+        "induction_top1": top1(model, tokenizer, task_prompts("induction", n)),
+        "argument_copying_top1": top1(model, tokenizer, task_prompts("argument_copying", n)),
+        "cross_entropy": mean_cross_entropy(model, tokenizer, n),
     }
     for kind in AGREEMENT_KINDS:
-        results[f"agreement_{kind}_accuracy"] = accuracy(model, tokenizer, prompts("agreement", n, kind=kind))
+        results[f"agreement_{kind}_accuracy"] = accuracy(model, tokenizer, task_prompts("agreement", n, kind=kind))
     # An attractor of the other number is where agreement is hard.
-    hard = [p for kind in AGREEMENT_KINDS[1:] for p in prompts("agreement", 2 * n, kind=kind) if _attracted(p)]
+    hard = [p for kind in AGREEMENT_KINDS[1:] for p in task_prompts("agreement", 2 * n, kind=kind) if _attracted(p)]
     results["agreement_attractor_accuracy"] = accuracy(model, tokenizer, hard[:n])
     model.train(was_training)
     return results

@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ..text import pack
 from . import MODEL_DIR, lexicon
-from .corpus import documents
-from .score import score
+from .corpus import embedded_documents
+from .score import score_model
 
 CONTEXT_LENGTH = 128
 SEED = 0
@@ -76,11 +76,11 @@ def learning_rate(step: int) -> float:
     return PEAK_LR * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(out_dir: Path, steps: int) -> None:
+def train_embedded(out_dir: Path, steps: int) -> None:
     tokenizer = build_tokenizer()
     model = build_model()
     ids = {word: index for index, word in enumerate(lexicon.vocabulary())}
-    token_ids = ([ids[word] for word in document.words] for document in documents(SEED, "train"))
+    token_ids = ([ids[word] for word in document.words] for document in embedded_documents(SEED, "train"))
     contexts = pack(enumerate(token_ids), CONTEXT_LENGTH, bos_id=ids["<bos>"], bos="context")
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -99,11 +99,11 @@ def train(out_dir: Path, steps: int) -> None:
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
         if step % 500 == 499 or step == steps - 1:
-            print(json.dumps(score(model, tokenizer, n=200)), flush=True)
+            print(json.dumps(score_model(model, tokenizer, n=200)), flush=True)
             out_dir.mkdir(parents=True, exist_ok=True)
             model.save_pretrained(out_dir)
             tokenizer.save_pretrained(out_dir)
-    write_card(out_dir, score(model, tokenizer), steps)
+    write_card(out_dir, score_model(model, tokenizer), steps)
 
 
 # Entry of `score` -> what it means, for the model card.
@@ -151,4 +151,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
-    train(arguments.out, arguments.steps)
+    train_embedded(arguments.out, arguments.steps)

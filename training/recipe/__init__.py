@@ -28,7 +28,7 @@ __all__ = [
     "check_recipe",
     "differences",
     "dump_recipe",
-    "flat",
+    "flat_keys",
     "load_recipe",
     "override",
     "parse_overrides",
@@ -171,7 +171,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys, with both values, in which ``new`` would not continue ``old``."""
-    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    before, after = flat_keys(old.model_dump(mode="json")), flat_keys(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} here"
         for key in sorted(before.keys() | after.keys())
@@ -179,8 +179,10 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat_keys(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, by dotted key."""
     if not isinstance(values, dict):
         return {prefix: values}
-    return {name: leaf for key, value in values.items() for name, leaf in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {
+        name: leaf for key, value in values.items() for name, leaf in flat_keys(value, f"{prefix}.{key}".lstrip(".")).items()
+    }

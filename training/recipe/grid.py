@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import Recipe, check_recipe, flat, override, read_values
+from . import Recipe, check_recipe, flat_keys, override, read_values
 
 # What one stream, one model or one accelerator stands for; a section stands for all its keys.
 SHARED = ("model", "text", "harvest", "precision", "accumulate")
@@ -81,7 +81,7 @@ def told_together(problems: Mapping[str, list[str]], members: int) -> list[str]:
 
 def unshared(recipes: Mapping[str, Recipe]) -> list[str]:
     """One line for every key that members must have in common and do not."""
-    values = {name: flat(recipe.model_dump(mode="json", include=set(SHARED))) for name, recipe in recipes.items()}
+    values = {name: flat_keys(recipe.model_dump(mode="json", include=set(SHARED))) for name, recipe in recipes.items()}
     (first, expected), *others = values.items() or [("", {})]
     found: dict[str, str] = {}
     for name, own in others:
@@ -101,7 +101,7 @@ def _changes(grid: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(grid, (dict, list)) or not grid:
         raise ValueError(f"{where}: grid: expected {form}, got {grid!r}.")
     if isinstance(grid, dict):
-        axes = flat(grid) or {"": {}}
+        axes = flat_keys(grid) or {"": {}}
         problems = [f"grid.{key}: {problem}" for key, choices in axes.items() if (problem := _axis_problem(key, choices))]
         changes = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())] if not problems else []
     else:

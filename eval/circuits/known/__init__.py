@@ -5,7 +5,7 @@ from functools import partial
 
 from .compiled import EDGES, program
 from .files import load_toy
-from .handbuilt import fraction, gate, induction, reverse
+from .handbuilt import and_gate_circuit, fraction, induction_circuit, reverse
 from .known_circuit import ABLATIONS, Known, edge_names, node_names
 from .modular import clock
 from .rotation import rotated
@@ -14,11 +14,11 @@ from .toy import ToyConfig, ToyTransformer
 
 # What needs no files, by name. Models that are trained to be a program take up to a minute.
 KNOWN: dict[str, Callable[..., Known]] = {
-    "and_gate": partial(gate, "and"),
-    "or_gate": partial(gate, "or"),
-    "adder_gate": partial(gate, "adder"),
-    "induction": induction,
-    "induction_query": partial(induction, corruption="other query"),
+    "and_gate": partial(and_gate_circuit, "and"),
+    "or_gate": partial(and_gate_circuit, "or"),
+    "adder_gate": partial(and_gate_circuit, "adder"),
+    "induction": induction_circuit,
+    "induction_query": partial(induction_circuit, corruption="other query"),
     "fraction": fraction,
     "reverse": reverse,
     "clock": clock,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..tasks.pairs import Pairs, Question
+from ..tasks.pairs import PromptPairs, Question
 from .files import load_toy
 from .handbuilt import equal_pairs, fraction_pairs, made, reverse_pairs
 from .known_circuit import Known
@@ -54,17 +54,17 @@ def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) 
     return made(name, model, PAIRS[name](model, n_pairs, seed), EDGES[name], directions)
 
 
-def _reverse(_model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+def _reverse(_model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
     # BOS, a, b, c are 0 to 3, as in the model written by hand.
     return reverse_pairs("tracr_reverse", n_pairs, seed, length=4)
 
 
-def _fraction(_model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+def _fraction(_model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
     # BOS, padding, w, x, y, z.
     return fraction_pairs("tracr_frac_prevs", (2, 4, 5), 3, n_pairs, seed, length=5)
 
 
-def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
     """Asked where both prompts have tokens of different counts."""
     draw = torch.Generator().manual_seed(seed)
     clean, corrupted, questions = [], [], []
@@ -84,7 +84,7 @@ def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
     return equal_pairs("tracr_hist", "other tokens", torch.stack(clean), torch.stack(corrupted), questions)
 
 
-def _detect(model: ToyTransformer, n_pairs: int, seed: int) -> Pairs:
+def _detect(model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
     """Clean prompts have abc somewhere, and are asked where it ends; corrupted ones have a d for each of its letters."""
     draw = torch.Generator().manual_seed(seed)
     length = model.config.n_ctx - 1
@@ -105,7 +105,7 @@ def _letters(indices: Tensor) -> Tensor:
     return torch.cat([torch.tensor([0]), torch.tensor([1, 2, 3, 5])[indices]])
 
 
-PAIRS: dict[str, Callable[[ToyTransformer, int, int], Pairs]] = {
+PAIRS: dict[str, Callable[[ToyTransformer, int, int], PromptPairs]] = {
     "tracr_reverse": _reverse,
     "tracr_frac_prevs": _fraction,
     "tracr_hist": _hist,

@@ -10,16 +10,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
-from ..tasks.pairs import Pairs, Question
+from ..tasks.pairs import PromptPairs, Question
 from .known_circuit import Known, ends, wired
 from .toy import ToyConfig, ToyTransformer, blank
-from .wiring import Stream, write_head, write_neurons
+from .wiring import ResidualLayout, write_head, write_neurons
 
 BETA = 30.0
 
 
 def made(
-    name: str, model: ToyTransformer, pairs: Pairs, edges: dict[str, str], directions: dict[str, Float[Tensor, " d_model"]]
+    name: str,
+    model: ToyTransformer,
+    pairs: PromptPairs,
+    edges: dict[str, str],
+    directions: dict[str, Float[Tensor, " d_model"]],
 ) -> Known:
     """A known circuit whose nodes are the ends of its edges, which are given as text for each ablation."""
     truth = {ablation: wired(text) for ablation, text in edges.items()}
@@ -33,10 +37,10 @@ def equal_pairs(
     clean: Int[Tensor, "pairs positions"],
     corrupted: Int[Tensor, "pairs positions"],
     questions: list[tuple[Question, ...]],
-) -> Pairs:
+) -> PromptPairs:
     """Pairs without padding."""
     lengths = torch.full((len(clean),), clean.shape[1])
-    return Pairs(task, corruption, clean, corrupted, tuple(questions), lengths)
+    return PromptPairs(task, corruption, clean, corrupted, tuple(questions), lengths)
 
 
 # Gates: two heads fetch one bit each, the MLP joins them.
@@ -44,7 +48,7 @@ ZERO, ONE, START, ASK = 0, 1, 2, 3
 GATES = ("and", "or", "adder")
 
 
-def gate(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
+def and_gate_circuit(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
     """``and``: both bits are needed. ``or``: either will do. ``adder``: each counts. Prompts: start, two bits, two others, ask.
 
     Clean prompts have ones, corrupted ones zeros. Heads 1 and 3 fetch the bits, 0 and 2 fetch the other two. Gates as in
@@ -52,7 +56,7 @@ def gate(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
     """
     if kind not in GATES:
         raise ValueError(f"kind: expected one of {', '.join(GATES)}, got {kind!r}.")
-    stream = Stream(token=4, position=6, bit=2, other=2, spare=1, result=1)
+    stream = ResidualLayout(token=4, position=6, bit=2, other=2, spare=1, result=1)
     model = blank(ToyConfig(1, 4, stream.width, 1, n_ctx=6, d_vocab=4, d_vocab_out=2, d_mlp=3))
     _embed(model, stream)
     for head, position, target in ((0, 3, ("other", 0)), (1, 1, ("bit", 0)), (2, 4, ("other", 1)), (3, 2, ("bit", 1))):
@@ -79,7 +83,7 @@ def gate(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
     return made(f"{kind}_gate", model, _gate_pairs(kind, n_pairs, seed), edges, stream.directions())
 
 
-def _gate_pairs(kind: str, n_pairs: int, seed: int) -> Pairs:
+def _gate_pairs(kind: str, n_pairs: int, seed: int) -> PromptPairs:
     draw = torch.Generator().manual_seed(seed)
 
     def prompts(bit: int) -> Tensor:
@@ -95,14 +99,14 @@ def _gate_pairs(kind: str, n_pairs: int, seed: int) -> Pairs:
 LETTERS = 7
 
 
-def induction(n_pairs: int = 16, seed: int = 0, corruption: str = "other prompt") -> Known:
+def induction_circuit(n_pairs: int = 16, seed: int = 0, corruption: str = "other prompt") -> Known:
     """Two layers of attention: the previous token, then whom it precedes. Prompts: BOS (id 0), six of seven letters, one again.
 
     ``corruption`` is ``other prompt`` (all letters differ) or ``other query`` (only the last does: then what the first layer
     says of earlier positions is the same on both prompts, and no part of the resampled circuit).
     """
     size = LETTERS + 1
-    stream = Stream(token=size, position=8, previous=size, found=size, spare=size)
+    stream = ResidualLayout(token=size, position=8, previous=size, found=size, spare=size)
     model = blank(ToyConfig(2, 3, stream.width, 8, n_ctx=8, d_vocab=size, d_vocab_out=size))
     _embed(model, stream)
     token, position, spare = stream.all("token"), stream.all("position"), stream.all("spare")
@@ -122,7 +126,7 @@ def induction(n_pairs: int = 16, seed: int = 0, corruption: str = "other prompt"
     return made(name, model, _induction_pairs(name, corruption, n_pairs, seed), edges, stream.directions())
 
 
-def _induction_pairs(name: str, corruption: str, n_pairs: int, seed: int) -> Pairs:
+def _induction_pairs(name: str, corruption: str, n_pairs: int, seed: int) -> PromptPairs:
     if corruption not in ("other prompt", "other query"):
         raise ValueError(f"corruption: expected other prompt or other query, got {corruption!r}.")
     draw = torch.Generator().manual_seed(seed)
@@ -148,7 +152,7 @@ def _induction_pairs(name: str, corruption: str, n_pairs: int, seed: int) -> Pai
 # The fraction of x so far, as tracr compiles it: the MLP says what is an x, a head averages.
 def fraction(n_pairs: int = 16, seed: int = 0, length: int = 5) -> Known:
     """One real output at every position. Tokens: BOS (id 0), w, x (2), y. On corrupted prompts some x are something else."""
-    stream = Stream(token=4, position=length + 1, is_x=1, fraction=1, spare=3)
+    stream = ResidualLayout(token=4, position=length + 1, is_x=1, fraction=1, spare=3)
     config = ToyConfig(2, 2, stream.width, 2, n_ctx=length + 1, d_vocab=4, d_vocab_out=1, d_mlp=3)
     model = blank(config)
     _embed(model, stream)
@@ -169,7 +173,7 @@ def fraction(n_pairs: int = 16, seed: int = 0, length: int = 5) -> Known:
     return made("fraction", model, fraction_pairs("fraction", (1, 3), 2, n_pairs, seed, length), edges, stream.directions())
 
 
-def fraction_pairs(task: str, others: tuple[int, ...], x: int, n_pairs: int, seed: int, length: int) -> Pairs:
+def fraction_pairs(task: str, others: tuple[int, ...], x: int, n_pairs: int, seed: int, length: int) -> PromptPairs:
     """Prompts of BOS (id 0) and ``length`` tokens; every ``x`` of the clean one is one of ``others`` in the corrupted one."""
     draw = torch.Generator().manual_seed(seed)
     pool = torch.tensor(others)
@@ -198,7 +202,7 @@ def reverse(n_pairs: int = 16, seed: int = 0, length: int = 4) -> Known:
     if not 1 <= length < LONGEST:
         # Without its inputs the length comes out as LONGEST: ablation would change nothing there.
         raise ValueError(f"length: expected 1 to {LONGEST - 1}, got {length}.")
-    stream = Stream(token=5, position=LONGEST + 1, inverse=1, length=LONGEST, source=LONGEST + 1, found=3, spare=3)
+    stream = ResidualLayout(token=5, position=LONGEST + 1, inverse=1, length=LONGEST, source=LONGEST + 1, found=3, spare=3)
     config = ToyConfig(3, 2, stream.width, LONGEST + 1, LONGEST + 1, d_vocab=5, d_vocab_out=3, d_mlp=16, causal=False, pad_id=4)
     model = blank(config)
     _embed(model, stream)
@@ -221,7 +225,7 @@ def reverse(n_pairs: int = 16, seed: int = 0, length: int = 4) -> Known:
     return made("reverse", model, reverse_pairs("reverse", n_pairs, seed, length), edges, stream.directions())
 
 
-def _write_lengths(model: ToyTransformer, stream: Stream) -> None:
+def _write_lengths(model: ToyTransformer, stream: ResidualLayout) -> None:
     """``m0``: from 1 / (n + 1) to the axis of n. A step up where the length is at most n is a difference of two ReLUs."""
     inverse = torch.tensor([1 / (n + 1) for n in range(1, LONGEST + 1)])
     middle, steep = (inverse[1:] + inverse[:-1]) / 2, 2 / (inverse[:-1] - inverse[1:]).min()
@@ -235,7 +239,7 @@ def _write_lengths(model: ToyTransformer, stream: Stream) -> None:
         model.mlp(0).down_proj.bias.add_(length[-1])
 
 
-def _write_sources(model: ToyTransformer, stream: Stream) -> None:
+def _write_sources(model: ToyTransformer, stream: ResidualLayout) -> None:
     """``m1``: a neuron for every length and position, on where both hold, writes where to look."""
     where = [(n, p) for n in range(1, LONGEST + 1) for p in range(1, n + 1)]
     read = torch.stack([stream.at("length", n - 1) + stream.at("position", p) for n, p in where])
@@ -244,7 +248,7 @@ def _write_sources(model: ToyTransformer, stream: Stream) -> None:
     write_neurons(model, 1, start, stream.at("token", 2)[None], 0.0, stream.at("spare", 2)[None])
 
 
-def reverse_pairs(task: str, n_pairs: int, seed: int, length: int) -> Pairs:
+def reverse_pairs(task: str, n_pairs: int, seed: int, length: int) -> PromptPairs:
     """BOS (id 0) and letters 1 to 3, each of them another on the corrupted prompt; outputs 0 to 2 are the letters."""
     draw = torch.Generator().manual_seed(seed)
     letters = torch.randint(0, 3, (n_pairs, length), generator=draw)
@@ -258,7 +262,7 @@ def reverse_pairs(task: str, n_pairs: int, seed: int, length: int) -> Pairs:
     return equal_pairs(task, "other letters", clean, corrupted, questions)
 
 
-def _embed(model: ToyTransformer, stream: Stream) -> None:
+def _embed(model: ToyTransformer, stream: ResidualLayout) -> None:
     with torch.no_grad():
         model.wte.weight.copy_(stream.all("token"))
         model.wpe.weight.copy_(stream.all("position"))

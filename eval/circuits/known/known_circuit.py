@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from .toy import ToyConfig, ToyTransformer
 
 ABLATIONS = ("resample", "zero")
@@ -32,7 +32,7 @@ class Known:
 
     name: str
     model: LanguageModel
-    pairs: Pairs
+    pairs: PromptPairs
     nodes: dict[str, frozenset[str]]
     edges: dict[str, frozenset[str]]
     directions: dict[str, Float[Tensor, " d_model"]]

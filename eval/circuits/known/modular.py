@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs, Question
+from ..tasks.pairs import PromptPairs, Question
 from .handbuilt import BETA, equal_pairs, made
 from .known_circuit import Known
 from .toy import ToyConfig, ToyTransformer, blank
-from .wiring import Stream, write_head, write_neurons
+from .wiring import ResidualLayout, write_head, write_neurons
 
 # Squares are drawn through points this far apart; between them they are at most a quarter of its square too large.
 STEP = 0.25
@@ -43,7 +43,7 @@ def clock(
     order = _interleaved(unused, frequencies)
     _check(p, order)
     n, neurons = len(order), len(FORMS) * 2 * round(REACH / STEP)
-    stream = Stream(wave=2 * n, position=3, first=2 * n, second=2 * n, total=2 * n)
+    stream = ResidualLayout(wave=2 * n, position=3, first=2 * n, second=2 * n, total=2 * n)
     model = blank(ToyConfig(1, 2 * n, stream.width, 2, n_ctx=3, d_vocab=p + 1, d_vocab_out=p, d_mlp=n * neurons))
     waves = torch.cat([wave(p, k) for k in order], 1)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def _check(p: int, order: list[int]) -> None:
         raise ValueError(f"frequencies, unused: expected different numbers from 1 to {p // 2} (half of p), got {order}.")
 
 
-def _pairs(p: int, n_pairs: int, seed: int) -> Pairs:
+def _pairs(p: int, n_pairs: int, seed: int) -> PromptPairs:
     draw = torch.Generator().manual_seed(seed)
     clean, corrupted, questions = [], [], []
     while len(clean) < n_pairs:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..tasks.pairs import Pairs, Question
+from ..tasks.pairs import PromptPairs, Question
 from .handbuilt import equal_pairs, made
 from .known_circuit import Known, node_names
 from .toy import ToyConfig, ToyTransformer
@@ -91,12 +91,12 @@ def trained(name: str, n_pairs: int = 16, seed: int = 0, max_steps: int = 3000) 
     if name not in PROGRAMS:
         raise ValueError(f"name: expected one of {', '.join(PROGRAMS)}, got {name!r}.")
     program = PROGRAMS[name]
-    model = train(program, seed, max_steps)
+    model = train_siit(program, seed, max_steps)
     known = made(f"siit_{name}", model, _pairs(program, n_pairs, seed), {"resample": program.edges}, {})
     return replace(known, exact=False)
 
 
-def train(program: Program, seed: int, max_steps: int) -> ToyTransformer:
+def train_siit(program: Program, seed: int, max_steps: int) -> ToyTransformer:
     """A model that is the program to within ``TOLERANCE``."""
     draw = torch.Generator().manual_seed(seed)
     config = ToyConfig(2, 4, 32, 8, LENGTH, program.d_vocab, 1, d_mlp=64, activation="gelu")
@@ -126,7 +126,7 @@ def train(program: Program, seed: int, max_steps: int) -> ToyTransformer:
 
 
 def _loss(model: ToyTransformer, program: Program, variable: str, other: str, draw: torch.Generator) -> Tensor:
-    base, source = (prompts(program, BATCH, draw) for _ in range(2))
+    base, source = (siit_prompts(program, BATCH, draw) for _ in range(2))
     right, swapped = program.run(base, {}), program.run(base, {variable: program.run(source, {})[variable]})
     *_, output = program.places
     scale = right[output].var()
@@ -148,7 +148,7 @@ def _loss(model: ToyTransformer, program: Program, variable: str, other: str, dr
 def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: int = 512) -> dict[str, float]:
     """Mean distance of outputs from what they should be: on prompts as they are, and with each node from other prompts."""
     draw = torch.Generator().manual_seed(seed)
-    base, source = (prompts(program, n_prompts, draw) for _ in range(2))
+    base, source = (siit_prompts(program, n_prompts, draw) for _ in range(2))
     there = program.run(source, {})
     *_, output = program.places
     with _watched(model) as written:
@@ -163,7 +163,7 @@ def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: 
     return distances
 
 
-def prompts(program: Program, count: int, draw: torch.Generator) -> Int[Tensor, "contexts positions"]:
+def siit_prompts(program: Program, count: int, draw: torch.Generator) -> Int[Tensor, "contexts positions"]:
     """BOS and random tokens. Each prompt has its own odds for them, so that shares vary."""
     weights = torch.rand(count, program.d_vocab - 1, generator=draw) ** 2 + 0.05
     tokens = torch.multinomial(weights, LENGTH - 1, replacement=True, generator=draw) + 1
@@ -222,13 +222,13 @@ def _swapped(model: ToyTransformer, node: str, written: dict[str, Tensor]) -> It
         handle.remove()
 
 
-def _pairs(program: Program, n_pairs: int, seed: int) -> Pairs:
+def _pairs(program: Program, n_pairs: int, seed: int) -> PromptPairs:
     """The clean prompt is the one of two with larger shares, asked where they are larger by 0.2."""
     draw = torch.Generator().manual_seed(seed + 2)
     *_, output = program.places
     clean, corrupted, questions = [], [], []
     while len(clean) < n_pairs:
-        both = prompts(program, 2, draw)
+        both = siit_prompts(program, 2, draw)
         shares = program.run(both, {})[output]
         more = int(shares[1].sum() > shares[0].sum())
         asked = ((shares[more] - shares[1 - more]) > 0.2).nonzero()[:, 0].tolist()

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return pattern.masked_fill(self.silent[:length, None], 0.0)
 
 
-class MLP(nn.Module):
+class ToyMLP(nn.Module):
     """Two projections and the activation between them."""
 
     def __init__(self, config: ToyConfig):
@@ -133,7 +133,7 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.up_proj(x)))
 
 
-class Block(nn.Module):
+class ToyBlock(nn.Module):
     """Attention, then the MLP, if there is one. Without it nothing reads ``ln_2``."""
 
     def __init__(self, config: ToyConfig):
@@ -143,7 +143,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = norm(config.d_model)
         if config.d_mlp:
-            self.mlp = MLP(config)
+            self.mlp = ToyMLP(config)
         self.has_mlp = config.d_mlp > 0
 
     def forward(
@@ -171,7 +171,7 @@ class ToyTransformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.d_vocab, config.d_model)
         self.wpe = nn.Embedding(config.n_ctx, config.d_model)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.h = nn.ModuleList(ToyBlock(config) for _ in range(config.n_layers))
         self.ln_f = NORMS[config.norm](config.d_model)
         self.lm_head = nn.Linear(config.d_model, config.d_vocab_out)
 
@@ -202,10 +202,10 @@ class ToyTransformer(nn.Module):
         assert isinstance(attention, Attention)
         return attention
 
-    def mlp(self, layer: int) -> MLP:
+    def mlp(self, layer: int) -> ToyMLP:
         """The MLP of one block, in a model that has them."""
         mlp = self.h[layer].get_submodule("mlp")
-        assert isinstance(mlp, MLP)
+        assert isinstance(mlp, ToyMLP)
         return mlp
 
     def get_input_embeddings(self) -> nn.Module:

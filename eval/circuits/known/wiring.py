@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from .toy import ToyTransformer
 
 
-class Stream:
+class ResidualLayout:
     """A residual stream whose axes are named: blocks of them, in the order given."""
 
     def __init__(self, **sizes: int):

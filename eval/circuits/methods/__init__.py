@@ -8,7 +8,7 @@ from .edge_pruning import EdgePruning
 from .exact import ExactPatching
 from .flow import FlowRoutes
 from .integrated import IntegratedActivations, IntegratedInputs
-from .method import Method, Scores
+from .method import Method, UnitScores
 from .query import QueryCircuits
 from .relevance import RelevancePatching
 
@@ -28,4 +28,4 @@ METHODS: dict[str, type[Method]] = {
     "relevance": RelevancePatching,
 }
 
-__all__ = ["METHODS", "Method", "Scores"]
+__all__ = ["METHODS", "Method", "UnitScores"]

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.space import Space
-from .method import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, UnitScores, score_batches
 
 ENDS = ("clean", "corrupted")
 
@@ -23,7 +23,7 @@ class AttributionPatching(Method):
     def __init__(self, at: str = "clean", batch: int = BATCH):
         self.at, self.batch = require_end("at", at), batch
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         return linear_scores(space, pairs, self.at, self.batch)
 
 
@@ -39,12 +39,12 @@ def require_end(option: str, value: str) -> str:
 
 
 def linear_scores(
-    space: Space, pairs: Pairs, at: str, batch: int, rules: Callable[[], AbstractContextManager] | None = None
-) -> Scores:
+    space: Space, pairs: PromptPairs, at: str, batch: int, rules: Callable[[], AbstractContextManager] | None = None
+) -> UnitScores:
     """What the units' differences amount to by slopes at one prompt; ``rules`` make what is open around those passes."""
     other = ENDS[1 - ENDS.index(at)]
 
-    def contributions(some: Pairs) -> Tensor:
+    def contributions(some: PromptPairs) -> Tensor:
         ends = {"clean": some.clean, "corrupted": some.corrupted}
         seen, grads = space.passes.gradients(ends[at], space.hooks, some.measure, rules=rules and rules())
         with torch.no_grad():

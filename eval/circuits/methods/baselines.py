@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, UnitScores, score_batches
 
 MAGNITUDES = ("difference", "clean")
 
@@ -17,10 +17,10 @@ class RandomScores(Method):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         with space.passes.counted() as cost:
             values = torch.rand(space.size, generator=torch.Generator().manual_seed(self.seed))
-        return Scores(values, cost)
+        return UnitScores(values, cost)
 
 
 class ActivationMagnitude(Method):
@@ -36,15 +36,15 @@ class ActivationMagnitude(Method):
         self.of, self.batch = of, batch
 
     @torch.no_grad()
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         return score_batches(space, pairs, self.batch, lambda some: self._norms(space, some))
 
-    def _norms(self, space: Space, pairs: Pairs) -> Float[Tensor, "pairs units"]:
+    def _norms(self, space: Space, pairs: PromptPairs) -> Float[Tensor, "pairs units"]:
         _, clean = space.see(pairs.clean)
         other = space.see(pairs.corrupted)[1] if self.of == "difference" else [torch.zeros_like(x) for x in clean]
         return space.distance(_without_padding(clean, pairs), _without_padding(other, pairs))
 
 
-def _without_padding(state: State, pairs: Pairs) -> State:
+def _without_padding(state: State, pairs: PromptPairs) -> State:
     valid = pairs.valid
     return [x * valid.to(x).view(*valid.shape, *(1,) * (x.ndim - 2)) for x in state]

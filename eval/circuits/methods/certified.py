@@ -18,12 +18,12 @@ from jaxtyping import Bool, Float
 from scipy.stats import beta
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.passes import Cost
 from ..units.ranking import largest, strengths
 from ..units.space import Space
 from .attribution import AttributionPatching
-from .method import Method, Scores
+from .method import Method, UnitScores
 
 # Of all units, where neither a size nor a threshold is given.
 SHARE = 0.1
@@ -89,11 +89,11 @@ class Certified(Method):
         self.subsamples, self.p_del, self.tau, self.alpha = subsamples, p_del, tau, alpha
         self.simultaneous, self.seed = simultaneous, seed
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         found = self.certify(space, pairs)
-        return Scores(found.votes, found.cost)
+        return UnitScores(found.votes, found.cost)
 
-    def certify(self, space: Space, pairs: Pairs) -> Certificate:
+    def certify(self, space: Space, pairs: PromptPairs) -> Certificate:
         """Count the votes and decide."""
         draw = torch.Generator().manual_seed(self.seed)
         subsamples = torch.rand(self.subsamples, len(pairs), generator=draw) >= self.p_del
@@ -117,7 +117,7 @@ class Certified(Method):
             votes += self._select(means).float().sum(0)
         return votes
 
-    def _rerun(self, space: Space, pairs: Pairs, subsamples: Bool[Tensor, "n pairs"]) -> Float[Tensor, " units"]:
+    def _rerun(self, space: Space, pairs: PromptPairs, subsamples: Bool[Tensor, "n pairs"]) -> Float[Tensor, " units"]:
         votes = torch.zeros(space.size)
         for some in subsamples:
             # On nothing, nothing is found.

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.nodes import Coordinates, NodeSpace, Part
 from ..units.passes import Seen
 from ..units.space import Space
-from .method import BATCH, Method, Scores
+from .method import BATCH, Method, UnitScores
 
 TOKENS = ("mean", "last")
 COUNTS = ("nodes", "pairs")
@@ -115,19 +115,19 @@ class DiscreteCodes(Method):
         self.n_codes, self.sparsity, self.lr, self.epochs, self.examples = n_codes, sparsity, lr, epochs, examples
         self.tokens, self.count, self.seed = tokens, count, seed
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         with space.passes.counted() as cost:
             found = self.codes(space, pairs)
             values = found.counts() if self.count == "nodes" else appearances(found.pair_counts())
-        return Scores(values, cost)
+        return UnitScores(values, cost)
 
-    def codes(self, space: Space, pairs: Pairs) -> Codes:
+    def codes(self, space: Space, pairs: PromptPairs) -> Codes:
         """The codes of all prompts.
 
         Raises:
             ValueError: If units are not coordinates that a projection writes to the residual stream, or already lie in it.
         """
-        return self.encode(*written(space, pairs, self.tokens))
+        return self.encode(*written_codes(space, pairs, self.tokens))
 
     def encode(self, positive: Float[Tensor, "pairs units d"], negative: Float[Tensor, "pairs units d"]) -> Codes:
         """The codes of what units write."""
@@ -147,10 +147,10 @@ class MeanDifference(Method):
             raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}.")
         self.tokens = tokens
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         with space.passes.counted() as cost:
-            positive, negative = written(space, pairs, self.tokens)
-        return Scores((positive.mean(0) - negative.mean(0)).norm(dim=-1), cost)
+            positive, negative = written_codes(space, pairs, self.tokens)
+        return UnitScores((positive.mean(0) - negative.mean(0)).norm(dim=-1), cost)
 
 
 class _Autoencoder(nn.Module):
@@ -188,7 +188,7 @@ class _Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def written(space: Space, pairs: Pairs, tokens: str) -> tuple[Tensor, Tensor]:
+def written_codes(space: Space, pairs: PromptPairs, tokens: str) -> tuple[Tensor, Tensor]:
     """What every unit writes to the residual stream on clean and on corrupted prompts, each ``(pairs, units, d_model)``.
 
     Raises:
@@ -208,7 +208,7 @@ def written(space: Space, pairs: Pairs, tokens: str) -> tuple[Tensor, Tensor]:
     return torch.cat(found[0]), torch.cat(found[1])
 
 
-def _contributions(space: NodeSpace, writers: list[Tensor], seen: Seen, pairs: Pairs, tokens: str) -> Tensor:
+def _contributions(space: NodeSpace, writers: list[Tensor], seen: Seen, pairs: PromptPairs, tokens: str) -> Tensor:
     every = []
     for part, writer in zip(space.parts, writers, strict=True):
         x = seen[part.hook_out].float().cpu()
@@ -219,7 +219,7 @@ def _contributions(space: NodeSpace, writers: list[Tensor], seen: Seen, pairs: P
     return torch.cat(every, dim=1)
 
 
-def _of_prompt(x: Float[Tensor, "pairs positions width"], pairs: Pairs, tokens: str) -> Float[Tensor, "pairs 1 width"]:
+def _of_prompt(x: Float[Tensor, "pairs positions width"], pairs: PromptPairs, tokens: str) -> Float[Tensor, "pairs 1 width"]:
     if tokens == "last":
         return x[torch.arange(len(x)), pairs.lengths - 1][:, None]
     valid = pairs.valid.to(x)[..., None]

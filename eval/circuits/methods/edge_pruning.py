@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.ablation import divergence
 from ..units.space import Space, State
-from .method import BATCH, Method, Scores
+from .method import BATCH, Method, UnitScores
 
 LOSSES = ("kl", "metric")
 # Of the hard concrete distribution, as published: its temperature, how far it is stretched beyond 0 and 1, and how far the
@@ -60,12 +60,12 @@ class EdgePruning(Method):
         self.target, self.steps, self.lr, self.multiplier_lr = target, steps, lr, multiplier_lr
         self.ramp, self.loss, self.seed, self.batch = ramp, loss, seed, batch
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         with space.passes.counted() as cost:
             logits = self._learn(space, pairs, torch.Generator().manual_seed(self.seed))
-        return Scores(logits, cost)
+        return UnitScores(logits, cost)
 
-    def _learn(self, space: Space, pairs: Pairs, draw: torch.Generator) -> Float[Tensor, " units"]:
+    def _learn(self, space: Space, pairs: PromptPairs, draw: torch.Generator) -> Float[Tensor, " units"]:
         logits = (START + SPREAD * torch.randn(space.size, generator=draw)).requires_grad_()
         multipliers = torch.zeros(2, requires_grad=True)
         groups = [
@@ -88,7 +88,7 @@ class EdgePruning(Method):
             schedule.step()
         return logits.detach()
 
-    def _batches(self, space: Space, pairs: Pairs, draw: torch.Generator) -> Iterator[tuple[Pairs, Tensor, State]]:
+    def _batches(self, space: Space, pairs: PromptPairs, draw: torch.Generator) -> Iterator[tuple[PromptPairs, Tensor, State]]:
         """Pairs, the model's logits on them, and what fills in, for ever; run only once where all pairs are one batch."""
         if len(pairs) <= self.batch:
             yield from itertools.repeat(_references(space, pairs))
@@ -100,7 +100,7 @@ class EdgePruning(Method):
         warmup = WARMUP * self.steps
         return step / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
 
-    def _distance(self, pairs: Pairs, clean: Tensor, changed: Tensor) -> Float[Tensor, ""]:
+    def _distance(self, pairs: PromptPairs, clean: Tensor, changed: Tensor) -> Float[Tensor, ""]:
         if self.loss == "metric":
             return (pairs.measure(changed) - pairs.measure(clean)).pow(2).mean().to(torch.float32)
         if clean.shape[-1] == 1:
@@ -109,7 +109,7 @@ class EdgePruning(Method):
 
 
 @torch.no_grad()
-def _references(space: Space, pairs: Pairs) -> tuple[Pairs, Tensor, State]:
+def _references(space: Space, pairs: PromptPairs) -> tuple[PromptPairs, Tensor, State]:
     return pairs, space.passes.run(pairs.clean), space.see(pairs.corrupted)[1]
 
 

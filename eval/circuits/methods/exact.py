@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, UnitScores, score_batches
 
 DIRECTIONS = ("noising", "denoising", "both")
 ROWS = 128
@@ -41,7 +41,7 @@ class ExactPatching(Method):
         self.units, self.seed, self.direction, self.rows, self.batch = units, seed, direction, rows, batch
 
     @torch.no_grad()
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         asked = self._asked(space.size)
         return score_batches(space, pairs, self.batch, lambda some: self._effects(space, some, asked))
 
@@ -58,7 +58,7 @@ class ExactPatching(Method):
         asked[chosen] = True
         return asked
 
-    def _effects(self, space: Space, pairs: Pairs, asked: Bool[Tensor, " units"]) -> Float[Tensor, "pairs units"]:
+    def _effects(self, space: Space, pairs: PromptPairs, asked: Bool[Tensor, " units"]) -> Float[Tensor, "pairs units"]:
         logits, clean = space.see(pairs.clean)
         other, corrupted = space.see(pairs.corrupted)
         differs = (space.distance(clean, corrupted) > 0).cpu() & asked
@@ -72,7 +72,13 @@ class ExactPatching(Method):
         return effects
 
     def _without(
-        self, space: Space, pairs: Pairs, token_ids: Tensor, whole: Tensor, filler: State, differs: Bool[Tensor, "pairs units"]
+        self,
+        space: Space,
+        pairs: PromptPairs,
+        token_ids: Tensor,
+        whole: Tensor,
+        filler: State,
+        differs: Bool[Tensor, "pairs units"],
     ) -> Float[Tensor, "pairs units"]:
         """By how much the metric falls below ``whole`` if a unit that differs is taken from ``filler``."""
         effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.edges import EdgeSpace
 from ..units.space import Space
-from .method import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, UnitScores, score_batches
 
 
 class FlowRoutes(Method):
@@ -22,12 +22,12 @@ class FlowRoutes(Method):
         self.batch = batch
 
     @torch.no_grad()
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         if not isinstance(space, EdgeSpace):
             raise ValueError(f"flow: expected edges, got a {type(space).__name__}. Use an EdgeSpace, or another method.")
         return score_batches(space, pairs, self.batch, lambda some: self._shares(space, some))
 
-    def _shares(self, space: EdgeSpace, pairs: Pairs) -> Float[Tensor, "pairs edges"]:
+    def _shares(self, space: EdgeSpace, pairs: PromptPairs) -> Float[Tensor, "pairs edges"]:
         _, seen = space.passes.see(pairs.clean, space.hooks)
         writes = space.writes(space.state(seen))
         valid = pairs.valid.to(writes)

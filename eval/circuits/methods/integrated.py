@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, Scores, score_batches
+from .method import BATCH, Method, UnitScores, score_batches
 
 # Where in each step of the way a slope is taken: at its clean end, its corrupted end, or between.
 POINTS = {"clean": 0.0, "middle": 0.5, "corrupted": 1.0}
@@ -25,10 +25,10 @@ class IntegratedInputs(Method):
     def __init__(self, steps: int = 5, point: str = "corrupted", batch: int = BATCH):
         self.shares, self.batch = _shares(steps, point), batch
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         return score_batches(space, pairs, self.batch, lambda some: self._contributions(space, some))
 
-    def _contributions(self, space: Space, pairs: Pairs) -> Float[Tensor, "pairs units"]:
+    def _contributions(self, space: Space, pairs: PromptPairs) -> Float[Tensor, "pairs units"]:
         embedding = space.model.module.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         hook = next(f"{name}:out" for name, module in space.model.module.named_modules() if module is embedding)
         hooks = tuple(dict.fromkeys((*space.hooks, hook)))
@@ -54,14 +54,14 @@ class IntegratedActivations(Method):
     def __init__(self, steps: int = 10, point: str = "clean", batch: int = BATCH):
         self.shares, self.batch = _shares(steps, point), batch
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         return score_batches(space, pairs, self.batch, lambda some: self._every_group(space, some))
 
-    def _every_group(self, space: Space, pairs: Pairs) -> Float[Tensor, "pairs units"]:
+    def _every_group(self, space: Space, pairs: PromptPairs) -> Float[Tensor, "pairs units"]:
         _, filler = space.see(pairs.corrupted)
         return torch.cat([self._contributions(space, pairs, filler, group) for group in space.groups.values()], dim=1)
 
-    def _contributions(self, space: Space, pairs: Pairs, filler: State, group: slice) -> Float[Tensor, "pairs group"]:
+    def _contributions(self, space: Space, pairs: PromptPairs, filler: State, group: slice) -> Float[Tensor, "pairs group"]:
         """The slope by how much of a unit is kept is difference by slope, whatever the units are."""
         # No coarser than the model computes, and no coarser than shares need.
         dtype = torch.promote_types(filler[0].dtype, torch.float32)

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.passes import Cost
 from ..units.ranking import largest
 from ..units.space import Space
 from .integrated import IntegratedInputs
-from .method import Method, Scores
+from .method import Method, UnitScores
 
 N_VARIANTS = 9
 # Of integrated gradients, as published.
@@ -70,19 +70,19 @@ class QueryCircuits(Method):
         self.base, self.n_variants, self.shares = base or IntegratedInputs(BASE_STEPS), n_variants, tuple(shares)
         self.ranking, self.seed = ranking, seed
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         sizes = sorted({max(1, round(share * space.size)) for share in self.shares})
         draw = torch.Generator().manual_seed(self.seed)
         with space.passes.counted() as cost:
             variants = _drawn(variants_of(pairs, 0), self.n_variants, draw)
             values = single_scores(space, pairs.take([0, *variants]), self.base)
             found = torch.stack([deviation(space, pairs.take([0]), largest(values, size, self.ranking)) for size in sizes])
-        return Scores(values[found.mean(0).argmax()], cost)
+        return UnitScores(values[found.mean(0).argmax()], cost)
 
 
 def query_circuits(
     space: Space,
-    pairs: Pairs,
+    pairs: PromptPairs,
     queries: Sequence[int],
     sizes: Sequence[int],
     base: Method,
@@ -106,7 +106,7 @@ def query_circuits(
 
 def _compare(
     space: Space,
-    pairs: Pairs,
+    pairs: PromptPairs,
     query: int,
     sizes: Sequence[int],
     base: Method,
@@ -137,7 +137,7 @@ def _compare(
     return {name: torch.stack(row).cpu() for name, row in rows.items()}
 
 
-def single_scores(space: Space, pairs: Pairs, base: Method) -> Float[Tensor, "pairs units"]:
+def single_scores(space: Space, pairs: PromptPairs, base: Method) -> Float[Tensor, "pairs units"]:
     """What a method finds on each pair alone."""
     # Pairs do not see each other in a method that scores them one by one.
     together = base.discover(space, pairs)
@@ -146,7 +146,7 @@ def single_scores(space: Space, pairs: Pairs, base: Method) -> Float[Tensor, "pa
     return torch.stack([base.discover(space, pairs.take([row])).values for row in range(len(pairs))])
 
 
-def variants_of(pairs: Pairs, query: int) -> list[int]:
+def variants_of(pairs: PromptPairs, query: int) -> list[int]:
     """The other pairs that are asked the like: as many questions, with as many answers and foils."""
 
     def asked(row: int) -> list[tuple[int, int]]:
@@ -156,7 +156,7 @@ def variants_of(pairs: Pairs, query: int) -> list[int]:
 
 
 @torch.no_grad()
-def deviation(space: Space, query: Pairs, kept: Tensor) -> Float[Tensor, " circuits"]:
+def deviation(space: Space, query: PromptPairs, kept: Tensor) -> Float[Tensor, " circuits"]:
     """NDF on one pair of circuits ``(circuits, units)``, all in one pass."""
     copies = query.take([0] * len(kept))
     full = query.measure(space.passes.run(query.clean))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ....training.activations.model import LanguageModel
 from ....training.activations.sites import find_block, n_layers
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from ..units.space import Space
 from .attribution import linear_scores, require_end
-from .method import BATCH, Method, Scores
+from .method import BATCH, Method, UnitScores
 
 # By class name, as libraries have classes of their own; a ReLU is its own identity rule.
 SMOOTH = re.compile("gelu|silu|swish|mish", re.IGNORECASE)
@@ -48,7 +48,7 @@ class RelevancePatching(Method):
         self.rules = {"normalisation": normalisation, "activation": activation, "gate": gate, "attention": attention}
         self.at, self.batch = require_end("at", at), batch
 
-    def discover(self, space: Space, pairs: Pairs) -> Scores:
+    def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
         rules = partial(relevance_rules, space.model, **self.rules)
         with space.frozen_norms() if self.rules["normalisation"] else nullcontext():
             return linear_scores(space, pairs, self.at, self.batch, rules)

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..methods.method import Scores
+from ..methods.method import UnitScores
 from ..units.edge_list import EdgeList
 from .faithfulness import ranked
 
 REDUCTIONS = ("max", "sum")
 
 
-def grown(edges: EdgeList, scores: Scores, size: int, ranking: str = "signed") -> Bool[Tensor, " edges"]:
+def grown(edges: EdgeList, scores: UnitScores, size: int, ranking: str = "signed") -> Bool[Tensor, " edges"]:
     """A circuit that hangs together: the best edge into the logits, then always the best into anything that is part of it.
 
     Of equal scores the first in ``ranked`` is taken.

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..methods.method import Scores
-from ..tasks.pairs import Pairs
+from ..methods.method import UnitScores
+from ..tasks.pairs import PromptPairs
 from ..units.ablation import Filler
 from ..units.ranking import ordered
 from ..units.space import Space, State
@@ -33,7 +33,7 @@ NOISE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class FaithfulnessCurve:
     """The metric of every pair for circuits of growing size, their complements, the whole model, and with nothing kept."""
 
     n_units: int
@@ -70,7 +70,7 @@ class Curve:
         """Area between faithfulness and 1 over the share of units kept; 0 is best."""
         return float(np.trapezoid(np.abs(1.0 - self.faithfulness(weights)), self._shares()))
 
-    def at(self, sizes: Sequence[int]) -> "Curve":
+    def at(self, sizes: Sequence[int]) -> "FaithfulnessCurve":
         """The same curve at some of its sizes, in the order given; one may come twice."""
         rows = [self.sizes.index(size) for size in sizes]
         return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=self.complements[rows])
@@ -90,7 +90,7 @@ class Curve:
 
 
 def bootstrap(
-    statistic: Callable[[Curve, np.ndarray], Any], along: Curve, seed: int = 0, level: float = 0.95
+    statistic: Callable[[FaithfulnessCurve, np.ndarray], Any], along: FaithfulnessCurve, seed: int = 0, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
     """Low and high ends of a percentile interval of ``statistic(along, weights)`` over pairs drawn with replacement."""
     rng, n = np.random.default_rng(seed), len(along.full)
@@ -99,7 +99,7 @@ def bootstrap(
     return np.asarray(low), np.asarray(high)
 
 
-def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
+def ranked(scores: UnitScores, ranking: str = "signed") -> Int[Tensor, " units"]:
     """Units from most to least: those that help most first, or those that matter most either way; equals in their order.
 
     Raises:
@@ -113,7 +113,7 @@ def ranked(scores: Scores, ranking: str = "signed") -> Int[Tensor, " units"]:
     return ordered(scores.values, ranking)
 
 
-def members(order: Int[Tensor, " units"], size: int) -> Bool[Tensor, " units"]:
+def circuit_members(order: Int[Tensor, " units"], size: int) -> Bool[Tensor, " units"]:
     """The circuit of the first ``size`` units."""
     kept = torch.zeros(len(order), dtype=torch.bool)
     kept[order[:size]] = True
@@ -134,7 +134,7 @@ def growing_sizes(n_units: int, per_decade: int = 6) -> tuple[int, ...]:
 class Trials:
     """Circuits run on pairs, each of them once: what absent units are filled with is looked up once, and so is every result."""
 
-    def __init__(self, space: Space, pairs: Pairs, fill: Filler, batch: int = BATCH):
+    def __init__(self, space: Space, pairs: PromptPairs, fill: Filler, batch: int = BATCH):
         self.space, self.pairs, self._found = space, pairs, {}
         with torch.no_grad():
             self._batches = [(some, fill(some)) for some in pairs.batches(batch)]
@@ -153,23 +153,23 @@ class Trials:
             self._found[key] = self._each(lambda some, state: self.space.run(some.clean, kept, state))
         return self._found[key]
 
-    def _each(self, run: Callable[[Pairs, State], Tensor]) -> Float[np.ndarray, " pairs"]:
+    def _each(self, run: Callable[[PromptPairs, State], Tensor]) -> Float[np.ndarray, " pairs"]:
         return torch.cat([some.measure(run(some, state)) for some, state in self._batches]).double().cpu().numpy()
 
 
 def curve(
     trials: Trials, order: Int[Tensor, " units"], sizes: Sequence[int], complements: Sequence[int] | None = None
-) -> Curve:
+) -> FaithfulnessCurve:
     """The circuits of the first so many units of ``order``, and their complements, or those of some of the sizes only."""
-    kept = {size: members(order, size) for size in sizes}
+    kept = {size: circuit_members(order, size) for size in sizes}
     asked = sizes if complements is None else complements
     unknown = np.full(len(trials.pairs), np.nan)
     circuits = np.stack([trials.metric(kept[size]) for size in sizes])
     rest = np.stack([trials.metric(~kept[size]) if size in asked else unknown for size in sizes])
-    return Curve(trials.space.size, tuple(sizes), circuits, rest, trials.full, trials.empty)
+    return FaithfulnessCurve(trials.space.size, tuple(sizes), circuits, rest, trials.full, trials.empty)
 
 
-def smallest_size(trials: Trials, order: Int[Tensor, " units"], level: float, along: Curve) -> int | None:
+def smallest_size(trials: Trials, order: Int[Tensor, " units"], level: float, along: FaithfulnessCurve) -> int | None:
     """How many units a circuit needs for a level of faithfulness, to the unit: bisected where ``along`` first reaches it.
 
     None where no size on the curve does.
@@ -200,7 +200,7 @@ def _without(kept: Bool[Tensor, " units"], unit: int) -> Bool[Tensor, " units"]:
     return fewer
 
 
-def stability(scores: Scores, size: int, ranking: str = "signed", resamples: int = 100, seed: int = 0) -> float:
+def stability(scores: UnitScores, size: int, ranking: str = "signed", resamples: int = 100, seed: int = 0) -> float:
     """Mean Jaccard index of the circuit of all pairs and those of pairs drawn anew with replacement.
 
     Raises:
@@ -209,12 +209,12 @@ def stability(scores: Scores, size: int, ranking: str = "signed", resamples: int
     if scores.per_pair is None:
         raise ValueError("stability: expected scores of every pair, got their mean only. Discover on resampled pairs instead.")
     n, generator = len(scores.per_pair), torch.Generator().manual_seed(seed)
-    own = members(ranked(scores, ranking), size)
+    own = circuit_members(ranked(scores, ranking), size)
     found = []
     for _ in range(resamples):
         draw = torch.randint(n, (n,), generator=generator)
         values = scores.per_pair[draw].mean(0)
-        other = members(ranked(Scores(values, scores.cost), ranking), size)
+        other = circuit_members(ranked(UnitScores(values, scores.cost), ranking), size)
         found.append(jaccard(own, other))
     return float(np.mean(found))
 

@@ -7,15 +7,15 @@ from ....training.embedded.corpus import SPLITS
 from . import embedded, english
 from .competence import Competence, competence, require_solved
 from .files import read_pairs, write_pairs
-from .pairs import Pairs
-from .reader import Reader
-from .task import Corruption, Request, Task, assemble, choose, distinct, nearest, same_length
+from .pairs import PromptPairs
+from .reader import PromptEncoder
+from .task import CircuitTask, Corruption, Request, assemble, choose_task, distinct, nearest_word, same_length
 
 __all__ = [
     "TASKS",
+    "CircuitTask",
     "Competence",
     "Corruption",
-    "Task",
     "competence",
     "make_pairs",
     "read_pairs",
@@ -37,7 +37,7 @@ _WHAT = {
     "docstring": "the next argument of a signature that a docstring goes through",
     "colored_objects": "the colour of one of three objects",
 }
-TASKS = {name: Task(name, what, embedded.VARIANTS.get(name), english.VARIANTS.get(name)) for name, what in _WHAT.items()}
+TASKS = {name: CircuitTask(name, what, embedded.VARIANTS.get(name), english.VARIANTS.get(name)) for name, what in _WHAT.items()}
 
 
 def make_pairs(
@@ -49,7 +49,7 @@ def make_pairs(
     split: str = "heldout",
     metric: str | None = None,
     one_length: bool = False,
-) -> Pairs:
+) -> PromptPairs:
     """``n`` pairs of a task, no two the same; clean prompts of a seed and split do not depend on the corruption.
 
     On the embedded model the task is put in its own language, on any other in English. ``corruption`` and ``metric`` are the
@@ -68,18 +68,18 @@ def make_pairs(
         return read_pairs(name, model, n, seed, corruption, metric, one_length=one_length)
     if n is None:
         raise ValueError("n: expected a number of pairs, got None, which means all of a file. Give one.")
-    choose("split", split, SPLITS)
+    choose_task("split", split, SPLITS)
     variant = _task(str(name), model).variant(model)
     assert variant is not None
     names = [one.name for one in variant.corruptions]
-    corruption = names[0] if corruption is None else choose("corruption", corruption, names, f" for {name}")
-    examples = variant.draw(Request(Reader(model), corruption, seed, split))
+    corruption = names[0] if corruption is None else choose_task("corruption", corruption, names, f" for {name}")
+    examples = variant.draw(Request(PromptEncoder(model), corruption, seed, split))
     if one_length:
         examples = same_length(examples, n)
     return assemble(distinct(examples, n, str(name)), str(name), corruption, metric or variant.metric)
 
 
-def _task(name: str, model: LanguageModel) -> Task:
+def _task(name: str, model: LanguageModel) -> CircuitTask:
     """The task of that name; ``ValueError`` if it does not exist in the language the model reads."""
     here = [task.name for task in TASKS.values() if task.variant(model) is not None]
     side = "in the embedded language" if model.id == "embedded" else "in English"
@@ -88,6 +88,6 @@ def _task(name: str, model: LanguageModel) -> Task:
     if name in TASKS and name not in here:
         raise ValueError(
             f"task: {name} exists {where}, and {model.id} reads another. Expected one of {', '.join(here)}{of}."
-            f"{nearest(name, here)}"
+            f"{nearest_word(name, here)}"
         )
-    return TASKS[choose("task", name, here, of)]
+    return TASKS[choose_task("task", name, here, of)]

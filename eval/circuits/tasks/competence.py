@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....training.activations.model import LanguageModel
-from .pairs import Pairs
+from .pairs import PromptPairs
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Competence:
 
 
 @torch.no_grad()
-def competence(model: LanguageModel, pairs: Pairs, batch_size: int = 32) -> Competence:
+def competence(model: LanguageModel, pairs: PromptPairs, batch_size: int = 32) -> Competence:
     """Runs the model on all prompts, clean and corrupted."""
     clean, corrupted, right = [], [], []
     for batch in pairs.batches(batch_size):
@@ -123,7 +123,7 @@ def _mean_and_error(values: Float[Tensor, " pairs"]) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def _chance(pairs: Pairs) -> float:
+def _chance(pairs: PromptPairs) -> float:
     """How often the best of equally likely tokens is an answer, averaged like accuracy."""
     shares = [[len(q.answers) / (len(q.answers) + len(q.foils)) for q in questions] for questions in pairs.questions]
     return sum(sum(one) / len(one) for one in shares) / len(shares)

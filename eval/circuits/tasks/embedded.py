@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from ....training.embedded import lexicon
-from ....training.embedded.corpus import Prompt, prompts
+from ....training.embedded.corpus import Prompt, task_prompts
 from . import corruptions
 from .pairs import Question
 from .task import Corruption, Example, Request, Variant, with_subject_end
@@ -41,7 +41,7 @@ def _each_repeated(prompt: Prompt, roles: dict[str, int], changes: Changes) -> l
 
 
 @dataclass(frozen=True)
-class Source:
+class EmbeddedTask:
     """Where a task's prompts come from, what its corruptions put into them, and where what is asked.
 
     ``ready`` may cut a prompt earlier than the corpus does, or refuse it.
@@ -78,11 +78,11 @@ class Source:
         return Example(clean, corrupted, questions, with_subject_end(positions))
 
 
-def _prompts(source: Source, request: Request) -> Iterator[Prompt]:
+def _prompts(source: EmbeddedTask, request: Request) -> Iterator[Prompt]:
     """All prompts in order; the corpus gives the first so many at a time."""
     done, size = 0, 128
     while True:
-        batch = prompts(source.task, size, request.seed, request.split, **source.options)
+        batch = task_prompts(source.task, size, request.seed, request.split, **source.options)
         yield from batch[done:]
         done, size = size, 2 * size
 
@@ -183,22 +183,22 @@ def _within_clause(prompt: Prompt) -> Prompt | None:
     return replace(prompt, words=prompt.words[:end], factors=prompt.factors[:end], answers=right, foils=wrong)
 
 
-def _variant(source: Source, kinds: tuple[Corruption, ...], metric: str = "logit_diff") -> Variant:
+def _variant(source: EmbeddedTask, kinds: tuple[Corruption, ...], metric: str = "logit_diff") -> Variant:
     return Variant(kinds, metric, source.examples)
 
 
-def _agreement_of(kind: str, ready: Callable[[Prompt], Prompt | None] = lambda prompt: prompt) -> Source:
-    return Source("agreement", _agreement, ready=ready, options={"kind": kind})
+def _agreement_of(kind: str, ready: Callable[[Prompt], Prompt | None] = lambda prompt: prompt) -> EmbeddedTask:
+    return EmbeddedTask("agreement", _agreement, ready=ready, options={"kind": kind})
 
 
 VARIANTS = {
-    "ioi": _variant(Source("indirect_object", _ioi), corruptions.IOI),
-    "greater_than": _variant(Source("greater_than", _years), corruptions.GREATER_THAN, "prob_diff"),
+    "ioi": _variant(EmbeddedTask("indirect_object", _ioi), corruptions.IOI),
+    "greater_than": _variant(EmbeddedTask("greater_than", _years), corruptions.GREATER_THAN, "prob_diff"),
     "agreement_simple": _variant(_agreement_of("simple"), corruptions.AGREEMENT_SIMPLE),
     "agreement_pp": _variant(_agreement_of("across_pp"), corruptions.AGREEMENT_ACROSS),
     "agreement_rc": _variant(_agreement_of("across_rc", ready=_within_clause), corruptions.AGREEMENT_WITHIN),
     "agreement_across_rc": _variant(_agreement_of("across_rc"), corruptions.AGREEMENT_ACROSS),
-    "pronoun": _variant(Source("pronoun", _pronoun), corruptions.PRONOUN),
-    "induction": _variant(Source("induction", _induction, _each_repeated), corruptions.INDUCTION),
-    "docstring": _variant(Source("argument_copying", _docstring, _any_argument), corruptions.DOCSTRING, "max_logit_diff"),
+    "pronoun": _variant(EmbeddedTask("pronoun", _pronoun), corruptions.PRONOUN),
+    "induction": _variant(EmbeddedTask("induction", _induction, _each_repeated), corruptions.INDUCTION),
+    "docstring": _variant(EmbeddedTask("argument_copying", _docstring, _any_argument), corruptions.DOCSTRING, "max_logit_diff"),
 }

@@ -20,9 +20,9 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ....training.activations.model import LanguageModel
-from .pairs import Pairs, Question
+from .pairs import PromptPairs, Question
 from .published import from_csv, from_json
-from .reader import Reader
+from .reader import PromptEncoder
 from .task import Example, assemble, same_length
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 LISTED = 10
 
 
-class Record(NamedTuple):
+class FileLine(NamedTuple):
     """A line's name in errors, and what is on it."""
 
     where: str
@@ -47,7 +47,7 @@ def read_pairs(
     metric: str | None = None,
     skip: bool = False,
     one_length: bool = False,
-) -> Pairs:
+) -> PromptPairs:
     """The pairs of a file, or ``n`` of them drawn at random, in the file's order.
 
     Every line is checked under the model's tokenizer; ``skip`` leaves lines that do not pass out and logs how many. Files of
@@ -56,7 +56,7 @@ def read_pairs(
     Raises:
         ValueError: If there is no such file, nothing in it, or lines that cannot be used, of which the first are listed.
     """
-    reader, examples, offences = Reader(model), [], []
+    reader, examples, offences = PromptEncoder(model), [], []
     tags: dict[str, set[str]] = {"task": set(), "corruption": set(), "metric": set()}
     for where, values in _records(Path(path)):
         try:
@@ -84,27 +84,27 @@ def read_pairs(
     return assemble(examples, task or Path(path).stem, kind or "corrupted", metric or stated or "logit_diff")
 
 
-def write_pairs(pairs: Pairs, path: str | Path, model: LanguageModel) -> None:
+def write_pairs(pairs: PromptPairs, path: str | Path, model: LanguageModel) -> None:
     """One line per pair, which ``read_pairs`` reads back as it is; text where that gives the same tokens, else their ids."""
-    reader = Reader(model)
+    reader = PromptEncoder(model)
     lines = [json.dumps(_line(pairs, row, reader), ensure_ascii=False) + "\n" for row in range(len(pairs))]
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-def _records(path: Path) -> Iterator[Record]:
+def _records(path: Path) -> Iterator[FileLine]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of pairs, got none there. Give the path of a .jsonl, .json or .csv file.")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".csv":
         rows = csv.DictReader(text.splitlines(keepends=True))
         for row in rows:
-            yield Record(f"line {rows.line_num}", row)
+            yield FileLine(f"line {rows.line_num}", row)
     elif path.suffix == ".json":
-        yield from (Record(f"prompt {number}", prompt) for number, prompt in enumerate(_prompts(path, text), start=1))
+        yield from (FileLine(f"prompt {number}", prompt) for number, prompt in enumerate(_prompts(path, text), start=1))
     else:
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield Record(f"line {number}", line)
+                yield FileLine(f"line {number}", line)
 
 
 def _prompts(path: Path, text: str) -> list:
@@ -121,7 +121,7 @@ def _prompts(path: Path, text: str) -> list:
     return prompts
 
 
-def _ours(values: Any, path: Path, corruption: str | None, reader: Reader) -> dict[str, Any]:
+def _ours(values: Any, path: Path, corruption: str | None, reader: PromptEncoder) -> dict[str, Any]:
     if path.suffix == ".csv":
         return from_csv(values, corruption, reader)
     if isinstance(values, str):
@@ -134,7 +134,7 @@ def _ours(values: Any, path: Path, corruption: str | None, reader: Reader) -> di
     return from_json(values, corruption)
 
 
-def _example(record: Mapping[str, Any], reader: Reader) -> Example:
+def _example(record: Mapping[str, Any], reader: PromptEncoder) -> Example:
     """A checked record as token ids; ``ValueError`` says what is wrong with it."""
     clean, corrupted = (_prompt_ids(record, key, reader) for key in ("clean", "corrupted"))
     if len(clean) != len(corrupted):
@@ -152,7 +152,7 @@ def _example(record: Mapping[str, Any], reader: Reader) -> Example:
     return Example(clean, corrupted, questions, dict(roles))
 
 
-def _prompt_ids(record: Mapping[str, Any], key: str, reader: Reader) -> tuple[int, ...]:
+def _prompt_ids(record: Mapping[str, Any], key: str, reader: PromptEncoder) -> tuple[int, ...]:
     prompt = record[key]
     if not prompt or not isinstance(prompt, str | list):
         raise ValueError(f"{key} is {prompt!r}; expected text, or a list of token ids")
@@ -161,7 +161,7 @@ def _prompt_ids(record: Mapping[str, Any], key: str, reader: Reader) -> tuple[in
     return tuple(_known(token, reader) for token in prompt)
 
 
-def _question(asked: Mapping[str, Any], prompt: str | list, clean: tuple[int, ...], reader: Reader) -> Question:
+def _question(asked: Mapping[str, Any], prompt: str | list, clean: tuple[int, ...], reader: PromptEncoder) -> Question:
     position = asked.get("position", len(clean) - 1)
     if not (isinstance(position, int) and 0 <= position < len(clean)):
         raise ValueError(f"position is {position!r}; expected one of 0 to {len(clean) - 1}")
@@ -187,7 +187,7 @@ def _several(asked: Mapping[str, Any], key: str) -> list:
     return [value]
 
 
-def _token(answer: Any, before: str | None, reader: Reader) -> int:
+def _token(answer: Any, before: str | None, reader: PromptEncoder) -> int:
     if isinstance(answer, str):
         if before is None:
             raise ValueError(f"{answer!r} continues token ids that are no text; give its token id")
@@ -195,7 +195,7 @@ def _token(answer: Any, before: str | None, reader: Reader) -> int:
     return _known(answer, reader)
 
 
-def _known(token: Any, reader: Reader) -> int:
+def _known(token: Any, reader: PromptEncoder) -> int:
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < reader.vocabulary:
         raise ValueError(f"{token!r} is no token id of this model; expected 0 to {reader.vocabulary - 1}")
     return token
@@ -216,7 +216,7 @@ def _one(path: str | Path, tag: str, found: set[str]) -> str | None:
     return next(iter(found), None)
 
 
-def _line(pairs: Pairs, row: int, reader: Reader) -> dict[str, Any]:
+def _line(pairs: PromptPairs, row: int, reader: PromptEncoder) -> dict[str, Any]:
     end = int(pairs.lengths[row])
     clean, corrupted = (ids[row, :end].tolist() for ids in (pairs.clean, pairs.corrupted))
     line: dict[str, Any] = {"clean": reader.text(clean) or clean, "corrupted": reader.text(corrupted) or corrupted}
@@ -234,12 +234,12 @@ def _line(pairs: Pairs, row: int, reader: Reader) -> dict[str, Any]:
     return line | {"task": pairs.task, "corruption": pairs.corruption, "metric": pairs.metric}
 
 
-def _words(tokens: tuple[int, ...], before: list[int], reader: Reader) -> list[str | int]:
+def _words(tokens: tuple[int, ...], before: list[int], reader: PromptEncoder) -> list[str | int]:
     """Each token as the text that continues the prompt, or as its id where no text does."""
     prompt = reader.text(before)
     return [token if prompt is None else _word(token, prompt, before, reader) for token in tokens]
 
 
-def _word(token: int, prompt: str, before: list[int], reader: Reader) -> str | int:
+def _word(token: int, prompt: str, before: list[int], reader: PromptEncoder) -> str | int:
     whole = reader.text([*before, token])
     return token if whole is None or not whole.startswith(prompt) else whole[len(prompt) :]

@@ -21,7 +21,7 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class PromptPairs:
     """Pairs of one task. Shorter prompts are padded on the right; ``lengths`` are without padding.
 
     ``corruption`` names what was changed, ``roles`` are named positions of each pair, as far as the task knows them.
@@ -83,7 +83,7 @@ class Pairs:
                 f"many pairs have each) {lengths}. Give pairs of one length, or do not tell positions apart."
             )
 
-    def take(self, rows: slice | Sequence[int] | Tensor) -> "Pairs":
+    def take(self, rows: slice | Sequence[int] | Tensor) -> "PromptPairs":
         """Some of the pairs, in the order of ``rows``; a pair may be taken several times."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         chosen = index.tolist()
@@ -96,7 +96,7 @@ class Pairs:
             roles=tuple(self.roles[row] for row in chosen) if self.roles else (),
         )
 
-    def batches(self, size: int) -> Iterator["Pairs"]:
+    def batches(self, size: int) -> Iterator["PromptPairs"]:
         """All pairs in order, so many at a time."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))

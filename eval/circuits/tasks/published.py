@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .reader import Reader
-from .task import choose
+from .reader import PromptEncoder
+from .task import choose_task
 
 # Key names for the same thing, ours first: those of this library's and others' JSON lines, of feature-circuits
 # (Marks et al. 2024), and of auto-circuit (Miller et al. 2024).
@@ -49,7 +49,7 @@ def from_json(record: Mapping[str, Any], corruption: str | None) -> dict[str, An
             raise ValueError(f"has no {' or '.join(names)}, only {', '.join(map(str, record)) or 'nothing'}")
     ours["corruption"] = record.get("corruption", "corrupted")
     if corruption is not None:
-        choose("corruption", corruption, [ours["corruption"]])
+        choose_task("corruption", corruption, [ours["corruption"]])
     return ours
 
 
@@ -57,7 +57,7 @@ def _from_mib(record: Mapping[str, Any], corruption: str | None) -> dict[str, An
     kinds = [key.removesuffix(COUNTERFACTUAL) for key in record if key.endswith(COUNTERFACTUAL)]
     if corruption is None:
         corruption = next((kind for kind in PREFERRED if kind in kinds), kinds[0])
-    corruption = choose("corruption", corruption.removesuffix(COUNTERFACTUAL), kinds)
+    corruption = choose_task("corruption", corruption.removesuffix(COUNTERFACTUAL), kinds)
     other = record[corruption + COUNTERFACTUAL]
     answers, corrupted_answers = _choice(record), _choice(other)
     # Where the corrupted prompt has the same answer, the other choices are wrong.
@@ -85,7 +85,7 @@ def _choice(record: Any) -> list[str]:
     return [choices[right], *choices[:right], *choices[right + 1 :]]
 
 
-def from_csv(row: Mapping[str, str], corruption: str | None, reader: Reader) -> dict[str, Any]:
+def from_csv(row: Mapping[str, str], corruption: str | None, reader: PromptEncoder) -> dict[str, Any]:
     """A row of EAP-IG's files. Their token ids are of the tokenizer the file was written for, which nothing here can check.
 
     Raises:
@@ -94,7 +94,7 @@ def from_csv(row: Mapping[str, str], corruption: str | None, reader: Reader) -> 
     kinds = [key for key in CORRUPTED if row.get(key)]
     if not row.get("clean") or not kinds:
         raise ValueError(f"has no clean and corrupted, only {', '.join(map(str, row))}")
-    corruption = choose("corruption", corruption or kinds[0], kinds)
+    corruption = choose_task("corruption", corruption or kinds[0], kinds)
     ours: dict[str, Any] = {"clean": _prompt(row["clean"]), "corrupted": _prompt(row[corruption]), "corruption": corruption}
     for answers, foils, metric in COLUMNS:
         if row.get(answers) and row.get(foils):
@@ -115,7 +115,7 @@ def _ids(text: str) -> list[int]:
     return found if isinstance(found, list) else [found]
 
 
-def _exceeding(year: str, reader: Reader) -> dict[str, list[int]]:
+def _exceeding(year: str, reader: PromptEncoder) -> dict[str, list[int]]:
     known = reader.two_digits
     if len(known) < 100 or not (year.isdigit() and int(year) < 99):
         raise ValueError(

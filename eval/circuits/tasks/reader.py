@@ -6,7 +6,7 @@ from functools import cached_property
 from ....training.activations.model import LanguageModel
 
 
-class Reader:
+class PromptEncoder:
     """Text to token ids as the model expects them: what its tokenizer puts in front comes first, nothing after the text.
 
     The embedded model was trained on documents that begin with BOS, which its tokenizer does not add by itself.

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from ....training.activations.model import LanguageModel
-from .pairs import Pairs, Question
-from .reader import Reader
+from .pairs import PromptPairs, Question
+from .reader import PromptEncoder
 
 # How many draws in a row may repeat what is there before a task counts as exhausted.
 REPEATS = 1000
@@ -39,7 +39,7 @@ class Example(NamedTuple):
 class Request(NamedTuple):
     """What is asked of a task's generator."""
 
-    reader: Reader
+    reader: PromptEncoder
     corruption: str
     seed: int
     split: str
@@ -55,7 +55,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Task:
+class CircuitTask:
     """A task by name: on the embedded model, and on models that read English; it may lack one of them."""
 
     name: str
@@ -68,7 +68,7 @@ class Task:
         return self.embedded if model.id == "embedded" else self.english
 
 
-def choose(where: str, name: str, names: Iterable[str], of: str = "") -> str:
+def choose_task(where: str, name: str, names: Iterable[str], of: str = "") -> str:
     """``name`` if it is one of ``names``.
 
     Raises:
@@ -77,10 +77,10 @@ def choose(where: str, name: str, names: Iterable[str], of: str = "") -> str:
     names = list(names)
     if name in names:
         return name
-    raise ValueError(f"{where}: expected one of {', '.join(names)}{of}, got {name!r}.{nearest(name, names)}")
+    raise ValueError(f"{where}: expected one of {', '.join(names)}{of}, got {name!r}.{nearest_word(name, names)}")
 
 
-def nearest(name: str, names: list[str]) -> str:
+def nearest_word(name: str, names: list[str]) -> str:
     """A sentence that suggests the name most like it, for the end of an error."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     return f" Did you mean {near[0]!r}?" if near else ""
@@ -123,7 +123,7 @@ def with_subject_end(roles: dict[str, int]) -> dict[str, int]:
     return roles | {"S1+1": roles["S1"] + 1} if "S1" in roles else roles
 
 
-def assemble(examples: list[Example], task: str, corruption: str, metric: str) -> Pairs:
+def assemble(examples: list[Example], task: str, corruption: str, metric: str) -> PromptPairs:
     """Pairs of examples; shorter ones are padded on the right with token 0, which causal models never look at."""
     lengths = torch.tensor([len(example.clean) for example in examples])
     clean, corrupted = torch.zeros((2, len(examples), int(lengths.max())), dtype=torch.long)
@@ -133,4 +133,4 @@ def assemble(examples: list[Example], task: str, corruption: str, metric: str) -
         corrupted[row, : lengths[row]] = torch.tensor(example.corrupted)
     questions = tuple(example.questions for example in examples)
     roles = tuple(example.roles for example in examples) if any(example.roles for example in examples) else ()
-    return Pairs(task, corruption, clean, corrupted, questions, lengths, metric, roles)
+    return PromptPairs(task, corruption, clean, corrupted, questions, lengths, metric, roles)

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import Pairs
+from ..tasks.pairs import PromptPairs
 from .space import Space, State
 
 ABLATIONS = ("resample", "mean", "zero", "optimal")
-Filler = Callable[[Pairs], State]
+Filler = Callable[[PromptPairs], State]
 
 BATCH = 32
 OPTIMAL_STEPS = 100
@@ -25,7 +25,7 @@ OPTIMAL_STEPS = 100
 OPTIMAL_RATE = 0.05
 
 
-def filler(space: Space, kind: str, reference: Pairs, seed: int = 0) -> Filler:
+def ablation_values(space: Space, kind: str, reference: PromptPairs, seed: int = 0) -> Filler:
     """What fills in for absent units of a batch of pairs; all but ``resample`` take it from ``reference``.
 
     Raises:
@@ -44,7 +44,7 @@ def filler(space: Space, kind: str, reference: Pairs, seed: int = 0) -> Filler:
 
 
 @torch.no_grad()
-def mean_state(space: Space, pairs: Pairs) -> State:
+def mean_state(space: Space, pairs: PromptPairs) -> State:
     """The mean of what units carry on the corrupted prompts; over positions too where prompts differ in length."""
     sums: State = []
     for some in pairs.batches(BATCH):
@@ -57,7 +57,7 @@ def mean_state(space: Space, pairs: Pairs) -> State:
     return [total.sum(1, keepdim=True) / pairs.lengths.sum() for total in sums]
 
 
-def optimal_state(space: Space, pairs: Pairs, start: State, seed: int = 0, steps: int = OPTIMAL_STEPS) -> State:
+def optimal_state(space: Space, pairs: PromptPairs, start: State, seed: int = 0, steps: int = OPTIMAL_STEPS) -> State:
     """Constants learned from ``start``: the model's output is to stay close, in KL, when a random share of units has them.
 
     Every step leaves out each unit with a probability that is itself drawn anew, so constants serve circuits of every size.
@@ -82,7 +82,7 @@ def optimal_state(space: Space, pairs: Pairs, start: State, seed: int = 0, steps
 
 
 def divergence(
-    pairs: Pairs,
+    pairs: PromptPairs,
     clean: Float[Tensor, "pairs positions vocabulary"],
     changed: Float[Tensor, "pairs positions vocabulary"],
 ) -> Float[Tensor, " pairs"]:
@@ -91,5 +91,5 @@ def divergence(
     return pairs.per_pair((reference.exp() * (reference - others)).sum(-1))
 
 
-def _valid(pairs: Pairs, tensor: Tensor) -> Tensor:
+def _valid(pairs: PromptPairs, tensor: Tensor) -> Tensor:
     return pairs.valid.to(tensor).view(*pairs.valid.shape, *(1,) * (tensor.ndim - 2))

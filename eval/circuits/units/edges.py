@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ....training.activations.architecture import Anatomy, Norm
+from ....training.activations.architecture import Architecture, Norm
 from ....training.activations.model import LanguageModel
 from ....training.activations.ungrouped_attention import ungrouped
 from .edge_list import SIDES, EdgeList, Stage
@@ -27,7 +27,7 @@ from .space import Space, State
 class _Hooks:
     """Where a block's streams are read, and where its heads and its MLP write; None for those of an MLP that is not there."""
 
-    def __init__(self, anatomy: Anatomy, layer: int):
+    def __init__(self, anatomy: Architecture, layer: int):
         block = anatomy.blocks[layer]
         self.stream = f"{anatomy.attention_norm_path(layer)}:in"
         self.inputs = anatomy.head_inputs(layer)
@@ -40,7 +40,7 @@ class _Hooks:
 
 
 class EdgeSpace(Space):
-    """All edges of a model that an ``Anatomy`` can take apart; ``edges`` says which is which.
+    """All edges of a model that an ``Architecture`` can take apart; ``edges`` says which is which.
 
     States are the embedding, then of each layer the mixed values of its heads (which ``W_O`` turns into what they write) and
     what its MLP writes. Slopes are gradients by the inputs of receivers, ``(pairs, positions, receivers, d_model)`` for every
@@ -51,7 +51,7 @@ class EdgeSpace(Space):
     """
 
     def __init__(self, model: LanguageModel):
-        self.anatomy = anatomy = Anatomy(model)
+        self.anatomy = anatomy = Architecture(model)
         super().__init__(ungrouped(anatomy))
         self._frozen_norms = False
         mlps = [block.mlp is not None for block in anatomy.blocks]

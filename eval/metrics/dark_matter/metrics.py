@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...undefined import Undefined
-from ..base import MetricGroup, Setting, View
+from ..base import DictionaryOutputs, MetricGroup, Setting
 from ..model_outputs import Predictions
 from .decomposition import AuthorsSplit, DarkMatter, FitOptions, LinearFit
 from .downstream_cost import Shares
@@ -89,7 +89,7 @@ class ErrorSplit(MetricGroup):
         on_target = None if self.on_target is None else DarkMatter(self.on_target, on_target=True)
         return DarkMatter(self.on_input, self.reads_target), on_target
 
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         documents = None if piece.passage is None else torch.from_numpy(piece.passage.documents).long().to(piece.x.device)
         error = piece.y - piece.y_hat
         self.on_input.update(piece.x, error, documents)
@@ -98,7 +98,7 @@ class ErrorSplit(MetricGroup):
         if self.authors is not None:
             self.authors.update(piece.x, piece.y, piece.y_hat)
 
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         on_input, on_target = self.scored
         on_input.update(piece.x, piece.y, piece.y_hat)
         if on_target is not None:
@@ -184,13 +184,13 @@ class ErrorCost(MetricGroup):
     def scored(self) -> DarkMatter:
         return DarkMatter(self.fitted)
 
-    def fit(self, piece: View) -> None:
+    def fit(self, piece: DictionaryOutputs) -> None:
         assert piece.passage is not None
         documents = torch.from_numpy(piece.passage.documents).long().to(piece.x.device)
         self.fitted.update(piece.x, piece.y - piece.y_hat, documents)
         self.norms.fit(*norm_facts(piece))
 
-    def score(self, piece: View) -> None:
+    def score(self, piece: DictionaryOutputs) -> None:
         passage = piece.passage
         assert passage is not None
         self.norms.score(*norm_facts(piece))
@@ -211,7 +211,7 @@ class ErrorCost(MetricGroup):
         return entries | self.norms.report()
 
 
-def norm_facts(piece: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_facts(piece: DictionaryOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``NormRegressions`` reads, on the rows at which the model's loss is counted."""
     passage = piece.passage
     assert passage is not None
@@ -222,7 +222,7 @@ def norm_facts(piece: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, passage.token_ids[rows], targets, torch.stack([x.norm(dim=-1), l0, passage.clean_loss.double()], dim=1)
 
 
-def with_parts_back(setting: Setting, piece: View, parts: Mapping[str, Tensor]) -> dict[str, Predictions]:
+def with_parts_back(setting: Setting, piece: DictionaryOutputs, parts: Mapping[str, Tensor]) -> dict[str, Predictions]:
     """What the model predicts on ``spliced`` reconstructions, and with each of the ``parts`` of the error put back to them."""
     model, hook, passage = setting.model, setting.hook_out, piece.passage
     assert model is not None

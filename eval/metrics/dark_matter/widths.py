@@ -1,6 +1,6 @@
 """The dark matter of several dictionaries of one place, in the same passes of the model; and its law in their width.
 
-``judge_together`` goes over one half of the held-out documents twice, to fit the maps, and then what needs their parts; the
+``evaluate_widths`` goes over one half of the held-out documents twice, to fit the maps, and then what needs their parts; the
 other half is scored. The widths' law, ``fvu = c + a W^m`` with ``m < 0``, is that of Engels, Riggs and Tegmark 2024,
 arXiv:2410.14670.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ....sae import SparseDictionary
 from ....training.text import Cursor
-from ...heldout import Ground, require_fitted, require_scored
+from ...heldout import EvalData, require_fitted, require_scored
 from ...undefined import settled
-from ..base import Setting, View
-from ..model_outputs import Passage
+from ..base import DictionaryOutputs, Setting
+from ..model_outputs import ModelOutputs
 from .decomposition import USUAL, DarkMatter, FitOptions, LinearFit
 from .downstream_cost import Shares
 from .error_norms import NormRegressions
@@ -62,7 +62,7 @@ class _One:
         self.shares = Shares()
         self.layer = None if earlier is None else EarlierLayer(earlier.setting.dictionary.d_out, widths[1], device)
 
-    def first(self, view: View, documents: Tensor, pursue: bool) -> None:
+    def first(self, view: DictionaryOutputs, documents: Tensor, pursue: bool) -> None:
         self.fit.update(view.x, view.y - view.y_hat, documents)
         if pursue:
             self.pursued_fit.update(view.x, view.y - self.pursued_hat(view)[0], documents)
@@ -72,15 +72,15 @@ class _One:
         if self.pursued_fit.tokens:
             self.pursued_matter = DarkMatter(self.pursued_fit, self.setting.reads_target)
 
-    def pursued_hat(self, view: View) -> tuple[Tensor, Tensor]:
+    def pursued_hat(self, view: DictionaryOutputs) -> tuple[Tensor, Tensor]:
         code = pursued(self.setting.dictionary, view.y, view.code)
         return self.setting.dictionary.decode(code, view.x), code.l0()
 
-    def parts(self, view: View) -> dict[str, Tensor]:
+    def parts(self, view: DictionaryOutputs) -> dict[str, Tensor]:
         assert self.matter is not None
         return parts_of(view.x, view.y, view.y_hat, self.matter)
 
-    def second(self, view: View, earlier: View | None, scored: bool) -> tuple[Tensor, Tensor]:
+    def second(self, view: DictionaryOutputs, earlier: DictionaryOutputs | None, scored: bool) -> tuple[Tensor, Tensor]:
         """Norms and the earlier layer; returns norms of the error and of its nonlinear part."""
         assert view.passage is not None
         parts = self.parts(view)
@@ -97,7 +97,7 @@ class _One:
             self.layer.update(scored, parts, found)
         return parts["error"].norm(dim=-1), parts["nonlinear"].norm(dim=-1)
 
-    def score(self, view: View, splice: bool) -> None:
+    def score(self, view: DictionaryOutputs, splice: bool) -> None:
         assert self.matter is not None
         self.matter.update(view.x, view.y, view.y_hat)
         if self.pursued_matter is not None:
@@ -124,8 +124,8 @@ class _One:
 
 
 @torch.no_grad()
-def judge_together(
-    where: Ground,
+def evaluate_widths(
+    where: EvalData,
     hooks: tuple[str, str],
     dictionaries: Mapping[str, SparseDictionary],
     tokens: int,
@@ -161,22 +161,22 @@ def judge_together(
     scaling = Scaling(list(ones), model.device)
     cursor, fitted, scored = Cursor(0, 0), 0, 0
     for piece in where.pieces(Cursor(0, 0), tokens // 2):
-        passage = Passage(where.model, piece, every, with_logits=False)
+        passage = ModelOutputs(where.model, piece, every, with_logits=False)
         documents = torch.from_numpy(passage.documents).long().to(model.device)
         if before is not None:
-            before.first(View(before.setting, passage), documents, pursue=False)
+            before.first(DictionaryOutputs(before.setting, passage), documents, pursue=False)
         for one in ones.values():
-            one.first(View(one.setting, passage), documents, pursue)
+            one.first(DictionaryOutputs(one.setting, passage), documents, pursue)
         cursor, fitted = piece.cursor, fitted + int(piece.kept.sum())
     require_fitted(fitted)
     for one in (*ones.values(), *([] if before is None else [before])):
         one.solve()
     for piece in where.pieces(Cursor(0, 0), tokens // 2):
-        scaling.fit(*_across(ones, before, Passage(where.model, piece, every, with_logits=True), False)[:2])
+        scaling.fit(*_across(ones, before, ModelOutputs(where.model, piece, every, with_logits=True), False)[:2])
     # The document the first half ended in is not scored.
     other_half = Cursor(cursor.document + 1, 0)
     for piece in where.pieces(other_half, tokens - tokens // 2):
-        errors, nonlinear, views = _across(ones, before, Passage(where.model, piece, every, with_logits=True), True)
+        errors, nonlinear, views = _across(ones, before, ModelOutputs(where.model, piece, every, with_logits=True), True)
         scaling.score(errors, nonlinear)
         for one, view in zip(ones.values(), views, strict=True):
             one.score(view, splice)
@@ -186,10 +186,12 @@ def judge_together(
     return Judged({name: one.report() for name, one in ones.items()}, scaling.report(), maps, other_half)
 
 
-def _across(ones: Mapping[str, _One], before: _One | None, passage: Passage, scored: bool) -> tuple[Tensor, Tensor, list[View]]:
+def _across(
+    ones: Mapping[str, _One], before: _One | None, passage: ModelOutputs, scored: bool
+) -> tuple[Tensor, Tensor, list[DictionaryOutputs]]:
     """Norms of all errors and of their nonlinear parts, one column per dictionary."""
-    earlier = None if before is None else View(before.setting, passage)
-    views = [View(one.setting, passage) for one in ones.values()]
+    earlier = None if before is None else DictionaryOutputs(before.setting, passage)
+    views = [DictionaryOutputs(one.setting, passage) for one in ones.values()]
     norms = [one.second(view, earlier, scored) for one, view in zip(ones.values(), views, strict=True)]
     return torch.stack([norm for norm, _ in norms], dim=1), torch.stack([norm for _, norm in norms], dim=1), views
 

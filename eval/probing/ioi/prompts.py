@@ -43,7 +43,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Words:
+class PromptWords:
     """Names, places and objects that are one token each for the model at hand, and how to write them."""
 
     tokenizer: Any
@@ -52,7 +52,7 @@ class Words:
     things: list[str]
 
     @classmethod
-    def of(cls, model: LanguageModel, n_names: int = N_NAMES) -> "Words":
+    def of(cls, model: LanguageModel, n_names: int = N_NAMES) -> "PromptWords":
         """As many names as asked for, half of either gender.
 
         Raises:
@@ -75,7 +75,7 @@ class Words:
             )
         return cls(model.tokenizer, known[0] + known[1], places, things)
 
-    def prompts(self, plans: Sequence["Plan"]) -> Prompts:
+    def prompts(self, plans: Sequence["PromptPlan"]) -> Prompts:
         """The prompts of these plans."""
         bos = self.tokenizer.bos_token_id
         prefix = [*([] if bos is None else [bos]), *(i for word in PREFIX.split() for i in _ids(self.tokenizer, word))]
@@ -94,7 +94,7 @@ class Words:
         padded = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         return Prompts(padded, torch.tensor(places), io, s, pos, name_ids)
 
-    def _words(self, plan: "Plan") -> list[tuple[str, str]]:
+    def _words(self, plan: "PromptPlan") -> list[tuple[str, str]]:
         io, s = self.names[plan.io], self.names[plan.s]
         first, second = (("s1", s), ("io", io)) if plan.pos else (("io", io), ("s1", s))
         slots = {"{0}": first, "{1}": second, "{s}": ("s2", s)}
@@ -104,7 +104,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PromptPlan:
     """Everything that decides a prompt."""
 
     io: int
@@ -115,12 +115,12 @@ class Plan:
     place: int
     thing: int
 
-    def changed(self, attribute: str, value: int) -> "Plan":
+    def changed(self, attribute: str, value: int) -> "PromptPlan":
         """The same prompt but for one attribute."""
-        return Plan(**{**self.__dict__, attribute: value})
+        return PromptPlan(**{**self.__dict__, attribute: value})
 
 
-def draw_plans(words: Words, n: int, seed: int, names: Sequence[int] | None = None) -> list[Plan]:
+def draw_plans(words: PromptWords, n: int, seed: int, names: Sequence[int] | None = None) -> list[PromptPlan]:
     """Independent prompts; IO and S differ."""
     generator = np.random.default_rng(seed)
     pool = np.arange(len(words.names)) if names is None else np.array(names)
@@ -128,7 +128,7 @@ def draw_plans(words: Words, n: int, seed: int, names: Sequence[int] | None = No
     found = []
     for _ in range(n):
         io, s = generator.choice(pool, 2, replace=False)
-        found.append(Plan(int(io), int(s), *(int(generator.integers(size)) for size in sizes)))
+        found.append(PromptPlan(int(io), int(s), *(int(generator.integers(size)) for size in sizes)))
     return found
 
 

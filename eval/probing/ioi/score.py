@@ -16,7 +16,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..probes import bootstrap_mean, f1_of, split_latents
-from ..subject import Subject
+from ..subject import ProbeTarget
 from .prompts import (
     ATTRIBUTES,
     CROSS_SECTIONS,
@@ -26,7 +26,7 @@ from .prompts import (
     POSITIONS,
     SCORED_PROMPTS,
     Prompts,
-    Words,
+    PromptWords,
     draw_plans,
 )
 from .supervised import (
@@ -101,16 +101,16 @@ def greedy_edit(
 
 @dataclass(frozen=True)
 class _Setting:
-    subject: Subject
-    words: Words
+    subject: ProbeTarget
+    words: PromptWords
     supervised: Supervised
     writes: Tensor
     bias: Tensor
     seed: int
 
 
-def judge_supervised(
-    subject: Subject,
+def score_supervised(
+    subject: ProbeTarget,
     seed: int = 0,
     n_names: int = N_NAMES,
     fit_prompts: int = FIT_PROMPTS,
@@ -123,7 +123,7 @@ def judge_supervised(
         ValueError: If the dictionary writes elsewhere, or the model's tokenizer splits names.
     """
     subject.require_in_place("supervised")
-    words = Words.of(subject.model, n_names)
+    words = PromptWords.of(subject.model, n_names)
     fit, scored = (words.prompts(draw_plans(words, n, 2 * seed + i)) for i, n in enumerate((fit_prompts, scored_prompts)))
     x_fit, x = cross_section(subject, fit), cross_section(subject, scored)
     scale = subject.dictionary.out_scale
@@ -340,7 +340,7 @@ def _occlusion(
     return rows
 
 
-def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def supervised_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines for a terminal: a line for each cross-section."""
 
     def cell(key: str) -> str:

@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..subject import Subject
+from ..subject import ProbeTarget
 from .prompts import Prompts
 
 BATCH = 64
 
 
 @torch.no_grad()
-def cross_section(subject: Subject, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
+def cross_section(subject: ProbeTarget, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
     """Activations at the four positions."""
     found = []
     for ids, places in zip(prompts.token_ids.split(BATCH), prompts.places.split(BATCH), strict=True):
@@ -26,7 +26,7 @@ def cross_section(subject: Subject, prompts: Prompts) -> Float[Tensor, "prompts 
 
 @torch.no_grad()
 def end_logits(
-    subject: Subject, prompts: Prompts, positions: Sequence[int] = (), put: Float[Tensor, "prompts 4 d"] | None = None
+    subject: ProbeTarget, prompts: Prompts, positions: Sequence[int] = (), put: Float[Tensor, "prompts 4 d"] | None = None
 ) -> Float[Tensor, "prompts names"]:
     """Logits of the names at END, with some of the four positions replaced."""
     model, found = subject.model, []
@@ -94,6 +94,6 @@ def logit_difference(logits: Float[Tensor, "prompts names"], prompts: Prompts) -
 
 
 @torch.no_grad()
-def _codes(subject: Subject, x: Float[Tensor, "prompts 4 d"]) -> Float[Tensor, "prompts 4 n_latents"]:
+def _codes(subject: ProbeTarget, x: Float[Tensor, "prompts 4 d"]) -> Float[Tensor, "prompts 4 n_latents"]:
     found = [subject.encode(part).to_dense(subject.dictionary.n_latents).float().cpu() for part in x.flatten(0, 1).split(1024)]
     return torch.cat(found).unflatten(0, x.shape[:2])

@@ -9,9 +9,9 @@ from ..absorption import absorbed
 from ..datasets import Pooled, embedded_tokens, halves
 from ..factors import LEAST_PROBE_F1, labels_of
 from ..probes import f1_of, logistic, split_latents
-from ..subject import Subject, sparse_codes
+from ..subject import ProbeTarget, sparse_codes
 from .datasets import _split, _take
-from .output import Task
+from .output import SaebenchResult
 from .scr_tpp import _writes
 
 ABSORPTION_TOKENS = 30_000
@@ -19,7 +19,9 @@ ABSORPTION_TOKENS = 30_000
 ABSORBABLE = ("class", "gender", "number", "century")
 
 
-def absorption(subject: Subject, data: list[Pooled] | None, seed: int = 0, tokens: int = ABSORPTION_TOKENS) -> Task:
+def absorption(
+    subject: ProbeTarget, data: list[Pooled] | None, seed: int = 0, tokens: int = ABSORPTION_TOKENS
+) -> SaebenchResult:
     """Absorption of labels: of the embedded corpus's word classes, token by token, or of labelled texts, text by text.
 
     SAEBench asks this of first letters only, so its result file has no name for our labels but ``first_letter``: there is
@@ -71,11 +73,11 @@ def absorption(subject: Subject, data: list[Pooled] | None, seed: int = 0, token
         if not scored
         else f"   full {mean['mean_full_absorption_score']:.3f}   latents {mean['mean_num_split_features']:.2f}"
     )
-    return Task(summary, {"mean": mean}, details, config, [("absorption", f"{shown}   of {len(scored)} labels")])
+    return SaebenchResult(summary, {"mean": mean}, details, config, [("absorption", f"{shown}   of {len(scored)} labels")])
 
 
 def _absorption_row(
-    subject: Subject, x: np.ndarray, codes: sparse.csc_array, y: np.ndarray, fitted: np.ndarray, name: str, seed: int
+    subject: ProbeTarget, x: np.ndarray, codes: sparse.csc_array, y: np.ndarray, fitted: np.ndarray, name: str, seed: int
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"label": name, "mean_absorption_fraction": None, "full_absorption_rate": None, "why": None}
     generator = np.random.default_rng(seed)

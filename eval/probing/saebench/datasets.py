@@ -10,7 +10,7 @@ from scipy import sparse
 
 from ....training.embedded import corpus
 from ..datasets import Labelled, Pooled
-from ..probes import Columns
+from ..probes import ProbeInputs
 
 # Of each class; SAEBench has 4,000 and 1,000 texts a task.
 PASSAGES = 300
@@ -24,18 +24,18 @@ def embedded_data(seed: int = 0, passages: int = PASSAGES) -> list[Labelled]:
     tasks = [passage for task in corpus.TASKS for passage in _passages(task, seed, lambda p, t=task: t, {task: passages})]
     professions = {"doctor", "nurse"}
 
-    def person(passage: corpus.Passage) -> tuple[str, str] | None:
+    def person(passage: corpus.FilledPassage) -> tuple[str, str] | None:
         found = {str(w.factors["entity"]) for w in passage.words if w.factors["role"] == "profession"} & professions
         gender = next(w.factors["gender"] for w in passage.words if "gender" in w.factors)
         return (str(gender), found.pop()) if len(found) == 1 else None
 
-    def numbers(passage: corpus.Passage) -> tuple[str, str] | None:
+    def numbers(passage: corpus.FilledPassage) -> tuple[str, str] | None:
         subject = next(w.factors["number"] for w in passage.words if w.factors["role"] == "subject")
         other = [w.factors["number"] for w in passage.words if w.factors["role"] == "attractor"]
         names = ("singular", "plural")
         return (names[int(subject)], names[int(other[0])]) if other else None
 
-    def order(passage: corpus.Passage) -> str | None:
+    def order(passage: corpus.FilledPassage) -> str | None:
         return next((str(w.factors["order"]) for w in passage.words if w.factors.get("order", "ABC") != "ABC"), None)
 
     pairs = {(gender, profession): passages for gender in ("male", "female") for profession in sorted(professions)}
@@ -52,13 +52,13 @@ def embedded_data(seed: int = 0, passages: int = PASSAGES) -> list[Labelled]:
 
 
 def _passages(
-    task: str, seed: int, label: Callable[[corpus.Passage], Any], wanted: dict[Any, int], topic: int = 0
+    task: str, seed: int, label: Callable[[corpus.FilledPassage], Any], wanted: dict[Any, int], topic: int = 0
 ) -> list[tuple[str, Any]]:
     """Texts and labels of so many passages of each label."""
     left, found, index = dict(wanted), [], 0
     while any(left.values()):
-        passage = corpus.Passage(task)
-        corpus.TASKS[task][0](corpus.Draw(f"labelled/{seed}/{task}/{topic}/{index}", "all"), passage, topic)
+        passage = corpus.FilledPassage(task)
+        corpus.TASKS[task][0](corpus.DocumentChoices(f"labelled/{seed}/{task}/{topic}/{index}", "all"), passage, topic)
         index += 1
         what = label(passage)
         if left.get(what):
@@ -119,7 +119,7 @@ def _balanced(labels: np.ndarray, rows: np.ndarray, positive: str, generator: np
     return np.concatenate([generator.permutation(yes)[:n], others[np.argsort(ranks, kind="stable")[:n]]])
 
 
-def _take(columns: Columns, rows: np.ndarray, some: np.ndarray | None = None) -> Columns:
+def _take(columns: ProbeInputs, rows: np.ndarray, some: np.ndarray | None = None) -> ProbeInputs:
     if isinstance(columns, np.ndarray):
         return columns[rows] if some is None else columns[rows][:, some]
     part = sparse.csr_array(columns)[rows]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..probes import Columns
-from ..subject import Subject
+from ..probes import ProbeInputs
+from ..subject import ProbeTarget
 from .adapter import SaeBenchAdapter
 from .datasets import _take
 
@@ -23,7 +23,7 @@ PENALTY = 0.1
 
 
 @dataclass(frozen=True)
-class Task:
+class SaebenchResult:
     """A task's figures, flat; what belongs in SAEBench's result file; and lines for a terminal."""
 
     summary: dict[str, Any]
@@ -33,13 +33,13 @@ class Task:
     lines: list[tuple[str, str]]
 
 
-def _largest_difference(columns: Columns, y: np.ndarray) -> np.ndarray:
+def _largest_difference(columns: ProbeInputs, y: np.ndarray) -> np.ndarray:
     """Columns by falling |mean where true - mean where false|."""
     yes, no = (np.asarray(_take(columns, np.flatnonzero(side)).mean(0)).ravel() for side in (y, ~y))
     return np.argsort(-np.abs(yes - no), kind="stable")
 
 
-def result_file(subject: Subject, checkpoint: str, eval_type: str, task: Task) -> dict[str, Any]:
+def result_file(subject: ProbeTarget, checkpoint: str, eval_type: str, task: SaebenchResult) -> dict[str, Any]:
     """A task's results as SAEBench writes them; only the time differs from one run to the next."""
     identity = f"{checkpoint}/{eval_type}/{task.config['random_seed']}"
     return {

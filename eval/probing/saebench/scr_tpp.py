@@ -6,15 +6,15 @@ import numpy as np
 from scipy import sparse
 
 from ..datasets import Pooled
-from ..probes import Probe, logistic
-from ..subject import Subject
+from ..probes import LinearProbe, logistic
+from ..subject import ProbeTarget
 from .datasets import LEAST_TEXTS, _balanced, _split
-from .output import PENALTY, Task
+from .output import PENALTY, SaebenchResult
 
 N_VALUES = (2, 5, 10, 20, 50, 100, 500)
 
 
-def _writes(subject: Subject) -> np.ndarray:
+def _writes(subject: ProbeTarget) -> np.ndarray:
     """What every latent's unit of value adds to the activation."""
     dictionary = subject.dictionary
     return (dictionary.atoms * dictionary.out_scale).detach().float().cpu().numpy()
@@ -25,7 +25,7 @@ def _without(x: np.ndarray, codes: sparse.csr_array, writes: np.ndarray, latents
     return x - codes[:, latents] @ writes[latents] if len(latents) else x
 
 
-def _effects(one: Pooled, rows: np.ndarray, y: np.ndarray, probe: Probe, writes: np.ndarray) -> np.ndarray:
+def _effects(one: Pooled, rows: np.ndarray, y: np.ndarray, probe: LinearProbe, writes: np.ndarray) -> np.ndarray:
     """How much each latent moves a probe's logit between the two classes."""
     codes = sparse.csr_array(one.codes)[rows]
     difference = np.asarray(codes[np.flatnonzero(y)].mean(0)).ravel() - np.asarray(codes[np.flatnonzero(~y)].mean(0)).ravel()
@@ -37,7 +37,7 @@ def _top(effects: np.ndarray, n: int) -> np.ndarray:
     return order[effects[order] != 0]
 
 
-def scr(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
+def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResult:
     """Spurious correlation removal: a probe trained where two labels coincide, with latents of one of them silenced.
 
     Direction 1 silences latents of the spurious label and reads the other off, direction 2 the reverse; the score is the
@@ -96,14 +96,14 @@ def scr(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
     }
     shown = "   ".join(f"{n} {summary[f'scr_metric_threshold_{n}']:.3f}" for n in _counts(len(writes))[:5])
     config = _interventions_config(subject, usable, seed, True)
-    return Task(summary, metrics, details, config, [("SCR", f"share recovered, latents silenced: {shown}")])
+    return SaebenchResult(summary, metrics, details, config, [("SCR", f"share recovered, latents silenced: {shown}")])
 
 
 def _two(values: np.ndarray) -> bool:
     return len(set(values.tolist())) == 2
 
 
-def _accuracy(probe: Probe, x: np.ndarray, truth: np.ndarray) -> float:
+def _accuracy(probe: LinearProbe, x: np.ndarray, truth: np.ndarray) -> float:
     """Both classes count alike."""
     right = (probe.scores(x) > 0) == truth
     return float((right[truth].mean() + right[~truth].mean()) / 2)
@@ -117,7 +117,7 @@ def _means(details: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: float(np.mean([d[key] for d in details])) for key in details[0] if key not in ("dataset_name", "classes")}
 
 
-def _interventions_config(subject: Subject, data: list[Pooled], seed: int, perform_scr: bool) -> dict[str, Any]:
+def _interventions_config(subject: ProbeTarget, data: list[Pooled], seed: int, perform_scr: bool) -> dict[str, Any]:
     config = {
         "random_seed": seed,
         "dataset_names": [one.name for one in data],
@@ -131,7 +131,7 @@ def _interventions_config(subject: Subject, data: list[Pooled], seed: int, perfo
     return config
 
 
-def tpp(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
+def tpp(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResult:
     """Targeted probe perturbation: how much accuracy a class's probe loses when its latents are silenced, less what the
     probes of other classes lose.
 
@@ -179,4 +179,4 @@ def tpp(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
     summary = metrics["tpp_metrics"] | {"tpp_datasets": len(usable)}
     shown = "   ".join(f"{n} {summary[f'tpp_threshold_{n}_total_metric']:.3f}" for n in _counts(len(writes))[:5])
     config = _interventions_config(subject, usable, seed, False)
-    return Task(summary, metrics, details, config, [("TPP", f"own loss less others', latents silenced: {shown}")])
+    return SaebenchResult(summary, metrics, details, config, [("TPP", f"own loss less others', latents silenced: {shown}")])

@@ -6,14 +6,14 @@ import numpy as np
 
 from ..datasets import Pooled
 from ..probes import bootstrap_mean, logistic
-from ..subject import Subject
+from ..subject import ProbeTarget
 from .datasets import _balanced, _split, _take
-from .output import Task, _largest_difference
+from .output import SaebenchResult, _largest_difference
 
 K_VALUES = (1, 2, 5, 10, 20)
 
 
-def sparse_probing(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
+def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResult:
     """Accuracy of probes on the k latents, or dimensions, whose means differ most between a class and the others.
 
     One class against as many texts of the others, so that chance is 0.5; k among all latents, dead ones included.
@@ -68,4 +68,4 @@ def sparse_probing(subject: Subject, data: list[Pooled], seed: int = 0) -> Task:
         "model_name": subject.model.id,
         "k_values": list(K_VALUES),
     }
-    return Task(summary, metrics, details, config, lines)
+    return SaebenchResult(summary, metrics, details, config, lines)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+from sparsary.eval.circuits.tasks.pairs import PromptPairs, Question
 
 
 def _llama_heads(module, attention, x, head):
@@ -110,6 +110,6 @@ def some_pairs():
         clean, corrupted = (torch.randint(3, n_tokens, (n_pairs, length), generator=draw) for _ in range(2))
         asked = torch.randint(3, n_tokens, (n_pairs, 2), generator=draw).tolist()
         questions = tuple((Question(length - 1, (answer,), (foil,)),) for answer, foil in asked)
-        return Pairs("random", "other tokens", clean, corrupted, questions, torch.full((n_pairs,), length))
+        return PromptPairs("random", "other tokens", clean, corrupted, questions, torch.full((n_pairs,), length))
 
     return build

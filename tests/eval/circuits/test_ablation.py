@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.units.ablation import ABLATIONS, divergence, filler, mean_state, optimal_state
+from sparsary.eval.circuits.units.ablation import ABLATIONS, ablation_values, divergence, mean_state, optimal_state
 from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 
@@ -25,7 +25,7 @@ def space(model):
 def test_resample_is_the_pair_s_own_corrupted_run(space, random_pairs):
     pairs = random_pairs()
     some = pairs.take([3, 1])
-    found = filler(space, "resample", pairs)(some)
+    found = ablation_values(space, "resample", pairs)(some)
     expected = space.see(some.corrupted)[1]
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
     assert not found[0].equal(space.see(some.clean)[1][0])
@@ -34,7 +34,7 @@ def test_resample_is_the_pair_s_own_corrupted_run(space, random_pairs):
 def test_means_of_equal_prompts_are_by_position(space, random_pairs):
     pairs = random_pairs()
     expected = [tensor.mean(0, keepdim=True) for tensor in space.see(pairs.corrupted)[1]]
-    for found in (mean_state(space, pairs), filler(space, "mean", pairs)(pairs.take([0]))):
+    for found in (mean_state(space, pairs), ablation_values(space, "mean", pairs)(pairs.take([0]))):
         assert [tensor.shape for tensor in found] == [(1, 6, 12), (1, 6, 17), (1, 6, 12)]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -54,7 +54,7 @@ def test_means_of_unequal_prompts_leave_out_padding(space, random_pairs, monkeyp
 
 def test_zero_is_nothing(space, random_pairs):
     pairs = random_pairs()
-    state = filler(space, "zero", pairs)(pairs)
+    state = ablation_values(space, "zero", pairs)(pairs)
     assert all((tensor == 0).all() for tensor in state)
     kept = torch.ones(space.size, dtype=torch.bool)
     kept[space.groups["m0"]] = False
@@ -97,4 +97,4 @@ def test_divergence_is_in_nats_at_the_questions(random_pairs):
 def test_there_is_no_other_ablation(space, random_pairs):
     assert ABLATIONS == ("resample", "mean", "zero", "optimal")
     with pytest.raises(ValueError, match="ablation: expected one of resample, mean, zero, optimal, got 'noise'"):
-        filler(space, "noise", random_pairs())
+        ablation_values(space, "noise", random_pairs())

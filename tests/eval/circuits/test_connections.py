@@ -6,7 +6,7 @@ import torch
 from sparsary.eval.attribution_graphs.paths import Circuit
 from sparsary.eval.virtual_weights.connections import Connections, transcoders_by_layer
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.sites import site_hooks
 from sparsary.transcoders.stack import Stack
 from sparsary.transcoders.transcoder import Transcoder
@@ -19,7 +19,7 @@ T, S = 5, 2
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
 def circuit(request, tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model(request.param))
+    anatomy = Architecture(tiny_model(request.param))
     return Circuit(anatomy, random_transcoders(anatomy.d_model), torch.randint(3, 41, (7,)))
 
 
@@ -97,7 +97,7 @@ def test_mean_attributions_are_the_mean_of_those_of_every_token(circuit, where_a
 
 
 def test_a_stack_s_transcoders_are_found_by_layer(tiny_model):
-    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy = Architecture(tiny_model("gpt2"))
     module = anatomy.model.module
     layers = {2: "mlp", 0: "mlp", 1: "mlp_out"}
     members, provenances = {}, {}

@@ -5,7 +5,7 @@ import torch
 
 from sparsary.eval.circuits.known import KNOWN, edge_names
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.ablation import ablation_values
 from sparsary.eval.circuits.units.edge_list import EdgeList
 from sparsary.eval.circuits.units.edges import EdgeSpace
 
@@ -124,7 +124,7 @@ def test_gradients_flow_to_shares_of_edges(space, some_pairs):
 @pytest.mark.parametrize("kind", ["mean", "zero"])
 def test_a_filler_may_have_one_row_for_all(space, some_pairs, graph, kind):
     pairs = some_pairs()
-    state = filler(space, kind, pairs)(pairs)
+    state = ablation_values(space, kind, pairs)(pairs)
     expected = torch.zeros(space.size) if kind == "zero" else None
     found = space.run(pairs.clean, torch.zeros(space.size), state)
     written, _ = graph(space.anatomy.model, pairs.corrupted, lambda _, sent: sum(sent.values()))

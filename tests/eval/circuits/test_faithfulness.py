@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.circuits.methods import METHODS, Scores
+from sparsary.eval.circuits.methods import METHODS, UnitScores
 from sparsary.eval.circuits.scoring.faithfulness import (
-    Curve,
+    FaithfulnessCurve,
     Trials,
     bootstrap,
+    circuit_members,
     curve,
     growing_sizes,
     jaccard,
-    members,
     minimality,
     ranked,
     share_sizes,
     smallest_size,
     stability,
 )
-from sparsary.eval.circuits.units.ablation import filler
+from sparsary.eval.circuits.units.ablation import ablation_values
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.units.passes import Cost
 
@@ -30,11 +30,11 @@ def synthetic(faithfulness, sizes, n_units, pairs=5, complements=None):
     """A curve of a model at 3 and nothing at 1, every pair alike."""
     values = np.repeat(1.0 + 2.0 * np.array(faithfulness)[:, None], pairs, axis=1)
     rest = np.full_like(values, np.nan) if complements is None else complements
-    return Curve(n_units, tuple(sizes), values, rest, np.full(pairs, 3.0), np.full(pairs, 1.0))
+    return FaithfulnessCurve(n_units, tuple(sizes), values, rest, np.full(pairs, 3.0), np.full(pairs, 1.0))
 
 
 def scores_of(values, per_pair=None):
-    return Scores(torch.tensor(values), Cost(), None if per_pair is None else torch.tensor(per_pair))
+    return UnitScores(torch.tensor(values), Cost(), None if per_pair is None else torch.tensor(per_pair))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,9 @@ def test_areas_of_known_curves():
 
 
 def test_pairs_are_averaged_before_dividing():
-    uneven = Curve(1, (1,), np.array([[2.0, 2.0]]), np.full((1, 2), np.nan), np.array([4.0, 2.0]), np.array([0.0, 1.0]))
+    uneven = FaithfulnessCurve(
+        1, (1,), np.array([[2.0, 2.0]]), np.full((1, 2), np.nan), np.array([4.0, 2.0]), np.array([0.0, 1.0])
+    )
     assert uneven.faithfulness() == pytest.approx([(2 - 0.5) / (3 - 0.5)])
     assert uneven.faithfulness(np.array([0.0, 2.0])) == pytest.approx([1.0])
 
@@ -91,7 +93,7 @@ def test_pairs_are_averaged_before_dividing():
 @pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
 def test_everything_is_one_and_nothing_is_zero_exactly(space, pairs, ablation):
     order = ranked(METHODS["attribution"]().discover(space, pairs))
-    along = curve(Trials(space, pairs, filler(space, ablation, pairs), batch=5), order, [0, 3, space.size])
+    along = curve(Trials(space, pairs, ablation_values(space, ablation, pairs), batch=5), order, [0, 3, space.size])
     assert along.faithfulness()[[0, 2]].tolist() == [0.0, 1.0]
     assert along.completeness()[[0, 2]].tolist() == [1.0, 0.0]
     assert along.faithfulness()[1] not in (0.0, 1.0, along.completeness()[1])
@@ -102,7 +104,7 @@ def test_everything_is_one_and_nothing_is_zero_exactly(space, pairs, ablation):
 
 def test_a_curve_is_its_circuits_run_by_hand(space, pairs):
     order = torch.randperm(space.size, generator=torch.Generator().manual_seed(4))
-    fill = filler(space, "resample", pairs)
+    fill = ablation_values(space, "resample", pairs)
     along = curve(Trials(space, pairs, fill), order, [2, 5])
     for row, size in enumerate((2, 5)):
         kept = torch.zeros(space.size, dtype=torch.bool)
@@ -114,14 +116,14 @@ def test_a_curve_is_its_circuits_run_by_hand(space, pairs):
 def test_circuits_that_are_the_same_are_run_once(space, pairs):
     before = space.passes.forwards
     n = space.size
-    curve(Trials(space, pairs, filler(space, "zero", pairs)), torch.arange(n), [0, 1, 1, n])
+    curve(Trials(space, pairs, ablation_values(space, "zero", pairs)), torch.arange(n), [0, 1, 1, n])
     # The mean, the model, nothing, one unit, all, and all but one; complements of nothing and everything are there already.
     assert space.passes.forwards - before == 1 + 1 + 4
 
 
 def test_the_smallest_size_is_to_the_unit(space, pairs):
     order = ranked(METHODS["exact"]().discover(space, pairs))
-    trials = Trials(space, pairs, filler(space, "resample", pairs))
+    trials = Trials(space, pairs, ablation_values(space, "resample", pairs))
     coarse = curve(trials, order, [0, space.size], complements=())
     assert np.isnan(coarse.completeness()).all()
     size = smallest_size(trials, order, 0.8, coarse)
@@ -138,7 +140,11 @@ def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
         full, empty = rng.normal(3.0, 0.5, 40), rng.normal(1.0, 0.5, 40)
         middle = 0.5 * (full + empty) + rng.normal(0.0, 0.3, 40)
         ends = [
-            bootstrap(Curve.faithfulness, Curve(2, (1,), middle[None, :n], middle[None, :n], full[:n], empty[:n]), seed)
+            bootstrap(
+                FaithfulnessCurve.faithfulness,
+                FaithfulnessCurve(2, (1,), middle[None, :n], middle[None, :n], full[:n], empty[:n]),
+                seed,
+            )
             for n in (40, 10)
         ]
         hits += bool(ends[0][0][0] <= 0.5 <= ends[0][1][0])
@@ -148,12 +154,12 @@ def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
     # A quarter of the pairs, intervals twice as wide; where all pairs are alike, none.
     many, few = np.mean(widths, axis=0)
     assert 1.6 < few / many < 2.3
-    assert bootstrap(Curve.cpr, synthetic([0, 1], (0, 2), 2)) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert bootstrap(FaithfulnessCurve.cpr, synthetic([0, 1], (0, 2), 2)) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_a_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
     full = np.random.default_rng(2).normal(size=50)
-    along = Curve(1, (1,), full[None], full[None], full, full - 1.0)
+    along = FaithfulnessCurve(1, (1,), full[None], full[None], full, full - 1.0)
     for level, deviations in ((0.95, 1.96), (0.5, 0.674)):
         low, high = bootstrap(lambda at, weights: np.average(at.full, weights=weights), along, level=level)
         assert high - low == pytest.approx(2 * deviations * full.std() / np.sqrt(50), rel=0.1)
@@ -162,7 +168,7 @@ def test_a_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
 def test_a_task_that_ablation_does_not_break_is_refused():
     rng = np.random.default_rng(1)
     full = rng.normal(1.0, 1.0, 20)
-    noise = Curve(2, (1,), full[None], full[None], full, full + rng.normal(0.0, 1.0, 20))
+    noise = FaithfulnessCurve(2, (1,), full[None], full[None], full, full + rng.normal(0.0, 1.0, 20))
     with pytest.raises(ValueError, match="within noise of 0") as error:
         noise.require_signal()
     assert "20 pairs" in str(error.value)
@@ -177,7 +183,7 @@ def test_ranking():
     found = scores_of([0.5, -2.0, 1.0, 0.5])
     assert ranked(found).tolist() == [2, 0, 3, 1]
     assert ranked(found, "absolute").tolist() == [1, 2, 0, 3]
-    assert members(ranked(found), 2).tolist() == [True, False, True, False]
+    assert circuit_members(ranked(found), 2).tolist() == [True, False, True, False]
     with pytest.raises(ValueError, match="ranking: expected one of signed, absolute, got 'up'"):
         ranked(found, "up")
 
@@ -192,7 +198,7 @@ def test_growing_sizes_go_from_nothing_to_everything():
 
 def test_minimality_is_what_is_lost_without_a_unit(space, pairs):
     order = ranked(METHODS["exact"]().discover(space, pairs))
-    fill, kept = filler(space, "resample", pairs), members(order, 5)
+    fill, kept = ablation_values(space, "resample", pairs), circuit_members(order, 5)
     trials = Trials(space, pairs, fill)
     lost = minimality(trials, kept, order[:2])
     along = curve(trials, order, [5])

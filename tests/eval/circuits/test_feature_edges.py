@@ -6,7 +6,7 @@ import torch
 from sparsary.eval.circuits.feature_edges import feature_edges
 from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+from sparsary.eval.circuits.tasks.pairs import PromptPairs, Question
 from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import LanguageModel
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def pairs_of(clean, corrupted):
     n, length = clean.shape
     questions = tuple((Question(length - 1, (row % 5,), (5 + row % 2,)),) for row in range(n))
-    return Pairs("any", "other tokens", clean, corrupted, questions, torch.full((n,), length))
+    return PromptPairs("any", "other tokens", clean, corrupted, questions, torch.full((n,), length))
 
 
 @pytest.fixture(scope="module")

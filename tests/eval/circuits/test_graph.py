@@ -8,7 +8,7 @@ from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplac
 from sparsary.eval.attribution_graphs.paths import Circuit
 from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.stack import Stack
 from sparsary.transcoders.transcoder import Transcoder
@@ -38,7 +38,7 @@ FAMILIES, KINDS = ("gpt2", "gpt_neox", "llama"), ("stack", "cross_layer", "some 
     params=["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)]
 )
 def anatomy(request, tiny_model):
-    return Anatomy(tiny_model(request.param))
+    return Architecture(tiny_model(request.param))
 
 
 def prompt():
@@ -58,7 +58,7 @@ PAIRS = [
 @pytest.fixture(params=PAIRS)
 def local(request, tiny_model, random_transcoders):
     family, kind = request.param
-    anatomy = Anatomy(tiny_model(family))
+    anatomy = Architecture(tiny_model(family))
     dictionaries, layers = {
         "stack": (random_transcoders(anatomy.d_model), None),
         "cross_layer": (cross_layer(anatomy.d_model), None),
@@ -205,7 +205,7 @@ def test_a_perfect_transcoder_leaves_no_error(tiny_model):
 
 
 def perfect_graph(tiny_model):
-    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy = Architecture(tiny_model("gpt2"))
     local = LocalReplacement(Replacement(anatomy, mlps_as_transcoders(anatomy)), prompt(), 1)
     return graph_of(local), local
 

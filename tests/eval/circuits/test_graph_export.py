@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsary.eval.attribution_graphs.export import Labels, as_json, cantor, write
+from sparsary.eval.attribution_graphs.export import GraphLabels, as_json, cantor, write_graph
 from sparsary.eval.attribution_graphs.graph import AttributionGraph, Target
-from sparsary.eval.attribution_graphs.labels import Note, Window
+from sparsary.eval.attribution_graphs.labels import LabelledWindow, Note
 from sparsary.eval.attribution_graphs.local_replacement_model import Active
 from sparsary.eval.attribution_graphs.page_data import page_data
-from sparsary.eval.attribution_graphs.run import save
-from sparsary.eval.pages.attribution_graph import render
+from sparsary.eval.attribution_graphs.run import save_graph
+from sparsary.eval.pages.attribution_graph import render_graph
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -58,9 +58,9 @@ def small_graph():
 
 
 def labels():
-    window = Window(("a", " cat", EVIL), (0.0, 1.5, 0.75), 1)
+    window = LabelledWindow(("a", " cat", EVIL), (0.0, 1.5, 0.75), 1)
     notes = {(0, 7): Note("animals", (window,), (" dog", EVIL), (" tree",), 1.5, 0.01), (1, 3): Note()}
-    return Labels("tiny", "runs/<b>", "a " + EVIL, ["a", EVIL], [" yes", " no"], notes)
+    return GraphLabels("tiny", "runs/<b>", "a " + EVIL, ["a", EVIL], [" yes", " no"], notes)
 
 
 def exported():
@@ -106,7 +106,7 @@ def test_cantor_numbers_tell_all_pairs_apart():
 
 def test_files_of_latents_and_the_index_are_written_beside_it(tmp_path):
     values = exported()
-    write(tmp_path, values, labels().notes)
+    write_graph(tmp_path, values, labels().notes)
     assert json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"] == [values["metadata"]]
     latent = json.loads((tmp_path / "features" / "35.json").read_text())
     [example] = latent["examples_quantiles"][0]["examples"]
@@ -117,7 +117,7 @@ def test_files_of_latents_and_the_index_are_written_beside_it(tmp_path):
 
 def test_a_graph_without_labels_is_saved_by_numbers(tmp_path):
     graph = replace(small_graph(), targets=(Target(8, 9, 0.6, 0.6), Target(2, None, 0.3, 0.3)))
-    save(graph, tmp_path)
+    save_graph(graph, tmp_path)
     values = json.loads((tmp_path / "graph.json").read_text())
     assert values["metadata"]["prompt_tokens"] == ["5", "6"]
     assert any(node["clerp"] == 'Output "8 \u2212 9" (p=0.600)' for node in values["nodes"])
@@ -127,7 +127,7 @@ def test_a_graph_without_labels_is_saved_by_numbers(tmp_path):
 @pytest.fixture(scope="module")
 def html():
     graph = small_graph()
-    return render(graph, graph.prune(), labels(), {"kl_last": 0.25})
+    return render_graph(graph, graph.prune(), labels(), {"kl_last": 0.25})
 
 
 def test_the_page_says_how_much_is_shown(html):
@@ -141,7 +141,7 @@ def test_the_page_says_how_much_is_shown(html):
     sizes = [edge[4] for edge in data["edges"]]
     assert sizes == sorted(sizes, reverse=True)
     left = replace(graph, n_left_out=12, left_out_share=0.125)
-    assert "12 latents that were not looked into" in render(left, pruned, labels())
+    assert "12 latents that were not looked into" in render_graph(left, pruned, labels())
 
 
 def test_nothing_is_fetched_and_no_token_becomes_html(html):
@@ -151,7 +151,7 @@ def test_nothing_is_fetched_and_no_token_becomes_html(html):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html).group(1)
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
     graph = small_graph()
-    assert render(graph, graph.prune(), labels(), {"kl_last": 0.25}) == html
+    assert render_graph(graph, graph.prune(), labels(), {"kl_last": 0.25}) == html
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.graph import graph_of
-from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, predict, replaced
+from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, predict, with_interventions
 from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
 from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.sae import ENCODERS
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.model import LanguageModel
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
@@ -57,7 +57,7 @@ def crossing(width):
     ],
 )
 def test_predictions_are_what_the_local_replacement_does(family, kind, tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model(family))
+    anatomy = Architecture(tiny_model(family))
     dictionaries = random_transcoders(anatomy.d_model) if kind == "stack" else crossing(anatomy.d_model)
     local = LocalReplacement(Replacement(anatomy, dictionaries), prompt(), 1)
     for graph in (graph_of(local), graph_of(local, max_latents=30)):
@@ -71,7 +71,7 @@ def test_predictions_are_what_the_local_replacement_does(family, kind, tiny_mode
 
 
 def test_one_edge_is_the_negative_of_what_taking_its_source_out_does(tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy = Architecture(tiny_model("gpt2"))
     local = LocalReplacement(Replacement(anatomy, random_transcoders(12)), prompt(), 1)
     graph = graph_of(local)
     sources = torch.tensor([0, 5, 11])
@@ -98,7 +98,7 @@ def wide_model():
 @pytest.mark.parametrize("place", ["patterns", "model"])
 def test_in_a_model_that_its_transcoders_are_edges_rank_effects(place, wide_model):
     """Small writes leave attention and gates nearly as they were, which is what the graph supposes."""
-    anatomy = Anatomy(wide_model)
+    anatomy = Architecture(wide_model)
     local = LocalReplacement(Replacement(anatomy, rectified(anatomy, 0.3)), prompt(), 1)
     graph = graph_of(local)
     found = intervene(local, graph, most_influential(graph, 20))
@@ -132,7 +132,7 @@ def mlps_as_transcoders(known):
 def test_in_models_built_by_hand_edges_rank_what_interventions_do(name):
     known = KNOWN[name]()
     known.module.double()
-    local = LocalReplacement(Replacement(Anatomy(known.model), mlps_as_transcoders(known)), known.pairs.clean[0], 0)
+    local = LocalReplacement(Replacement(Architecture(known.model), mlps_as_transcoders(known)), known.pairs.clean[0], 0)
     graph = graph_of(local)
     found = intervene(local, graph, most_influential(graph, 30))
     for effect in EFFECTS:
@@ -152,7 +152,7 @@ FAMILY_KINDS = [
 
 @pytest.mark.parametrize(("family", "kind"), FAMILY_KINDS)
 def test_with_norms_and_patterns_held_the_model_itself_does_what_edges_say(family, kind, tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model(family))
+    anatomy = Architecture(tiny_model(family))
     dictionaries = random_transcoders(anatomy.d_model) if kind == "stack" else crossing(anatomy.d_model)
     local = LocalReplacement(Replacement(anatomy, dictionaries), prompt(), 1)
     graph = graph_of(local)
@@ -165,7 +165,7 @@ def test_with_norms_and_patterns_held_the_model_itself_does_what_edges_say(famil
 
 
 def test_with_norms_and_patterns_held_total_effects_are_predicted_until_a_gate_closes(tiny_model):
-    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy = Architecture(tiny_model("gpt2"))
     local = LocalReplacement(Replacement(anatomy, rectified(anatomy, 1.0)), prompt(), 1)
     graph = graph_of(local)
     found = intervene(local, graph, most_influential(graph, 9), factor=1 - 1e-5)
@@ -174,7 +174,7 @@ def test_with_norms_and_patterns_held_total_effects_are_predicted_until_a_gate_c
 
 
 def test_mlps_without_a_transcoder_are_held_for_direct_effects(tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy = Architecture(tiny_model("gpt2"))
     whole = rectified(anatomy, 1.0)
     local = LocalReplacement(Replacement(anatomy, {0: whole[0], 2: whole[2]}), prompt(), 1)
     graph = graph_of(local)
@@ -190,17 +190,17 @@ def test_mlps_without_a_transcoder_are_held_for_direct_effects(tiny_model, rando
 
 
 def test_what_latents_alone_make_of_the_prompt(tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model("gpt2"))
-    perfect = replaced(LocalReplacement(Replacement(anatomy, rectified(anatomy, 1.0)), prompt(), 1))
+    anatomy = Architecture(tiny_model("gpt2"))
+    perfect = with_interventions(LocalReplacement(Replacement(anatomy, rectified(anatomy, 1.0)), prompt(), 1))
     assert perfect.kl_mean == pytest.approx(0.0, abs=1e-6)
     assert (perfect.top1_last, perfect.top1_share) == (True, 1.0)
-    poor = replaced(LocalReplacement(Replacement(anatomy, random_transcoders(12)), prompt(), 1))
+    poor = with_interventions(LocalReplacement(Replacement(anatomy, random_transcoders(12)), prompt(), 1))
     assert poor.kl_last > 1e-2
     assert poor.kl_mean > 1e-2
 
 
 def test_what_is_no_latent_of_the_graph_is_refused(tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model("gpt2"))
+    anatomy = Architecture(tiny_model("gpt2"))
     local = LocalReplacement(Replacement(anatomy, random_transcoders(12)), prompt(3), 1)
     graph = graph_of(local)
     with pytest.raises(ValueError, match=r"sources: expected latents of the graph, 0 to \d+, got \[500\]"):

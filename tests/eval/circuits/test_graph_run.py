@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.labels import read_records
-from sparsary.eval.attribution_graphs.run import open_checkpoint, run_graph
+from sparsary.eval.attribution_graphs.run import open_graph_target, run_graph
 from sparsary.sae import ENCODERS, SAE
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
@@ -104,7 +104,7 @@ def test_a_cross_layer_transcoder_and_a_single_one_become_graphs(tmp_path):
     values = json.loads((tmp_path / "crossing" / "graph" / "graph.json").read_text())
     assert [node["clerp"].split('"')[1] for node in values["nodes"] if node["feature_type"] == "logit"] == ["dog \u2212 swims"]
     transcoder().save(tmp_path / "single", provenance([2]))
-    assert open_checkpoint(str(tmp_path / "single")).replacement.layers == (2,)
+    assert open_graph_target(str(tmp_path / "single")).replacement.layers == (2,)
 
 
 def test_what_cannot_be_explained_is_refused(stack, tmp_path):
@@ -116,10 +116,10 @@ def test_what_cannot_be_explained_is_refused(stack, tmp_path):
         run_graph(str(stack), PROMPT, answer="dog swims")
     SAE(128, 41, ENCODERS["topk"](k=4)).save(tmp_path / "sae", provenance([2], site="out"))
     with pytest.raises(ValueError, match=r"expected transcoders of MLPs of embedded, got a dictionary that reads and writes"):
-        open_checkpoint(str(tmp_path / "sae"))
+        open_graph_target(str(tmp_path / "sae"))
     transcoder(encoder=ENCODERS["matching_pursuit"](k=2)).save(tmp_path / "pursuit", provenance([2]))
     with pytest.raises(ValueError, match=r"encoder with pre-activations, got MatchingPursuit"):
-        open_checkpoint(str(tmp_path / "pursuit"))
+        open_graph_target(str(tmp_path / "pursuit"))
     transcoder().save(tmp_path / "tensors", {})
     with pytest.raises(ValueError, match=r"trained on tensors, not on a model"):
-        open_checkpoint(str(tmp_path / "tensors"))
+        open_graph_target(str(tmp_path / "tensors"))

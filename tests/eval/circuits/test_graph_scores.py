@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.eval.attribution_graphs.pruning import influence, normalised, partial_influence, prune, scores
+from sparsary.eval.attribution_graphs.pruning import influence, normalised_influence, partial_influence, prune, scores
 
 # Two latents of a lower layer, one of an upper; one error; two tokens; two logits.
 A = np.zeros((8, 8))
@@ -44,7 +44,7 @@ def test_influence_is_the_sum_over_all_paths():
     assert found[2] == pytest.approx(0.7 * 0.5 + 0.2 * 0.25)
     # All weight ends in what has no inputs.
     assert found[[3, 4, 5]].sum() == pytest.approx(0.9)
-    assert np.allclose(normalised(adjacency).sum(1), [1, 1, 1, 0, 0, 0, 1, 1])
+    assert np.allclose(normalised_influence(adjacency).sum(1), [1, 1, 1, 0, 0, 0, 1, 1])
 
 
 def test_partial_influence_is_influence_where_only_some_rows_are_known():

@@ -6,7 +6,7 @@ import torch
 from sparsary.eval.virtual_weights.attention_heads import by_head, by_source, head_shares, residual_atoms
 from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ LATENTS = torch.tensor([4, 0, 22])
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
 def anatomy(request, tiny_model):
-    return Anatomy(tiny_model(request.param))
+    return Architecture(tiny_model(request.param))
 
 
 def build(width, scale=1.7):
@@ -49,7 +49,7 @@ def test_heads_and_sources_add_up_to_the_pre_activation(anatomy):
 
 
 def test_the_embedded_model_s_attributions_add_up_in_single_precision(embedded_model):
-    anatomy = Anatomy(embedded_model)
+    anatomy = Architecture(embedded_model)
     sae = build(128).float()
     at = anatomy.trace(torch.randint(3, 900, (2, 11))).layers[2]
     _, constants = by_head(sae, at, LATENTS)

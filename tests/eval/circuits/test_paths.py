@@ -9,7 +9,7 @@ from sparsary.eval.attribution_graphs.paths import KINDS, Circuit, Term
 from sparsary.eval.virtual_weights.attention_heads import by_source
 from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ T, S = 5, 2
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
 def circuit(request, tiny_model, random_transcoders):
-    anatomy = Anatomy(tiny_model(request.param))
+    anatomy = Architecture(tiny_model(request.param))
     return Circuit(anatomy, random_transcoders(anatomy.d_model), torch.randint(3, 41, (7,)))
 
 
@@ -103,7 +103,7 @@ def test_leaves_and_rests_of_a_tree_add_up_and_with_all_branches_nothing_rests(c
 
 
 def test_the_embedded_model_s_terms_add_up_in_single_precision(embedded_model, random_transcoders):
-    anatomy = Anatomy(embedded_model)
+    anatomy = Architecture(embedded_model)
     circuit = Circuit(anatomy, random_transcoders(128, torch.float32), torch.randint(3, 900, (11,)))
     probe = circuit.latent(2, 7, 8)
     decomposition = circuit.decompose(probe)

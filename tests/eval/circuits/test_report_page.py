@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from sparsary.eval.pages.circuit_drawing import layout, ordered_groups
-from sparsary.eval.pages.circuit_glossary import explanation, markdown
+from sparsary.eval.pages.circuit_glossary import circuit_markdown, explanation
 from sparsary.eval.pages.circuit_plots import family_labels, panel
-from sparsary.eval.pages.circuits import COLUMNS, render
+from sparsary.eval.pages.circuits import COLUMNS, render_circuits
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -126,12 +126,12 @@ def without_curves(found):
 @pytest.fixture(scope="module")
 def html(found):
     """Drawn for one method, so that fast tests stay fast."""
-    return render(found | {"curves": [entry for entry in found["curves"] if entry["method"] == "attribution"]})
+    return render_circuits(found | {"curves": [entry for entry in found["curves"] if entry["method"] == "attribution"]})
 
 
 @pytest.fixture(scope="module")
 def whole(found):
-    return render(found)
+    return render_circuits(found)
 
 
 def parts(html, pattern):
@@ -163,7 +163,7 @@ def test_every_row_key_has_an_explanation_and_every_column_a_key(found):
 
 def test_the_documentation_has_the_page_s_texts(pytestconfig):
     text = (pytestconfig.rootpath / "docs" / "circuits.md").read_text()
-    assert markdown() in text
+    assert circuit_markdown() in text
 
 
 def test_heading_and_key_figures(html):
@@ -235,10 +235,10 @@ def test_values_far_off_are_cut_and_the_caption_says_so(found):
 def test_curves_may_hold_nothing():
     one = sample(("ioi",))
     one["curves"] = [entry | {"faithfulness": [None] * len(entry["sizes"])} for entry in one["curves"][:1]]
-    html = render(one)
+    html = render_circuits(one)
     assert html.count('<p class="none">not measured</p>') == 5
     one["rows"], one["curves"], one["circuits"] = [], [], []
-    assert "Nothing was measured." in render(one)
+    assert "Nothing was measured." in render_circuits(one)
 
 
 def test_families_are_named_by_what_tells_checkpoints_apart():
@@ -301,7 +301,7 @@ def test_areas_under_roc_have_a_table_where_rows_have_them(found, html):
     changed = without_curves(found)
     for index, row in enumerate(changed["rows"]):
         row["auc"] = 0.5 + index / 1000
-    (own,) = parts(render(changed), r'aria-label="AUC by task">(.*?)</table>')
+    (own,) = parts(render_circuits(changed), r'aria-label="AUC by task">(.*?)</table>')
     assert own.count("<tr data-family") == 24
     assert own.count('class="best"') == 2
 
@@ -311,8 +311,8 @@ def test_equal_input_gives_equal_bytes_and_no_name_becomes_html():
     one["curves"] = one["curves"][:1]
     text = json.dumps(one).replace(CHECKPOINT, EVIL).replace('"ioi"', json.dumps(EVIL)).replace("/error", "/" + EVIL)
     evil = json.loads(text)
-    html = render(evil)
-    assert html == render(json.loads(text))
+    html = render_circuits(evil)
+    assert html == render_circuits(json.loads(text))
     assert "<img" not in html
     # Nodes show the beginning of a name.
     assert "&lt;/scri\u2026" in html

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparsary.eval.circuits.methods.method import Scores
+from sparsary.eval.circuits.methods.method import UnitScores
 from sparsary.eval.circuits.scoring.edge_circuits import among, grown, node_scores, pruned, weighted_count
-from sparsary.eval.circuits.scoring.faithfulness import members, ranked
+from sparsary.eval.circuits.scoring.faithfulness import circuit_members, ranked
 from sparsary.eval.circuits.units.edge_list import EdgeList
 from sparsary.eval.circuits.units.passes import Cost
 
@@ -14,7 +14,7 @@ NAMES = EDGES.names()
 
 
 def scored(values):
-    return Scores(values, Cost())
+    return UnitScores(values, Cost())
 
 
 def circuit(*names):
@@ -50,7 +50,7 @@ def test_a_grown_circuit_leads_to_the_logits_where_the_top_edges_need_not():
     for score, name in enumerate(("a2.h0->logits", "embed->a2.h0.q", "a0.h0->a1.h1.v"), start=1):
         values[NAMES.index(name)] = score
     assert names_of(grown(EDGES, scored(values), 2)) == {"a2.h0->logits", "embed->a2.h0.q"}
-    assert "a0.h0->a1.h1.v" in names_of(members(ranked(scored(values)), 2))
+    assert "a0.h0->a1.h1.v" in names_of(circuit_members(ranked(scored(values)), 2))
 
 
 def test_pruning_takes_what_leads_nowhere_away_link_by_link():

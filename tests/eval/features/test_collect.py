@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from sparsary.eval.features.collect import Batch, Collector, Limits, TokenSample, bin_edges
+from sparsary.eval.features.collect import Collector, ContextBatch, Limits, TokenSample, bin_edges
 from sparsary.eval.features.logit_lens import Unembedding, unembedding
-from sparsary.eval.features.neighbours import as_matrix, nearest, together, token_table
+from sparsary.eval.features.neighbours import as_matrix, nearest_latents, together, token_table
 from sparsary.sae import ENCODERS, SAE, SparseCode
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.transcoders.transcoder import Transcoder
 
 N, LENGTH, CONTEXTS = 13, 19, 23
@@ -35,7 +35,7 @@ def batch_of(ids, documents, offsets, kept, dense):
     rows = torch.from_numpy(dense[kept])
     tokens, latents = rows.nonzero(as_tuple=True)
     starts = torch.searchsorted(tokens, torch.arange(rows.shape[0]))
-    return Batch(ids, documents, offsets, kept, SparseCode(latents, rows[tokens, latents], starts))
+    return ContextBatch(ids, documents, offsets, kept, SparseCode(latents, rows[tokens, latents], starts))
 
 
 def collected(arrays, sizes=(CONTEXTS,), limits=LIMITS):
@@ -205,18 +205,18 @@ def test_tokens_of_a_latent_by_their_share_of_activation():
 def test_nearest_atoms_by_cosine():
     atoms = torch.randn(N, 7)
     atoms[4] = 3 * atoms[11]
-    found = nearest(atoms, 2)
+    found = nearest_latents(atoms, 2)
     assert (found.latents[4, 0], found.latents[11, 0]) == (11, 4)
     assert found.values[4, 0] == pytest.approx(1)
     cosines = torch.nn.functional.cosine_similarity(atoms[:, None], atoms[None], dim=-1).fill_diagonal_(-2)
     assert torch.allclose(torch.from_numpy(found.values), cosines.topk(2).values, atol=1e-6)
-    assert nearest(atoms[:1]).latents.shape == (1, 0)
+    assert nearest_latents(atoms[:1]).latents.shape == (1, 0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
 def test_logit_effects_are_the_slopes_of_the_logits(tiny_model, family):
     model = tiny_model(family)
-    anatomy = Anatomy(model)
+    anatomy = Architecture(model)
     hook = anatomy.blocks[2].sites()["resid_post"][0]
     sae = SAE(12, N, ENCODERS["topk"](k=3)).double()
     sae.out_scale.fill_(1.7)
@@ -248,13 +248,13 @@ def _last_logits(model, hook, ids, change):
 
 def test_logit_effects_where_there_are_none_say_why(tiny_model):
     model = tiny_model("gpt2")
-    block = Anatomy(model).blocks[1]
+    block = Architecture(model).blocks[1]
     sites = {site: hooks[0] for site, hooks in block.sites().items()}
     sae = SAE(12, N, ENCODERS["topk"](k=3)).double()
     for site in ("resid_pre", "attn_out", "mlp_out"):
         assert isinstance(unembedding(sae, model, {"hook": sites[site]}), Unembedding)
     heads = unembedding(sae, model, {"hook": sites["attn_heads"]})
-    W_O = Anatomy(model).layers[1].W_O.reshape(12, 12)
+    W_O = Architecture(model).layers[1].W_O.reshape(12, 12)
     torch.testing.assert_close(heads.written, (sae.atoms @ W_O).float(), atol=1e-5, rtol=1e-5)
     reason = unembedding(sae, model, {"hook": sites["mlp_in"]})
     assert "not the residual stream" in reason

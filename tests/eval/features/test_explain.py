@@ -4,8 +4,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from sparsary.eval.features.autointerp import Evidence, Window, explain_prompt, explanation_in, fuzzed, judge, labels_in
-from sparsary.eval.features.llm_client import Endpoint, LocalChat, Usage
+from sparsary.eval.features.autointerp import (
+    ActivatingWindow,
+    Evidence,
+    explain_prompt,
+    explanation_in,
+    fuzzed,
+    labels_in,
+    score_explanations,
+)
+from sparsary.eval.features.llm_client import Endpoint, LlmUsage, LocalChat
 
 
 def saying(text):
@@ -25,10 +33,10 @@ def knows_about_dogs(request):
 @pytest.fixture
 def shown():
     def dog(i):
-        return Window(("the", "dog", f"runs{i}", "far"), (0.0, 2.0, 0.3, 0.0))
+        return ActivatingWindow(("the", "dog", f"runs{i}", "far"), (0.0, 2.0, 0.3, 0.0))
 
     def cat(i):
-        return Window(("the", "cat", f"sits{i}", "still"), (0.0, 0.0, 0.0, 0.0))
+        return ActivatingWindow(("the", "cat", f"sits{i}", "still"), (0.0, 0.0, 0.0, 0.0))
 
     return Evidence([dog(i) for i in range(7)], [dog(i) for i in range(10, 20)], [cat(i) for i in range(13)], 2.0)
 
@@ -45,7 +53,7 @@ def endpoint(url, **arguments):
 
 def test_a_good_model_explains_and_scores_one(shown, serving):
     with serving(knows_about_dogs) as (url, stub), endpoint(url, prices=(2.0, 10.0)) as (chat, _):
-        result = judge(shown, chat, chat)
+        result = score_explanations(shown, chat, chat)
     assert (result.text, result.detection, result.fuzzing, result.malformed) == ("the word dog", 1.0, 1.0, 0)
     assert result.details["detection"]["true_positives"] == 10
     assert result.details["detection"]["true_negatives"] == 13
@@ -63,7 +71,7 @@ def test_a_model_that_always_says_yes_scores_a_half(shown, serving):
         return saying(str([1] * request["messages"][1]["content"].count("Excerpt ")))
 
     with serving(yes) as (url, _), endpoint(url) as (chat, _):
-        result = judge(shown, chat, chat)
+        result = score_explanations(shown, chat, chat)
     assert (result.detection, result.fuzzing) == (0.5, 0.5)
     assert result.details["fuzzing"]["recall"] == 1
 
@@ -76,7 +84,7 @@ def test_answers_of_another_form_are_discarded_and_counted(shown, serving):
         return saying("EXPLANATION: dogs") if explains else saying(next(answers))
 
     with serving(badly) as (url, _), endpoint(url) as (chat, _):
-        result = judge(shown, chat, chat)
+        result = score_explanations(shown, chat, chat)
     assert (result.detection, result.fuzzing) == (None, None)
     assert (result.malformed, result.questions) == (10, 11)
     assert result.reasons["detection"] == "5 of 5 answers were of no use"
@@ -85,7 +93,7 @@ def test_answers_of_another_form_are_discarded_and_counted(shown, serving):
 @pytest.mark.parametrize("body", [b"<html>", {"choices": []}, {"choices": [{"message": {"content": None}}]}, [], 3])
 def test_a_reply_that_is_no_answer_is_no_explanation(shown, body, serving):
     with serving(lambda _request: body) as (url, _), endpoint(url) as (chat, _):
-        result = judge(shown, chat, chat)
+        result = score_explanations(shown, chat, chat)
     assert (result.text, result.malformed, result.questions) == (None, 1, 1)
     assert set(result.reasons) == {"text", "detection", "fuzzing"}
 
@@ -168,4 +176,4 @@ def test_labels_and_explanations_in_answers():
 def test_a_local_model_answers_something(embedded_model):
     chat = LocalChat(embedded_model, max_tokens=5)
     assert isinstance(chat.answer("Then", "Aaron went " * 200), str)
-    assert chat.usage == Usage(requests=1, prompt_tokens=123, completion_tokens=5)
+    assert chat.usage == LlmUsage(requests=1, prompt_tokens=123, completion_tokens=5)

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from sparsary.eval.pages.features import CHUNK_LATENTS, render
+from sparsary.eval.pages.features import CHUNK_LATENTS, render_features
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 WORDS = [f" w{i}" for i in range(5000)]
@@ -78,7 +78,7 @@ def records(count, **sizes):
 
 @pytest.fixture(scope="module")
 def html():
-    return render(ABOUT, records(131))
+    return render_features(ABOUT, records(131))
 
 
 def unpacked(html, key):
@@ -107,7 +107,7 @@ def test_nothing_is_fetched_and_no_token_becomes_html(html):
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:|//)", html)
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html).group(1)
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
-    assert render(ABOUT, records(131)) == html
+    assert render_features(ABOUT, records(131)) == html
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -228,7 +228,7 @@ def timed(directory, html, steps):
 @needs_browser
 @pytest.mark.slow
 def test_ten_thousand_latents_open_and_turn_quickly(tmp_path):
-    html = render(ABOUT | {"n_latents": 10_000}, records(10_000, contexts=16, width=32))
+    html = render_features(ABOUT | {"n_latents": 10_000}, records(10_000, contexts=16, width=32))
     steps = """
     const times = {ready: performance.now()}, turn = [];
     for (const i of [9000, 123, 4567, 8001, 2222]) {

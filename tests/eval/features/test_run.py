@@ -11,7 +11,7 @@ import torch
 import sparsary
 from sparsary.eval.features.collect import Limits
 from sparsary.eval.features.records import SCHEMA_VERSION
-from sparsary.eval.features.run import Explainer, features, summary
+from sparsary.eval.features.run import Explainer, features, features_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.transcoders.transcoder import Transcoder
@@ -86,7 +86,7 @@ def test_the_about_file_is_what_is_returned(checkpoint, about):
     assert saved["tokens"] >= 3000
     assert saved["no_factors"] is None
     assert 0 < saved["predicate_f1_median"] < 1
-    assert dict(summary(about))["read"].startswith(f"{saved['tokens']:,} held-out tokens")
+    assert dict(features_summary(about))["read"].startswith(f"{saved['tokens']:,} held-out tokens")
 
 
 def test_twice_gives_the_same_bytes(checkpoint, about, tmp_path):
@@ -101,7 +101,7 @@ def test_a_dead_dictionary_has_flagged_values(tmp_path):
     sae.save(tmp_path / "dead", provenance())
     about = features(str(tmp_path / "dead"), tokens=500, limits=LIMITS)
     assert (about["dead"], about["predicate_f1_median"]) == (N, None)
-    assert "undefined" in dict(summary(about)).values()
+    assert "undefined" in dict(features_summary(about)).values()
     for record in lines(tmp_path / "dead" / "features"):
         assert record["dead"]
         assert record["top"] == record["quantiles"] == record["top_tokens"] == []

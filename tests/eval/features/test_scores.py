@@ -8,7 +8,7 @@ from scipy.sparse import csc_array, csr_array
 from sparsary.eval.features.collect import Background, Collected, Examples, Limits, TokenSample
 from sparsary.eval.features.logit_lens import Unembedding
 from sparsary.eval.features.predicates import predicates, token_texts
-from sparsary.eval.features.scores import auroc, example_embedding, logit_lens, predicate_f1
+from sparsary.eval.features.scores import activation_auroc, example_embedding, logit_lens, predicate_f1
 from sparsary.training.embedded import corpus
 
 TOKENS, VOCABULARY = 4000, 23
@@ -91,7 +91,7 @@ def test_classes_of_tokens(sample):
 def test_factors_of_the_embedded_corpus_are_found(embedded_model):
     words = token_texts(embedded_model.tokenizer, len(embedded_model.tokenizer))
     number = {word: i for i, word in enumerate(words)}
-    documents = [corpus.document(1, i) for i in (3, 8)]
+    documents = [corpus.embedded_document(1, i) for i in (3, 8)]
     ids = np.array([number[word] for document in documents for word in document.words], np.int32)
     owners = np.repeat([3, 8], [len(document.words) for document in documents])
     offsets = np.concatenate([np.arange(len(document.words)) for document in documents])
@@ -130,7 +130,7 @@ def test_logit_lens_is_the_auroc_of_actual_next_tokens(sample):
     for latent in range(2):
         at = fires[:, latent] > 0
         values = effects[latent][sample.following]
-        assert found[latent].value == pytest.approx(auroc(values[at], values[~at]))
+        assert found[latent].value == pytest.approx(activation_auroc(values[at], values[~at]))
     assert found[0].value == 1
     assert abs(found[1].value - 0.5) < 0.05
     assert found[2] == (None, "fires, or is silent, on fewer than 10 sampled tokens", None)
@@ -138,7 +138,7 @@ def test_logit_lens_is_the_auroc_of_actual_next_tokens(sample):
 
 
 def test_auroc_counts_ties_half():
-    assert auroc(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == pytest.approx(3.5 / 4)
+    assert activation_auroc(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == pytest.approx(3.5 / 4)
 
 
 def collected(sample_windows, fires):

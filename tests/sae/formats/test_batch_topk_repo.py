@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_jumprelu_is_centred_only_if_said(tmp_path):
     state, x = tensors(log_threshold=LOG), torch.randn(9, D)
     folder = saved(tmp_path, state, sae_type="jumprelu")
     assert "b_dec is not subtracted" in read_dictionary(folder).warnings[0]
-    d = read_dictionary(folder, options=Options(subtract_b_dec=True)).dictionary
+    d = read_dictionary(folder, options=ReadOptions(subtract_b_dec=True)).dictionary
     _, y = numpy_forward(state, x, np.exp(LOG.double().numpy()), True)
     torch.testing.assert_close(d(x), torch.tensor(y).float(), rtol=1e-5, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_a_choice_over_the_batch_needs_a_threshold(tmp_path):
         with pytest.raises(ValueError, match=r"batchtopk chooses over a whole batch.* threshold=NUMBER"):
             read_dictionary(saved(tmp_path, tensors(threshold=level), sae_type="batchtopk"))
     state, x = tensors(), torch.randn(9, D)
-    d = read_dictionary(saved(tmp_path, state, sae_type="batchtopk"), options=Options(threshold=0.4)).dictionary
+    d = read_dictionary(saved(tmp_path, state, sae_type="batchtopk"), options=ReadOptions(threshold=0.4)).dictionary
     torch.testing.assert_close(d(x), torch.tensor(numpy_forward(state, x, 0.4, True)[1]).float(), rtol=1e-5, atol=1e-5)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sparsary.sae.formats import FORMATS, Format, Source, detect
-from sparsary.sae.formats.canonical import Gate, Neutral
+from sparsary.sae.formats import FORMATS, Format, SourceFiles, detect
+from sparsary.sae.formats.canonical import ActivationFn, CanonicalSAE
 from sparsary.sae.formats.validation import check
 
 D, LATENTS = 8, 24
@@ -18,7 +18,7 @@ def neutral(gate=None, latents=LATENTS, **changes):
     torch.manual_seed(1)
     W_dec = normalize(torch.randn(latents, D), dim=1)
     tensors = {"W_enc": W_dec + 0.1 * torch.randn(latents, D), "b_enc": torch.zeros(latents), "W_dec": W_dec}
-    return Neutral("sae", gate=gate or Gate("topk", k=3), **(tensors | {"b_out": torch.zeros(D)} | changes))
+    return CanonicalSAE("sae", gate=gate or ActivationFn("topk", k=3), **(tensors | {"b_out": torch.zeros(D)} | changes))
 
 
 def test_what_is_sound_has_no_warnings():
@@ -38,14 +38,14 @@ def test_what_is_sound_has_no_warnings():
         ({"W_skip": torch.zeros(8, 3)}, r"W_skip, outputs first: expected shape \(8, 8\), got \(8, 3\)"),
         ({"b_enc": None}, "expected W_enc and b_enc for topk, found none"),
         ({"b_enc": torch.zeros(LATENTS, dtype=torch.long)}, "b_enc: expected floating-point numbers, got torch.int64"),
-        ({"gate": Gate("topk")}, "k: expected the number of latents per token, found none. Give it: k=NUMBER"),
-        ({"gate": Gate("topk", k=0)}, "k: expected a whole number from 1, got 0"),
-        ({"gate": Gate("topk", k=2.5)}, "k: expected a whole number from 1, got 2.5"),
-        ({"gate": Gate("abs_topk", k=25)}, "k: expected at most the 24 latents there are, got 25"),
-        ({"gate": Gate("threshold")}, "threshold: expected one, found none. Give it: threshold=NUMBER"),
-        ({"gate": Gate("threshold", threshold=torch.ones(5))}, r"threshold: expected shape \(24\), got \(5,\)"),
+        ({"gate": ActivationFn("topk")}, "k: expected the number of latents per token, found none. Give it: k=NUMBER"),
+        ({"gate": ActivationFn("topk", k=0)}, "k: expected a whole number from 1, got 0"),
+        ({"gate": ActivationFn("topk", k=2.5)}, "k: expected a whole number from 1, got 2.5"),
+        ({"gate": ActivationFn("abs_topk", k=25)}, "k: expected at most the 24 latents there are, got 25"),
+        ({"gate": ActivationFn("threshold")}, "threshold: expected one, found none. Give it: threshold=NUMBER"),
+        ({"gate": ActivationFn("threshold", threshold=torch.ones(5))}, r"threshold: expected shape \(24\), got \(5,\)"),
         (
-            {"gate": Gate("threshold", threshold=torch.tensor(torch.nan))},
+            {"gate": ActivationFn("threshold", threshold=torch.tensor(torch.nan))},
             r"threshold: expected finite numbers, got nan at \[\]",
         ),
         ({"scale_in": 0.0}, "scale_in: expected a number above 0, got 0.0"),
@@ -119,7 +119,7 @@ def test_files_that_may_be_of_two_formats_are_an_error_that_lists_both(monkeypat
     with pytest.raises(
         ValueError, match=r"several formats: saelens \(cfg.json with .*\); other \(it likes everything\)\. Say which"
     ):
-        detect(Source(tmp_path))
-    chosen = detect(Source(tmp_path), "saelens")
+        detect(SourceFiles(tmp_path))
+    chosen = detect(SourceFiles(tmp_path), "saelens")
     assert chosen is not None
     assert chosen[0].name == "saelens"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import sparsary
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionaries, write_dictionary
+from sparsary.sae.formats import ReadOptions, SourceFiles, read_canonical, read_dictionary, write_dictionaries, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 from sparsary.transcoders.load import load
 from sparsary.transcoders.stack import Stack
@@ -158,7 +158,7 @@ def test_stacks_of_ours_have_a_counterpart(family, skip, tmp_path):
         assert torch.equal(
             again.dictionaries[hook].encode(x).to_dense(99)[:, :LATENTS] != 0, d.encode(x).to_dense(99)[:, :LATENTS] != 0
         )
-    config = Source(tmp_path).config("config.yaml")
+    config = SourceFiles(tmp_path).config("config.yaml")
     assert (config["model_name"], config["feature_input_hook"]) == ("gpt2-small", "mlp.hook_in")
     assert ("activation" in config) == ("topk" in family and family != "batch_topk")
 
@@ -264,7 +264,7 @@ def test_inputs_before_a_norm_s_gain_are_read_from_before_the_norm(tmp_path):
     torch.testing.assert_close(loaded.dictionaries[hook](x), plain(normed), rtol=1e-5, atol=1e-5)
     # And back.
     write_dictionaries(loaded.dictionaries, tmp_path / "again", "circuit_tracer", loaded.provenances)
-    assert Source(tmp_path / "again").config("config.yaml")["feature_input_hook"] == "ln2.hook_normalized"
+    assert SourceFiles(tmp_path / "again").config("config.yaml")["feature_input_hook"] == "ln2.hook_normalized"
     assert torch.equal(
         load_file(tmp_path / "again" / "layer_1.safetensors")["W_enc"],
         load_file(tmp_path / "set" / "layer_1.safetensors")["W_enc"],
@@ -278,14 +278,14 @@ def test_a_set_without_a_configuration_says_what_is_not_known(tmp_path, caplog):
         loaded = read_dictionary(tmp_path / "set")
     assert list(loaded.dictionaries) == ["layer_0", "layer_1", "layer_2"]
     assert "no config.yaml: hooks and model are not known" in caplog.text
-    one = read_dictionary(tmp_path / "set", options=Options(hook="layer_1"))
+    one = read_dictionary(tmp_path / "set", options=ReadOptions(hook="layer_1"))
     assert one.dictionary.n_latents == LATENTS
 
 
 def test_a_count_that_is_nowhere_written_may_be_given():
     """One published set is TopK by its repository's name alone."""
     x = load_file(GOLDEN / "set_relu" / "expected.safetensors")["x"][1]
-    d = read_dictionary(GOLDEN / "set_relu", options=Options(k=20)).dictionaries["transformer.h.1.mlp:out"]
+    d = read_dictionary(GOLDEN / "set_relu", options=ReadOptions(k=20)).dictionaries["transformer.h.1.mlp:out"]
     tensors = load_file(GOLDEN / "set_relu" / "layer_1.safetensors")
     p = x @ tensors["W_enc"].T + tensors["b_enc"]
     assert torch.equal(d.encode(x).to_dense(LATENTS) != 0, p >= p.topk(20, dim=-1).values[:, -1:])
@@ -401,7 +401,7 @@ def test_a_choice_among_all_layers_needs_a_threshold(tmp_path):
     with pytest.raises(ValueError, match=r"chosen among all layers together.*threshold=NUMBER"):
         read_dictionary(tmp_path)
     x = torch.randn(LAYERS, 11, D)
-    d = read_dictionary(tmp_path, options=Options(threshold=10.0)).dictionary
+    d = read_dictionary(tmp_path, options=ReadOptions(threshold=10.0)).dictionary
     p = torch.einsum("lbd,lfd->lbf", x, W_enc)
     y = torch.zeros(LAYERS, 11, D)
     for s in range(LAYERS):
@@ -413,6 +413,6 @@ def test_a_choice_among_all_layers_needs_a_threshold(tmp_path):
 
 
 def test_readers_keep_the_file_s_memory():
-    n = read_neutral(Source(GOLDEN / "across_relu"))
+    n = read_canonical(SourceFiles(GOLDEN / "across_relu"))
     assert n.layers[0].W_dec.shape == (LATENTS, LAYERS * D)
     assert n.layers[0].W_dec.is_contiguous()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.formats import Options, Source, detect, read_dictionary, read_neutral, write_dictionary
+from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_canonical, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
 # Together they take seconds; `make test` runs them.
@@ -95,9 +95,9 @@ def test_topk_and_batch_topk_have_the_same_keys(tmp_path):
     with pytest.raises(ValueError, match=r"AutoEncoderTopK or BatchTopKSAE.* Give k=NUMBER .* or threshold=NUMBER"):
         read_dictionary(folder)
     expected = load_file(GOLDEN / "BatchTopKSAE" / "expected.safetensors")
-    by_threshold = read_dictionary(folder, options=Options(threshold=0.6)).dictionary
+    by_threshold = read_dictionary(folder, options=ReadOptions(threshold=0.6)).dictionary
     torch.testing.assert_close(by_threshold(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
-    by_k = read_dictionary(folder, options=Options(k=5)).dictionary
+    by_k = read_dictionary(folder, options=ReadOptions(k=5)).dictionary
     assert by_k.arguments()["encoder"] == {"name": "topk", "k": 5}
     matryoshka = read_dictionary(alone("MatryoshkaBatchTopKSAE", tmp_path)).dictionary
     assert matryoshka.arguments()["encoder"] == {"name": "threshold"}
@@ -121,7 +121,7 @@ def test_early_files_have_k_in_the_configuration_alone(tmp_path):
     folder = changed("AutoEncoderTopK", tmp_path / "neither", {"k": None}, {"k": None})
     with pytest.raises(ValueError, match=r"k: expected the number of latents per token, found none. Give it: k=NUMBER"):
         read_dictionary(folder)
-    assert read_dictionary(folder, options=Options(k=3)).dictionary.arguments()["encoder"] == {"name": "topk", "k": 3}
+    assert read_dictionary(folder, options=ReadOptions(k=3)).dictionary.arguments()["encoder"] == {"name": "topk", "k": 3}
 
 
 def test_a_threshold_never_measured_is_refused_until_given(tmp_path):
@@ -129,7 +129,7 @@ def test_a_threshold_never_measured_is_refused_until_given(tmp_path):
     with pytest.raises(ValueError, match=r"threshold: .* got -1, which stands for none.* give it: threshold=NUMBER"):
         read_dictionary(folder)
     expected = load_file(folder / "expected.safetensors")
-    given = read_dictionary(folder, options=Options(threshold=0.6)).dictionary
+    given = read_dictionary(folder, options=ReadOptions(threshold=0.6)).dictionary
     torch.testing.assert_close(given(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
     folder = changed("MatryoshkaBatchTopKSAE", tmp_path, tensors={"threshold": None})
     with pytest.raises(ValueError, match="that training has measured, got none"):
@@ -246,7 +246,7 @@ def test_a_backup_s_factor_is_checked(tmp_path):
             read_dictionary(folder)
     (folder / "config.json").unlink()
     torch.save(state | {"norm_factor": None}, folder / "ae.pt")
-    n = read_neutral(Source(folder))
+    n = read_canonical(SourceFiles(folder))
     assert n.scale_in == n.scale_out == 1.0
     assert n.provenance["hook"] == HOOK
     assert "backup" in n.evidence
@@ -273,7 +273,9 @@ def test_places_are_understood(name, io, hook, tmp_path):
     assert bool(loaded.warnings) == (hook is None)
     if hook is None:
         assert "the hook somewhere of Qwen/Qwen3-0.6B is none" in loaded.warnings[0]
-        assert read_dictionary(folder, options=Options(hook="model.layers.2:out")).provenance["hook"] == "model.layers.2:out"
+        assert (
+            read_dictionary(folder, options=ReadOptions(hook="model.layers.2:out")).provenance["hook"] == "model.layers.2:out"
+        )
 
 
 def made(spec, subtracts=True):
@@ -376,4 +378,4 @@ def test_public_dictionaries_have_their_published_figures(k, l0, unexplained, sh
 def test_only_what_says_so_is_taken_for_it(tmp_path):
     (tmp_path / "config.json").write_text('{"trainer": "other"}')
     torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "ae.pt")
-    assert detect(Source(tmp_path)) is None
+    assert detect(SourceFiles(tmp_path)) is None

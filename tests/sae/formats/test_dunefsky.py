@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsary.sae.formats import Source, detect, read_dictionary, write_dictionaries, write_dictionary
+from sparsary.sae.formats import SourceFiles, detect, read_dictionary, write_dictionaries, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def test_it_is_its_equation(form, tmp_path):
     for where in (path, tmp_path):
         d = read_dictionary(where).dictionary
         np.testing.assert_allclose(d(torch.from_numpy(X)).detach().numpy(), reference(found, X), rtol=1e-5, atol=1e-5)
-    noted = detect(Source(path))
+    noted = detect(SourceFiles(path))
     assert noted is not None
     assert noted[1] == f"{path.name} with b_dec_out"
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsary.sae.formats.archives import read_npz, read_torch
-from sparsary.sae.formats.files import Header, Source, inner_path, natural
+from sparsary.sae.formats.files import Header, SourceFiles, inner_path, natural
 
 
 class Bomb:
@@ -38,14 +38,14 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_listed_and_its_parts_are_sources(folder):
-    source = Source(folder)
+    source = SourceFiles(folder)
     assert source.folders == ("layer_2", "layer_10")
     assert source.files == ("layer_10/cfg.json", "layer_10/w.safetensors", "layer_2/cfg.json", "layer_2/w.safetensors")
     assert source.named(r"layer_\d+/cfg\.json") == ["layer_2/cfg.json", "layer_10/cfg.json"]
     inner = source.at("layer_2")
     assert (inner.name, inner.config("cfg.json"), inner.has("w.safetensors")) == ("layer_2", {"a": 1}, True)
     assert inner.headers("w.safetensors") == {"W": Header("float32", (3, 2)), "h": Header("bfloat16", (4,))}
-    one = Source(folder / "layer_2" / "w.safetensors")
+    one = SourceFiles(folder / "layer_2" / "w.safetensors")
     assert one.files == ("w.safetensors",)
     assert torch.equal(one.tensors("w.safetensors")["W"], torch.ones(3, 2))
     assert natural("layer_10") > natural("layer_9")
@@ -56,7 +56,7 @@ def test_paths_do_not_lead_out(name, folder):
     with pytest.raises(ValueError, match="expected a path within it"):
         inner_path(name, "here")
     with pytest.raises(ValueError, match="expected a path within it"):
-        Source(folder).path(name)
+        SourceFiles(folder).path(name)
 
 
 def test_links_do_not_lead_out_but_in_the_hub_s_cache(folder, tmp_path_factory):
@@ -64,14 +64,14 @@ def test_links_do_not_lead_out_but_in_the_hub_s_cache(folder, tmp_path_factory):
     (outside / "secret.json").write_text("{}")
     os.symlink(outside / "secret.json", folder / "link.json")
     with pytest.raises(ValueError, match="got a link out of it"):
-        Source(folder).json("link.json")
+        SourceFiles(folder).json("link.json")
     # As the hub's client keeps files: links in a snapshot to blobs beside it.
     cache = outside / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots" / "abc").mkdir(parents=True)
     (cache / "blobs" / "0f").write_text('{"a": 2}')
     os.symlink("../../blobs/0f", cache / "snapshots" / "abc" / "cfg.json")
-    assert Source(cache / "snapshots" / "abc").json("cfg.json") == {"a": 2}
+    assert SourceFiles(cache / "snapshots" / "abc").json("cfg.json") == {"a": 2}
 
 
 @pytest.mark.parametrize(
@@ -86,22 +86,22 @@ def test_links_do_not_lead_out_but_in_the_hub_s_cache(folder, tmp_path_factory):
 def test_damaged_configurations_are_named(content, says, tmp_path):
     (tmp_path / "cfg.json").write_bytes(content)
     with pytest.raises(ValueError, match=says):
-        Source(tmp_path).config("cfg.json")
+        SourceFiles(tmp_path).config("cfg.json")
 
 
 def test_configurations_in_yaml_hold_plain_values(tmp_path):
     (tmp_path / "config.yaml").write_text("k: 3\nname: no\n")
-    assert Source(tmp_path).config("config.yaml") == {"k": 3, "name": "no"}
+    assert SourceFiles(tmp_path).config("config.yaml") == {"k": 3, "name": "no"}
     (tmp_path / "config.yaml").write_text("k: !!python/object/apply:os.system ['touch x']\n")
     with pytest.raises(ValueError, match="expected YAML"):
-        Source(tmp_path).config("config.yaml")
+        SourceFiles(tmp_path).config("config.yaml")
 
 
 def test_a_configuration_of_gigabytes_is_none(tmp_path):
     with (tmp_path / "cfg.json").open("wb") as handle:
         handle.truncate(1 << 30)
     with pytest.raises(ValueError, match="expected a configuration of at most 16777216 bytes, got 1073741824"):
-        Source(tmp_path).json("cfg.json")
+        SourceFiles(tmp_path).json("cfg.json")
 
 
 @pytest.mark.parametrize("cut", [4, 60, -3])
@@ -109,24 +109,24 @@ def test_truncated_safetensors_are_errors(cut, folder):
     path = folder / "layer_2" / "w.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match="expected a safetensors file, got a damaged or foreign one"):
-        Source(folder).tensors("layer_2/w.safetensors")
+        SourceFiles(folder).tensors("layer_2/w.safetensors")
     with pytest.raises(ValueError, match="damaged or foreign"):
-        Source(folder).headers("layer_2/w.safetensors")
+        SourceFiles(folder).headers("layer_2/w.safetensors")
 
 
 def test_sizes_that_a_safetensors_file_does_not_have_are_not_allocated(tmp_path):
     header = json.dumps({"W": {"dtype": "F32", "shape": [1 << 30, 1 << 10], "data_offsets": [0, 1 << 42]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(ValueError, match="damaged or foreign"):
-        Source(tmp_path).tensors("w.safetensors")
+        SourceFiles(tmp_path).tensors("w.safetensors")
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 1 << 60))
     with pytest.raises(ValueError, match="damaged or foreign"):
-        Source(tmp_path).tensors("w.safetensors")
+        SourceFiles(tmp_path).tensors("w.safetensors")
 
 
 def test_torch_files_hold_tensors_numbers_and_strings(tmp_path):
     torch.save({"ae": {"W": torch.ones(2, 3)}, "step": 4, "activation": "ReLU", "none": None}, tmp_path / "ae.pt")
-    source = Source(tmp_path)
+    source = SourceFiles(tmp_path)
     assert source.values("ae.pt")["step"] == 4
     assert source.values("ae.pt")["activation"] == "ReLU"
     assert source.headers("ae.pt") == {"ae.W": Header("float32", (2, 3))}
@@ -183,7 +183,7 @@ def test_truncated_torch_files_are_errors(tmp_path):
 def test_archives_of_arrays_are_read(save, tmp_path):
     arrays = {"W_enc": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float64(2.5), "empty": np.zeros((0, 3))}
     save(tmp_path / "params.npz", **arrays)
-    source = Source(tmp_path)
+    source = SourceFiles(tmp_path)
     for name, tensor in source.tensors("params.npz").items():
         np.testing.assert_array_equal(tensor.numpy(), arrays[name])
     assert source.headers("params.npz")["W_enc"] == Header("float32", (2, 3))
@@ -239,4 +239,4 @@ def test_a_truncated_archive_is_an_error(tmp_path):
 def test_other_files_hold_no_tensors(tmp_path):
     (tmp_path / "w.csv").write_text("1")
     with pytest.raises(ValueError, match=r"expected .safetensors, .npz or .pt, .* got '.csv'"):
-        Source(tmp_path).tensors("w.csv")
+        SourceFiles(tmp_path).tensors("w.csv")

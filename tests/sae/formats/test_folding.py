@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 import sparsary.transcoders  # noqa: F401
-from sparsary.sae.formats.canonical import Gate, Neutral, forward
+from sparsary.sae.formats.canonical import ActivationFn, CanonicalSAE, forward
 from sparsary.sae.formats.conversion import from_dictionary, representable, to_dictionary
 from sparsary.sae.formats.folding import (
     fold_activation_scale,
@@ -56,7 +56,7 @@ def neutral(gate, norm="none", dtype=torch.float64, kind="sae", by_norm=False, s
         tensors |= {"W_enc": None, "b_enc": None, "b_in": tensors["b_out"]}
     scales = {"scale_in": 0.6, "scale_out": 0.6 if pursuit else 1.9} if norm == "scaled" else {}
     row_norm = norm if norm in ("layer_norm", "constant_norm") else None
-    return Neutral(kind, gate=Gate(gate, by_norm=by_norm, **extra), row_norm=row_norm, **tensors, **scales)
+    return CanonicalSAE(kind, gate=ActivationFn(gate, by_norm=by_norm, **extra), row_norm=row_norm, **tensors, **scales)
 
 
 def inputs(dtype):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsary.sae import load_dictionary
-from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder
 
 # Together they take seconds; `make test` runs them.
@@ -105,7 +105,7 @@ def test_a_file_out_of_its_place_is_for_the_hook_that_is_given(tmp_path):
     loaded = read_dictionary(tmp_path / "x" / "anything.npz")
     assert "give hook=MODULE:SIDE" in loaded.warnings[0]
     told = read_dictionary(
-        tmp_path / "x" / "anything.npz", options=Options(hook="model.layers.2:out", model="google/gemma-2-2b")
+        tmp_path / "x" / "anything.npz", options=ReadOptions(hook="model.layers.2:out", model="google/gemma-2-2b")
     )
     assert told.provenance["hook"] == "model.layers.2:out"
     assert told.provenance["model"] == {"id": "google/gemma-2-2b"}
@@ -218,7 +218,7 @@ def test_a_repository_of_several_is_told_apart_by_what_they_write(tmp_path):
         archive(tmp_path / "gemma-scope-2b-pt-res" / f"layer_{layer}" / "width_16k" / "average_l0_9", parameters(seed=layer))
     loaded = read_dictionary(tmp_path)
     assert list(loaded.dictionaries) == ["model.layers.2:out", "model.layers.11:out"]
-    found = detect(Source(tmp_path / "gemma-scope-2b-pt-res/layer_2/width_16k/average_l0_9"))
+    found = detect(SourceFiles(tmp_path / "gemma-scope-2b-pt-res/layer_2/width_16k/average_l0_9"))
     assert found is not None
     assert found[1] == "params.npz with W_enc and threshold"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictionary, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -127,7 +127,7 @@ def test_converted_it_gives_the_same_in_other_formats(tmp_path):
 
 
 def test_it_is_told_by_its_files(tmp_path):
-    found = detect(Source(written(tmp_path / "a", parameters(), config())))
+    found = detect(SourceFiles(written(tmp_path / "a", parameters(), config())))
     assert found is not None
     assert (found[0].name, found[1]) == ("llama_scope", "hyperparams.json and checkpoints/final.safetensors")
     assert read_dictionary(tmp_path).evidence.startswith("Llama Scope: hyperparams.json")
@@ -176,7 +176,7 @@ def test_damaged_tensors_are_named(changes, says, tmp_path):
 def test_what_a_file_lacks_may_be_given(tmp_path):
     folder = written(tmp_path / "a", parameters(), config(jump_relu_threshold=None))
     found, x = parameters(), inputs()
-    d = read_dictionary(folder, options=Options(threshold=LEVEL)).dictionary
+    d = read_dictionary(folder, options=ReadOptions(threshold=LEVEL)).dictionary
     near(d(torch.from_numpy(x)), reference(found, x, NORM_IN, jumprelu)[1])
     (folder / "checkpoints" / "final.safetensors").unlink()
     with pytest.raises(ValueError, match="expected this file, found nothing there"):

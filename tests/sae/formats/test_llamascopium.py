@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsary.sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder
 
 # Together they take seconds; `make test` runs them.
@@ -206,7 +206,7 @@ def test_choices_shared_among_tokens_or_layers_need_a_threshold(gate, tmp_path):
     folder = written(tmp_path, found, layered_config(act_fn=gate), layered_norms())
     with pytest.raises(ValueError, match=rf"act_fn {gate}: .*threshold=NUMBER"):
         read_dictionary(folder)
-    given = read_dictionary(folder, options=Options(threshold=4.0)).dictionary
+    given = read_dictionary(folder, options=ReadOptions(threshold=4.0)).dictionary
     found[LOG] = np.full((LAYERS, LATENTS), np.log(4.0), np.float32)
     plain = read_dictionary(written(tmp_path / "b", found, layered_config(), layered_norms())).dictionary
     x = torch.randn(9, LAYERS * D)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def test_outputs_are_the_equation_s(activation, post, tmp_path):
     if post == "Identity":
         # So that some of the k largest are negative.
         contents["latent_bias"] -= 5
-    loaded = read_dictionary(saved(tmp_path, contents), options=Options(hook="transformer.h.6:out", model="gpt2"))
+    loaded = read_dictionary(saved(tmp_path, contents), options=ReadOptions(hook="transformer.h.6:out", model="gpt2"))
     d = loaded.dictionary
     a, y = numpy_forward(contents, x, activation, post)
     code = d.encode(x)
@@ -95,9 +95,9 @@ def test_a_folder_of_layers_is_read_by_file(tmp_path):
         saved(tmp_path, state(), f"{layer}.pt")
     assert list(read_dictionary(tmp_path).dictionaries) == ["2", "10"]
     for hook in ("10", "10.pt"):
-        assert read_dictionary(tmp_path, options=Options(hook=hook)).provenance["source"]["config"]["file"] == "10.pt"
+        assert read_dictionary(tmp_path, options=ReadOptions(hook=hook)).provenance["source"]["config"]["file"] == "10.pt"
     with pytest.raises(ValueError, match="hook: expected one of 2, 10, got '4'"):
-        read_dictionary(tmp_path, options=Options(hook="4"))
+        read_dictionary(tmp_path, options=ReadOptions(hook="4"))
 
 
 @pytest.mark.parametrize(

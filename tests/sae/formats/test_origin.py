@@ -6,36 +6,38 @@ import json
 import pytest
 import torch
 
-from sparsary.sae.formats import FORMATS, Options, Source
-from sparsary.sae.formats.canonical import Gate, Neutral
+from sparsary.sae.formats import FORMATS, ReadOptions, SourceFiles
+from sparsary.sae.formats.canonical import ActivationFn, CanonicalSAE
 from sparsary.sae.formats.files import HubSource
-from sparsary.sae.formats.origin import config_above, hooks_of, model_of, origin, originated, plain, source_config
+from sparsary.sae.formats.origin import config_above, hooks_from_files, model_of, origin, originated, plain, source_config
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
 
 
 def bare():
-    return Neutral("sae", torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.zeros(2), Gate("relu"))
+    return CanonicalSAE("sae", torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.zeros(2), ActivationFn("relu"))
 
 
 def test_files_count_before_options_and_options_before_nothing():
-    said = originated(bare(), "x", {"a": 1}, Options(hook="model.layers.9:out"), hook="blocks.2.hook_resid_pre", model="gpt2")
-    assert hooks_of(said) == ("transformer.h.2:in", "transformer.h.2:in")
+    said = originated(
+        bare(), "x", {"a": 1}, ReadOptions(hook="model.layers.9:out"), hook="blocks.2.hook_resid_pre", model="gpt2"
+    )
+    assert hooks_from_files(said) == ("transformer.h.2:in", "transformer.h.2:in")
     assert model_of(said) == "openai-community/gpt2"
     assert source_config(said, "x") == {"a": 1}
     assert source_config(said, "y") == {}
     assert not said.warnings
-    given = originated(bare(), "x", {}, Options(hook="blocks.9.hook_mlp_out", model="gpt2"), hook="no.such place")
-    assert hooks_of(given) == ("transformer.h.9.mlp:out", "transformer.h.9.mlp:out")
-    unknown = originated(bare(), "x", {}, Options())
-    assert hooks_of(unknown) == (None, None)
+    given = originated(bare(), "x", {}, ReadOptions(hook="blocks.9.hook_mlp_out", model="gpt2"), hook="no.such place")
+    assert hooks_from_files(given) == ("transformer.h.9.mlp:out", "transformer.h.9.mlp:out")
+    unknown = originated(bare(), "x", {}, ReadOptions())
+    assert hooks_from_files(unknown) == (None, None)
     assert unknown.warnings == ("no hook is named: give hook=MODULE:SIDE, or model=ID",)
 
 
 def test_what_reads_one_place_and_writes_another_has_no_single_hook():
-    n = originated(bare(), "x", {}, Options(), hook="model.layers.2.mlp:in", hook_out="model.layers.2.mlp:out")
-    assert hooks_of(n) == ("model.layers.2.mlp:in", "model.layers.2.mlp:out")
+    n = originated(bare(), "x", {}, ReadOptions(), hook="model.layers.2.mlp:in", hook_out="model.layers.2.mlp:out")
+    assert hooks_from_files(n) == ("model.layers.2.mlp:in", "model.layers.2.mlp:out")
     assert "hook" not in n.provenance
 
 
@@ -45,15 +47,15 @@ def test_a_configuration_is_looked_for_in_folders_above(tmp_path):
     (inner / "w.pt").write_bytes(b"")
     (tmp_path / "run" / "c.json").write_text('{"depth": 0}')
     (tmp_path / "c.json").write_text('{"depth": -1}')
-    for source in (Source(inner), Source(tmp_path, "run/layers.1/seed0"), Source(inner / "w.pt")):
+    for source in (SourceFiles(inner), SourceFiles(tmp_path, "run/layers.1/seed0"), SourceFiles(inner / "w.pt")):
         assert config_above(source, "c.json", 2) == {"depth": 0}
         assert config_above(source, "c.json", 1) == {}
     (inner / "c.json").write_text('{"depth": 2}')
-    assert config_above(Source(inner), "c.json", 2) == {"depth": 2}
-    assert config_above(Source(inner / "w.pt"), "c.json", 2) == {"depth": 2}
+    assert config_above(SourceFiles(inner), "c.json", 2) == {"depth": 2}
+    assert config_above(SourceFiles(inner / "w.pt"), "c.json", 2) == {"depth": 2}
     (inner / "c.json").write_text("[1]")
     with pytest.raises(ValueError, match="expected a mapping, got list"):
-        config_above(Source(inner), "c.json", 2)
+        config_above(SourceFiles(inner), "c.json", 2)
 
 
 def test_of_a_repository_it_is_looked_for_within(tmp_path, monkeypatch):
@@ -88,10 +90,10 @@ def test_what_is_not_known_is_a_warning_and_may_be_given():
     assert warnings == [
         "hooks blocks.1.ln2.hook_normalized of gpt2 are no module's input or output known here: give hook=MODULE:SIDE"
     ]
-    told, none = origin(*arguments, Options(hook="transformer.h.1.ln_2:in"))
+    told, none = origin(*arguments, ReadOptions(hook="transformer.h.1.ln_2:in"))
     assert (told["hooks_in"], none) == (["transformer.h.1.ln_2:in"], [])
     # One name cannot be that of every layer.
-    several = origin("x", {}, None, [None, None], [None, None], Options(hook="a.b:in"))
+    several = origin("x", {}, None, [None, None], [None, None], ReadOptions(hook="a.b:in"))
     assert several[1] == ["the files do not say what hooks it is for"]
 
 
@@ -99,7 +101,7 @@ def test_configurations_are_kept_as_json_can_hold_them():
     assert plain({1: [datetime.date(2025, 1, 2), None, True]}) == {"1": ["2025-01-02", None, True]}
 
 
-class Listing(Source):
+class Listing(SourceFiles):
     """Names of a repository's files, and the configurations among them; nothing else can be had."""
 
     def __init__(self, *names, **configurations):

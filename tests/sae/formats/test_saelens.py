@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.formats import Options, Source, read_dictionary, read_neutral, write_dictionary
+from sparsary.sae.formats import ReadOptions, SourceFiles, read_canonical, read_dictionary, write_dictionary
 from sparsary.sae.formats.conversion import to_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_without_its_scale_is_refused_until_it_is_given(tmp_path):
     with pytest.raises(ValueError, match=r"activation_scaler.json beside it, found none.*scale=NUMBER"):
         read_dictionary(folder)
     expected = load_file(folder / "expected.safetensors")
-    given = read_dictionary(folder, options=Options(scale=0.37)).dictionary
+    given = read_dictionary(folder, options=ReadOptions(scale=0.37)).dictionary
     torch.testing.assert_close(given(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
 
 
@@ -258,7 +258,7 @@ def test_bfloat16_computes_in_float32_unless_asked_not_to():
 
 def test_matrices_stay_the_file_s():
     """No copy on the way: a dictionary takes as much memory as its file, and that is mapped."""
-    n = read_neutral(Source(GOLDEN / "standard-none"))
+    n = read_canonical(SourceFiles(GOLDEN / "standard-none"))
     d = to_dictionary(n)
     assert n.W_enc.T.is_contiguous()
     assert (d.W_enc.data_ptr(), d.W_enc.stride()) == (n.W_enc.data_ptr(), n.W_enc.stride())
@@ -276,11 +276,11 @@ def test_several_in_one_folder_are_told_apart_by_hook(tmp_path):
         copied("topk-none", tmp_path / f"layer_{layer}", metadata=about)
     loaded = read_dictionary(tmp_path)
     assert list(loaded.dictionaries) == ["transformer.h.2:out", "transformer.h.10:out"]
-    one = read_dictionary(tmp_path, options=Options(hook="transformer.h.10:out"))
+    one = read_dictionary(tmp_path, options=ReadOptions(hook="transformer.h.10:out"))
     assert one.provenance["hook"] == "transformer.h.10:out"
     assert one.dictionary.n_latents == 24
     with pytest.raises(ValueError, match=re.escape("hook: expected one of transformer.h.2:out, transformer.h.10:out")):
-        read_dictionary(tmp_path, options=Options(hook="transformer.h.4:out"))
+        read_dictionary(tmp_path, options=ReadOptions(hook="transformer.h.4:out"))
     with pytest.raises(ValueError, match="because there are several"):
         _ = loaded.dictionary
 

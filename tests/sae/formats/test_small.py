@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.sae.formats import Options, Source, detect, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictionary, write_dictionary
 from sparsary.sae.formats.single_releases import DeepSeekR1, block_output
 from sparsary.sae.formats.torch_files import TorchFiles
 
@@ -61,7 +61,7 @@ def saved(tmp_path, kind, dtype=None, **changes):
 
 
 def options(kind, **more):
-    return Options(model=MODELS.get(kind, "meta-llama/Llama-3.1-8B"), k=K if kind == "qwen_scope" else None, **more)
+    return ReadOptions(model=MODELS.get(kind, "meta-llama/Llama-3.1-8B"), k=K if kind == "qwen_scope" else None, **more)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -85,7 +85,7 @@ def test_each_is_told_by_its_keys_and_shapes(tmp_path):
     for kind in FILES:
         folder = tmp_path / kind
         folder.mkdir()
-        found = detect(Source(saved(folder, kind)))
+        found = detect(SourceFiles(saved(folder, kind)))
         assert found is not None
         assert found[0].name == kind
 
@@ -93,7 +93,7 @@ def test_each_is_told_by_its_keys_and_shapes(tmp_path):
 def test_the_same_keys_the_other_way_round_are_not_qwen_scope_s(tmp_path):
     W_enc, b_enc, W_dec, b_dec = arrays()
     torch.save({"W_enc": W_enc.T.contiguous(), "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}, tmp_path / "layer3.sae.pt")
-    assert detect(Source(tmp_path)) is None
+    assert detect(SourceFiles(tmp_path)) is None
 
 
 def test_k_of_qwen_scope_is_never_guessed(tmp_path):
@@ -107,7 +107,7 @@ def test_k_of_qwen_scope_is_never_guessed(tmp_path):
     loaded = read_dictionary(named)
     assert loaded.dictionary.arguments()["encoder"] == {"name": "topk", "k": 5}
     assert any("k 5 is from the name" in warning for warning in loaded.warnings)
-    assert read_dictionary(named, options=Options(k=7)).dictionary.arguments()["encoder"]["k"] == 7
+    assert read_dictionary(named, options=ReadOptions(k=7)).dictionary.arguments()["encoder"]["k"] == 7
 
 
 def test_square_matrices_are_told_by_the_file_s_name_alone(tmp_path):
@@ -115,10 +115,10 @@ def test_square_matrices_are_told_by_the_file_s_name_alone(tmp_path):
     contents = {"W_enc": W_enc, "W_dec": W_dec.T.contiguous(), "b_enc": b_enc, "b_dec": b_dec}
     torch.save(contents, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="expected a dictionary of a known format"):
-        read_dictionary(tmp_path, options=Options(k=3))
+        read_dictionary(tmp_path, options=ReadOptions(k=3))
     (tmp_path / "weights.pt").rename(tmp_path / "layer3.sae.pt")
     x = torch.randn(9, D)
-    d = read_dictionary(tmp_path, options=Options(k=3)).dictionary
+    d = read_dictionary(tmp_path, options=ReadOptions(k=3)).dictionary
     torch.testing.assert_close(d(x), relu_forward(x, *arrays(D, D), k=3), rtol=1e-5, atol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_layers_of_one_folder_are_told_apart(tmp_path):
     assert one.provenance["hook"] == "model.layers.2:out"
 
 
-class Remote(Source):
+class Remote(SourceFiles):
     """A folder as if on the hub: looking into a file would fetch it."""
 
     fetched: tuple[str, ...] = ()

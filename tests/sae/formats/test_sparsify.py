@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.formats import Options, read_dictionary, write_dictionary
+from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 from sparsary.sae.formats.sparsify import folder_name, module_path
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
@@ -65,9 +65,9 @@ def test_a_folder_s_name_is_the_module():
     assert found["text"] == {"context_length": 128}
     several = read_dictionary(GOLDEN / "several")
     assert list(several.dictionaries) == [f"gpt_neox.layers.{layer}:out" for layer in (1, 2, 10)]
-    one = read_dictionary(GOLDEN / "several", options=Options(hook="gpt_neox.layers.10:out")).dictionary
+    one = read_dictionary(GOLDEN / "several", options=ReadOptions(hook="gpt_neox.layers.10:out")).dictionary
     assert one.arguments()["encoder"]["k"] == 3
-    assert read_dictionary(GOLDEN / "several", options=Options(hook="layers.2")).dictionary.arguments()["encoder"]["k"] == 4
+    assert read_dictionary(GOLDEN / "several", options=ReadOptions(hook="layers.2")).dictionary.arguments()["encoder"]["k"] == 4
 
 
 def test_seeds_are_of_one_module():
@@ -147,7 +147,7 @@ def test_early_transcoders_may_have_subtracted_their_output_bias(tmp_path):
     now = read_dictionary(folder)
     assert "before February 2025 b_dec was also subtracted" in now.warnings[0]
     torch.testing.assert_close(now.dictionary(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
-    then = read_dictionary(folder, options=Options(subtract_b_dec=True))
+    then = read_dictionary(folder, options=ReadOptions(subtract_b_dec=True))
     assert not then.warnings
     p = ((expected["x"] - tensors["b_dec"]) @ tensors["encoder.weight"].T + tensors["encoder.bias"]).relu()
     best = p.topk(5, dim=-1)

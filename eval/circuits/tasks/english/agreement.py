@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..corruptions import AGREEMENT_ACROSS, AGREEMENT_SIMPLE, AGREEMENT_WITHIN
 from ..task import Corruption
-from .fill import Filled, Words, from_templates
+from .fill import Filled, SingleTokenWords, from_templates
 
 
 def _numbers(words: str) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ KINDS = {
 }
 
 
-def _draw(kind: Kind, words: Words, random: Random, corruption: str) -> Filled:
+def _draw(kind: Kind, words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     lists = {role: words.pairs(f"nouns for the {role}", nouns) for role, nouns in kind.nouns.items()}
     nouns = {role: random.choice(pairs) for role, pairs in lists.items()}
     numbers = {role: random.randrange(2) for role in lists}

@@ -3,7 +3,7 @@
 from random import Random
 
 from ..corruptions import DOCSTRING, docstring_changes
-from .fill import Filled, Words, from_templates
+from .fill import Filled, SingleTokenWords, from_templates
 
 # Two arguments before those documented, three of which the third is asked for, one after them.
 SIGNATURE = tuple(f"signature_{place}" for place in range(6))
@@ -29,7 +29,7 @@ NOUNS = """price control action cost issue process position course minute educat
     lamp chair table""".split()
 
 
-def _draw(words: Words, random: Random, corruption: str) -> Filled:
+def _draw(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     variables = words.single("variable names", VARIABLES, at_least=13)
     nouns = words.single("nouns", [noun for noun in NOUNS if noun not in VARIABLES], at_least=7)
     method, *arguments = random.sample(variables, 7)

@@ -7,7 +7,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from ..pairs import Question
-from ..reader import Reader
+from ..reader import PromptEncoder
 from ..task import Corruption, Example, Request, Variant, with_subject_end
 
 # How many words an error lists.
@@ -27,10 +27,10 @@ class Filled(NamedTuple):
     foils: tuple[str | int, ...]
 
 
-class Words:
+class SingleTokenWords:
     """Which words a tokenizer has as single tokens, after a space."""
 
-    def __init__(self, reader: Reader, task: str):
+    def __init__(self, reader: PromptEncoder, task: str):
         self.reader, self.task = reader, task
         self.known: dict[str, Any] = {}
 
@@ -77,13 +77,13 @@ class Words:
 def from_templates(
     task: str,
     corruptions: tuple[Corruption, ...],
-    draw: Callable[[Words, Random, str], Filled],
+    draw: Callable[[SingleTokenWords, Random, str], Filled],
     metric: str = "logit_diff",
 ) -> Variant:
     """A task by its draw of one filled template; the same draw gives the same clean prompt whatever the corruption."""
 
     def examples(request: Request) -> Iterator[Example]:
-        words, index = Words(request.reader, task), 0
+        words, index = SingleTokenWords(request.reader, task), 0
         while True:
             filled = draw(words, Random(f"{task}/{request.seed}/{index}"), request.corruption)
             if _belongs(filled.template.format(**filled.clean), request.split):
@@ -99,7 +99,7 @@ def from_templates(
     return Variant(corruptions, metric, examples)
 
 
-def example(filled: Filled, reader: Reader) -> Example:
+def example(filled: Filled, reader: PromptEncoder) -> Example:
     """A filled template as token ids.
 
     Raises:
@@ -117,7 +117,7 @@ def example(filled: Filled, reader: Reader) -> Example:
     return Example(tuple(clean), tuple(corrupted), (question,), _roles(filled, text, reader))
 
 
-def _roles(filled: Filled, text: str, reader: Reader) -> dict[str, int]:
+def _roles(filled: Filled, text: str, reader: PromptEncoder) -> dict[str, int]:
     """Position of the last token of every field's word, where the field occurs first, and of the prompt."""
     ends: dict[str, int] = {}
     at = 0

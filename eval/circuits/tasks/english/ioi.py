@@ -3,7 +3,7 @@
 from random import Random
 
 from ..corruptions import IOI, ioi_changes
-from .fill import Filled, Words, from_templates
+from .fill import Filled, SingleTokenWords, from_templates
 
 # In the order subject first ("BABA"); half of the draws have the two names exchanged at their first mention ("ABBA").
 TEMPLATES = (
@@ -34,7 +34,7 @@ NAMES = """Michael Christopher Jessica Matthew Ashley Jennifer Joshua Amanda Dan
     Samuel""".split()
 
 
-def _draw(words: Words, random: Random, corruption: str) -> Filled:
+def _draw(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     names = words.single("names", NAMES, at_least=5)
     template = random.choice(TEMPLATES)
     if random.random() < 0.5:

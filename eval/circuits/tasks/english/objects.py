@@ -3,7 +3,7 @@
 from random import Random
 
 from ..task import Corruption
-from .fill import Filled, Words, from_templates
+from .fill import Filled, SingleTokenWords, from_templates
 
 OBJECTS = """pencil notebook pen cup plate jug mug puzzle textbook leash necklace bracelet bottle ball envelope lighter
     bowl""".split()
@@ -24,7 +24,7 @@ CORRUPTIONS = (
 )
 
 
-def _draw(words: Words, random: Random, corruption: str) -> Filled:
+def _draw(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     objects = words.single("objects", OBJECTS, at_least=7)
     known = words.pairs("colours", [(color, color.capitalize()) for color in COLORS], at_least=6)
     surfaces = words.single("surfaces", SURFACES)

@@ -8,7 +8,7 @@ from random import Random
 
 from ..corruptions import PRONOUN
 from ..task import Corruption
-from .fill import Filled, Words, from_templates
+from .fill import Filled, SingleTokenWords, from_templates
 
 NAME_FRAMES = (
     "So {person} is a really great {profession}, isn't",
@@ -45,7 +45,7 @@ BIAS = (
 PRONOUNS = (" he", " she")
 
 
-def _name(words: Words, random: Random, corruption: str) -> Filled:
+def _name(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     names = words.single("names of men", MEN), words.single("names of women", WOMEN)
     template, gender = random.choice(NAME_FRAMES), random.randrange(2)
     person = random.choice(names[gender])
@@ -55,7 +55,7 @@ def _name(words: Words, random: Random, corruption: str) -> Filled:
     return Filled(template, clean, changes, (PRONOUNS[gender],), (PRONOUNS[1 - gender],))
 
 
-def _profession(words: Words, random: Random, corruption: str) -> Filled:
+def _profession(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     people = words.single("men's professions", OF_MEN), words.single("women's professions", OF_WOMEN)
     [man, woman] = words.single("words for a person", ("man", "woman"))
     template, gender = random.choice(BIAS_FRAMES), random.randrange(2)

@@ -3,7 +3,7 @@
 from random import Random
 
 from ..corruptions import GREATER_THAN
-from .fill import Filled, Words, from_templates
+from .fill import Filled, SingleTokenWords, from_templates
 
 TEMPLATE = "The {event} lasted from the year {century}{start_year} to the year {century_again}"
 CENTURIES = range(11, 18)
@@ -18,7 +18,7 @@ EVENTS = """abduction accord affair agreement appraisal assaults assessment atta
     study test testing tests therapy tour tradition treaty trial trip unemployment voyage warfare work""".split()
 
 
-def _draw(words: Words, random: Random, corruption: str) -> Filled:
+def _draw(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     usable = spans(words)
     tokens = _two_digits(words)
     event = random.choice(words.single("events", EVENTS))
@@ -34,7 +34,7 @@ def _draw(words: Words, random: Random, corruption: str) -> Filled:
     return Filled(TEMPLATE, clean, changes, tuple(tokens[first:]), tuple(tokens[:first]))
 
 
-def spans(words: Words) -> dict[str, list[str]]:
+def spans(words: SingleTokenWords) -> dict[str, list[str]]:
     """By century the years that are two tokens, century and year, without the first and the last of them.
 
     Raises:
@@ -51,7 +51,7 @@ def spans(words: Words) -> dict[str, list[str]]:
     return words.known["years"]
 
 
-def _split_years(words: Words, century: str) -> list[str]:
+def _split_years(words: SingleTokenWords, century: str) -> list[str]:
     reader, before = words.reader, f"The year {century}"
     if reader.next_token("The year", f" {century}") is None:
         return []
@@ -60,7 +60,7 @@ def _split_years(words: Words, century: str) -> list[str]:
     return cut[1:-1] if cut[:1] == ["01"] else []
 
 
-def _two_digits(words: Words) -> list[int]:
+def _two_digits(words: SingleTokenWords) -> list[int]:
     """The tokens 00 to 99.
 
     Raises:

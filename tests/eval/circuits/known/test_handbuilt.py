@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.known import KNOWN
-from sparsary.eval.circuits.known.handbuilt import LONGEST, fraction, gate, induction, reverse
+from sparsary.eval.circuits.known.handbuilt import LONGEST, and_gate_circuit, fraction, induction_circuit, reverse
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -23,11 +23,11 @@ def test_exact_patching_finds_the_longer_circuits(build, check_truth):
 
 @pytest.mark.slow
 def test_exact_patching_finds_the_or_with_others_ablated(check_truth):
-    check_truth(gate("or", n_pairs=3), floor=1e-2, redundant=True, n_contexts=40)
+    check_truth(and_gate_circuit("or", n_pairs=3), floor=1e-2, redundant=True, n_contexts=40)
 
 
 def test_an_or_does_not_show_its_parts_one_by_one(brute):
-    known = gate("or", n_pairs=2)
+    known = and_gate_circuit("or", n_pairs=2)
     runs = brute(known, "resample", "nodes")
     alone = dict(zip(runs.names, runs.alone().tolist(), strict=True))
     assert alone["a0.h1"] < 1e-6
@@ -39,7 +39,7 @@ def test_an_or_does_not_show_its_parts_one_by_one(brute):
 
 def test_distractors_are_busy():
     # A distractor that wrote the same on both prompts would be no test of anything.
-    for build in (gate("and"), induction(), fraction(), reverse()):
+    for build in (and_gate_circuit("and"), induction_circuit(), fraction(), reverse()):
         hooks = tuple(f"h.{layer}.attn.o_proj:in" for layer in range(build.config.n_layers))
         clean, corrupted = (build.model.activations(ids, hooks) for ids in (build.pairs.clean, build.pairs.corrupted))
         apart = torch.stack([(clean[hook] - corrupted[hook]).abs().amax((0, 1)) for hook in hooks])
@@ -53,7 +53,7 @@ def test_distractors_are_busy():
 def test_the_gates_are_gates():
     answers = {}
     for kind in ("and", "or", "adder"):
-        known = gate(kind)
+        known = and_gate_circuit(kind)
         prompts = torch.tensor([[2, left, right, 0, 1, 3] for left in (0, 1) for right in (0, 1)])
         answers[kind] = known.model.logits(prompts)[:, -1, 1] + 0.5
     torch.testing.assert_close(answers["and"], torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -62,7 +62,7 @@ def test_the_gates_are_gates():
 
 
 def test_induction_finds_what_followed():
-    known = induction(n_pairs=40)
+    known = induction_circuit(n_pairs=40)
     said = known.model.logits(known.pairs.clean)[:, -1].argmax(-1)
     for prompt, token in zip(known.pairs.clean.tolist(), said.tolist(), strict=True):
         assert token == prompt[prompt.index(prompt[-1]) + 1]
@@ -90,8 +90,8 @@ def test_reverse_reverses_and_padding_changes_nothing(length):
 
 def test_wrong_choices_are_refused():
     with pytest.raises(ValueError, match=r"kind: expected one of and, or, adder, got 'xor'"):
-        gate("xor")
+        and_gate_circuit("xor")
     with pytest.raises(ValueError, match=r"corruption: expected other prompt or other query, got 'both'"):
-        induction(corruption="both")
+        induction_circuit(corruption="both")
     with pytest.raises(ValueError, match=r"length: expected 1 to 4, got 5"):
         reverse(length=5)

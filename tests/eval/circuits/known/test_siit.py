@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer, node_names
-from sparsary.eval.circuits.known.siit import PROGRAMS, TOLERANCE, _swapped, _watched, distances_of, prompts, train, trained
+from sparsary.eval.circuits.known.siit import (
+    PROGRAMS,
+    TOLERANCE,
+    _swapped,
+    _watched,
+    distances_of,
+    siit_prompts,
+    train_siit,
+    trained,
+)
 from sparsary.eval.circuits.scoring.roc import roc_auc
 
 # Together they take seconds; `make test` runs them.
@@ -29,7 +38,7 @@ def test_swapping_a_node_is_exact_patching(node, brute_logits):
     program = PROGRAMS["share_of_x"]
     model = ToyTransformer(ToyConfig(2, 4, 12, 3, 7, 4, 1, d_mlp=10, activation="gelu")).double()
     draw = torch.Generator().manual_seed(1)
-    base, source = (prompts(program, 5, draw) for _ in range(2))
+    base, source = (siit_prompts(program, 5, draw) for _ in range(2))
     with _watched(model) as written:
         model(source)
     with _swapped(model, node, written):
@@ -60,4 +69,4 @@ def test_what_cannot_be_trained_is_refused():
 @pytest.mark.slow
 def test_too_few_steps_are_too_few():
     with pytest.raises(ValueError, match=r"max_steps: share_of_x is not yet the program after 1 steps: .*\(m0\).* Give more"):
-        train(PROGRAMS["share_of_x"], seed=0, max_steps=1)
+        train_siit(PROGRAMS["share_of_x"], seed=0, max_steps=1)

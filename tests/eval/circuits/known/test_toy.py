@@ -5,7 +5,7 @@ import torch
 
 from sparsary.eval.circuits.known import ToyConfig, ToyTransformer
 from sparsary.eval.circuits.known.toy import blank
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.sites import SITES, sites_of
 
@@ -30,7 +30,7 @@ def made(**kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_anatomy_makes_up_the_model(kind):
     model = made(**kind)
-    anatomy = Anatomy(model)
+    anatomy = Architecture(model)
     token_ids = torch.randint(0, 13, (2, 6))
 
     def close(one, other):

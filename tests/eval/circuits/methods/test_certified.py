@@ -9,8 +9,8 @@ from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN, ToyConfig, ToyTransformer
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.certified import Certified, lower_bound, radius
-from sparsary.eval.circuits.methods.method import Method, Scores
-from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+from sparsary.eval.circuits.methods.method import Method, UnitScores
+from sparsary.eval.circuits.tasks.pairs import PromptPairs, Question
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.units.passes import Cost
 from sparsary.training.activations.model import LanguageModel
@@ -27,13 +27,13 @@ class Given(Method):
 
     def discover(self, space, pairs):
         per_pair = self.table[pairs.clean[:, 0]]
-        return Scores(per_pair.mean(0), Cost(), per_pair if self.singly else None)
+        return UnitScores(per_pair.mean(0), Cost(), per_pair if self.singly else None)
 
 
 def data(tokens):
     tokens = torch.tensor(tokens)[:, None]
     questions = ((Question(0, (0,), (1,)),),) * len(tokens)
-    return Pairs("any", "none", tokens, tokens, questions, torch.ones(len(tokens), dtype=torch.long))
+    return PromptPairs("any", "none", tokens, tokens, questions, torch.ones(len(tokens), dtype=torch.long))
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import torch
 from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.methods.discrete_codes import Codes, DiscreteCodes, MeanDifference, appearances, written
+from sparsary.eval.circuits.methods.discrete_codes import Codes, DiscreteCodes, MeanDifference, appearances, written_codes
 from sparsary.eval.circuits.scoring.roc import roc_auc
 from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.architecture import Anatomy
+from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.sites import site_hooks
 
 # Together they take seconds; `make test` runs them.
@@ -101,12 +101,12 @@ def test_heads_of_a_known_circuit_are_found_where_prompts_differ_in_kind(name):
 
 def test_what_heads_write_goes_through_their_output_weights(tiny_model, random_pairs):
     model, pairs = tiny_model("gpt2"), random_pairs(n=3, lengths=[4, 6, 5])
-    anatomy = Anatomy(model)
+    anatomy = Architecture(model)
     hook, width = site_hooks(model.module, 1, "attn_heads")[0], anatomy.n_heads * anatomy.d_head
     part, mlp = Coordinates("a1", hook, width, anatomy.d_head), Coordinates("m1", "transformer.h.1.mlp:out", 12, 12)
     layer = anatomy.trace(pairs.clean).layers[1]
     expected = torch.einsum("cthd,hdm->cthm", layer.z, anatomy.layers[1].W_O).float()
-    found = {kind: written(NodeSpace(model, [part, mlp]), pairs, kind)[0] for kind in ("mean", "last")}
+    found = {kind: written_codes(NodeSpace(model, [part, mlp]), pairs, kind)[0] for kind in ("mean", "last")}
     for row, length in enumerate([4, 6, 5]):
         torch.testing.assert_close(found["mean"][row, :-1], expected[row, :length].mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found["last"][row, :-1], expected[row, length - 1], rtol=1e-4, atol=1e-5)
@@ -114,11 +114,11 @@ def test_what_heads_write_goes_through_their_output_weights(tiny_model, random_p
     # Position by position, as the space numbers its units.
     each = NodeSpace(model, [part], "each", 6)
     names = each.names()
-    positive, _ = written(each, pairs, "mean")
+    positive, _ = written_codes(each, pairs, "mean")
     place = names.index("a1/1@3")
     torch.testing.assert_close(positive[:, place], expected[:, 3, 1], rtol=1e-4, atol=1e-5)
     values = MeanDifference("last").discover(NodeSpace(model, [part]), pairs).values
-    positive, negative = written(NodeSpace(model, [part]), pairs, "last")
+    positive, negative = written_codes(NodeSpace(model, [part]), pairs, "last")
     torch.testing.assert_close(values, (positive - negative).mean(0).norm(dim=-1))
 
 

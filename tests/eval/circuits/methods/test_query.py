@@ -7,7 +7,7 @@ from sparsary.eval.circuits.compared_units import components
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
-from sparsary.eval.circuits.methods.method import Method, Scores
+from sparsary.eval.circuits.methods.method import Method, UnitScores
 from sparsary.eval.circuits.methods.query import QueryCircuits, deviation, ndf, query_circuits, single_scores, variants_of
 from sparsary.eval.circuits.units.nodes import NodeSpace
 from sparsary.eval.circuits.units.passes import Cost
@@ -21,7 +21,7 @@ class Mean(Method):
     """A method that says what it finds on all pairs, and nothing of each."""
 
     def discover(self, space, pairs):
-        return Scores(AttributionPatching().discover(space, pairs).values, Cost())
+        return UnitScores(AttributionPatching().discover(space, pairs).values, Cost())
 
 
 class Ruined(Method):
@@ -33,7 +33,7 @@ class Ruined(Method):
     def discover(self, space, pairs):
         per_pair = AttributionPatching().discover(space, pairs).per_pair.clone()
         per_pair[self.row] *= -1
-        return Scores(per_pair.mean(0), Cost(), per_pair)
+        return UnitScores(per_pair.mean(0), Cost(), per_pair)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy import stats
 
 from sparsary.eval.circuits.tasks import competence, require_solved
 from sparsary.eval.circuits.tasks.competence import wilson
-from sparsary.eval.circuits.tasks.pairs import Pairs, Question
+from sparsary.eval.circuits.tasks.pairs import PromptPairs, Question
 from sparsary.training.activations.model import LanguageModel
 
 # Logits of tokens 0, 1 and 2 after each token: the answer 0 leads by 3, by 1, and is behind by 2.
@@ -37,7 +37,7 @@ def model():
 def pairs_of(clean, corrupted, foils=(1,)):
     questions = tuple((Question(0, (0,), tuple(foils)),) for _ in clean)
     ids = (torch.tensor(one)[:, None] for one in (clean, corrupted))
-    return Pairs("toy", "swapped", *ids, questions, torch.ones(len(clean), dtype=torch.long))
+    return PromptPairs("toy", "swapped", *ids, questions, torch.ones(len(clean), dtype=torch.long))
 
 
 def test_figures_are_those_worked_out_by_hand(model):

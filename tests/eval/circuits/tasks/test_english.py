@@ -10,8 +10,8 @@ import torch
 
 from sparsary.eval.circuits.tasks import TASKS, make_pairs, read_pairs
 from sparsary.eval.circuits.tasks.english import agreement, docstrings, ioi, objects, pronouns, years
-from sparsary.eval.circuits.tasks.english.fill import Words
-from sparsary.eval.circuits.tasks.reader import Reader
+from sparsary.eval.circuits.tasks.english.fill import SingleTokenWords
+from sparsary.eval.circuits.tasks.reader import PromptEncoder
 
 # Together they take seconds; `make test` runs them.
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def test_published_spans_of_years_are_ours(gpt2_tokens, shared_data):
     drawn = {decode(ours.clean[row, roles["century"] : roles["start_year"] + 1]) for row, roles in enumerate(ours.roles)}
     shared = {f" {words['century']}{words['start_year']}" for words in published}
     # A thousand prompts have drawn four fifths of the years there are.
-    spans = years.spans(Words(Reader(gpt2_tokens), "greater_than"))
+    spans = years.spans(SingleTokenWords(PromptEncoder(gpt2_tokens), "greater_than"))
     kept = {f" {century}{year}" for century, several in spans.items() for year in several}
     assert shared < kept
     assert drawn <= kept
