@@ -23,7 +23,7 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "sparsary needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet "pip>=25.1" --constraint constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --group dev --editable .
+	$(PIP) install --quiet --constraint constraints.txt --group dev --editable ".[all]"
 	touch $@
 
 peers: .venv-peers/installed

@@ -311,7 +311,7 @@ def test_the_peers_that_are_asked_for_are_those_the_script_has():
 
 def bench(folder, *arguments):
     """The command in a process of its own, away from the repository, as a user has it; returns what it wrote."""
-    call = [sys.executable, str(ROOT / "sparsary.py"), "bench", *arguments, "--quick", "--json", "out.json"]
+    call = [sys.executable, "-m", "sparsary", "bench", *arguments, "--quick", "--json", "out.json"]
     run = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "out.json").read_text())
