@@ -104,7 +104,7 @@ if not TYPE_CHECKING:
             # Below, because it loads torch; and so does whatever it is for.
             from .sae.extras import needs
 
-            with needs(f"sparsary.{name}"):
+            with needs(f"sparsary.{name}", "eval" if _HOME_OF[name].startswith("eval.") else None):
                 module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
             value = getattr(module, "render_file" if name == "render" else name)
         else:
@@ -174,8 +174,9 @@ def _missing(error: ModuleNotFoundError) -> str:
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    evaluates = command in ("eval", "features", "probe", "circuits", "compare", "info", "render")
     try:
-        with needs(f"sparsary {command}".strip()):
+        with needs(f"sparsary {command}".strip(), "eval" if evaluates else None):
             raise error
     except MissingPackageError as missing:
         return str(missing)

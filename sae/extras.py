@@ -30,13 +30,17 @@ class MissingPackageError(ImportError, ValueError):
 
 
 @contextmanager
-def needs(what: str) -> Iterator[None]:
+def needs(what: str, extra: str | None = None) -> Iterator[None]:
     """Turn a failed import of an optional package into one line: who needs it, and how to install it.
 
     >>> with needs("sparsary.evaluate"):
     ...     raise ModuleNotFoundError(name="sklearn.linear_model")
     Traceback (most recent call last):
     sparsary.sae.extras.MissingPackageError: sparsary.evaluate: needs scikit-learn: pip install 'sparsary[eval]'
+
+    Args:
+        what: The name that opens the message.
+        extra: The extra to install for it, where that is more than the package alone.
 
     Raises:
         MissingPackageError: If the module that is missing comes with an extra. Other errors pass through.
@@ -47,5 +51,7 @@ def needs(what: str) -> Iterator[None]:
         module = (error.name or "").split(".")[0]
         if module not in OPTIONAL:
             raise
-        package, extra = OPTIONAL[module]
-        raise MissingPackageError(f"{what}: needs {package}: pip install 'sparsary[{extra}]'", name=error.name) from None
+        package, own = OPTIONAL[module]
+        # An extra includes those below it: train is in eval. wandb is in neither.
+        wanted = own if extra is None or own == "wandb" else extra
+        raise MissingPackageError(f"{what}: needs {package}: pip install 'sparsary[{wanted}]'", name=error.name) from None
