@@ -164,7 +164,7 @@ def test_every_key_of_the_report_is_explained():
 
 def test_the_documented_schema_is_that_of_the_page():
     # If not: python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
-    assert (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
+    assert (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
 
 
 def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():

@@ -16,7 +16,7 @@ from sparsary.training.bench.comparison import BenchPlan, StepShape, parse_shape
 from sparsary.training.bench.rounds import ratio, slope, started, take_turns
 from sparsary.training.bench.worker import BenchTask
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = StepShape(17, 7, 23, 3)
 # Speaks as a measured process does, without loading torch; writes down what it is told, and fails as it is told to.
 FAKE = """
