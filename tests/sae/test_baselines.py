@@ -340,7 +340,7 @@ def test_wrong_shares_are_refused(shares):
 # Matching pursuit.
 
 
-def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path):
+def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path, assert_same_tensors):
     sae = SAE(D, LATENTS, MatchingPursuit(3))
     assert sae.W_enc is None
     assert sae.b_enc is None
@@ -351,8 +351,7 @@ def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path):
     assert [name for name, tensor in saved.items() if tensor.ndim == 2] == ["W_dec"]
     again = load_dictionary(tmp_path / "d")
     assert again.W_enc is None
-    x = torch.randn(TOKENS, D)
-    assert torch.equal(again(x), sae(x))
+    assert_same_tensors(again, sae)
 
 
 def test_more_steps_at_inference_lower_the_error():
