@@ -21,12 +21,13 @@ checked = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training
 install_import_hook(checked, "beartype.beartype")
 
 # Two workers on two cores: threads of their own would only wait for each other. Processes that tests start inherit it:
-# other numbers of threads round differently, and runs are compared bit for bit.
-os.environ["OMP_NUM_THREADS"] = "1"
+# other numbers of threads round differently, and runs are compared bit for bit. `make portable` takes two.
+THREADS = os.environ.get("SPARSARY_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 
 
 def beside(name):
@@ -43,6 +44,12 @@ if os.environ.get("SPARSARY_TEST_PRODUCTS") == "reordered":
 
 HOOK = "transformer.h.2:out"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def load_beside():
+    """Loads a module that lies beside this file, by its name."""
+    return beside
 
 
 @pytest.fixture(autouse=True)
