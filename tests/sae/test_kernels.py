@@ -479,12 +479,16 @@ def test_after_a_fork_the_child_has_threads_of_its_own():
 # Which kernels.
 
 
-def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
+@pytest.mark.parametrize("name", ["loops", "permuting", "pursuit", "reading", "storing"])
+def test_kernels_compile_where_nothing_can_be_written(name, monkeypatch):
     """A read-only installation without a home: numba refuses to cache, and so to compile."""
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-    spec = importlib.util.spec_from_file_location("loops_without_a_cache", loops.__file__)
+    path = Path(loops.__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{loops.__package__}.{name}_without_a_cache", path)
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
+    if name != "loops":
+        return
     firsts, order = torch.zeros(4, dtype=torch.long), torch.zeros(3, dtype=torch.long)
     again.group(torch.tensor([1, 0, 1]).numpy(), firsts.numpy(), order.numpy())
     assert order.tolist() == [1, 0, 2]
