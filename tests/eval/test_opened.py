@@ -221,14 +221,14 @@ def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path
     found = []
     for name in ("saelens", "sparsify", "dictionary_learning"):
         path = shared_data / "saes" / f"stories3M_L3_topk16_{name}"
-        found.append(evaluate(str(path), str(tmp_path / name), tokens=3000, given=replace(given, settings=STORIES)))
+        found.append(evaluate(str(path), str(tmp_path / name), tokens=1500, given=replace(given, settings=STORIES)))
     assert 0.1 < found[0]["fvu"] < 0.22
     for report in found[1:]:
         for key in ("fvu", "l0_mean", "ce_clean", "ce_spliced", "dead_fraction"):
             assert report[key] == pytest.approx(found[0][key], rel=1e-5)
     # The wrong layer is not mistaken for it: only where no file names the hook can it be asked for.
     path = shared_data / "saes" / "stories3M_L3_topk16_sparsify"
-    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=3000, given=replace(given, hook="model.layers.1:out"))
+    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=1500, given=replace(given, hook="model.layers.1:out"))
     assert [doubt for doubt in wrong["doubts"] if "Wrong hook" in doubt]
 
 

@@ -74,7 +74,7 @@ def test_all_tokens_for_every_latent_is_relu(budget):
     code = made(x, w)
     assert made.budgets(TOKENS, LATENTS).tolist() == [TOKENS] * LATENTS
     assert len(code.values) == TOKENS * LATENTS
-    assert torch.equal(code.to_dense(LATENTS), pre_activations(x, w).relu())
+    torch.testing.assert_close(code.to_dense(LATENTS), pre_activations(x, w).relu())
 
 
 @pytest.mark.parametrize(("alpha", "shift"), [(0.0, 0.0), (1.0, 2.0), (2.0, 0.0)])
@@ -278,7 +278,7 @@ def test_calibrated_thresholds_are_exceeded_by_each_latent_s_share_of_tokens():
     x = torch.randn(TOKENS, D)
     pre_acts = pre_activations(x, w)
     made.thresholds.copy_(torch.linspace(0, 2, LATENTS))
-    assert torch.equal(made(x, w).to_dense(LATENTS), pre_acts * (pre_acts > made.thresholds))
+    torch.testing.assert_close(made(x, w).to_dense(LATENTS), pre_acts * (pre_acts > made.thresholds))
 
 
 def test_calibrating_latents_that_are_seldom_positive_keeps_them_from_firing_on_the_rest():

@@ -247,7 +247,7 @@ def test_it_learns_and_its_dead_latents_come_back(variant):
     dead = torch.zeros(LAYERS * HERE, dtype=torch.bool)
     dead[HERE : HERE + 5] = True
     usage, losses = Usage(dead, torch.zeros(LAYERS * HERE, dtype=torch.float64)), []
-    for step in range(300):
+    for step in range(150):
         rows = torch.arange(step * 101, step * 101 + 101) % 4000
         loss, terms = objective(Batch(x[rows], y[rows]), usage)
         loss.backward()
