@@ -199,7 +199,7 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
     stopping = threading.Event()
 
     def slow(*arguments):
-        stopping.wait(60)
+        stopping.wait()
         time.sleep(0.3)
         return write_tensors(*arguments)
 
@@ -380,9 +380,9 @@ def test_a_folder_with_other_things_is_not_harvested_into(embedded_model, tmp_pa
 
 FULL_DISK = """
 import resource, signal, sys
-from training.activations.harvest import harvest
-from training.activations.model import load_model
-from training.recipe import HarvestSection, ModelSection, TextSection
+from sparsary.training.activations.harvest import harvest
+from sparsary.training.activations.model import load_model
+from sparsary.training.recipe import HarvestSection, ModelSection, TextSection
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
 try:
