@@ -3,14 +3,23 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test install check peers clean
+TESTS = .venv/bin/pytest -m "not gpu and not network and not parity and not bench"
+
+.PHONY: demo test portable install check peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
 	.venv/bin/sparsary eval runs/quickstart
 
 test: install check
-	.venv/bin/pytest -m "not gpu and not network and not parity and not bench"
+	$(TESTS)
+
+# The same tests as on other machines: the oldest instructions that the libraries know, AVX2 and two threads, and products
+# summed in another order.
+portable: install
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic $(TESTS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 SPARSARY_TEST_THREADS=2 $(TESTS)
+	SPARSARY_TEST_PRODUCTS=reordered $(TESTS)
 
 check: install
 	.venv/bin/ruff format --check

@@ -3,11 +3,9 @@
 Every kernel works on rows ``first`` to ``last`` of its output and touches no others; ``over_rows`` shares them out.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from .compiling import njit
 
 # Sums may be reordered, which lets them run in vector registers; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -15,22 +13,10 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 BLOCK = 128
 
 
-def _compiler(flags: set[str]) -> Callable[[Callable[..., Any]], Any]:
-    def compile_(function: Callable[..., Any]) -> Any:
-        options = {"nogil": True, "fastmath": flags, "error_model": "numpy"}
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:
-            # Nowhere to write: a read-only installation and no home. Every process then compiles for itself.
-            return numba.njit(**options)(function)
-
-    return compile_
-
-
-compiled = _compiler(FAST)
+compiled = njit(nogil=True, fastmath=FAST, error_model="numpy")
 # Minima run in vector registers if no number is NaN; with one the result means nothing. Where that must not be so,
 # and wherever a place to write to depends on a comparison, ``compiled`` is needed.
-ranked = _compiler(FAST | {"nnan"})
+ranked = njit(nogil=True, fastmath=FAST | {"nnan"}, error_model="numpy")
 
 
 @compiled

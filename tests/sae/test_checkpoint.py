@@ -139,7 +139,7 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path):
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from sae import SAE, ENCODERS
+from sparsary.sae import SAE, ENCODERS
 directory = sys.argv[1]
 torch.manual_seed(1)
 SAE(5, 13, ENCODERS["topk"](k=3)).save(directory)

@@ -87,8 +87,9 @@ def test_circuits_pass_through_every_format(name, both, embedded_model):
             found.append((state, space.run(tokens, 1 - kept, _state(space, other))))
     half = len(found) // 2
     for (state, logits), (own, again) in zip(found[:half], found[half:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(state, own, strict=True))
-        torch.testing.assert_close(logits, again, rtol=0, atol=0)
+        # Mapped tensors lie elsewhere in either file, and products round by where operands lie.
+        torch.testing.assert_close(state, own)
+        torch.testing.assert_close(logits, again)
         assert not torch.equal(logits, clean)
     hook, dictionary = next(iter(dictionaries.by_hook.items()))
     x = embedded_model.activations(tokens, (dictionaries.hooks_in[hook],))[dictionaries.hooks_in[hook]].flatten(0, 1)
@@ -229,14 +230,14 @@ def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path
     found = []
     for name in ("saelens", "sparsify", "dictionary_learning"):
         path = shared_data / "saes" / f"stories3M_L3_topk16_{name}"
-        found.append(evaluate(str(path), str(tmp_path / name), tokens=3000, options=replace(given, settings=STORIES)))
+        found.append(evaluate(str(path), str(tmp_path / name), tokens=1500, options=replace(given, settings=STORIES)))
     assert 0.1 < found[0]["fvu"] < 0.22
     for report in found[1:]:
         for key in ("fvu", "l0_mean", "ce_clean", "ce_spliced", "dead_fraction"):
             assert report[key] == pytest.approx(found[0][key], rel=1e-5)
     # The wrong layer is not mistaken for it: only where no file names the hook can it be asked for.
     path = shared_data / "saes" / "stories3M_L3_topk16_sparsify"
-    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=3000, options=replace(given, hook="model.layers.1:out"))
+    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=1500, options=replace(given, hook="model.layers.1:out"))
     assert [doubt for doubt in wrong["doubts"] if "Wrong hook" in doubt]
 
 

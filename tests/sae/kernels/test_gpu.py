@@ -280,7 +280,7 @@ def test_rounding_low_precision_to_int8_keeps_the_largest_number_s_sign():
 def test_the_kernels_in_triton_s_interpreter():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=Path(__file__).parents[2])
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=Path(__file__).parents[3])
     assert run.returncode == 0, run.stdout[-5000:]
     # All but those that need a GPU.
     assert "2 skipped" in run.stdout, run.stdout[-5000:]

@@ -164,7 +164,7 @@ def test_every_key_of_the_report_is_explained():
 
 def test_the_documented_schema_is_that_of_the_page():
     # If not: python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
-    assert (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
+    assert (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
 
 
 def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():
@@ -347,7 +347,7 @@ def browse(directory: Path, html: str, *arguments: str) -> tuple[str, list[str]]
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     more = "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --virtual-time-budget=2000"
     command = [CHROMIUM, *quiet.split(), *more.split(), f"--user-data-dir={directory / 'profile'}", *arguments, file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -16,7 +16,7 @@ from sparsary.training.bench.comparison import BenchPlan, StepShape, parse_shape
 from sparsary.training.bench.rounds import ratio, slope, started, take_turns
 from sparsary.training.bench.worker import BenchTask
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = StepShape(17, 7, 23, 3)
 # Speaks as a measured process does, without loading torch; writes down what it is told, and fails as it is told to.
 FAKE = """
@@ -181,10 +181,11 @@ def test_another_report_is_shown_number_by_number():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "number"), [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid", "shapes.tiny.ratio")]
+    ("arguments", "number"),
+    [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid --members 2", "shapes.tiny.ratio")],
 )
-def test_the_other_measurements_are_commands_too(command, tmp_path, name, number):
-    code, out, err = command(name, "--quick", "--rounds", "1", "--json", str(tmp_path / "r.json"))
+def test_the_other_measurements_are_commands_too(command, tmp_path, arguments, number):
+    code, out, err = command(*arguments.split(), "--quick", "--rounds", "1", "--json", str(tmp_path / "r.json"))
     assert (code, err) == (0, "")
     assert number in out
     found = json.loads((tmp_path / "r.json").read_text())
@@ -322,15 +323,18 @@ def test_real_steps_are_measured_from_anywhere(tmp_path):
     # Names of ours in the current folder are not what is run.
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").write_text("raise RuntimeError")
-    families = [word for family in ("topk", "feature_choice", "gradient_topk") for word in ("--family", family)]
+    families = [word for family in ("topk", "gradient_topk") for word in ("--family", family)]
     found = bench(tmp_path, "step", "--peers", "none", *families)
     rows = found["shapes"][0]["competitors"]
     assert [(row["family"], len(row["seconds"]), row["error"]) for row in rows] == [
         ("topk", 3, None),
-        ("feature_choice", 3, None),
         ("gradient_topk", 3, None),
     ]
     assert all(row["times_product"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_real_pursuits_are_measured(tmp_path):
     rows = bench(tmp_path, "pursuit", "--peers", "none")["shapes"][0]["competitors"]
     assert [row["family"] for row in rows] == ["matching_pursuit", "gradient_pursuit"]
 

@@ -199,7 +199,7 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
     stopping = threading.Event()
 
     def slow(*arguments):
-        stopping.wait(60)
+        stopping.wait()
         time.sleep(0.3)
         return write_tensors(*arguments)
 
