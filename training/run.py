@@ -298,7 +298,9 @@ def _member(
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, dictionary.spread(start.target_moments), aux, divergence, weight).to(accelerator.device)
+    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
+        accelerator.device
+    )
     phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)

@@ -113,7 +113,7 @@ def learned(name, atoms, skip, encoder_arguments, steps):
     inputs.update(x)
     targets.update(y)
     initialize(transcoder, ActivationBatch(x, y), inputs, targets, "scale", atoms)
-    objective = Objective(transcoder, transcoder.spread(targets), AuxSettings(1 / 32, 3))
+    objective = Objective(transcoder, transcoder.error_scale(targets), AuxSettings(1 / 32, 3))
     optimizer = torch.optim.Adam(transcoder.parameters(), 3e-3)
     usage, losses = LatentUsage(torch.zeros(LATENTS, dtype=torch.bool), torch.zeros(LATENTS, dtype=torch.float64)), []
     for step in range(steps):

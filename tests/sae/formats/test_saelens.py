@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import ReadOptions, SourceFiles, read_canonical, read_dictionary, write_dictionary
