@@ -150,9 +150,9 @@ def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     rows_of, seen = harvest.rows_of, []
 
-    def counted(model, contexts, section, hooks):
-        seen.append(tuple(contexts[0].cursor))
-        return rows_of(model, contexts, section, hooks)
+    def counted(model, batch, section, hooks):
+        seen.append(tuple(batch.cursor))
+        return rows_of(model, batch, section, hooks)
 
     monkeypatch.setattr(harvest, "rows_of", counted)
     train_all(members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]}))

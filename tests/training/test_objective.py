@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.training.activations.contexts import Origin
 from sparsary.training.activations.live import ContextStream
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.stream import ActivationBatch, Origin, StoreStream
+from sparsary.training.activations.stream import ActivationBatch, StoreStream
 from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
 from sparsary.training.run import run_harvest, train_recipe

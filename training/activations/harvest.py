@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from torch import Tensor
 from ...sae.files import remove_partial_files, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
 from ..recipe import HarvestSection, ModelSection, TextSection
-from ..text import Context, Cursor, are_heldout, contexts
+from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
+from .contexts import ContextBatch, context_batches
 from .model import LanguageModel, tokenizer_digest
 from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, ActivationStore, encode
 
@@ -54,21 +55,9 @@ class HarvestedRows:
         return self.labels["token"].shape[0]
 
 
-def excluded(token_ids: np.ndarray, document_ids: np.ndarray, special: frozenset[int], section: HarvestSection) -> np.ndarray:
-    """Which tokens ``(contexts, positions)`` are left out: padding, special, leading, or without a label."""
-    drop = document_ids < 0
-    if section.exclude_special:
-        drop |= np.isin(token_ids, list(special))
-    drop[:, : section.exclude_leading] = True
-    if section.gradients:
-        # The last position predicts nothing, so its gradient is another thing.
-        drop[:, -1] = True
-    return drop
-
-
 def rows_of(
     model: LanguageModel,
-    batch: list[Context],
+    batch: ContextBatch,
     section: HarvestSection,
     hooks: tuple[str, ...],
     memory: dict[str, Memory] | None = None,
@@ -77,21 +66,18 @@ def rows_of(
 
     The training rows of a tensor lie in ``memory[name]``, where that is given.
     """
-    token_ids = np.stack([context.token_ids for context in batch])
-    document_ids = np.stack([context.document_ids for context in batch])
-    offsets = np.stack([context.positions for context in batch])
-    positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
-    labels = {"token": token_ids, "document": document_ids, "position": positions, "offset": offsets}
-    keep = ~excluded(token_ids, document_ids, frozenset(model.tokenizer.all_special_ids), section)
-    heldout = are_heldout(document_ids, section.heldout)
-    ids = torch.from_numpy(token_ids).long().to(model.device)
+    shape = batch.token_ids.shape
+    places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    labels = {"token": batch.token_ids, "document": batch.document_ids, "position": places, "offset": batch.positions}
+    heldout = are_heldout(batch.document_ids, section.heldout)
+    ids = batch.on(model.device).token_ids
     if section.gradients:
         values, gradients = model.activations_and_gradients(ids, hooks)
     else:
         values, gradients = model.activations(ids, hooks), {}
     tensors = {f"x:{hook}": x for hook, x in values.items()} | {f"grad:{hook}": g for hook, g in gradients.items()}
     splits = {}
-    for split, here in zip(SPLITS, (keep & ~heldout, keep & heldout), strict=True):
+    for split, here in zip(SPLITS, (batch.kept & ~heldout, batch.kept & heldout), strict=True):
         index = np.flatnonzero(here)
         chosen = torch.from_numpy(index).to(model.device)
         splits[split] = HarvestedRows(
@@ -201,10 +187,10 @@ def harvest(
     cursor = Cursor(*store.manifest["cursor"])
     with _Writer(store, section) as writer:
         if stored < section.tokens:
-            for batch in batches(contexts(text, model.tokenizer, cursor), section.batch_contexts):
+            for batch in context_batches(model, text, section, section.batch_contexts, cursor):
                 rows = rows_of(model, batch, section, hooks, memory)
                 pending += sum(map(len, rows.values()))
-                cursor = batch[-1].cursor
+                cursor = batch.cursor
                 enough = stored + pending >= section.tokens
                 full = enough or pending >= section.shard_tokens
                 writer.put(rows, cursor if full else None)
@@ -224,18 +210,6 @@ def harvest(
             )
         writer.finish()
     return store
-
-
-def batches(source: Iterator[Context], size: int) -> Iterator[list[Context]]:
-    """Contexts in lists of ``size``, the last one shorter."""
-    batch: list[Context] = []
-    for context in source:
-        batch.append(context)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:

@@ -13,8 +13,9 @@ from ...sae.metrics import Moments
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
+from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
 from .model import LanguageModel
-from .stream import ActivationBatch, ActivationStream, Origin, moments_of, permute, side_by_side
+from .stream import ActivationBatch, ActivationStream, moments_of, permute, side_by_side
 
 
 class Buffers:
@@ -53,17 +54,17 @@ class Buffers:
         pieces: list[harvest.HarvestedRows] = []
         while True:
             found = 0
-            for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
+            for batch in context_batches(self.model, self.text, self.section, self.section.batch_contexts, cursor):
                 pieces.append(self._training_rows(batch))
                 found += len(pieces[-1])
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    yield harvest.HarvestedRows.join(pieces), batch[-1].cursor
+                    yield harvest.HarvestedRows.join(pieces), batch.cursor
                     pieces = []
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
             cursor = BEGINNING
 
-    def _training_rows(self, batch: list[Context]) -> harvest.HarvestedRows:
+    def _training_rows(self, batch: ContextBatch) -> harvest.HarvestedRows:
         rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
         for name, values in rows.tensors.items():
             if not bool(torch.isfinite(values).all()):
@@ -171,6 +172,7 @@ class ContextStream(ActivationStream):
     ):
         super().__init__(batch_tokens)
         self.model, self.text, self.section = model, text, section
+        self._special = special_tokens(model)
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
         self.rows = LiveStream(model, text, section, hooks_in, batch_tokens, seed, source, hooks_out)
@@ -180,7 +182,7 @@ class ContextStream(ActivationStream):
         pieces: list[Context] = []
         kept = 0
         for context in self._endless(self.cursors[number]):
-            here = int(self._keep([context]).sum())
+            here = int(self._training_contexts([context]).kept.sum())
             # The model need not run where nothing is learned.
             if here:
                 pieces.append(context)
@@ -196,35 +198,28 @@ class ContextStream(ActivationStream):
         while True:
             found = False
             for context in contexts(self.text, self.model.tokenizer, cursor):
-                found = found or bool(self._keep([context]).any())
+                found = found or bool(self._training_contexts([context]).kept.any())
                 yield context
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
             cursor = BEGINNING
 
-    def _keep(self, pieces: list[Context]) -> np.ndarray:
-        token_ids = np.stack([context.token_ids for context in pieces])
-        document_ids = np.stack([context.document_ids for context in pieces])
-        special = frozenset(self.model.tokenizer.all_special_ids)
-        drop = harvest.excluded(token_ids, document_ids, special, self.section)
-        return ~drop & ~are_heldout(document_ids, self.section.heldout)
+    def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
+        """The contexts as a batch that keeps no held-out document."""
+        batch = stack_contexts(pieces, self._special, self.section)
+        return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
 
     def _batch(self, pieces: list[Context]) -> ActivationBatch:
-        document_ids = np.stack([context.document_ids for context in pieces])
-        kept = self._keep(pieces)
-        kept &= (np.cumsum(kept).reshape(kept.shape)) <= self.batch_tokens
-        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
-        device = self.model.device
-        token_ids = torch.from_numpy(np.stack([context.token_ids for context in pieces])).long().to(device)
-        origin = Origin(token_ids, torch.from_numpy(kept).to(device), torch.from_numpy(counted).to(device))
+        batch = self._training_contexts(pieces)
+        within = np.cumsum(batch.kept).reshape(batch.kept.shape) <= self.batch_tokens
+        batch = replace(batch, kept=batch.kept & within)
         hooks_in, hooks_out = self.rows.hooks_in, self.rows.hooks_out
-        seen = self.model.activations(token_ids, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
-        kept_rows = {hook: values[origin.kept].float() for hook, values in seen.items()}
+        kept_rows = batch.kept_activations(self.model, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
         for hook, values in kept_rows.items():
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{hook}: an activation is not finite. Set model.dtype: float32.")
         x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
-        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=origin)
+        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=batch.on(self.model.device))
 
     def position(self) -> dict[str, Any]:
         return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}

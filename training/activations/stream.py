@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
 from . import harvest
 from .buffer_pool import Memory
+from .contexts import Origin
 from .shards import LABELS, ActivationStore, ColumnReader, RowReader
 
 # Batches read together: enough for reads in ascending order to pay, little enough to forget.
@@ -32,18 +33,6 @@ WINDOW_BATCHES = 4
 READ_AHEAD_BATCHES = 8
 # Of tensors that a user brings.
 MOMENT_TOKENS = 32_768
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The contexts a batch's rows were read from: row after row they are the ``kept`` positions.
-
-    ``counted`` are the kept positions whose next token is of the same document, less the last position.
-    """
-
-    token_ids: Int[Tensor, "contexts positions"]
-    kept: Bool[Tensor, "contexts positions"]
-    counted: Bool[Tensor, "contexts predictions"]
 
 
 @dataclass(frozen=True)
