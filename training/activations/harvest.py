@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...sae.files import remove_partial_files, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
+from ..locks import LOCK_FILE, locked
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
@@ -172,13 +173,22 @@ def harvest(
     ``progress`` is called with the number of tokens stored so far.
 
     Raises:
-        ValueError: If the store belongs to another harvest, or an activation is not finite.
-        OSError: If the disk is full or the folder read-only; complete shards stay valid and the next call goes on.
+        ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or an
+            activation is not finite.
+        OSError: If the disk is full; complete shards stay valid and the next call goes on.
     """
     assert section.store is not None
+    with locked(Path(section.store), "harvest.store"):
+        store = _open_or_create(Path(section.store), model, text, section)
+        _fill(store, model, text, section, progress)
+    return store
+
+
+def _fill(
+    store: ActivationStore, model: LanguageModel, text: TextSection, section: HarvestSection, progress: Callable[[int], None]
+) -> None:
+    """Harvest from where the store ends up to ``section.tokens``."""
     assert section.tokens is not None
-    directory = Path(section.store)
-    store = _open_or_create(directory, model, text, section)
     hooks = tuple(store.manifest["hooks"])
     batch_tokens = section.batch_contexts * text.context_length
     memory = {f"{kind}:{hook}": Memory(batch_tokens, store.width(hook)) for hook in hooks for kind in ("x", "grad")}
@@ -209,7 +219,6 @@ def harvest(
                 "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
             )
         writer.finish()
-    return store
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
@@ -220,9 +229,8 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
         model_identity(model, section.hooks).check(store)
         remove_partial_files(directory)
         return store
-    if directory.exists() and any(not path.name.endswith(".partial") for path in directory.iterdir()):
+    if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
         raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
-    directory.mkdir(parents=True, exist_ok=True)
     store = ActivationStore(directory, _new_manifest(model, text, section))
     write_json(directory / MANIFEST_FILE, store.manifest)
     return store
