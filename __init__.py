@@ -85,10 +85,11 @@ def train(recipe: str, activations: Iterable[Any] | None = None, **overrides: An
     ``target`` for transcoders, in place of a model. With a ``grid``, the directory is the one above the members' checkpoints.
     """
     from .training.recipe.grid import load_grid
+    from .training.resolve_hooks import resolve_recipes
     from .training.run import train_all
 
     grid = load_grid(recipe, {key.replace("__", "."): value for key, value in overrides.items()})
-    train_all(grid.recipes, activations)
+    train_all(resolve_recipes(grid.recipes), activations)
     return Path(grid.out_dir)
 
 
@@ -178,13 +179,13 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Store the activations a recipe asks for; an interrupted harvest goes on."""
     from .training.recipe import parse_overrides
     from .training.recipe.grid import load_grid
-    from .training.resolve_hooks import resolved
+    from .training.resolve_hooks import resolve_recipes
     from .training.run import run_harvest
 
     with _progress("harvest") as progress:
         # One store serves all members of a grid.
-        config = resolved(load_grid(recipe, parse_overrides(overrides or [])).recipes)[0]
-        store = run_harvest(config, progress(config.harvest.tokens or 0))
+        member = resolve_recipes(load_grid(recipe, parse_overrides(overrides or [])).recipes)[0]
+        store = run_harvest(member, progress(member.recipe.harvest.tokens or 0))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
 
@@ -198,16 +199,17 @@ def _train(
     from .training.preflight import grid_lines, preflight_all
     from .training.recipe import parse_overrides
     from .training.recipe.grid import load_grid
-    from .training.resolve_hooks import resolved
+    from .training.resolve_hooks import resolve_recipes
     from .training.run import train_all
 
     grid = load_grid(recipe, parse_overrides(overrides or []))
-    grid = replace(grid, recipes=tuple(resolved(grid.recipes)))
-    _table(grid_lines(grid, preflight_all(grid.recipes)))
+    recipes = resolve_recipes(grid.recipes)
+    plans = preflight_all(recipes)
+    _table(grid_lines(grid, recipes, plans))
     if dry_run:
         return
     with _progress("harvest") as progress:
-        directories = train_all(grid.recipes, progress=progress(grid.recipes[0].harvest.tokens or 0))
+        directories = train_all(recipes, progress=progress(recipes[0].recipe.harvest.tokens or 0), plans=plans)
     for directory in directories:
         print(f"{directory}: done. Judge it with: sparsary eval {directory}")
 
