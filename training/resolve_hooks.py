@@ -1,12 +1,12 @@
 """Resolve recipes against their model: hooks in place of layers and sites, and the width of each."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..sae.files import natural_order
 from .activations.model import LanguageModel, skeleton
 from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
 from .recipe import DictionarySection, ModelSection, Recipe
@@ -95,18 +95,13 @@ def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
         sections.append(section)
     if problems:
         raise ValueError("\n".join(told_together(problems, len(recipes))))
-    needed = tuple(sorted({hook for section in sections for hook in section.all_hooks}, key=_by_layer))
+    needed = tuple(sorted({hook for section in sections for hook in section.all_hooks}, key=natural_order))
     found = []
     for recipe, section in zip(recipes, sections, strict=True):
         harvest = recipe.harvest.model_copy(update={"hooks": recipe.harvest.hooks or needed})
         changed = recipe.model_copy(update={"dictionary": section, "harvest": harvest})
         found.append(ResolvedRecipe(changed, outlines[recipe.model]))
     return found
-
-
-def _by_layer(hook: str) -> list[int | str]:
-    """Layer 10 comes after layer 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", hook)]
 
 
 def _named(section: DictionarySection, model: LanguageModel) -> DictionarySection:
