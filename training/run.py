@@ -158,9 +158,9 @@ def open_streams(
 
 
 def _live_stream(buffers: Buffers, recipe: Recipe) -> ActivationStream:
-    kind = ContextStream if recipe.objective == "kl" else LiveStream
-    section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
-    return kind(buffers.model, recipe.text, recipe.harvest, section.hooks_in, size, seed, buffers, section.hooks_out)
+    section = recipe.dictionary
+    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out)
+    return ContextStream(rows) if recipe.objective == "kl" else rows
 
 
 def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack) -> ActivationStream:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training.activations.contexts import Origin
-from sparsary.training.activations.live import ContextStream
+from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.stream import ActivationBatch, StoreStream
 from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
@@ -32,7 +32,7 @@ BATCH = 101
 
 
 def context_stream(model, text=TEXT, section=SECTION, batch_tokens=BATCH):
-    return ContextStream(model, text, section, (HOOK,), batch_tokens, seed=1)
+    return ContextStream(LiveStream(Buffers(model, text, section, (HOOK,)), (HOOK,), batch_tokens, seed=1))
 
 
 @pytest.fixture

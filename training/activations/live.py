@@ -78,29 +78,21 @@ class LiveStream(ActivationStream):
     """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
 
     The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
-    fill a batch are dropped; the text starts over when it ends. ``source`` is for streams that share one.
+    fill a batch are dropped; the text starts over when it ends. Streams may share ``source``.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        text: TextSection,
-        section: HarvestSection,
-        hooks_in: tuple[str, ...],
-        batch_tokens: int,
-        seed: int,
-        source: Buffers | None = None,
-        hooks_out: tuple[str, ...] = (),
+        self, source: Buffers, hooks_in: tuple[str, ...], batch_tokens: int, seed: int, hooks_out: tuple[str, ...] = ()
     ):
         super().__init__(batch_tokens)
+        section = source.section
         if section.live_buffer_tokens < batch_tokens:
             raise ValueError(
                 f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
                 f"got {section.live_buffer_tokens}."
             )
-        self.section, self.seed = section, seed
+        self.source, self.section, self.seed = source, section, seed
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
-        self.source = source or Buffers(model, text, section, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
         # Batch number at which a buffer begins -> (buffer number, place in the text).
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
         self._sample: ActivationBatch | None = None
@@ -156,26 +148,16 @@ class ContextStream(ActivationStream):
     """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
 
     Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
-    them. Held-out documents and excluded positions are never kept.
+    them. Held-out documents and excluded positions are never kept. Samples and moments are those of ``rows``.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        text: TextSection,
-        section: HarvestSection,
-        hooks_in: tuple[str, ...],
-        batch_tokens: int,
-        seed: int,
-        source: Buffers | None = None,
-        hooks_out: tuple[str, ...] = (),
-    ):
-        super().__init__(batch_tokens)
-        self.model, self.text, self.section = model, text, section
-        self._special = special_tokens(model)
+    def __init__(self, rows: LiveStream):
+        super().__init__(rows.batch_tokens)
+        self.rows = rows
+        self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
+        self._special = special_tokens(self.model)
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
-        self.rows = LiveStream(model, text, section, hooks_in, batch_tokens, seed, source, hooks_out)
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         number = max(known for known in self.cursors if known <= start)
