@@ -24,7 +24,9 @@ from .activations.harvest import harvest
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
-from .activations.stream import ActivationBatch, ActivationStream, Item, StoreStream, TensorStream
+from .activations.store_stream import StoreStream
+from .activations.stream import ActivationBatch, ActivationStream
+from .activations.tensor_stream import Item, TensorStream
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .fused_adam import build_optimizer
@@ -79,7 +81,7 @@ def train_recipe(
 
 
 def train_all(
-    recipes: Sequence[ResolvedRecipe],
+    members: Sequence[ResolvedRecipe],
     activations: Iterable[Item] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     plans: Sequence[TrainingPlan] | None = None,
@@ -100,7 +102,7 @@ def train_all(
         ValueError: If the user can mend it.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
-    members, recipes = recipes, [member.recipe for member in recipes]
+    recipes = [member.recipe for member in members]
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
     if activations is None:
         plans = preflight_all(members) if plans is None else plans

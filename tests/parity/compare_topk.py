@@ -30,7 +30,7 @@ from sparsary.sae import SparseDictionary, load_dictionary
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.harvest import harvest
 from sparsary.training.activations.model import load_model
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.recipe import HarvestSection, ModelSection, Recipe, TextSection, check_recipe, load_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import git_commit, train_recipe

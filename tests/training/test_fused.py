@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.kernels import backend
 from sparsary.sae.sparse_grad import ledger_of
-from sparsary.training.activations.stream import ActivationBatch, TensorStream
+from sparsary.training.activations.stream import ActivationBatch
+from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.fused_adam import FusedAdam, build_optimizer
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.training.optim import DictionaryAdam, Schedule

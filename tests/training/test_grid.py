@@ -13,7 +13,7 @@ import sparsary
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training import loop as loop_module
 from sparsary.training.activations import harvest
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.bench.grid import GridShape, bench_grid
 from sparsary.training.checkpoints import Checkpoints
 from sparsary.training.objective import Objective

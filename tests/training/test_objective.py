@@ -15,7 +15,8 @@ from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training.activations.contexts import Origin
 from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.stream import ActivationBatch, StoreStream
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe

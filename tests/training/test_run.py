@@ -125,7 +125,7 @@ def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
     dictionary = load_dictionary(values["out_dir"])
     store = ActivationStore.open(values["harvest"]["store"])
     moments = store.moments("transformer.h.2:out")
-    from sparsary.training.activations.stream import StoreStream
+    from sparsary.training.activations.store_stream import StoreStream
 
     x = StoreStream(store, ("transformer.h.2:out",), 100, seed=9, split="heldout").sample(200).x
     error = (dictionary(x) - x).pow(2).sum(-1).mean()

@@ -17,7 +17,7 @@ from sparsary.training.activations import harvest as harvest_module
 from sparsary.training.activations import shards as shards_module
 from sparsary.training.activations.harvest import harvest
 from sparsary.training.activations.shards import ActivationStore, RowReader, dequantize, encode, quantize_rows
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.locks import locked
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import is_heldout

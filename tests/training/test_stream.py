@@ -8,7 +8,9 @@ import torch
 
 from sparsary.training.activations.harvest import harvest
 from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
-from sparsary.training.activations.stream import StoreStream, TensorStream, permute
+from sparsary.training.activations.shuffle import permute
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import is_heldout
 

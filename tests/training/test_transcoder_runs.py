@@ -12,7 +12,7 @@ from sparsary.sae import load_dictionary
 from sparsary.training import preflight as preflight_module
 from sparsary.training import run as run_module
 from sparsary.training.activations.shards import ActivationStore
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.info import describe_files
 from sparsary.training.objective import Divergence
 from sparsary.training.preflight import grid_lines, preflight, preflight_all

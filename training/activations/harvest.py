@@ -20,14 +20,13 @@ from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
 from .contexts import ContextBatch, context_batches
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, ActivationStore, encode
+from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, ActivationStore, encode
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 # Batches that may wait for the writer: while it syncs a shard the model goes on.
 BATCHES_AHEAD = 8
-GRADIENT_KIND = {"loss": "next_token_cross_entropy", "reduction": "sum over the positions of a context", "normalized": "no"}
 
 
 @dataclass

@@ -15,7 +15,8 @@ from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
 from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
 from .model import LanguageModel
-from .stream import ActivationBatch, ActivationStream, moments_of, permute, side_by_side
+from .shuffle import permute
+from .stream import ActivationBatch, ActivationStream, moments_of, side_by_side
 
 
 class Buffers:

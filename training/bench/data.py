@@ -14,7 +14,7 @@ from ..activations.contexts import context_batches
 from ..activations.harvest import harvest
 from ..activations.model import load_model
 from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, ActivationStore, encode
-from ..activations.stream import WINDOW_BATCHES, StoreStream
+from ..activations.store_stream import WINDOW_BATCHES, StoreStream
 from ..recipe import HarvestSection, ModelSection, TextSection
 
 STREAM_DTYPES = ("float32", "bfloat16", "int8")
