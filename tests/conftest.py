@@ -129,6 +129,29 @@ def write_recipe(tmp_path):
     return write
 
 
+@pytest.fixture
+def count_calls(monkeypatch):
+    """Counts calls by name: ``count_calls((module, "function"), ...)`` returns a mapping that goes on counting."""
+
+    def count(*functions):
+        seen = {name: 0 for _, name in functions}
+
+        def watch(module, name):
+            real = getattr(module, name)
+
+            def watched(*arguments, **options):
+                seen[name] += 1
+                return real(*arguments, **options)
+
+            monkeypatch.setattr(module, name, watched)
+
+        for module, name in functions:
+            watch(module, name)
+        return seen
+
+    return count
+
+
 class _StopAfter:
     """Stands in for ``StopRequest.requested``: true once so many steps are done."""
 

@@ -4,6 +4,7 @@ import pytest
 
 from sparsary.eval.report.evaluate import evaluate
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
@@ -21,7 +22,7 @@ def test_a_dictionary_of_a_real_model(shared_data, tmp_path, name, hook):
         "lr_warmup_steps": 10,
         "out_dir": str(tmp_path / "run"),
     }
-    report = evaluate(str(train_recipe(check_recipe(values, "recipe"))), tokens=6000)
+    report = evaluate(str(train_recipe(resolve_recipe(check_recipe(values, "recipe")))), tokens=6000)
     assert report["fvu"] < 0.6
     assert report["ce_clean"] < report["ce_spliced"] < report["ce_zero"]
     assert report["ce_recovered_mean"] > 0.4

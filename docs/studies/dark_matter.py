@@ -34,6 +34,7 @@ from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import Recipe, check_recipe, override, read_values
 from sparsary.training.recipe.grid import check_grid
+from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import train_all, train_recipe
 
 ROWS = 4096
@@ -69,8 +70,8 @@ def trained(path: str, earlier: str) -> tuple[dict[int, dict[int, Recipe]], dict
     override(values, "dictionary.n_latents", widths[len(widths) // 2])
     values["out_dir"] = f"{values['out_dir']}-earlier"
     before = list(check_grid(values, path).recipes)
-    train_all(members)
-    train_all(before)
+    train_all(resolve_recipes(members))
+    train_all(resolve_recipes(before))
     found = {seed: {r.dictionary.n_latents: r for r in members if r.seed == seed} for seed in seeds}
     return found, {recipe.seed: recipe for recipe in before}
 
@@ -91,7 +92,7 @@ def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: Eval
             "dictionary": {"hook": f"{part}:out", "n_latents": sae.n_latents, "encoder": recipe.dictionary.encoder},
             "out_dir": f"{Path(recipe.out_dir).parent}-of-{part}/seed={recipe.seed}",
         }
-        own = load_dictionary(train_recipe(check_recipe(values, part), ErrorParts(rows, sae, matter, part)))
+        own = load_dictionary(train_recipe(resolve_recipe(check_recipe(values, part)), ErrorParts(rows, sae, matter, part)))
         alone, together = RunningFvu(sae.d_out), RunningFvu(sae.d_out)
         with torch.no_grad():
             for x in held:

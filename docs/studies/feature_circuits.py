@@ -33,6 +33,7 @@ from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import read_values
 from sparsary.training.recipe.grid import check_grid
+from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.run import train_all
 
 K = {"embedded": 16, "stories3M": 32}
@@ -64,7 +65,7 @@ def trained(name: str, family: str, seed: int) -> Path:
     """The stack of one family and seed."""
     out = Path("runs/circuits") / f"{name}-study" / family / f"seed-{seed}"
     changes = families(K[name])[family] | {"seed": seed, "out_dir": str(out)}
-    train_all(check_grid(read_values(f"recipes/circuits/{name}.yaml", changes), family).recipes)
+    train_all(resolve_recipes(check_grid(read_values(f"recipes/circuits/{name}.yaml", changes), family).recipes))
     return out
 
 

@@ -32,6 +32,7 @@ from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 MODELS = ("induction", "reverse", "fraction", "clock")
@@ -86,7 +87,7 @@ def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
         "seed": seed,
         "out_dir": str(out),
     }
-    found = load_dictionary(train_recipe(check_recipe(values, "known-features"), stream))
+    found = load_dictionary(train_recipe(resolve_recipe(check_recipe(values, "known-features")), stream))
     assert isinstance(found, SAE)
     return found.requires_grad_(False)
 

@@ -20,6 +20,7 @@ from sparsary.eval.synthetic.planted import PLANTED
 from sparsary.eval.synthetic.recovery import evaluate_recovery
 from sparsary.sae import load_dictionary
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 BATCH, STEPS, HELDOUT = 1024, 1200, 20_000
@@ -64,7 +65,7 @@ def run(name: str, entries: dict, dataset: str, seed: int, folder: Path) -> dict
     } | {key: value for key, value in entries.items() if key != "encoder"}
     samples = (planted.sample(BATCH, 1000 + i) for i in range(STEPS))
     pairs = [(sample.x, torch.zeros_like(sample.x) if sample.grad is None else sample.grad) for sample in samples]
-    directory = train_recipe(check_recipe(values, name), pairs)
+    directory = train_recipe(resolve_recipe(check_recipe(values, name)), pairs)
     return evaluate_recovery(load_dictionary(directory), planted, HELDOUT, seed=7)
 
 

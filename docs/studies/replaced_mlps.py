@@ -22,6 +22,7 @@ from sparsary.eval.report.evaluate import evaluate
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import read_values
 from sparsary.training.recipe.grid import check_grid
+from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.run import train_all
 
 LAYERS = {"embedded": 4, "stories3M": 6}
@@ -52,7 +53,7 @@ def run(folder: str, kind: str, seed: int, tokens: int) -> dict:
         values = read_values(f"recipes/transcoders/{folder}/base.yaml", changes)
         if kind in STACKS:
             values["grid"] = {"dictionary.layer": list(range(LAYERS[folder]))}
-        train_all(check_grid(values, kind).recipes)
+        train_all(resolve_recipes(check_grid(values, kind).recipes))
         evaluate(str(out), tokens=tokens)
     return json.loads(report.read_text())
 

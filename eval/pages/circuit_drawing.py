@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from ...sae.files import natural_order
 from .numbers import show
 
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ def ordered_groups(circuit: Row, hooks: Sequence[str]) -> list[str]:
     """Groups of the circuit's units as the model runs through them; those whose hook is not listed by the numbers in them."""
     known = {hook: place for place, hook in enumerate(hooks)}
     groups = dict.fromkeys(unit["group"] for unit in circuit["units"])
-    return sorted(groups, key=lambda group: (group == METRIC, known.get(group, len(known)), _natural(group)))
+    return sorted(groups, key=lambda group: (group == METRIC, known.get(group, len(known)), natural_order(group)))
 
 
 def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
@@ -189,11 +190,6 @@ def _table_row(unit: Row, edges: list[Row]) -> str:
 def signed(value: float) -> str:
     """A number with its sign, to three digits."""
     return ("+" if value >= 0 else "\u2212") + show(abs(float(value)), digits=3)
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 10 behind layer 9."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 FIGURE = """<figure class="circuit" aria-label="{title}"><h2>{title}</h2>

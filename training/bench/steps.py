@@ -220,7 +220,7 @@ def pursue(task: BenchTask, turns: Turns) -> None:
         find(x, atoms, task.k)
 
 
-def main() -> None:
+def _main() -> None:
     """Hold the ordered step ready."""
     task = BenchTask(**json.loads(sys.argv[1]))
     turns = Turns(task)
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

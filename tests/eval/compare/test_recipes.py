@@ -25,9 +25,10 @@ from sparsary.eval.compare.recipes import (
 from sparsary.eval.pages.charts import FAMILY_COLORS, MARKERS
 from sparsary.eval.pages.recipes import PLOTS, render_recipes
 from sparsary.sae import load_dictionary
+from sparsary.training import preflight, resolve_hooks
 from sparsary.training import run as run_module
 from sparsary.training.recipe import load_recipe
-from sparsary.training.resolve_hooks import resolved
+from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.signals import Stopped
 
 # Together they take seconds; `make test` runs them.
@@ -127,12 +128,12 @@ def calls(monkeypatch):
         real = getattr(module, name)
 
         def watched(*arguments, **options):
-            seen[name].append(key(arguments))
+            seen[name.removesuffix("_recipe")].append(key(arguments))
             return real(*arguments, **options)
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(compare_module, "train", lambda arguments: arguments[0].out_dir)
+    watch(compare_module, "train_recipe", lambda arguments: arguments[0].recipe.out_dir)
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
     watch(run_module, "harvest", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
@@ -181,6 +182,20 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
 
     with pytest.raises(ValueError, match=r"narrow/seed-0: expected an earlier run.*\n  lr: 0.002 there, 0.001 here"):
         compare_recipes([str(recipes)], {}, seeds=2, out=str(out))
+
+
+def test_recipes_are_resolved_together_and_planned_once_each(recipes, tmp_path, monkeypatch, count_calls):
+    for name in ("narrow", "wide"):
+        values = json.loads((recipes / f"{name}.yaml").read_text())
+        del values["dictionary"]["hook"]
+        values["dictionary"] |= {"layer": 2, "site": "resid_post"}
+        (recipes / f"{name}.yaml").write_text(json.dumps(values))
+    seen = count_calls((compare_module, "resolve_recipes"), (resolve_hooks, "skeleton"), (preflight, "_plan"))
+    monkeypatch.setattr(compare_module, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(compare_module, "collect_runs", lambda *_: {})
+    monkeypatch.setattr(compare_module, "render_recipes", lambda _comparison: "")
+    compare([str(recipes)], {"tokens": 202}, seeds=2, out=str(tmp_path / "out"))
+    assert seen == {"resolve_recipes": 1, "skeleton": 1, "_plan": 2}
 
 
 @pytest.mark.slow
@@ -235,6 +250,11 @@ def test_recipes_with_other_inputs_are_refused(recipes, recipe_values, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def load_resolved(paths):
+    families = load_families(paths, {})
+    return dict(zip(families, resolve_recipes(list(families.values())), strict=True))
+
+
 def test_a_hook_of_their_own_is_refused(recipes, recipe_values):
     hooks = ["transformer.h.2:out", "transformer.h.1:out"]
     recipe_values["harvest"]["hooks"] = hooks
@@ -254,10 +274,11 @@ def test_a_transcoder_compares_with_an_sae_of_what_it_predicts(recipes, recipe_v
         "wide": {"kind": "transcoder", "site": "mlp"},
     }.items():
         (recipes / f"{name}.yaml").write_text(json.dumps(recipe_values | {"dictionary": shared | changes}))
-    families = load_families([str(recipes)], {})
-    together = dict(zip(families, resolved(list(families.values())), strict=True))
+    together = load_resolved([str(recipes)])
     require_comparable(together)
-    assert {recipe.harvest.hooks for recipe in together.values()} == {("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")}
+    assert {member.recipe.harvest.hooks for member in together.values()} == {
+        ("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")
+    }
     away = recipe_values | {"dictionary": shared | {"kind": "transcoder", "site": "mlp", "layer": 2}}
     (recipes / "wide.yaml").write_text(json.dumps(away))
     with pytest.raises(
@@ -271,11 +292,11 @@ def test_a_recipe_that_streams_is_held_to_model_text_hook_and_exclusions(recipes
     recipe_values["harvest"] |= store
     # The first by name: what has a store is still the yardstick.
     (recipes / "any.yaml").write_text(json.dumps(recipe_values))
-    compare_module.require_comparable(load_families([str(recipes)], {}))
+    require_comparable(load_resolved([str(recipes)]))
     recipe_values["harvest"]["heldout"] = 0.25
     (recipes / "any.yaml").write_text(json.dumps(recipe_values))
     with pytest.raises(ValueError, match=r"got\n  harvest.heldout: 0.5 in narrow, 0.25 in any\nMake"):
-        compare_module.require_comparable(load_families([str(recipes)], {}))
+        require_comparable(load_resolved([str(recipes)]))
 
 
 def test_what_cannot_be_run_is_found_before_anything_is(recipes, recipe_values, tmp_path, calls):
@@ -310,10 +331,10 @@ def test_keys_that_compare_sets_are_refused_as_overrides(recipes, key, option):
 
 
 def test_a_failing_run_is_named(recipes, tmp_path, monkeypatch):
-    def fail(_recipe):
+    def fail(*_, **__):
         raise ValueError("loss: not finite.")
 
-    monkeypatch.setattr(compare_module, "train", fail)
+    monkeypatch.setattr(compare_module, "train_recipe", fail)
     monkeypatch.setattr(compare_module, "run_harvest", lambda *_: None)
     with pytest.raises(ValueError, match=r"narrow/seed-0: loss: not finite\."):
         compare_recipes([str(recipes)], {}, out=str(tmp_path / "out"))

@@ -10,6 +10,7 @@ from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import PURSUITS
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
@@ -28,7 +29,7 @@ def gradient_run(tmp_path_factory):
         "out_dir": str(folder / "run"),
         "eval_tokens": 1500,
     }
-    return train_recipe(check_recipe(values, "recipe"))
+    return train_recipe(resolve_recipe(check_recipe(values, "recipe")))
 
 
 @pytest.mark.slow

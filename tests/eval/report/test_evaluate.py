@@ -14,6 +14,7 @@ from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory):
         "out_dir": str(folder / "run"),
         "eval_tokens": 4000,
     }
-    return train_recipe(check_recipe(values, "recipe"))
+    return train_recipe(resolve_recipe(check_recipe(values, "recipe")))
 
 
 @pytest.fixture(scope="module")

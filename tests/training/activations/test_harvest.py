@@ -17,7 +17,8 @@ from sparsary.training.activations import harvest as harvest_module
 from sparsary.training.activations import shards as shards_module
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.shards import ActivationStore, RowReader, dequantize, encode, quantize_rows
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.locks import locked
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import is_heldout
 
@@ -382,10 +383,19 @@ def test_a_folder_with_other_things_is_not_harvested_into(embedded_model, tmp_pa
         harvest_activations(embedded_model, TEXT, section(tmp_path))
 
 
+def test_a_store_that_another_process_fills_is_refused(embedded_model, tmp_path):
+    with (
+        locked(tmp_path / "s", "harvest.store"),
+        pytest.raises(ValueError, match=r"harvest\.store: .* in use by another process"),
+    ):
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "s"))
+
+
 FULL_DISK = """
 import resource, signal, sys
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.model import load_model
+from sparsary.training.locks import locked
 from sparsary.training.recipe import HarvestSection, ModelSection, TextSection
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))

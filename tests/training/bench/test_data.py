@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.training.activations.shards import RowReader
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.bench.data import STREAM_DTYPES, SYNTHETIC_HOOK, bench_harvest, bench_stream, synthetic_store
 
 
