@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..tasks.pairs import PromptPairs
 from ..units.space import Space, State
 from .method import BATCH, Method, UnitScores, score_batches
@@ -31,8 +32,7 @@ class ActivationMagnitude(Method):
     """
 
     def __init__(self, of: str = "difference", batch: int = BATCH):
-        if of not in MAGNITUDES:
-            raise ValueError(f"of: expected one of {', '.join(MAGNITUDES)}, got {of!r}.")
+        require_choice("of", of, MAGNITUDES)
         self.of, self.batch = of, batch
 
     @torch.no_grad()

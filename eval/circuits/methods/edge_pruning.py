@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..tasks.pairs import PromptPairs
 from ..units.ablation import divergence
 from ..units.space import Space, State
@@ -53,8 +54,7 @@ class EdgePruning(Method):
         seed: int = 0,
         batch: int = BATCH,
     ):
-        if loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}.")
+        require_choice("loss", loss, LOSSES)
         if steps < 1 or not 0 < ramp <= 1:
             raise ValueError(f"steps, ramp: expected at least 1 step and a share above 0 up to 1, got {steps} and {ramp}.")
         self.target, self.steps, self.lr, self.multiplier_lr = target, steps, lr, multiplier_lr

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..tasks.pairs import PromptPairs
 from ..units.space import Space, State
 from .method import BATCH, Method, UnitScores, score_batches
@@ -83,6 +84,5 @@ def _shares(steps: int, point: str) -> list[float]:
     """How corrupted each step is."""
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
-    if point not in POINTS:
-        raise ValueError(f"point: expected one of {', '.join(POINTS)}, got {point!r}.")
+    require_choice("point", point, POINTS)
     return [(step + POINTS[point]) / steps for step in range(steps)]

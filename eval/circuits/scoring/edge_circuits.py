@@ -6,13 +6,13 @@ leads nowhere, are counted by the neurons that carry them, and nodes are scored 
 Sources: Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806 (growing, pruning); Mueller et al. 2025, arXiv:2504.13151 (counts).
 """
 
-import difflib
 import heapq
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..methods.method import UnitScores
 from ..units.edge_list import EdgeList
 from .faithfulness import ranked
@@ -81,10 +81,7 @@ def node_scores(edges: EdgeList, values: Float[Tensor, "*rows edges"], by: str =
     Raises:
         ValueError: If there is no such way.
     """
-    if by not in REDUCTIONS:
-        near = difflib.get_close_matches(by, REDUCTIONS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"by: expected one of {', '.join(REDUCTIONS)}, got {by!r}.{hint}")
+    require_choice("by", by, REDUCTIONS)
     both = torch.cat([values, values], dim=-1)
     ends = torch.cat([edges.sources, edges.owners[edges.targets]]).to(values.device)
     reduction = {"max": "amax", "sum": "sum"}[by]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..tasks.pairs import PromptPairs
 from .space import Space, State
 
@@ -31,8 +32,7 @@ def ablation_values(space: Space, kind: str, reference: PromptPairs, seed: int =
     Raises:
         ValueError: If there is no such ablation.
     """
-    if kind not in ABLATIONS:
-        raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {kind!r}.")
+    require_choice("ablation", kind, ABLATIONS)
     if kind == "resample":
         return lambda batch: space.see(batch.corrupted)[1]
     state = mean_state(space, reference)
