@@ -26,11 +26,11 @@ from .scoring.faithfulness import (
     LEVELS,
     FaithfulnessCurve,
     Trials,
-    bootstrap,
     circuit_members,
     curve,
     growing_sizes,
     minimality,
+    pair_interval,
     ranked,
     share_sizes,
     smallest_size,
@@ -264,13 +264,13 @@ def _mask(units: torch.Tensor, size: int) -> torch.Tensor:
 def _areas(signed: FaithfulnessCurve, absolute: FaithfulnessCurve) -> Row:
     row: Row = {}
     for name, along, statistic in (("cpr", signed, FaithfulnessCurve.cpr), ("cmd", absolute, FaithfulnessCurve.cmd)):
-        low, high = bootstrap(statistic, along)
+        low, high = pair_interval(statistic, along)
         row |= {name: _number(statistic(along)), f"{name}_low": _number(low), f"{name}_high": _number(high)}
     return row
 
 
 def _drawn(along: FaithfulnessCurve) -> Row:
-    low, high = bootstrap(FaithfulnessCurve.faithfulness, along)
+    low, high = pair_interval(FaithfulnessCurve.faithfulness, along)
     values = {"faithfulness": along.faithfulness(), "low": low, "high": high, "completeness": along.completeness()}
     return {"sizes": list(along.sizes)} | {name: [_number(value) for value in row] for name, row in values.items()}
 

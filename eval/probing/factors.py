@@ -11,6 +11,7 @@ from scipy import sparse
 
 from ...training.embedded import lexicon
 from ...training.embedded.corpus import Factors
+from ..bootstrap import bootstrap_f1, interval
 from .absorption import absorbed
 from .datasets import Tokens, embedded_tokens, halves
 from .probes import (
@@ -19,10 +20,8 @@ from .probes import (
     Search,
     auroc,
     best_threshold,
-    bootstrap_f1,
     f1_of,
     group_counts,
-    interval,
     logistic,
     ranking,
     split_latents,

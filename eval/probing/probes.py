@@ -239,39 +239,8 @@ def split_latents(
     return chosen
 
 
-class Interval(NamedTuple):
-    """A mean and the middle 95 % of it over resampled groups."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_f1(
-    counts: Float[np.ndarray, "groups labels 3"], seed: int, resamples: int = 500
-) -> Float[np.ndarray, "resamples labels"]:
-    """F1 of every label over resampled groups (documents), from each group's hits, detections and positives."""
-    groups, labels, _ = counts.shape
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
-    hits, detected, positives = np.moveaxis((weights @ counts.reshape(groups, -1)).reshape(resamples, labels, 3), -1, 0)
-    return 2 * hits / np.maximum(detected + positives, 1)
-
-
 def group_counts(
     detected: Bool[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"], n_groups: int
 ) -> Float[np.ndarray, "groups 3"]:
     """Hits, detections and positives by group."""
     return np.stack([np.bincount(groups, what, n_groups) for what in (detected & y, detected, y)], -1)
-
-
-def interval(mean: float, resampled: Float[np.ndarray, " resamples"]) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(mean, float(low), float(high))
-
-
-def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 500) -> Interval:
-    """The mean of independent values and its interval."""
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(values)
-    return interval(float(values.mean()), weights @ values)

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from sparsary.eval.bootstrap import bootstrap_f1, bootstrap_mean
 from sparsary.eval.probing.absorption import absorbed
 from sparsary.eval.probing.probes import (
     Search,
     auroc,
     best_threshold,
-    bootstrap_f1,
-    bootstrap_mean,
     f1_of,
     group_counts,
     logistic,

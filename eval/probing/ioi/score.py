@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from ..probes import bootstrap_mean, f1_of, split_latents
+from ...bootstrap import bootstrap_mean
+from ..probes import f1_of, split_latents
 from ..subject import ProbeTarget
 from .prompts import (
     ATTRIBUTES,

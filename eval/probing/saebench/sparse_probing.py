@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from ...bootstrap import bootstrap_mean
 from ..datasets import Pooled
-from ..probes import bootstrap_mean, logistic
+from ..probes import logistic
 from ..subject import ProbeTarget
 from .datasets import _balanced, _split, _take
 from .output import SaebenchResult, _largest_difference
