@@ -199,7 +199,7 @@ class _Judged:
             f"{name}_f1": f1_of(detected, y),
             f"{name}_precision": hits / max(np.count_nonzero(detected), 1),
             f"{name}_recall": hits / np.count_nonzero(y),
-            f"{name}_auroc": auroc(ranking(scores), y),
+            f"{name}_auroc": auroc(scores, y),
         }
         self.counts.setdefault(name, []).append(group_counts(detected, y, self.owners, self.n_owners))
 

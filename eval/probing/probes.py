@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
+from sklearn.metrics import roc_auc_score
 
 # np.ndarray, or scipy.sparse.csc_array, whose stubs know too little of it.
 ProbeInputs = Any
@@ -32,7 +33,9 @@ class LinearProbe:
 def logistic(x: ProbeInputs, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: bool = False) -> LinearProbe:
     """Logistic regression on standardised columns, its penalty ``l2 / 2 ||w||^2``; with ``weight`` both classes count alike.
 
-    Columns are only scaled, not centred, where they are sparse. Constant ones get no weight.
+    Columns are only scaled, not centred, where they are sparse. Constant ones get no weight. Scikit-learn's solvers find the
+    same weights to 6e-4 on 2,000 rows of 128 dimensions but take eleven times as long (newton-cholesky), and where fits end
+    moves F1 in its fifth digit.
 
     Raises:
         ValueError: If only one class is there.
@@ -130,13 +133,9 @@ def best_threshold(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> tuple[float
     return float(f1[best]), float((here + below) / 2)
 
 
-def auroc(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> float:
+def auroc(scores: Float[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"]) -> float:
     """Chance that a positive row has a higher score than a negative one; ties count half, and 0.5 if a class is missing."""
-    hits = np.append(0, np.cumsum(y[ranked.order])[ranked.ends])
-    false = np.append(0, ranked.ends + 1) - hits
-    if not hits[-1] or not false[-1]:
-        return 0.5
-    return float(((hits[1:] + hits[:-1]) / 2 * np.diff(false)).sum() / (hits[-1] * false[-1]))
+    return float(roc_auc_score(y, scores)) if 0 < hits_of(y) < len(y) else 0.5
 
 
 def hits_of(y: Bool[np.ndarray, " rows"]) -> int:
