@@ -19,9 +19,9 @@ from ...training.run import run_harvest, train_recipe
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
 from ..report.evaluate import evaluate
+from .runs import REPORT_FILE
 
 COMPARISON_VERSION = 1
-REPORT_FILE = "report.json"
 # Shared by more than one recipe, it would be found by a directory's name, but is none itself.
 BASE_FILE = "base.yaml"
 # What the report says of a family, and not of a seed.
@@ -63,7 +63,8 @@ def compare(
         log.info("%s: run %d of %d", recipe.out_dir, done + 1, len(pending))
         _run(recipe)
     live = {name for name, recipe in families.items() if recipe.harvest.store is None}
-    comparison = collect_runs({name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}, live)
+    directories = {name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}
+    comparison = collect_run_groups(directories, live)
     write_json(Path(out) / "comparison.json", comparison)
     write_text(Path(out) / "comparison.html", render_recipes(comparison))
     return comparison | {"page_path": str(Path(out) / "comparison.html")}
@@ -142,7 +143,7 @@ def is_complete(recipe: Recipe) -> bool:
     return trained >= recipe.tokens and read_json(directory / REPORT_FILE).get("training_tokens") == trained
 
 
-def collect_runs(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
+def collect_run_groups(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
     """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
 
     ``live`` names the families that were trained on activations streamed from the model.

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from .collect import Collected, TokenSample
 from .logit_lens import Unembedding
-from .neighbours import Matrix
+from .neighbours import BLOCK_ENTRIES, Matrix
 from .predicates import Predicates
 
 # Fewer firings, or windows, on either side are no ground for a score.
@@ -20,7 +20,6 @@ MIN_FIRINGS, MIN_WINDOWS = 10, 5
 MIN_TRUE = 5
 # A latent counts as firing above such a share of its maximum; the best of them is chosen with the predicate.
 THRESHOLDS = (0.0, 0.25, 0.5)
-BLOCK_ENTRIES = 4_000_000
 
 
 class Score(NamedTuple):

@@ -43,4 +43,4 @@ class InferenceMode:
         return dictionary.encode(x, grad if self.oracle else None)
 
 
-PER_TOKEN = InferenceMode()
+DEFAULT_INFERENCE = InferenceMode()

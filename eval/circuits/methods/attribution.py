@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ....sae.suggestions import require_choice
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 ENDS = ("clean", "corrupted")
 

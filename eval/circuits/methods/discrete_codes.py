@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ....sae.suggestions import require_choice
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.nodes import Coordinates, NodeSpace, Part
 from ..units.passes import Seen
 from ..units.space import Space
-from .method import BATCH, Method, UnitScores
+from .method import Method, UnitScores
 
 TOKENS = ("mean", "last")
 COUNTS = ("nodes", "pairs")

@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ....sae.suggestions import require_choice
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.ablation import divergence
 from ..units.space import Space, State
-from .method import BATCH, Method, UnitScores
+from .method import Method, UnitScores
 
 LOSSES = ("kl", "metric")
 # Of the hard concrete distribution, as published: its temperature, how far it is stretched beyond 0 and 1, and how far the

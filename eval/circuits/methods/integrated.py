@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....sae.suggestions import require_choice
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 # Where in each step of the way a slope is taken: at its clean end, its corrupted end, or between.
 POINTS = {"clean": 0.0, "middle": 0.5, "corrupted": 1.0}

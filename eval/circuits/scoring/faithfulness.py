@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...bootstrap import LEVEL, SEED, percentiles, resamples
 from ..methods.method import UnitScores
-from ..tasks.pairs import PromptPairs
+from ..tasks.competence import NOISE
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.ablation import Filler
 from ..units.ranking import ordered
 from ..units.space import Space, State
@@ -27,9 +28,6 @@ from ..units.space import Space, State
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LEVELS = (0.5, 0.8, 0.9)
-BATCH = 32
-# A denominator less than so many standard errors from 0 is noise.
-NOISE = 2.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ....sae.suggestions import require_choice
 
+# Pairs that one forward pass runs.
+BATCH = 32
 METRICS = ("logit_diff", "max_logit_diff", "prob_diff")
 
 

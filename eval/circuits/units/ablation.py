@@ -14,13 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ....sae.suggestions import require_choice
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from .space import Space, State
 
 ABLATIONS = ("resample", "mean", "zero", "optimal")
 Filler = Callable[[PromptPairs], State]
-
-BATCH = 32
 OPTIMAL_STEPS = 100
 # Of a state's own spread: constants of every size move at the same pace.
 OPTIMAL_RATE = 0.05
