@@ -69,12 +69,6 @@ def among(edges: EdgeList, nodes: Bool[Tensor, " senders"]) -> Bool[Tensor, " ed
     return with_logits[edges.sources] & with_logits[edges.owners[edges.targets]]
 
 
-def weighted_count(edges: EdgeList, kept: Bool[Tensor, " edges"], shares: Float[Tensor, " senders"] | None = None) -> float:
-    """How many edges a circuit has, each counted as the share of its sender's neurons that are kept (by default all)."""
-    weights = torch.ones(edges.n_senders) if shares is None else shares
-    return float(weights[edges.sources[kept]].sum())
-
-
 def node_scores(edges: EdgeList, values: Float[Tensor, "*rows edges"], by: str = "max") -> Float[Tensor, "*rows senders"]:
     """Every sender's score: the largest of the edges it reads or is read by, or their sum.
 
