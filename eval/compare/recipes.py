@@ -21,9 +21,9 @@ from ..checkpoint import Report
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
 from ..report.evaluate import Progress, evaluate, unseen
+from .runs import REPORT_FILE
 
 COMPARISON_VERSION = 1
-REPORT_FILE = "report.json"
 # Shared by more than one recipe, it would be found by a directory's name, but is none itself.
 BASE_FILE = "base.yaml"
 # What the report says of a family, and not of a seed.
@@ -65,7 +65,9 @@ def compare_recipes(
         log.info("%s: run %d of %d", run.recipe.out_dir, done + 1, len(pending))
         _run(run, plans[name])
     live = {name for name, member in families.items() if member.recipe.harvest.store is None}
-    comparison = collect_runs({name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live)
+    comparison = collect_run_groups(
+        {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live
+    )
     write_json(Path(out) / "comparison.json", comparison)
     write_text(Path(out) / "comparison.html", render_recipes(comparison))
     return comparison | {"page_path": str(Path(out) / "comparison.html")}
@@ -145,7 +147,7 @@ def is_complete(recipe: Recipe) -> bool:
     return trained >= recipe.tokens and read_json(directory / REPORT_FILE).get("training_tokens") == trained
 
 
-def collect_runs(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
+def collect_run_groups(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
     """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
 
     ``live`` names the families that were trained on activations streamed from the model.

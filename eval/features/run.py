@@ -15,6 +15,7 @@ from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
+from ..heldout import DEFAULT_TOKENS
 from ..pages.features import render_features
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
@@ -26,7 +27,6 @@ from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_
 RECORDS_FILE, ABOUT_FILE, PAGE_FILE = "features.jsonl", "features.json", "features.html"
 # A folder of answers, so that a repeated run asks nothing twice.
 ANSWERS = "answers"
-DEFAULT_TOKENS = 200_000
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, model_spliced
-from .inference import PER_TOKEN, InferenceMode
+from .inference import DEFAULT_INFERENCE, InferenceMode
 from .model_outputs import ModelOutputs, Predictions
 
 
@@ -32,7 +32,7 @@ class Setting:
 
     dictionary: SparseDictionary
     device: torch.device
-    selection: InferenceMode = PER_TOKEN
+    selection: InferenceMode = DEFAULT_INFERENCE
     model: LanguageModel | None = None
     hook_in: str | None = None
     hook_out: str | None = None

@@ -21,15 +21,13 @@ from ..heldout import EvalData, eval_data, require_fitted, require_scored, requi
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.glossary import REPORT_VERSION
-from ..metrics.inference import PER_TOKEN, InferenceMode
+from ..metrics.inference import DEFAULT_INFERENCE, InferenceMode
 from ..metrics.model_outputs import ModelOutputs
 from ..pages.report import render_report
-from ..sanity import Sanity, sanity_doubts
+from ..sanity import ROWS_AT_ONCE, Sanity, sanity_doubts
 from ..undefined import settled
 from .cache import Beside, Nothing, content_of
 from .stack import evaluate_opened
-
-ROWS_AT_ONCE = 4096
 
 # Arguments of metrics, by the names of their groups.
 MetricOptions = Mapping[str, Mapping[str, object]]
@@ -49,7 +47,7 @@ def evaluate(
     out: str | Path | None = None,
     activations: Tensor | tuple[Tensor, Tensor] | None = None,
     tokens: int | None = None,
-    selection: InferenceMode = PER_TOKEN,
+    selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
     progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
@@ -68,7 +66,7 @@ def evaluate(
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
     opened = open_checkpoint(checkpoint, options)
-    if opened.in_place_together and (activations is not None or selection != PER_TOKEN):
+    if opened.in_place_together and (activations is not None or selection != DEFAULT_INFERENCE):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:
         return evaluate_loaded([opened], [out], tokens, selection, cache, progress, metric_options)[0]
@@ -83,7 +81,7 @@ def evaluate_all(
     checkpoints: Sequence[str | Path],
     outs: Sequence[str | Path | None] | None = None,
     tokens: int | None = None,
-    selection: InferenceMode = PER_TOKEN,
+    selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
     progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
@@ -106,7 +104,7 @@ def evaluate_loaded(
     several: Sequence[LoadedCheckpoint],
     outs: Sequence[str | Path | None] | None = None,
     tokens: int | None = None,
-    selection: InferenceMode = PER_TOKEN,
+    selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
     progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
@@ -119,7 +117,7 @@ def evaluate_loaded(
         )
     outs = outs or [None] * len(several)
     stacks = [opened for opened in several if opened.in_place_together]
-    if selection != PER_TOKEN and stacks:
+    if selection != DEFAULT_INFERENCE and stacks:
         raise ValueError(
             f"{stacks[0].name}: expected one checkpoint of one hook for --oracle or --pursuit, got a stack or "
             "a cross-layer one."
@@ -184,7 +182,7 @@ class Candidate:
 
 def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: InferenceMode) -> Candidate:
     selection.require_valid(opened.members[0].dictionary)
-    if selection != PER_TOKEN and out is None:
+    if selection != DEFAULT_INFERENCE and out is None:
         raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
     target = opened.results if out is None else Path(out)
     if out is None and opened.foreign and not os.access(target, os.W_OK):
@@ -241,7 +239,7 @@ def _hook(source: dict[str, Any]) -> str | None:
 
 @torch.no_grad()
 def evaluate_tensor(
-    dictionary: SparseDictionary, x: Tensor, selection: InferenceMode = PER_TOKEN, y: Tensor | None = None
+    dictionary: SparseDictionary, x: Tensor, selection: InferenceMode = DEFAULT_INFERENCE, y: Tensor | None = None
 ) -> dict[str, Any]:
     """What can be said of given activations: the first half fits, the second is scored.
 

@@ -22,8 +22,14 @@ NORMS = "What predicts norms"
 NORM_TARGETS = ("err_norm", "reconstruction_norm", "input_norm")
 NORM_SCALARS = ("input_norm", "l0", "loss")
 # Of the second question, asked where what is read is not the target.
-ON_TARGET = ("fvu_nonlinear", "linear_error_share", "linear_error_share_rescaled", "err_vec_r2", "err_vec_r2_mean_dim")
-ON_TARGET = (*ON_TARGET, "err_norm_r2")
+ON_TARGET = (
+    "fvu_nonlinear",
+    "linear_error_share",
+    "linear_error_share_rescaled",
+    "err_vec_r2",
+    "err_vec_r2_mean_dim",
+    "err_norm_r2",
+)
 
 
 class ErrorSplit(MetricGroup):

@@ -13,7 +13,7 @@ import sparsary
 from sparsary.eval.compare import recipes as compare_module
 from sparsary.eval.compare.recipes import (
     COLUMNS,
-    collect_runs,
+    collect_run_groups,
     compare_recipes,
     is_complete,
     load_families,
@@ -351,7 +351,7 @@ def test_means_ranges_and_best(judged):
         ],
         "d": [judged("d", seed, selection="oracle", fvu=0.0, ce_recovered_mean=1.0) for seed in range(3)],
     }
-    comparison = collect_runs(directories)
+    comparison = collect_run_groups(directories)
     a, b, c, d = comparison["families"]
     assert a["figures"]["fvu"] == {"mean": 0.5, "min": 0.25, "max": 0.75, "values": [0.25, 0.5, 0.75]}
     assert b["figures"]["l0_mean"]["mean"] == pytest.approx(14 / 3)
@@ -367,7 +367,7 @@ def test_means_ranges_and_best(judged):
 
 def test_equal_best_values_are_best_together(judged):
     figures = {"a": 0.25, "b": 0.25, "c": 0.5}
-    comparison = collect_runs({name: [judged(name, 0, fvu=fvu)] for name, fvu in figures.items()})
+    comparison = collect_run_groups({name: [judged(name, 0, fvu=fvu)] for name, fvu in figures.items()})
     assert comparison["best"] == {"fvu": ["a", "b"]}
 
 
@@ -381,7 +381,7 @@ def test_a_figure_no_report_has_is_not_measured():
 def test_reports_on_other_tokens_do_not_compare(judged):
     directories = {"a": [judged("a", 0)], "b": [judged("b", 0, tokens=509)]}
     with pytest.raises(ValueError, match=r"b/seed-0/report.json: tokens: expected 1,013 as in .*a/seed-0/report.json, got 509"):
-        collect_runs(directories)
+        collect_run_groups(directories)
 
 
 def test_speed_is_the_median_line(tmp_path):
@@ -396,7 +396,7 @@ def test_speed_is_the_median_line(tmp_path):
 def test_page_shows_every_family_once_with_mean_and_range(judged):
     table = Table(
         render_recipes(
-            collect_runs(
+            collect_run_groups(
                 {
                     "plain": [judged("plain", 0, fvu=0.25), judged("plain", 1, fvu=0.5)],
                     "none": [judged("none", 0, kl_spliced=None, fvu=math.nan), judged("none", 1, kl_spliced=None)],
@@ -427,7 +427,7 @@ def test_page_without_model_says_not_measured(judged, tmp_path):
     directory = judged("a", 0)
     kept = {key: value for key, value in REPORT.items() if not key.startswith(("ce_", "kl_"))}
     (directory / "report.json").write_text(json.dumps(kept))
-    table = Table(render_recipes(collect_runs({"a": [directory]})))
+    table = Table(render_recipes(collect_run_groups({"a": [directory]})))
     assert table.cell("a", "kl_spliced") == ["not measured"]
     assert len(table.plots) == len(PLOTS) - 2
 
@@ -435,7 +435,7 @@ def test_page_without_model_says_not_measured(judged, tmp_path):
 def test_page_is_self_contained_safe_and_the_same_each_time(judged):
     attack = '<script>alert(1)</script>"onload="x'
     changes = {"hook": attack, "model": attack, "encoder": attack, "selection": attack}
-    comparison = collect_runs({"a": [judged("a", 0, **changes)], "b": [judged("b", 0)]})
+    comparison = collect_run_groups({"a": [judged("a", 0, **changes)], "b": [judged("b", 0)]})
     comparison["families"][1]["name"] = attack
     html = render_recipes(comparison)
     assert html == render_recipes(comparison)
@@ -452,7 +452,9 @@ def test_page_is_self_contained_safe_and_the_same_each_time(judged):
 def test_many_families_keep_looks_and_colours_apart(judged):
     names = [f"family-with-a-rather-long-$name$-{index}" for index in range(13)]
     assert len(names) <= math.lcm(len(FAMILY_COLORS), len(MARKERS))
-    html = render_recipes(collect_runs({name: [judged(name, 0, l0_mean=4.0 + index)] for index, name in enumerate(names)}))
+    html = render_recipes(
+        collect_run_groups({name: [judged(name, 0, l0_mean=4.0 + index)] for index, name in enumerate(names)})
+    )
     table = Table(html)
     assert [row[0][0] for row in table.rows[1:]] == names
     plots = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
@@ -468,7 +470,7 @@ def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
 
     def instead(recipes, overrides, seeds, out, progress):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
-        return collect_runs({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
+        return collect_run_groups({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 
     monkeypatch.setattr("sparsary.eval.compare.run.compare_recipes", instead)
     arguments = "compare recipes lr=2e-3 more.yaml --seeds 2 --out there dictionary.encoder.k=3"
