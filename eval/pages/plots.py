@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..metrics.reconstruction import DENSE
+from .glossary import DENSE
 from .numbers import UNMEASURED, finite, show
 
 Report = dict[str, Any]

@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from .charts import COLORS, NOTES, Column, look, seed_spread, swatch
 from .document import document, encoder_parts
+from .glossary import EXPLANATIONS
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 from .plots import INK, MUTED, figure_element, plain_log_ticks
-from .report import EXPLANATIONS
 
 Family = dict[str, Any]
 Comparison = dict[str, Any]

@@ -4,8 +4,8 @@ import re
 from html import escape
 from typing import Any
 
-from ..metrics.glossary import EXPLANATIONS, PROVENANCE
 from .document import document, encoder_parts
+from .glossary import EXPLANATIONS, PROVENANCE
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 from .plots import PLOTS, Curve, Report, figure_element
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ..metrics.glossary import EXPLANATIONS
 from .charts import COLORS, NOTES, Column, look, seed_spread, swatch
 from .document import document, encoder_parts
+from .glossary import EXPLANATIONS
 from .numbers import UNDEFINED, UNMEASURED, finite, show
 from .plots import INK, figure_element, plain_log_ticks
 from .recipes import CSS

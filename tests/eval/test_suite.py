@@ -9,7 +9,7 @@ import torch
 
 import sparsary
 from sparsary.eval.checkpoint import folders
-from sparsary.eval.metrics.glossary import EXPLANATIONS
+from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
