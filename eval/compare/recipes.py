@@ -9,7 +9,7 @@ from typing import Any
 
 from ...sae.checkpoint import read_config
 from ...sae.dictionary import CONFIG_FILE
-from ...sae.files import read_json, write_json, write_text
+from ...sae.files import read_json, write_json
 from ...training.checkpoints import RECIPE_FILE
 from ...training.preflight import preflight
 from ...training.recipe import Recipe, differences, load_recipe
@@ -17,7 +17,8 @@ from ...training.report import METRICS_FILE
 from ...training.resolve_hooks import resolved
 from ...training.run import run_harvest, train_recipe
 from ..pages.numbers import finite, show
-from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
+from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle
+from ..pages.render import render_file
 from ..report.evaluate import evaluate
 
 COMPARISON_VERSION = 1
@@ -65,8 +66,7 @@ def compare(
     live = {name for name, recipe in families.items() if recipe.harvest.store is None}
     comparison = collect_runs({name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}, live)
     write_json(Path(out) / "comparison.json", comparison)
-    write_text(Path(out) / "comparison.html", render_recipes(comparison))
-    return comparison | {"page_path": str(Path(out) / "comparison.html")}
+    return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
 
 
 def load_families(recipes: Iterable[str], overrides: Mapping[str, Any]) -> dict[str, Recipe]:
