@@ -58,11 +58,11 @@ lines.reduce((sum, count) => (bottoms.push(sum), sum + count * LINE + apart), 0)
 const height = bottoms[rows - 1] + lines[rows - 1] * LINE + 20;
 const most = Math.max(...nodes.filter(n => n.kind === 'latent').map(n => n.share), 1e-9);
 for (const node of nodes) {
-  const at = row(node), cell = cells.get(at + ' ' + node.position), place = cell.indexOf(node), many = cap(at);
-  const inLine = Math.min(many, cell.length - many * Math.floor(place / many));
-  const step = node.kind === 'logit' ? WORD + 6 : STEP;
-  node.x = lefts[node.position] + widths[node.position] / 2 + step * (place % many - (inLine - 1) / 2);
-  node.y = height - bottoms[at] - LINE * Math.floor(place / many) - 14;
+  const at = row(node), cell = cells.get(at + ' ' + node.position), rank = cell.indexOf(node), many = cap(at);
+  const inLine = Math.min(many, cell.length - many * Math.floor(rank / many));
+  const gap = node.kind === 'logit' ? WORD + 6 : STEP;
+  node.x = lefts[node.position] + widths[node.position] / 2 + gap * (rank % many - (inLine - 1) / 2);
+  node.y = height - bottoms[at] - LINE * Math.floor(rank / many) - 14;
   node.r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
 }
 
@@ -181,9 +181,9 @@ function edgeList(title, list, other) {
   const rest = ordered.length > 12 ? make('p', 'note', (ordered.length - 12) + ' more, weaker') : null;
   return make('div', 'edges', make('h3', '', title), items, rest);
 }
-function context([tokens, shades, peak]) {
+function context([words, shades, peak]) {
   const line = make('p', '');
-  tokens.forEach((token, at) => {
+  words.forEach((token, at) => {
     const space = at && gapped && !/^\s/.test(token) ? ' ' : '', shade = Math.round(10 + 0.55 * shades[at]);
     const piece = make('span', at === peak ? 'peak' : '', visible(token));
     if (shades[at]) piece.style.background = `color-mix(in srgb, var(--accent) ${shade}%, transparent)`;
@@ -191,7 +191,7 @@ function context([tokens, shades, peak]) {
   });
   return line;
 }
-const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([tokens]) => tokens.some(t => /^\s/.test(t))));
+const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([words]) => words.some(word => /^\s/.test(word))));
 function detail(node) {
   const panel = $('detail');
   if (!node) {
