@@ -18,7 +18,7 @@ from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import Report
-from ..pages.circuits import render_circuits
+from ..pages.render import render_file
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, UnitScores
@@ -127,8 +127,8 @@ def circuits(
     directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "circuits.json", found)
-    (directory / "circuits.html").write_text(render_circuits(found), encoding="utf-8")
-    return found | {"path": str(directory / "circuits.json"), "page_path": str(directory / "circuits.html")}
+    page = render_file(directory / "circuits.json")
+    return found | {"path": str(directory / "circuits.json"), "page_path": str(page)}
 
 
 def n_steps(checkpoints: int, settings: CircuitSettings) -> int:

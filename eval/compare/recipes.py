@@ -9,7 +9,7 @@ from typing import Any
 
 from ...sae.checkpoint import read_config
 from ...sae.dictionary import CONFIG_FILE
-from ...sae.files import read_json, write_json, write_text
+from ...sae.files import read_json, write_json
 from ...training.checkpoints import RECIPE_FILE
 from ...training.preflight import TrainingPlan, preflight
 from ...training.recipe import Recipe, differences, load_recipe
@@ -19,7 +19,8 @@ from ...training.run import run_harvest, train_recipe
 from ...transcoders.load import RecipeValue
 from ..checkpoint import Report
 from ..pages.numbers import finite, show
-from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
+from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle
+from ..pages.render import render_file
 from ..report.evaluate import Progress, evaluate, unseen
 from .runs import REPORT_FILE
 
@@ -69,8 +70,7 @@ def compare_recipes(
         {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live
     )
     write_json(Path(out) / "comparison.json", comparison)
-    write_text(Path(out) / "comparison.html", render_recipes(comparison))
-    return comparison | {"page_path": str(Path(out) / "comparison.html")}
+    return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
 
 
 def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -> dict[str, Recipe]:

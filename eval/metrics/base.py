@@ -106,8 +106,6 @@ class MetricGroup(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     reads_model: ClassVar[bool]
-    # Section of the page -> entry -> what it says.
-    explanations: ClassVar[dict[str, dict[str, str]]]
 
     @abstractmethod
     def __init__(self, setting: Setting): ...

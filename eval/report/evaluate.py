@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ...sae import SparseDictionary
-from ...sae.files import write_json, write_text
+from ...sae.dictionary import CONFIG_FILE
+from ...sae.files import write_json
+from ...training.report import METRICS_FILE
 from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
@@ -23,7 +26,7 @@ from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.glossary import REPORT_VERSION
 from ..metrics.inference import DEFAULT_INFERENCE, InferenceMode
 from ..metrics.model_outputs import ModelOutputs
-from ..pages.report import render_report
+from ..pages.render import render_file
 from ..sanity import ROWS_AT_ONCE, Sanity, sanity_doubts
 from ..undefined import settled
 from .cache import Beside, Nothing, content_of
@@ -213,12 +216,12 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
     for doubt in report["doubts"]:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     candidate.out.mkdir(parents=True, exist_ok=True)
-    metrics = candidate.member.directory / "metrics.jsonl"
-    own = metrics.exists() and not candidate.opened.foreign
-    curve = [json.loads(line) for line in metrics.read_text().splitlines()] if own else []
+    log_of_run = candidate.member.directory / METRICS_FILE
+    if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
+        # The page takes its training curve from beside the report.
+        shutil.copyfile(log_of_run, candidate.out / METRICS_FILE)
     write_json(candidate.out / "report.json", report)
-    write_text(candidate.out / "report.html", render_report(report, curve))
-    return report | {"report_path": str(candidate.out / "report.html")}
+    return report | {"report_path": str(render_file(candidate.out / "report.json"))}
 
 
 def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:

@@ -224,11 +224,11 @@ def test_plots_have_a_line_for_every_family_and_method(html):
 def test_values_far_off_are_cut_and_the_caption_says_so(found):
     changed = copy.deepcopy(found) | {"curves": copy.deepcopy(found["curves"][:1])}
     families = list(family_labels(found))
-    assert "are cut off" not in panel(changed, "ioi", "attribution", "faithfulness", families)
+    assert "are cut off" not in panel(changed, "ioi", "attribution", "faithfulness", families).note
     changed["curves"][0]["faithfulness"][5] = 90.0
-    html = panel(changed, "ioi", "attribution", "faithfulness", families)
-    assert "are cut off" in html
-    ticks = [float(tick) for tick in parts(html, r">(\d\.\d+)</text>")]
+    card = panel(changed, "ioi", "attribution", "faithfulness", families)
+    assert "are cut off" in card.note
+    ticks = [float(tick) for tick in parts(str(card.drawing), r">(\d\.\d+)</text>")]
     assert 1.5 <= max(ticks) <= 1.75
 
 
@@ -379,8 +379,10 @@ def test_browser_choosing_and_pointing(tmp_path, found, whole):
     chips[5].click(); found.off = location.hash;
     all('th[data-key="nodes_80"] button')[0].click();
     found.sorted = all('th[aria-sort="ascending"]').length;
-    const ends = () => [...tables[0].tBodies[0].rows].slice(-1).concat(tables[0].tBodies[0].rows[0])
-      .map(row => row.cells[place(tables[0], "nodes_80")].dataset.value);
+    const table = all("table.sortable")[0], heads = [...table.tHead.rows[0].cells];
+    const at = heads.findIndex(head => head.dataset.key === "nodes_80");
+    const ends = () => [...table.tBodies[0].rows].slice(-1).concat(table.tBodies[0].rows[0])
+      .map(row => row.cells[at].dataset.value);
     found.up80 = ends();
     all('th[data-key="nodes_80"] button')[0].click();
     found.down80 = ends();

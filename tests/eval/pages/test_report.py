@@ -163,7 +163,7 @@ def test_every_key_of_the_report_is_explained():
 
 
 def test_the_documented_schema_is_that_of_the_page():
-    # If not: python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
+    # If not: python -c "from sparsary.eval.metrics.glossary import report_markdown as m; print(m(), end='')" > docs/report.md
     assert (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
 
 

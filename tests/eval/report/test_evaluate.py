@@ -9,7 +9,7 @@ import torch
 
 import sparsary
 from sparsary.eval.checkpoint import folders
-from sparsary.eval.metrics.glossary import EXPLANATIONS
+from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
@@ -191,7 +191,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_report", lambda *_: "")
+    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
@@ -224,7 +224,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
 def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_report", lambda *_: "")
+    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     seen = []
 
     class Curious(suite.GROUPS[2]):
@@ -243,7 +243,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     told = []
 
     def progress(total):
@@ -327,7 +327,7 @@ def test_every_entry_of_a_report_is_explained(report):
 
 @pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -341,7 +341,7 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
 
 @pytest.mark.slow
 def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []
