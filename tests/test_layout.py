@@ -141,7 +141,6 @@ def check_one(recipe):
         assert plan_all([recipe])[0].parameters == sum(p.numel() for p in built.parameters())
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_the_packages_the_model_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)

@@ -26,9 +26,6 @@ ABOUT = {
     "encoder": '{"name": "topk", "k": 5}',
 }
 
-# A browser for every test.
-pytestmark = pytest.mark.slow
-
 
 def record(latent, rng, contexts=3, width=7):
     """A latent as ``eval.features.records`` writes it; every thirteenth is dead."""
@@ -226,7 +223,6 @@ def timed(directory, html, steps):
 
 
 @needs_browser
-@pytest.mark.slow
 def test_ten_thousand_latents_open_and_turn_quickly(tmp_path):
     html = render_features(ABOUT | {"n_latents": 10_000}, records(10_000, contexts=16, width=32))
     steps = """

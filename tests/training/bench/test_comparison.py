@@ -179,7 +179,6 @@ def test_another_report_is_shown_number_by_number():
     assert table.rows == [["members", "3"], ["shapes.tiny.ratio", "1.235"], ["shapes.tiny.steps", "7"]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number"), [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid", "shapes.tiny.ratio")]
 )
@@ -317,7 +316,6 @@ def bench(folder, *arguments):
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.slow
 def test_real_steps_are_measured_from_anywhere(tmp_path):
     # Names of ours in the current folder are not what is run.
     (tmp_path / "training").mkdir()
@@ -349,7 +347,6 @@ def test_every_peer_takes_its_step(tmp_path):
         }
 
 
-@pytest.mark.slow
 def test_loading_is_measured_against_reading_the_bytes():
     from sparsary.training.bench.loading import FORMATS, bench_loading
 

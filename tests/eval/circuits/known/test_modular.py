@@ -8,9 +8,6 @@ import torch
 from sparsary.eval.circuits.known import load_toy
 from sparsary.eval.circuits.known.modular import STEP, clock, spectrum, wave
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def sums(p):
     numbers = torch.cartesian_prod(torch.arange(p), torch.arange(p))

@@ -16,9 +16,6 @@ from sparsary.eval.circuits.known.siit import (
 )
 from sparsary.eval.circuits.scoring.roc import roc_auc
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def test_programs_compute_and_take_over_what_is_given():
     token_ids = torch.tensor([[0, 2, 2, 1, 2]])
@@ -47,7 +44,6 @@ def test_swapping_a_node_is_exact_patching(node, brute_logits):
     assert not torch.allclose(swapped, model(base).logits)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_trained_model_is_the_program_where_it_should_be(name, brute):
     known = KNOWN[f"siit_{name}"](n_pairs=8)
@@ -66,7 +62,6 @@ def test_what_cannot_be_trained_is_refused():
         trained("sort")
 
 
-@pytest.mark.slow
 def test_too_few_steps_are_too_few():
     with pytest.raises(ValueError, match=r"max_steps: share_of_x is not yet the program after 1 steps: .*\(m0\).* Give more"):
         train_siit(PROGRAMS["share_of_x"], seed=0, max_steps=1)

@@ -18,9 +18,6 @@ from sparsary.training.text import Cursor
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
 
-# Minutes of model passes together.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def sae():
