@@ -35,6 +35,10 @@ def test_lines_of_files_that_are_gone_are_stale_and_of_files_not_collected_are_n
     assert reading.stale_entries(entries, IDS) == ["tests/no_such_file.py"]
 
 
+def test_every_line_matches_a_test(stale_slow):
+    assert not stale_slow, "tests/slow.txt: these lines match no test. Remove or correct them."
+
+
 def test_the_mark_is_set_by_the_list_alone():
     # The words are put together here so that this file does not find itself; conftest.py sets the mark.
     paths = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__).with_name("conftest.py")]
