@@ -16,7 +16,7 @@ from .numbers import show
 def render_graph(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, measures: dict[str, Any] | None = None) -> str:
     """One page of the nodes and edges that are kept. Equal input gives equal bytes.
 
-    ``measures`` are further figures of the graph by name, as ``eval.circuits.graph_run`` reports them.
+    ``measures`` are further figures of the graph by name, as ``eval.attribution_graphs.run`` reports them.
     """
     data = page_data(graph, pruned, labels)
     kept = f"{show(int(pruned.nodes.sum()))} of {show(graph.n_nodes)}"

@@ -74,7 +74,7 @@ TILES = (
 
 
 def render_stack(report: Report) -> str:
-    """One page that shows the report of ``eval.stack``. Equal input gives equal bytes."""
+    """One page that shows the report of ``eval.report.stack``. Equal input gives equal bytes."""
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
     facts = {

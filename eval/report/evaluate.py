@@ -55,9 +55,10 @@ def evaluate(
 
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
-    cross-layer transcoder, is judged with all of its layers in place: see ``eval.stack``. ``activations`` are ``x``, or
+    cross-layer transcoder, is judged with all of its layers in place: see ``eval.report.stack``. ``activations`` are ``x``, or
     ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
-    weights on the same text is not measured again: see ``eval.cache``. What other libraries' files leave open is in ``given``.
+    weights on the same text is not measured again: see ``eval.report.cache``. What other libraries' files leave open is in
+    ``given``.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.

@@ -1,6 +1,6 @@
 """The kernels on tensors in a GPU's memory: what ``backend`` offers there. No function waits for the GPU.
 
-``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGrad``.
+``bounds`` are a code's starts with its end; see ``sae.sparse_grad`` for ``ByLatent`` and ``RowGrad``.
 """
 
 from typing import Any
