@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from sparsary.sae import ENCODERS, SparseCode
-from sparsary.training.activations.model import hook_widths
 from sparsary.training.recipe.grid import load_grid
-from sparsary.training.resolve_hooks import dictionary_arguments, resolved
+from sparsary.training.resolve_hooks import dictionary_arguments, resolve_recipes
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.name != "base.yaml")
@@ -40,7 +39,7 @@ CONFIGS = {
 def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
     stored = load_grid(path).recipes[0].harvest.store is not None
     recipes = load_grid(path, {"harvest.store": str(tmp_path / "store")} if stored else None).recipes
-    members = resolved([with_configuration(recipe, tmp_path) for recipe in recipes])
+    members = resolve_recipes([with_configuration(recipe, tmp_path) for recipe in recipes])
     # The members between differ from these in the same keys.
     for member in {0, len(members) - 1}:
         check_one(members[member])
@@ -57,13 +56,13 @@ def with_configuration(recipe, tmp_path):
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(tmp_path / "config")})})
 
 
-def check_one(recipe):
+def check_one(member):
     import torch
 
     from sparsary.sae.checkpoint import build_dictionary
     from sparsary.training.preflight import plan_all
 
-    widths = hook_widths(recipe.model, recipe.harvest.hooks)
+    recipe, widths = member.recipe, member.widths
     with torch.device("meta"):
         built = build_dictionary(dictionary_arguments(recipe, widths))
         # Nothing can be chosen by value there; decoding shows that the shapes fit, where it needs no values.
@@ -73,4 +72,4 @@ def check_one(recipe):
     assert built.d_out == sum(widths[hook] for hook in recipe.dictionary.hooks_out)
     if (recipe.harvest.tokens or 0) * sum(widths.values()) < 1e9:
         # Whatever memory the machine has that runs the tests.
-        assert plan_all([recipe])[0].parameters == sum(p.numel() for p in built.parameters())
+        assert plan_all([member])[0].parameters == sum(p.numel() for p in built.parameters())
