@@ -3,14 +3,23 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test install check peers clean
+TESTS = .venv/bin/pytest -m "not gpu and not network and not parity and not bench"
+
+.PHONY: demo test portable install check peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
 	.venv/bin/sparsary eval runs/quickstart
 
 test: install check
-	.venv/bin/pytest -m "not gpu and not network and not parity and not bench"
+	$(TESTS)
+
+# The same tests as on other machines: the oldest instructions that the libraries know, AVX2 and two threads, and products
+# summed in another order.
+portable: install
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic $(TESTS)
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 SPARSARY_TEST_THREADS=2 $(TESTS)
+	SPARSARY_TEST_PRODUCTS=reordered $(TESTS)
 
 check: install
 	.venv/bin/ruff format --check
@@ -23,7 +32,7 @@ install: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "sparsary needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet "pip>=25.1" --constraint constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --group dev --editable .
+	$(PIP) install --quiet --constraint constraints.txt --group dev --editable ".[all]"
 	touch $@
 
 peers: .venv-peers/installed

@@ -1,14 +1,15 @@
-"""What is to be judged, whoever wrote it: dictionaries with all that their files leave open about model, hooks and text.
+"""Open a checkpoint for evaluation and fill in missing metadata.
 
-Our checkpoints say on which model and text they were trained and what was left out. Other libraries' files say some of it or
-nothing: what is missing is said by whoever asks, or is what a recipe would have, and reports list what was taken for granted.
+sparsary checkpoints record the language model, hooks and text they were trained on. Checkpoints from other libraries often do
+not: missing values come from the caller (``CheckpointOptions``; ``--model``, ``--text``, ``--hook``) or fall back to recipe
+defaults. Every fallback is listed in the report under ``assumed``.
 """
 
 import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,48 +20,20 @@ from torch import Tensor
 
 from ..sae.dictionary import SparseDictionary
 from ..sae.files import sha256
-from ..sae.formats import ReadOptions
 from ..sae.formats.hooks import architecture_of, to_module
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
 from ..training.recipe.validation import explain
 from ..training.text import Cursor
-from ..transcoders.load import find
+from ..transcoders.load import NO_OPTIONS, CheckpointOptions, Provenance, find
 from ..transcoders.stack import hooks_of_provenance
 from .heldout import eval_data
 from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
+# A JSON document. Its keys are those of the metrics, so that a narrower type would have to be cast at every figure read.
+Report = dict[str, Any]
 # Nothing is known to have been trained on: all documents are held out.
 EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class CheckpointOptions:
-    """What is said of a checkpoint beside its path.
-
-    ``model``, a hub id or directory, and ``text``, files, stand in for those that its files name. ``settings`` are keys of a
-    recipe's sections model, text and harvest. ``hook`` is which of several, or what it is for if no file says it, with
-    ``hook_out`` if it writes elsewhere. The rest is as in ``sparsary.load``.
-    """
-
-    model: str | None = None
-    text: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    hook: str | None = None
-    hook_out: str | None = None
-    format: str | None = None
-    subfolder: str | None = None
-    revision: str | None = None
-    k: int | None = None
-    scale: float | None = None
-    threshold: float | None = None
-
-    def options(self, model: str | None) -> ReadOptions:
-        """What readers of other libraries' files are told."""
-        return ReadOptions(hook=self.hook, k=self.k, scale=self.scale, threshold=self.threshold, model=model)
-
-
-NO_OPTIONS = CheckpointOptions()
 
 
 @dataclass(frozen=True)
@@ -69,11 +42,11 @@ class LoadedDictionary:
 
     directory: Path
     dictionary: SparseDictionary
-    provenance: dict[str, Any]
+    provenance: Provenance
     files: tuple[Path, ...]
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Provenance:
         return {"dictionary": self.dictionary.arguments(), "provenance": self.provenance}
 
     @cached_property
@@ -96,7 +69,7 @@ class LoadedCheckpoint:
     members: tuple[LoadedDictionary, ...]
     foreign: bool
     stacked: bool
-    given: CheckpointOptions
+    options: CheckpointOptions
     assumed: tuple[str, ...] = ()
 
     @property
@@ -122,21 +95,20 @@ class LoadedCheckpoint:
         Raises:
             ValueError: If it is not known which model, hook or text it is of.
         """
-        found = [complete(member.provenance, self.given, self.name, text) for member in self.members]
+        found = [complete(member.provenance, self.options, self.name, text) for member in self.members]
         members = tuple(replace(m, provenance=about) for m, (about, _) in zip(self.members, found, strict=True))
         return replace(self, members=members, assumed=tuple(dict.fromkeys(word for _, words in found for word in words)))
 
 
-def open_checkpoint(path: str, given: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
-    """Whatever a path or hub id holds.
+def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
+    """Load the dictionaries of a path or hub id, with their provenance.
 
     Raises:
         ValueError: If there is no dictionary, or it is damaged.
     """
     # Hooks are named as the model has them that will be run.
-    model = None if given.model is None else architecture(given.model)
-    options = given.options(model if architecture_of(model) else None)
-    found = find(path, "cpu", given.revision, given.subfolder, given.format, options)
+    model = None if options.model is None else architecture(options.model)
+    found = find(path, replace(options, model=model if architecture_of(model) else None))
     members = tuple(
         LoadedDictionary(
             found.folders.get(hook, found.directory),
@@ -146,7 +118,7 @@ def open_checkpoint(path: str, given: CheckpointOptions = NO_OPTIONS) -> LoadedC
         )
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())
     )
-    return LoadedCheckpoint(str(path), found.directory, members, found.foreign, found.stacked, given)
+    return LoadedCheckpoint(str(path), found.directory, members, found.foreign, found.stacked, options)
 
 
 def architecture(model: str) -> str:
@@ -160,7 +132,7 @@ def architecture(model: str) -> str:
         return model
 
 
-def _known_hooks(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _known_hooks(provenance: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     try:
         return hooks_of_provenance(provenance)
     except ValueError:
@@ -168,20 +140,20 @@ def _known_hooks(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[
 
 
 def complete(
-    provenance: Mapping[str, Any], given: CheckpointOptions, where: str, reads_text: bool = True
-) -> tuple[dict[str, Any], list[str]]:
+    provenance: Mapping[str, object], options: CheckpointOptions, where: str, reads_text: bool = True
+) -> tuple[Provenance, list[str]]:
     """A provenance with model, hooks, text and what is left out of it, and in words what was taken for granted.
 
     Raises:
         ValueError: If something is missing that nobody said.
     """
-    found: dict[str, Any] = copy.deepcopy(dict(provenance))
+    found: Provenance = copy.deepcopy(dict(provenance))
     assumed: list[str] = []
-    if given.model is not None:
-        found["model"] = {**(found.get("model") or {}), "id": given.model, "revision": None}
+    if options.model is not None:
+        found["model"] = {**(found.get("model") or {}), "id": options.model, "revision": None}
     for key in ("model", "text", "harvest"):
         found[key] = dict(found.get(key) or {})
-    for key, value in given.settings.items():
+    for key, value in options.settings.items():
         if key.split(".")[0] not in SECTIONS:
             raise ValueError(f"--set {key}: expected a key of {', '.join(SECTIONS)}, for example text.context_length.")
         override(found, key, value)
@@ -190,33 +162,33 @@ def complete(
             f"{where}: this dictionary was trained on tensors, not on a model, or its files do not say on which. Name the "
             "model: --model ID. Or give held-out activations: sparsary.evaluate(directory, activations=x)."
         )
-    _complete_hooks(found, given, where)
+    _complete_hooks(found, options, where)
     if reads_text:
-        _complete_source(found, given, where, assumed)
+        _complete_source(found, options, where, assumed)
     _complete_text(found, assumed)
     _require_valid(found)
     return found, assumed
 
 
-def _complete_hooks(found: dict[str, Any], given: CheckpointOptions, where: str) -> None:
+def _complete_hooks(found: Provenance, options: CheckpointOptions, where: str) -> None:
     if _known_hooks(found)[0]:
         return
-    names = (given.hook, given.hook_out or given.hook)
+    names = (options.hook, options.hook_out or options.hook)
     reads, writes = (to_module(name, architecture(found["model"]["id"])) if name else None for name in names)
     if reads is None or writes is None:
         raise ValueError(
             f"{where}: hook: expected a module path with a side, because the files do not say which hook the dictionary is "
-            f"for, got {given.hook!r}. Give it, for example --hook transformer.h.2:out."
+            f"for, got {options.hook!r}. Give it, for example --hook transformer.h.2:out."
         )
     found |= {"hooks_in": [reads], "hooks_out": [writes]} | ({"hook": reads} if reads == writes else {})
 
 
-def _complete_source(found: dict[str, Any], given: CheckpointOptions, where: str, assumed: list[str]) -> None:
+def _complete_source(found: Provenance, options: CheckpointOptions, where: str, assumed: list[str]) -> None:
     """Which text."""
     text = found["text"]
-    if given.text:
+    if options.text:
         kept = {key: value for key, value in text.items() if not key.startswith("dataset")}
-        found["text"] = kept | {"source": "files", "files": list(given.text)}
+        found["text"] = kept | {"source": "files", "files": list(options.text)}
     elif "source" not in text and found["model"]["id"] == "embedded":
         text["source"] = "embedded"
         assumed.append("text: the embedded corpus")
@@ -227,7 +199,7 @@ def _complete_source(found: dict[str, Any], given: CheckpointOptions, where: str
         )
 
 
-def _complete_text(found: dict[str, Any], assumed: list[str]) -> None:
+def _complete_text(found: Provenance, assumed: list[str]) -> None:
     """How text is cut, and what is left out of it."""
     text, harvest = found["text"], found["harvest"]
     for section, defaults, words in (

@@ -29,8 +29,8 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def push(directory: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint, several of them, or a dictionary in another library's format; returns the repository's address.
+def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> str:
+    """Upload a checkpoint, a folder of them, or a dictionary in another library's format; return the repository's address.
 
     Only files that are read when it is loaded are uploaded, whatever else lies there.
 

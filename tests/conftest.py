@@ -25,12 +25,26 @@ checked = [f"sparsary.{part}" for part in parts]
 install_import_hook(checked, "beartype.beartype")
 
 # Two workers on two cores: threads of their own would only wait for each other. Processes that tests start inherit it:
-# other numbers of threads round differently, and runs are compared bit for bit.
-os.environ["OMP_NUM_THREADS"] = "1"
+# other numbers of threads round differently, and runs are compared bit for bit. `make portable` takes two.
+THREADS = os.environ.get("SPARSARY_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = THREADS
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
+
+
+def beside(name):
+    """A module that lies here; this folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# `make portable`: products are summed in another order, as another processor would.
+if os.environ.get("SPARSARY_TEST_PRODUCTS") == "reordered":
+    REORDERED = beside("other_products").reorder_products()
 
 SLOW = Path(__file__).with_name("slow.txt")
 STALE = pytest.StashKey[list[str]]()
@@ -55,7 +69,7 @@ def stale_entries(entries, ids):
 # Before pytest selects by mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    entries = slow_entries(SLOW.read_text())
+    entries = slow_entries(SLOW.read_text(encoding="utf-8"))
     slow = re.compile("|".join(pattern.pattern for pattern in entries.values()))
     for item in items:
         if slow.fullmatch(item.nodeid):
@@ -72,9 +86,31 @@ def stale_slow(pytestconfig):
     return pytestconfig.stash[STALE]
 
 
+@pytest.fixture(scope="session")
+def load_beside():
+    """Loads a module that lies beside this file, by its name."""
+    return beside
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assert_same_tensors():
+    """Asserts that two dictionaries have the same tensors, bit for bit.
+
+    Outputs are another matter: a tensor of a mapped file lies elsewhere in memory, and products round by where operands lie.
+    """
+
+    def check(first, second):
+        one, other = first.state_dict(), second.state_dict()
+        assert one.keys() == other.keys()
+        assert {name: t.dtype for name, t in one.items()} == {name: t.dtype for name, t in other.items()}
+        assert not [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+
+    return check
 
 
 @pytest.fixture(scope="session")
@@ -205,9 +241,7 @@ def embedded_model():
 @pytest.fixture(scope="session")
 def build_format():
     """Writes a tiny dictionary of the embedded model in a format: ``build_format(name, folder)``; what its files leave open."""
-    spec = importlib.util.spec_from_file_location("tiny_formats", Path(__file__).parent / "tiny_formats.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = beside("tiny_formats")
 
     def build(name, folder, d=128):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
-"""How the source is laid out: what may import what, one name for each thing, what is where, and what is shipped."""
+"""How the source is laid out: what may import what, one name for each thing, and what is where."""
 
 import ast
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -231,7 +230,7 @@ def folders():
 
 
 def test_the_readme_s_map_is_the_tree():
-    block = re.search(r"## The map\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    block = re.search(r"## The map\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
     mapped = [line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()]
     assert len(mapped) == len(set(mapped))
     missing = folders() | {"tests", "recipes", "docs"}
@@ -290,45 +289,11 @@ def test_a_layer_by_its_bare_name_says_how_it_is_imported(name):
 def test_nothing_names_a_place_only_we_have():
     # The words are put together here so that this file does not find itself.
     words = ["/wo" + "rk/", "/t" + "mp/", "shar" + "ed/methods", "mirr" + "or"]
+    if shutil.which("git") is None:
+        pytest.skip("needs git, which lists what belongs to the project")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     for name in filter(None, listed.split("\0")):
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".txt", "") and path.is_file() and path.name != "lexicon.py":
             text = path.read_text(encoding="utf-8")
             assert not [word for word in words if word in text.replace("mirror ladder", "")], name
-
-
-HOSTILE = "raise AssertionError('a file of the user, which is not ours to import')"
-
-
-def test_the_wheel_is_one_package_that_minds_nobody_s_modules(tree, tmp_path):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    # Of a copy: what an earlier build left in the checkout would go into the wheel.
-    checkout = tmp_path / "checkout"
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "wandb", "__pycache__"))
-    subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, checkout], check=True, capture_output=True)
-    wheel = next(tmp_path.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert {top for top in (name.split("/")[0] for name in names) if not top.endswith(".dist-info")} == {"sparsary"}
-    assert {"sparsary/training/embedded/model/model.safetensors", "sparsary/py.typed"} <= set(names)
-    assert {name for name in names if name.endswith(".py")} == {
-        f"sparsary/{path.relative_to(ROOT)}" for path in tree.paths.values()
-    }
-
-    # Without the checkout, where a user has files of the same names.
-    place, user = tmp_path / "site", tmp_path / "user"
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", place, wheel], check=True, capture_output=True)
-    for name in ("training.py", "eval.py", "sae/__init__.py", "transcoders/__init__.py"):
-        (user / name).parent.mkdir(parents=True, exist_ok=True)
-        (user / name).write_text(HOSTILE)
-    code = "import sparsary.eval.report.evaluate, sparsary.training.run; from sparsary.sae import SAE; print(sparsary.__file__)"
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=user,
-        env={"PATH": "", "PYTHONPATH": str(place)},
-    )
-    assert (run.returncode, run.stdout) == (0, f"{place / 'sparsary' / '__init__.py'}\n"), run.stderr

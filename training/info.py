@@ -8,19 +8,12 @@ from torch import Tensor
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from ..sae.files import sha256
-from ..sae.formats import ReadOptions
-from ..transcoders.load import find
+from ..transcoders.load import NO_OPTIONS, CheckpointOptions, find
 from ..transcoders.stack import hooks_of_provenance, is_stack, stack_folders
 from .activations.shards import MANIFEST_FILE, ActivationStore
 
 
-def describe_files(
-    path: str,
-    options: ReadOptions | None = None,
-    format: str | None = None,  # noqa: A002
-    subfolder: str | None = None,
-    revision: str | None = None,
-) -> tuple[list[tuple[str, str]], list[str]]:
+def describe_files(path: str, options: CheckpointOptions = NO_OPTIONS) -> tuple[list[tuple[str, str]], list[str]]:
     """Pairs of a name and a value for people to read, and one line for every damage found.
 
     Other libraries' dictionaries pass their own check when they are read: shapes, finite numbers, orientation, gate.
@@ -29,8 +22,8 @@ def describe_files(
         ValueError: If the path holds neither dictionaries nor a store, or its description or another library's file is
             damaged.
     """
-    if format is not None or subfolder is not None:
-        return _describe_foreign(path, options, format, subfolder, revision), []
+    if options.format is not None or options.subfolder is not None:
+        return _describe_foreign(path, options), []
     directory = Path(path)
     if (directory / MANIFEST_FILE).exists():
         return _describe_store(ActivationStore.open(directory))
@@ -39,7 +32,7 @@ def describe_files(
     if is_stack(directory):
         return _describe_members(directory)
     try:
-        return _describe_foreign(path, options, format, subfolder, revision), []
+        return _describe_foreign(path, options), []
     except ValueError as error:
         raise ValueError(
             f"{path}: expected a checkpoint ({CONFIG_FILE}), an activation store ({MANIFEST_FILE}) or another library's "
@@ -47,14 +40,8 @@ def describe_files(
         ) from None
 
 
-def _describe_foreign(
-    path: str,
-    options: ReadOptions | None,
-    format: str | None,  # noqa: A002
-    subfolder: str | None,
-    revision: str | None,
-) -> list[tuple[str, str]]:
-    found = find(path, "cpu", revision, subfolder, format, options)
+def _describe_foreign(path: str, options: CheckpointOptions) -> list[tuple[str, str]]:
+    found = find(path, options)
     lines: list[tuple[str, str]] = []
     for name, dictionary in found.dictionaries.items():
         source, arguments = found.provenances[name], dictionary.arguments()

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..sae.extras import needs
 from ..sae.files import json_number
 from .objective import Terms
 from .recipe import Recipe
@@ -82,7 +83,8 @@ def progress_bar() -> Progress:
 
 def _start_wandb(recipe: Recipe, directory: Path) -> Any:
     # Imported here: it takes a second, and most runs do without.
-    import wandb
+    with needs("wandb in a recipe"):
+        import wandb
 
     assert recipe.wandb is not None
     return wandb.init(

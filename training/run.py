@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,8 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
-from .activations.harvest import harvest
+from ..transcoders.load import RecipeValue
+from .activations.harvest import harvest_activations
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
@@ -35,7 +36,7 @@ from .optim import Schedule
 from .phases import Phases
 from .preflight import plan_all, preflight_all
 from .recipe import DictionarySection, Recipe
-from .recipe.grid import source, unshared
+from .recipe.grid import load_grid, source, unshared
 from .report import TrainingLog, progress_bar
 from .resolve_hooks import dictionary_arguments, resolved
 from .signals import Stopped, StopRequest
@@ -60,7 +61,48 @@ def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens:
         # Complete and this recipe's (preflight saw to that): the model is not needed, nor loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest(load_model(recipe.model), recipe.text, recipe.harvest, progress)
+    return harvest_activations(load_model(recipe.model), recipe.text, recipe.harvest, progress)
+
+
+def harvest(
+    recipe: str | Path,
+    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda tokens: None,
+    /,
+    **overrides: RecipeValue,
+) -> ActivationStore:
+    """Store the activations that a recipe file asks for; an interrupted harvest continues. Members of a grid share a store.
+
+    ``overrides`` are as in ``train``. ``progress`` is called with the number of tokens and returns what is called with those
+    done.
+
+    Raises:
+        ValueError: If the recipe is wrong, streams from the model, or another recipe's activations are there.
+    """
+    resolved_recipe = resolved(load_grid(recipe, _dotted(overrides)).recipes)[0]
+    return run_harvest(resolved_recipe, progress(resolved_recipe.harvest.tokens or 0))
+
+
+def train(recipe: str | Path, activations: Iterable[Item] | None = None, **overrides: RecipeValue) -> Path:
+    """Run a recipe file, or continue it, and return the checkpoint's directory; with a ``grid``, the one above its members'.
+
+    ``train("recipe.yaml", dictionary__n_latents=512, lr=2e-3)`` trains with two keys overridden.
+
+    Args:
+        recipe: A YAML file.
+        activations: As in ``train_all``, in place of a model.
+        overrides: Recipe keys. Nested ones have double underscores in place of dots, or come as ``**{"dotted.key": value}``.
+
+    Raises:
+        ValueError: If the user can mend it.
+        Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
+    """
+    grid = load_grid(recipe, _dotted(overrides))
+    train_all(grid.recipes, activations)
+    return Path(grid.out_dir)
+
+
+def _dotted(overrides: Mapping[str, RecipeValue]) -> dict[str, RecipeValue]:
+    return {key.replace("__", "."): value for key, value in overrides.items()}
 
 
 def train_recipe(
@@ -256,7 +298,9 @@ def _member(
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, dictionary.spread(start.target_moments), aux, divergence, weight).to(accelerator.device)
+    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
+        accelerator.device
+    )
     phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)

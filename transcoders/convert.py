@@ -1,4 +1,4 @@
-"""One library's files -> another's, or ours: written whole or not at all, and read back to see that outputs are the same."""
+"""Convert dictionaries between formats: written whole or not at all, then read back to compare outputs."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..sae.dictionary import SparseDictionary
-from ..sae.formats import FORMATS, ReadOptions, known, write_dictionaries, write_dictionary
-from .load import FoundDictionaries, find
+from ..sae.formats import FORMATS, known, write_dictionaries, write_dictionary
+from .load import NO_OPTIONS, CheckpointOptions, FoundDictionaries, find
 from .stack import Stack, hooks_of_provenance
 
 # Our own checkpoint, or a directory of them.
@@ -51,16 +51,29 @@ def convert(
     destination: str | Path,
     to: str = OURS,
     *,
+    hook: str | None = None,
     format: str | None = None,  # noqa: A002
-    options: ReadOptions | None = None,
-    revision: str | None = None,
     subfolder: str | None = None,
+    revision: str | None = None,
     dtype: str = "float32",
+    options: CheckpointOptions = NO_OPTIONS,
 ) -> Converted:
-    """Write what a path or hub id holds as another library keeps it, or as our checkpoint; of several hooks all of them.
+    """Write a dictionary as a sparsary checkpoint or in another library's format; several, one for each hook, as a folder.
 
-    ``dtype`` is what numbers of another library's dictionaries become, ``auto`` being the files' own. Our own checkpoints
-    are of float32.
+    >>> import tempfile
+    >>> from sparsary import ENCODERS, SAE, convert
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     SAE(5, 7, ENCODERS["topk"](k=2)).save(f"{folder}/ours", {"hook": "h.0:out", "model": {"id": "m"}})
+    ...     convert(f"{folder}/ours", f"{folder}/theirs", "saelens").files
+    ('cfg.json', 'sae_weights.safetensors')
+
+    Args:
+        source: A path or a Hugging Face repository id.
+        destination: A new or empty folder.
+        to: ``sparsary``, or a format of ``docs/formats.md``.
+        hook: As in ``options``, which it takes precedence over; and so do ``format``, ``subfolder`` and ``revision``.
+        dtype: The precision of the result, ``auto`` being that of the files. sparsary checkpoints are of float32.
+        options: Facts that the files leave open.
 
     Raises:
         ValueError: If the destination is not empty, there is no such format, or it cannot hold the dictionary. Nothing is
@@ -76,7 +89,8 @@ def convert(
     dtype = "float32" if to == OURS else dtype
     target = Path(destination)
     require_empty(target)
-    found = find(source, revision=revision, subfolder=subfolder, format=format, options=options, dtype=dtype)
+    options = options.updated(hook=hook, format=format, subfolder=subfolder, revision=revision)
+    found = find(source, options, dtype=dtype)
     with _whole(target) as temporary:
         done = _written(found, temporary, to)
         files = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
@@ -105,7 +119,7 @@ def _written(found: FoundDictionaries, directory: Path, to: str) -> tuple[str, .
 
 @torch.no_grad()
 def _difference(found: FoundDictionaries, directory: Path, to: str) -> float | None:
-    again = find(directory, format=None if to == OURS else to, dtype="auto").dictionaries
+    again = find(directory, CheckpointOptions(format=None if to == OURS else to), dtype="auto").dictionaries
     if len(again) == len(found.dictionaries) == 1:
         pairs = [(next(iter(found.dictionaries.values())), next(iter(again.values())))]
     elif again.keys() == found.dictionaries.keys():

@@ -1,7 +1,7 @@
-"""Whatever a path or a hub id holds, as dictionaries: our checkpoints and stacks of them first, then other libraries' files."""
+"""Load dictionaries from a path or hub id: sparsary checkpoints and stacks of them first, then other libraries' files."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,61 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "auto": None,
 }
 OWN = "dictionary.json of sparsary"
+# The JSON that checkpoints keep of their training: whatever a recipe, or another library, says of itself.
+Provenance = dict[str, Any]
+# A value as a recipe's YAML holds it.
+RecipeValue = str | int | float | bool | None | Sequence[object] | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Facts about a checkpoint that its files may leave open. One object serves every function that takes a checkpoint.
+
+    sparsary checkpoints record all of this; other libraries' files often do not. ``load`` and ``convert`` read what concerns
+    the dictionary; ``model``, ``text``, ``settings`` and ``hook_out`` matter where its language model is run.
+
+    >>> CheckpointOptions(model="gpt2", text=("notes.txt",), settings={"text.context_length": 256}).model
+    'gpt2'
+
+    Args:
+        model: The language model, a hub id or directory, in place of the one that the files name.
+        text: Files to evaluate on (.txt, .jsonl, .parquet), in place of the text that the files name.
+        settings: Keys of a recipe's sections model, text and harvest.
+        hook: Which of several dictionaries; or the hook it is for, ``MODULE:SIDE``, if no file says it.
+        hook_out: The hook that a transcoder writes, if no file says it.
+        format: The files' format (``docs/formats.md``), in place of what they say.
+        subfolder: Where in the directory or repository.
+        revision: The hub repository's revision.
+        k: Latents per token.
+        scale: The input scale of a checkpoint from the middle of a training.
+        threshold: The value that latents must exceed.
+        subtract_b_dec: Whether the output bias is subtracted from the input, where versions of a library differ in it.
+    """
+
+    model: str | None = None
+    text: tuple[str, ...] = ()
+    settings: Mapping[str, RecipeValue] = field(default_factory=dict)
+    hook: str | None = None
+    hook_out: str | None = None
+    format: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    k: int | None = None
+    scale: float | None = None
+    threshold: float | None = None
+    subtract_b_dec: bool | None = None
+
+    @property
+    def for_readers(self) -> ReadOptions:
+        """The part that concerns the readers of other libraries' files."""
+        return ReadOptions(self.hook, self.scale, self.k, self.threshold, self.model, self.subtract_b_dec)
+
+    def updated(self, **named: str | None) -> "CheckpointOptions":
+        """The same with those of the named ones that are not ``None``."""
+        return replace(self, **{name: value for name, value in named.items() if value is not None})
+
+
+NO_OPTIONS = CheckpointOptions()
 
 
 @dataclass(frozen=True)
@@ -34,7 +89,7 @@ class FoundDictionaries:
 
     directory: Path
     dictionaries: dict[str, SparseDictionary]
-    provenances: dict[str, dict[str, Any]]
+    provenances: dict[str, Provenance]
     folders: dict[str, Path]
     files: tuple[Path, ...]
     evidence: str = OWN
@@ -67,50 +122,60 @@ def load(
     path: str | Path,
     device: str | torch.device = "cpu",
     revision: str | None = None,
-    subfolder: str | None = None,
+    *,
+    hook: str | None = None,
     format: str | None = None,  # noqa: A002
-    options: ReadOptions | None = None,
+    subfolder: str | None = None,
     dtype: str = "float32",
-) -> tuple[SparseDictionary | Stack, dict[str, Any]]:
-    """A dictionary in eval mode with its provenance; of several, one for each hook, a ``Stack``, with the first's.
+    options: CheckpointOptions = NO_OPTIONS,
+) -> SparseDictionary | Stack:
+    """Load a dictionary in eval mode, whichever library wrote it; of several, one for each hook, the ``Stack`` of them all.
 
-    ``dtype`` is what other libraries' dictionaries are to compute in; ``auto`` leaves it as their files have it.
+    >>> import tempfile
+    >>> from sparsary import ENCODERS, SAE, load
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     SAE(5, 7, ENCODERS["topk"](k=2)).save(folder, {})
+    ...     load(folder).n_latents
+    7
+
+    Args:
+        path: A checkpoint directory, a file, or a Hugging Face repository id.
+        device: Where its tensors go.
+        revision: As in ``options``, which it takes precedence over; and so do ``hook``, ``format`` and ``subfolder``.
+        dtype: The precision in which other libraries' dictionaries compute; ``auto`` is that of their files.
+        options: Facts that the files leave open.
 
     Raises:
-        ValueError: If there is none, or it is damaged, or it is not said which of several.
+        ValueError: If there is none, or it is damaged, or several are of unknown hooks.
     """
-    found = find(path, device, revision, subfolder, format, options, dtype)
-    provenance = next(iter(found.provenances.values()))
+    options = options.updated(revision=revision, hook=hook, format=format, subfolder=subfolder)
+    found = find(path, options, device, dtype)
     if len(found.dictionaries) == 1 and not found.stacked:
-        return next(iter(found.dictionaries.values())), provenance
+        return next(iter(found.dictionaries.values()))
     unknown = [name for name, about in found.provenances.items() if not (about.get("hooks_out") or about.get("hook"))]
     if unknown:
         raise ValueError(
             f"hook: {len(found.dictionaries)} dictionaries, and the hooks of {', '.join(unknown[:5])} are not known. "
             f"Load one of them: {', '.join(found.dictionaries)}."
         )
-    return Stack(found.dictionaries, found.provenances), provenance
+    return Stack(found.dictionaries, found.provenances)
 
 
 def find(
     path: str | Path,
+    options: CheckpointOptions = NO_OPTIONS,
     device: str | torch.device = "cpu",
-    revision: str | None = None,
-    subfolder: str | None = None,
-    format: str | None = None,  # noqa: A002
-    options: ReadOptions | None = None,
     dtype: str = "float32",
 ) -> FoundDictionaries:
-    """All dictionaries of a path or hub id, or the one that ``options`` ask for, and how they came about.
+    """Load all dictionaries of a path or hub id, or the one that ``options`` ask for, with how they were read.
 
     Raises:
         ValueError: As ``load`` does.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-    options = options or ReadOptions()
-    directory, source = _places(str(path), revision, subfolder)
-    if format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
+    directory, source = _places(str(path), options.revision, options.subfolder)
+    if options.format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
         # Also where there is nothing: the error says what a checkpoint is.
         _require_unsaid(directory, options)
         dictionary, provenance = load_dictionary(directory, device), read_config(directory)["provenance"]
@@ -118,13 +183,13 @@ def find(
         return FoundDictionaries(
             directory, {name: dictionary}, {name: provenance}, {name: directory}, (directory / WEIGHTS_FILE,)
         )
-    if format is None and is_stack(directory):
+    if options.format is None and is_stack(directory):
         _require_unsaid(directory, options)
         found = _stack(directory, device)
         return found if options.hook is None else found.only(options.hook)
     assert source is not None
     with recording() as files:
-        loaded = read_dictionary(source, format, options, device, DTYPES[dtype])
+        loaded = read_dictionary(source, options.format, options.for_readers, device, DTYPES[dtype])
     return FoundDictionaries(
         directory,
         loaded.dictionaries,
@@ -138,7 +203,7 @@ def find(
     )
 
 
-def _require_unsaid(directory: Path, options: ReadOptions) -> None:
+def _require_unsaid(directory: Path, options: CheckpointOptions) -> None:
     """Raise ``ValueError`` for what our own checkpoints leave nobody to say."""
     for name in ("k", "scale", "threshold"):
         if getattr(options, name) is not None:

@@ -12,9 +12,10 @@ from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.cross_layer import CrossLayerTranscoder
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import Stack, hooks_of_provenance
 from .. import checkpoint as loading
-from ..checkpoint import NO_OPTIONS, CheckpointOptions
+from ..checkpoint import Report
 from ..features.predicates import token_texts
 from ..pages.attribution_graph import render_graph
 from .export import GraphLabels, as_json, write_graph
@@ -48,10 +49,10 @@ class GraphTarget:
         return TextSection.model_validate(self.provenance["text"])
 
 
-def run_graph(
-    checkpoint: str,
+def attribution_graph(
+    checkpoint: str | Path,
     prompt: str,
-    out: str | None = None,
+    out: str | Path | None = None,
     answer: str | None = None,
     foil: str | None = None,
     exclude_leading: int = 1,
@@ -59,9 +60,9 @@ def run_graph(
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
     context_tokens: int = DEFAULT_TOKENS,
-    given: CheckpointOptions = NO_OPTIONS,
-) -> dict[str, Any]:
-    """The attribution graph of a prompt, as two files in ``out`` or in a folder ``graph`` of the checkpoint; returns facts.
+    options: CheckpointOptions = NO_OPTIONS,
+) -> Report:
+    """Draw a prompt's attribution graph, as two files in ``out`` or the checkpoint's folder ``graph``, and return its facts.
 
     ``checkpoint`` is a directory of transcoders' checkpoints, a cross-layer transcoder's, or a single transcoder's.
     ``answer`` and ``foil`` are texts of one token each. Contexts of latents without a ``features.jsonl`` are looked for in
@@ -70,7 +71,7 @@ def run_graph(
     Raises:
         ValueError: If the checkpoint, its model, the prompt or a token cannot be had, or do not fit each other.
     """
-    opened = open_graph_target(checkpoint, given)
+    opened = open_graph_target(checkpoint, options)
     tokenizer = opened.model.tokenizer
     words = token_texts(tokenizer, len(tokenizer))
     token_ids = prompt_ids(opened, prompt)
@@ -100,13 +101,13 @@ def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabe
     write_text(Path(directory) / PAGE_FILE, render_graph(graph, pruned, labels))
 
 
-def open_graph_target(checkpoint: str, given: CheckpointOptions = NO_OPTIONS) -> GraphTarget:
+def open_graph_target(checkpoint: str | Path, options: CheckpointOptions = NO_OPTIONS) -> GraphTarget:
     """Load transcoders and the model they were trained on.
 
     Raises:
         ValueError: If they were trained on tensors, on different models, or on anything but MLPs.
     """
-    found = loading.open_checkpoint(checkpoint, given).completed(text=False)
+    found = loading.open_checkpoint(checkpoint, options).completed(text=False)
     provenances = [member.provenance for member in found.members]
     loaded = [member.dictionary for member in found.members]
     model = load_model(ModelSection.model_validate(provenances[0]["model"]))

@@ -16,7 +16,8 @@ from scipy import stats
 
 from ...sae.files import json_number, write_json
 from ...training.activations.model import LanguageModel
-from ..checkpoint import NO_OPTIONS, CheckpointOptions
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
+from ..checkpoint import Report
 from ..pages.circuits import render_circuits
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
@@ -61,7 +62,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class CircuitSettings:
     """What is asked for, beside the checkpoints."""
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
@@ -88,24 +89,31 @@ def _require_known(option: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{option}: expected one of {', '.join(known)}, got {value!r}.{hint}")
 
 
-def benchmark(
-    checkpoints: Sequence[str],
-    settings: Settings,
-    out: str | None = None,
+DEFAULT_SETTINGS = CircuitSettings()
+
+
+def circuits(
+    checkpoints: str | Path | Sequence[str | Path],
+    settings: CircuitSettings = DEFAULT_SETTINGS,
+    out: str | Path | None = None,
     progress: Callable[[int], None] | None = None,
-    given: CheckpointOptions = NO_OPTIONS,
-) -> Row:
-    """Run it all and write ``circuits.json`` and ``circuits.html``; returns what the former holds.
+    options: CheckpointOptions = NO_OPTIONS,
+) -> Report:
+    """Discover and score circuits on prompt pairs; write ``circuits.json`` and ``circuits.html``, and return the former.
+
+    Units are ranked on half of the pairs and judged on the other half: latents beside neurons, heads and MLPs, and random
+    features.
 
     Raises:
         ValueError: If dictionaries are of different models, a task or method is unknown, or prompts cannot be used.
     """
-    several = [open_dictionaries(checkpoint, given) for checkpoint in checkpoints]
+    names = [str(checkpoints)] if isinstance(checkpoints, str | Path) else [str(checkpoint) for checkpoint in checkpoints]
+    several = [open_dictionaries(name, options) for name in names]
     model = open_model(several)
     found: Row = {
         "schema_version": SCHEMA_VERSION,
         "model": model.id,
-        "checkpoints": list(checkpoints),
+        "checkpoints": names,
         "hooks": {dictionaries.name: list(dictionaries.by_hook) for dictionaries in several},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()},
         "rows": [],
@@ -131,8 +139,8 @@ def benchmark(
     return found | {"path": str(directory / "circuits.json"), "page_path": str(directory / "circuits.html")}
 
 
-def n_steps(checkpoints: int, settings: Settings) -> int:
-    """How many times ``benchmark`` reports progress."""
+def n_steps(checkpoints: int, settings: CircuitSettings) -> int:
+    """How many times ``circuits`` reports progress."""
     return (FAMILIES_EACH * checkpoints + BASELINES + settings.edges) * len(settings.tasks) * len(settings.methods)
 
 
@@ -154,7 +162,7 @@ def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
 class _Task:
     """One task's pairs, what the model makes of them, and the judging of circuits on them."""
 
-    def __init__(self, model: LanguageModel, task: str, settings: Settings):
+    def __init__(self, model: LanguageModel, task: str, settings: CircuitSettings):
         pairs = make_pairs(task, model, settings.pairs, settings.seed, settings.corruption)
         half = len(pairs) // 2
         self.task, self.settings = pairs.task, settings

@@ -11,8 +11,9 @@ from ...sae.dictionary import OneSiteDictionary
 from ...training.activations.model import LanguageModel, load_model
 from ...training.activations.sites import find_block, n_layers, neuron_hook
 from ...training.recipe import ModelSection
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from .units.nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .units.random_latents import random_like
 
@@ -48,13 +49,13 @@ class ComparedCheckpoint:
         return replace(self, by_hook=found)
 
 
-def open_dictionaries(checkpoint: str, given: CheckpointOptions = NO_OPTIONS) -> ComparedCheckpoint:
+def open_dictionaries(checkpoint: str, options: CheckpointOptions = NO_OPTIONS) -> ComparedCheckpoint:
     """Whatever a directory, a file or a hub id holds: ours or another library's, of one hook or several.
 
     Raises:
         ValueError: If there is none, or nobody says which model it is of.
     """
-    opened = open_checkpoint(checkpoint, given).completed(text=False)
+    opened = open_checkpoint(checkpoint, options).completed(text=False)
     provenances = {hooks_of_provenance(member.provenance)[1][0]: member.provenance for member in opened.members}
     found = dict(zip(provenances, (member.dictionary for member in opened.members), strict=True))
     model = opened.members[0].provenance["model"]

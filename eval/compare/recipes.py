@@ -3,7 +3,7 @@
 import json
 import logging
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from ...training.recipe import Recipe, differences, load_recipe
 from ...training.report import METRICS_FILE
 from ...training.resolve_hooks import resolved
 from ...training.run import run_harvest, train_recipe
+from ...transcoders.load import RecipeValue
+from ..checkpoint import Report
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
-from ..report.evaluate import evaluate
+from ..report.evaluate import Progress, evaluate, unseen
 
 COMPARISON_VERSION = 1
 REPORT_FILE = "report.json"
@@ -31,13 +33,13 @@ COMMON_ENTRIES = ("model", "text", "tokens", "documents", "dead_window_tokens", 
 log = logging.getLogger(__name__)
 
 
-def compare(
-    recipes: Iterable[str],
-    overrides: Mapping[str, Any] | None = None,
+def compare_recipes(
+    recipes: Iterable[str | Path],
+    overrides: Mapping[str, RecipeValue] | None = None,
     seeds: int = 3,
-    out: str = "runs/comparison",
-    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda tokens: None,
-) -> dict[str, Any]:
+    out: str | Path = "runs/comparison",
+    progress: Progress = unseen,
+) -> Report:
     """Train and judge every recipe with seeds 0, 1, ...; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
     ``recipes`` are files or directories of files. What is complete is not done again and what was interrupted goes on, so
@@ -69,7 +71,7 @@ def compare(
     return comparison | {"page_path": str(Path(out) / "comparison.html")}
 
 
-def load_families(recipes: Iterable[str], overrides: Mapping[str, Any]) -> dict[str, Recipe]:
+def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -> dict[str, Recipe]:
     """Recipes by the stem of their file; a directory stands for its ``*.yaml``, sorted, without ``base.yaml``.
 
     Raises:
@@ -250,7 +252,7 @@ def _inputs(recipe: Recipe, hook: str) -> dict[str, Any]:
     return inputs | {f"dictionary.{hook}": ", ".join(recipe.dictionary.hooks_out), "eval_tokens": recipe.eval_tokens}
 
 
-def _seeded(recipe: Recipe, out: str, name: str, seed: int) -> Recipe:
+def _seeded(recipe: Recipe, out: str | Path, name: str, seed: int) -> Recipe:
     return recipe.model_copy(update={"seed": seed, "out_dir": str(Path(out) / name / f"seed-{seed}")})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import read_json, write_json, write_text
 from ...transcoders.stack import stack_folders
-from ..checkpoint import short_names
+from ..checkpoint import Report, short_names
 from ..pages.numbers import finite, show
 from ..pages.runs import COLUMNS, render_runs
 from ..report.evaluate import Progress, evaluate_all, unseen
@@ -19,7 +19,7 @@ SHARED = ("model", "text", "hook", "tokens", "selection")
 AGAINST_L0 = ("fvu", "ce_increase")
 
 
-def runs_among(arguments: Sequence[str]) -> list[Path] | None:
+def runs_among(arguments: Sequence[str | Path]) -> list[Path] | None:
     """The runs that arguments name, or ``None`` if none of them is one (they are recipes then).
 
     A directory that holds several runs, and is none itself, stands for them.
@@ -52,11 +52,11 @@ def _is_stack(path: Path) -> bool:
 
 def compare_runs(
     runs: Sequence[Path],
-    out: str = "runs/comparison",
+    out: str | Path = "runs/comparison",
     tokens: int | None = None,
     cache: bool = True,
     progress: Progress = unseen,
-) -> dict[str, Any]:
+) -> Report:
     """Set runs side by side; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
     A checkpoint without a report is judged first, those of one model and text together; with ``tokens`` all are, on so
@@ -72,7 +72,7 @@ def compare_runs(
     if bare:
         raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to judge, found a report alone. Leave it out.")
     if wanted:
-        evaluate_all([str(run) for run in wanted], tokens=tokens, cache=cache, progress=progress)
+        evaluate_all(wanted, tokens=tokens, cache=cache, progress=progress)
     comparison = collect_runs(runs)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)

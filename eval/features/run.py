@@ -12,8 +12,9 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json, write_text
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
 from ..pages.features import render_features
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
@@ -50,15 +51,15 @@ class Explainer:
 
 
 def features(
-    checkpoint: str,
-    out: str | None = None,
+    checkpoint: str | Path,
+    out: str | Path | None = None,
     tokens: int | None = None,
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     explainer: Explainer | None = None,
-    given: CheckpointOptions = NO_OPTIONS,
-) -> dict[str, Any]:
-    """Describe every latent of a checkpoint on held-out text; writes three files and returns ``features.json``'s content.
+    options: CheckpointOptions = NO_OPTIONS,
+) -> Report:
+    """Describe every latent of a checkpoint on held-out text; write three files and return ``features.json``'s content.
 
     The files go to ``out``, or into a folder ``features`` of the checkpoint's directory. ``tokens`` is how many held-out
     tokens are read. An ``explainer`` is asked about some latents when everything else is written.
@@ -68,7 +69,7 @@ def features(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
-    opened = open_checkpoint(checkpoint, given).completed()
+    opened = open_checkpoint(checkpoint, options).completed()
     described, about = described_checkpoint(opened, tokens, limits, progress)
     directory = Path(out) if out is not None else opened.results / "features"
     written = write_features(directory, about, described.records())

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.files import write_json, write_text
-from ..checkpoint import NO_OPTIONS, CheckpointOptions, open_checkpoint
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
+from ..checkpoint import Report, open_checkpoint
 from . import factors
 from .datasets import Pooled, pool, read_labelled
 from .ioi import score as supervised
@@ -32,20 +33,20 @@ log = logging.getLogger(__name__)
 class ProbingResults:
     """The flat report, where it was written, and what a terminal shows."""
 
-    report: dict[str, Any]
+    report: Report
     path: Path
     tables: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
 
 
 def probe(
-    checkpoint: str,
+    checkpoint: str | Path,
     tasks: Iterable[str] | None = None,
-    labels: str | None = None,
-    out: str | None = None,
+    labels: str | Path | None = None,
+    out: str | Path | None = None,
     tokens: int | None = None,
     seed: int = 0,
-    given: CheckpointOptions = NO_OPTIONS,
+    options: CheckpointOptions = NO_OPTIONS,
 ) -> ProbingResults:
     """Run the tasks on a checkpoint; ``probing.json`` and each task's own file go to ``out``.
 
@@ -57,7 +58,7 @@ def probe(
     """
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
-    opened = open_checkpoint(checkpoint, given)
+    opened = open_checkpoint(checkpoint, options)
     subject = open_probe_target(opened)
     target = Path(out) if out is not None else opened.results / "probing"
     dictionary = subject.dictionary
@@ -68,7 +69,7 @@ def probe(
         "n_latents": dictionary.n_latents,
         "hook": subject.hook,
         "model": subject.model.id,
-        "labels": labels,
+        "labels": None if labels is None else str(labels),
         "seed": seed,
     }
     found = ProbingResults(report, target / "probing.json")

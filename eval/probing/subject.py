@@ -11,8 +11,9 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, open_checkpoint
 
 ROWS_AT_ONCE = 4096
 
@@ -51,13 +52,13 @@ class ProbeTarget:
             )
 
 
-def open_probe_target(checkpoint: str | LoadedCheckpoint, given: CheckpointOptions = NO_OPTIONS) -> ProbeTarget:
+def open_probe_target(checkpoint: str | LoadedCheckpoint, options: CheckpointOptions = NO_OPTIONS) -> ProbeTarget:
     """Load a checkpoint and its model, and check that they belong together.
 
     Raises:
         ValueError: If either cannot be had, or the dictionary is of another width than its hook.
     """
-    opened = open_checkpoint(checkpoint, given) if isinstance(checkpoint, str) else checkpoint
+    opened = open_checkpoint(checkpoint, options) if isinstance(checkpoint, str) else checkpoint
     opened = opened.completed()
     if opened.in_place_together:
         raise ValueError(f"{opened.name}: expected a dictionary of one hook, got one of several. Name one: --hook HOOK.")

@@ -14,8 +14,9 @@ from torch import Tensor
 from ...sae import SparseDictionary
 from ...sae.files import write_json, write_text
 from ...training.text import Cursor
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, LoadedDictionary, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
 from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -30,6 +31,8 @@ from .stack import evaluate_opened
 
 ROWS_AT_ONCE = 4096
 
+# Arguments of metrics, by the names of their groups.
+MetricOptions = Mapping[str, Mapping[str, object]]
 # Told how many tokens there will be, returns what is told how many were done.
 Progress = Callable[[int], Callable[[int], None]]
 
@@ -42,32 +45,33 @@ def unseen(total: int) -> Callable[[int], None]:
 
 
 def evaluate(
-    checkpoint: str,
-    out: str | None = None,
+    checkpoint: str | Path,
+    out: str | Path | None = None,
     activations: Tensor | tuple[Tensor, Tensor] | None = None,
     tokens: int | None = None,
     selection: InferenceMode = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
-    given: CheckpointOptions = NO_OPTIONS,
-) -> dict[str, Any]:
-    """Judge a dictionary; the report is written to ``out`` (or beside the checkpoint) and returned.
+    options: CheckpointOptions = NO_OPTIONS,
+    metric_options: MetricOptions | None = None,
+) -> Report:
+    """Evaluate a dictionary; write ``report.json`` and ``report.html`` to ``out`` or beside the checkpoint, return the former.
 
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
     cross-layer transcoder, is judged with all of its layers in place: see ``eval.report.stack``. ``activations`` are ``x``, or
     ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
-    weights on the same text is not measured again: see ``eval.report.cache``. What other libraries' files leave open is in
-    ``given``.
+    weights on the same text is not measured again: see ``eval.report.cache``. ``options`` are facts that the
+    checkpoint's files leave open, ``metric_options`` arguments of the metrics, by their names.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
-    opened = open_checkpoint(checkpoint, given)
+    opened = open_checkpoint(checkpoint, options)
     if opened.in_place_together and (activations is not None or selection != PER_TOKEN):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:
-        return evaluate_loaded([opened], [out], tokens, selection, cache, progress)[0]
+        return evaluate_loaded([opened], [out], tokens, selection, cache, progress, metric_options)[0]
     found = _candidate(opened, out, selection)
     if selection.oracle:
         raise ValueError("--oracle: needs the model, not activations alone.")
@@ -76,41 +80,43 @@ def evaluate(
 
 
 def evaluate_all(
-    checkpoints: Sequence[str],
-    outs: Sequence[str | None] | None = None,
+    checkpoints: Sequence[str | Path],
+    outs: Sequence[str | Path | None] | None = None,
     tokens: int | None = None,
     selection: InferenceMode = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    given: CheckpointOptions = NO_OPTIONS,
-) -> list[dict[str, Any]]:
-    """Judge several dictionaries, each with a report of its own; those of one model and text share its passes.
+    options: CheckpointOptions = NO_OPTIONS,
+    metric_options: MetricOptions | None = None,
+) -> list[Report]:
+    """Evaluate several dictionaries, each with a report of its own; those of one model and text share its passes.
 
     Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint; ``options`` go to the group of metrics of that name; ``given`` is said of them all. Everything that can be
-    checked is checked before the model runs.
+    checkpoint; ``options`` hold for all of them, ``metric_options`` go to the group of metrics of that name. Everything that
+    can be checked is checked before the model runs.
 
     Raises:
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
-    opened = [open_checkpoint(checkpoint, given) for checkpoint in checkpoints]
-    return evaluate_loaded(opened, outs, tokens, selection, cache, progress, options)
+    opened = [open_checkpoint(checkpoint, options) for checkpoint in checkpoints]
+    return evaluate_loaded(opened, outs, tokens, selection, cache, progress, metric_options)
 
 
 def evaluate_loaded(
     several: Sequence[LoadedCheckpoint],
-    outs: Sequence[str | None] | None = None,
+    outs: Sequence[str | Path | None] | None = None,
     tokens: int | None = None,
     selection: InferenceMode = PER_TOKEN,
     cache: bool = True,
     progress: Progress = unseen,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
-    """The same of what is loaded already."""
-    unknown = sorted((options or {}).keys() - {group.name for group in GROUPS})
+    metric_options: MetricOptions | None = None,
+) -> list[Report]:
+    """Do the work of ``evaluate_all`` for checkpoints that are open."""
+    unknown = sorted((metric_options or {}).keys() - {group.name for group in GROUPS})
     if unknown:
-        raise ValueError(f"options: expected names among {', '.join(group.name for group in GROUPS)}, got {unknown[0]!r}.")
+        raise ValueError(
+            f"metric_options: expected names among {', '.join(group.name for group in GROUPS)}, got {unknown[0]!r}."
+        )
     outs = outs or [None] * len(several)
     stacks = [opened for opened in several if opened.in_place_together]
     if selection != PER_TOKEN and stacks:
@@ -126,10 +132,12 @@ def evaluate_loaded(
     together: dict[str, list[Candidate]] = {}
     for candidate in alone:
         together.setdefault(json.dumps(candidate.ground(tokens), sort_keys=True), []).append(candidate)
-    reports: dict[int, dict[str, Any]] = {}
+    reports: dict[int, Report] = {}
     for candidates in together.values():
         wanted = wanted_tokens(candidates[0].source, tokens)
-        for candidate, entries in zip(candidates, evaluate_on_model(candidates, wanted, cache, progress, options), strict=True):
+        for candidate, entries in zip(
+            candidates, evaluate_on_model(candidates, wanted, cache, progress, metric_options), strict=True
+        ):
             reports[id(candidate)] = _written(candidate, entries)
     found = iter(reports[id(candidate)] for candidate in alone)
     return [
@@ -174,7 +182,7 @@ class Candidate:
         return Beside(self.out if self.opened.foreign else self.member.directory, content)
 
 
-def _candidate(opened: LoadedCheckpoint, out: str | None, selection: InferenceMode) -> Candidate:
+def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: InferenceMode) -> Candidate:
     selection.require_valid(opened.members[0].dictionary)
     if selection != PER_TOKEN and out is None:
         raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
@@ -184,7 +192,7 @@ def _candidate(opened: LoadedCheckpoint, out: str | None, selection: InferenceMo
     return Candidate(opened, target, selection)
 
 
-def _written(candidate: Candidate, entries: dict[str, Any]) -> dict[str, Any]:
+def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
     """The whole report, once it is on disk with its page."""
     source, dictionary = candidate.source, candidate.dictionary
     report: dict[str, Any] = {
@@ -283,14 +291,14 @@ def evaluate_on_model(
     tokens: int,
     cache: bool = True,
     progress: Progress = unseen,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    metric_options: MetricOptions | None = None,
 ) -> list[dict[str, Any]]:
     """The entries of every candidate, which have model, text and number of tokens in common.
 
     Groups whose entries are cached take no part, and where all are, the model is not even loaded.
     """
     kept = [candidate.kept(tokens) if cache else Nothing() for candidate in candidates]
-    told = {group.name: (options or {}).get(group.name, {}) for group in GROUPS}
+    told = {group.name: (metric_options or {}).get(group.name, {}) for group in GROUPS}
     known = [
         {group.name: found for group in GROUPS if (found := store.get(group, told[group.name])) is not None} for store in kept
     ]

@@ -16,8 +16,9 @@ from ...sae.metrics import Moments
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
 from ...training.text import Cursor
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import NO_OPTIONS, CheckpointOptions, LoadedCheckpoint, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
 from ..heldout import (
     TextBatch,
     eval_data,
@@ -46,8 +47,11 @@ class ReplacedLayer:
 
 
 def evaluate_stack(
-    checkpoint: str, out: str | None = None, tokens: int | None = None, given: CheckpointOptions = NO_OPTIONS
-) -> dict[str, Any]:
+    checkpoint: str | Path,
+    out: str | Path | None = None,
+    tokens: int | None = None,
+    options: CheckpointOptions = NO_OPTIONS,
+) -> Report:
     """Judge a directory of checkpoints, or a cross-layer transcoder; the report is written to ``out`` or into the directory.
 
     Cross-entropy, KL and agreement with all dictionaries in place, with all their hooks ablated to zero or the mean, and
@@ -57,10 +61,10 @@ def evaluate_stack(
     Raises:
         ValueError: If there is no such directory, its dictionaries do not fit each other or the model, or there is no text.
     """
-    return evaluate_opened(open_checkpoint(checkpoint, given), out, tokens)
+    return evaluate_opened(open_checkpoint(checkpoint, options), out, tokens)
 
 
-def evaluate_opened(opened: LoadedCheckpoint, out: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tokens: int | None = None) -> Report:
     """The same of what is loaded already."""
     opened = opened.completed()
     sources = _of_one_training(opened)

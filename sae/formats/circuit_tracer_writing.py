@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..extras import needs
 from ..files import write_tensors, write_text
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .folding import fold_all, fold_b_in, fold_layers, fold_norms
@@ -187,6 +187,10 @@ def _places(n: CanonicalSAE) -> tuple[str | None, str | None]:
 
 
 def write_yaml(path: Path, config: dict[str, Any]) -> None:
+    # Imported here: reading and writing the other formats must not need the package.
+    with needs(str(path)):
+        from ruamel.yaml import YAML
+
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

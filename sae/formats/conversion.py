@@ -1,8 +1,9 @@
 """Neutral <-> our dictionaries.
 
 From a neutral form nothing is folded but what ours cannot hold: an input bias that is not the output bias, and comparisons
-by norm. Matrices that are views of a mapped file stay so, except a decoder whose rows are not contiguous: decoding gathers
-rows. Everything computes in float32 unless asked for otherwise.
+by norm. A matrix whose rows are contiguous stays a view of the mapped file. One that lies transposed in its file is copied, so
+that every latent is a contiguous row: compiled kernels take no other, and a dictionary rounds the same whichever library's
+file it came from. Everything computes in float32 unless asked for otherwise.
 """
 
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def _number(value: float | list[float]) -> Tensor:
 def _weights(n: CanonicalSAE) -> dict[str, Tensor]:
     """A dictionary's tensors under our names; the skip in normalised units, where the input is centred too."""
     b_dec = n.b_out
-    weights = {"W_dec": n.W_dec.contiguous()}
+    weights = {"W_dec": n.W_dec}
     weights |= {} if n.W_enc is None else {"W_enc": n.W_enc}
     weights |= {} if n.b_enc is None else {"b_enc": n.b_enc}
     if n.W_skip is not None:
@@ -164,8 +165,6 @@ def _cross_layer(n: CanonicalCrossLayer, dtype: torch.dtype | None) -> SparseDic
 
 def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> SparseDictionary:
     """The dictionary of these tensors, which it takes as its own; wrong shapes are errors that name them."""
-    if arguments["kind"] not in KINDS:
-        raise ValueError(f"dictionary.kind: {arguments['kind']} is not known yet. Import transcoders first.")
     with torch.device("meta"):
         dictionary = build_dictionary(arguments)
     expected = dictionary.state_dict()
@@ -174,7 +173,9 @@ def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}.")
-    dictionary.load_state_dict({name: t.to(dtype) for name, t in state.items()}, assign=True)
+    # to() makes rows contiguous only where it changes the dtype, contiguous() where it does not: one copy at most.
+    own = {name: t.to(dtype, memory_format=torch.contiguous_format).contiguous() for name, t in state.items()}
+    dictionary.load_state_dict(own, assign=True)
     return dictionary.eval()
 
 

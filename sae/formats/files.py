@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..extras import needs
 from ..files import read_tensors
 from .archives import npz_members, one_line, read_npz, read_torch
 
@@ -171,11 +172,11 @@ class SourceFiles:
         Raises:
             ValueError: If there is none, or it is no YAML.
         """
-        # Imported here: few formats have any.
-        from ruamel.yaml import YAML
-        from ruamel.yaml.error import YAMLError
-
         path = self.path(name)
+        # Imported here: few formats have any, and loading the others must not need the package.
+        with needs(str(path)):
+            from ruamel.yaml import YAML
+            from ruamel.yaml.error import YAMLError
         try:
             return YAML(typ="safe", pure=True).load(_text(path))
         except (YAMLError, RecursionError) as error:

@@ -1,10 +1,11 @@
 """The keyed permutation of a stream's rows, number by number."""
 
 import numpy as np
-from numba import njit
+
+from .compiling import njit
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def feistel(index, n, half, keys, out):
     """Write to ``out`` where each of ``index`` goes among ``n``; all are uint64. Same numbers as the plain path."""
     mask = (np.uint64(1) << half) - np.uint64(1)

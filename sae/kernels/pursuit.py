@@ -4,7 +4,8 @@ The plain path in ``sae.pursuit`` is the definition; these give the same selecti
 """
 
 import numpy as np
-from numba import njit
+
+from .compiling import njit
 
 # Maxima are kept side by side, one for every so many places, and merged at the end: a loop the compiler can vectorise. With
 # each stands the round in which it was seen, so that the place needs no second pass.
@@ -13,13 +14,13 @@ LANES = 128
 FUSED, REORDERED = {"contract"}, {"contract", "reassoc"}
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _reset(best, at):
     best[:] = -np.inf
     at[:] = 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _look(corr, best, at):
     """Lanes of the maxima of ``corr``, up to its last whole round."""
     _reset(best, at)
@@ -31,7 +32,7 @@ def _look(corr, best, at):
             at[lane] = turn if larger else at[lane]
 
 
-@njit(nogil=True, cache=True, fastmath=FUSED)
+@njit(nogil=True, fastmath=FUSED)
 def _update_and_look(corr, value, row, best, at):
     """``corr -= value * row``, and what ``_look`` finds in it."""
     _reset(best, at)
@@ -47,7 +48,7 @@ def _update_and_look(corr, value, row, best, at):
         corr[place] -= value * row[place]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _first_largest(corr, best, at):
     """Value and place of the maximum, the first on ties, from the lanes and the places beyond the last whole round."""
     value, latent = best[0], at[0] * LANES
@@ -61,7 +62,7 @@ def _first_largest(corr, best, at):
     return value, latent
 
 
-@njit(nogil=True, cache=True, fastmath=REORDERED)
+@njit(nogil=True, fastmath=REORDERED)
 def _subtract(residual, value, atom):
     """``residual -= value * atom``; the norm of what is left."""
     energy = residual[0] * 0
@@ -72,7 +73,7 @@ def _subtract(residual, value, atom):
     return np.sqrt(energy)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def match_by_gram(first, last, corr, gram, x, atoms, norms, floors, tolerance, latents, values):
     """All steps of matching pursuit, a token at a time: its row of ``corr`` stays in cache, and is used up."""
     best, at, residual = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32), np.empty_like(x[0])
@@ -93,7 +94,7 @@ def match_by_gram(first, last, corr, gram, x, atoms, norms, floors, tolerance, l
                 _update_and_look(corr[token], value, gram[latent], best, at)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def match_once(first, last, corr, residual, atoms, norms, floors, tolerance, left, t, latents, values):
     """Step ``t`` of matching pursuit from correlations just computed. ``left`` is the norm of every token's residual."""
     best, at = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32)
@@ -105,7 +106,7 @@ def match_once(first, last, corr, residual, atoms, norms, floors, tolerance, lef
             left[token] = _subtract(residual[token], value, atoms[latent])
 
 
-@njit(nogil=True, cache=True, fastmath=REORDERED)
+@njit(nogil=True, fastmath=REORDERED)
 def match_back(first, last, atoms, latents, values, dv, q, dx):
     """From the gradients ``dv`` of the values: ``q_t = dv_t - w_t . sum_{s>t} q_s w_s``, and ``dx``, that sum in the end."""
     for token in range(first, last):
@@ -123,7 +124,7 @@ def match_back(first, last, atoms, latents, values, dv, q, dx):
                 later[i] += weight * atom[i]
 
 
-@njit(nogil=True, cache=True, fastmath=FUSED)
+@njit(nogil=True, fastmath=FUSED)
 def match_back_to_atoms(first, last, width, x, dx, atoms, latents, values, q, d_atoms):
     """Adds ``q_t r_t - v_t sum_{s>t} q_s w_s`` to the gradient of every entry's atom, in its columns of number ``first`` to
     ``last``, in blocks of ``width``. Residual and sum are brought along: no entry's row is kept."""
@@ -145,7 +146,7 @@ def match_back_to_atoms(first, last, width, x, dx, atoms, latents, values, q, d_
                     residual[i] -= value * atom[i]
 
 
-@njit(nogil=True, cache=True, fastmath=FUSED)
+@njit(nogil=True, fastmath=FUSED)
 def _correlate(corr, latents, values, gram, left):
     """``left = corr - values @ gram[latents]``, four rows at a time."""
     left[:] = corr
@@ -159,7 +160,7 @@ def _correlate(corr, latents, values, gram, left):
             left[place] = left[place] - v0 * g0[place] - v1 * g1[place] - v2 * g2[place] - v3 * g3[place]
 
 
-@njit(nogil=True, cache=True, fastmath=REORDERED)
+@njit(nogil=True, fastmath=REORDERED)
 def _dot(a, b):
     total = a[0] * 0
     for i in range(a.shape[0]):
@@ -167,7 +168,7 @@ def _dot(a, b):
     return total
 
 
-@njit(nogil=True, cache=True, fastmath=REORDERED)
+@njit(nogil=True, fastmath=REORDERED)
 def _descend(value, latent, t, x, atoms, latents, values, added, direction, moved, residual):
     """Step ``t`` of gradient pursuit on one token whose largest correlation is ``value``, at ``latent``."""
     known = False
@@ -194,7 +195,7 @@ def _descend(value, latent, t, x, atoms, latents, values, added, direction, move
                 residual[i] -= values[s] * atom[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def descend_by_gram(first, last, corr, gram, x, atoms, steps, added, latents, values):
     """All steps of gradient pursuit, a token at a time: the rows of ``gram`` that it needs again stay in cache."""
     best, at, left = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32), np.empty_like(corr[0])
@@ -212,7 +213,7 @@ def descend_by_gram(first, last, corr, gram, x, atoms, steps, added, latents, va
                 _look(left, best, at)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def descend_once(first, last, corr, x, residual, atoms, steps, t, added, latents, values):
     """Step ``t`` of gradient pursuit from correlations just computed."""
     best, at = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32)

@@ -6,7 +6,9 @@ read that comes up short. Neighbours go through ``scratch`` in one read: a call 
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from .compiling import njit
 
 # Bytes between two rows that are read along rather than skipped by another call: 2 KB take about as long.
 GAP = 2048
@@ -19,7 +21,7 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _run(rows, first, size, room):
     """One past the last row that is read together with row number ``first``."""
     last = first
@@ -32,14 +34,14 @@ def _run(rows, first, size, room):
     return last + 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _read(descriptor, start, size, rows, first, end, memory):
     """Read rows number ``first`` to ``end`` and what lies between them; whether all of it came."""
     wanted = (rows[end - 1] - rows[first] + 1) * size
     return _pread(descriptor, memory, wanted, start + rows[first] * size) == wanted
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def read_bytes(descriptor, start, size, rows, places, out, scratch):
     """Labels: ``out`` is ``(n, size)`` uint8."""
     first = 0
@@ -55,7 +57,7 @@ def read_bytes(descriptor, start, size, rows, places, out, scratch):
     return first, True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def read_float32(descriptor, start, size, rows, places, out, scratch):
     """``out`` is ``(n, width)`` float32, seen as uint32."""
     first, width, finite = 0, out.shape[1], True
@@ -80,7 +82,7 @@ def read_float32(descriptor, start, size, rows, places, out, scratch):
     return first, finite
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def read_bfloat16(descriptor, start, size, rows, places, out, scratch):
     """``out`` is ``(n, width)`` float32, seen as uint32: a bfloat16 is the upper half of a float32."""
     first, width, finite = 0, out.shape[1], True
@@ -101,7 +103,7 @@ def read_bfloat16(descriptor, start, size, rows, places, out, scratch):
     return first, finite
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def read_float16(descriptor, start, size, rows, places, out, scratch, table):
     """``out`` is ``(n, width)`` float32; ``table`` holds the float32 of every float16 pattern."""
     first, width, finite = 0, out.shape[1], True
@@ -120,7 +122,7 @@ def read_float16(descriptor, start, size, rows, places, out, scratch, table):
     return first, finite
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def read_int8(descriptor, start, size, rows, places, out, scratch, scales, block):
     """``out`` is ``(n, width)`` float32: the codes times ``scales`` ``(n, blocks)``, which are in the order of ``out``."""
     first = 0

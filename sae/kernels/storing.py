@@ -1,10 +1,11 @@
 """What a harvest does to every number it stores, each in one pass and without Python's lock."""
 
 import numpy as np
-from numba import njit
+
+from .compiling import njit
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def moments(rows, mean, deviation):
     """Every column's mean and summed squared deviation, in float64. A mean is not finite where a number is not."""
     mean[:] = 0.0
@@ -22,7 +23,7 @@ def moments(rows, mean, deviation):
             deviation[k] += distance * distance
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def squared_difference(left, right):
     """The sum of all squared differences, in float64."""
     # Column by column, so that neighbouring sums are formed together.
@@ -35,7 +36,7 @@ def squared_difference(left, right):
     return sums.sum()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def largest_of_blocks(rows, block, out):
     """Write the largest absolute value of each run of ``block`` columns to ``out`` ``(n, blocks)``."""
     for i in range(rows.shape[0]):
@@ -47,7 +48,7 @@ def largest_of_blocks(rows, block, out):
             out[i, b] = largest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def to_int8(rows, scales, block, codes, restored):
     """Round ``rows`` over their block's scale to ``codes``, halves to even; ``restored`` is the float32 these stand for."""
     for i in range(rows.shape[0]):
@@ -60,7 +61,7 @@ def to_int8(rows, scales, block, codes, restored):
                 back[k] = code * scale
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def to_bfloat16(bits, out, restored):
     """Round finite float32 ``bits`` to the upper halves ``out``, to even, and back to float32 bits in ``restored``."""
     for i in range(bits.shape[0]):

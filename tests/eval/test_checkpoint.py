@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import sparsary
-from sparsary.eval.checkpoint import EVERY_DOCUMENT, CheckpointOptions, complete, open_checkpoint, sanity_of
+from sparsary import CheckpointOptions
+from sparsary.eval.checkpoint import EVERY_DOCUMENT, complete, open_checkpoint, sanity_of
 from sparsary.eval.circuits.compared_units import open_dictionaries
 from sparsary.eval.circuits.units.nodes import NodeSpace
 from sparsary.eval.circuits.units.random_latents import random_like
@@ -34,7 +35,7 @@ def both(build_format, tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             left_open = build_format(name, folder / "theirs")
             given = CheckpointOptions(model="embedded", settings=SETTINGS, **left_open)
-            convert(folder / "theirs", folder / "ours", options=given.options("embedded"))
+            convert(folder / "theirs", folder / "ours", options=given)
             made[name] = folder / "theirs", folder / "ours", given
         return made[name]
 
@@ -44,9 +45,9 @@ def both(build_format, tmp_path_factory):
 @pytest.mark.parametrize("name", FORMATS)
 def test_figures_are_those_of_our_own_checkpoint(name, both, tmp_path):
     theirs, ours, given = both(name)
-    report = evaluate(str(theirs), str(tmp_path / "theirs"), tokens=TOKENS, given=given)
+    report = evaluate(str(theirs), str(tmp_path / "theirs"), tokens=TOKENS, options=given)
     again = evaluate(
-        str(ours), str(tmp_path / "ours"), tokens=TOKENS, given=CheckpointOptions(model="embedded", settings=SETTINGS)
+        str(ours), str(tmp_path / "ours"), tokens=TOKENS, options=CheckpointOptions(model="embedded", settings=SETTINGS)
     )
     assert report.keys() == again.keys()
     for key in report.keys() - {*ABOUT}:
@@ -81,8 +82,9 @@ def test_circuits_pass_through_every_format(name, both, embedded_model):
             found.append((state, space.run(tokens, 1 - kept, _state(space, other))))
     half = len(found) // 2
     for (state, logits), (own, again) in zip(found[:half], found[half:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(state, own, strict=True))
-        torch.testing.assert_close(logits, again, rtol=0, atol=0)
+        # Mapped tensors lie elsewhere in either file, and products round by where operands lie.
+        torch.testing.assert_close(state, own)
+        torch.testing.assert_close(logits, again)
         assert not torch.equal(logits, clean)
     hook, dictionary = next(iter(dictionaries.by_hook.items()))
     x = embedded_model.activations(tokens, (dictionaries.hooks_in[hook],))[dictionaries.hooks_in[hook]].flatten(0, 1)
@@ -132,7 +134,7 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
     right = sanity_of(open_checkpoint(str(trained / "right"), CheckpointOptions(settings=SETTINGS)), 500)["transformer.h.1:out"]
     assert (right.warnings, right.l0) == ((), 12)
     assert right.fvu < 0.6
-    sparsary.app(["info", str(trained / "right"), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
+    sparsary.command_line()(["info", str(trained / "right"), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
     assert "fvu" in capsys.readouterr().out
     cfg = json.loads((trained / "right" / "cfg.json").read_text())
     cfg["metadata"] |= {"hook_name": "blocks.3.attn.hook_z", "hf_hook_name": "transformer.h.3.attn.c_proj:in"}
@@ -141,7 +143,9 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
     (wrong / "cfg.json").write_text(json.dumps(cfg))
     for name in ("wrong", "unfolded"):
         with pytest.raises(ValueError, match=r"wrong hook or normalisation: .*fvu"):
-            sparsary.app(["info", str(trained / name), "--model", "embedded", "--tokens", "300"], standalone_mode=False)
+            sparsary.command_line()(
+                ["info", str(trained / name), "--model", "embedded", "--tokens", "300"], standalone_mode=False
+            )
         out = capsys.readouterr().out
         assert "wrong?" in out
 
@@ -201,7 +205,7 @@ def test_what_is_said_counts_and_the_rest_is_a_recipe_s():
 def test_ours_say_everything_themselves(trained, tmp_path):
     convert(trained / "right", tmp_path / "ours")
     with pytest.raises(ValueError, match=r"k: expected none with .*, which says it itself, got 3"):
-        evaluate_all([str(tmp_path / "ours")], given=CheckpointOptions(k=3))
+        evaluate_all([str(tmp_path / "ours")], options=CheckpointOptions(k=3))
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(trained, monkeypatch):
@@ -219,14 +223,14 @@ def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path
     found = []
     for name in ("saelens", "sparsify", "dictionary_learning"):
         path = shared_data / "saes" / f"stories3M_L3_topk16_{name}"
-        found.append(evaluate(str(path), str(tmp_path / name), tokens=3000, given=replace(given, settings=STORIES)))
+        found.append(evaluate(str(path), str(tmp_path / name), tokens=1500, options=replace(given, settings=STORIES)))
     assert 0.1 < found[0]["fvu"] < 0.22
     for report in found[1:]:
         for key in ("fvu", "l0_mean", "ce_clean", "ce_spliced", "dead_fraction"):
             assert report[key] == pytest.approx(found[0][key], rel=1e-5)
     # The wrong layer is not mistaken for it: only where no file names the hook can it be asked for.
     path = shared_data / "saes" / "stories3M_L3_topk16_sparsify"
-    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=3000, given=replace(given, hook="model.layers.1:out"))
+    wrong = evaluate(str(path), str(tmp_path / "wrong"), tokens=1500, options=replace(given, hook="model.layers.1:out"))
     assert [doubt for doubt in wrong["doubts"] if "Wrong hook" in doubt]
 
 
@@ -248,12 +252,12 @@ def test_a_cross_layer_transcoder_and_a_set_are_judged_in_place(build_format, tm
     convert(tmp_path / "ours", tmp_path / "theirs", "circuit_tracer")
     given = CheckpointOptions(model="embedded", settings=SETTINGS)
     found, again = (
-        evaluate(str(tmp_path / n), str(tmp_path / "out" / n), tokens=TOKENS, given=given) for n in ("theirs", "ours")
+        evaluate(str(tmp_path / n), str(tmp_path / "out" / n), tokens=TOKENS, options=given) for n in ("theirs", "ours")
     )
     assert found["layers"] == 4
     for key in ("ce_clean", "ce_spliced", "l0_total", "layer_fvu"):
         assert found[key] == pytest.approx(again[key], rel=1e-4), key
     build_format("circuit_tracer", tmp_path / "set")
-    report = evaluate(str(tmp_path / "set"), str(tmp_path / "out" / "set"), tokens=TOKENS, given=given)
+    report = evaluate(str(tmp_path / "set"), str(tmp_path / "out" / "set"), tokens=TOKENS, options=given)
     assert (report["layers"], report["kind"]) == (4, "stack of transcoders")
     assert not (tmp_path / "set" / "report.json").exists()

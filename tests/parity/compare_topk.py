@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from sparsary.sae import SparseDictionary, load_dictionary
 from sparsary.sae.metrics import RunningFvu
-from sparsary.training.activations.harvest import harvest
+from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.model import load_model
 from sparsary.training.activations.stream import StoreStream
 from sparsary.training.recipe import HarvestSection, ModelSection, Recipe, TextSection, check_recipe, load_recipe
@@ -48,7 +48,7 @@ def stories3m(model: Path, train_text: Path, heldout_text: Path, folder: Path) -
     for name, text in (("train", train_text), ("heldout", heldout_text)):
         source = TextSection(source="files", files=(str(text),), context_length=128)
         options = HarvestSection(hooks=(hook,), tokens=1_000_000, store=str(folder / name), heldout=0.0)
-        stores.append(harvest(load_model(section), source, options))
+        stores.append(harvest_activations(load_model(section), source, options))
     values = {
         "harvest": {"hooks": [hook], "tokens": 1_000_000},
         "dictionary": {"hook": hook, "n_latents": 3072, "encoder": {"name": "topk", "k": 16}},
@@ -64,7 +64,9 @@ def quickstart(folder: Path) -> tuple[Recipe, torch.Tensor, torch.Tensor]:
     """The recipe and both sets of activations of the quickstart."""
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", {"out_dir": str(folder / "run")})
     hook = recipe.dictionary.hook
-    store = harvest(load_model(recipe.model), recipe.text, recipe.harvest.model_copy(update={"store": str(folder / "store")}))
+    store = harvest_activations(
+        load_model(recipe.model), recipe.text, recipe.harvest.model_copy(update={"store": str(folder / "store")})
+    )
     budget = recipe.tokens // BATCH * BATCH
     x = in_order(store, hook, budget)
     return recipe.model_copy(update={"tokens": budget}), x, in_order(store, hook, store.tokens("heldout"), "heldout")

@@ -369,7 +369,6 @@ def test_without_the_compiler_every_family_trains_to_the_same(
     data = pairs if ENCODERS[name].needs_gradient else rows
     found = train_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "with")}, "recipe"), data)
     monkeypatch.setattr("sparsary.sae.kernels.has_numba", lambda: False)
-    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
     assert backend(torch.ones(1)) is None
     expected = train_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "without")}, "recipe"), data)
     first, second = final_state(found), final_state(expected)

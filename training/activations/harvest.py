@@ -175,7 +175,7 @@ def model_identity(model: LanguageModel, hooks: tuple[str, ...]) -> Identity:
     return Identity(entries, hooks)
 
 
-def harvest(
+def harvest_activations(
     model: LanguageModel,
     text: TextSection,
     section: HarvestSection,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...sae.files import write_json, write_tensors
-from ..activations.harvest import batches, excluded, harvest
+from ..activations.harvest import batches, excluded, harvest_activations
 from ..activations.model import load_model
 from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, ActivationStore, encode
 from ..activations.stream import WINDOW_BATCHES, StoreStream
@@ -123,7 +123,7 @@ def bench_harvest(
                 language_model.activations(token_ids, (hook,))
             seconds["forward"].append(clock.read())
             clock = _Clock()
-            harvest(language_model, text, section)
+            harvest_activations(language_model, text, section)
             seconds["harvest"].append(clock.read())
     # The first of each is left out: it compiles, and touches memory for the first time.
     pairs = list(zip(seconds["harvest"][1:], seconds["forward"][1:], strict=True))

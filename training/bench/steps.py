@@ -136,7 +136,7 @@ class BenchRun:
             self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
         )
         weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
-        objective = Objective(self.dictionary, self.dictionary.spread(moments), aux, None, weight)
+        objective = Objective(self.dictionary, self.dictionary.error_scale(moments), aux, None, weight)
         self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
         self.dictionary.train()
 

@@ -175,7 +175,7 @@ def test_the_browser_walks_the_graph_by_keyboard(tmp_path, html, width):
     quiet = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --enable-logging=stderr"
     command = [CHROMIUM, *quiet.split(), f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--virtual-time-budget=4000", "--dump-dom", (tmp_path / "graph.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S).group(1).replace("&lt;", "<").replace("&gt;", ">")
     found = json.loads(title.replace("&amp;", "&"))

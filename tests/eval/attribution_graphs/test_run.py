@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.labels import read_records
-from sparsary.eval.attribution_graphs.run import open_graph_target, run_graph
+from sparsary.eval.attribution_graphs.run import attribution_graph, open_graph_target
 from sparsary.sae import ENCODERS, SAE
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
@@ -45,7 +45,7 @@ def stack(tmp_path):
 
 
 def test_a_stack_and_a_prompt_become_a_graph(stack, tmp_path):
-    facts = run_graph(str(stack), PROMPT, str(tmp_path / "out"), node_threshold=0.99, context_tokens=500)
+    facts = attribution_graph(str(stack), PROMPT, str(tmp_path / "out"), node_threshold=0.99, context_tokens=500)
     values = json.loads((tmp_path / "out" / "graph.json").read_text())
     assert values["metadata"]["prompt"] == PROMPT
     assert values["metadata"]["prompt_tokens"][0] == "<bos>"
@@ -72,7 +72,7 @@ def test_contexts_beside_the_checkpoint_are_taken_and_no_text_is_read(stack, tmp
         (stack / f"layer={layer}" / "features").mkdir()
         lines = "\n".join(json.dumps(entry) for entry in records)
         (stack / f"layer={layer}" / "features" / "features.jsonl").write_text(lines)
-    run_graph(str(stack), PROMPT, node_threshold=0.99, context_tokens=0)
+    attribution_graph(str(stack), PROMPT, node_threshold=0.99, context_tokens=0)
     values = json.loads((stack / "graph" / "graph.json").read_text())
     nodes = [node for node in values["nodes"] if node["feature_type"] == "cross layer transcoder"]
     assert nodes
@@ -93,7 +93,9 @@ def test_a_cross_layer_transcoder_and_a_single_one_become_graphs(tmp_path):
     crossing = CrossLayerTranscoder(4, 512, 512, 4 * 41, ENCODERS["topk"](k=4))
     crossing.out_scale.fill_(0.05)
     crossing.save(tmp_path / "crossing", provenance(range(4)))
-    facts = run_graph(str(tmp_path / "crossing"), PROMPT, answer="dog", foil="swims", context_tokens=300, max_latents=20)
+    facts = attribution_graph(
+        str(tmp_path / "crossing"), PROMPT, answer="dog", foil="swims", context_tokens=300, max_latents=20
+    )
     assert facts["latents_left_out"] > 0
     assert 0 < facts["left_out_share"] < 1
     values = json.loads((tmp_path / "crossing" / "graph" / "graph.json").read_text())
@@ -104,11 +106,11 @@ def test_a_cross_layer_transcoder_and_a_single_one_become_graphs(tmp_path):
 
 def test_what_cannot_be_explained_is_refused(stack, tmp_path):
     with pytest.raises(ValueError, match=r"prompt: expected text of at least one token, got ''"):
-        run_graph(str(stack), "")
+        attribution_graph(str(stack), "")
     with pytest.raises(ValueError, match=r"prompt: expected at most 128 tokens, the context of embedded, got 20\d"):
-        run_graph(str(stack), "dog " * 200)
+        attribution_graph(str(stack), "dog " * 200)
     with pytest.raises(ValueError, match=r"answer: expected text that is one token of embedded, got 'dog swims'"):
-        run_graph(str(stack), PROMPT, answer="dog swims")
+        attribution_graph(str(stack), PROMPT, answer="dog swims")
     SAE(128, 41, ENCODERS["topk"](k=4)).save(tmp_path / "sae", provenance([2], site="out"))
     with pytest.raises(ValueError, match=r"expected transcoders of MLPs of embedded, got a dictionary that reads and writes"):
         open_graph_target(str(tmp_path / "sae"))

@@ -14,7 +14,7 @@ from sparsary.eval.compare import recipes as compare_module
 from sparsary.eval.compare.recipes import (
     COLUMNS,
     collect_runs,
-    compare,
+    compare_recipes,
     is_complete,
     load_families,
     recipes_summary,
@@ -140,7 +140,7 @@ def calls(monkeypatch):
 def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     overrides = {"lr": 2e-3}
-    comparison = compare([str(recipes)], overrides, seeds=2, out=str(out))
+    comparison = compare_recipes([str(recipes)], overrides, seeds=2, out=str(out))
     runs = [str(out / name / f"seed-{seed}") for name in ("narrow", "wide") for seed in (0, 1)]
     assert calls == {"train": runs, "evaluate": runs, "harvest": [recipe_values["harvest"]["store"]]}
     for run in runs:
@@ -162,21 +162,21 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
     monkeypatch.setattr(compare_module, "render_recipes", lambda _comparison: page)
     for seen in calls.values():
         seen.clear()
-    assert compare([str(recipes)], overrides, seeds=2, out=str(out)) == comparison
+    assert compare_recipes([str(recipes)], overrides, seeds=2, out=str(out)) == comparison
     assert calls == {"train": [], "evaluate": [], "harvest": []}
 
     # A lost report is made again, and judging on more tokens touches every run; both leave the weights alone.
     weights = [load_dictionary(run).W_dec for run in runs]
     (Path(runs[3]) / "report.json").unlink()
-    compare([str(recipes)], overrides, seeds=2, out=str(out))
+    compare_recipes([str(recipes)], overrides, seeds=2, out=str(out))
     assert calls["evaluate"] == [runs[3]]
     calls["evaluate"].clear()
-    compare([str(recipes / "narrow.yaml")], overrides | {"eval_tokens": 700}, seeds=1, out=str(out))
+    compare_recipes([str(recipes / "narrow.yaml")], overrides | {"eval_tokens": 700}, seeds=1, out=str(out))
     assert calls["evaluate"] == [runs[0]]
     assert all(torch.equal(load_dictionary(run).W_dec, before) for run, before in zip(runs, weights, strict=True))
 
     with pytest.raises(ValueError, match=r"narrow/seed-0: expected an earlier run.*\n  lr: 0.002 there, 0.001 here"):
-        compare([str(recipes)], {}, seeds=2, out=str(out))
+        compare_recipes([str(recipes)], {}, seeds=2, out=str(out))
 
 
 def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path, monkeypatch):
@@ -186,14 +186,14 @@ def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path,
     judge = compare_module.evaluate
     monkeypatch.setattr(compare_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Stopped(15, 30)))
     with pytest.raises(Stopped):
-        compare([narrow], live, seeds=1, out=str(out))
+        compare_recipes([narrow], live, seeds=1, out=str(out))
     # Trained, not judged; and a report of some earlier state of the run does not count.
     run = load_recipe(narrow, live | {"out_dir": str(out / "narrow" / "seed-0")})
     assert not is_complete(run)
     (out / "narrow" / "seed-0" / "report.json").write_text(json.dumps(REPORT | {"training_tokens": 505}))
     assert not is_complete(run)
     monkeypatch.setattr(compare_module, "evaluate", judge)
-    comparison = compare([narrow], live, seeds=1, out=str(out))
+    comparison = compare_recipes([narrow], live, seeds=1, out=str(out))
     assert is_complete(run)
     assert comparison["families"][0]["live"]
     assert calls["harvest"] == []
@@ -224,7 +224,7 @@ def test_recipes_with_other_inputs_are_refused(recipes, recipe_values, tmp_path,
     name = key if section is None else f"{section}.{key}"
     expected = {"model.dtype": "'float32'"}.get(name, repr(before))
     with pytest.raises(ValueError, match=re.escape(f"  {name}: {expected} in narrow, {value!r} in wide")) as refused:
-        compare([str(recipes)], {}, out=str(tmp_path / "out"))
+        compare_recipes([str(recipes)], {}, out=str(tmp_path / "out"))
     assert f"{name}=VALUE" in str(refused.value)
     assert calls["harvest"] == calls["train"] == []
     assert not (tmp_path / "out").exists()
@@ -237,7 +237,7 @@ def test_a_hook_of_their_own_is_refused(recipes, recipe_values):
     recipe_values["dictionary"]["hook"] = hooks[1]
     (recipes / "wide.yaml").write_text(json.dumps(recipe_values))
     with pytest.raises(ValueError, match=r"dictionary.hook: 'transformer.h.2:out' in narrow, 'transformer.h.1:out' in wide"):
-        compare([str(recipes)])
+        compare_recipes([str(recipes)])
 
 
 def test_a_transcoder_compares_with_an_sae_of_what_it_predicts(recipes, recipe_values):
@@ -258,7 +258,7 @@ def test_a_transcoder_compares_with_an_sae_of_what_it_predicts(recipes, recipe_v
     with pytest.raises(
         ValueError, match=r"dictionary\.hook_out: 'transformer\.h\.1\.mlp:out' in narrow, 'transformer\.h\.2\.mlp"
     ):
-        compare([str(recipes)])
+        compare_recipes([str(recipes)])
 
 
 def test_a_recipe_that_streams_is_held_to_model_text_hook_and_exclusions(recipes, recipe_values):
@@ -276,7 +276,7 @@ def test_a_recipe_that_streams_is_held_to_model_text_hook_and_exclusions(recipes
 def test_what_cannot_be_run_is_found_before_anything_is(recipes, recipe_values, tmp_path, calls):
     (recipes / "zoom.yaml").write_text(json.dumps(recipe_values | {"batch_tokens": 2999, "tokens": 6000}))
     with pytest.raises(ValueError, match="batch_tokens: expected at most"):
-        compare([str(recipes)], {}, out=str(tmp_path / "out"))
+        compare_recipes([str(recipes)], {}, out=str(tmp_path / "out"))
     assert calls["harvest"] == calls["train"] == []
 
 
@@ -301,7 +301,7 @@ def test_which_files_are_recipes(recipes, recipe_values, tmp_path):
 @pytest.mark.parametrize(("key", "option"), [("seed", "--seeds"), ("out_dir", "--out")])
 def test_keys_that_compare_sets_are_refused_as_overrides(recipes, key, option):
     with pytest.raises(ValueError, match=rf"{key}: compare sets it.*{option}"):
-        compare([str(recipes)], {key: 1})
+        compare_recipes([str(recipes)], {key: 1})
 
 
 def test_a_failing_run_is_named(recipes, tmp_path, monkeypatch):
@@ -311,7 +311,7 @@ def test_a_failing_run_is_named(recipes, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_module, "train", fail)
     monkeypatch.setattr(compare_module, "run_harvest", lambda *_: None)
     with pytest.raises(ValueError, match=r"narrow/seed-0: loss: not finite\."):
-        compare([str(recipes)], {}, out=str(tmp_path / "out"))
+        compare_recipes([str(recipes)], {}, out=str(tmp_path / "out"))
 
 
 def test_means_ranges_and_best(judged):
@@ -444,7 +444,7 @@ def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
         return collect_runs({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 
-    monkeypatch.setattr(compare_module, "compare", instead)
+    monkeypatch.setattr("sparsary.eval.compare.run.compare_recipes", instead)
     arguments = "compare recipes lr=2e-3 more.yaml --seeds 2 --out there dictionary.encoder.k=3"
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments.split()])
     with pytest.raises(SystemExit) as ended:

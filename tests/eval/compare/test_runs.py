@@ -180,7 +180,7 @@ def test_browser_sorts_and_filters(runs, tmp_path, fragment, shown, hidden_point
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     more = "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=2000 --dump-dom"
     command = [CHROMIUM, *quiet.split(), *more.split(), f"--user-data-dir={tmp_path / 'profile'}", file.as_uri() + fragment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     rows = re.findall(r'<tr data-run="\d"([^>]*)>.*?<strong>(.*?)</strong>', done.stdout, flags=re.DOTALL)
     assert [name for attributes, name in rows if "hidden" not in attributes] == shown

@@ -335,7 +335,7 @@ def browse(directory, html, fragment="", steps="", *arguments):
     more = "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --virtual-time-budget=2000"
     profile = f"--user-data-dir={directory / 'profile'}"
     command = [CHROMIUM, *quiet.split(), *more.split(), profile, "--dump-dom", *arguments, file.as_uri() + fragment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     return done.stdout
 

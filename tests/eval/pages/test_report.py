@@ -343,7 +343,7 @@ def browse(directory: Path, html: str, *arguments: str) -> tuple[str, list[str]]
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     more = "--disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --virtual-time-budget=2000"
     command = [CHROMIUM, *quiet.split(), *more.split(), f"--user-data-dir={directory / 'profile'}", *arguments, file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from sparsary.eval.probing.datasets import Tokens, embedded_tokens, halves
-from sparsary.eval.probing.factors import factor_scores, labels_of, names_of, score_factors
+from sparsary.eval.probing.factors import factor_scores, factors_table, labels_of, names_of, score_factors
 from sparsary.eval.probing.subject import probe_target, sparse_codes
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder

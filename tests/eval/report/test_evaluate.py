@@ -231,10 +231,10 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
     monkeypatch.setattr(suite, "GROUPS", (suite.GROUPS[2], Curious))
     for options in ({}, {"curious": {"ridge": 0.5}}, {"curious": {"ridge": 0.5}}, {}):
-        evaluate_all([rivals[0]], [str(tmp_path)], 600, options=options)
+        evaluate_all([rivals[0]], [str(tmp_path)], 600, metric_options=options)
     assert seen == [{}, {"ridge": 0.5}]
-    with pytest.raises(ValueError, match="options: expected names among redundancy, curious, got 'curius'"):
-        evaluate_all([rivals[0]], options={"curius": {}})
+    with pytest.raises(ValueError, match="metric_options: expected names among redundancy, curious, got 'curius'"):
+        evaluate_all([rivals[0]], metric_options={"curius": {}})
 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):

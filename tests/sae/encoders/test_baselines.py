@@ -43,7 +43,7 @@ def loss_and_terms(sae, x):
 
 def test_relu_keeps_every_positive_pre_activation():
     w, x = weights(), torch.randn(TOKENS, D)
-    assert torch.equal(prepared(ReLU())(x, w).to_dense(LATENTS), pre_activations(x, w).relu())
+    torch.testing.assert_close(prepared(ReLU())(x, w).to_dense(LATENTS), pre_activations(x, w).relu())
 
 
 def test_relu_charges_values_times_norms():
@@ -188,7 +188,7 @@ def test_jumprelu_in_eval_keeps_what_exceeds_the_threshold_unchanged():
         encoder.log_threshold.copy_(torch.linspace(-0.3, 0.08, LATENTS))
     a, theta = pre_activations(x, w), encoder.thresholds()
     code = encoder(x, w)
-    assert torch.equal(code.to_dense(LATENTS), a * (a > theta))
+    torch.testing.assert_close(code.to_dense(LATENTS), a * (a > theta))
     assert (code.values > 0).all()
     assert not code.requests.penalties
     torch.testing.assert_close(theta, torch.linspace(-0.3, 0.08, LATENTS).mul(PACE).exp())
@@ -339,7 +339,7 @@ def test_wrong_shares_are_refused(shares):
 # Matching pursuit.
 
 
-def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path):
+def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path, assert_same_tensors):
     sae = SAE(D, LATENTS, MatchingPursuit(3))
     assert sae.W_enc is None
     assert sae.b_enc is None
@@ -350,8 +350,7 @@ def test_a_tied_dictionary_has_one_matrix_in_memory_and_on_disk(tmp_path):
     assert [name for name, tensor in saved.items() if tensor.ndim == 2] == ["W_dec"]
     again = load_dictionary(tmp_path / "d")
     assert again.W_enc is None
-    x = torch.randn(TOKENS, D)
-    assert torch.equal(again(x), sae(x))
+    assert_same_tensors(again, sae)
 
 
 def test_more_steps_at_inference_lower_the_error():

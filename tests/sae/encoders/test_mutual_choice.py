@@ -63,7 +63,7 @@ def test_a_budget_of_all_pairs_is_relu():
     w, x = weights(), torch.randn(TOKENS, D)
     code = encoder(k=LATENTS)(x, w)
     assert len(code.values) == TOKENS * LATENTS
-    assert torch.equal(code.to_dense(LATENTS), pre_activations(x, w).relu())
+    torch.testing.assert_close(code.to_dense(LATENTS), pre_activations(x, w).relu())
 
 
 def test_permuting_tokens_permutes_the_code():
@@ -137,7 +137,7 @@ def test_calibration_finds_the_exact_level_and_evaluation_keeps_what_exceeds_it(
     made.eval()
     w, x = weights(), torch.randn(TOKENS, D)
     pre_acts = pre_activations(x, w)
-    assert torch.equal(made(x, w).to_dense(LATENTS), pre_acts * (pre_acts > made.level))
+    torch.testing.assert_close(made(x, w).to_dense(LATENTS), pre_acts * (pre_acts > made.level))
 
 
 @BOTH

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_canonical, read_dictionary, write_dictionary

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae.formats.canonical import ActivationFn, CanonicalSAE, forward
 from sparsary.sae.formats.conversion import from_dictionary, representable, to_dictionary
 from sparsary.sae.formats.folding import (

@@ -159,7 +159,7 @@ def damaged(build_format, tmp_path):
 def refused(path, tmp_path, sentinel, format=None, **left_open):  # noqa: A002
     """The error of loading; converting it leaves nothing behind either."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        sparsary.load(str(path), format=format, **left_open)
+        sparsary.load(str(path), format=format, options=sparsary.CheckpointOptions(**left_open))
     assert type(caught.value) is ValueError
     text = str(caught.value)
     assert str(path.name) in text
@@ -182,9 +182,9 @@ def test_every_format_refuses_every_damage(name, damage, damaged, tmp_path):
 
 def test_the_files_are_good_before_they_are_damaged(build_format, tmp_path):
     for name in FORMATS:
-        left_open = build_format(name, tmp_path / name, D)
-        assert sparsary.load(str(tmp_path / name), **left_open) is not None
-        assert sparsary.load(str(tmp_path / name), format=name, **left_open) is not None
+        options = sparsary.CheckpointOptions(**build_format(name, tmp_path / name, D))
+        assert sparsary.load(str(tmp_path / name), options=options) is not None
+        assert sparsary.load(str(tmp_path / name), format=name, options=options) is not None
 
 
 CONFIGS = {

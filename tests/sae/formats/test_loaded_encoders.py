@@ -71,11 +71,10 @@ def test_gradients_equal_the_dense_route(sae):
         torch.testing.assert_close(gradient, found[1][name])
 
 
-def test_saved_then_loaded_is_bit_equal(sae, tmp_path):
-    x = torch.randn(TOKENS, D)
+def test_saved_then_loaded_is_bit_equal(sae, tmp_path, assert_same_tensors):
     sae.save(tmp_path / "d")
     again = load_dictionary(tmp_path / "d")
-    assert torch.equal(again(x), sae(x))
+    assert_same_tensors(again, sae)
     assert encoder_spec(again.encoder) == encoder_spec(sae.encoder)
 
 
@@ -112,7 +111,7 @@ def test_wrong_arguments_name_what_is_wrong():
         build_encoder({"name": "residual_pursuit", "max_steps": 0})
 
 
-def test_an_autoencoder_need_not_subtract_its_bias(tmp_path):
+def test_an_autoencoder_need_not_subtract_its_bias(tmp_path, assert_same_tensors):
     sae = SAE(D, LATENTS, build_encoder({"name": "topk", "k": 3}), apply_b_dec_to_input=False).eval()
     plain = SAE(D, LATENTS, build_encoder({"name": "topk", "k": 3})).eval()
     plain.load_state_dict(sae.state_dict())
@@ -121,12 +120,14 @@ def test_an_autoencoder_need_not_subtract_its_bias(tmp_path):
     x = torch.randn(TOKENS, D)
     torch.testing.assert_close(sae(x), plain(x) + sae.b_dec)
     sae.save(tmp_path / "d")
-    assert torch.equal(load_dictionary(tmp_path / "d")(x), sae(x))
+    again = load_dictionary(tmp_path / "d")
+    assert_same_tensors(again, sae)
+    torch.testing.assert_close(again(x), sae(x))
     assert plain.arguments().keys() == {"kind", "d_in", "n_latents", "encoder"}
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm"])
-def test_what_is_normed_by_row_decodes_linearly(norm, tmp_path):
+def test_what_is_normed_by_row_decodes_linearly(norm, tmp_path, assert_same_tensors):
     """Doubling a token's code doubles what its latents write; atoms are the same for all tokens."""
     sae = SAE(D, LATENTS, build_encoder({"name": "topk", "k": 3}), row_norm=norm).eval()
     with torch.no_grad():
@@ -141,7 +142,9 @@ def test_what_is_normed_by_row_decodes_linearly(norm, tmp_path):
     with pytest.raises(ValueError, match="expected the raw input, because this SAE undoes each token's own normalisation"):
         sae.decode(code)
     sae.save(tmp_path / "d")
-    assert torch.equal(load_dictionary(tmp_path / "d")(x), sae(x))
+    again = load_dictionary(tmp_path / "d")
+    assert_same_tensors(again, sae)
+    torch.testing.assert_close(again(x), sae(x))
 
 
 def test_an_unknown_row_norm_is_refused():

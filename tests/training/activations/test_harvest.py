@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sparsary.sae.files import sha256, write_tensors
 from sparsary.training.activations import harvest as harvest_module
 from sparsary.training.activations import shards as shards_module
-from sparsary.training.activations.harvest import harvest
+from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.shards import ActivationStore, RowReader, dequantize, encode, quantize_rows
 from sparsary.training.activations.stream import StoreStream
 from sparsary.training.recipe import HarvestSection, TextSection
@@ -40,7 +40,7 @@ def section(directory, **options):
 @pytest.fixture(scope="module")
 def store(embedded_model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("stores") / "two-hooks"
-    return harvest(embedded_model, TEXT, section(directory, hooks=(HOOK, SECOND), gradients=True))
+    return harvest_activations(embedded_model, TEXT, section(directory, hooks=(HOOK, SECOND), gradients=True))
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_excluded_tokens_are_not_stored(store, embedded_model):
 
 
 def test_special_tokens_are_kept_where_the_recipe_says_so(embedded_model, tmp_path):
-    kept = harvest(embedded_model, TEXT, section(tmp_path / "s", exclude_special=False, exclude_leading=0))
+    kept = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", exclude_special=False, exclude_leading=0))
     tokens, offsets = (RowReader(kept, "train", name).gather(np.arange(kept.tokens("train"))) for name in ("token", "offset"))
     assert (tokens == embedded_model.tokenizer.bos_token_id).sum() > 50
     assert torch.equal(tokens == embedded_model.tokenizer.bos_token_id, offsets == -1)
@@ -119,8 +119,8 @@ def test_statistics_are_those_of_the_training_rows(store):
 
 @pytest.mark.parametrize(("dtype", "fvu"), [("bfloat16", 1e-4), ("float16", 1e-6), ("int8", 1e-3)])
 def test_other_dtypes_cost_what_the_manifest_says(embedded_model, tmp_path, dtype, fvu):
-    exact = harvest(embedded_model, TEXT, section(tmp_path / "exact", tokens=1500))
-    small = harvest(embedded_model, TEXT, section(tmp_path / "small", tokens=1500, dtype=dtype, block=64))
+    exact = harvest_activations(embedded_model, TEXT, section(tmp_path / "exact", tokens=1500))
+    small = harvest_activations(embedded_model, TEXT, section(tmp_path / "small", tokens=1500, dtype=dtype, block=64))
     rows = np.arange(exact.tokens("train"))
     x, x_small = (RowReader(s, "train", f"x:{HOOK}").gather(rows).double() for s in (exact, small))
     lost = float((x - x_small).pow(2).sum() / (x_small - x_small.mean(0)).pow(2).sum())
@@ -147,7 +147,7 @@ def test_int8_refuses_what_float16_scales_cannot_hold():
 
 
 def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_path, monkeypatch):
-    whole = harvest(embedded_model, TEXT, section(tmp_path / "whole"))
+    whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole"))
     written = 0
     write = harvest_module.write_tensors
 
@@ -160,18 +160,18 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
 
     monkeypatch.setattr(harvest_module, "write_tensors", dying)
     with pytest.raises(KeyboardInterrupt):
-        harvest(embedded_model, TEXT, section(tmp_path / "parts"))
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"))
     broken = ActivationStore.open(tmp_path / "parts")
     assert not broken.manifest["complete"]
     assert broken.problems() == []
     monkeypatch.setattr(harvest_module, "write_tensors", write)
-    parts = harvest(embedded_model, TEXT, section(tmp_path / "parts"))
+    parts = harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"))
     assert parts.manifest == whole.manifest
 
 
 def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, monkeypatch):
     """The model runs ahead of the writer: what it has already computed may not follow a shard that is missing."""
-    whole = harvest(embedded_model, TEXT, section(tmp_path / "whole", dtype="int8"))
+    whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole", dtype="int8"))
     written = []
 
     def failing(path, *arguments):
@@ -183,21 +183,21 @@ def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, m
 
     monkeypatch.setattr(harvest_module, "write_tensors", failing)
     with pytest.raises(OSError, match=r"train-00001\.safetensors: could not be written \(the disk is gone\)"):
-        harvest(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8"))
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8"))
     assert len(written) == 3
     broken = ActivationStore.open(tmp_path / "parts")
     assert [shard["unit"] for shard in broken.manifest["shards"]] == [0, 0]
     assert broken.problems() == []
     monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
-    assert harvest(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
+    assert harvest_activations(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
 
 
 def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, tmp_path, monkeypatch):
-    whole = harvest(embedded_model, TEXT, section(tmp_path / "whole"))
+    whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole"))
     stopping = threading.Event()
 
     def slow(*arguments):
-        stopping.wait(60)
+        stopping.wait()
         time.sleep(0.3)
         return write_tensors(*arguments)
 
@@ -209,19 +209,23 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
 
     monkeypatch.setattr(harvest_module, "write_tensors", slow)
     with pytest.raises(KeyboardInterrupt):
-        harvest(embedded_model, TEXT, section(tmp_path / "parts"), stop)
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"), stop)
     broken = ActivationStore.open(tmp_path / "parts")
     assert {shard["unit"] for shard in broken.manifest["shards"]} == {0}
     assert not list((tmp_path / "parts").glob(".*.partial"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sparsary-harvest")]
     monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
-    assert harvest(embedded_model, TEXT, section(tmp_path / "parts")).manifest == whole.manifest
+    assert harvest_activations(embedded_model, TEXT, section(tmp_path / "parts")).manifest == whole.manifest
 
 
 def test_shards_hold_the_training_rows_of_several_batches(embedded_model, tmp_path):
     """Memory is used again only after it was written: a shard of many small batches equals one of a few large ones."""
-    many = harvest(embedded_model, TEXT, section(tmp_path / "many", batch_contexts=2, shard_tokens=1000, exclude_leading=1))
-    few = harvest(embedded_model, TEXT, section(tmp_path / "few", batch_contexts=64, shard_tokens=1000, exclude_leading=1))
+    many = harvest_activations(
+        embedded_model, TEXT, section(tmp_path / "many", batch_contexts=2, shard_tokens=1000, exclude_leading=1)
+    )
+    few = harvest_activations(
+        embedded_model, TEXT, section(tmp_path / "few", batch_contexts=64, shard_tokens=1000, exclude_leading=1)
+    )
     rows = np.arange(min(many.tokens("train"), few.tokens("train")))
     assert len(rows) > 2000
     for name in ("token", "offset"):
@@ -256,9 +260,9 @@ def test_rows_are_stored_alike_with_and_without_the_compiler(dtype, monkeypatch)
 
 
 def test_more_tokens_can_be_added_later(embedded_model, tmp_path):
-    first = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=1000))
+    first = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", tokens=1000))
     before = [shard["sha256"] for shard in first.manifest["shards"]]
-    more = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=3000))
+    more = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", tokens=3000))
     assert [shard["sha256"] for shard in more.manifest["shards"]][: len(before)] == before
     assert more.tokens("train") + more.tokens("heldout") >= 3000
 
@@ -266,7 +270,7 @@ def test_more_tokens_can_be_added_later(embedded_model, tmp_path):
 def test_text_that_ends_early_is_said_and_kept(embedded_model, tmp_path, caplog):
     (tmp_path / "t.txt").write_text("\n\n".join(["The war lasted from the year 1732 to the year 1741."] * 30))
     text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=16)
-    small = harvest(embedded_model, text, section(tmp_path / "s", heldout=0.0))
+    small = harvest_activations(embedded_model, text, section(tmp_path / "s", heldout=0.0))
     assert 0 < small.tokens("train") < 3000
     assert "The text ended after" in caplog.text
 
@@ -286,7 +290,7 @@ def test_text_that_ends_early_is_said_and_kept(embedded_model, tmp_path, caplog)
 def test_a_store_made_for_something_else_is_refused_and_says_why(copy, embedded_model, text, options, message):
     options = {"hooks": (HOOK, SECOND), "gradients": True} | options
     with pytest.raises(ValueError, match="made for something else") as caught:
-        harvest(embedded_model, TextSection(**({"context_length": 32} | text)), section(copy.directory, **options))
+        harvest_activations(embedded_model, TextSection(**({"context_length": 32} | text)), section(copy.directory, **options))
     assert message in str(caught.value)
 
 
@@ -302,14 +306,14 @@ def test_a_store_of_another_model_is_refused(copy, embedded_model, key, value, m
     copy.manifest[key] = value
     (copy.directory / "manifest.json").write_text(json.dumps(copy.manifest))
     with pytest.raises(ValueError, match=message):
-        harvest(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))
+        harvest_activations(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))
 
 
 def test_a_store_of_another_width_is_refused(copy, embedded_model):
     copy.manifest["hooks"][HOOK]["width"] = 64
     (copy.directory / "manifest.json").write_text(json.dumps(copy.manifest))
     with pytest.raises(ValueError, match="width: 64 in the store, 128 in the recipe"):
-        harvest(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))
+        harvest_activations(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))
 
 
 def damage_truncate(path):
@@ -357,7 +361,7 @@ def test_not_finite_activations_at_harvest_name_row_and_document(embedded_model,
 
     monkeypatch.setattr(embedded_model, "activations", poisoned)
     with pytest.raises(ValueError, match=r"x:transformer\.h\.2:out: not finite at row \d+ of shard 0 .*'position': 7"):
-        harvest(embedded_model, TEXT, section(tmp_path / "s"))
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "s"))
 
 
 def test_not_finite_activations_in_a_shard_name_shard_and_row(copy):
@@ -373,18 +377,19 @@ def test_not_finite_activations_in_a_shard_name_shard_and_row(copy):
 def test_a_folder_with_other_things_is_not_harvested_into(embedded_model, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="is not empty and not a store"):
-        harvest(embedded_model, TEXT, section(tmp_path))
+        harvest_activations(embedded_model, TEXT, section(tmp_path))
 
 
 FULL_DISK = """
 import resource, signal, sys
-from training.activations.harvest import harvest
-from training.activations.model import load_model
-from training.recipe import HarvestSection, ModelSection, TextSection
+from sparsary.training.activations.harvest import harvest_activations
+from sparsary.training.activations.model import load_model
+from sparsary.training.recipe import HarvestSection, ModelSection, TextSection
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
 try:
-    harvest(load_model(ModelSection()), TextSection(context_length=32), HarvestSection.model_validate_json(sys.argv[1]))
+    section = HarvestSection.model_validate_json(sys.argv[1])
+    harvest_activations(load_model(ModelSection()), TextSection(context_length=32), section)
 except OSError as error:
     print("OSError", error)
 """
@@ -392,7 +397,7 @@ except OSError as error:
 
 def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
-    small = harvest(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))
+    small = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))
     held = len(small.manifest["shards"])
     large = section(tmp_path / "s", tokens=6000, shard_tokens=2500)
     command = [sys.executable, "-c", FULL_DISK, large.model_dump_json()]
@@ -400,5 +405,5 @@ def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     kept = ActivationStore.open(tmp_path / "s")
     assert len(kept.manifest["shards"]) == held
     assert kept.problems() == []
-    assert harvest(embedded_model, TEXT, large).tokens("train") > 4000
+    assert harvest_activations(embedded_model, TEXT, large).tokens("train") > 4000
     assert not list((tmp_path / "s").glob(".*.partial"))

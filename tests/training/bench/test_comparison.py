@@ -180,10 +180,11 @@ def test_another_report_is_shown_number_by_number():
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid", "shapes.tiny.ratio")]
+    ("arguments", "number"),
+    [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid --members 2", "shapes.tiny.ratio")],
 )
-def test_the_other_measurements_are_commands_too(command, tmp_path, name, number):
-    code, out, err = command(name, "--quick", "--rounds", "1", "--json", str(tmp_path / "r.json"))
+def test_the_other_measurements_are_commands_too(command, tmp_path, arguments, number):
+    code, out, err = command(*arguments.split(), "--quick", "--rounds", "1", "--json", str(tmp_path / "r.json"))
     assert (code, err) == (0, "")
     assert number in out
     found = json.loads((tmp_path / "r.json").read_text())
@@ -310,7 +311,7 @@ def test_the_peers_that_are_asked_for_are_those_the_script_has():
 
 def bench(folder, *arguments):
     """The command in a process of its own, away from the repository, as a user has it; returns what it wrote."""
-    call = [sys.executable, str(ROOT / "sparsary.py"), "bench", *arguments, "--quick", "--json", "out.json"]
+    call = [sys.executable, "-m", "sparsary", "bench", *arguments, "--quick", "--json", "out.json"]
     run = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""})
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "out.json").read_text())
@@ -320,15 +321,17 @@ def test_real_steps_are_measured_from_anywhere(tmp_path):
     # Names of ours in the current folder are not what is run.
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "__init__.py").write_text("raise RuntimeError")
-    families = [word for family in ("topk", "feature_choice", "gradient_topk") for word in ("--family", family)]
+    families = [word for family in ("topk", "gradient_topk") for word in ("--family", family)]
     found = bench(tmp_path, "step", "--peers", "none", *families)
     rows = found["shapes"][0]["competitors"]
     assert [(row["family"], len(row["seconds"]), row["error"]) for row in rows] == [
         ("topk", 3, None),
-        ("feature_choice", 3, None),
         ("gradient_topk", 3, None),
     ]
     assert all(row["times_product"] > 0 for row in rows)
+
+
+def test_real_pursuits_are_measured(tmp_path):
     rows = bench(tmp_path, "pursuit", "--peers", "none")["shapes"][0]["competitors"]
     assert [row["family"] for row in rows] == ["matching_pursuit", "gradient_pursuit"]
 

@@ -84,5 +84,5 @@ def test_passes_are_counted(model, pairs):
         passes.see(pairs.clean, ())
         passes.gradients(pairs.clean, HOOKS, pairs.measure)
     assert (cost.forwards, cost.backwards) == (3, 1)
-    assert 0 < cost.seconds < 60
+    assert cost.seconds > 0
     assert (passes.forwards, passes.backwards) == (4, 1)

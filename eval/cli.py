@@ -1,0 +1,345 @@
+"""The commands that evaluate, convert and describe dictionaries."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..training.console import print_fields, print_table, show_progress
+
+if TYPE_CHECKING:
+    from ..transcoders.load import CheckpointOptions
+
+app = typer.Typer()
+# What another library's files may leave open, or there is to choose among.
+Format = Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="The files' format, in place of what they say.")]
+Hook = Annotated[str | None, typer.Option(help="Which of several; or which hook it is for, MODULE:SIDE, if no file says it.")]
+Subfolder = Annotated[str | None, typer.Option(help="Where in the directory or repository.")]
+Revision = Annotated[str | None, typer.Option(help="The hub repository's revision.")]
+GivenK = Annotated[int | None, typer.Option("--k", help="Latents per token, if no file says it.")]
+GivenScale = Annotated[float | None, typer.Option("--scale", help="What inputs are multiplied by, if no file says it.")]
+GivenThreshold = Annotated[float | None, typer.Option("--threshold", help="What latents must exceed, if no file says it.")]
+# The options of every command that reads dictionaries and runs their model.
+GIVEN: dict[str, Any] = {
+    "model": Annotated[str | None, typer.Option(help="The language model (hub id or directory), in place of what files say.")],
+    "text": Annotated[list[str] | None, typer.Option(help="Text to judge on (.txt, .jsonl, .parquet); repeatable.")],
+    "settings": Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A recipe's key: text.context_length=256, harvest.exclude_leading=0."),
+    ],
+    "hook": Hook,
+    "hook_out": Annotated[str | None, typer.Option(help="Of a transcoder, where it writes, if no file says it.")],
+    "format": Format,
+    "subfolder": Subfolder,
+    "revision": Revision,
+    "k": GivenK,
+    "scale": GivenScale,
+    "threshold": GivenThreshold,
+}
+
+
+def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options ``GIVEN`` that a command lacks, and pass them to it as one argument, ``options``."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        from ..training.recipe import parse_overrides
+        from ..transcoders.load import CheckpointOptions
+
+        said = {name: arguments.pop(name) for name in added}
+        said |= {"text": tuple(said["text"] or ()), "settings": parse_overrides(said["settings"] or [])}
+        command(**arguments, options=CheckpointOptions(**said))
+
+    own = [parameter for name, parameter in signature(command).parameters.items() if name != "options"]
+    added = {name: option for name, option in GIVEN.items() if name not in signature(command).parameters}
+    more = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=option) for name, option in added.items()]
+    vars(run).pop("__wrapped__")
+    run.__signature__ = Signature([*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
+    return run
+
+
+@app.command("eval")
+@_reads_dictionaries
+def _eval(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Checkpoint directories, directories of them (all at once), or hub ids; of one model, they share its passes.",
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(help="Where the report goes; beside the checkpoint if not given. Of several, each has a folder in it."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")
+    ] = None,
+    oracle: Annotated[
+        bool,
+        typer.Option("--oracle", help="Let a gradient SAE choose by the gradient of the loss that is measured; needs --out."),
+    ] = False,
+    pursuit: Annotated[
+        str | None, typer.Option(help="Find codes anew from the atoms: matching_pursuit, orthogonal_..., gradient_pursuit.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit, or if no file says it.")] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Measure everything anew, whatever eval_cache beside the checkpoint holds.")
+    ] = False,
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="Fit the linear map of the error without a constant.")] = False,
+    ridge: Annotated[
+        list[float] | None,
+        typer.Option(help="Ridge of that map, in mean squares of what it reads; of several, documents choose. Repeatable."),
+    ] = None,
+    authors: Annotated[
+        bool, typer.Option("--authors", help="Also split the error as its authors' scripts do (arXiv:2410.14670): authors_*.")
+    ] = False,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Judge dictionaries on held-out documents: report.json and report.html."""
+    from .checkpoint import folders
+    from .report.evaluate import InferenceMode, evaluate_all
+    from .report.summary import report_summary
+
+    outs = folders(checkpoints, out)
+    fitted: dict[str, Any] = {"bias": False} if no_bias else {}
+    fitted |= {"ridge": ridge[0] if len(ridge) == 1 else ridge} if ridge else {}
+    options = options if pursuit is not None else replace(options, k=k)
+    metric_options = {"linear_error": fitted | ({"authors": True} if authors else {}), "error_cost": fitted}
+    with show_progress("eval") as progress:
+        reports = evaluate_all(
+            checkpoints,
+            outs,
+            tokens,
+            InferenceMode(oracle, pursuit, k if pursuit is not None else None),
+            not no_cache,
+            progress,
+            options,
+            metric_options,
+        )
+    for report in reports:
+        print_fields(report_summary(report))
+        print(f"report: {report['report_path']}")
+
+
+@app.command("features")
+@_reads_dictionaries
+def _features(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
+    out: Annotated[str | None, typer.Option(help="Where it goes; the checkpoint's folder 'features' if not given.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read; 200,000 if not given.")] = None,
+    explainer: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Let this language model explain latents: its name, or a local directory."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The OpenAI-compatible endpoint that has it, e.g. http://localhost:8000/v1."),
+    ] = None,
+    explain: Annotated[int, typer.Option(help="With --explainer: how many latents.")] = 20,
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests to the endpoint.")] = None,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
+    from .features.run import DEFAULT_TOKENS, Explainer, features, features_summary
+
+    if address is not None and explainer is None:
+        raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
+    asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
+    with show_progress("features") as progress:
+        about = features(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked, options=options)
+    print_fields(features_summary(about))
+    print(f"page: {about['page_path']}")
+
+
+@app.command("probe")
+@_reads_dictionaries
+def _probe(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help="factors, supervised, sparse_probing, scr, tpp or absorption; repeatable. All that can run."
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labelled text (JSONL: text, label, perhaps spurious) in place of the embedded corpus.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/probing if not given.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens for factors and absorption.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides splits, prompts and resampling.")] = 0,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Judge latents by what is known of the text: probing.json, and SAEBench's result files."""
+    from .probing.run import probe
+
+    found = probe(checkpoint, task, labels, out, tokens, seed, options)
+    for head, rows in found.tables:
+        print_table(head, rows)
+        print()
+    if found.lines:
+        print_fields(found.lines)
+    print(f"results: {found.path}")
+
+
+@app.command("circuits")
+@_reads_dictionaries
+def _circuits(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Checkpoint directories, directories of them (all hooks at once), or hub ids."
+        ),
+    ],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="A task by name, or a file of pairs (JSONL); repeatable. ioi.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Repeatable. attribution, relevance and random if not given.")
+    ] = None,
+    ablation: Annotated[str, typer.Option(help="resample, mean, zero or optimal.")] = "resample",
+    corruption: Annotated[str | None, typer.Option(help="What is changed in a prompt; the task's own default.")] = None,
+    pairs: Annotated[int, typer.Option(help="Pairs: half choose circuits, the other half judge them.")] = 100,
+    edges: Annotated[bool, typer.Option("--edges", help="Also the edges between heads and MLPs.")] = False,
+    out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/circuits if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides prompts, random features and resampling.")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(help="Draw the attribution graph of this text instead; for transcoders.")
+    ] = None,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Are the latents the model's own parts? Circuits of them, against neurons, heads and random features: circuits.html."""
+    if prompt is not None:
+        from .attribution_graphs.run import attribution_graph
+
+        if task or method or len(checkpoints) > 1:
+            raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
+        facts = attribution_graph(checkpoints[0], prompt, out, options=options)
+        print_fields([(key.replace("_", " "), str(value)) for key, value in facts.items()])
+        return
+    from .circuits.benchmark import CircuitSettings, best_rows, circuits, n_steps
+
+    chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
+    settings = CircuitSettings(
+        ablation=ablation,
+        corruption=corruption,
+        pairs=pairs,
+        seed=seed,
+        edges=edges,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    with show_progress("circuits") as progress:
+        found = circuits(checkpoints, settings, out, progress(n_steps(len(checkpoints), settings)), options)
+    print_table(*best_rows(found))
+    print(f"results: {found['path']}")
+    print(f"page: {found['page_path']}")
+
+
+@app.command("compare")
+def _compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... | RECIPE_OR_DIRECTORY... [key.sub=value ...]",
+            help="Checkpoints or reports to set side by side; or recipe files, or directories of them (their *.yaml without "
+            "base.yaml), and keys to override in all.",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="Train every recipe with seeds 0, 1, ..., so many.")] = 3,
+    out: Annotated[str, typer.Option(help="Where the comparison goes, and runs (RECIPE/seed-N).")] = "runs/comparison",
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Judge all runs on so many held-out tokens; without it, those not judged yet.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
+) -> None:
+    """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
+    from ..training.recipe import parse_overrides
+    from .compare.run import compare, comparison_summary
+
+    named = [argument for argument in arguments if "=" not in argument]
+    overrides = parse_overrides([argument for argument in arguments if "=" in argument])
+    with show_progress("compare") as progress:
+        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress)
+    head, *rows = comparison_summary(comparison)
+    print_table(head, rows)
+    # Recipes' figures are means over seeds, of which the best are marked; runs have no such marks.
+    print(("* best mean\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
+
+
+@app.command("convert")
+def _convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, a file or a hub repository id.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="A new or empty folder.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="sparsary, or a library's format (docs/formats.md).")] = "sparsary",
+    format: Format = None,  # noqa: A002
+    hook: Hook = None,
+    subfolder: Subfolder = None,
+    revision: Revision = None,
+    k: GivenK = None,
+    scale: GivenScale = None,
+    threshold: GivenThreshold = None,
+    model: Annotated[str | None, typer.Option(help="The language model's id, where the files do not say it.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; auto: the files' own.")] = "float32",
+) -> None:
+    """Read another library's dictionary, or ours, and write it as ours, or as another library's."""
+    from ..transcoders.convert import convert
+    from ..transcoders.load import CheckpointOptions
+
+    options = CheckpointOptions(
+        hook=hook, k=k, scale=scale, threshold=threshold, model=model, format=format, subfolder=subfolder, revision=revision
+    )
+    found = convert(source, destination, to, dtype=dtype, options=options)
+    print_fields(found.lines())
+    print(f"{found.directory}: done.")
+
+
+@app.command("info")
+@_reads_dictionaries
+def _info(
+    path: Annotated[str, typer.Argument(help="A checkpoint, another library's dictionary or an activation store.")],
+    tokens: Annotated[int, typer.Option(min=2, help="With --model or --text: run it on so many tokens.")] = 4000,
+    *,
+    options: "CheckpointOptions",
+) -> None:
+    """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
+    from .info import info
+
+    about = info(path, options)
+    print_fields(about.lines)
+    if about.problems:
+        raise ValueError("\n".join(about.problems))
+    if options.model is None and not options.text:
+        return
+    doubts = []
+    for hook, found in about.sanity(tokens).items():
+        figures = (
+            f"fvu {found.fvu:.4f}   l0 {found.l0:.2f}   outputs / targets {found.norm_ratio:.3f}   cosine {found.cosine:.3f}"
+        )
+        fields = [(hook, f"{figures}   on {found.tokens:,} tokens"), *(("wrong?", doubt) for doubt in found.warnings)]
+        print_fields(fields)
+        doubts += [f"{hook}: {doubt}" for doubt in found.warnings]
+    if doubts:
+        raise ValueError("wrong hook or normalisation: " + "; ".join(doubts) + ".")
+
+
+@app.command("render")
+def _render(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="JSON that a command wrote: report.json, circuits.json, comparison.json, ..."),
+    ],
+) -> None:
+    """Render pages again from the JSON beside which they lie, for example after an update."""
+    from .pages.render import render_file  # pyright: ignore[reportMissingImports]
+
+    for file in files:
+        print(f"page: {render_file(file)}")

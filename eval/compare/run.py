@@ -1,0 +1,47 @@
+"""Comparison as the command has it: of runs that exist, or of recipes that are trained and evaluated for it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...transcoders.load import RecipeValue
+from ..checkpoint import Report
+from ..report.evaluate import Progress, unseen
+from .recipes import compare_recipes, recipes_summary
+from .runs import compare_runs, runs_among, runs_summary
+
+
+def compare(
+    sources: Sequence[str | Path],
+    overrides: Mapping[str, RecipeValue] | None = None,
+    seeds: int = 3,
+    out: str | Path = "runs/comparison",
+    tokens: int | None = None,
+    cache: bool = True,
+    progress: Progress = unseen,
+) -> Report:
+    """Compare runs, or train and compare recipes; write ``comparison.json`` and ``comparison.html``, return the former.
+
+    Args:
+        sources: Checkpoints or reports; or recipe files, or directories of them (their ``*.yaml`` without ``base.yaml``).
+        overrides: Keys to override in all recipes.
+        seeds: Train every recipe with seeds 0, 1, ..., this many.
+        out: Where the comparison goes, and recipes' runs (``RECIPE/seed-N``).
+        tokens: Evaluate all runs on this many held-out tokens; without it, those that have no report yet.
+        cache: Take what was measured of a run before from its ``eval_cache``.
+
+    Raises:
+        ValueError: If runs and recipes are mixed, or one of them cannot be compared with the others.
+    """
+    runs = runs_among(sources)
+    if runs is None:
+        if tokens is not None or not cache:
+            raise ValueError("compare: --tokens and --no-cache: expected runs, got recipes. Override eval_tokens=N instead.")
+        return compare_recipes(sources, overrides, seeds, out, progress)
+    if overrides:
+        raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
+    return compare_runs(runs, out, tokens, cache, progress)
+
+
+def comparison_summary(comparison: Report) -> list[list[str]]:
+    """The table for a terminal, a header and one row for each run or recipe."""
+    return runs_summary(comparison) if "runs" in comparison else recipes_summary(comparison)

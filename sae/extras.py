@@ -1,0 +1,57 @@
+"""Packages that only a part of sparsary needs, and the extras of ``pyproject.toml`` that install them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Module -> the name to install it by, where that is another, and the extra.
+OPTIONAL = {
+    "accelerate": ("accelerate", "train"),
+    "datasets": ("datasets", "train"),
+    "filelock": ("filelock", "train"),
+    "numba": ("numba", "train"),
+    "psutil": ("psutil", "train"),
+    "pydantic": ("pydantic", "train"),
+    "rich": ("rich", "train"),
+    "ruamel": ("ruamel.yaml", "train"),
+    "tokenizers": ("tokenizers", "train"),
+    "transformers": ("transformers", "train"),
+    "typer": ("typer", "train"),
+    "httpx": ("httpx", "eval"),
+    "jinja2": ("jinja2", "eval"),
+    "matplotlib": ("matplotlib", "eval"),
+    "scipy": ("scipy", "eval"),
+    "sklearn": ("scikit-learn", "eval"),
+    "wandb": ("wandb", "wandb"),
+}
+
+
+class MissingPackageError(ImportError, ValueError):
+    """An optional package is not installed; the message says which extra brings it. A user can mend it: a ``ValueError``."""
+
+
+@contextmanager
+def needs(what: str, extra: str | None = None) -> Iterator[None]:
+    """Turn a failed import of an optional package into one line: who needs it, and how to install it.
+
+    >>> with needs("sparsary.evaluate"):
+    ...     raise ModuleNotFoundError(name="sklearn.linear_model")
+    Traceback (most recent call last):
+    sparsary.sae.extras.MissingPackageError: sparsary.evaluate: needs scikit-learn: pip install 'sparsary[eval]'
+
+    Args:
+        what: The name that opens the message.
+        extra: The extra to install for it, where that is more than the package alone.
+
+    Raises:
+        MissingPackageError: If the module that is missing comes with an extra. Other errors pass through.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").split(".")[0]
+        if module not in OPTIONAL:
+            raise
+        package, own = OPTIONAL[module]
+        # An extra includes those below it: train is in eval. wandb is in neither.
+        wanted = own if extra is None or own == "wandb" else extra
+        raise MissingPackageError(f"{what}: needs {package}: pip install 'sparsary[{wanted}]'", name=error.name) from None

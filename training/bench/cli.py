@@ -1,0 +1,206 @@
+"""``sparsary bench``: what is measured, by subcommand."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..console import print_table, show_progress
+
+if TYPE_CHECKING:
+    from .comparison import BenchPlan, StepShape
+
+app = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
+BenchKeys = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys of our steps: accumulate=2.")
+]
+BenchShape = Annotated[
+    list[str] | None, typer.Option("--shape", metavar="TOKENSxD_INxN_LATENTSxK", help="Sizes of a step; repeatable.")
+]
+BenchFamily = Annotated[list[str] | None, typer.Option("--family", help="Which encoder's step; repeatable.")]
+BenchVariant = Annotated[
+    list[str] | None,
+    typer.Option("--variant", metavar="KEYS", help="Measure our steps with these recipe keys too; repeatable."),
+]
+BenchRounds = Annotated[int, typer.Option("--rounds", min=1, help="Counted steps of each; two more come first.")]
+BenchThreads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of every step; as many as torch takes if not given.")
+]
+BenchPeers = Annotated[
+    str | None,
+    typer.Option(
+        "--peers", metavar="PYTHON", help="A Python that has the peers (.venv-peers/bin/python if it is there), or none."
+    ),
+]
+BenchPeer = Annotated[list[str] | None, typer.Option("--peer", help="Only this peer; repeatable.")]
+BenchQuick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, three rounds: to see that it works.")]
+BenchJson = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write everything here, every time included.")]
+
+
+@app.command("step")
+def _bench_step(
+    overrides: BenchKeys = None,
+    shape: BenchShape = None,
+    family: BenchFamily = None,
+    variant: BenchVariant = None,
+    rounds: BenchRounds = 7,
+    threads: BenchThreads = None,
+    peers: BenchPeers = None,
+    peer: BenchPeer = None,
+    slopes: Annotated[
+        bool, typer.Option("--slopes", help="How time grows with n_latents and with tokens, instead of one shape.")
+    ] = False,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A training step against its encoder product and other libraries' steps, all in turn, each in its own process."""
+    from .comparison import GROWTH, QUICK_GROWTH, STEP_FAMILIES, STEP_SHAPE, bench_slopes, bench_steps, rounds_of
+
+    names = family or ["topk"]
+    plan = _bench_plan(overrides, shape, STEP_SHAPE, names, STEP_FAMILIES, variant, rounds, threads, peers, peer, quick)
+    with show_progress("bench") as progress:
+        if slopes:
+            growth = QUICK_GROWTH if quick else GROWTH
+            report = bench_slopes(plan, growth, progress(rounds_of(plan, growth)))
+        else:
+            report = bench_steps(plan, progress(rounds_of(plan)))
+    _bench_report("step", report, json)
+
+
+@app.command("pursuit")
+def _bench_pursuit(
+    overrides: BenchKeys = None,
+    shape: BenchShape = None,
+    family: BenchFamily = None,
+    variant: BenchVariant = None,
+    rounds: BenchRounds = 7,
+    threads: BenchThreads = None,
+    peers: BenchPeers = None,
+    peer: BenchPeer = None,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A training step of matching pursuit, and pursuits of given atoms (inference), in the same way."""
+    from .comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
+
+    names = family or ["matching_pursuit", "gradient_pursuit"]
+    plan = _bench_plan(overrides, shape, PURSUIT_SHAPE, names, PURSUIT_FAMILIES, variant, rounds, threads, peers, peer, quick)
+    with show_progress("bench") as progress:
+        report = bench_steps(plan, progress(rounds_of(plan)))
+    _bench_report("pursuit", report, json)
+
+
+@app.command("stream")
+def _bench_stream(
+    width: Annotated[int, typer.Option(min=1, help="Width of an activation.")] = 768,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """Batches from activation stores in the page cache: GB/s of float32, for every dtype of the store."""
+    from .data import bench_stream
+
+    report = bench_stream(width, 8192, 256, 2, 3) if quick else bench_stream(width, repeats=rounds)
+    _bench_report("stream", report, json)
+
+
+@app.command("harvest")
+def _bench_harvest(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    dtype: Annotated[str, typer.Option(help="What the store holds: float32, bfloat16, float16, int8.")] = "float32",
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A harvest of the embedded model against the bare forward passes of the same contexts, in turn."""
+    from .data import bench_harvest
+
+    _bench_report("harvest", bench_harvest(tokens=2000 if quick else 50_000, dtype=dtype, repeats=rounds), json)
+
+
+@app.command("loading")
+def _bench_loading(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """A 16k x 2304 dictionary in other libraries' formats: time and memory of loading, over those of its bytes."""
+    from .loading import bench_loading
+
+    _bench_report("loading", bench_loading(64, 32, 1) if quick else bench_loading(rounds=rounds), json)
+
+
+@app.command("grid")
+def _bench_grid(
+    members: Annotated[int, typer.Option(min=2, help="Dictionaries trained together.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Counted rounds.")] = 5,
+    quick: BenchQuick = False,
+    json: BenchJson = None,
+) -> None:
+    """Several dictionaries over one stream against one alone, in turn, for several shapes."""
+    from .grid import SHAPES, bench_grid
+
+    shapes = dict([*SHAPES.items()][:1]) if quick else SHAPES
+    _bench_report("grid", bench_grid(members, rounds, shapes), json)
+
+
+@app.command("gpu")
+def _bench_gpu(
+    shape: Annotated[str, typer.Option("--shape", metavar="TOKENSxD_INxN_LATENTSxK", help="Sizes of the step.")] = (
+        "8192x4096x131072x64"
+    ),
+    json: BenchJson = None,
+) -> None:
+    """A TopK step on a CUDA GPU in bf16, and the encoder product it cannot do without."""
+    from .comparison import parse_shape
+    from .gpu import bench_gpu_step
+
+    _bench_report("gpu", bench_gpu_step(*parse_shape(shape)), json)
+
+
+def _bench_plan(
+    overrides: list[str] | None,
+    shape: list[str] | None,
+    default: "StepShape",
+    family: list[str],
+    families: tuple[str, ...],
+    variant: list[str] | None,
+    rounds: int,
+    threads: int | None,
+    peers: str | None,
+    peer: list[str] | None,
+    quick: bool,
+) -> "BenchPlan":
+    import torch
+
+    from ..recipe import parse_overrides
+    from .comparison import LIBRARIES, QUICK_SHAPE, BenchPlan, parse_shape, peers_python, require_choices
+
+    return BenchPlan(
+        shapes=tuple(map(parse_shape, shape)) if shape else (QUICK_SHAPE if quick else default,),
+        families=require_choices("--family", family, families),
+        rounds=3 if quick else rounds,
+        threads=threads or torch.get_num_threads(),
+        overrides=parse_overrides(overrides or []),
+        variants=tuple(parse_overrides(keys.split()) for keys in variant or []),
+        peers_python=peers_python(peers),
+        libraries=require_choices("--peer", peer or LIBRARIES, LIBRARIES),
+    )
+
+
+def _bench_report(name: str, report: dict[str, Any], json: str | None) -> None:
+    """Print the tables, or the numbers of a flat report, and write the whole of it if asked to."""
+    from ...sae.files import write_json
+    from .comparison import tables
+    from .environment import environment
+
+    report = {"bench": name, "environment": environment()} | report
+    about = report["environment"]
+    cpu = f"{about['cpu']}, " if about["cpu"] else ""
+    print(f"{cpu}{about['threads']} threads, torch {about['torch']}")
+    for table in tables(report):
+        print(f"\n{table.title}")
+        print_table(table.head, table.rows)
+        for note in table.notes:
+            print(note)
+    if json is not None:
+        write_json(Path(json), report)
