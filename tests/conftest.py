@@ -75,7 +75,7 @@ def stale_entries(entries, ids):
 # Before pytest selects by mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    entries = slow_entries(SLOW.read_text())
+    entries = slow_entries(SLOW.read_text(encoding="utf-8"))
     slow = re.compile("|".join(pattern.pattern for pattern in entries.values()))
     for item in items:
         if slow.fullmatch(item.nodeid):

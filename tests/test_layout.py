@@ -1,4 +1,4 @@
-"""How the source is laid out: what may import what, one name for each thing, what is where, and what is shipped."""
+"""How the source is laid out: what may import what, one name for each thing, and what is where."""
 
 import ast
 import re
@@ -14,8 +14,6 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
 # Who may print: command lines, and scripts that are run by path or as processes of their own.
 PRINTING = re.compile(r"(.*\.)?cli|training\.console|training\.embedded\.train")
-# Kernels for CPUs and for GPUs have one interface, like the methods of two classes.
-KERNELS = {f"sae.kernels.{name}" for name in ("cpu", "gpu", "numba_loops", "triton_blocks")}
 # What the lower layers stand on. Their folders may use more: kernels compile, formats read others' YAML.
 CORE = {"torch", "safetensors", "numpy", "jaxtyping", "huggingface_hub", *sys.stdlib_module_names}
 MORE = {"sae.kernels": {"numba", "triton"}, "sae.formats": {"ruamel"}}
@@ -106,9 +104,7 @@ def repeated_names(tree):
         for node in parsed.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
                 where[node.name].append(name)
-    # The parts of an interface count once.
-    apart = {name: {"kernels" if module in KERNELS else module for module in modules} for name, modules in where.items()}
-    return [f"{name}: {', '.join(where[name])}" for name in sorted(where) if len(apart[name]) > 1]
+    return [f"{name}: {', '.join(modules)}" for name, modules in sorted(where.items()) if len(modules) > 1]
 
 
 def prints(tree):

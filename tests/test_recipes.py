@@ -15,8 +15,10 @@ RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.nam
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 def test_every_recipe_opens_with_its_command_and_is_valid(path):
-    assert path.read_text().startswith("# ")
-    header = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines(keepends=True)))
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    header = "".join(
+        itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines(keepends=True))
+    )
     assert f"sparsary train {path.relative_to(ROOT)}" in header
     assert all(recipe.dictionary.encoder["name"] in ENCODERS for recipe in load_grid(path).recipes)
 

@@ -42,4 +42,4 @@ def test_every_line_matches_a_test(stale_slow):
 def test_the_mark_is_set_by_the_list_alone():
     # The words are put together here so that this file does not find itself; conftest.py sets the mark.
     paths = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__).with_name("conftest.py")]
-    assert [str(path) for path in paths if "mark." + "slow" in path.read_text()] == []
+    assert [str(path) for path in paths if "mark." + "slow" in path.read_text(encoding="utf-8")] == []

@@ -16,22 +16,6 @@ from sparsary.sae.tiled_scores import Scorer, largest_per_token
 TOKENS, D, LATENTS, K = 31, 37, 211, 5
 
 
-@pytest.fixture(params=["kernels", "plain"])
-def kernels(request, monkeypatch):
-    """Both ways to do it."""
-    if request.param == "kernels":
-        pytest.importorskip("numba")
-    else:
-        without_kernels(monkeypatch)
-    return request.param
-
-
-def without_kernels(monkeypatch):
-    monkeypatch.setattr("sparsary.sae.sparse_ops.backend", lambda *tensors: None)
-    for module in ("tiled_scores", "batch_selection", "screen"):
-        monkeypatch.setattr(f"sparsary.sae.{module}.selection", lambda *tensors: None)
-
-
 def scorer(bias=True, tokens=TOKENS, n_latents=LATENTS, dtype=torch.float32) -> Scorer:
     b = torch.randn(n_latents, dtype=dtype) if bias else None
     return Scorer(torch.randn(tokens, D, dtype=dtype), torch.randn(n_latents, D, dtype=dtype), b)
@@ -79,11 +63,11 @@ def test_coarse_scores_are_the_product_s_to_rounding(kernels, monkeypatch):
     assert (coarse - whole_of(some)).abs().max() < 0.02 * whole_of(some).abs().max()
 
 
-def test_kernels_and_torch_find_the_same_latents(monkeypatch):
+def test_kernels_and_torch_find_the_same_latents(without_kernels):
     pytest.importorskip("numba")
     some = scorer()
     by_kernel, tiles = Screen("int8", 0.9).largest_per_token(some, K), [t.scores.clone() for t in coarse_tiles(some)]
-    without_kernels(monkeypatch)
+    without_kernels()
     by_torch = Screen("int8", 0.9).largest_per_token(some, K)
     for a, b in zip(tiles, coarse_tiles(some), strict=True):
         torch.testing.assert_close(a, b.scores, rtol=1e-5, atol=1e-2)

@@ -23,23 +23,6 @@ from sparsary.sae.tiled_scores import (
 TOKENS, D, LATENTS = 23, 11, 67
 
 
-@pytest.fixture(params=["kernels", "plain"])
-def kernels(request, monkeypatch):
-    """Both ways to do it."""
-    if request.param == "kernels":
-        pytest.importorskip("numba")
-    else:
-        without_kernels(monkeypatch)
-    return request.param
-
-
-def without_kernels(monkeypatch):
-    monkeypatch.setattr("sparsary.sae.sparse_ops.backend", lambda *tensors: None)
-    for module in ("tiled_scores", "batch_selection", "screen"):
-        monkeypatch.setattr(f"sparsary.sae.{module}.selection", lambda *tensors: None)
-    monkeypatch.setattr("sparsary.sae.sparse_code.cpu_kernels", lambda: None)
-
-
 @pytest.fixture(params=[7, 66, 67], ids="tiles of {}".format)
 def width(request, monkeypatch):
     """Widths of a tile: some latents with a remainder, all but one, all."""
@@ -325,11 +308,11 @@ def test_tiles_change_no_code(trained, kernels, monkeypatch, name, mode):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", sorted(ENCODERS))
-def test_kernels_change_no_code(trained, monkeypatch, name, mode):
+def test_kernels_change_no_code(trained, without_kernels, name, mode):
     pytest.importorskip("numba")
     x, grad = torch.randn(TOKENS, D, dtype=torch.float64), torch.randn(TOKENS, D, dtype=torch.float64)
     expected = trained(name).train(mode == "train").encode(x, grad)
-    without_kernels(monkeypatch)
+    without_kernels()
     code = trained(name).train(mode == "train").encode(x, grad)
     torch.testing.assert_close(code.to_dense(LATENTS), expected.to_dense(LATENTS), rtol=1e-12, atol=1e-12)
     assert sorted(entries_of(code)) == sorted(entries_of(expected))

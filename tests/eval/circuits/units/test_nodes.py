@@ -17,16 +17,6 @@ def hook(model, layer, site):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model("gpt2")
-
-
-@pytest.fixture(scope="module")
-def pairs(random_pairs):
-    return random_pairs(n=3)
-
-
-@pytest.fixture(scope="module")
 def sae():
     torch.manual_seed(9)
     built = SAE(12, 23, ENCODERS["topk"](k=4)).double()

@@ -1,21 +1,10 @@
 """Passes: what is seen is what the model has, gradients are finite differences, and every pass is counted."""
 
-import pytest
 import torch
 
 from sparsary.eval.circuits.units.passes import Passes
 
 HOOKS = ("transformer.h.0:out", "transformer.h.1.mlp:out", "transformer.h.2.attn.c_proj:in")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model("gpt2")
-
-
-@pytest.fixture(scope="module")
-def pairs(random_pairs):
-    return random_pairs(n=3)
 
 
 def test_what_is_seen_is_what_the_model_has(model, pairs):
