@@ -156,7 +156,6 @@ def test_info_finds_damage(command, recipe_values, write_recipe):
     assert "1 damaged" in described.stdout
 
 
-@pytest.mark.slow
 def test_the_facade(recipe_values, write_recipe):
     directory = sparsary.train(write_recipe(recipe_values), dictionary__n_latents=71, lr=2e-3)
     d = sparsary.load(str(directory))

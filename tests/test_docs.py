@@ -16,7 +16,6 @@ EXAMPLES = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("document", "heading"), EXAMPLES)
 def test_an_example_runs_as_printed(document, heading, capsys):
     text = (DOCS / document).read_text(encoding="utf-8")

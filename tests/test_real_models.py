@@ -8,7 +8,6 @@ from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "hook"), [("stories3M", "model.layers.3:out"), ("gpt2-stories", "transformer.h.2.mlp:out")])
 def test_a_dictionary_of_a_real_model(shared_data, tmp_path, name, hook):
     values = {

@@ -1,6 +1,6 @@
 """What an int8 store costs: the quickstart's dictionary trained from float32 and from int8 rows of the same tokens.
 
-    .venv/bin/python tests/studies/int8_store.py [--seeds 3] [--store-tokens 300000] [--tokens 600000]
+    .venv/bin/python docs/studies/int8_store.py [--seeds 3] [--store-tokens 300000] [--tokens 600000]
 
 Both dictionaries of a seed see the same rows in the same order and are judged on the same held-out float32 rows. Prints the
 stores' sizes, fvu of every run, and the mean difference int8 - float32 with its 95 % interval over seeds (Student's t).

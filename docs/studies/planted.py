@@ -1,6 +1,6 @@
 """Every family on planted dictionaries with known truth: what is recovered, over seeds.
 
-    .venv/bin/python tests/studies/planted.py [--seeds 3] [--out docs/results/planted.json]
+    .venv/bin/python docs/studies/planted.py [--seeds 3] [--out docs/results/planted.json]
 
 Width and budget are those of the truth: as many latents as planted features, and k the nearest whole number to the true
 mean l0 (at least 1). Every family sees the same batches of 1024 tokens; Adam at 3e-3 with 100 steps of warm-up and a linear
@@ -9,12 +9,12 @@ the last fifth.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
+from results import write_results
 
 from sparsary.eval.synthetic.planted import PLANTED
 from sparsary.eval.synthetic.recovery import evaluate_recovery
@@ -99,7 +99,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+        write_results(Path(options.out), found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Transcoders in place of MLPs: per layer and all at once, against SAEs of the MLP's output and against ablation.
 
-    python tests/studies/replaced_mlps.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
-    python tests/studies/replaced_mlps.py stories3M
+    python docs/studies/replaced_mlps.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
+    python docs/studies/replaced_mlps.py stories3M
 
 Trains, for every seed, a stack of transcoders, one with skips, one of SAEs on the MLPs' outputs, all over every layer, and
 two cross-layer transcoders (k latents of each layer, and as many of all layers together), and judges each with all layers in
@@ -16,10 +16,10 @@ import math
 import statistics
 from pathlib import Path
 
+from results import write_results
 from scipy.stats import t
 
 from sparsary.eval.report.evaluate import evaluate
-from sparsary.sae.files import write_json
 from sparsary.training.recipe import read_values
 from sparsary.training.recipe.grid import check_grid
 from sparsary.training.resolve_hooks import resolve_recipes
@@ -82,7 +82,7 @@ def main() -> None:
         for kind, found in reports.items():
             print(f"{kind}, seed {seed}", flush=True)
             found.append(run(options.folder, kind, seed, options.tokens))
-    write_json(Path("docs/results") / f"transcoders-{options.folder}.json", {"seeds": options.seeds, "reports": reports})
+    write_results(Path("docs/results") / f"transcoders-{options.folder}.json", {"seeds": options.seeds, "reports": reports})
     tables(options.folder, reports)
 
 

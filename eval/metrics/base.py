@@ -1,6 +1,6 @@
 """What the suite and its groups of metrics agree on: a group sees the text piece by piece and returns flat entries.
 
-A new group is a class with the members of ``MetricGroup``, its name in ``eval.registry.GROUPS``, and an explanation for every
+A new group is a class with the members of ``MetricGroup``, its name in ``eval.metrics.GROUPS``, and an explanation for every
 entry. Everything a piece offers is computed when it is first asked for and shared, by groups and by all dictionaries that are
 judged in the same pass: a group pays for nothing that it does not read.
 """

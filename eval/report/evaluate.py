@@ -60,10 +60,10 @@ def evaluate(
 
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
-    cross-layer transcoder, is judged with all of its layers in place: see ``eval.stack``. ``activations`` are ``x``, or
+    cross-layer transcoder, is judged with all of its layers in place: see ``eval.report.stack``. ``activations`` are ``x``, or
     ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
-    weights on the same text is not measured again: see ``eval.cache``. ``options`` are facts that the checkpoint's files leave
-    open, ``metric_options`` arguments of the metrics, by their names.
+    weights on the same text is not measured again: see ``eval.report.cache``. ``options`` are facts that the checkpoint's files
+    leave open, ``metric_options`` arguments of the metrics, by their names.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.

@@ -154,7 +154,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert resource.RLIMIT_FSIZE is not None
     run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "d")], capture_output=True, text=True, check=True)

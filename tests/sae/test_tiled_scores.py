@@ -195,7 +195,6 @@ GUESSES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distinct", "ties", "all equal"])
 def test_the_largest_of_a_batch_whatever_the_guess(kernels, width, kind):
     make = {

@@ -109,7 +109,6 @@ def assert_same(fused: Run, plain: Run, tolerance: float) -> None:
 EXACT = 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 @pytest.mark.parametrize(
     "settings",
@@ -316,7 +315,6 @@ def final_state(directory):
     return load_file(Path(directory) / "state.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"screen": "int8", "screen_floor": 0.5}, {"optimizer": "auto"}], ids=["screened", "fused"])
 def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path, stopped_after, changes):
     recipe_values |= {"dead_after_tokens": 300, **changes}
@@ -334,7 +332,6 @@ def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path,
         assert all(0.9 < line["screen_recall"] <= 1 for line in metrics(whole))
 
 
-@pytest.mark.slow
 def test_a_screened_run_ends_near_an_exact_one(recipe_values, rows, tmp_path):
     ends = {}
     for screen in ("none", "int8"):
@@ -362,7 +359,6 @@ def test_settings_out_of_range_are_named(recipe_values):
     assert "optimizer: " in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_without_the_compiler_every_family_trains_to_the_same(
     recipe_values, encoder_arguments, rows, tmp_path, monkeypatch, name

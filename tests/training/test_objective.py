@@ -23,9 +23,6 @@ from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train_recipe
 from sparsary.training.text import contexts, is_heldout
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 HOOK = "transformer.h.2:out"
 TEXT = TextSection(context_length=32)
 SECTION = HarvestSection(hooks=(HOOK,), live_buffer_tokens=450, exclude_leading=2, heldout=0.3)
@@ -277,7 +274,6 @@ def assert_equal_files(first, second, name="state.safetensors"):
     assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
-@pytest.mark.slow
 def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_path, stopped_after):
     whole = train_recipe(resolve_recipe(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe")))
     lines = metrics(whole)
@@ -339,7 +335,6 @@ def gradient_values(recipe_values, gradient_store):
     return recipe_values | {"tokens": BATCH * 10, "log_every": 1, "lr": 4e-3}
 
 
-@pytest.mark.slow
 def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, tmp_path):
     schedule = {"schedules": {"beta": [[0.0, 0.0], [0.5, 20.0]]}}
     directory = train_recipe(resolve_recipe(check_recipe(gradient_values | schedule, "recipe")))
@@ -374,7 +369,6 @@ def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, 
     assert not torch.equal(runs[0]["dictionary/W_dec"], load_file(directory / "state.safetensors")["dictionary/W_dec"])
 
 
-@pytest.mark.slow
 def test_a_gradient_sae_resumes_bit_equal(gradient_values, tmp_path, stopped_after):
     whole = train_recipe(resolve_recipe(check_recipe(gradient_values | {"out_dir": str(tmp_path / "whole")}, "recipe")))
     recipe = check_recipe(gradient_values | {"out_dir": str(tmp_path / "parts")}, "recipe")

@@ -16,9 +16,6 @@ from sparsary.training.recipe import check_recipe, dump_recipe, load_recipe, tot
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 K = 7
 STEPS, START = 30, 12
 
@@ -263,7 +260,6 @@ def test_a_stopped_run_saves_the_encoder_of_its_last_step(values, rows, stopped_
     assert torch.isfinite(load_dictionary(values["out_dir"])(rows[0])).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1, START - 1, 3, 5), (START + 1, 8)], ids=str)
 def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     """Stops fall before the switch, right at it, one step into the blend, within it and at its end."""
@@ -285,7 +281,6 @@ def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(valu
     assert {name.split("/")[0] for name in load_file(whole / "state.safetensors")} >= {"encoder-0", "encoder-1"}
 
 
-@pytest.mark.slow
 def test_a_later_phase_s_weights_and_moments_survive_a_stop(values, rows, tmp_path, stopped_after):
     values["phases"][0]["encoder"] = {"name": "jumprelu", "target_l0": 5}
     whole = train_recipe(resolve_recipe(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe")), rows)

@@ -72,7 +72,6 @@ def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
     assert lines[-1]["lr"] < 1e-3
 
 
-@pytest.mark.slow
 def test_two_runs_are_bit_equal_and_another_seed_differs(values, tmp_path):
     a = run(values, out_dir=str(tmp_path / "a"))
     b = run(values, out_dir=str(tmp_path / "b"))
@@ -145,7 +144,6 @@ def test_bf16_autocast_trains(values):
     assert load_dictionary(directory).W_enc.dtype == torch.float32
 
 
-@pytest.mark.slow
 def test_dead_latents_are_revived_by_auxk(values):
     """Latents too weak to be chosen come back with AuxK and stay away without."""
     counts = {}
@@ -180,7 +178,6 @@ def test_tensors_instead_of_a_model(values):
         )
 
 
-@pytest.mark.slow
 def test_wandb_offline_gets_every_line(values, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     directory = run(values, wandb={"project": "test", "mode": "offline"})
@@ -307,7 +304,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(v
     assert torch.isfinite(load_dictionary(values["out_dir"]).W_dec).all()
 
 
-@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
     from sparsary.sae import files
 
@@ -335,7 +331,6 @@ def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
 # Preflight.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("door", ["python", "command"])
 def test_a_recipe_is_resolved_and_planned_once(values, write_recipe, monkeypatch, count_calls, door):
     values["dictionary"] = {"layer": 2, "site": "resid_post", "n_latents": 67, "encoder": {"name": "topk", "k": 5}}
@@ -402,7 +397,6 @@ def wait_for_state(directory, alive, after=0):
     return None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_first(values, write_recipe, number):
     values |= {"tokens": 2_000_000, "save_every": 50}
@@ -417,7 +411,6 @@ def test_signals_save_first(values, write_recipe, number):
     assert f"step {saved // 101};" in output
 
 
-@pytest.mark.slow
 def test_eight_kills_end_bit_equal_to_none(values, tmp_path):
     """SIGKILL at random moments, saves included; the same run again each time; the same weights at the end."""
     import multiprocessing
@@ -461,7 +454,6 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 """
 
 
-@pytest.mark.slow
 def test_memory_of_training_does_not_grow_with_the_store(values, tmp_path):
     """Peak resident size over a store of 20,000 tokens and of 200,000, training only."""
     peaks = {}

@@ -23,9 +23,6 @@ from sparsary.training.run import run_harvest, train_all, train_recipe
 from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder
 from sparsary.transcoders.stack import hooks_of_provenance
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 MLPS = [f"transformer.h.{layer}.mlp:{side}" for layer in range(4) for side in ("in", "out")]
 TOPK = {"name": "topk", "k": 5}
 
@@ -84,7 +81,6 @@ def heldout_fvu(directory):
 # End to end.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     values["dictionary"] = transcoder(skip=skip)
@@ -103,7 +99,6 @@ def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     assert hooks_of_provenance(provenance) == ((MLPS[2],), (MLPS[3],))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"joint": True}, {"encoder": {"name": "jumprelu", "target_l0": 3}}, {"encoder": {"name": "relu", "target_l0": 3}}],
@@ -120,7 +115,6 @@ def test_a_cross_layer_transcoder_learns_what_all_mlps_write(values, changes):
     assert all(fvu < 1 for fvu in heldout_fvu(directory))
 
 
-@pytest.mark.slow
 def test_some_layers_only_write_to_those(values):
     values["dictionary"] = cross_layer(layers=[1, 3])
     directory = run(values, tokens=303)
@@ -174,8 +168,7 @@ def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     assert before != [(path / "dictionary.safetensors").stat().st_mtime_ns for path in directories]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("live", [False, True])
 def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, live):
     if live:
         values["harvest"] |= {"hooks": [], "store": None, "tokens": None, "live_buffer_tokens": 900}
@@ -200,7 +193,6 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, liv
 # Stopped and continued.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "dictionary",
     [
@@ -208,11 +200,11 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, liv
         transcoder(encoder={"name": "mutual_choice", "k": 5}),
         cross_layer(),
         cross_layer(joint=True),
-        pytest.param(cross_layer(encoder={"name": "jumprelu", "target_l0": 3}), marks=pytest.mark.slow),
+        cross_layer(encoder={"name": "jumprelu", "target_l0": 3}),
     ],
     ids=["transcoder", "choice", "across", "joint", "jumprelu"],
 )
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("live", [False, True])
 def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, stopped_after, dictionary, live):
     if live:
         values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900}
@@ -224,7 +216,6 @@ def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, sto
     assert_equal_runs(whole, run(values, tokens=1010, out_dir=str(tmp_path / "parts")))
 
 
-@pytest.mark.slow
 def test_the_saved_recipe_names_hooks_and_goes_on_by_itself(values, stopped_after):
     recipe = check_recipe(values | {"tokens": 1010}, "recipe")
     with stopped_after(3):
@@ -266,7 +257,6 @@ def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
     assert load_dictionary(directory).d_out == 13
 
 
-@pytest.mark.slow
 def test_layers_of_tensors_stand_side_by_side(values, pairs):
     values["dictionary"] = cross_layer()
     with pytest.raises(ValueError, match=r"activations: expected a width that 4 layers share equally, got 19\."):

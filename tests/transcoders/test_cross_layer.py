@@ -12,9 +12,6 @@ from sparsary.training.initialize import initialize
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 TOKENS, LAYERS, D_IN, D_OUT, HERE = 13, 3, 5, 7, 17
 VARIANTS = {
     "topk": ({"name": "topk", "k": 2}, False),
@@ -226,7 +223,6 @@ def test_every_layer_counts_alike_in_the_loss():
     assert float(loss.detach()) == pytest.approx(4 / 3, rel=1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_learns_and_its_dead_latents_come_back(variant):
     torch.manual_seed(4)

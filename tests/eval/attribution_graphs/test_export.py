@@ -19,9 +19,6 @@ from sparsary.eval.attribution_graphs.run import save_graph
 from sparsary.eval.pages.attribution_graph import render_graph
 from sparsary.eval.pages.render import render_file
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "attribution_graph.json"
 EVIL = "</script><img src=x onerror=alert(1)>"
 
@@ -179,7 +176,6 @@ document.title = JSON.stringify(found);
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 @pytest.mark.parametrize("width", [1300, 500])
 def test_the_browser_walks_the_graph_by_keyboard(tmp_path, html, width):

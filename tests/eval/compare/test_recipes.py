@@ -31,9 +31,6 @@ from sparsary.training.recipe import load_recipe
 from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.signals import Stopped
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 REPORT = {
     "kind": "sae",
     "encoder": '{"name": "topk", "k": 5}',
@@ -141,7 +138,6 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
 def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     overrides = {"lr": 2e-3}
@@ -198,7 +194,6 @@ def test_recipes_are_resolved_together_and_planned_once_each(recipes, tmp_path, 
     assert seen == {"resolve_recipes": 1, "skeleton": 1, "_plan": 2}
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     narrow = str(recipes / "narrow.yaml")

@@ -45,9 +45,6 @@ RUNS = {
     "bare": {"fvu": 0.75, "ce_increase": None, "l0_mean": 20.0},
 }
 
-# A browser, or runs to judge, for every test.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def runs(tmp_path):
@@ -168,13 +165,13 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
     ("fragment", "shown", "hidden_points"),
     [
         ("", ["large", "beaten", "small", "bare"], set()),
-        pytest.param("#sort=-l0_mean", ["bare", "beaten", "large", "small"], set(), marks=pytest.mark.slow),
+        ("#sort=-l0_mean", ["bare", "beaten", "large", "small"], set()),
         # Without a value at the end both ways.
         ("#sort=ce_increase", ["large", "beaten", "small", "bare"], set()),
         ("#sort=-ce_increase", ["small", "beaten", "large", "bare"], set()),
         ("#sort=name&q=l0%3C9", ["large", "small"], {"1", "3"}),
-        pytest.param("#q=batch_topk", ["large"], {"0", "1", "3"}, marks=pytest.mark.slow),
-        pytest.param("#q=fvu%3E0.2+topk&sort=-fvu", ["bare", "small", "beaten"], {"2"}, marks=pytest.mark.slow),
+        ("#q=batch_topk", ["large"], {"0", "1", "3"}),
+        ("#q=fvu%3E0.2+topk&sort=-fvu", ["bare", "small", "beaten"], {"2"}),
     ],
 )
 def test_browser_sorts_and_filters(runs, tmp_path, fragment, shown, hidden_points):

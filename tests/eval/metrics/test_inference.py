@@ -32,7 +32,6 @@ def gradient_run(tmp_path_factory):
     return train_recipe(resolve_recipe(check_recipe(values, "recipe")))
 
 
-@pytest.mark.slow
 def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
     oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=InferenceMode(oracle=True))
@@ -45,7 +44,6 @@ def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     assert json.loads((gradient_run / "report.json").read_text())["selection"] == "per token"
 
 
-@pytest.mark.slow
 def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
     for name in PURSUITS:

@@ -15,9 +15,6 @@ from sparsary.eval.pages.circuit_glossary import circuit_markdown, explanation
 from sparsary.eval.pages.circuit_plots import family_labels, panel
 from sparsary.eval.pages.circuits import COLUMNS, render_circuits
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHECKPOINT = "runs/circuits/topk/seed-0"
 HOOKS = [f"transformer.h.{layer}:out" for layer in range(4)]
@@ -354,7 +351,6 @@ def rows_shown(dom, task):
     return [(int(family), method) for family, attributes, method in rows if "hidden" not in attributes]
 
 
-@pytest.mark.slow
 @needs_browser
 def test_browser_restores_a_view(tmp_path, found, whole):
     dom = browse(tmp_path, whole, "#method=relevance&off=0.3&q=relevance+cpr%3E0.9&sort=-cpr")
@@ -370,7 +366,6 @@ def test_browser_restores_a_view(tmp_path, found, whole):
     assert [number for number, attributes in lines if "none" in attributes] == ["0", "3"]
 
 
-@pytest.mark.slow
 @needs_browser
 def test_browser_choosing_and_pointing(tmp_path, found, whole):
     steps = """
@@ -422,7 +417,6 @@ def test_browser_choosing_and_pointing(tmp_path, found, whole):
     assert result["drawn"] == 7
 
 
-@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (420, "dark"), (1300, "light")])
 def test_browser_needs_no_sideways_scrolling(tmp_path, whole, width, scheme):

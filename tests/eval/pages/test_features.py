@@ -26,9 +26,6 @@ ABOUT = {
     "encoder": '{"name": "topk", "k": 5}',
 }
 
-# A browser for every test.
-pytestmark = pytest.mark.slow
-
 
 def record(latent, rng, contexts=3, width=7):
     """A latent as ``eval.features.records`` writes it; every thirteenth is dead."""
@@ -228,7 +225,6 @@ def timed(directory, html, steps):
 
 
 @needs_browser
-@pytest.mark.slow
 def test_ten_thousand_latents_turn_sooner_than_they_open(tmp_path):
     """Against the same browser's own time to open the page: how fast a machine is, no test says."""
     html = render_features(ABOUT | {"n_latents": 10_000}, records(10_000, contexts=16, width=32))

@@ -63,14 +63,12 @@ def test_the_figures_hang_together(report):
     assert "fvu" in dict(report_summary(report))
 
 
-@pytest.mark.slow
 def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
     again = evaluate(str(checkpoint), str(tmp_path / "elsewhere"))
     assert {k: v for k, v in again.items() if k != "report_path"} == {k: v for k, v in report.items() if k != "report_path"}
     assert (tmp_path / "elsewhere" / "report.json").exists()
 
 
-@pytest.mark.slow
 def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
     from sparsary.eval import heldout
 
@@ -161,7 +159,6 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
 def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path):
     everyone = [str(checkpoint), *rivals]
     seen = passes(monkeypatch)
@@ -187,7 +184,6 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
         folders(["runs/a", "runs/a"], "out")
 
 
-@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     from sparsary.eval.report import evaluate as suite
 
@@ -325,7 +321,6 @@ def test_every_entry_of_a_report_is_explained(report):
     assert {key for key in report if key != "report_path"} <= known
 
 
-@pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
@@ -339,7 +334,6 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
     assert printed.count("report: ") == 2
 
 
-@pytest.mark.slow
 def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     out = str(tmp_path / "out")

@@ -16,9 +16,6 @@ from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_canonical, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "dictionary_learning"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 HOOK = "gpt_neox.layers.3:out"

@@ -19,9 +19,6 @@ from sparsary.sae.formats import ReadOptions, SourceFiles, read_canonical, read_
 from sparsary.sae.formats.conversion import to_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "saelens"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 # Whose activations SAELens reports in other units than ours are in, or exports with its norms folded.

@@ -17,9 +17,6 @@ from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 from sparsary.sae.formats.sparsify import folder_name, module_path
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "sparsify"
 CASES = sorted(str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.rglob("sae.safetensors"))
 

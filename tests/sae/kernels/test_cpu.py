@@ -470,7 +470,6 @@ assert torch.equal(cpu.decode(ends, latents, values, atoms), before)
 """
 
 
-@pytest.mark.slow
 def test_after_a_fork_the_child_has_threads_of_its_own():
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", FORK], cwd=root, capture_output=True, text=True, timeout=600, check=False)

@@ -277,7 +277,6 @@ def test_rounding_low_precision_to_int8_keeps_the_largest_number_s_sign():
     assert ((levels.float() * scale.float()[:, None] - rows.float()).abs() <= 1.1 * scale.float()[:, None]).all()
 
 
-@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_triton_s_interpreter():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
@@ -308,7 +307,6 @@ def compiled_for(capability):
     return launch, done
 
 
-@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(("capability", "d", "dtype"), [(80, 4096, torch.bfloat16), (90, 9001, torch.float32)])
 def test_the_kernels_compile_for_gpus_that_are_not_here(gpu, monkeypatch, tmp_path, capability, d, dtype):

@@ -170,7 +170,6 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
     assert parts.manifest == whole.manifest
 
 
-@pytest.mark.slow
 def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, monkeypatch):
     """The model runs ahead of the writer: what it has already computed may not follow a shard that is missing."""
     whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole", dtype="int8"))
@@ -194,7 +193,6 @@ def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, m
     assert harvest_activations(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
 
 
-@pytest.mark.slow
 def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, tmp_path, monkeypatch):
     whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole"))
     stopping = threading.Event()
@@ -407,7 +405,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
     small = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))

@@ -137,7 +137,6 @@ def test_the_permutation_is_the_same_with_and_without_the_compiler(monkeypatch):
         assert np.array_equal(permute(*case), found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_a_batch_that_is_held_does_not_change(path, dtype, tmp_path):
     store, expected = make_store(tmp_path / "s", 24, dtype)

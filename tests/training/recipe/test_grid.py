@@ -98,7 +98,6 @@ def counters(directory):
 # Bit for bit what training alone gives.
 
 
-@pytest.mark.slow
 def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_path):
     recipes = members(values, FAMILIES)
     for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
@@ -106,7 +105,6 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_pat
         assert counters(directory)["tokens"] >= recipe.tokens
 
 
-@pytest.mark.slow
 def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
     first, second = values["harvest"]["hooks"]
     gradient = {"name": "gradient_topk", "k": 5, "beta": 2.0}
@@ -128,7 +126,6 @@ def test_a_dictionary_starts_from_its_own_seed(values, rows):
         assert 0 < moved < 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [False, True])
 def test_straight_from_the_model_members_may_differ_in_seed_and_hook(values, tmp_path, gradients):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": gradients}
@@ -137,7 +134,6 @@ def test_straight_from_the_model_members_may_differ_in_seed_and_hook(values, tmp
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
-@pytest.mark.slow
 def test_end_to_end_and_reconstruction_share_a_model(values, tmp_path):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     values |= {"tokens": 505}
@@ -146,7 +142,6 @@ def test_end_to_end_and_reconstruction_share_a_model(values, tmp_path):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
-@pytest.mark.slow
 def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     rows_of, seen = harvest.rows_of, []
@@ -160,7 +155,6 @@ def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.slow
 def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
     step = loop_module.step
 
@@ -174,14 +168,12 @@ def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
     train_all(resolve_recipes(members(values, FAMILIES)), rows)
 
 
-@pytest.mark.slow
 def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
     recipes = members(values | {"batch_tokens": 100, "accumulate": 4}, {"lr": [1e-3, 2e-3]})
     for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
-@pytest.mark.slow
 def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     order, seen = StoreStream.order, []
 
@@ -196,7 +188,6 @@ def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     assert {seed for _, seed, _ in seen} == {0, 1}
 
 
-@pytest.mark.slow
 def test_an_iterator_serves_all_members(values, rows, tmp_path):
     recipes = members(values, {"lr": [1e-3, 2e-3], "seed": [0, 1]})
     endless = [*rows, *rows, *rows]
@@ -213,8 +204,7 @@ def test_an_iterator_serves_all_members(values, rows, tmp_path):
 # Stops, kills and failures.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stops", [(1, 7, 5), pytest.param((13,), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("stops", [(1, 7, 5), (13,)], ids=str)
 def test_a_grid_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     recipes = members(values, FAMILIES)
     for stop in stops:
@@ -230,8 +220,7 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("live", [False, True])
 def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monkeypatch, stopped_after, live):
     """Killed between the saves of two members, twice; the ones ahead wait, also when a stop comes in between."""
     if live:
@@ -259,7 +248,6 @@ def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monk
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
-@pytest.mark.slow
 def test_a_member_goes_on_alone_by_its_own_recipe(values, rows, tmp_path, stopped_after):
     recipes = members(values, FAMILIES[:3])
     with stopped_after(11):
@@ -272,7 +260,6 @@ def test_a_member_goes_on_alone_by_its_own_recipe(values, rows, tmp_path, stoppe
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
-@pytest.mark.slow
 def test_a_grid_that_has_grown_trains_what_is_new(values, rows, tmp_path):
     first = members(values, {"lr": [1e-3, 2e-3]})
     train_all(resolve_recipes(first), rows)
@@ -282,7 +269,6 @@ def test_a_grid_that_has_grown_trains_what_is_new(values, rows, tmp_path):
     assert [(Path(recipe.out_dir) / "state.safetensors").read_bytes() for recipe in first] == before
 
 
-@pytest.mark.slow
 def test_one_loss_that_is_not_finite_is_named_and_the_others_are_kept(values, rows, tmp_path, monkeypatch):
     forward = Objective.forward
 

@@ -8,9 +8,6 @@ import torch
 from sparsary.eval.circuits.known import load_toy
 from sparsary.eval.circuits.known.modular import STEP, clock, wave
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def spectrum(values):
     """Share of each frequency, from 0 to p // 2, in the sum of squares of what depends on a number modulo p."""

@@ -132,7 +132,6 @@ def test_the_smallest_size_is_to_the_unit(space, pairs):
     assert smallest_size(trials, order, 50.0, coarse) is None
 
 
-@pytest.mark.slow
 def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
     monkeypatch.setattr("sparsary.eval.bootstrap.RESAMPLES", 150)
     rng, hits, widths = np.random.default_rng(0), 0, []

@@ -19,9 +19,6 @@ from sparsary.training.text import Cursor
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
 
-# Minutes of model passes together.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def sae():

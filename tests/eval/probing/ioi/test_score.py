@@ -27,9 +27,6 @@ SOURCE = {
     "harvest": {"heldout": 0.05},
 }
 
-# Minutes of model passes together.
-pytestmark = pytest.mark.slow
-
 
 def sae_of(atoms, threshold=0.0):
     """ReLU latents that read along their atoms."""
