@@ -86,7 +86,9 @@ class Interval(NamedTuple):
 
 
 def interval(mean: float, resampled: Float[np.ndarray, " resamples"]) -> Interval:
-    low, high = percentiles(resampled)
+    """Return the mean with the middle 95 % of its resampled values."""
+    # Not by percentiles(): (1 - 0.95) / 2 is 2e-17 more than 0.025, which moves the last digit of some figures.
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return Interval(mean, float(low), float(high))
 
 
