@@ -253,8 +253,8 @@ import torch
 
 def about():
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    # torch._inductor notes there where it caches.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHINDUCTOR")}
+    # torch._inductor notes there where it caches; scikit-learn, how OpenMP is to behave after a fork.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHINDUCTOR", "KMP_"))}
     return environment, list(sys.path), handlers, torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed()
 
 before = about()
