@@ -16,7 +16,7 @@ from .tiled_scores import Scorer, above, largest_of_batch
 
 # The running threshold looks back over about so many batches.
 LEVEL_BATCHES = 20
-# Densities forget half of what they knew after so many tokens.
+# Running densities forget half of what they knew after so many tokens.
 DENSITY_HALF_LIFE = 1_000_000
 
 

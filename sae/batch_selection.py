@@ -11,7 +11,7 @@ from .kernels import selection
 
 # A prime, so that the sampled cells visit every latent and every token.
 SAMPLE_STRIDE = 61
-# How much of the budget the sampled cut should let through, so that it seldom lets through too little.
+# How much of a budget a sampled cut should let through, so that it seldom lets through too little.
 SLACK = 1.25
 
 

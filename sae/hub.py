@@ -5,6 +5,9 @@ from pathlib import Path
 
 from .checkpoint import read_config
 from .dictionary import CONFIG_FILE, WEIGHTS_FILE
+from .formats import SourceFiles, dictionary_places
+from .formats.base import ReadOptions
+from .formats.files import recording
 
 
 def local_directory(path_or_id: str, revision: str | None = None) -> Path:
@@ -62,11 +65,6 @@ def files_of(directory: Path) -> list[str]:
         for folder in folders or [""]:
             read_config(directory / folder)
         return [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE)]
-    # Imported here: formats build on everything else.
-    from .formats import SourceFiles, dictionary_places
-    from .formats.base import ReadOptions
-    from .formats.files import recording
-
     try:
         found = dictionary_places(SourceFiles(directory))
         with recording() as opened:

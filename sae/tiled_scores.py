@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .batch_selection import largest_cells, largest_columns
+from .batch_selection import SLACK, largest_cells, largest_columns
 from .kernels import selection
 from .sparse_code import SparseCode, group_by_latent
 from .sparse_ops import dots
@@ -23,8 +23,6 @@ TILE_NUMBERS_ACCELERATOR = 1 << 28
 LEAST_WIDTH = 256
 # An encoder of so many numbers stays in the caches: all its latents are taken together, for some tokens at a time.
 WHOLE_NUMBERS = 1 << 20
-# How much of a batch's budget a cut should let through, so that it seldom lets through too little.
-SLACK = 1.25
 # Tokens from which a first cut is estimated.
 SAMPLE_TOKENS = 64
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..sae import SparseDictionary
+from ..sae.batch_encoder import DENSITY_HALF_LIFE
 from ..sae.files import read_tensors, require_finite, write_tensors
 from .activations.stream import ActivationStream
 from .objective import LatentUsage, Terms
@@ -20,8 +21,6 @@ from .phases import Phases
 
 STATE_FILE = "state.safetensors"
 FORMAT_VERSION = 2
-# The running densities forget half of what they knew after so many tokens.
-DENSITY_HALF_LIFE = 1_000_000
 
 
 class NotFinite(ValueError):  # noqa: N818 - said like this it reads as what happened

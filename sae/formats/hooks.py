@@ -12,7 +12,7 @@ IN, OUT = "in", "out"
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModulePaths:
     """Module paths of one family of models: its blocks, and places in a block by their TransformerLens names.
 
     A name that stands first for a place is the one that is written.
@@ -41,7 +41,7 @@ def _decoder(mlp_norm: str, attn_out: str = "self_attn.o_proj:out", mlp_out: str
 
 GEMMA = _decoder("pre_feedforward_layernorm", "post_attention_layernorm:out", "post_feedforward_layernorm:out")
 ARCHITECTURES = {
-    "gpt2": Architecture(
+    "gpt2": ModulePaths(
         "transformer.h",
         "transformer.wte",
         (
@@ -57,7 +57,7 @@ ARCHITECTURES = {
             ("mlp.hook_out", "mlp:out"),
         ),
     ),
-    "gpt_neox": Architecture(
+    "gpt_neox": ModulePaths(
         "gpt_neox.layers",
         "gpt_neox.embed_in",
         (
@@ -72,11 +72,11 @@ ARCHITECTURES = {
             ("mlp.hook_out", "mlp:out"),
         ),
     ),
-    "llama": Architecture("model.layers", "model.embed_tokens", _decoder("post_attention_layernorm")),
+    "llama": ModulePaths("model.layers", "model.embed_tokens", _decoder("post_attention_layernorm")),
     # Their embeddings are scaled behind the module, so that no module emits what TransformerLens calls hook_embed.
-    "gemma": Architecture("model.layers", None, _decoder("post_attention_layernorm")),
+    "gemma": ModulePaths("model.layers", None, _decoder("post_attention_layernorm")),
     # Gemma 2 and 3 norm what attention and MLP have written before they add it, and that is what the hooks see.
-    "gemma2": Architecture("model.layers", None, GEMMA),
+    "gemma2": ModulePaths("model.layers", None, GEMMA),
 }
 # Told from a name, the first that matches: those of the hub and those of TransformerLens.
 NAMES = (
