@@ -1,6 +1,8 @@
 """What is shipped and what it needs: the wheel beside a user's own modules, editable installs, extras, public names."""
 
 import ast
+import doctest
+import importlib
 import importlib.util
 import json
 import os
@@ -280,6 +282,13 @@ def test_every_public_name_is_there():
         assert getattr(sparsary, name) is not None
     assert sparsary.__version__ == metadata.version("sparsary")
     assert sparsary.load.__module__ == "sparsary.transcoders.load"
+
+
+@pytest.mark.parametrize("name", ["sae.extras", "transcoders.convert", "transcoders.load"])
+def test_examples_of_public_functions_run(name):
+    found = doctest.testmod(importlib.import_module(f"sparsary.{name}"))
+    assert found.attempted
+    assert not found.failed
 
 
 def test_importing_needs_no_posix():
