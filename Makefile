@@ -25,6 +25,7 @@ check: install
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/pyright
+	@if test -x .venv/bin/oxlint; then .venv/bin/oxlint --deny-warnings eval/pages/templates; else echo 'oxlint is not installed: the scripts of pages were not checked'; fi
 
 install: .venv/installed
 

@@ -1,18 +1,24 @@
-"""Intervals by bootstrap over documents: tokens of one document are not independent, documents are.
+"""Bootstrap intervals of every figure: Efron's percentile interval over documents, prompt pairs, or texts.
 
-What is kept is one row of sums per document, a hundred bytes or so. Sums of a resample are those of its documents, so
-ratios of sums, and differences of them, are computed anew for each: Efron's percentile interval.
+Tokens of one document are not independent, documents are: what is kept of a document is one row of sums, a hundred bytes or
+so. A resample's sums are those of its documents, and ratios and differences of sums are computed from them.
+
+Not ``scipy.stats.bootstrap``: it draws indices and gathers every sample, where weights times a table of sums cost a thousandth
+of the memory, and it draws other numbers from the same seed, so that every published interval would move. For that reason
+too there are two ways of drawing: RESAMPLES by index for reports and circuits, PROBE_RESAMPLES multinomial ones for probes.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from .undefined import Undefined
 
 LEVEL = 0.95
 RESAMPLES = 1000
+PROBE_RESAMPLES = 500
 SEED = 0
 ONE_DOCUMENT = "an interval needs at least two documents, and there is one"
 NO_DOCUMENTS = "activations were given: which documents they are of is not known"
@@ -44,13 +50,14 @@ class ByDocument:
             return dict.fromkeys(ends, Undefined(ONE_DOCUMENT if self.rows else NO_DOCUMENTS))
         # In the order of documents: how the text was cut does not matter.
         table = np.stack([self.rows[document] for document in sorted(self.rows)])
-        totals = dict(zip(self.names, _resampled(table).T, strict=True))
+        sums = np.stack([weights @ table for weights in resamples(len(table))])
+        totals = dict(zip(self.names, sums.T, strict=True))
         found: dict[str, Any] = {}
         for name, statistic in statistics.items():
             with np.errstate(divide="ignore", invalid="ignore"):
                 values = statistic(totals)
             defined = bool(np.isfinite(values).all())
-            low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if defined else (None, None)
+            low, high = percentiles(values) if defined else (None, None)
             why = Undefined("not defined on every resample of the documents")
             found |= {
                 f"{name}_{end}": float(value) if value is not None else why for end, value in (("low", low), ("high", high))
@@ -58,8 +65,43 @@ class ByDocument:
         return found
 
 
-def _resampled(table: np.ndarray) -> np.ndarray:
-    """Sums over documents drawn with replacement, one row per resample."""
-    rng, documents = np.random.default_rng(SEED), len(table)
-    draws = (np.bincount(rng.integers(documents, size=documents), minlength=documents) for _ in range(RESAMPLES))
-    return np.stack([weights @ table for weights in draws])
+def resamples(n: int, seed: int = SEED) -> Iterator[np.ndarray]:
+    """Yield, RESAMPLES times, how often each of ``n`` things is drawn when ``n`` are drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    return (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
+
+
+def percentiles(values: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the middle ``level`` of the resampled values; resamples are the first axis."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.asarray(low), np.asarray(high)
+
+
+class Interval(NamedTuple):
+    """A mean and the middle 95 % of it over resampled groups."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(mean: float, resampled: Float[np.ndarray, " resamples"]) -> Interval:
+    low, high = percentiles(resampled)
+    return Interval(mean, float(low), float(high))
+
+
+def bootstrap_mean(values: np.ndarray, seed: int) -> Interval:
+    """Return the mean of independent values and its interval."""
+    return interval(float(values.mean()), _multinomial(len(values), seed) / len(values) @ values)
+
+
+def bootstrap_f1(counts: Float[np.ndarray, "groups labels 3"], seed: int) -> Float[np.ndarray, "resamples labels"]:
+    """Return F1 of every label over resampled groups (documents), from each group's hits, detections and positives."""
+    groups, labels, _ = counts.shape
+    weights = _multinomial(groups, seed).astype(np.float64)
+    hits, detected, positives = np.moveaxis((weights @ counts.reshape(groups, -1)).reshape(-1, labels, 3), -1, 0)
+    return 2 * hits / np.maximum(detected + positives, 1)
+
+
+def _multinomial(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=PROBE_RESAMPLES)

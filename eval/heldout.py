@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..training.activations.harvest import batches, excluded
+from ..training.activations.contexts import context_batches
 from ..training.activations.model import LanguageModel, load_model
 from ..training.recipe import HarvestSection, ModelSection, TextSection
-from ..training.text import Cursor, contexts
+from ..training.text import Cursor
 
 # Logits over a large vocabulary dominate memory; eight contexts of 128 tokens and GPT-2's vocabulary are 0.2 GB.
 BATCH_CONTEXTS = 8
@@ -63,22 +62,11 @@ def text_batches(
 ) -> Iterator[TextBatch]:
     """Held-out contexts from ``start`` on until so many tokens were kept."""
     kept_tokens = seen = 0
-    special = frozenset(model.tokenizer.all_special_ids)
-    for batch in batches(contexts(text, model.tokenizer, start, section.heldout), BATCH_CONTEXTS):
-        token_ids = np.stack([context.token_ids for context in batch])
-        document_ids = np.stack([context.document_ids for context in batch])
-        kept = ~excluded(token_ids, document_ids, special, section)
-        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
-        yield TextBatch(
-            torch.from_numpy(token_ids).long().to(model.device),
-            torch.from_numpy(kept).to(model.device),
-            torch.from_numpy(counted).to(model.device),
-            batch[-1].cursor,
-            set(document_ids[kept].tolist()),
-            document_ids,
-        )
-        kept_tokens += int(kept.sum())
-        seen += len(batch)
+    for batch in context_batches(model, text, section, BATCH_CONTEXTS, start, heldout=True):
+        at = batch.on(model.device)
+        yield TextBatch(at.token_ids, at.kept, at.counted, batch.cursor, batch.documents, batch.document_ids)
+        kept_tokens += int(batch.kept.sum())
+        seen += len(batch.token_ids)
         if kept_tokens == 0 and seen >= FRUITLESS_CONTEXTS:
             # Text may be endless; without any token that counts, so would be the search.
             raise ValueError(

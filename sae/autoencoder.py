@@ -1,16 +1,14 @@
 """SAE: the dictionary that maps an activation to itself."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .dictionary import OneSiteDictionary
+from .dictionary import OneSiteDictionary, required_input
 from .encoder import Encoder
 from .encoders import encoder_spec
-from .sparse_code import SparseCode
 
 
 class SAE(OneSiteDictionary):
@@ -23,42 +21,25 @@ class SAE(OneSiteDictionary):
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
 
+    undoes_row_norm = True
+
     def __init__(
         self, d_in: int, n_latents: int, encoder: Encoder, apply_b_dec_to_input: bool = True, row_norm: str | None = None
     ):
-        super().__init__(d_in, d_in, n_latents, encoder, row_norm)
+        super().__init__(d_in, d_in, n_latents, encoder, row_norm, tied=encoder.tied)
         self.apply_b_dec_to_input = apply_b_dec_to_input
         if not self.W_dec.is_meta:
             self.copy_atoms_to_encoder()
 
     @property
-    def tied(self) -> bool:
-        return self.encoder.tied
-
-    @property
     def shift(self) -> Tensor | None:
         return self.b_dec if self.apply_b_dec_to_input else None
 
-    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
-        if self.row_norm is None:
-            return code
-        scale = self.normed_rows(x).scale.squeeze(1)[code.token_ids()]
-        return replace(code, values=code.values * scale.to(code.values.dtype))
-
-    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
+    def bypass(self, x: Float[Tensor, "..."] | None = None, site: int | None = None) -> Float[Tensor, "..."]:
         if self.row_norm is None:
             return self.b_dec
-        if x is None:
-            raise ValueError(
-                "x: expected the raw input, because this SAE undoes each token's own normalisation, got none. "
-                "Call decode(code, x)."
-            )
-        normed = self.normed_rows(x)
+        normed = self.normed_rows(required_input(x, "this SAE undoes each token's own normalisation"))
         return torch.addcmul(normed.mean, normed.scale, self.b_dec)
-
-    @torch.no_grad()
-    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
-        self.b_dec.copy_(outputs)
 
     def arguments(self) -> dict[str, Any]:
         # Only what is out of the ordinary, so that the checkpoints of trained SAEs stay what they were.

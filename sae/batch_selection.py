@@ -48,7 +48,7 @@ def largest_columns(
     kernels = selection(scores)
     if kernels is None:
         return _ranked_columns(scores, room)
-    few = room <= kernels.KEPT_MOST
+    few = room <= kernels.kept_most
     if bool(few.all()):
         return kernels.keep_largest_ragged(scores, room)
     rows = torch.repeat_interleave(room)

@@ -7,34 +7,48 @@ own copy then decides.
 
 import json
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .autoencoder import SAE
 from .dictionary import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, SparseDictionary
 from .encoders import build_encoder
 from .files import read_json, read_tensors, require_finite
 
-# kind in dictionary.json -> class. Layers above register theirs here when they are imported.
-KINDS: dict[str, type[SparseDictionary]] = {"sae": SAE}
+# kind in dictionary.json -> its class, imported when one is met: what can be loaded does not depend on what was imported
+# before, and this layer imports none above it.
+KINDS = {
+    "sae": "sae.autoencoder:SAE",
+    "transcoder": "transcoders.transcoder:Transcoder",
+    "cross_layer_transcoder": "transcoders.cross_layer:CrossLayerTranscoder",
+}
 
 log = logging.getLogger(__name__)
 
 
-def build_dictionary(arguments: dict[str, Any]) -> SparseDictionary:
-    """A dictionary with fresh weights from what ``SparseDictionary.arguments`` returned."""
-    arguments = dict(arguments)
-    kind = arguments.pop("kind", None)
+def kind_class(kind: object) -> type[SparseDictionary]:
+    """Return the class of a kind in ``KINDS``.
+
+    Raises:
+        ValueError: If there is no such kind.
+    """
     if kind not in KINDS:
         raise ValueError(f"dictionary.kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
-    encoder = build_encoder(arguments.pop("encoder"))
-    return KINDS[kind](encoder=encoder, **arguments)
+    module, name = KINDS[str(kind)].split(":")
+    return getattr(import_module(f"..{module}", __package__), name)
+
+
+def build_dictionary(arguments: dict[str, Any]) -> SparseDictionary:
+    """Return a dictionary with fresh weights from what ``SparseDictionary.arguments`` returned."""
+    arguments = dict(arguments)
+    cls = kind_class(arguments.pop("kind", None))
+    return cls(encoder=build_encoder(arguments.pop("encoder")), **arguments)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """``dictionary.json``, checked for format and version.
+    """Return ``dictionary.json``, checked for format and version.
 
     Raises:
         ValueError: If the file is missing, not ours, or from a newer version.
@@ -54,7 +68,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -> SparseDictionary:
-    """The saved dictionary, in eval mode.
+    """Load a saved dictionary of any kind, in eval mode.
 
     Raises:
         ValueError: If a file is missing or damaged, or a tensor is missing, superfluous, wrongly shaped or not finite.

@@ -2,10 +2,10 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,11 @@ from .row_norm import ROW_NORMS, NormedRows
 from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import decode
+
+FORMAT = "sparsary-dictionary"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "dictionary.safetensors"
+CONFIG_FILE = "dictionary.json"
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,33 @@ class SparseDictionary(nn.Module, ABC):
 
     Inputs and outputs are raw activations. Inside, both sides are divided by their scale (buffers, saved with the
     weights), so learning rates and losses mean the same on every model; atoms have unit norm there. A dictionary of several
-    sites has their activations side by side in one row.
+    sites has their activations side by side in one row, of equal width each, and a scale for every column.
+
+    A kind says which weights it has (``blocks``, ``shift``, ``bypass``), how it chooses latents (``code_of``,
+    ``calibrate``), and what rebuilds it (``arguments``). Everything else follows from these.
+
+    Args:
+        n_sites: Places of a model that it stands in for. The latents of block ``i`` read site ``i``, and write to it and
+            maybe to later ones.
+        row_norm: One of ``sae.row_norm.ROW_NORMS``, which brings every token to a scale of its own before it is centred;
+            loaded dictionaries have that, trained ones do not.
     """
+
+    # Whether a code's values take back what ``row_norm`` did to their token, because the output is of the input's kind.
+    undoes_row_norm: ClassVar[bool] = False
 
     in_scale: Float[Tensor, "..."]
     out_scale: Float[Tensor, "..."]
+    b_dec: Float[Tensor, " d_out"]
 
-    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder):
+    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, n_sites: int = 1, row_norm: str | None = None):
         super().__init__()
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if size < 1:
                 raise ValueError(f"dictionary.{name}: expected at least 1, got {size}.")
-        self.d_in, self.d_out, self.n_latents = d_in, d_out, n_latents
+        if row_norm is not None and row_norm not in ROW_NORMS:
+            raise ValueError(f"dictionary.row_norm: expected null or one of {', '.join(ROW_NORMS)}, got {row_norm!r}.")
+        self.d_in, self.d_out, self.n_latents, self.n_sites, self.row_norm = d_in, d_out, n_latents, n_sites, row_norm
         self.encoder = encoder
         # Set by training, for training: a checkpoint knows nothing of it.
         self.screen: Screen | None = None
@@ -66,86 +86,94 @@ class SparseDictionary(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def tied(self) -> bool:
-        """Whether the encoder's rows are the atoms."""
-
-    @property
-    @abstractmethod
     def blocks(self) -> list[LatentBlock]:
         """The weights, by what they read and write. Row ``i`` of a block's matrices is its latent ``i``."""
 
     @property
     @abstractmethod
-    def sites(self) -> list[Site]:
-        """The places it stands in for, in the order in which a model comes to them."""
-
-    @property
-    @abstractmethod
-    def atoms(self) -> Float[Tensor, "n_latents d_out"]:
-        """What every latent writes, in normalised units."""
+    def shift(self) -> Float[Tensor, " d_in"] | None:
+        """The vector that normalised inputs are centred by; ``None`` leaves them as they are."""
 
     @abstractmethod
-    def arguments(self) -> dict[str, Any]:
-        """What ``dictionary.json`` must hold to rebuild the object, its encoder included."""
+    def bypass(self, x: Float[Tensor, "..."] | None = None, site: int | None = None) -> Float[Tensor, "..."]:
+        """Return the skip path and bias, which reach the output past the latents, in normalised units.
 
-    @abstractmethod
-    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        """The encoder's view of normalised inputs."""
+        Args:
+            x: The raw input, ``(tokens, d_in)``, or what the site reads of it.
+            site: Return the columns that this site writes, from its own input; by default all columns.
 
-    @abstractmethod
-    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
-        """Start from these centres of the data, in normalised units."""
+        Raises:
+            ValueError: If the result depends on the input and there is no ``x``.
+        """
 
     @abstractmethod
     def code_of(
-        self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
+        self,
+        x: Float[Tensor, "tokens d"],
+        grad: Float[Tensor, "tokens d_out"] | None = None,
+        through: bool = False,
+        site: int | None = None,
     ) -> SparseCode:
-        """The code of normalised, centred inputs and of the normalised gradient at the output.
+        """Return the code of normalised, centred inputs and of the normalised gradient at the output.
 
-        ``through`` says that gradients are to reach what the inputs were made of, not the dictionary alone.
+        Args:
+            x: Inputs of all sites, or of one.
+            grad: Read by encoders that need it.
+            through: Let gradients reach what the inputs were made of, not the dictionary alone.
+            site: The only site, whose latents are then numbered from 0. Nothing of other sites is read.
         """
-
-    @abstractmethod
-    def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
-        """The code of raw activations of one site ``(tokens, width)``, its latents numbered from 0.
-
-        Reads nothing of other sites, so that a model can be run with the dictionary in place.
-        """
-
-    @abstractmethod
-    def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
-        """What a site is to write, in raw units, from the codes of all sites up to it and its own raw input."""
-
-    @abstractmethod
-    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
-        """A code in the output's units, where each token's inputs ``x`` were brought to a scale of their own."""
-
-    @abstractmethod
-    def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
-        """The reconstruction of a code, in raw units. ``x`` is the raw input it came from.
-
-        Raises:
-            ValueError: If there is a path past the latents and no ``x``.
-        """
-
-    @abstractmethod
-    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
-        """What reaches the output past the latents, in normalised units: the bias, and whatever is linear in raw ``x``."""
 
     @abstractmethod
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        """Set from raw inputs what ``eval()`` mode has in place of the rest of a batch; False if there is nothing of it."""
+        """Set the thresholds of ``eval()`` mode from raw inputs; return False if there are none to set."""
 
     @abstractmethod
-    def spread(self, moments: Moments) -> Float[Tensor, "..."]:
-        """What squared errors are divided by so that the mean of the targets has an error of 1: a number, or one per column."""
+    def arguments(self) -> dict[str, Any]:
+        """Return what ``dictionary.json`` must hold to rebuild the object, its encoder included."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """The places it stands in for, in the order in which a model comes to them."""
+        reads, writes = self.d_in // self.n_sites, self.d_out // self.n_sites
+        return [Site(slice(i * reads, (i + 1) * reads), slice(i * writes, (i + 1) * writes)) for i in range(self.n_sites)]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the encoder's rows are the atoms."""
+        return any(block.weights.W_enc is block.weights.W_dec for block in self.blocks)
+
+    @property
+    def atoms(self) -> Float[Tensor, "n_latents d_out"]:
+        """What every latent writes, in normalised units: zero where it does not write, as large as if all wrote everywhere."""
+        written = [self._padded(block.weights.W_dec, block.writes) for block in self.blocks]
+        return written[0] if len(written) == 1 else torch.cat(written)
 
     @property
     def device(self) -> torch.device:
         return self.in_scale.device
 
+    @torch.no_grad()
+    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
+        """Start from these centres of the data, in normalised units."""
+        if self.shift is not None and self.shift is not self.b_dec:
+            self.shift.copy_(inputs)
+        self.b_dec.copy_(outputs)
+
+    def error_scale(self, moments: Moments) -> Float[Tensor, "..."]:
+        """Return the normalizer that turns squared errors into fvu: predicting the mean of the targets has an error of 1.
+
+        One number, the variance of the targets; with a scale for every column also one of these for every column.
+        """
+        if self.out_scale.ndim == 0:
+            return torch.tensor(moments.variance())
+        columns = torch.empty(self.d_out)
+        for site in self.sites:
+            # Divided by the number of sites the sum of their fvus is a mean, which compares with one site's.
+            columns[site.writes] = float(moments.deviation[site.writes].sum()) / max(moments.count, 1) * self.n_sites
+        return columns
+
     def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_out"] | None = None) -> SparseCode:
-        """The sparse code of raw activations ``(tokens, d_in)``; ``grad`` is the loss's gradient at the output.
+        """Return the sparse code of raw activations ``(tokens, d_in)``; ``grad`` is the loss's gradient at the output.
 
         Values are in normalised units: one unit is ``out_scale`` of output.
 
@@ -155,11 +183,78 @@ class SparseDictionary(nn.Module, ABC):
         self.require_width(x, self.d_in)
         if grad is not None:
             grad = grad * self.out_scale
-        return self.rescaled(self.code_of(self.normalised(x), grad, x.requires_grad), x)
+        return self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
 
-    def normalised(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        """Raw inputs as the encoder sees them."""
-        return self.centre(x.to(self.in_scale.dtype) / self.in_scale)
+    def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
+        """Return the code of raw activations of one site ``(tokens, width)``, its latents numbered from 0.
+
+        Reads nothing of other sites, so that a model can be run with the dictionary in place.
+        """
+        place = self.sites[site].reads
+        self.require_width(x, place.stop - place.start)
+        return self._in_output_units(self.code_of(self.normalised(x, site), None, x.requires_grad, site), x)
+
+    def normalised(self, x: Float[Tensor, "tokens d"], site: int | None = None) -> Float[Tensor, "tokens d"]:
+        """Return raw inputs, of all sites or of one, as the encoder sees them."""
+        scale = self.in_scale if site is None or self.in_scale.ndim == 0 else self.in_scale[self.sites[site].reads]
+        return self.centre(x.to(self.in_scale.dtype) / scale, site)
+
+    def centre(self, x: Float[Tensor, "tokens d"], site: int | None = None) -> Float[Tensor, "tokens d"]:
+        """Return the encoder's view of normalised inputs."""
+        rows = x if self.row_norm is None else ROW_NORMS[self.row_norm](x).rows
+        if self.shift is None:
+            return rows
+        return rows - (self.shift if site is None else self.shift[self.sites[site].reads])
+
+    def normed_rows(self, x: Float[Tensor, "tokens d_in"]) -> NormedRows:
+        """Return raw inputs as ``row_norm``, which there must be, leaves them."""
+        assert self.row_norm is not None
+        return ROW_NORMS[self.row_norm](x.to(self.in_scale.dtype) / self.in_scale)
+
+    def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
+        """Return the reconstruction of a code, in raw units. ``x`` is the raw input it came from.
+
+        Raises:
+            ValueError: If there is a path past the latents and no ``x``.
+        """
+        # Adding to slices in place would copy the whole gradient for every block.
+        written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
+        total = written[0] if len(written) == 1 else torch.stack(written).sum(0)
+        # In one pass: this is as large as the batch.
+        return torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
+
+    def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
+        """Return what a site is to write, in raw units, from the codes of all sites up to it and its own raw input."""
+        if self.out_scale.ndim == 0:
+            # One scale for all columns: there is one site.
+            return self.decode(codes[site], x)
+        place, total = self.sites[site].writes, self.bypass(x, site)
+        for block, code in zip(self.blocks, codes[: site + 1], strict=False):
+            there = slice(place.start - block.writes.start, place.stop - block.writes.start)
+            total = total + decode(code, block.weights.W_dec[:, there].contiguous())
+        return total * self.out_scale[place]
+
+    def _parts(self, code: SparseCode) -> Iterator[tuple[LatentBlock, SparseCode]]:
+        """Yield each block with its entries of a code, latents numbered from 0."""
+        for block in self.blocks:
+            first, last = block.latents.start, block.latents.stop
+            if (first, last) == (0, self.n_latents):
+                yield block, code
+                continue
+            part = code.where((code.latents >= first) & (code.latents < last))
+            yield block, SparseCode(part.latents - first, part.values, part.starts)
+
+    def _padded(self, columns: Tensor, writes: slice) -> Tensor:
+        """Return columns of the output as the whole of it, zero elsewhere."""
+        around = (writes.start, self.d_out - writes.stop)
+        return F.pad(columns, around) if any(around) else columns
+
+    def _in_output_units(self, code: SparseCode, x: Tensor) -> SparseCode:
+        """Return a code whose values take back what ``row_norm`` did to their token, where they are to."""
+        if self.row_norm is None or not self.undoes_row_norm:
+            return code
+        scale = self.normed_rows(x).scale.squeeze(1)[code.token_ids()]
+        return replace(code, values=code.values * scale.to(code.values.dtype))
 
     def require_width(self, x: Float[Tensor, "..."], width: int) -> None:
         """Raise ``ValueError`` unless ``x`` is ``(tokens, width)``."""
@@ -220,28 +315,48 @@ class SparseDictionary(nn.Module, ABC):
                 W_dec.grad.addcmul_(along, W_dec, value=-1.0)
 
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
-        """Write ``dictionary.safetensors`` and ``dictionary.json``; see ``sae.checkpoint``."""
-        # Imported here because checkpoint.py rebuilds dictionaries and so imports this module.
-        from .dictionary import save_dictionary
+        """Write ``dictionary.safetensors`` and ``dictionary.json``, each whole or not at all; the weights go first.
 
-        save_dictionary(self, directory, provenance)
+        Raises:
+            OSError: If the folder cannot be written; what it held stays as it was.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dictionary": self.arguments(),
+            "provenance": provenance or {},
+        }
+        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)})
+        digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
+        write_json(directory / CONFIG_FILE, config | digest)
+
+
+def required_input(x: Tensor | None, because: str) -> Tensor:
+    """Return the raw input that decoding needs.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if x is None:
+        raise ValueError(f"x: expected the raw input, because {because}, got none. Call decode(code, x).")
+    return x
 
 
 class OneSiteDictionary(SparseDictionary, ABC):
     """One matrix to read with and one to write with: what SAEs and transcoders share.
 
-    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. ``row_norm``, one of ``sae.row_norm.ROW_NORMS``, brings every
-    token to a scale of its own before the encoder centres it; loaded dictionaries have that, trained ones do not.
+    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. With ``tied`` the encoder reads with the atoms themselves.
     """
 
-    def __init__(self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, row_norm: str | None = None):
-        super().__init__(d_in, d_out, n_latents, encoder)
-        if row_norm is not None and row_norm not in ROW_NORMS:
-            raise ValueError(f"dictionary.row_norm: expected null or one of {', '.join(ROW_NORMS)}, got {row_norm!r}.")
-        self.row_norm = row_norm
+    def __init__(
+        self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, row_norm: str | None = None, tied: bool = False
+    ):
+        super().__init__(d_in, d_out, n_latents, encoder, row_norm=row_norm)
         encoder.prepare(n_latents)
-        # A tied encoder reads with the atoms themselves, or pursues what it reads with; it has no use for a bias.
-        self.W_enc = None if self.tied else nn.Parameter(torch.empty(n_latents, d_in))
+        self.W_enc = None if tied else nn.Parameter(torch.empty(n_latents, d_in))
+        # A pursuit has no use for a bias.
         self.b_enc = None if encoder.tied else nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
@@ -253,20 +368,6 @@ class OneSiteDictionary(SparseDictionary, ABC):
                 nn.init.normal_(self.W_enc, std=d_in**-0.5)
 
     @property
-    @abstractmethod
-    def shift(self) -> Tensor | None:
-        """What ``centre`` subtracts."""
-
-    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        rows = x if self.row_norm is None else ROW_NORMS[self.row_norm](x).rows
-        return rows if self.shift is None else rows - self.shift
-
-    def normed_rows(self, x: Float[Tensor, "tokens d_in"]) -> NormedRows:
-        """Raw inputs as ``row_norm``, which there must be, leaves them."""
-        assert self.row_norm is not None
-        return ROW_NORMS[self.row_norm](x.to(self.in_scale.dtype) / self.in_scale)
-
-    @property
     def weights(self) -> Weights:
         """What the encoder may read."""
         screen = self.screen if self.training else None
@@ -276,30 +377,16 @@ class OneSiteDictionary(SparseDictionary, ABC):
     def blocks(self) -> list[LatentBlock]:
         return [LatentBlock(slice(0, self.n_latents), slice(0, self.d_in), slice(0, self.d_out), self.weights)]
 
-    @property
-    def sites(self) -> list[Site]:
-        return [Site(slice(0, self.d_in), slice(0, self.d_out))]
-
-    @property
-    def atoms(self) -> Float[Tensor, "n_latents d_out"]:
-        return self.W_dec
-
     def code_of(
-        self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
+        self,
+        x: Float[Tensor, "tokens d"],
+        grad: Float[Tensor, "tokens d_out"] | None = None,
+        through: bool = False,
+        site: int | None = None,
     ) -> SparseCode:
         # The shift's gradient has a short cut, for which gradients end at x.
         weights = replace(self.weights, shift=None) if through else self.weights
         return self.encoder(x, weights, grad)
-
-    def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
-        return self.encode(x)
-
-    def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
-        # In one pass: this is as large as the batch.
-        return torch.addcmul(self.bypass(x) * self.out_scale, decode(code, self.W_dec), self.out_scale)
-
-    def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
-        return self.decode(codes[site], x)
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
@@ -307,31 +394,3 @@ class OneSiteDictionary(SparseDictionary, ABC):
             return False
         self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
         return True
-
-    def spread(self, moments: Moments) -> Float[Tensor, "..."]:
-        return torch.tensor(moments.variance())
-
-
-FORMAT = "sparsary-dictionary"
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "dictionary.safetensors"
-CONFIG_FILE = "dictionary.json"
-
-
-def save_dictionary(dictionary: SparseDictionary, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
-    """Write both files, each whole or not at all; the weights go first.
-
-    Raises:
-        OSError: If the folder cannot be written; what it held stays as it was.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "dictionary": dictionary.arguments(),
-        "provenance": provenance or {},
-    }
-    write_tensors(directory / WEIGHTS_FILE, dictionary.state_dict(), {"config": json.dumps(config)})
-    digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
-    write_json(directory / CONFIG_FILE, config | digest)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,15 @@ DTYPES = {
 }
 # What is hashed and then written at a time: it stays in the processor's cache in between.
 CHUNK_BYTES = 1 << 18
+
+
+def natural_order(name: str) -> list[int | str]:
+    """Return a sort key by which layer 10 comes after layer 9.
+
+    >>> sorted(["h.10:out", "h.9:out"], key=natural_order)
+    ['h.9:out', 'h.10:out']
+    """
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 @contextmanager

@@ -152,13 +152,13 @@ def _select_compiled(
         torch.mm(some, atoms.T, out=corr)
         stops, found = (norms[rows], floors[rows], float(tolerance)), (latents[rows], values[rows])
         if gram is not None:
-            _run(kernels.match_by_gram, some.shape[0], corr, gram, some, atoms, *stops, *found)
+            over_rows(kernels.match_by_gram, some.shape[0], corr, gram, some, atoms, *stops, *found)
             continue
         left = norms[rows].clone()
         for t in range(k):
             if t > 0:
                 torch.mm(some, atoms.T, out=corr)
-            _run(kernels.match_once, some.shape[0], corr, some, atoms, *stops, left, t, *found)
+            over_rows(kernels.match_once, some.shape[0], corr, some, atoms, *stops, left, t, *found)
             if tolerance > 0 and not found[1][:, t].any():
                 break
     return latents, values
@@ -220,10 +220,10 @@ def _back_compiled(
 ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "n_latents d"]]:
     """Gradients to inputs and atoms, the sums over earlier and later steps brought along instead of multiplied out."""
     q, dx, d_atoms = torch.empty_like(values), torch.empty_like(x), torch.zeros_like(atoms)
-    _run(kernels.match_back, x.shape[0], atoms, latents, values, dv, q, dx)
+    over_rows(kernels.match_back, x.shape[0], atoms, latents, values, dv, q, dx)
     # Each thread adds up columns of its own: the sums are the same for every number of threads.
     width = max(MIN_COLUMNS, -(-x.shape[1] // torch.get_num_threads()))
-    _run(kernels.match_back_to_atoms, -(-x.shape[1] // width), width, x, dx, atoms, latents, values, q, d_atoms)
+    over_rows(kernels.match_back_to_atoms, -(-x.shape[1] // width), width, x, dx, atoms, latents, values, q, d_atoms)
     return dx, d_atoms
 
 
@@ -296,13 +296,13 @@ def _descend_compiled(
         torch.mm(some, atoms.T, out=corr)
         found = (added[rows], latents[rows], values[rows])
         if gram is not None:
-            _run(kernels.descend_by_gram, some.shape[0], corr, gram, some, atoms, steps[rows], *found)
+            over_rows(kernels.descend_by_gram, some.shape[0], corr, gram, some, atoms, steps[rows], *found)
             continue
         residual = some.clone()
         for t in range(most):
             if t > 0:
                 torch.mm(residual, atoms.T, out=corr)
-            _run(kernels.descend_once, some.shape[0], corr, some, residual, atoms, steps[rows], t, *found)
+            over_rows(kernels.descend_once, some.shape[0], corr, some, residual, atoms, steps[rows], t, *found)
     return latents, values
 
 
@@ -373,18 +373,13 @@ def _gradient_chunk(
 
 
 def _kernels(*tensors: Tensor) -> ModuleType | None:
-    """The compiled loops, where there is a compiler and these tensors are what they take."""
+    """Return the compiled loops, where there is a compiler and these tensors are what they take."""
     compiled = (torch.float32, torch.float64)
     if not has_numba() or any(tensor.device.type != "cpu" or tensor.dtype not in compiled for tensor in tensors):
         return None
     from .kernels import pursuit
 
     return pursuit
-
-
-def _run(kernel: Callable[..., None], rows: int, *arguments: Tensor | int | float) -> None:
-    """A kernel over so many rows; tensors as the arrays it takes, on the same memory."""
-    over_rows(kernel, rows, *(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in arguments))
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .kernels.parallel import has_numba
+from .kernels import cpu_kernels
 
 
 def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[Tensor, " ends"]:
@@ -16,11 +16,10 @@ def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[
 
 
 def group_by_latent(keys: Int[Tensor, " nnz"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " nnz"]]:
-    """Where each of ``count`` keys begins and ends in the second tensor: the keys' places by key, ascending within one."""
-    if keys.device.type == "cpu" and has_numba():
-        from .kernels import cpu
-
-        return cpu.group(keys, count)
+    """Return where each of ``count`` keys' places begin and end in the second tensor, and all places by key, ascending."""
+    kernels = cpu_kernels() if keys.device.type == "cpu" else None
+    if kernels is not None:
+        return kernels.group(keys, count)
     # Counting them would make the host wait for a GPU: torch looks for the largest key first.
     ordered, order = keys.sort(stable=True)
     return torch.searchsorted(ordered, torch.arange(count + 1, device=keys.device)), order
@@ -92,7 +91,7 @@ class SparseCode:
         return torch.repeat_interleave(tokens, self.entries_per_token(), output_size=self.latents.shape[0])
 
     def by_latent(self, n_latents: int) -> ByLatent:
-        """The entries grouped by latent."""
+        """Return the entries grouped by latent."""
         firsts, order = group_by_latent(self.latents, n_latents)
         return ByLatent(firsts, self.token_ids()[order], order)
 

@@ -12,25 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .sparse_code import ByLatent, SparseCode
-
-
-@dataclass(frozen=True)
-class RowGrad:
-    """What every row of a gradient is the sum of: its entries' tokens' ``rows``, and row ``dense_of[i]`` of ``dense``.
-
-    ``values`` stand in the order of ``group``; a negative ``dense_of`` is no row.
-    """
-
-    group: ByLatent
-    values: Float[Tensor, " nnz"]
-    rows: Float[Tensor, "tokens d"]
-    dense_of: Int[Tensor, " n_latents"]
-    dense: Float[Tensor, "some d"]
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """The tensors in the order in which kernels take them."""
-        return self.group.firsts, self.group.tokens, self.values, self.rows, self.dense_of, self.dense
+from .sparse_code import SparseCode
 
 
 @dataclass(frozen=True)

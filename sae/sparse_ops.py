@@ -172,7 +172,7 @@ def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like:
     kernels = backend(values, rows)
     if kernels is not None:
         group = code.by_latent(n_latents)
-        return kernels.spread(group, values[group.order], rows)
+        return kernels.spread(group.firsts, group.tokens, values[group.order], rows)
     if not _has_csr(like):
         by_entry = torch.zeros_like(like)
         # In pieces: all entries' rows at once would be k times the input.

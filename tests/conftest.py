@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import threading
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def beside(name):
 if os.environ.get("SPARSARY_TEST_PRODUCTS") == "reordered":
     REORDERED = beside("other_products").reorder_products()
 
+SLOW = Path(__file__).with_name("slow.txt")
+STALE = pytest.StashKey[list[str]]()
 HOOK = "transformer.h.2:out"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -53,6 +56,40 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 def load_beside():
     """Loads a module that lies beside this file, by its name."""
     return beside
+
+
+def slow_entries(text):
+    """Return the entries of ``slow.txt``, each with the pattern of the ids it stands for: a file, a test or one id."""
+    entries = [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return {entry: re.compile(re.escape(entry).replace(r"\*", ".*") + r"(::.*|\[.*)?") for entry in entries}
+
+
+def stale_entries(entries, ids):
+    """Return the entries that match no test: their file is gone, or it was collected in full and has no such test."""
+    collected = {name.split("::")[0] for name in ids}
+    known = [entry for entry, pattern in entries.items() if any(map(pattern.fullmatch, ids))]
+    gone = [entry for entry in entries if not (SLOW.parents[1] / entry.split("::")[0]).is_file()]
+    return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
+
+
+# Before pytest selects by mark.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    entries = slow_entries(SLOW.read_text())
+    slow = re.compile("|".join(pattern.pattern for pattern in entries.values()))
+    for item in items:
+        if slow.fullmatch(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+    # Where single tests were asked for, the others of their files are not there, and no reason to complain.
+    whole = not config.getoption("lf", False) and not any("::" in str(argument) for argument in config.args)
+    # A test complains: workers of pytest-xdist have no other way to say what is wrong.
+    config.stash[STALE] = stale_entries(entries, [item.nodeid for item in items]) if whole else []
+
+
+@pytest.fixture
+def stale_slow(pytestconfig):
+    """Lines of ``slow.txt`` that match nothing of what was collected."""
+    return pytestconfig.stash[STALE]
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +164,29 @@ def write_recipe(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def count_calls(monkeypatch):
+    """Counts calls by name: ``count_calls((module, "function"), ...)`` returns a mapping that goes on counting."""
+
+    def count(*functions):
+        seen = {name: 0 for _, name in functions}
+
+        def watch(module, name):
+            real = getattr(module, name)
+
+            def watched(*arguments, **options):
+                seen[name] += 1
+                return real(*arguments, **options)
+
+            monkeypatch.setattr(module, name, watched)
+
+        for module, name in functions:
+            watch(module, name)
+        return seen
+
+    return count
 
 
 class _StopAfter:

@@ -157,7 +157,6 @@ def test_info_finds_damage(command, recipe_values, write_recipe):
     assert "1 damaged" in described.stdout
 
 
-@pytest.mark.slow
 def test_the_facade(recipe_values, write_recipe):
     path = write_recipe(recipe_values)
     store = sparsary.harvest(path, **{"dictionary.n_latents": 71})

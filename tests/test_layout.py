@@ -1,65 +1,248 @@
-"""The map of the folders, the direction of imports, and what is shipped."""
+"""How the source is laid out: what may import what, one name for each thing, what is where, and what is shipped."""
 
 import ast
-import itertools
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from sparsary.sae import ENCODERS, SparseCode
-from sparsary.training.activations.model import hook_widths
-from sparsary.training.recipe.grid import load_grid
-from sparsary.training.resolve_hooks import dictionary_arguments, resolved
-
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
-SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.name != "base.yaml")
+# Who may print: command lines, and scripts that are run by path or as processes of their own.
+PRINTING = re.compile(r"(.*\.)?cli|training\.console|training\.embedded\.train")
+# Kernels for CPUs and for GPUs have one interface, like the methods of two classes.
+KERNELS = {f"sae.kernels.{name}" for name in ("cpu", "gpu", "numba_loops", "triton_blocks")}
+# What the lower layers stand on. Their folders may use more: kernels compile, formats read others' YAML.
+CORE = {"torch", "safetensors", "numpy", "jaxtyping", "huggingface_hub", *sys.stdlib_module_names}
+MORE = {"sae.kernels": {"numba", "triton"}, "sae.formats": {"ruamel"}}
+# Whom these are met by only; nothing is unpickled anywhere.
+ONLY = {
+    "transformers": re.compile(r"(.*\.)?model|training\.embedded\..*"),
+    "wandb": re.compile(r"training\.report"),
+    "pickle": re.compile("nowhere"),
+    "dill": re.compile("nowhere"),
+    "joblib": re.compile("nowhere"),
+}
 
 
-def imported(path):
-    """Absolute names of all modules a file imports, relative ones resolved."""
-    package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join((*base, node.module or "")).rstrip(".")
+class Tree:
+    """The modules below a root, by their names in the package: ``sae.encoders.topk``; the package itself is ``sparsary``."""
+
+    def __init__(self, root):
+        self.root = root
+        self.paths = {}
+        paths = [path for path in root.glob("*.py") if path.name != "setup.py"]
+        for path in sorted([*paths, *(path for layer in LAYERS for path in (root / layer).rglob("*.py"))]):
+            parts = path.relative_to(root).with_suffix("").parts
+            self.paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "sparsary"] = path
+        self.parsed = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in self.paths.items()}
+        # What a module imports, in functions too: modules of the tree, and other libraries' names.
+        self.imports = {name: set(self._imported(name)) - {name} for name in self.paths}
+        self.arrows = {name: {target for target in found if target in self.paths} for name, found in self.imports.items()}
+
+    def _imported(self, name):
+        package = name if self.paths[name].name == "__init__.py" else name.rpartition(".")[0]
+        parts = [] if package == "sparsary" else package.split(".")
+        for node in ast.walk(self.parsed[name]):
+            if isinstance(node, ast.Import):
+                yield from (self._own(alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = [*parts[: len(parts) - node.level + 1]] if node.level else []
+                source = ".".join([*base, *filter(None, [node.module])])
+                source = (source or "sparsary") if node.level else self._own(source)
+                below = "" if source == "sparsary" else f"{source}."
+                # A submodule is meant by its name; the package around it, only where something of its own is taken.
+                yield from (f"{below}{alias.name}" if f"{below}{alias.name}" in self.paths else source for alias in node.names)
+
+    def _own(self, name):
+        return name.removeprefix("sparsary.") if name.startswith("sparsary.") else name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    own = LAYERS.index(path.relative_to(ROOT).parts[0])
-    for name in imported(path):
-        top = name.split(".")[0]
-        if top in LAYERS:
-            assert LAYERS.index(top) <= own, f"{path} imports {name}"
-        assert top not in ("sparsary", "pickle", "dill", "joblib"), f"{path} imports {name}"
-        if own <= 1:
-            allowed = {"torch", "safetensors", "jaxtyping", "huggingface_hub", *sys.stdlib_module_names, *LAYERS[:2]}
-            # Compilers, and what they compile from, are met in their own folder only.
-            allowed |= {"numba", "numpy", "triton"} if "kernels" in path.parts else set()
-            # Other libraries keep dictionaries as archives of arrays and describe them in YAML.
-            allowed |= {"numpy", "ruamel"} if "formats" in path.parts else set()
-            assert top in allowed, f"{path} imports {name}"
-        if top == "transformers":
-            assert path.name == "model.py" or "embedded" in path.parts
-        if top == "wandb":
-            assert path.name == "report.py"
+def layer(name):
+    """Return how high a module stands; what joins the layers stands above them."""
+    top = name.split(".")[0]
+    return LAYERS.index(top) if top in LAYERS else len(LAYERS)
+
+
+def upward_imports(tree):
+    """Imports of a higher layer."""
+    for name, targets in tree.arrows.items():
+        yield from (f"{name} imports {target}" for target in sorted(targets) if layer(target) > layer(name))
+
+
+def circles(arrows):
+    """Sets of modules each of which imports, by way of others, all of them."""
+    reached = {}
+    for name in arrows:
+        seen, waiting = set(), [name]
+        while waiting:
+            new = arrows[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        reached[name] = seen
+    found = {frozenset(other for other in reached[name] if name in reached[other]) for name in arrows if name in reached[name]}
+    return sorted(", ".join(sorted(circle)) for circle in found)
+
+
+def circles_of_folders(tree):
+    """Circles of the folders of a layer, whatever of one imports whatever of another; files beside them are left out."""
+    for top in LAYERS:
+        arrows = defaultdict(set)
+        folder = {name: ".".join(name.split(".")[:2]) for name in tree.paths if name.split(".")[0] == top}
+        folder = {name: where for name, where in folder.items() if (tree.root / where.replace(".", "/")).is_dir()}
+        for name, where in folder.items():
+            arrows[where] |= {folder[target] for target in tree.arrows[name] if target in folder} - {where}
+        yield from circles({name: arrows[name] for name in set(folder.values())})
+
+
+def repeated_names(tree):
+    """Public classes and functions that are defined in more than one module."""
+    where = defaultdict(list)
+    for name, parsed in tree.parsed.items():
+        for node in parsed.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and node.name != "main":
+                where[node.name].append(name)
+    # The parts of an interface count once.
+    apart = {name: {"kernels" if module in KERNELS else module for module in modules} for name, modules in where.items()}
+    return [f"{name}: {', '.join(where[name])}" for name in sorted(where) if len(apart[name]) > 1]
+
+
+def prints(tree):
+    """Calls of ``print`` outside the command line."""
+    for name, parsed in tree.parsed.items():
+        calls = [node for node in ast.walk(parsed) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        lines = [call.lineno for call in calls if call.func.id == "print"]
+        if lines and not PRINTING.fullmatch(name):
+            yield f"{name}: lines {lines}"
+
+
+def markup(tree):
+    """HTML in Python."""
+    for name, path in tree.paths.items():
+        if found := sorted(set(re.findall("<html|<style|<script", path.read_text(encoding="utf-8")))):
+            yield f"{name}: {', '.join(found)}"
+
+
+def evaluation_in_pages(tree):
+    """Imports of evaluations by pages, which read what commands wrote."""
+    for name, targets in tree.arrows.items():
+        if name.startswith("eval.pages"):
+            others = {target for target in targets if target.startswith("eval.") and not target.startswith("eval.pages")}
+            yield from (f"{name} imports {target}" for target in sorted(others - {"eval.undefined"}))
+
+
+def misplaced_libraries(tree):
+    """Imports of other libraries where they do not belong."""
+    for name in tree.paths:
+        for target in sorted({target.split(".")[0] for target in tree.imports[name] if target not in tree.paths}):
+            allowed = CORE.union(*(more for folder, more in MORE.items() if name.startswith(folder)))
+            low = layer(name) <= LAYERS.index("transcoders") and target not in allowed
+            if low or (target in ONLY and not ONLY[target].fullmatch(name)):
+                yield f"{name} imports {target}"
+
+
+def unknown_modules(tree):
+    """Imports of modules of ours that there are not, or by the bare name of a layer."""
+    for name in tree.paths:
+        others = {target for target in tree.imports[name] if target not in tree.paths}
+        yield from (f"{name} imports {target}" for target in sorted(others) if target.split(".")[0] in LAYERS)
+
+
+def module_circles(tree):
+    """Circles of modules."""
+    return circles(tree.arrows)
+
+
+# Each with a file that breaks it, and what is said of that.
+CHECKS = {
+    upward_imports: (
+        {"sae/one.py": "def f():\n    from ..training.two import g\n", "training/two.py": ""},
+        "sae.one imports training.two",
+    ),
+    module_circles: (
+        {
+            "sae/one.py": "from .two import f",
+            "sae/two.py": "def f():\n    from . import three",
+            "sae/three.py": "from .one import g",
+        },
+        "sae.one, sae.three, sae.two",
+    ),
+    circles_of_folders: (
+        {"eval/a/x.py": "from ..b.y import f", "eval/a/z.py": "", "eval/b/y.py": "", "eval/b/w.py": "from ..a import z"},
+        "eval.a, eval.b",
+    ),
+    repeated_names: ({"sae/one.py": "def f(): ...", "eval/two.py": "class f: ..."}, "f: eval.two, sae.one"),
+    prints: ({"eval/one.py": "def f():\n    print(1)", "eval/cli.py": "print(2)"}, "eval.one: lines [2]"),
+    markup: ({"eval/one.py": "PAGE = '<html><style>'"}, "eval.one: <html, <style"),
+    evaluation_in_pages: (
+        {"eval/pages/one.py": "from ..undefined import a\nfrom ..two import b", "eval/two.py": "", "eval/undefined.py": ""},
+        "eval.pages.one imports eval.two",
+    ),
+    misplaced_libraries: (
+        {"sae/one.py": "import scipy.stats, torch", "sae/kernels/two.py": "import numba, math"},
+        "sae.one imports scipy",
+    ),
+    unknown_modules: ({"sae/one.py": "from .gone import f\nimport json"}, "sae.one imports sae.gone"),
+}
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return Tree(ROOT)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_source_has_none(check, tree):
+    found = list(check(tree))
+    assert not found, "\n  ".join([f"{check.__doc__} {len(found)}:", *found])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_planted_one_is_found(check, tmp_path):
+    files, said = CHECKS[check]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    packages = {path.parent for path in tmp_path.rglob("*.py")} | {tmp_path, *(tmp_path / name for name in LAYERS)}
+    for folder in packages:
+        folder.mkdir(exist_ok=True)
+        (folder / "__init__.py").touch()
+    assert list(check(Tree(tmp_path))) == [said]
+
+
+def test_a_package_around_a_module_is_no_circle(tmp_path):
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "__init__.py").write_text("from .one import A")
+    (tmp_path / "sae" / "one.py").write_text("from . import two")
+    (tmp_path / "sae" / "two.py").write_text("")
+    assert module_circles(Tree(tmp_path)) == []
+    (tmp_path / "sae" / "two.py").write_text("def f():\n    from . import A")
+    assert module_circles(Tree(tmp_path)) == ["sae, sae.one, sae.two"]
+
+
+def folders():
+    """Return the folders of source, by their paths from the root."""
+    return {str(path.parent.relative_to(ROOT)) for name in LAYERS for path in (ROOT / name).rglob("*.py")}
 
 
 def test_the_readme_s_map_is_the_tree():
     block = re.search(r"## The map\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
-    mapped = {line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()}
-    tree = {str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py"}
-    tree |= {"sae/encoders/__init__.py", "sae/formats/__init__.py", "eval/circuits/methods/__init__.py"}
-    tree |= {"__init__.py", "__main__.py", "recipes", "tests", "docs", "training/embedded/model"}
-    assert mapped == tree
+    mapped = [line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()]
+    assert len(mapped) == len(set(mapped))
+    missing = folders() | {"tests", "recipes", "docs"}
+    assert sorted(missing - set(mapped)) == []
+    assert [name for name in mapped if not (ROOT / name).is_dir()] == []
+
+
+def test_tests_stand_where_their_source_does():
+    tests = sorted(path for name in LAYERS for path in (ROOT / "tests" / name).rglob("*.py"))
+    assert [str(path) for path in tests if not (ROOT / path.parent.relative_to(ROOT / "tests")).is_dir()] == []
+    # Packages under tests/ would stand before the source's own.
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
 
 
 def test_importing_is_quiet_and_does_nothing():
@@ -68,78 +251,49 @@ def test_importing_is_quiet_and_does_nothing():
     assert (run.stdout, run.stderr) == ("0\n", "")
 
 
+EVERYTHING = """
+import importlib, os, signal, sys
+import torch
+
+def about():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    # torch._inductor notes there where it caches.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHINDUCTOR")}
+    return environment, list(sys.path), handlers, torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed()
+
+before = about()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert about() == before
+"""
+
+
+def test_importing_every_module_is_quiet_and_changes_nothing(tree):
+    # What runs by path, with other libraries' Python, is no part of the package.
+    names = [f"sparsary.{name}" for name in tree.paths if name not in ("sparsary", "__main__", "training.bench.peer_steps")]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EVERYTHING, *names], capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_by_its_bare_name_says_how_it_is_imported(name):
+    run = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(
+        f"ImportError: {name} is a part of sparsary: write `from sparsary.{name} import ...`"
+    )
+
+
 def test_nothing_names_a_place_only_we_have():
     # The words are put together here so that this file does not find itself.
     words = ["/wo" + "rk/", "/t" + "mp/", "shar" + "ed/methods", "mirr" + "or"]
     if shutil.which("git") is None:
-        pytest.skip("needs git, which lists what belongs to the project")
+        pytest.skip("needs git, which knows the files of the repository")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     for name in filter(None, listed.split("\0")):
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".txt", "") and path.is_file() and path.name != "lexicon.py":
             text = path.read_text(encoding="utf-8")
             assert not [word for word in words if word in text.replace("mirror ladder", "")], name
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_every_recipe_opens_with_its_command_and_is_valid(path):
-    assert path.read_text(encoding="utf-8").startswith("# ")
-    header = "".join(
-        itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines(keepends=True))
-    )
-    assert f"sparsary train {path.relative_to(ROOT)}" in header
-    assert all(recipe.dictionary.encoder["name"] in ENCODERS for recipe in load_grid(path).recipes)
-
-
-# Configurations of the hub models that recipes name, so that their hooks are checked without a network.
-CONFIGS = {
-    "openai-community/gpt2": ("GPT2Config", {}),
-    "EleutherAI/pythia-70m-deduped": (
-        "GPTNeoXConfig",
-        {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
-    ),
-    "models/stories3M": (
-        "LlamaConfig",
-        {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 512},
-    ),
-}
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
-def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
-    stored = load_grid(path).recipes[0].harvest.store is not None
-    recipes = load_grid(path, {"harvest.store": str(tmp_path / "store")} if stored else None).recipes
-    members = resolved([with_configuration(recipe, tmp_path) for recipe in recipes])
-    # The members between differ from these in the same keys.
-    for member in {0, len(members) - 1}:
-        check_one(members[member])
-
-
-def with_configuration(recipe, tmp_path):
-    """The recipe with its model's configuration from here, not from the hub."""
-    import transformers
-
-    if recipe.model.id == "embedded":
-        return recipe
-    name, sizes = CONFIGS[recipe.model.id]
-    getattr(transformers, name)(**sizes).save_pretrained(tmp_path / "config")
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(tmp_path / "config")})})
-
-
-def check_one(recipe):
-    import torch
-
-    from sparsary.sae.checkpoint import build_dictionary
-    from sparsary.training.preflight import plan_all
-
-    widths = hook_widths(recipe.model, recipe.harvest.hooks)
-    with torch.device("meta"):
-        built = build_dictionary(dictionary_arguments(recipe, widths))
-        # Nothing can be chosen by value there; decoding shows that the shapes fit, where it needs no values.
-        code = SparseCode.from_rows(torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2))
-        if len(built.sites) == 1:
-            assert built.decode(code, torch.zeros(3, built.d_in)).shape == (3, built.d_out)
-    assert built.d_out == sum(widths[hook] for hook in recipe.dictionary.hooks_out)
-    if (recipe.harvest.tokens or 0) * sum(widths.values()) < 1e9:
-        # Whatever memory the machine has that runs the tests.
-        assert plan_all([recipe])[0].parameters == sum(p.numel() for p in built.parameters())

@@ -91,7 +91,6 @@ def installed(wheel, tmp_path_factory):
     return python, folder
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_one_package_with_its_data_and_nothing_else(wheel):
     data = [*(ROOT / "training/embedded/model").iterdir(), ROOT / "py.typed"]
     data += [path for path in (ROOT / "eval/pages").rglob("*") if path.suffix in (".html", ".css", ".js")]
@@ -101,7 +100,6 @@ def test_the_wheel_holds_one_package_with_its_data_and_nothing_else(wheel):
     assert names == shipped | {"sparsary/__init__.py", "sparsary/__main__.py"}
 
 
-@pytest.mark.slow
 def test_the_wheel_works_beside_a_users_own_modules(installed):
     python, folder = installed
     code = f"""
@@ -126,7 +124,6 @@ print(sparsary.__version__)
         assert "harvest" in run([*command, "--help"], folder)
 
 
-@pytest.mark.slow
 def test_an_editable_install_runs_from_anywhere(checkout, tmp_path):
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed")

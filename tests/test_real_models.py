@@ -4,10 +4,10 @@ import pytest
 
 from sparsary.eval.report.evaluate import evaluate
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "hook"), [("stories3M", "model.layers.3:out"), ("gpt2-stories", "transformer.h.2.mlp:out")])
 def test_a_dictionary_of_a_real_model(shared_data, tmp_path, name, hook):
     values = {
@@ -21,7 +21,7 @@ def test_a_dictionary_of_a_real_model(shared_data, tmp_path, name, hook):
         "lr_warmup_steps": 10,
         "out_dir": str(tmp_path / "run"),
     }
-    report = evaluate(str(train_recipe(check_recipe(values, "recipe"))), tokens=6000)
+    report = evaluate(str(train_recipe(resolve_recipe(check_recipe(values, "recipe")))), tokens=6000)
     assert report["fvu"] < 0.6
     assert report["ce_clean"] < report["ce_spliced"] < report["ce_zero"]
     assert report["ce_recovered_mean"] > 0.4

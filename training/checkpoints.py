@@ -1,7 +1,5 @@
 """The run's directory: who may write to it, and what is saved in it."""
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +9,14 @@ import torch
 
 from ..sae import SparseDictionary
 from ..sae.files import remove_partial_files, write_text
-from ..transcoders.stack import hooks_of_provenance
 from .activations.stream import ActivationStream
+from .locks import LOCK_FILE, locked
 from .phases import Phases
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, TrainingLog
 from .state import STATE_FILE, TrainState
 
-__all__ = ["LOCK_FILE", "RECIPE_FILE", "Checkpoints", "claimed", "hooks_of_provenance"]
-
 RECIPE_FILE = "recipe.yaml"
-LOCK_FILE = ".lock"
 
 
 class Checkpoints:
@@ -57,24 +52,11 @@ def claimed(directory: Path, recipe: Recipe) -> Iterator[bool]:
     Raises:
         ValueError: If the directory holds another run, something else, or is in use or not writable.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(f"out_dir: {directory} cannot be written ({error.strerror}). Choose another out_dir.") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"out_dir: {directory} is in use by another process. Wait for it, or choose another out_dir."
-            ) from None
+    with locked(directory, "out_dir"):
         remove_partial_files(directory)
         _require_same_run(directory, recipe)
         write_text(directory / RECIPE_FILE, dump_recipe(recipe))
         yield (directory / STATE_FILE).exists()
-    finally:
-        os.close(handle)
 
 
 def _require_same_run(directory: Path, recipe: Recipe) -> None:

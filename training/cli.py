@@ -1,6 +1,5 @@
 """The commands that train: ``sparsary harvest`` and ``sparsary train``."""
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -33,15 +32,16 @@ def _train(
     from .preflight import grid_lines, preflight_all
     from .recipe import parse_overrides
     from .recipe.grid import load_grid
-    from .resolve_hooks import resolved
+    from .resolve_hooks import resolve_recipes
     from .run import train_all
 
     grid = load_grid(recipe, parse_overrides(overrides or []))
-    grid = replace(grid, recipes=tuple(resolved(grid.recipes)))
-    print_fields(grid_lines(grid, preflight_all(grid.recipes)))
+    members = resolve_recipes(grid.recipes)
+    plans = preflight_all(members)
+    print_fields(grid_lines(grid, members, plans))
     if dry_run:
         return
     with show_progress("harvest") as progress:
-        directories = train_all(grid.recipes, progress=progress(grid.recipes[0].harvest.tokens or 0))
+        directories = train_all(members, progress=progress(members[0].recipe.harvest.tokens or 0), plans=plans)
     for directory in directories:
         print(f"{directory}: done. Judge it with: sparsary eval {directory}")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..sae import SparseDictionary
-from ..sae.kernels import AdamStep, backend
+from ..sae.kernels import AdamStep, Kernels, RowGrad, backend
 from ..sae.sparse_code import ByLatent
-from ..sae.sparse_grad import RowGrad, SparseGrad, keep_ledger
+from ..sae.sparse_grad import SparseGrad, keep_ledger
 from .optim import DictionaryAdam
 from .phases import Phases
 from .recipe import Recipe
@@ -87,12 +86,13 @@ class FusedAdam(DictionaryAdam):
             if key not in grouped:
                 grouped[key] = product.code.by_latent(weights.shape[0])
             group = grouped[key]
-            gradient = RowGrad(group, product.code.values[group.order], product.rows, *ledger.dense(weights))
+            values = product.code.values[group.order]
+            gradient = RowGrad(group.firsts, group.tokens, values, product.rows, *ledger.dense(weights))
             unit = weights in self.atoms and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending
 
-    def _clip(self, kernels: ModuleType, pending: list[Pending], others: list[Tensor]) -> Float[Tensor, ""]:
+    def _clip(self, kernels: Kernels, pending: list[Pending], others: list[Tensor]) -> Float[Tensor, ""]:
         """What the whole gradient is multiplied by."""
         device = self.dictionary.device
         if self.grad_clip is None:

@@ -12,12 +12,12 @@ import torch
 from ..sae.checkpoint import build_dictionary
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity
-from .activations.model import hook_widths, resolve_device
+from .activations.model import resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
-from .recipe.grid import Grid, source, told_together
-from .resolve_hooks import dictionary_arguments, resolved
+from .recipe.grid import Grid, told_together
+from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
@@ -48,8 +48,9 @@ class TrainingPlan:
     def memory_bytes(self) -> int:
         return self.weights_bytes + self.working_bytes + self.stream_bytes
 
-    def lines(self, recipe: Recipe) -> list[tuple[str, str]]:
+    def lines(self, member: ResolvedRecipe) -> list[tuple[str, str]]:
         """What to show a person: pairs of a name and a value."""
+        recipe = member.recipe
         return [
             *self.source_lines(recipe),
             ("dictionary", f"{'sae ' if recipe.dictionary.kind == 'sae' else ''}{self.dictionary_words(recipe)}"),
@@ -100,16 +101,16 @@ class TrainingPlan:
         return f"{recipe.tokens:,} tokens in {self.steps:,} steps of {recipe.batch_tokens:,}{passes}"
 
 
-def grid_lines(grid: Grid, plans: list[TrainingPlan]) -> list[tuple[str, str]]:
-    """What to show a person of all members: what they share, each by name, and what they need together."""
+def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> list[tuple[str, str]]:
+    """What to show a person of a grid's resolved members: what they share, each by name, and what they need together."""
     if len(plans) == 1:
-        return plans[0].lines(grid.recipes[0])
-    members = list(zip(grid.names, grid.recipes, plans, strict=True))
-    streams = {source(recipe) for recipe in grid.recipes}
-    memory = memory_together(grid.recipes, plans)
+        return plans[0].lines(recipes[0])
+    members = list(zip(grid.names, (member.recipe for member in recipes), plans, strict=True))
+    streams = {member.stream_key for member in recipes}
+    memory = memory_together(recipes, plans)
     trainings = {plan.training_words(recipe): name for name, recipe, plan in members}
     return [
-        *plans[0].source_lines(grid.recipes[0]),
+        *plans[0].source_lines(recipes[0].recipe),
         *[(name, plan.dictionary_words(recipe)) for name, recipe, plan in members],
         *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
@@ -130,30 +131,29 @@ def _bytes(n: int | float) -> str:
     return f"{n:.1f} TB"
 
 
-def preflight(recipe: Recipe) -> TrainingPlan:
+def preflight(recipe: ResolvedRecipe) -> TrainingPlan:
     """``preflight_all`` of one recipe."""
     return preflight_all([recipe])[0]
 
 
-def preflight_all(recipes: Sequence[Recipe]) -> list[TrainingPlan]:
+def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
-        ValueError: If a layer, site or hook does not exist, an existing store is another one's, the store would be smaller
+        ValueError: If a hook does not exist, an existing store is another one's, the store would be smaller
             than a batch, the disk is too full, or all together need more memory than is free; with one line for each member
             it concerns, or one for all.
     """
-    recipes = resolved(recipes)
     plans = plan_all(recipes)
     require_memory(recipes, plans)
     return plans
 
 
-def plan_all(recipes: Sequence[Recipe]) -> list[TrainingPlan]:
-    """The plans of resolved recipes, whatever memory they need."""
-    widths = hook_widths(recipes[0].model, recipes[0].harvest.hooks)
+def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
+    """Plan recipes that are run side by side, whatever memory they need."""
+    widths = recipes[0].widths
     plans, problems = [], {}
-    for recipe in recipes:
+    for recipe in (member.recipe for member in recipes):
         try:
             plans.append(_plan(recipe, widths))
         except ValueError as error:
@@ -163,18 +163,18 @@ def plan_all(recipes: Sequence[Recipe]) -> list[TrainingPlan]:
     return plans
 
 
-def memory_together(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> int:
+def memory_together(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
     """Bytes of all members: one of them steps at a time, and streams are shared."""
     return sum(plan.weights_bytes for plan in plans) + max(plan.working_bytes for plan in plans) + _streams(recipes, plans)
 
 
-def _streams(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> int:
-    return sum({source(recipe): plan.stream_bytes for recipe, plan in zip(recipes, plans, strict=True)}.values())
+def _streams(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
+    return sum({member.stream_key: plan.stream_bytes for member, plan in zip(recipes, plans, strict=True)}.values())
 
 
-def require_memory(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> None:
+def require_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> None:
     """Raise ``ValueError``, with sizes, if training would need more memory than is free where it runs."""
-    device, cpu = resolve_device(recipes[0].model.device), torch.device("cpu")
+    device, cpu = resolve_device(recipes[0].recipe.model.device), torch.device("cpu")
     weights = sum(plan.weights_bytes for plan in plans)
     if device.type == "cpu":
         needs = {cpu: memory_together(recipes, plans)}
@@ -192,7 +192,8 @@ def require_memory(recipes: Sequence[Recipe], plans: Sequence[TrainingPlan]) -> 
             )
 
 
-def _remedies(recipes: Sequence[Recipe]) -> str:
+def _remedies(members: Sequence[ResolvedRecipe]) -> str:
+    recipes = [member.recipe for member in members]
     ways = ["Lower dictionary.n_latents or batch_tokens"]
     if any(recipe.dictionary.kind == "cross_layer_transcoder" for recipe in recipes):
         ways.append("name fewer layers, because each one's decoders go to every later one")

@@ -1,10 +1,12 @@
-"""What a recipe leaves open until the model is known: which hooks a site of a layer has, and how large a dictionary is."""
+"""Resolve recipes against their model: hooks in place of layers and sites, and the width of each."""
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..sae.files import natural_order
 from .activations.model import LanguageModel, skeleton
 from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
 from .recipe import DictionarySection, ModelSection, Recipe
@@ -12,24 +14,79 @@ from .recipe.grid import told_together
 from .recipe.validation import unharvested
 
 
-def resolved(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The same recipes with hooks in place of layers and sites, and with all that they need together in ``harvest.hooks``.
+class ModelOutline:
+    """A model as its configuration describes it: built without weights, when first asked for, and once."""
 
-    Of the model only the configuration is read, and nothing if all hooks are named. Resolved recipes stay as they are.
+    def __init__(self, section: ModelSection):
+        self.section = section
+        self._widths: dict[tuple[str, ...], dict[str, int]] = {}
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The model on the meta device."""
+        return skeleton(self.section)
+
+    def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
+        """Return the width at every hook.
+
+        Raises:
+            ValueError: If the configuration cannot be had or a hook does not exist.
+        """
+        if hooks not in self._widths:
+            self._widths[hooks] = self.model.widths(hooks)
+        return self._widths[hooks]
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe whose hooks are named, in its dictionary and in ``harvest.hooks``, with the outline of its model.
+
+    ``resolve_recipes`` makes it, once for a command; harvests, plans and trainings take nothing less.
+    """
+
+    recipe: Recipe
+    outline: ModelOutline = field(compare=False, repr=False)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width at every harvested hook. With hooks that were named, this is what first reads the configuration."""
+        return self.outline.widths(self.recipe.harvest.hooks)
+
+    @property
+    def stream_key(self) -> tuple[Any, ...]:
+        """What decides which batches the recipe gets, in which order: those that agree in it share a stream."""
+        recipe, section = self.recipe, self.recipe.dictionary
+        return recipe.batch_tokens, section.hooks_in, section.hooks_out, recipe.seed, recipe.objective
+
+    def another_run(self, out_dir: str, seed: int | None = None) -> "ResolvedRecipe":
+        """Return the same recipe with another directory, and perhaps another seed."""
+        seed = self.recipe.seed if seed is None else seed
+        return replace(self, recipe=self.recipe.model_copy(update={"out_dir": out_dir, "seed": seed}))
+
+
+def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
+    """Resolve one recipe by itself; see ``resolve_recipes``."""
+    return resolve_recipes([recipe])[0]
+
+
+def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
+    """Put hooks in place of layers and sites, and all that the recipes need together in ``harvest.hooks``.
+
+    Of the model only the configuration is read, and nothing if all hooks are named. A recipe that was resolved before, and
+    saved, stays as it is.
 
     Raises:
         ValueError: If the model lacks a layer or site, or the kind of dictionary cannot stand there, or hooks are missing from
             ``harvest.hooks``; with one line for each member it concerns, or one for all.
     """
-    models: dict[ModelSection, LanguageModel] = {}
+    outlines: dict[ModelSection, ModelOutline] = {}
     sections: list[DictionarySection] = []
     problems: dict[str, list[str]] = {}
     for recipe in recipes:
-        section = recipe.dictionary
+        section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model))
         try:
             if not section.resolved:
-                model = models.get(recipe.model) or models.setdefault(recipe.model, skeleton(recipe.model))
-                section = _named(section, model)
+                section = _named(section, outline.model)
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
         else:
@@ -38,21 +95,13 @@ def resolved(recipes: Sequence[Recipe]) -> list[Recipe]:
         sections.append(section)
     if problems:
         raise ValueError("\n".join(told_together(problems, len(recipes))))
-    needed = sorted({hook for section in sections for hook in section.all_hooks}, key=_by_layer)
-    return [
-        recipe.model_copy(
-            update={
-                "dictionary": section,
-                "harvest": recipe.harvest.model_copy(update={"hooks": recipe.harvest.hooks or tuple(needed)}),
-            }
-        )
-        for recipe, section in zip(recipes, sections, strict=True)
-    ]
-
-
-def _by_layer(hook: str) -> list[int | str]:
-    """Layer 10 comes after layer 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", hook)]
+    needed = tuple(sorted({hook for section in sections for hook in section.all_hooks}, key=natural_order))
+    found = []
+    for recipe, section in zip(recipes, sections, strict=True):
+        harvest = recipe.harvest.model_copy(update={"hooks": recipe.harvest.hooks or needed})
+        changed = recipe.model_copy(update={"dictionary": section, "harvest": harvest})
+        found.append(ResolvedRecipe(changed, outlines[recipe.model]))
+    return found
 
 
 def _named(section: DictionarySection, model: LanguageModel) -> DictionarySection:
@@ -80,7 +129,7 @@ def _named(section: DictionarySection, model: LanguageModel) -> DictionarySectio
 
 
 def dictionary_arguments(recipe: Recipe, widths: Mapping[str, int]) -> dict[str, Any]:
-    """What ``build_dictionary`` takes for a resolved recipe, given the width at every hook.
+    """Return what ``build_dictionary`` takes for a recipe whose hooks are named, given the width at every hook.
 
     Raises:
         ValueError: If the layers of a cross-layer transcoder are not equally wide.

@@ -25,7 +25,9 @@ from .activations.harvest import harvest_activations
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
-from .activations.stream import ActivationBatch, ActivationStream, Item, StoreStream, TensorStream
+from .activations.store_stream import StoreStream
+from .activations.stream import ActivationBatch, ActivationStream
+from .activations.tensor_stream import Item, TensorStream
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .fused_adam import build_optimizer
@@ -34,28 +36,33 @@ from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule
 from .phases import Phases
-from .preflight import plan_all, preflight_all
+from .preflight import TrainingPlan, plan_all, preflight_all
 from .recipe import DictionarySection, Recipe
-from .recipe.grid import load_grid, source, unshared
+from .recipe.grid import load_grid, unshared
 from .report import TrainingLog, progress_bar
-from .resolve_hooks import dictionary_arguments, resolved
+from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
 from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
 
 log = logging.getLogger(__name__)
 
 
-def run_harvest(recipe: Recipe, progress: Callable[[int], None] = lambda tokens: None) -> ActivationStore:
-    """Fill the recipe's store; a complete one is only checked. Of a grid, any resolved member will do.
+def run_harvest(
+    member: ResolvedRecipe, progress: Callable[[int], None] = lambda tokens: None, plan: TrainingPlan | None = None
+) -> ActivationStore:
+    """Fill the recipe's store; a complete one is only checked. Of a grid, any member will do.
+
+    Args:
+        plan: The recipe's, if it was planned before.
 
     Raises:
         ValueError: If ``harvest.store`` is null, or the store belongs to another recipe.
     """
-    [recipe] = resolved([recipe])
+    recipe = member.recipe
     if recipe.harvest.store is None:
         raise ValueError("harvest.store: null streams from the model and stores nothing. Give a directory to harvest into.")
     # Sizes and identity, not memory: a store may be filled for a machine that has more.
-    [plan] = plan_all([recipe])
+    plan = plan or plan_all([member])[0]
     if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
         store = ActivationStore.open(recipe.harvest.store)
         # Complete and this recipe's (preflight saw to that): the model is not needed, nor loaded.
@@ -78,8 +85,8 @@ def harvest(
     Raises:
         ValueError: If the recipe is wrong, streams from the model, or another recipe's activations are there.
     """
-    resolved_recipe = resolved(load_grid(recipe, _dotted(overrides)).recipes)[0]
-    return run_harvest(resolved_recipe, progress(resolved_recipe.harvest.tokens or 0))
+    member = resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0]
+    return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
 
 
 def train(recipe: str | Path, activations: Iterable[Item] | None = None, **overrides: RecipeValue) -> Path:
@@ -97,7 +104,7 @@ def train(recipe: str | Path, activations: Iterable[Item] | None = None, **overr
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
     grid = load_grid(recipe, _dotted(overrides))
-    train_all(grid.recipes, activations)
+    train_all(resolve_recipes(grid.recipes), activations)
     return Path(grid.out_dir)
 
 
@@ -106,18 +113,20 @@ def _dotted(overrides: Mapping[str, RecipeValue]) -> dict[str, RecipeValue]:
 
 
 def train_recipe(
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     activations: Iterable[Item] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    plan: TrainingPlan | None = None,
 ) -> Path:
     """Run a recipe to its end, or go on with it, and return ``out_dir``: ``train_all`` with one recipe."""
-    return train_all([recipe], activations, progress)[0]
+    return train_all([recipe], activations, progress, None if plan is None else [plan])[0]
 
 
 def train_all(
-    recipes: Sequence[Recipe],
+    members: Sequence[ResolvedRecipe],
     activations: Iterable[Item] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    plans: Sequence[TrainingPlan] | None = None,
 ) -> list[Path]:
     """Run recipes side by side to their ends, or go on with them, and return their ``out_dir``s.
 
@@ -128,14 +137,17 @@ def train_all(
     the loss's gradients at them, or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``,
     ``harvest`` and the hooks of the recipe are then only labels. ``progress`` hears of harvested tokens.
 
+    Args:
+        plans: What ``preflight_all`` found of these recipes; without it, and without ``activations``, it is asked here.
+
     Raises:
         ValueError: If the user can mend it.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
-    recipes = resolved(recipes)
+    recipes = [member.recipe for member in members]
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
     if activations is None:
-        preflight_all(recipes)
+        plans = preflight_all(members) if plans is None else plans
     elif any(recipe.objective == "kl" for recipe in recipes):
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
@@ -143,22 +155,26 @@ def train_all(
             raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
     with ExitStack() as stack:
         resuming = [stack.enter_context(claimed(Path(recipe.out_dir), recipe)) for recipe in recipes]
-        together = stack.enter_context(open_streams(recipes, activations, progress))
+        together = stack.enter_context(open_streams(members, activations, progress, plans))
         _train(together, [recipe.out_dir for recipe, saved in zip(recipes, resuming, strict=True) if saved])
     return [Path(recipe.out_dir) for recipe in recipes]
 
 
 @contextmanager
 def open_streams(
-    recipes: Sequence[Recipe], activations: Iterable[Item] | None, progress: Callable[[int], None]
+    members: Sequence[ResolvedRecipe],
+    activations: Iterable[Item] | None,
+    progress: Callable[[int], None],
+    plans: Sequence[TrainingPlan] | None,
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
     """The recipes' sources of batches, harvested first where it is a store, each with the recipes that share it."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
-    for recipe in recipes:
+    for member in members:
         # Tensors that a user brings know neither hooks nor seeds.
-        key = source(recipe) if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
+        recipe = member.recipe
+        key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
         together.setdefault(key, []).append(recipe)
-    groups = list(together.values())
+    groups, first = list(together.values()), members[0].recipe
     with ExitStack() as stack:
         if activations is not None:
             if len(groups) > 1 and iter(activations) is activations:
@@ -169,15 +185,15 @@ def open_streams(
             streams: list[ActivationStream] = [
                 TensorStream(activations, group[0].batch_tokens, targets=group[0].dictionary.kind != "sae") for group in groups
             ]
-        elif recipes[0].harvest.store is None:
-            model = load_model(recipes[0].model)
-            hooks = tuple(dict.fromkeys(hook for recipe in recipes for hook in recipe.dictionary.all_hooks))
+        elif first.harvest.store is None:
+            model = load_model(first.model)
+            hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             # Two: the first of the streams may be a buffer ahead of the last.
-            buffers = Buffers(model, recipes[0].text, recipes[0].harvest, hooks, keep=min(len(groups), 2))
+            buffers = Buffers(model, first.text, first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
-            store = run_harvest(recipes[0], progress)
-            if recipes[0].harvest.verify:
+            store = run_harvest(members[0], progress, plans[0] if plans else None)
+            if first.harvest.verify:
                 store.verify()
             streams = [_store_stream(store, group, stack) for group in groups]
         for stream in streams:
@@ -186,9 +202,9 @@ def open_streams(
 
 
 def _live_stream(buffers: Buffers, recipe: Recipe) -> ActivationStream:
-    kind = ContextStream if recipe.objective == "kl" else LiveStream
-    section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
-    return kind(buffers.model, recipe.text, recipe.harvest, section.hooks_in, size, seed, buffers, section.hooks_out)
+    section = recipe.dictionary
+    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out)
+    return ContextStream(rows) if recipe.objective == "kl" else rows
 
 
 def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack) -> ActivationStream:
@@ -298,7 +314,9 @@ def _member(
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, dictionary.spread(start.target_moments), aux, divergence, weight).to(accelerator.device)
+    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
+        accelerator.device
+    )
     phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)

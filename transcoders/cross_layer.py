@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..sae.batch_encoder import LEVEL_BATCHES
 from ..sae.batch_selection import between
-from ..sae.dictionary import LatentBlock, Site, SparseDictionary
+from ..sae.dictionary import LatentBlock, SparseDictionary, required_input
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
-from ..sae.metrics import Moments
 from ..sae.sparse_code import AuxTerms, SparseCode, group_by_latent
-from ..sae.sparse_ops import decode
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
 # Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
@@ -24,8 +23,6 @@ LAYER_ENCODERS = ("topk", "jumprelu", "relu")
 LOADED_LAYER_ENCODERS = ("threshold", "signed_topk")
 # Those that can choose from all layers together.
 JOINT_ENCODERS = ("topk",)
-# The running threshold looks back over about so many batches.
-LEVEL_BATCHES = 20
 
 
 class CrossLayerTranscoder(SparseDictionary):
@@ -65,7 +62,7 @@ class CrossLayerTranscoder(SparseDictionary):
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if n_layers < 1 or size % n_layers:
                 raise ValueError(f"dictionary.{name}: expected a multiple of the {n_layers} layers, got {size}.")
-        super().__init__(d_in, d_out, n_latents, encoder)
+        super().__init__(d_in, d_out, n_latents, encoder, n_sites=n_layers)
         name = encoder_spec(encoder)["name"]
         allowed = JOINT_ENCODERS if joint else LAYER_ENCODERS
         if name not in allowed and (joint or name not in LOADED_LAYER_ENCODERS):
@@ -98,8 +95,8 @@ class CrossLayerTranscoder(SparseDictionary):
             self.renormalize()
 
     @property
-    def tied(self) -> bool:
-        return False
+    def shift(self) -> Tensor:
+        return self.in_centre
 
     @property
     def encoders(self) -> list[Encoder]:
@@ -109,11 +106,6 @@ class CrossLayerTranscoder(SparseDictionary):
             for encoder in later:
                 setattr(encoder, name, value)
         return [self.encoder, *later]
-
-    @property
-    def sites(self) -> list[Site]:
-        reads, writes = self.d_in // self.n_layers, self.d_out // self.n_layers
-        return [Site(slice(i * reads, (i + 1) * reads), slice(i * writes, (i + 1) * writes)) for i in range(self.n_layers)]
 
     @property
     def blocks(self) -> list[LatentBlock]:
@@ -130,70 +122,35 @@ class CrossLayerTranscoder(SparseDictionary):
             for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
         ]
 
-    @property
-    def atoms(self) -> Float[Tensor, "n_latents d_out"]:
-        """Zero where a latent does not write: as large as all decoders would be if every layer wrote to every one."""
-        return torch.cat([F.pad(block.weights.W_dec, (block.writes.start, 0)) for block in self.blocks])
-
     def arguments(self) -> dict[str, Any]:
         sizes = {"n_layers": self.n_layers, "d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents}
         rare = {} if self.W_skip is None else {"skip": True}
         return {"kind": "cross_layer_transcoder", **sizes, "joint": self.joint, **rare, "encoder": encoder_spec(self.encoder)}
 
-    def centre(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
-        return x - self.in_centre
-
-    @torch.no_grad()
-    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
-        self.in_centre.copy_(inputs)
-        self.b_dec.copy_(outputs)
-
-    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
+    def bypass(self, x: Float[Tensor, "..."] | None = None, site: int | None = None) -> Float[Tensor, "..."]:
+        bias = self.b_dec if site is None else self.b_dec[self.sites[site].writes]
         if self.W_skip is None:
-            return self.b_dec
-        inputs = self.normalised(self._required(x))
-        skipped = [F.linear(inputs[:, site.reads], W) for site, W in zip(self.sites, self.W_skip, strict=True)]
-        return torch.cat(skipped, dim=1) + self.b_dec
+            return bias
+        inputs = self.normalised(required_input(x, "this transcoder has a skip path from it"), site)
+        if site is not None:
+            return F.linear(inputs, self.W_skip[site], bias)
+        skipped = [F.linear(inputs[:, each.reads], W) for each, W in zip(self.sites, self.W_skip, strict=True)]
+        return torch.cat(skipped, dim=1) + bias
 
     def code_of(
-        self, x: Float[Tensor, "tokens d_in"], grad: Float[Tensor, "tokens d_out"] | None, through: bool = False
+        self,
+        x: Float[Tensor, "tokens d"],
+        grad: Float[Tensor, "tokens d_out"] | None = None,
+        through: bool = False,
+        site: int | None = None,
     ) -> SparseCode:
+        if site is not None:
+            return self._code_at(site, x)
         if self.joint and self.training:
             codes = self._strongest(x)
         else:
             codes = [self._code_at(i, x[:, block.reads]) for i, block in enumerate(self.blocks)]
         return self._joined(codes)
-
-    def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
-        place = self.sites[site].reads
-        self.require_width(x, place.stop - place.start)
-        x = x.to(self.in_scale.dtype) / self.in_scale[place] - self.in_centre[place]
-        return self._code_at(site, x)
-
-    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
-        return code
-
-    def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
-        written = []
-        for block in self.blocks:
-            part = code.where((code.latents >= block.latents.start) & (code.latents < block.latents.stop))
-            part = SparseCode(part.latents - block.latents.start, part.values, part.starts)
-            # Adding to slices in place would copy the whole gradient for every layer.
-            written.append(F.pad(decode(part, block.weights.W_dec), (block.writes.start, 0)))
-        return torch.addcmul(self.bypass(x) * self.out_scale, torch.stack(written).sum(0), self.out_scale)
-
-    def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
-        place = self.sites[site].writes
-        width = place.stop - place.start
-        total = self.b_dec[place]
-        if self.W_skip is not None:
-            reads = self.sites[site].reads
-            inputs = self._required(x).to(self.in_scale.dtype) / self.in_scale[reads] - self.in_centre[reads]
-            total = F.linear(inputs, self.W_skip[site], total)
-        for layer, code in enumerate(codes[: site + 1]):
-            there = slice((site - layer) * width, (site - layer + 1) * width)
-            total = total + decode(code, self.W_dec[layer][:, there].contiguous())
-        return total * self.out_scale[place]
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
@@ -215,25 +172,10 @@ class CrossLayerTranscoder(SparseDictionary):
         self.batches.clamp_(min=1)
         return True
 
-    def spread(self, moments: Moments) -> Float[Tensor, "..."]:
-        spread = torch.empty(self.d_out)
-        for site in self.sites:
-            # Divided by the number of layers the sum of their fvus is a mean, which compares with one layer's.
-            spread[site.writes] = float(moments.deviation[site.writes].sum()) / max(moments.count, 1) * self.n_layers
-        return spread
-
     @property
     def budget(self) -> int:
         """Latents per token over all layers, where they are chosen together."""
         return self.encoder.arguments()["k"] * self.n_layers
-
-    @staticmethod
-    def _required(x: Float[Tensor, "..."] | None) -> Float[Tensor, "..."]:
-        if x is None:
-            raise ValueError(
-                "x: expected the raw input, because this transcoder has a skip path from it, got none. Call decode(code, x)."
-            )
-        return x
 
     def _code_at(self, layer: int, x: Float[Tensor, "tokens d"]) -> SparseCode:
         """The code of one layer's normalised, centred inputs."""

@@ -9,6 +9,7 @@ import torch
 
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, SparseDictionary
+from ..sae.files import natural_order
 
 
 class Stack(Mapping[str, SparseDictionary]):
@@ -95,8 +96,5 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
 
 def stack_folders(directory: str | Path) -> list[Path]:
     """The checkpoints right below a directory, layer 10 after layer 9."""
-    return sorted((path.parent for path in Path(directory).glob(f"*/{CONFIG_FILE}")), key=_natural)
-
-
-def _natural(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    found = (path.parent for path in Path(directory).glob(f"*/{CONFIG_FILE}"))
+    return sorted(found, key=lambda path: natural_order(path.name))

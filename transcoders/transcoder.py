@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..sae.dictionary import OneSiteDictionary
+from ..sae.dictionary import OneSiteDictionary, required_input
 from ..sae.encoder import Encoder
 from ..sae.encoders import encoder_spec
-from ..sae.sparse_code import SparseCode
 
 
 class Transcoder(OneSiteDictionary):
@@ -36,29 +35,14 @@ class Transcoder(OneSiteDictionary):
         self.register_buffer("in_centre", torch.zeros(d_in))
 
     @property
-    def tied(self) -> bool:
-        return False
-
-    @property
     def shift(self) -> Tensor:
         return self.in_centre
 
-    def bypass(self, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "... d_out"]:
+    def bypass(self, x: Float[Tensor, "..."] | None = None, site: int | None = None) -> Float[Tensor, "..."]:
         if self.W_skip is None:
             return self.b_dec
-        if x is None:
-            raise ValueError(
-                "x: expected the raw input, because this transcoder has a skip path from it, got none. Call decode(code, x)."
-            )
-        return F.linear(x.to(self.in_scale.dtype) / self.in_scale - self.in_centre, self.W_skip, self.b_dec)
-
-    def rescaled(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> SparseCode:
-        return code
-
-    @torch.no_grad()
-    def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
-        self.in_centre.copy_(inputs)
-        self.b_dec.copy_(outputs)
+        inputs = required_input(x, "this transcoder has a skip path from it").to(self.in_scale.dtype) / self.in_scale
+        return F.linear(inputs - self.in_centre, self.W_skip, self.b_dec)
 
     def arguments(self) -> dict[str, Any]:
         sizes = {"d_in": self.d_in, "d_out": self.d_out, "n_latents": self.n_latents}

@@ -1,7 +1,7 @@
 """Which estimate of a unit's effect comes closest to the effect? Every method against exact patching, site by site.
 
-    python tests/studies/attribution_rules.py embedded [--dictionaries CHECKPOINT]
-    python tests/studies/attribution_rules.py stories3M --model MODEL_DIRECTORY --pairs PAIRS_DIRECTORY
+    python docs/studies/attribution_rules.py embedded [--dictionaries CHECKPOINT]
+    python docs/studies/attribution_rules.py stories3M --model MODEL_DIRECTORY --pairs PAIRS_DIRECTORY
 
 Sites: the residual stream behind each block, and what each MLP writes, position by position; MLPs, and heads, at all
 positions together; MLP neurons; and latents of a dictionary or a stack of them, where one is given. Scores are averaged over
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import write_results
 from scipy import stats
 
 from sparsary.eval.circuits.compared_units import components, mlp_neurons, open_dictionaries
@@ -35,7 +36,6 @@ from sparsary.eval.circuits.methods.relevance import RelevancePatching
 from sparsary.eval.circuits.tasks import make_pairs
 from sparsary.eval.circuits.tasks.pairs import PromptPairs
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace, Part
-from sparsary.sae.files import write_json
 from sparsary.training.activations.model import LanguageModel, load_model
 from sparsary.training.activations.sites import n_layers, site_hooks
 from sparsary.training.recipe import ModelSection
@@ -183,7 +183,7 @@ def main() -> None:
         print(f"\n{key}\n{table(rows, key)}")
     others = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     kept = [row for row in others if row["model"] != options.name]
-    write_json(RESULT, {"intervals": "95 %, of pairs drawn anew; of random scores, over seeds", "rows": kept + rows})
+    write_results(RESULT, {"intervals": "95 %, of pairs drawn anew; of random scores, over seeds", "rows": kept + rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Calibrated thresholds against batch-wide selection, on held-out rows of a store.
 
-    .venv/bin/python tests/studies/calibration.py runs/embedded/activations RUN_DIRECTORY...
+    .venv/bin/python docs/studies/calibration.py runs/embedded/activations RUN_DIRECTORY...
 
 For each run of a batch-wide family: l0 and fvu per token (eval mode, thresholds) and as in training (batches of 2048).
 """

@@ -1,7 +1,7 @@
 """What the papers claim, against a comparison: paired differences to TopK over seeds, with 95 % intervals.
 
     sparsary compare recipes/embedded --seeds 3 --out runs/compare-embedded
-    .venv/bin/python tests/studies/claims.py runs/compare-embedded/comparison.json
+    .venv/bin/python docs/studies/claims.py runs/compare-embedded/comparison.json
 
 A difference is a family's figure less TopK's at the same seed, which fixes the initial weights and the order of the tokens;
 the interval is Student's t over seeds. "no difference" means that it contains 0.

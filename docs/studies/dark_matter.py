@@ -1,7 +1,7 @@
 """The dark matter against width: how each part of the error changes, what predicts it, what it costs, what takes it away.
 
-    .venv/bin/python tests/studies/dark_matter.py recipes/dark_matter/embedded.yaml --earlier transformer.h.1:out
-    .venv/bin/python tests/studies/dark_matter.py recipes/dark_matter/stories3M.yaml --earlier model.layers.2:out
+    .venv/bin/python docs/studies/dark_matter.py recipes/dark_matter/embedded.yaml --earlier transformer.h.1:out
+    .venv/bin/python docs/studies/dark_matter.py recipes/dark_matter/stories3M.yaml --earlier model.layers.2:out
 
 The recipe is a grid over ``dictionary.n_latents`` and ``seed``. Besides its members, a dictionary of the earlier hook is
 trained for every seed, and three on the error of the middle width and its parts. What is there is not done again. Writes
@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from results import write_results
 from scipy.stats import t
 
 from sparsary.eval.heldout import EvalData, eval_data
@@ -29,11 +30,11 @@ from sparsary.eval.metrics.dark_matter.widths import Judged, WidthLaw, evaluate_
 from sparsary.eval.pages.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
 from sparsary.sae import SparseDictionary, load_dictionary
 from sparsary.sae.checkpoint import read_config
-from sparsary.sae.files import write_json
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import Recipe, check_recipe, override, read_values
 from sparsary.training.recipe.grid import check_grid
+from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import train_all, train_recipe
 
 ROWS = 4096
@@ -69,8 +70,8 @@ def trained(path: str, earlier: str) -> tuple[dict[int, dict[int, Recipe]], dict
     override(values, "dictionary.n_latents", widths[len(widths) // 2])
     values["out_dir"] = f"{values['out_dir']}-earlier"
     before = list(check_grid(values, path).recipes)
-    train_all(members)
-    train_all(before)
+    train_all(resolve_recipes(members))
+    train_all(resolve_recipes(before))
     found = {seed: {r.dictionary.n_latents: r for r in members if r.seed == seed} for seed in seeds}
     return found, {recipe.seed: recipe for recipe in before}
 
@@ -91,7 +92,7 @@ def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: Eval
             "dictionary": {"hook": f"{part}:out", "n_latents": sae.n_latents, "encoder": recipe.dictionary.encoder},
             "out_dir": f"{Path(recipe.out_dir).parent}-of-{part}/seed={recipe.seed}",
         }
-        own = load_dictionary(train_recipe(check_recipe(values, part), ErrorParts(rows, sae, matter, part)))
+        own = load_dictionary(train_recipe(resolve_recipe(check_recipe(values, part)), ErrorParts(rows, sae, matter, part)))
         alone, together = RunningFvu(sae.d_out), RunningFvu(sae.d_out)
         with torch.no_grad():
             for x in held:
@@ -314,7 +315,7 @@ def main() -> None:
         for seed, recipes in members.items():
             judged[str(seed)] = one_seed(recipes, before[seed])
             print(f"seed {seed} is judged", flush=True)
-        write_json(results, {"recipe": options.recipe, "seeds": judged})
+        write_results(results, {"recipe": options.recipe, "seeds": judged})
     found: dict[str, Seed] = json.loads(results.read_text())["seeds"]
     draw(list(found.values()), docs / f"dark_matter_{name}.png")
     print(tables(list(found.values())))

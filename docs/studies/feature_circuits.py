@@ -1,7 +1,7 @@
 """Feature circuits: do latents carry a task in fewer nodes than neurons, heads or random features do? All families, equal l0.
 
-    python tests/studies/feature_circuits.py embedded [--seeds 3]
-    python tests/studies/feature_circuits.py stories3M --pairs PAIRS_DIRECTORY
+    python docs/studies/feature_circuits.py embedded [--seeds 3]
+    python docs/studies/feature_circuits.py stories3M --pairs PAIRS_DIRECTORY
 
 Trains, for every family and seed, an SAE behind every block (recipes/circuits/NAME.yaml), of one width and one budget, and
 looks for circuits of its latents: scores by attribution patching on half of a task's pairs, faithfulness under resampling on
@@ -21,6 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from results import write_results
 from scipy.stats import t
 
 from sparsary.eval.circuits.compared_units import open_dictionaries, open_model, spaces
@@ -33,6 +34,7 @@ from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.sae.files import write_json
 from sparsary.training.recipe import read_values
 from sparsary.training.recipe.grid import check_grid
+from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.run import train_all
 
 K = {"embedded": 16, "stories3M": 32}
@@ -64,7 +66,7 @@ def trained(name: str, family: str, seed: int) -> Path:
     """The stack of one family and seed."""
     out = Path("runs/circuits") / f"{name}-study" / family / f"seed-{seed}"
     changes = families(K[name])[family] | {"seed": seed, "out_dir": str(out)}
-    train_all(check_grid(read_values(f"recipes/circuits/{name}.yaml", changes), family).recipes)
+    train_all(resolve_recipes(check_grid(read_values(f"recipes/circuits/{name}.yaml", changes), family).recipes))
     return out
 
 
@@ -197,7 +199,7 @@ def main() -> None:
     if options.train_only:
         return
     about = {"pairs": options.n, "method": options.method, "ablation": options.ablation, "seeds": options.seeds}
-    write_json(Path(f"docs/results/feature-circuits-{options.name}.json"), about | {"rows": rows})
+    write_results(Path(f"docs/results/feature-circuits-{options.name}.json"), about | {"rows": rows})
     for task in tasks:
         table(rows, task)
     plot(rows, list(tasks), Path(f"docs/feature_circuits_{options.name}.png"))

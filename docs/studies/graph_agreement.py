@@ -2,7 +2,7 @@
 
     sparsary train recipes/transcoders/embedded/stack.yaml
     sparsary train recipes/transcoders/embedded/cross_layer.yaml
-    python tests/studies/graph_agreement.py runs/transcoders/embedded/stack runs/transcoders/embedded/cross_layer
+    python docs/studies/graph_agreement.py runs/transcoders/embedded/stack runs/transcoders/embedded/cross_layer
 
 The first tokens of held-out documents are explained one by one; the latents of largest influence are taken out one at a time,
 with nothing held, with attention patterns held, and with norms held as well, and changes are compared with those that edges
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import write_results
 
 from sparsary.eval.attribution_graphs.graph import graph_of
 from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, with_interventions
 from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
 from sparsary.eval.attribution_graphs.run import open_graph_target
-from sparsary.sae.files import write_json
 from sparsary.training.recipe import TextSection
 from sparsary.training.text import contexts
 
@@ -73,7 +73,7 @@ def main() -> None:
         print(checkpoint)
         for name, (low, middle, high) in results[checkpoint].items():
             print(f"| {name} | {middle:.3g} [{low:.3g}, {high:.3g}] |")
-    write_json(Path("docs/results/graph-agreement.json"), {"prompts": options.prompts, "quartiles": results})
+    write_results(Path("docs/results/graph-agreement.json"), {"prompts": options.prompts, "quartiles": results})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The greater-than task of the embedded model, through the transcoders of its MLPs: which latents carry it.
 
-    python tests/studies/replaced_mlps.py embedded          # trains the stacks
-    python tests/studies/greater_than.py                  # the three seeds' stacks of transcoders
+    python docs/studies/replaced_mlps.py embedded          # trains the stacks
+    python docs/studies/greater_than.py                   # the three seeds' stacks of transcoders
 
 Prompts are "The EVENT lasted from the year 17YY to the year 17"; the preference is the probability of the years after YY less
 that of the others. With transcoders in place and their errors added back the model is itself, and a latent's input-dependent
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from results import write_results
 
-from sparsary.sae.files import write_json
 from sparsary.training.activations.model import LanguageModel, load_model
 from sparsary.training.activations.splice import Insertion, Intervention, model_spliced
 from sparsary.training.embedded.corpus import task_prompts
@@ -176,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(ModelSection())
     results = [study(model, Path(directory), options.prompts) for directory in options.stacks]
-    write_json(Path("docs/results/greater-than.json"), {"results": results})
+    write_results(Path("docs/results/greater-than.json"), {"results": results})
     plot(results[0], Path("docs/greater_than.png"))
     for result in results:
         print(json.dumps({key: result[key] for key in ("stack", "clean", "alive")}))

@@ -1,6 +1,6 @@
 """What an int8 store costs: the quickstart's dictionary trained from float32 and from int8 rows of the same tokens.
 
-    .venv/bin/python tests/studies/int8_store.py [--seeds 3] [--store-tokens 300000] [--tokens 600000]
+    .venv/bin/python docs/studies/int8_store.py [--seeds 3] [--store-tokens 300000] [--tokens 600000]
 
 Both dictionaries of a seed see the same rows in the same order and are judged on the same held-out float32 rows. Prints the
 stores' sizes, fvu of every run, and the mean difference int8 - float32 with its 95 % interval over seeds (Student's t).
@@ -20,6 +20,7 @@ from sparsary.sae import load_dictionary
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import load_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train_recipe
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -64,8 +65,8 @@ def main() -> None:
                     "out_dir": str(out),
                 }
                 recipe = load_recipe(QUICKSTART, values)
-                stores[dtype] = run_harvest(recipe)
-                train_recipe(recipe)
+                stores[dtype] = run_harvest(resolve_recipe(recipe))
+                train_recipe(resolve_recipe(recipe))
                 fvu[dtype].append(heldout_fvu(out, stores["float32"], recipe.dictionary.hook))
                 print(f"{dtype} seed {seed}: fvu {fvu[dtype][-1]:.5f}, waited {waited_share(out):.4f} of the time", flush=True)
     size = {dtype: sum(shard["bytes"] for shard in store.manifest["shards"]) for dtype, store in stores.items()}

@@ -1,7 +1,7 @@
 """Models whose circuit is known: how far every method of discovery finds its edges and its nodes.
 
-    python tests/studies/known_circuits.py                       # what is written by hand or trained here
-    python tests/studies/known_circuits.py --compiled MODELS     # also MODELS/tracr_reverse and other compiled programs
+    python docs/studies/known_circuits.py                       # what is written by hand or trained here
+    python docs/studies/known_circuits.py --compiled MODELS     # also MODELS/tracr_reverse and other compiled programs
 
 Units are all edges of the model, labelled by its circuit when the rest is taken from the corrupted prompt. AUC is the chance
 that an edge of the circuit scores above one outside it, ties counting half; a node scores as its best edge. Scores of either
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_results
 
 from sparsary.eval.circuits.known import COMPILED, KNOWN, Known, rotated
 from sparsary.eval.circuits.methods import METHODS, Method, UnitScores
@@ -25,7 +26,6 @@ from sparsary.eval.circuits.methods.exact import ExactPatching
 from sparsary.eval.circuits.scoring.edge_circuits import node_scores
 from sparsary.eval.circuits.scoring.roc import average_precision, roc_auc
 from sparsary.eval.circuits.units.edges import EdgeSpace
-from sparsary.sae.files import write_json
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "known-circuits.json"
 COMPARED = ("attribution", "integrated_inputs", "exact", "exact denoising", "exact both", "edge_pruning", "flow", "random")
@@ -100,7 +100,7 @@ def main() -> None:
         space = EdgeSpace(known.model)
         rows += [judge(known, name, space) for name in COMPARED]
         print(table(rows[-len(COMPARED) :]), flush=True)
-    write_json(RESULTS, {"rows": rows})
+    write_results(RESULTS, {"rows": rows})
     print(table(rows))
 
 

@@ -1,6 +1,6 @@
 """Features where the truth is known: in a rotated residual stream, does a dictionary find the circuit that neurons hide?
 
-    python tests/studies/known_features.py [--seeds 3]
+    python docs/studies/known_features.py [--seeds 3]
 
 Models whose weights were written by hand compute with named directions. As built these are neurons; rotated at random, no
 neuron is one. On both, circuits are found by attribution patching of: neurons of the stream behind every block, the planted
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_results
 from scipy.stats import t
 
 from sparsary.eval.circuits.compared_units import neurons
@@ -30,8 +31,8 @@ from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
 from sparsary.eval.circuits.units.random_latents import random_like
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
-from sparsary.sae.files import write_json
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 MODELS = ("induction", "reverse", "fraction", "clock")
@@ -86,7 +87,7 @@ def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
         "seed": seed,
         "out_dir": str(out),
     }
-    found = load_dictionary(train_recipe(check_recipe(values, "known-features"), stream))
+    found = load_dictionary(train_recipe(resolve_recipe(check_recipe(values, "known-features")), stream))
     assert isinstance(found, SAE)
     return found.requires_grad_(False)
 
@@ -170,7 +171,7 @@ def main() -> None:
         row for name in options.model or MODELS for seed in range(options.seeds) for row in study(name, seed, options.tokens)
     ]
     path = Path("docs/results/known-features.json")
-    write_json(path, {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]})
+    write_results(path, {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]})
     print("| model | basis | family | units | nodes for 80 % | CMD | AUC of latents |")
     for key in dict.fromkeys((row["model"], row["basis"], row["family"]) for row in rows):
         own = [row for row in rows if (row["model"], row["basis"], row["family"]) == key]

@@ -1,6 +1,6 @@
 """Every family on planted dictionaries with known truth: what is recovered, over seeds.
 
-    .venv/bin/python tests/studies/planted.py [--seeds 3] [--out docs/results/planted.json]
+    .venv/bin/python docs/studies/planted.py [--seeds 3] [--out docs/results/planted.json]
 
 Width and budget are those of the truth: as many latents as planted features, and k the nearest whole number to the true
 mean l0 (at least 1). Every family sees the same batches of 1024 tokens; Adam at 3e-3 with 100 steps of warm-up and a linear
@@ -9,17 +9,18 @@ the last fifth.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
+from results import write_results
 
 from sparsary.eval.synthetic.planted import PLANTED
 from sparsary.eval.synthetic.recovery import evaluate_recovery
 from sparsary.sae import load_dictionary
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 BATCH, STEPS, HELDOUT = 1024, 1200, 20_000
@@ -64,7 +65,7 @@ def run(name: str, entries: dict, dataset: str, seed: int, folder: Path) -> dict
     } | {key: value for key, value in entries.items() if key != "encoder"}
     samples = (planted.sample(BATCH, 1000 + i) for i in range(STEPS))
     pairs = [(sample.x, torch.zeros_like(sample.x) if sample.grad is None else sample.grad) for sample in samples]
-    directory = train_recipe(check_recipe(values, name), pairs)
+    directory = train_recipe(resolve_recipe(check_recipe(values, name)), pairs)
     return evaluate_recovery(load_dictionary(directory), planted, HELDOUT, seed=7)
 
 
@@ -98,7 +99,7 @@ def main() -> None:
                     flush=True,
                 )
     if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+        write_results(Path(options.out), found)
 
 
 if __name__ == "__main__":

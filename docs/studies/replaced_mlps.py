@@ -1,7 +1,7 @@
 """Transcoders in place of MLPs: per layer and all at once, against SAEs of the MLP's output and against ablation.
 
-    python tests/studies/replaced_mlps.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
-    python tests/studies/replaced_mlps.py stories3M
+    python docs/studies/replaced_mlps.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
+    python docs/studies/replaced_mlps.py stories3M
 
 Trains, for every seed, a stack of transcoders, one with skips, one of SAEs on the MLPs' outputs, all over every layer, and
 two cross-layer transcoders (k latents of each layer, and as many of all layers together), and judges each with all layers in
@@ -16,12 +16,13 @@ import math
 import statistics
 from pathlib import Path
 
+from results import write_results
 from scipy.stats import t
 
 from sparsary.eval.report.evaluate import evaluate
-from sparsary.sae.files import write_json
 from sparsary.training.recipe import read_values
 from sparsary.training.recipe.grid import check_grid
+from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.run import train_all
 
 LAYERS = {"embedded": 4, "stories3M": 6}
@@ -52,7 +53,7 @@ def run(folder: str, kind: str, seed: int, tokens: int) -> dict:
         values = read_values(f"recipes/transcoders/{folder}/base.yaml", changes)
         if kind in STACKS:
             values["grid"] = {"dictionary.layer": list(range(LAYERS[folder]))}
-        train_all(check_grid(values, kind).recipes)
+        train_all(resolve_recipes(check_grid(values, kind).recipes))
         evaluate(str(out), tokens=tokens)
     return json.loads(report.read_text())
 
@@ -81,7 +82,7 @@ def main() -> None:
         for kind, found in reports.items():
             print(f"{kind}, seed {seed}", flush=True)
             found.append(run(options.folder, kind, seed, options.tokens))
-    write_json(Path("docs/results") / f"transcoders-{options.folder}.json", {"seeds": options.seeds, "reports": reports})
+    write_results(Path("docs/results") / f"transcoders-{options.folder}.json", {"seeds": options.seeds, "reports": reports})
     tables(options.folder, reports)
 
 

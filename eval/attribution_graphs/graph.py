@@ -2,7 +2,7 @@
 
 An edge is what its source adds to its target directly: along the residual stream and through attention as it is on this
 prompt, but through no other latent. All edges into a target and its constant add up to its pre-activation, or to its logit
-less the mean logit; ``eval.circuits.graph_linear`` says what is held.
+less the mean logit; ``eval.attribution_graphs.local_replacement_model`` says what is held.
 
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ...sae.sparse_code import SparseCode, group_by_latent
-from ...training.activations.harvest import batches, excluded
+from ...training.activations.contexts import context_batches
 from ...training.recipe import HarvestSection, TextSection
-from ...training.text import contexts
-from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, ContextBatch, Limits
+from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, Limits
 from ..features.run import RECORDS_FILE
 from .replacement_model import Replacement
 
@@ -64,16 +63,11 @@ def read_heldout(
     hooks = {layer: replacement.anatomy.blocks[layer].sites()["mlp"][0] for layer in {layer for layer, _ in latents}}
     if not hooks:
         return {}
-    collector, special = Collector(len(numbers), LIMITS), frozenset(model.tokenizer.all_special_ids)
-    for some in batches(contexts(text, model.tokenizer, heldout=harvest.heldout), BATCH_CONTEXTS):
-        token_ids, document_ids, offsets = (
-            np.stack([getattr(context, name) for context in some]) for name in ("token_ids", "document_ids", "positions")
-        )
-        kept = ~excluded(token_ids, document_ids, special, harvest)
-        mask = torch.from_numpy(kept).to(model.device)
-        seen = model.activations(torch.from_numpy(token_ids).long().to(model.device), tuple(hooks.values()))
-        codes = {layer: replacement.encode(layer, seen[hook][mask]) for layer, hook in hooks.items()}
-        collector.update(ContextBatch(token_ids, document_ids, offsets, kept, _only(codes, numbers)))
+    collector = Collector(len(numbers), LIMITS)
+    for batch in context_batches(model, text, harvest, BATCH_CONTEXTS, heldout=True):
+        rows = batch.kept_activations(model, tuple(hooks.values()))
+        codes = {layer: replacement.encode(layer, rows[hook]) for layer, hook in hooks.items()}
+        collector.update(batch, _only(codes, numbers))
         if collector.tokens >= tokens:
             break
     found = collector.result()

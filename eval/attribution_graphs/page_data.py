@@ -1,5 +1,6 @@
-"""The data that an attribution graph's page shows."""
+"""The data that an attribution graph's page shows: ``graph-page.json``, beside the graph in circuit-tracer's form."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from .export import GraphLabels
@@ -7,12 +8,19 @@ from .graph import KINDS, AttributionGraph
 from .labels import Note
 from .pruning import Pruned, normalised_influence
 
+PAGE_VERSION = 1
+DATA_FILE = "graph-page.json"
 # Activations in a context are shaded no finer.
 SHADES = 100
 
 
-def page_data(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels) -> dict[str, Any]:
-    """What the page's script draws: nodes by place in a list, edges by these places, strongest first."""
+def page_data(
+    graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, measures: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Key figures, then what the page's script draws: nodes by place in a list, edges by these places, strongest first.
+
+    ``measures`` are further figures of the graph by name, as ``run_graph`` reports them.
+    """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     places = {number: place for place, number in enumerate(kept)}
     reached = graph.influence + graph.weights
@@ -29,10 +37,25 @@ def page_data(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels) -> d
     ]
     whole = float(graph.weights.sum())
     nodes = [_node(graph, number, float(reached[number]) / whole) for number in kept]
+    scores = graph.scores()
     return {
-        "tokens": [_visible(token) for token in labels.tokens],
+        "page_version": PAGE_VERSION,
+        "model": labels.model,
+        "transcoders": labels.checkpoint,
+        "prompt": labels.prompt,
+        "replacement_score": scores.replacement,
+        "completeness_score": scores.completeness,
+        "n_nodes_all": graph.n_nodes,
+        "n_edges_all": int((graph.adjacency != 0).sum()),
+        "latents_left_out": graph.n_left_out,
+        "left_out_share": graph.left_out_share,
+        "exclude_leading": graph.exclude_leading,
+        "error_shares": graph.error_shares().tolist(),
+        "kl_last": (measures or {}).get("kl_last"),
+        "tokens": list(labels.tokens),
         "layers": graph.n_layers,
-        "targets": [_visible(text) for text in labels.targets],
+        "targets": list(labels.targets),
+        "probabilities": [target.probability for target in graph.targets],
         "nodes": nodes,
         "edges": edges,
         "notes": {f"{layer}.{latent}": _note(note) for (layer, latent), note in labels.notes.items()},
@@ -60,8 +83,8 @@ def _note(note: Note) -> dict[str, Any]:
         "label": note.label,
         "maximum": note.maximum and _rounded(note.maximum),
         "density": note.density and _rounded(note.density),
-        "promoted": [_visible(token) for token in note.promoted],
-        "suppressed": [_visible(token) for token in note.suppressed],
+        "promoted": list(note.promoted),
+        "suppressed": list(note.suppressed),
         "windows": [
             [
                 list(window.tokens),
@@ -71,10 +94,6 @@ def _note(note: Note) -> dict[str, Any]:
             for window in note.windows
         ],
     }
-
-
-def _visible(token: str) -> str:
-    return token.replace("\n", "\u21b5").replace("\t", "\u21e5")
 
 
 def _rounded(value: float) -> float:

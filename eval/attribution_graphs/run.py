@@ -1,5 +1,6 @@
 """Checkpoint and prompt in; ``graph.json`` and ``graph.html`` out."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,16 +18,16 @@ from ...transcoders.stack import Stack, hooks_of_provenance
 from .. import checkpoint as loading
 from ..checkpoint import Report
 from ..features.predicates import token_texts
-from ..pages.attribution_graph import render_graph
+from ..pages.render import render_file
 from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
 from .interventions import EFFECTS, PLACES, intervene, most_influential, with_interventions
 from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
 from .local_replacement_model import LocalReplacement
+from .page_data import DATA_FILE, page_data
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
 from .replacement_model import Replacement, layers_of, require_model
 
-PAGE_FILE = "graph.html"
 DEFAULT_TOKENS = 60_000
 INTERVENTIONS = 30
 
@@ -86,8 +87,8 @@ def attribution_graph(
     target = Path(out) if out is not None else opened.source.results / "graph"
     facts = _facts(local, graph, pruned)
     path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
-    write_text(target / PAGE_FILE, render_graph(graph, pruned, labels, facts))
-    return facts | {"json_path": str(path), "page_path": str(target / PAGE_FILE)}
+    page = _written_page(path, page_data(graph, pruned, labels, facts))
+    return facts | {"json_path": str(path), "page_path": str(page)}
 
 
 def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabels | None = None) -> None:
@@ -97,8 +98,14 @@ def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabe
         targets = [str(target.token) + ("" if target.foil is None else f" \u2212 {target.foil}") for target in graph.targets]
         labels = GraphLabels("", "", " ".join(tokens), tokens, targets, {})
     pruned = graph.prune()
-    write_graph(directory, as_json(graph, pruned, labels, NODE_THRESHOLD, EDGE_THRESHOLD), labels.notes)
-    write_text(Path(directory) / PAGE_FILE, render_graph(graph, pruned, labels))
+    path = write_graph(directory, as_json(graph, pruned, labels, NODE_THRESHOLD, EDGE_THRESHOLD), labels.notes)
+    _written_page(path, page_data(graph, pruned, labels))
+
+
+def _written_page(path: Path, data: Mapping[str, Any]) -> Path:
+    """The data of a graph's page beside the graph, and the page."""
+    write_text(path.with_name(DATA_FILE), json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+    return render_file(path)
 
 
 def open_graph_target(checkpoint: str | Path, options: CheckpointOptions = NO_OPTIONS) -> GraphTarget:

@@ -4,7 +4,6 @@ Half of a task's pairs choose the circuits, the other half judge them. Everythin
 method comes to is a flat row of ``circuits.json``; curves, and the circuits that are drawn, stand beside the rows.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ import torch
 from scipy import stats
 
 from ...sae.files import json_number, write_json
+from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import Report
-from ..pages.circuits import render_circuits
+from ..pages.render import render_file
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, UnitScores
@@ -27,11 +27,11 @@ from .scoring.faithfulness import (
     LEVELS,
     FaithfulnessCurve,
     Trials,
-    bootstrap,
     circuit_members,
     curve,
     growing_sizes,
     minimality,
+    pair_interval,
     ranked,
     share_sizes,
     smallest_size,
@@ -76,17 +76,9 @@ class CircuitSettings:
     def __post_init__(self) -> None:
         for name, asked, known in (("--method", self.methods, METHODS), ("--ablation", (self.ablation,), ABLATIONS)):
             for value in asked:
-                _require_known(name, value, tuple(known))
+                require_choice(name, value, known)
         if self.pairs < 4:
             raise ValueError(f"--pairs: expected at least 4, half to choose circuits and half to judge them, got {self.pairs}.")
-
-
-def _require_known(option: str, value: str, known: Sequence[str]) -> None:
-    """Raise ``ValueError``, listing the choices and suggesting the nearest, unless ``value`` is one of them."""
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{option}: expected one of {', '.join(known)}, got {value!r}.{hint}")
 
 
 DEFAULT_SETTINGS = CircuitSettings()
@@ -135,8 +127,8 @@ def circuits(
     directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "circuits.json", found)
-    (directory / "circuits.html").write_text(render_circuits(found), encoding="utf-8")
-    return found | {"path": str(directory / "circuits.json"), "page_path": str(directory / "circuits.html")}
+    page = render_file(directory / "circuits.json")
+    return found | {"path": str(directory / "circuits.json"), "page_path": str(page)}
 
 
 def n_steps(checkpoints: int, settings: CircuitSettings) -> int:
@@ -280,13 +272,13 @@ def _mask(units: torch.Tensor, size: int) -> torch.Tensor:
 def _areas(signed: FaithfulnessCurve, absolute: FaithfulnessCurve) -> Row:
     row: Row = {}
     for name, along, statistic in (("cpr", signed, FaithfulnessCurve.cpr), ("cmd", absolute, FaithfulnessCurve.cmd)):
-        low, high = bootstrap(statistic, along)
+        low, high = pair_interval(statistic, along)
         row |= {name: _number(statistic(along)), f"{name}_low": _number(low), f"{name}_high": _number(high)}
     return row
 
 
 def _drawn(along: FaithfulnessCurve) -> Row:
-    low, high = bootstrap(FaithfulnessCurve.faithfulness, along)
+    low, high = pair_interval(FaithfulnessCurve.faithfulness, along)
     values = {"faithfulness": along.faithfulness(), "low": low, "high": high, "completeness": along.completeness()}
     return {"sizes": list(along.sizes)} | {name: [_number(value) for value in row] for name, row in values.items()}
 

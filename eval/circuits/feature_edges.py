@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .methods.method import BATCH
-from .tasks.pairs import PromptPairs
+from .tasks.pairs import BATCH, PromptPairs
 from .units.nodes import NodeSpace, Part
 from .units.passes import Cost, Seen
 from .units.space import State

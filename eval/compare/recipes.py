@@ -9,21 +9,22 @@ from typing import Any
 
 from ...sae.checkpoint import read_config
 from ...sae.dictionary import CONFIG_FILE
-from ...sae.files import read_json, write_json, write_text
+from ...sae.files import read_json, write_json
 from ...training.checkpoints import RECIPE_FILE
-from ...training.preflight import preflight
+from ...training.preflight import TrainingPlan, preflight
 from ...training.recipe import Recipe, differences, load_recipe
 from ...training.report import METRICS_FILE
-from ...training.resolve_hooks import resolved
+from ...training.resolve_hooks import ResolvedRecipe, resolve_recipes
 from ...training.run import run_harvest, train_recipe
 from ...transcoders.load import RecipeValue
 from ..checkpoint import Report
 from ..pages.numbers import finite, show
-from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle, render_recipes
+from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle
+from ..pages.render import render_file
 from ..report.evaluate import Progress, evaluate, unseen
+from .runs import REPORT_FILE
 
 COMPARISON_VERSION = 1
-REPORT_FILE = "report.json"
 # Shared by more than one recipe, it would be found by a directory's name, but is none itself.
 BASE_FILE = "base.yaml"
 # What the report says of a family, and not of a seed.
@@ -51,24 +52,25 @@ def compare_recipes(
     """
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}. Every recipe is trained once per seed.")
-    families = load_families(recipes, overrides or {})
+    loaded = load_families(recipes, overrides or {})
     # Together: the one store is to hold what each of them needs.
-    families = dict(zip(families, resolved(list(families.values())), strict=True))
+    families = dict(zip(loaded, resolve_recipes(list(loaded.values())), strict=True))
     require_comparable(families)
-    runs = {name: [_seeded(recipe, out, name, seed) for seed in range(seeds)] for name, recipe in families.items()}
-    pending = [recipe for recipes in runs.values() for recipe in recipes if not is_complete(recipe)]
-    for recipe in pending:
-        preflight(recipe)
-    for recipe in [recipe for recipe in pending if recipe.harvest.store is not None][:1]:
-        run_harvest(recipe, progress(recipe.harvest.tokens or 0))
-    for done, recipe in enumerate(pending):
-        log.info("%s: run %d of %d", recipe.out_dir, done + 1, len(pending))
-        _run(recipe)
-    live = {name for name, recipe in families.items() if recipe.harvest.store is None}
-    comparison = collect_runs({name: [Path(recipe.out_dir) for recipe in recipes] for name, recipes in runs.items()}, live)
+    runs = {name: [_seeded(member, out, name, seed) for seed in range(seeds)] for name, member in families.items()}
+    pending = [(name, run) for name, members in runs.items() for run in members if not is_complete(run.recipe)]
+    # Seeds of a recipe need the same.
+    plans = {name: preflight(families[name]) for name in dict(pending)}
+    for name, run in [(name, run) for name, run in pending if run.recipe.harvest.store is not None][:1]:
+        run_harvest(run, progress(run.recipe.harvest.tokens or 0), plans[name])
+    for done, (name, run) in enumerate(pending):
+        log.info("%s: run %d of %d", run.recipe.out_dir, done + 1, len(pending))
+        _run(run, plans[name])
+    live = {name for name, member in families.items() if member.recipe.harvest.store is None}
+    comparison = collect_run_groups(
+        {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live
+    )
     write_json(Path(out) / "comparison.json", comparison)
-    write_text(Path(out) / "comparison.html", render_recipes(comparison))
-    return comparison | {"page_path": str(Path(out) / "comparison.html")}
+    return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
 
 
 def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -> dict[str, Recipe]:
@@ -97,18 +99,19 @@ def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -
     return {name: load_recipe(path, overrides) for name, path in paths.items()}
 
 
-def require_comparable(families: Mapping[str, Recipe]) -> None:
+def require_comparable(families: Mapping[str, ResolvedRecipe]) -> None:
     """Raise ``ValueError`` with one line for every key in which a recipe would see other activations than the first.
 
     A recipe without a store, which streams from the model, is only held to model, text, what is reconstructed and what is
     left out. What is read may differ: a transcoder compares with an SAE of its output.
     """
-    first = next((name for name, recipe in families.items() if recipe.harvest.store is not None), next(iter(families)))
-    hook = "hook" if all(recipe.dictionary.kind == "sae" for recipe in families.values()) else "hook_out"
-    expected = _inputs(families[first], hook)
+    recipes = {name: member.recipe for name, member in families.items()}
+    first = next((name for name, recipe in recipes.items() if recipe.harvest.store is not None), next(iter(recipes)))
+    hook = "hook" if all(recipe.dictionary.kind == "sae" for recipe in recipes.values()) else "hook_out"
+    expected = _inputs(recipes[first], hook)
     problems = [
         f"{key}: {expected[key]!r} in {first}, {value!r} in {name}"
-        for name, recipe in families.items()
+        for name, recipe in recipes.items()
         for key, value in _inputs(recipe, hook).items()
         if key in expected and value != expected[key]
     ]
@@ -144,7 +147,7 @@ def is_complete(recipe: Recipe) -> bool:
     return trained >= recipe.tokens and read_json(directory / REPORT_FILE).get("training_tokens") == trained
 
 
-def collect_runs(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
+def collect_run_groups(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
     """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
 
     ``live`` names the families that were trained on activations streamed from the model.
@@ -252,15 +255,16 @@ def _inputs(recipe: Recipe, hook: str) -> dict[str, Any]:
     return inputs | {f"dictionary.{hook}": ", ".join(recipe.dictionary.hooks_out), "eval_tokens": recipe.eval_tokens}
 
 
-def _seeded(recipe: Recipe, out: str | Path, name: str, seed: int) -> Recipe:
-    return recipe.model_copy(update={"seed": seed, "out_dir": str(Path(out) / name / f"seed-{seed}")})
+def _seeded(member: ResolvedRecipe, out: str | Path, name: str, seed: int) -> ResolvedRecipe:
+    return member.another_run(str(Path(out) / name / f"seed-{seed}"), seed)
 
 
-def _run(recipe: Recipe) -> None:
+def _run(run: ResolvedRecipe, plan: TrainingPlan) -> None:
     """Train and judge. An older report goes first: after an interruption it would pass for the new one."""
+    recipe = run.recipe
     (Path(recipe.out_dir) / REPORT_FILE).unlink(missing_ok=True)
     try:
-        train_recipe(recipe)
+        train_recipe(run, plan=plan)
         evaluate(recipe.out_dir, tokens=recipe.eval_tokens)
     except ValueError as error:
         raise ValueError(f"{recipe.out_dir}: {error}") from None

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.dictionary import CONFIG_FILE
-from ...sae.files import read_json, write_json, write_text
+from ...sae.files import read_json, write_json
 from ...transcoders.stack import stack_folders
 from ..checkpoint import Report, short_names
 from ..pages.numbers import finite, show
-from ..pages.runs import COLUMNS, render_runs
+from ..pages.render import render_file
+from ..pages.runs import COLUMNS
 from ..report.evaluate import Progress, evaluate_all, unseen
 
 RUNS_VERSION = 1
@@ -76,8 +77,7 @@ def compare_runs(
     comparison = collect_runs(runs)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)
-    write_text(Path(out) / "comparison.html", render_runs(comparison))
-    return comparison | {"page_path": str(Path(out) / "comparison.html")}
+    return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
 
 
 def collect_runs(runs: Sequence[Path]) -> dict[str, Any]:

@@ -13,10 +13,9 @@ import torch
 
 from ...sae.dictionary import SparseDictionary
 from ...sae.sparse_code import SparseCode
-from ...training.activations.harvest import batches, excluded
+from ...training.activations.contexts import ContextBatch, context_batches
 from ...training.activations.model import LanguageModel
 from ...training.recipe import HarvestSection, TextSection
-from ...training.text import Context, contexts
 
 BATCH_CONTEXTS = 32
 # Histogram bins of activations: four to an octave, from 2^-16 to 2^16; what lies outside is counted in the outermost.
@@ -43,16 +42,6 @@ class Limits:
     @property
     def width(self) -> int:
         return self.before + 1 + self.after
-
-
-class ContextBatch(NamedTuple):
-    """A few contexts as arrays ``(contexts, positions)``, and the code of the positions that count, in reading order."""
-
-    token_ids: np.ndarray
-    document_ids: np.ndarray
-    offsets: np.ndarray
-    kept: np.ndarray
-    code: SparseCode
 
 
 class Examples(NamedTuple):
@@ -239,13 +228,14 @@ class Collector:
         self.background_fires: dict[int, np.ndarray] = {}
         self.sampler = _Sampler(self.limits.sample_entries)
 
-    def update(self, batch: ContextBatch) -> None:
+    def update(self, batch: ContextBatch, code: SparseCode) -> None:
+        """Take in a batch of contexts and the code of its kept tokens, in reading order."""
         kept = np.flatnonzero(batch.kept)
         if not len(kept):
             return
         self.tokens += len(kept)
         self.documents |= set(batch.document_ids.ravel()[kept].tolist())
-        latents, places, values = _entries(batch.code, kept, batch.token_ids.size)
+        latents, places, values = _entries(code, kept, batch.token_ids.size)
         self._moments(latents, values)
         view = _View(batch, self.limits, latents, places, values)
         self._contexts(view)
@@ -302,10 +292,10 @@ class Collector:
 
     def _sample_tokens(self, view: "_View", kept: np.ndarray) -> None:
         batch = view.batch
-        documents, offsets = batch.document_ids.ravel()[kept], batch.offsets.ravel()[kept]
+        documents, offsets = batch.document_ids.ravel()[kept], batch.positions.ravel()[kept]
         order = np.argsort(view.places, kind="stable")
         counts = np.bincount(np.searchsorted(kept, view.places), minlength=len(kept))
-        labels = (batch.token_ids, *view.neighbours(), batch.document_ids, batch.offsets, view.repeated())
+        labels = (batch.token_ids, *view.neighbours(), batch.document_ids, batch.positions, view.repeated())
         self.sampler.add(
             uniform(mixed(documents, offsets, self.seed + 1)),
             tuple(label.ravel()[kept] for label in labels),
@@ -316,7 +306,7 @@ class Collector:
     def _background(self, view: "_View", kept: np.ndarray) -> None:
         hashes = view.hashes(kept)
         # By place, not by tokens: the same words elsewhere are text too, though only one such window is kept.
-        keys = uniform(mixed(view.batch.document_ids.ravel()[kept], view.batch.offsets.ravel()[kept], self.seed + 2))
+        keys = uniform(mixed(view.batch.document_ids.ravel()[kept], view.batch.positions.ravel()[kept], self.seed + 2))
         ordered = np.argsort(view.places, kind="stable")
         places = view.places[ordered]
 
@@ -415,31 +405,20 @@ class FeatureText:
     reads: tuple[str, ...] = field(default=())
 
     @torch.no_grad()
-    def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[ContextBatch]:
+    def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[tuple[ContextBatch, SparseCode]]:
         """Held-out contexts and their codes, until so many tokens were kept."""
         kept_tokens = 0
-        special = frozenset(self.model.tokenizer.all_special_ids)
-        for some in batches(contexts(self.text, self.model.tokenizer, heldout=self.harvest.heldout), BATCH_CONTEXTS):
-            batch = self._batch(dictionary, some, special)
-            yield batch
+        for batch in context_batches(self.model, self.text, self.harvest, BATCH_CONTEXTS, heldout=True):
+            rows = batch.kept_activations(self.model, self.reads)
+            yield batch, dictionary.encode(torch.cat([rows[hook] for hook in self.reads], dim=-1))
             kept_tokens += int(batch.kept.sum())
             if kept_tokens >= tokens:
                 return
 
-    def _batch(self, dictionary: SparseDictionary, some: list[Context], special: frozenset[int]) -> ContextBatch:
-        token_ids, document_ids, offsets = (
-            np.stack([getattr(context, name) for context in some]) for name in ("token_ids", "document_ids", "positions")
-        )
-        kept = ~excluded(token_ids, document_ids, special, self.harvest)
-        seen = self.model.activations(torch.from_numpy(token_ids).long().to(self.model.device), self.reads)
-        mask = torch.from_numpy(kept).to(self.model.device)
-        x = torch.cat([seen[hook][mask].float() for hook in self.reads], dim=-1)
-        return ContextBatch(token_ids, document_ids, offsets, kept, dictionary.encode(x))
-
 
 def collect_features(
     dictionary: SparseDictionary,
-    batches_of_text: Iterable[ContextBatch],
+    batches_of_text: Iterable[tuple[ContextBatch, SparseCode]],
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Collected:
@@ -449,7 +428,7 @@ def collect_features(
         ValueError: If the text holds no token.
     """
     collector = Collector(dictionary.n_latents, limits)
-    for batch in batches_of_text:
-        collector.update(batch)
+    for batch, code in batches_of_text:
+        collector.update(batch, code)
         progress(collector.tokens)
     return collector.result()

@@ -12,11 +12,12 @@ Keys of a line, ``null`` where ``reasons`` has an entry of the same name that sa
 - ``top_tokens``: tokens on which it fires, with the ``share`` of its summed activation that falls on them.
 - ``co_firing``: latents by Jaccard index, with ``lift`` and ``count`` of common tokens; ``lifted``: by lift; ``correlated``: by
   Pearson's correlation, zeros included. ``nearest``: latents by cosine of the atoms. ``eval.features.neighbours`` defines them.
-- ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation; ``eval.features.logits``.
+- ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation
+  (``eval.features.logit_lens``).
 - ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``; ``eval.features.scores``. ``details`` belong to them.
 - ``explanation``: ``text``, what a language model said of it; ``detection`` and ``fuzzing``, how well that predicts, as
   balanced accuracy; ``details``, the counts; ``questions`` asked and answers that were ``malformed``; its own ``reasons``;
-  ``eval.features.explain``.
+  ``eval.features.autointerp``.
 
 Numbers are rounded to five digits. ``features.json`` beside it says where all this comes from, and means over latents.
 """

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ...sae.dictionary import SparseDictionary
-from ...sae.files import replacing, write_json, write_text
+from ...sae.files import replacing, write_json
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
-from ..pages.features import render_features
+from ..heldout import DEFAULT_TOKENS
+from ..pages.render import render_file
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
 from .llm_client import Chat, Endpoint, LocalChat
@@ -23,10 +24,9 @@ from .logit_lens import unembedding
 from .predicates import token_texts
 from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, number
 
-RECORDS_FILE, ABOUT_FILE, PAGE_FILE = "features.jsonl", "features.json", "features.html"
+RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
 # A folder of answers, so that a repeated run asks nothing twice.
 ANSWERS = "answers"
-DEFAULT_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
@@ -164,25 +164,18 @@ def write_features(directory: Path, about: dict[str, Any], records: Iterable[Fea
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
     dead = 0
-
-    def passing() -> Iterable[FeatureRecord]:
-        nonlocal dead
-        with replacing(directory / RECORDS_FILE) as temporary, temporary.open("w", encoding="utf-8") as handle:
-            for record in records:
-                handle.write(json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
-                dead += record["dead"]
-                for name, value in record["scores"].items():
-                    if value is not None:
-                        values[name].append(value)
-                yield record
-
-    page = render_features(about, passing())
+    with replacing(directory / RECORDS_FILE) as temporary, temporary.open("w", encoding="utf-8") as handle:
+        for record in records:
+            handle.write(json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+            dead += record["dead"]
+            for name, value in record["scores"].items():
+                if value is not None:
+                    values[name].append(value)
     about = about | {"dead": dead}
     for name, known in values.items():
         about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
     write_json(directory / ABOUT_FILE, about)
-    write_text(directory / PAGE_FILE, page)
-    return about | {"page_path": str(directory / PAGE_FILE)}
+    return about | {"page_path": str(render_file(directory / ABOUT_FILE))}
 
 
 def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: tuple[str, ...]) -> None:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 from .collect import Collected, TokenSample
 from .logit_lens import Unembedding
-from .neighbours import Matrix
+from .neighbours import BLOCK_ENTRIES, Matrix
 from .predicates import Predicates
 
 # Fewer firings, or windows, on either side are no ground for a score.
@@ -20,7 +20,6 @@ MIN_FIRINGS, MIN_WINDOWS = 10, 5
 MIN_TRUE = 5
 # A latent counts as firing above such a share of its maximum; the best of them is chosen with the predicate.
 THRESHOLDS = (0.0, 0.25, 0.5)
-BLOCK_ENTRIES = 4_000_000
 
 
 class Score(NamedTuple):
@@ -33,9 +32,8 @@ class Score(NamedTuple):
 
 def activation_auroc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive has the larger value, ties counted half. Both must hold something."""
-    ranks: Any = rankdata(np.concatenate([positive, negative]))
-    n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+    truth = np.repeat([True, False], [len(positive), len(negative)])
+    return float(roc_auc_score(truth, np.concatenate([positive, negative])))
 
 
 def predicate_f1(sample: TokenSample, codes: Matrix, known: Predicates) -> list[Score]:
@@ -168,6 +166,7 @@ def logit_lens(sample: TokenSample, codes: Matrix, lens: Unembedding | str) -> l
     next_is = csr_array((np.ones(len(places)), places, np.arange(len(places) + 1)), shape=(len(places), len(ids)))
     fires = codes.tocsr()[known].astype(bool).astype(np.float64)
     counts: Any = csr_array(csc_array(fires).T @ next_is)
+    sides = np.repeat([True, False], len(ids))
     found: list[Score] = []
     for effects in lens.blocks():
         for row in effects[:, ids].float().cpu().numpy():
@@ -176,13 +175,7 @@ def logit_lens(sample: TokenSample, codes: Matrix, lens: Unembedding | str) -> l
             if positive.sum() < MIN_FIRINGS or negative.sum() < MIN_FIRINGS:
                 found.append(Score(None, f"fires, or is silent, on fewer than {MIN_FIRINGS} sampled tokens"))
             else:
-                found.append(Score(_weighted_auroc(row, positive, negative)))
+                # Every token once on either side, and as often as it comes there.
+                often = np.concatenate([positive, negative])
+                found.append(Score(float(roc_auc_score(sides, np.tile(row, 2), sample_weight=often))))
     return found
-
-
-def _weighted_auroc(values: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> float:
-    """``activation_auroc`` of values that occur so many times each."""
-    _, groups = np.unique(values, return_inverse=True)
-    p, q = np.bincount(groups, positive), np.bincount(groups, negative)
-    below = np.cumsum(q) - q
-    return float((p * (below + q / 2)).sum() / (p.sum() * q.sum()))

@@ -1,7 +1,7 @@
 """What a linear map alone explains of a target, as a group of metrics."""
 
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from .base import DictionaryOutputs, MetricGroup, Setting
 from .dark_matter.decomposition import AffineFloor, LinearFit
@@ -13,12 +13,6 @@ class LinearFloor(MetricGroup):
     name = "linear_floor"
     version = 1
     reads_model = False
-    explanations: ClassVar = {
-        "Reconstruction": {
-            "fvu_affine": "The fvu of the best affine map from what a transcoder reads to the target, fitted on other "
-            "documents: the floor to beat. With few tokens for the fit (see dark_matter_enough_tokens) it comes out too high.",
-        }
-    }
 
     def __init__(self, setting: Setting):
         dictionary = setting.dictionary

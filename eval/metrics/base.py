@@ -1,6 +1,6 @@
 """What the suite and its groups of metrics agree on: a group sees the text piece by piece and returns flat entries.
 
-A new group is a class with the members of ``MetricGroup``, its name in ``eval.registry.GROUPS``, and an explanation for every
+A new group is a class with the members of ``MetricGroup``, its name in ``eval.metrics.GROUPS``, and an explanation for every
 entry. Everything a piece offers is computed when it is first asked for and shared, by groups and by all dictionaries that are
 judged in the same pass: a group pays for nothing that it does not read.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, model_spliced
-from .inference import PER_TOKEN, InferenceMode
+from .inference import DEFAULT_INFERENCE, InferenceMode
 from .model_outputs import ModelOutputs, Predictions
 
 
@@ -32,7 +32,7 @@ class Setting:
 
     dictionary: SparseDictionary
     device: torch.device
-    selection: InferenceMode = PER_TOKEN
+    selection: InferenceMode = DEFAULT_INFERENCE
     model: LanguageModel | None = None
     hook_in: str | None = None
     hook_out: str | None = None
@@ -106,8 +106,6 @@ class MetricGroup(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     reads_model: ClassVar[bool]
-    # Section of the page -> entry -> what it says.
-    explanations: ClassVar[dict[str, dict[str, str]]]
 
     @abstractmethod
     def __init__(self, setting: Setting): ...

@@ -7,7 +7,7 @@ nats, summed over tokens before any division.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...training.activations.model import LanguageModel, next_token_loss
 from ..bootstrap import ByDocument, Totals
+from ..pages.glossary import EXPLANATIONS
 from ..undefined import Undefined
 from .base import DictionaryOutputs, MetricGroup, Setting
 from .histograms import Quantiles
@@ -39,49 +40,6 @@ class SplicedModel(MetricGroup):
     name = "downstream"
     version = 2
     reads_model = True
-    explanations: ClassVar = {
-        "Effect on the model": {
-            "downstream_tokens": "Predictions scored: at replaced positions whose next token is of the same document. Excluded "
-            "positions keep the model's own activation.",
-            "ce_clean": "Cross-entropy of the untouched model, nats per token.",
-            "ce_spliced": "Cross-entropy with reconstructions in place of the targets, nats per token.",
-            "ce_zero": "Cross-entropy with zeros in their place, nats per token.",
-            "ce_mean": "Cross-entropy with the mean target in their place, nats per token.",
-            "kl_spliced": "KL divergence from the untouched model's predictions to those on reconstructions, nats per token.",
-            "kl_zero": "The same KL divergence with zeros, nats per token.",
-            "kl_mean": "The same KL divergence with the mean target, nats per token.",
-            "ce_increase": "ce_spliced - ce_clean: what the dictionary costs the model, nats per token.",
-            "top1_agreement": "Share of predictions whose likeliest token stays the same.",
-            "ce_recovered_zero": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to zero. 1 is perfect, 0 no "
-            "better than zeros; undefined where the ablation costs nothing.",
-            "ce_recovered_mean": "The same fraction, ablated to the mean target: the fairer yardstick.",
-            "kl_recovered_zero": "(kl_zero - kl_spliced) / kl_zero.",
-            "kl_recovered_mean": "(kl_mean - kl_spliced) / kl_mean.",
-            "ce_resample": "Cross-entropy with the activation of some other token, of the first half of the documents, in "
-            "place of each target, nats per token: an ablation that stays within the data.",
-            "kl_resample": "The same KL divergence with activations of other tokens, nats per token.",
-            "ce_recovered_resample": "The fraction recovered, ablated to activations of other tokens.",
-            "kl_recovered_resample": "(kl_resample - kl_spliced) / kl_resample.",
-            "token_ce_increase_p05": "A twentieth of the predictions get worse by less than this, in nats, or better. "
-            "Quantiles of single predictions are to within 1 %, or 0.00001 nats.",
-            "token_ce_increase_median": "Half of the predictions get worse by less than this, or better.",
-            "token_ce_increase_p95": "A twentieth of the predictions get worse by more than this.",
-            "token_ce_increase_p99": "A hundredth of the predictions get worse by more than this.",
-            "token_ce_better_fraction": "Share of predictions whose own loss is lower with reconstructions than without.",
-            "ce_increase_low": "Lower end of the interval of ce_increase; see interval_level.",
-            "ce_increase_high": "Upper end of the same.",
-            "kl_spliced_low": "Lower end of the interval of kl_spliced.",
-            "kl_spliced_high": "Upper end of the same.",
-            "top1_agreement_low": "Lower end of the interval of top1_agreement.",
-            "top1_agreement_high": "Upper end of the same.",
-            "ce_recovered_zero_low": "Lower end of the interval of ce_recovered_zero.",
-            "ce_recovered_zero_high": "Upper end of the same.",
-            "ce_recovered_mean_low": "Lower end of the interval of ce_recovered_mean.",
-            "ce_recovered_mean_high": "Upper end of the same.",
-            "ce_recovered_resample_low": "Lower end of the interval of ce_recovered_resample.",
-            "ce_recovered_resample_high": "Upper end of the same.",
-        }
-    }
 
     def __init__(self, setting: Setting):
         assert setting.model is not None
@@ -132,7 +90,7 @@ class SplicedModel(MetricGroup):
 
     def report(self) -> dict[str, Any]:
         if self.sums.tokens == 0:
-            keys = {key for entries in self.explanations.values() for key in entries} - {"downstream_tokens"}
+            keys = set(EXPLANATIONS["Effect on the model"]) - {"downstream_tokens"}
             return {"downstream_tokens": 0} | dict.fromkeys(sorted(keys), Undefined(NO_PREDICTION))
         low, middle, high, highest = self.increases.quantiles([0.05, 0.5, 0.95, 0.99])
         return (

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...sae import SparseCode, SparseDictionary
 from ...sae.pursuit import PURSUITS
+from ...sae.suggestions import require_choice
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class InferenceMode:
     def require_valid(self, dictionary: SparseDictionary) -> None:
         if self.oracle and not dictionary.encoder.needs_gradient:
             raise ValueError("--oracle: expected a dictionary that chooses by gradients (gradient_topk). Leave it out.")
-        if self.pursuit is not None and self.pursuit not in PURSUITS:
-            raise ValueError(f"--pursuit: expected one of {', '.join(PURSUITS)}, got {self.pursuit!r}.")
+        if self.pursuit is not None:
+            require_choice("--pursuit", self.pursuit, PURSUITS)
         if (self.pursuit is None) != (self.k is None) or (self.k is not None and self.k < 1):
             raise ValueError(f"--k: expected a number of latents above 0 together with --pursuit, and only then, got {self.k}.")
         if self.oracle and self.pursuit is not None:
@@ -42,4 +43,4 @@ class InferenceMode:
         return dictionary.encode(x, grad if self.oracle else None)
 
 
-PER_TOKEN = InferenceMode()
+DEFAULT_INFERENCE = InferenceMode()

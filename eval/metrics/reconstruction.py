@@ -1,7 +1,7 @@
 """How well a dictionary reconstructs held-out targets, and how it spends its latents doing so."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,12 +10,11 @@ from torch import Tensor
 from ...sae.metrics import Moments, dead_fraction, density
 from ...sae.sparse_code import SparseCode
 from ..bootstrap import LEVEL, RESAMPLES, SEED, ByDocument
+from ..pages.glossary import DENSE
 from ..undefined import Undefined
 from .base import DictionaryOutputs, MetricGroup, Setting
 from .histograms import Counts, Quantiles
 
-# A latent firing on more tokens than this is dense: it carries little information about any of them.
-DENSE = 0.1
 FREQUENT = 0.01
 DENSITY_DECADES = 7
 BINS_PER_DECADE = 4
@@ -163,66 +162,6 @@ class Reconstructed(MetricGroup):
     name = "reconstruction"
     version = 2
     reads_model = False
-    explanations: ClassVar = {
-        "Reconstruction": {
-            "fvu": "Fraction of variance unexplained, a ratio of sums: squared error of the whole set over squares about the "
-            "mean of the whole set. 0 is perfect, 1 is no better than the mean. A mean of per-token ratios is another number.",
-            "cosine": "Cosine between target and reconstruction, mean over tokens. 1 is perfect.",
-            "l2_ratio": "Norm of the reconstruction over norm of the target, mean over tokens. Below 1 is shrinkage.",
-            "relative_reconstruction_bias": "Sum of squared reconstruction norms over sum of reconstruction times target. 1 is "
-            "unbiased, below 1 is shrinkage (arXiv:2404.16014, eq. 10).",
-            "fvu_low": "Lower end of the interval of fvu; see interval_level.",
-            "fvu_high": "Upper end of the same.",
-            "mse": "Squared norm of the error, mean over tokens; in the activation's own units.",
-            "mse_per_dimension": "mse / d_out.",
-        },
-        "Other definitions of explained variance": {
-            "ev_global": "1 - fvu. To be preferred: one mean, one ratio of sums.",
-            "ev_mean_dim": "R\u00b2 of every dimension, then their unweighted mean: dimensions that hardly vary count as much "
-            "as those that carry the signal, and may send it far below 0.",
-            "ev_residual_variance": "1 - variance of the error / variance of the target (dictionary_learning's "
-            "frac_variance_explained): blind to a constant offset of the reconstruction.",
-            "ev_scalar_mean": "Squares of the target about one number, the mean over tokens and dimensions (overcomplete's "
-            "r2_score): the mean direction counts as signal.",
-            "ev_uncentred": "1 - squared error / squares of the target about zero: the mean counts as signal.",
-            "ev_mean_token": "1 - mean over tokens of squared error / squared norm of the target (the normalised MSE of "
-            "several code bases): tokens of small norm weigh most. Tokens whose target is zero are left out.",
-        },
-        "Tokens of high norm": {
-            "high_norm_threshold": f"{HIGH_NORM} times the median norm of the target on the documents of the first half (to 1 "
-            "%). Above it a token is of high norm: often the first of a context, or a delimiter.",
-            "high_norm_tokens": "Scored tokens of high norm.",
-            "high_norm_energy_share": "Their share of the targets' summed squared norms.",
-            "fvu_without_high_norm": "fvu of the other tokens, about their own mean.",
-            "cosine_without_high_norm": "cosine of the other tokens.",
-            "l2_ratio_without_high_norm": "l2_ratio of the other tokens.",
-            "l0_mean_without_high_norm": "l0_mean of the other tokens.",
-        },
-        "Sparsity": {
-            "l0_mean": "Latents that fire on a token, mean over tokens.",
-            "l0_p10": "A tenth of the tokens have at most so many latents firing.",
-            "l0_median": "Half of the tokens have at most so many latents firing.",
-            "l0_p90": "Nine tenths of the tokens have at most so many latents firing.",
-            "dead_fraction": "Share of latents silent on the whole window of tokens. A longer one finds fewer: compare "
-            "equal ones.",
-            "dead_window_tokens": "That window, in tokens.",
-            "dense_fraction": f"Share of latents that fire on more than {DENSE:g} of the tokens.",
-            "frequent_fraction": f"Share of latents that fire on more than {FREQUENT:g} of the tokens.",
-            "effective_latents": "Exponential of the entropy of the latents' shares of all firings: so many latents that fire "
-            "equally often would be as diverse.",
-            "l0_histogram_counts": "Tokens with exactly 0, 1, 2, ... latents firing.",
-            "l0_histogram_edges": "The numbers 0, 1, 2, ... that these counts are about, and where the last one ends.",
-            "density_histogram_counts": "Latents by the decimal logarithm of their firing density; dead ones are in no bin.",
-            "density_histogram_log10_edges": "Edges of these bins.",
-        },
-        "Intervals": {
-            "interval_level": "Entries that end in _low and _high are the ends of a percentile interval of this level: "
-            "scored documents are drawn anew with replacement and the figure is computed from their sums. What the first half "
-            "fitted, and the dictionary, are taken as given.",
-            "interval_resamples": "How often they were drawn.",
-            "interval_seed": "What the draws begin with.",
-        },
-    }
 
     def __init__(self, setting: Setting):
         dictionary, device = setting.dictionary, setting.device

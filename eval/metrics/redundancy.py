@@ -1,6 +1,6 @@
 """What the weights alone say: atoms that resemble each other, and rows of the encoder that resemble their atoms."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,6 @@ class Redundancy(MetricGroup):
     name = "redundancy"
     version = 1
     reads_model = False
-    explanations: ClassVar = {
-        "Weights": {
-            "decoder_max_cosine_mean": "For every latent the largest absolute cosine between its atom and another's, mean "
-            "over latents. Random directions give about sqrt(2 ln n_latents / d_out).",
-            "decoder_max_cosine_median": "The median of the same.",
-            "decoder_max_cosine_p90": "A tenth of the latents have an atom nearer to another than this.",
-            "decoder_near_copies_fraction": f"Share of latents whose atom has an absolute cosine above {NEAR_COPY:g} with "
-            "another.",
-            "decoder_latents_compared": "Latents these figures are about: all, or in very wide dictionaries evenly spaced "
-            "ones. Each was compared with all others.",
-            "encoder_decoder_cosine_mean": "Cosine between a latent's encoder row and its atom, mean over latents; null where "
-            "they are one matrix, or live in two spaces.",
-            "encoder_decoder_cosine_median": "The median of the same.",
-        }
-    }
 
     def __init__(self, setting: Setting):
         self.setting = setting

@@ -1,28 +1,12 @@
-"""Colours, markers and tables that the comparison pages share."""
+"""Colours and markers of families, in plots and tables alike."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.markers import MarkerStyle
 
 from .plots import PALETTE, Palette
-
-
-class Column(NamedTuple):
-    """A figure of the table; ``better`` picks its best value and is ``None`` where neither end is better."""
-
-    label: str
-    key: str
-    better: Callable[[Iterable[float]], float] | None
-
-
-# Where the report's explanation leans on its neighbours, or there is none.
-NOTES = {
-    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to the mean activation. 1 is perfect, "
-    "0 no better than the mean.",
-    "tokens_per_second": "Training speed, the median over the run's log lines. Whatever else ran on the machine slowed it.",
-}
 
 # Eleven colours and ten markers: 110 families before a pair comes again.
 FAMILY_COLORS: Palette = {
@@ -43,7 +27,16 @@ FAMILY_COLORS: Palette = {
         )
     )
 }
+COLORS: Palette = PALETTE | FAMILY_COLORS
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p")
+
+
+class Swatch(NamedTuple):
+    """A family's marker for the table: corners of a polygon within -0.8 to 0.8, and its colour."""
+
+    points: str
+    color: str
+    hollow: bool
 
 
 def look(index: int) -> tuple[str, str]:
@@ -52,20 +45,19 @@ def look(index: int) -> tuple[str, str]:
     return colors[index % len(colors)][0], MARKERS[index % len(MARKERS)]
 
 
-def swatch(index: int, hollow: bool) -> str:
-    """The family's marker as in the plots, for the table."""
+def swatch(index: int, hollow: bool = False) -> Swatch:
+    """The family's marker as in the plots."""
     marker = MarkerStyle(look(index)[1])
     (outline,) = marker.get_path().transformed(marker.get_transform()).to_polygons()
-    points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(outline))
-    color = f"var(--family-{index % len(FAMILY_COLORS)})"
-    fill = "none" if hollow else color
-    style = f'fill="{fill}" stroke="{color}" stroke-width="0.12"'
-    return f'<svg class="swatch" aria-hidden="true" viewBox="-0.8 -0.8 1.6 1.6"><polygon points="{points}" {style}/></svg>'
+    return Swatch(" ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(outline)), family_color(index), hollow)
+
+
+def family_color(index: int) -> str:
+    """The family's colour as a page's CSS knows it."""
+    return f"var(--family-{index % len(FAMILY_COLORS)})"
 
 
 def seed_spread(values: Iterable[float]) -> float:
+    """Largest over smallest of positive values; 0 where some are not positive."""
     low, high = min(values), max(values)
     return high / low if low > 0 else 0
-
-
-COLORS: Palette = PALETTE | FAMILY_COLORS

@@ -1,4 +1,4 @@
-"""A circuit as a drawing: units in rows by hook, the first at the bottom, and what passes from one to another.
+"""A circuit laid out: units in rows by hook, the first at the bottom, and what passes from one to another.
 
 The page's script shows what is known of a node that is pointed at or reached by keys; without it titles do.
 """
@@ -6,9 +6,9 @@ The page's script shows what is known of a node that is pointed at or reached by
 import math
 import re
 from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple
 
+from ...sae.files import natural_order
 from .numbers import show
 
 Row = dict[str, Any]
@@ -20,6 +20,14 @@ SWEEPS = 8
 # Edges drawn at first, and how many of its edges are listed for a node.
 SHOWN, LISTED = 60, 5
 LONGEST_LABEL = 6
+# An error's outline: corners of a hexagon of the nodes' size.
+HEXAGON = " ".join(
+    f"{x:g},{y:g}"
+    for x, y in (
+        *((-NODE_WIDTH / 2, 0), (7 - NODE_WIDTH / 2, -NODE_HEIGHT / 2), (NODE_WIDTH / 2 - 7, -NODE_HEIGHT / 2)),
+        *((NODE_WIDTH / 2, 0), (NODE_WIDTH / 2 - 7, NODE_HEIGHT / 2), (7 - NODE_WIDTH / 2, NODE_HEIGHT / 2)),
+    )
+)
 # The receiver of what passes directly to the metric.
 METRIC = "metric"
 
@@ -32,11 +40,66 @@ class Place(NamedTuple):
     row: int
 
 
+class DrawnEdge(NamedTuple):
+    """What passes from one unit to another: its curve, width and opacity, and weight in words."""
+
+    sender: str
+    receiver: str
+    weight: str
+    sign: str
+    weak: bool
+    path: str
+    thick: str
+    strength: str
+
+
+class DrawnNode(NamedTuple):
+    """A unit: place, looks, and its strongest edges in and out as names and weights. ``corners`` are those of an error."""
+
+    name: str
+    label: str
+    score: str
+    words: str
+    kind: str
+    x: str
+    y: str
+    row: int
+    corners: str
+    opacity: str
+    into: list[tuple[str, str]]
+    out: list[tuple[str, str]]
+
+
+class HookLabel(NamedTuple):
+    """The name of a row, shortened and whole."""
+
+    text: str
+    group: str
+    y: str
+
+
+class CircuitDrawing(NamedTuple):
+    """All that the figure of a circuit shows; edges are the strongest first."""
+
+    title: str
+    note: str
+    words: str
+    identifier: str
+    height: str
+    labels: list[HookLabel]
+    edges: list[DrawnEdge]
+    nodes: list[DrawnNode]
+    shown: int
+    width: int = WIDTH
+    node_width: int = NODE_WIDTH
+    node_height: int = NODE_HEIGHT
+
+
 def ordered_groups(circuit: Row, hooks: Sequence[str]) -> list[str]:
     """Groups of the circuit's units as the model runs through them; those whose hook is not listed by the numbers in them."""
     known = {hook: place for place, hook in enumerate(hooks)}
     groups = dict.fromkeys(unit["group"] for unit in circuit["units"])
-    return sorted(groups, key=lambda group: (group == METRIC, known.get(group, len(known)), _natural(group)))
+    return sorted(groups, key=lambda group: (group == METRIC, known.get(group, len(known)), natural_order(group)))
 
 
 def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
@@ -67,8 +130,8 @@ def with_metric(circuit: Row) -> Row:
     return circuit | {"units": [*circuit["units"], {"name": METRIC, "group": METRIC, "score": None}]}
 
 
-def draw(circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: str) -> str:
-    """The figure: drawing, slider for edges, room for what is known of a node, and all of it as a table."""
+def draw_circuit(circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: str) -> CircuitDrawing:
+    """Lay out a circuit: places of nodes, curves of edges, and what the drawing and its table say of them."""
     circuit = with_metric(circuit)
     groups = ordered_groups(circuit, hooks)
     places, height = layout(circuit, groups)
@@ -76,20 +139,16 @@ def draw(circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: 
     edges = [edge for edge in edges if edge["from"] in places and edge["to"] in places]
     largest = max((abs(edge["weight"]) for edge in edges), default=0) or 1.0
     strongest = max((abs(unit["score"] or 0) for unit in circuit["units"]), default=0) or 1.0
-    lines = "".join(_edge(edge, rank, places, largest) for rank, edge in enumerate(edges))
-    nodes = "".join(_node(unit, places, strongest, first=index == 0) for index, unit in enumerate(circuit["units"]))
-    return FIGURE.format(
-        title=escape(title),
-        note=escape(note),
-        identifier=identifier,
-        words=escape(f"{title}: {len(places)} nodes in {len(groups)} rows, {len(edges)} edges. Listed in the table below."),
-        view=f"0 0 {WIDTH} {height:.0f}",
-        labels="".join(_label(group, number, places) for number, group in enumerate(groups) if group != METRIC),
-        edges=lines,
-        nodes=nodes,
-        n_edges=len(edges),
-        shown=min(SHOWN, len(edges)),
-        rows="".join(_table_row(unit, edges) for unit in circuit["units"]),
+    return CircuitDrawing(
+        title,
+        note,
+        f"{title}: {len(places)} nodes in {len(groups)} rows, {len(edges)} edges. Listed in the table below.",
+        identifier,
+        f"{height:.0f}",
+        [_label(group, number, places) for number, group in enumerate(groups) if group != METRIC],
+        [_edge(edge, rank, places, largest) for rank, edge in enumerate(edges)],
+        [_node(unit, places, strongest, edges) for unit in circuit["units"]],
+        min(SHOWN, len(edges)),
     )
 
 
@@ -129,85 +188,53 @@ def _mean_place(name: str, near: dict[str, list[tuple[str, float]]], at: dict[st
     return sum(at[other] * weight for other, weight in near[name]) / total if total else at[name]
 
 
-def _label(group: str, number: int, places: dict[str, Place]) -> str:
+def _label(group: str, number: int, places: dict[str, Place]) -> HookLabel:
     ys = [at.y for at in places.values() if at.row == number]
     words = re.sub(r"^transformer\.|^model\.", "", group)
     words = words if len(words) <= 20 else f"\u2026{words[-19:]}"
-    return (
-        f'<text class="hook" x="0" y="{(min(ys) + max(ys)) / 2 + 4:.1f}">{escape(words)}<title>{escape(group)}</title></text>'
-    )
+    return HookLabel(words, group, f"{(min(ys) + max(ys)) / 2 + 4:.1f}")
 
 
-def _edge(edge: Row, rank: int, places: dict[str, Place], largest: float) -> str:
+def _edge(edge: Row, rank: int, places: dict[str, Place], largest: float) -> DrawnEdge:
     start, end, share = places[edge["from"]], places[edge["to"]], abs(edge["weight"]) / largest
     y0, y1 = start.y - NODE_HEIGHT / 2, end.y + NODE_HEIGHT / 2
     bend = max(24.0, (y0 - y1) / 2)
-    path = f"M{start.x:.1f} {y0:.1f}C{start.x:.1f} {y0 - bend:.1f} {end.x:.1f} {y1 + bend:.1f} {end.x:.1f} {y1:.1f}"
-    words = f"{edge['from']} \u2192 {edge['to']}: {signed(edge['weight'])}"
-    sign = "plus" if edge["weight"] >= 0 else "minus"
-    hidden = " weak" if rank >= SHOWN else ""
-    return (
-        f'<path class="edge {sign}{hidden}" d="{path}" style="stroke-width:{0.6 + 4.4 * math.sqrt(share):.2f};'
-        f'--strength:{0.22 + 0.6 * share:.2f}" data-from="{escape(edge["from"])}" data-to="{escape(edge["to"])}" '
-        f'data-weight="{signed(edge["weight"])}"><title>{escape(words)}</title></path>'
+    return DrawnEdge(
+        edge["from"],
+        edge["to"],
+        signed(edge["weight"]),
+        "plus" if edge["weight"] >= 0 else "minus",
+        rank >= SHOWN,
+        f"M{start.x:.1f} {y0:.1f}C{start.x:.1f} {y0 - bend:.1f} {end.x:.1f} {y1 + bend:.1f} {end.x:.1f} {y1:.1f}",
+        f"{0.6 + 4.4 * math.sqrt(share):.2f}",
+        f"{0.22 + 0.6 * share:.2f}",
     )
 
 
-def _node(unit: Row, places: dict[str, Place], strongest: float, first: bool) -> str:
-    at, score = places[unit["name"]], unit["score"]
+def _node(unit: Row, places: dict[str, Place], strongest: float, edges: list[Row]) -> DrawnNode:
+    at, score, name = places[unit["name"]], unit["score"], unit["name"]
     said = "" if score is None else signed(score)
-    left, top, w, h = -NODE_WIDTH / 2, -NODE_HEIGHT / 2, NODE_WIDTH, NODE_HEIGHT
-    if is_error(unit):
-        corners = ((left, 0), (left + 7, top), (-left - 7, top), (-left, 0), (-left - 7, -top), (left + 7, -top))
-        shape = '<polygon class="{}" points="' + " ".join(f"{x:g},{y:g}" for x, y in corners) + '"{}/>'
-    else:
-        shape = f'<rect class="{{}}" x="{left:g}" y="{top:g}" width="{w:g}" height="{h:g}" rx="6"{{}}/>'
-    kind = " output" if score is None else " plus" if score >= 0 else " minus"
-    kind += " error" * is_error(unit)
-    words = f"{unit['name']}, score {said}" if said else unit["name"]
-    fill = f' style="fill-opacity:{0.08 + 0.42 * abs(score or 0) / strongest:.2f}"'
-    return (
-        f'<g class="node{kind}" transform="translate({at.x:.1f} {at.y:.1f})" role="button" '
-        f'tabindex="{0 if first else -1}" aria-label="{escape(words)}" data-name="{escape(unit["name"])}" '
-        f'data-score="{said}" data-row="{at.row}" data-x="{at.x:.1f}"><title>{escape(words)}</title>'
-        f"{shape.format('back', '')}{shape.format('mark', fill)}"
-        f'<text y="4">{escape(short_name(unit))}</text></g>'
+    kind = "output" if score is None else "plus" if score >= 0 else "minus"
+    into, out = (
+        [(edge[other], signed(edge["weight"])) for edge in edges if edge[own] == name][:LISTED]
+        for own, other in (("to", "from"), ("from", "to"))
     )
-
-
-def _table_row(unit: Row, edges: list[Row]) -> str:
-    sides = []
-    for own, other in (("to", "from"), ("from", "to")):
-        strongest = [edge for edge in edges if edge[own] == unit["name"]][:LISTED]
-        sides.append("<br>".join(f"{escape(edge[other])} {signed(edge['weight'])}" for edge in strongest) or "none drawn")
-    return (
-        f'<tr><th scope="row">{escape(unit["name"])}</th><td>{"" if unit["score"] is None else signed(unit["score"])}</td>'
-        f"<td>{sides[0]}</td><td>{sides[1]}</td></tr>"
+    return DrawnNode(
+        name,
+        short_name(unit),
+        said,
+        f"{name}, score {said}" if said else name,
+        f"{kind} error" if is_error(unit) else kind,
+        f"{at.x:.1f}",
+        f"{at.y:.1f}",
+        at.row,
+        HEXAGON if is_error(unit) else "",
+        f"{0.08 + 0.42 * abs(score or 0) / strongest:.2f}",
+        into,
+        out,
     )
 
 
 def signed(value: float) -> str:
     """A number with its sign, to three digits."""
     return ("+" if value >= 0 else "\u2212") + show(abs(float(value)), digits=3)
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 10 behind layer 9."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
-
-
-FIGURE = """<figure class="circuit" aria-label="{title}"><h2>{title}</h2>
-<p class="controls"><label for="edges-{identifier}">Strongest edges</label>
-<input type="range" id="edges-{identifier}" min="0" max="{n_edges}" value="{shown}">
-<output for="edges-{identifier}">{shown} of {n_edges}</output>
-<span class="key"><i class="plus"></i>raises the metric <i class="minus"></i>lowers it
-<i class="dashed"></i>dictionary error</span></p>
-<div class="pair"><div class="canvas"><svg role="group" aria-label="{words}" viewBox="{view}">
-<g class="hooks">{labels}</g><g class="edges">{edges}</g><g class="nodes">{nodes}</g></svg></div>
-<aside class="detail" aria-live="polite"><p class="note">Point at a node, or reach the drawing by Tab and move by arrow keys:
-its score and strongest edges show here.</p></aside></div>
-<figcaption>{note}</figcaption>
-<details><summary>As a table</summary><div class="scroll"><table><thead><tr><th scope="col">unit</th><th scope="col">score</th>
-<th scope="col">strongest edges in</th><th scope="col">strongest edges out</th></tr></thead><tbody>{rows}</tbody></table></div>
-</details></figure>
-"""

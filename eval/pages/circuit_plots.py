@@ -1,14 +1,14 @@
 """The curves of circuits.html: faithfulness and completeness by size, a line for every family."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from .charts import COLORS, FAMILY_COLORS
+from .charts import COLORS, FAMILY_COLORS, family_color
 from .numbers import show
-from .plots import INK, MUTED, figure_element
+from .plots import INK, MUTED, PlotCard, plot_card
 
 Row = dict[str, Any]
 LEVEL = 0.8
@@ -38,6 +38,13 @@ PANELS = {
         "Faithfulness of what the circuit leaves out: near 0 it left out nothing that matters. Down and left is better.",
     ),
 }
+
+
+class LineSample(NamedTuple):
+    """How a family's line is drawn: its colour, and its dashes, empty for a whole line."""
+
+    color: str
+    dashes: str
 
 
 def family_labels(found: Row) -> dict[str, str]:
@@ -72,16 +79,12 @@ def dash(index: int) -> tuple[float, ...]:
     return DASHES[index % len(DASHES)]
 
 
-def sample(index: int) -> str:
+def sample(index: int) -> LineSample:
     """A piece of the family's line, for the legend and the tables."""
-    pattern = " ".join(f"{length * 2:g}" for length in dash(index))
-    return (
-        '<svg class="sample" aria-hidden="true" viewBox="0 0 34 10"><path d="M1 5H33" fill="none" stroke-width="2.4" '
-        f'stroke="var(--family-{index % len(FAMILY_COLORS)})" stroke-dasharray="{pattern or "none"}"/></svg>'
-    )
+    return LineSample(family_color(index), " ".join(f"{length * 2:g}" for length in dash(index)))
 
 
-def panel(found: Row, task: str, method: str, key: str, families: list[str]) -> str:
+def panel(found: Row, task: str, method: str, key: str, families: list[str]) -> PlotCard:
     """A card with the curves of all families."""
     title, note = PANELS[key]
     curves = [entry for entry in found["curves"] if (entry["task"], entry["method"]) == (task, method)]
@@ -90,7 +93,7 @@ def panel(found: Row, task: str, method: str, key: str, families: list[str]) -> 
     known = values[np.isfinite(values)]
     if len(known) and (known.min() < LOWEST or known.max() > HIGHEST):
         note += f" Values outside {LOWEST:g} to {HIGHEST:g} are cut off.".replace("-", "\u2212")
-    return figure_element(
+    return plot_card(
         f"{title} by circuit size \u00b7 {task} \u00b7 {method}",
         note,
         lambda ax: draw_curves(ax, curves, families, key, nodes if key == "faithfulness" else {}),

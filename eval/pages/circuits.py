@@ -1,21 +1,19 @@
-"""A circuit benchmark as one self-contained HTML page: curves, a table by family and method, and the circuits drawn.
+"""A circuit benchmark as a page: curves, a table by family and method, and the circuits drawn.
 
 The fragment of the address holds what is shown, so that a view can be passed on: ``#method=attribution&q=latents&sort=-cpr``.
 """
 
-from html import escape
 from typing import Any
 
-from .charts import COLORS, Column
-from .circuit_drawing import draw
+from .charts import COLORS
+from .circuit_drawing import CircuitDrawing, draw_circuit
 from .circuit_glossary import EXPLANATIONS, explanation
 from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
-from .circuits_script import CSS, SCRIPT
 from .document import document
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
+from .tables import Cell, Column, Tile
 
 Row = dict[str, Any]
-
 
 COLUMNS = (
     Column("CPR", "cpr", max),
@@ -44,85 +42,79 @@ REASONS = {
 
 
 def render_circuits(found: Row) -> str:
-    """The page of what ``circuits.json`` holds. Equal input gives equal bytes."""
+    """One page of what ``circuits.json`` holds. Equal input gives equal bytes."""
     rows: list[Row] = found["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     labels = family_labels(found)
-    body = BODY.format(
-        heading=escape(f"Circuits of {found['model']}"),
-        shape=f"{_count(len(tasks), 'task')} \u00b7 {_count(len(labels), 'family of nodes', 'families of nodes')} \u00b7 "
-        f"{_count(len(methods), 'method')}",
-        facts="".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in _facts(found).items()),
-        dictionaries=_dictionaries(found),
-        ways="".join(f'<a href="#task-{index}">{escape(task)}</a> ' for index, task in enumerate(tasks)),
-        methods="".join(
-            f'<label><input type="radio" name="method" value="{escape(method)}"{" checked" * (index == 0)}>'
-            f"{escape(method)}</label>"
-            for index, method in enumerate(methods)
-        ),
-        families="".join(
-            f'<button type="button" aria-pressed="true" data-family="{index}" title="{escape(family)}">{sample(index)}'
-            f"{escape(label)}</button>"
-            for index, (family, label) in enumerate(labels.items())
-        ),
-        sections="".join(_section(found, task, index, methods, labels) for index, task in enumerate(tasks)) or NOTHING,
-        known=_known(rows, tasks, labels),
-        notes="".join(_notes(section, entries) for section, entries in EXPLANATIONS.items()),
+    counted = (
+        _count(len(tasks), "task"),
+        _count(len(labels), "family of nodes", "families of nodes"),
+        _count(len(methods), "method"),
     )
-    return document(f"sparsary circuits \u00b7 {found['model']}", body, CSS, COLORS, SCRIPT)
+    return document(
+        "circuits.html",
+        f"sparsary circuits \u00b7 {found['model']}",
+        ("table.css", "circuits.css"),
+        ("page.js", "table.js", "circuits.js"),
+        COLORS,
+        command="circuits",
+        heading=f"Circuits of {found['model']}",
+        shape=" \u00b7 ".join(counted),
+        facts={
+            "tasks": ", ".join(found["tasks"]),
+            "ablation": found.get("ablation"),
+            "corruption": show(found.get("corruption"), "the task's own"),
+            "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to choose circuits, half to judge them",
+            "seed": found.get("seed"),
+        },
+        dictionaries={name: f"{_count(len(hooks), 'hook')}: {', '.join(hooks)}" for name, hooks in found["hooks"].items()},
+        methods=methods,
+        families=[{"name": name, "label": label, "line": sample(index)} for index, (name, label) in enumerate(labels.items())],
+        columns=[column._replace(title=explanation(column.key)) for column in COLUMNS],
+        sections=[_section(found, task, index, methods, labels) for index, task in enumerate(tasks)],
+        known=_known(rows, tasks, labels),
+        notes={title: _notes(entries) for title, entries in EXPLANATIONS.items()},
+    )
 
 
-def _facts(found: Row) -> dict[str, str]:
+def _section(found: Row, task: str, index: int, methods: list[str], labels: dict[str, str]) -> Row:
+    rows = [row for row in found["rows"] if row["task"] == task]
+    best = {column.key: _best(rows, column) for column in COLUMNS}
     return {
-        "tasks": ", ".join(found["tasks"]),
-        "ablation": show(found.get("ablation"), UNRECORDED),
-        "corruption": show(found.get("corruption"), "the task's own"),
-        "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to choose circuits, half to judge them",
-        "seed": show(found.get("seed"), UNRECORDED),
+        "task": task,
+        "tiles": _tiles(rows, labels),
+        "plots": {method: [panel(found, task, method, key, list(labels)) for key in PANELS] for method in methods},
+        "rows": [
+            _family_row(row, labels)
+            | {
+                "units": _count(row["units"], "unit") if "units" in row else "",
+                "refused": row.get("refused"),
+                "cells": [] if "refused" in row else [_cell(row, key, best[key]) for key in best],
+            }
+            for row in rows
+        ],
+        "circuits": {method: _circuits(found, task, method, f"{index}-{at}", labels) for at, method in enumerate(methods)},
     }
 
 
-def _dictionaries(found: Row) -> str:
-    return "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{_count(len(hooks), 'hook')}: {escape(', '.join(hooks))}</dd></div>"
-        for name, hooks in found["hooks"].items()
-    )
+def _family_row(row: Row, labels: dict[str, str]) -> Row:
+    """What a table says of a row's family and method."""
+    number = list(labels).index(row["family"])
+    about = {"number": number, "line": sample(number), "label": labels[row["family"]], "units": ""}
+    return about | {key: row[key] for key in ("family", "method")}
 
 
-def _section(found: Row, task: str, index: int, methods: list[str], labels: dict[str, str]) -> str:
-    rows = [row for row in found["rows"] if row["task"] == task]
-    families = list(labels)
-    return SECTION.format(
-        index=index,
-        task=escape(task),
-        tiles="".join(_tile(*tile) for tile in _tiles(rows, labels)),
-        plots="".join(
-            f'<div class="plots" data-method="{escape(method)}">'
-            + "".join(panel(found, task, method, key, families) for key in PANELS)
-            + "</div>"
-            for method in methods
-        ),
-        table=_table(rows, task, labels),
-        circuits=_circuits(found, task, index, methods, labels),
-    )
-
-
-def _tiles(rows: list[Row], labels: dict[str, str]) -> list[tuple[str, str, str, str]]:
-    """Key, label, value and note of each key figure."""
+def _tiles(rows: list[Row], labels: dict[str, str]) -> list[Tile]:
     first = rows[0]
-    metric = show(first.get("metric"), UNRECORDED)
-    tiles = [
-        ("accuracy", "accuracy", show(first.get("accuracy"), UNMEASURED, 3), "of clean prompts answered right"),
-        ("metric_clean", "clean", show(first.get("metric_clean"), UNMEASURED, 3), f"{metric}, mean over pairs"),
-        (
-            "metric_corrupted",
-            "corrupted",
-            show(first.get("metric_corrupted"), UNMEASURED, 3),
-            f"{metric}; corruption: {show(first.get('corruption'), UNRECORDED)}",
-        ),
-        ("pairs", "pairs", show(first.get("pairs"), UNMEASURED), "to judge circuits; others chose them"),
-    ]
+    metric, corruption = (show(first.get(key), UNRECORDED) for key in ("metric", "corruption"))
+    figures = (
+        ("accuracy", "accuracy", "of clean prompts answered right"),
+        ("metric_clean", "clean", f"{metric}, mean over pairs"),
+        ("metric_corrupted", "corrupted", f"{metric}; corruption: {corruption}"),
+        ("pairs", "pairs", "to judge circuits; others chose them"),
+    )
+    tiles = [Tile(key, label, show(first.get(key), UNMEASURED, 3), note) for key, label, note in figures]
     for key, label, better in (("nodes_80", "smallest circuit of 0.8", min), ("cpr", "best CPR", max)):
         known = [(value, row) for row in rows if (value := finite(row.get(key))) is not None]
         value, note = UNDEFINED, "no circuit has it"
@@ -130,68 +122,32 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[tuple[str, str, str,
             best, row = better(known, key=lambda pair: pair[0])
             value = show(int(best) if key == "nodes_80" else best, digits=3)
             note = f"{'nodes: ' * (key == 'nodes_80')}{labels[row['family']]}, {row['method']}"
-        tiles.append((key, label, value, note))
+        tiles.append(Tile(key, label, value, note))
     return tiles
 
 
-def _tile(key: str, label: str, value: str, note: str) -> str:
-    return (
-        f'<div class="tile" data-key="{key}"><div class="label">{escape(label)}</div>'
-        f'<div class="value">{escape(value)}</div><div class="note">{escape(note)}</div></div>'
-    )
-
-
-def _table(rows: list[Row], task: str, labels: dict[str, str]) -> str:
-    best = {column.key: _best(rows, column) for column in COLUMNS}
-    head = "".join(
-        f'<th scope="col" data-key="{column.key}" title="{escape(explanation(column.key))}">'
-        f'<button type="button">{escape(column.label)}</button></th>'
-        for column in COLUMNS
-    )
-    body = "".join(_table_row(row, labels, best) for row in rows)
-    return TABLE.format(task=escape(task), head=head, rows=body)
-
-
-def _table_row(row: Row, labels: dict[str, str], best: dict[str, float | None]) -> str:
-    if "refused" in row:
-        cells = f'<td class="refused" colspan="{len(COLUMNS)}">{escape(row["refused"])}</td>'
-    else:
-        cells = "".join(_cell(row, column.key, best[column.key]) for column in COLUMNS)
-    units = _count(row["units"], "unit") if "units" in row else ""
-    return (
-        f'<tr data-family="{list(labels).index(row["family"])}"><th scope="row">{_named(row["family"], labels)}'
-        f'<div class="note">{units}</div></th><td class="method">{escape(row["method"])}</td>{cells}</tr>'
-    )
-
-
-def _named(family: str, labels: dict[str, str]) -> str:
-    return f'{sample(list(labels).index(family))}<strong title="{escape(family)}">{escape(labels[family])}</strong>'
-
-
-def _cell(row: Row, key: str, best: float | None) -> str:
+def _cell(row: Row, key: str, best: float | None) -> Cell:
     value = finite(row.get(key))
     if value is None:
         nothing = UNMEASURED if key not in row else "never" if key.startswith("nodes_") else "none"
-        reason = f' title="{escape(REASONS[key])}"' if key in row and key in REASONS else ""
-        return f'<td data-value=""><span class="none"{reason}>{nothing}</span></td>'
-    shown = show(row[key], digits=3)
-    shown = f'<b class="best" title="best of this task">{shown}</b>' if value == best else shown
-    return f'<td data-value="{value!r}">{shown}<div class="note">{escape(_beside(row, key, value))}</div></td>'
+        return Cell(nothing, None, reason=REASONS.get(key, "") if key in row else "")
+    return Cell(show(row[key], digits=3), value, _beside(row, key, value), "best of this task" if value == best else "")
 
 
-def _beside(row: Row, key: str, value: float) -> str:
+def _beside(row: Row, key: str, value: float) -> tuple[str, ...]:
     """What stands below a figure in small print."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
-        return " to ".join(show(end, digits=3 if abs(end) >= 0.1 else 2) for end in (low, high))
+        return (" to ".join(show(end, digits=3 if abs(end) >= 0.1 else 2) for end in (low, high)),)
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
-        return f"{share:.0f} %" if share >= 10 else f"{show(share, digits=2)} %"
-    if key == "faithfulness_all":
-        return f"empty {show(row.get('metric_empty'), UNMEASURED, 3)}"
-    if key == "exact_pearson":
-        return f"rank {show(row.get('exact_spearman'), digits=2)}"
-    return f"+ {show(row.get('backwards'))} back" if key == "forwards" else ""
+        return (f"{share:.0f} %" if share >= 10 else f"{show(share, digits=2)} %",)
+    said = {
+        "faithfulness_all": f"empty {show(row.get('metric_empty'), UNMEASURED, 3)}",
+        "exact_pearson": f"rank {show(row.get('exact_spearman'), digits=2)}",
+        "forwards": f"+ {show(row.get('backwards'))} back",
+    }
+    return (said[key],) if key in said else ()
 
 
 def _best(rows: list[Row], column: Column) -> float | None:
@@ -200,20 +156,13 @@ def _best(rows: list[Row], column: Column) -> float | None:
     return column.better(values) if column.better is not None and len(set(values)) > 1 else None
 
 
-def _circuits(found: Row, task: str, index: int, methods: list[str], labels: dict[str, str]) -> str:
-    """The circuits of each method, or that there is none."""
-    parts = []
-    for method in methods:
-        own = [entry for entry in found["circuits"] if (entry["task"], entry["method"]) == (task, method)]
-        figures = [
-            _circuit(found, entry, f"{index}-{methods.index(method)}-{number}", labels) for number, entry in enumerate(own)
-        ]
-        nothing = f'<p class="none">{escape(task)}, {escape(method)}: no circuit to draw.</p>'
-        parts.append(f'<div data-method="{escape(method)}">{"".join(figures) or nothing}</div>')
-    return "".join(parts)
+def _circuits(found: Row, task: str, method: str, prefix: str, labels: dict[str, str]) -> list[CircuitDrawing]:
+    """The circuits of a method."""
+    own = [entry for entry in found["circuits"] if (entry["task"], entry["method"]) == (task, method)]
+    return [_circuit(found, entry, f"{prefix}-{number}", labels) for number, entry in enumerate(own)]
 
 
-def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) -> str:
+def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) -> CircuitDrawing:
     hooks = next((own for name, own in found["hooks"].items() if entry["family"].startswith(f"{name}: ")), [])
     sizes = [
         row.get("nodes_80") for row in found["rows"] if all(row[key] == entry[key] for key in ("task", "family", "method"))
@@ -225,85 +174,29 @@ def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) ->
         f"bottom; shade: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
     )
     title = f"Circuit \u00b7 {entry['task']} \u00b7 {entry['method']} \u00b7 {labels.get(entry['family'], entry['family'])}"
-    return draw(entry, hooks, identifier, title, note)
+    return draw_circuit(entry, hooks, identifier, title, note)
 
 
-def _known(rows: list[Row], tasks: list[str], labels: dict[str, str]) -> str:
+def _known(rows: list[Row], tasks: list[str], labels: dict[str, str]) -> Row:
     """How well scores find units that are known to do the task, where rows say so."""
     known = {(row["family"], row["method"], row["task"]): row for row in rows if "auc" in row}
-    if not known:
-        return ""
     shown = [task for task in tasks if any(place[2] == task for place in known)]
     best = {task: _best([row for place, row in known.items() if place[2] == task], AUC) for task in shown}
-    lines = []
-    for family, method in dict.fromkeys(place[:2] for place in known):
-        cells = "".join(_cell(known.get((family, method, task), {}), "auc", best[task]) for task in shown)
-        lines.append(
-            f'<tr data-family="{list(labels).index(family)}"><th scope="row">{_named(family, labels)}</th>'
-            f'<td class="method">{escape(method)}</td>{cells}</tr>'
-        )
-    head = "".join(
-        f'<th scope="col" data-key="auc_{index}"><button type="button">{escape(task)}</button></th>'
-        for index, task in enumerate(shown)
-    )
-    return KNOWN.format(head=head, rows="".join(lines), note=escape(explanation("auc")))
+    return {
+        "columns": [Column(task, f"auc_{index}", None) for index, task in enumerate(shown)],
+        "rows": [
+            _family_row({"family": family, "method": method}, labels)
+            | {"cells": [_cell(known.get((family, method, task), {}), "auc", best[task]) for task in shown]}
+            for family, method in dict.fromkeys(place[:2] for place in known)
+        ],
+        "note": explanation("auc"),
+    }
 
 
-def _notes(section: str, entries: dict[str, str]) -> str:
+def _notes(entries: dict[str, str]) -> list[Column]:
     labels: dict[str, str] = {column.key: column.label for column in (*COLUMNS, AUC)}
-    shown = "".join(
-        f"<div><dt>{escape(labels.get(key, key.replace('_', ' ')))}</dt><dd><code>{key}</code> {escape(text)}</dd></div>"
-        for key, text in entries.items()
-    )
-    return f'<h3>{escape(section)}</h3><dl class="columns">{shown}</dl>'
+    return [Column(labels.get(key, key.replace("_", " ")), key, None, text) for key, text in entries.items()]
 
 
 def _count(number: int, one: str, several: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else several or one + 's'}"
-
-
-NOTHING = '<p class="none">Nothing was measured.</p>'
-BODY = """<header>
-<p class="over">sparsary circuits</p>
-<h1>{heading}</h1>
-<p class="shape">{shape}</p>
-<dl>{facts}</dl>
-<dl class="dictionaries">{dictionaries}</dl>
-</header>
-<form class="entries bar" aria-label="What is shown">
-<div class="line"><span class="label" id="ways">Task</span><nav aria-labelledby="ways">{ways}</nav>
-<fieldset><legend>Plots by</legend>{methods}</fieldset>
-<span class="find"><label for="find">Rows</label><input id="find" type="search" placeholder="words, or cpr&gt;0.9"
-aria-describedby="shown"><span id="shown" class="note" role="status"></span></span></div>
-<div class="line families" role="group" aria-label="Families, in plots and tables">{families}</div>
-</form>
-{sections}{known}<section class="entries" aria-label="Explanations">
-<h2>What the figures say</h2>
-{notes}</section>
-<footer><p>Intervals are about other pairs of the same task, not about other seeds of dictionaries. A family whose errors are
-always kept begins with what errors carry, which random features, of large errors, have most of: read its faithfulness beside
-that of the family whose errors are ablated. Sizes compare between families as counts of nodes, not as shares of them.</p>
-</footer>
-"""
-SECTION = """<section class="task" id="task-{index}" aria-label="{task}">
-<h2>{task}</h2>
-<div class="tiles">{tiles}</div>
-{plots}
-{table}
-{circuits}
-</section>
-"""
-TABLE = """<div class="entries scroll" role="region" tabindex="0" aria-label="{task}: figures">
-<table class="figures"><thead><tr><th scope="col" data-key="family"><button type="button">family</button></th>
-<th scope="col" class="method" data-key="method"><button type="button">method</button></th>{head}</tr></thead>
-<tbody>{rows}</tbody></table>
-<p class="note">Shaded: the best of its column in this task. Small print: 95 % intervals over pairs, shares of all units, rank
-correlation, the metric with every unit ablated, backward passes. A click on a column sorts by it.</p></div>
-"""
-KNOWN = """<section class="task" aria-label="Known circuits"><h2>Known circuits: AUC by task</h2>
-<div class="entries scroll" role="region" tabindex="0" aria-label="AUC by task">
-<table class="figures"><thead><tr><th scope="col" data-key="family"><button type="button">family</button></th>
-<th scope="col" class="method" data-key="method"><button type="button">method</button></th>{head}</tr></thead>
-<tbody>{rows}</tbody></table>
-<p class="note">{note}</p></div></section>
-"""

@@ -4,18 +4,18 @@ import io
 import math
 import re
 from collections.abc import Callable
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..metrics.reconstruction import DENSE
-from .numbers import UNMEASURED, finite, show
+from .glossary import DENSE
+from .numbers import finite, show
 
 Report = dict[str, Any]
 Curve = list[dict[str, Any]]
@@ -221,14 +221,24 @@ PLOTS: tuple[tuple[str, str, Draw], ...] = (
 )
 
 
-def figure_element(
+class PlotCard(NamedTuple):
+    """A plot for the templates: the SVG's view box and content (``None`` if not measured), and its figures in words."""
+
+    title: str
+    note: str
+    words: str = ""
+    view_box: str = ""
+    drawing: Markup | None = None
+
+
+def plot_card(
     title: str,
     note: str,
     draw: Callable[[Axes], str | None],
     inches: tuple[float, float] = FIGURE_INCHES,
     palette: Palette = PALETTE,
-) -> str:
-    """A card with a plot, or with "not measured" where ``draw`` finds nothing to draw; ``draw`` returns the plot in words."""
+) -> PlotCard:
+    """Draw a plot; ``draw`` returns the plot in words, or ``None`` where it finds nothing to draw."""
     with matplotlib.rc_context():
         # Not the user's matplotlibrc: the page looks the same everywhere. The salt keeps ids of two plots apart.
         matplotlib.rcdefaults()
@@ -236,23 +246,23 @@ def figure_element(
         matplotlib.rcParams["svg.hashsalt"] = title
         figure = Figure(figsize=inches, layout="constrained")
         words = draw(figure.subplots())
-        body = f'<p class="none">{UNMEASURED}</p>' if words is None else _svg(figure, words, palette)
-    return f"<figure><h2>{escape(title)}</h2>{body}<figcaption>{escape(note)}</figcaption></figure>"
+        return PlotCard(title, note) if words is None else PlotCard(title, note, words, *_svg(figure, palette))
 
 
-def _svg(figure: Figure, words: str, palette: Palette) -> str:
-    """The figure as an element to put into HTML, its colours replaced by CSS variables."""
+def _svg(figure: Figure, palette: Palette) -> tuple[str, Markup]:
+    """View box and content of the figure's SVG, its colours replaced by CSS variables."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    found = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
+    assert found is not None
+    view_box, svg = found.groups()
     # A style element would apply to the whole page; ids such as axes_1 occur in every plot and nothing refers to them.
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<defs>\s*<(style).*?</\1>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
-    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" aria-label="@" viewBox="\1">', svg, count=1)
     for name, (light, _) in palette.items():
         svg = svg.replace(light, f"var(--{name})")
-    return svg.replace("'DejaVu Sans', sans-serif", "inherit").replace('"@"', f'"{escape(words)}"', 1)
+    # matplotlib has escaped the texts in it.
+    return view_box, Markup(svg.replace("'DejaVu Sans', sans-serif", "inherit"))
 
 
 def plain_log_ticks(axis: Axis, span: float) -> None:

@@ -1,19 +1,18 @@
-"""The comparison as one self-contained HTML page: a table of families, and plots of every run."""
+"""Recipes side by side as a page: a table of families, and plots of every run."""
 
 import math
 import statistics
 import textwrap
-from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .charts import COLORS, NOTES, Column, look, seed_spread, swatch
+from .charts import COLORS, look, seed_spread, swatch
 from .document import document, encoder_parts
-from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
-from .plots import INK, MUTED, figure_element, plain_log_ticks
-from .report import EXPLANATIONS
+from .numbers import UNDEFINED, UNMEASURED, finite, show
+from .plots import INK, MUTED, plain_log_ticks, plot_card
+from .tables import Cell, Column, explained
 
 Family = dict[str, Any]
 Comparison = dict[str, Any]
@@ -37,6 +36,19 @@ SCATTER_INCHES, LEGEND_ROW_INCHES = 275 / 72, 16 / 72
 # A family's row: a gap and the lines of its name. Below the rows, the axis.
 ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
 NAME_WIDTH = 24
+DAGGER = "\u2020 Hollow: chosen knowing more than the token."
+LEGEND = (
+    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column; where ranges overlap, other "
+    "seeds may name another."
+)
+ORACLE = (
+    "Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow in the "
+    "plots, they are never marked as best."
+)
+REMARK = (
+    "A family is one recipe. All were judged on the same held-out tokens and trained on one store of activations, except where "
+    "a row says that they were streamed from the model. The seed changes the initial weights and the order of the tokens."
+)
 
 
 def render_recipes(comparison: Comparison) -> str:
@@ -45,24 +57,34 @@ def render_recipes(comparison: Comparison) -> str:
     oracle = any(map(is_oracle, families))
     trained = sorted({family["training_tokens"] or 0 for family in families})
     seeds = sorted({len(family["directories"]) for family in families})
-    facts = {
-        "model": comparison["model"],
-        "hook": comparison["hook"],
-        "text": comparison["text"],
-        "trained on": f"{_span(trained)} tokens" if trained[0] else None,
-        "evaluated on": f"{show(comparison['tokens'])} tokens",
-        "dead latents": f"silent for {show(comparison['dead_window_tokens'])} tokens",
-    }
     heading = (
         f"{len(families)} {'family' if len(families) == 1 else 'families'}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
     )
-    body = BODY.format(
+    return document(
+        "comparison.html",
+        f"sparsary comparison \u00b7 {comparison['hook'] or heading}",
+        ("table.css", "comparison.css"),
+        ("page.js", "table.js", "comparison.js"),
+        COLORS,
+        command="comparison",
         heading=heading,
-        facts="".join(f"<div><dt>{key}</dt><dd>{escape(show(value, UNRECORDED))}</dd></div>" for key, value in facts.items()),
-        head="".join(f'<th scope="col">{escape(column.label)}</th>' for column in COLUMNS),
-        rows="".join(_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)),
-        plots="".join(
-            figure_element(
+        facts={
+            "model": comparison["model"],
+            "hook": comparison["hook"],
+            "text": comparison["text"],
+            "trained on": f"{_span(trained)} tokens" if trained[0] else None,
+            "evaluated on": f"{show(comparison['tokens'])} tokens",
+            "dead latents": f"silent for {show(comparison['dead_window_tokens'])} tokens",
+        },
+        warnings={},
+        thing="family",
+        things="Families",
+        example="fvu<0.1, dead<0.05",
+        columns=explained(COLUMNS),
+        rows=[_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)],
+        legend=LEGEND,
+        plots=[
+            plot_card(
                 title,
                 f"{note} {DAGGER}" if oracle else note,
                 lambda ax, draw=draw: draw(ax, families),
@@ -70,14 +92,10 @@ def render_recipes(comparison: Comparison) -> str:
                 COLORS,
             )
             for title, note, draw, height in PLOTS
-        ),
-        notes="".join(
-            f"<div><dt>{escape(column.label)}</dt><dd><code>{column.key}</code> {escape(_explanation(column.key))}</dd></div>"
-            for column in COLUMNS
-        ),
-        oracle=ORACLE if oracle else "",
+        ],
+        sections={},
+        remarks=[ORACLE, REMARK] if oracle else [REMARK],
     )
-    return document(f"sparsary comparison \u00b7 {comparison['hook'] or heading}", body, CSS, COLORS)
 
 
 def is_oracle(family: Family) -> bool:
@@ -115,37 +133,37 @@ def dense_bars(ax: Axes, families: list[Family]) -> str | None:
     return _bars(ax, families, "dense_fraction", "dense share of latents")
 
 
-def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -> str:
+def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -> dict[str, Any]:
     name, arguments = encoder_parts(family["encoder"])
     parts = [name, arguments, f"{show(family['n_latents'])} latents"]
     parts += [f"{show(family['training_tokens'])} tokens"] * say_tokens
     parts += ["streamed from the model"] * family["live"]
-    words = " \u00b7 ".join(part for part in parts if part)
-    badge = f' <span class="badge">{escape(family["selection"])}</span>' if is_oracle(family) else ""
-    cells = "".join(
-        _cell(
-            family["figures"].get(column.key),
-            _decimals(comparison["families"], column.key),
-            family["name"] in comparison["best"].get(column.key, ()),
-        )
-        for column in COLUMNS
-    )
-    return (
-        f'<tr><th scope="row">{swatch(index, is_oracle(family))}<strong>{escape(family["name"])}</strong>{badge}'
-        f'<div class="note">{escape(words)}</div></th>{cells}</tr>'
-    )
+    return {
+        "number": index,
+        "name": family["name"],
+        "marker": swatch(index, is_oracle(family)),
+        "badge": family["selection"] if is_oracle(family) else "",
+        "words": " \u00b7 ".join(part for part in parts if part),
+        "cells": [
+            _cell(
+                family["figures"].get(column.key),
+                _decimals(comparison["families"], column.key),
+                family["name"] in comparison["best"].get(column.key, ()),
+            )
+            for column in COLUMNS
+        ],
+    }
 
 
-def _cell(entry: dict[str, Any] | None, decimals: int, is_best: bool) -> str:
+def _cell(entry: dict[str, Any] | None, decimals: int, is_best: bool) -> Cell:
     mean = None if entry is None else finite(entry["mean"])
     if entry is None or mean is None:
-        return f'<td><span class="none">{UNMEASURED if entry is None else UNDEFINED}</span></td>'
+        return Cell(_undrawn(entry), None)
     known = [value for value in entry["values"] if value is not None]
     low, middle, high = (_number(value, decimals) for value in (entry["min"], mean, entry["max"]))
     notes = [f"{low}\u2013{high}"] if low != high else []
     notes += [f"{len(known)} of {len(entry['values'])} seeds"] if len(known) < len(entry["values"]) else []
-    shown = f'<b class="best" title="best mean">{middle}</b>' if is_best else middle
-    return "<td>" + shown + "".join(f'<div class="note">{note}</div>' for note in notes) + "</td>"
+    return Cell(middle, mean, tuple(notes), "best mean" if is_best else "")
 
 
 def _decimals(families: list[Family], key: str) -> int:
@@ -164,10 +182,6 @@ def _number(value: float, decimals: int) -> str:
 def _span(values: list[int]) -> str:
     """Sorted values as one, or as first and last."""
     return show(values[0]) if len(values) == 1 else f"{show(values[0])}\u2013{show(values[-1])}"
-
-
-def _explanation(key: str) -> str:
-    return NOTES.get(key) or next(entries[key] for entries in EXPLANATIONS.values() if key in entries)
 
 
 def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
@@ -305,42 +319,3 @@ PLOTS = (
     ("Dead latents", "Bar: mean over seeds. Line: lowest to highest seed.", dead_bars, _rows_height),
     ("Dense latents", "They say little about any token. Bar: mean. Line: lowest to highest seed.", dense_bars, _rows_height),
 )
-DAGGER = "\u2020 Hollow: chosen knowing more than the token."
-ORACLE = """<p>Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow
-in the plots, they are never marked as best.</p>
-"""
-CSS = """
-.scroll{overflow-x:auto;padding:0 14px 6px;margin:0 0 16px} .scroll table{font-size:14px}
-.scroll tr{display:table-row;border:0;padding:0} .scroll th,.scroll td{border-top:1px solid var(--rule);padding:8px 0 8px 14px}
-.scroll td,.scroll thead th+th,.scroll td:last-child{width:auto;text-align:right;white-space:nowrap;color:var(--ink)}
-.scroll td{font-variant-numeric:tabular-nums} .scroll th:first-child{padding-left:0;min-width:150px}
-.scroll thead th{border-top:0;color:var(--muted);font-size:12.5px;vertical-align:bottom} .scroll .note{font-size:11.5px}
-main{max-width:1300px}
-.best{background:var(--soft);border-radius:4px;padding:1px 5px;margin-right:-5px}
-.badge{border:1px solid var(--warn);color:var(--warn);border-radius:9px;padding:0 7px;font-size:11.5px;white-space:nowrap}
-.swatch{display:inline-block;width:13px;height:13px;margin:0 6px -2px 0}
-.plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-.columns{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));margin:0}
-.columns dd{font-size:13px;color:var(--muted)}
-.columns dt{color:var(--ink);font-weight:600} footer{max-width:none}
-"""
-BODY = """<header>
-<p class="over">sparsary comparison</p>
-<h1>{heading}</h1>
-<dl>{facts}</dl>
-</header>
-<section class="entries scroll" aria-label="Families">
-<table><thead><tr><th scope="col">family</th>{head}</tr></thead><tbody>{rows}</tbody></table>
-<p class="note">Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column; where ranges
-overlap, other seeds may name another.</p>
-</section>
-<section class="plots" aria-label="Plots">{plots}</section>
-<section class="entries" aria-label="Columns">
-<h2>What the columns say</h2>
-<dl class="columns">{notes}</dl>
-</section>
-<footer>
-{oracle}<p>A family is one recipe. All were judged on the same held-out tokens and trained on one store of activations, except
-where a row says that they were streamed from the model. The seed changes the initial weights and the order of the tokens.</p>
-</footer>
-"""

@@ -1,20 +1,18 @@
-"""Runs side by side as one self-contained HTML page: Pareto plots, and tables that can be sorted and filtered.
+"""Runs side by side as a page: Pareto plots, and tables that can be sorted and filtered.
 
-The script in it is the page's own, a few lines; nothing is fetched. The fragment of the address holds what is shown, so that
-a view can be passed on: ``#q=topk l0<40&sort=fvu``.
+The fragment of the address holds what is shown, so that a view can be passed on: ``#q=topk l0<40&sort=fvu``.
 """
 
-from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from ..metrics.glossary import EXPLANATIONS
-from .charts import COLORS, NOTES, Column, look, seed_spread, swatch
+from .charts import COLORS, look, seed_spread, swatch
 from .document import document, encoder_parts
-from .numbers import UNDEFINED, UNMEASURED, finite, show
-from .plots import INK, figure_element, plain_log_ticks
-from .recipes import CSS
+from .glossary import EXPLANATIONS
+from .numbers import UNMEASURED, finite, show
+from .plots import INK, plain_log_ticks, plot_card
+from .tables import Cell, Column, explained, figure_cell
 
 Run = dict[str, Any]
 COLUMNS = (
@@ -30,6 +28,15 @@ COLUMNS = (
     Column("linear error", "linear_error_share", min),
 )
 SIZE = (430 / 72, 330 / 72)
+PLOTS = (
+    ("fvu", "Reconstruction against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
+    ("ce_increase", "Cost to the model against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
+)
+LEGEND = "Small: 95 % intervals over documents. Shaded: on the Pareto front of its column against l0."
+REMARK = (
+    "Intervals are about other documents of the same text, not about other seeds: two runs may differ by more than their "
+    "intervals and still be one recipe. Dead shares compare only over equal windows of tokens."
+)
 
 
 def render_runs(comparison: dict[str, Any]) -> str:
@@ -37,28 +44,33 @@ def render_runs(comparison: dict[str, Any]) -> str:
     runs: list[Run] = comparison["runs"]
     order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
     families = list(dict.fromkeys(family_of(run) for run in runs))
-    shared = [_shared(runs, key) for key in ("model", "hook", "text", "tokens")]
-    body = BODY.format(
+    names = {"model": "model", "hook": "hook", "text": "text", "tokens": "evaluated on"}
+    return document(
+        "comparison.html",
+        f"sparsary comparison \u00b7 {len(runs)} runs",
+        ("table.css", "comparison.css"),
+        ("page.js", "table.js", "comparison.js"),
+        COLORS,
+        command="comparison",
         heading=f"{len(runs)} runs",
-        facts="".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in shared),
-        warning="".join(_warning(key, values) for key, values in comparison["different"].items()),
-        head="".join(
-            f'<th scope="col" data-key="{column.key}"><button type="button">{escape(column.label)}</button></th>'
-            for column in COLUMNS
-        ),
-        rows="".join(_row(runs[index], index, families, comparison["pareto"]) for index in order),
-        plots="".join(
-            figure_element(title, note, lambda ax, key=key: against_l0(ax, runs, families, comparison, key), SIZE, COLORS)
+        facts={name: _shared(runs, key) for key, name in names.items()},
+        warnings={
+            key: "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
+            for key, values in comparison["different"].items()
+        },
+        thing="run",
+        things="Runs",
+        example="l0<40, fvu>0.1",
+        columns=explained(COLUMNS),
+        rows=[_row(runs[index], index, families, comparison["pareto"]) for index in order],
+        legend=LEGEND,
+        plots=[
+            plot_card(title, note, lambda ax, key=key: against_l0(ax, runs, families, comparison, key), SIZE, COLORS)
             for key, title, note in PLOTS
-        ),
-        columns="".join(f'<th scope="col">{escape(run["name"])}</th>' for run in runs),
-        entries="".join(_entries(section, list(texts), runs) for section, texts in EXPLANATIONS.items()),
-        notes="".join(
-            f"<div><dt>{escape(column.label)}</dt><dd><code>{column.key}</code> {escape(_explanation(column.key))}</dd></div>"
-            for column in COLUMNS
-        ),
+        ],
+        sections={title: entries for title, texts in EXPLANATIONS.items() if (entries := _entries(list(texts), runs))},
+        remarks=[REMARK],
     )
-    return document(f"sparsary comparison \u00b7 {len(runs)} runs", body, CSS + MORE_CSS, COLORS, SCRIPT)
 
 
 def family_of(run: Run) -> str:
@@ -127,151 +139,41 @@ def _rank(run: Run) -> tuple[int, float]:
     return next(((place, cost) for place, cost in enumerate(costs) if cost is not None), (len(costs), 0.0))
 
 
-def _shared(runs: list[Run], key: str) -> tuple[str, str]:
+def _shared(runs: list[Run], key: str) -> str:
     values = list(dict.fromkeys(show(run["report"].get(key)) for run in runs))
-    name = {"tokens": "evaluated on"}.get(key, key)
-    return name, values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different ones"
+    return values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different ones"
 
 
-def _warning(key: str, values: dict[str, list[str]]) -> str:
-    groups = "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
-    return f'<p class="warning">Not the same <code>{escape(key)}</code>: figures do not compare across. {escape(groups)}.</p>'
-
-
-def _row(run: Run, index: int, families: list[str], fronts: dict[str, list[str]]) -> str:
+def _row(run: Run, index: int, families: list[str], fronts: dict[str, list[str]]) -> dict[str, Any]:
     report = run["report"]
     name, arguments = encoder_parts(report.get("encoder"))
     words = [f"{name} {report.get('kind') or ''}".strip(), arguments, f"{show(report.get('n_latents'))} latents"]
     words += [f"{show(report['training_tokens'])} tokens"] if report.get("training_tokens") else []
-    badge = ""
-    if report.get("selection", "per token") != "per token":
-        badge = f' <span class="badge">{escape(str(report["selection"]))}</span>'
-    words = " \u00b7 ".join(word for word in words if word)
-    cells = "".join(_cell(run, column.key, run["name"] in fronts.get(column.key, ())) for column in COLUMNS)
-    return (
-        f'<tr data-run="{index}"><th scope="row">{swatch(families.index(family_of(run)), False)}'
-        f"<strong>{escape(run['name'])}</strong>{badge}"
-        f'<div class="note">{escape(words)}</div></th>{cells}</tr>'
-    )
+    selection = report.get("selection", "per token")
+    return {
+        "number": index,
+        "name": run["name"],
+        "marker": swatch(families.index(family_of(run))),
+        "badge": "" if selection == "per token" else str(selection),
+        "words": " \u00b7 ".join(word for word in words if word),
+        "cells": [_cell(run, column.key, run["name"] in fronts.get(column.key, ())) for column in COLUMNS],
+    }
 
 
-def _cell(run: Run, key: str, on_front: bool) -> str:
-    report = run["report"]
-    value = finite(report.get(key))
-    if value is None:
-        reason = escape(run["reasons"].get(key, ""), quote=True)
-        return f'<td data-value=""><span class="none" title="{reason}">{UNDEFINED if key in report else UNMEASURED}</span></td>'
-    low, high = (finite(report.get(f"{key}_{end}")) for end in ("low", "high"))
-    shown = show(value, digits=4)
-    shown = f'<b class="best" title="on the Pareto front">{shown}</b>' if on_front else shown
-    interval = "" if low is None or high is None else f"{show(low, digits=3)} to {show(high, digits=3)}"
-    return f'<td data-value="{value!r}">{shown}<div class="note">{interval}</div></td>'
+def _cell(run: Run, key: str, on_front: bool) -> Cell:
+    cell = figure_cell(run["report"], key)
+    if cell.value is None:
+        return cell._replace(reason=run["reasons"].get(key, ""))
+    low, high = (finite(run["report"].get(f"{key}_{end}")) for end in ("low", "high"))
+    interval = () if low is None or high is None else (f"{show(low, digits=3)} to {show(high, digits=3)}",)
+    return cell._replace(notes=interval, best="on the Pareto front" if on_front else "")
 
 
-def _entries(section: str, keys: list[str], runs: list[Run]) -> str:
+def _entries(keys: list[str], runs: list[Run]) -> dict[str, list[str]]:
     """A section of the long table: every entry that is a number in some report."""
-    rows = []
-    for key in keys:
-        values = [run["report"].get(key, UNMEASURED) for run in runs]
-        if any(finite(value) is not None for value in values):
-            cells = "".join(f"<td>{escape(show(value, digits=5))}</td>" for value in values)
-            rows.append(f'<tr><th scope="row"><code>{escape(key)}</code></th>{cells}</tr>')
-    head = f'<tr class="group"><th colspan="{len(runs) + 1}" scope="rowgroup">{escape(section)}</th></tr>'
-    return f"<tbody>{head}{''.join(rows)}</tbody>" if rows else ""
-
-
-def _explanation(key: str) -> str:
-    return NOTES.get(key) or next(entries[key] for entries in EXPLANATIONS.values() if key in entries)
-
-
-PLOTS = (
-    ("fvu", "Reconstruction against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
-    ("ce_increase", "Cost to the model against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
-)
-MORE_CSS = """
-.find{display:flex;gap:10px;align-items:baseline;flex-wrap:wrap;padding-top:12px;margin:0 0 8px}
-.find input{flex:1 1 260px;font:inherit;
-padding:6px 9px;border:1px solid var(--rule);border-radius:6px;background:var(--page);color:var(--ink)}
-.scroll thead button{all:unset;cursor:pointer;white-space:nowrap}
-.scroll thead button:focus-visible{outline:2px solid var(--accent)}
-th[aria-sort=ascending] button::after{content:" \\2191"} th[aria-sort=descending] button::after{content:" \\2193"}
-.warning{border-left:3px solid var(--warn);padding:4px 10px;margin:0 0 12px;font-size:13.5px;overflow-wrap:anywhere}
-.scroll.all{margin-top:16px;padding-top:12px} [hidden]{display:none!important}
-details summary{cursor:pointer;font-weight:600;font-size:15px;margin-bottom:8px}
-.scroll .group th{padding-top:16px} .best{margin-right:0}
-"""
-BODY = """<header>
-<p class="over">sparsary comparison</p>
-<h1>{heading}</h1>
-<dl>{facts}</dl>
-</header>
-{warning}<section class="entries scroll" aria-label="Runs">
-<div class="find"><label for="find">Show</label>
-<input id="find" type="search" placeholder="words, or l0&lt;40, fvu&gt;0.1" aria-describedby="shown">
-<span id="shown" class="note" role="status"></span></div>
-<table id="runs"><thead><tr><th scope="col" data-key="name"><button type="button">run</button></th>{head}</tr></thead>
-<tbody>{rows}</tbody></table>
-<p class="note">Small: 95 % intervals over documents. Shaded: on the Pareto front of its column against l0. A click on a column
-sorts by it.</p>
-</section>
-<section class="plots" aria-label="Plots">{plots}</section>
-<section class="entries scroll all" aria-label="All entries"><details><summary>Every figure of every run</summary>
-<table><thead><tr><th scope="col">entry</th>{columns}</tr></thead>{entries}</table></details>
-</section>
-<section class="entries" aria-label="Columns">
-<h2>What the columns say</h2>
-<dl class="columns">{notes}</dl>
-</section>
-<footer><p>Intervals are about other documents of the same text, not about other seeds: two runs may differ by more than their
-intervals and still be one recipe. Dead shares compare only over equal windows of tokens.</p></footer>
-"""
-SCRIPT = r"""
-"use strict";
-const table = document.getElementById("runs"), body = table.tBodies[0], find = document.getElementById("find");
-const heads = [...table.tHead.rows[0].cells], keys = heads.map(head => head.dataset.key);
-const names = new Map(heads.flatMap((head, at) =>
-  [[head.dataset.key, at], [head.textContent.trim().toLowerCase().replaceAll(" ", "_"), at]]));
-const value = (row, at) => at ? row.cells[at].dataset.value : row.cells[0].textContent.toLowerCase();
-function sortBy(key, down) {
-  const at = keys.indexOf(key);
-  if (at < 0) return;
-  heads.forEach(head => head.removeAttribute("aria-sort"));
-  heads[at].setAttribute("aria-sort", down ? "descending" : "ascending");
-  const order = (a, b) => at ? a - b : a.localeCompare(b, undefined, {numeric: true});
-  // What has no value stays at the end, whichever way.
-  [...body.rows].map(row => [value(row, at), row]).sort(([a], [b]) =>
-    (a === "") - (b === "") || (down ? -1 : 1) * order(a, b)).forEach(([, row]) => body.append(row));
-}
-function matches(row, word) {
-  const limit = /^(\w+)([<>])(-?[\d.]+(?:e-?\d+)?)$/.exec(word);
-  if (!limit || !names.get(limit[1])) return row.textContent.toLowerCase().includes(word);
-  const held = row.cells[names.get(limit[1])].dataset.value;
-  return held !== "" && (limit[2] === "<" ? +held < +limit[3] : +held > +limit[3]);
-}
-function filter() {
-  const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const gone = new Set();
-  for (const row of body.rows) {
-    row.hidden = !words.every(word => matches(row, word));
-    if (row.hidden) gone.add(row.dataset.run);
-  }
-  for (const mark of document.querySelectorAll('svg [id^="point-"], svg [id^="interval-"]'))
-    mark.style.display = gone.has(mark.id.split("-").pop()) ? "none" : "";
-  document.getElementById("shown").textContent = gone.size ? `${body.rows.length - gone.size} of ${body.rows.length}` : "";
-}
-function remember() {
-  const sorted = heads.find(head => head.hasAttribute("aria-sort")), view = new URLSearchParams();
-  if (find.value) view.set("q", find.value);
-  if (sorted) view.set("sort", (sorted.getAttribute("aria-sort") === "descending" ? "-" : "") + sorted.dataset.key);
-  history.replaceState(null, "", "#" + view);
-}
-heads.forEach(head => head.firstElementChild.addEventListener("click", () => {
-  sortBy(head.dataset.key, head.getAttribute("aria-sort") === "ascending");
-  remember();
-}));
-find.addEventListener("input", () => { filter(); remember(); });
-const view = new URLSearchParams(location.hash.slice(1)), by = view.get("sort") || "";
-find.value = view.get("q") || "";
-if (by) sortBy(by.replace(/^-/, ""), by.startsWith("-"));
-filter();
-"""
+    values = {key: [run["report"].get(key, UNMEASURED) for run in runs] for key in keys}
+    return {
+        key: [show(value, digits=5) for value in row]
+        for key, row in values.items()
+        if any(finite(value) is not None for value in row)
+    }

@@ -1,37 +1,47 @@
-"""The report of a stack as one self-contained page: all layers at once, and each alone."""
+"""The report of a stack as a page: all layers at once, and each alone."""
 
-from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from .document import document, encoder_parts
-from .numbers import UNRECORDED, show
-from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, figure_element, plain_log_ticks
+from .numbers import show
+from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, plain_log_ticks, plot_card
+from .tables import Column, EntryRow, Tile, figure_cell
 
 Report = dict[str, Any]
 # Characters that a plot has room for beside an axis.
 LABEL = 16
 
-# Key of the report, its heading, what it says.
 COLUMNS = (
-    (
-        "layer_fvu",
+    Column(
         "fvu",
+        "layer_fvu",
+        None,
         "Fraction of variance unexplained, against what the layer writes in the untouched model: 0 is perfect.",
     ),
-    ("layer_l0", "l0", "Latents of the layer that fire on a token, mean over tokens."),
-    ("layer_dead_fraction", "dead", "Share of the layer's latents that are silent on all tokens scored."),
-    ("layer_ce_spliced", "ce spliced", "Cross-entropy with this layer alone replaced by its reconstruction, nats per token."),
-    ("layer_ce_mean", "ce mean", "The same with the mean in its place: what the layer is worth to the model."),
-    ("layer_ce_zero", "ce zero", "The same with zeros in its place."),
-    ("layer_kl_spliced", "KL spliced", "KL divergence from the untouched model's predictions, nats per token."),
-    ("layer_kl_mean", "KL mean", "The same divergence with the mean in its place."),
-    ("layer_kl_zero", "KL zero", "The same divergence with zeros in its place."),
-    ("layer_top1_spliced", "top-1 spliced", "Share of predictions whose likeliest token stays the same."),
-    ("layer_top1_mean", "top-1 mean", "The same share with the mean in its place."),
-    ("layer_top1_zero", "top-1 zero", "The same share with zeros in its place."),
+    Column("l0", "layer_l0", None, "Latents of the layer that fire on a token, mean over tokens."),
+    Column("dead", "layer_dead_fraction", None, "Share of the layer's latents that are silent on all tokens scored."),
+    Column(
+        "ce spliced",
+        "layer_ce_spliced",
+        None,
+        "Cross-entropy with this layer alone replaced by its reconstruction, nats per token.",
+    ),
+    Column("ce mean", "layer_ce_mean", None, "The same with the mean in its place: what the layer is worth to the model."),
+    Column("ce zero", "layer_ce_zero", None, "The same with zeros in its place."),
+    Column("KL spliced", "layer_kl_spliced", None, "KL divergence from the untouched model's predictions, nats per token."),
+    Column("KL mean", "layer_kl_mean", None, "The same divergence with the mean in its place."),
+    Column("KL zero", "layer_kl_zero", None, "The same divergence with zeros in its place."),
+    Column("top-1 spliced", "layer_top1_spliced", None, "Share of predictions whose likeliest token stays the same."),
+    Column("top-1 mean", "layer_top1_mean", None, "The same share with the mean in its place."),
+    Column("top-1 zero", "layer_top1_zero", None, "The same share with zeros in its place."),
+)
+# What the row of all layers at once has below these columns.
+TOTALS = (
+    *("fvu_layer_mean", "l0_total", "dead_fraction", "ce_spliced", "ce_mean", "ce_zero"),
+    *("kl_spliced", "kl_mean", "kl_zero", "top1_agreement", "top1_mean", "top1_zero"),
 )
 EXPLANATIONS = {
     "layers": "Places of the model that are replaced.",
@@ -74,78 +84,41 @@ TILES = (
 
 
 def render_stack(report: Report) -> str:
-    """One page that shows the report of ``eval.stack``. Equal input gives equal bytes."""
+    """One page that shows the report of a stack. Equal input gives equal bytes."""
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
-    facts = {
-        "model": report["model"],
-        "text": report["text"],
-        "encoder": f"{name} {arguments}".strip(),
-        "trained on": None if trained is None else f"{show(trained)} tokens",
-        "evaluated on": f"{show(report['tokens'])} tokens, {show(report['documents'])} documents",
-        "git commit": None if commit is None else str(commit)[:12],
-    }
     heading = f"{report['kind']}, {report['layers']} layers"
     size = (FIGURE_INCHES[0], max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
-    plots = (
-        (
-            "Cost of each layer",
-            "What replacing one layer alone, and all at once, costs the model. Below 0.0001, or a gain, stands at the edge.",
-            _costs,
-        ),
-        ("Variance unexplained", "By layer, on the untouched model's activations. Lower is better.", _fvus),
-    )
-    body = BODY.format(
-        heading=escape(heading),
-        shape=escape(f"{show(report['n_latents'])} latents \u00b7 {show(report['parameters'])} parameters"),
-        facts="".join(f"<div><dt>{key}</dt><dd>{escape(show(value, UNRECORDED))}</dd></div>" for key, value in facts.items()),
-        tiles="".join(_tile(report, *tile) for tile in TILES),
-        head="".join(f'<th scope="col">{escape(label)}</th>' for _, label, _ in COLUMNS),
-        rows="".join(_row(report, number) for number in range(len(report["layer_hooks"]))) + _total(report),
-        plots="".join(figure_element(title, note, lambda ax, draw=draw: draw(ax, report), size) for title, note, draw in plots),
-        notes="".join(f"<div><dt>{escape(label)}</dt><dd>{escape(words)}</dd></div>" for _, label, words in COLUMNS),
-        entries="".join(
-            f'<tr role="row"><th role="rowheader" scope="row"><code>{key}</code></th>'
-            f'<td role="cell">{escape(show(report[key], digits=6))}</td><td role="cell">{escape(words)}</td></tr>'
-            for key, words in EXPLANATIONS.items()
-        ),
-    )
-    return document(heading, body, CSS)
-
-
-def _tile(report: Report, label: str, key: str, note: str) -> str:
-    words = note.format(**{name: show(report[name]) for name in ("layers", "ce_clean", "n_latents", "dead_window_tokens")})
-    return (
-        f'<div class="tile" data-key="{key}"><div class="label">{escape(label)}</div>'
-        f'<div class="value">{escape(show(report[key]))}</div><div class="note">{escape(words)}</div></div>'
+    return document(
+        "stack.html",
+        heading,
+        ("table.css",),
+        ("page.js", "table.js", "comparison.js"),
+        command="report",
+        heading=heading,
+        shape=f"{show(report['n_latents'])} latents \u00b7 {show(report['parameters'])} parameters",
+        facts={
+            "model": report["model"],
+            "text": report["text"],
+            "encoder": f"{name} {arguments}".strip(),
+            "trained on": None if trained is None else f"{show(trained)} tokens",
+            "evaluated on": f"{show(report['tokens'])} tokens, {show(report['documents'])} documents",
+            "git commit": None if commit is None else str(commit)[:12],
+        },
+        tiles=[Tile(key, label, show(report[key]), _filled(note, report)) for label, key, note in TILES],
+        columns=COLUMNS,
+        layers=[
+            (short(hook), [figure_cell({column.key: report[column.key][number]}, column.key) for column in COLUMNS])
+            for number, hook in enumerate(report["layer_hooks"])
+        ],
+        total=[figure_cell(report, key) for key in TOTALS],
+        plots=[plot_card(title, note, lambda ax, draw=draw: draw(ax, report), size) for title, note, draw in PLOTS],
+        entries=[EntryRow(key, show(report[key], digits=6), text) for key, text in EXPLANATIONS.items()],
     )
 
 
-def _row(report: Report, number: int) -> str:
-    cells = "".join(f"<td>{escape(show(report[key][number]))}</td>" for key, _, _ in COLUMNS)
-    return f'<tr><th scope="row">{_hook(report["layer_hooks"][number])}</th>{cells}</tr>'
-
-
-def _total(report: Report) -> str:
-    """The row of all layers at once."""
-    keys = (
-        "fvu_layer_mean",
-        "l0_total",
-        "dead_fraction",
-        "ce_spliced",
-        "ce_mean",
-        "ce_zero",
-        "kl_spliced",
-        "kl_mean",
-        "kl_zero",
-    )
-    cells = "".join(f"<td>{escape(show(report[key]))}</td>" for key in (*keys, "top1_agreement", "top1_mean", "top1_zero"))
-    return f'<tr class="total"><th scope="row">all at once</th>{cells}</tr>'
-
-
-def _hook(hook: str) -> str:
-    """The two sides of one module once."""
-    return f"<code>{escape(short(hook))}</code>"
+def _filled(note: str, report: Report) -> str:
+    return note.format(**{name: show(report[name]) for name in ("layers", "ce_clean", "n_latents", "dead_window_tokens")})
 
 
 def short(hook: str) -> str:
@@ -206,35 +179,12 @@ def _variant(name: str) -> str:
     return name if name == "spliced" else f"{name}-ablated"
 
 
-CSS = """
-.scroll{overflow-x:auto;padding:0 14px 6px;margin:0 0 16px}
-.scroll tr{display:table-row;border:0;padding:0} .scroll th,.scroll td{border-top:1px solid var(--rule);padding:7px 0 7px 14px}
-.scroll td,.scroll thead th+th,.scroll td:last-child{width:auto;text-align:right;white-space:nowrap;color:var(--ink)}
-.scroll td{font-variant-numeric:tabular-nums} .scroll th:first-child{padding-left:0;white-space:nowrap}
-.scroll thead th{border-top:0;color:var(--muted);font-size:12.5px;vertical-align:bottom}
-.scroll .total th,.scroll .total td{border-top:2px solid var(--muted);font-weight:600}
-.columns{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));margin:16px 0 0}
-.columns dd{font-size:13px;color:var(--muted)} .columns dt{color:var(--ink);font-weight:600}
-"""
-BODY = """<header>
-<p class="over">sparsary report</p>
-<h1>{heading}</h1>
-<p class="shape">{shape}</p>
-<dl>{facts}</dl>
-</header>
-<section class="tiles" aria-label="Key figures">{tiles}</section>
-<section class="entries scroll" aria-label="Layers">
-<table><thead><tr><th scope="col">replaced alone</th>{head}</tr></thead><tbody>{rows}</tbody></table>
-</section>
-<section class="plots" aria-label="Plots">{plots}</section>
-<section class="entries" aria-label="All entries">
-<h2>All entries</h2>
-<table role="table"><tbody role="rowgroup">{entries}</tbody></table>
-</section>
-<footer>
-<dl class="columns">{notes}</dl>
-<p>Errors compound: each replaced layer reads what the replaced ones before it left, so all at once cost more than the sum.
-Recovered fractions flatter, for ablating every layer wrecks the model; the increase in nats is the more honest figure. Where
-two hooks belong to one module, its name stands for both: it reads what the module reads and replaces what it returns.</p>
-</footer>
-"""
+# Title, what to look for, the function that draws it and says it in words.
+PLOTS = (
+    (
+        "Cost of each layer",
+        "What replacing one layer alone, and all at once, costs the model. Below 0.0001, or a gain, stands at the edge.",
+        _costs,
+    ),
+    ("Variance unexplained", "By layer, on the untouched model's activations. Lower is better.", _fvus),
+)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Int
 from scipy import sparse
 
-from ...training.activations.harvest import batches, excluded
+from ...training.activations.contexts import context_batches
 from ...training.activations.sites import neuron_hook
 from ...training.embedded import corpus
-from ...training.text import contexts
 from .subject import ProbeTarget
 
 BATCH_CONTEXTS = 16
@@ -50,22 +49,17 @@ def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> 
         )
     model, hook = subject.model, subject.hook
     neuron = neuron_hook(model, hook) if neurons else None
-    special = frozenset(model.tokenizer.all_special_ids)
+    hooks = (hook,) if neuron is None else (hook, neuron)
     xs, ns, documents, factors, known = [], [], [], [], {}
-    stream = contexts(subject.text, model.tokenizer, heldout=subject.section.heldout)
-    for batch in batches(stream, BATCH_CONTEXTS):
-        ids, owners, places = (
-            np.stack([getattr(c, name) for c in batch]) for name in ("token_ids", "document_ids", "positions")
-        )
-        kept = (~excluded(ids, owners, special, subject.section)) & (places >= 0)
-        hooks = (hook,) if neuron is None else (hook, neuron)
-        seen = model.activations(torch.from_numpy(ids).long().to(model.device), hooks)
-        mask = torch.from_numpy(kept).to(model.device)
-        xs.append(seen[hook][mask].float().cpu().numpy())
+    for some in context_batches(model, subject.text, subject.section, BATCH_CONTEXTS, heldout=True):
+        batch = replace(some, kept=some.kept & (some.positions >= 0))
+        rows = batch.kept_activations(model, hooks)
+        xs.append(rows[hook].cpu().numpy())
         if neuron is not None:
-            ns.append(seen[neuron][mask].float().cpu().numpy())
-        documents.append(owners[kept])
-        for owner, place in zip(owners[kept].tolist(), places[kept].tolist(), strict=True):
+            ns.append(rows[neuron].cpu().numpy())
+        owners, places = batch.document_ids[batch.kept], batch.positions[batch.kept]
+        documents.append(owners)
+        for owner, place in zip(owners.tolist(), places.tolist(), strict=True):
             if owner not in known:
                 known[owner] = corpus.embedded_document(subject.text.seed, owner).factors
             factors.append(known[owner][place])

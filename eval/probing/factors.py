@@ -11,6 +11,7 @@ from scipy import sparse
 
 from ...training.embedded import lexicon
 from ...training.embedded.corpus import Factors
+from ..bootstrap import bootstrap_f1, interval
 from .absorption import absorbed
 from .datasets import Tokens, embedded_tokens, halves
 from .probes import (
@@ -19,10 +20,8 @@ from .probes import (
     Search,
     auroc,
     best_threshold,
-    bootstrap_f1,
     f1_of,
     group_counts,
-    interval,
     logistic,
     ranking,
     split_latents,
@@ -200,7 +199,7 @@ class _Judged:
             f"{name}_f1": f1_of(detected, y),
             f"{name}_precision": hits / max(np.count_nonzero(detected), 1),
             f"{name}_recall": hits / np.count_nonzero(y),
-            f"{name}_auroc": auroc(ranking(scores), y),
+            f"{name}_auroc": auroc(scores, y),
         }
         self.counts.setdefault(name, []).append(group_counts(detected, y, self.owners, self.n_owners))
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
+from sklearn.metrics import roc_auc_score
 
 # np.ndarray, or scipy.sparse.csc_array, whose stubs know too little of it.
 ProbeInputs = Any
@@ -32,7 +33,9 @@ class LinearProbe:
 def logistic(x: ProbeInputs, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: bool = False) -> LinearProbe:
     """Logistic regression on standardised columns, its penalty ``l2 / 2 ||w||^2``; with ``weight`` both classes count alike.
 
-    Columns are only scaled, not centred, where they are sparse. Constant ones get no weight.
+    Columns are only scaled, not centred, where they are sparse. Constant ones get no weight. Scikit-learn's solvers find the
+    same weights to 6e-4 on 2,000 rows of 128 dimensions but take eleven times as long (newton-cholesky), and where fits end
+    moves F1 in its fifth digit.
 
     Raises:
         ValueError: If only one class is there.
@@ -130,13 +133,9 @@ def best_threshold(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> tuple[float
     return float(f1[best]), float((here + below) / 2)
 
 
-def auroc(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> float:
+def auroc(scores: Float[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"]) -> float:
     """Chance that a positive row has a higher score than a negative one; ties count half, and 0.5 if a class is missing."""
-    hits = np.append(0, np.cumsum(y[ranked.order])[ranked.ends])
-    false = np.append(0, ranked.ends + 1) - hits
-    if not hits[-1] or not false[-1]:
-        return 0.5
-    return float(((hits[1:] + hits[:-1]) / 2 * np.diff(false)).sum() / (hits[-1] * false[-1]))
+    return float(roc_auc_score(y, scores)) if 0 < hits_of(y) < len(y) else 0.5
 
 
 def hits_of(y: Bool[np.ndarray, " rows"]) -> int:
@@ -239,39 +238,8 @@ def split_latents(
     return chosen
 
 
-class Interval(NamedTuple):
-    """A mean and the middle 95 % of it over resampled groups."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap_f1(
-    counts: Float[np.ndarray, "groups labels 3"], seed: int, resamples: int = 500
-) -> Float[np.ndarray, "resamples labels"]:
-    """F1 of every label over resampled groups (documents), from each group's hits, detections and positives."""
-    groups, labels, _ = counts.shape
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
-    hits, detected, positives = np.moveaxis((weights @ counts.reshape(groups, -1)).reshape(resamples, labels, 3), -1, 0)
-    return 2 * hits / np.maximum(detected + positives, 1)
-
-
 def group_counts(
     detected: Bool[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"], n_groups: int
 ) -> Float[np.ndarray, "groups 3"]:
     """Hits, detections and positives by group."""
     return np.stack([np.bincount(groups, what, n_groups) for what in (detected & y, detected, y)], -1)
-
-
-def interval(mean: float, resampled: Float[np.ndarray, " resamples"]) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(mean, float(low), float(high))
-
-
-def bootstrap_mean(values: np.ndarray, seed: int, resamples: int = 500) -> Interval:
-    """The mean of independent values and its interval."""
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(values)
-    return interval(float(values.mean()), weights @ values)

@@ -1,6 +1,5 @@
 """What ``sparsary probe`` does: the tasks that judge latents by what is known of the text, and their result files."""
 
-import difflib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.files import write_json, write_text
+from ...sae.suggestions import require_choice
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import Report, open_checkpoint
 from . import factors
@@ -117,10 +117,7 @@ def require_tasks(tasks: Iterable[str] | None) -> tuple[str, ...]:
     """
     wanted = list(tasks or TASKS)
     for task in wanted:
-        if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--task: expected one of {', '.join(TASKS)}, got {task!r}.{hint}")
+        require_choice("--task", task, TASKS)
     return tuple(task for task in TASKS if task in wanted)
 
 

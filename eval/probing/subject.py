@@ -14,8 +14,7 @@ from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
-
-ROWS_AT_ONCE = 4096
+from ..sanity import ROWS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -98,3 +97,9 @@ def sparse_codes(subject: ProbeTarget, x: np.ndarray) -> sparse.csc_array:
     shape = (len(x), subject.dictionary.n_latents)
     entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
     return sparse.csc_array(sparse.coo_array(entries, shape=shape))
+
+
+def latent_writes(subject: ProbeTarget) -> np.ndarray:
+    """Return what every latent's unit of value adds to the activation, one row per latent."""
+    dictionary = subject.dictionary
+    return (dictionary.atoms * dictionary.out_scale).detach().float().cpu().numpy()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ...sae import SparseDictionary
-from ...sae.files import write_json, write_text
+from ...sae.dictionary import CONFIG_FILE
+from ...sae.files import write_json
+from ...training.report import METRICS_FILE
 from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
@@ -21,15 +24,13 @@ from ..heldout import EvalData, eval_data, require_fitted, require_scored, requi
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.glossary import REPORT_VERSION
-from ..metrics.inference import PER_TOKEN, InferenceMode
+from ..metrics.inference import DEFAULT_INFERENCE, InferenceMode
 from ..metrics.model_outputs import ModelOutputs
-from ..pages.report import render_report
-from ..sanity import Sanity, sanity_doubts
+from ..pages.render import render_file
+from ..sanity import ROWS_AT_ONCE, Sanity, sanity_doubts
 from ..undefined import settled
 from .cache import Beside, Nothing, content_of
 from .stack import evaluate_opened
-
-ROWS_AT_ONCE = 4096
 
 # Arguments of metrics, by the names of their groups.
 MetricOptions = Mapping[str, Mapping[str, object]]
@@ -49,7 +50,7 @@ def evaluate(
     out: str | Path | None = None,
     activations: Tensor | tuple[Tensor, Tensor] | None = None,
     tokens: int | None = None,
-    selection: InferenceMode = PER_TOKEN,
+    selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
     progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
@@ -59,16 +60,16 @@ def evaluate(
 
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
-    cross-layer transcoder, is judged with all of its layers in place: see ``eval.stack``. ``activations`` are ``x``, or
+    cross-layer transcoder, is judged with all of its layers in place: see ``eval.report.stack``. ``activations`` are ``x``, or
     ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
-    weights on the same text is not measured again: see ``eval.cache``. ``options`` are facts that the checkpoint's files leave
-    open, ``metric_options`` arguments of the metrics, by their names.
+    weights on the same text is not measured again: see ``eval.report.cache``. ``options`` are facts that the checkpoint's files
+    leave open, ``metric_options`` arguments of the metrics, by their names.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
     """
     opened = open_checkpoint(checkpoint, options)
-    if opened.in_place_together and (activations is not None or selection != PER_TOKEN):
+    if opened.in_place_together and (activations is not None or selection != DEFAULT_INFERENCE):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:
         return evaluate_loaded([opened], [out], tokens, selection, cache, progress, metric_options)[0]
@@ -83,7 +84,7 @@ def evaluate_all(
     checkpoints: Sequence[str | Path],
     outs: Sequence[str | Path | None] | None = None,
     tokens: int | None = None,
-    selection: InferenceMode = PER_TOKEN,
+    selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
     progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
@@ -106,7 +107,7 @@ def evaluate_loaded(
     several: Sequence[LoadedCheckpoint],
     outs: Sequence[str | Path | None] | None = None,
     tokens: int | None = None,
-    selection: InferenceMode = PER_TOKEN,
+    selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
     progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
@@ -119,7 +120,7 @@ def evaluate_loaded(
         )
     outs = outs or [None] * len(several)
     stacks = [opened for opened in several if opened.in_place_together]
-    if selection != PER_TOKEN and stacks:
+    if selection != DEFAULT_INFERENCE and stacks:
         raise ValueError(
             f"{stacks[0].name}: expected one checkpoint of one hook for --oracle or --pursuit, got a stack or "
             "a cross-layer one."
@@ -184,7 +185,7 @@ class Candidate:
 
 def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: InferenceMode) -> Candidate:
     selection.require_valid(opened.members[0].dictionary)
-    if selection != PER_TOKEN and out is None:
+    if selection != DEFAULT_INFERENCE and out is None:
         raise ValueError("--out: required with --oracle or --pursuit, so that the usual report is not replaced.")
     target = opened.results if out is None else Path(out)
     if out is None and opened.foreign and not os.access(target, os.W_OK):
@@ -215,12 +216,12 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
     for doubt in report["doubts"]:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     candidate.out.mkdir(parents=True, exist_ok=True)
-    metrics = candidate.member.directory / "metrics.jsonl"
-    own = metrics.exists() and not candidate.opened.foreign
-    curve = [json.loads(line) for line in metrics.read_text().splitlines()] if own else []
+    log_of_run = candidate.member.directory / METRICS_FILE
+    if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
+        # The page takes its training curve from beside the report.
+        shutil.copyfile(log_of_run, candidate.out / METRICS_FILE)
     write_json(candidate.out / "report.json", report)
-    write_text(candidate.out / "report.html", render_report(report, curve))
-    return report | {"report_path": str(candidate.out / "report.html")}
+    return report | {"report_path": str(render_file(candidate.out / "report.json"))}
 
 
 def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:
@@ -241,7 +242,7 @@ def _hook(source: dict[str, Any]) -> str | None:
 
 @torch.no_grad()
 def evaluate_tensor(
-    dictionary: SparseDictionary, x: Tensor, selection: InferenceMode = PER_TOKEN, y: Tensor | None = None
+    dictionary: SparseDictionary, x: Tensor, selection: InferenceMode = DEFAULT_INFERENCE, y: Tensor | None = None
 ) -> dict[str, Any]:
     """What can be said of given activations: the first half fits, the second is scored.
 

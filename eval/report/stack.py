@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...sae import SparseCode, SparseDictionary
-from ...sae.files import write_json, write_text
+from ...sae.files import write_json
 from ...sae.metrics import Moments
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
@@ -31,7 +31,8 @@ from ..heldout import (
 from ..metrics.downstream import SPLICES, Downstream, ablations
 from ..metrics.reconstruction import Reconstruction
 from ..pages.numbers import show
-from ..pages.stack import render_stack, short
+from ..pages.render import render_file
+from ..pages.stack import short
 from ..undefined import settled
 
 STACK_REPORT_VERSION = 1
@@ -74,8 +75,7 @@ def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tok
     target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "report.json", report)
-    write_text(target / "report.html", render_stack(report))
-    return report | {"report_path": str(target / "report.html")}
+    return report | {"report_path": str(render_file(target / "report.json"))}
 
 
 def _of_one_training(opened: LoadedCheckpoint) -> list[dict[str, Any]]:

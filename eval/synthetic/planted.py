@@ -86,7 +86,7 @@ def independent_features(
     """Independent features in random directions; the frequent ones first."""
     generator = generator_of("truth", seed)
     p = zipf_probabilities(n_features, exponent, p_min, p_max)
-    atoms, bias = _directions(n_features, d, generator), bias_norm * _directions(1, d, generator)[0]
+    atoms, bias = unit_directions(n_features, d, generator), bias_norm * unit_directions(1, d, generator)[0]
     return Planted(atoms, bias, Independent(p), torch.full((n_features,), mean), torch.full((n_features,), std))
 
 
@@ -112,9 +112,9 @@ def correlated(
         raise ValueError(f"strength: expected a share of the variance, 0 to 1, got {strength}.")
     generator = generator_of("truth", seed)
     p = zipf_probabilities(n_features, exponent, p_min, p_max)
-    atoms, bias = _directions(n_features, d, generator), bias_norm * _directions(1, d, generator)[0]
+    atoms, bias = unit_directions(n_features, d, generator), bias_norm * unit_directions(1, d, generator)[0]
     # Just inside the sphere: at strength 1 rounding could leave a negative variance of its own.
-    factors = math.sqrt(strength) * (1 - 1e-6) * _directions(n_features, rank, generator)
+    factors = math.sqrt(strength) * (1 - 1e-6) * unit_directions(n_features, rank, generator)
     return Planted(atoms, bias, Copula(p, factors), torch.full((n_features,), mean), torch.full((n_features,), std))
 
 
@@ -159,7 +159,7 @@ def hierarchical(
     p = torch.tensor([p_parent, p_singleton, p_child]).repeat_interleave(sizes)
     parts = torch.arange(n_features).split(sizes.tolist())
     groups = {"parents": parts[0], "singletons": parts[1], "children": parts[2]}
-    bias = bias_norm * _directions(1, d, generator)[0]
+    bias = bias_norm * unit_directions(1, d, generator)[0]
     means, stds = torch.full((n_features,), mean), torch.full((n_features,), std)
     return Planted(atoms, bias, Forest(parents, p), means, stds, groups=groups)
 
@@ -191,8 +191,8 @@ def small_but_decisive(
     generator = generator_of("truth", seed)
     basis = _orthonormal(d, generator)
     decisive, rest = basis[:n_decisive], basis[n_decisive:]
-    atoms = torch.cat([_directions(n_large, d - n_decisive, generator) @ rest, decisive])
-    bias = bias_norm * _directions(1, d, generator)[0]
+    atoms = torch.cat([unit_directions(n_large, d - n_decisive, generator) @ rest, decisive])
+    bias = bias_norm * unit_directions(1, d, generator)[0]
     p = torch.cat([zipf_probabilities(n_large, exponent, p_min, p_max), torch.full((n_decisive,), p_decisive)])
     relative = torch.cat([torch.ones(n_large), torch.full((n_decisive,), relative_magnitude)])
     features = torch.arange(n_large, n_large + n_decisive)
@@ -236,7 +236,7 @@ def generator_of(purpose: str, seed: int) -> Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _directions(n: int, d: int, generator: Generator) -> Float[Tensor, "n d"]:
+def unit_directions(n: int, d: int, generator: Generator) -> Float[Tensor, "n d"]:
     return F.normalize(torch.randn(n, d, generator=generator), dim=-1)
 
 

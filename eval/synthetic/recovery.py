@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...sae import SparseDictionary
 from ...sae.metrics import RunningFvu, dead_fraction
-from .planted import Planted, Sample, _directions, generator_of
+from .planted import Planted, Sample, generator_of, unit_directions
 
 # A feature counts as recovered when some atom is this close to its own.
 RECOVERED_COSINE = 0.9
@@ -146,7 +146,7 @@ def _overlap(true: Bool[Tensor, "tokens n"], detected: Bool[Tensor, "tokens n"])
 
 def chance_mcc(atoms: Float[Tensor, "n_features d"], n_latents: int, seed: int = 0) -> float:
     """The ``mcc`` of ``n_latents`` random atoms: what a dictionary that learned nothing is given."""
-    guessed = _directions(n_latents, atoms.shape[1], generator_of("chance", seed))
+    guessed = unit_directions(n_latents, atoms.shape[1], generator_of("chance", seed))
     cosines = absolute_cosines(atoms, guessed)
     pairs = match(cosines)
     return float(cosines[pairs.features, pairs.latents].mean())

@@ -2,7 +2,7 @@
 
 On a given input a connection is multiplied by the lower latent's value, divided by the norm's denominator there and, where it
 passes through a head, multiplied by the head's attention: then it is what the lower latent adds to the upper one's
-pre-activation (``eval.circuits.paths``). Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944.
+pre-activation (``eval.attribution_graphs.paths``). Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944.
 """
 
 from collections.abc import Iterable, Mapping

@@ -4,7 +4,6 @@ Every format is a file beside this and a line in ``FORMATS``. Readers produce a 
 transpositions are theirs, folds are in ``folding.py``, what becomes of it here in ``build.py``.
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ..dictionary import SparseDictionary
+from ..suggestions import require_choice
 from .base import Format, Read, ReadOptions, SetFormat
 from .batch_topk_repo import BatchTopKRepository
 from .canonical import CanonicalCrossLayer, CanonicalSAE
@@ -127,10 +127,7 @@ def known(format: str) -> Format:  # noqa: A002
     Raises:
         ValueError: If there is none.
     """
-    if format not in FORMATS:
-        near = "".join(f" Did you mean {s!r}?" for s in difflib.get_close_matches(format, FORMATS, n=1))
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}.{near}")
-    return FORMATS[format]
+    return FORMATS[require_choice("format", format, FORMATS)]
 
 
 def dictionary_places(source: SourceFiles, format: str | None = None) -> list[tuple[SourceFiles, Format, str]]:  # noqa: A002

@@ -165,8 +165,6 @@ def _cross_layer(n: CanonicalCrossLayer, dtype: torch.dtype | None) -> SparseDic
 
 def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> SparseDictionary:
     """The dictionary of these tensors, which it takes as its own; wrong shapes are errors that name them."""
-    if arguments["kind"] not in KINDS:
-        raise ValueError(f"dictionary.kind: {arguments['kind']} is not known yet. Import transcoders first.")
     with torch.device("meta"):
         dictionary = build_dictionary(arguments)
     expected = dictionary.state_dict()

@@ -5,7 +5,6 @@ the others the other way round. A state file does not say of which class it is: 
 Source: the code of dictionary_learning 0.1.0.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
+from ..suggestions import require_choice
 from .base import Format, Read, ReadOptions, require_keys, require_shape
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
@@ -154,11 +154,7 @@ def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
     if named == "IdentityDict":
         raise ValueError(f"{where}: IdentityDict: it is its input and has no tensors. There is nothing to load.")
     if named is not None:
-        if not isinstance(named, str) or named not in CLASSES:
-            near = difflib.get_close_matches(str(named), CLASSES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: dict_class: expected one of {', '.join(CLASSES)}, got {named!r}.{hint}")
-        return named
+        return require_choice(f"{where}: dict_class", named, CLASSES)
     found = classes_of(tensors)
     if len(found) == 1:
         return found[0]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..extras import needs
-from ..files import read_tensors
+from ..files import natural_order, read_tensors
 from .archives import npz_members, one_line, read_npz, read_torch
 
 # Configurations are small. What is larger than this is none.
@@ -77,7 +77,8 @@ class SourceFiles:
     def folders(self) -> tuple[str, ...]:
         """All folders that hold files, themselves included as '', the shallowest first."""
         found = {str(PurePosixPath(name).parent) for name in self.files}
-        return tuple(sorted(("" if folder == "." else folder for folder in found), key=lambda f: (f.count("/"), natural(f))))
+        paths = ("" if folder == "." else folder for folder in found)
+        return tuple(sorted(paths, key=lambda path: (path.count("/"), natural_order(path))))
 
     @property
     def remote(self) -> bool:
@@ -123,7 +124,7 @@ class SourceFiles:
 
     def named(self, pattern: str) -> list[str]:
         """Files whose whole path matches a regular expression, in the order of the numbers in them."""
-        return sorted((name for name in self.files if re.fullmatch(pattern, name)), key=natural)
+        return sorted((name for name in self.files if re.fullmatch(pattern, name)), key=natural_order)
 
     def path(self, name: str) -> Path:
         """Where a file is on this machine.
@@ -276,11 +277,6 @@ def inner_path(name: str, where: str) -> str:
     if not parts or name.startswith(("/", "~")) or ".." in parts or ":" in parts[0] or "\0" in name:
         raise ValueError(f"{where}: expected a path within it, got {name!r}. Absolute paths and '..' are refused.")
     return "/".join(parts)
-
-
-def natural(name: str) -> list[int | str]:
-    """A key by which layer_10 comes after layer_9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def safetensors_headers(path: Path) -> dict[str, Header]:

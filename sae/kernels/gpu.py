@@ -1,17 +1,12 @@
-"""The kernels on tensors in a GPU's memory: what ``backend`` offers there. No function waits for the GPU.
-
-``bounds`` are a code's starts with its end; see ``sae.ledger`` for ``ByLatent`` and ``RowGrad``.
-"""
+"""GpuKernels: the kernels on tensors in a GPU's memory, compiled by Triton."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..sparse_code import ByLatent
-from ..sparse_grad import RowGrad
-from . import AdamStep
 from . import triton_blocks as blocks
+from .base import AdamStep, Kernels, RowGrad
 
 # Columns that a program adds up, and entries whose rows it reads at once: 32 numbers a thread of four warps.
 COLUMNS = 512
@@ -25,43 +20,40 @@ CHUNK = 256
 MOST_CHUNKS = 1 << 14
 
 
-def decode(bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
-    """``(tokens, d)``: the sum of every token's atoms, weighted by its values."""
-    # Tokens have about equally many entries: there is nothing to split.
-    return _sum_segments(bounds, latents, values, atoms, _not_split(bounds, atoms))
+class GpuKernels(Kernels):
+    """Programs over rows. No method waits for the GPU."""
 
+    def decode(self, bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
+        # Tokens have about equally many entries: there is nothing to split.
+        return _sum_segments(bounds, latents, values, atoms, _not_split(bounds, atoms))
 
-def dots(bounds: Tensor, latents: Tensor, left: Tensor, rows: Tensor) -> Tensor:
-    """``(nnz,)``: for every entry the product of its token's row of ``left`` with its latent's row."""
-    out = rows.new_empty(latents.shape[0])
-    sizes = {"SOME": SOME, "BLOCK": _block(rows.shape[1], COLUMNS)}
-    _launch(blocks.dots, (bounds.shape[0] - 1,), bounds, latents.contiguous(), left, rows, rows.shape[1], out, **sizes)
-    return out
+    def dots(self, bounds: Tensor, latents: Tensor, left: Tensor, rows: Tensor) -> Tensor:
+        out = rows.new_empty(latents.shape[0])
+        sizes = {"SOME": SOME, "BLOCK": _block(rows.shape[1], COLUMNS)}
+        arguments = (bounds, latents.contiguous(), left, rows, rows.shape[1], out)
+        _launch(blocks.dots_block, (bounds.shape[0] - 1,), *arguments, **sizes)
+        return out
 
+    def spread(self, firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+        return _sum_segments(firsts, tokens, values, rows, _split(firsts, tokens, values, rows))
 
-def spread(group: ByLatent, values: Tensor, rows: Tensor) -> Tensor:
-    """``(n_latents, d)``: per latent, the sum of its tokens' rows weighted by ``values``, which stand in ``group``'s order."""
-    return _sum_segments(group.firsts, group.tokens, values, rows, _split(group, values, rows))
+    def squared_norms(self, weights: Tensor, unit: bool, gradient: RowGrad) -> Tensor:
+        out = torch.empty(weights.shape[0], dtype=torch.float32, device=weights.device)
+        parts, sizes = _of_rows(weights, unit, gradient)
+        _launch(blocks.squared_norms_block, (len(out),), weights, weights.shape[1], *parts, out, **sizes)
+        return out
 
-
-def squared_norms(weights: Tensor, unit: bool, gradient: RowGrad) -> Tensor:
-    """``(n_latents,)``: squared length of every row of the gradient, where rows are ``unit`` of its tangential part."""
-    out = torch.empty(weights.shape[0], dtype=torch.float32, device=weights.device)
-    parts, sizes = _of_rows(weights, unit, gradient)
-    _launch(blocks.squared_norms, (len(out),), weights, weights.shape[1], *parts, out, **sizes)
-    return out
-
-
-def adam_(weights: Tensor, unit: bool, gradient: RowGrad, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep) -> None:
-    """Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``, a scalar."""
-    assert weights.is_contiguous()
-    assert mean.is_contiguous()
-    assert square.is_contiguous()
-    parts, sizes = _of_rows(weights, unit, gradient)
-    # Numbers from Python go as the kernel's arguments: a tensor made of them would have to be copied to the GPU.
-    numbers = (1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps)
-    rows, d = weights.shape
-    _launch(blocks.adam, (rows,), weights, d, *parts, mean, square, factor, *numbers, **sizes)
+    def adam_(
+        self, weights: Tensor, unit: bool, gradient: RowGrad, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep
+    ) -> None:
+        assert weights.is_contiguous()
+        assert mean.is_contiguous()
+        assert square.is_contiguous()
+        parts, sizes = _of_rows(weights, unit, gradient)
+        # Numbers from Python go as the kernel's arguments: a tensor made of them would have to be copied to the GPU.
+        numbers = (1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps)
+        rows, d = weights.shape
+        _launch(blocks.adam_block, (rows,), weights, d, *parts, mean, square, factor, *numbers, **sizes)
 
 
 def _sum_segments(firsts: Tensor, members: Tensor, values: Tensor, rows: Tensor, split: tuple[Any, ...]) -> Tensor:
@@ -71,7 +63,7 @@ def _sum_segments(firsts: Tensor, members: Tensor, values: Tensor, rows: Tensor,
     block = _block(d, COLUMNS)
     sizes = {"SPLIT": is_split, "SOME": SOME, "BLOCK": block}
     arguments = (firsts, members.contiguous(), values, rows, *chunks, d, out)
-    _launch(blocks.sum_segments, (len(out), -(-d // block)), *arguments, **sizes)
+    _launch(blocks.sum_segments_block, (len(out), -(-d // block)), *arguments, **sizes)
     return out
 
 
@@ -80,12 +72,12 @@ def _not_split(firsts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]
     return firsts, rows, CHUNK, False
 
 
-def _split(group: ByLatent, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]:
+def _split(firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]:
     """Each segment's first chunk among all, the chunks' sums, how many entries each has, and whether there are any.
 
     How long the segments are only the GPU knows, but not more chunks can be whole than the entries fill.
     """
-    firsts, entries, d = group.firsts, group.tokens.shape[0], rows.shape[1]
+    entries, d = tokens.shape[0], rows.shape[1]
     length = max(CHUNK, 1 << max(-(-entries // MOST_CHUNKS) - 1, 0).bit_length())
     count = entries // length
     if not count:
@@ -98,15 +90,15 @@ def _split(group: ByLatent, values: Tensor, rows: Tensor) -> tuple[Tensor, Tenso
     begins = torch.where(number < heads[-1], firsts[segment] + (number - heads[segment]) * length, -1)
     sums = torch.empty(count, d, dtype=torch.float32, device=rows.device)
     block = _block(d, COLUMNS)
-    arguments = (begins, length, group.tokens, values, rows, d, sums)
-    _launch(blocks.sum_chunks, (count, -(-d // block)), *arguments, SOME=SOME, BLOCK=block)
+    arguments = (begins, length, tokens, values, rows, d, sums)
+    _launch(blocks.sum_chunks_block, (count, -(-d // block)), *arguments, SOME=SOME, BLOCK=block)
     return heads, sums, length, True
 
 
 def _of_rows(weights: Tensor, unit: bool, gradient: RowGrad) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the kernels that work on a gradient's rows take of it, and the sizes they are compiled for."""
-    firsts, tokens, values, rows, dense_of, dense = (part.contiguous() for part in gradient.parts())
-    *chunks, is_split = _split(ByLatent(firsts, tokens, gradient.group.order), values, rows)
+    firsts, tokens, values, rows, dense_of, dense = (part.contiguous() for part in gradient)
+    *chunks, is_split = _split(firsts, tokens, values, rows)
     block = _block(weights.shape[1], WHOLE_ROW)
     sizes = {
         "UNIT": unit,

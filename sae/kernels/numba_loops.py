@@ -20,7 +20,7 @@ ranked = njit(nogil=True, fastmath=FAST | {"nnan"}, error_model="numpy")
 
 
 @compiled
-def decode(first, last, bounds, latents, values, atoms, out):
+def decode_loop(first, last, bounds, latents, values, atoms, out):
     """``out[t]``: the sum of token ``t``'s atoms, weighted by its values."""
     d = atoms.shape[1]
     for t in range(first, last):
@@ -34,7 +34,7 @@ def decode(first, last, bounds, latents, values, atoms, out):
 
 
 @compiled
-def dots(first, last, bounds, latents, left, rows, out):
+def dots_loop(first, last, bounds, latents, left, rows, out):
     """``out[e]``: the product of an entry's token row of ``left`` with its latent's row."""
     d = rows.shape[1]
     for t in range(first, last):
@@ -48,7 +48,7 @@ def dots(first, last, bounds, latents, left, rows, out):
 
 
 @compiled
-def group(keys, firsts, order):
+def group_loop(keys, firsts, order):
     """Counting sort: ``order`` lists the places of ``keys`` by key, ascending within each.
 
     ``firsts`` has two places more than there are keys to tell apart and comes in zeros; those of key ``i`` end up at
@@ -76,7 +76,7 @@ def _add_entries(i, firsts, tokens, values, rows, gradient):
 
 
 @compiled
-def spread(first, last, firsts, tokens, values, rows, out):
+def spread_loop(first, last, firsts, tokens, values, rows, out):
     """``out[i]``: the sum of latent ``i``'s tokens' rows, weighted by its values, which stand in transposed order."""
     for i in range(first, last):
         out[i][:] = 0
@@ -102,7 +102,7 @@ def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, g
 
 
 @compiled
-def squared_norms(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, out):
+def squared_norms_loop(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, out):
     """``out[i]``: squared length of row ``i`` of the gradient, without its part along the row where rows are ``unit``."""
     d = weights.shape[1]
     gradient = np.empty(d, weights.dtype)
@@ -115,7 +115,7 @@ def squared_norms(first, last, weights, unit, firsts, tokens, values, rows, dens
 
 
 @compiled
-def adam(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, mean, square, settings):
+def adam_loop(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, mean, square, settings):
     """Adam's step on every row, whose gradient exists only while the row is worked on; ``unit`` rows end at norm 1.
 
     ``settings``: the gradient's factor, 1 - beta1, beta2, 1 - beta2, the step length, what the root of ``square`` is
@@ -223,7 +223,7 @@ def _keep_row(row, offset, best, bound, unused, kept, names):
 
 
 @compiled
-def keep_largest(first, last, scores, offset, lanes, values, latents):
+def keep_largest_loop(first, last, scores, offset, lanes, values, latents):
     """Bring the largest scores of a tile whose first latent is ``offset`` into each token's ``values`` and ``latents``."""
     k = values.shape[1]
     best, bound, unused = np.empty(lanes, scores.dtype), np.empty(k, scores.dtype), np.empty(k, latents.dtype)
@@ -232,7 +232,7 @@ def keep_largest(first, last, scores, offset, lanes, values, latents):
 
 
 @compiled
-def keep_largest_ragged(first, last, scores, firsts, values, tokens):
+def keep_largest_ragged_loop(first, last, scores, firsts, values, tokens):
     """The largest scores of every row ``i``, as many as ``firsts[i]`` and ``firsts[i + 1]`` leave room for."""
     width, most = scores.shape[1], 0
     for i in range(first, last):
@@ -252,7 +252,7 @@ def keep_largest_ragged(first, last, scores, firsts, values, tokens):
 
 
 @compiled
-def count_above(first, last, scores, cut, counts):
+def count_above_loop(first, last, scores, cut, counts):
     """``counts[t]``: how many of a token's scores exceed their latent's ``cut``."""
     width = scores.shape[1]
     for t in range(first, last):
@@ -263,7 +263,7 @@ def count_above(first, last, scores, cut, counts):
 
 
 @compiled
-def collect_above(first, last, scores, cut, offset, ends, values, latents):
+def collect_above_loop(first, last, scores, cut, offset, ends, values, latents):
     """The scores that exceed their latent's ``cut``, and their latents from ``offset`` on; token ``t``'s end at ``ends[t]``."""
     width = scores.shape[1]
     for t in range(first, last):
@@ -290,7 +290,7 @@ def _largest_size(row):
 
 
 @compiled
-def quantize(first, last, rows, levels, least, out, scale):
+def quantize_loop(first, last, rows, levels, least, out, scale):
     """Rows in ``levels`` of their largest entry, which ``scale`` undoes; it is no less than ``least``, and NaN if one is."""
     d = rows.shape[1]
     for i in range(first, last):
@@ -304,7 +304,7 @@ def quantize(first, last, rows, levels, least, out, scale):
 
 
 @compiled
-def rescale(first, last, product, scale, token_scale, shift, out):
+def rescale_loop(first, last, product, scale, token_scale, shift, out):
     """A token's scores divided by its own scale, from an integer product of rounded rows."""
     for t in range(first, last):
         row, mine, inverse = product[t], out[t], 1 / token_scale[t]

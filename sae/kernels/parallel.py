@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ PARTS_PER_THREAD = 4
 
 @cache
 def has_numba() -> bool:
-    """Whether the compiler is there and works; asked at the first use, because importing it takes a second."""
+    """Return whether the compiler is there and works; asked at the first use, because importing it takes a second."""
     try:
         import numba  # noqa: F401
     except ImportError as error:
@@ -30,22 +31,24 @@ def has_numba() -> bool:
 
 
 def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: int = 1) -> None:
-    """``kernel(first, last, *arguments)`` for parts of ``range(rows)``, on as many threads as torch may use.
+    """Run ``kernel(first, last, *arguments)`` on parts of ``range(rows)``, on as many threads as torch may use.
 
+    Tensors reach it as arrays on the same memory.
     The kernel releases Python's lock and writes only to its own rows, so its results do not depend on the parts. ``least``
     rows are worth a part of their own. Numba's own threads are not used: theirs may not be entered from two of Python's.
     """
+    arrays = [each.detach().numpy() if isinstance(each, Tensor) else each for each in arguments]
     threads = torch.get_num_threads()
     size = max(least, -(-rows // (threads * PARTS_PER_THREAD)))
     if threads == 1 or rows <= size:
-        kernel(0, rows, *arguments)
+        kernel(0, rows, *arrays)
         return
     # An iterator gives each part to one thread.
     parts = iter(range(0, rows, size))
 
     def work() -> None:
         for first in parts:
-            kernel(first, min(first + size, rows), *arguments)
+            kernel(first, min(first + size, rows), *arrays)
 
     others = [_pool(os.getpid()).submit(work) for _ in range(threads - 1)]
     try:

@@ -47,7 +47,7 @@ def _segment(
 
 
 @triton.jit
-def sum_chunks(begins, length, members, values, rows, d, out, SOME: tl.constexpr, BLOCK: tl.constexpr):
+def sum_chunks_block(begins, length, members, values, rows, d, out, SOME: tl.constexpr, BLOCK: tl.constexpr):
     """``out[q]``: the weighted sum over the ``length`` entries from ``begins[q]`` on, unless that is negative."""
     q = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -58,7 +58,7 @@ def sum_chunks(begins, length, members, values, rows, d, out, SOME: tl.constexpr
 
 
 @triton.jit
-def sum_segments(
+def sum_segments_block(
     firsts, members, values, rows, heads, chunks, length, d, out,
     SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def sum_segments(
 
 
 @triton.jit
-def dots(bounds, latents, left, rows, d, out, SOME: tl.constexpr, BLOCK: tl.constexpr):
+def dots_block(bounds, latents, left, rows, d, out, SOME: tl.constexpr, BLOCK: tl.constexpr):
     """``out[e]``: the product of an entry's token row of ``left`` with its latent's row.
 
     The token's row is read for ``SOME`` entries at once, after the first time from the cache: it may be of any length.
@@ -130,7 +130,7 @@ def _along(
 
 
 @triton.jit
-def squared_norms(
+def squared_norms_block(
     weights, d, firsts, members, values, rows, dense_of, dense, heads, chunks, length, out,
     UNIT: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def _move(row, gradient, mean, square, i, columns, d, new, keep, fresh, step, ro
 
 
 @triton.jit
-def adam(
+def adam_block(
     weights, d, firsts, members, values, rows, dense_of, dense, heads, chunks, length, mean, square, factor,
     new, keep, fresh, step, root, eps,
     UNIT: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,

@@ -18,9 +18,6 @@ from sparsary.eval.report.evaluate import evaluate, evaluate_all, evaluate_loade
 from sparsary.sae.formats import FORMATS, write_dictionary
 from sparsary.transcoders.convert import convert
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 # What says where a report comes from, not what was measured.
 ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
 TOKENS = 600
@@ -45,7 +42,6 @@ def both(build_format, tmp_path_factory):
     return build
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_figures_are_those_of_our_own_checkpoint(name, both, tmp_path):
     theirs, ours, given = both(name)
@@ -67,7 +63,6 @@ def test_figures_are_those_of_our_own_checkpoint(name, both, tmp_path):
     assert not (theirs / "report.json").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_circuits_pass_through_every_format(name, both, embedded_model):
     theirs, ours, given = both(name)
@@ -155,7 +150,6 @@ def test_what_belongs_together_passes_and_a_wrong_hook_or_scale_is_loud(trained,
         assert "wrong?" in out
 
 
-@pytest.mark.slow
 def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path):
     found = evaluate(str(trained / "right"), str(tmp_path / "a"), tokens=TOKENS)
     assert found["assumed"][0] == "text: the embedded corpus"
@@ -223,7 +217,6 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(train
         evaluate_loaded([file])
 
 
-@pytest.mark.slow
 def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path):
     text = (str(shared_data / "text" / "tinystories_valid.jsonl"),)
     given = CheckpointOptions(model=str(shared_data / "models" / "stories3M"), text=text, hook="model.layers.3:out")
@@ -241,14 +234,12 @@ def test_the_shared_dictionary_is_one_in_all_three_formats(shared_data, tmp_path
     assert [doubt for doubt in wrong["doubts"] if "Wrong hook" in doubt]
 
 
-@pytest.mark.slow
 def test_latents_are_described(trained, tmp_path):
     about = features(str(trained / "right"), str(tmp_path), 2000)
     assert (about["n_latents"], about["model"], about["text"]) == (48, "embedded", "embedded")
     assert about["dead"] < 24
 
 
-@pytest.mark.slow
 def test_a_cross_layer_transcoder_and_a_set_are_judged_in_place(build_format, tmp_path):
     from sparsary.sae.encoders import build_encoder
     from sparsary.transcoders import CrossLayerTranscoder

@@ -30,8 +30,9 @@ from sparsary.sae import SparseDictionary, load_dictionary
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.model import load_model
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.recipe import HarvestSection, ModelSection, Recipe, TextSection, check_recipe, load_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import git_commit, train_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def run_ours(recipe: Recipe, x: torch.Tensor, heldout: torch.Tensor) -> list[dic
     for seed in SEEDS:
         config = recipe.model_copy(update=schedule | {"seed": seed, "out_dir": f"{recipe.out_dir}-{seed}"})
         started = time.perf_counter()
-        directory = train_recipe(config, [x])
+        directory = train_recipe(resolve_recipe(config), [x])
         seconds = time.perf_counter() - started
         results.append(judge(load_dictionary(directory), heldout) | {"seed": seed, "seconds": seconds})
     return results

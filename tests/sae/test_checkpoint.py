@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsary.sae import ENCODERS, SAE, load_dictionary
+from sparsary.sae import ENCODERS, SAE, SparseDictionary, load_dictionary
+from sparsary.sae.checkpoint import KINDS, build_dictionary, kind_class
 from sparsary.sae.files import DTYPES, remove_partial_files, replacing, sha256, write_tensors
 
 
@@ -153,7 +154,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert resource.RLIMIT_FSIZE is not None
     run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "d")], capture_output=True, text=True, check=True)
@@ -185,3 +185,38 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path):
     digest = write_tensors(tmp_path / "b", parts, {"config": '{"k": "\u00e9"}'})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert digest == sha256(tmp_path / "b")
+
+
+# Kinds.
+
+SIZES = {
+    "sae": {"d_in": 6, "n_latents": 10},
+    "transcoder": {"d_in": 6, "d_out": 4, "n_latents": 10},
+    "cross_layer_transcoder": {"n_layers": 2, "d_in": 6, "d_out": 4, "n_latents": 10},
+}
+FRESH = """
+import sys
+from sparsary.sae import load_dictionary
+print(type(load_dictionary(sys.argv[1])).__name__)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_loads_where_nothing_else_was_imported(kind, tmp_path):
+    build_dictionary({"kind": kind, **SIZES[kind], "encoder": {"name": "topk", "k": 2}}).save(tmp_path)
+    run = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == kind_class(kind).__name__, run.stderr
+
+
+def test_a_new_kind_answers_six_questions():
+    assert SparseDictionary.__abstractmethods__ == {"arguments", "blocks", "bypass", "calibrate", "code_of", "shift"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_override_abstract_members_only(kind):
+    ours = [cls for cls in kind_class(kind).__mro__ if issubclass(cls, SparseDictionary)]
+    for place, cls in enumerate(ours):
+        for name in vars(cls).keys() - {"__init__", "__doc__", "__module__", "__abstractmethods__", "_abc_impl"}:
+            inherited = [vars(above)[name] for above in ours[place + 1 :] if name in vars(above)]
+            members = [each for each in inherited if callable(each) or isinstance(each, property)]
+            assert all(getattr(each, "__isabstractmethod__", False) for each in members), f"{cls.__name__}.{name}"

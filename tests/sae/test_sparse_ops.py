@@ -89,7 +89,7 @@ def test_entries_and_their_gradients_equal_the_reference(route, make, bias):
 @pytest.fixture
 def kernel_calls(monkeypatch):
     """Names of the compiled sums, as often as each is called."""
-    cpu, calls = pytest.importorskip("sparsary.sae.kernels.cpu"), []
+    cpu, calls = pytest.importorskip("sparsary.sae.kernels.cpu").CpuKernels, []
     for name in ("decode", "dots", "spread"):
         kernel = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, name=name, kernel=kernel: (calls.append(name), kernel(*a))[1])

@@ -37,7 +37,7 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr("sparsary.sae.sparse_ops.backend", lambda *tensors: None)
     for module in ("tiled_scores", "batch_selection", "screen"):
         monkeypatch.setattr(f"sparsary.sae.{module}.selection", lambda *tensors: None)
-    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.sparse_code.cpu_kernels", lambda: None)
 
 
 @pytest.fixture(params=[7, 66, 67], ids="tiles of {}".format)
@@ -129,7 +129,7 @@ def test_the_largest_of_every_token(kernels, width, k):
 def test_more_than_kernels_keep_are_ranked_by_torch(monkeypatch, width):
     kernels = pytest.importorskip("sparsary.sae.kernels.cpu")
     monkeypatch.setattr(kernels, "KEPT_MOST", 2)
-    monkeypatch.setattr(kernels, "keep_largest_", None)
+    monkeypatch.setattr(kernels.CpuKernels, "keep_largest_", None)
     scorer = random_scorer()
     code = largest_per_token(scorer.tiles(), 3)
     assert torch.equal(code.latents.view(TOKENS, 3).sort(1).values, whole_of(scorer).topk(3, dim=1).indices.sort(1).values)
@@ -195,7 +195,6 @@ GUESSES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distinct", "ties", "all equal"])
 def test_the_largest_of_a_batch_whatever_the_guess(kernels, width, kind):
     make = {

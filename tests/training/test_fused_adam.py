@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.kernels import backend
 from sparsary.sae.sparse_grad import ledger_of
-from sparsary.training.activations.stream import ActivationBatch, TensorStream
+from sparsary.training.activations.stream import ActivationBatch
+from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.fused_adam import FusedAdam, build_optimizer
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.training.optim import DictionaryAdam, Schedule
 from sparsary.training.phases import Phases
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 from sparsary.training.state import Randomness, TrainState
 
@@ -107,7 +109,6 @@ def assert_same(fused: Run, plain: Run, tolerance: float) -> None:
 EXACT = 1e-9
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 @pytest.mark.parametrize(
     "settings",
@@ -314,16 +315,15 @@ def final_state(directory):
     return load_file(Path(directory) / "state.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"screen": "int8", "screen_floor": 0.5}, {"optimizer": "auto"}], ids=["screened", "fused"])
 def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path, stopped_after, changes):
     recipe_values |= {"dead_after_tokens": 300, **changes}
-    whole = train_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "whole")}, "recipe"), rows)
+    whole = train_recipe(resolve_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "whole")}, "recipe")), rows)
     recipe = check_recipe(recipe_values | {"out_dir": str(tmp_path / "parts")}, "recipe")
     for stop in (1, 11):
         with stopped_after(stop):
-            train_recipe(recipe, rows)
-    first, second = final_state(whole), final_state(train_recipe(recipe, rows))
+            train_recipe(resolve_recipe(recipe), rows)
+    first, second = final_state(whole), final_state(train_recipe(resolve_recipe(recipe), rows))
     assert first.keys() == second.keys()
     assert not [key for key in first if not torch.equal(first[key], second[key])]
     assert ("screen/recall" in first) == ("screen_recall" in metrics(whole)[0]) == ("screen" in changes)
@@ -332,12 +332,11 @@ def test_a_run_stopped_and_continued_is_bit_equal(recipe_values, rows, tmp_path,
         assert all(0.9 < line["screen_recall"] <= 1 for line in metrics(whole))
 
 
-@pytest.mark.slow
 def test_a_screened_run_ends_near_an_exact_one(recipe_values, rows, tmp_path):
     ends = {}
     for screen in ("none", "int8"):
         recipe = check_recipe(recipe_values | {"screen": screen, "out_dir": str(tmp_path / screen)}, "recipe")
-        ends[screen] = metrics(train_recipe(recipe, rows))[-1]["fvu"]
+        ends[screen] = metrics(train_recipe(resolve_recipe(recipe), rows))[-1]["fvu"]
     assert ends["int8"] == pytest.approx(ends["none"], rel=0.005)
 
 
@@ -360,7 +359,6 @@ def test_settings_out_of_range_are_named(recipe_values):
     assert "optimizer: " in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_without_the_compiler_every_family_trains_to_the_same(
     recipe_values, encoder_arguments, rows, tmp_path, monkeypatch, name
@@ -371,11 +369,12 @@ def test_without_the_compiler_every_family_trains_to_the_same(
     recipe_values |= {"tokens": 6 * 101, "dead_after_tokens": 200, "calibration_tokens": 500}
     pairs = [(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(i))) for i, x in enumerate(rows)]
     data = pairs if ENCODERS[name].needs_gradient else rows
-    found = train_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "with")}, "recipe"), data)
+    found = train_recipe(resolve_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "with")}, "recipe")), data)
     monkeypatch.setattr("sparsary.sae.kernels.has_numba", lambda: False)
-    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
     assert backend(torch.ones(1)) is None
-    expected = train_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "without")}, "recipe"), data)
+    expected = train_recipe(
+        resolve_recipe(check_recipe(recipe_values | {"out_dir": str(tmp_path / "without")}, "recipe")), data
+    )
     first, second = final_state(found), final_state(expected)
     assert first.keys() == second.keys()
     assert metrics(found)[-1]["fvu"] == pytest.approx(metrics(expected)[-1]["fvu"], rel=1e-3)

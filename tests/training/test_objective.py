@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from sparsary.sae import ENCODERS, SAE, load_dictionary
-from sparsary.training.activations.live import ContextStream
+from sparsary.training.activations.contexts import Origin
+from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
 from sparsary.training.activations.model import LanguageModel
-from sparsary.training.activations.stream import ActivationBatch, Origin, StoreStream
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train_recipe
 from sparsary.training.text import contexts, is_heldout
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
 
 HOOK = "transformer.h.2:out"
 TEXT = TextSection(context_length=32)
@@ -30,7 +30,7 @@ BATCH = 101
 
 
 def context_stream(model, text=TEXT, section=SECTION, batch_tokens=BATCH):
-    return ContextStream(model, text, section, (HOOK,), batch_tokens, seed=1)
+    return ContextStream(LiveStream(Buffers(model, text, section, (HOOK,)), (HOOK,), batch_tokens, seed=1))
 
 
 @pytest.fixture
@@ -274,9 +274,8 @@ def assert_equal_files(first, second, name="state.safetensors"):
     assert not [key for key in a if not torch.equal(a[key], b[key])]
 
 
-@pytest.mark.slow
 def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_path, stopped_after):
-    whole = train_recipe(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe"))
+    whole = train_recipe(resolve_recipe(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe")))
     lines = metrics(whole)
     kl = [line["kl"] for line in lines]
     assert sum(kl[-3:]) < 0.8 * sum(kl[:3])
@@ -285,8 +284,8 @@ def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_p
     assert lines[0]["fvu"] > 0
     recipe = check_recipe(end_to_end | {"out_dir": str(tmp_path / "parts")}, "recipe")
     with stopped_after(5):
-        train_recipe(recipe)
-    assert_equal_files(whole, train_recipe(recipe))
+        train_recipe(resolve_recipe(recipe))
+    assert_equal_files(whole, train_recipe(resolve_recipe(recipe)))
     assert load_dictionary(whole).n_latents == 67
 
 
@@ -316,7 +315,7 @@ def test_what_end_to_end_training_cannot_do_is_refused(end_to_end, section, chan
 
 def test_end_to_end_training_on_bare_tensors_is_refused(end_to_end):
     with pytest.raises(ValueError, match=r"activations: .*objective kl"):
-        train_recipe(check_recipe(end_to_end, "recipe"), [torch.randn(500, 19)])
+        train_recipe(resolve_recipe(check_recipe(end_to_end, "recipe")), [torch.randn(500, 19)])
     assert not Path(end_to_end["out_dir"]).exists()
 
 
@@ -336,10 +335,9 @@ def gradient_values(recipe_values, gradient_store):
     return recipe_values | {"tokens": BATCH * 10, "log_every": 1, "lr": 4e-3}
 
 
-@pytest.mark.slow
 def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, tmp_path):
     schedule = {"schedules": {"beta": [[0.0, 0.0], [0.5, 20.0]]}}
-    directory = train_recipe(check_recipe(gradient_values | schedule, "recipe"))
+    directory = train_recipe(resolve_recipe(check_recipe(gradient_values | schedule, "recipe")))
     lines = metrics(directory)
     assert lines[-1]["fvu"] < lines[0]["fvu"]
     assert json.loads((directory / "dictionary.json").read_text())["dictionary"]["encoder"] == {
@@ -348,7 +346,9 @@ def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, 
         "beta": 20.0,
         "normalize": "token",
     }
-    stream = StoreStream(run_harvest(check_recipe(gradient_values, "recipe")), (HOOK,), BATCH, seed=0, gradients=True)
+    stream = StoreStream(
+        run_harvest(resolve_recipe(check_recipe(gradient_values, "recipe"))), (HOOK,), BATCH, seed=0, gradients=True
+    )
     batch = next(stream)
     stream.release()
     assert batch.grad.shape == batch.x.shape
@@ -364,27 +364,26 @@ def test_a_gradient_sae_is_trained_from_a_store_with_gradients(gradient_values, 
     for number, encoder in enumerate((none, topk)):
         values = gradient_values | {"out_dir": str(tmp_path / f"{number}")}
         values["dictionary"] = values["dictionary"] | {"encoder": encoder}
-        runs.append(load_file(train_recipe(check_recipe(values, "recipe")) / "state.safetensors"))
+        runs.append(load_file(train_recipe(resolve_recipe(check_recipe(values, "recipe"))) / "state.safetensors"))
     assert torch.equal(runs[0]["dictionary/W_dec"], runs[1]["dictionary/W_dec"])
     assert not torch.equal(runs[0]["dictionary/W_dec"], load_file(directory / "state.safetensors")["dictionary/W_dec"])
 
 
-@pytest.mark.slow
 def test_a_gradient_sae_resumes_bit_equal(gradient_values, tmp_path, stopped_after):
-    whole = train_recipe(check_recipe(gradient_values | {"out_dir": str(tmp_path / "whole")}, "recipe"))
+    whole = train_recipe(resolve_recipe(check_recipe(gradient_values | {"out_dir": str(tmp_path / "whole")}, "recipe")))
     recipe = check_recipe(gradient_values | {"out_dir": str(tmp_path / "parts")}, "recipe")
     with stopped_after(4):
-        train_recipe(recipe)
-    assert_equal_files(whole, train_recipe(recipe))
+        train_recipe(resolve_recipe(recipe))
+    assert_equal_files(whole, train_recipe(resolve_recipe(recipe)))
 
 
 def test_a_store_without_gradients_is_not_one_with(gradient_values, tmp_path):
     """A store made before gradients were asked for is named, and what to do."""
     gradient_values["harvest"] = gradient_values["harvest"] | {"store": str(tmp_path / "plain"), "gradients": False}
     plain = gradient_values | {"dictionary": gradient_values["dictionary"] | {"encoder": {"name": "topk", "k": 5}}}
-    store = run_harvest(check_recipe(plain, "recipe"))
+    store = run_harvest(resolve_recipe(check_recipe(plain, "recipe")))
     with pytest.raises(ValueError, match=r"harvest\.gradients: .* holds None.*sparsary harvest RECIPE"):
         StoreStream(store, (HOOK,), BATCH, seed=0, gradients=True)
     gradient_values["harvest"]["gradients"] = True
     with pytest.raises(ValueError, match=r"gradients: None in the store"):
-        train_recipe(check_recipe(gradient_values, "recipe"))
+        train_recipe(resolve_recipe(check_recipe(gradient_values, "recipe")))

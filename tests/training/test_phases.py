@@ -13,10 +13,8 @@ from sparsary.training import run as run_module
 from sparsary.training.optim import DictionaryAdam, Schedule
 from sparsary.training.phases import Phases, interpolate
 from sparsary.training.recipe import check_recipe, dump_recipe, load_recipe, total_steps
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
 
 K = 7
 STEPS, START = 30, 12
@@ -239,7 +237,7 @@ def test_scheduled_k_shows_in_metrics_and_in_what_is_saved(values, rows):
     values["dictionary"]["encoder"] = {"name": "topk", "k": 2}
     values |= {"phases": [], "schedules": {"k": [[0.0, K], [1.0, 3]]}, "log_every": 1}
     recipe = check_recipe(values, "recipe")
-    directory = train_recipe(recipe, rows)
+    directory = train_recipe(resolve_recipe(recipe), rows)
     expected = [round(interpolate(((0.0, K), (1.0, 3)), step / (STEPS - 1))) for step in range(STEPS)]
     assert [line["l0"] for line in metrics(directory)] == pytest.approx(expected)
     assert dictionary_of(directory)["encoder"] == {"name": "topk", "k": 3}
@@ -249,10 +247,10 @@ def test_scheduled_k_shows_in_metrics_and_in_what_is_saved(values, rows):
 def test_a_stopped_run_saves_the_encoder_of_its_last_step(values, rows, stopped_after):
     values["phases"][0]["blend"] = 0.0
     with stopped_after(START):
-        train_recipe(check_recipe(values, "recipe"), rows)
+        train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     assert dictionary_of(values["out_dir"])["encoder"] == {"name": "mutual_choice", "k": 5}
     with stopped_after(3):
-        train_recipe(check_recipe(values, "recipe"), rows)
+        train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     assert dictionary_of(values["out_dir"])["encoder"] == {
         "name": "feature_choice",
         "k": 4,
@@ -262,16 +260,15 @@ def test_a_stopped_run_saves_the_encoder_of_its_last_step(values, rows, stopped_
     assert torch.isfinite(load_dictionary(values["out_dir"])(rows[0])).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1, START - 1, 3, 5), (START + 1, 8)], ids=str)
 def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     """Stops fall before the switch, right at it, one step into the blend, within it and at its end."""
-    whole = train_recipe(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe"), rows)
+    whole = train_recipe(resolve_recipe(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe")), rows)
     recipe = check_recipe(values | {"out_dir": str(tmp_path / "parts")}, "recipe")
     for stop in stops:
         with stopped_after(stop):
-            train_recipe(recipe, rows)
-    parts = train_recipe(recipe, rows)
+            train_recipe(resolve_recipe(recipe), rows)
+    parts = train_recipe(resolve_recipe(recipe), rows)
     for name in ("state.safetensors", "dictionary.safetensors"):
         first, second = load_file(whole / name), load_file(parts / name)
         assert first.keys() == second.keys()
@@ -284,22 +281,24 @@ def test_a_run_with_phases_and_schedules_stopped_and_continued_is_bit_equal(valu
     assert {name.split("/")[0] for name in load_file(whole / "state.safetensors")} >= {"encoder-0", "encoder-1"}
 
 
-@pytest.mark.slow
 def test_a_later_phase_s_weights_and_moments_survive_a_stop(values, rows, tmp_path, stopped_after):
     values["phases"][0]["encoder"] = {"name": "jumprelu", "target_l0": 5}
-    whole = train_recipe(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe"), rows)
+    whole = train_recipe(resolve_recipe(check_recipe(values | {"out_dir": str(tmp_path / "whole")}, "recipe")), rows)
     recipe = check_recipe(values | {"out_dir": str(tmp_path / "parts")}, "recipe")
     for stop in (START + 4, 9):
         with stopped_after(stop):
-            train_recipe(recipe, rows)
-    first, second = load_file(whole / "state.safetensors"), load_file(train_recipe(recipe, rows) / "state.safetensors")
+            train_recipe(resolve_recipe(recipe), rows)
+    first, second = (
+        load_file(whole / "state.safetensors"),
+        load_file(train_recipe(resolve_recipe(recipe), rows) / "state.safetensors"),
+    )
     assert "optimizer/encoder-1/log_threshold/exp_avg" in first
     assert first.keys() == second.keys()
     assert not [key for key in first if not torch.equal(first[key], second[key])]
 
 
 def test_the_final_dictionary_is_the_last_phase_s_and_calibrated(values, rows):
-    directory = train_recipe(check_recipe(values, "recipe"), rows)
+    directory = train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     sae = load_dictionary(directory)
     assert type(sae.encoder).__name__ == "FeatureChoice"
     assert sae.encoder.k == 4
@@ -315,7 +314,7 @@ def test_the_final_dictionary_is_the_last_phase_s_and_calibrated(values, rows):
     in_training = load_file(directory / "state.safetensors")["encoder-1/thresholds"]
     assert not torch.equal(in_training, sae.encoder.thresholds)
     before = (directory / "dictionary.safetensors").read_bytes()
-    assert train_recipe(check_recipe(values, "recipe"), rows) == directory
+    assert train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows) == directory
     assert (directory / "dictionary.safetensors").read_bytes() == before
 
 
@@ -328,14 +327,14 @@ def test_no_thread_reads_on_when_the_thresholds_are_calibrated(values, rows, mon
 
     run_module_finish = run_module.finish
     monkeypatch.setattr(run_module, "finish", finish)
-    train_recipe(check_recipe(values, "recipe"), iter([*rows, *rows, *rows]))
+    train_recipe(resolve_recipe(check_recipe(values, "recipe")), iter([*rows, *rows, *rows]))
     assert threads == [None]
 
 
 def test_free_atoms_are_unit_in_what_is_saved_and_free_in_the_state(values, rows):
     values["dictionary"]["encoder"] = {"name": "relu", "sparsity": 0.1}
     values |= {"phases": [], "schedules": {}}
-    directory = train_recipe(check_recipe(values, "recipe"), rows)
+    directory = train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     saved, state = load_dictionary(directory), load_file(directory / "state.safetensors")
     torch.testing.assert_close(saved.W_dec.norm(dim=-1), torch.ones(67))
     norms = state["dictionary/W_dec"].norm(dim=-1)

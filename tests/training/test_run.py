@@ -12,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sparsary
 from sparsary.sae import load_dictionary
+from sparsary.training import preflight as preflight_module
+from sparsary.training import resolve_hooks
 from sparsary.training import run as run_module
 from sparsary.training.activations.shards import ActivationStore
+from sparsary.training.locks import locked
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train_recipe
 from sparsary.training.signals import Stopped, StopRequest
 
@@ -34,7 +39,7 @@ def values(recipe_values, shared_store):
 
 
 def run(values, **changes):
-    return train_recipe(check_recipe(values | changes, "recipe"))
+    return train_recipe(resolve_recipe(check_recipe(values | changes, "recipe")))
 
 
 def final_state(directory):
@@ -50,8 +55,8 @@ def assert_equal_runs(a, b):
 
 def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
     directory = run(values)
-    names = {path.name for path in directory.iterdir()}
-    assert names == {"dictionary.json", "dictionary.safetensors", "state.safetensors", "metrics.jsonl", "recipe.yaml", ".lock"}
+    names = {path.name for path in directory.iterdir()} - {".lock"}
+    assert names == {"dictionary.json", "dictionary.safetensors", "state.safetensors", "metrics.jsonl", "recipe.yaml"}
     dictionary = load_dictionary(directory)
     assert (dictionary.d_in, dictionary.n_latents) == (128, 67)
     assert float(dictionary.in_scale) != 1.0
@@ -67,7 +72,6 @@ def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
     assert lines[-1]["lr"] < 1e-3
 
 
-@pytest.mark.slow
 def test_two_runs_are_bit_equal_and_another_seed_differs(values, tmp_path):
     a = run(values, out_dir=str(tmp_path / "a"))
     b = run(values, out_dir=str(tmp_path / "b"))
@@ -119,7 +123,7 @@ def test_a_mid_run_checkpoint_loads_and_reconstructs(values, monkeypatch):
     dictionary = load_dictionary(values["out_dir"])
     store = ActivationStore.open(values["harvest"]["store"])
     moments = store.moments("transformer.h.2:out")
-    from sparsary.training.activations.stream import StoreStream
+    from sparsary.training.activations.store_stream import StoreStream
 
     x = StoreStream(store, ("transformer.h.2:out",), 100, seed=9, split="heldout").sample(200).x
     error = (dictionary(x) - x).pow(2).sum(-1).mean()
@@ -140,7 +144,6 @@ def test_bf16_autocast_trains(values):
     assert load_dictionary(directory).W_enc.dtype == torch.float32
 
 
-@pytest.mark.slow
 def test_dead_latents_are_revived_by_auxk(values):
     """Latents too weak to be chosen come back with AuxK and stay away without."""
     counts = {}
@@ -158,7 +161,7 @@ def test_dead_latents_are_revived_by_auxk(values):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_module, "initialize", with_dead)
-            state = final_state(train_recipe(recipe))
+            state = final_state(train_recipe(resolve_recipe(recipe)))
         counts[weight] = int((state["silent_for"][:20] > 2000).sum())
     assert counts[0.0] >= 15
     assert counts[1 / 32] <= counts[0.0] - 10
@@ -167,13 +170,14 @@ def test_dead_latents_are_revived_by_auxk(values):
 def test_tensors_instead_of_a_model(values):
     torch.manual_seed(0)
     rows = [torch.randn(500, 19) @ torch.randn(19, 19) for _ in range(3)]
-    directory = train_recipe(check_recipe(values, "recipe"), rows)
+    directory = train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     assert load_dictionary(directory).d_in == 19
     with pytest.raises(ValueError, match=r"the iterator ended after 1010 of 3030 tokens"):
-        train_recipe(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), iter([torch.randn(1100, 19)]))
+        train_recipe(
+            resolve_recipe(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe")), iter([torch.randn(1100, 19)])
+        )
 
 
-@pytest.mark.slow
 def test_wandb_offline_gets_every_line(values, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     directory = run(values, wandb={"project": "test", "mode": "offline"})
@@ -203,7 +207,7 @@ def test_a_read_only_out_dir_is_refused(values, monkeypatch):
     def refuse(*_arguments, **_options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("sparsary.training.checkpoints.os.open", refuse)
+    monkeypatch.setattr("sparsary.training.locks.FileLock.acquire", refuse)
     with pytest.raises(ValueError, match=r"out_dir: .* cannot be written \(Permission denied\)"):
         run(values)
     values["out_dir"] = "/proc/nowhere/run"
@@ -217,12 +221,40 @@ def test_an_out_dir_in_use_is_refused(values):
 
     recipe = check_recipe(values, "recipe")
     with claimed(Path(values["out_dir"]), recipe), pytest.raises(ValueError, match="in use by another process"):
-        train_recipe(recipe)
+        train_recipe(resolve_recipe(recipe))
+    # Nothing is left to be cleared away.
+    with claimed(Path(values["out_dir"]), recipe):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sparsary.training.locks import locked
+with locked(Path(sys.argv[1]), "out_dir"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            message = r"out_dir: .*run is in use by another process\. Wait for it, or choose another out_dir\."
+            with pytest.raises(ValueError, match=message), locked(tmp_path / "run", "out_dir"):
+                pass
+        finally:
+            holder.kill()
+    with locked(tmp_path / "run", "out_dir"):
+        pass
 
 
 def test_a_damaged_store_is_not_trained_on(values, tmp_path):
     recipe = check_recipe(values, "recipe")
-    store = run_harvest(recipe)
+    store = run_harvest(resolve_recipe(recipe))
     shutil.copytree(store.directory, tmp_path / "copy")
     values["harvest"]["store"] = str(tmp_path / "copy")
     path = tmp_path / "copy" / "train-00001.safetensors"
@@ -272,7 +304,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(v
     assert torch.isfinite(load_dictionary(values["out_dir"]).W_dec).all()
 
 
-@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
     from sparsary.sae import files
 
@@ -300,10 +331,29 @@ def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
 # Preflight.
 
 
+@pytest.mark.parametrize("door", ["python", "command"])
+def test_a_recipe_is_resolved_and_planned_once(values, write_recipe, monkeypatch, count_calls, door):
+    values["dictionary"] = {"layer": 2, "site": "resid_post", "n_latents": 67, "encoder": {"name": "topk", "k": 5}}
+    path = write_recipe(values | {"tokens": 202})
+    resolving, planning = ("resolve_recipes", "skeleton"), ("preflight_all", "_plan")
+    seen = count_calls(*((resolve_hooks, name) for name in resolving), *((preflight_module, name) for name in planning))
+    # Bound when it was imported.
+    monkeypatch.setattr(run_module, "preflight_all", preflight_module.preflight_all)
+    if door == "python":
+        sparsary.train(path)
+    else:
+        monkeypatch.setattr("sys.argv", ["sparsary", "train", path])
+        with pytest.raises(SystemExit) as end:
+            sparsary.main()
+        assert end.value.code == 0
+    assert (Path(values["out_dir"]) / "dictionary.safetensors").exists()
+    assert seen == {"resolve_recipes": 1, "skeleton": 1, "preflight_all": 1, "_plan": 1}
+
+
 def test_preflight_tells_sizes_without_doing_anything(values, tmp_path):
     values["harvest"]["store"] = str(tmp_path / "none")
-    recipe = check_recipe(values, "recipe")
-    plan = preflight(recipe)
+    member = resolve_recipe(check_recipe(values, "recipe"))
+    plan = preflight(member)
     assert plan.steps == 30
     assert plan.widths == {"transformer.h.2:out": 128}
     assert plan.disk_bytes == 6000 * (128 * 4 + 16)
@@ -312,21 +362,21 @@ def test_preflight_tells_sizes_without_doing_anything(values, tmp_path):
     assert plan.memory_bytes > 16 * plan.parameters
     assert not (tmp_path / "none").exists()
     assert not Path(values["out_dir"]).exists()
-    shown = dict(plan.lines(recipe))
+    shown = dict(plan.lines(member))
     assert "the whole store" in shown["shuffle"]
 
 
 def test_preflight_refuses_what_cannot_work(values, tmp_path):
     values["harvest"] |= {"store": str(tmp_path / "none"), "tokens": 100}
     with pytest.raises(ValueError, match=r"batch_tokens: expected at most the 95 training tokens"):
-        preflight(check_recipe(values, "recipe"))
+        preflight(resolve_recipe(check_recipe(values, "recipe")))
     values["harvest"] |= {"tokens": 10**15}
     with pytest.raises(ValueError, match=r"harvest\.store: .* needs about .* TB, .* are free"):
-        preflight(check_recipe(values, "recipe"))
+        preflight(resolve_recipe(check_recipe(values, "recipe")))
     values["harvest"] |= {"tokens": 6000, "hooks": ["transformer.h.7:out"]}
     values["dictionary"]["hook"] = "transformer.h.7:out"
     with pytest.raises(ValueError, match=r"does not exist in embedded\. Nearest"):
-        preflight(check_recipe(values, "recipe"))
+        preflight(resolve_recipe(check_recipe(values, "recipe")))
 
 
 # Processes that are killed.
@@ -347,7 +397,6 @@ def wait_for_state(directory, alive, after=0):
     return None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_first(values, write_recipe, number):
     values |= {"tokens": 2_000_000, "save_every": 50}
@@ -362,7 +411,6 @@ def test_signals_save_first(values, write_recipe, number):
     assert f"step {saved // 101};" in output
 
 
-@pytest.mark.slow
 def test_eight_kills_end_bit_equal_to_none(values, tmp_path):
     """SIGKILL at random moments, saves included; the same run again each time; the same weights at the end."""
     import multiprocessing
@@ -399,20 +447,20 @@ def test_eight_kills_end_bit_equal_to_none(values, tmp_path):
 MEMORY = """
 import json, re, sys
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
-train_recipe(check_recipe(json.loads(sys.argv[1]), "recipe"))
+train_recipe(resolve_recipe(check_recipe(json.loads(sys.argv[1]), "recipe")))
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 """
 
 
-@pytest.mark.slow
 def test_memory_of_training_does_not_grow_with_the_store(values, tmp_path):
     """Peak resident size over a store of 20,000 tokens and of 200,000, training only."""
     peaks = {}
     for tokens in (20_000, 200_000):
         values["harvest"] |= {"tokens": tokens, "store": str(tmp_path / f"store{tokens}"), "shard_tokens": 10_000}
         values |= {"batch_tokens": 1000, "tokens": 150_000, "out_dir": str(tmp_path / f"run{tokens}")}
-        run_harvest(check_recipe(values, "recipe"))
+        run_harvest(resolve_recipe(check_recipe(values, "recipe")))
         command = [sys.executable, "-c", MEMORY, json.dumps(values)]
         peaks[tokens] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     print(peaks)

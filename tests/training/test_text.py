@@ -95,7 +95,6 @@ def test_files_give_their_documents(tmp_path, embedded_model, name):
     assert [" ".join(row) for row in words] == expected
 
 
-@pytest.mark.slow
 def test_a_txt_separator_may_be_chosen_and_may_straddle_reads(tmp_path, embedded_model):
     (tmp_path / "n.txt").write_text("The" + " war" * 300_000 + "<|end|>Mary")
     found = contexts(section(tmp_path, "n.txt", separator="<|end|>", packing="separate"), embedded_model.tokenizer)

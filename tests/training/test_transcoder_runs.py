@@ -12,19 +12,16 @@ from sparsary.sae import load_dictionary
 from sparsary.training import preflight as preflight_module
 from sparsary.training import run as run_module
 from sparsary.training.activations.shards import ActivationStore
-from sparsary.training.activations.stream import StoreStream
-from sparsary.training.checkpoints import hooks_of_provenance
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.info import describe_files
 from sparsary.training.objective import Divergence
 from sparsary.training.preflight import grid_lines, preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid, load_grid
-from sparsary.training.resolve_hooks import resolved
+from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import run_harvest, train_all, train_recipe
 from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
+from sparsary.transcoders.stack import hooks_of_provenance
 
 MLPS = [f"transformer.h.{layer}.mlp:{side}" for layer in range(4) for side in ("in", "out")]
 TOPK = {"name": "topk", "k": 5}
@@ -53,7 +50,7 @@ def cross_layer(**changes):
 
 
 def run(values, **changes):
-    return train_recipe(check_recipe(values | changes, "recipe"))
+    return train_recipe(resolve_recipe(check_recipe(values | changes, "recipe")))
 
 
 def assert_equal_runs(a, b):
@@ -84,7 +81,6 @@ def heldout_fvu(directory):
 # End to end.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     values["dictionary"] = transcoder(skip=skip)
@@ -103,7 +99,6 @@ def test_a_transcoder_learns_what_the_mlp_writes(values, skip):
     assert hooks_of_provenance(provenance) == ((MLPS[2],), (MLPS[3],))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"joint": True}, {"encoder": {"name": "jumprelu", "target_l0": 3}}, {"encoder": {"name": "relu", "target_l0": 3}}],
@@ -120,7 +115,6 @@ def test_a_cross_layer_transcoder_learns_what_all_mlps_write(values, changes):
     assert all(fvu < 1 for fvu in heldout_fvu(directory))
 
 
-@pytest.mark.slow
 def test_some_layers_only_write_to_those(values):
     values["dictionary"] = cross_layer(layers=[1, 3])
     directory = run(values, tokens=303)
@@ -154,7 +148,7 @@ def test_end_to_end_a_transcoder_stands_in_for_the_mlp(values, monkeypatch):
 def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     values["harvest"] |= {"hooks": [], "store": str(tmp_path / "store")}
     grid = check_grid(values | {"tokens": 1010, "grid": {"dictionary.layer": [0, 2, 3]}}, "recipe")
-    directories = train_all(grid.recipes)
+    directories = train_all(resolve_recipes(grid.recipes))
     assert [path.name for path in directories] == ["layer=0", "layer=2", "layer=3"]
     # In the order of layers, and nothing of layer 1.
     assert list(ActivationStore.open(tmp_path / "store").manifest["hooks"]) == MLPS[:2] + MLPS[4:]
@@ -169,13 +163,12 @@ def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     # The same recipe as it was written, with layers, finds itself finished.
     before = [(path / "dictionary.safetensors").stat().st_mtime_ns for path in directories]
     saved = [(path / "state.safetensors").read_bytes() for path in directories]
-    assert train_all(grid.recipes) == directories
+    assert train_all(resolve_recipes(grid.recipes)) == directories
     assert [(path / "state.safetensors").read_bytes() for path in directories] == saved
     assert before != [(path / "dictionary.safetensors").stat().st_mtime_ns for path in directories]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("live", [False, True])
 def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, live):
     if live:
         values["harvest"] |= {"hooks": [], "store": None, "tokens": None, "live_buffer_tokens": 900}
@@ -190,15 +183,16 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, liv
         {"name": "across", "dictionary": cross_layer(joint=True)},
     ]
     recipes = check_grid(values | {"tokens": 505, "grid": changes}, "recipe").recipes
-    for directory, recipe in zip(train_all(recipes), recipes, strict=True):
-        alone = train_recipe(recipe.model_copy(update={"out_dir": str(tmp_path / "alone" / Path(recipe.out_dir).name)}))
+    for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
+        alone = train_recipe(
+            resolve_recipe(recipe.model_copy(update={"out_dir": str(tmp_path / "alone" / Path(recipe.out_dir).name)}))
+        )
         assert_equal_runs(alone, directory)
 
 
 # Stopped and continued.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "dictionary",
     [
@@ -206,11 +200,11 @@ def test_every_member_is_bit_equal_to_itself_trained_alone(values, tmp_path, liv
         transcoder(encoder={"name": "mutual_choice", "k": 5}),
         cross_layer(),
         cross_layer(joint=True),
-        pytest.param(cross_layer(encoder={"name": "jumprelu", "target_l0": 3}), marks=pytest.mark.slow),
+        cross_layer(encoder={"name": "jumprelu", "target_l0": 3}),
     ],
     ids=["transcoder", "choice", "across", "joint", "jumprelu"],
 )
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("live", [False, True])
 def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, stopped_after, dictionary, live):
     if live:
         values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900}
@@ -222,16 +216,15 @@ def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, sto
     assert_equal_runs(whole, run(values, tokens=1010, out_dir=str(tmp_path / "parts")))
 
 
-@pytest.mark.slow
 def test_the_saved_recipe_names_hooks_and_goes_on_by_itself(values, stopped_after):
     recipe = check_recipe(values | {"tokens": 1010}, "recipe")
     with stopped_after(3):
-        train_recipe(recipe)
+        train_recipe(resolve_recipe(recipe))
     saved = load_recipe(Path(recipe.out_dir) / "recipe.yaml")
     assert (saved.dictionary.hook_in, saved.dictionary.hook_out) == (MLPS[2], MLPS[3])
     assert (saved.dictionary.layer, saved.dictionary.site) == (None, None)
-    assert resolved([saved]) == [saved]
-    train_recipe(saved)
+    assert resolve_recipe(saved).recipe == saved
+    train_recipe(resolve_recipe(saved))
     with pytest.raises(ValueError, match=r"dictionary.hook_in: 'transformer.h.1.mlp:in' there, 'transformer.h.2.mlp:in' here"):
         run(values | {"dictionary": transcoder(layer=2)}, tokens=1010)
 
@@ -248,7 +241,7 @@ def pairs():
 
 
 def test_a_transcoder_of_tensors(values, pairs):
-    directory = train_recipe(check_recipe(values, "recipe"), pairs)
+    directory = train_recipe(resolve_recipe(check_recipe(values, "recipe")), pairs)
     dictionary = load_dictionary(directory)
     assert (dictionary.d_in, dictionary.d_out) == (19, 13)
     assert metrics(directory)[-1]["fvu"] < metrics(directory)[0]["fvu"]
@@ -259,18 +252,19 @@ def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
     values["harvest"]["gradients"] = True
     values["dictionary"]["encoder"] = {"name": "gradient_topk", "k": 5, "beta": 2.0}
     directory = train_recipe(
-        check_recipe(values, "recipe"), [pair | {"grad": torch.ones_like(pair["target"])} for pair in pairs]
+        resolve_recipe(check_recipe(values, "recipe")), [pair | {"grad": torch.ones_like(pair["target"])} for pair in pairs]
     )
     assert load_dictionary(directory).d_out == 13
 
 
-@pytest.mark.slow
 def test_layers_of_tensors_stand_side_by_side(values, pairs):
     values["dictionary"] = cross_layer()
     with pytest.raises(ValueError, match=r"activations: expected a width that 4 layers share equally, got 19\."):
-        train_recipe(check_recipe(values, "recipe"), pairs)
+        train_recipe(resolve_recipe(check_recipe(values, "recipe")), pairs)
     wide = [{"x": pair["x"][:, :16], "target": pair["target"][:, :12]} for pair in pairs]
-    dictionary = load_dictionary(train_recipe(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe"), wide))
+    dictionary = load_dictionary(
+        train_recipe(resolve_recipe(check_recipe(values | {"out_dir": values["out_dir"] + "2"}, "recipe")), wide)
+    )
     assert (dictionary.d_in, dictionary.d_out, dictionary.n_layers) == (16, 12, 4)
 
 
@@ -301,13 +295,13 @@ def test_tensors_that_do_not_fit_are_named(values, pairs, kind, change, message)
     if kind == "sae":
         values["dictionary"] = {"hook": MLPS[3], "n_latents": 67, "encoder": TOPK}
     with pytest.raises(ValueError, match=message):
-        train_recipe(check_recipe(values, "recipe"), [change(pair) for pair in pairs])
+        train_recipe(resolve_recipe(check_recipe(values, "recipe")), [change(pair) for pair in pairs])
 
 
 def test_targets_of_another_width_are_named(values, pairs):
     pairs[2]["target"] = torch.randn(500, 17)
     with pytest.raises(ValueError, match=r"targets: tensor 2: expected width 13, as before, got 17\."):
-        train_recipe(check_recipe(values, "recipe"), pairs)
+        train_recipe(resolve_recipe(check_recipe(values, "recipe")), pairs)
 
 
 # Refusals.
@@ -316,7 +310,7 @@ def test_targets_of_another_width_are_named(values, pairs):
 def test_a_store_without_targets_is_refused(values, tmp_path):
     values["harvest"] |= {"hooks": MLPS[2:3], "store": str(tmp_path / "inputs")}
     reads = {"hook": MLPS[2], "n_latents": 67, "encoder": TOPK}
-    store = run_harvest(check_recipe(values | {"dictionary": reads}, "recipe"))
+    store = run_harvest(resolve_recipe(check_recipe(values | {"dictionary": reads}, "recipe")))
     with pytest.raises(
         ValueError, match=rf"dictionary\.hook_out: {MLPS[3]} is not in .*inputs, which holds {MLPS[2]}\. Choose"
     ):
@@ -338,14 +332,14 @@ def test_a_plan_that_does_not_fit_in_memory_is_refused_with_its_size(values, mon
     monkeypatch.setattr(preflight_module, "free_bytes", lambda device: 21_000_000_000)
     values["dictionary"] = cross_layer(n_latents=2_000_000)
     with pytest.raises(ValueError, match="memory") as caught:
-        preflight(check_recipe(values, "recipe"))
+        preflight(resolve_recipe(check_recipe(values, "recipe")))
     parameters = 4 * (2_000_000 * 128 + 2_000_000) + 10 * 2_000_000 * 128 + 512
     assert str(caught.value).startswith("memory: training needs about 4")
     assert f"{12 * parameters / 1e9:.1f} GB of them for {parameters:,} parameters" in str(caught.value)
     assert "21.0 GB are free. Lower dictionary.n_latents or batch_tokens, or name fewer layers" in str(caught.value)
     assert not Path(values["out_dir"]).exists()
     values["dictionary"]["n_latents"] = 67
-    assert preflight(check_recipe(values, "recipe")).parameters == 4 * (67 * 129) + 10 * 67 * 128 + 512
+    assert preflight(resolve_recipe(check_recipe(values, "recipe"))).parameters == 4 * (67 * 129) + 10 * 67 * 128 + 512
 
 
 def test_on_a_gpu_weights_and_batches_are_in_different_memories(values, monkeypatch):
@@ -354,44 +348,44 @@ def test_on_a_gpu_weights_and_batches_are_in_different_memories(values, monkeypa
     monkeypatch.setattr(preflight_module, "free_bytes", lambda device: limits[device.type])
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 5_000_000}
     recipes = check_grid(values | {"grid": {"dictionary.layer": [0, 1]}}, "recipe").recipes
-    plans = preflight_all(recipes)
+    plans = preflight_all(resolve_recipes(recipes))
     # Two buffers of two hooks each, and as much again while they are shuffled: 20 GB, of which the GPU sees nothing.
     limits["cuda"] = 200_000_000
-    preflight_all(recipes)
+    preflight_all(resolve_recipes(recipes))
     limits["cpu"] = 20_000_000_000
     with pytest.raises(
         ValueError, match=r"memory: training needs about 2\d\.\d GB on cpu, .* or lower harvest\.live_buffer_tokens"
     ):
-        preflight_all(recipes)
+        preflight_all(resolve_recipes(recipes))
     limits |= {"cuda": sum(plan.weights_bytes for plan in plans), "cpu": 10**12}
     with pytest.raises(ValueError, match=r"memory: training needs about .* KB on cuda:0, "):
-        preflight_all(recipes)
+        preflight_all(resolve_recipes(recipes))
 
 
 def test_members_that_fit_one_by_one_may_not_fit_together(values, monkeypatch):
     grid = check_grid(values | {"grid": {"dictionary.layer": [0, 1, 2]}}, "recipe")
-    one, all_ = preflight(grid.recipes[0]).memory_bytes, preflight_all(grid.recipes)
+    one, all_ = preflight(resolve_recipe(grid.recipes[0])).memory_bytes, preflight_all(resolve_recipes(grid.recipes))
     monkeypatch.setattr(preflight_module, "free_bytes", lambda device: one)
-    assert preflight(grid.recipes[1]).memory_bytes == one
+    assert preflight(resolve_recipe(grid.recipes[1])).memory_bytes == one
     assert sum(plan.memory_bytes for plan in all_) > one
     with pytest.raises(ValueError, match=r"memory: .* or train fewer members at once\.$"):
-        preflight_all(grid.recipes)
+        preflight_all(resolve_recipes(grid.recipes))
 
 
 # The plan.
 
 
 def test_the_plan_says_what_is_mapped(values, write_recipe):
-    recipe = resolved([check_recipe(values | {"dictionary": transcoder(skip=True)}, "recipe")])[0]
-    plan = preflight(recipe)
+    member = resolve_recipe(check_recipe(values | {"dictionary": transcoder(skip=True)}, "recipe"))
+    plan = preflight(member)
     assert plan.parameters == 2 * 67 * 128 + 67 + 128 + 128 * 128
     words = f"transcoder 128 -> 67 -> 128, with skip, topk, k 5, {plan.parameters:,} parameters"
-    assert dict(plan.lines(recipe))["dictionary"] == words
-    recipe = resolved([check_recipe(values | {"dictionary": cross_layer(joint=True)}, "recipe")])[0]
-    shown = dict(preflight(recipe).lines(recipe))["dictionary"]
+    assert dict(plan.lines(member))["dictionary"] == words
+    member = resolve_recipe(check_recipe(values | {"dictionary": cross_layer(joint=True)}, "recipe"))
+    shown = dict(preflight(member).lines(member))["dictionary"]
     assert shown.startswith("cross_layer_transcoder of 4 layers, each 128 -> 31 -> 128, chosen over all layers, topk, k 3, ")
     grid = load_grid(write_recipe(values | {"grid": {"dictionary.layer": [0, 1]}}))
-    recipes = tuple(resolved(grid.recipes))
-    shown = dict(grid_lines(type(grid)(grid.out_dir, recipes), preflight_all(recipes)))
+    recipes = resolve_recipes(grid.recipes)
+    shown = dict(grid_lines(grid, recipes, preflight_all(recipes)))
     assert shown["layer=1"].startswith("transcoder 128 -> 67 -> 128, without skip")
     assert shown["members"] == "2 on 2 streams of batches"

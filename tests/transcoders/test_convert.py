@@ -13,9 +13,6 @@ from sparsary.sae.formats import FORMATS
 from sparsary.transcoders import Stack
 from sparsary.transcoders.convert import _whole, convert
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 WRITABLE = ("saelens", "sparsify", "dictionary_learning")
 
 

@@ -12,9 +12,6 @@ from sparsary.training.initialize import initialize
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 TOKENS, LAYERS, D_IN, D_OUT, HERE = 13, 3, 5, 7, 17
 VARIANTS = {
     "topk": ({"name": "topk", "k": 2}, False),
@@ -218,15 +215,14 @@ def test_every_layer_counts_alike_in_the_loss():
             W_dec.zero_()
         clt.b_dec.copy_(y.mean(0))
         clt.b_dec[D_OUT : 2 * D_OUT] = y.mean(0)[D_OUT : 2 * D_OUT]
-    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(ActivationBatch(x, y), unused)
+    loss, _ = Objective(clt, clt.error_scale(targets), AuxSettings(0.0, 3))(ActivationBatch(x, y), unused)
     assert float(loss.detach()) == pytest.approx(1.0, rel=1e-3)
     with torch.no_grad():
         clt.b_dec[2 * D_OUT :] += y[:, 2 * D_OUT :].std(0)
-    loss, _ = Objective(clt, clt.spread(targets), AuxSettings(0.0, 3))(ActivationBatch(x, y), unused)
+    loss, _ = Objective(clt, clt.error_scale(targets), AuxSettings(0.0, 3))(ActivationBatch(x, y), unused)
     assert float(loss.detach()) == pytest.approx(4 / 3, rel=1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_learns_and_its_dead_latents_come_back(variant):
     torch.manual_seed(4)
@@ -239,7 +235,7 @@ def test_it_learns_and_its_dead_latents_come_back(variant):
     inputs.update(x)
     targets.update(y)
     initialize(clt, ActivationBatch(x, y), inputs, targets, "scale", "data")
-    objective = Objective(clt, clt.spread(targets), AuxSettings(1 / 32, 3))
+    objective = Objective(clt, clt.error_scale(targets), AuxSettings(1 / 32, 3))
     optimizer = torch.optim.Adam(clt.parameters(), 3e-3)
     with torch.no_grad():
         clt.W_enc[1][:5] *= 0.01

@@ -88,7 +88,6 @@ def test_saved_then_loaded_is_bit_equal(transcoder, tmp_path, assert_same_tensor
     torch.testing.assert_close(again(x), transcoder(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_every_encoder_learns_a_map_in_a_few_hundred_steps(name, skip, encoder_arguments):
     losses = learned(name, "data", skip, encoder_arguments, 200)
@@ -96,7 +95,6 @@ def test_every_encoder_learns_a_map_in_a_few_hundred_steps(name, skip, encoder_a
     assert sum(losses[-20:]) / 20 < 0.6
 
 
-@pytest.mark.slow
 def test_random_atoms_learn_as_well(encoder_arguments):
     losses = learned("topk", "random", False, encoder_arguments, 200)
     assert sum(losses[-20:]) < 0.4 * sum(losses[:20])
@@ -113,7 +111,7 @@ def learned(name, atoms, skip, encoder_arguments, steps):
     inputs.update(x)
     targets.update(y)
     initialize(transcoder, ActivationBatch(x, y), inputs, targets, "scale", atoms)
-    objective = Objective(transcoder, transcoder.spread(targets), AuxSettings(1 / 32, 3))
+    objective = Objective(transcoder, transcoder.error_scale(targets), AuxSettings(1 / 32, 3))
     optimizer = torch.optim.Adam(transcoder.parameters(), 3e-3)
     usage, losses = LatentUsage(torch.zeros(LATENTS, dtype=torch.bool), torch.zeros(LATENTS, dtype=torch.float64)), []
     for step in range(steps):
@@ -143,7 +141,6 @@ def test_the_weights_of_a_relu_mlp_are_a_transcoder_without_error():
     torch.testing.assert_close(transcoder.eval()(x), mlp(x))
 
 
-@pytest.mark.slow
 def test_a_skip_without_latents_to_speak_of_is_least_squares():
     torch.manual_seed(1)
     x = torch.randn(2048, D_IN) @ torch.randn(D_IN, D_IN) + 1

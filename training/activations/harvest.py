@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from ...sae.files import remove_partial_files, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
+from ..locks import LOCK_FILE, locked
 from ..recipe import HarvestSection, ModelSection, TextSection
-from ..text import Context, Cursor, are_heldout, contexts
+from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
+from .contexts import ContextBatch, context_batches
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, MANIFEST_FILE, ActivationStore, encode
+from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, ActivationStore, encode
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 # Batches that may wait for the writer: while it syncs a shard the model goes on.
 BATCHES_AHEAD = 8
-GRADIENT_KIND = {"loss": "next_token_cross_entropy", "reduction": "sum over the positions of a context", "normalized": "no"}
 
 
 @dataclass
@@ -54,21 +55,9 @@ class HarvestedRows:
         return self.labels["token"].shape[0]
 
 
-def excluded(token_ids: np.ndarray, document_ids: np.ndarray, special: frozenset[int], section: HarvestSection) -> np.ndarray:
-    """Which tokens ``(contexts, positions)`` are left out: padding, special, leading, or without a label."""
-    drop = document_ids < 0
-    if section.exclude_special:
-        drop |= np.isin(token_ids, list(special))
-    drop[:, : section.exclude_leading] = True
-    if section.gradients:
-        # The last position predicts nothing, so its gradient is another thing.
-        drop[:, -1] = True
-    return drop
-
-
 def rows_of(
     model: LanguageModel,
-    batch: list[Context],
+    batch: ContextBatch,
     section: HarvestSection,
     hooks: tuple[str, ...],
     memory: dict[str, Memory] | None = None,
@@ -77,21 +66,18 @@ def rows_of(
 
     The training rows of a tensor lie in ``memory[name]``, where that is given.
     """
-    token_ids = np.stack([context.token_ids for context in batch])
-    document_ids = np.stack([context.document_ids for context in batch])
-    offsets = np.stack([context.positions for context in batch])
-    positions = np.broadcast_to(np.arange(token_ids.shape[1], dtype=np.int32), token_ids.shape)
-    labels = {"token": token_ids, "document": document_ids, "position": positions, "offset": offsets}
-    keep = ~excluded(token_ids, document_ids, frozenset(model.tokenizer.all_special_ids), section)
-    heldout = are_heldout(document_ids, section.heldout)
-    ids = torch.from_numpy(token_ids).long().to(model.device)
+    shape = batch.token_ids.shape
+    places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    labels = {"token": batch.token_ids, "document": batch.document_ids, "position": places, "offset": batch.positions}
+    heldout = are_heldout(batch.document_ids, section.heldout)
+    ids = batch.on(model.device).token_ids
     if section.gradients:
         values, gradients = model.activations_and_gradients(ids, hooks)
     else:
         values, gradients = model.activations(ids, hooks), {}
     tensors = {f"x:{hook}": x for hook, x in values.items()} | {f"grad:{hook}": g for hook, g in gradients.items()}
     splits = {}
-    for split, here in zip(SPLITS, (keep & ~heldout, keep & heldout), strict=True):
+    for split, here in zip(SPLITS, (batch.kept & ~heldout, batch.kept & heldout), strict=True):
         index = np.flatnonzero(here)
         chosen = torch.from_numpy(index).to(model.device)
         splits[split] = HarvestedRows(
@@ -186,13 +172,22 @@ def harvest_activations(
     ``progress`` is called with the number of tokens stored so far.
 
     Raises:
-        ValueError: If the store belongs to another harvest, or an activation is not finite.
-        OSError: If the disk is full or the folder read-only; complete shards stay valid and the next call goes on.
+        ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or an
+            activation is not finite.
+        OSError: If the disk is full; complete shards stay valid and the next call goes on.
     """
     assert section.store is not None
+    with locked(Path(section.store), "harvest.store"):
+        store = _open_or_create(Path(section.store), model, text, section)
+        _fill(store, model, text, section, progress)
+    return store
+
+
+def _fill(
+    store: ActivationStore, model: LanguageModel, text: TextSection, section: HarvestSection, progress: Callable[[int], None]
+) -> None:
+    """Harvest from where the store ends up to ``section.tokens``."""
     assert section.tokens is not None
-    directory = Path(section.store)
-    store = _open_or_create(directory, model, text, section)
     hooks = tuple(store.manifest["hooks"])
     batch_tokens = section.batch_contexts * text.context_length
     memory = {f"{kind}:{hook}": Memory(batch_tokens, store.width(hook)) for hook in hooks for kind in ("x", "grad")}
@@ -201,10 +196,10 @@ def harvest_activations(
     cursor = Cursor(*store.manifest["cursor"])
     with _Writer(store, section) as writer:
         if stored < section.tokens:
-            for batch in batches(contexts(text, model.tokenizer, cursor), section.batch_contexts):
+            for batch in context_batches(model, text, section, section.batch_contexts, cursor):
                 rows = rows_of(model, batch, section, hooks, memory)
                 pending += sum(map(len, rows.values()))
-                cursor = batch[-1].cursor
+                cursor = batch.cursor
                 enough = stored + pending >= section.tokens
                 full = enough or pending >= section.shard_tokens
                 writer.put(rows, cursor if full else None)
@@ -223,19 +218,6 @@ def harvest_activations(
                 "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
             )
         writer.finish()
-    return store
-
-
-def batches(source: Iterator[Context], size: int) -> Iterator[list[Context]]:
-    """Contexts in lists of ``size``, the last one shorter."""
-    batch: list[Context] = []
-    for context in source:
-        batch.append(context)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
@@ -246,9 +228,8 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
         model_identity(model, section.hooks).check(store)
         remove_partial_files(directory)
         return store
-    if directory.exists() and any(not path.name.endswith(".partial") for path in directory.iterdir()):
+    if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
         raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
-    directory.mkdir(parents=True, exist_ok=True)
     store = ActivationStore(directory, _new_manifest(model, text, section))
     write_json(directory / MANIFEST_FILE, store.manifest)
     return store

@@ -13,8 +13,10 @@ from ...sae.metrics import Moments
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
+from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
 from .model import LanguageModel
-from .stream import ActivationBatch, ActivationStream, Origin, moments_of, permute, side_by_side
+from .shuffle import permute
+from .stream import ActivationBatch, ActivationStream, moments_of, side_by_side
 
 
 class Buffers:
@@ -53,17 +55,17 @@ class Buffers:
         pieces: list[harvest.HarvestedRows] = []
         while True:
             found = 0
-            for batch in harvest.batches(contexts(self.text, self.model.tokenizer, cursor), self.section.batch_contexts):
+            for batch in context_batches(self.model, self.text, self.section, self.section.batch_contexts, cursor):
                 pieces.append(self._training_rows(batch))
                 found += len(pieces[-1])
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    yield harvest.HarvestedRows.join(pieces), batch[-1].cursor
+                    yield harvest.HarvestedRows.join(pieces), batch.cursor
                     pieces = []
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
             cursor = BEGINNING
 
-    def _training_rows(self, batch: list[Context]) -> harvest.HarvestedRows:
+    def _training_rows(self, batch: ContextBatch) -> harvest.HarvestedRows:
         rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
         for name, values in rows.tensors.items():
             if not bool(torch.isfinite(values).all()):
@@ -77,29 +79,21 @@ class LiveStream(ActivationStream):
     """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
 
     The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
-    fill a batch are dropped; the text starts over when it ends. ``source`` is for streams that share one.
+    fill a batch are dropped; the text starts over when it ends. Streams may share ``source``.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        text: TextSection,
-        section: HarvestSection,
-        hooks_in: tuple[str, ...],
-        batch_tokens: int,
-        seed: int,
-        source: Buffers | None = None,
-        hooks_out: tuple[str, ...] = (),
+        self, source: Buffers, hooks_in: tuple[str, ...], batch_tokens: int, seed: int, hooks_out: tuple[str, ...] = ()
     ):
         super().__init__(batch_tokens)
+        section = source.section
         if section.live_buffer_tokens < batch_tokens:
             raise ValueError(
                 f"harvest.live_buffer_tokens: expected at least batch_tokens = {batch_tokens}, "
                 f"got {section.live_buffer_tokens}."
             )
-        self.section, self.seed = section, seed
+        self.source, self.section, self.seed = source, section, seed
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
-        self.source = source or Buffers(model, text, section, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
         # Batch number at which a buffer begins -> (buffer number, place in the text).
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
         self._sample: ActivationBatch | None = None
@@ -155,32 +149,23 @@ class ContextStream(ActivationStream):
     """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
 
     Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
-    them. Held-out documents and excluded positions are never kept.
+    them. Held-out documents and excluded positions are never kept. Samples and moments are those of ``rows``.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        text: TextSection,
-        section: HarvestSection,
-        hooks_in: tuple[str, ...],
-        batch_tokens: int,
-        seed: int,
-        source: Buffers | None = None,
-        hooks_out: tuple[str, ...] = (),
-    ):
-        super().__init__(batch_tokens)
-        self.model, self.text, self.section = model, text, section
+    def __init__(self, rows: LiveStream):
+        super().__init__(rows.batch_tokens)
+        self.rows = rows
+        self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
+        self._special = special_tokens(self.model)
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
-        self.rows = LiveStream(model, text, section, hooks_in, batch_tokens, seed, source, hooks_out)
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         number = max(known for known in self.cursors if known <= start)
         pieces: list[Context] = []
         kept = 0
         for context in self._endless(self.cursors[number]):
-            here = int(self._keep([context]).sum())
+            here = int(self._training_contexts([context]).kept.sum())
             # The model need not run where nothing is learned.
             if here:
                 pieces.append(context)
@@ -196,35 +181,28 @@ class ContextStream(ActivationStream):
         while True:
             found = False
             for context in contexts(self.text, self.model.tokenizer, cursor):
-                found = found or bool(self._keep([context]).any())
+                found = found or bool(self._training_contexts([context]).kept.any())
                 yield context
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
             cursor = BEGINNING
 
-    def _keep(self, pieces: list[Context]) -> np.ndarray:
-        token_ids = np.stack([context.token_ids for context in pieces])
-        document_ids = np.stack([context.document_ids for context in pieces])
-        special = frozenset(self.model.tokenizer.all_special_ids)
-        drop = harvest.excluded(token_ids, document_ids, special, self.section)
-        return ~drop & ~are_heldout(document_ids, self.section.heldout)
+    def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
+        """The contexts as a batch that keeps no held-out document."""
+        batch = stack_contexts(pieces, self._special, self.section)
+        return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
 
     def _batch(self, pieces: list[Context]) -> ActivationBatch:
-        document_ids = np.stack([context.document_ids for context in pieces])
-        kept = self._keep(pieces)
-        kept &= (np.cumsum(kept).reshape(kept.shape)) <= self.batch_tokens
-        counted = kept[:, :-1] & (document_ids[:, 1:] == document_ids[:, :-1])
-        device = self.model.device
-        token_ids = torch.from_numpy(np.stack([context.token_ids for context in pieces])).long().to(device)
-        origin = Origin(token_ids, torch.from_numpy(kept).to(device), torch.from_numpy(counted).to(device))
+        batch = self._training_contexts(pieces)
+        within = np.cumsum(batch.kept).reshape(batch.kept.shape) <= self.batch_tokens
+        batch = replace(batch, kept=batch.kept & within)
         hooks_in, hooks_out = self.rows.hooks_in, self.rows.hooks_out
-        seen = self.model.activations(token_ids, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
-        kept_rows = {hook: values[origin.kept].float() for hook, values in seen.items()}
+        kept_rows = batch.kept_activations(self.model, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
         for hook, values in kept_rows.items():
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{hook}: an activation is not finite. Set model.dtype: float32.")
         x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
-        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=origin)
+        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=batch.on(self.model.device))
 
     def position(self) -> dict[str, Any]:
         return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}

@@ -236,15 +236,6 @@ def skeleton(section: ModelSection) -> LanguageModel:
     return LanguageModel(module, None, section.id, section.revision)
 
 
-def hook_widths(section: ModelSection, hooks: tuple[str, ...]) -> dict[str, int]:
-    """The width at every hook, from the model's configuration alone.
-
-    Raises:
-        ValueError: If the configuration cannot be had or a hook does not exist.
-    """
-    return skeleton(section).widths(hooks)
-
-
 def _transformers() -> Any:
     # Imported on first use: it takes seconds, which `sparsary --help` and a refused recipe need not spend.
     import transformers

@@ -28,6 +28,8 @@ FORMAT = "sparsary-store"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 LABELS = ("token", "document", "position", "offset")
+# The gradients that are stored, as the manifest says.
+GRADIENT_KIND = {"loss": "next_token_cross_entropy", "reduction": "sum over the positions of a context", "normalized": "no"}
 
 # Without the compiler rows are read in blocks of so many: a block and its decoded copies stay in the processor's cache.
 PLAIN_ROWS = 1024

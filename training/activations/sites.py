@@ -14,13 +14,13 @@ writes; likewise ``attn_out``. Where the MLP module adds the residual stream its
 projection writes, without that stream.
 """
 
-import difflib
 import inspect
 import re
 from dataclasses import dataclass
 
 from torch import nn
 
+from ...sae.suggestions import did_you_mean
 from .model import LanguageModel
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
@@ -134,8 +134,7 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
         return hooks[site]
     choices = f"this architecture has {', '.join(hooks)}"
     if site not in SITES:
-        near = difflib.get_close_matches(site, hooks, n=1)
-        raise ValueError(f"dictionary.site: {site!r} is no site; {choices}." + "".join(f" Did you mean {s!r}?" for s in near))
+        raise ValueError(f"dictionary.site: {site!r} is no site; {choices}.{did_you_mean(site, hooks)}")
     if block.mlp is not None and block.parallel and site == "resid_mid":
         reason = "attention and MLP of a block read the same stream, so nothing lies between them"
     else:

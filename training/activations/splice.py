@@ -6,7 +6,6 @@ one. Everything above reads the reconstruction, other dictionaries included, and
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ...sae import SparseCode, SparseDictionary
+from ...sae.suggestions import require_choice
 from .model import LanguageModel
 
 OPERATIONS = ("set", "add", "scale", "clamp")
@@ -72,10 +72,7 @@ class Intervention:
     site: int = 0
 
     def __post_init__(self) -> None:
-        if self.operation not in OPERATIONS:
-            near = difflib.get_close_matches(self.operation, OPERATIONS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {self.operation!r}.{hint}")
+        require_choice("operation", self.operation, OPERATIONS)
         if len(self.latents) == 0:
             raise ValueError("latents: expected at least one, got none.")
         bounded = self.low is not None or self.high is not None

@@ -1,6 +1,5 @@
 """Our training step against its encoder product and against other libraries' steps: what is measured, and the report."""
 
-import difflib
 import re
 import statistics
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...sae.encoders import ENCODERS
+from ...sae.suggestions import require_choice
 from .environment import environment
 from .rounds import WARMUP_ROUNDS, Competitor, ratio, slope, started, take_turns
 from .steps import PURSUITS, recipe_of
@@ -116,12 +116,7 @@ def require_choices(option: str, names: Sequence[str], choices: Sequence[str]) -
     Raises:
         ValueError: If one is not among the choices.
     """
-    for name in names:
-        if name not in choices:
-            near = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{option}: expected one of {', '.join(choices)}, got {name!r}.{hint}")
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(require_choice(option, name, choices) for name in names))
 
 
 def peers_python(given: str | None) -> Path | None:

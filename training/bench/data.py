@@ -7,16 +7,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...sae.files import write_json, write_tensors
-from ..activations.harvest import batches, excluded, harvest_activations
+from ..activations.contexts import context_batches
+from ..activations.harvest import harvest_activations
 from ..activations.model import load_model
 from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, ActivationStore, encode
-from ..activations.stream import WINDOW_BATCHES, StoreStream
+from ..activations.store_stream import WINDOW_BATCHES, StoreStream
 from ..recipe import HarvestSection, ModelSection, TextSection
-from ..text import contexts
 
 STREAM_DTYPES = ("float32", "bfloat16", "int8")
 SYNTHETIC_HOOK = "synthetic:out"
@@ -150,13 +149,10 @@ class _Clock:
 def _inputs(model: Any, text: TextSection, section: HarvestSection) -> list[torch.Tensor]:
     """The token ids that a harvest of ``section`` runs the model on."""
     assert section.tokens is not None
-    special = frozenset(model.tokenizer.all_special_ids)
     inputs, stored = [], 0
-    for batch in batches(contexts(text, model.tokenizer), section.batch_contexts):
-        token_ids = np.stack([context.token_ids for context in batch])
-        document_ids = np.stack([context.document_ids for context in batch])
-        inputs.append(torch.from_numpy(token_ids).long().to(model.device))
-        stored += int((~excluded(token_ids, document_ids, special, section)).sum())
+    for batch in context_batches(model, text, section, section.batch_contexts):
+        inputs.append(batch.on(model.device).token_ids)
+        stored += int(batch.kept.sum())
         if stored >= section.tokens:
             break
     return inputs

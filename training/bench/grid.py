@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..recipe.grid import check_grid
 from ..report import METRICS_FILE
+from ..resolve_hooks import resolve_recipes
 from ..run import train_all
 
 
@@ -66,7 +67,7 @@ def _measure(shape: GridShape, members: int, rounds: int) -> dict[str, Any]:
 
 def _seconds_per_step(shape: GridShape, members: int, batches: list[Tensor]) -> float:
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        recipes = check_grid(_recipe(shape, members, folder), "bench").recipes
+        recipes = resolve_recipes(check_grid(_recipe(shape, members, folder), "bench").recipes)
         # The first member's: between its reports no other member saves.
         directory = train_all(recipes, batches)[0]
         last = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-1])

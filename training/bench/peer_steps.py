@@ -206,11 +206,11 @@ PEERS: dict[tuple[str, str], Callable[[Any, Any], None]] = {
 }
 
 
-def main() -> None:
+def _main() -> None:
     """Hold the ordered library's step ready."""
     task = worker.Task(**json.loads(sys.argv[1]))
     PEERS[task.family, task.library](task, worker.Turns(task))
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -136,7 +136,7 @@ class BenchRun:
             self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
         )
         weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
-        objective = Objective(self.dictionary, self.dictionary.spread(moments), aux, None, weight)
+        objective = Objective(self.dictionary, self.dictionary.error_scale(moments), aux, None, weight)
         self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
         self.dictionary.train()
 
@@ -220,7 +220,7 @@ def pursue(task: BenchTask, turns: Turns) -> None:
         find(x, atoms, task.k)
 
 
-def main() -> None:
+def _main() -> None:
     """Hold the ordered step ready."""
     task = BenchTask(**json.loads(sys.argv[1]))
     turns = Turns(task)
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()

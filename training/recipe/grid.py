@@ -66,12 +66,6 @@ def check_grid(values: dict[str, Any], where: str) -> Grid:
     return Grid(str(base["out_dir"]), tuple(recipes.values()))
 
 
-def source(recipe: Recipe) -> tuple[Any, ...]:
-    """What decides which batches a resolved member gets, in which order: members that agree in it share a stream."""
-    section = recipe.dictionary
-    return recipe.batch_tokens, section.hooks_in, section.hooks_out, recipe.seed, recipe.objective
-
-
 def told_together(problems: Mapping[str, list[str]], members: int) -> list[str]:
     """What is wrong with every member once, the rest under each member's name."""
     counts = Counter(line for lines in problems.values() for line in dict.fromkeys(lines))

@@ -1,6 +1,5 @@
 """What can be wrong with a recipe, said in this project's words: one line per mistake, with the nearest valid name."""
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from functools import cache
@@ -9,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ...sae.encoders import ENCODERS, build_encoder
+from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
 from .schema import DictionarySection, Recipe, total_steps
 
@@ -30,7 +30,7 @@ def check_encoder(spec: dict[str, Any], key: str) -> list[str]:
     if name not in ENCODERS:
         if name is None:
             return [f"{key}.name: required, but missing. Choose one of {', '.join(ENCODERS)}."]
-        return [f"{key}.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{_nearest(str(name), ENCODERS)}"]
+        return [f"{key}.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{did_you_mean(str(name), ENCODERS)}"]
     try:
         encoder_schema(name).model_validate({name: value for name, value in spec.items() if name != "name"})
     except ValidationError as error:
@@ -95,7 +95,7 @@ def unharvested(recipe: Recipe, key: str, hooks: Iterable[str]) -> list[str]:
     """One line for every hook that is missing from ``harvest.hooks``, where those are given."""
     given = recipe.harvest.hooks
     return [
-        f"{key}: expected one of harvest.hooks ({', '.join(given)}), got {hook!r}.{_nearest(hook, given)}"
+        f"{key}: expected one of harvest.hooks ({', '.join(given)}), got {hook!r}.{did_you_mean(hook, given)}"
         for hook in hooks
         if given and hook not in given
     ]
@@ -222,7 +222,7 @@ def _check_training(recipe: Recipe) -> list[str]:
     arguments = {name for _, spec in specs if spec.get("name") in ENCODERS for name in ENCODERS[spec["name"]].parameters_of()}
     for name, knots in recipe.schedules.items():
         if name not in arguments:
-            problems.append(f"schedules.{name}: no encoder of this recipe has that argument.{_nearest(name, arguments)}")
+            problems.append(f"schedules.{name}: no encoder of this recipe has that argument.{did_you_mean(name, arguments)}")
         shares = [share for share, _ in knots]
         if sorted(set(shares)) != shares or shares[0] < 0 or shares[-1] > 1:
             problems.append(f"schedules.{name}: expected shares of the run that ascend within 0 to 1, got {shares}.")
@@ -290,7 +290,7 @@ def explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str 
     key = ".".join((*prefix, *loc))
     if kind == "extra_forbidden":
         known = ENCODERS[values["name"]].parameters_of() if prefix else _fields_at(loc[:-1])
-        return f"{key}: unknown key. {takes or 'Known here: ' + ', '.join(known) + '.'}{_nearest(loc[-1], known)}"
+        return f"{key}: unknown key. {takes or 'Known here: ' + ', '.join(known) + '.'}{did_you_mean(loc[-1], known)}"
     if kind == "missing":
         return f"{key}: required, but missing. {takes}".rstrip()
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
@@ -307,8 +307,3 @@ def _fields_at(loc: tuple[str, ...]) -> list[str]:
         options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
         section = next(option for option in options if issubclass(option, BaseModel))
     return list(section.model_fields)
-
-
-def _nearest(name: str, choices: Any) -> str:
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..tasks.pairs import PromptPairs, Question
 from .files import load_toy
 from .handbuilt import equal_pairs, fraction_pairs, made, reverse_pairs
@@ -46,8 +47,7 @@ EDGES = {
 
 def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
     """A compiled program from its directory (``config.json`` with ``residual_labels``, ``model.safetensors``)."""
-    if name not in EDGES:
-        raise ValueError(f"name: expected one of {', '.join(EDGES)}, got {name!r}.")
+    require_choice("name", name, EDGES)
     model = load_toy(directory)
     labels = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["residual_labels"]
     directions = dict(zip(labels, torch.eye(len(labels)), strict=True))

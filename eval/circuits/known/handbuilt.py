@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ....training.activations.model import LanguageModel
 from ..tasks.pairs import PromptPairs, Question
 from .known_circuit import Known, ends, wired
@@ -54,8 +55,7 @@ def and_gate_circuit(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
     Clean prompts have ones, corrupted ones zeros. Heads 1 and 3 fetch the bits, 0 and 2 fetch the other two. Gates as in
     Conmy et al. 2023, arXiv:2304.14997, appendix, with heads that tell the bits apart.
     """
-    if kind not in GATES:
-        raise ValueError(f"kind: expected one of {', '.join(GATES)}, got {kind!r}.")
+    require_choice("kind", kind, GATES)
     stream = ResidualLayout(token=4, position=6, bit=2, other=2, spare=1, result=1)
     model = blank(ToyConfig(1, 4, stream.width, 1, n_ctx=6, d_vocab=4, d_vocab_out=2, d_mlp=3))
     _embed(model, stream)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ....training.activations.model import LanguageModel
 from ..tasks.pairs import PromptPairs
 from .toy import ToyConfig, ToyTransformer
@@ -70,8 +71,7 @@ class Known:
 
 
 def _labels(truth: Mapping[str, frozenset[str]], ablation: str, names: Iterable[str]) -> Tensor:
-    if ablation not in truth:
-        raise ValueError(f"ablation: expected one of {', '.join(truth)}, for which this circuit is known, got {ablation!r}.")
+    require_choice("ablation", ablation, truth, ", for which this circuit is known")
     return torch.tensor([name in truth[ablation] for name in names])
 
 

@@ -89,14 +89,6 @@ def write_products(
             start = write_neurons(model, 0, start, side.expand(len(bends), -1), -bends, heights[:, None] * signs)
 
 
-def spectrum(values: Float[Tensor, "p width"]) -> Float[Tensor, " frequencies"]:
-    """Share of each frequency, from 0 to p // 2, in the sum of squares of what depends on a number modulo p."""
-    power = torch.fft.rfft(values.double(), dim=0).abs().pow(2).sum(1)
-    # All but the constant (and, for even p, the fastest) stand for two.
-    power[1 : (len(values) + 1) // 2] *= 2
-    return power / power.sum()
-
-
 def _interleaved(first: tuple[int, ...], second: tuple[int, ...]) -> list[int]:
     shorter = min(len(first), len(second))
     mixed = [k for pair in zip(first, second, strict=False) for k in pair]

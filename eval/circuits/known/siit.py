@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ....sae.suggestions import require_choice
 from ..tasks.pairs import PromptPairs, Question
 from .handbuilt import equal_pairs, made
 from .known_circuit import Known, node_names
@@ -88,8 +89,7 @@ def trained(name: str, n_pairs: int = 16, seed: int = 0, max_steps: int = 3000) 
     Raises:
         ValueError: If there is no such program, or ``max_steps`` were not enough.
     """
-    if name not in PROGRAMS:
-        raise ValueError(f"name: expected one of {', '.join(PROGRAMS)}, got {name!r}.")
+    require_choice("name", name, PROGRAMS)
     program = PROGRAMS[name]
     model = train_siit(program, seed, max_steps)
     known = made(f"siit_{name}", model, _pairs(program, n_pairs, seed), {"resample": program.edges}, {})

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ....sae.suggestions import require_choice
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -59,8 +61,7 @@ class ToyConfig:
 
     def __post_init__(self) -> None:
         for key, choices in (("activation", ACTIVATIONS), ("norm", NORMS)):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"{key}: expected one of {', '.join(choices)}, got {getattr(self, key)!r}.")
+            require_choice(key, getattr(self, key), choices)
 
     @property
     def num_hidden_layers(self) -> int:

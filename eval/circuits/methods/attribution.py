@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 ENDS = ("clean", "corrupted")
 
@@ -33,8 +34,7 @@ def require_end(option: str, value: str) -> str:
     Raises:
         ValueError: If it names neither.
     """
-    if value not in ENDS:
-        raise ValueError(f"{option}: expected one of {', '.join(ENDS)}, got {value!r}.")
+    require_choice(option, value, ENDS)
     return value
 
 

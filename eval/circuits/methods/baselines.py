@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 MAGNITUDES = ("difference", "clean")
 
@@ -31,8 +32,7 @@ class ActivationMagnitude(Method):
     """
 
     def __init__(self, of: str = "difference", batch: int = BATCH):
-        if of not in MAGNITUDES:
-            raise ValueError(f"of: expected one of {', '.join(MAGNITUDES)}, got {of!r}.")
+        require_choice("of", of, MAGNITUDES)
         self.of, self.batch = of, batch
 
     @torch.no_grad()

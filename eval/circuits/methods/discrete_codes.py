@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.nodes import Coordinates, NodeSpace, Part
 from ..units.passes import Seen
 from ..units.space import Space
-from .method import BATCH, Method, UnitScores
+from .method import Method, UnitScores
 
 TOKENS = ("mean", "last")
 COUNTS = ("nodes", "pairs")
@@ -107,8 +108,7 @@ class DiscreteCodes(Method):
         seed: int = 0,
     ):
         for name, value, choices in (("tokens", tokens, TOKENS), ("count", count, COUNTS)):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+            require_choice(name, value, choices)
         for name, least in (("n_codes", n_codes), ("epochs", epochs), ("examples", examples)):
             if least < 1:
                 raise ValueError(f"{name}: expected at least 1, got {least}.")
@@ -143,8 +143,7 @@ class MeanDifference(Method):
     """A control without codes: the distance between what a unit writes on clean and on corrupted prompts, on average."""
 
     def __init__(self, tokens: str = "mean"):
-        if tokens not in TOKENS:
-            raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}.")
+        require_choice("tokens", tokens, TOKENS)
         self.tokens = tokens
 
     def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:

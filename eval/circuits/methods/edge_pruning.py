@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.ablation import divergence
 from ..units.space import Space, State
-from .method import BATCH, Method, UnitScores
+from .method import Method, UnitScores
 
 LOSSES = ("kl", "metric")
 # Of the hard concrete distribution, as published: its temperature, how far it is stretched beyond 0 and 1, and how far the
@@ -53,8 +54,7 @@ class EdgePruning(Method):
         seed: int = 0,
         batch: int = BATCH,
     ):
-        if loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}.")
+        require_choice("loss", loss, LOSSES)
         if steps < 1 or not 0 < ramp <= 1:
             raise ValueError(f"steps, ramp: expected at least 1 step and a share above 0 up to 1, got {steps} and {ramp}.")
         self.target, self.steps, self.lr, self.multiplier_lr = target, steps, lr, multiplier_lr

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 DIRECTIONS = ("noising", "denoising", "both")
 ROWS = 128
@@ -36,8 +37,7 @@ class ExactPatching(Method):
         rows: int = ROWS,
         batch: int = BATCH,
     ):
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}.")
+        require_choice("direction", direction, DIRECTIONS)
         self.units, self.seed, self.direction, self.rows, self.batch = units, seed, direction, rows, batch
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.edges import EdgeSpace
 from ..units.space import Space
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 
 class FlowRoutes(Method):

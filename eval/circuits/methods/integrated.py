@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space, State
-from .method import BATCH, Method, UnitScores, score_batches
+from .method import Method, UnitScores, score_batches
 
 # Where in each step of the way a slope is taken: at its clean end, its corrupted end, or between.
 POINTS = {"clean": 0.0, "middle": 0.5, "corrupted": 1.0}
@@ -83,6 +84,5 @@ def _shares(steps: int, point: str) -> list[float]:
     """How corrupted each step is."""
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
-    if point not in POINTS:
-        raise ValueError(f"point: expected one of {', '.join(POINTS)}, got {point!r}.")
+    require_choice("point", point, POINTS)
     return [(step + POINTS[point]) / steps for step in range(steps)]

@@ -12,8 +12,6 @@ from ..tasks.pairs import PromptPairs
 from ..units.passes import Cost
 from ..units.space import Space
 
-BATCH = 32
-
 
 @dataclass(frozen=True, eq=False)
 class UnitScores:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ....training.activations.model import LanguageModel
 from ....training.activations.sites import find_block, n_layers
-from ..tasks.pairs import PromptPairs
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space
 from .attribution import linear_scores, require_end
-from .method import BATCH, Method, UnitScores
+from .method import Method, UnitScores
 
 # By class name, as libraries have classes of their own; a ReLU is its own identity rule.
 SMOOTH = re.compile("gelu|silu|swish|mish", re.IGNORECASE)

@@ -6,13 +6,13 @@ leads nowhere, are counted by the neurons that carry them, and nodes are scored 
 Sources: Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806 (growing, pruning); Mueller et al. 2025, arXiv:2504.13151 (counts).
 """
 
-import difflib
 import heapq
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
 from ..methods.method import UnitScores
 from ..units.edge_list import EdgeList
 from .faithfulness import ranked
@@ -69,22 +69,13 @@ def among(edges: EdgeList, nodes: Bool[Tensor, " senders"]) -> Bool[Tensor, " ed
     return with_logits[edges.sources] & with_logits[edges.owners[edges.targets]]
 
 
-def weighted_count(edges: EdgeList, kept: Bool[Tensor, " edges"], shares: Float[Tensor, " senders"] | None = None) -> float:
-    """How many edges a circuit has, each counted as the share of its sender's neurons that are kept (by default all)."""
-    weights = torch.ones(edges.n_senders) if shares is None else shares
-    return float(weights[edges.sources[kept]].sum())
-
-
 def node_scores(edges: EdgeList, values: Float[Tensor, "*rows edges"], by: str = "max") -> Float[Tensor, "*rows senders"]:
     """Every sender's score: the largest of the edges it reads or is read by, or their sum.
 
     Raises:
         ValueError: If there is no such way.
     """
-    if by not in REDUCTIONS:
-        near = difflib.get_close_matches(by, REDUCTIONS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"by: expected one of {', '.join(REDUCTIONS)}, got {by!r}.{hint}")
+    require_choice("by", by, REDUCTIONS)
     both = torch.cat([values, values], dim=-1)
     ends = torch.cat([edges.sources, edges.owners[edges.targets]]).to(values.device)
     reduction = {"max": "amax", "sum": "sum"}[by]

@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ...bootstrap import LEVEL, SEED, percentiles, resamples
 from ..methods.method import UnitScores
-from ..tasks.pairs import PromptPairs
+from ..tasks.competence import NOISE
+from ..tasks.pairs import BATCH, PromptPairs
 from ..units.ablation import Filler
 from ..units.ranking import ordered
 from ..units.space import Space, State
@@ -26,10 +28,6 @@ from ..units.space import Space, State
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LEVELS = (0.5, 0.8, 0.9)
-RESAMPLES = 1000
-BATCH = 32
-# A denominator less than so many standard errors from 0 is noise.
-NOISE = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +87,14 @@ class FaithfulnessCurve:
         return (np.average(values, axis=1, weights=counts) - empty) / (full - empty)
 
 
-def bootstrap(
-    statistic: Callable[[FaithfulnessCurve, np.ndarray], Any], along: FaithfulnessCurve, seed: int = 0, level: float = 0.95
+def pair_interval(
+    statistic: Callable[[FaithfulnessCurve, np.ndarray], Any],
+    along: FaithfulnessCurve,
+    seed: int = SEED,
+    level: float = LEVEL,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high ends of a percentile interval of ``statistic(along, weights)`` over pairs drawn with replacement."""
-    rng, n = np.random.default_rng(seed), len(along.full)
-    draws = [statistic(along, np.bincount(rng.integers(n, size=n), minlength=n)) for _ in range(RESAMPLES)]
-    low, high = np.quantile(np.array(draws), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.asarray(low), np.asarray(high)
+    """Return the low and high ends of the bootstrap interval of ``statistic(along, weights)`` over pairs."""
+    return percentiles(np.array([statistic(along, weights) for weights in resamples(len(along.full), seed)]), level)
 
 
 def ranked(scores: UnitScores, ranking: str = "signed") -> Int[Tensor, " units"]:
@@ -200,7 +198,7 @@ def _without(kept: Bool[Tensor, " units"], unit: int) -> Bool[Tensor, " units"]:
     return fewer
 
 
-def stability(scores: UnitScores, size: int, ranking: str = "signed", resamples: int = 100, seed: int = 0) -> float:
+def stability(scores: UnitScores, size: int, ranking: str = "signed", draws: int = 100, seed: int = 0) -> float:
     """Mean Jaccard index of the circuit of all pairs and those of pairs drawn anew with replacement.
 
     Raises:
@@ -211,7 +209,7 @@ def stability(scores: UnitScores, size: int, ranking: str = "signed", resamples:
     n, generator = len(scores.per_pair), torch.Generator().manual_seed(seed)
     own = circuit_members(ranked(scores, ranking), size)
     found = []
-    for _ in range(resamples):
+    for _ in range(draws):
         draw = torch.randint(n, (n,), generator=generator)
         values = scores.per_pair[draw].mean(0)
         other = circuit_members(ranked(UnitScores(values, scores.cost), ranking), size)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 
@@ -13,13 +13,7 @@ def roc_auc(scores: Float[Tensor, " units"], truth: Bool[Tensor, " units"]) -> f
     Raises:
         ValueError: If all units are in the circuit, or none, or a score is not a number.
     """
-    _check(scores, truth)
-    _, group, counts = scores.double().unique(return_inverse=True, return_counts=True)
-    # Units below, and half of those level with it.
-    below = counts.cumsum(0) - (counts.double() - 1) / 2
-    inside = int(truth.sum())
-    outside = len(truth) - inside
-    return float((below[group][truth].sum() - inside * (inside + 1) / 2) / (inside * outside))
+    return float(roc_auc_score(truth.cpu().numpy(), _finite(scores, truth).numpy()))
 
 
 def average_precision(scores: Float[Tensor, " units"], truth: Bool[Tensor, " units"]) -> float:
@@ -28,12 +22,7 @@ def average_precision(scores: Float[Tensor, " units"], truth: Bool[Tensor, " uni
     Raises:
         ValueError: If all units are in the circuit, or none, or a score is not a number.
     """
-    _check(scores, truth)
-    _, group, counts = scores.double().unique(return_inverse=True, return_counts=True)
-    hits = torch.zeros(len(counts), dtype=torch.float64).index_add(0, group[truth], torch.ones(int(truth.sum())).double())
-    # From a score upwards.
-    chosen, right = (values.flip(0).cumsum(0).flip(0) for values in (counts.double(), hits))
-    return float((right / chosen)[group][truth].mean())
+    return float(average_precision_score(truth.cpu().numpy(), _finite(scores, truth).numpy()))
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ def at_true_size(scores: Float[Tensor, " units"], truth: Bool[Tensor, " units"])
     Raises:
         ValueError: If all units are in the circuit, or none, or a score is not a number.
     """
-    _check(scores, truth)
+    scores = _finite(scores, truth)
     size = int(truth.sum())
     last = scores.sort(descending=True).values[size - 1]
     above, level = scores > last, scores == last
@@ -60,9 +49,15 @@ def at_true_size(scores: Float[Tensor, " units"], truth: Bool[Tensor, " units"])
     return AtTrueSize(right / size, size / len(truth))
 
 
-def _check(scores: Tensor, truth: Tensor) -> None:
+def _finite(scores: Tensor, truth: Tensor) -> Tensor:
+    """The scores in float64; infinite ones, which scikit-learn refuses, are made very large.
+
+    Raises:
+        ValueError: If all units are in the circuit, or none, or a score is not a number.
+    """
     inside = int(truth.sum())
     if not 0 < inside < len(truth):
         raise ValueError(f"truth: expected units in the circuit and others, got {inside} in it of {len(truth)}.")
     if scores.isnan().any():
         raise ValueError(f"scores: expected numbers, got {int(scores.isnan().sum())} of {len(scores)} that are none.")
+    return scores.double().cpu().clamp(-1e300, 1e300)

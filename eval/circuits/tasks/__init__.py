@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ....sae.suggestions import did_you_mean, require_choice
 from ....training.activations.model import LanguageModel
 from ....training.embedded.corpus import SPLITS
 from . import embedded, english
@@ -9,7 +10,7 @@ from .competence import Competence, competence, require_solved
 from .files import read_pairs, write_pairs
 from .pairs import PromptPairs
 from .reader import PromptEncoder
-from .task import CircuitTask, Corruption, Request, assemble, choose_task, distinct, nearest_word, same_length
+from .task import CircuitTask, Corruption, Request, assemble, distinct, same_length
 
 __all__ = [
     "TASKS",
@@ -68,11 +69,11 @@ def make_pairs(
         return read_pairs(name, model, n, seed, corruption, metric, one_length=one_length)
     if n is None:
         raise ValueError("n: expected a number of pairs, got None, which means all of a file. Give one.")
-    choose_task("split", split, SPLITS)
+    require_choice("split", split, SPLITS)
     variant = _task(str(name), model).variant(model)
     assert variant is not None
     names = [one.name for one in variant.corruptions]
-    corruption = names[0] if corruption is None else choose_task("corruption", corruption, names, f" for {name}")
+    corruption = names[0] if corruption is None else require_choice("corruption", corruption, names, f" for {name}")
     examples = variant.draw(Request(PromptEncoder(model), corruption, seed, split))
     if one_length:
         examples = same_length(examples, n)
@@ -88,6 +89,6 @@ def _task(name: str, model: LanguageModel) -> CircuitTask:
     if name in TASKS and name not in here:
         raise ValueError(
             f"task: {name} exists {where}, and {model.id} reads another. Expected one of {', '.join(here)}{of}."
-            f"{nearest_word(name, here)}"
+            f"{did_you_mean(name, here)}"
         )
-    return TASKS[choose_task("task", name, here, of)]
+    return TASKS[require_choice("task", name, here, of)]

@@ -9,6 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
+
+# Pairs that one forward pass runs.
+BATCH = 32
 METRICS = ("logit_diff", "max_logit_diff", "prob_diff")
 
 
@@ -43,8 +47,7 @@ class PromptPairs:
     roles: tuple[dict[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}.")
+        require_choice("metric", self.metric, METRICS)
         counts = {len(self.clean), len(self.corrupted), len(self.questions), len(self.lengths)}
         if len(counts) > 1 or self.clean.shape != self.corrupted.shape:
             raise ValueError(

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ....sae.suggestions import require_choice
 from .reader import PromptEncoder
-from .task import choose_task
 
 # Key names for the same thing, ours first: those of this library's and others' JSON lines, of feature-circuits
 # (Marks et al. 2024), and of auto-circuit (Miller et al. 2024).
@@ -49,7 +49,7 @@ def from_json(record: Mapping[str, Any], corruption: str | None) -> dict[str, An
             raise ValueError(f"has no {' or '.join(names)}, only {', '.join(map(str, record)) or 'nothing'}")
     ours["corruption"] = record.get("corruption", "corrupted")
     if corruption is not None:
-        choose_task("corruption", corruption, [ours["corruption"]])
+        require_choice("corruption", corruption, [ours["corruption"]])
     return ours
 
 
@@ -57,7 +57,7 @@ def _from_mib(record: Mapping[str, Any], corruption: str | None) -> dict[str, An
     kinds = [key.removesuffix(COUNTERFACTUAL) for key in record if key.endswith(COUNTERFACTUAL)]
     if corruption is None:
         corruption = next((kind for kind in PREFERRED if kind in kinds), kinds[0])
-    corruption = choose_task("corruption", corruption.removesuffix(COUNTERFACTUAL), kinds)
+    corruption = require_choice("corruption", corruption.removesuffix(COUNTERFACTUAL), kinds)
     other = record[corruption + COUNTERFACTUAL]
     answers, corrupted_answers = _choice(record), _choice(other)
     # Where the corrupted prompt has the same answer, the other choices are wrong.
@@ -94,7 +94,7 @@ def from_csv(row: Mapping[str, str], corruption: str | None, reader: PromptEncod
     kinds = [key for key in CORRUPTED if row.get(key)]
     if not row.get("clean") or not kinds:
         raise ValueError(f"has no clean and corrupted, only {', '.join(map(str, row))}")
-    corruption = choose_task("corruption", corruption or kinds[0], kinds)
+    corruption = require_choice("corruption", corruption or kinds[0], kinds)
     ours: dict[str, Any] = {"clean": _prompt(row["clean"]), "corrupted": _prompt(row[corruption]), "corruption": corruption}
     for answers, foils, metric in COLUMNS:
         if row.get(answers) and row.get(foils):

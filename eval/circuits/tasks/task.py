@@ -1,7 +1,6 @@
 """What a circuit task is: in which languages it exists, how it can be corrupted, and how its examples become pairs."""
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -66,24 +65,6 @@ class CircuitTask:
     def variant(self, model: LanguageModel) -> Variant | None:
         """The task in the language the model reads, if it exists there."""
         return self.embedded if model.id == "embedded" else self.english
-
-
-def choose_task(where: str, name: str, names: Iterable[str], of: str = "") -> str:
-    """``name`` if it is one of ``names``.
-
-    Raises:
-        ValueError: If it is not; the names are listed and the nearest suggested.
-    """
-    names = list(names)
-    if name in names:
-        return name
-    raise ValueError(f"{where}: expected one of {', '.join(names)}{of}, got {name!r}.{nearest_word(name, names)}")
-
-
-def nearest_word(name: str, names: list[str]) -> str:
-    """A sentence that suggests the name most like it, for the end of an error."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def distinct(examples: Iterator[Example], n: int, task: str) -> list[Example]:

@@ -13,13 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..tasks.pairs import PromptPairs
+from ....sae.suggestions import require_choice
+from ..tasks.pairs import BATCH, PromptPairs
 from .space import Space, State
 
 ABLATIONS = ("resample", "mean", "zero", "optimal")
 Filler = Callable[[PromptPairs], State]
-
-BATCH = 32
 OPTIMAL_STEPS = 100
 # Of a state's own spread: constants of every size move at the same pace.
 OPTIMAL_RATE = 0.05
@@ -31,8 +30,7 @@ def ablation_values(space: Space, kind: str, reference: PromptPairs, seed: int =
     Raises:
         ValueError: If there is no such ablation.
     """
-    if kind not in ABLATIONS:
-        raise ValueError(f"ablation: expected one of {', '.join(ABLATIONS)}, got {kind!r}.")
+    require_choice("ablation", kind, ABLATIONS)
     if kind == "resample":
         return lambda batch: space.see(batch.corrupted)[1]
     state = mean_state(space, reference)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ....sae import SparseDictionary
+from ....sae.suggestions import require_choice
 from ....training.activations.model import LanguageModel
 from .passes import Seen
 from .space import Space, State
@@ -124,8 +125,7 @@ class Latents(Part):
 
     def __init__(self, name: str, dictionary: SparseDictionary, hook_in: str, hook_out: str, errors: str = "node"):
         super().__init__(name, hook_in, hook_out)
-        if errors not in ERRORS:
-            raise ValueError(f"errors: expected one of {', '.join(ERRORS)}, got {errors!r}.")
+        require_choice("errors", errors, ERRORS)
         if len(dictionary.sites) > 1:
             raise ValueError(
                 f"{name}: expected a dictionary that writes at one hook, got a cross-layer one. Its circuits are attribution "
@@ -197,8 +197,7 @@ class NodeSpace(Space):
 
     def __init__(self, model: LanguageModel, parts: Sequence[Part], positions: str = "all", n_positions: int | None = None):
         super().__init__(model)
-        if positions not in POSITIONS:
-            raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {positions!r}.")
+        require_choice("positions", positions, POSITIONS)
         if (positions == "each") != (n_positions is not None):
             raise ValueError("n_positions: expected the length of all prompts with positions 'each', and only then.")
         self.parts, self.copies = list(parts), n_positions or 1

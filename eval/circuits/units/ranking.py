@@ -3,6 +3,8 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ....sae.suggestions import require_choice
+
 RANKINGS = ("signed", "absolute")
 
 
@@ -21,8 +23,7 @@ def strengths(values: Float[Tensor, "*rows units"], ranking: str) -> Float[Tenso
     Raises:
         ValueError: If there is no such ranking.
     """
-    if ranking not in RANKINGS:
-        raise ValueError(f"ranking: expected one of {', '.join(RANKINGS)}, got {ranking!r}.")
+    require_choice("ranking", ranking, RANKINGS)
     return values if ranking == "signed" else values.abs()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +16,17 @@ from .downstream_cost import Shares
 from .error_norms import NormRegressions
 from .regression import RIDGE, needed_tokens
 
-SPLIT = "Error, linear and nonlinear"
-COST = "Cost of the error's parts"
-NORMS = "What predicts norms"
 NORM_TARGETS = ("err_norm", "reconstruction_norm", "input_norm")
 NORM_SCALARS = ("input_norm", "l0", "loss")
 # Of the second question, asked where what is read is not the target.
-ON_TARGET = ("fvu_nonlinear", "linear_error_share", "linear_error_share_rescaled", "err_vec_r2", "err_vec_r2_mean_dim")
-ON_TARGET = (*ON_TARGET, "err_norm_r2")
+ON_TARGET = (
+    "fvu_nonlinear",
+    "linear_error_share",
+    "linear_error_share_rescaled",
+    "err_vec_r2",
+    "err_vec_r2_mean_dim",
+    "err_norm_r2",
+)
 
 
 class ErrorSplit(MetricGroup):
@@ -36,44 +39,6 @@ class ErrorSplit(MetricGroup):
     name = "linear_error"
     version = 2
     reads_model = False
-    explanations: ClassVar = {
-        SPLIT: {
-            "fvu_total": "fvu on the tokens that score the regression: linear and nonlinear error together.",
-            "fvu_nonlinear": "What is left of fvu_total once a linear map of what is read, fitted on other data, has "
-            "predicted the error. Low alone is no merit, an empty dictionary has none: read it beside fvu_total.",
-            "linear_error_share": "1 - fvu_nonlinear / fvu_total: share of the squared error that is linear in the activation.",
-            "fvu_rescaled": "fvu_total after the best single factor on the reconstruction; what that takes off is shrinkage.",
-            "best_factor": "That factor. Above 1 the dictionary shrinks.",
-            "linear_error_share_rescaled": "linear_error_share after that factor: what is linear beyond shrinkage.",
-            "reconstruction_variance": "Variance of the reconstruction over that of the target. 0 is a dead dictionary, "
-            "whose whole error is linear by construction.",
-            "err_vec_r2": "R\u00b2 of the linear prediction of the error, all dimensions together, about the error's mean.",
-            "err_vec_r2_mean_dim": "R\u00b2 of the linear prediction of the error, per dimension, then averaged.",
-            "err_norm_r2": "R\u00b2 of the linear prediction of the squared error norm.",
-            "fvu_nonlinear_on_target": "fvu_nonlinear where the map reads the target, not what the dictionary reads: how much "
-            "of the error is a linear distortion of what was to be written.",
-            "linear_error_share_on_target": "linear_error_share of that map.",
-            "linear_error_share_rescaled_on_target": "linear_error_share_rescaled of that map.",
-            "err_vec_r2_on_target": "err_vec_r2 of that map.",
-            "err_vec_r2_mean_dim_on_target": "err_vec_r2_mean_dim of that map.",
-            "err_norm_r2_on_target": "err_norm_r2 of that map.",
-            "authors_fvu_total": "fvu of all tokens, those that fitted the map too, as in the scripts of arXiv:2410.14670.",
-            "authors_fvu_nonlinear": "fvu_nonlinear as there: no bias, tokens split at random, and all of them counted.",
-            "authors_err_vec_r2_mean_dim": "err_vec_r2_mean_dim as there: no bias, tokens split at random.",
-            "authors_err_norm_r2": "err_norm_r2 as there: no bias, tokens split at random.",
-            "dark_matter_notes": "What to know before reading these figures: too few tokens, a dead dictionary, why some are "
-            "undefined.",
-            "dark_matter_noise_floor": "About the linear_error_share of an error unrelated to the activation: the map fits "
-            "noise.",
-            "dark_matter_fit_tokens": "Tokens the linear map was fitted on.",
-            "dark_matter_score_tokens": "Tokens it was scored on.",
-            "dark_matter_enough_tokens": "Whether the fit had ten tokens per coefficient. If not, the linear share is "
-            "understated.",
-            "dark_matter_needed_tokens": "Tokens that would be ten per coefficient.",
-            "dark_matter_bias": "Whether the map has a bias.",
-            "dark_matter_ridge": "Ridge of the map, in units of the mean square of what is read.",
-        }
-    }
 
     def __init__(self, setting: Setting):
         dictionary, options = setting.dictionary, setting.options
@@ -121,53 +86,6 @@ class ErrorCost(MetricGroup):
     name = "error_cost"
     version = 1
     reads_model = True
-    explanations: ClassVar = {
-        COST: {
-            f"{key}{end}": words + bound
-            for key, words in {
-                "ce_spliced_with_linear_error": "Cross-entropy with reconstructions and the linear error added back.",
-                "ce_spliced_with_nonlinear_error": "Cross-entropy with reconstructions and the nonlinear error added back.",
-                "ce_recovered_by_linear_error": "Share of ce_increase that adding back the linear error undoes. The two "
-                "shares need not add up to 1: the model is not linear.",
-                "ce_recovered_by_nonlinear_error": "Share of ce_increase that adding back the nonlinear error undoes.",
-                "kl_recovered_by_linear_error": "Share of kl_spliced that adding back the linear error undoes.",
-                "kl_recovered_by_nonlinear_error": "Share of kl_spliced that adding back the nonlinear error undoes.",
-                "variance_recovered_by_linear_error": "Share of the squared error that adding back the linear error undoes.",
-                "variance_recovered_by_nonlinear_error": "Share of the squared error that the nonlinear one undoes.",
-                "error_norm_share_of_linear": "Mean norm of the linear error over mean norm of the error.",
-                "error_norm_share_of_nonlinear": "Mean norm of the nonlinear error over mean norm of the error.",
-            }.items()
-            for end, bound in {
-                "": "",
-                "_low": " Lower end of the 95 % bootstrap over documents.",
-                "_high": " Upper end of the 95 % bootstrap over documents.",
-            }.items()
-        }
-        | {"share_documents": "Documents that these intervals draw from."},
-        NORMS: {
-            f"{target}_r2_from_{predictor}": f"Held-out R\u00b2 of {what} from {by}."
-            for target, what in {
-                "err_norm": "the squared error norm",
-                "reconstruction_norm": "the squared norm of the reconstruction",
-                "input_norm": "the squared norm of what is read",
-            }.items()
-            for predictor, by in {
-                "activation": "what is read, linearly, on tokens whose loss is defined. For what is read itself this is the "
-                "baseline: that a norm is predictable is not much",
-                "token_id": "the token: its mean in other documents",
-                "token_id_in_sample": "the token, its mean on the very tokens that are scored: too high, as every rare token "
-                "predicts itself; the published figure",
-                "input_norm": "the norm of what is read",
-                "l0": "how many latents fire",
-                "loss": "the untouched model's loss there",
-            }.items()
-        }
-        | {
-            "norm_fit_tokens": "Tokens that fitted these predictors.",
-            "norm_score_tokens": "Tokens that scored them.",
-            "norm_unseen_token_share": "Share of these whose token the fitted documents do not have; the mean stands in.",
-        },
-    }
 
     def __init__(self, setting: Setting):
         assert setting.model is not None

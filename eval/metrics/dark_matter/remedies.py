@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ....sae import SparseCode, SparseDictionary
 from ....sae.pursuit import gradient_pursuit
+from ....sae.suggestions import require_choice
 from .decomposition import DarkMatter
 from .regression import RIDGE, Regression, r2
 
@@ -92,8 +93,7 @@ class ErrorParts:
     """
 
     def __init__(self, activations: Iterable[Tensor], dictionary: SparseDictionary, matter: DarkMatter, part: str):
-        if part not in PARTS:
-            raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r}.")
+        require_choice("part", part, PARTS)
         self.activations, self.dictionary, self.matter, self.part = activations, dictionary, matter, part
 
     def __iter__(self) -> Iterator[Tensor]:

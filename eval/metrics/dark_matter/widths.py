@@ -23,13 +23,18 @@ from ..model_outputs import ModelOutputs
 from .decomposition import USUAL, DarkMatter, FitOptions, LinearFit
 from .downstream_cost import Shares
 from .error_norms import NormRegressions
-from .metrics import with_parts_back
+from .metrics import NORM_SCALARS, with_parts_back
 from .remedies import PARTS, EarlierLayer, parts_of, pursued
 from .scaling import Scaling
 
-NORM_TARGETS = ("err_norm", "linear_norm", "nonlinear_norm", "reconstruction_norm", "reconstruction_and_nonlinear_norm")
-NORM_TARGETS = (*NORM_TARGETS, "input_norm")
-NORM_SCALARS = ("input_norm", "l0", "loss")
+PART_NORM_TARGETS = (
+    "err_norm",
+    "linear_norm",
+    "nonlinear_norm",
+    "reconstruction_norm",
+    "reconstruction_and_nonlinear_norm",
+    "input_norm",
+)
 # Beyond this a power falls off within one octave: with few widths, it is a constant and one point.
 STEEPEST = -6.0
 
@@ -58,7 +63,7 @@ class _One:
         self.matter: DarkMatter | None = None
         self.pursued_matter: DarkMatter | None = None
         self.pursued_l0, self.pursued_tokens = 0, 0
-        self.norms = NormRegressions(widths[0], vocabulary, NORM_TARGETS, NORM_SCALARS, device, options.bias)
+        self.norms = NormRegressions(widths[0], vocabulary, PART_NORM_TARGETS, NORM_SCALARS, device, options.bias)
         self.shares = Shares()
         self.layer = None if earlier is None else EarlierLayer(earlier.setting.dictionary.d_out, widths[1], device)
 

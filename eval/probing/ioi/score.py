@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
-from ..probes import bootstrap_mean, f1_of, split_latents
+from ...bootstrap import bootstrap_mean
+from ..probes import f1_of, split_latents
 from ..subject import ProbeTarget
 from .prompts import (
     ATTRIBUTES,
@@ -31,12 +32,12 @@ from .prompts import (
 )
 from .supervised import (
     Supervised,
-    _codes,
     cross_section,
     end_logits,
     least_squares_dictionary,
     logit_difference,
     mean_dictionary,
+    prompt_codes,
 )
 
 EDIT_SIZES = (2, 4, 6, 16)
@@ -131,7 +132,7 @@ def score_supervised(
     bias = (subject.dictionary.bypass() * scale).detach().float().cpu()
     setting = _Setting(subject, words, mean_dictionary(x_fit, fit), writes, bias, seed)
     least = least_squares_dictionary(x_fit, fit)
-    codes_fit, codes = _codes(subject, x_fit), _codes(subject, x)
+    codes_fit, codes = prompt_codes(subject, x_fit), prompt_codes(subject, x)
     f1 = _interpretability(fit, scored, codes_fit, codes)
     logits = end_logits(subject, scored)
     clean = logit_difference(logits, scored)
@@ -187,14 +188,14 @@ def _edits(setting: _Setting, n: int, report: dict[str, Any]) -> list[dict[str, 
     new = order[half:][generator.integers(len(words.names) - half, size=n)]
     source = words.prompts(plans)
     x_s = cross_section(subject, source)
-    codes_s = _codes(subject, x_s)
+    codes_s = prompt_codes(subject, x_s)
     base = end_logits(subject, source).argmax(-1)
     rows = []
     for attribute in ATTRIBUTES:
         values = [1 - plan.pos if attribute == "pos" else int(value) for plan, value in zip(plans, new, strict=True)]
         target = words.prompts([plan.changed(attribute, value) for plan, value in zip(plans, values, strict=True)])
         x_t = cross_section(subject, target)
-        codes_t = _codes(subject, x_t)
+        codes_t = prompt_codes(subject, x_t)
         # Changing Pos moves the names: their activations change places with them.
         swap = setting.supervised.of(target, attribute) - setting.supervised.of(source, attribute)
         for section, positions in CROSS_SECTIONS.items():

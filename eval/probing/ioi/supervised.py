@@ -94,6 +94,6 @@ def logit_difference(logits: Float[Tensor, "prompts names"], prompts: Prompts) -
 
 
 @torch.no_grad()
-def _codes(subject: ProbeTarget, x: Float[Tensor, "prompts 4 d"]) -> Float[Tensor, "prompts 4 n_latents"]:
+def prompt_codes(subject: ProbeTarget, x: Float[Tensor, "prompts 4 d"]) -> Float[Tensor, "prompts 4 n_latents"]:
     found = [subject.encode(part).to_dense(subject.dictionary.n_latents).float().cpu() for part in x.flatten(0, 1).split(1024)]
     return torch.cat(found).unflatten(0, x.shape[:2])

@@ -9,10 +9,9 @@ from ..absorption import absorbed
 from ..datasets import Pooled, embedded_tokens, halves
 from ..factors import LEAST_PROBE_F1, labels_of
 from ..probes import f1_of, logistic, split_latents
-from ..subject import ProbeTarget, sparse_codes
-from .datasets import _split, _take
+from ..subject import ProbeTarget, latent_writes, sparse_codes
+from .datasets import split_texts, submatrix
 from .output import SaebenchResult
-from .scr_tpp import _writes
 
 ABSORPTION_TOKENS = 30_000
 # Labels with words of their own, which a word's own latent may absorb.
@@ -42,7 +41,7 @@ def absorption(
         codes = sparse_codes(subject, known.x)
         rows = [_absorption_row(subject, known.x, codes, labels.values[:, i], fitted, labels.names[i], seed) for i in some]
     for one in data or []:
-        split = _split(one, one.labels, seed)
+        split = split_texts(one, one.labels, seed)
         fitted = np.zeros(len(one.labels), dtype=bool)
         fitted[split.train] = True
         names = split.classes if len(split.classes) > 2 else split.classes[:1]
@@ -86,7 +85,7 @@ def _absorption_row(
     probe = logistic(x[train], y[train])
     right = probe.scores(x) > 0
     probe_f1 = f1_of(right[~fitted], y[~fitted])
-    fires = _take(codes, np.flatnonzero(fitted))
+    fires = submatrix(codes, np.flatnonzero(fitted))
     both = np.asarray((fires > 0).T.astype(np.float32) @ y[fitted].astype(np.float32))
     f1 = 2 * both / np.maximum(np.asarray((fires > 0).sum(0)).ravel() + y[fitted].sum(), 1)
     main = split_latents(fires, y[fitted], np.argsort(-f1, kind="stable")[:10].tolist())
@@ -96,7 +95,7 @@ def _absorption_row(
     if probe_f1 < LEAST_PROBE_F1 or not len(rows):
         return row | {"why": f"the probe's F1 is below {LEAST_PROBE_F1}"}
     bias = (subject.dictionary.bypass() * subject.dictionary.out_scale).detach().float().cpu().numpy()
-    found = absorbed(x[rows] - bias, sparse.csr_array(codes)[rows], _writes(subject), probe.weights, np.array(main))
+    found = absorbed(x[rows] - bias, sparse.csr_array(codes)[rows], latent_writes(subject), probe.weights, np.array(main))
     return row | {
         "mean_absorption_fraction": float(found.fraction.mean()),
         "full_absorption_rate": float(found.full.mean()),

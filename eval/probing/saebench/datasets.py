@@ -75,7 +75,7 @@ def _labelled(name: str, rows: list[tuple[str, Any]]) -> Labelled:
 
 
 @dataclass(frozen=True)
-class _Split:
+class TextSplit:
     """Row numbers of the training and test texts, and the classes with enough of both."""
 
     train: np.ndarray
@@ -83,8 +83,8 @@ class _Split:
     classes: list[str]
 
 
-def _split(data: Pooled, groups: np.ndarray, seed: int) -> _Split:
-    """A quarter of every group is for testing.
+def split_texts(data: Pooled, groups: np.ndarray, seed: int) -> TextSplit:
+    """Return a split of the texts in which a quarter of every group is for testing.
 
     Raises:
         ValueError: If fewer than two classes have enough texts.
@@ -104,11 +104,11 @@ def _split(data: Pooled, groups: np.ndarray, seed: int) -> _Split:
             f"{data.name}: label: expected at least two classes with {LEAST_TEXTS} texts or more, got "
             f"{ {str(name): int((groups == name).sum()) for name in sorted(set(groups.tolist()))} }."
         )
-    return _Split(np.concatenate(train), np.concatenate(test), classes)
+    return TextSplit(np.concatenate(train), np.concatenate(test), classes)
 
 
-def _balanced(labels: np.ndarray, rows: np.ndarray, positive: str, generator: np.random.Generator) -> np.ndarray:
-    """As many rows of other classes as of the positive one, or fewer of both."""
+def balanced_rows(labels: np.ndarray, rows: np.ndarray, positive: str, generator: np.random.Generator) -> np.ndarray:
+    """Return as many rows of other classes as of the positive one, or fewer of both."""
     yes, others = rows[labels[rows] == positive], rows[labels[rows] != positive]
     # Every other class gives its part.
     ranks = np.zeros(len(others))
@@ -119,7 +119,8 @@ def _balanced(labels: np.ndarray, rows: np.ndarray, positive: str, generator: np
     return np.concatenate([generator.permutation(yes)[:n], others[np.argsort(ranks, kind="stable")[:n]]])
 
 
-def _take(columns: ProbeInputs, rows: np.ndarray, some: np.ndarray | None = None) -> ProbeInputs:
+def submatrix(columns: ProbeInputs, rows: np.ndarray, some: np.ndarray | None = None) -> ProbeInputs:
+    """Return some rows and, if given, some columns; a selection of sparse columns comes dense."""
     if isinstance(columns, np.ndarray):
         return columns[rows] if some is None else columns[rows][:, some]
     part = sparse.csr_array(columns)[rows]

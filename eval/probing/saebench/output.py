@@ -10,12 +10,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from ..probes import ProbeInputs
 from ..subject import ProbeTarget
 from .adapter import SaeBenchAdapter
-from .datasets import _take
 
 # Per text, on standardised dimensions, for the probes that interventions are to change: as if stopped early, like SAEBench's,
 # so that a biased probe reads all that coincides and not only what separates best.
@@ -31,12 +27,6 @@ class SaebenchResult:
     details: list[dict[str, Any]]
     config: dict[str, Any]
     lines: list[tuple[str, str]]
-
-
-def _largest_difference(columns: ProbeInputs, y: np.ndarray) -> np.ndarray:
-    """Columns by falling |mean where true - mean where false|."""
-    yes, no = (np.asarray(_take(columns, np.flatnonzero(side)).mean(0)).ravel() for side in (y, ~y))
-    return np.argsort(-np.abs(yes - no), kind="stable")
 
 
 def result_file(subject: ProbeTarget, checkpoint: str, eval_type: str, task: SaebenchResult) -> dict[str, Any]:

@@ -7,17 +7,11 @@ from scipy import sparse
 
 from ..datasets import Pooled
 from ..probes import LinearProbe, logistic
-from ..subject import ProbeTarget
-from .datasets import LEAST_TEXTS, _balanced, _split
+from ..subject import ProbeTarget, latent_writes
+from .datasets import LEAST_TEXTS, balanced_rows, split_texts
 from .output import PENALTY, SaebenchResult
 
 N_VALUES = (2, 5, 10, 20, 50, 100, 500)
-
-
-def _writes(subject: ProbeTarget) -> np.ndarray:
-    """What every latent's unit of value adds to the activation."""
-    dictionary = subject.dictionary
-    return (dictionary.atoms * dictionary.out_scale).detach().float().cpu().numpy()
 
 
 def _without(x: np.ndarray, codes: sparse.csr_array, writes: np.ndarray, latents: np.ndarray) -> np.ndarray:
@@ -54,12 +48,12 @@ def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
             "--task scr: expected labelled text with two labels and a second key, spurious, of two values, got none. "
             'Add "spurious" to every line of --labels, or leave the task out.'
         )
-    writes = _writes(subject)
+    writes = latent_writes(subject)
     details, accuracies = [], []
     for one in usable:
         assert one.spurious is not None
         groups = np.array([f"{a} and {b}" for a, b in zip(one.labels, one.spurious, strict=True)])
-        split = _split(one, groups, seed)
+        split = split_texts(one, groups, seed)
         if len(split.classes) < 4:
             raise ValueError(
                 f"{one.name}: expected {LEAST_TEXTS} texts or more of all four pairs of label and spurious, got them of "
@@ -142,16 +136,16 @@ def tpp(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
     usable = [one for one in data if len(set(one.labels.tolist())) > 2]
     if not usable:
         raise ValueError("--task tpp: expected labelled text of at least three classes, got two. Leave the task out.")
-    writes = _writes(subject)
+    writes = latent_writes(subject)
     details = []
     for one in usable:
-        split = _split(one, one.labels, seed)
+        split = split_texts(one, one.labels, seed)
         if len(split.classes) < 3:
             raise ValueError(f"{one.name}: expected three classes with {LEAST_TEXTS} texts or more, got {split.classes}.")
         probes, tests = {}, {}
         for name in split.classes:
             generator = np.random.default_rng(seed)
-            train, tests[name] = (_balanced(one.labels, rows, name, generator) for rows in (split.train, split.test))
+            train, tests[name] = (balanced_rows(one.labels, rows, name, generator) for rows in (split.train, split.test))
             probes[name] = (logistic(one.x[train], one.labels[train] == name, PENALTY * len(train)), train)
         csr = sparse.csr_array(one.codes)
 

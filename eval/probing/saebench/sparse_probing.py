@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from ...bootstrap import bootstrap_mean
 from ..datasets import Pooled
-from ..probes import bootstrap_mean, logistic
+from ..probes import ProbeInputs, logistic
 from ..subject import ProbeTarget
-from .datasets import _balanced, _split, _take
-from .output import SaebenchResult, _largest_difference
+from .datasets import balanced_rows, split_texts, submatrix
+from .output import SaebenchResult
 
 K_VALUES = (1, 2, 5, 10, 20)
 
@@ -20,21 +21,21 @@ def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> S
     """
     details, correct, unstructured = [], {}, {}
     for one in data:
-        split = _split(one, one.labels, seed)
+        split = split_texts(one, one.labels, seed)
         scores: dict[str, list[float]] = {}
         for name in split.classes:
             generator = np.random.default_rng(seed)
-            train, test = (_balanced(one.labels, rows, name, generator) for rows in (split.train, split.test))
+            train, test = (balanced_rows(one.labels, rows, name, generator) for rows in (split.train, split.test))
             y, truth = one.labels[train] == name, one.labels[test] == name
             for side, columns in (("llm", one.x), ("sae", one.codes)):
-                known = _take(columns, train)
+                known = submatrix(columns, train)
                 order = _largest_difference(known, y)
                 width = known.shape[1]
                 for k in (None, *(k for k in K_VALUES if k <= width)):
                     some = None if k is None else order[:k]
                     key = f"{side}_test_accuracy" if k is None else f"{side}_top_{k}_test_accuracy"
-                    probe = logistic(_take(columns, train, some), y)
-                    hits = (probe.scores(_take(columns, test, some)) > 0) == truth
+                    probe = logistic(submatrix(columns, train, some), y)
+                    hits = (probe.scores(submatrix(columns, test, some)) > 0) == truth
                     scores.setdefault(key, []).append(float(hits.mean()))
                     correct.setdefault(key, []).append(hits)
         details.append({"dataset_name": one.name} | {key: float(np.mean(values)) for key, values in scores.items()})
@@ -62,10 +63,16 @@ def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> S
     config = {
         "random_seed": seed,
         "dataset_names": [one.name for one in data],
-        "probe_train_set_size": max(len(_split(one, one.labels, seed).train) for one in data),
-        "probe_test_set_size": max(len(_split(one, one.labels, seed).test) for one in data),
+        "probe_train_set_size": max(len(split_texts(one, one.labels, seed).train) for one in data),
+        "probe_test_set_size": max(len(split_texts(one, one.labels, seed).test) for one in data),
         "context_length": subject.text.context_length,
         "model_name": subject.model.id,
         "k_values": list(K_VALUES),
     }
     return SaebenchResult(summary, metrics, details, config, lines)
+
+
+def _largest_difference(columns: ProbeInputs, y: np.ndarray) -> np.ndarray:
+    """Columns by falling |mean where true - mean where false|."""
+    yes, no = (np.asarray(submatrix(columns, np.flatnonzero(side)).mean(0)).ravel() for side in (y, ~y))
+    return np.argsort(-np.abs(yes - no), kind="stable")

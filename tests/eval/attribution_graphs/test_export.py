@@ -17,9 +17,7 @@ from sparsary.eval.attribution_graphs.local_replacement_model import Active
 from sparsary.eval.attribution_graphs.page_data import page_data
 from sparsary.eval.attribution_graphs.run import save_graph
 from sparsary.eval.pages.attribution_graph import render_graph
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
+from sparsary.eval.pages.render import render_file
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "attribution_graph.json"
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -121,13 +119,21 @@ def test_a_graph_without_labels_is_saved_by_numbers(tmp_path):
     values = json.loads((tmp_path / "graph.json").read_text())
     assert values["metadata"]["prompt_tokens"] == ["5", "6"]
     assert any(node["clerp"] == 'Output "8 \u2212 9" (p=0.600)' for node in values["nodes"])
-    assert "sparsary attribution graph" in (tmp_path / "graph.html").read_text(encoding="utf-8")
+    page = (tmp_path / "graph.html").read_text(encoding="utf-8")
+    assert "sparsary attribution graph" in page
+    (tmp_path / "graph.html").unlink()
+    for name in ("graph.json", "graph-page.json"):
+        assert render_file(tmp_path / name) == tmp_path / "graph.html"
+        assert (tmp_path / "graph.html").read_text(encoding="utf-8") == page
+    (tmp_path / "graph-page.json").unlink()
+    with pytest.raises(ValueError, match=r"graph.json: expected graph-page.json beside it"):
+        render_file(tmp_path / "graph.json")
 
 
 @pytest.fixture(scope="module")
 def html():
     graph = small_graph()
-    return render_graph(graph, graph.prune(), labels(), {"kl_last": 0.25})
+    return render_graph(page_data(graph, graph.prune(), labels(), {"kl_last": 0.25}))
 
 
 def test_the_page_says_how_much_is_shown(html):
@@ -137,11 +143,11 @@ def test_the_page_says_how_much_is_shown(html):
     assert f"{int(pruned.edges.sum())} of {int((graph.adjacency != 0).sum())}" in html
     assert "0.25" in html
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))
-    assert data == json.loads(json.dumps(page_data(graph, pruned, labels())))
+    assert data == json.loads(json.dumps(page_data(graph, pruned, labels(), {"kl_last": 0.25})))
     sizes = [edge[4] for edge in data["edges"]]
     assert sizes == sorted(sizes, reverse=True)
     left = replace(graph, n_left_out=12, left_out_share=0.125)
-    assert "12 latents that were not looked into" in render_graph(left, pruned, labels())
+    assert "12 latents that were not looked into" in render_graph(page_data(left, pruned, labels()))
 
 
 def test_nothing_is_fetched_and_no_token_becomes_html(html):
@@ -151,7 +157,7 @@ def test_nothing_is_fetched_and_no_token_becomes_html(html):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html).group(1)
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
     graph = small_graph()
-    assert render_graph(graph, graph.prune(), labels(), {"kl_last": 0.25}) == html
+    assert render_graph(page_data(graph, graph.prune(), labels(), {"kl_last": 0.25})) == html
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -170,7 +176,6 @@ document.title = JSON.stringify(found);
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 @pytest.mark.parametrize("width", [1300, 500])
 def test_the_browser_walks_the_graph_by_keyboard(tmp_path, html, width):

@@ -13,9 +13,6 @@ from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.stack import Stack
 from sparsary.transcoders.transcoder import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 POSITIONS = 6
 
 
@@ -34,9 +31,7 @@ def cross_layer(width, layers=3, dtype=torch.float64):
 FAMILIES, KINDS = ("gpt2", "gpt_neox", "llama"), ("stack", "cross_layer", "some layers")
 
 
-@pytest.fixture(
-    params=["gpt2", pytest.param("gpt_neox", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)]
-)
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
 def anatomy(request, tiny_model):
     return Architecture(tiny_model(request.param))
 
@@ -45,14 +40,7 @@ def prompt():
     return torch.randint(3, 41, (POSITIONS,), generator=torch.Generator().manual_seed(9))
 
 
-# Every family and every kind once in quick runs, all combinations in slow ones.
-PAIRS = [
-    pytest.param(
-        (family, kind), marks=() if FAMILIES.index(family) == KINDS.index(kind) else pytest.mark.slow, id=f"{family} {kind}"
-    )
-    for family in FAMILIES
-    for kind in KINDS
-]
+PAIRS = [pytest.param((family, kind), id=f"{family} {kind}") for family in FAMILIES for kind in KINDS]
 
 
 @pytest.fixture(params=PAIRS)

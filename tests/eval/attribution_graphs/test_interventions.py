@@ -14,9 +14,6 @@ from sparsary.training.activations.model import LanguageModel
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def prompt(length=6):
     return torch.randint(3, 41, (length,), generator=torch.Generator().manual_seed(9))
@@ -52,8 +49,8 @@ def crossing(width):
     ("family", "kind"),
     [
         ("gpt2", "stack"),
-        pytest.param("llama", "cross_layer", marks=pytest.mark.slow),
-        pytest.param("gpt_neox", "cross_layer", marks=pytest.mark.slow),
+        ("llama", "cross_layer"),
+        ("gpt_neox", "cross_layer"),
     ],
 )
 def test_predictions_are_what_the_local_replacement_does(family, kind, tiny_model, random_transcoders):
@@ -94,7 +91,6 @@ def wide_model():
     return LanguageModel(module, None, "gpt2", None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["patterns", "model"])
 def test_in_a_model_that_its_transcoders_are_edges_rank_effects(place, wide_model):
     """Small writes leave attention and gates nearly as they were, which is what the graph supposes."""
@@ -144,9 +140,9 @@ def test_in_models_built_by_hand_edges_rank_what_interventions_do(name):
 
 FAMILY_KINDS = [
     ("gpt2", "stack"),
-    pytest.param("gpt2", "cross_layer", marks=pytest.mark.slow),
-    pytest.param("gpt_neox", "cross_layer", marks=pytest.mark.slow),
-    pytest.param("llama", "stack", marks=pytest.mark.slow),
+    ("gpt2", "cross_layer"),
+    ("gpt_neox", "cross_layer"),
+    ("llama", "stack"),
 ]
 
 

@@ -11,9 +11,6 @@ from sparsary.eval.virtual_weights.linear_readers import readers
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.architecture import Architecture
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 T, S = 5, 2
 
 

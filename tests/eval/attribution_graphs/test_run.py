@@ -11,9 +11,6 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.transcoders import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 TEXT = {"source": "embedded", "context_length": 32}
 HARVEST = {"dtype": "float32", "heldout": 0.05, "exclude_special": True, "exclude_leading": 2}
 PROMPT = "The dog swims again ."
@@ -47,7 +44,6 @@ def stack(tmp_path):
     return tmp_path / "stack"
 
 
-@pytest.mark.slow
 def test_a_stack_and_a_prompt_become_a_graph(stack, tmp_path):
     facts = attribution_graph(str(stack), PROMPT, str(tmp_path / "out"), node_threshold=0.99, context_tokens=500)
     values = json.loads((tmp_path / "out" / "graph.json").read_text())
@@ -93,7 +89,6 @@ def test_records_of_a_cross_layer_transcoder_are_numbered_through(tmp_path):
     assert read_records(tmp_path / "nowhere", {0: (0, 0)}) == {}
 
 
-@pytest.mark.slow
 def test_a_cross_layer_transcoder_and_a_single_one_become_graphs(tmp_path):
     crossing = CrossLayerTranscoder(4, 512, 512, 4 * 41, ENCODERS["topk"](k=4))
     crossing.out_scale.fill_(0.05)

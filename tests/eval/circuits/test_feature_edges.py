@@ -12,9 +12,6 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.sites import site_hooks
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def pairs_of(clean, corrupted):
     n, length = clean.shape

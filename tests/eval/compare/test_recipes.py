@@ -13,7 +13,7 @@ import sparsary
 from sparsary.eval.compare import recipes as compare_module
 from sparsary.eval.compare.recipes import (
     COLUMNS,
-    collect_runs,
+    collect_run_groups,
     compare_recipes,
     is_complete,
     load_families,
@@ -25,13 +25,11 @@ from sparsary.eval.compare.recipes import (
 from sparsary.eval.pages.charts import FAMILY_COLORS, MARKERS
 from sparsary.eval.pages.recipes import PLOTS, render_recipes
 from sparsary.sae import load_dictionary
+from sparsary.training import preflight, resolve_hooks
 from sparsary.training import run as run_module
 from sparsary.training.recipe import load_recipe
-from sparsary.training.resolve_hooks import resolved
+from sparsary.training.resolve_hooks import resolve_recipes
 from sparsary.training.signals import Stopped
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
 
 REPORT = {
     "kind": "sae",
@@ -127,20 +125,19 @@ def calls(monkeypatch):
         real = getattr(module, name)
 
         def watched(*arguments, **options):
-            seen[name].append(key(arguments))
+            seen[name.removesuffix("_recipe")].append(key(arguments))
             return real(*arguments, **options)
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(compare_module, "train", lambda arguments: arguments[0].out_dir)
+    watch(compare_module, "train_recipe", lambda arguments: arguments[0].recipe.out_dir)
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
     watch(run_module, "harvest", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     return seen
 
 
-@pytest.mark.slow
 def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     overrides = {"lr": 2e-3}
@@ -163,7 +160,7 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
     assert page == render_recipes(comparison)
 
     # Repeated: nothing is done again. The page was seen; drawing it takes a second.
-    monkeypatch.setattr(compare_module, "render_recipes", lambda _comparison: page)
+    monkeypatch.setattr(compare_module, "render_file", lambda path: path.with_suffix(".html"))
     for seen in calls.values():
         seen.clear()
     assert compare_recipes([str(recipes)], overrides, seeds=2, out=str(out)) == comparison
@@ -183,7 +180,20 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
         compare_recipes([str(recipes)], {}, seeds=2, out=str(out))
 
 
-@pytest.mark.slow
+def test_recipes_are_resolved_together_and_planned_once_each(recipes, tmp_path, monkeypatch, count_calls):
+    for name in ("narrow", "wide"):
+        values = json.loads((recipes / f"{name}.yaml").read_text())
+        del values["dictionary"]["hook"]
+        values["dictionary"] |= {"layer": 2, "site": "resid_post"}
+        (recipes / f"{name}.yaml").write_text(json.dumps(values))
+    seen = count_calls((compare_module, "resolve_recipes"), (resolve_hooks, "skeleton"), (preflight, "_plan"))
+    monkeypatch.setattr(compare_module, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(compare_module, "collect_runs", lambda *_: {})
+    monkeypatch.setattr(compare_module, "render_file", lambda path: path.with_suffix(".html"))
+    compare([str(recipes)], {"tokens": 202}, seeds=2, out=str(tmp_path / "out"))
+    assert seen == {"resolve_recipes": 1, "skeleton": 1, "_plan": 2}
+
+
 def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path, monkeypatch):
     out = tmp_path / "out"
     narrow = str(recipes / "narrow.yaml")
@@ -235,6 +245,11 @@ def test_recipes_with_other_inputs_are_refused(recipes, recipe_values, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def load_resolved(paths):
+    families = load_families(paths, {})
+    return dict(zip(families, resolve_recipes(list(families.values())), strict=True))
+
+
 def test_a_hook_of_their_own_is_refused(recipes, recipe_values):
     hooks = ["transformer.h.2:out", "transformer.h.1:out"]
     recipe_values["harvest"]["hooks"] = hooks
@@ -254,10 +269,11 @@ def test_a_transcoder_compares_with_an_sae_of_what_it_predicts(recipes, recipe_v
         "wide": {"kind": "transcoder", "site": "mlp"},
     }.items():
         (recipes / f"{name}.yaml").write_text(json.dumps(recipe_values | {"dictionary": shared | changes}))
-    families = load_families([str(recipes)], {})
-    together = dict(zip(families, resolved(list(families.values())), strict=True))
+    together = load_resolved([str(recipes)])
     require_comparable(together)
-    assert {recipe.harvest.hooks for recipe in together.values()} == {("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")}
+    assert {member.recipe.harvest.hooks for member in together.values()} == {
+        ("transformer.h.1.mlp:in", "transformer.h.1.mlp:out")
+    }
     away = recipe_values | {"dictionary": shared | {"kind": "transcoder", "site": "mlp", "layer": 2}}
     (recipes / "wide.yaml").write_text(json.dumps(away))
     with pytest.raises(
@@ -271,11 +287,11 @@ def test_a_recipe_that_streams_is_held_to_model_text_hook_and_exclusions(recipes
     recipe_values["harvest"] |= store
     # The first by name: what has a store is still the yardstick.
     (recipes / "any.yaml").write_text(json.dumps(recipe_values))
-    compare_module.require_comparable(load_families([str(recipes)], {}))
+    require_comparable(load_resolved([str(recipes)]))
     recipe_values["harvest"]["heldout"] = 0.25
     (recipes / "any.yaml").write_text(json.dumps(recipe_values))
     with pytest.raises(ValueError, match=r"got\n  harvest.heldout: 0.5 in narrow, 0.25 in any\nMake"):
-        compare_module.require_comparable(load_families([str(recipes)], {}))
+        require_comparable(load_resolved([str(recipes)]))
 
 
 def test_what_cannot_be_run_is_found_before_anything_is(recipes, recipe_values, tmp_path, calls):
@@ -310,10 +326,10 @@ def test_keys_that_compare_sets_are_refused_as_overrides(recipes, key, option):
 
 
 def test_a_failing_run_is_named(recipes, tmp_path, monkeypatch):
-    def fail(_recipe):
+    def fail(*_, **__):
         raise ValueError("loss: not finite.")
 
-    monkeypatch.setattr(compare_module, "train", fail)
+    monkeypatch.setattr(compare_module, "train_recipe", fail)
     monkeypatch.setattr(compare_module, "run_harvest", lambda *_: None)
     with pytest.raises(ValueError, match=r"narrow/seed-0: loss: not finite\."):
         compare_recipes([str(recipes)], {}, out=str(tmp_path / "out"))
@@ -330,7 +346,7 @@ def test_means_ranges_and_best(judged):
         ],
         "d": [judged("d", seed, selection="oracle", fvu=0.0, ce_recovered_mean=1.0) for seed in range(3)],
     }
-    comparison = collect_runs(directories)
+    comparison = collect_run_groups(directories)
     a, b, c, d = comparison["families"]
     assert a["figures"]["fvu"] == {"mean": 0.5, "min": 0.25, "max": 0.75, "values": [0.25, 0.5, 0.75]}
     assert b["figures"]["l0_mean"]["mean"] == pytest.approx(14 / 3)
@@ -346,7 +362,7 @@ def test_means_ranges_and_best(judged):
 
 def test_equal_best_values_are_best_together(judged):
     figures = {"a": 0.25, "b": 0.25, "c": 0.5}
-    comparison = collect_runs({name: [judged(name, 0, fvu=fvu)] for name, fvu in figures.items()})
+    comparison = collect_run_groups({name: [judged(name, 0, fvu=fvu)] for name, fvu in figures.items()})
     assert comparison["best"] == {"fvu": ["a", "b"]}
 
 
@@ -360,7 +376,7 @@ def test_a_figure_no_report_has_is_not_measured():
 def test_reports_on_other_tokens_do_not_compare(judged):
     directories = {"a": [judged("a", 0)], "b": [judged("b", 0, tokens=509)]}
     with pytest.raises(ValueError, match=r"b/seed-0/report.json: tokens: expected 1,013 as in .*a/seed-0/report.json, got 509"):
-        collect_runs(directories)
+        collect_run_groups(directories)
 
 
 def test_speed_is_the_median_line(tmp_path):
@@ -375,7 +391,7 @@ def test_speed_is_the_median_line(tmp_path):
 def test_page_shows_every_family_once_with_mean_and_range(judged):
     table = Table(
         render_recipes(
-            collect_runs(
+            collect_run_groups(
                 {
                     "plain": [judged("plain", 0, fvu=0.25), judged("plain", 1, fvu=0.5)],
                     "none": [judged("none", 0, kl_spliced=None, fvu=math.nan), judged("none", 1, kl_spliced=None)],
@@ -406,7 +422,7 @@ def test_page_without_model_says_not_measured(judged, tmp_path):
     directory = judged("a", 0)
     kept = {key: value for key, value in REPORT.items() if not key.startswith(("ce_", "kl_"))}
     (directory / "report.json").write_text(json.dumps(kept))
-    table = Table(render_recipes(collect_runs({"a": [directory]})))
+    table = Table(render_recipes(collect_run_groups({"a": [directory]})))
     assert table.cell("a", "kl_spliced") == ["not measured"]
     assert len(table.plots) == len(PLOTS) - 2
 
@@ -414,11 +430,12 @@ def test_page_without_model_says_not_measured(judged, tmp_path):
 def test_page_is_self_contained_safe_and_the_same_each_time(judged):
     attack = '<script>alert(1)</script>"onload="x'
     changes = {"hook": attack, "model": attack, "encoder": attack, "selection": attack}
-    comparison = collect_runs({"a": [judged("a", 0, **changes)], "b": [judged("b", 0)]})
+    comparison = collect_run_groups({"a": [judged("a", 0, **changes)], "b": [judged("b", 0)]})
     comparison["families"][1]["name"] = attack
     html = render_recipes(comparison)
     assert html == render_recipes(comparison)
-    assert "<script" not in html
+    assert len(re.findall("<script>", html)) == 1
+    assert attack not in html
     assert not re.search(r"@import|@font-face|<link|<iframe|<img", html)
     for name, value in Table(html).attributes:
         assert name != "onload"
@@ -431,7 +448,9 @@ def test_page_is_self_contained_safe_and_the_same_each_time(judged):
 def test_many_families_keep_looks_and_colours_apart(judged):
     names = [f"family-with-a-rather-long-$name$-{index}" for index in range(13)]
     assert len(names) <= math.lcm(len(FAMILY_COLORS), len(MARKERS))
-    html = render_recipes(collect_runs({name: [judged(name, 0, l0_mean=4.0 + index)] for index, name in enumerate(names)}))
+    html = render_recipes(
+        collect_run_groups({name: [judged(name, 0, l0_mean=4.0 + index)] for index, name in enumerate(names)})
+    )
     table = Table(html)
     assert [row[0][0] for row in table.rows[1:]] == names
     plots = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
@@ -447,7 +466,7 @@ def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
 
     def instead(recipes, overrides, seeds, out, progress):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
-        return collect_runs({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
+        return collect_run_groups({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 
     monkeypatch.setattr("sparsary.eval.compare.run.compare_recipes", instead)
     arguments = "compare recipes lr=2e-3 more.yaml --seeds 2 --out there dictionary.encoder.k=3"

@@ -12,7 +12,8 @@ import pytest
 
 import sparsary
 from sparsary.eval.compare.runs import collect_runs, compare_runs, pareto, runs_among, runs_summary
-from sparsary.eval.pages.runs import COLUMNS, SCRIPT, render_runs
+from sparsary.eval.pages.document import TEMPLATES
+from sparsary.eval.pages.runs import COLUMNS, render_runs
 from sparsary.sae import ENCODERS, SAE
 
 REPORT = {
@@ -43,9 +44,6 @@ RUNS = {
     "large": {"l0_mean": 8.0, "fvu": 0.125, "ce_increase": 0.0625, "encoder": '{"name": "batch_topk", "k": 8}'},
     "bare": {"fvu": 0.75, "ce_increase": None, "l0_mean": 20.0},
 }
-
-# A browser, or runs to judge, for every test.
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -131,7 +129,7 @@ def test_page_is_self_contained_safe_and_the_same_each_time(runs):
     assert html == render_runs(comparison)
     # The one script is ours, and the policy lets no other run.
     (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
-    assert script == SCRIPT
+    assert script == "".join((TEMPLATES / f"{name}.js").read_text() for name in ("page", "table", "comparison"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html
     assert "default-src 'none'" in html
@@ -167,13 +165,13 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
     ("fragment", "shown", "hidden_points"),
     [
         ("", ["large", "beaten", "small", "bare"], set()),
-        pytest.param("#sort=-l0_mean", ["bare", "beaten", "large", "small"], set(), marks=pytest.mark.slow),
+        ("#sort=-l0_mean", ["bare", "beaten", "large", "small"], set()),
         # Without a value at the end both ways.
         ("#sort=ce_increase", ["large", "beaten", "small", "bare"], set()),
         ("#sort=-ce_increase", ["small", "beaten", "large", "bare"], set()),
         ("#sort=name&q=l0%3C9", ["large", "small"], {"1", "3"}),
-        pytest.param("#q=batch_topk", ["large"], {"0", "1", "3"}, marks=pytest.mark.slow),
-        pytest.param("#q=fvu%3E0.2+topk&sort=-fvu", ["bare", "small", "beaten"], {"2"}, marks=pytest.mark.slow),
+        ("#q=batch_topk", ["large"], {"0", "1", "3"}),
+        ("#q=fvu%3E0.2+topk&sort=-fvu", ["bare", "small", "beaten"], {"2"}),
     ],
 )
 def test_browser_sorts_and_filters(runs, tmp_path, fragment, shown, hidden_points):
@@ -185,7 +183,7 @@ def test_browser_sorts_and_filters(runs, tmp_path, fragment, shown, hidden_point
     command = [CHROMIUM, *quiet.split(), *more.split(), f"--user-data-dir={tmp_path / 'profile'}", file.as_uri() + fragment]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    rows = re.findall(r'<tr data-run="\d"([^>]*)>.*?<strong>(.*?)</strong>', done.stdout, flags=re.DOTALL)
+    rows = re.findall(r'<tr data-number="\d"([^>]*)>.*?<strong>(.*?)</strong>', done.stdout, flags=re.DOTALL)
     assert [name for attributes, name in rows if "hidden" not in attributes] == shown
     points = re.findall(r'<g id="point-fvu-(\d)"([^>]*)>', done.stdout)
     assert len(points) == 4

@@ -7,11 +7,13 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from sparsary.eval.features.collect import Collector, ContextBatch, Limits, TokenSample, bin_edges
+from sparsary.eval.features.collect import Collector, Limits, TokenSample, bin_edges
 from sparsary.eval.features.logit_lens import Unembedding, unembedding
 from sparsary.eval.features.neighbours import as_matrix, nearest_latents, together, token_table
 from sparsary.sae import ENCODERS, SAE, SparseCode
 from sparsary.training.activations.architecture import Architecture
+from sparsary.training.activations.contexts import ContextBatch
+from sparsary.training.text import BEGINNING
 from sparsary.transcoders.transcoder import Transcoder
 
 N, LENGTH, CONTEXTS = 13, 19, 23
@@ -35,13 +37,14 @@ def batch_of(ids, documents, offsets, kept, dense):
     rows = torch.from_numpy(dense[kept])
     tokens, latents = rows.nonzero(as_tuple=True)
     starts = torch.searchsorted(tokens, torch.arange(rows.shape[0]))
-    return ContextBatch(ids, documents, offsets, kept, SparseCode(latents, rows[tokens, latents], starts))
+    batch = ContextBatch(ids, documents, offsets, kept, BEGINNING)
+    return batch, SparseCode(latents, rows[tokens, latents], starts)
 
 
 def collected(arrays, sizes=(CONTEXTS,), limits=LIMITS):
     collector, begin = Collector(arrays[-1].shape[-1], limits), 0
     for size in sizes:
-        collector.update(batch_of(*(array[begin : begin + size] for array in arrays)))
+        collector.update(*batch_of(*(array[begin : begin + size] for array in arrays)))
         begin += size
     return collector.result()
 

@@ -20,9 +20,6 @@ HOOK = "transformer.h.2:out"
 N = 67
 LIMITS = Limits(top=4, sample=12, before=5, after=2, background=60)
 
-# Each collects features anew.
-pytestmark = pytest.mark.slow
-
 
 def provenance(**changes):
     harvest = HarvestSection(hooks=(HOOK,), exclude_leading=2).model_dump(mode="json")
@@ -154,7 +151,6 @@ def saying(text):
     return {"choices": [{"message": {"content": text}}]}
 
 
-@pytest.mark.slow
 def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatch, capsys, serving):
     def reply(request):
         if "EXPLANATION:" in request["messages"][0]["content"]:

@@ -10,6 +10,7 @@ from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import PURSUITS
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
@@ -28,10 +29,9 @@ def gradient_run(tmp_path_factory):
         "out_dir": str(folder / "run"),
         "eval_tokens": 1500,
     }
-    return train_recipe(check_recipe(values, "recipe"))
+    return train_recipe(resolve_recipe(check_recipe(values, "recipe")))
 
 
-@pytest.mark.slow
 def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
     oracle = evaluate(str(gradient_run), str(tmp_path / "oracle"), selection=InferenceMode(oracle=True))
@@ -44,7 +44,6 @@ def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     assert json.loads((gradient_run / "report.json").read_text())["selection"] == "per token"
 
 
-@pytest.mark.slow
 def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path):
     usual = evaluate(str(gradient_run))
     for name in PURSUITS:

@@ -15,9 +15,6 @@ from sparsary.eval.pages.circuit_glossary import circuit_markdown, explanation
 from sparsary.eval.pages.circuit_plots import family_labels, panel
 from sparsary.eval.pages.circuits import COLUMNS, render_circuits
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHECKPOINT = "runs/circuits/topk/seed-0"
 HOOKS = [f"transformer.h.{layer}:out" for layer in range(4)]
@@ -224,11 +221,11 @@ def test_plots_have_a_line_for_every_family_and_method(html):
 def test_values_far_off_are_cut_and_the_caption_says_so(found):
     changed = copy.deepcopy(found) | {"curves": copy.deepcopy(found["curves"][:1])}
     families = list(family_labels(found))
-    assert "are cut off" not in panel(changed, "ioi", "attribution", "faithfulness", families)
+    assert "are cut off" not in panel(changed, "ioi", "attribution", "faithfulness", families).note
     changed["curves"][0]["faithfulness"][5] = 90.0
-    html = panel(changed, "ioi", "attribution", "faithfulness", families)
-    assert "are cut off" in html
-    ticks = [float(tick) for tick in parts(html, r">(\d\.\d+)</text>")]
+    card = panel(changed, "ioi", "attribution", "faithfulness", families)
+    assert "are cut off" in card.note
+    ticks = [float(tick) for tick in parts(str(card.drawing), r">(\d\.\d+)</text>")]
     assert 1.5 <= max(ticks) <= 1.75
 
 
@@ -354,7 +351,6 @@ def rows_shown(dom, task):
     return [(int(family), method) for family, attributes, method in rows if "hidden" not in attributes]
 
 
-@pytest.mark.slow
 @needs_browser
 def test_browser_restores_a_view(tmp_path, found, whole):
     dom = browse(tmp_path, whole, "#method=relevance&off=0.3&q=relevance+cpr%3E0.9&sort=-cpr")
@@ -370,7 +366,6 @@ def test_browser_restores_a_view(tmp_path, found, whole):
     assert [number for number, attributes in lines if "none" in attributes] == ["0", "3"]
 
 
-@pytest.mark.slow
 @needs_browser
 def test_browser_choosing_and_pointing(tmp_path, found, whole):
     steps = """
@@ -379,8 +374,10 @@ def test_browser_choosing_and_pointing(tmp_path, found, whole):
     chips[5].click(); found.off = location.hash;
     all('th[data-key="nodes_80"] button')[0].click();
     found.sorted = all('th[aria-sort="ascending"]').length;
-    const ends = () => [...tables[0].tBodies[0].rows].slice(-1).concat(tables[0].tBodies[0].rows[0])
-      .map(row => row.cells[place(tables[0], "nodes_80")].dataset.value);
+    const table = all("table.sortable")[0], heads = [...table.tHead.rows[0].cells];
+    const at = heads.findIndex(head => head.dataset.key === "nodes_80");
+    const ends = () => [...table.tBodies[0].rows].slice(-1).concat(table.tBodies[0].rows[0])
+      .map(row => row.cells[at].dataset.value);
     found.up80 = ends();
     all('th[data-key="nodes_80"] button')[0].click();
     found.down80 = ends();
@@ -420,7 +417,6 @@ def test_browser_choosing_and_pointing(tmp_path, found, whole):
     assert result["drawn"] == 7
 
 
-@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(420, "light"), (420, "dark"), (1300, "light")])
 def test_browser_needs_no_sideways_scrolling(tmp_path, whole, width, scheme):

@@ -17,9 +17,6 @@ from matplotlib.image import imread
 from sparsary.eval.metrics.glossary import report_markdown
 from sparsary.eval.pages.report import EXPLANATIONS, KEY_FIGURES, PLOTS, render_report
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 N_LATENTS, TOKENS = 1021, 20_011
 L0_COUNTS = [0] * 11 + [round(900 * math.exp(-(((l0 - 37) / 13) ** 2))) for l0 in range(11, 83)]
 REPORT = {
@@ -163,7 +160,7 @@ def test_every_key_of_the_report_is_explained():
 
 
 def test_the_documented_schema_is_that_of_the_page():
-    # If not: python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
+    # If not: python -c "from sparsary.eval.metrics.glossary import report_markdown as m; print(m(), end='')" > docs/report.md
     assert (Path(__file__).parents[3] / "docs" / "report.md").read_text(encoding="utf-8") == report_markdown()
 
 
@@ -317,7 +314,6 @@ def test_braces_and_at_signs_in_text_survive():
     assert Page(render_report({"hook": '{facts} "@" \\1'}, [])).entry("hook")[1] == '{facts} "@" \\1'
 
 
-@pytest.mark.slow
 def test_equal_input_gives_equal_bytes_whatever_matplotlib_is_set_to(html: str):
     with matplotlib.rc_context({"svg.fonttype": "path", "axes.grid": True, "figure.dpi": 31, "lines.color": "red"}):
         assert render_report(REPORT, CURVE) == html
@@ -351,7 +347,6 @@ def browse(directory: Path, html: str, *arguments: str) -> tuple[str, list[str]]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.slow
 @needs_browser
 def test_browser_understands_the_page(tmp_path: Path, html: str, page: Page):
     dom, console = browse(tmp_path, html, "--dump-dom")
@@ -381,7 +376,6 @@ def test_phone_needs_no_sideways_scrolling(tmp_path: Path, html: str):
     assert needed <= window
 
 
-@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (420, "dark")])
 def test_screenshot_shows_plots_on_the_scheme_s_background(tmp_path: Path, html: str, width: int, scheme: str):

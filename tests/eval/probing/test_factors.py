@@ -155,7 +155,6 @@ def test_too_few_tokens_and_unknown_text_are_refused(subject):
         probe_target(SAE(31, 67, build_encoder({"name": "topk", "k": 5})), subject.model, SOURCE)
 
 
-@pytest.mark.slow
 def test_on_the_embedded_model_probes_bound_latents_which_beat_chance(subject):
     report, rows = factor_scores(subject, 20_000)
     assert report["factors_probe_f1"] > report["factors_latent_f1"] > report["factors_chance_f1"]

@@ -9,11 +9,12 @@ import torch
 
 import sparsary
 from sparsary.eval.checkpoint import folders
-from sparsary.eval.metrics.glossary import EXPLANATIONS
+from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory):
         "out_dir": str(folder / "run"),
         "eval_tokens": 4000,
     }
-    return train_recipe(check_recipe(values, "recipe"))
+    return train_recipe(resolve_recipe(check_recipe(values, "recipe")))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,12 @@ def test_the_figures_hang_together(report):
     assert "fvu" in dict(report_summary(report))
 
 
-@pytest.mark.slow
 def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
     again = evaluate(str(checkpoint), str(tmp_path / "elsewhere"))
     assert {k: v for k, v in again.items() if k != "report_path"} == {k: v for k, v in report.items() if k != "report_path"}
     assert (tmp_path / "elsewhere" / "report.json").exists()
 
 
-@pytest.mark.slow
 def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
     from sparsary.eval import heldout
 
@@ -160,7 +159,6 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
 def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path):
     everyone = [str(checkpoint), *rivals]
     seen = passes(monkeypatch)
@@ -186,11 +184,10 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
         folders(["runs/a", "runs/a"], "out")
 
 
-@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_report", lambda *_: "")
+    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
@@ -223,7 +220,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
 def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_report", lambda *_: "")
+    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     seen = []
 
     class Curious(suite.GROUPS[2]):
@@ -242,7 +239,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     told = []
 
     def progress(total):
@@ -324,9 +321,8 @@ def test_every_entry_of_a_report_is_explained(report):
     assert {key for key in report if key != "report_path"} <= known
 
 
-@pytest.mark.slow
 def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -338,9 +334,8 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
     assert printed.count("report: ") == 2
 
 
-@pytest.mark.slow
 def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_report", lambda *_: "")
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []

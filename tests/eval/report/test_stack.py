@@ -16,9 +16,6 @@ from sparsary.training.text import Cursor
 from sparsary.transcoders.cross_layer import CrossLayerTranscoder
 from sparsary.transcoders.transcoder import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 READS, WRITES = ([f"transformer.h.{layer}.mlp:{side}" for layer in range(4)] for side in ("in", "out"))
 SOURCE = {
     "model": {"id": "embedded", "device": "cpu"},
@@ -85,7 +82,6 @@ def report(stack):
     return evaluate(str(stack))
 
 
-@pytest.mark.slow
 def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(stack):
     """That of a least-squares map is the floor itself, but for the text it was fitted on."""
     # Fewer tokens and the fitted floor is too high: it has 129 coefficients per dimension.
@@ -102,7 +98,6 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
     assert "fvu_affine" in (stack / "layer=1" / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
     from sparsary.eval.heldout import eval_data
@@ -123,7 +118,6 @@ def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, st
     assert found["ce_spliced"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_a_stack_is_judged_whole_and_by_layer(stack, report):
     saved = json.loads((stack / "report.json").read_text())
     assert saved == {key: value for key, value in report.items() if key != "report_path"}
@@ -140,7 +134,6 @@ def test_a_stack_is_judged_whole_and_by_layer(stack, report):
     assert report["training_tokens"] == 12_345
 
 
-@pytest.mark.slow
 def test_a_layer_alone_is_what_its_own_report_says(stack, report):
     for layer in (0, 3):
         alone = evaluate(str(stack / f"layer={layer}"))
@@ -151,7 +144,6 @@ def test_a_layer_alone_is_what_its_own_report_says(stack, report):
         assert report["ce_clean"] == alone["ce_clean"]
 
 
-@pytest.mark.slow
 def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack, tmp_path):
     """Without skips, for it has none: its latents are those of per-layer transcoders."""
     clt = CrossLayerTranscoder(4, 512, 512, 4 * 67, topk()).eval()

@@ -101,7 +101,6 @@ def test_more_trees_than_features_are_refused():
         tiny(n_features=34)
 
 
-@pytest.mark.slow
 def test_the_small_size_can_be_learned_better_than_any_floor(train_on):
     planted = SYNTH["synth_sae_bench_small"](0)
     dictionary = train_on(SAE(32, 128, build_encoder({"name": "topk", "k": 3})), planted, 1500)

@@ -11,9 +11,6 @@ from sparsary.training.activations.sites import site_hooks
 from sparsary.transcoders.stack import Stack
 from sparsary.transcoders.transcoder import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 T, S = 5, 2
 
 

@@ -135,7 +135,6 @@ def test_the_controller_rests_in_eval_and_without_a_target(cls):
     assert float(free.penalty.factor) == 1.0
 
 
-@pytest.mark.slow
 def test_the_controller_reaches_its_target(planted):
     sae = SAE(17, 29, ReLU(sparsity=0.3, target_l0=4))
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)

@@ -1,6 +1,5 @@
 """What is special about TopK."""
 
-import pytest
 import torch
 
 from sparsary.sae import SAE
@@ -68,7 +67,6 @@ def test_projected_gradient_is_tangent_and_renormalized_atoms_are_unit():
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(13), atol=1e-6, rtol=0)
 
 
-@pytest.mark.slow
 def test_a_planted_dictionary_is_recovered():
     """Sparse sums of known directions: after training, an atom lies along nearly every one of them."""
     generator = torch.Generator().manual_seed(0)

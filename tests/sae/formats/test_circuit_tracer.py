@@ -22,9 +22,6 @@ from sparsary.transcoders import CrossLayerTranscoder, Transcoder
 from sparsary.transcoders.load import load
 from sparsary.transcoders.stack import Stack
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "circuit_tracer"
 SETS = sorted(path.name for path in GOLDEN.glob("set_*"))
 ACROSS = sorted(path.name for path in GOLDEN.glob("across_*"))

@@ -11,14 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_canonical, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "dictionary_learning"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

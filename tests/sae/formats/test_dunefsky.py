@@ -7,9 +7,6 @@ from safetensors.torch import save_file
 
 from sparsary.sae.formats import SourceFiles, detect, read_dictionary, write_dictionaries, write_dictionary
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D, LATENTS, D_OUT, TOKENS = 8, 24, 5, 40
 CFG = {"hook_point": "blocks.2.ln2.hook_normalized", "out_hook_point": "blocks.2.hook_mlp_out", "model_name": "gemma-2b"}
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparsary.sae.files import natural_order
 from sparsary.sae.formats.archives import read_npz, read_torch
-from sparsary.sae.formats.files import Header, SourceFiles, inner_path, natural
+from sparsary.sae.formats.files import Header, SourceFiles, inner_path
 
 
 class Bomb:
@@ -48,7 +49,7 @@ def test_a_folder_is_listed_and_its_parts_are_sources(folder):
     one = SourceFiles(folder / "layer_2" / "w.safetensors")
     assert one.files == ("w.safetensors",)
     assert torch.equal(one.tensors("w.safetensors")["W"], torch.ones(3, 2))
-    assert natural("layer_10") > natural("layer_9")
+    assert natural_order("layer_10") > natural_order("layer_9")
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/../../b", "~/x", "", "C:/x", "..\\x", "a\0b"])

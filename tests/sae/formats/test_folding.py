@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae.formats.canonical import ActivationFn, CanonicalSAE, forward
 from sparsary.sae.formats.conversion import from_dictionary, representable, to_dictionary
 from sparsary.sae.formats.folding import (
@@ -22,15 +21,12 @@ from sparsary.sae.formats.folding import (
     norms_of,
 )
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D, D_OUT, LATENTS, TOKENS = 7, 5, 24, 13
 GATES = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
 BY_NORM = ("topk", "topk_raw", "abs_topk", "threshold", "group_max")
 NORMS = ("none", "scaled", "layer_norm", "constant_norm")
 # In float64 nothing can hide behind rounding; that is half of the time, though, and seldom finds what float32 does not.
-DTYPES = (torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Weights in bfloat16 are computed with in float32, and folded in it.
 COMPUTING = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -15,9 +15,6 @@ from sparsary.sae import load_dictionary
 from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "circuit_tracer"
 LAYERS, D, LATENTS, D_OUT, TOKENS = 3, 8, 24, 5, 40
 RNG = np.random.default_rng

@@ -16,9 +16,6 @@ import sparsary
 from sparsary.sae.formats import FORMATS
 from sparsary.transcoders.convert import convert
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D = 16
 
 

@@ -9,9 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictionary, write_dictionary
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D, LATENTS, TOKENS = 8, 24, 40
 NORM_IN, NORM_OUT, LEVEL = 7.0, 19.0, 9.0
 SITE = "blocks.5.hook_resid_post"

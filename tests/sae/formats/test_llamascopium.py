@@ -10,9 +10,6 @@ from safetensors.torch import load_file, save_file
 from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 from sparsary.transcoders import CrossLayerTranscoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 LAYERS, D, LATENTS, TOKENS, K = 3, 8, 24, 40, 5
 SITE = "blocks.5.hook_resid_post"
 MLP = ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")

@@ -6,9 +6,6 @@ import torch
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import ENCODERS, LOADED_ENCODERS, build_encoder, encoder_spec
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D, LATENTS, TOKENS = 11, 30, 13
 ARGUMENTS = {
     "threshold": {},

@@ -6,9 +6,6 @@ import torch
 
 from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D, LATENTS, K = 8, 24, 5
 
 

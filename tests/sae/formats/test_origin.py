@@ -11,9 +11,6 @@ from sparsary.sae.formats.canonical import ActivationFn, CanonicalSAE
 from sparsary.sae.formats.files import HubSource
 from sparsary.sae.formats.origin import config_above, hooks_from_files, model_of, origin, originated, plain, source_config
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def bare():
     return CanonicalSAE("sae", torch.zeros(3, 2), torch.zeros(3), torch.zeros(3, 2), torch.zeros(2), ActivationFn("relu"))

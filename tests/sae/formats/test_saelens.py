@@ -13,15 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE, load_dictionary
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import ReadOptions, SourceFiles, read_canonical, read_dictionary, write_dictionary
 from sparsary.sae.formats.conversion import to_dictionary
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "saelens"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

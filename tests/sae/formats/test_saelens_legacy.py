@@ -10,9 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from sparsary.sae.formats import read_dictionary, write_dictionary
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "saelens"
 
 

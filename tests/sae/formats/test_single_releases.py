@@ -10,9 +10,6 @@ from sparsary.sae.formats import ReadOptions, SourceFiles, detect, read_dictiona
 from sparsary.sae.formats.single_releases import DeepSeekR1, block_output
 from sparsary.sae.formats.torch_files import TorchFiles
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 D, LATENTS, K = 8, 24, 5
 
 

@@ -11,15 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sparsary.transcoders  # noqa: F401
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.formats import ReadOptions, read_dictionary, write_dictionary
 from sparsary.sae.formats.sparsify import folder_name, module_path
 from sparsary.transcoders import CrossLayerTranscoder, Transcoder
-
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "sparsify"
 CASES = sorted(str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.rglob("sae.safetensors"))

@@ -14,12 +14,13 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from sparsary.sae.kernels import AdamStep, backend, cpu
+from sparsary.sae.kernels import AdamStep, RowGrad, backend
 from sparsary.sae.kernels import numba_loops as loops
+from sparsary.sae.kernels.cpu import CpuKernels
 from sparsary.sae.kernels.parallel import over_rows
 from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds
-from sparsary.sae.sparse_grad import RowGrad
 
+cpu = CpuKernels()
 TOKENS, D, LATENTS = 13, 7, 29
 DTYPES = [torch.float32, torch.float64]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -86,7 +87,7 @@ def test_groups_list_every_place_once_by_key_and_in_order(code):
 def test_spread_is_the_transposed_product(code, dtype):
     rows = torch.randn(code.n_tokens, D, dtype=dtype)
     group = code.by_latent(LATENTS)
-    close(cpu.spread(group, code.values[group.order], rows), code.to_dense(LATENTS).T @ rows, 10)
+    close(cpu.spread(group.firsts, group.tokens, code.values[group.order], rows), code.to_dense(LATENTS).T @ rows, 10)
 
 
 def test_infinite_numbers_stay_infinite(dtype):
@@ -119,7 +120,7 @@ def gradient(request, code, dtype):
     group = code.by_latent(LATENTS)
     whole = code.to_dense(LATENTS).T @ rows
     whole[dense_of >= 0] += dense[dense_of[dense_of >= 0]]
-    return RowGrad(group, code.values[group.order], rows, dense_of, dense), whole
+    return RowGrad(group.firsts, group.tokens, code.values[group.order], rows, dense_of, dense), whole
 
 
 def tangential(whole: Tensor, weights: Tensor, unit: bool) -> Tensor:
@@ -155,9 +156,8 @@ def test_adam_is_torch_s_adam_on_the_written_gradient(gradient, dtype, unit):
 
 def test_a_row_of_zeros_stays_finite_under_adam(dtype):
     none = SparseCode(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=dtype), torch.zeros(2, dtype=torch.long))
-    entries = RowGrad(
-        none.by_latent(3), none.values, torch.ones(2, D, dtype=dtype), torch.full((3,), -1), torch.empty(0, D, dtype=dtype)
-    )
+    group, rows = none.by_latent(3), torch.ones(2, D, dtype=dtype)
+    entries = RowGrad(group.firsts, group.tokens, none.values, rows, torch.full((3,), -1), rows[:0])
     weights, mean, square = (torch.zeros(3, D, dtype=dtype) for _ in range(3))
     cpu.adam_(weights, True, entries, mean, square, torch.tensor(1.0), AdamStep(0.9, 0.999, 0.01, 1.0, 1e-8))
     assert not weights.any()
@@ -351,7 +351,7 @@ def everything() -> list[Tensor]:
     code = SparseCode.from_rows(latents, randn(rows, 3))
     ends, group = bounds(code.latents, code.starts), code.by_latent(n)
     x, W, scores, cut = randn(rows, d), F.normalize(randn(n, d), dim=-1), randn(rows, n), randn(n)
-    gradient = RowGrad(group, code.values[group.order], x, torch.full((n,), -1), x[:0])
+    gradient = RowGrad(group.firsts, group.tokens, code.values[group.order], x, torch.full((n,), -1), x[:0])
     best, names = torch.full((rows, 5), -torch.inf), torch.zeros(rows, 5, dtype=torch.long)
     cpu.keep_largest_(scores, 0, best, names)
     room = torch.randint(0, 9, (rows,), generator=generator)
@@ -363,7 +363,7 @@ def everything() -> list[Tensor]:
     return [
         cpu.decode(ends, code.latents, code.values, W),
         cpu.dots(ends, code.latents, x, W),
-        cpu.spread(group, code.values[group.order], x),
+        cpu.spread(group.firsts, group.tokens, code.values[group.order], x),
         cpu.squared_norms(W, True, gradient),
         *(moved, mean, square, best, names, coarse, scale, out),
         *cpu.keep_largest_ragged(scores, room),
@@ -454,8 +454,8 @@ def test_other_threads_are_waited_for_and_what_they_raise_reaches_the_caller(thr
 FORK = """
 import os, signal, torch
 torch.set_num_threads(2)
-from sparsary.sae.kernels import cpu
-from sparsary.sae.sparse_code import SparseCode, bounds
+from sparsary.sae.kernels.cpu import CpuKernels
+cpu = CpuKernels()
 latents = torch.arange(400) % 7
 ends = torch.arange(0, 401, 4)
 values, atoms = torch.ones(400), torch.randn(7, 5)
@@ -470,7 +470,6 @@ assert torch.equal(cpu.decode(ends, latents, values, atoms), before)
 """
 
 
-@pytest.mark.slow
 def test_after_a_fork_the_child_has_threads_of_its_own():
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", FORK], cwd=root, capture_output=True, text=True, timeout=600, check=False)
@@ -480,7 +479,7 @@ def test_after_a_fork_the_child_has_threads_of_its_own():
 # Which kernels.
 
 
-@pytest.mark.parametrize("name", ["loops", "permuting", "pursuit", "reading", "storing"])
+@pytest.mark.parametrize("name", ["numba_loops", "permuting", "pursuit", "reading", "storing"])
 def test_kernels_compile_where_nothing_can_be_written(name, monkeypatch):
     """A read-only installation without a home: numba refuses to cache, and so to compile."""
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
@@ -488,16 +487,16 @@ def test_kernels_compile_where_nothing_can_be_written(name, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"{loops.__package__}.{name}_without_a_cache", path)
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
-    if name != "loops":
+    if name != "numba_loops":
         return
     firsts, order = torch.zeros(4, dtype=torch.long), torch.zeros(3, dtype=torch.long)
-    again.group(torch.tensor([1, 0, 1]).numpy(), firsts.numpy(), order.numpy())
+    again.group_loop(torch.tensor([1, 0, 1]).numpy(), firsts.numpy(), order.numpy())
     assert order.tolist() == [1, 0, 2]
 
 
 def test_kernels_are_for_contiguous_tensors_of_one_dtype_they_know():
     a = torch.randn(4, 6)
-    assert backend(a, a) is cpu
+    assert isinstance(backend(a, a), CpuKernels)
     assert backend(a.T) is None
     assert backend(a, a.double()) is None
     assert backend(a.bfloat16()) is None

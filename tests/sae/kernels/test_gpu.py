@@ -16,10 +16,9 @@ import torch
 
 from sparsary.sae import SAE
 from sparsary.sae.encoders import ENCODERS
-from sparsary.sae.kernels import AdamStep
+from sparsary.sae.kernels import AdamStep, RowGrad
 from sparsary.sae.screen import quantize
-from sparsary.sae.sparse_code import ByLatent, SparseCode, bounds, group_by_latent
-from sparsary.sae.sparse_grad import RowGrad
+from sparsary.sae.sparse_code import SparseCode, bounds, group_by_latent
 from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.fused_adam import FusedAdam
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
@@ -40,17 +39,17 @@ on_either = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available()
 
 @pytest.fixture
 def gpu():
-    from sparsary.sae.kernels import gpu
+    from sparsary.sae.kernels.gpu import GpuKernels
 
-    return gpu
+    return GpuKernels()
 
 
 @pytest.fixture(params=["as they are", "small"])
-def sizes(request, gpu, monkeypatch):
+def sizes(request, monkeypatch):
     """Block sizes as they are, which hold these shapes whole, or so small that every loop is entered."""
     if request.param == "small":
         for name, size in (("COLUMNS", 16), ("SOME", 2), ("WHOLE_ROW", 16), ("CHUNK", 4)):
-            monkeypatch.setattr(gpu, name, size)
+            monkeypatch.setattr(f"sparsary.sae.kernels.gpu.{name}", size)
     return request.param
 
 
@@ -94,23 +93,25 @@ class Case:
         code = SparseCode(latents, self.values.double(), starts)
         self.token_ids, self.group, self.dense = code.token_ids(), code.by_latent(LATENTS), code.to_dense(LATENTS)
 
+    def grouped(self):
+        """The entries by latent, as kernels take them."""
+        return self.group.firsts, self.group.tokens, self.values[self.group.order]
+
     def gradient(self, written):
         """The spread of ``x`` as a gradient of ``W``, with rows for some latents ``written`` out besides."""
         dense_of = torch.full((LATENTS,), -1)
         some = torch.randperm(LATENTS)[:written]
         dense_of[some] = torch.arange(written)
         dense = torch.randn(written, self.W.shape[1]).to(self.W.dtype)
-        parts = RowGrad(self.group, self.values[self.group.order], self.x, dense_of, dense)
+        parts = RowGrad(*self.grouped(), self.x, dense_of, dense)
         expected = self.dense.T @ self.x.double()
         return here(parts), expected.index_add(0, some, dense.double())
 
 
 def here(part):
     """The same where the kernels run."""
-    if isinstance(part, ByLatent):
-        return ByLatent(*(here(tensor) for tensor in (part.firsts, part.tokens, part.order)))
     if isinstance(part, RowGrad):
-        return RowGrad(*(here(each) for each in (part.group, part.values, part.rows, part.dense_of, part.dense)))
+        return RowGrad(*map(here, part))
     return part.to(DEVICE)
 
 
@@ -132,7 +133,7 @@ def test_decoding_and_its_gradients(gpu, sizes, make, dtype):
     latents, ends = here(case.latents), here(case.bounds)
     y_hat = gpu.decode(ends, latents, here(case.values), here(case.W))
     to_values = gpu.dots(ends, latents, here(case.x), here(case.W))
-    to_atoms = gpu.spread(here(case.group), here(case.values[case.group.order]), here(case.x))
+    to_atoms = gpu.spread(*map(here, case.grouped()), here(case.x))
     assert y_hat.dtype == to_values.dtype == to_atoms.dtype == dtype
     assert_near(y_hat, case.dense @ case.W.double(), dtype)
     assert_near(to_values, (case.x.double()[case.token_ids] * case.W.double()[case.latents]).sum(1), dtype, scale=4)
@@ -224,11 +225,12 @@ def test_results_repeat_bit_for_bit_and_no_function_waits(gpu):
     def everything():
         by_latent, ends = code.by_latent(1009), bounds(code.latents, code.starts)
         none = torch.full((1009,), -1, device="cuda"), W[:0]
-        gradient = RowGrad(by_latent, code.values[by_latent.order], x, *none)
+        grouped = by_latent.firsts, by_latent.tokens, code.values[by_latent.order]
+        gradient = RowGrad(*grouped, x, *none)
         moved = [W.clone(), torch.zeros_like(W), torch.zeros_like(W)]
         gpu.adam_(moved[0], True, gradient, *moved[1:], torch.ones((), device="cuda"), AdamStep(0.9, 0.99, 0.1, 1.0, 1e-8))
         found = gpu.decode(ends, code.latents, code.values, W), gpu.dots(ends, code.latents, x, W)
-        return [*found, gpu.spread(by_latent, code.values[by_latent.order], x), gpu.squared_norms(W, True, gradient), *moved]
+        return [*found, gpu.spread(*grouped, x), gpu.squared_norms(W, True, gradient), *moved]
 
     first = everything()
     torch.cuda.synchronize()
@@ -255,14 +257,14 @@ def test_matrices_of_more_than_2_to_the_31_numbers(gpu):
     assert gpu.decode(ends, code.latents, code.values, W).eq(13).all()
     assert gpu.dots(ends, code.latents, x, W).tolist() == [4096, 8192]
     by_latent = code.by_latent(rows)
-    assert gpu.spread(by_latent, code.values[by_latent.order], x)[-2:, -1].tolist() == [5, 3]
+    assert gpu.spread(by_latent.firsts, by_latent.tokens, code.values[by_latent.order], x)[-2:, -1].tolist() == [5, 3]
 
 
 @pytest.mark.parametrize("make", CODES)
 def test_entries_are_grouped_on_gpus_as_by_the_cpu_s_kernel(make, monkeypatch):
     latents, _ = make()
     # The way that tensors on a GPU go.
-    monkeypatch.setattr("sparsary.sae.sparse_code.has_numba", lambda: False)
+    monkeypatch.setattr("sparsary.sae.sparse_code.cpu_kernels", lambda: None)
     firsts, order = group_by_latent(latents, LATENTS)
     expected = [(latents == i).nonzero().squeeze(1).tolist() for i in range(LATENTS)]
     assert [order[first:last].tolist() for first, last in itertools.pairwise(firsts)] == expected
@@ -275,7 +277,6 @@ def test_rounding_low_precision_to_int8_keeps_the_largest_number_s_sign():
     assert ((levels.float() * scale.float()[:, None] - rows.float()).abs() <= 1.1 * scale.float()[:, None]).all()
 
 
-@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_triton_s_interpreter():
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
@@ -287,7 +288,7 @@ def test_the_kernels_in_triton_s_interpreter():
 
 
 def compiled_for(capability):
-    """Stands in for ``gpu._launch``: compiles for GPUs of a capability what is launched, unless that was done."""
+    """Stands in for the GPU module's ``_launch``: compiles for GPUs of a capability what is launched, unless that was done."""
     from triton import compile as compile_
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -306,13 +307,12 @@ def compiled_for(capability):
     return launch, done
 
 
-@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(("capability", "d", "dtype"), [(80, 4096, torch.bfloat16), (90, 9001, torch.float32)])
 def test_the_kernels_compile_for_gpus_that_are_not_here(gpu, monkeypatch, tmp_path, capability, d, dtype):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launch, done = compiled_for(capability)
-    monkeypatch.setattr(gpu, "_launch", launch)
+    monkeypatch.setattr("sparsary.sae.kernels.gpu._launch", launch)
     tokens, n_latents, k = 8192, 131072, 64
     # Tensors without numbers: a function that asks for one, and so would wait for a GPU, fails.
     meta = torch.device("meta")
@@ -322,14 +322,14 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(gpu, monkeypatch, tmp_pa
     ends, by_latent = bounds(code.latents, code.starts), code.by_latent(n_latents)
     assert gpu.decode(ends, latents, values, W).shape == x.shape
     assert gpu.dots(ends, latents, x, W).shape == latents.shape
-    assert gpu.spread(by_latent, values, x).shape == W.shape
-    gradient = RowGrad(by_latent, values, x, latents[:n_latents], W[:0])
+    assert gpu.spread(by_latent.firsts, by_latent.tokens, values, x).shape == W.shape
+    gradient = RowGrad(by_latent.firsts, by_latent.tokens, values, x, latents[:n_latents], W[:0])
     for unit in (True, False):
         assert gpu.squared_norms(W, unit, gradient).shape == (n_latents,)
         gpu.adam_(W, unit, gradient, W, W, torch.empty((), device=meta), AdamStep(0.9, 0.99, 0.1, 1.0, 1e-8))
     # Segments are split in spreading and not in decoding; atoms of norm 1 are another kernel.
     assert [key[0] for key in done] == [
-        "sum_segments", "dots", "sum_chunks", "sum_segments", *("squared_norms", "adam") * 2
+        "sum_segments_block", "dots_block", "sum_chunks_block", "sum_segments_block", *("squared_norms_block", "adam_block") * 2
     ]  # fmt: skip
     for binary in done.values():
         assert binary.asm["cubin"]

@@ -17,7 +17,8 @@ from sparsary.training.activations import harvest as harvest_module
 from sparsary.training.activations import shards as shards_module
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.shards import ActivationStore, RowReader, dequantize, encode, quantize_rows
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.locks import locked
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import is_heldout
 
@@ -169,7 +170,6 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
     assert parts.manifest == whole.manifest
 
 
-@pytest.mark.slow
 def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, monkeypatch):
     """The model runs ahead of the writer: what it has already computed may not follow a shard that is missing."""
     whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole", dtype="int8"))
@@ -193,7 +193,6 @@ def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, m
     assert harvest_activations(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
 
 
-@pytest.mark.slow
 def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, tmp_path, monkeypatch):
     whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole"))
     stopping = threading.Event()
@@ -382,10 +381,19 @@ def test_a_folder_with_other_things_is_not_harvested_into(embedded_model, tmp_pa
         harvest_activations(embedded_model, TEXT, section(tmp_path))
 
 
+def test_a_store_that_another_process_fills_is_refused(embedded_model, tmp_path):
+    with (
+        locked(tmp_path / "s", "harvest.store"),
+        pytest.raises(ValueError, match=r"harvest\.store: .* in use by another process"),
+    ):
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "s"))
+
+
 FULL_DISK = """
 import resource, signal, sys
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.model import load_model
+from sparsary.training.locks import locked
 from sparsary.training.recipe import HarvestSection, ModelSection, TextSection
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
@@ -397,7 +405,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
     """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
     small = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))

@@ -6,10 +6,10 @@ from torch import nn
 
 from sparsary.training.activations.model import (
     LanguageModel,
-    hook_widths,
     load_model,
     next_token_loss,
     resolve_device,
+    skeleton,
     tokenizer_digest,
 )
 from sparsary.training.recipe import ModelSection
@@ -120,7 +120,7 @@ def test_a_module_that_never_runs_is_named():
 
 
 def test_widths_come_from_the_configuration_alone():
-    assert hook_widths(ModelSection(), ("transformer.h.2.mlp.c_fc:out", "transformer.h.2:in")) == {
+    assert skeleton(ModelSection()).widths(("transformer.h.2.mlp.c_fc:out", "transformer.h.2:in")) == {
         "transformer.h.2.mlp.c_fc:out": 512,
         "transformer.h.2:in": 128,
     }
@@ -158,7 +158,7 @@ def test_a_model_that_cannot_be_had_names_the_embedded_one(tmp_path, monkeypatch
         with pytest.raises(ValueError, match=r"could not be had .*embedded, which needs no network"):
             load_model(ModelSection(id=model_id))
         with pytest.raises(ValueError, match=r"could not be had"):
-            hook_widths(ModelSection(id=model_id), ("a:out",))
+            skeleton(ModelSection(id=model_id))
 
 
 def test_a_device_that_is_not_there_is_refused():

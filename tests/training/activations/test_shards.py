@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsary.training.activations import shards as shards_module
-from sparsary.training.activations import stream as stream_module
+from sparsary.training.activations import shuffle as shuffle_module
 from sparsary.training.activations.buffer_pool import Memory
 from sparsary.training.activations.shards import (
     FORMAT,
@@ -22,7 +22,8 @@ from sparsary.training.activations.shards import (
     dequantize,
     quantize_rows,
 )
-from sparsary.training.activations.stream import StoreStream, permute
+from sparsary.training.activations.shuffle import permute
+from sparsary.training.activations.store_stream import StoreStream
 
 SIZES = (613, 1, 389)
 BLOCK = 32
@@ -54,7 +55,7 @@ def make_store(directory, width, dtype, sizes=SIZES):
 def path(request, monkeypatch):
     """Every test with it runs with the compiler and without."""
     if request.param == "plain":
-        for module in (shards_module, stream_module):
+        for module in (shards_module, shuffle_module):
             monkeypatch.setattr(module, "has_numba", lambda: False)
         monkeypatch.setattr(shards_module, "PLAIN_ROWS", 100)
     return request.param
@@ -130,13 +131,12 @@ def test_the_permutation_is_the_same_with_and_without_the_compiler(monkeypatch):
     numbers = [np.array([0]), np.arange(1003), np.arange(40_000, 70_000)]
     cases = [(index, n, key) for index in numbers for n in (1, 1003, 70_000, 1 << 40) for key in (-3, 0, 12) if index[-1] < n]
     compiled = [permute(*case) for case in cases]
-    monkeypatch.setattr(stream_module, "has_numba", lambda: False)
+    monkeypatch.setattr(shuffle_module, "has_numba", lambda: False)
     for case, found in zip(cases, compiled, strict=True):
         assert found.dtype == np.int64
         assert np.array_equal(permute(*case), found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 def test_a_batch_that_is_held_does_not_change(path, dtype, tmp_path):
     store, expected = make_store(tmp_path / "s", 24, dtype)

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from sparsary.training.activations.model import LanguageModel, hook_widths
+from sparsary.training.activations.model import LanguageModel, skeleton
 from sparsary.training.activations.sites import SITES, TWO_SIDED, find_block, n_layers, site_hooks, sites_of
 from sparsary.training.recipe import ModelSection
 
@@ -118,7 +118,7 @@ def test_embedded_model_sites_add_up(embedded_model):
     mid = seen[at["resid_pre"]] + seen[at["attn_out"]]
     torch.testing.assert_close(mid, seen[at["resid_mid"]])
     torch.testing.assert_close(mid + seen[at["mlp_out"]], seen[at["resid_post"]])
-    assert hook_widths(ModelSection(), tuple(at.values())) == dict.fromkeys(at.values(), 128)
+    assert skeleton(ModelSection()).widths(tuple(at.values())) == dict.fromkeys(at.values(), 128)
 
 
 def meta(name, **changes):

@@ -102,7 +102,6 @@ def test_with_the_error_added_the_embedded_model_s_logits_are_its_own(embedded_m
     check_error_restores_the_logits(embedded_model, insertions, torch.randint(3, 900, (2, 11)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_error_added_a_real_llama_s_logits_are_its_own(shared_data, kind):
     from sparsary.training.activations.model import load_model

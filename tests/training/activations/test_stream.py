@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from sparsary.training.activations.harvest import harvest_activations
-from sparsary.training.activations.live import ContextStream, LiveStream
-from sparsary.training.activations.stream import StoreStream, TensorStream, permute
+from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
+from sparsary.training.activations.shuffle import permute
+from sparsary.training.activations.store_stream import StoreStream
+from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.training.text import is_heldout
 
@@ -84,16 +86,21 @@ LIVE = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_l
 PAIR = {"hooks_in": (READ, HOOK), "hooks_out": (WRITTEN,)}
 
 
+def live_stream(model, hooks_in, hooks_out=(), text=TEXT, section=LIVE, batch_tokens=BATCH):
+    source = Buffers(model, text, section, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
+    return LiveStream(source, hooks_in, batch_tokens, 1, hooks_out)
+
+
 @pytest.fixture(params=["store", "live", "tensors", "pairs from a store", "pairs live", "pairs of tensors"])
 def make(request, store, embedded_model):
     tensors = [torch.randn(n, 6) for n in (5, 300, 1, 77, 250)]
     pairs = [{"x": x, "target": x[:, :2] + 1, "grad": x[:, 4:]} for x in tensors]
     return {
         "store": lambda: StoreStream(store, (HOOK,), BATCH, seed=1),
-        "live": lambda: LiveStream(embedded_model, TEXT, LIVE, (HOOK,), BATCH, seed=1),
+        "live": lambda: live_stream(embedded_model, (HOOK,)),
         "tensors": lambda: TensorStream(tensors, BATCH),
         "pairs from a store": lambda: StoreStream(store, batch_tokens=BATCH, seed=1, **PAIR),
-        "pairs live": lambda: LiveStream(embedded_model, TEXT, LIVE, batch_tokens=BATCH, seed=1, **PAIR),
+        "pairs live": lambda: live_stream(embedded_model, **PAIR),
         "pairs of tensors": lambda: TensorStream(pairs, BATCH, targets=True),
     }[request.param]
 
@@ -138,7 +145,7 @@ def test_sampling_does_not_move_the_stream(make):
 
 def test_live_batches_are_training_tokens_and_match_the_model(embedded_model):
     section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=450, exclude_leading=1, heldout=0.3)
-    stream = LiveStream(embedded_model, TEXT, section, (HOOK,), BATCH, seed=1)
+    stream = live_stream(embedded_model, (HOOK,), section=section)
     documents = torch.cat([next(stream).labels["document"] for _ in range(12)])
     stream.close()
     assert not any(is_heldout(int(d), 0.3) for d in documents)
@@ -177,11 +184,10 @@ def test_hooks_stand_side_by_side_and_target_and_gradient_are_those_of_the_outpu
 
 def test_live_rows_of_all_hooks_are_of_the_same_tokens(embedded_model):
     section = LIVE.model_copy(update={"gradients": True})
-    arguments = (embedded_model, TEXT, section)
-    stream = LiveStream(*arguments, (READ, HOOK), BATCH, 1, None, (WRITTEN,))
+    stream = live_stream(embedded_model, (READ, HOOK), (WRITTEN,), section=section)
     batch = next(stream)
     stream.close()
-    one = {hook: LiveStream(*arguments, (hook,), BATCH, 1) for hook in (READ, HOOK, WRITTEN)}
+    one = {hook: live_stream(embedded_model, (hook,), section=section) for hook in (READ, HOOK, WRITTEN)}
     alone = {hook: next(each) for hook, each in one.items()}
     assert torch.equal(batch.x, torch.cat([alone[READ].x, alone[HOOK].x], 1))
     assert torch.equal(batch.target, alone[WRITTEN].x)
@@ -193,7 +199,7 @@ def test_live_rows_of_all_hooks_are_of_the_same_tokens(embedded_model):
 
 
 def test_contexts_come_with_what_is_read_and_what_is_written(embedded_model):
-    stream = ContextStream(embedded_model, TEXT, LIVE, (READ,), BATCH, 1, None, (WRITTEN,))
+    stream = ContextStream(live_stream(embedded_model, (READ,), (WRITTEN,)))
     batch = next(stream)
     stream.close()
     read, written = seen_by(embedded_model, batch, (READ, WRITTEN))
@@ -227,7 +233,7 @@ def test_live_text_starts_over(embedded_model, tmp_path):
     (tmp_path / "t.txt").write_text("\n\n".join(["The war lasted from the year 1732 to the year 1741."] * 12))
     text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=16)
     section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=200, exclude_leading=1, heldout=0.0)
-    stream = LiveStream(embedded_model, text, section, (HOOK,), 50, seed=1)
+    stream = live_stream(embedded_model, (HOOK,), text=text, section=section, batch_tokens=50)
     assert sum(next(stream).x.shape[0] for _ in range(20)) == 1000
     stream.close()
 
@@ -237,7 +243,7 @@ def test_a_batch_larger_than_the_store_or_the_buffer_is_refused(store, embedded_
         StoreStream(store, (HOOK,), 50_000, seed=0)
     section = HarvestSection(hooks=(HOOK,), tokens=1, live_buffer_tokens=100)
     with pytest.raises(ValueError, match=r"live_buffer_tokens: expected at least batch_tokens = 101, got 100"):
-        LiveStream(embedded_model, TEXT, section, (HOOK,), BATCH, seed=1)
+        live_stream(embedded_model, (HOOK,), section=section)
 
 
 def test_an_iterator_is_used_once_and_ends():

@@ -179,7 +179,6 @@ def test_another_report_is_shown_number_by_number():
     assert table.rows == [["members", "3"], ["shapes.tiny.ratio", "1.235"], ["shapes.tiny.steps", "7"]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "number"),
     [("stream", "int8.gb_per_second"), ("harvest", "cpu_ratio"), ("grid --members 2", "shapes.tiny.ratio")],
@@ -318,7 +317,6 @@ def bench(folder, *arguments):
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.slow
 def test_real_steps_are_measured_from_anywhere(tmp_path):
     # Names of ours in the current folder are not what is run.
     (tmp_path / "training").mkdir()
@@ -333,7 +331,6 @@ def test_real_steps_are_measured_from_anywhere(tmp_path):
     assert all(row["times_product"] > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_real_pursuits_are_measured(tmp_path):
     rows = bench(tmp_path, "pursuit", "--peers", "none")["shapes"][0]["competitors"]
     assert [row["family"] for row in rows] == ["matching_pursuit", "gradient_pursuit"]
@@ -353,7 +350,6 @@ def test_every_peer_takes_its_step(tmp_path):
         }
 
 
-@pytest.mark.slow
 def test_loading_is_measured_against_reading_the_bytes():
     from sparsary.training.bench.loading import FORMATS, bench_loading
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.training.activations.shards import RowReader
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.bench.data import STREAM_DTYPES, SYNTHETIC_HOOK, bench_harvest, bench_stream, synthetic_store
 
 
@@ -31,7 +31,6 @@ def test_the_speed_of_a_stream_is_measured_for_every_dtype():
     assert report["bfloat16"]["bytes_ratio_activations"] == pytest.approx(0.5, abs=0.001)
 
 
-@pytest.mark.slow
 def test_a_harvest_is_measured_against_the_forward_passes_of_its_contexts():
     report = bench_harvest(tokens=3000, context_length=32, repeats=1)
     assert report["ratio"] == report["harvest_seconds"] / report["forward_seconds"] > 0

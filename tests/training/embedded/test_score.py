@@ -26,13 +26,11 @@ def scores(embedded_model):
     return score_model(embedded_model.module, embedded_model.tokenizer, n=300)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BARS)
 def test_heldout_score(scores, name):
     assert scores[name] >= BARS[name]
 
 
-@pytest.mark.slow
 def test_the_model_card_states_what_is_measured(scores):
     card = (MODEL_DIR / "README.md").read_text()
     stated = {name: float(value) for name, value in re.findall(r"\| `(\w+)` \| [^|]* \| ([\d.]+) \|", card)}

@@ -13,13 +13,14 @@ import sparsary
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training import loop as loop_module
 from sparsary.training.activations import harvest
-from sparsary.training.activations.stream import StoreStream
+from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.bench.grid import GridShape, bench_grid
 from sparsary.training.checkpoints import Checkpoints
 from sparsary.training.objective import Objective
 from sparsary.training.preflight import grid_lines, preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid, load_grid
+from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import run_harvest, train_all, train_recipe
 
 FAMILIES = [
@@ -71,7 +72,7 @@ def alone(recipe, tmp_path, activations=None):
     key = (recipe.model_copy(update={"out_dir": ""}).model_dump_json(), type(activations))
     if key not in TRAINED:
         out = tmp_path / "alone" / Path(recipe.out_dir).name
-        TRAINED[key] = train_recipe(recipe.model_copy(update={"out_dir": str(out)}), activations)
+        TRAINED[key] = train_recipe(resolve_recipe(recipe.model_copy(update={"out_dir": str(out)})), activations)
     return TRAINED[key]
 
 
@@ -97,15 +98,13 @@ def counters(directory):
 # Bit for bit what training alone gives.
 
 
-@pytest.mark.slow
 def test_every_member_is_bit_equal_to_itself_trained_alone(values, rows, tmp_path):
     recipes = members(values, FAMILIES)
-    for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
         assert counters(directory)["tokens"] >= recipe.tokens
 
 
-@pytest.mark.slow
 def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
     first, second = values["harvest"]["hooks"]
     gradient = {"name": "gradient_topk", "k": 5, "beta": 2.0}
@@ -113,13 +112,13 @@ def test_over_a_store_members_may_differ_in_seed_and_hook(values, tmp_path):
     recipes = members(
         values | {"tokens": 1515}, [*changes, {"dictionary.hook": second, "seed": 1}, {"dictionary.hook": second}]
     )
-    for directory, recipe in zip(train_all(recipes), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
 def test_a_dictionary_starts_from_its_own_seed(values, rows):
     recipes = members(values | {"tokens": 101, "auxk_weight": 0.0}, {"seed": [3, 4], "dictionary.init": ["random"]})
-    for seed, directory in zip((3, 4), train_all(recipes, rows), strict=True):
+    for seed, directory in zip((3, 4), train_all(resolve_recipes(recipes), rows), strict=True):
         torch.manual_seed(seed)
         fresh = SAE(19, 67, ENCODERS["topk"](k=5))
         # One step of lr 1e-3 / 5 has not moved it far.
@@ -127,39 +126,35 @@ def test_a_dictionary_starts_from_its_own_seed(values, rows):
         assert 0 < moved < 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [False, True])
 def test_straight_from_the_model_members_may_differ_in_seed_and_hook(values, tmp_path, gradients):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": gradients}
     recipes = members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]})
-    for directory, recipe in zip(train_all(recipes), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
-@pytest.mark.slow
 def test_end_to_end_and_reconstruction_share_a_model(values, tmp_path):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     values |= {"tokens": 505}
     recipes = members(values, {"objective": ["kl", "reconstruction"], "lr": [1e-3, 2e-3]})
-    for directory, recipe in zip(train_all(recipes), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
-@pytest.mark.slow
 def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     rows_of, seen = harvest.rows_of, []
 
-    def counted(model, contexts, section, hooks):
-        seen.append(tuple(contexts[0].cursor))
-        return rows_of(model, contexts, section, hooks)
+    def counted(model, batch, section, hooks):
+        seen.append(tuple(batch.cursor))
+        return rows_of(model, batch, section, hooks)
 
     monkeypatch.setattr(harvest, "rows_of", counted)
-    train_all(members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]}))
+    train_all(resolve_recipes(members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]})))
     assert len(seen) == len(set(seen))
 
 
-@pytest.mark.slow
 def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
     step = loop_module.step
 
@@ -170,17 +165,15 @@ def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
         return terms
 
     monkeypatch.setattr(loop_module, "step", watched)
-    train_all(members(values, FAMILIES), rows)
+    train_all(resolve_recipes(members(values, FAMILIES)), rows)
 
 
-@pytest.mark.slow
 def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
     recipes = members(values | {"batch_tokens": 100, "accumulate": 4}, {"lr": [1e-3, 2e-3]})
-    for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
-@pytest.mark.slow
 def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
     order, seen = StoreStream.order, []
 
@@ -188,40 +181,38 @@ def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
         seen.append((self.hooks_in, self.seed, start))
         return order(self, start, count)
 
-    run_harvest(check_recipe(values, "recipe"))
+    run_harvest(resolve_recipe(check_recipe(values, "recipe")))
     monkeypatch.setattr(StoreStream, "order", counted)
-    train_all(members(values, {"dictionary.encoder.k": [2, 3, 5], "lr": [1e-3, 2e-3], "seed": [0, 1]}))
+    train_all(resolve_recipes(members(values, {"dictionary.encoder.k": [2, 3, 5], "lr": [1e-3, 2e-3], "seed": [0, 1]})))
     assert len(set(seen)) == len(seen)
     assert {seed for _, seed, _ in seen} == {0, 1}
 
 
-@pytest.mark.slow
 def test_an_iterator_serves_all_members(values, rows, tmp_path):
     recipes = members(values, {"lr": [1e-3, 2e-3], "seed": [0, 1]})
     endless = [*rows, *rows, *rows]
-    for directory, recipe in zip(train_all(recipes, iter(endless)), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes), iter(endless)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, iter(endless)), directory)
     short = members(values | {"out_dir": values["out_dir"] + "2"}, {"lr": [1e-3, 2e-3], "tokens": [303, 3030]})
     with pytest.raises(ValueError, match="the iterator ended after 1414 of 3030 tokens"):
-        train_all(short, iter(rows))
+        train_all(resolve_recipes(short), iter(rows))
     other = members(values | {"out_dir": values["out_dir"] + "3"}, {"batch_tokens": [101, 60]})
     with pytest.raises(ValueError, match="an iterator gives batches of one size only, the recipes want batch_tokens 101, 60"):
-        train_all(other, iter(rows))
+        train_all(resolve_recipes(other), iter(rows))
 
 
 # Stops, kills and failures.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stops", [(1, 7, 5), pytest.param((13,), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("stops", [(1, 7, 5), (13,)], ids=str)
 def test_a_grid_stopped_and_continued_is_bit_equal(values, rows, tmp_path, stopped_after, stops):
     recipes = members(values, FAMILIES)
     for stop in stops:
         with stopped_after(stop):
-            train_all(recipes, rows)
+            train_all(resolve_recipes(recipes), rows)
     # One round is one step of every member.
     assert {counters(recipe.out_dir)["step"] for recipe in recipes} == {min(sum(stops), 15), sum(stops)} - {15}
-    for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
@@ -229,8 +220,7 @@ class Killed(BaseException):
     """Stands in for the end of the process."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("live", [False, True])
 def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monkeypatch, stopped_after, live):
     """Killed between the saves of two members, twice; the ones ahead wait, also when a stop comes in between."""
     if live:
@@ -248,40 +238,37 @@ def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monk
 
         monkeypatch.setattr(Checkpoints, "save", dying)
         with pytest.raises(Killed):
-            train_all(recipes)
+            train_all(resolve_recipes(recipes))
         monkeypatch.undo()
     steps = [counters(r.out_dir)["step"] for r in recipes if (Path(r.out_dir) / "state.safetensors").exists()]
     assert len(set(steps)) > 1
     with stopped_after(2):
-        train_all(recipes)
-    for directory, recipe in zip(train_all(recipes), recipes, strict=True):
+        train_all(resolve_recipes(recipes))
+    for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
 
-@pytest.mark.slow
 def test_a_member_goes_on_alone_by_its_own_recipe(values, rows, tmp_path, stopped_after):
     recipes = members(values, FAMILIES[:3])
     with stopped_after(11):
-        train_all(recipes, rows)
+        train_all(resolve_recipes(recipes), rows)
     own = load_recipe(Path(recipes[2].out_dir) / "recipe.yaml")
     assert own == recipes[2]
-    assert_equal_runs(alone(own, tmp_path, rows), train_recipe(own, rows))
+    assert_equal_runs(alone(own, tmp_path, rows), train_recipe(resolve_recipe(own), rows))
     # And is then waited for by nobody.
-    for directory, recipe in zip(train_all(recipes, rows), recipes, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
 
-@pytest.mark.slow
 def test_a_grid_that_has_grown_trains_what_is_new(values, rows, tmp_path):
     first = members(values, {"lr": [1e-3, 2e-3]})
-    train_all(first, rows)
+    train_all(resolve_recipes(first), rows)
     before = [(Path(recipe.out_dir) / "state.safetensors").read_bytes() for recipe in first]
     recipes = members(values, {"lr": [1e-3, 2e-3, 3e-3]})
-    assert_equal_runs(alone(recipes[2], tmp_path, rows), train_all(recipes, rows)[2])
+    assert_equal_runs(alone(recipes[2], tmp_path, rows), train_all(resolve_recipes(recipes), rows)[2])
     assert [(Path(recipe.out_dir) / "state.safetensors").read_bytes() for recipe in first] == before
 
 
-@pytest.mark.slow
 def test_one_loss_that_is_not_finite_is_named_and_the_others_are_kept(values, rows, tmp_path, monkeypatch):
     forward = Objective.forward
 
@@ -297,37 +284,37 @@ def test_one_loss_that_is_not_finite_is_named_and_the_others_are_kept(values, ro
     monkeypatch.setattr(Objective, "forward", exploding)
     recipes = members(values, {"dictionary.n_latents": [67, 71, 73]})
     with pytest.raises(ValueError, match=r"n_latents=71: loss: not finite between steps 20 and 25.*step 20 is kept"):
-        train_all(recipes, rows)
+        train_all(resolve_recipes(recipes), rows)
     monkeypatch.undo()
     assert [counters(recipe.out_dir)["step"] for recipe in recipes] == [25, 20, 25]
     others = members(values, {"dictionary.n_latents": [67, 73]})
-    for directory, recipe in zip(train_all(others, rows), others, strict=True):
+    for directory, recipe in zip(train_all(resolve_recipes(others), rows), others, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
     # Its own state is good: without what broke it, it goes on.
-    assert_equal_runs(alone(recipes[1], tmp_path, rows), train_all(recipes, rows)[1])
+    assert_equal_runs(alone(recipes[1], tmp_path, rows), train_all(resolve_recipes(recipes), rows)[1])
 
 
 def test_a_finished_member_stays_calibrated_while_others_go_on(values, rows, stopped_after):
     recipes = members(values, [FAMILIES[2] | {"tokens": 1010}, {"lr": 2e-3}])
-    train_all(recipes[:1], rows)
+    train_all(resolve_recipes(recipes[:1]), rows)
     calibrated = (Path(recipes[0].out_dir) / "dictionary.safetensors").read_bytes()
     with stopped_after(4):
-        train_all(recipes, rows)
+        train_all(resolve_recipes(recipes), rows)
     assert (Path(recipes[0].out_dir) / "dictionary.safetensors").read_bytes() == calibrated
-    train_all(recipes, rows)
+    train_all(resolve_recipes(recipes), rows)
     assert (Path(recipes[0].out_dir) / "dictionary.safetensors").read_bytes() == calibrated
 
 
 def test_a_grid_is_not_put_into_a_run_nor_beside_strange_files(values, rows):
-    train_recipe(check_recipe(values, "recipe"), rows)
+    train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     with pytest.raises(ValueError, match="holds a run of its own"):
-        train_all(members(values, {"lr": [1e-3, 2e-3]}), rows)
+        train_all(resolve_recipes(members(values, {"lr": [1e-3, 2e-3]})), rows)
     shutil.rmtree(values["out_dir"])
-    train_all(members(values, {"lr": [1e-3, 2e-3]}), rows)
+    train_all(resolve_recipes(members(values, {"lr": [1e-3, 2e-3]})), rows)
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        train_recipe(check_recipe(values, "recipe"), rows)
+        train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     with pytest.raises(ValueError, match=r"lr=0\.001 holds another run"):
-        train_all(members(values | {"seed": 5}, {"lr": [1e-3, 2e-3]}), rows)
+        train_all(resolve_recipes(members(values | {"seed": 5}, {"lr": [1e-3, 2e-3]})), rows)
 
 
 # Members and their names.
@@ -450,23 +437,24 @@ def test_one_run_is_asked_for_where_one_is_needed(values, write_recipe):
 
 def test_the_plan_lists_members_and_adds_up_their_memory(values):
     grid = check_grid(values | {"grid": {"dictionary.n_latents": [67, 670], "seed": [0, 1]}}, "recipe")
-    plans = preflight_all(grid.recipes)
-    shown = dict(grid_lines(grid, plans))
+    resolved = resolve_recipes(grid.recipes)
+    plans = preflight_all(resolved)
+    shown = dict(grid_lines(grid, resolved, plans))
     assert shown["n_latents=670,seed=1"] == "128 -> 670, topk, k 5, 172,318 parameters"
     assert shown["members"] == "4 on 2 streams of batches"
     assert shown["training"].startswith("3,030 tokens in 30 steps of 101")
     together = sum(plan.weights_bytes for plan in plans) + plans[3].working_bytes + 2 * plans[0].stream_bytes
     assert shown["memory"] == f"about {together / 1e6:.1f} MB for training, beside the model's own"
-    assert plans[0] == preflight(grid.recipes[0])
+    assert plans[0] == preflight(resolved[0])
     assert not Path(values["out_dir"]).exists()
 
 
 def test_preflight_names_the_members_that_cannot_work(values, tmp_path):
     values["harvest"] |= {"tokens": 200, "store": str(tmp_path / "none")}
     with pytest.raises(ValueError, match=r"^grid batch_tokens=500: batch_tokens: expected at most the 190 training tokens"):
-        preflight_all(members(values, {"batch_tokens": [100, 500]}))
+        preflight_all(resolve_recipes(members(values, {"batch_tokens": [100, 500]})))
     with pytest.raises(ValueError, match=r"^batch_tokens: expected at most the 190 training tokens.*$"):
-        preflight_all(members(values, {"batch_tokens": [500], "lr": [1e-3, 2e-3]}))
+        preflight_all(resolve_recipes(members(values, {"batch_tokens": [500], "lr": [1e-3, 2e-3]})))
 
 
 def test_the_facade_returns_the_directory_above_the_members(values, rows, write_recipe):

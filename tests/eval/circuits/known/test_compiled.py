@@ -5,7 +5,6 @@ import pytest
 from sparsary.eval.circuits.known.compiled import EDGES, program
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", EDGES)
 def test_exact_patching_finds_the_program_s_circuit(name, check_truth, shared_data):
     known = program(name, shared_data / "models" / "toy" / name, n_pairs=6)

@@ -9,9 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from sparsary.eval.circuits.known import load_toy
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def toy(shared_data):

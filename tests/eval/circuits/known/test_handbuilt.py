@@ -6,22 +6,17 @@ import torch
 from sparsary.eval.circuits.known import KNOWN
 from sparsary.eval.circuits.known.handbuilt import LONGEST, and_gate_circuit, fraction, induction_circuit, reverse
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("name", ["and_gate", "adder_gate", "induction", "induction_query"])
 def test_exact_patching_finds_the_circuit(name, check_truth):
     check_truth(KNOWN[name](n_pairs=3), floor=1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("build", [fraction, reverse])
 def test_exact_patching_finds_the_longer_circuits(build, check_truth):
     check_truth(build(n_pairs=3), floor=1e-2)
 
 
-@pytest.mark.slow
 def test_exact_patching_finds_the_or_with_others_ablated(check_truth):
     check_truth(and_gate_circuit("or", n_pairs=3), floor=1e-2, redundant=True, n_contexts=40)
 

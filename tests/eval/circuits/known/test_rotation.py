@@ -9,9 +9,6 @@ from sparsary.eval.circuits.known import KNOWN, ToyTransformer
 from sparsary.eval.circuits.known.rotation import rotated, rotation
 from sparsary.training.activations.model import LanguageModel
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 TURNED = ["and_gate", "induction", "reverse"]
 
 

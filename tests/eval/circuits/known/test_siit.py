@@ -23,9 +23,6 @@ from sparsary.eval.circuits.known.siit import (
 )
 from sparsary.eval.circuits.scoring.roc import roc_auc
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def test_programs_compute_and_take_over_what_is_given():
     token_ids = torch.tensor([[0, 2, 2, 1, 2]])
@@ -65,7 +62,6 @@ def golden(program, seed, max_steps):
     return model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_trained_model_is_the_program_where_it_should_be(name, brute, monkeypatch):
     monkeypatch.setattr(siit, "train_siit", golden)
@@ -80,7 +76,6 @@ def test_a_trained_model_is_the_program_where_it_should_be(name, brute, monkeypa
     assert roc_auc(edges.alone(), edges.truth()) == 1.0
 
 
-@pytest.mark.slow
 def test_training_makes_the_program(monkeypatch):
     """Until it is five times as far off as in earnest, which takes seconds."""
     monkeypatch.setattr(siit, "TOLERANCE", 5 * TOLERANCE)
@@ -95,7 +90,6 @@ def test_what_cannot_be_trained_is_refused():
         trained("sort")
 
 
-@pytest.mark.slow
 def test_too_few_steps_are_too_few():
     with pytest.raises(ValueError, match=r"max_steps: share_of_x is not yet the program after 1 steps: .*\(m0\).* Give more"):
         train_siit(PROGRAMS["share_of_x"], seed=0, max_steps=1)

@@ -6,9 +6,6 @@ import torch
 from sparsary.eval.circuits.methods.attribution import AttributionPatching
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 HOOK = "transformer.h.1.mlp:out"
 
 

@@ -15,9 +15,6 @@ from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.units.passes import Cost
 from sparsary.training.activations.model import LanguageModel
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 class Given(Method):
     """Scores of each pair that a table says; a pair is known by its only token."""

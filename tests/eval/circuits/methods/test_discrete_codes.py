@@ -13,9 +13,6 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.architecture import Architecture
 from sparsary.training.activations.sites import site_hooks
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 HEADS, TELLING = 20, 6
 
 

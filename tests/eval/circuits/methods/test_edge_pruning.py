@@ -13,9 +13,6 @@ from sparsary.eval.circuits.units.ablation import divergence
 from sparsary.eval.circuits.units.edges import EdgeSpace
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def test_masks_are_hard_concrete():
     logits = torch.tensor([-9.0, -1.0, 0.0, 2.0, 9.0]).expand(5000, -1)
@@ -48,7 +45,6 @@ def test_a_circuit_has_as_many_units_as_the_mask_keeps_on_average():
     assert kept_units(torch.full((6,), 20.0)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["and_gate", "induction", "fraction", "reverse"])
 def test_known_circuits_are_found_edge_by_edge(name):
     known = KNOWN[name]()
@@ -61,7 +57,6 @@ def test_known_circuits_are_found_edge_by_edge(name):
     assert torch.equal(kept_units(scores.values), edges)
 
 
-@pytest.mark.slow
 def test_of_an_or_one_way_is_kept_and_does_what_the_model_does():
     known = KNOWN["or_gate"]()
     space = EdgeSpace(known.model)
@@ -74,7 +69,6 @@ def test_of_an_or_one_way_is_kept_and_does_what_the_model_does():
     assert left < 1e-6 < 0.01 < gone
 
 
-@pytest.mark.slow
 def test_a_target_that_rises_slowly_is_held():
     known = KNOWN["induction"](n_pairs=4)
     space = EdgeSpace(known.model)

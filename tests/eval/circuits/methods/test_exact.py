@@ -8,9 +8,6 @@ from sparsary.eval.circuits.scoring.faithfulness import ranked
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 from sparsary.training.activations.sites import site_hooks
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 EACH = {"positions": "each", "n_positions": 6}
 
 

@@ -10,9 +10,6 @@ from sparsary.eval.circuits.methods.flow import FlowRoutes
 from sparsary.eval.circuits.units.edges import EdgeSpace
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_shares_are_how_much_closer_each_sender_comes(family, tiny_model, some_pairs, graph):

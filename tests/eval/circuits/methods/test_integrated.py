@@ -8,9 +8,6 @@ from sparsary.eval.circuits.methods.integrated import IntegratedActivations, Int
 from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.training.activations.sites import site_hooks
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 def mixture(model, random_transcoders):
     """Heads, a transcoder with its error, and neurons of the stream."""
@@ -35,7 +32,7 @@ def effect_of(space, pairs, group):
 
 @pytest.mark.parametrize(
     ("point", "order"),
-    [("clean", 1), pytest.param("corrupted", 1, marks=pytest.mark.slow), pytest.param("middle", 2, marks=pytest.mark.slow)],
+    [("clean", 1), ("corrupted", 1), ("middle", 2)],
 )
 def test_the_contributions_of_a_group_add_up_to_its_effect(tiny_model, random_pairs, random_transcoders, point, order):
     space, pairs = mixture(tiny_model("gpt2"), random_transcoders), random_pairs(n=2)

@@ -9,9 +9,6 @@ from torch import nn
 from sparsary.eval.circuits.methods import METHODS
 from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 SLOPES = ("attribution", "integrated_activations", "integrated_inputs", "relevance")
 EFFECTS = ("exact", *SLOPES)
 

@@ -13,9 +13,6 @@ from sparsary.eval.circuits.units.nodes import NodeSpace
 from sparsary.eval.circuits.units.passes import Cost
 from sparsary.eval.circuits.units.ranking import largest
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 class Mean(Method):
     """A method that says what it finds on all pairs, and nothing of each."""

@@ -11,9 +11,6 @@ from sparsary.eval.circuits.units.nodes import Coordinates, NodeSpace
 from sparsary.eval.circuits.units.passes import Passes
 from sparsary.training.activations.model import LanguageModel
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 FAMILIES = ("gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2")
 ALL = {"normalisation": True, "activation": True, "gate": True, "attention": True}
 NONE = dict.fromkeys(ALL, False)

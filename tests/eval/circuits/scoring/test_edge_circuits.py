@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.circuits.methods.method import UnitScores
-from sparsary.eval.circuits.scoring.edge_circuits import among, grown, node_scores, pruned, weighted_count
+from sparsary.eval.circuits.scoring.edge_circuits import among, grown, node_scores, pruned
 from sparsary.eval.circuits.scoring.faithfulness import circuit_members, ranked
 from sparsary.eval.circuits.units.edge_list import EdgeList
 from sparsary.eval.circuits.units.passes import Cost
@@ -79,13 +79,6 @@ def test_nodes_have_the_edges_between_them():
     heads = {f"embed->a0.h1.{side}" for side in "qkv"}
     assert names_of(among(EDGES, nodes)) == heads | {"embed->m2", "a0.h1->m2", "embed->logits", "a0.h1->logits", "m2->logits"}
     assert not among(EDGES, torch.zeros(EDGES.n_senders, dtype=torch.bool)).any()
-
-
-def test_an_edge_counts_as_much_as_its_sender_keeps_of_its_neurons():
-    kept = circuit("embed->m0", "m0->m1", "m0->logits")
-    shares = torch.tensor([0.25 if sender == "m0" else 1.0 for sender in EDGES.senders])
-    assert weighted_count(EDGES, kept) == 3
-    assert weighted_count(EDGES, kept, shares) == 1.5
 
 
 @pytest.mark.parametrize("by", ["max", "sum"])

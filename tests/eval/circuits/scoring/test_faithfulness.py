@@ -10,12 +10,12 @@ from sparsary.eval.circuits.methods import METHODS, UnitScores
 from sparsary.eval.circuits.scoring.faithfulness import (
     FaithfulnessCurve,
     Trials,
-    bootstrap,
     circuit_members,
     curve,
     growing_sizes,
     jaccard,
     minimality,
+    pair_interval,
     ranked,
     share_sizes,
     smallest_size,
@@ -132,15 +132,14 @@ def test_the_smallest_size_is_to_the_unit(space, pairs):
     assert smallest_size(trials, order, 50.0, coarse) is None
 
 
-@pytest.mark.slow
 def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr("sparsary.eval.circuits.scoring.faithfulness.RESAMPLES", 150)
+    monkeypatch.setattr("sparsary.eval.bootstrap.RESAMPLES", 150)
     rng, hits, widths = np.random.default_rng(0), 0, []
     for seed in range(40):
         full, empty = rng.normal(3.0, 0.5, 40), rng.normal(1.0, 0.5, 40)
         middle = 0.5 * (full + empty) + rng.normal(0.0, 0.3, 40)
         ends = [
-            bootstrap(
+            pair_interval(
                 FaithfulnessCurve.faithfulness,
                 FaithfulnessCurve(2, (1,), middle[None, :n], middle[None, :n], full[:n], empty[:n]),
                 seed,
@@ -154,14 +153,14 @@ def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
     # A quarter of the pairs, intervals twice as wide; where all pairs are alike, none.
     many, few = np.mean(widths, axis=0)
     assert 1.6 < few / many < 2.3
-    assert bootstrap(FaithfulnessCurve.cpr, synthetic([0, 1], (0, 2), 2)) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert pair_interval(FaithfulnessCurve.cpr, synthetic([0, 1], (0, 2), 2)) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
 def test_a_bootstrap_interval_of_a_mean_is_as_wide_as_theory_says():
     full = np.random.default_rng(2).normal(size=50)
     along = FaithfulnessCurve(1, (1,), full[None], full[None], full, full - 1.0)
     for level, deviations in ((0.95, 1.96), (0.5, 0.674)):
-        low, high = bootstrap(lambda at, weights: np.average(at.full, weights=weights), along, level=level)
+        low, high = pair_interval(lambda at, weights: np.average(at.full, weights=weights), along, level=level)
         assert high - low == pytest.approx(2 * deviations * full.std() / np.sqrt(50), rel=0.1)
 
 

@@ -6,9 +6,6 @@ import torch
 from sparsary.eval.circuits.tasks import TASKS, competence, make_pairs
 from sparsary.training.embedded import lexicon
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 NAMES = [name for name, task in TASKS.items() if task.embedded is not None]
 
 

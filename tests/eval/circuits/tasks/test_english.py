@@ -13,9 +13,6 @@ from sparsary.eval.circuits.tasks.english import agreement, docstrings, ioi, obj
 from sparsary.eval.circuits.tasks.english.fill import SingleTokenWords
 from sparsary.eval.circuits.tasks.reader import PromptEncoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 NAMES = [name for name, task in TASKS.items() if task.english is not None]
 
 
@@ -54,7 +51,6 @@ def test_under_gpt2_every_corruption_gives_pairs_of_equal_length(gpt2_tokens, na
             assert not set(pairs.questions[row][-1].answers) & set(pairs.questions[row][-1].foils)
 
 
-@pytest.mark.slow
 def test_published_indirect_objects_are_of_our_templates_and_words(gpt2_tokens, shared_data):
     path = shared_data / "circuits" / "eap" / "ioi_gpt2.csv"
     both = [*ioi.TEMPLATES, *(one.replace("{S1} and {IO}", "{IO} and {S1}") for one in ioi.TEMPLATES)]
@@ -86,7 +82,6 @@ def test_half_of_indirect_objects_have_the_names_exchanged(gpt2_tokens, kind):
             assert (pairs.clean[row] != pairs.corrupted[row]).sum() == 1
 
 
-@pytest.mark.slow
 def test_published_spans_of_years_are_ours(gpt2_tokens, shared_data):
     path = shared_data / "circuits" / "eap" / "greater_than_gpt2.csv"
     template = years.TEMPLATE.replace("{start_year}", "{start_year:2}")

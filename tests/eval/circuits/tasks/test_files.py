@@ -8,9 +8,6 @@ import torch
 
 from sparsary.eval.circuits.tasks import competence, make_pairs, read_pairs, write_pairs
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 FIELDS = ("task", "corruption", "metric", "questions", "roles")
 GOOD = {"clean": "Mary and Paul went", "corrupted": "Mary and Kate went", "answers": [" to"], "foils": [" in"]}
 
@@ -181,24 +178,22 @@ def test_some_of_a_file_in_its_order(embedded_model, write):
     ("file", "n", "metric", "answers", "foils"),
     [
         ("ioi", 499, "logit_diff", [" Amber"], [" Aaron"]),
-        pytest.param(
+        (
             "greater_than",
             1000,
             "prob_diff",
             [f"{year}" for year in range(53, 100)],
             [f"{year:02d}" for year in range(53)],
-            marks=pytest.mark.slow,
         ),
         ("gender_bias", 986, "logit_diff", [" she"], [" he"]),
         ("hypernymy_comma", 198, "prob_diff", [" gem", " gems"], [" elected", " politicians"]),
         ("fact_retrieval_comma", 190, "logit_diff", [" Afghanistan"], [" United"]),
-        pytest.param(
+        (
             "greater_than_sequence",
             825,
             "prob_diff",
             [f"{year}" for year in range(57, 100)],
             [f"{year:02d}" for year in range(57)],
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -220,7 +215,6 @@ def test_the_published_tables_other_corruption_and_lists_of_ids(gpt2_tokens, sha
     assert (lists.clean[:, 19] == torch.tensor([question.answers[0] for [question] in lists.questions])).all()
 
 
-@pytest.mark.slow
 def test_stories_accuracies_are_those_measured(shared_data):
     from sparsary.training.activations.model import load_model
     from sparsary.training.recipe import ModelSection

@@ -9,9 +9,6 @@ from sparsary.eval.circuits.units.ablation import ablation_values
 from sparsary.eval.circuits.units.edge_list import EdgeList
 from sparsary.eval.circuits.units.edges import EdgeSpace
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 FAMILIES = ["gpt2", "gpt_neox", "gpt_neox sequential", "llama", "qwen2"]
 
 

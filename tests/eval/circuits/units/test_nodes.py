@@ -8,9 +8,6 @@ from sparsary.eval.circuits.units.nodes import Coordinates, Latents, NodeSpace
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.sites import site_hooks
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 EACH = {"positions": "each", "n_positions": 6}
 OPTIONS = pytest.mark.parametrize("options", [{}, EACH], ids=["all", "each"])
 

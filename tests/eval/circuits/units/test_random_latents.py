@@ -9,9 +9,6 @@ from sparsary.sae.encoder import Encoder
 from sparsary.sae.metrics import fvu
 from sparsary.transcoders.transcoder import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def trained(encoder_arguments, train_on_planted):

@@ -8,6 +8,7 @@ from sparsary.eval.heldout import TextBatch
 from sparsary.eval.metrics.base import DictionaryOutputs, Setting
 from sparsary.eval.metrics.dark_matter.metrics import ErrorCost, ErrorSplit
 from sparsary.eval.metrics.model_outputs import ModelOutputs
+from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.activations.model import next_token_loss
@@ -43,7 +44,7 @@ def test_a_transcoder_is_asked_both_questions_and_an_sae_one():
 
 
 def test_every_entry_is_explained():
-    known = {key for group in (ErrorSplit, ErrorCost) for entries in group.explanations.values() for key in entries}
+    known = {key for entries in EXPLANATIONS.values() for key in entries}
     found = on_tensors(Transcoder(6, 4, 13, ENCODERS["topk"](k=2)), torch.randn(300, 6), torch.randn(300, 4), authors=True)
     found |= on_tensors(SAE(6, 13, ENCODERS["topk"](k=2)), torch.randn(300, 6), torch.randn(300, 6))
     assert set(found) <= known
@@ -132,7 +133,7 @@ def test_the_cost_of_a_part_is_the_loss_of_the_model_with_it_put_back(embedded_m
         assert values[f"ce_recovered_by_{part}_error"] == pytest.approx(share, abs=1e-3)
     assert values["share_documents"] == 6
     assert values["norm_fit_tokens"] == sum(int(passage.piece.counted.sum()) for passage in fitted)
-    known = {key for entries in ErrorCost.explanations.values() for key in entries}
+    known = {key for section in ("Cost of the error's parts", "What predicts norms") for key in EXPLANATIONS[section]}
     assert set(values) == known
 
 

@@ -13,13 +13,11 @@ from sparsary.eval.metrics.dark_matter.widths import evaluate_widths, fit_width_
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.pursuit import gradient_pursuit
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
+from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 from sparsary.training.text import Cursor
 
 HOOK, BEFORE = "transformer.h.2:out", "transformer.h.1:out"
-
-# Minutes of model passes together.
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -115,7 +113,7 @@ def test_a_dictionary_of_the_nonlinear_error_trains_on_tensors(sae, tmp_path):
         "out_dir": str(tmp_path / "run"),
     }
     tensors = ErrorParts(batches, sae, split(sae, torch.cat(batches)), "nonlinear")
-    assert (train_recipe(check_recipe(values, "recipe"), tensors) / "dictionary.safetensors").exists()
+    assert (train_recipe(resolve_recipe(check_recipe(values, "recipe")), tensors) / "dictionary.safetensors").exists()
 
 
 @pytest.fixture

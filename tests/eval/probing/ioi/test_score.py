@@ -27,9 +27,6 @@ SOURCE = {
     "harvest": {"heldout": 0.05},
 }
 
-# Minutes of model passes together.
-pytestmark = pytest.mark.slow
-
 
 def sae_of(atoms, threshold=0.0):
     """ReLU latents that read along their atoms."""
@@ -175,9 +172,9 @@ def test_latents_that_are_the_attributes_are_found(embedded_model, words):
         dictionary.b_dec.copy_(x.mean(0))
         dictionary.b_enc.copy_(wanted.mean(0) - 0.5)
     subject = probe_target(dictionary, embedded_model, SOURCE)
-    codes = supervised._codes(subject, cross_section(subject, prompts))
+    codes = supervised.prompt_codes(subject, cross_section(subject, prompts))
     fresh = words.prompts(draw_plans(words, 300, 6))
-    found = supervised._interpretability(prompts, fresh, codes, supervised._codes(subject, cross_section(subject, fresh)))
+    found = supervised._interpretability(prompts, fresh, codes, supervised.prompt_codes(subject, cross_section(subject, fresh)))
     assert found["supervised_end_io_f1"] > 0.9
     assert found["supervised_end_io_detected"] == 1
     assert found["supervised_end_io_split"] == 1

@@ -19,9 +19,6 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.transcoders import Transcoder
 
-# Together they take seconds; `make test` runs them.
-pytestmark = pytest.mark.slow
-
 SOURCE = {
     "hook": "transformer.h.2:out",
     "model": {"id": "embedded", "device": "cpu"},

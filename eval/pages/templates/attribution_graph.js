@@ -1,12 +1,10 @@
-"""The script and style of the page of a graph. It writes text as text, never as HTML, whatever tokens hold."""
+// The graph, drawn: nodes to point at, to search and to walk by arrow keys.
 
-SCRIPT = """
-'use strict';
-const $ = id => document.getElementById(id), data = JSON.parse($('data').textContent);
+const data = readData('data'), tokens = data.tokens.map(visible), targets = data.targets.map(visible);
 const KIND = ['latent', 'error', 'token', 'logit'], CAP = 7, STEP = 23, GAP = 16, LINE = 22;
 // Edges drawn at first; the frame's room for names of rows, and of columns.
 const FIRST = 220, LEFT = 58, LOW = 70;
-const svg = $('graph'), NS = 'http://www.w3.org/2000/svg';
+const svg = $('graph');
 const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
   ({id, kind: KIND[kind], layer, position, index, share, value, total, constant, into: [], from: []}));
 const edges = data.edges.map(([source, target, weight, share, size]) =>
@@ -17,29 +15,15 @@ const row = node => node.kind === 'token' ? 0 : node.kind === 'logit' ? data.lay
 const rowName = at => at === 0 ? 'embed' : at === data.layers + 1 ? 'logits' : 'layer ' + (at - 1);
 let view = {x: 0, y: 0, k: 1}, selected = null, hovered = null, matches = null, moved = false, own = false;
 
-function draw(tag, attributes, parent, text) {
-  const made = document.createElementNS(NS, tag);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  if (parent) parent.append(made);
-  return made;
-}
-function make(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children.filter(child => child !== null && child !== undefined));
-  return made;
-}
-const number = value => value === null || value === undefined ? '\\u2013' : String(+value.toPrecision(3));
-const signed = value => (value > 0 ? '+' : value < 0 ? '\\u2212' : '') + number(Math.abs(value));
+const signed = value => (value > 0 ? '+' : value < 0 ? '\u2212' : '') + number(Math.abs(value));
 const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + ' %';
-const short = (text, length) => text.length > length ? text.slice(0, length - 1) + '\\u2026' : text;
+const short = (text, length) => text.length > length ? text.slice(0, length - 1) + '\u2026' : text;
 function name(node) {
-  const at = ' \\u00b7 \\u201c' + data.tokens[node.position].trim() + '\\u201d ' + node.position;
+  const at = ' \u00b7 \u201c' + tokens[node.position].trim() + '\u201d ' + node.position;
   if (node.kind === 'latent') return 'latent ' + node.layer + '.' + node.index + at;
   if (node.kind === 'error') return 'error of layer ' + node.layer + at;
-  if (node.kind === 'token') return 'token \\u201c' + data.tokens[node.position] + '\\u201d at ' + node.position;
-  return 'logit of \\u201c' + data.targets[node.index] + '\\u201d';
+  if (node.kind === 'token') return 'token \u201c' + tokens[node.position] + '\u201d at ' + node.position;
+  return 'logit of \u201c' + targets[node.index] + '\u201d';
 }
 
 // Nodes of one layer and position stand side by side, the most influential first, a few to a line.
@@ -50,9 +34,9 @@ for (const node of nodes) {
   cells.get(key).push(node);
 }
 // Targets have their words in them.
-const WORD = Math.max(44, Math.min(170, 18 + 9 * Math.max(...data.targets.map(text => Math.min(18, text.trim().length)))));
+const WORD = Math.max(44, Math.min(170, 18 + 9 * Math.max(...targets.map(text => Math.min(18, text.trim().length)))));
 const cap = at => at === data.layers + 1 ? 10 : CAP;
-const widths = data.tokens.map((token, position) => {
+const widths = tokens.map((token, position) => {
   let most = 1;
   for (let at = 0; at < rows; at++) {
     const cell = cells.get(at + ' ' + position) || [];
@@ -74,11 +58,11 @@ lines.reduce((sum, count) => (bottoms.push(sum), sum + count * LINE + apart), 0)
 const height = bottoms[rows - 1] + lines[rows - 1] * LINE + 20;
 const most = Math.max(...nodes.filter(n => n.kind === 'latent').map(n => n.share), 1e-9);
 for (const node of nodes) {
-  const at = row(node), cell = cells.get(at + ' ' + node.position), place = cell.indexOf(node), many = cap(at);
-  const inLine = Math.min(many, cell.length - many * Math.floor(place / many));
-  const step = node.kind === 'logit' ? WORD + 6 : STEP;
-  node.x = lefts[node.position] + widths[node.position] / 2 + step * (place % many - (inLine - 1) / 2);
-  node.y = height - bottoms[at] - LINE * Math.floor(place / many) - 14;
+  const at = row(node), cell = cells.get(at + ' ' + node.position), rank = cell.indexOf(node), many = cap(at);
+  const inLine = Math.min(many, cell.length - many * Math.floor(rank / many));
+  const gap = node.kind === 'logit' ? WORD + 6 : STEP;
+  node.x = lefts[node.position] + widths[node.position] / 2 + gap * (rank % many - (inLine - 1) / 2);
+  node.y = height - bottoms[at] - LINE * Math.floor(rank / many) - 14;
   node.r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
 }
 
@@ -97,10 +81,10 @@ for (const node of nodes) {
   if (node.kind === 'token') draw('rect', {x: -6, y: -6, width: 12, height: 12, 'class': 'token'}, shape);
   if (node.kind === 'logit') {
     draw('rect', {x: -WORD / 2, y: -13, width: WORD, height: 26, rx: 8, 'class': 'logit'}, shape);
-    const text = short(data.targets[node.index].trim() || '\\u2423', 18);
+    const text = short(targets[node.index].trim() || '\u2423', 18);
     draw('text', {y: 5, 'text-anchor': 'middle', 'class': 'name'}, shape, text);
   }
-  draw('title', {}, shape, name(node) + (note(node) && note(node).label ? '\\n' + note(node).label : ''));
+  draw('title', {}, shape, name(node) + (note(node) && note(node).label ? '\n' + note(node).label : ''));
   node.shape = shape;
   shape.addEventListener('pointerenter', () => { hovered = node; if (!selected) detail(node); paint(); });
   shape.addEventListener('pointerleave', () => { hovered = null; if (!selected) detail(null); paint(); });
@@ -108,7 +92,7 @@ for (const node of nodes) {
 }
 const rowNames = bottoms.map((_, at) => draw('text', {'class': 'row'}, frame, rowName(at)));
 const floor = draw('rect', {x: 0, width: 1e5, height: 200, 'class': 'floor'}, frame);
-const columnNames = data.tokens.map(token => draw('text', {'class': 'column'}, frame, short(token.trim() || '\\u2423', 11)));
+const columnNames = tokens.map(token => draw('text', {'class': 'column'}, frame, short(token.trim() || '\u2423', 11)));
 
 const strongest = edges.length ? edges[0].size : 1;
 const slider = $('count');
@@ -197,17 +181,17 @@ function edgeList(title, list, other) {
   const rest = ordered.length > 12 ? make('p', 'note', (ordered.length - 12) + ' more, weaker') : null;
   return make('div', 'edges', make('h3', '', title), items, rest);
 }
-function context([tokens, shades, peak]) {
+function context([words, shades, peak]) {
   const line = make('p', '');
-  tokens.forEach((token, at) => {
-    const space = at && gapped && !/^\\s/.test(token) ? ' ' : '', shade = Math.round(10 + 0.55 * shades[at]);
-    const piece = make('span', at === peak ? 'peak' : '', token.replace(/\\n/g, '\\u21b5'));
+  words.forEach((token, at) => {
+    const space = at && gapped && !/^\s/.test(token) ? ' ' : '', shade = Math.round(10 + 0.55 * shades[at]);
+    const piece = make('span', at === peak ? 'peak' : '', visible(token));
     if (shades[at]) piece.style.background = `color-mix(in srgb, var(--accent) ${shade}%, transparent)`;
     line.append(space, piece);
   });
   return line;
 }
-const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([tokens]) => tokens.some(t => /^\\s/.test(t))));
+const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([words]) => words.some(word => /^\s/.test(word))));
 function detail(node) {
   const panel = $('detail');
   if (!node) {
@@ -235,8 +219,8 @@ function detail(node) {
     parts.push(make('p', 'note', `${what}${number(node.total)} = edges shown ${signed(shown)}, edges not shown ${hidden}, `
       + `constant ${signed(node.constant)}.`));
   }
-  if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.join(' \\u00b7 ')),
-    make('p', 'note', 'Suppresses: ' + known.suppressed.join(' \\u00b7 ')));
+  if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.map(visible).join(' \u00b7 ')),
+    make('p', 'note', 'Suppresses: ' + known.suppressed.map(visible).join(' \u00b7 ')));
   if (known) {
     const none = 'No text was read in which it fires.';
     parts.push(make('h3', '', known.windows.length ? 'Where it fires most' : none),
@@ -309,52 +293,3 @@ new ResizeObserver(() => own ? place() : fit()).observe(svg);
 select(null);
 fit();
 document.body.dataset.ready = 'yes';
-"""
-
-CSS = """
-main{max-width:1600px}
-.prompt{font-size:21px;font-weight:600} .prompt span{white-space:pre-wrap;border-radius:3px;padding:0 2px}
-.prompt.gapped span{margin-right:3px}
-.prompt span:nth-child(even){background:var(--soft)}
-dl{grid-template-columns:repeat(auto-fit,minmax(min(100%,260px),1fr))}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(min(100%,190px),1fr))} .tile .value{font-size:21px}
-.columns{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,390px);gap:16px;align-items:stretch}
-.columns .entries{margin:0} .graph{display:flex;flex-direction:column}
-.controls{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center;font-size:13.5px;margin-bottom:10px}
-.controls input[type=search]{flex:1 1 160px;max-width:300px} .controls label{display:flex;gap:8px;align-items:center}
-.controls .buttons{margin-left:auto;display:flex;gap:6px} input[type=range]{accent-color:var(--accent);width:120px}
-input[type=search],button{font:inherit;font-size:13.5px;color:var(--ink);background:var(--page);border:1px solid var(--rule);
-border-radius:6px;padding:5px 10px} button{cursor:pointer}
-:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
-#graph{width:100%;max-width:none;height:min(74vh,760px);min-height:420px;touch-action:none;cursor:grab;margin:0;
-background:var(--page);border:1px solid var(--rule);border-radius:6px;user-select:none} #graph:active{cursor:grabbing}
-#graph text{font-size:12px;fill:var(--ink);pointer-events:none} #graph text.name{font-size:15px}
-#graph .row{fill:var(--muted)} .floor{fill:var(--card)}
-#graph .column{text-anchor:end;font-size:12.5px} .band{fill:var(--card);opacity:.75}
-.wires path,.key path.up,.key path.down{fill:none;stroke-linecap:round} path.up{stroke:var(--accent)}
-path.down{stroke:var(--warn)}
-.key path.up,.key path.down{stroke-width:2.5}
-.node{cursor:pointer} circle.latent{fill:var(--accent);stroke:var(--card);stroke-width:1.2}
-path.error{fill:var(--card);stroke:var(--muted);stroke-width:1.6} rect.token{fill:var(--muted)}
-rect.logit{fill:var(--card);stroke:var(--ink);stroke-width:1.4}
-.node.dim{opacity:.16} .node:hover>*:first-child,.node.chosen>*:first-child{stroke:var(--ink);stroke-width:2.4}
-.node.found>*:first-child{stroke:var(--bad);stroke-width:2.4}
-.key{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:10px} .key span{display:flex;gap:6px;align-items:center}
-.key svg{width:16px;height:14px;margin:0}
-#detail{max-height:calc(min(74vh,760px) + 110px);overflow:auto;overflow-wrap:anywhere} #detail h2{font-size:17px}
-#detail h3{font-size:13px;margin:16px 0 4px} .said{margin:2px 0 0} #detail p.note{margin:6px 0 0}
-#detail .facts{grid-template-columns:repeat(auto-fit,minmax(88px,1fr));gap:6px 14px;margin:12px 0 0}
-#detail dd{font-weight:600;font-variant-numeric:tabular-nums}
-#detail ol{list-style:none;margin:6px 0 0;padding:0;font-size:13px}
-#detail li{display:grid;grid-template-columns:minmax(0,1fr) 54px 58px;gap:8px;align-items:center;padding:3px 0;
-border-top:1px solid var(--rule)} #detail .plain li{grid-template-columns:minmax(0,1fr) 58px}
-#detail .who em{display:block;font-style:normal;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.bar i{display:block;height:8px;border-radius:2px} i.up{background:var(--accent)} i.down{background:var(--warn)}
-.weight{text-align:right;font-variant-numeric:tabular-nums}
-button.link{background:none;border:0;padding:0;text-align:left;color:var(--ink);font-size:13px}
-button.link:hover{text-decoration:underline}
-.contexts p{margin:0;padding:6px 0;border-top:1px solid var(--rule);font-size:13px;line-height:1.55}
-.contexts span{white-space:pre-wrap;border-radius:3px;padding:1px 0}
-.contexts .peak{font-weight:600;text-decoration:underline;text-underline-offset:3px}
-@media (max-width:960px){.columns{grid-template-columns:minmax(0,1fr)} #graph{height:min(62vh,480px)} #detail{max-height:none}}
-"""

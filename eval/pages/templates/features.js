@@ -1,33 +1,20 @@
-"""The script of the page of latents. It writes text as text, never as HTML, whatever tokens hold."""
+// The list of latents and the view of one. What is said of latents is unpacked when it is wanted.
 
-SCRIPT = """
-'use strict';
-const PAGE = 40, $ = id => document.getElementById(id);
-const gapped = $('detail').classList.contains('gapped');
-const chunkSize = +$('detail').dataset.chunk, cache = new Map();
+const PAGE = 40, CACHED = 16, settings = readData('settings'), cache = new Map();
 let index, words, order = [], page = 0, current = -1, wanted = -1;
 
 async function unpack(id) {
-  const bytes = Uint8Array.from(atob($(id).textContent), c => c.charCodeAt(0));
+  const bytes = Uint8Array.from(atob(readData(id)), c => c.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))).json();
 }
 function chunk(number) {
   if (!cache.has(number)) {
     // A few are kept: going to and fro needs no second unpacking, and memory stays small.
-    if (cache.size > 16) cache.delete(cache.keys().next().value);
+    if (cache.size > CACHED) cache.delete(cache.keys().next().value);
     cache.set(number, unpack('chunk-' + number));
   }
   return cache.get(number);
 }
-function make(tag, className, ...children) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  node.append(...children);
-  return node;
-}
-const visible = word => word.replace(/\\n/g, '\\u21b5').replace(/\\t/g, '\\u21e5');
-const number = value => value === null || value === undefined ? '\\u2013' :
-  Math.abs(value) >= 1000 ? Math.round(value).toLocaleString('en') : String(+value.toPrecision(3));
 const token = id => make('span', 'token', visible(words[id]));
 function link(latent) {
   const node = make('a', '', String(latent));
@@ -38,19 +25,16 @@ function label(latent) {
   return index.explanation[latent] || index.predicate[latent] || '';
 }
 
+// A query's words are in the latent's texts, are its number, or are limits on its figures.
+const COLUMNS = new Map(['density', 'max', 'predicate_f1', 'example_embedding', 'logit_lens'].map(key => [key, key]));
+COLUMNS.set('f1', 'predicate_f1');
+const valueOf = (i, column) => index[column][i];
+
 function search() {
-  const text = $('search').value.trim().toLowerCase(), sort = $('sort').value, dead = $('dead').checked;
-  order = [];
-  for (let i = 0; i < index.density.length; i++) {
-    if (!dead && index.density[i] === 0) continue;
-    if (!text || String(i) === text || index.text[i].includes(text)) order.push(i);
-  }
-  if (sort !== 'latent') {
-    const low = sort === 'density', key = index[sort.replace('-', '')];
-    // What has no value comes last, either way.
-    const at = i => key[i] === null ? Infinity : low ? key[i] : -key[i];
-    order.sort((a, b) => at(a) - at(b) || a - b);
-  }
+  const dead = $('dead').checked, sort = $('sort').value;
+  const fits = matching($('search').value, COLUMNS, (i, word) => String(i) === word || index.text[i].includes(word), valueOf);
+  order = index.density.flatMap((density, i) => (dead || density !== 0) && fits(i) ? [i] : []);
+  if (sort !== 'latent') order = ordered(order, i => valueOf(i, sort.replace('-', '')), sort.startsWith('-'));
   page = 0;
   list();
 }
@@ -84,30 +68,23 @@ function context([ids, shades, peak, place], maximum) {
       node.title = number(value / 1000 * maximum);
     }
     line.append(node);
-    if (gapped) line.append(' ');
+    if (settings.gapped) line.append(' ');
   });
   return line;
 }
 function histogram([edges, counts]) {
   const width = 340, height = 130, base = 108, most = Math.max(...counts), step = width / counts.length;
-  const svg = (tag, values, text) => {
-    const node = document.createElementNS('http://www.w3.org/2000/svg', tag);
-    for (const key in values) node.setAttribute(key, values[key]);
-    if (text) node.textContent = text;
-    return node;
-  };
-  const all = svg('svg', {viewBox: '0 0 ' + width + ' ' + height, role: 'img',
+  const picture = draw('svg', {viewBox: '0 0 ' + width + ' ' + height, role: 'img',
     'aria-label': 'Histogram of activations from ' + number(edges[0]) + ' to ' + number(edges[edges.length - 1])});
   counts.forEach((count, i) => {
     const tall = count / most * (base - 6);
-    const bar = svg('rect', {class: 'bar', x: i * step + 0.5, y: base - tall, width: Math.max(1, step - 1), height: tall});
-    bar.append(svg('title', {}, count + ' from ' + number(edges[i]) + ' to ' + number(edges[i + 1])));
-    all.append(bar);
+    const bar = draw('rect', {class: 'bar', x: i * step + 0.5, y: base - tall, width: Math.max(1, step - 1), height: tall}, picture);
+    draw('title', {}, bar, count + ' from ' + number(edges[i]) + ' to ' + number(edges[i + 1]));
   });
-  all.append(svg('line', {class: 'axis', x1: 0, x2: width, y1: base, y2: base}));
-  [[0, 'start'], [0.5, 'middle'], [1, 'end']].forEach(([share, anchor]) => all.append(svg('text',
-    {x: share * width, y: height - 6, 'text-anchor': anchor}, number(edges[Math.round(share * counts.length)]))));
-  return all;
+  draw('line', {class: 'axis', x1: 0, x2: width, y1: base, y2: base}, picture);
+  for (const [share, anchor] of [[0, 'start'], [0.5, 'middle'], [1, 'end']]) draw('text',
+    {x: share * width, y: height - 6, 'text-anchor': anchor}, picture, number(edges[Math.round(share * counts.length)]));
+  return picture;
 }
 function listed(entries, first) {
   return make('ol', '', ...entries.map(entry => make('li', '', first(entry[0]), make('span', '', number(entry[1])))));
@@ -133,7 +110,7 @@ function head(i, latent) {
   };
   const d = latent.details.predicate_f1, reasons = latent.reasons;
   const box = make('div', 'head', make('div', 'row', make('h2', '', 'latent ' + i),
-    make('span', '', step(-1, '\\u2190'), ' ', step(1, '\\u2192'))));
+    make('span', '', step(-1, '\u2190'), ' ', step(1, '\u2192'))));
   box.append(make('div', 'figures', figure('density', index.density[i]), figure('firings', latent.firings),
     figure('max activation', index.max[i]), figure('mean activation', latent.mean),
     figure('predicate F1', index.predicate_f1[i], d ? 'chance ' + number(d.chance) : reasons['scores.predicate_f1']),
@@ -151,7 +128,7 @@ function head(i, latent) {
 }
 async function show(i) {
   wanted = i;
-  const began = performance.now(), latent = (await chunk(Math.floor(i / chunkSize)))[i % chunkSize];
+  const began = performance.now(), latent = (await chunk(Math.floor(i / settings.chunk)))[i % settings.chunk];
   if (wanted !== i) return;
   current = i;
   const parts = [head(i, latent)];
@@ -192,7 +169,7 @@ function follow() {
 async function start() {
   [index, words] = await Promise.all([unpack('index'), unpack('words')]);
   index.text = index.top.map((ids, i) => [...ids, ...index.promoted[i]].map(id => words[id]).concat(
-    index.predicate[i] || '', index.explanation[i] || '').join('\\u0001').toLowerCase());
+    index.predicate[i] || '', index.explanation[i] || '').join('\u0001').toLowerCase());
   let waiting = 0;
   $('search').oninput = () => { clearTimeout(waiting); waiting = setTimeout(search, 60); };
   $('sort').onchange = $('dead').onchange = search;
@@ -209,4 +186,3 @@ async function start() {
   document.body.dataset.ready = 'yes';
 }
 start();
-"""

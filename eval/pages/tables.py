@@ -1,0 +1,69 @@
+"""What tables and key figures show, as data for the templates."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .glossary import EXPLANATIONS
+from .numbers import UNDEFINED, UNMEASURED, finite, show
+
+
+class Column(NamedTuple):
+    """A figure of a table; ``better`` picks its best value and is ``None`` where neither end is better."""
+
+    label: str
+    key: str
+    better: Callable[[Iterable[float]], float] | None
+    text: str = ""
+    title: str = ""
+
+
+class Cell(NamedTuple):
+    """One value of a table: its text, the number it is sorted by (``None`` where there is none), and small print below.
+
+    ``best`` says why a value is marked, ``reason`` why there is none.
+    """
+
+    text: str
+    value: float | None
+    notes: tuple[str, ...] = ()
+    best: str = ""
+    reason: str = ""
+
+
+class Tile(NamedTuple):
+    """A key figure: entry of the result, label, value and what stands below it."""
+
+    key: str
+    label: str
+    value: str
+    note: str
+    missing: bool = False
+
+
+class EntryRow(NamedTuple):
+    """An entry of a result with its explanation, and why it is null where that is known."""
+
+    key: str
+    value: str
+    explanation: str
+    reason: str = ""
+
+
+# Where the report's explanation leans on its neighbours, or there is none.
+NOTES = {
+    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to the mean activation. 1 is perfect, "
+    "0 no better than the mean.",
+    "tokens_per_second": "Training speed, the median over the run's log lines. Whatever else ran on the machine slowed it.",
+}
+
+
+def explained(columns: Iterable[Column]) -> list[Column]:
+    """The columns of figures of reports, each with its explanation."""
+    texts = {key: text for entries in EXPLANATIONS.values() for key, text in entries.items()} | NOTES
+    return [column._replace(text=texts[column.key]) for column in columns]
+
+
+def figure_cell(entries: Mapping[str, Any], key: str, digits: int = 4) -> Cell:
+    """A figure as it stands in a result, where it may be missing or null."""
+    value = finite(entries.get(key))
+    return Cell(show(value if value is None else entries[key], UNDEFINED if key in entries else UNMEASURED, digits), value)

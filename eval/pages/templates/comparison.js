@@ -1,0 +1,7 @@
+// Rows that are filtered out lose their marks in the plots too.
+
+startTables({shows: () => {
+  const gone = new Set(all("tr[data-number][hidden]").map(row => row.dataset.number));
+  for (const mark of all('svg [id^="point-"], svg [id^="interval-"]'))
+    mark.style.display = gone.has(mark.id.split("-").pop()) ? "none" : "";
+}});

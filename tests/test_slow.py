@@ -1,0 +1,45 @@
+"""The list of slow tests: what its lines stand for, and that lines which stand for nothing are found."""
+
+from pathlib import Path
+
+import pytest
+
+IDS = ["tests/test_cli.py::test_a", "tests/test_cli.py::test_b[topk-1]", "tests/test_cli.py::test_b[relu-1]"]
+
+
+@pytest.fixture
+def reading(pytestconfig):
+    """The ``conftest.py`` at the top, which reads the list."""
+    return pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+
+
+@pytest.mark.parametrize(
+    ("entry", "matched"),
+    [
+        ("tests/test_cli.py", IDS),
+        ("tests/test_cli.py::test_a", IDS[:1]),
+        ("tests/test_cli.py::test_b", IDS[1:]),
+        ("tests/test_cli.py::test_b[relu-1]", IDS[2:]),
+        ("tests/test_cli.py::test_b[topk-*]", IDS[1:2]),
+        ("tests/test_cli.py::test_", []),
+    ],
+)
+def test_a_line_is_a_file_a_test_or_an_id(reading, entry, matched):
+    entries = reading.slow_entries(f"# seconds, tests\n 3.2 {entry}\n")
+    assert [name for name in IDS if entries[entry].fullmatch(name)] == matched
+    assert reading.stale_entries(entries, IDS) == ([] if matched else [entry])
+
+
+def test_lines_of_files_that_are_gone_are_stale_and_of_files_not_collected_are_not(reading):
+    entries = reading.slow_entries("1 tests/no_such_file.py\n1 tests/test_slow.py::test_that_is_not_here")
+    assert reading.stale_entries(entries, IDS) == ["tests/no_such_file.py"]
+
+
+def test_every_line_matches_a_test(stale_slow):
+    assert not stale_slow, "tests/slow.txt: these lines match no test. Remove or correct them."
+
+
+def test_the_mark_is_set_by_the_list_alone():
+    # The words are put together here so that this file does not find itself; conftest.py sets the mark.
+    paths = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__).with_name("conftest.py")]
+    assert [str(path) for path in paths if "mark." + "slow" in path.read_text()] == []

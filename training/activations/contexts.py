@@ -1,0 +1,109 @@
+"""Contexts of a text in batches, and which of their tokens are excluded: the one place that says what a model reads.
+
+Harvests, live streams, the evaluations on held-out text and the probing of latents all read their text through it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..recipe import HarvestSection, TextSection
+from ..text import BEGINNING, Context, Cursor, contexts
+from .model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The contexts a batch's rows were read from, on the model's device: row after row they are the ``kept`` positions.
+
+    ``counted`` are the kept positions whose next token is of the same document, less the last position.
+    """
+
+    token_ids: Int[Tensor, "contexts positions"]
+    kept: Bool[Tensor, "contexts positions"]
+    counted: Bool[Tensor, "contexts predictions"]
+
+
+@dataclass(frozen=True)
+class ContextBatch:
+    """Some contexts side by side, on the host; ``kept`` marks the tokens that are not excluded.
+
+    ``positions`` are places in the document, -1 at BOS and padding. ``cursor`` is where the next context begins.
+    """
+
+    token_ids: Int[np.ndarray, "contexts positions"]
+    document_ids: Int[np.ndarray, "contexts positions"]
+    positions: Int[np.ndarray, "contexts positions"]
+    kept: Bool[np.ndarray, "contexts positions"]
+    cursor: Cursor
+
+    @property
+    def documents(self) -> set[int]:
+        """The documents of the kept tokens."""
+        return set(self.document_ids[self.kept].tolist())
+
+    def on(self, device: torch.device) -> Origin:
+        """Return what a model is run on and how its outputs are masked, on a device."""
+        counted = self.kept[:, :-1] & (self.document_ids[:, 1:] == self.document_ids[:, :-1])
+        return Origin(
+            torch.from_numpy(self.token_ids).long().to(device),
+            torch.from_numpy(self.kept).to(device),
+            torch.from_numpy(counted).to(device),
+        )
+
+    def kept_activations(self, model: LanguageModel, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens width"]]:
+        """Run the model and return the activations of the kept tokens at each hook, in float32 on the model's device."""
+        origin = self.on(model.device)
+        return {hook: x[origin.kept].float() for hook, x in model.activations(origin.token_ids, tuple(hooks)).items()}
+
+
+def context_batches(
+    model: LanguageModel,
+    text: TextSection,
+    section: HarvestSection,
+    size: int,
+    start: Cursor = BEGINNING,
+    heldout: bool = False,
+) -> Iterator[ContextBatch]:
+    """Read a text from ``start`` on, ``size`` contexts at a time; the last batch may be smaller.
+
+    Args:
+        section: What it excludes is not ``kept``.
+        heldout: Read the held-out documents only; otherwise all are read, and the caller splits them.
+    """
+    special = special_tokens(model)
+    pending: list[Context] = []
+    for context in contexts(text, model.tokenizer, start, section.heldout if heldout else None):
+        pending.append(context)
+        if len(pending) == size:
+            yield stack_contexts(pending, special, section)
+            pending = []
+    if pending:
+        yield stack_contexts(pending, special, section)
+
+
+def special_tokens(model: LanguageModel) -> frozenset[int]:
+    """Return the ids of BOS, EOS, padding and whatever else the tokenizer calls special."""
+    return frozenset(model.tokenizer.all_special_ids)
+
+
+def stack_contexts(batch: Sequence[Context], special: frozenset[int], section: HarvestSection) -> ContextBatch:
+    """Lay contexts into one batch and mark the tokens that ``section`` does not exclude.
+
+    Excluded are padding, special tokens, leading positions and, where gradients are stored, tokens without a label.
+    """
+    token_ids, document_ids, positions = (
+        np.stack([getattr(context, name) for context in batch]) for name in ("token_ids", "document_ids", "positions")
+    )
+    drop = document_ids < 0
+    if section.exclude_special:
+        drop |= np.isin(token_ids, list(special))
+    drop[:, : section.exclude_leading] = True
+    if section.gradients:
+        # The last position predicts nothing, so its gradient is another thing.
+        drop[:, -1] = True
+    return ContextBatch(token_ids, document_ids, positions, ~drop, batch[-1].cursor)

@@ -1,0 +1,110 @@
+"""Shuffled batches from a store, in a new global order for every pass."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...sae.metrics import Moments
+from .buffer_pool import Memory
+from .shards import GRADIENT_KIND, LABELS, ActivationStore, ColumnReader, RowReader
+from .shuffle import permute
+from .stream import ActivationBatch, ActivationStream
+
+# Batches read together: enough for reads in ascending order to pay, little enough to forget.
+WINDOW_BATCHES = 4
+
+
+class StoreStream(ActivationStream):
+    """The rows of one split of a store, pass after pass, each pass in a new global order.
+
+    ``x`` holds what ``hooks_in`` saw, side by side, and ``target`` what ``hooks_out`` saw, if those are others. With
+    ``labels`` every batch also says token, document, position and offset of its rows; with ``gradients`` it holds the loss's
+    gradient at ``hooks_out``.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hooks_in: tuple[str, ...],
+        batch_tokens: int,
+        seed: int,
+        split: str = "train",
+        hooks_out: tuple[str, ...] = (),
+        labels: bool = False,
+        gradients: bool = False,
+    ):
+        super().__init__(batch_tokens)
+        self.store, self.seed = store, seed
+        self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
+        store.require_hooks("dictionary.hook_in" if hooks_out else "dictionary.hook", self.hooks_in)
+        store.require_hooks("dictionary.hook_out", self.hooks_out)
+        names = {"x": [f"x:{hook}" for hook in self.hooks_in]}
+        if self.hooks_out != self.hooks_in:
+            names["target"] = [f"x:{hook}" for hook in self.hooks_out]
+        if gradients:
+            if store.manifest["gradients"] != GRADIENT_KIND:
+                raise ValueError(
+                    f"harvest.gradients: {store.directory} holds {store.manifest['gradients']}, expected "
+                    f"{GRADIENT_KIND}. Choose a new harvest.store and run: sparsary harvest RECIPE"
+                )
+            names["grad"] = [f"grad:{hook}" for hook in self.hooks_out]
+        self.rows = {role: ColumnReader(store, split, tensors) for role, tensors in names.items()}
+        # Training does not look at them, and each would cost as many reads as the activations do.
+        self.labels = {name: RowReader(store, split, name) for name in LABELS if labels}
+        self.n = len(self.rows["x"])
+        if batch_tokens > self.n:
+            raise ValueError(
+                f"batch_tokens: expected at most the {self.n} {split} tokens of {store.directory}, got {batch_tokens}. "
+                "Lower batch_tokens or raise harvest.tokens."
+            )
+
+    def produce(self, start: int) -> Iterator[ActivationBatch]:
+        size = self.batch_tokens
+        memory = {role: Memory(*reader.empty(WINDOW_BATCHES * size).shape) for role, reader in self.rows.items()}
+        for window in itertools.count(start, WINDOW_BATCHES):
+            rows = self.order(window * size, WINDOW_BATCHES * size)
+            read = {role: self._read(role, rows, memory[role].take()) for role in self.rows}
+            labels = {name: reader.gather(rows) for name, reader in self.labels.items()}
+            for i in range(WINDOW_BATCHES):
+                part = slice(i * size, (i + 1) * size)
+                here = {role: values[part] for role, values in read.items()}
+                yield ActivationBatch(here["x"], here.get("target"), here.get("grad"), {k: v[part] for k, v in labels.items()})
+
+    def order(self, start: int, count: int) -> np.ndarray:
+        """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
+        parts = []
+        for number in range(start // self.n, (start + count - 1) // self.n + 1):
+            begin = number * self.n
+            within = np.arange(max(start - begin, 0), min(start + count - begin, self.n))
+            parts.append(permute(within, self.n, self.seed * 1_000_003 + number))
+        return np.concatenate(parts)
+
+    def _read(self, role: str, rows: np.ndarray, out: np.ndarray) -> Tensor:
+        if not self.rows[role].read(rows, out):
+            bad, column = np.argwhere(~np.isfinite(out))[0].tolist()
+            path, name, row = self.rows[role].locate(int(rows[bad]), column)
+            raise ValueError(f"{path}: {name}: row {row} is not finite. Delete the store and harvest again.")
+        return torch.from_numpy(out)
+
+    def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
+        # Pass -1: an order that training never uses.
+        rows = permute(np.arange(skip, max(skip, min(skip + tokens, self.n))), self.n, self.seed * 1_000_003 - 1)
+        sides = {
+            role: self._read(role, rows, self.rows[role].empty(len(rows))) for role in ("x", "target") if role in self.rows
+        }
+        return ActivationBatch(sides["x"], sides.get("target"))
+
+    def moments(self) -> Moments:
+        return self.store.moments_of(self.hooks_in)
+
+    def target_moments(self) -> Moments:
+        return self.store.moments_of(self.hooks_out)
+
+    def release(self) -> None:
+        """Close the shards' files; the stream is over."""
+        self.close()
+        for reader in (*self.rows.values(), *self.labels.values()):
+            reader.close()
