@@ -19,7 +19,7 @@ def page_data(
 ) -> dict[str, Any]:
     """Key figures, then what the page's script draws: nodes by place in a list, edges by these places, strongest first.
 
-    ``measures`` are further figures of the graph by name, as ``run_graph`` reports them.
+    ``measures`` are further figures of the graph by name, as ``attribution_graph`` reports them.
     """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     places = {number: place for place, number in enumerate(kept)}
