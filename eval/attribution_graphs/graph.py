@@ -138,7 +138,7 @@ class AttributionGraph:
         return GraphNode("logit", positions - 1, index=self.targets[number - self.logits.start].token)
 
 
-def attribution_graph(
+def build_attribution_graph(
     model: LanguageModel,
     dictionaries: ReplacementDictionaries,
     token_ids: Int[Tensor, " positions"] | Sequence[int],
@@ -149,7 +149,7 @@ def attribution_graph(
     max_latents: int | None = None,
     batch_targets: int = BATCH_TARGETS,
 ) -> AttributionGraph:
-    """The graph of what ``model`` says after ``token_ids``, with transcoders in place of its MLPs.
+    """Build the graph of what ``model`` says after ``token_ids``, with transcoders in place of its MLPs.
 
     ``dictionaries`` are a stack, transcoders by layer, or a cross-layer transcoder (of all layers, or of ``layers``). Targets
     are the likeliest next tokens, up to a probability of 0.95 together and at most ten, or ``answer``, or by how much it

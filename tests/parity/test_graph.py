@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsary.eval.attribution_graphs.graph import attribution_graph
+from sparsary.eval.attribution_graphs.graph import build_attribution_graph
 from sparsary.eval.attribution_graphs.run import save_graph
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def test_scores_pruning_and_schema_are_circuit_tracer_s(tiny_model, random_transcoders, tmp_path):
-    graph = attribution_graph(tiny_model("gpt2"), random_transcoders(12), torch.randint(3, 41, (9,)))
+    graph = build_attribution_graph(tiny_model("gpt2"), random_transcoders(12), torch.randint(3, 41, (9,)))
     save_graph(graph, tmp_path)
     given = {
         "adjacency": graph.adjacency.contiguous(),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsary.eval.attribution_graphs.graph import attribution_graph, graph_of, target_vectors
+from sparsary.eval.attribution_graphs.graph import build_attribution_graph, graph_of, target_vectors
 from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
 from sparsary.eval.attribution_graphs.paths import Circuit
 from sparsary.eval.attribution_graphs.replacement_model import Replacement
@@ -228,8 +228,8 @@ def test_a_cross_layer_transcoder_that_writes_to_its_own_layer_is_a_stack(anatom
             built.W_dec.copy_(crossing.W_dec[layer][:, :d] * crossing.out_scale[here])
             built.b_dec.copy_((crossing.b_dec * crossing.out_scale)[here])
             single[layer] = built.requires_grad_(False).eval()
-    one = attribution_graph(anatomy.model, crossing, prompt())
-    other = attribution_graph(anatomy.model, single, prompt())
+    one = build_attribution_graph(anatomy.model, crossing, prompt())
+    other = build_attribution_graph(anatomy.model, single, prompt())
     assert torch.allclose(one.adjacency, other.adjacency, atol=1e-9)
     assert torch.allclose(one.constants, other.constants, atol=1e-9)
 
@@ -262,7 +262,7 @@ def test_latents_that_are_left_out_are_accounted_for(local):
 def test_the_embedded_model_s_rows_add_up_in_single_precision(embedded_model, random_transcoders):
     token_ids = torch.randint(3, 900, (11,))
     for dictionaries in (random_transcoders(128, torch.float32), cross_layer(128, layers=4, dtype=torch.float32)):
-        graph = attribution_graph(embedded_model, dictionaries, token_ids)
+        graph = build_attribution_graph(embedded_model, dictionaries, token_ids)
         sizes = graph.adjacency.abs().sum(1) + graph.constants.abs()
         off = (totals(graph) - graph.totals).abs()
         assert float((off / sizes.clamp_min(1.0)).max()) < 1e-4
@@ -281,43 +281,43 @@ def test_what_does_not_fit_is_refused(tiny_model, random_transcoders):
     good, ids = random_transcoders(12), prompt()
     relu = ENCODERS["relu"]()
     stack = Stack({"a": good[0]}, {"a": provenance(0)})
-    assert len(attribution_graph(model, stack, ids).active) > 0
+    assert len(build_attribution_graph(model, stack, ids).active) > 0
     with pytest.raises(ValueError, match=r"trained on gpt2, got one trained on pythia"):
-        attribution_graph(model, Stack({"a": good[0]}, {"a": provenance(0, "pythia")}), ids)
+        build_attribution_graph(model, Stack({"a": good[0]}, {"a": provenance(0, "pythia")}), ids)
     with pytest.raises(ValueError, match=r"expected transcoders of MLPs of gpt2, got a dictionary that reads and writes"):
-        attribution_graph(model, Stack({"a": SAE(12, 19, relu)}, {"a": provenance(0, site="out")}), ids)
+        build_attribution_graph(model, Stack({"a": SAE(12, 19, relu)}, {"a": provenance(0, site="out")}), ids)
     with pytest.raises(ValueError, match=r"layer 1: expected a transcoder, got a dictionary of kind 'sae'"):
-        attribution_graph(model, {1: SAE(12, 19, relu).double().eval()}, ids)
+        build_attribution_graph(model, {1: SAE(12, 19, relu).double().eval()}, ids)
     with pytest.raises(ValueError, match=r"layer 0: expected one from 12 to 12.*got 11 to 12"):
-        attribution_graph(model, {0: Transcoder(11, 12, 19, relu).eval()}, ids)
+        build_attribution_graph(model, {0: Transcoder(11, 12, 19, relu).eval()}, ids)
     with pytest.raises(ValueError, match=r"expected a cross-layer transcoder.* got one dictionary of kind 'transcoder'. Give"):
-        attribution_graph(model, good[0], ids)
+        build_attribution_graph(model, good[0], ids)
     pursuit = Transcoder(12, 12, 19, ENCODERS["matching_pursuit"](k=2)).double().eval()
     with pytest.raises(ValueError, match=r"encoder with pre-activations, got MatchingPursuit"):
-        attribution_graph(model, {0: pursuit}, ids)
+        build_attribution_graph(model, {0: pursuit}, ids)
     with pytest.raises(ValueError, match=r"training mode"):
-        attribution_graph(model, {0: Transcoder(12, 12, 19, relu).double().train()}, ids)
+        build_attribution_graph(model, {0: Transcoder(12, 12, 19, relu).double().train()}, ids)
     with pytest.raises(ValueError, match=r"expected layers 0 to 2, got 5"):
-        attribution_graph(model, {5: good[0]}, ids)
+        build_attribution_graph(model, {5: good[0]}, ids)
     with pytest.raises(ValueError, match=r"at least one layer, got none"):
-        attribution_graph(model, {}, ids)
+        build_attribution_graph(model, {}, ids)
     with pytest.raises(ValueError, match=r"layers: expected 2 ascending ones"):
-        attribution_graph(model, cross_layer(12, layers=2), ids)
+        build_attribution_graph(model, cross_layer(12, layers=2), ids)
 
 
 def test_prompts_and_tokens_that_do_not_exist_are_refused(tiny_model, random_transcoders):
     model, good = tiny_model("gpt2"), random_transcoders(12)
     with pytest.raises(ValueError, match=r"prompt: expected the ids of at least one token, got \(0,\)"):
-        attribution_graph(model, good, [])
+        build_attribution_graph(model, good, [])
     with pytest.raises(ValueError, match=r"prompt: expected at most 32 tokens, the context of gpt2, got 33"):
-        attribution_graph(model, good, [5] * 33)
+        build_attribution_graph(model, good, [5] * 33)
     with pytest.raises(ValueError, match=r"prompt: expected token ids 0 to 40, got 5 to 41"):
-        attribution_graph(model, good, [5, 41])
+        build_attribution_graph(model, good, [5, 41])
     with pytest.raises(ValueError, match=r"exclude_leading: expected 0 to 1, .* got 2. Give a longer prompt"):
-        attribution_graph(model, good, [5, 6], exclude_leading=2)
+        build_attribution_graph(model, good, [5, 6], exclude_leading=2)
     with pytest.raises(ValueError, match=r"answer: expected a token id of 0 to 40, got 41"):
-        attribution_graph(model, good, [5, 6], answer=41)
+        build_attribution_graph(model, good, [5, 6], answer=41)
     with pytest.raises(ValueError, match=r"foil: expected an answer"):
-        attribution_graph(model, good, [5, 6], foil=4)
+        build_attribution_graph(model, good, [5, 6], foil=4)
     with pytest.raises(ValueError, match=r"max_latents: expected at least 1, got 0"):
-        attribution_graph(model, good, [5, 6], max_latents=0)
+        build_attribution_graph(model, good, [5, 6], max_latents=0)
