@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .eval.features.run import Explainer, features
     from .eval.info import CheckpointInfo, info
     from .eval.metrics.inference import InferenceMode
-    from .eval.pages.render import render_file as render  # pyright: ignore[reportMissingImports]
+    from .eval.pages.render import render_file as render
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary

@@ -339,7 +339,7 @@ def _render(
     ],
 ) -> None:
     """Render pages again from the JSON beside which they lie, for example after an update."""
-    from .pages.render import render_file  # pyright: ignore[reportMissingImports]
+    from .pages.render import render_file
 
     for file in files:
         print(f"page: {render_file(file)}")

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +158,10 @@ def test_info_finds_damage(command, recipe_values, write_recipe):
 
 
 def test_the_facade(recipe_values, write_recipe):
-    directory = sparsary.train(write_recipe(recipe_values), dictionary__n_latents=71, lr=2e-3)
+    path = write_recipe(recipe_values)
+    store = sparsary.harvest(path, **{"dictionary.n_latents": 71})
+    assert store.tokens("train") >= 6000
+    directory = sparsary.train(path, dictionary__n_latents=71, lr=2e-3)
     d = sparsary.load(str(directory))
     assert (d.d_in, d.d_out, d.n_latents, d.training) == (128, 128, 71, False)
     x = torch.randn(13, 128)
@@ -166,6 +170,29 @@ def test_the_facade(recipe_values, write_recipe):
     torch.testing.assert_close(d.decode(code), d(x))
     report = sparsary.evaluate(str(directory))
     assert report.keys() >= {"fvu", "l0_mean", "ce_recovered_zero", "fvu_nonlinear"}
+    described = sparsary.info(directory, sparsary.CheckpointOptions(settings={"text.context_length": 16}))
+    assert described.problems == []
+    assert described.sanity(500)["transformer.h.2:out"].fvu < 0.9
+
+
+def test_render_prints_where_the_pages_are(command, monkeypatch):
+    played = types.ModuleType("sparsary.eval.pages.render")
+    played.render_file = lambda path: Path(path).with_suffix(".html")
+    monkeypatch.setitem(sys.modules, "sparsary.eval.pages.render", played)
+    rendered = command("render", "a/report.json", "b/circuits.json")
+    assert rendered.returncode == 0, rendered.stderr
+    assert rendered.stdout.replace("\\", "/") == "page: a/report.html\npage: b/circuits.html\n"
+    assert command("render").returncode == 2
+
+
+def test_ctrl_c_ends_with_status_130_and_says_what_to_do(command, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsary.training.run.harvest", interrupted)
+    stopped = command("harvest", "recipe.yaml")
+    assert stopped.returncode == 130
+    assert stopped.stderr.endswith("Stopped. What was complete is saved; the same command continues.\n")
 
 
 def test_the_console_script_runs_as_a_process_of_its_own(tmp_path):

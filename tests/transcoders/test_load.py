@@ -13,6 +13,7 @@ import sparsary
 from sparsary.sae import SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.transcoders import Stack
+from sparsary.transcoders.load import CheckpointOptions
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "formats" / "saelens"
 
@@ -25,6 +26,16 @@ def test_another_library_s_directory_loads():
         torch.testing.assert_close(loaded(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
     assert sparsary.load(str(GOLDEN), subfolder="topk-none").n_latents == 24
     assert sparsary.load(str(GOLDEN / "topk-none"), dtype="float64").W_dec.dtype == torch.float64
+
+
+def test_options_say_what_arguments_say_and_arguments_come_first(tmp_path):
+    options = CheckpointOptions(subfolder="topk-none", hook="transformer.h.3:out")
+    assert sparsary.load(GOLDEN, options=options).n_latents == 24
+    with pytest.raises(ValueError, match=r"hook: expected transformer.h.3:out, .*got .*h.4:out"):
+        sparsary.load(GOLDEN, hook="transformer.h.4:out", options=options)
+    SAE(5, 7, build_encoder({"name": "topk", "k": 2})).save(tmp_path, {})
+    with pytest.raises(ValueError, match=r"^k: expected none .*got 3"):
+        sparsary.load(tmp_path, options=CheckpointOptions(k=3))
 
 
 def test_what_is_asked_for_must_be_what_is_there():
