@@ -4,7 +4,7 @@ from typing import Any
 
 from .document import document
 from .numbers import show
-from .tables import Tile
+from .tables import FigureTile
 
 Graph = dict[str, Any]
 
@@ -26,19 +26,19 @@ def render_graph(graph: Graph) -> str:
     )
 
 
-def _tiles(graph: Graph) -> list[Tile]:
+def _tiles(graph: Graph) -> list[FigureTile]:
     figures = [
         ("replacement_score", "replacement score", "of influence, what ends in tokens, not in errors"),
         ("completeness_score", "completeness score", "of edges' weight, what does not come from errors"),
     ]
-    tiles = [Tile(key, label, show(graph[key]), note) for key, label, note in figures]
+    tiles = [FigureTile(key, label, show(graph[key]), note) for key, label, note in figures]
     for kind in ("nodes", "edges"):
         kept = f"{show(len(graph[kind]))} of {show(graph[f'n_{kind}_all'])}"
-        tiles.append(Tile(kind, f"{kind} shown", kept, "the most influential ones"))
+        tiles.append(FigureTile(kind, f"{kind} shown", kept, "the most influential ones"))
     if graph["latents_left_out"]:
         note = f"of influence ends in {show(graph['latents_left_out'])} latents that were not looked into"
-        tiles.append(Tile("left_out_share", "left out", show(graph["left_out_share"]), note))
+        tiles.append(FigureTile("left_out_share", "left out", show(graph["left_out_share"]), note))
     if graph["kl_last"] is not None:
         note = "nats, next token, if latents alone stood in for the MLPs"
-        tiles.append(Tile("kl_last", "KL", show(graph["kl_last"]), note))
+        tiles.append(FigureTile("kl_last", "KL", show(graph["kl_last"]), note))
     return tiles

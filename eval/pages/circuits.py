@@ -11,7 +11,7 @@ from .circuit_glossary import EXPLANATIONS, explanation
 from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
 from .document import document
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
-from .tables import Cell, Column, Tile
+from .tables import Cell, Column, FigureTile
 
 Row = dict[str, Any]
 
@@ -105,7 +105,7 @@ def _family_row(row: Row, labels: dict[str, str]) -> Row:
     return about | {key: row[key] for key in ("family", "method")}
 
 
-def _tiles(rows: list[Row], labels: dict[str, str]) -> list[Tile]:
+def _tiles(rows: list[Row], labels: dict[str, str]) -> list[FigureTile]:
     first = rows[0]
     metric, corruption = (show(first.get(key), UNRECORDED) for key in ("metric", "corruption"))
     figures = (
@@ -114,7 +114,7 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[Tile]:
         ("metric_corrupted", "corrupted", f"{metric}; corruption: {corruption}"),
         ("pairs", "pairs", "to judge circuits; others chose them"),
     )
-    tiles = [Tile(key, label, show(first.get(key), UNMEASURED, 3), note) for key, label, note in figures]
+    tiles = [FigureTile(key, label, show(first.get(key), UNMEASURED, 3), note) for key, label, note in figures]
     for key, label, better in (("nodes_80", "smallest circuit of 0.8", min), ("cpr", "best CPR", max)):
         known = [(value, row) for row in rows if (value := finite(row.get(key))) is not None]
         value, note = UNDEFINED, "no circuit has it"
@@ -122,7 +122,7 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[Tile]:
             best, row = better(known, key=lambda pair: pair[0])
             value = show(int(best) if key == "nodes_80" else best, digits=3)
             note = f"{'nodes: ' * (key == 'nodes_80')}{labels[row['family']]}, {row['method']}"
-        tiles.append(Tile(key, label, value, note))
+        tiles.append(FigureTile(key, label, value, note))
     return tiles
 
 

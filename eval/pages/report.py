@@ -7,7 +7,7 @@ from .document import document, encoder_parts
 from .glossary import EXPLANATIONS, PROVENANCE
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
 from .plots import PLOTS, Curve, Report, plot_card
-from .tables import EntryRow, Tile
+from .tables import EntryRow, FigureTile
 
 
 def render_report(report: Report, curve: Curve) -> str:
@@ -54,7 +54,7 @@ KEY_FIGURES = (
 )
 
 
-def _tile(report: Report, label: str, key: str, note: str) -> Tile:
+def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     if key == "fvu" and "fvu_affine" in report:
         note = "variance unexplained; an affine map leaves {fvu_affine}"
     value = show(report[key]) if key in report else UNMEASURED
@@ -62,7 +62,7 @@ def _tile(report: Report, label: str, key: str, note: str) -> Tile:
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
     ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
     words += f" ({show(ends[0], digits=3)}\u2013{show(ends[1], digits=3)})" if None not in ends else ""
-    return Tile(key, label, value, words, missing=finite(report.get(key)) is None)
+    return FigureTile(key, label, value, words, missing=finite(report.get(key)) is None)
 
 
 def _sections(report: Report) -> dict[str, dict[str, str]]:

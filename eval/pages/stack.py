@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 from .document import document, encoder_parts
 from .numbers import show
 from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, plain_log_ticks, plot_card
-from .tables import Column, EntryRow, Tile, figure_cell
+from .tables import Column, EntryRow, FigureTile, figure_cell
 
 Report = dict[str, Any]
 # Characters that a plot has room for beside an axis.
@@ -105,7 +105,7 @@ def render_stack(report: Report) -> str:
             "evaluated on": f"{show(report['tokens'])} tokens, {show(report['documents'])} documents",
             "git commit": None if commit is None else str(commit)[:12],
         },
-        tiles=[Tile(key, label, show(report[key]), _filled(note, report)) for label, key, note in TILES],
+        tiles=[FigureTile(key, label, show(report[key]), _filled(note, report)) for label, key, note in TILES],
         columns=COLUMNS,
         layers=[
             (short(hook), [figure_cell({column.key: report[column.key][number]}, column.key) for column in COLUMNS])

@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     reason: str = ""
 
 
-class Tile(NamedTuple):
+class FigureTile(NamedTuple):
     """A key figure: entry of the result, label, value and what stands below it."""
 
     key: str
