@@ -125,14 +125,14 @@ def calls(monkeypatch):
         real = getattr(module, name)
 
         def watched(*arguments, **options):
-            seen[name.removesuffix("_recipe")].append(key(arguments))
+            seen[name.split("_")[0]].append(key(arguments))
             return real(*arguments, **options)
 
         monkeypatch.setattr(module, name, watched)
 
     watch(compare_module, "train_recipe", lambda arguments: arguments[0].recipe.out_dir)
     watch(compare_module, "evaluate", lambda arguments: arguments[0])
-    watch(run_module, "harvest", lambda arguments: arguments[2].store)
+    watch(run_module, "harvest_activations", lambda arguments: arguments[2].store)
     # Most of an evaluation this small would be the drawing of its page.
     monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
     return seen
@@ -188,9 +188,9 @@ def test_recipes_are_resolved_together_and_planned_once_each(recipes, tmp_path, 
         (recipes / f"{name}.yaml").write_text(json.dumps(values))
     seen = count_calls((compare_module, "resolve_recipes"), (resolve_hooks, "skeleton"), (preflight, "_plan"))
     monkeypatch.setattr(compare_module, "evaluate", lambda *_, **__: None)
-    monkeypatch.setattr(compare_module, "collect_runs", lambda *_: {})
+    monkeypatch.setattr(compare_module, "collect_run_groups", lambda *_: {})
     monkeypatch.setattr(compare_module, "render_file", lambda path: path.with_suffix(".html"))
-    compare([str(recipes)], {"tokens": 202}, seeds=2, out=str(tmp_path / "out"))
+    compare_recipes([str(recipes)], {"tokens": 202}, seeds=2, out=str(tmp_path / "out"))
     assert seen == {"resolve_recipes": 1, "skeleton": 1, "_plan": 2}
 
 

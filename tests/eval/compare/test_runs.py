@@ -114,7 +114,7 @@ def test_checkpoints_without_a_report_are_judged_together(runs, tmp_path, monkey
     for path in new:
         SAE(5, 13, ENCODERS["topk"](k=2)).save(path)
     comparison = compare_runs([*runs, *new], str(tmp_path / "deep" / "out"))
-    assert judged == [[str(path) for path in new]]
+    assert judged == [new]
     assert [run["name"] for run in comparison["runs"]] == [*RUNS, "one", "two"]
     saved = json.loads((tmp_path / "deep" / "out" / "comparison.json").read_text())
     assert saved == {key: value for key, value in comparison.items() if key != "page_path"}
