@@ -22,7 +22,7 @@ from sparsary.training.locks import locked
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
-from sparsary.training.run import run_harvest, train_recipe
+from sparsary.training.run import run_harvest, train, train_recipe
 from sparsary.training.signals import Stopped, StopRequest
 
 
@@ -339,6 +339,7 @@ def test_a_recipe_is_resolved_and_planned_once(values, write_recipe, monkeypatch
     seen = count_calls(*((resolve_hooks, name) for name in resolving), *((preflight_module, name) for name in planning))
     # Bound when it was imported.
     monkeypatch.setattr(run_module, "preflight_all", preflight_module.preflight_all)
+    monkeypatch.setattr(run_module, "resolve_recipes", resolve_hooks.resolve_recipes)
     if door == "python":
         sparsary.train(path)
     else:
@@ -411,7 +412,7 @@ def test_signals_save_first(values, write_recipe, number):
     assert f"step {saved // 101};" in output
 
 
-def test_eight_kills_end_bit_equal_to_none(values, tmp_path):
+def test_eight_kills_end_bit_equal_to_none(values, write_recipe, tmp_path):
     """SIGKILL at random moments, saves included; the same run again each time; the same weights at the end."""
     import multiprocessing
     import random
@@ -420,13 +421,13 @@ def test_eight_kills_end_bit_equal_to_none(values, tmp_path):
     values |= {"tokens": 101 * 300, "save_every": 7, "log_every": 13}
     values["dictionary"]["n_latents"] = 509
     whole = run(values, out_dir=str(tmp_path / "whole"))
-    recipe, directory = check_recipe(values, "recipe"), Path(values["out_dir"])
+    path, directory = write_recipe(values), Path(values["out_dir"])
     # Processes that need not import anew what the run above has imported.
     processes, generator, saved = multiprocessing.get_context("forkserver"), random.Random(0), 0
     libraries = ("torch", "transformers", "numba", "sparsary")
     processes.set_forkserver_preload([name for name in list(sys.modules) if name.partition(".")[0] in libraries])
     for _ in range(8):
-        process = processes.Process(target=train_recipe, args=(recipe,))
+        process = processes.Process(target=train, args=(path,))
         process.start()
         times = []
         for _ in range(generator.randint(2, 3)):

@@ -182,7 +182,7 @@ def test_prompts_of_one_length(embedded_model):
     ("name", "arguments", "message"),
     [
         ("ioj", {}, "task: expected one of ioi, .*docstring in the embedded language, or a .jsonl.* Did you mean 'ioi'"),
-        ("colored_objects", {}, "exists only in English, and embedded reads another. Expected one of ioi, .*Did you mean"),
+        ("colored_objects", {}, "exists only in English, and embedded reads another. Expected one of ioi, "),
         ("ioi", {"corruption": "s2io"}, "corruption: expected one of s2_io, abc, .* for ioi, got 's2io'. Did you mean 's2_io'"),
         ("ioi", {"split": "test"}, "split: expected one of train, heldout, all, got 'test'"),
         ("ioi", {"metric": "kl"}, "metric: expected one of logit_diff"),
