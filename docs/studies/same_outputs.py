@@ -12,7 +12,16 @@ from typing import Any
 from safetensors.torch import load_file
 
 # Keys that say where and when something was made, and how fast.
-IGNORED = {"git_commit", "tokens_per_second", "data_wait_share", "datetime_epoch_millis", "path", "page_path", "report_path"}
+IGNORED = {
+    "git_commit",
+    "tokens_per_second",
+    "seconds",
+    "data_wait_share",
+    "datetime_epoch_millis",
+    "path",
+    "page_path",
+    "report_path",
+}
 # Of a file whose header names the commit.
 IGNORED |= {"weights_sha256"}
 
