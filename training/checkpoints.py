@@ -38,11 +38,13 @@ class Checkpoints:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
         state.require_finite(self.directory)
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
-        self.save_dictionary(state, dictionary)
+        self.save_dictionary(state, dictionary, stream)
 
-    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
-        """The checkpoint that others load."""
-        dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
+    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream) -> None:
+        """The checkpoint that others load; it says how many bad rows were left out or mended, if any were."""
+        skipped = {"skipped": dict(stream.skipped)} if stream.skipped else {}
+        tokens = {"training_tokens": state.tokens, "training_steps": state.step}
+        dictionary.save(self.directory, self.provenance | tokens | skipped)
 
 
 @contextmanager
