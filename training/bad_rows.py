@@ -152,4 +152,4 @@ class BadTokens(BadRows):
 
 def counted(found: Mapping[str, int]) -> str:
     """Return counts in words, the largest first."""
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    return "; ".join(f"{what}: {count:,}" for what, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -17,7 +17,7 @@ from ...sae import SparseDictionary
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
 from ...sae.rows import as_rows
-from ...training.activations.tensor_stream import Item, TensorStream
+from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.report import METRICS_FILE
 from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
@@ -51,7 +51,7 @@ def unseen(total: int) -> Callable[[int], None]:
 def evaluate(
     checkpoint: str | Path,
     out: str | Path | None = None,
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
@@ -84,7 +84,7 @@ def evaluate(
     return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
 
 
-def _rows_of(activations: Any, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
+def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """A user's activations, and for a transcoder its targets, each in one tensor."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
     targets = dictionary.arguments()["kind"] != "sae"
