@@ -18,6 +18,7 @@ from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
 from ...sae.rows import as_rows
 from ...training.activations.tensor_stream import Activations, TensorStream
+from ...training.bad_rows import counted
 from ...training.report import METRICS_FILE
 from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
@@ -230,6 +231,8 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
         "assumed": list(candidate.opened.assumed),
         "doubts": _doubts(entries, dictionary),
     } | entries
+    if source.get("skipped"):
+        report["skipped"] = [f"training: {counted(source['skipped'])}", *report.get("skipped", [])]
     for doubt in report["doubts"]:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     candidate.out.mkdir(parents=True, exist_ok=True)
@@ -320,6 +323,7 @@ def evaluate_on_model(
     known = [
         {group.name: found for group in GROUPS if (found := store.get(group, told[group.name])) is not None} for store in kept
     ]
+    skipped: dict[str, list[str]] = {}
     if any(len(entries) < len(GROUPS) for entries in known):
         hooks = [hooks_of_provenance(candidate.source) for candidate in candidates]
         where = eval_data(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
@@ -340,11 +344,14 @@ def evaluate_on_model(
                 )
             )
         _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        if found := where.bad_texts.until(None) + where.bad_tokens.found:
+            skipped = {"skipped": [f"evaluation: {counted(found)}"]}
+            log.warning("Left out of the evaluation, or mended: %s.", counted(found))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 entries[group.name] = settled(group.report())
                 store.put(type(group), told[group.name], entries[group.name])
-    return [_merged(entries[group.name] for group in GROUPS) for entries in known]
+    return [_merged(entries[group.name] for group in GROUPS) | skipped for entries in known]
 
 
 def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> None:
@@ -353,7 +360,7 @@ def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
     cursor, fitted, scored = Cursor(0, 0), 0, 0
     for piece in where.pieces(cursor, tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=False)
+        passage = ModelOutputs(where.model, piece, hooks, with_logits=False, bad=where.bad_tokens)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
@@ -364,7 +371,7 @@ def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[
     require_fitted(fitted)
     # The document the first half ended in is not scored.
     for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model)
+        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model, bad=where.bad_tokens)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:

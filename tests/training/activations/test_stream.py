@@ -428,8 +428,8 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted_once():
     strict = TensorStream(tensors, 31, section=HarvestSection(on_bad_row="error"))
     with pytest.raises(ValueError, match=r"tensor 0: row 0 is not finite.*harvest\.on_bad_row: skip"):
         next(strict)
-    many = TensorStream(Spoiled(range(0, 400, 20)), 31, section=HarvestSection(max_bad_share=0.001))
-    with pytest.raises(ValueError, match=r"row 0 is not finite\. 2 of 23 rows are bad, above harvest\.max_bad_share = 0\.001"):
+    many = TensorStream(Spoiled(range(0, 400, 20)), 31, section=HarvestSection(max_bad_share=0.0001))
+    with pytest.raises(ValueError, match=r"row 0 is not finite\. 3 of 46 rows are bad, above harvest\.max_bad_share = 0\.0001"):
         next(many)
 
 
@@ -495,9 +495,9 @@ def test_a_stream_with_bad_rows_goes_on_exactly_and_counts_them_once(overflowing
 def test_live_tokens_that_are_not_finite_stop_above_the_share(overflowing):
     model, _ = overflowing
     broken = OverflowingModel(model, model.tokenizer.bos_token_id)
-    section = LIVE.model_copy(update={"exclude_leading": 0, "exclude_special": False})
+    section = LIVE.model_copy(update={"exclude_leading": 0, "exclude_special": False, "max_bad_share": 0.0001})
     stream = live_stream(broken, (HOOK,), section=section)
-    with pytest.raises(ValueError, match=rf"x:{HOOK}: not finite \(\{{'token'.*above harvest\.max_bad_share = 0\.01.*float32"):
+    with pytest.raises(ValueError, match=rf"x:{HOOK}: not finite \(\{{'token'.*harvest\.max_bad_share = 0\.0001.*float32"):
         list(itertools.islice(stream, 9))
     stream.close()
 
