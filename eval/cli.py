@@ -289,15 +289,24 @@ def _convert(
     threshold: GivenThreshold = None,
     model: Annotated[str | None, typer.Option(help="The language model's id, in place of the files' own.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; auto: the files' own.")] = "float32",
+    calibrate: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="TOKENS", help="Write topk as thresholds measured on so many tokens of held-out text."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="With --calibrate: in place of the text that the files name.")] = None,
 ) -> None:
     """Read another library's dictionary, or ours, and write it as ours, or as another library's."""
     from ..transcoders.convert import convert
     from ..transcoders.load import CheckpointOptions
+    from .checkpoint import open_checkpoint, thresholds_of
 
     options = CheckpointOptions(
         hook=hook, k=k, scale=scale, threshold=threshold, model=model, format=format, subfolder=subfolder, revision=revision
     )
-    found = convert(source, destination, to, dtype=dtype, options=options)
+    thresholds = None
+    if calibrate is not None:
+        thresholds = thresholds_of(open_checkpoint(source, replace(options, text=tuple(text or ()))), calibrate)
+    found = convert(source, destination, to, dtype=dtype, thresholds=thresholds, options=options)
     print_fields(found.lines())
     print(f"{found.directory}: done.")
 
