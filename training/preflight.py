@@ -152,6 +152,7 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
 def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Plan recipes that are run side by side, whatever memory they need."""
     widths = recipes[0].widths
+    _require_same_store(recipes[0])
     plans, problems = [], {}
     for recipe in (member.recipe for member in recipes):
         try:
@@ -161,6 +162,14 @@ def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     if problems:
         raise ValueError("\n".join(told_together(problems, len(recipes))))
     return plans
+
+
+def _require_same_store(member: ResolvedRecipe) -> None:
+    """Raise ``ValueError`` if the store that is there, which all members share, was made of something else."""
+    recipe, store = member.recipe, member.recipe.harvest.store
+    if store is not None and (Path(store) / MANIFEST_FILE).exists():
+        identity = recipe_identity(recipe.model, recipe.text, recipe.harvest)
+        identity.check(ActivationStore.open(store), member.outline.content, recipe.text)
 
 
 def memory_together(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
@@ -215,10 +224,8 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
     training = round(wanted * (1 - harvest.heldout))
     existing = ActivationStore.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
-    if existing is not None:
-        recipe_identity(recipe.model, recipe.text, harvest).check(existing)
-        if existing.manifest["complete"]:
-            training = existing.tokens("train")
+    if existing is not None and existing.manifest["complete"]:
+        training = existing.tokens("train")
     if harvest.store is not None and recipe.batch_tokens > training:
         raise ValueError(
             f"batch_tokens: expected at most the {training} training tokens of the store, got {recipe.batch_tokens}. "

@@ -62,13 +62,18 @@ BEGINNING = Cursor(0, 0)
 
 
 def contexts(
-    section: TextSection, tokenizer: Any, start: Cursor = BEGINNING, heldout: float | None = None
+    section: TextSection,
+    tokenizer: Any,
+    start: Cursor = BEGINNING,
+    heldout: float | None = None,
+    reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[Context]:
     """Contexts of the text from ``start`` on.
 
     With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits.
+    ``reading`` is called as ``documents`` does it.
     """
-    numbered = documents(section, start.document, lambda number: heldout is None or is_heldout(number, heldout))
+    numbered = documents(section, start.document, lambda number: heldout is None or is_heldout(number, heldout), reading)
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
@@ -87,8 +92,12 @@ def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tu
         yield from zip((number for number, _ in batch), encoded, strict=True)
 
 
-def documents(section: TextSection, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str]]:
+def documents(
+    section: TextSection, start: int, wanted: Callable[[int], bool], reading: Callable[[int, str], None] | None = None
+) -> Iterator[tuple[int, str]]:
     """Number and text of the wanted documents from number ``start`` on, in their fixed order.
+
+    ``reading`` is called with every document that is read, of files and data sets also with those that are skipped.
 
     Raises:
         ValueError: If a file or data set cannot be had, or a line of it holds no text.
@@ -100,6 +109,8 @@ def documents(section: TextSection, start: int, wanted: Callable[[int], bool]) -
         return
     texts = _hub_documents(section) if section.source == "hub" else _all_files(section)
     for number, text in enumerate(texts):
+        if reading is not None:
+            reading(number, text)
         if number >= start and wanted(number):
             yield number, text
 
@@ -158,7 +169,8 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(*arguments, streaming=True, **options)
+        # A data set's own code would run here; no version of datasets may ask for it.
+        return datasets.load_dataset(*arguments, streaming=True, trust_remote_code=False, **options)
     except Exception as error:  # noqa: BLE001
         # Whatever the hub client raises (offline, unknown id, no rights), the user needs the same two facts.
         raise ValueError(

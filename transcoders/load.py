@@ -51,6 +51,8 @@ class CheckpointOptions:
         scale: The input scale of a checkpoint from the middle of a training.
         threshold: The value that latents must exceed.
         subtract_b_dec: Whether the output bias is subtracted from the input, where versions of a library differ in it.
+        trust_remote_code: Run Python code that the language model's repository brings. What a checkpoint's files say about it
+            does not count.
     """
 
     model: str | None = None
@@ -65,6 +67,7 @@ class CheckpointOptions:
     scale: float | None = None
     threshold: float | None = None
     subtract_b_dec: bool | None = None
+    trust_remote_code: bool = False
 
     @property
     def for_readers(self) -> ReadOptions:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...transcoders.load import RecipeValue
+from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..checkpoint import Report
 from ..report.evaluate import Progress, unseen
 from .recipes import compare_recipes, recipes_summary
@@ -18,6 +18,7 @@ def compare(
     tokens: int | None = None,
     cache: bool = True,
     progress: Progress = unseen,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Compare runs, or train and compare recipes; write ``comparison.json`` and ``comparison.html``, return the former.
 
@@ -28,6 +29,7 @@ def compare(
         out: Where the comparison goes, and recipes' runs (``RECIPE/seed-N``).
         tokens: Evaluate all runs on this many held-out tokens; without it, those that have no report yet.
         cache: Take what was measured of a run before from its ``eval_cache``.
+        trust_remote_code: Run Python code that a language model's repository brings.
 
     Raises:
         ValueError: If runs and recipes are mixed, or one of them cannot be compared with the others.
@@ -36,10 +38,11 @@ def compare(
     if runs is None:
         if tokens is not None or not cache:
             raise ValueError("compare: --tokens and --no-cache: expected runs, got recipes. Override eval_tokens=N instead.")
-        return compare_recipes(sources, overrides, seeds, out, progress)
+        allowed = {"model.trust_remote_code": True} if trust_remote_code else {}
+        return compare_recipes(sources, {**(overrides or {}), **allowed}, seeds, out, progress)
     if overrides:
         raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
-    return compare_runs(runs, out, tokens, cache, progress)
+    return compare_runs(runs, out, tokens, cache, progress, CheckpointOptions(trust_remote_code=trust_remote_code))
 
 
 def comparison_summary(comparison: Report) -> list[list[str]]:

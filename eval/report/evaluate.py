@@ -15,6 +15,7 @@ from torch import Tensor
 from ...sae import SparseDictionary
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
+from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
 from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
@@ -180,7 +181,8 @@ class Candidate:
     def kept(self, tokens: int) -> Beside:
         """What was measured of it before: beside our checkpoints, but not among other libraries' files."""
         content = content_of(self.member.weights, self.member.config, self.selection.describe(), tokens)
-        return Beside(self.out if self.opened.foreign else self.member.directory, content)
+        text = TextSection.model_validate(self.source["text"])
+        return Beside(self.out if self.opened.foreign else self.member.directory, content, text)
 
 
 def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: InferenceMode) -> Candidate:
@@ -210,11 +212,14 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
         "text": (source.get("text") or {}).get("source"),
         "training_tokens": source.get("training_tokens"),
         "git_commit": source.get("git_commit"),
+        "weights_sha256": candidate.member.weights,
         "assumed": list(candidate.opened.assumed),
         "doubts": _doubts(entries, dictionary),
     } | entries
     for doubt in report["doubts"]:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
+    # Told when the checkpoint was opened.
+    report["doubts"] += candidate.opened.changed
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
@@ -322,16 +327,19 @@ def evaluate_on_model(
                     [group(replace(setting, options=told[group.name])) for group in GROUPS if group.name not in entries],
                 )
             )
-        _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        documents = _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 entries[group.name] = settled(group.report())
-                store.put(type(group), told[group.name], entries[group.name])
+                store.put(type(group), told[group.name], entries[group.name], documents)
     return [_merged(entries[group.name] for group in GROUPS) for entries in known]
 
 
-def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> None:
-    """Show every group the text: one half of the documents to fit on, then the other."""
+def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> int | None:
+    """Show every group the text: one half of the documents to fit on, then the other.
+
+    Return how many documents were read, ``None`` for all that there are.
+    """
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
     cursor, fitted, scored = Cursor(0, 0), 0, 0
@@ -352,10 +360,12 @@ def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.score(view)
+        cursor = piece.cursor
         scored += int(piece.kept.sum())
         progress(min(tokens // 2 + scored, tokens - 1))
     require_scored(scored, fitted, tokens)
     progress(tokens)
+    return cursor.document + (cursor.offset > 0) if scored >= tokens - tokens // 2 else None
 
 
 def _merged(parts: Iterable[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, Any]:

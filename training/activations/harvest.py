@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...sae.files import remove_partial_files, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
+from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import LOCK_FILE, locked
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import Cursor, are_heldout
@@ -109,12 +110,20 @@ class Identity:
     entries: dict[tuple[str, ...], Any]
     hooks: tuple[str, ...]
 
-    def check(self, store: ActivationStore) -> None:
-        """Raise ``ValueError`` with one line for every way in which the store is not the recipe's."""
-        problems = [
+    def check(self, store: ActivationStore, content: Content, text: TextSection) -> None:
+        """Raise ``ValueError`` with one line for every way in which the store is not the recipe's.
+
+        Args:
+            content: That of the recipe's model. Where it is the store's, a local model may be at another path.
+            text: Likewise.
+        """
+        names, problems = _compare_content(store, content, text)
+        if self.entries["model", "id"] == "embedded":
+            names -= {("model", "id")}
+        problems += [
             f"{'.'.join(path)}: {_nested(store.manifest, path)!r} in the store, {value!r} in the recipe"
             for path, value in self.entries.items()
-            if _nested(store.manifest, path) != value
+            if _nested(store.manifest, path) != value and path not in names
         ]
         held = store.manifest["hooks"]
         problems += [
@@ -130,17 +139,36 @@ class Identity:
             )
 
 
+def _compare_content(store: ActivationStore, content: Content, text: TextSection) -> tuple[set[tuple[str, ...]], list[str]]:
+    """Entries of the manifest that are mere names because what they name is the same, and lines on what is not the same."""
+    recorded = store.manifest.get("content")
+    if recorded is None:
+        log.warning(
+            "%s: made before contents were recorded, so that only names can be compared: a model or text that has changed "
+            "under its name goes unnoticed.",
+            store.directory,
+        )
+        recorded = {"model": {"commit": store.manifest["model"].get("revision")}}
+    of_model, of_text = model_problems(recorded, content), text_problems(recorded, text)
+    names: set[tuple[str, ...]] = set()
+    if content["model"] and content["model"] == recorded.get("model"):
+        names |= {("model", "id"), ("model", "revision")}
+    if of_text == []:
+        names |= {("text", "files"), ("text", "dataset"), ("text", "dataset_revision")}
+    return names, of_model + (of_text or [])
+
+
 def _nested(values: Any, path: tuple[str, ...]) -> Any:
     for part in path:
-        values = values.get(part) if isinstance(values, dict) else None
+        # A key that is younger than the store had its default then.
+        default = TextSection.model_fields[part].default if path == ("text", part) else None
+        values = values.get(part, default) if isinstance(values, dict) else None
     return values
 
 
 def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSection) -> Identity:
     """The identity as far as it is known without loading the model."""
     entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
-    if model.revision is not None:
-        entries["model", "revision"] = model.revision
     entries |= {("text", key): value for key, value in text.model_dump(mode="json").items()}
     entries |= {
         ("dtype",): section.dtype,
@@ -157,7 +185,6 @@ def model_identity(model: LanguageModel, hooks: tuple[str, ...]) -> Identity:
     """What only the loaded model can say."""
     entries: dict[tuple[str, ...], Any] = {("hooks", hook, "width"): width for hook, width in model.widths(hooks).items()}
     entries["tokenizer_sha256",] = tokenizer_digest(model.tokenizer)
-    entries["model", "revision"] = model.revision
     return Identity(entries, hooks)
 
 
@@ -194,15 +221,18 @@ def _fill(
     stored = store.tokens("train") + store.tokens("heldout")
     pending = 0
     cursor = Cursor(*store.manifest["cursor"])
+    # From one commit of a data set, however long it takes.
+    text = pinned(text)
+    digest = TextDigest(text)
     with _Writer(store, section) as writer:
         if stored < section.tokens:
-            for batch in context_batches(model, text, section, section.batch_contexts, cursor):
+            for batch in context_batches(model, text, section, section.batch_contexts, cursor, reading=digest.add):
                 rows = rows_of(model, batch, section, hooks, memory)
                 pending += sum(map(len, rows.values()))
                 cursor = batch.cursor
                 enough = stored + pending >= section.tokens
                 full = enough or pending >= section.shard_tokens
-                writer.put(rows, cursor if full else None)
+                writer.put(rows, cursor if full else None, digest.up_to(cursor) if full else None)
                 progress(min(stored + pending, section.tokens))
                 if full:
                     stored, pending = stored + pending, 0
@@ -210,7 +240,7 @@ def _fill(
                     break
             else:
                 if pending:
-                    writer.put({}, cursor)
+                    writer.put({}, cursor, digest.up_to(cursor))
                 stored += pending
                 log.warning("The text ended after %d of %d tokens; the store holds all of it.", stored, section.tokens)
         if stored == 0:
@@ -218,14 +248,16 @@ def _fill(
                 "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
             )
         writer.finish()
+        digest.remember()
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
     if (directory / MANIFEST_FILE).exists():
         store = ActivationStore.open(directory)
         dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
-        recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section).check(store)  # pyright: ignore[reportArgumentType]
-        model_identity(model, section.hooks).check(store)
+        names = recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section)  # pyright: ignore[reportArgumentType]
+        more = model_identity(model, section.hooks)
+        Identity(names.entries | more.entries, section.hooks).check(store, model.content(), text)
         remove_partial_files(directory)
         return store
     if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
@@ -243,6 +275,7 @@ def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSecti
         "format_version": FORMAT_VERSION,
         "model": {"id": model.id, "revision": model.revision, "dtype": dtype},
         "tokenizer_sha256": tokenizer_digest(model.tokenizer),
+        "content": model.content() | {"text": {"documents": 0, "sha256": ""}},
         "text": text.model_dump(mode="json"),
         "dtype": section.dtype,
         "block": section.block,
@@ -286,15 +319,17 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def put(self, rows: dict[str, HarvestedRows], cursor: Cursor | None) -> None:
+    def put(self, rows: dict[str, HarvestedRows], cursor: Cursor | None, read: Content | None) -> None:
         """Take in the rows of a batch, soon. With ``cursor`` they are the last of a shard, and the text goes on there.
+
+        ``read`` is the content of the text up to the cursor.
 
         Raises:
             ValueError, OSError: If one of the batches before could not be stored.
         """
         while self._ahead and (len(self._ahead) == BATCHES_AHEAD or self._ahead[0].done()):
             self._ahead.popleft().result()
-        self._ahead.append(self._thread.submit(self._take, rows, cursor))
+        self._ahead.append(self._thread.submit(self._take, rows, cursor, read))
 
     def finish(self) -> None:
         """Wait until everything is stored, and enter in the manifest that nothing is missing."""
@@ -304,7 +339,7 @@ class _Writer:
             self.store.manifest["complete"] = True
             write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
 
-    def _take(self, rows: dict[str, HarvestedRows], cursor: Cursor | None) -> None:
+    def _take(self, rows: dict[str, HarvestedRows], cursor: Cursor | None, read: Content | None) -> None:
         # What comes after a failure may not be stored: a resume starts where the last complete shard ends.
         if self._failed:
             return
@@ -314,7 +349,7 @@ class _Writer:
                     encoded = [self._encode(split, part, name) for name in part.tensors]
                     self._pieces[split].append(part.labels | {k: v for tensors in encoded for k, v in tensors.items()})
             if cursor is not None:
-                self._write(cursor)
+                self._write(cursor, read)
                 self._begin()
         except BaseException:
             self._failed = True
@@ -347,7 +382,7 @@ class _Writer:
     def _number(self) -> int:
         return len({shard["unit"] for shard in self.store.manifest["shards"]})
 
-    def _write(self, cursor: Cursor) -> None:
+    def _write(self, cursor: Cursor, read: Content | None) -> None:
         """One shard for each split, then the manifest: a kill in between leaves shards that the manifest does not know."""
         manifest, number = self.store.manifest, self._number()
         for split, pieces in self._pieces.items():
@@ -368,6 +403,8 @@ class _Writer:
                 rounding_fvu=self._lost[hook] / spread if spread > 0 else 0.0,
             )
         manifest["cursor"] = list(cursor)
+        if "content" in manifest:
+            manifest["content"]["text"] = read
         write_json(self.store.directory / MANIFEST_FILE, manifest)
 
 

@@ -49,6 +49,11 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="auto", description="'auto' takes a GPU if there is one")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that the model's repository brings; it can do whatever you can on this machine, so read "
+        "it first",
+    )
 
 
 class TextSection(Section):
