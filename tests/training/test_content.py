@@ -368,3 +368,24 @@ def test_a_run_and_what_is_measured_of_it_go_by_content(values, write_recipe, mo
     caplog.clear()
     train(path)
     assert "only names can be compared" in caplog.text
+
+
+def test_a_model_of_the_hub_goes_by_the_commit_it_resolves_to(tmp_path, monkeypatch):
+    """The hub's cache as its client lays it out, offline; then the branch moves on."""
+    import huggingface_hub
+
+    commits = ["a" * 40, "b" * 40]
+    repository = tmp_path / "hub" / "models--somebody--small"
+    for commit in commits:
+        shutil.copytree(MODEL_DIR, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = []
+    for commit in commits:
+        (repository / "refs" / "main").write_text(commit)
+        found.append(section_content(ModelSection(id="somebody/small")))
+    assert [content["model"] for content in found] == [{"commit": commit} for commit in commits]
+    assert commits[0] in model_problems(*found)[0]
+    assert section_content(ModelSection(id="somebody/small", revision=commits[0])) == found[0]
+    assert load_model(ModelSection(id="somebody/small", device="cpu")).content() == found[1]
