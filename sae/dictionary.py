@@ -21,6 +21,7 @@ from .row_norm import ROW_NORMS, NormedRows
 from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import decode
+from .training_usage import TrainingUsage
 
 FORMAT = "sparsary-dictionary"
 FORMAT_VERSION = 1
@@ -81,6 +82,8 @@ class SparseDictionary(nn.Module, ABC):
         self.encoder = encoder
         # Set by training, for training: a checkpoint knows nothing of it.
         self.screen: Screen | None = None
+        # Set by training, for whoever loads the checkpoint.
+        self.training_usage: TrainingUsage | None = None
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
 
@@ -317,6 +320,8 @@ class SparseDictionary(nn.Module, ABC):
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write ``dictionary.safetensors`` and ``dictionary.json``, each whole or not at all; the weights go first.
 
+        With a ``training_usage`` there is ``usage.safetensors`` besides.
+
         Raises:
             OSError: If the folder cannot be written; what it held stays as it was.
         """
@@ -328,7 +333,11 @@ class SparseDictionary(nn.Module, ABC):
             "dictionary": self.arguments(),
             "provenance": provenance or {},
         }
+        if self.training_usage is not None:
+            config["training_usage"] = self.training_usage.about
         write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)})
+        if self.training_usage is not None:
+            self.training_usage.save(directory)
         digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
         write_json(directory / CONFIG_FILE, config | digest)
 

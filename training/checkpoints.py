@@ -42,6 +42,7 @@ class Checkpoints:
 
     def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
         """The checkpoint that others load."""
+        dictionary.training_usage = state.training_usage
         dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
 
 

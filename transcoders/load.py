@@ -12,6 +12,7 @@ from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE, SparseDictionary
 from ..sae.formats import ReadOptions, read_dictionary
 from ..sae.formats.files import HubSource, SourceFiles, recording
 from ..sae.hub import local_directory
+from ..sae.training_usage import USAGE_FILE
 from .stack import Stack, hooks_of_provenance, is_stack, load_stack, stack_folders
 
 DTYPES: Mapping[str, torch.dtype | None] = {
@@ -236,7 +237,8 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     source = source.at(subfolder) if subfolder else source
     if subfolder and source.has(CONFIG_FILE):
         # Our own, but not where it is looked for first.
-        source.path(WEIGHTS_FILE)
+        for name in (WEIGHTS_FILE, *([USAGE_FILE] if source.has(USAGE_FILE) else [])):
+            source.path(name)
         return source.path(CONFIG_FILE).parent, source
     if not subfolder and (directory / CONFIG_FILE).exists():
         return directory, source
@@ -244,6 +246,8 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     if ours and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
         # A stack of ours and nothing beside it.
         for name in ours:
-            source.path(name.replace(CONFIG_FILE, WEIGHTS_FILE))
+            beside = [name.replace(CONFIG_FILE, other) for other in (WEIGHTS_FILE, USAGE_FILE)]
+            for other in (beside[0], *([beside[1]] if source.has(beside[1]) else [])):
+                source.path(other)
         return source.path(ours[0]).parents[1], source
     return directory / source.inside, source
