@@ -283,6 +283,7 @@ class SparseDictionary(nn.Module, ABC):
         atoms = self.atoms
         norms = atoms.norm(dim=-1).clamp_min(torch.finfo(atoms.dtype).tiny)
         code = PURSUITS[method](y.to(atoms.dtype) / self.out_scale - self.bypass(), atoms / norms[:, None], k)
+        code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))
         return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens d_out"]:

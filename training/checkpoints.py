@@ -40,10 +40,11 @@ class Checkpoints:
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
         self.save_dictionary(state, dictionary)
 
-    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
-        """The checkpoint that others load."""
+    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary, finished: bool = False) -> None:
+        """Write the checkpoint that others load, which says whether training and calibration are over."""
         dictionary.training_usage = state.training_usage
-        dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
+        reached = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
+        dictionary.save(self.directory, self.provenance | reached)
 
 
 @contextmanager

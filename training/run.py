@@ -248,7 +248,7 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
             # The state keeps what training left; what others load is made ready for use.
             finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
             # In any case: a kill may have come between the last state and its dictionary.
-            member.checkpoints.save_dictionary(member.state, member.dictionary)
+            member.checkpoints.save_dictionary(member.state, member.dictionary, finished=True)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
 from ...training.report import METRICS_FILE
 from ...training.text import Cursor
-from ...transcoders.load import NO_OPTIONS, CheckpointOptions
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
 from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
@@ -211,9 +211,9 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
         "training_tokens": source.get("training_tokens"),
         "git_commit": source.get("git_commit"),
         "assumed": list(candidate.opened.assumed),
-        "doubts": _doubts(entries, dictionary),
+        "doubts": [*doubts_of_files(source), *_doubts(entries, dictionary)],
     } | entries
-    for doubt in report["doubts"]:
+    for doubt in _doubts(entries, dictionary):
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
