@@ -38,13 +38,19 @@ class Checkpoints:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
         state.require_finite(self.directory)
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
-        self.save_dictionary(state, dictionary)
+        self.save_dictionary(state, dictionary, stream)
 
-    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary, finished: bool = False) -> None:
-        """Write the checkpoint that others load, which says whether training and calibration are over."""
+    def save_dictionary(
+        self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream, finished: bool = False
+    ) -> None:
+        """Write the checkpoint that others load.
+
+        It says whether training and calibration are over, and how many bad rows were left out or mended, if any were.
+        """
         dictionary.training_usage = state.training_usage
-        reached = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
-        dictionary.save(self.directory, self.provenance | reached)
+        reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
+        skipped = {"skipped": dict(stream.skipped)} if stream.skipped else {}
+        dictionary.save(self.directory, self.provenance | reached | skipped)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ...sae.errors import doing
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 
@@ -252,7 +253,8 @@ def _source(section: ModelSection) -> str:
 @contextmanager
 def _explained(section: ModelSection) -> Iterator[None]:
     try:
-        yield
+        with doing(f"loading the model {section.id}"):
+            yield
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
