@@ -123,11 +123,13 @@ def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -
     # Hooks are named as the model has them that will be run.
     model = None if options.model is None else architecture(options.model)
     found = find(path, replace(options, model=model if architecture_of(model) else None))
+    # Not the architecture's name, which is for readers.
+    named = {} if options.model is None else {"model": {"id": options.model, "revision": None}}
     members = tuple(
         LoadedDictionary(
             found.folders.get(hook, found.directory),
             dictionary,
-            found.provenances[hook],
+            found.provenances[hook] | {key: (found.provenances[hook].get(key) or {}) | own for key, own in named.items()},
             (found.files[number],) if found.folders else found.files,
         )
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())

@@ -291,7 +291,7 @@ def _convert(
     k: GivenK = None,
     scale: GivenScale = None,
     threshold: GivenThreshold = None,
-    model: Annotated[str | None, typer.Option(help="The language model's id, where the files do not say it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The language model's id, in place of the files' own.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; auto: the files' own.")] = "float32",
 ) -> None:
     """Read another library's dictionary, or ours, and write it as ours, or as another library's."""

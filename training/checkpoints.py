@@ -28,17 +28,10 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves state and dictionary into ``out_dir``."""
 
-    def __init__(
-        self,
-        directory: Path,
-        provenance: dict[str, Any],
-        phases: Phases,
-        content: Callable[[], Content | None] = lambda: None,
-    ):
+    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases):
         self.directory = directory
         self.provenance = provenance
         self.phases = phases
-        self.content = content
 
     def save(
         self,
@@ -51,13 +44,20 @@ class Checkpoints:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
         state.require_finite(self.directory)
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
-        self.save_dictionary(state, dictionary)
+        self.save_dictionary(state, dictionary, stream)
 
-    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
-        """The checkpoint that others load."""
-        progress = {"training_tokens": state.tokens, "training_steps": state.step}
-        content = self.content()
-        dictionary.save(self.directory, self.provenance | progress | ({} if content is None else {"content": content}))
+    def save_dictionary(
+        self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream, finished: bool = False
+    ) -> None:
+        """Write the checkpoint that others load.
+
+        It says whether training and calibration are over, how many bad rows were left out or mended, if any were, and what
+        model and text are identified by.
+        """
+        dictionary.training_usage = state.training_usage
+        reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
+        found = {"skipped": dict(stream.skipped), "content": stream.content()}
+        dictionary.save(self.directory, self.provenance | reached | {key: value for key, value in found.items() if value})
 
 
 @contextmanager

@@ -38,7 +38,7 @@ EMBEDDED_DOCUMENTS = 16
 # Keys of a configuration that say who wrote it, not what it holds.
 UNREAD_KEYS = ("transformers_version", "_name_or_path")
 # Keys of a text section that do not decide which documents there are.
-UNREAD_TEXT_KEYS = ("context_length", "bos", "packing", "seed", "source")
+UNREAD_TEXT_KEYS = ("context_length", "bos", "packing", "seed", "source", "on_bad_row", "max_bad_share")
 
 
 def cache_folder() -> Path:

@@ -17,6 +17,7 @@ from .activations.shards import MANIFEST_FILE, ActivationStore
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
 from .recipe.grid import Grid, told_together
+from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
@@ -141,11 +142,13 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
 
     Raises:
         ValueError: If a hook does not exist, an existing store is another one's, the store would be smaller
-            than a batch, the disk is too full, or all together need more memory than is free; with one line for each member
-            it concerns, or one for all.
+            than a batch, the disk is too full, all together need more memory than is free, or wandb is asked for and takes no
+            login; with one line for each member it concerns, or one for all.
     """
     plans = plan_all(recipes)
     require_memory(recipes, plans)
+    # Of a grid all members log to the same place.
+    require_wandb(recipes[0].recipe)
     return plans
 
 

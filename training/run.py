@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS
+from ..sae.errors import WriteError, doing
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
@@ -28,6 +29,7 @@ from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
 from .activations.tensor_stream import Item, TensorStream
+from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .content import pinned
@@ -134,9 +136,10 @@ def train_all(
     A batch is read once for all recipes that train on it; the rest is each one's own, and on the CPU each result is bit for
     bit what the recipe gives alone. Recipes must agree in what ``grid.SHARED`` lists.
 
-    ``activations`` takes the place of the model: any iterable of ``(tokens, d_in)`` tensors, or of pairs of such tensors and
-    the loss's gradients at them, or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``,
-    ``harvest`` and the hooks of the recipe are then only labels. ``progress`` hears of harvested tokens.
+    ``activations`` takes the place of the model: a tensor or array ``(tokens, d_in)`` or any iterable of such, as a list, a
+    ``DataLoader`` or a generator; or of pairs of them and the loss's gradients there (for transcoders, of inputs and targets),
+    or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``, ``harvest`` and the hooks of the
+    recipe are then only labels. ``progress`` hears of harvested tokens.
 
     Args:
         plans: What ``preflight_all`` found of these recipes; without it, and without ``activations``, it is asked here.
@@ -182,13 +185,14 @@ def open_streams(
     groups, first = list(together.values()), members[0].recipe
     with ExitStack() as stack:
         if activations is not None:
-            if len(groups) > 1 and iter(activations) is activations:
+            if len(groups) > 1 and isinstance(activations, Iterator):
                 raise ValueError(
                     "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
                     f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
                 )
             streams: list[ActivationStream] = [
-                TensorStream(activations, group[0].batch_tokens, targets=group[0].dictionary.kind != "sae") for group in groups
+                TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest)
+                for group in groups
             ]
         elif first.harvest.store is None:
             model = load_model(first.model)
@@ -233,8 +237,9 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar())
         groups = [_group(stream, recipes, resuming, accelerator, bar, stack) for stream, recipes in together]
+        stack.enter_context(_telling_what_is_kept(groups))
         try:
-            with stop.signals_deferred():
+            with stop.signals_deferred(), doing(f"training {first.out_dir}"):
                 train_loop(groups, accelerator, stop)
         except StopIteration:
             tokens, wanted = max((m.state.tokens, m.recipe.tokens) for group in groups for m in group.members if not m.done)
@@ -250,10 +255,24 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
         group.stream.close()
     for group in groups:
         for member in group.members:
-            # The state keeps what training left; what others load is made ready for use.
-            finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
-            # In any case: a kill may have come between the last state and its dictionary.
-            member.checkpoints.save_dictionary(member.state, member.dictionary)
+            with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
+                # The state keeps what training left; what others load is made ready for use.
+                finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
+                # In any case: a kill may have come between the last state and its dictionary.
+                member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
+    for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
+        log.warning("Left out of training, or mended: %s.", skipped)
+
+
+@contextmanager
+def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
+    """Say in errors of files that could not be written which states are on disk."""
+    try:
+        yield
+    except WriteError as error:
+        steps = sorted({member.state.saved_step for group in groups for member in group.members})
+        span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state was saved before.") from None
 
 
 @dataclass(frozen=True)
@@ -331,7 +350,7 @@ def _member(
     if resuming:
         log.info("Continuing %s at step %d.", directory, state.step)
     objective, wrapped = accelerator.prepare(objective, optimizer)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, stream.content)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases)
     report = TrainingLog(recipe, directory, keep_bytes, state.tokens, bar)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,16 @@ def features(
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
     opened = open_checkpoint(checkpoint, options).completed()
-    described, about = described_checkpoint(opened, tokens, limits, progress)
     directory = Path(out) if out is not None else opened.results / "features"
-    written = write_features(directory, about, described.records())
-    if explainer is None:
-        return written
-    chat = explainer.chat(directory / ANSWERS)
-    try:
+    with nullcontext() if explainer is None else closing(explainer.chat(directory / ANSWERS)) as chat:
+        if chat is not None:
+            # Before the model reads all that text.
+            chat.require_ready()
+        described, about = described_checkpoint(opened, tokens, limits, progress)
+        written = write_features(directory, about, described.records())
+        if explainer is None or chat is None:
+            return written
         explanations = explain_some(described, chat, explainer.latents)
-    finally:
-        chat.close()
     asked = [found for found in explanations.values() if isinstance(found, dict)]
     about |= {
         "explainer": chat.name,

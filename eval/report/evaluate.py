@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from torch import Tensor
 from ...sae import SparseDictionary
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
+from ...sae.rows import as_rows
+from ...training.activations.tensor_stream import Item, TensorStream
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
 from ...training.text import Cursor
-from ...transcoders.load import NO_OPTIONS, CheckpointOptions
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
 from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
@@ -49,7 +52,7 @@ def unseen(total: int) -> Callable[[int], None]:
 def evaluate(
     checkpoint: str | Path,
     out: str | Path | None = None,
-    activations: Tensor | tuple[Tensor, Tensor] | None = None,
+    activations: Iterable[Item] | None = None,
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
@@ -62,9 +65,10 @@ def evaluate(
     Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
     never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
     cross-layer transcoder, is judged with all of its layers in place: see ``eval.report.stack``. ``activations`` are ``x``, or
-    ``(x, y)`` for a dictionary that does not map ``x`` to itself. With ``cache``, what was measured before of the same
-    weights on the same text is not measured again: see ``eval.report.cache``. ``options`` are facts that the checkpoint's files
-    leave open, ``metric_options`` arguments of the metrics, by their names.
+    ``(x, y)`` for a dictionary that does not map ``x`` to itself: tensors, arrays, or an iterable of them as in ``train``.
+    With ``cache``, what was measured before of the same weights on the same text is not measured again: see
+    ``eval.report.cache``. ``options`` are facts that the checkpoint's files leave open, ``metric_options`` arguments of the
+    metrics, by their names.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
@@ -77,8 +81,21 @@ def evaluate(
     found = _candidate(opened, out, selection)
     if selection.oracle:
         raise ValueError("--oracle: needs the model, not activations alone.")
-    x, y = activations if isinstance(activations, tuple) else (activations, None)
+    x, y = _rows_of(activations, found.dictionary)
     return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
+
+
+def _rows_of(activations: Any, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
+    """A user's activations, and for a transcoder its targets, each in one tensor."""
+    pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
+    targets = dictionary.arguments()["kind"] != "sae"
+    if pair and (targets or isinstance(activations, tuple)):
+        x, y = (as_rows(side, "activations") for side in activations)
+        return x, y
+    if isinstance(activations, Mapping) and "y" in activations:
+        activations = {"x": activations["x"], "target": activations["y"]}
+    rows = TensorStream(activations, 1, targets).sample(sys.maxsize)
+    return rows.x, rows.target
 
 
 def evaluate_all(
@@ -214,9 +231,9 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
         "git_commit": source.get("git_commit"),
         "weights_sha256": candidate.member.weights,
         "assumed": list(candidate.opened.assumed),
-        "doubts": _doubts(entries, dictionary),
+        "doubts": [*doubts_of_files(source), *_doubts(entries, dictionary)],
     } | entries
-    for doubt in report["doubts"]:
+    for doubt in _doubts(entries, dictionary):
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     # Told when the checkpoint was opened.
     report["doubts"] += candidate.opened.changed

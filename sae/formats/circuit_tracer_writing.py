@@ -19,7 +19,8 @@ from ..extras import needs
 from ..files import write_tensors, write_text
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .folding import fold_all, fold_b_in, fold_layers, fold_norms
-from .hooks import behind_norm, layer_of, to_transformer_lens, transformer_lens_model
+from .hooks import behind_norm, layer_of, to_transformer_lens
+from .origin import exported_model
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def configuration(layers: Sequence[CanonicalSAE], kind: str) -> dict[str, Any]:
     first = layers[0].provenance
     source = first.get("source") or {}
     kept = source.get("config", {}) if source.get("format") == "circuit_tracer" else {}
-    model = transformer_lens_model((first.get("model") or {}).get("id"))
+    model = exported_model((first.get("model") or {}).get("id"))
     config: dict[str, Any] = {"model_name": model, "model_kind": kind}
     config |= {"feature_input_hook": reads, "feature_output_hook": writes, "scan": kept.get("scan") or "sparsary"}
     return {key: value for key, value in config.items() if value is not None}

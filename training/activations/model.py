@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
@@ -309,7 +310,8 @@ def _source(section: ModelSection) -> str:
 @contextmanager
 def _explained(section: ModelSection) -> Iterator[None]:
     try:
-        yield
+        with doing(f"loading the model {section.id}"):
+            yield
     except (OSError, ValueError, KeyError) as error:
         if "trust_remote_code" in str(error) and not section.trust_remote_code:
             raise RemoteCodeRefused(
