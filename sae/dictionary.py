@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from .batch_encoder import BatchWide
 from .encoder import Encoder, Weights, scorer
 from .files import sha256, write_json, write_tensors
 from .metrics import Moments
+from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
@@ -379,6 +380,47 @@ def required_input(x: Tensor | None, because: str) -> Tensor:
     return x
 
 
+@torch.no_grad()
+def calibrate_cuts(
+    encoders: Sequence[Encoder],
+    dictionary: SparseDictionary,
+    inputs: Iterable[Float[Tensor, "tokens d_in"]],
+    together: bool = False,
+) -> bool:
+    """Move the cuts of penalised encoders so that raw inputs have the target l0; return False if they have no target.
+
+    Args:
+        encoders: One for each of the dictionary's blocks.
+        dictionary: Whose weights they read.
+        inputs: Training tokens.
+        together: Move all cuts by one number, for the target of all blocks together.
+
+    Raises:
+        ValueError: If there is no token.
+    """
+    penalised = [encoder for encoder in encoders if isinstance(encoder, Penalised)]
+    target = penalised[0].target_l0 if penalised else None
+    if target is None:
+        return False
+    blocks, tokens = dictionary.blocks, 0
+    pools: list[list[Tensor]] = [[] for _ in blocks]
+    for batch in inputs:
+        x = dictionary.normalised(batch)
+        tokens += len(x)
+        for encoder, block, pool in zip(penalised, blocks, pools, strict=True):
+            pool.append(encoder.largest_margins(scorer(x[:, block.reads], block.weights), block.weights))
+    if not tokens:
+        raise ValueError("encoder: expected tokens to calibrate the thresholds on, got none.")
+    wanted = round(tokens * target)
+    if together:
+        moves = [cut_for(torch.cat([part for pool in pools for part in pool]), wanted * len(blocks))] * len(blocks)
+    else:
+        moves = [cut_for(torch.cat(pool), wanted) for pool in pools]
+    for encoder, block, by in zip(penalised, blocks, moves, strict=True):
+        encoder.raise_cuts(by, block.weights)
+    return True
+
+
 class OneSiteDictionary(SparseDictionary, ABC):
     """One matrix to read with and one to write with: what SAEs and transcoders share.
 
@@ -425,7 +467,7 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if not isinstance(self.encoder, BatchWide):
-            return False
-        self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
-        return True
+        if isinstance(self.encoder, BatchWide):
+            self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
+            return True
+        return calibrate_cuts([self.encoder], self, inputs)
