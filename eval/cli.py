@@ -264,6 +264,13 @@ def _compare(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
     trust_remote_code: TrustRemoteCode = None,
+    against: Annotated[
+        str | None, typer.Option(help="The recipe or run that others are compared with; the first if not given.")
+    ] = None,
+    match_l0: Annotated[
+        float | None,
+        typer.Option("--match-l0", min=0.001, help="Compare at this l0, interpolating sweeps over budgets (k or target_l0)."),
+    ] = None,
 ) -> None:
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
     from .compare.run import compare, comparison_summary
@@ -272,11 +279,12 @@ def _compare(
     overrides = recipe_overrides([argument for argument in arguments if "=" in argument], None)
     trusted = bool(trust_remote_code)
     with show_progress("compare") as progress:
-        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted)
-    head, *rows = comparison_summary(comparison)
-    print_table(head, rows)
+        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted, against, match_l0)
+    for head, *rows in comparison_summary(comparison):
+        print_table(head, rows)
+        print()
     # Recipes' figures are means over seeds, of which the best are marked; runs have no such marks.
-    print(("* best mean\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
+    print(("* best mean at the common l0\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
 
 
 @app.command("convert")

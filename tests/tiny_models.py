@@ -9,15 +9,20 @@ import re
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
 
 VOCABULARY, WIDTH, LAYERS, HEADS, POSITIONS = 96, 32, 4, 4, 128
 
 # Field names, in full, and what they are set to where they are numbers; the first that matches counts.
 RULES = [
     (r"hc_mult|ngram|n_gram.*|.*_dropout.*|.*layerdrop", None),
-    (r"(decoder_)?vocab_size|vocab_size_per_layer_input|audio_vocab_size|.*hash_byte_group_vocab|ngram_vocab_size.*", VOCABULARY),
-    (r"(original_)?max_(position_embeddings|seq_len|sequence_length|target_positions|source_positions)|n_positions|n_ctx", POSITIONS),
+    (
+        r"(decoder_)?vocab_size|vocab_size_per_layer_input|audio_vocab_size|.*hash_byte_group_vocab|ngram_vocab_size.*",
+        VOCABULARY,
+    ),
+    (
+        r"(original_)?max_(position_embeddings|seq_len|sequence_length|target_positions|source_positions)|n_positions|n_ctx",
+        POSITIONS,
+    ),
     (r"(num_hidden|encoder|decoder|num|n|num_encoder|num_decoder|conf_num_hidden)_layers?|depth|num_blocks", LAYERS),
     (r".*(key_value|kv|k_v)_(heads|groups)|kv_n_heads|indexer_kv_heads|num_query_groups", 2),
     (r".*(attention|key|value|query|mamba|linear|index|indexer)?_?(n_)?heads|n_head|mamba_n_heads|mamba_num_heads", HEADS),
@@ -28,7 +33,10 @@ RULES = [
     (r"(n|num)_.*shared_experts|moe_num_shared_experts", 1),
     (r".*(num|n|local|routed)_?.*experts|zero_expert_num", 4),
     (r"(.*_)?(d_state|state_size|lora_rank|low_rank.*|laurel_rank|lowrank|dt_rank)", 8),
-    (r".*(intermediate|ffn|ff|feed_forward|mlp|inner)_?(hidden_)?(size|dim)(_.*)?|d_ff|dim_ff|dff|n_inner|d_inner|.*ffn_dim", 48),
+    (
+        r".*(intermediate|ffn|ff|feed_forward|mlp|inner)_?(hidden_)?(size|dim)(_.*)?|d_ff|dim_ff|dff|n_inner|d_inner|.*ffn_dim",
+        48,
+    ),
     (r"first_k_dense_replace|num_dense_layers|.*_layer_offset|num_kv_shared_layers", 1),
     (r".*_(layer_)?(period|interval)|decoder_sparse_step|interleave_moe_layer_step", 2),
     (r".*chunk_(size|length)|(.*_)?window(_size|_len)?|index_topk", 16),
