@@ -7,6 +7,7 @@ defaults. Every fallback is listed in the report under ``assumed``.
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from ..sae.files import sha256
 from ..sae.formats.conversion import gate_of
 from ..sae.formats.hooks import architecture_of, to_module
 from ..sae.tiled_scores import largest_of_batch
+from ..training.activations.model import section_content
+from ..training.content import model_problems, text_problems
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
 from ..training.recipe.validation import explain
 from ..training.text import Cursor
@@ -33,9 +36,12 @@ from .heldout import eval_data
 from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
+log = logging.getLogger(__name__)
 # A JSON document. Its keys are those of the metrics, so that a narrower type would have to be cast at every figure read.
 Report = dict[str, Any]
 # Nothing is known to have been trained on: all documents are held out.
+# Settings by which model and text stay what they are.
+CUTTING_KEYS = ("model.dtype", "model.device", "model.trust_remote_code", "text.context_length", "text.bos", "text.packing")
 EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
 
 
@@ -65,7 +71,10 @@ class LoadedDictionary:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """Dictionaries of one path or hub id. ``assumed`` says what no file and nobody said."""
+    """Dictionaries of one path or hub id.
+
+    ``assumed`` says what no file and nobody said, ``changed`` in what model and text are no longer those of the training.
+    """
 
     name: str
     directory: Path
@@ -74,6 +83,7 @@ class LoadedCheckpoint:
     stacked: bool
     options: CheckpointOptions
     assumed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
     @property
     def in_place_together(self) -> bool:
@@ -100,7 +110,11 @@ class LoadedCheckpoint:
         """
         found = [complete(member.provenance, self.options, self.name, text) for member in self.members]
         members = tuple(replace(m, provenance=about) for m, (about, _) in zip(self.members, found, strict=True))
-        return replace(self, members=members, assumed=tuple(dict.fromkeys(word for _, words in found for word in words)))
+        assumed = tuple(dict.fromkeys(word for _, words in found for word in words))
+        changed = content_changes(members[0].provenance, text)
+        for line in changed:
+            log.warning("%s: trained on something else: %s.", self.name, line)
+        return replace(self, members=members, assumed=assumed, changed=changed)
 
 
 def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
@@ -124,6 +138,20 @@ def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())
     )
     return LoadedCheckpoint(str(path), found.directory, members, found.foreign, found.stacked, options)
+
+
+def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[str, ...]:
+    """Return lines on what has changed under its name since a dictionary was trained on it."""
+    recorded = provenance.get("content")
+    if not recorded:
+        return ()
+    try:
+        current = section_content(ModelSection.model_validate(provenance["model"]))
+        text = text_problems(recorded, TextSection.model_validate(provenance["text"])) if reads_text else []
+    except ValueError:
+        # Not there, or not to be run: loading it says so.
+        return ()
+    return (*model_problems(recorded, current), *(text or ()))
 
 
 def architecture(model: str) -> str:
@@ -154,10 +182,13 @@ def complete(
     """
     found: Provenance = copy.deepcopy(dict(provenance))
     assumed: list[str] = []
+    found["content"] = _expected_content(found.get("content") or {}, options)
     if options.model is not None:
         found["model"] = {**(found.get("model") or {}), "id": options.model, "revision": None}
     for key in ("model", "text", "harvest"):
         found[key] = dict(found.get(key) or {})
+    # Whoever wrote the files may not decide that a repository's code is run here.
+    found["model"] |= {"trust_remote_code": options.trust_remote_code}
     for key, value in options.settings.items():
         if key.split(".")[0] not in SECTIONS:
             raise ValueError(f"--set {key}: expected a key of {', '.join(SECTIONS)}, for example text.context_length.")
@@ -173,6 +204,14 @@ def complete(
     _complete_text(found, assumed)
     _require_valid(found)
     return found, assumed
+
+
+def _expected_content(recorded: Mapping[str, Any], options: CheckpointOptions) -> dict[str, Any]:
+    """The recorded content, without that of a model or text in whose place the caller gives another."""
+    given = {key.split(".")[0] for key in options.settings if key not in CUTTING_KEYS}
+    given |= ({"model"} if options.model else set()) | ({"text"} if options.text else set())
+    sections = {"model": "model", "tokenizer": "model", "text": "text"}
+    return {key: value for key, value in recorded.items() if sections.get(key) not in given}
 
 
 def _complete_hooks(found: Provenance, options: CheckpointOptions, where: str) -> None:

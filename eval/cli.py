@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..training.cli import TrustRemoteCode, recipe_overrides
 from ..training.console import print_fields, print_table, show_progress
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ GIVEN: dict[str, Any] = {
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A recipe's key: text.context_length=256, harvest.exclude_leading=0."),
     ],
+    "trust_remote_code": TrustRemoteCode,
     "hook": Hook,
     "hook_out": Annotated[str | None, typer.Option(help="Of a transcoder, where it writes, if no file says it.")],
     "format": Format,
@@ -51,6 +53,7 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 
         said = {name: arguments.pop(name) for name in added}
         said |= {"text": tuple(said["text"] or ()), "settings": parse_overrides(said["settings"] or [])}
+        said["trust_remote_code"] = bool(said["trust_remote_code"])
         command(**arguments, options=CheckpointOptions(**said))
 
     own = [parameter for name, parameter in signature(command).parameters.items() if name != "options"]
@@ -260,19 +263,28 @@ def _compare(
         int | None, typer.Option(min=2, help="Judge all runs on so many held-out tokens; without it, those not judged yet.")
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
+    trust_remote_code: TrustRemoteCode = None,
+    against: Annotated[
+        str | None, typer.Option(help="The recipe or run that others are compared with; the first if not given.")
+    ] = None,
+    match_l0: Annotated[
+        float | None,
+        typer.Option("--match-l0", min=0.001, help="Compare at this l0, interpolating sweeps over budgets (k or target_l0)."),
+    ] = None,
 ) -> None:
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
-    from ..training.recipe import parse_overrides
     from .compare.run import compare, comparison_summary
 
     named = [argument for argument in arguments if "=" not in argument]
-    overrides = parse_overrides([argument for argument in arguments if "=" in argument])
+    overrides = recipe_overrides([argument for argument in arguments if "=" in argument], None)
+    trusted = bool(trust_remote_code)
     with show_progress("compare") as progress:
-        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress)
-    head, *rows = comparison_summary(comparison)
-    print_table(head, rows)
+        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted, against, match_l0)
+    for head, *rows in comparison_summary(comparison):
+        print_table(head, rows)
+        print()
     # Recipes' figures are means over seeds, of which the best are marked; runs have no such marks.
-    print(("* best mean\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
+    print(("* best mean at the common l0\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
 
 
 @app.command("convert")

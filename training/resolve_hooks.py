@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..sae.files import natural_order
-from .activations.model import LanguageModel, skeleton
+from .activations.model import LanguageModel, section_content, skeleton
 from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
+from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe
 from .recipe.grid import told_together
 from .recipe.validation import unharvested
@@ -25,6 +26,11 @@ class ModelOutline:
     def model(self) -> LanguageModel:
         """The model on the meta device."""
         return skeleton(self.section)
+
+    @cached_property
+    def content(self) -> Content:
+        """The content of model and tokenizer, digested when first asked for."""
+        return section_content(self.section)
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width at every hook.
@@ -51,6 +57,10 @@ class ResolvedRecipe:
     def widths(self) -> dict[str, int]:
         """The width at every harvested hook. With hooks that were named, this is what first reads the configuration."""
         return self.outline.widths(self.recipe.harvest.hooks)
+
+    def content(self) -> Content:
+        """The content of its model and tokenizer, as they are now."""
+        return self.outline.content
 
     @property
     def stream_key(self) -> tuple[Any, ...]:

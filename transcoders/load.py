@@ -14,6 +14,7 @@ from ..sae.formats import ReadOptions, read_dictionary
 from ..sae.formats.files import HubSource, SourceFiles, recording
 from ..sae.formats.hooks import to_module
 from ..sae.hub import local_directory
+from ..sae.training_usage import USAGE_FILE
 from .stack import Stack, hooks_of_provenance, is_stack, load_stack, stack_folders
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class CheckpointOptions:
         scale: The input scale of a checkpoint from the middle of a training.
         threshold: The value that latents must exceed.
         subtract_b_dec: Whether the output bias is subtracted from the input, where versions of a library differ in it.
+        trust_remote_code: Run Python code that the language model's repository brings. What a checkpoint's files say about it
+            does not count.
     """
 
     model: str | None = None
@@ -69,6 +72,7 @@ class CheckpointOptions:
     scale: float | None = None
     threshold: float | None = None
     subtract_b_dec: bool | None = None
+    trust_remote_code: bool = False
 
     @property
     def for_readers(self) -> ReadOptions:
@@ -293,7 +297,8 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     source = source.at(subfolder) if subfolder else source
     if subfolder and source.has(CONFIG_FILE):
         # Our own, but not where it is looked for first.
-        source.path(WEIGHTS_FILE)
+        for name in (WEIGHTS_FILE, *([USAGE_FILE] if source.has(USAGE_FILE) else [])):
+            source.path(name)
         return source.path(CONFIG_FILE).parent, source
     if not subfolder and (directory / CONFIG_FILE).exists():
         return directory, source
@@ -301,6 +306,8 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     if ours and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
         # A stack of ours and nothing beside it.
         for name in ours:
-            source.path(name.replace(CONFIG_FILE, WEIGHTS_FILE))
+            beside = [name.replace(CONFIG_FILE, other) for other in (WEIGHTS_FILE, USAGE_FILE)]
+            for other in (beside[0], *([beside[1]] if source.has(beside[1]) else [])):
+                source.path(other)
         return source.path(ours[0]).parents[1], source
     return directory / source.inside, source

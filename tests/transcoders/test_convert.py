@@ -187,7 +187,7 @@ def test_the_model_that_is_named_counts(to, known, tmp_path):
 
 
 def test_a_hook_that_no_file_says_can_be_named(tmp_path):
-    stack_of(["h"], hook=None, hooks_in=None, hooks_out=None).save(tmp_path)
+    stack_of(["h.0:out"])["h.0:out"].save(tmp_path / "h", {})
     options = sparsary.CheckpointOptions(hook="blocks.3.hook_resid_post", model="gpt2")
     convert(tmp_path / "h", tmp_path / "theirs", "saelens", options=options)
     about = json.loads((tmp_path / "theirs" / "cfg.json").read_text())["metadata"]

@@ -33,7 +33,7 @@ class SaeBenchConfig:
     device: str = ""
     model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
     dataset_path: str = ""
-    dataset_trust_remote_code: bool = True
+    dataset_trust_remote_code: bool = False
     seqpos_slice: tuple[int | None, ...] = (None,)
     training_tokens: int = -100_000
     sae_lens_training_version: str | None = None

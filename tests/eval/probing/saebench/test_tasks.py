@@ -108,6 +108,37 @@ def test_absorption_of_texts_and_of_a_dead_dictionary(subject):
     json.dumps([clean.summary, dead.summary], allow_nan=False)
 
 
+def test_absorption_against_the_activation_less_the_bias_has_a_name_of_its_own(subject):
+    """A bias along the probe is no latent's doing: only where it is left in do main latents seem to miss a part."""
+    labels = ["a", "b", "c"] * 60
+    data = planted(subject, labels)
+    plain = absorption(subject, [data])
+    names = ("absorption_mean_absorption_fraction_score", "absorption_mean_absorption_fraction_less_bias_score")
+    # Without a bias both are one figure.
+    assert plain.summary[names[0]] == plain.summary[names[1]]
+    with torch.no_grad():
+        shifted = 3.0 * subject.dictionary.atoms[0]
+        subject.dictionary.b_dec += shifted
+    try:
+        moved = Pooled(data.name, data.x + shifted.numpy(), data.codes, data.labels, data.spurious, data.counts)
+        task = absorption(subject, [moved])
+        less_bias = task.summary[names[1]]
+    finally:
+        with torch.no_grad():
+            subject.dictionary.b_dec -= shifted
+    assert less_bias == pytest.approx(plain.summary[names[1]], abs=0.02)
+    # SAEBench's own file has SAEBench's names alone.
+    assert not [key for key in (*task.metrics["mean"], *task.details[0]) if "less_bias" in key]
+
+
+def test_scr_and_tpp_carry_their_doubt(subject):
+    labels, spurious = four_quadrants(30)
+    found = scr(subject, [planted(subject, labels, spurious)]), tpp(subject, [planted(subject, ["a", "b", "c"] * 60)])
+    for name, task in zip(("scr", "tpp"), found, strict=True):
+        assert "arXiv:2605.18229" in task.summary[f"{name}_warning"]
+        assert any("arXiv:2605.18229" in words for _, words in task.lines)
+
+
 def test_the_same_seed_gives_the_same_and_files_are_saebench_s(subject):
     data = [planted(subject, ["a", "b", "c"] * 30)]
     one, two = (result_file(subject, "x", "sparse_probing", sparse_probing(subject, data, seed=4)) for _ in range(2))
