@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -251,7 +252,7 @@ def load_model(section: ModelSection) -> LanguageModel:
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
         )
-    revision = getattr(module.config, "_commit_hash", None) or section.revision
+    revision = _commit(section) or section.revision
     return LanguageModel(module.to(device), tokenizer, section.id, revision, section)
 
 
@@ -333,16 +334,15 @@ def section_content(section: ModelSection) -> Content:
     Raises:
         ValueError: If its tokenizer or configuration cannot be had.
     """
-    revision = None
     with _explained(section):
         # Digests of the tokenizer itself, not of its files: those hold much that text does not meet.
         tokenizer = load_tokenizer(section)
         if model_folder(section) is None:
-            config = _transformers().AutoConfig.from_pretrained(
+            # Asks the hub where the revision stands.
+            _transformers().AutoConfig.from_pretrained(
                 _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
             )
-            revision = getattr(config, "_commit_hash", None)
-    return {"model": _source_content(section, revision), "tokenizer": tokenizer_content(tokenizer)}
+    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer_content(tokenizer)}
 
 
 def _source_content(section: ModelSection, commit: str | None) -> Content:
@@ -350,6 +350,16 @@ def _source_content(section: ModelSection, commit: str | None) -> Content:
     if folder is None:
         return {"commit": commit} if commit else {}
     return folder_content(folder, section.trust_remote_code)
+
+
+def _commit(section: ModelSection) -> str | None:
+    """The commit of a hub model that was loaded last, by the hub client's cache; ``None`` for a local one."""
+    if model_folder(section) is not None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(section.id, "config.json", revision=section.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _transformers() -> Any:
