@@ -26,9 +26,13 @@ LABEL_BYTES = 16
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook."""
+    """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook.
+
+    At hooks that are ``assumed`` it is a guess, as are the sizes: the model's code allows no more before it runs.
+    """
 
     widths: dict[str, int]
+    assumed: frozenset[str]
     steps: int
     passes: float | None
     parameters: int
@@ -77,7 +81,13 @@ class TrainingPlan:
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}"),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
-            ("hooks", ", ".join(f"{hook} ({width})" for hook, width in self.widths.items())),
+            (
+                "hooks",
+                ", ".join(
+                    f"{hook} ({f'unknown until the model runs; {width} assumed' if hook in self.assumed else width})"
+                    for hook, width in self.widths.items()
+                ),
+            ),
             ("store", store),
             (
                 "harvest",
@@ -141,12 +151,14 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
-        ValueError: If a hook does not exist, an existing store is another one's, the store would be smaller
-            than a batch, the disk is too full, all together need more memory than is free, or wandb is asked for and takes no
-            login; with one line for each member it concerns, or one for all.
+        ValueError: If a hook does not exist, contexts or tokenizer do not fit the model, an existing store is another one's,
+            the store would be smaller than a batch, the disk is too full, all together need more memory than is free, or wandb
+            is asked for and takes no login; with one line for each member it concerns, or one for all.
     """
     plans = plan_all(recipes)
-    require_memory(recipes, plans)
+    # What is only assumed refuses nothing.
+    if not any(plan.assumed for plan in plans):
+        require_memory(recipes, plans)
     # Of a grid all members log to the same place.
     require_wandb(recipes[0].recipe)
     return plans
@@ -154,12 +166,15 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
 
 def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Plan recipes that are run side by side, whatever memory they need."""
-    widths = recipes[0].widths
-    _require_same_store(recipes[0])
+    first = recipes[0]
+    widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
+    if unfit := first.outline.text_problems(first.recipe.text):
+        raise ValueError("\n".join(unfit))
+    _require_same_store(first)
     plans, problems = [], {}
     for recipe in (member.recipe for member in recipes):
         try:
-            plans.append(_plan(recipe, widths))
+            plans.append(_plan(recipe, widths, assumed))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
     if problems:
@@ -223,7 +238,7 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
+def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str]) -> TrainingPlan:
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
     training = round(wanted * (1 - harvest.heldout))
     existing = ActivationStore.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
@@ -240,7 +255,8 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
     if harvest.dtype == "int8":
         per_token += sum(-(-width // harvest.block) * 2 for width in widths.values())
     disk = 0 if harvest.store is None else round(max(wanted - done, 0) * per_token)
-    _require_disk(recipe, disk)
+    if not assumed:
+        _require_disk(recipe, disk)
     arguments = dictionary_arguments(recipe, widths)
     with torch.device("meta"):
         dictionary = build_dictionary(arguments)
@@ -251,6 +267,7 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
     buffer = 2 * harvest.live_buffer_tokens * 4 * row if live else 0
     return TrainingPlan(
         widths=widths,
+        assumed=assumed,
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,
         parameters=parameters,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bad_rows import BadTexts
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, contexts
-from .model import LanguageModel
+from .model import LanguageModel, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,19 @@ def context_batches(
         heldout: Read the held-out documents only; otherwise all are read, and the caller splits them.
         bad: Counts rows of the text that cannot be read.
         reading: Called with number and text of every document that is read.
+
+    Raises:
+        ValueError: If the text cannot be read, or holds a token that the model has no embedding for.
     """
-    special = special_tokens(model)
+    special, rows = special_tokens(model), embedding_rows(model.module)
     pending: list[Context] = []
     for context in contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading):
+        if rows is not None and context.token_ids.max() >= rows:
+            place = int(context.token_ids.argmax())
+            raise ValueError(
+                f"tokenizer: expected ids below {rows}, the embeddings of {model.id}, got {context.token_ids[place]} in "
+                f"document {context.document_ids[place]}. Give the tokenizer the model was trained with."
+            )
         pending.append(context)
         if len(pending) == size:
             yield stack_contexts(pending, special, section)
