@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .eval.report.evaluate import evaluate, evaluate_all
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
+    from .training.activations.read import read_activations
     from .training.run import harvest, train
     from .transcoders import CrossLayerTranscoder, Stack, Transcoder
     from .transcoders.convert import Converted, convert
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "probe",
     "push_to_hub",
+    "read_activations",
     "render",
     "sae",
     "train",
@@ -79,6 +81,7 @@ _HOMES = {
     "transcoders": "CrossLayerTranscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
+    "training.activations.read": "read_activations",
     "training.run": "harvest train",
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",

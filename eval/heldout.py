@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..training.activations.contexts import context_batches
+from ..training.activations.limits import context_problems, tokenizer_problems
 from ..training.activations.model import LanguageModel, load_model
 from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
@@ -62,11 +63,15 @@ def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
     """Where a dictionary is judged that was trained at these hooks.
 
     Raises:
-        ValueError: If the model cannot be had.
+        ValueError: If the model cannot be had, or contexts or tokenizer do not fit it.
     """
     text = TextSection.model_validate(provenance["text"])
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
-    return EvalData(load_model(ModelSection.model_validate(provenance["model"])), text, exclusions)
+    model = load_model(ModelSection.model_validate(provenance["model"]))
+    problems = [*context_problems(model, text.context_length), *tokenizer_problems(model, model.tokenizer, text)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return EvalData(model, text, exclusions)
 
 
 def text_batches(

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +16,14 @@ from .batch_encoder import BatchWide
 from .encoder import Encoder, Weights, scorer
 from .files import sha256, write_json, write_tensors
 from .metrics import Moments
+from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import decode
+from .training_usage import TrainingUsage
 
 FORMAT = "sparsary-dictionary"
 FORMAT_VERSION = 1
@@ -82,6 +84,8 @@ class SparseDictionary(nn.Module, ABC):
         self.encoder = encoder
         # Set by training, for training: a checkpoint knows nothing of it.
         self.screen: Screen | None = None
+        # Set by training, for whoever loads the checkpoint.
+        self.training_usage: TrainingUsage | None = None
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
 
@@ -305,6 +309,7 @@ class SparseDictionary(nn.Module, ABC):
         y, atoms = self.require_width(y, self.d_out, "y"), self.atoms
         norms = atoms.norm(dim=-1).clamp_min(torch.finfo(atoms.dtype).tiny)
         code = PURSUITS[method](y.to(atoms.dtype) / self.out_scale - self.bypass(), atoms / norms[:, None], k)
+        code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))
         return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
     def forward(self, x: Rows) -> Float[Tensor, "tokens d_out"]:
@@ -343,6 +348,8 @@ class SparseDictionary(nn.Module, ABC):
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write ``dictionary.safetensors`` and ``dictionary.json``, each whole or not at all; the weights go first.
 
+        With a ``training_usage`` there is ``usage.safetensors`` besides.
+
         Raises:
             OSError: If the folder cannot be written; what it held stays as it was.
         """
@@ -354,7 +361,11 @@ class SparseDictionary(nn.Module, ABC):
             "dictionary": self.arguments(),
             "provenance": provenance or {},
         }
+        if self.training_usage is not None:
+            config["training_usage"] = self.training_usage.about
         write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)})
+        if self.training_usage is not None:
+            self.training_usage.save(directory)
         digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
         write_json(directory / CONFIG_FILE, config | digest)
 
@@ -368,6 +379,47 @@ def required_input(x: Tensor | None, because: str) -> Tensor:
     if x is None:
         raise ValueError(f"x: expected the raw input, because {because}, got none. Call decode(code, x).")
     return x
+
+
+@torch.no_grad()
+def calibrate_cuts(
+    encoders: Sequence[Encoder],
+    dictionary: SparseDictionary,
+    inputs: Iterable[Float[Tensor, "tokens d_in"]],
+    together: bool = False,
+) -> bool:
+    """Move the cuts of penalised encoders so that raw inputs have the target l0; return False if they have no target.
+
+    Args:
+        encoders: One for each of the dictionary's blocks.
+        dictionary: Whose weights they read.
+        inputs: Training tokens.
+        together: Move all cuts by one number, for the target of all blocks together.
+
+    Raises:
+        ValueError: If there is no token.
+    """
+    penalised = [encoder for encoder in encoders if isinstance(encoder, Penalised)]
+    target = penalised[0].target_l0 if penalised else None
+    if target is None:
+        return False
+    blocks, tokens = dictionary.blocks, 0
+    pools: list[list[Tensor]] = [[] for _ in blocks]
+    for batch in inputs:
+        x = dictionary.normalised(batch)
+        tokens += len(x)
+        for encoder, block, pool in zip(penalised, blocks, pools, strict=True):
+            pool.append(encoder.largest_margins(scorer(x[:, block.reads], block.weights), block.weights))
+    if not tokens:
+        raise ValueError("encoder: expected tokens to calibrate the thresholds on, got none.")
+    wanted = round(tokens * target)
+    if together:
+        moves = [cut_for(torch.cat([part for pool in pools for part in pool]), wanted * len(blocks))] * len(blocks)
+    else:
+        moves = [cut_for(torch.cat(pool), wanted) for pool in pools]
+    for encoder, block, by in zip(penalised, blocks, moves, strict=True):
+        encoder.raise_cuts(by, block.weights)
+    return True
 
 
 class OneSiteDictionary(SparseDictionary, ABC):
@@ -416,7 +468,7 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if not isinstance(self.encoder, BatchWide):
-            return False
-        self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
-        return True
+        if isinstance(self.encoder, BatchWide):
+            self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
+            return True
+        return calibrate_cuts([self.encoder], self, inputs)

@@ -8,6 +8,7 @@ from .dictionary import CONFIG_FILE, WEIGHTS_FILE
 from .formats import SourceFiles, dictionary_places
 from .formats.base import ReadOptions
 from .formats.files import recording
+from .training_usage import USAGE_FILE
 
 
 def local_directory(path_or_id: str, revision: str | None = None) -> Path:
@@ -23,7 +24,7 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, USAGE_FILE]))
     except Exception as error:  # noqa: BLE001
         # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
         reason = " ".join(str(error).split())[:300]
@@ -72,7 +73,8 @@ def files_of(directory: Path) -> list[str]:
     if folders or not directory.is_dir():
         for folder in folders or [""]:
             read_config(directory / folder)
-        return [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE)]
+        names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE, USAGE_FILE)]
+        return [name for name in names if not name.endswith(USAGE_FILE) or (directory / name).exists()]
     try:
         found = dictionary_places(SourceFiles(directory))
         with recording() as opened:

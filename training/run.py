@@ -32,6 +32,7 @@ from .activations.tensor_stream import Activations, TensorStream
 from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
+from .content import pinned
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, TrainedMember, train_loop
@@ -157,7 +158,11 @@ def train_all(
         if (above / RECIPE_FILE).exists():
             raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
     with ExitStack() as stack:
-        resuming = [stack.enter_context(claimed(Path(recipe.out_dir), recipe)) for recipe in recipes]
+        contents = [None if activations is not None else member.content for member in members]
+        resuming = [
+            stack.enter_context(claimed(Path(recipe.out_dir), recipe, content))
+            for recipe, content in zip(recipes, contents, strict=True)
+        ]
         together = stack.enter_context(open_streams(members, activations, progress, plans))
         _train(together, [recipe.out_dir for recipe, saved in zip(recipes, resuming, strict=True) if saved])
     return [Path(recipe.out_dir) for recipe in recipes]
@@ -193,7 +198,7 @@ def open_streams(
             model = load_model(first.model)
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             # Two: the first of the streams may be a buffer ahead of the last.
-            buffers = Buffers(model, first.text, first.harvest, hooks, keep=min(len(groups), 2))
+            buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
             store = run_harvest(members[0], progress, plans[0] if plans else None)
@@ -254,7 +259,7 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
                 # The state keeps what training left; what others load is made ready for use.
                 finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
                 # In any case: a kill may have come between the last state and its dictionary.
-                member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream)
+                member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Left out of training, or mended: %s.", skipped)
 
@@ -368,8 +373,11 @@ def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
     """Where a dictionary comes from: enough to evaluate it on the same model, hooks and held-out documents."""
     resolved = recipe.model_dump(mode="json")
     model = resolved["model"]
+    commit = ((stream.content() or {}).get("model") or {}).get("commit")
     if isinstance(stream, StoreStream):
         model = model | {"revision": stream.store.manifest["model"]["revision"]}
+    elif commit is not None:
+        model = model | {"revision": commit}
     section = recipe.dictionary
     hooks = {"hooks_in": list(section.hooks_in), "hooks_out": list(section.hooks_out)}
     return {

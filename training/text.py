@@ -69,21 +69,32 @@ def contexts(
     start: Cursor = BEGINNING,
     heldout: float | None = None,
     bad: BadTexts | None = None,
+    reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[Context]:
     """Contexts of the text from ``start`` on.
 
     With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits. ``bad``
-    counts rows that cannot be read.
+    counts rows that cannot be read, ``reading`` is called as ``documents`` does it.
     """
-    numbered = documents(section, start.document, lambda number: heldout is None or is_heldout(number, heldout), bad)
+
+    def wanted(number: int) -> bool:
+        return heldout is None or is_heldout(number, heldout)
+
+    numbered = documents(section, start.document, wanted, bad, reading)
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos_id) if i is not None), 0)
+    pad_id = padding_id(tokenizer)
     tokenized = tokenize(numbered, tokenizer)
     return pack(
         tokenized, section.context_length, bos_id, section.bos, start.offset, pad_id if section.packing == "separate" else None
     )
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the id that fills a context that is not full."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return next((token for token in known if token is not None), 0)
 
 
 def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
@@ -95,7 +106,11 @@ def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tu
 
 
 def documents(
-    section: TextSection, start: int, wanted: Callable[[int], bool], bad: BadTexts | None = None
+    section: TextSection,
+    start: int,
+    wanted: Callable[[int], bool],
+    bad: BadTexts | None = None,
+    reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Number and text of the wanted documents from number ``start`` on, in their fixed order.
 
@@ -103,6 +118,7 @@ def documents(
 
     Args:
         bad: Counts rows that cannot be read.
+        reading: Called with every document that is read, of files and data sets also with those that are skipped.
 
     Raises:
         ValueError: If a file or data set cannot be had, or more rows of it cannot be read than ``section`` allows.
@@ -117,6 +133,8 @@ def documents(
     texts = _hub_documents(section, bad) if section.source == "hub" else _all_files(section, bad)
     for number, text in enumerate(text for text in texts if text.strip()):
         bad.documents = number + 1
+        if reading is not None:
+            reading(number, text)
         if number >= start and wanted(number):
             yield number, text
     bad.end()
@@ -236,7 +254,8 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(*arguments, streaming=True, **options)
+        # A data set's own code would run here; no version of datasets may ask for it.
+        return datasets.load_dataset(*arguments, streaming=True, trust_remote_code=False, **options)
     except Exception as error:  # noqa: BLE001
         # Whatever the hub client raises (offline, unknown id, no rights), the user needs the same two facts.
         raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json
-from ...training.activations.model import LanguageModel, load_model
+from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
@@ -47,7 +47,13 @@ class Explainer:
         if self.latents < 1:
             raise ValueError(f"--explain: expected at least 1 latent, got {self.latents}.")
         if self.address is None:
-            return LocalChat(load_model(ModelSection(id=self.model)))
+            try:
+                return LocalChat(load_model(ModelSection(id=self.model)))
+            except RemoteCodeRefused:
+                raise ValueError(
+                    f"--explainer: {self.model!r} needs Python code that its repository brings, which is not run here. Serve "
+                    "the model with another program, and give its --address."
+                ) from None
         return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
 
 

@@ -273,7 +273,7 @@ def test_a_hub_dataset_is_streamed(embedded_model, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     text = TextSection(source="hub", dataset="some/set", dataset_split="valid", column="body", context_length=5)
     assert len(list(contexts(text, embedded_model.tokenizer))) == 2
-    assert calls == [(("some/set", None), {"streaming": True, "split": "valid", "revision": None})]
+    assert calls == [(("some/set", None), {"streaming": True, "trust_remote_code": False, "split": "valid", "revision": None})]
     with pytest.raises(ValueError, match=r"text\.column: expected one of body of some/set, got 'text'"):
         list(contexts(TextSection(source="hub", dataset="some/set"), embedded_model.tokenizer))
 

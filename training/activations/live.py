@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...sae.metrics import Moments
 from ..bad_rows import NOT_FINITE, BadTexts, BadTokens
+from ..content import Content, TextDigest
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
@@ -31,11 +32,19 @@ class Buffers:
     def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
         self.model, self.text, self.section, self.hooks = model, text, section, hooks
         self.keep = keep
+        self.digest = TextDigest(text)
+        self._model_content: Content | None = None
         self.texts = BadTexts(text)
         self._kept: dict[Cursor, tuple[harvest.HarvestedRows, Cursor]] = {}
         self._making = self._from(BEGINNING)
         self._stands_at: Cursor | None = BEGINNING
         self._lock = threading.Lock()
+
+    def content_up_to(self, cursor: Cursor, digest: TextDigest | None = None) -> Content:
+        """Return the content of the model, and of the text up to ``cursor``."""
+        if self._model_content is None:
+            self._model_content = self.model.content()
+        return self._model_content | {"text": (digest or self.digest).up_to(cursor)}
 
     def after(self, cursor: Cursor) -> tuple[harvest.HarvestedRows, Cursor]:
         """The buffer that begins at ``cursor``, and where the text stands after it."""
@@ -59,7 +68,13 @@ class Buffers:
         while True:
             found = 0
             for batch in context_batches(
-                self.model, self.text, self.section, self.section.batch_contexts, cursor, bad=self.texts
+                self.model,
+                self.text,
+                self.section,
+                self.section.batch_contexts,
+                cursor,
+                bad=self.texts,
+                reading=self.digest.add,
             ):
                 pieces.append(harvest.rows_of(self.model, batch, self.section, self.hooks)["train"])
                 found += len(pieces[-1])
@@ -119,6 +134,9 @@ class LiveStream(ActivationStream):
                     yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)
             begin, number = begin + batches, number + 1
 
+    def content(self) -> Content:
+        return self.source.content_up_to(Cursor(*self.position()["cursor"]))
+
     def position(self) -> dict[str, Any]:
         begin = max(number for number in self.buffers if number <= self.batches)
         number, cursor = self.buffers[begin]
@@ -164,6 +182,8 @@ class ContextStream(ActivationStream):
         self.rows = rows
         self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
         self._special = special_tokens(self.model)
+        # Read apart from the rows, which only samples are drawn from.
+        self._digest = TextDigest(self.text)
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
 
@@ -198,7 +218,8 @@ class ContextStream(ActivationStream):
     def _endless(self, cursor: Cursor) -> Iterator[Context]:
         while True:
             found = False
-            for context in contexts(self.text, self.model.tokenizer, cursor, bad=self.rows.source.texts):
+            bad, reading = self.rows.source.texts, self._digest.add
+            for context in contexts(self.text, self.model.tokenizer, cursor, bad=bad, reading=reading):
                 found = found or bool(self._training_contexts([context]).kept.any())
                 yield context
             if not found and cursor == BEGINNING:
@@ -230,6 +251,9 @@ class ContextStream(ActivationStream):
         tokens.count(len(good))
         x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
         return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=batch.on(self.model.device)), pieces
+
+    def content(self) -> Content:
+        return self.rows.source.content_up_to(self.cursors[self.batches], self._digest)
 
     def position(self) -> dict[str, Any]:
         return super().position() | {"cursor": list(self.cursors[self.batches])}

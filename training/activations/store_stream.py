@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ..content import Content
 from .buffer_pool import Memory
 from .shards import GRADIENT_KIND, LABELS, ActivationStore, ColumnReader, RowReader
 from .shuffle import permute
@@ -105,6 +106,9 @@ class StoreStream(ActivationStream):
 
     def target_moments(self) -> Moments:
         return self.store.moments_of(self.hooks_out)
+
+    def content(self) -> Content | None:
+        return self.store.manifest.get("content")
 
     def release(self) -> None:
         """Close the shards' files; the stream is over."""

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ..content import Content
 from .contexts import Origin
 
 READ_AHEAD_BATCHES = 8
@@ -112,6 +113,10 @@ class ActivationStream(ABC):
     @abstractmethod
     def target_moments(self) -> Moments:
         """The same of what is to be reconstructed."""
+
+    def content(self) -> Content | None:
+        """Return the content of model, tokenizer and text as far as it was read; ``None`` where nothing is known of them."""
+        return None
 
     def position(self) -> dict[str, Any]:
         """Where the stream stands, as JSON."""
