@@ -1,7 +1,7 @@
 """Where things are in a model: the hooks of a block by what they mean, found in the module tree alone.
 
 A site is a place in a block: ``layer`` and site together name the hook a dictionary reads and the one it writes. No weights
-are looked at, so a model on the meta device will do.
+are looked at, so a model without weights will do.
 
 - ``resid_pre``, ``resid_mid``, ``resid_post``: the residual stream before the block, between attention and MLP, behind it.
 - ``attn_heads``: the values all heads have mixed, side by side, which the output projection reads.
