@@ -10,8 +10,9 @@ from typing import Any
 from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
-from .activations.model import LanguageModel, load_model, load_tokenizer, skeleton
+from .activations.model import LanguageModel, load_model, load_tokenizer, section_content, skeleton
 from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
+from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
 from .recipe.validation import unharvested
@@ -43,6 +44,11 @@ class ModelOutline:
         except Exception as error:  # noqa: BLE001 - whatever a model's constructor raises
             log.info("%s could not be built without its weights (%s): loading them.", self.section.id, _brief(error))
             return load_model(self.section)
+
+    @cached_property
+    def content(self) -> Content:
+        """The content of model and tokenizer, digested when first asked for."""
+        return section_content(self.section)
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width at every hook; at ``assumed`` ones, the model's own.
@@ -94,6 +100,10 @@ class ResolvedRecipe:
     def widths(self) -> dict[str, int]:
         """The width at every harvested hook. With hooks that were named, this is what first reads the configuration."""
         return self.outline.widths(self.recipe.harvest.hooks)
+
+    def content(self) -> Content:
+        """The content of its model and tokenizer, as they are now."""
+        return self.outline.content
 
     @property
     def stream_key(self) -> tuple[Any, ...]:

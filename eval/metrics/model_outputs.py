@@ -57,7 +57,8 @@ class ModelOutputs:
 
     @cached_property
     def _gradients(self) -> dict[str, Tensor]:
-        return self.model.activations_and_gradients(self.piece.token_ids, self.hooks)[1]
+        documents = torch.from_numpy(self.piece.document_ids).to(self.model.device)
+        return self.model.activations_and_gradients(self.piece.token_ids, self.hooks, documents)[1]
 
     @cached_property
     def clean_logits(self) -> Float[Tensor, "contexts positions vocabulary"]:

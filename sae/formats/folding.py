@@ -22,6 +22,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 # Rows that are squared at once.
 COLUMN_ROWS = 64
+# Norms that differ by no more than roundings of float32 are one.
+EQUAL = 1e-6
 
 
 def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_latents"]:
@@ -34,6 +36,12 @@ def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_laten
     for rows in W_dec.T.split(COLUMN_ROWS):
         squares += rows.to(dtype).square().sum(0)
     return squares.sqrt()
+
+
+def equal_norms(W_dec: Float[Tensor, "n_latents d_out"], tolerance: float = EQUAL) -> bool:
+    """Whether all atoms have one norm, so that ranking by it changes nothing."""
+    least, most = norms_of(W_dec).aminmax()
+    return bool(least > 0) and bool(most / least - 1 < tolerance)
 
 
 def norm_of(tensor: Tensor) -> Float[Tensor, ""]:

@@ -29,7 +29,7 @@ def test_a_hub_id_is_downloaded_and_loaded(checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert sparsary.load("someone/some-sae", revision="v2").n_latents == 13
-    assert asked == [("someone/some-sae", "v2", ["dictionary.json", "dictionary.safetensors"])]
+    assert asked == [("someone/some-sae", "v2", ["dictionary.json", "dictionary.safetensors", "usage.safetensors"])]
 
 
 def test_a_hub_id_that_cannot_be_had_says_both_things_looked_for(monkeypatch):

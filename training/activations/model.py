@@ -10,16 +10,23 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ...sae.errors import doing
+from ..content import Content, folder_content, model_folder
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 from .weightless import weightless
+
+
+class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
+    """A model's repository brings Python code, and nobody allowed it to run."""
 
 
 class EnoughSeen(Exception):  # noqa: N818 - not an error
@@ -27,13 +34,16 @@ class EnoughSeen(Exception):  # noqa: N818 - not an error
 
 
 class LanguageModel:
-    """A causal model with its tokenizer, frozen and in eval mode."""
+    """A causal model with its tokenizer, frozen and in eval mode; ``section`` is where it was loaded from, if it was."""
 
-    def __init__(self, module: nn.Module, tokenizer: Any, model_id: str, revision: str | None):
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, model_id: str, revision: str | None, section: ModelSection | None = None
+    ):
         self.module = module.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.id = model_id
         self.revision = revision
+        self.section = section
         # Hooks are seen by every thread that runs the module: one at a time.
         self._lock = threading.RLock()
         self._layout = PassLayout()
@@ -41,6 +51,14 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    def content(self) -> Content:
+        """Return what model and tokenizer are identified by: files or commit, or the parameters of one that was not loaded."""
+        if self.section is None:
+            model = {"parameters": _parameters_digest(self.module)}
+        else:
+            model = _source_content(self.section, self.revision)
+        return {"model": model, "tokenizer": None if self.tokenizer is None else tokenizer_content(self.tokenizer)}
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """The width of the tensor at each hook.
@@ -79,19 +97,25 @@ class LanguageModel:
         return self._in_order(seen, hooks)
 
     def activations_and_gradients(
-        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
+        self,
+        token_ids: Int[Tensor, "contexts positions"],
+        hooks: tuple[str, ...],
+        document_ids: Int[Tensor, "contexts positions"] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What every hook sees, and the gradient there of the next-token loss.
 
-        The loss is the sum over the positions of a context, so a token's gradient does not depend on its batch-mates.
+        The loss is the sum over the predictions within a token's own document, so that its gradient depends neither on its
+        batch-mates nor on the documents that are packed behind it. Attention reaches across documents, so each of a context
+        takes a backward pass. Without ``document_ids`` every context is one document.
         """
+        if document_ids is None:
+            document_ids = torch.zeros_like(token_ids)
         seen: dict[str, Tensor] = {}
 
         def leaf(hook: str) -> Callable[[Tensor], Tensor]:
             def reader(x: Tensor) -> Tensor:
-                # The first hook starts the graph; later ones are part of it and keep their gradient.
+                # The first hook starts the graph; later ones are part of it.
                 x = x if x.requires_grad else x.detach().requires_grad_(True)
-                x.retain_grad()
                 seen.setdefault(hook, x)
                 # Modules above may write into what they get.
                 return x.clone()
@@ -100,10 +124,23 @@ class LanguageModel:
 
         with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
             logits = self.module(input_ids=token_ids, use_cache=False).logits
-            next_token_loss(logits, token_ids).sum().backward()
+            losses = next_token_loss(logits, token_ids)
+            starts = document_ids[:, 1:] != document_ids[:, :-1]
+            # Padding is no document.
+            within = ~starts & (document_ids[:, :-1] >= 0)
+            # The how manieth document of its context every position belongs to.
+            place = nn.functional.pad(starts.long().cumsum(1), (1, 0))
+            gradients = {hook: torch.zeros_like(x) for hook, x in seen.items()}
+            last = int(place.max())
+            for number in range(last + 1):
+                own = (losses * (within & (place[:, :-1] == number))).sum()
+                # A hook may not lie on the path to the loss; zeros then.
+                found = torch.autograd.grad(own, list(seen.values()), retain_graph=number < last, allow_unused=True)
+                for hook, gradient in zip(seen, found, strict=True):
+                    if gradient is not None:
+                        here = (place == number).unsqueeze(-1)
+                        gradients[hook] = torch.where(here, gradient, gradients[hook])
         values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
-        # The first hook in execution order may not lie on the path to the loss of every position; zeros then.
-        gradients = {hook: torch.zeros_like(x) if x.grad is None else x.grad for hook, x in seen.items()}
         return values, self._in_order(gradients, hooks)
 
     def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
@@ -220,18 +257,22 @@ def load_model(section: ModelSection) -> LanguageModel:
     """The model and tokenizer of a recipe: embedded, from a local directory, or from the hub.
 
     Raises:
+        RemoteCodeRefused: If it needs code of its repository, and ``trust_remote_code`` is not set.
         ValueError: If it cannot be had; the message names the offline alternative.
     """
     device = resolve_device(section.device)
     _, model_class = _causal_config(section)
     tokenizer = load_tokenizer(section)
     with _explained(section):
-        # No trust_remote_code: a model id must not run its repository's code here.
         module = model_class.from_pretrained(
-            _source(section), revision=section.revision, dtype=getattr(torch, section.dtype), use_safetensors=True
+            _source(section),
+            revision=section.revision,
+            dtype=getattr(torch, section.dtype),
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
         )
-    revision = getattr(module.config, "_commit_hash", None) or section.revision
-    return LanguageModel(module.to(device), tokenizer, section.id, revision)
+    revision = _commit(section) or section.revision
+    return LanguageModel(module.to(device), tokenizer, section.id, revision, section)
 
 
 def load_tokenizer(section: ModelSection) -> Any:
@@ -241,20 +282,30 @@ def load_tokenizer(section: ModelSection) -> Any:
         ValueError: If it cannot be had.
     """
     with _explained(section):
-        return _transformers().AutoTokenizer.from_pretrained(_source(section), revision=section.revision)
+        return _transformers().AutoTokenizer.from_pretrained(
+            _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
 
 
 def skeleton(section: ModelSection) -> LanguageModel:
     """The model from its configuration alone, ``weightless``: it has every module and computes shapes; there is no tokenizer.
 
     Raises:
+        RemoteCodeRefused: If it needs code of its repository, and ``trust_remote_code`` is not set.
         ValueError: If the configuration cannot be had.
     """
     config, model_class = _causal_config(section)
     dtype = getattr(torch, section.dtype)
-    build = getattr(model_class, "from_config", None) or model_class._from_config
-    # Experts one after another: kernels for all of them together ask for weights that lie in memory.
-    module = weightless(lambda: build(config, dtype=dtype, experts_implementation="eager"))
+
+    def build() -> nn.Module:
+        # Experts one after another: kernels for all of them together ask for weights that lie in memory.
+        options = {"dtype": dtype, "experts_implementation": "eager"}
+        if model_class is not _transformers().AutoModelForCausalLM:
+            return model_class._from_config(config, **options)
+        return model_class.from_config(config, trust_remote_code=section.trust_remote_code, **options)
+
+    with _asked(section):
+        module = weightless(build)
     return LanguageModel(module, None, section.id, section.revision)
 
 
@@ -266,7 +317,10 @@ def _causal_config(section: ModelSection) -> tuple[Any, Any]:
     """
     transformers = _transformers()
     with _explained(section):
-        config = transformers.AutoConfig.from_pretrained(_source(section), revision=section.revision)
+        # Left open, transformers would ask on the terminal, and run a repository's code for a "y" in a pipe.
+        config = transformers.AutoConfig.from_pretrained(
+            _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
     names = transformers.models.auto.modeling_auto
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     saved = (getattr(config, "architectures", None) or [""])[0]
@@ -293,6 +347,40 @@ def _causal_config(section: ModelSection) -> tuple[Any, Any]:
     )
 
 
+def section_content(section: ModelSection) -> Content:
+    """Return the ``content()`` of the model that a recipe names, without loading its weights.
+
+    Raises:
+        ValueError: If its tokenizer or configuration cannot be had.
+    """
+    with _explained(section):
+        # Digests of the tokenizer itself, not of its files: those hold much that text does not meet.
+        tokenizer = load_tokenizer(section)
+        if model_folder(section) is None:
+            # Asks the hub where the revision stands.
+            _transformers().AutoConfig.from_pretrained(
+                _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
+    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer_content(tokenizer)}
+
+
+def _source_content(section: ModelSection, commit: str | None) -> Content:
+    folder = model_folder(section)
+    if folder is None:
+        return {"commit": commit} if commit else {}
+    return folder_content(folder, section.trust_remote_code)
+
+
+def _commit(section: ModelSection) -> str | None:
+    """The commit of a hub model that was loaded last, by the hub client's cache; ``None`` for a local one."""
+    if model_folder(section) is not None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(section.id, "config.json", revision=section.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _transformers() -> Any:
     # Imported on first use: it takes seconds, which `sparsary --help` and a refused recipe need not spend.
     import transformers
@@ -307,9 +395,26 @@ def _source(section: ModelSection) -> str:
 
 
 @contextmanager
-def _explained(section: ModelSection) -> Iterator[None]:
+def _asked(section: ModelSection) -> Iterator[None]:
     try:
         yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) or section.trust_remote_code:
+            raise
+        raise RemoteCodeRefused(
+            f"model.id: {section.id!r} needs Python code that its repository brings, which is not run unasked: it could do "
+            "whatever you can on this machine. Read it; to allow it, set model.trust_remote_code: true (on the command line: "
+            "--trust-remote-code)."
+        ) from None
+
+
+@contextmanager
+def _explained(section: ModelSection) -> Iterator[None]:
+    try:
+        with doing(f"loading the model {section.id}"), _asked(section):
+            yield
+    except RemoteCodeRefused:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -323,3 +428,17 @@ def tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def tokenizer_content(tokenizer: Any) -> str:
+    """A hash of all of a tokenizer that decides which tokens a harvest stores: also of what it calls special."""
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {json.dumps(marks)}".encode()).hexdigest()
+
+
+def _parameters_digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

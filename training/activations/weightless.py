@@ -63,7 +63,8 @@ def weightless(build: Callable[[], nn.Module]) -> nn.Module:
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _ShapesOfProducts():
+        # Gradients are as outside: the graph of a pass shows what depends on what.
+        with _ShapesOfProducts():
             return own(*args, **kwargs)
 
     module.forward = forward

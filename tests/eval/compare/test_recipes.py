@@ -11,6 +11,7 @@ import torch
 
 import sparsary
 from sparsary.eval.compare import recipes as compare_module
+from sparsary.eval.compare.families import summarize
 from sparsary.eval.compare.recipes import (
     COLUMNS,
     collect_run_groups,
@@ -19,7 +20,6 @@ from sparsary.eval.compare.recipes import (
     load_families,
     recipes_summary,
     require_comparable,
-    summarize,
     training_speed,
 )
 from sparsary.eval.pages.charts import FAMILY_COLORS, MARKERS
@@ -368,7 +368,7 @@ def test_equal_best_values_are_best_together(judged):
 
 def test_a_figure_no_report_has_is_not_measured():
     (report,) = [{key: value for key, value in REPORT.items() if not key.startswith(("ce_", "kl_"))}]
-    figures = summarize("a", [report, report | {"fvu": None}])["figures"]
+    figures = summarize("a", [report, report | {"fvu": None}], COLUMNS)["figures"]
     assert "kl_spliced" not in figures
     assert figures["fvu"]["values"] == [0.25, None]
 
@@ -464,7 +464,7 @@ def test_many_families_keep_looks_and_colours_apart(judged):
 def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
     given = {}
 
-    def instead(recipes, overrides, seeds, out, progress):
+    def instead(recipes, overrides, seeds, out, progress, against, match_l0):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
         return collect_run_groups({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 

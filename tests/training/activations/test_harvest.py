@@ -61,7 +61,8 @@ def test_rows_are_the_model_s_activations(store, embedded_model):
 
     first = next(contexts(TEXT, embedded_model.tokenizer))
     row = torch.from_numpy(first.token_ids).long().unsqueeze(0)
-    values, gradients = embedded_model.activations_and_gradients(row, (HOOK,))
+    documents = torch.from_numpy(first.document_ids).unsqueeze(0)
+    values, gradients = embedded_model.activations_and_gradients(row, (HOOK,), documents)
     found = 0
     for i in range(40):
         token, document, position = (int(t[i]) for t in ids)
@@ -70,6 +71,24 @@ def test_rows_are_the_model_s_activations(store, embedded_model):
             torch.testing.assert_close(g[i], gradients[HOOK][0, position], rtol=1e-3, atol=1e-5)
             found += 1
     assert found > 10
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("size", [1e-4, 1e-7, 1e-12])
+def test_small_gradients_lose_nothing_but_digits(store, embedded_model, tmp_path, monkeypatch, dtype, size):
+    """Confident predictions leave gradients that float16 and its scales round to zero."""
+    seen = embedded_model.activations_and_gradients
+
+    def scaled(*arguments):
+        values, gradients = seen(*arguments)
+        return values, {hook: gradient * size for hook, gradient in gradients.items()}
+
+    monkeypatch.setattr(embedded_model, "activations_and_gradients", scaled)
+    options = {"tokens": 300, "dtype": dtype, "gradients": True}
+    small = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", **options))
+    rows = np.arange(200)
+    expected, found = (RowReader(s, "train", f"grad:{HOOK}").gather(rows).double() for s in (store, small))
+    assert float((found / size - expected).norm() / expected.norm()) < 4e-3
 
 
 def test_excluded_tokens_are_not_stored(store, embedded_model):
