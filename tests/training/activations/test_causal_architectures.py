@@ -29,6 +29,9 @@ ELSEWHERE = {
     "prophetnet": ("prophetnet.decoder.layers.0:out", "prophetnet.decoder.word_embeddings:out"),
 }
 
+# Blocks whose parts lie in lists of their own, and what the first returns last.
+SPLIT = {"xlm": "transformer.layer_norm2.0:out"}
+
 
 @pytest.fixture(scope="module")
 def tiny(load_beside):
@@ -90,9 +93,9 @@ def test_few_architectures_cannot_be_built(tiny):
 
 @pytest.mark.parametrize("kind", kinds())
 def test_an_architecture_is_planned_and_read(kind, saved, tmp_path):
-    misshapen, hook = ELSEWHERE.get(kind) or (None, first_block(saved(kind)))
+    module = saved(kind)
+    misshapen, hook = ELSEWHERE.get(kind) or (None, SPLIT.get(kind) or first_block(module))
     if misshapen is not None:
-        saved(kind)
         with pytest.raises(ValueError, match=r"expected a tensor \(contexts, positions, width\)"):
             plan_all([recipe_of(tmp_path, misshapen)])
     member = recipe_of(tmp_path, hook)
