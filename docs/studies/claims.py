@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sparsary.eval.compare.groups import differences
+from sparsary.eval.compare.groups import family_differences
 from sparsary.eval.pages.differences import verdict_words
 from sparsary.eval.pages.recipes import COLUMNS
 
@@ -30,7 +30,7 @@ def main() -> None:
     claims = [{"against": "topk"} | claim for claim in json.loads(options.claims.read_text(encoding="utf-8"))]
     here = [c for c in claims if all(c["figure"] in figures.get(c[side], ()) for side in ("family", "against"))]
     print("| claim | other | here | difference, 95 % interval | over | detectable | p (Holm) | holds |\n|" + "---|" * 8)
-    for found in differences(comparison, COLUMNS, here):
+    for found in family_differences(comparison, COLUMNS, here):
         ours, theirs = (figures[found[side]][found["figure"]]["mean"] for side in ("family", "against"))
         known = found["low"] is not None
         ends = f" ({found['low']:+.3g} to {found['high']:+.3g})" if known else ""

@@ -234,7 +234,7 @@ def with_intervals(figures: dict[str, Any], covariance: Mapping[str, Any] | None
     return found
 
 
-def differences(
+def family_differences(
     comparison: Mapping[str, Any],
     columns: Sequence[Column],
     claims: Sequence[Mapping[str, str]] | None = None,

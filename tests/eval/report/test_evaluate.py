@@ -11,6 +11,7 @@ import torch
 
 import sparsary
 from sparsary.eval.checkpoint import folders
+from sparsary.eval.metrics.document_sums import STATISTICS, read_sums
 from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
@@ -63,6 +64,29 @@ def test_the_figures_hang_together(report):
     assert report["documents"] > 20
     assert report["text"] == "embedded"
     assert "fvu" in dict(report_summary(report))
+
+
+def test_the_sums_by_document_hold_the_report_s_figures(checkpoint, report, tmp_path):
+    sums = read_sums(checkpoint)
+    assert len(sums["documents"]) == report["documents"]
+    for key, statistic in STATISTICS.items():
+        totals = {name: values.sum() for name, values in sums.items()}
+        assert statistic(totals) == pytest.approx(report[key], rel=1e-9), key
+    # Also where everything is taken from the cache, and never an older report's.
+    (tmp_path / "documents.safetensors").write_bytes(b"of another report")
+    evaluate(str(checkpoint), str(tmp_path))
+    again = read_sums(tmp_path)
+    assert all(np.array_equal(values, again[name]) for name, values in sums.items())
+
+
+def test_the_report_says_who_was_dead_when_training_ended(checkpoint, report):
+    usage = sparsary.load(checkpoint).training_usage
+    assert report["dead_training_fraction"] == usage.dead_fraction
+    # dead_after_tokens is more than the training had.
+    assert report["dead_training_window_tokens"] == usage.tokens == report["training_tokens"]
+    assert f"{usage.dead_fraction:.2%} on the training's last" in dict(report_summary(report))["latents"]
+    assert report["seed"] == 0
+    assert len(report["recipe_digest"]) == 16
 
 
 def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
