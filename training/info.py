@@ -9,7 +9,7 @@ from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from ..sae.files import sha256
 from ..sae.training_usage import TrainingUsage
-from ..transcoders.load import NO_OPTIONS, CheckpointOptions, find
+from ..transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files, find
 from ..transcoders.stack import hooks_of_provenance, is_stack, stack_folders
 from .activations.shards import MANIFEST_FILE, ActivationStore
 
@@ -124,7 +124,8 @@ def _origin(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     converted = provenance.get("converted")
     if converted is None:
         made = f"sparsary {provenance.get('sparsary_version')}, commit {provenance.get('git_commit')}"
-        return [("trained on", f"{provenance.get('training_tokens', 0):,} tokens"), ("made by", made)]
+        doubts = [("doubt", word) for word in doubts_of_files(provenance)]
+        return [("trained on", f"{provenance.get('training_tokens', 0):,} tokens"), ("made by", made), *doubts]
     lines = [("read as", converted["evidence"]), *(("folded or renamed", word) for word in converted["done"])]
     return [*lines, *(("doubt", word) for word in converted["warnings"])]
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from ...sae.checkpoint import read_config
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import read_json, write_json
 from ...sae.suggestions import require_choice
-from ...training.checkpoints import RECIPE_FILE
+from ...training.checkpoints import RECIPE_FILE, run_changes
+from ...training.content import Content
 from ...training.preflight import TrainingPlan, preflight
-from ...training.recipe import Recipe, differences, load_recipe
+from ...training.recipe import Recipe, load_recipe
 from ...training.report import METRICS_FILE
 from ...training.resolve_hooks import ResolvedRecipe, resolve_recipes
 from ...training.run import run_harvest, train_recipe
-from ...transcoders.load import RecipeValue
+from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..checkpoint import Report
 from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
@@ -26,7 +27,7 @@ from ..pages.render import render_file
 from ..report.evaluate import Progress, evaluate, unseen
 from .families import compared
 from .groups import Point, RunGroup
-from .runs import REPORT_FILE
+from .runs import REPORT_FILE, is_stale
 
 # 2: intervals over seeds and documents, differences with verdicts; no best away from the common l0.
 COMPARISON_VERSION = 2
@@ -65,7 +66,7 @@ def compare_recipes(
     if against is not None and match_l0 is None:
         require_choice("--against", against, list(families))
     runs = {name: [_seeded(member, out, name, seed) for seed in range(seeds)] for name, member in families.items()}
-    pending = [(name, run) for name, members in runs.items() for run in members if not is_complete(run.recipe)]
+    pending = [(name, run) for name, members in runs.items() for run in members if not is_complete(run.recipe, run.content)]
     # Seeds of a recipe need the same.
     plans = {name: preflight(families[name]) for name in dict(pending)}
     for name, run in [(name, run) for name, run in pending if run.recipe.harvest.store is not None][:1]:
@@ -132,27 +133,31 @@ def require_comparable(families: Mapping[str, ResolvedRecipe]) -> None:
         )
 
 
-def is_complete(recipe: Recipe) -> bool:
+def is_complete(recipe: Recipe, content: Callable[[], Content] | None = None) -> bool:
     """Whether the run in ``out_dir`` was trained to its end, and judged after that on ``eval_tokens`` tokens.
 
+    Args:
+        content: Return that of the recipe's model as it is now.
+
     Raises:
-        ValueError: If another recipe was run there.
+        ValueError: If another recipe was run there, or this one on a model or text that has changed.
     """
     directory = Path(recipe.out_dir)
     if not (directory / RECIPE_FILE).exists():
         return False
     saved = load_recipe(directory / RECIPE_FILE)
-    changed = differences(saved, recipe)
+    changed = run_changes(directory, saved, recipe, content)
     if changed:
         raise ValueError(
-            f"{directory}: expected an earlier run of this recipe, got another's; these keys differ:\n  "
+            f"{directory}: expected an earlier run of this recipe, got another's; these differ:\n  "
             + "\n  ".join(changed)
             + "\nChoose another --out, delete this directory, or take back the changes."
         )
     if saved.eval_tokens != recipe.eval_tokens or not all((directory / name).exists() for name in (CONFIG_FILE, REPORT_FILE)):
         return False
     trained = read_config(directory)["provenance"]["training_tokens"]
-    return trained >= recipe.tokens and read_json(directory / REPORT_FILE).get("training_tokens") == trained
+    judged = read_json(directory / REPORT_FILE).get("training_tokens")
+    return trained >= recipe.tokens and judged == trained and not is_stale(directory)
 
 
 def collect_run_groups(
@@ -248,6 +253,7 @@ def _run(run: ResolvedRecipe, plan: TrainingPlan) -> None:
     (Path(recipe.out_dir) / REPORT_FILE).unlink(missing_ok=True)
     try:
         train_recipe(run, plan=plan)
-        evaluate(recipe.out_dir, tokens=recipe.eval_tokens)
+        options = CheckpointOptions(trust_remote_code=recipe.model.trust_remote_code)
+        evaluate(recipe.out_dir, tokens=recipe.eval_tokens, options=options)
     except ValueError as error:
         raise ValueError(f"{recipe.out_dir}: {error}") from None

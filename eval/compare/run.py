@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...transcoders.load import RecipeValue
+from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..checkpoint import Report
 from ..report.evaluate import Progress, unseen
 from .families import differences_summary
@@ -19,6 +19,7 @@ def compare(
     tokens: int | None = None,
     cache: bool = True,
     progress: Progress = unseen,
+    trust_remote_code: bool = False,
     against: str | None = None,
     match_l0: float | None = None,
 ) -> Report:
@@ -31,6 +32,7 @@ def compare(
         out: Where the comparison goes, and recipes' runs (``RECIPE/seed-N``).
         tokens: Evaluate all runs on this many held-out tokens; without it, those that have no report yet.
         cache: Take what was measured of a run before from its ``eval_cache``.
+        trust_remote_code: Run Python code that a language model's repository brings.
         against: The recipe, run, or group of runs that differ in the seed only, with which all others are compared; by
             default the first.
         match_l0: Compare at this l0: figures are interpolated along every sweep over budgets (recipes, or runs, that differ
@@ -43,10 +45,12 @@ def compare(
     if runs is None:
         if tokens is not None or not cache:
             raise ValueError("compare: --tokens and --no-cache: expected runs, got recipes. Override eval_tokens=N instead.")
-        return compare_recipes(sources, overrides, seeds, out, progress, against, match_l0)
+        allowed = {"model.trust_remote_code": True} if trust_remote_code else {}
+        return compare_recipes(sources, {**(overrides or {}), **allowed}, seeds, out, progress, against, match_l0)
     if overrides:
         raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
-    return compare_runs(runs, out, tokens, cache, progress, against, match_l0)
+    options = CheckpointOptions(trust_remote_code=trust_remote_code)
+    return compare_runs(runs, out, tokens, cache, progress, options, against, match_l0)
 
 
 def comparison_summary(comparison: Report) -> list[list[list[str]]]:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...sae.dictionary import CONFIG_FILE
-from ...sae.files import read_json, write_json
+from ...sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
+from ...sae.files import read_json, sha256, write_json
+from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import stack_folders
 from ..checkpoint import Report, short_names
 from ..pages.numbers import finite, show
@@ -61,30 +62,38 @@ def compare_runs(
     tokens: int | None = None,
     cache: bool = True,
     progress: Progress = unseen,
+    options: CheckpointOptions = NO_OPTIONS,
     against: str | None = None,
     match_l0: float | None = None,
 ) -> Report:
     """Set runs side by side; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
-    A checkpoint without a report is judged first, those of one model and text together; with ``tokens`` all are, on so
-    many. Runs may differ in anything: what makes figures hard to compare is said on the page. ``against`` names the run, or
-    the group of reseeded ones, that others are compared with; ``match_l0`` interpolates sweeps over budgets to one l0.
+    A checkpoint without a report, or with one of other weights, is judged first, those of one model and text together; with
+    ``tokens`` all are, on so many. Runs may differ in anything: what makes figures hard to compare is said on the page.
+    ``against`` names the run, or the group of reseeded ones, that others are compared with; ``match_l0`` interpolates sweeps
+    over budgets to one l0.
 
     Raises:
         ValueError: If there are fewer than two runs, a report is of another kind, or a checkpoint cannot be judged.
     """
     if len(runs) < 2:
         raise ValueError(f"compare: expected at least two runs, got {len(runs)}. For one alone: sparsary eval {runs[0]}")
-    wanted = [run for run in runs if tokens is not None or not (run / REPORT_FILE).exists()]
+    wanted = [run for run in runs if tokens is not None or not (run / REPORT_FILE).exists() or is_stale(run)]
     bare = [run for run in wanted if not (run / CONFIG_FILE).exists()]
     if bare:
         raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to judge, found a report alone. Leave it out.")
     if wanted:
-        evaluate_all(wanted, tokens=tokens, cache=cache, progress=progress)
+        evaluate_all(wanted, tokens=tokens, cache=cache, progress=progress, options=options)
     comparison = collect_runs(runs, against, match_l0)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)
     return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
+
+
+def is_stale(run: Path) -> bool:
+    """Whether a run's weights are not those that its report is about."""
+    judged = read_json(run / REPORT_FILE).get("weights_sha256")
+    return judged is not None and (run / WEIGHTS_FILE).exists() and sha256(run / WEIGHTS_FILE) != judged
 
 
 def collect_runs(runs: Sequence[Path], against: str | None = None, match_l0: float | None = None) -> dict[str, Any]:

@@ -24,6 +24,8 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
         "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
         "assumed": "What the dictionary's files do not say and nobody said: taken from recipes' defaults.",
+        "skipped": "Rows of text and tokens that could not be used, in training and here: left out, or mended by U+FFFD. Only "
+        "where there were any.",
         "doubts": "What these figures say against the hook, the normalisation or the scale; each was also logged.",
         "reasons": "Entry -> why it is null. Nothing in a report is NaN or infinite.",
     },

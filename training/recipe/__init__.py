@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .schema import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, total_steps
+from .schema import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, peak_lr, total_steps
 from .validation import check_encoder, check_together, encoder_specs, explain
 
 # The sections are a recipe's, wherever they are written down.
@@ -33,12 +33,16 @@ __all__ = [
     "override",
     "parse_overrides",
     "parse_yaml",
+    "peak_lr",
     "read_values",
     "total_steps",
 ]
 
 # What may differ when an interrupted run is continued: none of it touches the numbers.
-FREE_ON_RESUME = ("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks")
+FREE_ON_RESUME = (
+    *("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks", "model.trust_remote_code"),
+    *(f"{section}.{key}" for section in ("text", "harvest") for key in ("on_bad_row", "max_bad_share")),
+)
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

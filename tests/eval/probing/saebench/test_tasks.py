@@ -17,6 +17,7 @@ from sparsary.eval.probing.saebench.sparse_probing import sparse_probing
 from sparsary.eval.probing.subject import probe_target
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats.hooks import ARCHITECTURES, to_module
 from sparsary.transcoders import Transcoder
 
 SOURCE = {
@@ -262,6 +263,15 @@ def test_hooks_have_transformer_lens_names():
     assert transformer_lens_hook("model.layers.11:out") == (11, "blocks.11.hook_resid_post")
     assert transformer_lens_hook("gpt_neox.layers.3.mlp:out") == (3, "blocks.3.hook_mlp_out")
     with pytest.raises(ValueError, match="Give hook_layer and hook_name"):
-        transformer_lens_hook("transformer.wte:out")
+        transformer_lens_hook("somewhere.else:out")
+    # All that the formats know, whatever the model's name suggests.
+    for name, family in ARCHITECTURES.items():
+        for place, path in family.places:
+            inner, side = path.rsplit(":", 1)
+            hook = f"{family.blocks}.5{'.' * bool(inner)}{inner}:{side}"
+            layer, found = transformer_lens_hook(hook, name)
+            assert (layer, to_module(found, name)) == (5, hook), place
+            assert transformer_lens_hook(hook)[0] == transformer_lens_hook(hook, "/models/llama-like/gpt2")[0] == 5
+    assert transformer_lens_hook("transformer.wte:out") == (0, "hook_embed")
     with pytest.raises(ValueError, match="expected one that maps an activation to itself"):
         SaeBenchAdapter(Transcoder(5, 7, 11, build_encoder({"name": "topk", "k": 2}), False), "gpt2", "transformer.h.3:out")
