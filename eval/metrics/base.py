@@ -108,7 +108,7 @@ class MetricGroup(ABC):
     version: ClassVar[int]
     reads_model: ClassVar[bool]
     # Sums by document, of the groups whose figures follow from them. They are kept for comparisons of several runs.
-    documents: ByDocument | None = None
+    document_sums: ByDocument | None = None
 
     @abstractmethod
     def __init__(self, setting: Setting): ...

@@ -55,7 +55,9 @@ class SplicedModel(MetricGroup):
         self.sums = Downstream(self.model, ABLATED)
         self.increases = Quantiles(floor=1e-3)
         self.better = 0
-        self.documents = ByDocument(("count", "agrees", *(f"{measure}_{name}" for measure, name in MEASURED)))
+        self.documents = self.document_sums = ByDocument(
+            ("count", "agrees", *(f"{measure}_{name}" for measure, name in MEASURED))
+        )
 
     def fit(self, piece: DictionaryOutputs) -> None:
         self.total += piece.y.double().sum(0)

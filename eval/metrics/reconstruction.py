@@ -170,7 +170,7 @@ class Reconstructed(MetricGroup):
         self.fitted = Moments(dictionary.d_out, device)
         self.usual = Errors(dictionary.d_out, device)
         self.usual_l0 = Counts()
-        self.documents = ByDocument(("error", "deviation", "nonzeros", "tokens"))
+        self.documents = self.document_sums = ByDocument(("error", "deviation", "nonzeros", "tokens"))
         self.of_model = setting.model is not None
 
     def fit(self, piece: DictionaryOutputs) -> None:

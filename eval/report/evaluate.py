@@ -385,7 +385,7 @@ def evaluate_on_model(
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 settled_entries = settled(group.report())
-                sums = None if group.documents is None else group.documents.columns()
+                sums = None if group.document_sums is None else group.document_sums.columns()
                 entries[group.name] = GroupResult(*settled_entries, sums)
                 store.put(type(group), told[group.name], entries[group.name], documents)
     return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
