@@ -1,9 +1,15 @@
 """sparsary: train, load and judge sparse dictionaries of language-model activations. The public names and the command line."""
 
 import importlib
+import io
 import logging
 import os
+import shlex
 import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from .eval.report.evaluate import evaluate, evaluate_all
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
+    from .training.activations.read import read_activations
     from .training.run import harvest, train
     from .transcoders import CrossLayerTranscoder, Stack, Transcoder
     from .transcoders.convert import Converted, convert
@@ -58,6 +65,7 @@ __all__ = [
     "load",
     "probe",
     "push_to_hub",
+    "read_activations",
     "render",
     "sae",
     "train",
@@ -73,6 +81,7 @@ _HOMES = {
     "transcoders": "CrossLayerTranscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
+    "training.activations.read": "read_activations",
     "training.run": "harvest train",
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
@@ -119,6 +128,8 @@ def __dir__() -> list[str]:
 
 def command_line() -> "typer.Typer":
     """Join the commands of the layers to the command ``sparsary``."""
+    from typing import Annotated
+
     import typer
 
     from .eval.cli import app as evaluation
@@ -126,6 +137,14 @@ def command_line() -> "typer.Typer":
     from .training.cli import app as training_
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+    # Taken from the arguments by `main`, wherever it stands among them: here it is described.
+    @app.callback()
+    def _options(
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, with any command.")] = False,
+    ) -> None:
+        pass
+
     app.add_typer(training_)
     app.add_typer(evaluation)
     app.add_typer(bench, name="bench")
@@ -133,7 +152,7 @@ def command_line() -> "typer.Typer":
 
 
 def main() -> None:
-    """The console script. What a user can mend ends with status 2 and one message, without traceback."""
+    """The console script. Every error ends with one message: status 2 where the user can mend it, else 1 and a log."""
     # Read when torch is first loaded. By default OpenMP's threads go on spinning after a product and keep the processor from
     # whatever comes next: reading, compiled kernels, other processes. Harvest and training took twice to four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -141,35 +160,104 @@ def main() -> None:
     # Their notes on requests and caches are not ours.
     for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    debug = "--debug" in sys.argv
+    sys.argv[:] = [argument for argument in sys.argv if argument != "--debug"]
+    # A line that cannot be logged, as when its reader is gone, is no reason for a traceback in its place.
+    logging.raiseExceptions = debug
+    # A terminal that lacks a character gets its number.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status, message = _run()
-    except ModuleNotFoundError as error:
-        status, message = 2, _missing(error)
-    if message:
-        sys.stderr.write(f"{message}\n")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it ends in one line
+        status, message = _ended(error)
+        if debug:
+            traceback.print_exception(error)
+    if message and sys.stderr is not None:
+        # Where nobody reads it, the status says enough.
+        with suppress(OSError):
+            sys.stderr.write(f"{message}\n")
     sys.exit(status)
 
 
 def _run() -> tuple[int, str]:
     """The status of the command, and what to say at its end."""
-    import typer
+    # Not standalone: errors are to be shown our way. Ctrl-C comes back as status 130.
+    status = command_line()(standalone_mode=False) or 0
+    return status, INTERRUPTED if status == 130 else ""
 
+
+def _ended(error: BaseException) -> tuple[int, str]:
+    """The status that an error ends the command with, and what to say of it."""
     from .training.signals import Stopped
 
+    if isinstance(error, KeyboardInterrupt):
+        return 130, INTERRUPTED
+    if isinstance(error, SystemExit):
+        return (error.code, "") if isinstance(error.code, int) else (int(error.code is not None), str(error.code or ""))
+    if isinstance(error, Stopped):
+        return 128 + error.signal_number, str(error)
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        # As a program does that the signal ends: nobody reads what would be said.
+        return 141, ""
+    if isinstance(error, ModuleNotFoundError) and (missing := _missing(error)):
+        return 2, missing
+    if type(error).__module__.split(".")[0] in ("typer", "click"):
+        said = getattr(error, "format_message", lambda: str(error))()
+        return 2, f"sparsary: {said} Try: sparsary --help"
     try:
-        # Not standalone: errors are to be shown our way. Ctrl-C comes back as status 130.
-        status = command_line()(standalone_mode=False) or 0
-    except typer.TyperException as error:
-        return 2, f"sparsary: {error.format_message()} Try: sparsary --help"
-    except Stopped as stopped:
-        return 128 + stopped.signal_number, str(stopped)
-    except (ValueError, OSError) as error:
+        # Here, because it loads torch, which help is to do without.
+        from .sae.errors import WriteError, described
+    except Exception:  # noqa: BLE001 - an installation that is broken: the error is about to be told
+        return 1, _unforeseen(error)
+    if isinstance(error, WriteError):
+        return 2, f"sparsary: {error} It was: {shlex.join(['sparsary', *sys.argv[1:]])}"
+    if isinstance(error, OSError) and not isinstance(error, ValueError):
+        return 2, f"sparsary: {described(error)}"
+    if isinstance(error, ValueError) and _is_ours(error):
         return 2, f"sparsary: {error}"
-    return status, "Stopped. What was complete is saved; the same command continues." if status == 130 else ""
+    return 2 if isinstance(error, ValueError) else 1, _unforeseen(error)
+
+
+INTERRUPTED = "Stopped. What was complete is saved; the same command continues."
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the last of our lines raised it itself: then its message was written for whoever reads it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not frames or str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] == __name__
+
+
+def _unforeseen(error: BaseException) -> str:
+    """What was being done, what the library said, and where the traceback is."""
+    command = shlex.join(["sparsary", *sys.argv[1:]])
+    said = " ".join(str(error).split())[:600]
+    notes = [str(note) for note in getattr(error, "__notes__", ()) if str(note).startswith("while ")]
+    log = Path(tempfile.gettempdir()) / f"sparsary-error-{os.getpid()}.log"
+    try:
+        log.write_text(f"{command}\n\n{''.join(traceback.format_exception(error))}", encoding="utf-8")
+        logged = f"log: {log}; "
+    except OSError:
+        logged = ""
+    doing = notes[0] if notes else f"while running {command}"
+    return f"sparsary: {doing}: {type(error).__name__}{': ' * bool(said)}{said} ({logged}--debug shows the traceback)"
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more; then nothing is left to be written to it at exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """The extra that a command needs. Raise the error again if no extra has the module."""
+    """The extra that a command needs; an empty string if no extra has the module."""
     # Here, because it loads torch, which help is to do without.
     from .sae.extras import MissingPackageError, needs
 
@@ -180,3 +268,5 @@ def _missing(error: ModuleNotFoundError) -> str:
             raise error
     except MissingPackageError as missing:
         return str(missing)
+    except ModuleNotFoundError:
+        return ""

@@ -7,8 +7,9 @@ defaults. Every fallback is listed in the report under ``assumed``.
 
 import copy
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..sae.dictionary import SparseDictionary
+from ..sae.dictionary import OneSiteDictionary, SparseDictionary
+from ..sae.encoder import full_scorer
 from ..sae.files import sha256
+from ..sae.formats.conversion import gate_of
 from ..sae.formats.hooks import architecture_of, to_module
+from ..sae.tiled_scores import largest_of_batch
+from ..training.activations.model import section_content
+from ..training.content import model_problems, text_problems
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
 from ..training.recipe.validation import explain
 from ..training.text import Cursor
@@ -30,9 +36,12 @@ from .heldout import eval_data
 from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
+log = logging.getLogger(__name__)
 # A JSON document. Its keys are those of the metrics, so that a narrower type would have to be cast at every figure read.
 Report = dict[str, Any]
 # Nothing is known to have been trained on: all documents are held out.
+# Settings by which model and text stay what they are.
+CUTTING_KEYS = ("model.dtype", "model.device", "model.trust_remote_code", "text.context_length", "text.bos", "text.packing")
 EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
 
 
@@ -62,7 +71,10 @@ class LoadedDictionary:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """Dictionaries of one path or hub id. ``assumed`` says what no file and nobody said."""
+    """Dictionaries of one path or hub id.
+
+    ``assumed`` says what no file and nobody said, ``changed`` in what model and text are no longer those of the training.
+    """
 
     name: str
     directory: Path
@@ -71,6 +83,7 @@ class LoadedCheckpoint:
     stacked: bool
     options: CheckpointOptions
     assumed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
     @property
     def in_place_together(self) -> bool:
@@ -97,7 +110,11 @@ class LoadedCheckpoint:
         """
         found = [complete(member.provenance, self.options, self.name, text) for member in self.members]
         members = tuple(replace(m, provenance=about) for m, (about, _) in zip(self.members, found, strict=True))
-        return replace(self, members=members, assumed=tuple(dict.fromkeys(word for _, words in found for word in words)))
+        assumed = tuple(dict.fromkeys(word for _, words in found for word in words))
+        changed = content_changes(members[0].provenance, text)
+        for line in changed:
+            log.warning("%s: trained on something else: %s.", self.name, line)
+        return replace(self, members=members, assumed=assumed, changed=changed)
 
 
 def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
@@ -109,16 +126,32 @@ def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -
     # Hooks are named as the model has them that will be run.
     model = None if options.model is None else architecture(options.model)
     found = find(path, replace(options, model=model if architecture_of(model) else None))
+    # Not the architecture's name, which is for readers.
+    named = {} if options.model is None else {"model": {"id": options.model, "revision": None}}
     members = tuple(
         LoadedDictionary(
             found.folders.get(hook, found.directory),
             dictionary,
-            found.provenances[hook],
+            found.provenances[hook] | {key: (found.provenances[hook].get(key) or {}) | own for key, own in named.items()},
             (found.files[number],) if found.folders else found.files,
         )
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())
     )
     return LoadedCheckpoint(str(path), found.directory, members, found.foreign, found.stacked, options)
+
+
+def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[str, ...]:
+    """Return lines on what has changed under its name since a dictionary was trained on it."""
+    recorded = provenance.get("content")
+    if not recorded:
+        return ()
+    try:
+        current = section_content(ModelSection.model_validate(provenance["model"]))
+        text = text_problems(recorded, TextSection.model_validate(provenance["text"])) if reads_text else []
+    except ValueError:
+        # Not there, or not to be run: loading it says so.
+        return ()
+    return (*model_problems(recorded, current), *(text or ()))
 
 
 def architecture(model: str) -> str:
@@ -149,10 +182,13 @@ def complete(
     """
     found: Provenance = copy.deepcopy(dict(provenance))
     assumed: list[str] = []
+    found["content"] = _expected_content(found.get("content") or {}, options)
     if options.model is not None:
         found["model"] = {**(found.get("model") or {}), "id": options.model, "revision": None}
     for key in ("model", "text", "harvest"):
         found[key] = dict(found.get(key) or {})
+    # Whoever wrote the files may not decide that a repository's code is run here.
+    found["model"] |= {"trust_remote_code": options.trust_remote_code}
     for key, value in options.settings.items():
         if key.split(".")[0] not in SECTIONS:
             raise ValueError(f"--set {key}: expected a key of {', '.join(SECTIONS)}, for example text.context_length.")
@@ -168,6 +204,14 @@ def complete(
     _complete_text(found, assumed)
     _require_valid(found)
     return found, assumed
+
+
+def _expected_content(recorded: Mapping[str, Any], options: CheckpointOptions) -> dict[str, Any]:
+    """The recorded content, without that of a model or text in whose place the caller gives another."""
+    given = {key.split(".")[0] for key in options.settings if key not in CUTTING_KEYS}
+    given |= ({"model"} if options.model else set()) | ({"text"} if options.text else set())
+    sections = {"model": "model", "tokenizer": "model", "text": "text"}
+    return {key: value for key, value in recorded.items() if sections.get(key) not in given}
 
 
 def _complete_hooks(found: Provenance, options: CheckpointOptions, where: str) -> None:
@@ -238,9 +282,32 @@ def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
     Raises:
         ValueError: If model, hook or text are not known or do not fit.
     """
-    opened = opened.completed()
-    found: dict[str, Sanity] = {}
-    for member in opened.members:
+    return {hook: sanity(dictionary, x, y) for hook, dictionary, x, y in _on_text(opened, tokens)}
+
+
+@torch.no_grad()
+def thresholds_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, float]:
+    """Measure what k latents per token exceed on held-out text, of dictionaries with topk, by the hook they write.
+
+    ``sparsary.convert`` writes them for libraries that have thresholds but no topk: as many latents fire on average.
+
+    Raises:
+        ValueError: As ``sanity_of`` does.
+    """
+    found: dict[str, float] = {}
+    for hook, dictionary, x, _ in _on_text(opened, tokens):
+        if not isinstance(dictionary, OneSiteDictionary):
+            continue
+        gate, _ = gate_of(dictionary.encoder, dictionary.n_latents)
+        if gate.name in ("topk", "topk_raw"):
+            scores = full_scorer(dictionary.normalised(x), dictionary.weights)
+            found[hook] = max(float(largest_of_batch(scores, gate.k * len(x))[0].values.amin()), 0.0)
+    return found
+
+
+def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, SparseDictionary, Tensor, Tensor | None]]:
+    """The hook each dictionary writes, the dictionary, its inputs on some text and, where they are others, its targets."""
+    for member in opened.completed().members:
         reads, writes = hooks_of_provenance(member.provenance)
         where = eval_data(member.provenance, (*reads, *writes))
         rows: dict[str, list[Tensor]] = {hook: [] for hook in (*reads, *writes)}
@@ -255,8 +322,7 @@ def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
                 f"{', '.join(reads)}: expected a width of {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]} from "
                 f"{where.model.id}. This dictionary belongs to another model or hook."
             )
-        found[writes[0]] = sanity(dictionary, x, None if reads == writes else y)
-    return found
+        yield writes[0], dictionary, x, None if reads == writes else y
 
 
 def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..training.activations.contexts import context_batches
+from ..training.activations.limits import context_problems, tokenizer_problems
 from ..training.activations.model import LanguageModel, load_model
+from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
 from ..training.text import Cursor
 
@@ -41,28 +44,47 @@ class EvalData:
     text: TextSection
     exclusions: HarvestSection
 
+    @cached_property
+    def bad_texts(self) -> BadTexts:
+        """Rows of the text that could not be read."""
+        return BadTexts(self.text)
+
+    @cached_property
+    def bad_tokens(self) -> BadTokens:
+        """Tokens at which the model's activations are not finite."""
+        return BadTokens(self.exclusions)
+
     def pieces(self, start: Cursor, tokens: int) -> Iterator[TextBatch]:
         """Held-out contexts from ``start`` on until so many tokens were kept."""
-        return text_batches(self.model, self.text, self.exclusions, start, tokens)
+        return text_batches(self.model, self.text, self.exclusions, start, tokens, self.bad_texts)
 
 
 def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
     """Where a dictionary is judged that was trained at these hooks.
 
     Raises:
-        ValueError: If the model cannot be had.
+        ValueError: If the model cannot be had, or contexts or tokenizer do not fit it.
     """
     text = TextSection.model_validate(provenance["text"])
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
-    return EvalData(load_model(ModelSection.model_validate(provenance["model"])), text, exclusions)
+    model = load_model(ModelSection.model_validate(provenance["model"]))
+    problems = [*context_problems(model, text.context_length), *tokenizer_problems(model, model.tokenizer, text)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return EvalData(model, text, exclusions)
 
 
 def text_batches(
-    model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int
+    model: LanguageModel,
+    text: TextSection,
+    section: HarvestSection,
+    start: Cursor,
+    tokens: int,
+    bad: BadTexts | None = None,
 ) -> Iterator[TextBatch]:
     """Held-out contexts from ``start`` on until so many tokens were kept."""
     kept_tokens = seen = 0
-    for batch in context_batches(model, text, section, BATCH_CONTEXTS, start, heldout=True):
+    for batch in context_batches(model, text, section, BATCH_CONTEXTS, start, heldout=True, bad=bad):
         at = batch.on(model.device)
         yield TextBatch(at.token_ids, at.kept, at.counted, batch.cursor, batch.documents, batch.document_ids)
         kept_tokens += int(batch.kept.sum())

@@ -2,7 +2,7 @@
 
 The JSON holds the format version, the constructor's arguments and the provenance. The same text stands in the header of
 the tensor file: a save that is killed between the two renames leaves an older JSON beside newer weights, and the weights'
-own copy then decides.
+own copy then decides. Of a trained dictionary ``usage.safetensors`` holds how long each latent had been silent.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from .dictionary import CONFIG_FILE, FORMAT, FORMAT_VERSION, WEIGHTS_FILE, SparseDictionary
 from .encoders import build_encoder
 from .files import read_json, read_tensors, require_finite
+from .training_usage import load_training_usage
 
 # kind in dictionary.json -> its class, imported when one is met: what can be loaded does not depend on what was imported
 # before, and this layer imports none above it.
@@ -98,4 +99,5 @@ def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -
             )
     require_finite(path, tensors)
     dictionary.load_state_dict(tensors, assign=True)
+    dictionary.training_usage = load_training_usage(directory, config.get("training_usage"), dictionary.n_latents)
     return dictionary.to(device).eval()

@@ -19,9 +19,11 @@ from .metrics import Moments
 from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
 from .row_norm import ROW_NORMS, NormedRows
+from .rows import Rows, as_rows
 from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import decode
+from .training_usage import TrainingUsage
 
 FORMAT = "sparsary-dictionary"
 FORMAT_VERSION = 1
@@ -82,6 +84,8 @@ class SparseDictionary(nn.Module, ABC):
         self.encoder = encoder
         # Set by training, for training: a checkpoint knows nothing of it.
         self.screen: Screen | None = None
+        # Set by training, for whoever loads the checkpoint.
+        self.training_usage: TrainingUsage | None = None
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
 
@@ -173,26 +177,26 @@ class SparseDictionary(nn.Module, ABC):
             columns[site.writes] = float(moments.deviation[site.writes].sum()) / max(moments.count, 1) * self.n_sites
         return columns
 
-    def encode(self, x: Float[Tensor, "..."], grad: Float[Tensor, "tokens d_out"] | None = None) -> SparseCode:
+    def encode(self, x: Rows, grad: Rows | None = None) -> SparseCode:
         """Return the sparse code of raw activations ``(tokens, d_in)``; ``grad`` is the loss's gradient at the output.
 
-        Values are in normalised units: one unit is ``out_scale`` of output.
+        Tensors and arrays of any precision are taken. Values are in normalised units: one unit is ``out_scale`` of output.
 
         Raises:
             ValueError: If ``x`` is not ``(tokens, d_in)``.
         """
-        self.require_width(x, self.d_in)
+        x = self.require_width(x, self.d_in)
         if grad is not None:
-            grad = grad * self.out_scale
+            grad = self._tensor(grad, "grad") * self.out_scale
         return self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
 
-    def encode_at(self, site: int, x: Float[Tensor, "..."]) -> SparseCode:
+    def encode_at(self, site: int, x: Rows) -> SparseCode:
         """Return the code of raw activations of one site ``(tokens, width)``, its latents numbered from 0.
 
         Reads nothing of other sites, so that a model can be run with the dictionary in place.
         """
         place = self.sites[site].reads
-        self.require_width(x, place.stop - place.start)
+        x = self.require_width(x, place.stop - place.start)
         return self._in_output_units(self.code_of(self.normalised(x, site), None, x.requires_grad, site), x)
 
     def normalised(self, x: Float[Tensor, "tokens d"], site: int | None = None) -> Float[Tensor, "tokens d"]:
@@ -212,20 +216,27 @@ class SparseDictionary(nn.Module, ABC):
         assert self.row_norm is not None
         return ROW_NORMS[self.row_norm](x.to(self.in_scale.dtype) / self.in_scale)
 
-    def decode(self, code: SparseCode, x: Float[Tensor, "tokens d_in"] | None = None) -> Float[Tensor, "tokens d_out"]:
+    def decode(self, code: SparseCode | Rows, x: Rows | None = None) -> Float[Tensor, "tokens d_out"]:
         """Return the reconstruction of a code, in raw units. ``x`` is the raw input it came from.
 
+        Args:
+            code: As ``encode`` gives it, or dense, ``(tokens, n_latents)``.
+
         Raises:
-            ValueError: If there is a path past the latents and no ``x``.
+            ValueError: If there is a path past the latents and no ``x``, or a dense code has another width.
         """
+        if not isinstance(code, SparseCode):
+            code = self._sparse(self._tensor(code, "code"))
+        x = None if x is None else self._tensor(x)
         # Adding to slices in place would copy the whole gradient for every block.
         written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
         total = written[0] if len(written) == 1 else torch.stack(written).sum(0)
         # In one pass: this is as large as the batch.
         return torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
 
-    def decode_at(self, site: int, codes: list[SparseCode], x: Float[Tensor, "..."] | None = None) -> Float[Tensor, "..."]:
+    def decode_at(self, site: int, codes: list[SparseCode], x: Rows | None = None) -> Float[Tensor, "..."]:
         """Return what a site is to write, in raw units, from the codes of all sites up to it and its own raw input."""
+        x = None if x is None else self._tensor(x)
         if self.out_scale.ndim == 0:
             # One scale for all columns: there is one site.
             return self.decode(codes[site], x)
@@ -257,34 +268,53 @@ class SparseDictionary(nn.Module, ABC):
         scale = self.normed_rows(x).scale.squeeze(1)[code.token_ids()]
         return replace(code, values=code.values * scale.to(code.values.dtype))
 
-    def require_width(self, x: Float[Tensor, "..."], width: int) -> None:
-        """Raise ``ValueError`` unless ``x`` is ``(tokens, width)``."""
+    def _tensor(self, values: Rows, name: str = "x") -> Float[Tensor, "..."]:
+        """Return what a caller gave as a tensor; one that is a tensor keeps its precision and its gradient."""
+        return values if isinstance(values, Tensor) else as_rows(values, name, self.device)
+
+    def _sparse(self, dense: Float[Tensor, "..."]) -> SparseCode:
+        """Return a dense code as a sparse one."""
+        if dense.ndim != 2 or dense.shape[1] != self.n_latents:
+            raise ValueError(
+                f"code: expected a SparseCode, as encode gives it, or (tokens, {self.n_latents}), got {tuple(dense.shape)}."
+            )
+        cells = dense.detach().reshape(-1).nonzero().squeeze(1)
+        values = dense.reshape(-1)[cells].to(self.out_scale.dtype)
+        return SparseCode.from_cells(cells, values, len(dense), self.n_latents)
+
+    def require_width(self, x: Rows, width: int, name: str = "x") -> Float[Tensor, "..."]:
+        """Return ``x`` as a tensor; raise ``ValueError`` unless it is ``(tokens, width)``."""
+        x = self._tensor(x, name)
         if x.ndim != 2 or x.shape[1] != width:
             raise ValueError(
-                f"x: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
+                f"{name}: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
                 "and check that the activations come from the hook this dictionary was trained on."
             )
+        return x
 
     @torch.no_grad()
-    def pursue(self, y: Float[Tensor, "tokens d_out"], k: int, method: str) -> SparseCode:
+    def pursue(self, y: Rows, k: int, method: str) -> SparseCode:
         """The code of ``k`` latents that a pursuit finds for targets in raw units, in place of the encoder's own.
 
         ``method`` is one of ``sae.pursuit.PURSUITS``. Works for any dictionary: only atoms and bias are read.
 
         Raises:
-            ValueError: If there is no such method, ``k`` is below 1, or what is to be written depends on the input too.
+            ValueError: If there is no such method, ``k`` is below 1, ``y`` is not ``(tokens, d_out)``, or what is to be written
+                depends on the input too.
         """
         if method not in PURSUITS:
             raise ValueError(f"method: expected one of {', '.join(PURSUITS)}, got {method!r}.")
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}.")
-        atoms = self.atoms
+        y, atoms = self.require_width(y, self.d_out, "y"), self.atoms
         norms = atoms.norm(dim=-1).clamp_min(torch.finfo(atoms.dtype).tiny)
         code = PURSUITS[method](y.to(atoms.dtype) / self.out_scale - self.bypass(), atoms / norms[:, None], k)
+        code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))
         return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "tokens d_out"]:
+    def forward(self, x: Rows) -> Float[Tensor, "tokens d_out"]:
         """Encode, then decode."""
+        x = self._tensor(x)
         return self.decode(self.encode(x), x)
 
     @torch.no_grad()
@@ -318,6 +348,8 @@ class SparseDictionary(nn.Module, ABC):
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write ``dictionary.safetensors`` and ``dictionary.json``, each whole or not at all; the weights go first.
 
+        With a ``training_usage`` there is ``usage.safetensors`` besides.
+
         Raises:
             OSError: If the folder cannot be written; what it held stays as it was.
         """
@@ -329,7 +361,11 @@ class SparseDictionary(nn.Module, ABC):
             "dictionary": self.arguments(),
             "provenance": provenance or {},
         }
+        if self.training_usage is not None:
+            config["training_usage"] = self.training_usage.about
         write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)})
+        if self.training_usage is not None:
+            self.training_usage.save(directory)
         digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
         write_json(directory / CONFIG_FILE, config | digest)
 

@@ -8,13 +8,15 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .errors import writing
 
 # safetensors' names of torch's dtypes, in the order in which it lays them into a file: the widest first, which keeps all of
 # them aligned.
@@ -48,16 +50,23 @@ def natural_order(name: str) -> list[int | str]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder; on success it is synced and renamed to ``path``, otherwise removed."""
+    """A temporary path in the same folder; on success it is synced and renamed to ``path``, otherwise removed.
+
+    Raises:
+        WriteError: If it could not be written; what was there before is unchanged.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        with writing(path):
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        # Of a disk that fails the first error says more than this one would.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,7 +110,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], 
     meanwhile.
 
     Raises:
-        OSError: If it could not be written; what was there before is unchanged.
+        WriteError: If it could not be written; what was there before is unchanged.
     """
     parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
     names = sorted(parts, key=lambda name: (list(DTYPES.values()).index(parts[name][0].dtype), name))
@@ -116,17 +125,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], 
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with replacing(path) as temporary:
-        try:
-            with temporary.open("wb") as handle:
-                data = (_memory(part) for name in names for part in parts[name])
-                for piece in itertools.chain([len(text).to_bytes(8, "little"), text], data):
-                    for begin in range(0, len(piece), CHUNK_BYTES):
-                        chunk = piece[begin : begin + CHUNK_BYTES]
-                        digest.update(chunk)
-                        handle.write(chunk)
-        except OSError as error:
-            raise OSError(f"{path}: could not be written ({error}). What was there before is unchanged.") from None
+    with replacing(path) as temporary, temporary.open("wb") as handle:
+        data = (_memory(part) for name in names for part in parts[name])
+        for piece in itertools.chain([len(text).to_bytes(8, "little"), text], data):
+            for begin in range(0, len(piece), CHUNK_BYTES):
+                chunk = piece[begin : begin + CHUNK_BYTES]
+                digest.update(chunk)
+                handle.write(chunk)
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from .dictionary import CONFIG_FILE, WEIGHTS_FILE
 from .formats import SourceFiles, dictionary_places
 from .formats.base import ReadOptions
 from .formats.files import recording
+from .training_usage import USAGE_FILE
 
 
 def local_directory(path_or_id: str, revision: str | None = None) -> Path:
@@ -23,7 +24,7 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, USAGE_FILE]))
     except Exception as error:  # noqa: BLE001
         # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
         reason = " ".join(str(error).split())[:300]
@@ -38,19 +39,27 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
     Only files that are read when it is loaded are uploaded, whatever else lies there.
 
     Raises:
-        ValueError: If the directory holds no dictionary, or a damaged one.
+        ValueError: If the directory holds no dictionary, or a damaged one; or the hub does not take it from here.
     """
     from huggingface_hub import HfApi
 
     files = files_of(Path(directory))
     api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=str(directory),
-        allow_patterns=[glob.escape(name) for name in files],
-        commit_message="Upload a sparsary dictionary",
-    )
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=str(directory),
+            allow_patterns=[glob.escape(name) for name in files],
+            commit_message="Upload a sparsary dictionary",
+        )
+    except Exception as error:
+        # Whatever the client raises: no login, no rights, a name that it does not take, no connection, HF_HUB_OFFLINE.
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{repo_id}: could not be uploaded to ({type(error).__name__}: {reason}). Log in with `hf auth login` or HF_TOKEN, "
+            "as somebody who may write there, check the name (OWNER/NAME) and the connection, and call it again."
+        ) from error
     return commit.repo_url if isinstance(commit.repo_url, str) else str(commit.repo_url)
 
 
@@ -64,7 +73,8 @@ def files_of(directory: Path) -> list[str]:
     if folders or not directory.is_dir():
         for folder in folders or [""]:
             read_config(directory / folder)
-        return [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE)]
+        names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in (WEIGHTS_FILE, CONFIG_FILE, USAGE_FILE)]
+        return [name for name in names if not name.endswith(USAGE_FILE) or (directory / name).exists()]
     try:
         found = dictionary_places(SourceFiles(directory))
         with recording() as opened:

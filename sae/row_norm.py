@@ -37,7 +37,14 @@ def constant_norm(x: Float[Tensor, "tokens d"]) -> NormedRows:
     return NormedRows(x / scale, scale, torch.zeros_like(scale))
 
 
+def centred(x: Float[Tensor, "tokens d"]) -> NormedRows:
+    """Less the row's mean, as the streams are of a model whose writing weights TransformerLens has centred."""
+    mean = x.mean(dim=-1, keepdim=True)
+    return NormedRows(x - mean, torch.ones_like(mean), mean)
+
+
 ROW_NORMS: dict[str, Callable[[Float[Tensor, "tokens d"]], NormedRows]] = {
     "layer_norm": layer_norm,
     "constant_norm": constant_norm,
+    "centred": centred,
 }

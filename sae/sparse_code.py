@@ -81,6 +81,19 @@ class SparseCode:
         return cls(latents.reshape(-1), values.reshape(-1), starts)
 
     @classmethod
+    def from_steps(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
+        """Return the code of an encoder that takes latents one after another, where one may be taken again.
+
+        Its values are added up in its first entry, and its other entries are silent, so that it counts once.
+        """
+        ordered, order = latents.sort(dim=1, stable=True)
+        places = torch.arange(latents.shape[1], device=latents.device).expand_as(latents)
+        again = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, 1:] == ordered[:, :-1]], dim=1).bool()
+        first = order.gather(1, places.masked_fill(again, 0).cummax(dim=1).values)
+        first = torch.empty_like(order).scatter(1, order, first)
+        return cls.from_rows(latents, torch.zeros_like(values).scatter_add(1, first, values))
+
+    @classmethod
     def from_cells(cls, cells: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], tokens: int, n_latents: int) -> "SparseCode":
         """The code whose entries stand in these cells of a ``(tokens, n_latents)`` matrix, numbered row by row, ascending."""
         first = torch.arange(0, tokens * n_latents, n_latents, device=cells.device) if n_latents else cells.new_zeros(tokens)

@@ -92,6 +92,14 @@ def stale_slow(pytestconfig):
     return pytestconfig.stash[STALE]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Digests of files are remembered apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSARY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

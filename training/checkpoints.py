@@ -1,6 +1,7 @@
 """The run's directory: who may write to it, and what is saved in it."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 
 from ..sae import SparseDictionary
+from ..sae.checkpoint import read_config
+from ..sae.dictionary import CONFIG_FILE
 from ..sae.files import remove_partial_files, write_text
 from .activations.stream import ActivationStream
+from .content import Content, model_problems, text_problems
 from .locks import LOCK_FILE, locked
 from .phases import Phases
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
@@ -17,6 +21,8 @@ from .report import METRICS_FILE, TrainingLog
 from .state import STATE_FILE, TrainState
 
 RECIPE_FILE = "recipe.yaml"
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -38,37 +44,74 @@ class Checkpoints:
         """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
         state.require_finite(self.directory)
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
-        self.save_dictionary(state, dictionary)
+        self.save_dictionary(state, dictionary, stream)
 
-    def save_dictionary(self, state: TrainState, dictionary: SparseDictionary) -> None:
-        """The checkpoint that others load."""
-        dictionary.save(self.directory, self.provenance | {"training_tokens": state.tokens, "training_steps": state.step})
+    def save_dictionary(
+        self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream, finished: bool = False
+    ) -> None:
+        """Write the checkpoint that others load.
+
+        It says whether training and calibration are over, how many bad rows were left out or mended, if any were, and what
+        model and text are identified by.
+        """
+        dictionary.training_usage = state.training_usage
+        reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
+        found = {"skipped": dict(stream.skipped), "content": stream.content()}
+        dictionary.save(self.directory, self.provenance | reached | {key: value for key, value in found.items() if value})
 
 
 @contextmanager
-def claimed(directory: Path, recipe: Recipe) -> Iterator[bool]:
+def claimed(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> Iterator[bool]:
     """Hold ``directory`` for this recipe; the value says whether a saved state is there to continue.
+
+    Args:
+        content: Return that of the recipe's model, which a saved run must have been trained on.
 
     Raises:
         ValueError: If the directory holds another run, something else, or is in use or not writable.
     """
     with locked(directory, "out_dir"):
         remove_partial_files(directory)
-        _require_same_run(directory, recipe)
+        require_same_run(directory, recipe, content)
         write_text(directory / RECIPE_FILE, dump_recipe(recipe))
         yield (directory / STATE_FILE).exists()
 
 
-def _require_same_run(directory: Path, recipe: Recipe) -> None:
+def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> None:
+    """Raise ``ValueError`` if a directory holds anything but a run of this recipe, on the same model and text."""
     saved = directory / RECIPE_FILE
     if saved.exists():
         old = check_recipe(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)), str(saved))
-        changed = differences(old, recipe)
+        changed = run_changes(directory, old, recipe, content)
         if changed:
             raise ValueError(
-                f"out_dir: {directory} holds another run; these keys differ:\n  "
+                f"out_dir: {directory} holds another run; these differ:\n  "
                 + "\n  ".join(changed)
                 + "\nChoose another out_dir, delete this one, or take back the changes to continue it."
             )
     elif any(path.name not in (LOCK_FILE, METRICS_FILE) for path in directory.iterdir()):
         raise ValueError(f"out_dir: {directory} is not empty and holds no run of sparsary. Choose another out_dir.")
+
+
+def run_changes(directory: Path, old: Recipe, new: Recipe, current: Callable[[], Content] | None) -> list[str]:
+    """Return one line for every way in which a saved run cannot be continued with a recipe.
+
+    Args:
+        current: Return the content of the recipe's model and tokenizer as they are now; ``None`` compares names only.
+    """
+    keys = differences(old, new)
+    if current is None or not (directory / CONFIG_FILE).exists():
+        return keys
+    provenance = read_config(directory)["provenance"]
+    recorded = provenance.get("content")
+    if recorded is None:
+        if provenance.get("model") is not None:
+            log.warning(
+                "%s: this run was begun before contents were recorded, so that only names can be compared: a model or text "
+                "that has changed under its name goes unnoticed.",
+                directory,
+            )
+        return keys
+    # Revisions may be written down once a repository has moved on.
+    keys = [line for line in keys if not line.startswith(("model.revision:", "text.dataset_revision:"))]
+    return model_problems(recorded, current()) + (text_problems(recorded, new.text) or []) + keys

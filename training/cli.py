@@ -1,6 +1,6 @@
 """The commands that train: ``sparsary harvest`` and ``sparsary train``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -8,17 +8,32 @@ from .console import print_fields, show_progress
 
 app = typer.Typer()
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the language model's repository brings. It can do whatever you can on this machine: read it "
+        "first.",
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys to override.")]
 
 
-@app.command("harvest")
-def _harvest(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Store the activations a recipe asks for; an interrupted harvest goes on."""
+def recipe_overrides(arguments: list[str] | None, trust_remote_code: bool | None) -> dict[str, Any]:
+    """Return a recipe's overrides from the command line's arguments and option."""
     from .recipe import parse_overrides
+
+    overrides = parse_overrides(arguments or [])
+    return overrides | ({"model.trust_remote_code": True} if trust_remote_code else {})
+
+
+@app.command("harvest")
+def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code: TrustRemoteCode = None) -> None:
+    """Store the activations a recipe asks for; an interrupted harvest goes on."""
     from .run import harvest
 
     with show_progress("harvest") as progress:
-        store = harvest(recipe, progress, **parse_overrides(overrides or []))
+        store = harvest(recipe, progress, **recipe_overrides(overrides, trust_remote_code))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
 
@@ -27,15 +42,15 @@ def _train(
     recipe: RecipePath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Harvest if need be, then train, all members of a grid side by side; the same command continues an interrupted run."""
     from .preflight import grid_lines, preflight_all
-    from .recipe import parse_overrides
     from .recipe.grid import load_grid
     from .resolve_hooks import resolve_recipes
     from .run import train_all
 
-    grid = load_grid(recipe, parse_overrides(overrides or []))
+    grid = load_grid(recipe, recipe_overrides(overrides, trust_remote_code))
     members = resolve_recipes(grid.recipes)
     plans = preflight_all(members)
     print_fields(grid_lines(grid, members, plans))
@@ -43,5 +58,6 @@ def _train(
         return
     with show_progress("harvest") as progress:
         directories = train_all(members, progress=progress(members[0].recipe.harvest.tokens or 0), plans=plans)
+    trusted = " --trust-remote-code" if members[0].recipe.model.trust_remote_code else ""
     for directory in directories:
-        print(f"{directory}: done. Judge it with: sparsary eval {directory}")
+        print(f"{directory}: done. Judge it with: sparsary eval {directory}{trusted}")

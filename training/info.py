@@ -8,7 +8,8 @@ from torch import Tensor
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from ..sae.files import sha256
-from ..transcoders.load import NO_OPTIONS, CheckpointOptions, find
+from ..sae.training_usage import TrainingUsage
+from ..transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files, find
 from ..transcoders.stack import hooks_of_provenance, is_stack, stack_folders
 from .activations.shards import MANIFEST_FILE, ActivationStore
 
@@ -109,6 +110,7 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
         ("input scale", _span(dictionary.in_scale)),
         *([("output scale", _span(dictionary.out_scale))] if config["dictionary"]["kind"] != "sae" else []),
         *_origin(source),
+        *_usage(dictionary.training_usage),
         ("checksum", "matches" if matches else "differs"),
     ]
     damage = (
@@ -122,9 +124,16 @@ def _origin(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     converted = provenance.get("converted")
     if converted is None:
         made = f"sparsary {provenance.get('sparsary_version')}, commit {provenance.get('git_commit')}"
-        return [("trained on", f"{provenance.get('training_tokens', 0):,} tokens"), ("made by", made)]
+        doubts = [("doubt", word) for word in doubts_of_files(provenance)]
+        return [("trained on", f"{provenance.get('training_tokens', 0):,} tokens"), ("made by", made), *doubts]
     lines = [("read as", converted["evidence"]), *(("folded or renamed", word) for word in converted["done"])]
     return [*lines, *(("doubt", word) for word in converted["warnings"])]
+
+
+def _usage(usage: TrainingUsage | None) -> list[tuple[str, str]]:
+    if usage is None:
+        return []
+    return [("dead in training", f"{usage.dead_fraction:.2%}, silent for {usage.window_tokens:,} tokens or more at its end")]
 
 
 def _sizes(arguments: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
 from .recipe.grid import Grid, told_together
+from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
@@ -25,9 +26,13 @@ LABEL_BYTES = 16
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook."""
+    """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook.
+
+    At hooks that are ``assumed`` it is a guess, as are the sizes: the model's code allows no more before it runs.
+    """
 
     widths: dict[str, int]
+    assumed: frozenset[str]
     steps: int
     passes: float | None
     parameters: int
@@ -76,7 +81,13 @@ class TrainingPlan:
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}"),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
-            ("hooks", ", ".join(f"{hook} ({width})" for hook, width in self.widths.items())),
+            (
+                "hooks",
+                ", ".join(
+                    f"{hook} ({f'unknown until the model runs; {width} assumed' if hook in self.assumed else width})"
+                    for hook, width in self.widths.items()
+                ),
+            ),
             ("store", store),
             (
                 "harvest",
@@ -140,27 +151,43 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
-        ValueError: If a hook does not exist, an existing store is another one's, the store would be smaller
-            than a batch, the disk is too full, or all together need more memory than is free; with one line for each member
-            it concerns, or one for all.
+        ValueError: If a hook does not exist, contexts or tokenizer do not fit the model, an existing store is another one's,
+            the store would be smaller than a batch, the disk is too full, all together need more memory than is free, or wandb
+            is asked for and takes no login; with one line for each member it concerns, or one for all.
     """
     plans = plan_all(recipes)
-    require_memory(recipes, plans)
+    # What is only assumed refuses nothing.
+    if not any(plan.assumed for plan in plans):
+        require_memory(recipes, plans)
+    # Of a grid all members log to the same place.
+    require_wandb(recipes[0].recipe)
     return plans
 
 
 def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Plan recipes that are run side by side, whatever memory they need."""
-    widths = recipes[0].widths
+    first = recipes[0]
+    widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
+    if unfit := first.outline.text_problems(first.recipe.text):
+        raise ValueError("\n".join(unfit))
+    _require_same_store(first)
     plans, problems = [], {}
     for recipe in (member.recipe for member in recipes):
         try:
-            plans.append(_plan(recipe, widths))
+            plans.append(_plan(recipe, widths, assumed))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
     if problems:
         raise ValueError("\n".join(told_together(problems, len(recipes))))
     return plans
+
+
+def _require_same_store(member: ResolvedRecipe) -> None:
+    """Raise ``ValueError`` if the store that is there, which all members share, was made of something else."""
+    recipe, store = member.recipe, member.recipe.harvest.store
+    if store is not None and (Path(store) / MANIFEST_FILE).exists():
+        identity = recipe_identity(recipe.model, recipe.text, recipe.harvest)
+        identity.check(ActivationStore.open(store), member.outline.content, recipe.text)
 
 
 def memory_together(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
@@ -211,14 +238,12 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
+def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str]) -> TrainingPlan:
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
     training = round(wanted * (1 - harvest.heldout))
     existing = ActivationStore.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
-    if existing is not None:
-        recipe_identity(recipe.model, recipe.text, harvest).check(existing)
-        if existing.manifest["complete"]:
-            training = existing.tokens("train")
+    if existing is not None and existing.manifest["complete"]:
+        training = existing.tokens("train")
     if harvest.store is not None and recipe.batch_tokens > training:
         raise ValueError(
             f"batch_tokens: expected at most the {training} training tokens of the store, got {recipe.batch_tokens}. "
@@ -230,7 +255,8 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
     if harvest.dtype == "int8":
         per_token += sum(-(-width // harvest.block) * 2 for width in widths.values())
     disk = 0 if harvest.store is None else round(max(wanted - done, 0) * per_token)
-    _require_disk(recipe, disk)
+    if not assumed:
+        _require_disk(recipe, disk)
     arguments = dictionary_arguments(recipe, widths)
     with torch.device("meta"):
         dictionary = build_dictionary(arguments)
@@ -241,6 +267,7 @@ def _plan(recipe: Recipe, widths: dict[str, int]) -> TrainingPlan:
     buffer = 2 * harvest.live_buffer_tokens * 4 * row if live else 0
     return TrainingPlan(
         widths=widths,
+        assumed=assumed,
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,
         parameters=parameters,

@@ -1,14 +1,19 @@
 """Numbers out: JSON lines always, a progress bar on a terminal, Weights & Biases when asked. Only this file imports wandb."""
 
+import io
 import json
 import logging
 import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..sae.errors import writing
 from ..sae.extras import needs
 from ..sae.files import json_number
 from .objective import Terms
@@ -28,10 +33,11 @@ class TrainingLog:
 
     def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int, progress: Progress):
         self.path = directory / METRICS_FILE
-        self.path.touch()
-        with self.path.open("r+b") as handle:
-            handle.truncate(keep_bytes)
-        self.handle = self.path.open("a", encoding="utf-8")
+        with writing(self.path):
+            self.path.touch()
+            with self.path.open("r+b") as handle:
+                handle.truncate(keep_bytes)
+            self.handle = self.path.open("a", encoding="utf-8")
         self.total = recipe.tokens
         self.tokens_before = tokens_before
         self.started = time.perf_counter()
@@ -55,23 +61,36 @@ class TrainingLog:
             "data_wait_share": waited_seconds / max(now - self.started, 1e-9),
         }
         self.latest = row
-        self.handle.write(json.dumps(row) + "\n")
+        with writing(self.path):
+            self.handle.write(json.dumps(row) + "\n")
         stats = f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {row['dead']:.3f}  {speed:,.0f} tokens/s"
         self.progress.update(self.task, completed=state.tokens, stats=stats)
         if not self.progress.console.is_terminal:
             log.info("%s: %d of %d tokens  %s", self.name, state.tokens, self.total, stats)
         if self.wandb is not None:
-            self.wandb.log(row, step=state.step)
+            self._tell_wandb(lambda: self.wandb.log(row, step=state.step))
+
+    def _tell_wandb(self, tell: Callable[[], Any]) -> None:
+        """A service that is gone does not end a run: everything is in ``metrics.jsonl`` too."""
+        try:
+            tell()
+        except Exception as error:  # noqa: BLE001 - wandb's own errors, its service's and the connection's
+            reason = " ".join(str(error).split())[:300]
+            log.warning("wandb: the run goes on without it (%s: %s); all is in %s.", type(error).__name__, reason, self.path)
+            self.wandb = None
 
     def flush(self) -> int:
         """Bring the lines to the disk; returns the file's length."""
-        self.handle.flush()
-        return self.handle.tell()
+        with writing(self.path):
+            self.handle.flush()
+            return self.handle.tell()
 
     def close(self) -> None:
-        self.handle.close()
+        # What could not be written then belongs to no saved state, and the error that ends the run says why.
+        with suppress(OSError):
+            self.handle.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self._tell_wandb(self.wandb.finish)
 
 
 def progress_bar() -> Progress:
@@ -81,21 +100,58 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _start_wandb(recipe: Recipe, directory: Path) -> Any:
-    # Imported here: it takes a second, and most runs do without.
+def require_wandb(recipe: Recipe) -> None:
+    """Check, before any work, that a recipe's run can be logged to Weights & Biases.
+
+    Raises:
+        ValueError: If the package is missing, or the run would be sent to a server that takes no login from here.
+    """
+    if recipe.wandb is None:
+        return
+    wandb = _wandb()
+    from_environment = wandb.setup().settings.mode
+    if (recipe.wandb.mode or from_environment) not in ("online", "run", "shared"):
+        return
+    # It asks nobody for a key: without one it is refused here, and not after the harvest.
+    quietly = {"prompt": False} if "prompt" in signature(wandb.login).parameters else {}
+    remedy = "Run `wandb login` or set WANDB_API_KEY; or set wandb.mode: offline (or WANDB_MODE=offline)."
+    try:
+        with redirect_stderr(io.StringIO()):
+            logged_in = wandb.login(**quietly, verify=True)
+    except Exception as error:  # noqa: BLE001 - wandb's own errors, the connection's, the library's for requests
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"wandb: the server takes no login from here ({reason}). {remedy}") from None
+    # Where the environment switches wandb off and the recipe on, nothing is known before the run.
+    if not logged_in and from_environment in ("online", "run", "shared"):
+        raise ValueError(f"wandb: not logged in. {remedy}")
+
+
+def _wandb() -> Any:
+    # Imported on first use: it takes a second, and most runs do without.
     with needs("wandb in a recipe"):
         import wandb
+    return wandb
 
+
+def _start_wandb(recipe: Recipe, directory: Path) -> Any:
     assert recipe.wandb is not None
-    return wandb.init(
-        project=recipe.wandb.project,
-        name=recipe.wandb.name,
-        # Without this the second run of a process would end the first.
-        reinit="create_new",
-        mode=recipe.wandb.mode,
-        dir=str(directory),
-        config=recipe.model_dump(mode="json"),
-        # The same directory continues the same wandb run.
-        id=directory.resolve().as_posix().replace("/", "-").strip("-")[-64:],
-        resume="allow",
-    )
+    try:
+        return _wandb().init(
+            project=recipe.wandb.project,
+            name=recipe.wandb.name,
+            # Without this the second run of a process would end the first.
+            reinit="create_new",
+            # Without one in the recipe it is the environment's, WANDB_MODE, that counts.
+            mode=recipe.wandb.mode,
+            dir=str(directory),
+            config=recipe.model_dump(mode="json"),
+            # The same directory continues the same wandb run.
+            id=directory.resolve().as_posix().replace("/", "-").strip("-")[-64:],
+            resume="allow",
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"wandb: the run could not be started ({type(error).__name__}: {reason}). Check the login and the connection, set "
+            "wandb.mode: offline, or leave wandb out; what was harvested is kept, the same command goes on."
+        ) from error

@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS
+from ..sae.errors import WriteError, doing
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
@@ -27,9 +28,11 @@ from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
-from .activations.tensor_stream import Item, TensorStream
+from .activations.tensor_stream import Activations, TensorStream
+from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
+from .content import pinned
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, TrainedMember, train_loop
@@ -89,7 +92,7 @@ def harvest(
     return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
 
 
-def train(recipe: str | Path, activations: Iterable[Item] | None = None, **overrides: RecipeValue) -> Path:
+def train(recipe: str | Path, activations: Activations | None = None, **overrides: RecipeValue) -> Path:
     """Run a recipe file, or continue it, and return the checkpoint's directory; with a ``grid``, the one above its members'.
 
     ``train("recipe.yaml", dictionary__n_latents=512, lr=2e-3)`` trains with two keys overridden.
@@ -114,7 +117,7 @@ def _dotted(overrides: Mapping[str, RecipeValue]) -> dict[str, RecipeValue]:
 
 def train_recipe(
     recipe: ResolvedRecipe,
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     plan: TrainingPlan | None = None,
 ) -> Path:
@@ -124,7 +127,7 @@ def train_recipe(
 
 def train_all(
     members: Sequence[ResolvedRecipe],
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     plans: Sequence[TrainingPlan] | None = None,
 ) -> list[Path]:
@@ -133,9 +136,10 @@ def train_all(
     A batch is read once for all recipes that train on it; the rest is each one's own, and on the CPU each result is bit for
     bit what the recipe gives alone. Recipes must agree in what ``grid.SHARED`` lists.
 
-    ``activations`` takes the place of the model: any iterable of ``(tokens, d_in)`` tensors, or of pairs of such tensors and
-    the loss's gradients at them, or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``,
-    ``harvest`` and the hooks of the recipe are then only labels. ``progress`` hears of harvested tokens.
+    ``activations`` takes the place of the model: a tensor or array ``(tokens, d_in)`` or any iterable of such, as a list, a
+    ``DataLoader`` or a generator; or of pairs of them and the loss's gradients there (for transcoders, of inputs and targets),
+    or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``, ``harvest`` and the hooks of the
+    recipe are then only labels. ``progress`` hears of harvested tokens.
 
     Args:
         plans: What ``preflight_all`` found of these recipes; without it, and without ``activations``, it is asked here.
@@ -154,7 +158,11 @@ def train_all(
         if (above / RECIPE_FILE).exists():
             raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
     with ExitStack() as stack:
-        resuming = [stack.enter_context(claimed(Path(recipe.out_dir), recipe)) for recipe in recipes]
+        contents = [None if activations is not None else member.content for member in members]
+        resuming = [
+            stack.enter_context(claimed(Path(recipe.out_dir), recipe, content))
+            for recipe, content in zip(recipes, contents, strict=True)
+        ]
         together = stack.enter_context(open_streams(members, activations, progress, plans))
         _train(together, [recipe.out_dir for recipe, saved in zip(recipes, resuming, strict=True) if saved])
     return [Path(recipe.out_dir) for recipe in recipes]
@@ -163,7 +171,7 @@ def train_all(
 @contextmanager
 def open_streams(
     members: Sequence[ResolvedRecipe],
-    activations: Iterable[Item] | None,
+    activations: Activations | None,
     progress: Callable[[int], None],
     plans: Sequence[TrainingPlan] | None,
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
@@ -177,19 +185,20 @@ def open_streams(
     groups, first = list(together.values()), members[0].recipe
     with ExitStack() as stack:
         if activations is not None:
-            if len(groups) > 1 and iter(activations) is activations:
+            if len(groups) > 1 and isinstance(activations, Iterator):
                 raise ValueError(
                     "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
                     f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
                 )
             streams: list[ActivationStream] = [
-                TensorStream(activations, group[0].batch_tokens, targets=group[0].dictionary.kind != "sae") for group in groups
+                TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest)
+                for group in groups
             ]
         elif first.harvest.store is None:
             model = load_model(first.model)
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             # Two: the first of the streams may be a buffer ahead of the last.
-            buffers = Buffers(model, first.text, first.harvest, hooks, keep=min(len(groups), 2))
+            buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
             store = run_harvest(members[0], progress, plans[0] if plans else None)
@@ -228,8 +237,9 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar())
         groups = [_group(stream, recipes, resuming, accelerator, bar, stack) for stream, recipes in together]
+        stack.enter_context(_telling_what_is_kept(groups))
         try:
-            with stop.signals_deferred():
+            with stop.signals_deferred(), doing(f"training {first.out_dir}"):
                 train_loop(groups, accelerator, stop)
         except StopIteration:
             tokens, wanted = max((m.state.tokens, m.recipe.tokens) for group in groups for m in group.members if not m.done)
@@ -245,10 +255,24 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
         group.stream.close()
     for group in groups:
         for member in group.members:
-            # The state keeps what training left; what others load is made ready for use.
-            finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
-            # In any case: a kill may have come between the last state and its dictionary.
-            member.checkpoints.save_dictionary(member.state, member.dictionary)
+            with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
+                # The state keeps what training left; what others load is made ready for use.
+                finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
+                # In any case: a kill may have come between the last state and its dictionary.
+                member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
+    for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
+        log.warning("Left out of training, or mended: %s.", skipped)
+
+
+@contextmanager
+def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
+    """Say in errors of files that could not be written which states are on disk."""
+    try:
+        yield
+    except WriteError as error:
+        steps = sorted({member.state.saved_step for group in groups for member in group.members})
+        span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+        raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state was saved before.") from None
 
 
 @dataclass(frozen=True)
@@ -349,8 +373,11 @@ def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
     """Where a dictionary comes from: enough to evaluate it on the same model, hooks and held-out documents."""
     resolved = recipe.model_dump(mode="json")
     model = resolved["model"]
+    commit = ((stream.content() or {}).get("model") or {}).get("commit")
     if isinstance(stream, StoreStream):
         model = model | {"revision": stream.store.manifest["model"]["revision"]}
+    elif commit is not None:
+        model = model | {"revision": commit}
     section = recipe.dictionary
     hooks = {"hooks_in": list(section.hooks_in), "hooks_out": list(section.hooks_out)}
     return {

@@ -1,6 +1,7 @@
 """How a run is asked to stop, and how it says that it did; imports nothing that takes time, as the command line imports it."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,14 +27,22 @@ class StopRequest:
 
     @contextmanager
     def signals_deferred(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the loop after the current step instead of the process; a second one does not wait."""
+        """SIGINT and SIGTERM end the loop after the current step instead of the process; a second one does not wait.
+
+        In another thread than the main one, as in a web application, signals are left to whoever has the main one.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def request(number: int, _frame: Any) -> None:
             if self.signal_number is not None:
                 raise KeyboardInterrupt
             self.signal_number = number
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A handler that was not set from Python could not be put back.
+        ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+        previous = {number: signal.signal(number, request) for number in ours}
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..sae import SparseDictionary
 from ..sae.files import read_tensors, require_finite, write_tensors
+from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .objective import LatentUsage, Terms
 from .phases import Phases, density_half_life
@@ -73,6 +74,11 @@ class TrainState:
     @property
     def usage(self) -> LatentUsage:
         return LatentUsage(self.dead, self.density)
+
+    @property
+    def training_usage(self) -> TrainingUsage:
+        """What a checkpoint keeps of it."""
+        return TrainingUsage(self.silent_for.cpu(), self.dead_after_tokens, self.tokens)
 
     def advance(self, tokens: int, terms: Terms) -> None:
         """Count one step. Nothing here waits for the device."""

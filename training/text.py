@@ -4,15 +4,17 @@ Documents are numbered in reading order; a document's number decides whether it 
 same way everywhere.
 """
 
+import codecs
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from .bad_rows import BadTexts
 from .embedded import corpus
 from .recipe import TextSection
 
@@ -62,21 +64,37 @@ BEGINNING = Cursor(0, 0)
 
 
 def contexts(
-    section: TextSection, tokenizer: Any, start: Cursor = BEGINNING, heldout: float | None = None
+    section: TextSection,
+    tokenizer: Any,
+    start: Cursor = BEGINNING,
+    heldout: float | None = None,
+    bad: BadTexts | None = None,
+    reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[Context]:
     """Contexts of the text from ``start`` on.
 
-    With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits.
+    With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits. ``bad``
+    counts rows that cannot be read, ``reading`` is called as ``documents`` does it.
     """
-    numbered = documents(section, start.document, lambda number: heldout is None or is_heldout(number, heldout))
+
+    def wanted(number: int) -> bool:
+        return heldout is None or is_heldout(number, heldout)
+
+    numbered = documents(section, start.document, wanted, bad, reading)
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos_id) if i is not None), 0)
+    pad_id = padding_id(tokenizer)
     tokenized = tokenize(numbered, tokenizer)
     return pack(
         tokenized, section.context_length, bos_id, section.bos, start.offset, pad_id if section.packing == "separate" else None
     )
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the id that fills a context that is not full."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return next((token for token in known if token is not None), 0)
 
 
 def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
@@ -87,70 +105,148 @@ def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tu
         yield from zip((number for number, _ in batch), encoded, strict=True)
 
 
-def documents(section: TextSection, start: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, str]]:
+def documents(
+    section: TextSection,
+    start: int,
+    wanted: Callable[[int], bool],
+    bad: BadTexts | None = None,
+    reading: Callable[[int, str], None] | None = None,
+) -> Iterator[tuple[int, str]]:
     """Number and text of the wanted documents from number ``start`` on, in their fixed order.
 
+    Rows that hold no text have no number, be they blank or bad: what is left out does not move the others.
+
+    Args:
+        bad: Counts rows that cannot be read.
+        reading: Called with every document that is read, of files and data sets also with those that are skipped.
+
     Raises:
-        ValueError: If a file or data set cannot be had, or a line of it holds no text.
+        ValueError: If a file or data set cannot be had, or more rows of it cannot be read than ``section`` allows.
     """
     if section.source == "embedded":
         # Any document can be had without those before it.
         for number in filter(wanted, itertools.count(start)):
             yield number, corpus.embedded_document(section.seed, number).text
         return
-    texts = _hub_documents(section) if section.source == "hub" else _all_files(section)
-    for number, text in enumerate(texts):
+    bad = BadTexts(section) if bad is None else bad
+    bad.begin()
+    texts = _hub_documents(section, bad) if section.source == "hub" else _all_files(section, bad)
+    for number, text in enumerate(text for text in texts if text.strip()):
+        bad.documents = number + 1
+        if reading is not None:
+            reading(number, text)
         if number >= start and wanted(number):
             yield number, text
+    bad.end()
 
 
-def _all_files(section: TextSection) -> Iterator[str]:
+def _all_files(section: TextSection, bad: BadTexts) -> Iterator[str]:
     for name in section.files:
-        yield from _file_documents(Path(name), section)
+        yield from _file_documents(Path(name), section, bad)
 
 
-def _file_documents(path: Path, section: TextSection) -> Iterator[str]:
+def _file_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
     readers = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
     if path.suffix not in readers:
         raise ValueError(f"text.files: expected {', '.join(readers)}, got {path}.")
     if not path.is_file():
         raise ValueError(f"text.files: {path} does not exist. Give an existing path, or set text.source: embedded.")
-    for text in readers[path.suffix](path, section):
-        if text.strip():
-            yield text
+    try:
+        yield from readers[path.suffix](path, section, bad)
+    except OSError as error:
+        raise ValueError(f"text.files: {path} could not be read ({error.strerror or error}).") from None
 
 
-def _txt_documents(path: Path, section: TextSection) -> Iterator[str]:
-    pending = ""
-    with path.open(encoding="utf-8") as handle:
+def _opened(path: Path) -> TextIO:
+    """A text file in the encoding that its byte order mark names, without that UTF-8; other bytes become surrogates."""
+    with path.open("rb") as handle:
+        head = handle.read(4)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return path.open(encoding="utf-32", errors="replace")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return path.open(encoding="utf-16", errors="replace")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _txt_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
+    pending, line, lines = "", 1, section.separator.count("\n")
+    with _opened(path) as handle:
         while chunk := handle.read(1 << 20):
             *whole, pending = (pending + chunk).split(section.separator)
-            yield from whole
-    yield pending
+            for text in whole:
+                yield bad.clean(text, f"{path}:{line}")
+                line += text.count("\n") + lines
+    yield bad.clean(pending, f"{path}:{line}")
 
 
-def _jsonl_documents(path: Path, section: TextSection) -> Iterator[str]:
-    with path.open(encoding="utf-8") as handle:
+def _jsonl_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
+    with _opened(path) as handle:
         for number, line in enumerate(handle, start=1):
+            # The form allows them, and files that were put together have them.
+            if line.isspace():
+                continue
             try:
-                text = json.loads(line)[section.column]
-            except (json.JSONDecodeError, KeyError, TypeError, IndexError):
-                raise ValueError(
-                    f"{path}:{number}: expected a JSON object with the key {section.column!r}. Set text.column to the key "
-                    "that holds the text."
-                ) from None
-            yield _require_text(text, f"{path}:{number}")
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and section.column in row:
+                yield from _texts(row[section.column], f"{path}:{number}", bad)
+            else:
+                what = f"lines that are no JSON object with the key {section.column!r}"
+                where = f"{path}:{number}: expected a JSON object with the key {section.column!r}"
+                bad.skip(what, where, "Set text.column to the key that holds the text.")
 
 
-def _parquet_documents(path: Path, section: TextSection) -> Iterator[str]:
-    yield from _rows_of(_load_dataset("parquet", data_files=str(path), split="train"), section.column, str(path))
+def _parquet_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
+    # Imported here: it takes a while, and other files do without. Read here and not by `datasets`, which decodes every column
+    # and ends at the first row that is not UTF-8.
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if section.column not in file.schema_arrow.names:
+                raise _no_column(section, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(columns=[section.column]):
+                values = batch.column(0)
+                if pa.types.is_dictionary(values.type):
+                    values = values.dictionary_decode()
+                if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                    # As bytes: what is not UTF-8 among them concerns its own row only.
+                    values = values.cast(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
+                for value in values.to_pylist():
+                    yield from _texts(value, f"{path}: row {row}", bad)
+                    row += 1
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path}: row {row}: expected a parquet file, got a damaged one ({reason}). Get the file again; what was harvested "
+            "is kept."
+        ) from None
 
 
-def _hub_documents(section: TextSection) -> Iterator[str]:
+def _hub_documents(section: TextSection, bad: BadTexts) -> Iterator[str]:
     dataset = _load_dataset(
         section.dataset, section.dataset_config, split=section.dataset_split, revision=section.dataset_revision
     )
-    yield from _rows_of(dataset, section.column, str(section.dataset))
+    rows, number = iter(dataset), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # noqa: BLE001
+            # Connections break, and data sets are damaged, in as many ways as there are libraries in between.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(
+                f"{section.dataset}: row {number} could not be read ({reason}). What was harvested or saved is kept; the same "
+                "command goes on."
+            ) from None
+        if row is None:
+            return
+        if section.column not in row:
+            raise _no_column(section, row, str(section.dataset))
+        yield from _texts(row[section.column], f"{section.dataset}: row {number}", bad)
+        number += 1
 
 
 def _load_dataset(*arguments: Any, **options: Any) -> Any:
@@ -158,7 +254,8 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(*arguments, streaming=True, **options)
+        # A data set's own code would run here; no version of datasets may ask for it.
+        return datasets.load_dataset(*arguments, streaming=True, trust_remote_code=False, **options)
     except Exception as error:  # noqa: BLE001
         # Whatever the hub client raises (offline, unknown id, no rights), the user needs the same two facts.
         raise ValueError(
@@ -167,17 +264,20 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
         ) from None
 
 
-def _rows_of(dataset: Any, column: str, where: str) -> Iterator[str]:
-    for number, row in enumerate(dataset):
-        if column not in row:
-            raise ValueError(f"text.column: expected one of {', '.join(row)} of {where}, got {column!r}.")
-        yield _require_text(row[column], f"{where} row {number}")
+def _no_column(section: TextSection, columns: Iterable[str], where: str) -> ValueError:
+    return ValueError(f"text.column: expected one of {', '.join(columns)} of {where}, got {section.column!r}.")
 
 
-def _require_text(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: expected text, got {type(text).__name__}. Set text.column to the key that holds the text.")
-    return text
+def _texts(value: Any, where: str, bad: BadTexts) -> Iterator[str]:
+    """The text that a row's value is, or nothing."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8-sig", "surrogateescape")
+    if isinstance(value, str):
+        yield bad.clean(value, where)
+        return
+    found = "null" if value is None else type(value).__name__
+    remedy = "Set text.column to the key that holds the text."
+    bad.skip(f"rows with {found} in place of text", f"{where}: expected text, got {found}", remedy)
 
 
 def pack(

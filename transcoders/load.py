@@ -1,5 +1,6 @@
 """Load dictionaries from a path or hub id: sparsary checkpoints and stacks of them first, then other libraries' files."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,12 @@ from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE, SparseDictionary
 from ..sae.formats import ReadOptions, read_dictionary
 from ..sae.formats.files import HubSource, SourceFiles, recording
+from ..sae.formats.hooks import to_module
 from ..sae.hub import local_directory
+from ..sae.training_usage import USAGE_FILE
 from .stack import Stack, hooks_of_provenance, is_stack, load_stack, stack_folders
+
+log = logging.getLogger(__name__)
 
 DTYPES: Mapping[str, torch.dtype | None] = {
     "float32": torch.float32,
@@ -51,6 +56,8 @@ class CheckpointOptions:
         scale: The input scale of a checkpoint from the middle of a training.
         threshold: The value that latents must exceed.
         subtract_b_dec: Whether the output bias is subtracted from the input, where versions of a library differ in it.
+        trust_remote_code: Run Python code that the language model's repository brings. What a checkpoint's files say about it
+            does not count.
     """
 
     model: str | None = None
@@ -65,6 +72,7 @@ class CheckpointOptions:
     scale: float | None = None
     threshold: float | None = None
     subtract_b_dec: bool | None = None
+    trust_remote_code: bool = False
 
     @property
     def for_readers(self) -> ReadOptions:
@@ -114,7 +122,12 @@ class FoundDictionaries:
             raise ValueError(f"hook: expected one of {', '.join(self.dictionaries)}, got {hook!r}.")
         folder = self.folders[key]
         return FoundDictionaries(
-            folder, {key: self.dictionaries[key]}, {key: self.provenances[key]}, {key: folder}, (folder / WEIGHTS_FILE,)
+            folder,
+            {key: self.dictionaries[key]},
+            {key: self.provenances[key]},
+            {key: folder},
+            (folder / WEIGHTS_FILE,),
+            warnings=self.warnings,
         )
 
 
@@ -178,14 +191,19 @@ def find(
     if options.format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
         # Also where there is nothing: the error says what a checkpoint is.
         _require_unsaid(directory, options)
-        dictionary, provenance = load_dictionary(directory, device), read_config(directory)["provenance"]
+        dictionary, provenance = load_dictionary(directory, device), _completed(read_config(directory)["provenance"], options)
         name = (provenance.get("hooks_out") or [provenance.get("hook") or directory.name])[0]
         return FoundDictionaries(
-            directory, {name: dictionary}, {name: provenance}, {name: directory}, (directory / WEIGHTS_FILE,)
+            directory,
+            {name: dictionary},
+            {name: provenance},
+            {name: directory},
+            (directory / WEIGHTS_FILE,),
+            warnings=_unfinished({name: directory}, {name: provenance}),
         )
     if options.format is None and is_stack(directory):
         _require_unsaid(directory, options)
-        found = _stack(directory, device)
+        found = _stack(directory, device, options)
         return found if options.hook is None else found.only(options.hook)
     assert source is not None
     with recording() as files:
@@ -210,12 +228,55 @@ def _require_unsaid(directory: Path, options: CheckpointOptions) -> None:
             raise ValueError(f"{name}: expected none with {directory}, which says it itself, got {getattr(options, name)}.")
 
 
-def _stack(directory: Path, device: str | torch.device) -> FoundDictionaries:
+def _completed(provenance: Provenance, options: CheckpointOptions) -> Provenance:
+    """The provenance of one of ours with the model that was named, and with hooks where it has none."""
+    about = dict(provenance)
+    if options.model is not None:
+        about["model"] = {**(about.get("model") or {}), "id": options.model, "revision": None}
+    model = (about.get("model") or {}).get("id")
+    names = (options.hook, options.hook_out or options.hook)
+    reads, writes = (to_module(name, model) if name else None for name in names)
+    if reads and writes and not (about.get("hook") or about.get("hooks_in")):
+        about |= {"hooks_in": [reads], "hooks_out": [writes]} | ({"hook": reads} if reads == writes else {})
+    return about
+
+
+def doubts_of_files(provenance: Mapping[str, Any]) -> list[str]:
+    """What the files themselves leave in doubt: fields that are not obeyed, a training that is not over."""
+    found: list[str] = list((provenance.get("converted") or {}).get("warnings") or ())
+    if provenance.get("finished") is False:
+        tokens, steps = provenance.get("training_tokens", 0), provenance.get("training_steps", 0)
+        found.append(
+            f"saved in the middle of its training, after {steps:,} steps and {tokens:,} tokens: thresholds are not calibrated, "
+            "and the training may go on"
+        )
+    return found
+
+
+def _unfinished(folders: Mapping[str, Path], provenances: Mapping[str, Provenance]) -> tuple[str, ...]:
+    """Log and return what is in doubt of trainings that are not over."""
+    found = []
+    for hook, about in provenances.items():
+        if about.get("finished") is False:
+            found.append(f"{folders[hook].name}: {doubts_of_files({**about, 'converted': None})[0]}")
+            log.warning("%s: %s.", folders[hook].parent, found[-1])
+    return tuple(found)
+
+
+def _stack(directory: Path, device: str | torch.device, options: CheckpointOptions) -> FoundDictionaries:
     stack = load_stack(directory, device)
+    provenances = {hook: _completed(about, options) for hook, about in stack.provenances.items()}
     folders = {hooks_of_provenance(read_config(folder)["provenance"])[1][0]: folder for folder in stack_folders(directory)}
     files = tuple(folders[hook] / WEIGHTS_FILE for hook in stack)
+    folders = {hook: folders[hook] for hook in stack}
     return FoundDictionaries(
-        directory, stack.dictionaries, stack.provenances, {h: folders[h] for h in stack}, files, stacked=True
+        directory,
+        stack.dictionaries,
+        provenances,
+        folders,
+        files,
+        warnings=_unfinished(folders, provenances),
+        stacked=True,
     )
 
 
@@ -236,7 +297,8 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     source = source.at(subfolder) if subfolder else source
     if subfolder and source.has(CONFIG_FILE):
         # Our own, but not where it is looked for first.
-        source.path(WEIGHTS_FILE)
+        for name in (WEIGHTS_FILE, *([USAGE_FILE] if source.has(USAGE_FILE) else [])):
+            source.path(name)
         return source.path(CONFIG_FILE).parent, source
     if not subfolder and (directory / CONFIG_FILE).exists():
         return directory, source
@@ -244,6 +306,8 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     if ours and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
         # A stack of ours and nothing beside it.
         for name in ours:
-            source.path(name.replace(CONFIG_FILE, WEIGHTS_FILE))
+            beside = [name.replace(CONFIG_FILE, other) for other in (WEIGHTS_FILE, USAGE_FILE)]
+            for other in (beside[0], *([beside[1]] if source.has(beside[1]) else [])):
+                source.path(other)
         return source.path(ours[0]).parents[1], source
     return directory / source.inside, source

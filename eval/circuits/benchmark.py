@@ -23,8 +23,11 @@ from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_mo
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, UnitScores
 from .methods.exact import ExactPatching
+from .scoring.edge_files import edge_graph
 from .scoring.faithfulness import (
     LEVELS,
+    MEASURED_ON,
+    SIZED_ON,
     FaithfulnessCurve,
     Trials,
     circuit_members,
@@ -93,6 +96,8 @@ def circuits(
 ) -> Report:
     """Discover and score circuits on prompt pairs; write ``circuits.json`` and ``circuits.html``, and return the former.
 
+    With ``edges`` also ``edges/TASK-METHOD.json``: every edge's score, as EAP-IG and MIB name them.
+
     Units are ranked on half of the pairs and judged on the other half: latents beside neurons, heads and MLPs, and random
     features.
 
@@ -112,7 +117,7 @@ def circuits(
         "curves": [],
         "circuits": [],
     }
-    done = 0
+    done, edge_files = 0, {}
     for task in settings.tasks:
         work = _Task(model, task, settings)
         families: dict[str, Space] = {**spaces(model, several, work.chosen_on.clean, settings.seed)}
@@ -124,8 +129,13 @@ def circuits(
                 done += 1
                 if progress is not None:
                     progress(done)
+        edge_files |= work.edge_files
     directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
+    found |= {"edge_files": list(edge_files)} if edge_files else {}
+    for name, graph in edge_files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_json(directory / name, graph)
     write_json(directory / "circuits.json", found)
     page = render_file(directory / "circuits.json")
     return found | {"path": str(directory / "circuits.json"), "page_path": str(page)}
@@ -161,6 +171,8 @@ class _Task:
         self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
         self.competence = competence(model, self.judged_on)
         require_solved(self.competence)
+        # What is to be written beside circuits.json, by its path there.
+        self.edge_files: dict[str, Row] = {}
 
     def judge(self, family: str, space: Space, name: str, found: Row) -> None:
         """Discover with one method in one family, and add what comes of it."""
@@ -193,6 +205,9 @@ class _Task:
         found["rows"].append(row)
         found["curves"].append({key: row[key] for key in ("task", "family", "method")} | _drawn(along))
         size = row[_nodes(LEVEL)]
+        if isinstance(space, EdgeSpace):
+            kept = _mask(order[: size or 0], space.size)
+            self.edge_files[f"edges/{self.task}-{name}.json"] = edge_graph(space, scores.values, kept)
         if size is not None and isinstance(space, NodeSpace) and family.endswith("errors as nodes"):
             about = {key: row[key] for key in ("task", "family", "method")}
             found["circuits"].append(about | self._circuit(space, scores, order[: min(size, DRAWN)]))
@@ -219,12 +234,15 @@ class _Task:
         }
 
     def _sizes(self, trials: Trials, scores: UnitScores, order: torch.Tensor, along: FaithfulnessCurve) -> Row:
-        row: Row = {_nodes(level): smallest_size(trials, order, level, along) for level in LEVELS}
+        row: Row = {_nodes(level): smallest_size(trials, order, level, along, SIZED_ON) for level in LEVELS}
         size = row[_nodes(LEVEL)]
-        row |= dict.fromkeys(("completeness", "minimality", "stability"))
+        held = ("faithfulness_80", "faithfulness_80_low", "faithfulness_80_high")
+        row |= dict.fromkeys((*held, "completeness", "minimality", "stability"))
         if size is not None:
-            at = curve(trials, order, [size])
-            lost = minimality(trials, circuit_members(order, size), order[: min(size, TAKEN_OUT)])
+            at = curve(trials, order, [size]).of_pairs(MEASURED_ON)
+            low, high = pair_interval(FaithfulnessCurve.faithfulness, at)
+            row |= dict(zip(held, (_number(end[0]) for end in (at.faithfulness(), low, high)), strict=True))
+            lost = minimality(trials, circuit_members(order, size), order[: min(size, TAKEN_OUT)], MEASURED_ON)
             row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
             if scores.per_pair is not None:
                 row["stability"] = stability(scores, size, "absolute", seed=self.settings.seed)

@@ -47,6 +47,10 @@ class Chat(ABC):
         """The answer's text, as it came."""
 
     @abstractmethod
+    def require_ready(self) -> None:
+        """Raise ``ValueError`` if it is known beforehand that it will not answer."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what it holds."""
 
@@ -83,6 +87,9 @@ class Endpoint(Chat):
         self._apart = 0.0 if requests_per_minute is None else 60.0 / requests_per_minute
         self._next, self._sleep = 0.0, sleep
         key = os.environ.get(key_env)
+        self._key_env = key_env if key else f"{key_env}, which is not set"
+        if not key and key_env != "OPENAI_API_KEY":
+            raise ValueError(f"--key-env: expected an environment variable that holds a key, got {key_env!r}, not set.")
         self._client = httpx.Client(timeout=timeout_seconds, headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def answer(self, system: str, prompt: str) -> str:
@@ -105,6 +112,23 @@ class Endpoint(Chat):
             write_json(file, {"request": body, "answer": text})
         return text
 
+    def require_ready(self) -> None:
+        """Ask for the list of models: it costs nothing, and says whether a server is there and takes the key.
+
+        Servers that have no such list are believed, and so is one that has answered before: all answers may be kept.
+
+        Raises:
+            ValueError: If nobody answers, or the key is refused.
+        """
+        if self.cache is not None and any(self.cache.glob("*.json")):
+            return
+        response = self._asked("GET", "models")
+        if response.status_code in (401, 403):
+            raise ValueError(
+                f"--explainer: {self.url} refuses the key (status {response.status_code}: {response.text[:200]}). It is read "
+                f"from the environment variable {self._key_env}; --key-env names another."
+            )
+
     def close(self) -> None:
         self._client.close()
 
@@ -115,21 +139,28 @@ class Endpoint(Chat):
         return self.cache / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
 
     def _post(self, body: dict[str, Any]) -> Any:
+        response = self._asked("POST", "chat/completions", body)
+        if response.status_code != 200:
+            problem = f"status {response.status_code}: {response.text[:200]}"
+            raise ValueError(f"--explainer: {self.url} refuses ({problem}). Check address, model name and key.")
+        return _json(response)
+
+    def _asked(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """What the server says, asked again while that may help."""
         wait, problem = FIRST_WAIT_SECONDS, ""
         for attempt in range(self.retries + 1):
-            self._keep_apart()
-            self.usage.requests += 1
-            self.usage.retries += attempt > 0
+            if body is not None:
+                self._keep_apart()
+                self.usage.requests += 1
+                self.usage.retries += attempt > 0
             try:
-                response = self._client.post(f"{self.url}/chat/completions", json=body)
-            except httpx.TransportError as error:
+                response = self._client.request(method, f"{self.url}/{path}", json=body)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 problem, asked = f"{type(error).__name__}: {error}", None
             else:
-                if response.status_code == 200:
-                    return _json(response)
+                if body is None or response.status_code not in TRANSIENT:
+                    return response
                 problem, asked = f"status {response.status_code}: {response.text[:200]}", response.headers.get("Retry-After")
-                if response.status_code not in TRANSIENT:
-                    raise ValueError(f"--explainer: {self.url} refuses ({problem}). Check address, model name and key.")
             if attempt < self.retries:
                 self._sleep(min(LONGEST_WAIT_SECONDS, _seconds(asked, wait)))
                 wait *= 2
@@ -180,6 +211,9 @@ class LocalChat(Chat):
         self.usage.prompt_tokens += ids.shape[1]
         self.usage.completion_tokens += out.shape[1] - ids.shape[1]
         return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def require_ready(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json
-from ...training.activations.model import LanguageModel, load_model
+from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
@@ -46,7 +47,13 @@ class Explainer:
         if self.latents < 1:
             raise ValueError(f"--explain: expected at least 1 latent, got {self.latents}.")
         if self.address is None:
-            return LocalChat(load_model(ModelSection(id=self.model)))
+            try:
+                return LocalChat(load_model(ModelSection(id=self.model)))
+            except RemoteCodeRefused:
+                raise ValueError(
+                    f"--explainer: {self.model!r} needs Python code that its repository brings, which is not run here. Serve "
+                    "the model with another program, and give its --address."
+                ) from None
         return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
 
 
@@ -70,16 +77,16 @@ def features(
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
     opened = open_checkpoint(checkpoint, options).completed()
-    described, about = described_checkpoint(opened, tokens, limits, progress)
     directory = Path(out) if out is not None else opened.results / "features"
-    written = write_features(directory, about, described.records())
-    if explainer is None:
-        return written
-    chat = explainer.chat(directory / ANSWERS)
-    try:
+    with nullcontext() if explainer is None else closing(explainer.chat(directory / ANSWERS)) as chat:
+        if chat is not None:
+            # Before the model reads all that text.
+            chat.require_ready()
+        described, about = described_checkpoint(opened, tokens, limits, progress)
+        written = write_features(directory, about, described.records())
+        if explainer is None or chat is None:
+            return written
         explanations = explain_some(described, chat, explainer.latents)
-    finally:
-        chat.close()
     asked = [found for found in explanations.values() if isinstance(found, dict)]
     about |= {
         "explainer": chat.name,

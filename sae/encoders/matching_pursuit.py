@@ -30,7 +30,8 @@ class MatchingPursuit(Encoder):
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         atoms = weights.W_dec if weights.W_enc is weights.W_dec else F.normalize(weights.W_enc, dim=-1)
-        return matching_pursuit(x, atoms, self.k, self.tolerance)
+        code = matching_pursuit(x, atoms, self.k, self.tolerance)
+        return SparseCode.from_steps(code.latents.view(len(x), self.k), code.values.view(len(x), self.k))
 
     def prepare(self, n_latents: int) -> None:
         # More steps than latents are of use: an atom may be taken again.

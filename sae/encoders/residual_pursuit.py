@@ -52,7 +52,7 @@ class ResidualPursuit(Encoder):
                 going = going & ~(residual.norm(dim=-1) < self.residual_norm)
         if not latents:
             return SparseCode.from_rows(every.new_empty(tokens, 0), x.new_empty(tokens, 0))
-        return SparseCode.from_rows(torch.stack(latents, dim=1), torch.stack(values, dim=1))
+        return SparseCode.from_steps(torch.stack(latents, dim=1), torch.stack(values, dim=1))
 
     def prepare(self, n_latents: int) -> None:
         # More steps than latents are of use: an atom may be taken again.

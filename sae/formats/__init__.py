@@ -28,6 +28,7 @@ from .hooks import to_module
 from .llama_scope import LlamaScope
 from .llamascopium import Llamascopium
 from .openai import OpenAI
+from .origin import public_model
 from .saelens import SAELens
 from .saelens_legacy import SAELensLegacy
 from .single_releases import DeepSeekR1, Goodfire, HookZ, QwenScope
@@ -259,6 +260,7 @@ def write_dictionary(
         ValueError: If there is no such format, or it cannot hold the dictionary.
     """
     n = from_dictionary(dictionary, provenance) if isinstance(dictionary, SparseDictionary) else dictionary
+    n = n.noting(*_renamed_model(n))
     known(format).write(n, Path(directory))
     return n
 
@@ -279,7 +281,7 @@ def write_dictionaries(
         n = from_dictionary(dictionary, provenances[hook]) if isinstance(dictionary, SparseDictionary) else dictionary
         if isinstance(n, CanonicalCrossLayer):
             raise ValueError(f"{hook}: expected a dictionary of one hook, got a cross-layer transcoder. Write it alone.")
-        members[hook] = n
+        members[hook] = n.noting(*_renamed_model(n))
     f = known(format)
     if isinstance(f, SetFormat):
         f.write_set(members, Path(directory))
@@ -287,6 +289,13 @@ def write_dictionaries(
     for hook, n in members.items():
         f.write(n, Path(directory) / re.sub(r"[^\w.-]+", "-", hook))
     return members
+
+
+def _renamed_model(n: CanonicalSAE | CanonicalCrossLayer) -> tuple[str, ...]:
+    """Say that a local model's folder is written by its name alone."""
+    model = (n.provenance.get("model") or {}).get("id")
+    name = public_model(model)
+    return () if name == model else (f"the model's local folder written by its name alone, {name}",)
 
 
 def hook_of(n: CanonicalSAE | CanonicalCrossLayer) -> str | None:
@@ -301,9 +310,12 @@ def provenance_of(n: CanonicalSAE | CanonicalCrossLayer) -> dict[str, Any]:
 
 
 def _checked(where: SourceFiles, read: Read, evidence: str) -> Read:
-    """The same after the self-check, with its warnings and the evidence."""
+    """The same after the self-check, with its warnings, the evidence, and what was left out of tensors' names."""
+    words = where.unwrapped
     if isinstance(read, dict):
-        return {hook: replace(n, warnings=tuple(check(n, f"{where}: {hook}")), evidence=evidence) for hook, n in read.items()}
+        return {
+            hook: n.noting(*words, warnings=tuple(check(n, f"{where}: {hook}")), evidence=evidence) for hook, n in read.items()
+        }
     if isinstance(read, CanonicalCrossLayer):
-        return replace(read, warnings=(*read.warnings, *check_layers(read, where)), evidence=evidence)
-    return replace(read, warnings=tuple(check(read, where)), evidence=evidence)
+        return read.noting(*words, warnings=(*read.warnings, *check_layers(read, where)), evidence=evidence)
+    return read.noting(*words, warnings=tuple(check(read, where)), evidence=evidence)

@@ -18,10 +18,7 @@ from ..dictionary import OneSiteDictionary, SparseDictionary
 from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
-from .folding import fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
-
-# Norms that differ from 1 by no more than roundings of float32 change nothing by being compared with.
-UNIT = 1e-6
+from .folding import EQUAL, equal_norms, fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
 
 
 def to_dictionary(n: CanonicalSAE | CanonicalCrossLayer, dtype: torch.dtype | None = torch.float32) -> SparseDictionary:
@@ -56,9 +53,7 @@ def representable(n: CanonicalSAE) -> CanonicalSAE:
     if n.gate.by_norm and n.gate.name == "threshold":
         n = fold_norm_into_threshold(n)
     elif n.gate.by_norm:
-        norms = norms_of(n.W_dec)
-        unit = bool(((norms - 1).abs() < UNIT).all())
-        n = replace(n, gate=replace(n.gate, by_norm=False)) if unit else fold_norms(n)
+        n = replace(n, gate=replace(n.gate, by_norm=False)) if equal_norms(n.W_dec) else fold_norms(n)
     if n.kind == "sae" and n.b_in is not None and not (n.b_in is n.b_out or torch.equal(n.b_in, n.b_out)):
         n = fold_b_in(n)
     if n.gate.k is not None and n.gate.name != "pursuit" and n.gate.k > n.n_latents:
@@ -116,7 +111,7 @@ def _encoder(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _pursuit(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     plain = gate.residual_norm == 0 and not gate.stop_on_repeat
-    if n.W_enc is not None or (plain and bool(((norms_of(n.W_dec) - 1).abs() < UNIT).all())):
+    if n.W_enc is not None or (plain and bool(((norms_of(n.W_dec) - 1).abs() < EQUAL).all())):
         # Compiled, and with gradients through all steps.
         return {"name": "matching_pursuit", "k": gate.k, "tolerance": gate.tolerance}
     if gate.tolerance:

@@ -20,7 +20,7 @@ from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
 from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms, norms_of
 from .hooks import layer_of, to_module
-from .origin import config_above, hooks_from_files, model_of, originated, source_config
+from .origin import config_above, hooks_from_files, model_of, originated, public_model, source_config
 from .torch_files import CONFIGS, torch_names, values_of, write_torch
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -100,7 +100,7 @@ class DictionaryLearning(Format):
         module, side = (reads or ":out").rsplit(":", 1)
         kept = source_config(n, self.name)
         found = {"dict_class": kind, "activation_dim": n.d_in, "dict_size": n.n_latents, **trainer}
-        found |= {"layer": layer_of(reads), "lm_name": model_of(n), "submodule_name": module or None}
+        found |= {"layer": layer_of(reads), "lm_name": public_model(model_of(n)), "submodule_name": module or None}
         found = {key: value for key, value in found.items() if value is not None}
         length = (n.provenance.get("text") or {}).get("context_length")
         buffer = {"d_submodule": n.d_in, "io": side} | ({} if length is None else {"ctx_len": length})

@@ -17,8 +17,6 @@ from .origin import origin, reading_before_norm, with_origin
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_dec_out")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
-# The dictionary of tensors in what they pickle, beside a configuration that is an object.
-PREFIX = "state_dict."
 CONVERT = (
     "Where you trust it, convert it in a process of its own, with their code on the path: "
     "d = torch.load(FILE, weights_only=False); torch.save({'state_dict': d['state_dict'], 'cfg': {'hook_point': "
@@ -35,7 +33,7 @@ class Dunefsky(Format):
         if source.remote or len(files) != 1:
             return None
         try:
-            keys = {key.removeprefix(PREFIX) for key in source.headers(files[0])}
+            keys = source.headers(files[0]).keys()
         except ValueError:
             # What cannot be read is said by whichever format is asked for.
             return None
@@ -72,7 +70,6 @@ def _dictionary(where: object, tensors: Mapping[str, Tensor]) -> CanonicalSAE:
     Raises:
         ValueError: If one is missing, unknown, or of another shape than the rest.
     """
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     require_keys(where, tensors, KEYS)
     unknown = sorted(set(tensors) - set(KEYS))
     if unknown:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..extras import needs
 from ..files import natural_order, read_tensors
 from .archives import npz_members, one_line, read_npz, read_torch
+from .unwrapping import unwrapped
 
 # Configurations are small. What is larger than this is none.
 CONFIG_BYTES = 1 << 24
@@ -64,6 +65,8 @@ class SourceFiles:
         self.root = Path(root)
         self.inside = inside
         self._tensors: dict[str, dict[str, Any]] = {}
+        # What was left out of the names of tensors that were read.
+        self.unwrapped: dict[str, None] = {}
 
     def __str__(self) -> str:
         return str(self.root / self.inside) if self.inside else str(self.root)
@@ -184,10 +187,13 @@ class SourceFiles:
             raise ValueError(f"{path}: expected YAML, got something else ({' '.join(str(error).split())}).") from None
 
     def headers(self, name: str) -> dict[str, Header]:
-        """The tensors of a file by name, without reading them; nested dictionaries of torch files are joined by dots."""
+        """The tensors of a file by name, without reading them; nested dictionaries of torch files are joined by dots.
+
+        Names are those that ``tensors`` gives: without what wrapped modules and containers put before them.
+        """
         path = self.path(name)
         if path.suffix == ".safetensors":
-            return safetensors_headers(path)
+            return self._unwrapped(path, safetensors_headers(path))
         if path.suffix == ".npz":
             return {key: Header(str(dtype), shape) for key, (dtype, shape, _) in npz_members(path).items()}
         return {key: Header(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in self.tensors(name).items()}
@@ -201,7 +207,11 @@ class SourceFiles:
         return {key: value for key, value in self.values(name).items() if isinstance(value, Tensor)}
 
     def values(self, name: str) -> dict[str, Any]:
-        """The same with the numbers and strings that torch files may hold besides."""
+        """The same with the numbers and strings that torch files may hold besides.
+
+        Raises:
+            ValueError: Also if there are the tensors of several dictionaries.
+        """
         if name not in self._tensors:
             path = self.path(name)
             if path.suffix == ".safetensors":
@@ -212,8 +222,14 @@ class SourceFiles:
                 found = read_torch(path)
             else:
                 raise ValueError(f"{path}: expected .safetensors, .npz or {', '.join(TORCH_SUFFIXES)}, got {path.suffix!r}.")
-            self._tensors[name] = found
+            self._tensors[name] = self._unwrapped(path, found)
         return self._tensors[name]
+
+    def _unwrapped(self, path: Path, values: dict[str, Any]) -> dict[str, Any]:
+        """Return values by names without wrappers, and keep in words what was left out."""
+        names, words = unwrapped(values, path)
+        self.unwrapped |= dict.fromkeys(words)
+        return {names[key]: value for key, value in values.items() if key in names}
 
 
 class HubSource(SourceFiles):

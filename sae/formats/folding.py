@@ -22,6 +22,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 # Rows that are squared at once.
 COLUMN_ROWS = 64
+# Norms that differ by no more than roundings of float32 are one.
+EQUAL = 1e-6
 
 
 def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_latents"]:
@@ -34,6 +36,12 @@ def norms_of(W_dec: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " n_laten
     for rows in W_dec.T.split(COLUMN_ROWS):
         squares += rows.to(dtype).square().sum(0)
     return squares.sqrt()
+
+
+def equal_norms(W_dec: Float[Tensor, "n_latents d_out"], tolerance: float = EQUAL) -> bool:
+    """Whether all atoms have one norm, so that ranking by it changes nothing."""
+    least, most = norms_of(W_dec).aminmax()
+    return bool(least > 0) and bool(most / least - 1 < tolerance)
 
 
 def norm_of(tensor: Tensor) -> Float[Tensor, ""]:
@@ -56,7 +64,9 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
     assert n.W_enc is not None
     assert n.b_enc is not None
     norms = norms_of(n.W_dec)
-    if bool((norms == 0).any()):
+    # By norm, what is written by an atom of zero ranks as zero: its encoder's row becomes zero too.
+    dead = norms == 0
+    if bool(dead.any()) and not n.gate.by_norm:
         raise ValueError("fold_norms: expected atoms that are not zero, got some that are. Dead latents cannot be normed.")
     gate = n.gate
     if gate.threshold is not None and not gate.by_norm:
@@ -67,7 +77,7 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
         "decoder norms folded into the encoder",
         W_enc=n.W_enc * norms[:, None],
         b_enc=n.b_enc * norms,
-        W_dec=n.W_dec / norms[:, None],
+        W_dec=n.W_dec / norms.where(~dead, 1)[:, None],
         gate=replace(gate, by_norm=False),
     )
 

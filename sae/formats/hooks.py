@@ -78,6 +78,8 @@ ARCHITECTURES = {
     # Gemma 2 and 3 norm what attention and MLP have written before they add it, and that is what the hooks see.
     "gemma2": ModulePaths("model.layers", None, GEMMA),
 }
+# What norms the families have: RMS norms leave a token's mean in, LayerNorms take it away.
+NORMS = {"gpt2": "layer", "gpt_neox": "layer", "llama": "rms", "gemma": "rms", "gemma2": "rms"}
 # Told from a name, the first that matches: those of the hub and those of TransformerLens.
 NAMES = (
     # But gemma-2b is of the first generation.

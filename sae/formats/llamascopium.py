@@ -79,9 +79,8 @@ class Llamascopium(Format):
 
 def renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under today's names, and what was renamed."""
-    tensors = {key.removeprefix("sae."): tensor for key, tensor in tensors.items()}
     if "encoder.weight" not in tensors:
-        return tensors, ["W_E transposed"]
+        return dict(tensors), ["W_E transposed"]
     found = {EARLIER.get(key, key): t.T if key.endswith("weight") and t.ndim == 2 else t for key, t in tensors.items()}
     return found, ["encoder, decoder and threshold renamed", "decoder transposed"]
 

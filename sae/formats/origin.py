@@ -1,15 +1,16 @@
 """Where a dictionary comes from, in the words of our checkpoints, for formats that say it in fields of their own."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .base import ReadOptions
 from .canonical import CanonicalSAE
 from .files import HubSource, SourceFiles
 from .folding import fold_scale_in
-from .hooks import before_norm, hub_model, to_module
+from .hooks import before_norm, hub_model, to_module, transformer_lens_model
 
 
 def origin(
@@ -119,6 +120,28 @@ def hooks_from_files(n: CanonicalSAE) -> tuple[str | None, str | None]:
 def model_of(n: CanonicalSAE) -> str | None:
     """The language model's id."""
     return (n.provenance.get("model") or {}).get("id")
+
+
+def public_model(model: str | None) -> str | None:
+    """A model's id for files that leave this machine: of a local directory its name alone, or the hub's id if it is cached.
+
+    >>> public_model("/home/me/models/gpt2-stories"), public_model("openai-community/gpt2")
+    ('gpt2-stories', 'openai-community/gpt2')
+    """
+    if model is None:
+        return None
+    cached = re.search(r"models--(.+?)--([^/\\]+)[/\\]snapshots[/\\]", model)
+    if cached:
+        return f"{cached.group(1)}/{cached.group(2)}"
+    climbs = model.startswith((".", "~", "/")) or model.count("/") > 1
+    local = climbs or PureWindowsPath(model).drive or "\\" in model or Path(model).is_dir()
+    name = PureWindowsPath(model).name
+    return (name if name.strip(".") else Path(model).resolve().name) if local else model
+
+
+def exported_model(model: str | None) -> str | None:
+    """The same, as TransformerLens calls it."""
+    return transformer_lens_model(public_model(model))
 
 
 def source_config(n: CanonicalSAE, format: str) -> dict[str, Any]:  # noqa: A002

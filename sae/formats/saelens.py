@@ -14,8 +14,10 @@ from ..files import write_json, write_tensors
 from .base import Format, Read, ReadOptions, require_keys, require_shape
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
-from .folding import fold_all, fold_b_in, fold_norms, fold_whitening
-from .hooks import hub_model, layer_of, to_module, to_transformer_lens, transformer_lens_model
+from .folding import EQUAL, equal_norms, fold_all, fold_b_in, fold_norms, fold_whitening
+from .hooks import hub_model, layer_of, to_module, to_transformer_lens
+from .origin import exported_model, model_of
+from .processed_models import CENTRE, CENTRED, KWARGS, of_published_model
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # Beside a checkpoint from the middle of a training: the only record of what inputs were multiplied by, or whitened with.
@@ -65,11 +67,7 @@ class SAELens(Format):
             raise ValueError(f"{source.path(CONFIG)}: metadata: expected a mapping, got {cfg['metadata']!r}.")
         n = saelens_dictionary(where, cfg, source.tensors(WEIGHTS), options)
         n = normalise_weights(source, cfg, n, options)
-        return n.noting(
-            "W_enc transposed",
-            provenance=saelens_provenance(cfg, options),
-            warnings=(*n.warnings, *saelens_doubts(cfg, n, options)),
-        )
+        return with_metadata(n.noting("W_enc transposed"), cfg, saelens_provenance(cfg, options), options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         if isinstance(n, CanonicalCrossLayer):
@@ -216,7 +214,15 @@ def saelens_provenance(cfg: Mapping[str, Any], options: ReadOptions) -> dict[str
         text["context_length"] = about["context_size"]
     if isinstance(about.get("prepend_bos"), bool):
         text["bos"] = "context" if about["prepend_bos"] else "none"
+    if about.get("disable_concat_sequences") is True:
+        text["packing"] = "separate"
     return found | {"text": text, "source": {"format": "saelens", "config": dict(cfg)}}
+
+
+def with_metadata(n: CanonicalSAE, cfg: Mapping[str, Any], provenance: dict[str, Any], options: ReadOptions) -> CanonicalSAE:
+    """The same with its provenance, as a dictionary of the published model, and with what is in doubt."""
+    n = n.noting(provenance=provenance, warnings=(*n.warnings, *saelens_doubts(cfg, n, options)))
+    return of_published_model(n, cfg.get("metadata") or {})
 
 
 def _hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str | None]:
@@ -240,7 +246,8 @@ def saelens_doubts(cfg: Mapping[str, Any], n: CanonicalSAE, options: ReadOptions
             f"the hook {name} of {about.get('model_name')} is no module's input or output known here: give hook=MODULE:SIDE"
         )
     if about.get("hook_head_index") is not None:
-        found.append(f"it is for head {about['hook_head_index']} of {name} alone")
+        head = about["hook_head_index"]
+        found.append(f"hook_head_index {head} is not obeyed: it is for head {head} of {name} alone, which no hook here gives")
     return found
 
 
@@ -278,7 +285,7 @@ def _prepared(n: CanonicalSAE) -> CanonicalSAE:
     """The same function in a form that SAELens has: scales folded, and biases where it has none."""
     if n.row_norm is not None and n.scaled:
         raise ValueError("saelens: it has no fixed scale beside a per-token normalisation. Keep it in our own format.")
-    if n.row_norm is None:
+    if n.row_norm in (None, CENTRED):
         n = fold_all(n)
     elif n.gate.by_norm:
         n = fold_norms(n)
@@ -302,7 +309,9 @@ def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     names = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "threshold": "jumprelu", "gated": "gated"}
     if gate.name in ("topk", "abs_topk"):
-        return {"architecture": names[gate.name], "k": gate.k, "rescale_acts_by_decoder_norm": gate.by_norm}
+        # SAEDashboard folds norms, which SAELens refuses where they do not count: where all are one, they may count.
+        rescale = gate.by_norm or equal_norms(n.W_dec, max(EQUAL, torch.finfo(n.W_dec.dtype).eps))
+        return {"architecture": names[gate.name], "k": gate.k, "rescale_acts_by_decoder_norm": rescale}
     if gate.name in names:
         return {"architecture": names[gate.name]}
     if gate.name == "pursuit" and gate.tolerance == 0 and n.W_enc is None:
@@ -321,14 +330,12 @@ def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
 
 def metadata(n: CanonicalSAE) -> dict[str, Any]:
     """What it is for, in SAELens's names and in the hub's; what an earlier SAELens configuration said is kept."""
-    source = n.provenance.get("source") or {}
-    kept = source.get("config", {}).get("metadata", {}) if source.get("format") == "saelens" else {}
-    model = (n.provenance.get("model") or {}).get("id")
+    kept, model = earlier_metadata(n), model_of(n)
     hook = n.provenance.get("hook")
     reads, writes = ((n.provenance.get(key) or ([hook] if hook else [None]))[0] for key in ("hooks_in", "hooks_out"))
     text = n.provenance.get("text") or {}
     found: dict[str, Any] = {"sae_lens_version": VERSION, "sae_lens_training_version": None}
-    found |= {"model_name": transformer_lens_model(model), "model_class_name": None}
+    found |= {"model_name": exported_model(model), "model_class_name": None}
     found |= {"hook_name": reads and (to_transformer_lens(reads, model) or reads), "hf_hook_name": reads}
     found |= {"hook_layer": layer_of(reads), "hook_head_index": None}
     if n.kind == "transcoder":
@@ -337,12 +344,26 @@ def metadata(n: CanonicalSAE) -> dict[str, Any]:
     found |= {"context_size": text.get("context_length")}
     found |= {"prepend_bos": None if "bos" not in text else text["bos"] != "none"}
     found |= {"training_architecture_details": "; ".join(n.done) or None}
+    if model is not None and hub_model(kept.get("model_name")) != model:
+        kept.pop("model_name", None)
+    if n.row_norm == CENTRED:
+        kept[KWARGS] = {**(kept.get(KWARGS) or {}), CENTRE: True}
     return {key: value for key, value in found.items() if value is not None} | kept | {"sae_lens_version": VERSION}
 
 
+def earlier_metadata(n: CanonicalSAE) -> dict[str, Any]:
+    """What a configuration of SAELens said that the dictionary was read from."""
+    source = n.provenance.get("source") or {}
+    config = source.get("config", {})
+    if source.get("format") == "saelens_legacy":
+        return {key: config[key] for key in (KWARGS, "seqpos_slice", "hook_head_index") if config.get(key) is not None}
+    return dict(config.get("metadata") or {}) if source.get("format") == "saelens" else {}
+
+
 def _norm_name(n: CanonicalSAE) -> str:
-    names = {ours: theirs for theirs, ours in ROW_NORMS.items()}
-    return "none" if n.row_norm is None else names[n.row_norm]
+    # The model that SAELens runs is centred itself, if the metadata say so.
+    names = {ours: theirs for theirs, ours in ROW_NORMS.items()} | {None: "none", CENTRED: "none"}
+    return names[n.row_norm]
 
 
 def _dtype(n: CanonicalSAE) -> str:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..files import write_json, write_tensors
-from .base import Format, Read, ReadOptions, require_keys, require_shape
+from .base import Read, ReadOptions, SetFormat, require_keys, require_shape
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
 from .folding import fold_all, fold_b_in, fold_b_out_in, fold_norms
 from .hooks import ARCHITECTURES, architecture_of
-from .origin import config_above, hooks_from_files, model_of, originated
+from .origin import config_above, hooks_from_files, model_of, originated, public_model
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 # Fields of which a configuration has at least one.
@@ -38,7 +38,7 @@ GATES = {"topk": "topk", "groupmax": "group_max"}
 SEED = r"seed\d+"
 
 
-class Sparsify(Format):
+class Sparsify(SetFormat):
     name = "sparsify"
     title = "sparsify"
 
@@ -74,33 +74,71 @@ class Sparsify(Format):
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         if isinstance(n, CanonicalCrossLayer):
             raise ValueError("sparsify: it has no cross-layer transcoders that it could load. Write circuit_tracer, which has.")
-        reads, writes = hooks_from_files(n)
-        n = _prepared(n)
-        assert n.W_enc is not None
-        assert n.b_enc is not None
-        tensors = {"encoder.weight": n.W_enc, "encoder.bias": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
-        tensors |= {} if n.W_skip is None else {"W_skip": n.W_skip}
-        cfg = {
-            "activation": "topk" if n.gate.name == "topk" else "groupmax",
-            "expansion_factor": max(n.n_latents // n.d_in, 1),
-            "normalize_decoder": False,
-            "num_latents": n.n_latents,
-            "k": n.gate.k,
-            "multi_topk": False,
-            "skip_connection": n.W_skip is not None,
-            "transcode": n.kind == "transcoder",
-            "d_in": n.d_in,
-        }
-        # Its folder is named after the module that writes what a dictionary predicts.
-        module = None if writes is None or reads is None else folder_name(writes)
-        folder = directory if module is None or directory.name == module else directory / module
-        folder.mkdir(parents=True, exist_ok=True)
-        # The library makes its own tensors of the first one's dtype.
-        write_tensors(folder / WEIGHTS, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}, {})
-        write_json(folder / CONFIG, cfg)
-        about = {"model": model_of(n), "ctx_len": (n.provenance.get("text") or {}).get("context_length")}
-        if folder != directory and any(about.values()):
+        self.write_set({"": n}, directory)
+
+    def write_set(self, members: Mapping[str, CanonicalSAE], directory: Path) -> None:
+        # Its folders are named after modules, right below the one that is loaded.
+        folders: dict[str, CanonicalSAE] = {}
+        for hook, n in members.items():
+            name = _folder(n) or re.sub(r"[^\w.-]+", "-", hook)
+            if name in folders:
+                raise ValueError(
+                    f"sparsify: expected one dictionary for each module, got two for {name}. Write them one by one."
+                )
+            folders[name] = _prepared(n)
+        alone = len(folders) == 1 and next(iter(folders)) in ("", directory.name)
+        cfg: dict[str, Any] = {}
+        for name, n in folders.items():
+            cfg = _write(n, directory if alone else directory / name)
+        first = next(iter(folders.values()))
+        about = {"model": public_model(model_of(first)), "ctx_len": (first.provenance.get("text") or {}).get("context_length")}
+        if not alone and any(about.values()):
             write_json(directory / RUN, {"sae": cfg} | {key: value for key, value in about.items() if value is not None})
+
+
+def _folder(n: CanonicalSAE) -> str:
+    """The folder of a dictionary; none where its hooks are not known.
+
+    Raises:
+        ValueError: If it is of an input, since the library gives autoencoders the outputs of the module that a folder names.
+    """
+    reads, writes = hooks_from_files(n)
+    if reads is None or writes is None:
+        return ""
+    if n.kind == "sae" and writes.endswith(":in"):
+        earlier = re.fullmatch(r"(.*\.)(\d+):in", writes)
+        if earlier is None or earlier.group(2) == "0":
+            raise ValueError(
+                f"sparsify: {writes}: it gives autoencoders the output of the module that a folder is named after, and no "
+                "module gives out this input. Write saelens or dictionary_learning."
+            )
+        # What a block reads is what the one before it gave out.
+        writes = f"{earlier.group(1)}{int(earlier.group(2)) - 1}:out"
+    return folder_name(writes)
+
+
+def _write(n: CanonicalSAE, folder: Path) -> dict[str, Any]:
+    """Write what is prepared into its folder, and return its configuration."""
+    assert n.W_enc is not None
+    assert n.b_enc is not None
+    tensors = {"encoder.weight": n.W_enc, "encoder.bias": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
+    tensors |= {} if n.W_skip is None else {"W_skip": n.W_skip}
+    cfg = {
+        "activation": "topk" if n.gate.name == "topk" else "groupmax",
+        "expansion_factor": max(n.n_latents // n.d_in, 1),
+        "normalize_decoder": False,
+        "num_latents": n.n_latents,
+        "k": n.gate.k,
+        "multi_topk": False,
+        "skip_connection": n.W_skip is not None,
+        "transcode": n.kind == "transcoder",
+        "d_in": n.d_in,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    # The library makes its own tensors of the first one's dtype.
+    write_tensors(folder / WEIGHTS, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}, {})
+    write_json(folder / CONFIG, cfg)
+    return cfg
 
 
 def hookpoint(source: SourceFiles) -> str:

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
+from sparsary.training.bad_rows import HALF_PAIR, NOT_UTF8, BadTexts
 from sparsary.training.recipe import TextSection
-from sparsary.training.text import Cursor, are_heldout, contexts, is_heldout, pack
+from sparsary.training.text import Cursor, are_heldout, contexts, documents, is_heldout, pack
 
 BOS = 99
 
@@ -109,9 +110,9 @@ def test_a_txt_separator_may_be_chosen_and_may_straddle_reads(tmp_path, embedded
         ("gone.txt", None, r"gone\.txt does not exist.*embedded"),
         ("x.csv", "a", r"expected \.txt, \.jsonl, \.parquet, got .*x\.csv"),
         ("x.jsonl", '{"body": "x"}\n', r"x\.jsonl:1: expected a JSON object with the key 'text'.*text\.column"),
-        ("x.jsonl", '{"text": "x"}\nnonsense\n', r"x\.jsonl:2: "),
         ("x.jsonl", '{"text": 3}\n', r"x\.jsonl:1: expected text, got int"),
-        ("x.parquet", "not parquet", r"could not be had"),
+        ("x.jsonl", "nonsense\n", r"x\.jsonl:1: expected a JSON object with the key 'text'"),
+        ("x.parquet", "not parquet", r"x\.parquet: row 0: expected a parquet file, got a damaged one"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, embedded_model, name, content, message):
@@ -119,6 +120,134 @@ def test_bad_files_are_named_with_their_line(tmp_path, embedded_model, name, con
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         list(contexts(section(tmp_path, name), embedded_model.tokenizer))
+
+
+STORIES = ["The war lasted.", "Mary went home.", "The roll."]
+
+
+def read(section, bad=None):
+    return [text for _, text in documents(section, 0, lambda number: True, bad)]
+
+
+def jsonl(rows):
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+
+
+ROWS = [{"text": story} for story in STORIES]
+BAD_FILES = {
+    "blank lines": ("a.jsonl", jsonl(["", ROWS[0], "  ", *ROWS[1:], "", ""]), {}),
+    "windows": ("a.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS).replace("\n", "\r\n").encode(), {}),
+    "utf-16": ("a.jsonl", jsonl(ROWS).encode("utf-16"), {}),
+    "utf-16 text": ("a.txt", "\n\n".join(STORIES).encode("utf-16"), {}),
+    "utf-32": ("a.jsonl", jsonl(ROWS).encode("utf-32"), {}),
+    "bom text": ("a.txt", b"\xef\xbb\xbf" + "\n\n".join(STORIES).encode(), {}),
+    "null": ("a.jsonl", jsonl([ROWS[0], {"text": None}, *ROWS[1:]]), {"rows with null in place of text": 1}),
+    "number, list": ("a.jsonl", jsonl([{"text": 3}, *ROWS, {"text": ["x"]}]), {"rows with int in place of text": 1}),
+    "no key": ("a.jsonl", jsonl([{"body": "x"}, *ROWS, "[1, 2]"]), {"lines that are no JSON object with the key 'text'": 2}),
+    "cut off": ("a.jsonl", jsonl([*ROWS, '{"text": "The']), {"lines that are no JSON object with the key 'text'": 1}),
+    "deep": ("a.jsonl", jsonl(["[" * 100_000, *ROWS]), {"lines that are no JSON object with the key 'text'": 1}),
+    "NaN": ("a.jsonl", jsonl(['{"text": NaN}', *ROWS]), {"rows with float in place of text": 1}),
+    "half an emoji": ("a.jsonl", jsonl([{"text": STORIES[0] + "\ud83d"}, *ROWS[1:]]), {HALF_PAIR: 1}),
+    "whole emoji": ("a.jsonl", jsonl([{"text": STORIES[0] + "\U0001f600"}, *ROWS[1:]]), {}),
+    "latin-1": ("a.jsonl", jsonl(['{"text": "caf\u00e9"}', *ROWS[1:]]).encode("latin-1"), {NOT_UTF8: 1}),
+    "latin-1 text": ("a.txt", "\n\n".join(["caf\u00e9", *STORIES[1:]]).encode("latin-1"), {NOT_UTF8: 1}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_what_can_be_read_is_read_and_the_rest_counted(tmp_path, case):
+    name, content, counts = BAD_FILES[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    text, bad = section(tmp_path, name), BadTexts(TextSection())
+    found = read(text, bad)
+    assert [story[:3] for story in found] == ["caf" if "latin" in case else "The", "Mar", "The"]
+    assert ("\ufffd" in found[0]) == bool({NOT_UTF8, HALF_PAIR} & counts.keys())
+    assert "\ufeff" not in "".join(found)
+    assert counts.items() <= dict(bad.until(None)).items()
+    assert bad.bad == sum(bad.until(None).values())
+    # Reading once more counts nothing twice.
+    read(text, bad)
+    assert counts.items() <= dict(bad.until(None)).items()
+    strict = section(tmp_path, name, on_bad_row="error")
+    if counts:
+        with pytest.raises(ValueError, match=r"a\.(jsonl|txt):[1-5]: expected .*Or set text\.on_bad_row: skip"):
+            read(strict)
+    else:
+        assert read(strict) == found
+
+
+def test_rows_of_parquet_are_read_one_by_one(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    raw = pa.array([b"The war.", None, b"caf\xe9", b"The roll."], pa.binary())
+    kinds = {"string": raw.view(pa.string()), "binary": raw, "large": raw.cast(pa.large_binary()).view(pa.large_string())}
+    for kind, column in kinds.items():
+        pyarrow.parquet.write_table(pa.table({"text": column, "n": [1, 2, 3, 4]}), tmp_path / f"{kind}.parquet")
+        bad = BadTexts(TextSection())
+        assert read(section(tmp_path, f"{kind}.parquet"), bad) == ["The war.", "caf\ufffd", "The roll."]
+        assert bad.until(None) == {"rows with null in place of text": 1, NOT_UTF8: 1}
+    named = pa.table({"text": pa.array(["The war.", "The roll."]).dictionary_encode()})
+    pyarrow.parquet.write_table(named, tmp_path / "named.parquet")
+    assert read(section(tmp_path, "named.parquet")) == ["The war.", "The roll."]
+    with pytest.raises(ValueError, match=r"text\.column: expected one of text, n of .*large\.parquet, got 'body'"):
+        read(section(tmp_path, "large.parquet", column="body"))
+    whole = (tmp_path / "large.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.parquet: row 0: expected a parquet file, got a damaged one"):
+        read(section(tmp_path, "cut.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("share", "bad_rows", "passes"), [(0.05, 40, True), (0.05, 60, False), (0.0, 1, False), (0.5, 400, True)]
+)
+def test_more_bad_rows_than_the_share_stop_with_file_line_and_remedy(tmp_path, share, bad_rows, passes):
+    generator = np.random.default_rng(0)
+    # Never more than the share among the first so many: they come late.
+    rows = [{"text": "x"}] * 500 + [{"text": None} if i < bad_rows else {"text": "x"} for i in generator.permutation(500)]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    text = section(tmp_path, "a.jsonl", max_bad_share=share)
+    if passes:
+        assert len(read(text)) == 1000 - bad_rows
+        return
+    first = next(number for number, row in enumerate(rows, 1) if row["text"] is None)
+    message = (
+        rf"a\.jsonl:{first}: expected text, got null\. [\d,]+ of [\d,]+ rows are bad, above text\.max_bad_share = {share:g}"
+    )
+    with pytest.raises(ValueError, match=message + r".*text\.column"):
+        read(text)
+
+
+def test_bad_rows_do_not_move_documents_and_are_known_by_place(tmp_path, embedded_model):
+    """Contexts are those of the file without them, from every cursor too, and so many are behind each cursor."""
+    rows = [{"text": f"The war lasted from {year} ."} for year in range(40)]
+    (tmp_path / "clean.jsonl").write_text(jsonl(rows))
+    mixed = [bad for i, row in enumerate(rows) for bad in ([row, {"text": None}] if i % 20 == 3 else [row])]
+    (tmp_path / "mixed.jsonl").write_text(jsonl(mixed))
+    expected = list(contexts(section(tmp_path, "clean.jsonl"), embedded_model.tokenizer))
+    text, bad = section(tmp_path, "mixed.jsonl"), BadTexts(TextSection())
+    found = list(contexts(text, embedded_model.tokenizer, bad=bad))
+    assert texts_of(found) == texts_of(expected)
+    assert [context.cursor for context in found] == [context.cursor for context in expected]
+    for number, context in enumerate(found, 1):
+        behind = sum(bad.until(context.cursor.document).values())
+        assert behind == (context.cursor.document >= 4) + (context.cursor.document >= 24)
+        again = BadTexts(TextSection())
+        rest = contexts(text, embedded_model.tokenizer, context.cursor, bad=again)
+        assert texts_of(rest) == texts_of(found[number:])
+        assert sum(again.until(context.cursor.document).values()) == behind
+
+
+def test_a_data_set_that_breaks_off_is_named_with_its_row(monkeypatch):
+    import datasets
+
+    def broken():
+        yield {"text": "The war."}
+        raise ConnectionResetError("peer gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken())
+    with pytest.raises(ValueError, match=r"some/set: row 1 could not be read \(ConnectionResetError: peer gone\).*goes on"):
+        read(TextSection(source="hub", dataset="some/set"))
 
 
 def test_a_dataset_that_cannot_be_had_names_the_alternatives(embedded_model, monkeypatch):
@@ -144,7 +273,7 @@ def test_a_hub_dataset_is_streamed(embedded_model, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     text = TextSection(source="hub", dataset="some/set", dataset_split="valid", column="body", context_length=5)
     assert len(list(contexts(text, embedded_model.tokenizer))) == 2
-    assert calls == [(("some/set", None), {"streaming": True, "split": "valid", "revision": None})]
+    assert calls == [(("some/set", None), {"streaming": True, "trust_remote_code": False, "split": "valid", "revision": None})]
     with pytest.raises(ValueError, match=r"text\.column: expected one of body of some/set, got 'text'"):
         list(contexts(TextSection(source="hub", dataset="some/set"), embedded_model.tokenizer))
 

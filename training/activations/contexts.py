@@ -3,7 +3,7 @@
 Harvests, live streams, the evaluations on held-out text and the probing of latents all read their text through it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..bad_rows import BadTexts
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, contexts
-from .model import LanguageModel
+from .model import LanguageModel, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,29 @@ def context_batches(
     size: int,
     start: Cursor = BEGINNING,
     heldout: bool = False,
+    bad: BadTexts | None = None,
+    reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[ContextBatch]:
     """Read a text from ``start`` on, ``size`` contexts at a time; the last batch may be smaller.
 
     Args:
         section: What it excludes is not ``kept``.
         heldout: Read the held-out documents only; otherwise all are read, and the caller splits them.
+        bad: Counts rows of the text that cannot be read.
+        reading: Called with number and text of every document that is read.
+
+    Raises:
+        ValueError: If the text cannot be read, or holds a token that the model has no embedding for.
     """
-    special = special_tokens(model)
+    special, rows = special_tokens(model), embedding_rows(model.module)
     pending: list[Context] = []
-    for context in contexts(text, model.tokenizer, start, section.heldout if heldout else None):
+    for context in contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading):
+        if rows is not None and context.token_ids.max() >= rows:
+            place = int(context.token_ids.argmax())
+            raise ValueError(
+                f"tokenizer: expected ids below {rows}, the embeddings of {model.id}, got {context.token_ids[place]} in "
+                f"document {context.document_ids[place]}. Give the tokenizer the model was trained with."
+            )
         pending.append(context)
         if len(pending) == size:
             yield stack_contexts(pending, special, section)

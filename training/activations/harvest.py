@@ -1,7 +1,7 @@
 """Model and text in, shards out. Interrupted, the same call goes on after the last complete shard."""
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...sae.errors import WriteError, doing
 from ...sae.files import remove_partial_files, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
+from ..bad_rows import NOT_FINITE, BadTexts, BadTokens, counted
+from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import LOCK_FILE, locked
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..text import Cursor, are_heldout
@@ -25,6 +28,8 @@ from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, Activa
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
+# What formats hold; int8 has a float16 scale of 127 steps.
+LARGEST = {"float16": 65504.0, "int8": 127 * 65000.0}
 # Batches that may wait for the writer: while it syncs a shard the model goes on.
 BATCHES_AHEAD = 8
 
@@ -91,6 +96,28 @@ def rows_of(
     return splits
 
 
+def usable_rows(rows: HarvestedRows, bad: BadTokens, where: str) -> HarvestedRows:
+    """Rows less those that are not finite, or larger than can be stored at some hook; they are counted.
+
+    Raises:
+        ValueError: If they are more than the recipe allows.
+    """
+    good = bad.usable(rows.tensors.values())
+    if good is None:
+        bad.count(len(rows))
+        return rows
+    row = int((~good).nonzero()[0])
+    name = next(name for name, x in rows.tensors.items() if not bool((x[row].abs() <= bad.largest).all()))
+    place = {key: int(values[row]) for key, values in rows.labels.items()}
+    if bool(torch.isfinite(rows.tensors[name][row]).all()):
+        problem, remedy = "an activation larger than harvest.dtype holds", "Set harvest.dtype: bfloat16 or float32"
+    else:
+        problem, remedy = "not finite", "The model overflows there: set model.dtype: float32"
+    remedy += ", or leave such tokens out with harvest.exclude_leading."
+    bad.count(len(rows), int((~good).sum()), f"{where}: {name}: {problem} ({place})", remedy)
+    return rows.select(good)
+
+
 def _pick(tensor: Tensor, rows: Tensor, memory: np.ndarray | None) -> Tensor:
     """Rows of ``(contexts, positions, width)`` as ``(n, width)`` float32 on the CPU."""
     flat = tensor.flatten(0, 1)
@@ -110,12 +137,20 @@ class Identity:
     entries: dict[tuple[str, ...], Any]
     hooks: tuple[str, ...]
 
-    def check(self, store: ActivationStore) -> None:
-        """Raise ``ValueError`` with one line for every way in which the store is not the recipe's."""
-        problems = [
+    def check(self, store: ActivationStore, content: Content, text: TextSection) -> None:
+        """Raise ``ValueError`` with one line for every way in which the store is not the recipe's.
+
+        Args:
+            content: That of the recipe's model. Where it is the store's, a local model may be at another path.
+            text: Likewise.
+        """
+        names, problems = _compare_content(store, content, text)
+        if self.entries["model", "id"] == "embedded":
+            names -= {("model", "id")}
+        problems += [
             f"{'.'.join(path)}: {_nested(store.manifest, path)!r} in the store, {value!r} in the recipe"
             for path, value in self.entries.items()
-            if _nested(store.manifest, path) != value
+            if _nested(store.manifest, path) != value and path not in names
         ]
         held = store.manifest["hooks"]
         problems += [
@@ -131,18 +166,39 @@ class Identity:
             )
 
 
+def _compare_content(store: ActivationStore, content: Content, text: TextSection) -> tuple[set[tuple[str, ...]], list[str]]:
+    """Entries of the manifest that are mere names because what they name is the same, and lines on what is not the same."""
+    recorded = store.manifest.get("content")
+    if recorded is None:
+        log.warning(
+            "%s: made before contents were recorded, so that only names can be compared: a model or text that has changed "
+            "under its name goes unnoticed.",
+            store.directory,
+        )
+        recorded = {"model": {"commit": store.manifest["model"].get("revision")}}
+    of_model, of_text = model_problems(recorded, content), text_problems(recorded, text)
+    names: set[tuple[str, ...]] = set()
+    if content["model"] and content["model"] == recorded.get("model"):
+        names |= {("model", "id"), ("model", "revision")}
+    if of_text == []:
+        names |= {("text", "files"), ("text", "dataset"), ("text", "dataset_revision")}
+    return names, of_model + (of_text or [])
+
+
 def _nested(values: Any, path: tuple[str, ...]) -> Any:
     for part in path:
-        values = values.get(part) if isinstance(values, dict) else None
+        # A key that is younger than the store had its default then.
+        default = TextSection.model_fields[part].default if path == ("text", part) else None
+        values = values.get(part, default) if isinstance(values, dict) else None
     return values
 
 
 def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSection) -> Identity:
     """The identity as far as it is known without loading the model."""
     entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
-    if model.revision is not None:
-        entries["model", "revision"] = model.revision
-    entries |= {("text", key): value for key, value in text.model_dump(mode="json").items()}
+    # How bad rows are met decides whether a harvest ends, not what it stores: the rows that can be read.
+    read = text.model_dump(mode="json", exclude={"on_bad_row", "max_bad_share"})
+    entries |= {("text", key): value for key, value in read.items()}
     entries |= {
         ("dtype",): section.dtype,
         ("block",): section.block,
@@ -158,7 +214,6 @@ def model_identity(model: LanguageModel, hooks: tuple[str, ...]) -> Identity:
     """What only the loaded model can say."""
     entries: dict[tuple[str, ...], Any] = {("hooks", hook, "width"): width for hook, width in model.widths(hooks).items()}
     entries["tokenizer_sha256",] = tokenizer_digest(model.tokenizer)
-    entries["model", "revision"] = model.revision
     return Identity(entries, hooks)
 
 
@@ -175,12 +230,18 @@ def harvest_activations(
     Raises:
         ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or an
             activation is not finite.
-        OSError: If the disk is full; complete shards stay valid and the next call goes on.
+        WriteError: If the disk is full; complete shards stay valid and the next call goes on.
     """
     assert section.store is not None
     with locked(Path(section.store), "harvest.store"):
         store = _open_or_create(Path(section.store), model, text, section)
-        _fill(store, model, text, section, progress)
+        try:
+            with doing(f"harvesting into {section.store}"):
+                _fill(store, model, text, section, progress)
+        except WriteError as error:
+            # As they are on disk: the shard that failed may be among those that this object knows.
+            kept = ActivationStore.open(store.directory)
+            raise error.keeping(f"{kept.tokens('train') + kept.tokens('heldout'):,} tokens are stored and kept.") from None
     return store
 
 
@@ -190,20 +251,28 @@ def _fill(
     """Harvest from where the store ends up to ``section.tokens``."""
     assert section.tokens is not None
     hooks = tuple(store.manifest["hooks"])
+    texts, tokens = BadTexts(text), BadTokens(section, LARGEST.get(section.dtype))
     batch_tokens = section.batch_contexts * text.context_length
     memory = {f"{kind}:{hook}": Memory(batch_tokens, store.width(hook)) for hook in hooks for kind in ("x", "grad")}
     stored = store.tokens("train") + store.tokens("heldout")
     pending = 0
+    tokens.bad = store.manifest.get("skipped", {}).get(NOT_FINITE, 0)
+    tokens.rows = stored + tokens.bad
     cursor = Cursor(*store.manifest["cursor"])
+    # From one commit of a data set, however long it takes.
+    text = pinned(text)
+    digest = TextDigest(text)
     with _Writer(store, section) as writer:
         if stored < section.tokens:
-            for batch in context_batches(model, text, section, section.batch_contexts, cursor):
-                rows = rows_of(model, batch, section, hooks, memory)
+            for batch in context_batches(model, text, section, section.batch_contexts, cursor, bad=texts, reading=digest.add):
+                splits = rows_of(model, batch, section, hooks, memory)
+                rows = {split: usable_rows(part, tokens, str(store.directory)) for split, part in splits.items()}
                 pending += sum(map(len, rows.values()))
                 cursor = batch.cursor
                 enough = stored + pending >= section.tokens
                 full = enough or pending >= section.shard_tokens
-                writer.put(rows, cursor if full else None)
+                left_out = texts.until(cursor.document) + tokens.found
+                writer.put(rows, (cursor, left_out, digest.up_to(cursor)) if full else None)
                 progress(min(stored + pending, section.tokens))
                 if full:
                     stored, pending = stored + pending, 0
@@ -211,7 +280,7 @@ def _fill(
                     break
             else:
                 if pending:
-                    writer.put({}, cursor)
+                    writer.put({}, (cursor, texts.until(cursor.document) + tokens.found, digest.up_to(cursor)))
                 stored += pending
                 log.warning("The text ended after %d of %d tokens; the store holds all of it.", stored, section.tokens)
         if stored == 0:
@@ -219,14 +288,18 @@ def _fill(
                 "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
             )
         writer.finish()
+        digest.remember()
+    if skipped := store.manifest.get("skipped"):
+        log.warning("%s: left out or mended: %s.", store.directory, counted(skipped))
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
     if (directory / MANIFEST_FILE).exists():
         store = ActivationStore.open(directory)
         dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
-        recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section).check(store)  # pyright: ignore[reportArgumentType]
-        model_identity(model, section.hooks).check(store)
+        names = recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section)  # pyright: ignore[reportArgumentType]
+        more = model_identity(model, section.hooks)
+        Identity(names.entries | more.entries, section.hooks).check(store, model.content(), text)
         remove_partial_files(directory)
         return store
     if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
@@ -244,6 +317,7 @@ def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSecti
         "format_version": FORMAT_VERSION,
         "model": {"id": model.id, "revision": model.revision, "dtype": dtype},
         "tokenizer_sha256": tokenizer_digest(model.tokenizer),
+        "content": model.content() | {"text": {"documents": 0, "sha256": ""}},
         "text": text.model_dump(mode="json"),
         "dtype": section.dtype,
         "block": section.block,
@@ -287,15 +361,16 @@ class _Writer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def put(self, rows: dict[str, HarvestedRows], cursor: Cursor | None) -> None:
-        """Take in the rows of a batch, soon. With ``cursor`` they are the last of a shard, and the text goes on there.
+    def put(self, rows: dict[str, HarvestedRows], end: tuple[Cursor, Counter[str], Content] | None) -> None:
+        """Take in the rows of a batch, soon. With ``end`` they are the last of a shard: the text goes on there, with so much
+        left out before, and with this content up to there.
 
         Raises:
             ValueError, OSError: If one of the batches before could not be stored.
         """
         while self._ahead and (len(self._ahead) == BATCHES_AHEAD or self._ahead[0].done()):
             self._ahead.popleft().result()
-        self._ahead.append(self._thread.submit(self._take, rows, cursor))
+        self._ahead.append(self._thread.submit(self._take, rows, end))
 
     def finish(self) -> None:
         """Wait until everything is stored, and enter in the manifest that nothing is missing."""
@@ -305,7 +380,7 @@ class _Writer:
             self.store.manifest["complete"] = True
             write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
 
-    def _take(self, rows: dict[str, HarvestedRows], cursor: Cursor | None) -> None:
+    def _take(self, rows: dict[str, HarvestedRows], end: tuple[Cursor, Counter[str], Content] | None) -> None:
         # What comes after a failure may not be stored: a resume starts where the last complete shard ends.
         if self._failed:
             return
@@ -314,8 +389,8 @@ class _Writer:
                 if len(part):
                     encoded = [self._encode(split, part, name) for name in part.tensors]
                     self._pieces[split].append(part.labels | {k: v for tensors in encoded for k, v in tensors.items()})
-            if cursor is not None:
-                self._write(cursor)
+            if end is not None:
+                self._write(*end)
                 self._begin()
         except BaseException:
             self._failed = True
@@ -324,32 +399,19 @@ class _Writer:
     def _encode(self, split: str, rows: HarvestedRows, name: str) -> dict[str, Tensor]:
         """A tensor as it is stored; training rows also enter the statistics of what training will read."""
         exact = rows.tensors[name]
-        mean, deviation = _moments(exact)
-        if not np.isfinite(mean).all():
-            self._refuse(split, rows, name)
         kind, _, hook = name.partition(":")
         dtype = self.section.dtype if kind == "x" else gradient_dtype(self.section.dtype)
         stored, scale, restored = encode(exact, dtype, self.section.block)
         if split == "train" and kind == "x":
             if restored is not exact:
                 self._lost[hook] += _squared_difference(exact, restored)
-                mean, deviation = _moments(restored)
-            self._moments[hook].merge(len(rows), torch.from_numpy(mean), torch.from_numpy(deviation))
+            self._moments[hook].merge(len(rows), *map(torch.from_numpy, _moments(restored)))
         return {name: stored} if scale is None else {name: stored, f"scale:{name}": scale}
-
-    def _refuse(self, split: str, rows: HarvestedRows, name: str) -> None:
-        row = int((~torch.isfinite(rows.tensors[name])).any(-1).nonzero()[0])
-        where = {key: int(values[row]) for key, values in rows.labels.items()}
-        before = sum(len(piece["token"]) for piece in self._pieces[split])
-        raise ValueError(
-            f"{self.store.directory}: {name}: not finite at row {before + row} of shard {self._number()} ({where}). "
-            "The model overflows there: set model.dtype: float32, or leave the token out with harvest.exclude_leading."
-        )
 
     def _number(self) -> int:
         return len({shard["unit"] for shard in self.store.manifest["shards"]})
 
-    def _write(self, cursor: Cursor) -> None:
+    def _write(self, cursor: Cursor, skipped: Counter[str], read: Content) -> None:
         """One shard for each split, then the manifest: a kill in between leaves shards that the manifest does not know."""
         manifest, number = self.store.manifest, self._number()
         for split, pieces in self._pieces.items():
@@ -370,6 +432,10 @@ class _Writer:
                 rounding_fvu=self._lost[hook] / spread if spread > 0 else 0.0,
             )
         manifest["cursor"] = list(cursor)
+        if "content" in manifest:
+            manifest["content"]["text"] = read
+        if skipped:
+            manifest["skipped"] = dict(skipped)
         write_json(self.store.directory / MANIFEST_FILE, manifest)
 
 

@@ -1,6 +1,7 @@
 """Batches straight from the model, nothing on disk: shuffled buffer by buffer, or whole contexts in the order of the text."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ..bad_rows import NOT_FINITE, BadTexts, BadTokens
+from ..content import Content, TextDigest
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
 from . import harvest
@@ -29,10 +32,19 @@ class Buffers:
     def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
         self.model, self.text, self.section, self.hooks = model, text, section, hooks
         self.keep = keep
+        self.digest = TextDigest(text)
+        self._model_content: Content | None = None
+        self.texts = BadTexts(text)
         self._kept: dict[Cursor, tuple[harvest.HarvestedRows, Cursor]] = {}
         self._making = self._from(BEGINNING)
         self._stands_at: Cursor | None = BEGINNING
         self._lock = threading.Lock()
+
+    def content_up_to(self, cursor: Cursor, digest: TextDigest | None = None) -> Content:
+        """Return the content of the model, and of the text up to ``cursor``."""
+        if self._model_content is None:
+            self._model_content = self.model.content()
+        return self._model_content | {"text": (digest or self.digest).up_to(cursor)}
 
     def after(self, cursor: Cursor) -> tuple[harvest.HarvestedRows, Cursor]:
         """The buffer that begins at ``cursor``, and where the text stands after it."""
@@ -55,8 +67,16 @@ class Buffers:
         pieces: list[harvest.HarvestedRows] = []
         while True:
             found = 0
-            for batch in context_batches(self.model, self.text, self.section, self.section.batch_contexts, cursor):
-                pieces.append(self._training_rows(batch))
+            for batch in context_batches(
+                self.model,
+                self.text,
+                self.section,
+                self.section.batch_contexts,
+                cursor,
+                bad=self.texts,
+                reading=self.digest.add,
+            ):
+                pieces.append(harvest.rows_of(self.model, batch, self.section, self.hooks)["train"])
                 found += len(pieces[-1])
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
                     yield harvest.HarvestedRows.join(pieces), batch.cursor
@@ -64,15 +84,6 @@ class Buffers:
             if not found and cursor == BEGINNING:
                 raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
             cursor = BEGINNING
-
-    def _training_rows(self, batch: ContextBatch) -> harvest.HarvestedRows:
-        rows = harvest.rows_of(self.model, batch, self.section, self.hooks)["train"]
-        for name, values in rows.tensors.items():
-            if not bool(torch.isfinite(values).all()):
-                bad = int((~torch.isfinite(values)).any(-1).nonzero()[0])
-                where = {key: int(labels[bad]) for key, labels in rows.labels.items()}
-                raise ValueError(f"{name}: not finite ({where}). Set model.dtype: float32, or raise harvest.exclude_leading.")
-        return rows
 
 
 class LiveStream(ActivationStream):
@@ -101,23 +112,35 @@ class LiveStream(ActivationStream):
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         begin = max(number for number in self.buffers if number <= start)
         number, cursor = self.buffers[begin]
+        tokens, known = BadTokens(self.section), Counter(self.skipped)
+        tokens.bad, tokens.rows = known[NOT_FINITE], start * self.batch_tokens + known[NOT_FINITE]
         while True:
-            rows, cursor = self.source.after(cursor)
+            before, (rows, cursor) = cursor, self.source.after(cursor)
+            found = self.source.texts.until(cursor.document if cursor > before else None)
+            # A text that begins again has its bad rows again.
+            skipped, known = found - known, known | found
+            bad = tokens.bad
+            rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), tokens, "harvest")
+            skipped += Counter({NOT_FINITE: tokens.bad - bad})
             batches = len(rows) // self.batch_tokens
             self.buffers[begin + batches] = (number + 1, cursor)
             if begin + batches > start:
                 order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
-                shuffled = rows.at((*self.hooks_in, *self.hooks_out)).select(order)
+                shuffled = rows.select(order)
                 for i in range(max(start - begin, 0), batches):
                     part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
                     grad = self._columns(part, "grad", self.hooks_out) if self.section.gradients else None
-                    yield replace(self._sides(part), grad=grad, labels=part.labels)
+                    # With the first of the buffer, whoever goes on in the midst of it has counted them.
+                    yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)
             begin, number = begin + batches, number + 1
+
+    def content(self) -> Content:
+        return self.source.content_up_to(Cursor(*self.position()["cursor"]))
 
     def position(self) -> dict[str, Any]:
         begin = max(number for number in self.buffers if number <= self.batches)
         number, cursor = self.buffers[begin]
-        return {"batches": self.batches, "begin": begin, "buffer": number, "cursor": list(cursor)}
+        return super().position() | {"begin": begin, "buffer": number, "cursor": list(cursor)}
 
     def seek(self, position: dict[str, Any]) -> None:
         super().seek(position)
@@ -133,6 +156,8 @@ class LiveStream(ActivationStream):
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         if self._sample is None:
             rows, _ = self.source.after(BEGINNING)
+            # Counted where training reads them.
+            rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
             order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
             self._sample = self._sides(rows).rows(order)
         return self._sample.rows(slice(skip, skip + tokens))
@@ -157,6 +182,8 @@ class ContextStream(ActivationStream):
         self.rows = rows
         self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
         self._special = special_tokens(self.model)
+        # Read apart from the rows, which only samples are drawn from.
+        self._digest = TextDigest(self.text)
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
 
@@ -164,23 +191,35 @@ class ContextStream(ActivationStream):
         number = max(known for known in self.cursors if known <= start)
         pieces: list[Context] = []
         kept = 0
-        for context in self._endless(self.cursors[number]):
+        tokens, known, last = BadTokens(self.section), Counter(self.skipped), self.cursors[number]
+        bad = tokens.bad = known[NOT_FINITE]
+        tokens.rows = start * self.batch_tokens + bad
+        for context in self._endless(last):
             here = int(self._training_contexts([context]).kept.sum())
             # The model need not run where nothing is learned.
             if here:
                 pieces.append(context)
             kept += here
-            if kept >= self.batch_tokens:
-                # Before the batch is handed out: whoever has it may ask for the position.
-                self.cursors[number + 1] = context.cursor
-                if number >= start:
-                    yield self._batch(pieces)
-                number, pieces, kept = number + 1, [], 0
+            if kept < self.batch_tokens:
+                continue
+            batch, pieces = self._batch(pieces, tokens)
+            if batch is None:
+                kept = sum(int(self._training_contexts([piece]).kept.sum()) for piece in pieces)
+                continue
+            found = self.rows.source.texts.until(context.cursor.document if context.cursor > last else None)
+            skipped = found - known + Counter({NOT_FINITE: tokens.bad - bad})
+            known, last, bad = known | found, context.cursor, tokens.bad
+            # Before the batch is handed out: whoever has it may ask for the position.
+            self.cursors[number + 1] = context.cursor
+            if number >= start:
+                yield replace(batch, skipped=skipped)
+            number, pieces, kept = number + 1, [], 0
 
     def _endless(self, cursor: Cursor) -> Iterator[Context]:
         while True:
             found = False
-            for context in contexts(self.text, self.model.tokenizer, cursor):
+            bad, reading = self.rows.source.texts, self._digest.add
+            for context in contexts(self.text, self.model.tokenizer, cursor, bad=bad, reading=reading):
                 found = found or bool(self._training_contexts([context]).kept.any())
                 yield context
             if not found and cursor == BEGINNING:
@@ -192,20 +231,32 @@ class ContextStream(ActivationStream):
         batch = stack_contexts(pieces, self._special, self.section)
         return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
 
-    def _batch(self, pieces: list[Context]) -> ActivationBatch:
+    def _batch(self, pieces: list[Context], tokens: BadTokens) -> tuple[ActivationBatch | None, list[Context]]:
+        """The batch and its contexts; or none, and the contexts whose activations are finite.
+
+        Whole contexts are left out: what the model predicts after a token that overflowed is not finite either.
+        """
         batch = self._training_contexts(pieces)
         within = np.cumsum(batch.kept).reshape(batch.kept.shape) <= self.batch_tokens
         batch = replace(batch, kept=batch.kept & within)
         hooks_in, hooks_out = self.rows.hooks_in, self.rows.hooks_out
         kept_rows = batch.kept_activations(self.model, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
-        for hook, values in kept_rows.items():
-            if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"{hook}: an activation is not finite. Set model.dtype: float32.")
+        good = torch.stack([torch.isfinite(values).all(-1) for values in kept_rows.values()]).all(0).cpu().numpy()
+        if not good.all():
+            left_out = set(np.nonzero(batch.kept)[0][~good].tolist())
+            where = f"an activation is not finite (document {batch.document_ids[batch.kept][~good][0]})"
+            bad = int((~good).sum())
+            tokens.count(bad, bad, f"{', '.join(kept_rows)}: {where}", "Set model.dtype: float32.")
+            return None, [piece for number, piece in enumerate(pieces) if number not in left_out]
+        tokens.count(len(good))
         x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))
-        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=batch.on(self.model.device))
+        return ActivationBatch(x, target if hooks_out != hooks_in else None, origin=batch.on(self.model.device)), pieces
+
+    def content(self) -> Content:
+        return self.rows.source.content_up_to(self.cursors[self.batches], self._digest)
 
     def position(self) -> dict[str, Any]:
-        return {"batches": self.batches, "cursor": list(self.cursors[self.batches])}
+        return super().position() | {"cursor": list(self.cursors[self.batches])}
 
     def seek(self, position: dict[str, Any]) -> None:
         super().seek(position)

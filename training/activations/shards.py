@@ -371,7 +371,13 @@ class _ShardTensor:
         raw = np.empty((len(rows), size), np.uint8)
         view = raw.reshape(-1).data
         for i, row in enumerate(rows.tolist()):
-            if preadv(descriptor, [view[i * size : (i + 1) * size]], start + row * size) != size:
+            try:
+                found = preadv(descriptor, [view[i * size : (i + 1) * size]], start + row * size)
+            except OSError as error:
+                raise ValueError(
+                    f"{self.path}: row {row} could not be read ({error.strerror}). Check the disk; the same command goes on."
+                ) from None
+            if found != size:
                 raise ValueError(
                     f"{self.path}: row {row}: the file ends too early: truncated. Delete the store and harvest again."
                 )

@@ -1,7 +1,8 @@
-"""Where things are in a model: the hooks of a block by what they mean, found in the module tree alone.
+"""Where things are in a model: the hooks of a block by what they mean.
 
-A site is a place in a block: ``layer`` and site together name the hook a dictionary reads and the one it writes. No weights
-are looked at, so a model on the meta device will do.
+A site is a place in a block: ``layer`` and site together name the hook a dictionary reads and the one it writes. Attention and
+MLP are known by their names; one pass (``dataflow``) then shows whether they are connected as their names say, whether they
+read the same stream, and where that stream can be seen between them. No weights are looked at, so a model without will do.
 
 - ``resid_pre``, ``resid_mid``, ``resid_post``: the residual stream before the block, between attention and MLP, behind it.
 - ``attn_heads``: the values all heads have mixed, side by side, which the output projection reads.
@@ -15,12 +16,17 @@ projection writes, without that stream.
 """
 
 import inspect
+import itertools
+import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ...sae.suggestions import did_you_mean
+from .dataflow import Dataflow
 from .model import LanguageModel
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
@@ -28,17 +34,17 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_
 TWO_SIDED = ("mlp",)
 
 # What architectures call the parts of a block, by path from the block; the first that is there counts.
-ATTENTION = ("attn.attention", "attn", "attention", "self_attn", "self_attention")
-ATTENTION_PROJECTION = ("c_proj", "o_proj", "out_proj", "dense")
-MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe")
+ATTENTION = ("attn.attention", "attn", "attention", "self_attn", "self_attention", "multi_head_attention", "temporal_block")
+ATTENTION_PROJECTION = ("c_proj", "o_proj", "out_proj", "dense", "output.dense", "Wo")
+MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "mlp_block")
 MLP_PROJECTION = ("dense_4h_to_h", "down_proj", "c_proj", "fc_out", "fc2")
-# Two projections in the block itself, without a module around them (OPT, XGLM).
-LOOSE_MLP = ("fc1", "fc2")
-# Not every block's second norm comes before the MLP: one that is called so comes behind.
-MLP_NORM = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm", "norm_2", "final_layer_norm")
-NORM_BEHIND_MLP = "post_feedforward_layernorm"
-# Configuration keys that say attention and MLP read the same stream.
-PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+# Where the first and the last part have no module around them alone (OPT and XGLM, BERT).
+LOOSE_MLPS = (("fc1", "fc2"), ("intermediate", "output.dense"))
+# Configuration keys that count the blocks; the first that is there.
+COUNTS = ("num_hidden_layers", "decoder_layers", "num_layers", "n_layer", "n_layers")
+
+log = logging.getLogger(__name__)
+_found: WeakKeyDictionary[nn.Module, list["BlockPaths"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class BlockPaths:
     mlp: tuple[str, str] | None
     mlp_norm: str | None
     parallel: bool
+    resid_mid: str | None
 
     def sites(self) -> dict[str, tuple[str, str]]:
         """The hooks of every site this block has: what is read, what is written."""
@@ -60,10 +67,7 @@ class BlockPaths:
         hooks = {}
         if self.mlp is not None:
             reads, writes = f"{self.mlp[0]}:in", f"{self.mlp[1]}:out"
-            found |= {"mlp_in": reads, "mlp_out": writes}
-            if not self.parallel:
-                # Without a norm before it the MLP reads the stream itself.
-                found["resid_mid"] = reads if self.mlp_norm is None else f"{self.mlp_norm}:in"
+            found |= {"resid_mid": self.resid_mid, "mlp_in": reads, "mlp_out": writes}
             hooks["mlp"] = (reads, writes)
         hooks |= {site: (hook, hook) for site, hook in found.items() if hook is not None}
         return {site: hooks[site] for site in SITES if site in hooks}
@@ -75,7 +79,7 @@ def n_layers(module: nn.Module) -> int:
 
 
 def find_block(module: nn.Module, layer: int) -> BlockPaths:
-    """The parts of one block.
+    """The parts of one block: found by name, and what lies between them by how tensors depend on each other.
 
     Raises:
         ValueError: If the model has no such block.
@@ -85,9 +89,14 @@ def find_block(module: nn.Module, layer: int) -> BlockPaths:
         raise ValueError(
             f"dictionary.layer: expected 0 to {len(paths) - 1}, as the model has {len(paths)} blocks, got {layer}."
         )
-    path = paths[layer]
+    if module not in _found:
+        _found[module] = _connected(module, [_named_parts(module, path) for path in paths])
+    return _found[module][layer]
+
+
+def _named_parts(module: nn.Module, path: str) -> BlockPaths:
+    """The parts of a block that have names by which they are known."""
     block = module.get_submodule(path)
-    config = getattr(module, "config", None)
     children = {name for name, _ in block.named_modules() if name}
 
     def first(names: tuple[str, ...], within: str = "") -> str | None:
@@ -95,26 +104,123 @@ def find_block(module: nn.Module, layer: int) -> BlockPaths:
 
     attention = first(ATTENTION)
     projection = attention and first(ATTENTION_PROJECTION, f"{attention}.")
-    norm = first(MLP_NORM)
-    parallel = any(getattr(config, key, False) for key in PARALLEL)
-    if (norm != MLP_NORM[0] and NORM_BEHIND_MLP in children) or getattr(config, "do_layer_norm_before", True) is False:
-        norm = None
-    elif norm is None:
-        # One norm for both: then both read the same stream.
-        parallel = True
     mlp = first(MLP)
     if mlp is not None:
         ends = (mlp, _writer(block, mlp, first(MLP_PROJECTION, f"{mlp}.")))
     else:
-        ends = LOOSE_MLP if children.issuperset(LOOSE_MLP) else None
+        ends = next((pair for pair in LOOSE_MLPS if children.issuperset(pair)), None)
     return BlockPaths(
         path,
         attention and f"{path}.{attention}",
         projection and f"{path}.{projection}",
         ends and (f"{path}.{ends[0]}", f"{path}.{ends[1]}"),
-        norm and f"{path}.{norm}",
-        parallel,
+        mlp_norm=None,
+        parallel=False,
+        resid_mid=None,
     )
+
+
+def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
+    """The blocks without parts that are not connected as their names say, and with what lies between attention and MLP."""
+    between = {block.path: _between(module, block) for block in blocks}
+    hooks = [
+        f"{path}:{side}"
+        for block in blocks
+        for path in dict.fromkeys(
+            (block.path, block.attention, block.attention_projection, *(block.mlp or ()), *between[block.path])
+        )
+        if path is not None
+        for side in ("in", "out")
+    ]
+    try:
+        flow = Dataflow(module, hooks, [f"{block.path}:in" for block in blocks])
+        assert flow.marks, "it runs without gradients"
+    except Exception as error:  # noqa: BLE001 - models raise anything
+        log.warning(
+            "dictionary.site: %s could not be run to see how its parts are connected (%s: %s): attention and MLP are told by "
+            "their names, and nothing between them is offered.",
+            type(module).__name__,
+            type(error).__name__,
+            error,
+        )
+        return blocks
+    return [_checked(flow, block, between[block.path]) for block in blocks]
+
+
+def _between(module: nn.Module, block: BlockPaths) -> list[str]:
+    """Modules of a block that are no part of its attention or MLP, where the stream may be seen."""
+    parts = [path for path in (block.attention, *(block.mlp or ())) if path is not None]
+    found = [f"{block.path}.{name}" for name, _ in module.get_submodule(block.path).named_modules() if name]
+    return [path for path in found if not path.startswith(tuple(f"{part}." for part in parts)) and path not in parts]
+
+
+def _checked(flow: Dataflow, block: BlockPaths, between: list[str]) -> BlockPaths:
+    """The block as the pass shows it."""
+    start, end, projection = f"{block.path}:in", f"{block.path}:out", block.attention_projection
+
+    def chain(*hooks: str) -> bool:
+        pairs = itertools.pairwise(hooks)
+        return flow.marks.keys() >= set(hooks) and all(flow.depends(after, before) for before, after in pairs)
+
+    def usable(part: tuple[str, str] | None) -> bool:
+        """Whether a part reads the stream and writes to it, and reads and writes hidden states and nothing else."""
+        hooks = () if part is None else (f"{part[0]}:in", f"{part[1]}:out")
+        return bool(hooks) and chain(start, *hooks, end) and all(flow.marks[hook].axes <= 3 for hook in hooks)
+
+    if projection is None or not usable((projection, projection)):
+        projection = None
+    if block.mlp is None or not usable(block.mlp):
+        return replace(block, attention_projection=projection, mlp=None)
+    reads, writes = f"{block.mlp[0]}:in", f"{block.mlp[1]}:out"
+    # Attention may add what it read, and norm it (BERT).
+    paths = between if block.attention is None else [*between, block.attention]
+    hooks = [hook for path in paths for hook in (f"{path}:in", f"{path}:out") if hook in flow.marks]
+    # Where there is no norm a module may stand in for it that does nothing.
+    before = [path for path in between if flow.marks.keys() >= {f"{path}:in", f"{path}:out"}]
+    before = [path for path in before if flow.source(f"{path}:out") is flow.source(reads)]
+    norm = next((path for path in before if flow.source(f"{path}:in") is not flow.source(reads)), next(iter(before), None))
+    written = None if projection is None else f"{projection}:out"
+    return replace(
+        block,
+        attention_projection=projection,
+        mlp_norm=norm,
+        parallel=written is not None and not flow.depends(reads, written),
+        resid_mid=_stream_between(flow, start, end, written, (reads, writes), hooks),
+    )
+
+
+def _stream_between(
+    flow: Dataflow, start: str, end: str, written: str | None, mlp: tuple[str, str], hooks: Sequence[str]
+) -> str | None:
+    """The hook at the residual stream between attention and MLP: all that reaches the MLP, or goes past it, comes through it.
+
+    Of several, the last one that everything reads is taken; where each reader has its own hook, the last of these.
+    """
+    reads, writes = mlp
+    order = list(flow.marks)
+    places = sorted(
+        (
+            hook
+            for hook in (*hooks, reads)
+            if flow.marks[hook].axes <= 3
+            and flow.source(hook) is not flow.marks[start].node
+            and not flow.depends(hook, writes)
+            and flow.depends(hook, start if written is None else written)
+        ),
+        key=order.index,
+    )
+    for node_of in (lambda hook: flow.marks[hook].node, flow.source):
+        found = [
+            hook
+            for hook in places
+            if not flow.depends(reads, start, without=[node_of(hook)])
+            and not flow.depends(end, start, without=[node_of(hook), flow.marks[writes].node])
+        ]
+        if found:
+            # A module made of modules sees what its first one sees.
+            same = [hook for hook in found if flow.source(hook) is flow.source(found[-1])]
+            return min(same, key=lambda hook: hook.count("."))
+    return None
 
 
 def sites_of(module: nn.Module) -> tuple[str, ...]:
@@ -137,6 +243,11 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
         raise ValueError(f"dictionary.site: {site!r} is no site; {choices}.{did_you_mean(site, hooks)}")
     if block.mlp is not None and block.parallel and site == "resid_mid":
         reason = "attention and MLP of a block read the same stream, so nothing lies between them"
+    elif block.mlp is not None and site == "resid_mid":
+        reason = (
+            f"in {block.path} no module reads or returns the stream between attention and MLP. Give hook_in and hook_out (for "
+            "an SAE: hook) by hand, as MODULE_PATH:in or MODULE_PATH:out"
+        )
     else:
         part = "attention's output projection" if site.startswith("attn") else "MLP"
         inside = ", ".join(name for name, _ in module.get_submodule(block.path).named_modules() if name)
@@ -149,16 +260,19 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
 
 def _block_paths(module: nn.Module) -> list[str]:
     config = getattr(module, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if not lists:
-        raise ValueError(
-            f"dictionary.layer: no list of {count or 'as many modules as config.num_hidden_layers'} blocks was found in "
-            f"{type(module).__name__}. Give hook_in and hook_out (for an SAE: hook) by hand."
-        )
-    # A block may hold lists of its own that happen to be as long.
-    outermost = min(lists, key=lambda name: name.count("."))
-    return [f"{outermost}.{index}" for index in range(count or 0)]
+    # Of models that read pictures or sounds too, the part that reads text.
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = [count for key in COUNTS if isinstance(count := getattr(config, key, None), int)]
+    for count in counts:
+        lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+        if lists:
+            # A block may hold lists of its own that happen to be as long, as may encoders of something else.
+            outermost = min(lists, key=lambda name: (re.search("text|language|decoder", name) is None, name.count(".")))
+            return [f"{outermost}.{index}" for index in range(count)]
+    raise ValueError(
+        f"dictionary.layer: no list of {' or '.join(map(str, dict.fromkeys(counts))) or 'config.num_hidden_layers'} blocks was "
+        f"found in {type(module).__name__}. Give hook_in and hook_out (for an SAE: hook) by hand."
+    )
 
 
 def _writer(block: nn.Module, mlp: str, projection: str | None) -> str:

@@ -1,6 +1,7 @@
 """Shuffled batches from a store, in a new global order for every pass."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ..content import Content
 from .buffer_pool import Memory
 from .shards import GRADIENT_KIND, LABELS, ActivationStore, ColumnReader, RowReader
 from .shuffle import permute
@@ -38,6 +40,8 @@ class StoreStream(ActivationStream):
     ):
         super().__init__(batch_tokens)
         self.store, self.seed = store, seed
+        # By the harvest. What is not finite in a store now was damaged since.
+        self.skipped = Counter(store.manifest.get("skipped", {}))
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
         store.require_hooks("dictionary.hook_in" if hooks_out else "dictionary.hook", self.hooks_in)
         store.require_hooks("dictionary.hook_out", self.hooks_out)
@@ -102,6 +106,9 @@ class StoreStream(ActivationStream):
 
     def target_moments(self) -> Moments:
         return self.store.moments_of(self.hooks_out)
+
+    def content(self) -> Content | None:
+        return self.store.manifest.get("content")
 
     def release(self) -> None:
         """Close the shards' files; the stream is over."""

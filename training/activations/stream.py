@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ..content import Content
 from .contexts import Origin
 
 READ_AHEAD_BATCHES = 8
@@ -27,6 +29,7 @@ class ActivationBatch:
     """Tokens for one training step: ``x`` and, where the training needs them, ``target``, ``grad`` and ``origin``.
 
     Without a ``target`` it is ``x`` that is to be reconstructed. ``grad`` is the loss's gradient at whichever it is.
+    ``skipped`` counts the bad rows that the stream met between the batch before and this one.
     """
 
     x: Float[Tensor, "tokens d_in"]
@@ -34,6 +37,7 @@ class ActivationBatch:
     grad: Float[Tensor, "tokens d_grad"] | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
     origin: Origin | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def to(self, device: torch.device) -> "ActivationBatch":
         """The same batch on a device."""
@@ -83,11 +87,12 @@ def moments_of(rows: Float[Tensor, "tokens d"]) -> Moments:
 
 
 class ActivationStream(ABC):
-    """Batches one after another; ``position()`` is all that a resume needs."""
+    """Batches one after another; ``position()`` is all that a resume needs. ``skipped`` counts the bad rows met so far."""
 
     def __init__(self, batch_tokens: int):
         self.batch_tokens = batch_tokens
         self.batches = 0
+        self.skipped: Counter[str] = Counter()
         self.waited_seconds = 0.0
         self._queue: queue.Queue | None = None
         self._stop = threading.Event()
@@ -109,14 +114,18 @@ class ActivationStream(ABC):
     def target_moments(self) -> Moments:
         """The same of what is to be reconstructed."""
 
+    def content(self) -> Content | None:
+        """Return the content of model, tokenizer and text as far as it was read; ``None`` where nothing is known of them."""
+        return None
+
     def position(self) -> dict[str, Any]:
         """Where the stream stands, as JSON."""
-        return {"batches": self.batches}
+        return {"batches": self.batches} | ({"skipped": dict(self.skipped)} if self.skipped else {})
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from where ``position`` was taken."""
         self.close()
-        self.batches = position["batches"]
+        self.batches, self.skipped = position["batches"], Counter(position.get("skipped", {}))
 
     def __iter__(self) -> "ActivationStream":
         return self
@@ -132,6 +141,7 @@ class ActivationStream(ABC):
             self.close()
             raise item
         self.batches += 1
+        self.skipped += item.skipped
         return item
 
     def _start(self) -> None:

@@ -1,44 +1,64 @@
 """Batches of tensors that a user brings."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...sae.metrics import Moments
+from ...sae.rows import as_rows
+from ..bad_rows import NOT_FINITE, BadTokens
+from ..recipe import HarvestSection
 from .stream import ActivationBatch, ActivationStream, moments_of
 
 MOMENT_TOKENS = 32_768
+NAMES = ("x", "target", "grad")
+DEFAULTS = HarvestSection()
+FORMS = "tensors or arrays (tokens, d_in), pairs of them, or mappings with x, target and grad"
 
+HINTS = {
+    1: " Give tokens in batches: DataLoader(data, batch_size=1024), or tensor[None] for a single one.",
+    3: " Join batch and position: tensor.flatten(0, 1).",
+}
+SLICE_TOKENS = 8192
 
-# What a user may bring: activations, with gradients, or by name.
-Item = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor]
+# What a user may bring in place of a model: an iterable of `FORMS`, or one of them. Whatever else it is, a message says so.
+Activations = Any
 
 
 class TensorStream(ActivationStream):
-    """Batches cut from any iterable of ``(tokens, d_in)`` tensors, in the order they come.
+    """Batches cut from any iterable of ``(tokens, d_in)`` tensors or arrays, in the order they come.
 
-    Items may also be pairs of activations and the loss's gradients there, or mappings with ``x``, ``target`` and ``grad``,
-    of which ``target`` is required if ``targets`` are, and refused if not. A list or a data set is passed over again and
-    again; an iterator ends with its last full batch. Resuming reads the iterable from its beginning, so it must give the
-    same tensors again.
+    Items may also be pairs: activations and the loss's gradients there or, if ``targets`` are wanted, activations, targets and
+    perhaps gradients. Or mappings with ``x``, ``target`` and ``grad``, of which ``target`` is required if ``targets`` are, and
+    refused if not; a mapping with one entry may call it what it likes. Pairs may be lists, as a ``DataLoader`` gives them.
+
+    A list or a data set is passed over again and again; an iterator ends with its last full batch. Resuming reads the iterable
+    from its beginning, so it must give the same tensors again. Tokens that are not finite are left out and counted, as
+    ``section`` says.
     """
 
-    def __init__(self, tensors: Iterable[Item], batch_tokens: int, targets: bool = False):
+    def __init__(self, tensors: Activations, batch_tokens: int, targets: bool = False, section: HarvestSection = DEFAULTS):
         super().__init__(batch_tokens)
-        if isinstance(tensors, Tensor):
-            tensors = [tensors]
-        self.once = iter(tensors) is tensors
-        self.tensors, self.targets = tensors, targets
+        self.tensors, self.targets, self.section = _items(tensors), targets, section
+        self.once = isinstance(self.tensors, Iterator)
         # What `sample` took from an iterator must still be handed out afterwards.
-        self._head: list[Item] = []
+        self._head: list[dict[str, Tensor]] = []
         self._widths: dict[str, int] = {}
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
         carried: ActivationBatch | None = None
+        skipped: Counter[str] = Counter()
         for batch in self._endless():
+            if not skip:
+                # Else they stand before a token that was handed out, and were counted then.
+                skipped += batch.skipped
             taken = min(skip, batch.x.shape[0])
             skip, batch = skip - taken, batch.rows(slice(taken, None))
             if carried is not None:
@@ -46,56 +66,83 @@ class TensorStream(ActivationStream):
                 carried, batch = ActivationBatch.join([carried, batch.rows(slice(missing))]), batch.rows(slice(missing, None))
                 if carried.x.shape[0] < size:
                     continue
-                yield carried
+                yield replace(carried, skipped=skipped)
+                skipped = Counter()
             whole = batch.x.shape[0] // size * size
             for i in range(0, whole, size):
-                yield batch.rows(slice(i, i + size))
+                yield replace(batch.rows(slice(i, i + size)), skipped=skipped)
+                skipped = Counter()
             carried = batch.rows(slice(whole, None))
 
     def _endless(self) -> Iterator[ActivationBatch]:
-        number = 0
+        """Item after item, pass after pass; bad rows are counted in the first pass."""
+        bad, passes = BadTokens(self.section), 0
         while True:
-            seen = 0
-            for item in itertools.chain(self._head, self.tensors) if self.once else self.tensors:
-                batch = self._checked(item, number)
-                number, seen = number + 1, seen + batch.x.shape[0]
-                yield batch
+            # The same rows come again; the first bad one is known.
+            seen = bad.rows = bad.bad = 0
+            items = itertools.chain(self._head, map(self._named, self.tensors)) if self.once else map(self._named, self.tensors)
+            for number, item in enumerate(items):
+                before = bad.bad
+                batch = self._checked(item, number, bad)
+                seen += batch.x.shape[0]
+                yield replace(batch, skipped=+Counter({NOT_FINITE: 0 if passes else bad.bad - before}))
+            passes += 1
             if self.once or not seen:
                 return
 
-    def _checked(self, item: Item, number: int) -> ActivationBatch:
-        """An item of the iterable in float32.
+    def _named(self, item: Any) -> dict[str, Tensor]:
+        """An item's tensors by their names, in float32 on the CPU.
+
+        Raises:
+            ValueError: If it is nothing of ``FORMS``.
+        """
+        if isinstance(item, Mapping):
+            entries = {str(key): value for key, value in item.items()}
+            if len(entries) == 1:
+                # Data sets call it as they like.
+                entries = {"x": next(iter(entries.values()))}
+        elif isinstance(item, Sequence) and not isinstance(item, str | bytes) and 0 < len(item) <= len(NAMES):
+            entries = dict(zip(NAMES if self.targets else ("x", "grad", "?"), item, strict=False))
+        else:
+            entries = {"x": item}
+        if "x" not in entries or entries.keys() - set(NAMES):
+            got = list(item) if isinstance(item, Mapping) else f"{len(entries)} parts"
+            raise ValueError(f"activations: expected x, target and grad, the last two if needed, got {got}.")
+        if self.targets and "target" not in entries:
+            raise ValueError('targets: a transcoder needs them, got activations only. Give {"x": ..., "target": ...}.')
+        if not self.targets and "target" in entries:
+            raise ValueError("targets: expected none, because an SAE reconstructs x. Leave them out, or set dictionary.kind.")
+        return {key: as_rows(value, "activations") for key, value in entries.items()}
+
+    def _checked(self, named: dict[str, Tensor], number: int, bad: BadTokens) -> ActivationBatch:
+        """An item of the iterable, less the tokens that are not finite.
 
         Raises:
             ValueError: If it is not what was agreed on, naming the tensor.
         """
         where = f"tensor {number}"
-        named = _by_name(item)
-        if "x" not in named or named.keys() - {"x", "target", "grad"}:
-            raise ValueError(f"activations: {where}: expected x, target and grad, the last two if needed, got {list(named)}.")
-        if self.targets and "target" not in named:
-            raise ValueError(
-                f'targets: {where}: a transcoder needs them, got activations only. Give {{"x": ..., "target": ...}}.'
-            )
-        if not self.targets and "target" in named:
-            raise ValueError(
-                f"targets: {where}: expected none, because an SAE reconstructs x. Leave them out, or set dictionary.kind."
-            )
         x, like = named["x"], named.get("target", named["x"])
         forms = {"x": ("activations", "(tokens, d_in)"), "target": ("targets", "(tokens, d_out)")}
         for key, tensor in named.items():
             name, form = forms.get(key, ("gradients", "(tokens, d_out)" if self.targets else "(tokens, d_in)"))
             rows = "" if key == "x" or x.ndim != 2 else f" of {x.shape[0]} tokens"
             if tensor.ndim != 2 or tensor.shape[0] != x.shape[0] or (key == "grad" and tensor.shape != like.shape):
-                raise ValueError(f"{name}: {where}: expected {form}{rows}, got {tuple(tensor.shape)}.")
+                raise ValueError(
+                    f"{name}: {where}: expected {form}{rows}, got {tuple(tensor.shape)}.{HINTS.get(tensor.ndim, '')}"
+                )
             width = self._widths.setdefault(key, tensor.shape[1])
             if tensor.shape[1] != width:
                 raise ValueError(f"{name}: {where}: expected width {width}, as before, got {tensor.shape[1]}.")
-            if not bool(torch.isfinite(tensor).all()):
-                row = int((~torch.isfinite(tensor)).any(-1).nonzero()[0])
-                raise ValueError(f"{name}: {where}: row {row} is not finite.")
-        values = {key: tensor.float() for key, tensor in named.items()}
-        return ActivationBatch(values["x"], values.get("target"), values.get("grad"))
+        good = bad.usable(named.values())
+        if good is None:
+            bad.count(len(x))
+        else:
+            row = int((~good).nonzero()[0])
+            name = next(key for key, tensor in named.items() if not bool(torch.isfinite(tensor[row]).all()))
+            name = forms.get(name, ("gradients", ""))[0]
+            bad.count(len(x), int((~good).sum()), f"{name}: {where}: row {row} is not finite", "Leave such tokens out.")
+            named = {key: tensor[good] for key, tensor in named.items()}
+        return ActivationBatch(named["x"], named.get("target"), named.get("grad"))
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         # Of an iterator only what was taken before training is there to be sampled: the rest is for the training.
@@ -103,9 +150,10 @@ class TensorStream(ActivationStream):
         found: list[ActivationBatch] = []
         seen = 0
         for number, item in enumerate(self._sampled(skip + tokens) if head else self._head):
-            size = _by_name(item)["x"].shape[0]
+            size = item["x"].shape[0]
             if seen + size > skip:
-                batch = self._checked(item, number)
+                # Counted where training reads them.
+                batch = self._checked(item, number, BadTokens(self.section))
                 found.append(batch.rows(slice(max(skip - seen, 0), skip + tokens - seen)))
             seen += size
             if seen >= skip + tokens:
@@ -115,18 +163,16 @@ class TensorStream(ActivationStream):
         together = ActivationBatch.join(found) if found else self.sample(1).rows(slice(0))
         return ActivationBatch(together.x, together.target)
 
-    def _sampled(self, tokens: int) -> Iterator[Item]:
+    def _sampled(self, tokens: int) -> Iterator[dict[str, Tensor]]:
         """Items from the beginning, of an iterator those that are kept aside; more of it are taken until there are enough."""
         if not self.once:
-            yield from self.tensors
+            yield from map(self._named, self.tensors)
             return
-        have = 0
-        for item in self._head:
-            have += _by_name(item)["x"].shape[0]
+        have = sum(item["x"].shape[0] for item in self._head)
         source = iter(self.tensors)
         while have < tokens and (item := next(source, None)) is not None:
-            self._head.append(item)
-            have += _by_name(item)["x"].shape[0]
+            self._head.append(self._named(item))
+            have += self._head[-1]["x"].shape[0]
         yield from self._head
 
     def moments(self) -> Moments:
@@ -137,7 +183,31 @@ class TensorStream(ActivationStream):
         return moments_of(sample.x if sample.target is None else sample.target)
 
 
-def _by_name(item: Item) -> dict[str, Tensor]:
-    if isinstance(item, Mapping):
-        return dict(item)
-    return dict(zip(("x", "grad"), item, strict=True)) if isinstance(item, tuple) else {"x": item}
+class _Slices:
+    """An array, some rows at a time, as often as it is asked for."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.array), SLICE_TOKENS):
+            yield self.array[start : start + SLICE_TOKENS]
+
+
+def _items(tensors: Activations) -> Any:
+    """What a user brings in place of a model as an iterable of items.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(tensors, Tensor | Mapping):
+        # One item that is all there is.
+        return [tensors]
+    if hasattr(tensors, "__array__") and hasattr(tensors, "shape"):
+        # Arrays of whatever library, perhaps in a file that is larger than memory: read piece by piece.
+        values = getattr(tensors, "values", tensors) if hasattr(tensors, "iloc") else tensors
+        return _Slices(values) if len(values.shape) == 2 else [values]
+    if isinstance(tensors, str | bytes | Path) or not (hasattr(tensors, "__iter__") or hasattr(tensors, "__getitem__")):
+        hint = " Call it: activations=f()." if callable(tensors) else " Read files first: torch.load, numpy.load."
+        raise ValueError(f"activations: expected an iterable of {FORMS}, got {type(tensors).__name__}.{hint}")
+    return tensors

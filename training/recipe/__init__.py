@@ -39,7 +39,10 @@ __all__ = [
 ]
 
 # What may differ when an interrupted run is continued: none of it touches the numbers.
-FREE_ON_RESUME = ("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks")
+FREE_ON_RESUME = (
+    *("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks", "model.trust_remote_code"),
+    *(f"{section}.{key}" for section in ("text", "harvest") for key in ("on_bad_row", "max_bad_share")),
+)
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -18,6 +18,7 @@ class Section(BaseModel):
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+OnBadRow = Literal["skip", "error"]
 
 
 def _hooks(value: Any) -> str | tuple[str, ...] | None:
@@ -73,6 +74,11 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="auto", description="'auto' takes a GPU if there is one")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that the model's repository brings; it can do whatever you can on this machine, so read "
+        "it first",
+    )
 
 
 class TextSection(Section):
@@ -94,6 +100,11 @@ class TextSection(Section):
         "before every document; nowhere",
     )
     packing: Literal["pack", "separate"] = Field(default="pack", description="documents end to end, or one per context, padded")
+    on_bad_row: OnBadRow = Field(
+        default="skip",
+        description="skip: rows without text are left out, bytes that are not UTF-8 become U+FFFD, and both are counted",
+    )
+    max_bad_share: Share = Field(default=0.05, description="on_bad_row skip: a larger share of bad rows stops")
 
 
 class HarvestSection(Section):
@@ -115,6 +126,10 @@ class HarvestSection(Section):
     exclude_leading: Annotated[int, Field(ge=0)] = Field(default=8, description="leave out so many positions of every context")
     live_buffer_tokens: Positive = Field(default=65_536, description="store null: tokens shuffled together")
     verify: bool = Field(default=True, description="check every shard's checksum before training on it")
+    on_bad_row: OnBadRow = Field(
+        default="skip", description="skip: tokens whose activations are not finite are left out and counted"
+    )
+    max_bad_share: Share = Field(default=0.01, description="on_bad_row skip: a larger share of such tokens stops")
 
 
 class DictionarySection(Section):
@@ -188,7 +203,9 @@ class WandbSection(Section):
 
     project: str
     name: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        default=None, description="null: as the environment says (WANDB_MODE), else online"
+    )
 
 
 class Recipe(Section):

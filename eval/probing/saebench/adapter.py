@@ -1,6 +1,5 @@
 """One of our dictionaries as SAEBench wants a custom SAE: dense codes in raw units, unit rows of W_dec, ``cfg``."""
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,16 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ....sae.dictionary import OneSiteDictionary, SparseDictionary
-
-# Our side of a module -> TransformerLens's name, within a block.
-SITES = {
-    ("", "out"): "hook_resid_post",
-    ("", "in"): "hook_resid_pre",
-    ("mlp", "out"): "hook_mlp_out",
-    ("attn", "out"): "hook_attn_out",
-    ("attention", "out"): "hook_attn_out",
-    ("self_attn", "out"): "hook_attn_out",
-}
+from ....sae.formats.hooks import layer_of, to_transformer_lens
 
 
 @dataclass
@@ -43,7 +33,7 @@ class SaeBenchConfig:
     device: str = ""
     model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
     dataset_path: str = ""
-    dataset_trust_remote_code: bool = True
+    dataset_trust_remote_code: bool = False
     seqpos_slice: tuple[int | None, ...] = (None,)
     training_tokens: int = -100_000
     sae_lens_training_version: str | None = None
@@ -53,19 +43,19 @@ class SaeBenchConfig:
         return asdict(self)
 
 
-def transformer_lens_hook(hook: str) -> tuple[int, str]:
-    """Layer and TransformerLens name of one of our hooks.
+def transformer_lens_hook(hook: str, model: str | None = None) -> tuple[int, str]:
+    """Layer and TransformerLens name of one of our hooks, all that ``sae.formats.hooks`` knows; embeddings count to layer 0.
 
     Raises:
         ValueError: If TransformerLens has no name for it.
     """
-    found = re.fullmatch(r".*\.(\d+)(?:\.(\w+))?:(in|out)", hook)
-    site = None if found is None else SITES.get((found[2] or "", found[3]))
-    if found is None or site is None:
+    # A local model's name may mislead: then the names of its blocks tell.
+    name = to_transformer_lens(hook, model) or to_transformer_lens(hook)
+    if name is None:
         raise ValueError(
-            f"{hook}: expected a block, its MLP or its attention, which SAEBench has names for. Give hook_layer and hook_name."
+            f"{hook}: expected a place in a model that TransformerLens has a name for. Give hook_layer and hook_name."
         )
-    return int(found[1]), f"blocks.{found[1]}.{site}"
+    return layer_of(name) or 0, name
 
 
 class SaeBenchAdapter(nn.Module):
@@ -89,7 +79,7 @@ class SaeBenchAdapter(nn.Module):
         if not isinstance(dictionary, OneSiteDictionary) or dictionary.d_in != dictionary.d_out:
             raise ValueError("dictionary: expected one that maps an activation to itself; SAEBench knows no others.")
         if hook_layer is None or hook_name is None:
-            hook_layer, hook_name = transformer_lens_hook(hook)
+            hook_layer, hook_name = transformer_lens_hook(hook, model_name)
         # Not a submodule: a change of dtype must not reach it.
         self._inner = (dictionary.eval(),)
         with torch.no_grad():

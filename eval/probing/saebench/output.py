@@ -10,8 +10,10 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from ....sae.formats.hooks import layer_of
+from ....sae.formats.origin import public_model
 from ..subject import ProbeTarget
-from .adapter import SaeBenchAdapter
+from .adapter import SaeBenchAdapter, transformer_lens_hook
 
 # Per text, on standardised dimensions, for the probes that interventions are to change: as if stopped early, like SAEBench's,
 # so that a biased probe reads all that coincides and not only what separates best.
@@ -43,6 +45,16 @@ def result_file(subject: ProbeTarget, checkpoint: str, eval_type: str, task: Sae
         "sae_lens_id": None,
         "sae_lens_release_id": None,
         "sae_lens_version": None,
-        "sae_cfg_dict": SaeBenchAdapter(subject.dictionary, subject.model.id, subject.hook).cfg.to_dict(),
+        "sae_cfg_dict": _config(subject),
         "eval_result_unstructured": None,
     }
+
+
+def _config(subject: ProbeTarget) -> dict[str, Any]:
+    """The adapter's configuration; a hook that TransformerLens has no name for goes by our name."""
+    try:
+        layer, name = transformer_lens_hook(subject.hook, subject.model.id)
+    except ValueError:
+        layer, name = layer_of(subject.hook) or 0, subject.hook
+    model = public_model(subject.model.id) or ""
+    return SaeBenchAdapter(subject.dictionary, model, subject.hook, layer, name).cfg.to_dict()

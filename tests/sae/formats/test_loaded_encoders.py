@@ -148,5 +148,5 @@ def test_what_is_normed_by_row_decodes_linearly(norm, tmp_path, assert_same_tens
 
 
 def test_an_unknown_row_norm_is_refused():
-    with pytest.raises(ValueError, match=r"row_norm: expected null or one of layer_norm, constant_norm, got 'batch'"):
+    with pytest.raises(ValueError, match=r"row_norm: expected null or one of layer_norm, constant_norm, centred, got 'batch'"):
         SAE(D, LATENTS, build_encoder({"name": "relu"}), row_norm="batch")

@@ -1,0 +1,44 @@
+"""Activations as users have them: tensors of any precision and place, arrays of numpy and of other libraries, lists."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Tensors, or what becomes one.
+Rows = Tensor | np.ndarray | Sequence[Any]
+
+
+def as_rows(values: object, name: str = "x", device: torch.device | str = "cpu") -> Float[Tensor, "..."]:
+    """Return real numbers as a float32 tensor without a gradient, on a device; a tensor that is one already is not copied.
+
+    >>> as_rows(np.ones((2, 3), np.float16)).dtype
+    torch.float32
+
+    Raises:
+        ValueError: If they are no numbers, or not a dense block of them.
+    """
+    try:
+        found = values if isinstance(values, Tensor) else torch.as_tensor(_array(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name}: expected a tensor or an array of numbers, got {type(values).__name__} ({reason}).") from None
+    if found.is_complex() or found.layout != torch.strided or found.is_quantized or found.is_meta:
+        kind = f"{found.dtype}, {found.layout}" + (" on the meta device" if found.is_meta else "")
+        raise ValueError(f"{name}: expected a dense tensor of real numbers, got {kind}.")
+    return found.detach().to(device=device, dtype=torch.float32)
+
+
+def _array(values: object) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind == "V":
+        # As others' bfloat16 is to numpy.
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"dtype {array.dtype}")
+    # In this machine's byte order, writable and without negative strides, as torch wants it.
+    fits = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
+    return array if fits else array.astype(array.dtype.newbyteorder("="))

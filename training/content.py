@@ -1,0 +1,333 @@
+"""Identity by content: digests of models, tokenizers and texts, which change when files change under the same name.
+
+A store's manifest, a run's checkpoint and cached figures record a *content*: ``{"model": ..., "tokenizer": ..., "text": ...}``.
+Local models are identified by their files, models and data sets of the hub by their commit, texts by the documents read so far.
+Files are read once: digests are remembered in the user's cache folder (``$SPARSARY_CACHE``, else ``sparsary`` in
+``$XDG_CACHE_HOME`` or ``~/.cache``), together with the files' sizes, times and inodes, and a file that differs in any of these
+is read again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..sae.files import sha256, write_json
+from .embedded import MODEL_DIR
+from .recipe import ModelSection, TextSection
+from .text import Cursor, documents
+
+log = logging.getLogger(__name__)
+
+Content = dict[str, Any]
+REMEMBERED_FILE = "digests.json"
+REMEMBERED = 1000
+# A file may change once more within the resolution of its times: a digest of one that has just changed is not remembered.
+SETTLED_SECONDS = 2.0
+# The embedded corpus is made by rules, documents of any number by the same ones.
+EMBEDDED_DOCUMENTS = 16
+# Keys of a configuration that say who wrote it, not what it holds.
+UNREAD_KEYS = ("transformers_version", "_name_or_path")
+# Keys of a text section that do not decide which documents there are.
+UNREAD_TEXT_KEYS = ("context_length", "bos", "packing", "seed", "source", "on_bad_row", "max_bad_share")
+
+
+def cache_folder() -> Path:
+    """The folder in which digests are remembered."""
+    own = os.environ.get("SPARSARY_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsary"
+
+
+def _state(path: Path) -> list[int]:
+    """Everything that the file system says of a file's content without reading it."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+
+
+def _settled(states: Iterable[list[int]], now: float) -> bool:
+    return all(now - max(state[1], state[2]) / 1e9 > SETTLED_SECONDS for state in states)
+
+
+def remembered(name: str, files: Iterable[Path], compute: Callable[[], str]) -> str:
+    """Return ``compute()``, or what it returned before for files that have not changed since.
+
+    Args:
+        name: The digest's name, which holds all it depends on besides the files.
+    """
+    paths = list(files)
+    states, started = [_state(path) for path in paths], time.time()
+    known = _read_remembered()
+    if known.get(name, {}).get("files") == states:
+        return known[name]["digest"]
+    digest = compute()
+    if _settled(states, started) and [_state(path) for path in paths] == states:
+        remember(name, states, digest)
+    return digest
+
+
+def remember(name: str, states: list[list[int]], digest: str) -> None:
+    """Keep a digest for later; without a writable cache folder it is computed again."""
+    known = _read_remembered()
+    known.pop(name, None)
+    known[name] = {"files": states, "digest": digest}
+    with suppress(OSError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_json(cache_folder() / REMEMBERED_FILE, dict(islice(known.items(), max(0, len(known) - REMEMBERED), None)))
+
+
+def _read_remembered() -> dict[str, Any]:
+    try:
+        found = json.loads((cache_folder() / REMEMBERED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    well_formed = isinstance(found, dict) and all(
+        isinstance(v, dict) and {"files", "digest"} <= v.keys() for v in found.values()
+    )
+    return found if well_formed else {}
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, without reading it where it is remembered."""
+    path = path.resolve()
+    return remembered(f"file {path}", [path], lambda: sha256(path))
+
+
+def _joined(parts: Iterable[tuple[str, str]]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in parts).encode()).hexdigest()
+
+
+def model_folder(section: ModelSection) -> Path | None:
+    """The folder of a local or embedded model; ``None`` for one of the hub."""
+    folder = MODEL_DIR if section.id == "embedded" else Path(section.id)
+    return folder if folder.is_dir() else None
+
+
+def folder_content(folder: Path, with_code: bool = False) -> Content:
+    """Return the digests of a local model's configuration and weights, and of its code where that is run."""
+    content = {"config": _config_digest(folder / "config.json")}
+    weights = _weights(folder)
+    content["weights"] = _joined((path.name, file_digest(path)) for path in weights)
+    if with_code:
+        content["code"] = _joined((path.name, file_digest(path)) for path in sorted(folder.glob("*.py")))
+    return content
+
+
+def _config_digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    raw = path.read_bytes()
+    with suppress(ValueError):
+        values = json.loads(raw)
+        raw = json.dumps({key: value for key, value in values.items() if key not in UNREAD_KEYS}, sort_keys=True).encode()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that a model's weights are loaded from; adapters are loaded on top of them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    elif (folder / "model.safetensors").is_file():
+        named = {"model.safetensors"}
+    else:
+        named = {path.name for path in folder.glob("*.safetensors")}
+    named |= {path.name for path in folder.glob("adapter_*")}
+    return sorted(folder / name for name in named if (folder / name).is_file())
+
+
+def chained(digest: str, text: str) -> str:
+    """Return the digest of some documents and one more, which may be computed without the ones before."""
+    return hashlib.sha256(digest.encode() + text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class TextDigest:
+    """The digest of a text's documents while they are read, in order; may be asked from another thread.
+
+    A text that starts over, or is read again from the beginning, is not counted twice.
+    """
+
+    def __init__(self, section: TextSection):
+        self.section = section
+        self._documents, self._digest = 0, ""
+        # The number of documents -> their digest, for those that were read ahead of the last record.
+        self._ahead: deque[tuple[int, str]] = deque()
+        self._record = {"documents": 0, "sha256": ""}
+        self._lock = threading.Lock()
+        self._files = _text_files(section)
+        self._states = _states_of(self._files)
+
+    def add(self, number: int, text: str) -> None:
+        """Count document ``number``, if all before it were counted and it was not."""
+        if number == self._documents:
+            with self._lock:
+                self._digest = chained(self._digest, text)
+                self._documents += 1
+                self._ahead.append((self._documents, self._digest))
+
+    def up_to(self, cursor: Cursor) -> Content:
+        """Return the record of every document that begins before ``cursor``; never of fewer than the last time."""
+        if self.section.source == "embedded":
+            return text_record(self.section, EMBEDDED_DOCUMENTS)
+        with self._lock:
+            while self._ahead and self._ahead[0][0] <= cursor.document + (cursor.offset > 0):
+                number, digest = self._ahead.popleft()
+                self._record = {"documents": number, "sha256": digest}
+            commit = self.section.dataset_revision
+            return self._record | ({"commit": commit} if _is_commit(commit) else {})
+
+    def remember(self) -> None:
+        """Keep the last record for the next start, unless files have changed while they were read."""
+        if self._states and _settled(self._states, time.time()) and _states_of(self._files) == self._states:
+            remember(_text_name(self.section, self._record["documents"]), self._states, self._record["sha256"])
+
+
+def _text_files(section: TextSection) -> list[Path]:
+    if section.source == "files":
+        return [Path(name).resolve() for name in section.files]
+    if section.source == "hub" and Path(str(section.dataset)).is_dir():
+        return sorted(path for path in Path(str(section.dataset)).rglob("*") if path.is_file())
+    return []
+
+
+def _states_of(files: list[Path]) -> list[list[int]]:
+    try:
+        return [_state(path) for path in files]
+    except OSError:
+        return []
+
+
+def _text_name(section: TextSection, count: int | None) -> str:
+    values = section.model_dump(mode="json", exclude=set(UNREAD_TEXT_KEYS))
+    values["files"] = [str(path) for path in _text_files(section)]
+    return f"text {count} {json.dumps(values, sort_keys=True)}"
+
+
+def text_record(section: TextSection, count: int | None) -> Content:
+    """Return the record of a text's first ``count`` documents, ``None`` for all; they are read unless that is remembered.
+
+    Raises:
+        ValueError: If the text cannot be read.
+    """
+
+    def compute() -> str:
+        digest = ""
+        for _, text in islice(documents(section, 0, lambda _: True), count):
+            digest = chained(digest, text)
+        return digest
+
+    files = _text_files(section)
+    if not files or not all(path.is_file() for path in files):
+        # Nothing to know it by again; or not there, which reading says in the recipe's words.
+        return {"documents": count, "sha256": compute()}
+    return {"documents": count, "sha256": remembered(_text_name(section, count), files, compute)}
+
+
+def text_content(section: TextSection, count: int | None) -> Content:
+    """Return what a text's first documents are identified by: the commit of a data set of the hub, else what they hold.
+
+    Raises:
+        ValueError: If the text cannot be read.
+    """
+    if section.source == "embedded":
+        return text_record(section, EMBEDDED_DOCUMENTS) | {"documents": count}
+    commit = dataset_commit(section)
+    return text_record(section, count) if commit is None else {"documents": count, "commit": commit}
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
+def pinned(section: TextSection) -> TextSection:
+    """Return the text with the commit that its data set stands at, so that all of it is read from that one."""
+    commit = dataset_commit(section)
+    return section if commit is None else section.model_copy(update={"dataset_revision": commit})
+
+
+def dataset_commit(section: TextSection) -> str | None:
+    """Return the commit that a data set of the hub stands at; ``None`` for other texts, or if the hub does not say."""
+    if section.source != "hub" or Path(str(section.dataset)).exists():
+        return None
+    if _is_commit(section.dataset_revision):
+        return section.dataset_revision
+    # Imported here: other texts do without.
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(str(section.dataset), revision=section.dataset_revision, timeout=10).sha
+    except Exception as error:  # noqa: BLE001 - whatever the client raises: the data set may be cached all the same
+        log.debug("%s: no commit (%s)", section.dataset, error)
+        return None
+
+
+def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return one line for every way in which a model and its tokenizer are not those of a recorded content."""
+    before, now = recorded.get("model") or {}, current.get("model") or {}
+    found = []
+    commits = before.get("commit"), now.get("commit")
+    if None not in commits and commits[0] != commits[1]:
+        found.append(
+            f"model: the repository is at commit {commits[1]}, it was at {commits[0]}. For the old one, set model.revision: "
+            f"{commits[0]}"
+        )
+    for part, words in (
+        ("config", "configuration"),
+        ("weights", "weights"),
+        ("code", "Python code"),
+        ("parameters", "weights"),
+    ):
+        if part in before and part in now and before[part] != now[part]:
+            found.append(f"model: its {words} changed (sha256 {_short(before[part])} then, {_short(now[part])} now)")
+    if recorded.get("tokenizer") and current.get("tokenizer") and recorded["tokenizer"] != current["tokenizer"]:
+        found.append(
+            "tokenizer: it changed, in how it cuts text or in its special tokens "
+            f"(sha256 {_short(recorded['tokenizer'])} then, {_short(current['tokenizer'])} now)"
+        )
+    return found
+
+
+def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str] | None:
+    """Return a line if a text's first documents, or a data set's commit, are not those of a recorded content.
+
+    ``None`` says that nothing tells.
+    """
+    before = recorded.get("text") or {}
+    if section.source == "hub" and before.get("commit"):
+        commit = dataset_commit(section)
+        if commit is None:
+            log.warning("text: %s: the hub does not say its commit, so nothing tells if it changed.", section.dataset)
+            return None
+        if commit == before["commit"]:
+            return []
+        return [
+            f"text: {section.dataset} is at commit {commit}, it was at {before['commit']}. Set text.dataset_revision: "
+            f"{before['commit']} for the old one"
+        ]
+    if not before.get("documents") or (section.source == "hub" and not _text_files(section)):
+        return None
+    try:
+        now = text_record(section, before["documents"])
+    except ValueError as error:
+        # What was made of it is complete without it.
+        log.warning("text: cannot be read, so nothing tells if it changed (%s)", error)
+        return None
+    if now["sha256"] == before["sha256"]:
+        return []
+    where = "the embedded corpus" if section.source == "embedded" else ", ".join(section.files) or str(section.dataset)
+    return [
+        f"text: the first {before['documents']:,} documents of {where} changed "
+        f"(sha256 {_short(before['sha256'])} then, {_short(now['sha256'])} now)"
+    ]
+
+
+def _short(digest: str) -> str:
+    return digest[:12]
