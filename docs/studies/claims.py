@@ -34,7 +34,8 @@ def main() -> None:
         ours, theirs = (figures[found[side]][found["figure"]]["mean"] for side in ("family", "against"))
         known = found["low"] is not None
         ends = f" ({found['low']:+.3g} to {found['high']:+.3g})" if known else ""
-        tested = f"{found['detectable']:.2g} | {found['p_holm']:.2g}" if known else "- | -"
+        tested = f"{found['detectable']:.2g} | " if known else "- | "
+        tested += "-" if found["p_holm"] is None else f"{found['p_holm']:.2g}"
         expected = found.get("expected", "better")
         holds = "yes" if found["verdict"] == expected else HOLDS.get(found["verdict"], verdict_words(found))
         holds = "no" if expected == "equivalent" and found["verdict"] in ("better", "worse") else holds
