@@ -69,13 +69,18 @@ def contexts(
     With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits.
     """
     numbered = documents(section, start.document, lambda number: heldout is None or is_heldout(number, heldout))
+    return packed(numbered, section, tokenizer, start.offset)
+
+
+def packed(numbered: Iterable[tuple[int, str]], section: TextSection, tokenizer: Any, offset: int = 0) -> Iterator[Context]:
+    """Contexts of numbered documents, of which the first is read from its token ``offset`` on."""
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos_id) if i is not None), 0)
     tokenized = tokenize(numbered, tokenizer)
     return pack(
-        tokenized, section.context_length, bos_id, section.bos, start.offset, pad_id if section.packing == "separate" else None
+        tokenized, section.context_length, bos_id, section.bos, offset, pad_id if section.packing == "separate" else None
     )
 
 

@@ -49,6 +49,8 @@ EXPLANATIONS = {
     "parameters": "Numbers learned, of all dictionaries together.",
     "documents": "Held-out documents scored. The means were taken on others.",
     "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are neither replaced nor scored.",
+    "tokens_asked": "Tokens asked for, half of them to be scored. Held-out text that is shorter is cut in halves.",
+    "documents_shared": "Documents partly scored and partly not: 0, unless there are too few to keep them whole.",
     "fvu_layer_mean": "Mean over layers of the layers' fvu, on the untouched model's activations.",
     "l0_total": "Latents firing on a token, of all layers together, on the untouched model's activations.",
     "dead_fraction": "Share of all latents that are silent on the whole window of tokens.",

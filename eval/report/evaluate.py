@@ -16,11 +16,10 @@ from ...sae import SparseDictionary
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
 from ...training.report import METRICS_FILE
-from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
-from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
+from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.glossary import REPORT_VERSION
@@ -211,10 +210,13 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
         "training_tokens": source.get("training_tokens"),
         "git_commit": source.get("git_commit"),
         "assumed": list(candidate.opened.assumed),
-        "doubts": _doubts(entries, dictionary),
-    } | entries
-    for doubt in report["doubts"]:
+    }
+    had = [entries[key] for key in ("tokens_asked", "tokens", "documents_shared")]
+    report |= told_shortfalls(candidate.checkpoint, [source], eval_shortfalls(*had)) | entries
+    doubts = _doubts(entries, dictionary)
+    for doubt in doubts:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
+    report["doubts"] = doubts + report["doubts"]
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
@@ -306,7 +308,7 @@ def evaluate_on_model(
     if any(len(entries) < len(GROUPS) for entries in known):
         hooks = [hooks_of_provenance(candidate.source) for candidate in candidates]
         where = eval_data(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
-        judges = []
+        judges, halves = [], where.halves(tokens)
         for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
             dictionary = candidate.dictionary
             try:
@@ -315,14 +317,16 @@ def evaluate_on_model(
             except ValueError as error:
                 raise ValueError(f"{candidate.checkpoint}: {error}") from None
             device = where.model.device
-            setting = Setting(dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, tokens // 2)
+            setting = Setting(
+                dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, halves.fit_tokens, tokens
+            )
             judges.append(
                 _Judge(
                     setting,
                     [group(replace(setting, options=told[group.name])) for group in GROUPS if group.name not in entries],
                 )
             )
-        _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        _run([judge for judge in judges if judge.groups], halves, progress(tokens))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 entries[group.name] = settled(group.report())
@@ -330,31 +334,25 @@ def evaluate_on_model(
     return [_merged(entries[group.name] for group in GROUPS) for entries in known]
 
 
-def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> None:
+def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) -> None:
     """Show every group the text: one half of the documents to fit on, then the other."""
+    model, tokens = halves.data.model, halves.asked
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
-    cursor, fitted, scored = Cursor(0, 0), 0, 0
-    for piece in where.pieces(cursor, tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=False)
+    for piece in halves.fit():
+        passage = ModelOutputs(model, piece, hooks, with_logits=False)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.fit(view)
-        cursor = piece.cursor
-        fitted += int(piece.kept.sum())
-        progress(min(fitted, tokens // 2))
-    require_fitted(fitted)
-    # The document the first half ended in is not scored.
-    for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model)
+        progress(min(halves.fitted, tokens // 2))
+    for piece in halves.score():
+        passage = ModelOutputs(model, piece, hooks, with_logits=reads_model)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.score(view)
-        scored += int(piece.kept.sum())
-        progress(min(tokens // 2 + scored, tokens - 1))
-    require_scored(scored, fitted, tokens)
+        progress(min(tokens // 2 + halves.scored, tokens - 1))
     progress(tokens)
 
 

@@ -221,6 +221,17 @@ def load_model(section: ModelSection) -> LanguageModel:
     return LanguageModel(module.to(device), tokenizer, section.id, revision)
 
 
+def load_tokenizer(section: ModelSection) -> Any:
+    """The tokenizer of a recipe's model alone.
+
+    Raises:
+        ValueError: If it cannot be had.
+    """
+    with _explained(section):
+        # As for the model: no code of a repository.
+        return _transformers().AutoTokenizer.from_pretrained(_source(section), revision=section.revision)
+
+
 def skeleton(section: ModelSection) -> LanguageModel:
     """The model on the meta device, from its configuration alone: no weights are read, and there is no tokenizer.
 

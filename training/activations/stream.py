@@ -103,15 +103,21 @@ class ActivationStream(ABC):
 
     @abstractmethod
     def moments(self) -> Moments:
-        """Mean and deviation of the inputs: exact for a store, from a sample otherwise."""
+        """Mean and deviation of the inputs: exact for a store, from many tokens otherwise."""
 
     @abstractmethod
     def target_moments(self) -> Moments:
         """The same of what is to be reconstructed."""
 
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens of one pass over a source that is not a store; 0 until its end was met."""
+        return 0
+
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON."""
-        return {"batches": self.batches}
+        """Where the stream stands, as JSON; with the tokens of a pass once there was more than one."""
+        again = 0 < self.distinct_tokens < self.batches * self.batch_tokens
+        return {"batches": self.batches} | ({"distinct": self.distinct_tokens} if again else {})
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from where ``position`` was taken."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class TensorStream(ActivationStream):
         # What `sample` took from an iterator must still be handed out afterwards.
         self._head: list[Item] = []
         self._widths: dict[str, int] = {}
+        self._pass_tokens = 0
+
+    @property
+    def distinct_tokens(self) -> int:
+        return self._pass_tokens
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self._pass_tokens = position.get("distinct", self._pass_tokens)
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
@@ -62,6 +72,7 @@ class TensorStream(ActivationStream):
                 yield batch
             if self.once or not seen:
                 return
+            self._pass_tokens = seen
 
     def _checked(self, item: Item, number: int) -> ActivationBatch:
         """An item of the iterable in float32.

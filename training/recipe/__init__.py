@@ -170,8 +170,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Keys, with both values, in which ``new`` would not continue ``old``."""
+    """Keys, with both values, in which ``new`` would not continue ``old``. More ``tokens`` would: the run is made longer."""
     before, after = flat_keys(old.model_dump(mode="json")), flat_keys(new.model_dump(mode="json"))
+    if new.tokens > old.tokens:
+        after["tokens"] = before["tokens"]
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} here"
         for key in sorted(before.keys() | after.keys())
