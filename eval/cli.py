@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -102,10 +103,11 @@ def _eval(
     options: "CheckpointOptions",
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
-    from .checkpoint import folders
+    from .checkpoint import folders, with_grids_members
     from .report.evaluate import InferenceMode, evaluate_all
     from .report.summary import report_summary
 
+    checkpoints = with_grids_members(checkpoints)
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}
     fitted |= {"ridge": ridge[0] if len(ridge) == 1 else ridge} if ridge else {}
@@ -226,8 +228,10 @@ def _circuits(
         facts = attribution_graph(checkpoints[0], prompt, out, options=options)
         print_fields([(key.replace("_", " "), str(value)) for key, value in facts.items()])
         return
+    from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits, n_steps
 
+    checkpoints = with_grids_members(checkpoints)
     chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
     settings = CircuitSettings(
         ablation=ablation,
@@ -265,8 +269,9 @@ def _compare(
     from ..training.recipe import parse_overrides
     from .compare.run import compare, comparison_summary
 
-    named = [argument for argument in arguments if "=" not in argument]
-    overrides = parse_overrides([argument for argument in arguments if "=" in argument])
+    # Members of a grid are named by what they change.
+    named = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
+    overrides = parse_overrides([argument for argument in arguments if argument not in named])
     with show_progress("compare") as progress:
         comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress)
     head, *rows = comparison_summary(comparison)

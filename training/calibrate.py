@@ -28,7 +28,12 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
 
     if not dictionary.calibrate(counted()):
         return []
-    return shortfall("calibration_tokens", tokens, seen, "tokens", "thresholds are set on all the training tokens there are")
+    return calibration_shortfall(tokens, seen)
+
+
+def calibration_shortfall(tokens: int, have: int) -> list[Shortfall]:
+    """Return what a calibration on ``tokens`` tokens lacks where there are ``have``."""
+    return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds rest on all the training tokens there are")
 
 
 def inputs(

@@ -16,6 +16,7 @@ from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
 from .activations.model import load_tokenizer, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
+from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
 from .initialize import SAMPLE_TOKENS
 from .locks import existing_parent, require_writable
@@ -272,7 +273,7 @@ def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
         assert held is not None
         found += shortfall("harvest.tokens", recipe.harvest.tokens or 0, held, "tokens", "the text holds no more")
     if have is not None and _calibrates(recipe):
-        found += shortfall("calibration_tokens", recipe.calibration_tokens, have, "tokens", "the thresholds rest on fewer")
+        found += calibration_shortfall(recipe.calibration_tokens, have)
     judged = None if size is None or not recipe.harvest.heldout else size.estimate(size.heldout)
     if size is not None and judged is not None:
         found += shortfall("eval_tokens", recipe.eval_tokens, judged, "tokens", _judged_on(size))
@@ -366,7 +367,7 @@ def _plan(recipe: Recipe, widths: dict[str, int], size: TextSize | None) -> Trai
     if harvest.store is not None and recipe.batch_tokens > training:
         raise ValueError(
             f"batch_tokens: expected at most the {training} training tokens of the store, got {recipe.batch_tokens}. "
-            "Lower batch_tokens or raise harvest.tokens."
+            f"Lower batch_tokens or {'raise harvest.tokens' if text is None or text > training else 'give longer text'}."
         )
     done = 0 if existing is None else existing.tokens("train") + existing.tokens("heldout")
     per_token = sum(widths.values()) * STORED_BYTES[harvest.dtype] * (2 if harvest.gradients else 1) + LABEL_BYTES

@@ -106,6 +106,7 @@ def render_stack(report: Report) -> str:
             "trained on": None if trained is None else f"{show(trained)} tokens",
             "evaluated on": f"{show(report['tokens'])} tokens, {show(report['documents'])} documents",
             "git commit": None if commit is None else str(commit)[:12],
+            **({"doubts": "; ".join(report["doubts"])} if report.get("doubts") else {}),
         },
         tiles=[FigureTile(key, label, show(report[key]), _filled(note, report)) for label, key, note in TILES],
         columns=COLUMNS,

@@ -18,7 +18,7 @@ from ...sae.files import write_json
 from ...training.report import METRICS_FILE
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint, with_grids_members
 from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -92,12 +92,14 @@ def evaluate_all(
     """Evaluate several dictionaries, each with a report of its own; those of one model and text share its passes.
 
     Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint; ``options`` hold for all of them, ``metric_options`` go to the group of metrics of that name. Everything that
-    can be checked is checked before the model runs.
+    checkpoint; without ``outs`` a grid's directory stands for its members. ``options`` hold for all of them,
+    ``metric_options`` go to the group of metrics of that name. Everything that can be checked is checked before the model runs.
 
     Raises:
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
+    if outs is None:
+        checkpoints = with_grids_members(list(map(str, checkpoints)))
     opened = [open_checkpoint(checkpoint, options) for checkpoint in checkpoints]
     return evaluate_loaded(opened, outs, tokens, selection, cache, progress, metric_options)
 
