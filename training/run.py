@@ -317,7 +317,7 @@ def _group(
     """All that trains on one stream, which is brought to where the first of them has to go on."""
     # For iterables of tensors that draw what they give.
     torch.manual_seed(recipes[0].seed)
-    start = Start(stream, stream.sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
+    start = Start(stream, stream.start_sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:

@@ -106,7 +106,8 @@ class LiveStream(ActivationStream):
 
     The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
     fill a batch are dropped; the text starts over when it ends. Streams may share ``source``. Samples come from the text's
-    beginning and from as many buffers as they need; moments are those of ``moment_tokens`` tokens, and of one buffer at least.
+    beginning and from as many buffers as they need; what a run starts from, moments and sample, rests on no more than
+    ``start_tokens`` tokens, or one buffer if that is more.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class LiveStream(ActivationStream):
         batch_tokens: int,
         seed: int,
         hooks_out: tuple[str, ...] = (),
-        moment_tokens: int = 0,
+        start_tokens: int = 0,
     ):
         super().__init__(batch_tokens)
         section = source.section
@@ -129,7 +130,7 @@ class LiveStream(ActivationStream):
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
         # Batch number at which a buffer begins -> (buffer number, place in the text).
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
-        self.moment_tokens = max(moment_tokens, section.live_buffer_tokens)
+        self.start_tokens = max(start_tokens, section.live_buffer_tokens)
         self._sampled: _Sampled | None = None
         self._moments: tuple[Moments, Moments] | None = None
 
@@ -180,6 +181,9 @@ class LiveStream(ActivationStream):
             if not tokens or not len(rows.x):
                 return found[0] if len(found) == 1 else ActivationBatch.join(found)
 
+    def start_sample(self, tokens: int) -> ActivationBatch:
+        return self.sample(min(tokens, self.start_tokens))
+
     def _sampled_at(self, row: int) -> _Sampled:
         """The buffer that holds a row of the text, or, if the text has none left, the one it ends in."""
         if self._sampled is None or row < self._sampled.begin:
@@ -212,9 +216,9 @@ class LiveStream(ActivationStream):
                 found[0].update(batch.x)
                 found[1].update(_target(batch))
                 seen += len(batch.x)
-                if seen >= self.moment_tokens:
+                if seen >= self.start_tokens:
                     break
-                batch = self.sample(min(size, self.moment_tokens - seen), seen)
+                batch = self.sample(min(size, self.start_tokens - seen), seen)
             self._moments = found
         return self._moments
 
@@ -298,6 +302,9 @@ class ContextStream(ActivationStream):
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         return self.rows.sample(tokens, skip)
+
+    def start_sample(self, tokens: int) -> ActivationBatch:
+        return self.rows.start_sample(tokens)
 
     def moments(self) -> Moments:
         return self.rows.moments()

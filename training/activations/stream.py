@@ -101,6 +101,10 @@ class ActivationStream(ABC):
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         """Up to so many shuffled inputs, and targets, for initialisation and calibration, without moving the stream."""
 
+    def start_sample(self, tokens: int) -> ActivationBatch:
+        """A sample for a run to start from; of a source that costs work, no more than a short run is worth."""
+        return self.sample(tokens)
+
     @abstractmethod
     def moments(self) -> Moments:
         """Mean and deviation of the inputs: exact for a store, from many tokens otherwise."""

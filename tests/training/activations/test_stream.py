@@ -320,8 +320,8 @@ class Counting:
         return HarvestedRows({"token": places}, {"x:h": places[:, None].float()}), Cursor(end, 0)
 
 
-def counting(tokens, moment_tokens=0):
-    return LiveStream(Counting(tokens), ("h",), 10, 0, moment_tokens=moment_tokens)
+def counting(tokens, start_tokens=0):
+    return LiveStream(Counting(tokens), ("h",), 10, 0, start_tokens=start_tokens)
 
 
 def test_a_sample_reads_as_many_buffers_as_it_needs():
@@ -354,7 +354,7 @@ def test_moments_are_those_of_as_many_tokens_as_asked_for(tokens, asked, expecte
 
 
 def test_moments_make_no_buffer_twice():
-    stream = counting(10_000, moment_tokens=300)
+    stream = counting(10_000, start_tokens=300)
     stream.moments()
     stream.target_moments()
     assert stream.source.made == 3
