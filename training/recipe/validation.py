@@ -111,7 +111,8 @@ def _check_hook(key: str, hook: str, model: str) -> list[str]:
         return []
     layer, place = theirs.groups() if theirs else (None, hook)
     module = to_module(hook.removesuffix(f":{side}"), model) if theirs else None
-    site = "mlp" if key.endswith(("hook_in", "hook_out")) else PLACES.get(place, place)
+    site = PLACES.get(place, place)
+    site = "mlp" if site in SITES and key.endswith(("hook_in", "hook_out")) else site
     fix = ""
     if module is not None:
         fix = f" In this model that is {module}."

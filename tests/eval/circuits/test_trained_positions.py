@@ -1,16 +1,18 @@
 """Positions of prompts that training left out are counted, and the dictionary is judged on the prompts."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 
+from sparsary.eval.checkpoint import LoadedCheckpoint, LoadedDictionary
 from sparsary.eval.circuits.compared_units import ComparedCheckpoint
 from sparsary.eval.circuits.tasks import make_pairs
 from sparsary.eval.circuits.trained_positions import prompt_fit
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.recipe import ModelSection
+from sparsary.transcoders.load import NO_OPTIONS
 
 HOOK = "transformer.h.2:out"
 
@@ -23,7 +25,8 @@ def pairs(embedded_model):
 def checkpoint(harvest):
     torch.manual_seed(3)
     dictionary = SAE(128, 70, ENCODERS["topk"](k=5)).eval().requires_grad_(False)
-    opened = SimpleNamespace(members=[SimpleNamespace(provenance={"harvest": harvest} if harvest is not None else {})])
+    member = LoadedDictionary(Path("runs/a"), dictionary, {} if harvest is None else {"harvest": harvest}, ())
+    opened = LoadedCheckpoint("runs/a", Path("runs/a"), (member,), False, False, NO_OPTIONS)
     return ComparedCheckpoint("runs/a", {HOOK: dictionary}, {HOOK: HOOK}, ModelSection(), opened)
 
 

@@ -137,7 +137,9 @@ def test_sampling_does_not_move_the_stream(make):
     target = sample.x if sample.target is None else sample.target
     assert sampled.moments().mean.shape == (sample.x.shape[1],)
     assert sampled.target_moments().mean.shape == (target.shape[1],)
-    assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
+    if isinstance(sampled, StoreStream):
+        # The embedded corpus has no end.
+        assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
     assert_same(next(plain), next(sampled))
     plain.close()
     sampled.close()
@@ -303,7 +305,7 @@ def test_waiting_is_measured():
 # Samples and moments of a stream without a store.
 
 
-class Counting:
+class Counting(Buffers):
     """A text of ``tokens`` rows, whose values are their places in it, in buffers of 100; it starts over when it ends."""
 
     def __init__(self, tokens):
