@@ -51,11 +51,11 @@ class Schedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
         self.optimizer, self.dictionary, self.phases = optimizer, dictionary, phases
-        self.recipe = recipe
+        self.recipe, self.peak = recipe, peak_lr(recipe)
 
     def lr(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""
-        return self.recipe.lr * lr_share(self.recipe, step) * self.phases.lr_factor(step)
+        return self.peak * lr_share(self.recipe, step) * self.phases.lr_factor(step)
 
     def apply(self, step: int) -> None:
         self.phases.enter(self.dictionary, step)

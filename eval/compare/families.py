@@ -57,7 +57,7 @@ def compared(
     keys = [column.key for column in columns]
     summaries = [summarize(group.name, [point.report for point in group.points], columns) for group in groups]
     if against is None:
-        against = next((summary["name"] for summary in summaries if not is_oracle(summary)), summaries[0]["name"])
+        against = str(next((summary for summary in summaries if not is_oracle(summary)), summaries[0])["name"])
     require_choice("--against", against, [summary["name"] for summary in summaries])
     target = common_l0(groups, against, match_l0)
     covariance = document_covariance(groups, keys)

@@ -108,11 +108,14 @@ class MetricGroup(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     reads_model: ClassVar[bool]
-    # Sums by document, of the groups whose figures follow from them. They are kept for comparisons of several runs.
-    documents: ByDocument | None = None
 
     @abstractmethod
     def __init__(self, setting: Setting): ...
+
+    @property
+    def document_sums(self) -> ByDocument | None:
+        """Sums by document, if the figures follow from them: they are kept for comparisons of several runs."""
+        return None
 
     @abstractmethod
     def fit(self, piece: DictionaryOutputs) -> None:

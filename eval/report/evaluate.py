@@ -23,6 +23,7 @@ from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.bad_rows import counted
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
+from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint, with_grids_members
@@ -391,7 +392,7 @@ def evaluate_on_model(
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 settled_entries = settled(group.report())
-                sums = None if group.documents is None else group.documents.columns()
+                sums = None if group.document_sums is None else group.document_sums.columns()
                 entries[group.name] = GroupResult(*settled_entries, sums)
                 store.put(type(group), told[group.name], entries[group.name], documents)
     return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
@@ -422,7 +423,7 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
         cursor = piece.cursor
         progress(min(tokens // 2 + halves.scored, tokens - 1))
     progress(tokens)
-    return cursor.document + (cursor.offset > 0) if scored >= tokens - tokens // 2 else None
+    return cursor.document + (cursor.offset > 0) if halves.scored >= tokens - tokens // 2 else None
 
 
 def _merged(parts: Iterable[GroupResult]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Dataflow:
             if node is wanted:
                 return True
             for before, _ in node.next_functions:
-                if before not in seen:
+                if before is not None and before not in seen:
                     seen.add(before)
                     todo.append(before)
         return False
