@@ -405,7 +405,7 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
     model, tokens, bad = halves.data.model, halves.asked, halves.data.bad_tokens
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
-    cursor = Cursor(0, 0)
+    cursor = halves.scored_from
     for piece in halves.fit():
         passage = ModelOutputs(model, piece, hooks, with_logits=False, bad=bad)
         for judge in judges:
@@ -422,7 +422,7 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
         cursor = piece.cursor
         progress(min(tokens // 2 + halves.scored, tokens - 1))
     progress(tokens)
-    return cursor.document + (cursor.offset > 0) if scored >= tokens - tokens // 2 else None
+    return cursor.document + (cursor.offset > 0) if halves.scored >= tokens - tokens // 2 else None
 
 
 def _merged(parts: Iterable[GroupResult]) -> dict[str, Any]:
