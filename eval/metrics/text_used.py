@@ -15,7 +15,7 @@ class TextUsed(MetricGroup):
     def __init__(self, setting: Setting):
         self.asked = setting.tokens
         self.tokens = [0, 0]
-        self.read: tuple[set[int], set[int]] = (set(), set())
+        self.seen: tuple[set[int], set[int]] = (set(), set())
 
     def fit(self, piece: DictionaryOutputs) -> None:
         self._count(0, piece)
@@ -26,8 +26,8 @@ class TextUsed(MetricGroup):
     def _count(self, half: int, piece: DictionaryOutputs) -> None:
         self.tokens[half] += piece.tokens
         if piece.passage is not None:
-            self.read[half].update(piece.passage.piece.documents)
+            self.seen[half].update(piece.passage.piece.documents)
 
     def report(self) -> dict[str, Any]:
-        shared = len(self.read[0] & self.read[1])
+        shared = len(self.seen[0] & self.seen[1])
         return {"tokens_asked": self.asked or sum(self.tokens), "fit_tokens": self.tokens[0], "documents_shared": shared}

@@ -406,7 +406,7 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
     model, tokens, bad = halves.data.model, halves.asked, halves.data.bad_tokens
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
-    cursor = Cursor(0, 0)
+    cursor = halves.scored_from
     for piece in halves.fit():
         passage = ModelOutputs(model, piece, hooks, with_logits=False, bad=bad)
         for judge in judges:
