@@ -20,7 +20,7 @@ ELSEWHERE = {
     # Patches of bytes.
     "blt": ("model.global_transformer.layers.0:out", "model.local_encoder.layers.0:out"),
     # 32 positions of a prompt before those of the text, until the end.
-    "cpmant": ("cpmant.encoder.layers.0:out", "cpmant.input_embedding:out"),
+    "cpmant": ("cpmant.encoder.layers.0:out", "lm_head:in"),
     # Several streams side by side.
     "deepseek_v4": ("model.layers.0:out", "model.layers.0.mlp:out"),
     "gemma3n_text": ("model.layers.0:out", "model.layers.0.mlp:out"),
