@@ -261,7 +261,7 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
 def _block_paths(module: nn.Module) -> list[str]:
     config = getattr(module, "config", None)
     # Of models that read pictures or sounds too, the part that reads text.
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = getattr(config, "get_text_config", lambda: config)()
     counts = [count for key in COUNTS if isinstance(count := getattr(config, key, None), int)]
     for count in counts:
         lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
