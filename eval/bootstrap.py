@@ -43,6 +43,18 @@ class ByDocument:
         for document, row in zip(found.tolist(), sums, strict=True):
             self.rows[document] = self.rows[document] + row if document in self.rows else row
 
+    def scale(self, name: str, factor: float) -> None:
+        """Multiply one quantity of every document."""
+        place = self.names.index(name)
+        for document, row in self.rows.items():
+            self.rows[document] = np.where(np.arange(len(row)) == place, row * factor, row)
+
+    def columns(self) -> dict[str, list[float]]:
+        """Return each quantity's sums, and under ``documents`` the numbers of the documents they are of, in order."""
+        numbers = sorted(self.rows)
+        sums = {name: [float(self.rows[number][place]) for number in numbers] for place, name in enumerate(self.names)}
+        return {"documents": [float(number) for number in numbers]} | sums
+
     def intervals(self, statistics: Mapping[str, Callable[[Totals], np.ndarray]]) -> dict[str, Any]:
         """``NAME_low`` and ``NAME_high`` of every statistic, which is computed from the sums of each resample."""
         ends = [f"{name}_{end}" for name in statistics for end in ("low", "high")]

@@ -9,7 +9,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..sae.dictionary import SparseDictionary
+from ..sae.dictionary import OneSiteDictionary, SparseDictionary
+from ..sae.encoder import full_scorer
 from ..sae.files import sha256
+from ..sae.formats.conversion import gate_of
 from ..sae.formats.hooks import architecture_of, to_module
+from ..sae.tiled_scores import largest_of_batch
 from ..training.activations.model import section_content
 from ..training.content import model_problems, text_problems
 from ..training.recipe import HarvestSection, ModelSection, TextSection, override
@@ -279,9 +282,32 @@ def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
     Raises:
         ValueError: If model, hook or text are not known or do not fit.
     """
-    opened = opened.completed()
-    found: dict[str, Sanity] = {}
-    for member in opened.members:
+    return {hook: sanity(dictionary, x, y) for hook, dictionary, x, y in _on_text(opened, tokens)}
+
+
+@torch.no_grad()
+def thresholds_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, float]:
+    """Measure what k latents per token exceed on held-out text, of dictionaries with topk, by the hook they write.
+
+    ``sparsary.convert`` writes them for libraries that have thresholds but no topk: as many latents fire on average.
+
+    Raises:
+        ValueError: As ``sanity_of`` does.
+    """
+    found: dict[str, float] = {}
+    for hook, dictionary, x, _ in _on_text(opened, tokens):
+        if not isinstance(dictionary, OneSiteDictionary):
+            continue
+        gate, _ = gate_of(dictionary.encoder, dictionary.n_latents)
+        if gate.name in ("topk", "topk_raw"):
+            scores = full_scorer(dictionary.normalised(x), dictionary.weights)
+            found[hook] = max(float(largest_of_batch(scores, gate.k * len(x))[0].values.amin()), 0.0)
+    return found
+
+
+def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, SparseDictionary, Tensor, Tensor | None]]:
+    """The hook each dictionary writes, the dictionary, its inputs on some text and, where they are others, its targets."""
+    for member in opened.completed().members:
         reads, writes = hooks_of_provenance(member.provenance)
         where = eval_data(member.provenance, (*reads, *writes))
         rows: dict[str, list[Tensor]] = {hook: [] for hook in (*reads, *writes)}
@@ -296,8 +322,7 @@ def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
                 f"{', '.join(reads)}: expected a width of {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]} from "
                 f"{where.model.id}. This dictionary belongs to another model or hook."
             )
-        found[writes[0]] = sanity(dictionary, x, None if reads == writes else y)
-    return found
+        yield writes[0], dictionary, x, None if reads == writes else y
 
 
 def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:

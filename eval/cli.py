@@ -264,6 +264,13 @@ def _compare(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
     trust_remote_code: TrustRemoteCode = None,
+    against: Annotated[
+        str | None, typer.Option(help="The recipe or run that others are compared with; the first if not given.")
+    ] = None,
+    match_l0: Annotated[
+        float | None,
+        typer.Option("--match-l0", min=0.001, help="Compare at this l0, interpolating sweeps over budgets (k or target_l0)."),
+    ] = None,
 ) -> None:
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
     from .compare.run import compare, comparison_summary
@@ -272,11 +279,12 @@ def _compare(
     overrides = recipe_overrides([argument for argument in arguments if "=" in argument], None)
     trusted = bool(trust_remote_code)
     with show_progress("compare") as progress:
-        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted)
-    head, *rows = comparison_summary(comparison)
-    print_table(head, rows)
+        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted, against, match_l0)
+    for head, *rows in comparison_summary(comparison):
+        print_table(head, rows)
+        print()
     # Recipes' figures are means over seeds, of which the best are marked; runs have no such marks.
-    print(("* best mean\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
+    print(("* best mean at the common l0\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
 
 
 @app.command("convert")
@@ -293,15 +301,24 @@ def _convert(
     threshold: GivenThreshold = None,
     model: Annotated[str | None, typer.Option(help="The language model's id, in place of the files' own.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; auto: the files' own.")] = "float32",
+    calibrate: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="TOKENS", help="Write topk as thresholds measured on so many tokens of held-out text."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="With --calibrate: in place of the text that the files name.")] = None,
 ) -> None:
     """Read another library's dictionary, or ours, and write it as ours, or as another library's."""
     from ..transcoders.convert import convert
     from ..transcoders.load import CheckpointOptions
+    from .checkpoint import open_checkpoint, thresholds_of
 
     options = CheckpointOptions(
         hook=hook, k=k, scale=scale, threshold=threshold, model=model, format=format, subfolder=subfolder, revision=revision
     )
-    found = convert(source, destination, to, dtype=dtype, options=options)
+    thresholds = None
+    if calibrate is not None:
+        thresholds = thresholds_of(open_checkpoint(source, replace(options, text=tuple(text or ()))), calibrate)
+    found = convert(source, destination, to, dtype=dtype, thresholds=thresholds, options=options)
     print_fields(found.lines())
     print(f"{found.directory}: done.")
 

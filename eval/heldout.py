@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..training.activations.contexts import context_batches
 from ..training.activations.limits import context_problems, tokenizer_problems
 from ..training.activations.model import LanguageModel, load_model
+from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
 from ..training.text import Cursor
 
@@ -42,9 +44,19 @@ class EvalData:
     text: TextSection
     exclusions: HarvestSection
 
+    @cached_property
+    def bad_texts(self) -> BadTexts:
+        """Rows of the text that could not be read."""
+        return BadTexts(self.text)
+
+    @cached_property
+    def bad_tokens(self) -> BadTokens:
+        """Tokens at which the model's activations are not finite."""
+        return BadTokens(self.exclusions)
+
     def pieces(self, start: Cursor, tokens: int) -> Iterator[TextBatch]:
         """Held-out contexts from ``start`` on until so many tokens were kept."""
-        return text_batches(self.model, self.text, self.exclusions, start, tokens)
+        return text_batches(self.model, self.text, self.exclusions, start, tokens, self.bad_texts)
 
 
 def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
@@ -63,11 +75,16 @@ def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
 
 
 def text_batches(
-    model: LanguageModel, text: TextSection, section: HarvestSection, start: Cursor, tokens: int
+    model: LanguageModel,
+    text: TextSection,
+    section: HarvestSection,
+    start: Cursor,
+    tokens: int,
+    bad: BadTexts | None = None,
 ) -> Iterator[TextBatch]:
     """Held-out contexts from ``start`` on until so many tokens were kept."""
     kept_tokens = seen = 0
-    for batch in context_batches(model, text, section, BATCH_CONTEXTS, start, heldout=True):
+    for batch in context_batches(model, text, section, BATCH_CONTEXTS, start, heldout=True, bad=bad):
         at = batch.on(model.device)
         yield TextBatch(at.token_ids, at.kept, at.counted, batch.cursor, batch.documents, batch.document_ids)
         kept_tokens += int(batch.kept.sum())

@@ -16,8 +16,6 @@ from .tiled_scores import Scorer, above, largest_of_batch
 
 # The running threshold looks back over about so many batches.
 LEVEL_BATCHES = 20
-# Running densities forget half of what they knew after so many tokens.
-DENSITY_HALF_LIFE = 1_000_000
 
 
 class BatchWide(Encoder, ABC):
@@ -35,6 +33,8 @@ class BatchWide(Encoder, ABC):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token on average.")
         self.k = k
+        # Tokens after which running densities have forgotten half of what they knew: training sets it.
+        self.density_half_life = 250_000.0
 
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
@@ -100,7 +100,7 @@ class BatchWide(Encoder, ABC):
         if found.level is not None:
             self.level.lerp_(found.level.to(self.level), share.clamp_min(1 / LEVEL_BATCHES).to(self.level))
         if found.demand is not None:
-            forgotten = 1 - 0.5 ** (tokens / DENSITY_HALF_LIFE)
+            forgotten = 1 - 0.5 ** (tokens / self.density_half_life)
             self.density.lerp_(found.demand.to(self.density) / tokens, share.clamp_min(forgotten).to(self.density))
         self.batches += 1
 

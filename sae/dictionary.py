@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from .batch_encoder import BatchWide
 from .encoder import Encoder, Weights, scorer
 from .files import sha256, write_json, write_tensors
 from .metrics import Moments
+from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
@@ -281,12 +282,12 @@ class SparseDictionary(nn.Module, ABC):
         values = dense.reshape(-1)[cells].to(self.out_scale.dtype)
         return SparseCode.from_cells(cells, values, len(dense), self.n_latents)
 
-    def require_width(self, x: Rows, width: int) -> Float[Tensor, "tokens width"]:
+    def require_width(self, x: Rows, width: int, name: str = "x") -> Float[Tensor, "..."]:
         """Return ``x`` as a tensor; raise ``ValueError`` unless it is ``(tokens, width)``."""
-        x = self._tensor(x)
+        x = self._tensor(x, name)
         if x.ndim != 2 or x.shape[1] != width:
             raise ValueError(
-                f"x: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
+                f"{name}: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
                 "and check that the activations come from the hook this dictionary was trained on."
             )
         return x
@@ -298,13 +299,14 @@ class SparseDictionary(nn.Module, ABC):
         ``method`` is one of ``sae.pursuit.PURSUITS``. Works for any dictionary: only atoms and bias are read.
 
         Raises:
-            ValueError: If there is no such method, ``k`` is below 1, or what is to be written depends on the input too.
+            ValueError: If there is no such method, ``k`` is below 1, ``y`` is not ``(tokens, d_out)``, or what is to be written
+                depends on the input too.
         """
         if method not in PURSUITS:
             raise ValueError(f"method: expected one of {', '.join(PURSUITS)}, got {method!r}.")
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}.")
-        y, atoms = self._tensor(y, "y"), self.atoms
+        y, atoms = self.require_width(y, self.d_out, "y"), self.atoms
         norms = atoms.norm(dim=-1).clamp_min(torch.finfo(atoms.dtype).tiny)
         code = PURSUITS[method](y.to(atoms.dtype) / self.out_scale - self.bypass(), atoms / norms[:, None], k)
         code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))
@@ -379,6 +381,47 @@ def required_input(x: Tensor | None, because: str) -> Tensor:
     return x
 
 
+@torch.no_grad()
+def calibrate_cuts(
+    encoders: Sequence[Encoder],
+    dictionary: SparseDictionary,
+    inputs: Iterable[Float[Tensor, "tokens d_in"]],
+    together: bool = False,
+) -> bool:
+    """Move the cuts of penalised encoders so that raw inputs have the target l0; return False if they have no target.
+
+    Args:
+        encoders: One for each of the dictionary's blocks.
+        dictionary: Whose weights they read.
+        inputs: Training tokens.
+        together: Move all cuts by one number, for the target of all blocks together.
+
+    Raises:
+        ValueError: If there is no token.
+    """
+    penalised = [encoder for encoder in encoders if isinstance(encoder, Penalised)]
+    target = penalised[0].target_l0 if penalised else None
+    if target is None:
+        return False
+    blocks, tokens = dictionary.blocks, 0
+    pools: list[list[Tensor]] = [[] for _ in blocks]
+    for batch in inputs:
+        x = dictionary.normalised(batch)
+        tokens += len(x)
+        for encoder, block, pool in zip(penalised, blocks, pools, strict=True):
+            pool.append(encoder.largest_margins(scorer(x[:, block.reads], block.weights), block.weights))
+    if not tokens:
+        raise ValueError("encoder: expected tokens to calibrate the thresholds on, got none.")
+    wanted = round(tokens * target)
+    if together:
+        moves = [cut_for(torch.cat([part for pool in pools for part in pool]), wanted * len(blocks))] * len(blocks)
+    else:
+        moves = [cut_for(torch.cat(pool), wanted) for pool in pools]
+    for encoder, block, by in zip(penalised, blocks, moves, strict=True):
+        encoder.raise_cuts(by, block.weights)
+    return True
+
+
 class OneSiteDictionary(SparseDictionary, ABC):
     """One matrix to read with and one to write with: what SAEs and transcoders share.
 
@@ -425,7 +468,7 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if not isinstance(self.encoder, BatchWide):
-            return False
-        self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
-        return True
+        if isinstance(self.encoder, BatchWide):
+            self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
+            return True
+        return calibrate_cuts([self.encoder], self, inputs)

@@ -30,12 +30,19 @@ class Weights:
     screen: Screen | None = None
     # What inputs are centred by, where that is a weight as well.
     shift: Float[Tensor, " d_in"] | None = None
+    # Columns of the output that are one site's, where latents write to several.
+    site_width: int | None = None
+
+    @property
+    def unit(self) -> int:
+        """The squared error that is an fvu of 1 at one site: what sums over latents are divided by in penalties."""
+        return self.site_width or self.W_dec.shape[1]
 
     def rows(self, latents: Int[Tensor, " some"]) -> "Weights":
         """The weights of some latents, which differ."""
         W_enc = some_rows(self.W_enc, latents)
         W_dec = W_enc if self.W_dec is self.W_enc else some_rows(self.W_dec, latents)
-        return Weights(W_enc, None if self.b_enc is None else self.b_enc[latents], W_dec)
+        return Weights(W_enc, None if self.b_enc is None else self.b_enc[latents], W_dec, site_width=self.site_width)
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
@@ -82,6 +89,8 @@ class Encoder(nn.Module, ABC):
     # An SAE then has one matrix for both sides.
     tied: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = False
+    # Adam's, in the paper or its authors' code.
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     # Whether it finds its latents by way of a coarse product where training asks for that.
     can_screen: ClassVar[bool] = False
 
@@ -89,6 +98,8 @@ class Encoder(nn.Module, ABC):
         super().__init__()
         # Fewer tokens in one batch cannot be trained on.
         self.smallest_batch = 1
+        # Set by training at every step: the share that is done of the steps in which this encoder is in force.
+        self.progress = 1.0
 
     @abstractmethod
     def forward(

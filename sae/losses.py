@@ -57,6 +57,26 @@ def auxk(
     return loss * min(rows.numel() / k_aux, 1.0)
 
 
+def pre_activation_loss(
+    x: Float[Tensor, "tokens d_in"],
+    weights: Weights,
+    thresholds: Float[Tensor, " n_latents"],
+    dead: Bool[Tensor, " n_latents"],
+) -> Float[Tensor, ""]:
+    """Return how far dead latents stay below their thresholds, in units of fvu.
+
+    That is the mean over tokens of the sum over dead latents of ``relu(threshold - pre-activation) |atom| / d_out``. Its
+    gradient lowers thresholds and raises pre-activations of dead latents and reaches nothing else; ``x`` and the atoms' norms
+    are data. Source: the January 2025 update of Anthropic's Transformer Circuits thread.
+    """
+    rows = dead.nonzero().squeeze(-1)
+    if rows.numel() == 0 or len(x) == 0:
+        return x.new_zeros(())
+    some = weights.rows(rows)
+    below = (thresholds.index_select(0, rows) - pre_activations(x.detach(), some)).relu()
+    return (below.sum(0) @ some.W_dec.detach().norm(dim=-1)) / (len(x) * weights.unit)
+
+
 def aux_zipf(
     x: Float[Tensor, "tokens d_in"],
     error: Float[Tensor, "tokens d_out"],

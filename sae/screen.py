@@ -27,9 +27,10 @@ LEAST_SCALE = 1e-30
 class Screen:
     """``largest_per_token`` by way of a product in int8, whose rounding is made good by ranking more candidates exactly.
 
-    Inputs and encoder rows are rounded to 127 levels of their own largest entry. What the screen misses is measured on some
-    tokens of every fiftieth batch: ``recall`` is the share of the truly largest positive scores that were found. Below
-    ``floor`` the screen takes more candidates, and at last is given up for the rest of the run.
+    Inputs and encoder rows are rounded to 127 levels of their own largest entry. What the screen misses is measured on random
+    tokens of every fiftieth batch, whose first ones may be of one document or one position of contexts: ``recall`` is the share
+    of the truly largest positive scores that were found. Below ``floor`` the screen takes more candidates, and at last is given
+    up for the rest of the run.
     """
 
     def __init__(self, kind: Literal["int8"], floor: float, device: torch.device | str = "cpu"):
@@ -70,10 +71,13 @@ class Screen:
         return SparseCode.from_rows(latents, best.values.view(tokens, k))
 
     def _measure(self, scorer: Scorer, found: SparseCode, k: int) -> None:
-        some = Scorer(scorer.x[:MEASURE_TOKENS], scorer.W, scorer.b)
-        tokens = len(some.x)
+        # Their own generator, which a resume has too: the run's random numbers stay as they are.
+        order = torch.randperm(len(scorer.x), generator=torch.Generator().manual_seed(self.batches))
+        chosen = order[:MEASURE_TOKENS].to(scorer.x.device)
+        some = Scorer(scorer.x[chosen], scorer.W, scorer.b)
+        tokens = len(chosen)
         exact = largest_per_token(some.tiles(), k)
-        wanted, have = exact.latents.view(tokens, k, 1), found.latents.view(-1, 1, k)[:tokens]
+        wanted, have = exact.latents.view(tokens, k, 1), found.latents.view(-1, 1, k)[chosen]
         counts = exact.values.view(tokens, k) > 0
         hits = (wanted == have).any(-1) & counts
         self.recall = hits.sum() / counts.sum().clamp_min(1) if bool(counts.any()) else torch.ones_like(self.recall)

@@ -38,17 +38,26 @@ class ByLatent:
 
 
 @dataclass(frozen=True)
+class Revival:
+    """Request to bring dead latents back to their thresholds: the weight of that term, and every latent's threshold."""
+
+    weight: float
+    thresholds: Float[Tensor, " n_latents"]
+
+
+@dataclass(frozen=True)
 class AuxTerms:
     """What an encoder asks training to add to the loss. Decoding knows nothing of it.
 
     ``penalties`` are scalars in units of fvu. ``prefixes`` are widths: the reconstruction from the first so many latents
     alone is trained as well. ``frozen`` is a second code of the same tokens that is trained to reconstruct the target from
-    atoms which it must not move.
+    atoms which it must not move. ``revival`` is about latents that training knows to be dead.
     """
 
     penalties: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     prefixes: tuple[int, ...] = ()
     frozen: "SparseCode | None" = None
+    revival: Revival | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,7 @@ class SparseCode:
             ValueError: If a latent is chosen twice.
         """
         places, chosen = self._places(latents)
-        dense = self.values.new_zeros(self.n_tokens, latents.shape[0])
-        return dense.index_put((self.token_ids()[chosen], places[chosen]), self.values[chosen], accumulate=True)
+        return _summed(self.token_ids()[chosen], places[chosen], self.values[chosen], (self.n_tokens, latents.shape[0]))
 
     def with_columns(self, latents: Int[Tensor, " m"], values: Float[Tensor, "tokens m"]) -> "SparseCode":
         """The code with these values for chosen latents, whether they fired before or not; differentiable in both.
@@ -165,5 +173,16 @@ class SparseCode:
 
     def to_dense(self, n_latents: int) -> Float[Tensor, "tokens n_latents"]:
         """The same code as a matrix, mostly zeros: for inspection and tests, not for training."""
-        dense = torch.zeros(self.n_tokens, n_latents, dtype=self.values.dtype, device=self.values.device)
-        return dense.index_put((self.token_ids(), self.latents), self.values, accumulate=True)
+        return _summed(self.token_ids(), self.latents, self.values, (self.n_tokens, n_latents))
+
+
+def _summed(
+    rows: Int[Tensor, " nnz"], columns: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], shape: tuple[int, int]
+) -> Float[Tensor, "rows columns"]:
+    """Return the matrix that holds in every cell the sum of its values.
+
+    By ``index_add``, which adds in order on a CPU: ``index_put`` lets threads add as they come, and float32 sums then differ
+    from run to run.
+    """
+    cells = values.new_zeros(shape[0] * shape[1])
+    return cells.index_add(0, rows * shape[1] + columns, values).view(shape)

@@ -71,6 +71,14 @@ def entries_plain(
     return F.linear(x, W, b)[tokens, latents]
 
 
+def per_entry(values: Float[Tensor, " n_latents"], latents: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
+    """Return every entry's own of one number per latent.
+
+    Equal to ``values[latents]``, whose gradient torch lets threads add up in any order: training would not repeat itself.
+    """
+    return values.index_select(0, latents)
+
+
 def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) -> Float[Tensor, "some d"]:
     """``W[latents]`` for latents that differ; the gradient of a matrix with a ledger is entered there."""
     return _SomeRows.apply(W, latents, ledger_of(W))  # pyright: ignore[reportReturnType]

@@ -132,9 +132,18 @@ def encoder_arguments():
         "matching_pursuit": {"k": 3, "tolerance": 0.0},
         "batch_topk": {"k": 3},
         "matryoshka": {"k": 3, "shares": [0.25, 0.5, 1.0]},
-        "relu": {"sparsity": 0.1, "target_l0": 3},
-        "jumprelu": {"target_l0": 3, "sparsity": 1.0, "bandwidth": 0.3},
-        "gated": {"sparsity": 0.1, "target_l0": 3},
+        "relu": {"sparsity": 0.1, "target_l0": 3, "ramp": 0.1, "pre_act_loss": 0.03},
+        "jumprelu": {
+            "target_l0": 3,
+            "sparsity": 1.0,
+            "bandwidth": 0.3,
+            "penalty": "square",
+            "steepness": 4.0,
+            "ramp": 0.0,
+            "pre_act_loss": 0.03,
+            "start": 1.0,
+        },
+        "gated": {"sparsity": 0.1, "target_l0": 3, "ramp": 0.1, "pre_act_loss": 0.03},
     }
 
 

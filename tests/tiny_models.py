@@ -58,6 +58,7 @@ _HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
 PARTICULAR = {
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 4]},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

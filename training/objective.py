@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..sae import SparseCode, SparseDictionary
-from ..sae.losses import aux_zipf, normalized_mse
+from ..sae.losses import aux_zipf, normalized_mse, pre_activation_loss
 from ..sae.sparse_ops import decode
 from .activations.model import LanguageModel
 from .activations.stream import ActivationBatch
@@ -121,6 +121,13 @@ class Objective(nn.Module):
         if requests.frozen is not None:
             guess = (decode(requests.frozen, d.atoms.detach()) + d.bypass(batch.x).detach()) * d.out_scale
             terms["frozen"] = normalized_mse(y, guess, self.variance)
+        if requests.revival is not None:
+            seen, thresholds = d.normalised(batch.x), requests.revival.thresholds
+            below = [
+                pre_activation_loss(seen[:, block.reads], block.weights, thresholds[block.latents], usage.dead[block.latents])
+                for block in d.blocks
+            ]
+            terms["pre_act"] = requests.revival.weight * torch.stack(below).mean()
         if self.aux.weight > 0 and not self.aux.tau and not bool(usage.dead.any()):
             terms["aux"] = y_hat.new_zeros(())
         elif self.aux.weight > 0:

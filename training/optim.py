@@ -5,7 +5,7 @@ import torch
 from ..sae import SparseDictionary
 from ..sae.sparse_grad import drop_ledger
 from .phases import Phases
-from .recipe import Recipe, total_steps
+from .recipe import Recipe, peak_lr, total_steps
 
 # Gao et al. 2024: gradients of rarely active latents are small, and Adam's usual 1e-8 would drown them.
 ADAM_EPS = 6.25e-10
@@ -19,7 +19,8 @@ class DictionaryAdam(torch.optim.Adam):
         # An optimizer before this one may have kept some, which would swallow the gradients.
         for parameter in parameters:
             drop_ledger(parameter)
-        super().__init__(parameters, lr=recipe.lr, betas=recipe.betas, eps=ADAM_EPS, fused=True)
+        betas = dictionary.encoder.betas if recipe.betas == "auto" else recipe.betas
+        super().__init__(parameters, lr=peak_lr(recipe), betas=betas, eps=ADAM_EPS, fused=True)
         self.dictionary, self.grad_clip = dictionary, recipe.grad_clip
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -41,7 +42,7 @@ class Schedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
         self.optimizer, self.dictionary, self.phases = optimizer, dictionary, phases
-        self.peak = recipe.lr
+        self.peak = peak_lr(recipe)
         self.steps = total_steps(recipe)
         self.warmup = recipe.lr_warmup_steps
         self.decay = round(self.steps * recipe.lr_decay)

@@ -10,8 +10,17 @@ from typing import Any, cast
 from torch import nn
 
 from ..sae import Encoder, SparseDictionary
+from ..sae.batch_encoder import BatchWide
 from ..sae.encoders import build_encoder
 from .recipe import Recipe, total_steps
+
+# A latent that is dead by now shows 1/16 of the density it had: less than a tenth of its due, a usual ``aux_zipf_tau``.
+HALF_LIVES_TO_DEATH = 4
+
+
+def density_half_life(dead_after_tokens: int) -> float:
+    """Return the tokens after which running densities have forgotten half of what they knew."""
+    return dead_after_tokens / HALF_LIVES_TO_DEATH
 
 
 class Phases(nn.Module):
@@ -28,6 +37,9 @@ class Phases(nn.Module):
         for encoder in later:
             encoder.prepare(dictionary.n_latents)
         self.encoders = nn.ModuleList([dictionary.encoder, *later])
+        for encoder in self.encoders:
+            if isinstance(encoder, BatchWide):
+                encoder.density_half_life = density_half_life(recipe.dead_after_tokens)
         # Arguments that count something.
         self.whole = {
             name
@@ -53,6 +65,7 @@ class Phases(nn.Module):
         if dictionary.encoder is not encoder:
             encoder.train(dictionary.training)
             dictionary.encoder = encoder  # pyright: ignore[reportAttributeAccessIssue]
+        dictionary.encoder.progress = self.progress(step)
         for name, value in self.values(step).items():
             for each in self.encoders:
                 if hasattr(each, name):
@@ -61,6 +74,12 @@ class Phases(nn.Module):
     def number(self, step: int) -> int:
         """Which phase a step belongs to; 0 is the recipe's own encoder."""
         return max(i for i, start in enumerate(self.starts) if start <= step)
+
+    def progress(self, step: int) -> float:
+        """Return the share of its phase that is done before a step, 0 at the first and 1 at the last."""
+        number = self.number(step)
+        first, end = self.starts[number], [*self.starts, self.steps][number + 1]
+        return (step - first) / max(end - first - 1, 1)
 
     def lr_factor(self, step: int) -> float:
         """What the phase multiplies the learning rate by."""

@@ -13,7 +13,7 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity
 from .activations.model import resolve_device
-from .activations.shards import MANIFEST_FILE, ActivationStore
+from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .initialize import SAMPLE_TOKENS
 from .recipe import Recipe, total_steps
 from .recipe.grid import Grid, told_together
@@ -250,7 +250,8 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str]) -> Tr
             "Lower batch_tokens or raise harvest.tokens."
         )
     done = 0 if existing is None else existing.tokens("train") + existing.tokens("heldout")
-    per_token = sum(widths.values()) * STORED_BYTES[harvest.dtype] * (2 if harvest.gradients else 1) + LABEL_BYTES
+    per_number = STORED_BYTES[harvest.dtype] + (STORED_BYTES[gradient_dtype(harvest.dtype)] if harvest.gradients else 0)
+    per_token = sum(widths.values()) * per_number + LABEL_BYTES
     if harvest.dtype == "int8":
         per_token += sum(-(-width // harvest.block) * 2 for width in widths.values())
     disk = 0 if harvest.store is None else round(max(wanted - done, 0) * per_token)

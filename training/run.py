@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +28,7 @@ from .activations.model import load_model, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
-from .activations.tensor_stream import Item, TensorStream
+from .activations.tensor_stream import Activations, TensorStream
 from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
@@ -92,7 +92,7 @@ def harvest(
     return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
 
 
-def train(recipe: str | Path, activations: Iterable[Item] | None = None, **overrides: RecipeValue) -> Path:
+def train(recipe: str | Path, activations: Activations | None = None, **overrides: RecipeValue) -> Path:
     """Run a recipe file, or continue it, and return the checkpoint's directory; with a ``grid``, the one above its members'.
 
     ``train("recipe.yaml", dictionary__n_latents=512, lr=2e-3)`` trains with two keys overridden.
@@ -117,7 +117,7 @@ def _dotted(overrides: Mapping[str, RecipeValue]) -> dict[str, RecipeValue]:
 
 def train_recipe(
     recipe: ResolvedRecipe,
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     plan: TrainingPlan | None = None,
 ) -> Path:
@@ -127,7 +127,7 @@ def train_recipe(
 
 def train_all(
     members: Sequence[ResolvedRecipe],
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     plans: Sequence[TrainingPlan] | None = None,
 ) -> list[Path]:
@@ -171,7 +171,7 @@ def train_all(
 @contextmanager
 def open_streams(
     members: Sequence[ResolvedRecipe],
-    activations: Iterable[Item] | None,
+    activations: Activations | None,
     progress: Callable[[int], None],
     plans: Sequence[TrainingPlan] | None,
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:

@@ -13,12 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..sae import SparseDictionary
-from ..sae.batch_encoder import DENSITY_HALF_LIFE
 from ..sae.files import read_tensors, require_finite, write_tensors
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .objective import LatentUsage, Terms
-from .phases import Phases
+from .phases import Phases, density_half_life
 
 STATE_FILE = "state.safetensors"
 FORMAT_VERSION = 2
@@ -65,7 +64,7 @@ class TrainState:
         self.stream_position: dict[str, Any] | None = None
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.density: Float[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.float64, device=device)
-        self.dead_after_tokens = dead_after_tokens
+        self.dead_after_tokens, self.half_life = dead_after_tokens, density_half_life(dead_after_tokens)
         self.finite: Bool[Tensor, ""] = torch.ones((), dtype=torch.bool, device=device)
 
     @property
@@ -87,7 +86,7 @@ class TrainState:
         self.tokens += tokens
         self.silent_for = torch.where(terms.firings > 0, 0, self.silent_for + tokens)
         # A plain mean until it has seen as much as it later remembers.
-        share = max(1 - 0.5 ** (tokens / DENSITY_HALF_LIFE), tokens / self.tokens)
+        share = max(1 - 0.5 ** (tokens / self.half_life), tokens / self.tokens)
         self.density = self.density.lerp(terms.firings.double() / tokens, share)
         self.finite = self.finite & torch.isfinite(terms.named["loss"])
 

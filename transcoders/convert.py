@@ -3,16 +3,18 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..sae.dictionary import SparseDictionary
-from ..sae.formats import FORMATS, known, write_dictionaries, write_dictionary
-from .load import NO_OPTIONS, CheckpointOptions, FoundDictionaries, find
+from ..sae.dictionary import OneSiteDictionary, SparseDictionary
+from ..sae.formats import FORMATS, CanonicalSAE, known, write_dictionaries, write_dictionary
+from ..sae.formats.canonical import ActivationFn
+from ..sae.formats.conversion import from_dictionary
+from .load import NO_OPTIONS, CheckpointOptions, FoundDictionaries, Provenance, find
 from .stack import Stack, hooks_of_provenance
 
 # Our own checkpoint, or a directory of them.
@@ -56,6 +58,7 @@ def convert(
     subfolder: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
+    thresholds: Mapping[str, float] | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Converted:
     """Write a dictionary as a sparsary checkpoint or in another library's format; several, one for each hook, as a folder.
@@ -73,6 +76,8 @@ def convert(
         to: ``sparsary``, or a format of ``docs/formats.md``.
         hook: As in ``options``, which it takes precedence over; and so do ``format``, ``subfolder`` and ``revision``.
         dtype: The precision of the result, ``auto`` being that of the files. sparsary checkpoints are of float32.
+        thresholds: What a latent must exceed in place of being among a token's k largest, by the hook that is written, for
+            libraries without topk: ``eval.checkpoint.thresholds_of`` measures them.
         options: Facts that the files leave open.
 
     Raises:
@@ -92,14 +97,14 @@ def convert(
     options = options.updated(hook=hook, format=format, subfolder=subfolder, revision=revision)
     found = find(source, options, dtype=dtype)
     with _whole(target) as temporary:
-        done = _written(found, temporary, to)
+        done = _written(found, temporary, to, thresholds or {})
         files = tuple(sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()))
         difference = _difference(found, temporary, to)
     words = tuple(dict.fromkeys((*found.notes, *done)))
     return Converted(target, to, found.evidence, tuple(found.dictionaries), words, found.warnings, files, difference)
 
 
-def _written(found: FoundDictionaries, directory: Path, to: str) -> tuple[str, ...]:
+def _written(found: FoundDictionaries, directory: Path, to: str, thresholds: Mapping[str, float]) -> tuple[str, ...]:
     """Write into an empty folder; what the format made of the dictionaries."""
     hook, dictionary = next(iter(found.dictionaries.items()))
     alone = len(found.dictionaries) == 1 and not found.stacked
@@ -111,10 +116,22 @@ def _written(found: FoundDictionaries, directory: Path, to: str) -> tuple[str, .
                 hooks_of_provenance(about)
             Stack(found.dictionaries, found.provenances).save(directory)
         return ()
+    chosen = {hook: _by_threshold(d, found.provenances[hook], thresholds.get(hook)) for hook, d in found.dictionaries.items()}
     if alone:
-        return write_dictionary(dictionary, directory, to, found.provenances[hook]).done
-    members = write_dictionaries(found.dictionaries, directory, to, found.provenances)
+        return write_dictionary(chosen[hook], directory, to, found.provenances[hook]).done
+    members = write_dictionaries(chosen, directory, to, found.provenances)
     return tuple(word for n in members.values() for word in n.done)
+
+
+def _by_threshold(dictionary: SparseDictionary, provenance: Provenance, level: float | None) -> SparseDictionary | CanonicalSAE:
+    """The same dictionary, of one site and with topk one that keeps what exceeds a threshold."""
+    if level is None or not isinstance(dictionary, OneSiteDictionary):
+        return dictionary
+    n = from_dictionary(dictionary, provenance)
+    if not isinstance(n, CanonicalSAE) or n.gate.name not in ("topk", "topk_raw"):
+        return dictionary
+    words = f"the {n.gate.k} largest latents of a token as those above {level:.4g}, which as many exceed on average"
+    return n.noting(words, gate=ActivationFn("threshold", k=n.gate.k, threshold=torch.tensor(float(level))))
 
 
 @torch.no_grad()

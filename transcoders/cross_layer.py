@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,18 +12,19 @@ from torch import Tensor, nn
 
 from ..sae.batch_encoder import LEVEL_BATCHES
 from ..sae.batch_selection import between
-from ..sae.dictionary import LatentBlock, SparseDictionary, required_input
+from ..sae.dictionary import LatentBlock, SparseDictionary, calibrate_cuts, required_input
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
-from ..sae.sparse_code import AuxTerms, SparseCode, group_by_latent
+from ..sae.penalised import Penalised
+from ..sae.sparse_code import AuxTerms, Revival, SparseCode, group_by_latent
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
 # Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
 LAYER_ENCODERS = ("topk", "jumprelu", "relu")
 # Such encoders as loaded dictionaries have.
 LOADED_LAYER_ENCODERS = ("threshold", "signed_topk")
-# Those that can choose from all layers together.
-JOINT_ENCODERS = ("topk",)
+# Those that can choose from all layers together, or meet a target of all layers together.
+JOINT_ENCODERS = ("topk", "jumprelu", "relu")
 
 
 class CrossLayerTranscoder(SparseDictionary):
@@ -37,7 +39,9 @@ class CrossLayerTranscoder(SparseDictionary):
     With ``joint`` the budget is shared: in training the ``tokens n_layers k`` strongest pairs of a batch are kept, whatever
     their layers, in ``eval()`` mode those above one threshold, because a layer cannot wait for later ones when the model runs
     on the result. Over the batch and not token by token: chosen per token in training, a threshold left five times the error
-    (embedded model: fvu 0.015 by choice, 0.085 by threshold), because tokens differ in what they need.
+    (embedded model: fvu 0.015 by choice, 0.085 by threshold), because tokens differ in what they need. Where a penalty makes
+    codes sparse, ``joint`` means that ``target_l0`` is the mean over layers: one weight is steered by the l0 of all of them,
+    and layers share it as they need. Without ``joint`` every layer meets the target by a weight of its own.
 
     With ``skip`` every layer's input reaches its own output by a matrix too, ``W_skip[m] (x^m - in_centre^m)``, as some loaded
     ones have it.
@@ -68,6 +72,11 @@ class CrossLayerTranscoder(SparseDictionary):
         if name not in allowed and (joint or name not in LOADED_LAYER_ENCODERS):
             how = "choosing from all layers together" if joint else "a cross-layer transcoder"
             raise ValueError(f"dictionary.encoder.name: expected one of {', '.join(allowed)} for {how}, got {name!r}.")
+        if joint and encoder_spec(encoder).get("penalty") == "square":
+            raise ValueError(
+                "dictionary.encoder.penalty: expected l0 or tanh with joint, because square is about one layer's target, got "
+                "square."
+            )
         self.n_layers, self.joint = n_layers, joint
         # A guess at the next batch's level, and by how much it stays below the last one. It saves work and changes no result,
         # so it is not saved.
@@ -85,7 +94,10 @@ class CrossLayerTranscoder(SparseDictionary):
         self.register_buffer("in_scale", torch.ones(d_in))
         self.register_buffer("out_scale", torch.ones(d_out))
         self.register_buffer("in_centre", torch.zeros(d_in))
-        if joint:
+        for each in (encoder, *self.later_encoders):
+            for controller in each.controllers if joint and isinstance(each, Penalised) else ():
+                controller.shared = True
+        if self.chooses_jointly:
             self.register_buffer("level", torch.zeros(()))
             self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         if not self.b_dec.is_meta:
@@ -99,12 +111,19 @@ class CrossLayerTranscoder(SparseDictionary):
         return self.in_centre
 
     @property
+    def chooses_jointly(self) -> bool:
+        """Whether one selection is made among the latents of all layers."""
+        return self.joint and not isinstance(self.encoder, Penalised)
+
+    @property
     def encoders(self) -> list[Encoder]:
         """Every layer's encoder."""
         later = [cast(Encoder, encoder) for encoder in self.later_encoders]
         for name, value in self.encoder.arguments().items():
             for encoder in later:
                 setattr(encoder, name, value)
+        for encoder in later:
+            encoder.progress = self.encoder.progress
         return [self.encoder, *later]
 
     @property
@@ -117,7 +136,7 @@ class CrossLayerTranscoder(SparseDictionary):
                 site.reads,
                 slice(site.writes.start, self.d_out),
                 # No shift: the centre is data, and where gradients flow through the model they go on to the inputs.
-                Weights(W_enc, b_enc, W_dec),
+                Weights(W_enc, b_enc, W_dec, site_width=self.d_out // self.n_layers),
             )
             for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
         ]
@@ -146,16 +165,17 @@ class CrossLayerTranscoder(SparseDictionary):
     ) -> SparseCode:
         if site is not None:
             return self._code_at(site, x)
-        if self.joint and self.training:
+        if self.chooses_jointly and self.training:
             codes = self._strongest(x)
         else:
             codes = [self._code_at(i, x[:, block.reads]) for i, block in enumerate(self.blocks)]
-        return self._joined(codes)
+        code = self._joined(codes)
+        return self._steered(code) if self.joint and self.training and len(x) else code
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if not self.joint:
-            return False
+        if not self.chooses_jointly:
+            return calibrate_cuts(self.encoders, self, inputs, together=self.joint)
         # Of every batch twice what it may keep: that holds the budget of all batches unless they differ wildly.
         pools, tokens = [], 0
         for batch in inputs:
@@ -180,7 +200,7 @@ class CrossLayerTranscoder(SparseDictionary):
     def _code_at(self, layer: int, x: Float[Tensor, "tokens d"]) -> SparseCode:
         """The code of one layer's normalised, centred inputs."""
         weights = self.blocks[layer].weights
-        if not self.joint:
+        if not self.chooses_jointly:
             return self.encoders[layer](x, weights)
         if not int(self.batches):
             raise ValueError(
@@ -225,6 +245,17 @@ class CrossLayerTranscoder(SparseDictionary):
         self.level.lerp_(smallest.clamp_min(0).to(self.level), share.to(self.level))
         self.batches += 1
 
+    def _steered(self, code: SparseCode) -> SparseCode:
+        """The code after every layer's controller was told the mean l0 over layers: they stay equal."""
+        encoders = [encoder for encoder in self.encoders if isinstance(encoder, Penalised)]
+        if not encoders or encoders[0].target_l0 is None:
+            return code
+        l0 = (code.values != 0).sum() / (code.n_tokens * self.n_layers)
+        wanted, rests = encoders[0].target_l0, encoders[0].rising
+        pushes = [controller.steer(l0, wanted, rests) for encoder in encoders for controller in encoder.controllers]
+        penalties = {name: penalty * pushes[0] for name, penalty in code.requests.penalties.items()}
+        return replace(code, requests=replace(code.requests, penalties=penalties))
+
     def _joined(self, codes: list[SparseCode]) -> SparseCode:
         """One code of all layers' latents; penalties are their means over layers."""
         here = self.n_latents // self.n_layers
@@ -234,4 +265,6 @@ class CrossLayerTranscoder(SparseDictionary):
         values = torch.cat([code.values for code in codes])
         names = codes[0].requests.penalties
         penalties = {name: torch.stack([code.requests.penalties[name] for code in codes]).mean() for name in names}
-        return SparseCode(latents[order], values[order], firsts[:-1], AuxTerms(penalties=penalties))
+        revivals = [code.requests.revival for code in codes if code.requests.revival is not None]
+        revival = Revival(revivals[0].weight, torch.cat([each.thresholds for each in revivals])) if revivals else None
+        return SparseCode(latents[order], values[order], firsts[:-1], AuxTerms(penalties=penalties, revival=revival))

@@ -1,50 +1,48 @@
-"""What the papers claim, against a comparison: paired differences to TopK over seeds, with 95 % intervals.
+"""What the papers claim, against a comparison: differences with intervals over seeds and documents, tested together.
 
-    sparsary compare recipes/embedded --seeds 3 --out runs/compare-embedded
+    sparsary compare recipes/embedded --seeds 3 --out runs/compare-embedded --against topk
     .venv/bin/python docs/studies/claims.py runs/compare-embedded/comparison.json
 
-A difference is a family's figure less TopK's at the same seed, which fixes the initial weights and the order of the tokens;
-the interval is Student's t over seeds. "no difference" means that it contains 0.
+Claims are records of a JSON file, docs/studies/claims.json: family, figure, claim, source; perhaps against (TopK) and expected
+(better; equivalent for claims of no difference). Holm's correction is over all of them. "equivalent" means a difference below
+the margin that the comparison states, "undecided" that these runs show neither.
 """
 
 import argparse
 import json
-import math
-import statistics
+from pathlib import Path
 
-from scipy.stats import t
+from sparsary.eval.compare.groups import family_differences
+from sparsary.eval.pages.differences import verdict_words
+from sparsary.eval.pages.recipes import COLUMNS
 
-CLAIMS = (
-    ("mutual_choice", "dead_fraction", "fewer dead latents than TopK (Ayonrinde 2024)"),
-    ("mutual_choice", "fvu", "reconstructs better than TopK (Ayonrinde 2024)"),
-    ("feature_choice", "dead_fraction", "fewer dead latents than TopK, none in the end (Ayonrinde 2024)"),
-    ("feature_choice", "fvu", "reconstructs better than TopK (Ayonrinde 2024)"),
-    ("gradient_topk", "ce_increase", "loses less cross-entropy than TopK, plain inference (Olmo et al. 2024)"),
-    ("gradient_topk", "dead_fraction", "fewer dead latents than TopK (Olmo et al. 2024)"),
-    ("matching_pursuit", "fvu", "reconstructs better than TopK at equal l0 (Costa et al. 2025)"),
-    ("batch_topk", "fvu", "reconstructs better than TopK (Bussmann et al. 2024)"),
-)
+CLAIMS = Path(__file__).with_name("claims.json")
+HOLDS = {"better": "yes", "worse": "no: the opposite", "equivalent": "no: no difference"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison")
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--claims", type=Path, default=CLAIMS)
     options = parser.parse_args()
-    with open(options.comparison) as handle:
-        families = {family["name"]: family["figures"] for family in json.load(handle)["families"]}
-    print("| claim | TopK | here | difference, 95 % interval | holds |\n|---|---|---|---|---|")
-    for family, figure, claim in CLAIMS:
-        if family not in families:
-            continue
-        ours, theirs = families[family][figure]["values"], families["topk"][figure]["values"]
-        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        mean = statistics.mean(differences)
-        half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-        # All of these figures are better when lower.
-        verdict = "yes" if mean + half < 0 else ("no: the opposite" if mean - half > 0 else "no difference")
+    comparison = json.loads(options.comparison.read_text(encoding="utf-8"))
+    figures = {family["name"]: family["figures"] for family in comparison["families"]}
+    claims = [{"against": "topk"} | claim for claim in json.loads(options.claims.read_text(encoding="utf-8"))]
+    here = [c for c in claims if all(c["figure"] in figures.get(c[side], ()) for side in ("family", "against"))]
+    print("| claim | other | here | difference, 95 % interval | over | detectable | p (Holm) | holds |\n|" + "---|" * 8)
+    for found in family_differences(comparison, COLUMNS, here):
+        ours, theirs = (figures[found[side]][found["figure"]]["mean"] for side in ("family", "against"))
+        known = found["low"] is not None
+        ends = f" ({found['low']:+.3g} to {found['high']:+.3g})" if known else ""
+        tested = f"{found['detectable']:.2g} | " if known else "- | "
+        tested += "-" if found["p_holm"] is None else f"{found['p_holm']:.2g}"
+        expected = found.get("expected", "better")
+        holds = "yes" if found["verdict"] == expected else HOLDS.get(found["verdict"], verdict_words(found))
+        holds = "no" if expected == "equivalent" and found["verdict"] in ("better", "worse") else holds
         print(
-            f"| `{family}` {claim} | {statistics.mean(theirs):.4g} | {statistics.mean(ours):.4g} "
-            f"| {mean:+.4g} ({mean - half:+.4g} to {mean + half:+.4g}) | {verdict} |"
+            f"| `{found['family']}` {found['claim']} ({found['source']}) | {theirs:.4g} | {ours:.4g} "
+            f"| {found['difference']:+.3g}{ends} | {found['interval_over'] or '-'} | {tested} "
+            f"| {holds}{', below the margin' * found['negligible']} |"
         )
 
 

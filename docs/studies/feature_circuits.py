@@ -26,7 +26,16 @@ from scipy.stats import t
 
 from sparsary.eval.circuits.compared_units import open_dictionaries, open_model, spaces
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.scoring.faithfulness import LEVELS, Trials, curve, growing_sizes, ranked, share_sizes, smallest_size
+from sparsary.eval.circuits.scoring.faithfulness import (
+    LEVELS,
+    SIZED_ON,
+    Trials,
+    curve,
+    growing_sizes,
+    ranked,
+    share_sizes,
+    smallest_size,
+)
 from sparsary.eval.circuits.tasks import make_pairs
 from sparsary.eval.circuits.tasks.pairs import PromptPairs
 from sparsary.eval.circuits.units.ablation import ablation_values
@@ -81,7 +90,7 @@ def judged(space: NodeSpace, chosen_on: PromptPairs, judged_on: PromptPairs, met
         "sizes": list(along.sizes),
         "faithfulness": [round(float(value), 5) for value in along.faithfulness()],
         "cmd": along.at(shares).cmd(),
-        **{f"nodes_{round(100 * level)}": smallest_size(trials, order, level, along) for level in LEVELS},
+        **{f"nodes_{round(100 * level)}": smallest_size(trials, order, level, along, SIZED_ON) for level in LEVELS},
     }
 
 

@@ -63,6 +63,9 @@ def as_json(
                 "max_feature_nodes": len(graph.active),
                 "features_left_out": graph.n_left_out,
                 "positions_left_out": graph.exclude_leading,
+                # Where circuit-tracer differs: its token nodes are of W_E alone, and its skip paths run at all positions.
+                "token_nodes": "token and position embedding",
+                "skip_paths_at_positions_left_out": False,
             },
             "pruning_settings": {"node_threshold": node_threshold, "edge_threshold": edge_threshold},
             "replacement_score": scores.replacement,

@@ -4,6 +4,10 @@ Held as they are on this prompt: attention patterns, the denominators of norms, 
 latents leave of every MLP's output. Then a latent's pre-activation and a logit are sums over what was written before them.
 Positions that are left out keep their whole MLP output as a constant.
 
+circuit-tracer 0.5.0 differs in two places. Of models with learned positions (GPT-2) its token nodes are the token's embedding
+alone, and the position's is part of the constant; here a token node is all that the stream begins with. And of transcoders with
+a skip path it lets influence pass through the skip at position 0 too, where the MLP's output is held; here none does.
+
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """
 

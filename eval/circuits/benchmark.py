@@ -26,6 +26,8 @@ from .methods.exact import ExactPatching
 from .scoring.edge_files import edge_graph
 from .scoring.faithfulness import (
     LEVELS,
+    MEASURED_ON,
+    SIZED_ON,
     FaithfulnessCurve,
     Trials,
     circuit_members,
@@ -232,12 +234,15 @@ class _Task:
         }
 
     def _sizes(self, trials: Trials, scores: UnitScores, order: torch.Tensor, along: FaithfulnessCurve) -> Row:
-        row: Row = {_nodes(level): smallest_size(trials, order, level, along) for level in LEVELS}
+        row: Row = {_nodes(level): smallest_size(trials, order, level, along, SIZED_ON) for level in LEVELS}
         size = row[_nodes(LEVEL)]
-        row |= dict.fromkeys(("completeness", "minimality", "stability"))
+        held = ("faithfulness_80", "faithfulness_80_low", "faithfulness_80_high")
+        row |= dict.fromkeys((*held, "completeness", "minimality", "stability"))
         if size is not None:
-            at = curve(trials, order, [size])
-            lost = minimality(trials, circuit_members(order, size), order[: min(size, TAKEN_OUT)])
+            at = curve(trials, order, [size]).of_pairs(MEASURED_ON)
+            low, high = pair_interval(FaithfulnessCurve.faithfulness, at)
+            row |= dict(zip(held, (_number(end[0]) for end in (at.faithfulness(), low, high)), strict=True))
+            lost = minimality(trials, circuit_members(order, size), order[: min(size, TAKEN_OUT)], MEASURED_ON)
             row |= {"completeness": _number(at.completeness()[0]), "minimality": _number(np.median(lost))}
             if scores.per_pair is not None:
                 row["stability"] = stability(scores, size, "absolute", seed=self.settings.seed)

@@ -10,6 +10,7 @@ from typing import Any
 from ...sae.checkpoint import read_config
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import read_json, write_json
+from ...sae.suggestions import require_choice
 from ...training.checkpoints import RECIPE_FILE, run_changes
 from ...training.content import Content
 from ...training.preflight import TrainingPlan, preflight
@@ -19,17 +20,19 @@ from ...training.resolve_hooks import ResolvedRecipe, resolve_recipes
 from ...training.run import run_harvest, train_recipe
 from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..checkpoint import Report
+from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
-from ..pages.recipes import COLUMNS, PER_TOKEN, is_oracle
+from ..pages.recipes import COLUMNS, is_oracle
 from ..pages.render import render_file
 from ..report.evaluate import Progress, evaluate, unseen
+from .families import compared
+from .groups import Point, RunGroup
 from .runs import REPORT_FILE, is_stale
 
-COMPARISON_VERSION = 1
+# 2: intervals over seeds and documents, differences with verdicts; no best away from the common l0.
+COMPARISON_VERSION = 2
 # Shared by more than one recipe, it would be found by a directory's name, but is none itself.
 BASE_FILE = "base.yaml"
-# What the report says of a family, and not of a seed.
-FAMILY_ENTRIES = ("kind", "encoder", "n_latents", "training_tokens")
 COMMON_ENTRIES = ("model", "text", "tokens", "documents", "dead_window_tokens", "dark_matter_enough_tokens")
 
 log = logging.getLogger(__name__)
@@ -41,11 +44,14 @@ def compare_recipes(
     seeds: int = 3,
     out: str | Path = "runs/comparison",
     progress: Progress = unseen,
+    against: str | None = None,
+    match_l0: float | None = None,
 ) -> Report:
     """Train and judge every recipe with seeds 0, 1, ...; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
     ``recipes`` are files or directories of files. What is complete is not done again and what was interrupted goes on, so
-    the same call may be repeated. Everything that can be checked is checked before the first run starts.
+    the same call may be repeated. Everything that can be checked is checked before the first run starts. ``against`` names the
+    recipe that others are compared with, the first by default; ``match_l0`` compares sweeps over budgets at one l0.
 
     Raises:
         ValueError: If the recipes do not share model, text, what they reconstruct and store (a null one aside), or one cannot
@@ -57,6 +63,8 @@ def compare_recipes(
     # Together: the one store is to hold what each of them needs.
     families = dict(zip(loaded, resolve_recipes(list(loaded.values())), strict=True))
     require_comparable(families)
+    if against is not None and match_l0 is None:
+        require_choice("--against", against, list(families))
     runs = {name: [_seeded(member, out, name, seed) for seed in range(seeds)] for name, member in families.items()}
     pending = [(name, run) for name, members in runs.items() for run in members if not is_complete(run.recipe, run.content)]
     # Seeds of a recipe need the same.
@@ -68,7 +76,7 @@ def compare_recipes(
         _run(run, plans[name])
     live = {name for name, member in families.items() if member.recipe.harvest.store is None}
     comparison = collect_run_groups(
-        {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live
+        {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live, against, match_l0
     )
     write_json(Path(out) / "comparison.json", comparison)
     return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
@@ -152,13 +160,19 @@ def is_complete(recipe: Recipe, content: Callable[[], Content] | None = None) ->
     return trained >= recipe.tokens and judged == trained and not is_stale(directory)
 
 
-def collect_run_groups(directories: Mapping[str, list[Path]], live: Collection[str] = ()) -> dict[str, Any]:
+def collect_run_groups(
+    directories: Mapping[str, list[Path]],
+    live: Collection[str] = (),
+    against: str | None = None,
+    match_l0: float | None = None,
+) -> dict[str, Any]:
     """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
 
-    ``live`` names the families that were trained on activations streamed from the model.
+    ``live`` names the families that were trained on activations streamed from the model. ``against`` and ``match_l0`` are
+    those of ``compare_recipes``.
 
     Raises:
-        ValueError: If a report is missing, or two were made on different numbers of tokens.
+        ValueError: If a report is missing, two were made on different numbers of tokens, or ``compared`` refuses.
     """
     reports = {path: read_json(path / REPORT_FILE) for paths in directories.values() for path in paths}
     (first, reference), *others = reports.items()
@@ -168,61 +182,29 @@ def collect_run_groups(directories: Mapping[str, list[Path]], live: Collection[s
                 f"{path / REPORT_FILE}: tokens: expected {show(reference.get('tokens'))} as in {first / REPORT_FILE}, got "
                 f"{show(report.get('tokens'))}; judged so, they do not compare. Delete the wrong one and repeat the command."
             )
-    families = [
-        summarize(name, [reports[path] | {"tokens_per_second": training_speed(path / METRICS_FILE)} for path in paths])
-        | {"live": name in live, "directories": [str(path) for path in paths]}
+    groups = [
+        RunGroup(name, tuple(_point(path, seed, reports[path]) for seed, path in enumerate(paths)))
         for name, paths in directories.items()
     ]
+    found = compared(groups, COLUMNS, against, match_l0)
+    for family in found["families"]:
+        members = family["between"] or [family["name"]]
+        family |= {
+            "live": any(name in live for name in members),
+            "directories": [str(path) for name in members for path in directories[name]],
+        }
     return {
         "comparison_version": COMPARISON_VERSION,
         "spread": "minimum and maximum over seeds",
         **{key: reference.get(key) for key in COMMON_ENTRIES},
         # An SAE's one hook; of others what they predict.
         "hook": reference.get("hook") or ", ".join(reference.get("hooks_out") or ()) or None,
-        "families": families,
-        "best": best(families),
+        **found,
     }
 
 
-def summarize(name: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One family: what its reports have in common, and mean, minimum and maximum of every figure.
-
-    ``None`` and NaN count as undefined: they stay ``None`` among the values and are left out of the mean. A figure that no
-    report has was not measured, and is absent.
-    """
-    figures = {}
-    for key in (column.key for column in COLUMNS):
-        values = [finite(report.get(key)) for report in reports]
-        known = [value for value in values if value is not None]
-        if any(key in report for report in reports):
-            mean = statistics.fmean(known) if known else None
-            figures[key] = {"mean": mean, "min": min(known, default=None), "max": max(known, default=None), "values": values}
-    selections = sorted({report.get("selection", PER_TOKEN) for report in reports} - {PER_TOKEN})
-    return {
-        "name": name,
-        **{key: reports[0].get(key) for key in FAMILY_ENTRIES},
-        "selection": ", ".join(selections) or PER_TOKEN,
-        "figures": figures,
-    }
-
-
-def best(families: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Names of the families with the best mean of each figure that has a better end, equal ones together.
-
-    Only who chooses latents token by token and is defined for every seed takes part; where all are equal, none is best.
-    """
-    winners: dict[str, list[str]] = {}
-    for column in COLUMNS:
-        entries = {
-            family["name"]: family["figures"][column.key]
-            for family in families
-            if column.key in family["figures"] and not is_oracle(family)
-        }
-        means = {name: entry["mean"] for name, entry in entries.items() if None not in entry["values"]}
-        if column.better is not None and len(set(means.values())) > 1:
-            top = column.better(means.values())
-            winners[column.key] = [name for name, mean in means.items() if mean == top]
-    return winners
+def _point(path: Path, seed: int, report: Report) -> Point:
+    return Point(((path, 1.0),), report | {"tokens_per_second": training_speed(path / METRICS_FILE)}, seed)
 
 
 def training_speed(metrics: Path) -> float | None:
@@ -240,7 +222,8 @@ def recipes_summary(comparison: dict[str, Any]) -> list[list[str]]:
     for family in comparison["families"]:
         means = {key: family["figures"].get(key, {}).get("mean") for key in (column.key for column in COLUMNS)}
         marks = {key: "*" * (family["name"] in comparison["best"].get(key, ())) for key in means}
-        note = f" ({family['selection']})" if is_oracle(family) else ""
+        words = family["selection"] if is_oracle(family) else off_target_words(family)
+        note = f" ({words})" if words else ""
         rows.append([family["name"] + note, *(_short(mean) + marks[key] for key, mean in means.items())])
     return rows
 

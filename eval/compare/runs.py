@@ -1,5 +1,6 @@
 """Runs that exist, side by side: checkpoints or reports, whatever trained them; ``eval.compare`` trains its own."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import stack_folders
 from ..checkpoint import Report, short_names
 from ..pages.numbers import finite, show
+from ..pages.recipes import PER_TOKEN
 from ..pages.render import render_file
 from ..pages.runs import COLUMNS
 from ..report.evaluate import Progress, evaluate_all, unseen
+from .families import compared
+from .groups import Point, RunGroup
 
 RUNS_VERSION = 1
 REPORT_FILE = "report.json"
@@ -59,11 +63,15 @@ def compare_runs(
     cache: bool = True,
     progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
+    against: str | None = None,
+    match_l0: float | None = None,
 ) -> Report:
     """Set runs side by side; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
     A checkpoint without a report, or with one of other weights, is judged first, those of one model and text together; with
     ``tokens`` all are, on so many. Runs may differ in anything: what makes figures hard to compare is said on the page.
+    ``against`` names the run, or the group of reseeded ones, that others are compared with; ``match_l0`` interpolates sweeps
+    over budgets to one l0.
 
     Raises:
         ValueError: If there are fewer than two runs, a report is of another kind, or a checkpoint cannot be judged.
@@ -76,7 +84,7 @@ def compare_runs(
         raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to judge, found a report alone. Leave it out.")
     if wanted:
         evaluate_all(wanted, tokens=tokens, cache=cache, progress=progress, options=options)
-    comparison = collect_runs(runs)
+    comparison = collect_runs(runs, against, match_l0)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)
     return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
@@ -88,8 +96,11 @@ def is_stale(run: Path) -> bool:
     return judged is not None and (run / WEIGHTS_FILE).exists() and sha256(run / WEIGHTS_FILE) != judged
 
 
-def collect_runs(runs: Sequence[Path]) -> dict[str, Any]:
-    """The comparison of judged runs: their scalar entries, in what they differ, and who is on the Pareto fronts."""
+def collect_runs(runs: Sequence[Path], against: str | None = None, match_l0: float | None = None) -> dict[str, Any]:
+    """The comparison of judged runs: their scalar entries, in what they differ, and who is on the Pareto fronts.
+
+    Runs whose recipes differ in the seed only are one family; what families differ in is tested as in a comparison of recipes.
+    """
     names = short_names([str(run) for run in runs])
     found = []
     for name, run in zip(names, runs, strict=True):
@@ -101,12 +112,46 @@ def collect_runs(runs: Sequence[Path]) -> dict[str, Any]:
             )
         scalars = {key: value for key, value in report.items() if value is None or isinstance(value, str | int | float)}
         found.append({"name": name, "directory": str(run), "report": scalars, "reasons": report.get("reasons") or {}})
+    about = compared(reseeded(found), COLUMNS, against, match_l0)
     return {
         "runs_version": RUNS_VERSION,
         "runs": found,
         "different": {key: values for key in SHARED if len(values := _by_value(found, key)) > 1},
         "pareto": {key: pareto(found, key) for key in AGAINST_L0},
+        **{key: value for key, value in about.items() if key != "best"},
     }
+
+
+def reseeded(runs: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
+    """Put runs together whose recipes differ in the seed only, by seed; every other run is a group of its own."""
+    together: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        digest = run["report"].get("recipe_digest")
+        together.setdefault(run["name"] if digest is None else f"{digest} {run['report'].get('selection')}", []).append(run)
+    groups = []
+    for members in together.values():
+        seeds = [run["report"].get("seed") for run in members]
+        if len(set(seeds)) < len(seeds):
+            # The same run twice, or continued: not two draws of anything.
+            groups += [RunGroup(run["name"], (_point(run),)) for run in members]
+            continue
+        ordered = sorted(members, key=lambda run: (run["report"].get("seed") is None, run["report"].get("seed") or 0))
+        groups.append(RunGroup(_common_name([run["name"] for run in ordered]), tuple(_point(run) for run in ordered)))
+    return groups
+
+
+def _point(run: Mapping[str, Any]) -> Point:
+    # Those of before did not say.
+    report = {"selection": PER_TOKEN} | run["report"]
+    return Point(((Path(run["directory"]), 1.0),), report, report.get("seed"))
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """What the names of runs of one recipe have in common: ``topk-seed-0`` and ``topk-seed-1`` are ``topk``."""
+    if len(names) == 1:
+        return names[0]
+    begins = {re.sub(r"[-_. ]*(seed)?[-_. ]*[0-9]*$", "", name) for name in names}
+    return f"{begins.pop() if len(begins) == 1 else names[0]} ({len(names)} seeds)"
 
 
 def _by_value(runs: list[dict[str, Any]], key: str) -> dict[str, list[str]]:

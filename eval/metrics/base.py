@@ -18,6 +18,7 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, model_spliced
+from ..bootstrap import ByDocument
 from .inference import DEFAULT_INFERENCE, InferenceMode
 from .model_outputs import ModelOutputs, Predictions
 
@@ -106,6 +107,8 @@ class MetricGroup(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     reads_model: ClassVar[bool]
+    # Sums by document, of the groups whose figures follow from them. They are kept for comparisons of several runs.
+    documents: ByDocument | None = None
 
     @abstractmethod
     def __init__(self, setting: Setting): ...

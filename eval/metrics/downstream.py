@@ -15,15 +15,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...training.activations.model import LanguageModel, next_token_loss
-from ..bootstrap import ByDocument, Totals
+from ..bootstrap import ByDocument
 from ..pages.glossary import EXPLANATIONS
 from ..undefined import Undefined
 from .base import DictionaryOutputs, MetricGroup, Setting
+from .document_sums import ABLATIONS, DOWNSTREAM
 from .histograms import Quantiles
 from .model_outputs import Predictions, predictions
 
 SPLICES = ("spliced", "zero", "mean")
-ABLATED = (*SPLICES, "resample")
+ABLATED = ("spliced", *ABLATIONS)
 MEASURED = [("ce", "clean"), *((measure, name) for measure in ("ce", "kl") for name in ABLATED)]
 # Activations that the resample ablation draws from.
 POOL_TOKENS = 4096
@@ -38,7 +39,7 @@ class SplicedModel(MetricGroup):
     """
 
     name = "downstream"
-    version = 2
+    version = 3
     reads_model = True
 
     def __init__(self, setting: Setting):
@@ -102,20 +103,8 @@ class SplicedModel(MetricGroup):
                 "token_ce_increase_p99": highest,
                 "token_ce_better_fraction": self.better / self.sums.tokens,
             }
-            | self.documents.intervals(STATISTICS)
+            | self.documents.intervals(DOWNSTREAM)
         )
-
-
-def _recovered(name: str) -> Callable[[Totals], np.ndarray]:
-    return lambda sums: (sums[f"ce_{name}"] - sums["ce_spliced"]) / (sums[f"ce_{name}"] - sums["ce_clean"])
-
-
-STATISTICS: dict[str, Callable[[Totals], np.ndarray]] = {
-    "ce_increase": lambda sums: (sums["ce_spliced"] - sums["ce_clean"]) / sums["count"],
-    "kl_spliced": lambda sums: sums["kl_spliced"] / sums["count"],
-    "top1_agreement": lambda sums: sums["agrees"] / sums["count"],
-    **{f"ce_recovered_{name}": _recovered(name) for name in ABLATED[1:]},
-}
 
 
 def scattered(first: int, count: int, among: int) -> Int[Tensor, " count"]:

@@ -40,7 +40,20 @@ INTRODUCTION = dedent("""\
 
     **Intervals.** Entries that end in `_low` and `_high` are 95 % percentile intervals: scored documents are drawn anew with
     replacement, a thousand times with a fixed seed, and the figure is computed from their sums. They are about other
-    documents, not about other seeds of the training.
+    documents, not about other seeds of the training. Sums by document are kept in `documents.safetensors` beside the report.
+
+    **Dead latents** have two windows. `dead_fraction` is of the tokens scored, `dead_training_fraction` of the training's last
+    tokens: `usage.safetensors` in a checkpoint holds how long each latent had been silent (`load(...).training_usage`). A share
+    is small where its window is long: say the window, compare equal ones, and count on a million tokens or more before a claim.
+    Where a corpus is too small, a small model writes one: `docs/studies/sample_text.py`.
+
+    **Comparisons.** `sparsary compare` gives every figure of a family an interval over seeds and documents together, the
+    standard deviation over seeds, and its difference to one family (`--against`) with a verdict: better or worse after Holm's
+    correction over the figure's differences; equivalent where two one-sided tests put it below a margin (2 % of the other's
+    figure, 0.01 of the latents); undecided where neither is shown, with the smallest difference that would have been. With one
+    seed nothing is decided. A family whose l0 is off the common one by more than 2 % is marked, not called best, and compared
+    with none as an equal; `--match-l0 L0` interpolates sweeps over budgets instead. Runs whose recipes differ in the seed only
+    are taken for one family.
 
     **Several at once.** `sparsary eval A B C` runs the model once for all dictionaries of one model and text, whatever their
     hooks; figures are those of judging each alone. `sparsary compare A B C --out DIR` sets them side by side.

@@ -160,7 +160,7 @@ class Reconstructed(MetricGroup):
     """
 
     name = "reconstruction"
-    version = 2
+    version = 3
     reads_model = False
 
     def __init__(self, setting: Setting):
@@ -170,7 +170,7 @@ class Reconstructed(MetricGroup):
         self.fitted = Moments(dictionary.d_out, device)
         self.usual = Errors(dictionary.d_out, device)
         self.usual_l0 = Counts()
-        self.documents = ByDocument(("error", "deviation"))
+        self.documents = ByDocument(("error", "deviation", "nonzeros", "tokens"))
         self.of_model = setting.model is not None
 
     def fit(self, piece: DictionaryOutputs) -> None:
@@ -190,8 +190,9 @@ class Reconstructed(MetricGroup):
         if piece.passage is not None:
             error = (y.double() - y_hat.double()).pow(2).sum(-1)
             deviation = (y.double() - self.fitted.mean).pow(2).sum(-1)
-            values = {"error": error.cpu().numpy(), "deviation": deviation.cpu().numpy()}
-            self.documents.update(piece.passage.documents, values)
+            l0 = piece.code.l0().double()
+            values = {"error": error, "deviation": deviation, "nonzeros": l0, "tokens": torch.ones_like(l0)}
+            self.documents.update(piece.passage.documents, {name: value.cpu().numpy() for name, value in values.items()})
 
     def report(self) -> dict[str, Any]:
         entries: dict[str, Any] = {"documents": len(self.documents.rows)} if self.of_model else {}
@@ -209,6 +210,9 @@ class Reconstructed(MetricGroup):
     def _interval(self) -> dict[str, Any]:
         # Squares about the mean of the first half and about the scored tokens' own differ by a hair: a factor takes it out.
         about = sum(row[1] for row in self.documents.rows.values())
-        factor = about / float(self.all.errors.target.squared_deviation()) if about > 0 else 1.0
+        own = float(self.all.errors.target.squared_deviation())
+        factor = about / own if about > 0 and own > 0 else 1.0
         found = self.documents.intervals({"fvu": lambda totals: factor * totals["error"] / totals["deviation"]})
+        # Whoever reads the sums finds the report's fvu in them.
+        self.documents.scale("deviation", 1 / factor)
         return found | {"interval_level": LEVEL, "interval_resamples": RESAMPLES, "interval_seed": SEED}

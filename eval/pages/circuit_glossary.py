@@ -28,10 +28,12 @@ CIRCUIT = {
     "cpr": "Area under faithfulness over the share of units kept, 0.1 to 100 %, units that help most first; more is better, "
     "about 1 is a faithful circuit at every size, above 1 where units that work against the task are left out.",
     "cmd": "Area between faithfulness and 1 over the share of units kept, units that matter most either way first; 0 is best.",
-    "nodes_50": "Fewest units, those that matter most either way first, with faithfulness 0.5; fewer is better, never where no "
-    "size has it.",
-    "nodes_80": "Fewest units with faithfulness 0.8: the circuit that the figures to its right are about.",
+    "nodes_50": "Fewest units, those that matter most either way first, with faithfulness 0.5 on every other of the judged "
+    "pairs; fewer is better, never where no size has it.",
+    "nodes_80": "Fewest units with faithfulness 0.8 on these pairs: the circuit that the figures to its right are about.",
     "nodes_90": "Fewest units with faithfulness 0.9.",
+    "faithfulness_80": "Faithfulness of the circuit of 0.8 on the judged pairs that did not choose its size, as its "
+    "completeness and minimality are: less than 0.8 by as much as the size was too small by luck.",
     "completeness": "Faithfulness of all units but the circuit of 0.8: 0 is best, since what was left out then does nothing. "
     "Compare circuits of like size: one of nearly all units leaves nothing out.",
     "minimality": "Faithfulness that the circuit of 0.8 loses without one of its units, median over its 20 of largest score; "

@@ -21,6 +21,7 @@ COLUMNS = (
     Column("nodes 50 %", "nodes_50", min),
     Column("nodes 80 %", "nodes_80", min),
     Column("nodes 90 %", "nodes_90", min),
+    Column("held out", "faithfulness_80", None),
     # Circuits of nearly all units leave nothing out, and few large units are each needed: no merit of the family.
     Column("completeness", "completeness", None),
     Column("minimality", "minimality", None),
@@ -34,6 +35,7 @@ COLUMNS = (
 AUC = Column("AUC", "auc", max)
 # Why a figure may be null.
 REASONS = {
+    "faithfulness_80": f"no circuit has faithfulness {LEVEL:g}",
     "completeness": f"no circuit has faithfulness {LEVEL:g}",
     "minimality": f"no circuit has faithfulness {LEVEL:g}",
     "stability": f"no circuit has faithfulness {LEVEL:g}, or the method does not score pair by pair",

@@ -19,9 +19,13 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "text": "The corpus. Only documents held out from training are evaluated.",
         "training_tokens": "Tokens trained on; a token seen twice counts twice.",
         "git_commit": "Version of the code that trained the dictionary.",
+        "seed": "Seed of the training: initial weights and the order of the tokens.",
+        "recipe_digest": "Equal for trainings whose recipes differ in seed and directory only.",
         "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
         "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
         "assumed": "What the dictionary's files do not say and nobody said: taken from recipes' defaults.",
+        "skipped": "Rows of text and tokens that could not be used, in training and here: left out, or mended by U+FFFD. Only "
+        "where there were any.",
         "doubts": "What these figures say against the hook, the normalisation or the scale; each was also logged.",
         "reasons": "Entry -> why it is null. Nothing in a report is NaN or infinite.",
     },
@@ -66,8 +70,11 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "l0_p10": "A tenth of the tokens have at most so many latents firing.",
         "l0_median": "Half of the tokens have at most so many latents firing.",
         "l0_p90": "Nine tenths of the tokens have at most so many latents firing.",
-        "dead_fraction": "Share of latents silent on the whole window of tokens. A longer one finds fewer: compare equal ones.",
+        "dead_fraction": "Share of latents silent on all tokens scored. A longer window finds fewer: compare equal ones only.",
         "dead_window_tokens": "That window, in tokens.",
+        "dead_training_fraction": "Share of latents silent on the last tokens of the training, its batches choosing latents as "
+        "they do; null where the checkpoint does not hold it. A claim about dead latents wants a window of a million tokens.",
+        "dead_training_window_tokens": "That window, in tokens: dead_after_tokens of the recipe, or all of a shorter training.",
         "dense_fraction": f"Share of latents that fire on more than {DENSE:g} of the tokens.",
         "frequent_fraction": "Share of latents that fire on more than 0.01 of the tokens.",
         "effective_latents": "Exponential of the entropy of the latents' shares of all firings: so many latents that fire "

@@ -1,6 +1,7 @@
 """Formatting of numbers on pages."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
@@ -8,6 +9,13 @@ UNMEASURED, UNDEFINED, UNRECORDED = "not measured", "undefined", "not recorded"
 
 def finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def dead_words(report: Mapping[str, Any]) -> str:
+    """Dead latents for a terminal: on the tokens scored, and where it is known on the last of the training."""
+    words = f"dead {report['dead_fraction']:.2%} on {report['dead_window_tokens']:,} tokens"
+    share, window = report.get("dead_training_fraction"), report.get("dead_training_window_tokens")
+    return words if share is None else f"{words}, {share:.2%} on the training's last {window:,}"
 
 
 def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from .charts import COLORS, look, seed_spread, swatch
+from .differences import difference_table, off_target_words
 from .document import document, encoder_parts
 from .numbers import UNDEFINED, UNMEASURED, finite, show
 from .plots import INK, MUTED, plain_log_ticks, plot_card
@@ -27,6 +28,7 @@ COLUMNS = (
     # The budget is chosen, not achieved.
     Column("l0", "l0_mean", None),
     Column("dead", "dead_fraction", min),
+    Column("dead in training", "dead_training_fraction", min),
     Column("dense", "dense_fraction", min),
     Column("linear error", "linear_error_share", min),
     Column("tokens/s", "tokens_per_second", max),
@@ -38,8 +40,8 @@ ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
 NAME_WIDTH = 24
 DAGGER = "\u2020 Hollow: chosen knowing more than the token."
 LEGEND = (
-    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column; where ranges overlap, other "
-    "seeds may name another."
+    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column among families at the common "
+    "l0; where ranges overlap, other seeds may name another."
 )
 ORACLE = (
     "Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow in the "
@@ -56,7 +58,7 @@ def render_recipes(comparison: Comparison) -> str:
     families = comparison["families"]
     oracle = any(map(is_oracle, families))
     trained = sorted({family["training_tokens"] or 0 for family in families})
-    seeds = sorted({len(family["directories"]) for family in families})
+    seeds = sorted({len(family.get("seeds") or family["directories"]) for family in families})
     heading = (
         f"{len(families)} {'family' if len(families) == 1 else 'families'}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
     )
@@ -74,14 +76,16 @@ def render_recipes(comparison: Comparison) -> str:
             "text": comparison["text"],
             "trained on": f"{_span(trained)} tokens" if trained[0] else None,
             "evaluated on": f"{show(comparison['tokens'])} tokens",
-            "dead latents": f"silent for {show(comparison['dead_window_tokens'])} tokens",
-        },
+            "dead latents": _dead_windows(comparison),
+        }
+        | ({} if comparison.get("target_l0") is None else {"compared at l0": show(comparison["target_l0"])}),
         warnings={},
         thing="family",
         things="Families",
         example="fvu<0.1, dead<0.05",
         columns=explained(COLUMNS),
         rows=[_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)],
+        tested=difference_table(comparison, COLUMNS),
         legend=LEGEND,
         plots=[
             plot_card(
@@ -96,6 +100,13 @@ def render_recipes(comparison: Comparison) -> str:
         sections={},
         remarks=[ORACLE, REMARK] if oracle else [REMARK],
     )
+
+
+def _dead_windows(comparison: Comparison) -> str:
+    """What the two columns of dead latents count."""
+    words = f"silent for {show(comparison['dead_window_tokens'])} tokens"
+    windows = {family.get("dead_training_window_tokens") for family in comparison["families"]} - {None}
+    return f"{words}; in training for {_span(sorted(windows))}" if windows else words
 
 
 def is_oracle(family: Family) -> bool:
@@ -138,11 +149,12 @@ def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -
     parts = [name, arguments, f"{show(family['n_latents'])} latents"]
     parts += [f"{show(family['training_tokens'])} tokens"] * say_tokens
     parts += ["streamed from the model"] * family["live"]
+    parts += [f"interpolated between {', '.join(family['between'])}"] if family.get("between") else []
     return {
         "number": index,
         "name": family["name"],
         "marker": swatch(index, is_oracle(family)),
-        "badge": family["selection"] if is_oracle(family) else "",
+        "badge": family["selection"] if is_oracle(family) else off_target_words(family),
         "words": " \u00b7 ".join(part for part in parts if part),
         "cells": [
             _cell(

@@ -57,6 +57,8 @@ KEY_FIGURES = (
 def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     if key == "fvu" and "fvu_affine" in report:
         note = "variance unexplained; an affine map leaves {fvu_affine}"
+    if key == "dead_fraction" and report.get("dead_training_fraction") is not None:
+        note += "; in the training's last {dead_training_window_tokens}: {dead_training_fraction}"
     value = show(report[key]) if key in report else UNMEASURED
     # A note that quotes other entries says nothing beside a figure that is not there.
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""

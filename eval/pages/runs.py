@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from .charts import COLORS, look, seed_spread, swatch
+from .differences import difference_table
 from .document import document, encoder_parts
 from .glossary import EXPLANATIONS
 from .numbers import UNMEASURED, finite, show
@@ -23,6 +24,7 @@ COLUMNS = (
     Column("KL", "kl_spliced", min),
     Column("same top token", "top1_agreement", max),
     Column("dead", "dead_fraction", min),
+    Column("dead in training", "dead_training_fraction", min),
     Column("dense", "dense_fraction", min),
     Column("nearest atom", "decoder_max_cosine_mean", None),
     Column("linear error", "linear_error_share", min),
@@ -63,14 +65,22 @@ def render_runs(comparison: dict[str, Any]) -> str:
         example="l0<40, fvu>0.1",
         columns=explained(COLUMNS),
         rows=[_row(runs[index], index, families, comparison["pareto"]) for index in order],
+        tested=difference_table(comparison, COLUMNS),
         legend=LEGEND,
         plots=[
             plot_card(title, note, lambda ax, key=key: against_l0(ax, runs, families, comparison, key), SIZE, COLORS)
             for key, title, note in PLOTS
         ],
         sections={title: entries for title, texts in EXPLANATIONS.items() if (entries := _entries(list(texts), runs))},
-        remarks=[REMARK],
+        remarks=[REMARK, *_interpolated(comparison)],
     )
+
+
+def _interpolated(comparison: dict[str, Any]) -> list[str]:
+    """What stands for sweeps over budgets among the differences."""
+    sweeps = [family for family in comparison.get("families", ()) if family["between"]]
+    words = ", ".join(f"{family['name']} between {' and '.join(family['between'])}" for family in sweeps)
+    return [f"Interpolated to an l0 of {show(comparison['match_l0'])}: {words}."] if sweeps else []
 
 
 def family_of(run: Run) -> str:

@@ -53,6 +53,8 @@ EXPLANATIONS = {
     "l0_total": "Latents firing on a token, of all layers together, on the untouched model's activations.",
     "dead_fraction": "Share of all latents that are silent on the whole window of tokens.",
     "dead_window_tokens": "That window, in tokens.",
+    "dead_training_fraction": "Share of all latents that were silent on the last tokens of their training.",
+    "dead_training_window_tokens": "That window, in tokens; of several, the shortest.",
     "downstream_tokens": "Predictions scored: at replaced positions whose next token is of the same document.",
     "ce_clean": "Cross-entropy of the untouched model, nats per token.",
     "ce_spliced": "Cross-entropy with reconstructions in place at all layers at once, each reading what the earlier ones left.",
@@ -113,7 +115,7 @@ def render_stack(report: Report) -> str:
         ],
         total=[figure_cell(report, key) for key in TOTALS],
         plots=[plot_card(title, note, lambda ax, draw=draw: draw(ax, report), size) for title, note, draw in PLOTS],
-        entries=[EntryRow(key, show(report[key], digits=6), text) for key, text in EXPLANATIONS.items()],
+        entries=[EntryRow(key, show(report[key], digits=6), text) for key, text in EXPLANATIONS.items() if key in report],
     )
 
 

@@ -28,13 +28,13 @@ def absorbed(
     direction: Float[np.ndarray, " d"],
     main: Int[np.ndarray, " some"],
 ) -> Absorbed:
-    """Absorption on rows that the probe gets right. ``x`` is the activation less the dictionary's bias.
+    """Absorption on rows that the probe gets right. ``x`` is the activation: SAEBench's whole, or less the dictionary's bias.
 
     ``writes`` are atoms in raw units, ``direction`` the probe's, ``main`` the latents found for the label. What a latent
     contributes is its projection on the direction. Fraction: of up to three other latents with cosine above 0.1, as a share
     of theirs and the main latents' contributions; 0 where they make up less than 0.4 of the row's projection or the main ones
     account for all of it. Full: no main latent fires, and one latent contributes at least 0.4.
-    Source: Chanin et al. 2024, arXiv:2409.14507, in the form of SAEBench, which does not subtract the bias.
+    Source: Chanin et al. 2024, arXiv:2409.14507, in the form of SAEBench, which leaves the bias in.
     """
     unit = direction / max(float(np.linalg.norm(direction)), 1e-12)
     along = writes @ unit

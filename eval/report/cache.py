@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ...sae.files import read_json, write_json
 from ...training.activations.model import section_content
@@ -24,26 +24,32 @@ FOLDER = "eval_cache"
 CACHE_VERSION = 1
 # What a group was told apart from the setting.
 MetricOptions = Mapping[str, Any]
-Entries = tuple[dict[str, Any], dict[str, str]]
-
 log = logging.getLogger(__name__)
 
 
+class GroupResult(NamedTuple):
+    """What a group of metrics found: its settled entries, why those are ``None`` that are, and sums by document."""
+
+    entries: dict[str, Any]
+    reasons: dict[str, str]
+    sums: dict[str, list[float]] | None = None
+
+
 class ReportCache(Protocol):
-    """Where a group's settled entries may be found. ``documents`` is how many they were measured on, ``None`` for all."""
+    """Where a group's result may be found. ``documents`` is how many it was measured on, ``None`` for all."""
 
-    def get(self, group: type[MetricGroup], options: MetricOptions) -> Entries | None: ...
+    def get(self, group: type[MetricGroup], options: MetricOptions) -> GroupResult | None: ...
 
-    def put(self, group: type[MetricGroup], options: MetricOptions, entries: Entries, documents: int | None) -> None: ...
+    def put(self, group: type[MetricGroup], options: MetricOptions, found: GroupResult, documents: int | None) -> None: ...
 
 
 class Nothing:
     """Remembers nothing."""
 
-    def get(self, group: type[MetricGroup], options: MetricOptions) -> Entries | None:
+    def get(self, group: type[MetricGroup], options: MetricOptions) -> GroupResult | None:
         return None
 
-    def put(self, group: type[MetricGroup], options: MetricOptions, entries: Entries, documents: int | None) -> None:
+    def put(self, group: type[MetricGroup], options: MetricOptions, found: GroupResult, documents: int | None) -> None:
         pass
 
 
@@ -62,7 +68,7 @@ class Beside:
         key = json.dumps(self.content | own, sort_keys=True)
         return self.folder / f"{group.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
-    def get(self, group: type[MetricGroup], options: MetricOptions) -> Entries | None:
+    def get(self, group: type[MetricGroup], options: MetricOptions) -> GroupResult | None:
         path = self.path(group, options)
         if not path.exists():
             return None
@@ -70,16 +76,15 @@ class Beside:
             found = read_json(path)
             if found["text"] != self._text_record(found["text"]["documents"]):
                 return None
-            return dict(found["entries"]), dict(found["reasons"])
+            return GroupResult(dict(found["entries"]), dict(found["reasons"]), found.get("sums"))
         except (ValueError, KeyError, TypeError):
             log.warning("%s: damaged, measured again.", path)
             return None
 
-    def put(self, group: type[MetricGroup], options: MetricOptions, entries: Entries, documents: int | None) -> None:
-        found = {"entries": entries[0], "reasons": entries[1], "text": self._text_record(documents)}
+    def put(self, group: type[MetricGroup], options: MetricOptions, found: GroupResult, documents: int | None) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.path(group, options), found)
+            write_json(self.path(group, options), found._asdict() | {"text": self._text_record(documents)})
         except OSError as error:
             log.warning("%s: nothing can be kept here (%s); the next evaluation starts anew.", self.folder, error)
 

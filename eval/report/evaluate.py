@@ -1,5 +1,6 @@
 """Checkpoint in, one flat ``report.json`` and one ``report.html`` out."""
 
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,9 @@ from ...sae import SparseDictionary
 from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
 from ...sae.rows import as_rows
-from ...training.activations.tensor_stream import Item, TensorStream
+from ...sae.training_usage import TrainingUsage
+from ...training.activations.tensor_stream import Activations, TensorStream
+from ...training.bad_rows import counted
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
 from ...training.text import Cursor
@@ -27,19 +30,23 @@ from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkp
 from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
+from ..metrics.document_sums import SUMS_FILE, merged_sums, write_sums
 from ..metrics.glossary import REPORT_VERSION
 from ..metrics.inference import DEFAULT_INFERENCE, InferenceMode
 from ..metrics.model_outputs import ModelOutputs
 from ..pages.render import render_file
 from ..sanity import ROWS_AT_ONCE, Sanity, sanity_doubts
 from ..undefined import settled
-from .cache import Beside, Nothing, content_of
+from .cache import Beside, GroupResult, Nothing, content_of
 from .stack import evaluate_opened
 
 # Arguments of metrics, by the names of their groups.
 MetricOptions = Mapping[str, Mapping[str, object]]
 # Told how many tokens there will be, returns what is told how many were done.
 Progress = Callable[[int], Callable[[int], None]]
+
+# Why a report has no dead latents of the training.
+NO_USAGE = "the checkpoint does not hold its latents' silence in training (usage.safetensors)"
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +59,7 @@ def unseen(total: int) -> Callable[[int], None]:
 def evaluate(
     checkpoint: str | Path,
     out: str | Path | None = None,
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
@@ -85,7 +92,7 @@ def evaluate(
     return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
 
 
-def _rows_of(activations: Any, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
+def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """A user's activations, and for a transcoder its targets, each in one tensor."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
     targets = dictionary.arguments()["kind"] != "sae"
@@ -154,10 +161,11 @@ def evaluate_loaded(
     reports: dict[int, Report] = {}
     for candidates in together.values():
         wanted = wanted_tokens(candidates[0].source, tokens)
-        for candidate, entries in zip(
+        for candidate, results in zip(
             candidates, evaluate_on_model(candidates, wanted, cache, progress, metric_options), strict=True
         ):
-            reports[id(candidate)] = _written(candidate, entries)
+            sums = [result.sums for result in results if result.sums is not None]
+            reports[id(candidate)] = _written(candidate, _merged(results), sums)
     found = iter(reports[id(candidate)] for candidate in alone)
     return [
         evaluate_opened(opened, out, tokens) if opened.in_place_together else next(found)
@@ -212,8 +220,8 @@ def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: Infe
     return Candidate(opened, target, selection)
 
 
-def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
-    """The whole report, once it is on disk with its page."""
+def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mapping[str, list[float]]] = ()) -> Report:
+    """The whole report, once it is on disk with its page and its sums by document."""
     source, dictionary = candidate.source, candidate.dictionary
     report: dict[str, Any] = {
         "report_version": REPORT_VERSION,
@@ -230,9 +238,12 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
         "training_tokens": source.get("training_tokens"),
         "git_commit": source.get("git_commit"),
         "weights_sha256": candidate.member.weights,
+        **_seed_and_recipe(source),
         "assumed": list(candidate.opened.assumed),
         "doubts": [*doubts_of_files(source), *_doubts(entries, dictionary)],
-    } | entries
+    } | _with_usage(entries, dictionary.training_usage)
+    if source.get("skipped"):
+        report["skipped"] = [f"training: {counted(source['skipped'])}", *report.get("skipped", [])]
     for doubt in _doubts(entries, dictionary):
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
     # Told when the checkpoint was opened.
@@ -242,8 +253,30 @@ def _written(candidate: Candidate, entries: dict[str, Any]) -> Report:
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
         # The page takes its training curve from beside the report.
         shutil.copyfile(log_of_run, candidate.out / METRICS_FILE)
+    # First: an older one must never stand beside a newer report.
+    (candidate.out / SUMS_FILE).unlink(missing_ok=True)
     write_json(candidate.out / "report.json", report)
+    if sums:
+        write_sums(candidate.out, merged_sums(sums))
     return report | {"report_path": str(render_file(candidate.out / "report.json"))}
+
+
+def _seed_and_recipe(source: dict[str, Any]) -> dict[str, Any]:
+    """Return the training's seed, and a digest that is equal for runs that differ in seed and directory only."""
+    recipe = source.get("recipe")
+    if not recipe:
+        return {"seed": None, "recipe_digest": None}
+    rest = {key: value for key, value in recipe.items() if key not in ("seed", "out_dir", "wandb")}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+    return {"seed": recipe.get("seed"), "recipe_digest": digest}
+
+
+def _with_usage(entries: dict[str, Any], usage: TrainingUsage | None) -> dict[str, Any]:
+    """Add the dead latents of the training, whose window is another than that of the tokens scored."""
+    keys = ("dead_training_fraction", "dead_training_window_tokens")
+    if usage is not None:
+        return entries | dict(zip(keys, (usage.dead_fraction, usage.window_tokens), strict=True))
+    return entries | dict.fromkeys(keys) | {"reasons": entries["reasons"] | dict.fromkeys(keys, NO_USAGE)}
 
 
 def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:
@@ -297,7 +330,7 @@ def evaluate_tensor(
         piece = DictionaryOutputs(setting, None, (rows, wanted))
         for group in groups:
             group.score(piece)
-    return _merged(settled(group.report()) for group in groups)
+    return _merged(GroupResult(*settled(group.report())) for group in groups)
 
 
 @dataclass(frozen=True)
@@ -315,16 +348,17 @@ def evaluate_on_model(
     cache: bool = True,
     progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
-) -> list[dict[str, Any]]:
-    """The entries of every candidate, which have model, text and number of tokens in common.
+) -> list[list[GroupResult]]:
+    """What every group found of each candidate; candidates have model, text and number of tokens in common.
 
-    Groups whose entries are cached take no part, and where all are, the model is not even loaded.
+    Groups whose results are cached take no part, and where all are, the model is not even loaded.
     """
     kept = [candidate.kept(tokens) if cache else Nothing() for candidate in candidates]
     told = {group.name: (metric_options or {}).get(group.name, {}) for group in GROUPS}
     known = [
         {group.name: found for group in GROUPS if (found := store.get(group, told[group.name])) is not None} for store in kept
     ]
+    skipped: list[GroupResult] = []
     if any(len(entries) < len(GROUPS) for entries in known):
         hooks = [hooks_of_provenance(candidate.source) for candidate in candidates]
         where = eval_data(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
@@ -345,11 +379,16 @@ def evaluate_on_model(
                 )
             )
         documents = _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        if found := where.bad_texts.until(None) + where.bad_tokens.found:
+            skipped = [GroupResult({"skipped": [f"evaluation: {counted(found)}"]}, {})]
+            log.warning("Left out of the evaluation, or mended: %s.", counted(found))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
-                entries[group.name] = settled(group.report())
+                settled_entries = settled(group.report())
+                sums = None if group.documents is None else group.documents.columns()
+                entries[group.name] = GroupResult(*settled_entries, sums)
                 store.put(type(group), told[group.name], entries[group.name], documents)
-    return [_merged(entries[group.name] for group in GROUPS) for entries in known]
+    return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
 
 
 def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> int | None:
@@ -361,7 +400,7 @@ def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
     cursor, fitted, scored = Cursor(0, 0), 0, 0
     for piece in where.pieces(cursor, tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=False)
+        passage = ModelOutputs(where.model, piece, hooks, with_logits=False, bad=where.bad_tokens)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
@@ -372,7 +411,7 @@ def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[
     require_fitted(fitted)
     # The document the first half ended in is not scored.
     for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model)
+        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model, bad=where.bad_tokens)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
@@ -385,11 +424,11 @@ def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[
     return cursor.document + (cursor.offset > 0) if scored >= tokens - tokens // 2 else None
 
 
-def _merged(parts: Iterable[tuple[dict[str, Any], dict[str, str]]]) -> dict[str, Any]:
+def _merged(parts: Iterable[GroupResult]) -> dict[str, Any]:
     """All groups' entries, and under ``reasons`` why those are ``None`` that are."""
     found: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    for entries, why in parts:
-        found |= entries
-        reasons |= why
+    for part in parts:
+        found |= part.entries
+        reasons |= part.reasons
     return found | {"reasons": reasons}

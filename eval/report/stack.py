@@ -13,6 +13,7 @@ from torch import Tensor
 from ...sae import SparseCode, SparseDictionary
 from ...sae.files import write_json
 from ...sae.metrics import Moments
+from ...sae.training_usage import TrainingUsage
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
 from ...training.text import Cursor
@@ -30,7 +31,7 @@ from ..heldout import (
 )
 from ..metrics.downstream import SPLICES, Downstream, ablations
 from ..metrics.reconstruction import Reconstruction
-from ..pages.numbers import show
+from ..pages.numbers import dead_words, show
 from ..pages.render import render_file
 from ..pages.stack import short
 from ..undefined import settled
@@ -72,6 +73,7 @@ def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tok
     insertions = [Insertion(m.dictionary, *hooks_of_provenance(m.provenance)) for m in opened.members]
     report = _describe(opened, insertions)
     report |= judge_stack(insertions, sources[0], wanted_tokens(sources[0], tokens))
+    report |= _dead_in_training([insertion.dictionary.training_usage for insertion in insertions])
     target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "report.json", report)
@@ -116,6 +118,16 @@ def _describe(opened: LoadedCheckpoint, insertions: list[Insertion]) -> dict[str
         "git_commit": first.get("git_commit"),
         "assumed": list(opened.assumed),
     }
+
+
+def _dead_in_training(usages: list[TrainingUsage | None]) -> dict[str, float | int | None]:
+    """The dead latents of the training, of all dictionaries together; the window is the shortest of theirs."""
+    known = [usage for usage in usages if usage is not None]
+    if len(known) < len(usages):
+        return {"dead_training_fraction": None, "dead_training_window_tokens": None}
+    dead = torch.cat([usage.dead for usage in known])
+    window = min(usage.window_tokens for usage in known)
+    return {"dead_training_fraction": float(dead.double().mean()), "dead_training_window_tokens": window}
 
 
 @torch.no_grad()
@@ -238,6 +250,6 @@ def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("stack", f"{report['kind']}, {report['layers']} layers  {report['encoder']}  {report['n_latents']:,} latents"),
         ("fvu", f"{show(report['fvu_layer_mean'])}   mean over layers, on {report['tokens']:,} held-out tokens"),
-        ("l0", f"{report['l0_total']:.2f}   all layers together   dead {report['dead_fraction']:.2%}"),
+        ("l0", f"{report['l0_total']:.2f}   all layers together   {dead_words(report)}"),
         *((name, "".join(f"{value:>{width}}" for value in values)) for name, values in rows),
     ]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..pages.numbers import dead_words
 from .stack import stack_summary
 
 
@@ -26,7 +27,7 @@ def report_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{report['l0_mean']:.2f}   median {report['l0_median']:.0f}   10 to 90 %: "
             f"{report['l0_p10']:.0f}-{report['l0_p90']:.0f}",
         ),
-        ("latents", f"dead {report['dead_fraction']:.2%}   dense {report['dense_fraction']:.2%}"),
+        ("latents", f"{dead_words(report)}   dense {report['dense_fraction']:.2%}"),
     ]
     if "ce_clean" in report:
         names = ("clean", "spliced", "zero", "mean", "resample")

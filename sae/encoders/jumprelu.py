@@ -1,17 +1,25 @@
 """JumpReLU: every latent has a learned threshold below which it is silent."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
+from ..encoder import Weights, require_argument, scorer, with_gradient
+from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
+from ..sparse_ops import per_entry
 from ..tiled_scores import Scorer, above, largest_of_batch
 
 # Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
 PACE = 10.0
+# Where thresholds start that have no target to start from: exp(PACE * FIRST) = 0.05.
+FIRST = -0.3
+# Share of a run over which the wanted l0 falls from its start to the target.
+THINNING = 0.2
+# Smallest threshold that calibration leaves.
+LEAST = 1e-6
 
 
 class Jump(torch.autograd.Function):
@@ -34,52 +42,131 @@ class Jump(torch.autograd.Function):
         return grads[0] * fires, -window * (theta * grads[0] + grads[1]), None
 
 
-class JumpReLU(Encoder):
-    """Keep the pre-activations above the latent's threshold, unchanged; ``sparsity (l0 / target_l0 - 1)^2`` steers the l0.
+class JumpReLU(Penalised):
+    """Keep the pre-activations above the latent's threshold, unchanged.
 
     Thresholds are stored as logarithms. Their gradient comes from pre-activations within ``bandwidth`` of them: too narrow
-    and they stand still, too wide and they are biased; the unit is that of normalised inputs. They start where the first
-    training batch has ``target_l0`` latents per token: from a small constant, as published, short runs do not get there.
-    Source: Rajamanoharan et al. 2024, arXiv:2407.14435; the squared form of the penalty is its appendix's.
+    and they stand still, too wide and they are biased; the unit is that of normalised inputs.
+
+    A latent whose pre-activations all stay below that window hears nothing of the loss. Latents that are dead are therefore
+    charged ``pre_act_loss`` times how far they stay below their thresholds, which moves both (``sae.losses``).
+
+    Args:
+        target_l0: The wanted mean number of latents per token; ``penalty: square`` needs it.
+        sparsity: Weight of the penalty, in units of fvu; with a target and another penalty than ``square``, where steering
+            begins, as for ``relu``.
+        bandwidth: Width of the window.
+        penalty: ``square`` is ``sparsity (l0 / target_l0 - 1)^2``; ``l0`` is ``sparsity l0 / d_out``; ``tanh`` puts
+            ``tanh(steepness value)``, the value times its atom's norm, in the place of every firing latent's 1, with
+            gradient to all weights.
+        steepness: Of ``tanh``.
+        ramp: Share of the run over which ``sparsity`` rises from 0.
+        pre_act_loss: Weight of the term on dead latents.
+        start: A run begins with ``start x target_l0`` latents per token, and this falls to the target over its first fifth, by
+            the penalty, or by raising all thresholds together where they lag behind: Adam moves them by 1 % a step. So
+            latents learn before they are thinned out. Without a target thresholds start at 0.05.
+
+    Sources: Rajamanoharan et al. 2024, arXiv:2407.14435, whose appendix has the squared penalty; ``tanh``, the ramp over the
+    whole run and the term on dead latents are those of the January 2025 update of Anthropic's Transformer Circuits thread.
     """
 
+    betas = (0.0, 0.999)
     started: Int[Tensor, ""]
 
-    def __init__(self, target_l0: int | float, sparsity: int | float = 1.0, bandwidth: int | float = 0.2):
-        super().__init__()
-        require_argument("target_l0", target_l0, 1, fix="It is the wanted mean number of latents per token.")
-        require_argument("sparsity", sparsity, 0.0, fix="0 is no penalty.")
+    def __init__(
+        self,
+        target_l0: int | float | None = None,
+        sparsity: int | float = 1.0,
+        bandwidth: int | float = 0.2,
+        penalty: Literal["square", "l0", "tanh"] = "square",
+        steepness: int | float = 4.0,
+        ramp: int | float = 0.0,
+        pre_act_loss: int | float = 0.03,
+        start: int | float = 20.0,
+    ):
+        super().__init__(sparsity, target_l0, ramp, pre_act_loss)
         require_argument("bandwidth", bandwidth, 1e-6, fix="It is in units of normalised pre-activations.")
-        self.target_l0, self.sparsity, self.bandwidth = target_l0, sparsity, bandwidth
+        require_argument("steepness", steepness, 1e-6, fix="4 is published.")
+        require_argument("start", start, 1e-6, fix="1 starts at the target.")
+        if penalty == "square" and target_l0 is None:
+            raise ValueError(
+                "dictionary.encoder.target_l0: expected a number with penalty square, got none. Set it, or set penalty to l0 "
+                "or tanh."
+            )
+        self.bandwidth, self.penalty, self.steepness = bandwidth, penalty, steepness
+        self.start = start
+        if penalty != "square":
+            self.steering = SparsityPenalty()
 
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         tokens = x.shape[0]
-        if self.training and tokens and int(self.started) == 0:
-            self._start(scorer(x, weights), tokens)
+        if self.training and tokens and self.target_l0 is not None and (self.progress < THINNING or not int(self.started)):
+            self._thin_out(scorer(x, weights), tokens)
         # Just below the threshold an entry is silent but has a say in where the threshold moves.
         margin = self.bandwidth / 2 if self.training else 0.0
-        cut = self.thresholds().detach() - margin
+        theta = self.thresholds()
+        cut = theta.detach() - margin
         code = with_gradient(above(scorer(x, weights).tiles(), cut, tokens, len(cut)), x, weights)
-        values, fires = Jump.apply(code.values, self.thresholds()[code.latents], self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
+        values, fires = Jump.apply(code.values, per_entry(theta, code.latents), self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
         code = SparseCode(code.latents, values, code.starts)
         if not self.training or tokens == 0:
             return code
-        penalty = self.sparsity * (fires.sum() / tokens / self.target_l0 - 1).pow(2)
-        return SparseCode(code.latents, code.values, code.starts, AuxTerms(penalties={"sparsity": penalty}))
+        requests = AuxTerms(
+            penalties={"sparsity": self._charge(code, fires, weights)},
+            revival=self.revival(theta),
+        )
+        return SparseCode(code.latents, code.values, code.starts, requests)
 
     def thresholds(self) -> Float[Tensor, " n_latents"]:
         """What a pre-activation must exceed, in normalised units."""
         return (PACE * self.log_threshold).exp()
 
-    @torch.no_grad()
-    def _start(self, scores: Scorer, tokens: int) -> None:
-        level = largest_of_batch(scores, round(tokens * self.target_l0), None)[0].values.amin()
-        self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
-        self.started.fill_(1)
+    def _charge(self, code: SparseCode, fires: Float[Tensor, " nnz"], weights: Weights) -> Float[Tensor, ""]:
+        """Return what a training batch's code costs."""
+        l0 = fires.sum() / code.n_tokens
+        if self.penalty == "square":
+            assert self.target_now is not None
+            return self.weight_now() * (l0 / self.target_now - 1).pow(2)
+        if self.penalty == "tanh":
+            norms = per_entry(weights.W_dec.norm(dim=-1), code.latents)
+            measure = (self.steepness * code.values * norms).tanh().sum() / code.n_tokens
+        else:
+            measure = l0
+        return self.steering(measure / weights.unit, self.weight_now(), l0, self.target_now, self.rising)
 
-    def prepare(self, n_latents: int) -> None:
-        require_argument("target_l0", self.target_l0, 1, n_latents, "It cannot exceed dictionary.n_latents.")
-        self.log_threshold = nn.Parameter(torch.full((n_latents,), -0.3))
+    @property
+    def target_now(self) -> float | None:
+        """The l0 that is wanted at this point of training."""
+        early = max(0.0, 1 - self.progress / THINNING)
+        return None if self.target_l0 is None else self.target_l0 * max(self.start, 1.0) ** early
+
+    @torch.no_grad()
+    def _thin_out(self, scores: Scorer, tokens: int) -> None:
+        """Let no more latents fire than are wanted; the first batch sets one threshold for all."""
+        assert self.target_now is not None
+        budget = min(round(tokens * self.target_now), tokens * len(scores.W))
+        if not int(self.started):
+            level = largest_of_batch(scores, budget)[0].values.amin()
+            self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
+            self.started.fill_(1)
+            return
+        by = largest_of_batch(self._margins(scores), budget)[0].values.amin()
+        if float(by) > 0:
+            self.log_threshold.copy_((self.thresholds() + by).log() / PACE)
+
+    def prepare_cuts(self, n_latents: int) -> None:
+        self.log_threshold = nn.Parameter(torch.full((n_latents,), FIRST))
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
+
+    def margins(self, scores: Scorer, weights: Weights) -> tuple[Scorer, Float[Tensor, " n_latents"] | None]:
+        return self._margins(scores), None
+
+    def _margins(self, scores: Scorer) -> Scorer:
+        below = -self.thresholds().detach().to(scores.W)
+        return Scorer(scores.x, scores.W, below if scores.b is None else scores.b + below)
+
+    @torch.no_grad()
+    def raise_cuts(self, by: float, weights: Weights) -> None:
+        self.log_threshold.copy_((self.thresholds() + by).clamp_min(LEAST).log() / PACE)

@@ -4,29 +4,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..encoder import Encoder, Weights, require_argument, scorer, with_gradient
+from ..encoder import Weights, scorer, with_gradient
+from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
-from ..sparsity_penalty import SparsityPenalty
-from ..tiled_scores import above
+from ..sparse_ops import per_entry
+from ..tiled_scores import Scorer, above
 
 
-class ReLU(Encoder):
+class ReLU(Penalised):
     """Keep every positive pre-activation; the loss charges ``sparsity`` for each value times its atom's norm.
 
     Weighing by the norm makes the penalty blind to rescaling a latent, so atoms need no constraint; they are brought to unit
-    norm, with their values, when training ends. The penalty is a sum over latents divided by ``d_out``: in units of fvu, as
-    the reconstruction term. ``target_l0`` steers the penalty's weight until that many latents fire per token, starting from
-    ``sparsity``; the schedule then depends on the data, which a comparison must say.
+    norm, with their values, when training ends. The penalty is a sum over latents divided by the width of one site: in units
+    of fvu, as the reconstruction term. ``target_l0`` steers the penalty's weight until that many latents fire per token,
+    starting from ``sparsity``; the schedule then depends on the data, which a comparison must say. The weight rises over the
+    first ``ramp`` of the run, so that latents are fitted before they are paid for.
     Source: the April 2024 update of Anthropic's Transformer Circuits thread.
     """
 
     unit_atoms = False
 
-    def __init__(self, sparsity: int | float = 0.1, target_l0: int | float | None = None):
-        super().__init__()
-        require_argument("sparsity", sparsity, 0.0, fix="0 is no penalty.")
-        self.sparsity, self.target_l0 = sparsity, target_l0
-        self.penalty = SparsityPenalty(target_l0)
+    def __init__(
+        self,
+        sparsity: int | float = 1.0,
+        target_l0: int | float | None = None,
+        ramp: int | float = 0.1,
+        pre_act_loss: int | float = 0.03,
+    ):
+        super().__init__(sparsity, target_l0, ramp, pre_act_loss)
+        self.penalty = SparsityPenalty()
 
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
@@ -37,11 +43,20 @@ class ReLU(Encoder):
         if not self.training or tokens == 0:
             return code
         norms = weights.W_dec.norm(dim=-1)
-        measure = (code.values * norms[code.latents]).sum() / (tokens * weights.W_dec.shape[1])
+        measure = (code.values * per_entry(norms, code.latents)).sum() / (tokens * weights.unit)
         l0 = torch.tensor(len(code.values) / tokens, device=x.device)
-        penalties = {"sparsity": self.penalty(measure, self.sparsity, l0, self.target_l0)}
-        return SparseCode(code.latents, code.values, code.starts, AuxTerms(penalties=penalties))
+        penalties = {"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)}
+        return SparseCode(
+            code.latents, code.values, code.starts, AuxTerms(penalties=penalties, revival=self.revival(x.new_zeros(n_latents)))
+        )
 
-    def prepare(self, n_latents: int) -> None:
-        if self.target_l0 is not None:
-            require_argument("target_l0", self.target_l0, 1, n_latents, "It cannot exceed dictionary.n_latents.")
+    def prepare_cuts(self, n_latents: int) -> None:
+        pass
+
+    def margins(self, scores: Scorer, weights: Weights) -> tuple[Scorer, Float[Tensor, " n_latents"] | None]:
+        return scores, None
+
+    @torch.no_grad()
+    def raise_cuts(self, by: float, weights: Weights) -> None:
+        assert weights.b_enc is not None
+        weights.b_enc.sub_(by)

@@ -1,11 +1,10 @@
 """What circuit-tracer reads: folders of its per-layer and cross-layer transcoders.
 
-It has no scales, no input biases, and two gates, three in its repository: what a dictionary of ours has besides is folded, or
+It has no scales, no input biases, and two gates, relu and thresholds: what a dictionary of ours has besides is folded, or
 refused with the reason.
 """
 
 import io
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,23 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..extras import needs
 from ..files import write_tensors, write_text
-from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
+from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .folding import fold_all, fold_b_in, fold_layers, fold_norms
 from .hooks import behind_norm, layer_of, to_transformer_lens
 from .origin import exported_model
 
-log = logging.getLogger(__name__)
-
 CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
+RANKED = (
+    "version 0.5.0 reads it as relu, with many times as many latents. Write thresholds that as many exceed: convert with "
+    "--calibrate TOKENS, or thresholds={hook: number}"
+)
 REFUSED = {
     "gated": "it has no gate with weights of its own. No threshold says the same",
     "pursuit": "it encodes by one product. A pursuit's steps depend on one another",
     "group_max": "it has nothing like it. Write sparsify",
     "abs_topk": "its topk ranks by value, not by size. Keep it in our own format",
+    "topk": RANKED,
+    "topk_raw": RANKED,
 }
 
 
@@ -42,12 +44,8 @@ def write_transcoders(members: Sequence[CanonicalSAE], directory: Path) -> None:
     layers = in_order(members)
     prepared = [_transcoder(n, i) for i, n in enumerate(layers)]
     config = configuration(layers, "transcoder_set")
-    ranked = {n.gate.k for n in prepared if n.gate.name == "topk_raw"}
-    if len({n.gate.name for n in prepared}) > 1 or len(ranked) > 1 or len({n.n_latents for n in prepared}) > 1:
-        raise ValueError("circuit_tracer: expected the same gate, k and number of latents in every layer, got different ones.")
-    if ranked:
-        config |= {"activation": "topk", "k": ranked.pop()}
-        log.warning("circuit-tracer 0.5.0 reads topk as relu; the version in its repository reads `activation: topk`")
+    if len({n.gate.name for n in prepared}) > 1 or len({n.n_latents for n in prepared}) > 1:
+        raise ValueError("circuit_tracer: expected the same gate and number of latents in every layer, got different ones.")
     directory.mkdir(parents=True, exist_ok=True)
     for i, n in enumerate(prepared):
         write_tensors(directory / f"layer_{i}.safetensors", tensors_of(n), {})
@@ -115,27 +113,13 @@ def _transcoder(n: CanonicalSAE, layer: int) -> CanonicalSAE:
         # What stands in front of the encoder is the hook then.
         n = replace(n, row_norm=None)
     n = fold_all(n)
-    n = fold_b_in(fold_norms(n) if n.gate.by_norm else n)
-    return with_idle_latents(n) if n.gate.name == "topk" else n
+    return fold_b_in(fold_norms(n) if n.gate.by_norm else n)
 
 
 def require_square(n: CanonicalSAE, d_out: int) -> None:
     """Raise ``ValueError`` unless what is read is as wide as what is written, as in everything it has."""
     if n.d_in != d_out:
         raise ValueError(f"circuit_tracer: expected outputs as wide as inputs, {n.d_in}, got {d_out}: it has one width.")
-
-
-def with_idle_latents(n: CanonicalSAE) -> CanonicalSAE:
-    """TopK behind a rectifier as one without.
-
-    With k more latents that are always zero and write nothing, a negative one is never among the k largest.
-    """
-    assert n.W_enc is not None
-    assert n.b_enc is not None
-    k = n.gate.k
-    matrices = {"W_enc": pad(n.W_enc, (0, 0, 0, k)), "W_dec": pad(n.W_dec, (0, 0, 0, k)), "b_enc": pad(n.b_enc, (0, k))}
-    words = f"{k} latents added that are always zero, so that topk without a rectifier chooses no negative one"
-    return n.noting(words, gate=ActivationFn("topk_raw", k=k), **matrices)
 
 
 def tensors_of(n: CanonicalSAE) -> dict[str, Tensor]:

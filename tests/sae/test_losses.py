@@ -1,7 +1,7 @@
 import torch
 
 from sparsary.sae.encoder import Weights
-from sparsary.sae.losses import aux_zipf, auxk, normalized_mse
+from sparsary.sae.losses import aux_zipf, auxk, normalized_mse, pre_activation_loss
 from sparsary.sae.metrics import fvu
 from sparsary.sae.zipf import underused, zipf
 
@@ -107,3 +107,37 @@ def test_aux_zipf_takes_the_dead_even_if_their_running_density_is_high():
 def test_aux_zipf_before_anything_has_fired_is_free():
     weights, dead = setup([])
     assert aux_zipf(torch.randn(5, D), torch.randn(5, D), weights, dead, torch.zeros(LATENTS), 0.5, 3) == 0
+
+
+def test_the_pre_activation_loss_is_the_shortfall_of_dead_latents():
+    weights, dead = setup([1, 4, 7])
+    x, thresholds = torch.randn(20, D, requires_grad=True), torch.rand(LATENTS, requires_grad=True)
+    loss = pre_activation_loss(x, weights, thresholds, dead)
+    below = (thresholds - x @ weights.W_enc.T - weights.b_enc).relu() * weights.W_dec.norm(dim=-1)
+    torch.testing.assert_close(loss, below[:, dead].sum() / (20 * D))
+    loss.backward()
+    assert x.grad is None
+    assert weights.W_dec.grad is None
+    for gradient in (weights.W_enc.grad, weights.b_enc.grad.unsqueeze(-1), thresholds.grad.unsqueeze(-1)):
+        assert (gradient[dead].abs().sum(-1) > 0).all()
+        assert (gradient[~dead] == 0).all()
+    # Thresholds fall and pre-activations rise.
+    assert (thresholds.grad[dead] > 0).all()
+    assert (weights.b_enc.grad[dead] < 0).all()
+
+
+def test_the_pre_activation_loss_s_gradients_in_float64():
+    weights, dead = setup([0, 3, 8])
+    x, W_dec = torch.randn(20, D).double(), weights.W_dec.detach().double()
+
+    def loss(W_enc, b_enc, thresholds):
+        return pre_activation_loss(x, Weights(W_enc, b_enc, W_dec, site_width=3), thresholds, dead)
+
+    inputs = [each.detach().double().requires_grad_(True) for each in (weights.W_enc, weights.b_enc, torch.rand(LATENTS))]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_the_pre_activation_loss_without_dead_latents_or_tokens_is_zero():
+    weights, dead = setup([])
+    assert pre_activation_loss(torch.randn(5, D), weights, torch.rand(LATENTS), dead) == 0
+    assert pre_activation_loss(torch.randn(0, D), weights, torch.rand(LATENTS), ~dead) == 0

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparsary.sae import SparseCode
+from sparsary.sae import SAE, SparseCode
+from sparsary.sae.encoders import build_encoder
 
 N_LATENTS = 13
 
@@ -59,3 +60,28 @@ def test_a_latent_chosen_twice_is_refused(code):
     for act in (code.columns, lambda latents: code.with_columns(latents, torch.zeros(4, 3))):
         with pytest.raises(ValueError, match=r"latents: expected each at most once, got \[7, 2, 7\]"):
             act(torch.tensor([7, 2, 7]))
+
+
+def test_a_latent_taken_again_counts_once():
+    latents = torch.tensor([[3, 1, 3, 3], [0, 2, 4, 1], [5, 5, 0, 0]])
+    values = torch.tensor([[1.0, 2.0, 0.5, 0.25], [1.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.0, 0.0]], requires_grad=True)
+    steps, plain = SparseCode.from_steps(latents, values), SparseCode.from_rows(latents, values)
+    assert torch.equal(steps.to_dense(6), plain.to_dense(6))
+    assert steps.l0().tolist() == [2, 4, 1]
+    assert steps.firings(6).tolist() == [1, 2, 1, 1, 1, 1]
+    # An entry's gradient is its latent's.
+    steps.to_dense(6).mul(torch.arange(18.0).view(3, 6)).sum().backward()
+    assert torch.equal(values.grad, torch.arange(18.0).view(3, 6).gather(1, latents))
+
+
+@pytest.mark.parametrize("spec", [{"name": "matching_pursuit", "k": 12}, {"name": "residual_pursuit", "max_steps": 12}])
+def test_pursuits_count_distinct_latents(spec):
+    torch.manual_seed(0)
+    # Few atoms in few dimensions: some are taken again.
+    rules = {"stop_on_repeat": False} if "residual" in spec["name"] else {}
+    d = SAE(5, 9, build_encoder(spec | rules)).eval().requires_grad_(False)
+    x = torch.randn(40, 5)
+    for code in (d.encode(x), d.pursue(x, 12, "matching_pursuit")):
+        assert torch.equal(code.l0(), (code.to_dense(9) != 0).sum(1))
+        assert torch.equal(code.firings(9), (code.to_dense(9) != 0).sum(0))
+        assert code.l0().float().mean() < 11

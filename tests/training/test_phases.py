@@ -126,6 +126,21 @@ def test_a_scheduled_target_l0_is_what_the_controller_steers_to(values, name):
     assert float(sae.encoder.penalty.factor) > 1
 
 
+def test_encoders_know_how_far_their_phase_is(values):
+    values["phases"][0] |= {"encoder": {"name": "relu", "sparsity": 0.1}, "blend": 0.0}
+    sae, phases, _ = started(values)
+    shares = []
+    for step in (0, START - 1, START, STEPS - 1):
+        phases.enter(sae, step)
+        shares.append(sae.encoder.progress)
+    assert shares == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_densities_of_encoders_have_the_run_s_half_life(values):
+    _, phases, recipe = started(values)
+    assert {encoder.density_half_life for encoder in phases.encoders} == {recipe.dead_after_tokens / 4}
+
+
 # Phases.
 
 

@@ -23,7 +23,7 @@ from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
 from .contexts import ContextBatch, context_batches
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, ActivationStore, encode
+from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, ActivationStore, encode, gradient_dtype
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def rows_of(
     heldout = are_heldout(batch.document_ids, section.heldout)
     ids = batch.on(model.device).token_ids
     if section.gradients:
-        values, gradients = model.activations_and_gradients(ids, hooks)
+        documents = torch.from_numpy(batch.document_ids).to(model.device)
+        values, gradients = model.activations_and_gradients(ids, hooks, documents)
     else:
         values, gradients = model.activations(ids, hooks), {}
     tensors = {f"x:{hook}": x for hook, x in values.items()} | {f"grad:{hook}": g for hook, g in gradients.items()}
@@ -398,8 +399,9 @@ class _Writer:
     def _encode(self, split: str, rows: HarvestedRows, name: str) -> dict[str, Tensor]:
         """A tensor as it is stored; training rows also enter the statistics of what training will read."""
         exact = rows.tensors[name]
-        stored, scale, restored = encode(exact, self.section.dtype, self.section.block)
         kind, _, hook = name.partition(":")
+        dtype = self.section.dtype if kind == "x" else gradient_dtype(self.section.dtype)
+        stored, scale, restored = encode(exact, dtype, self.section.block)
         if split == "train" and kind == "x":
             if restored is not exact:
                 self._lost[hook] += _squared_difference(exact, restored)

@@ -243,11 +243,10 @@ class ContextStream(ActivationStream):
         kept_rows = batch.kept_activations(self.model, tuple(dict.fromkeys((*hooks_in, *hooks_out))))
         good = torch.stack([torch.isfinite(values).all(-1) for values in kept_rows.values()]).all(0).cpu().numpy()
         if not good.all():
-            owners = np.nonzero(batch.kept)[0]
-            left_out = set(owners[~good].tolist())
+            left_out = set(np.nonzero(batch.kept)[0][~good].tolist())
             where = f"an activation is not finite (document {batch.document_ids[batch.kept][~good][0]})"
-            rows = int(np.isin(owners, list(left_out)).sum())
-            tokens.count(rows, rows, f"{', '.join(kept_rows)}: {where}", "Set model.dtype: float32.")
+            bad = int((~good).sum())
+            tokens.count(bad, bad, f"{', '.join(kept_rows)}: {where}", "Set model.dtype: float32.")
             return None, [piece for number, piece in enumerate(pieces) if number not in left_out]
         tokens.count(len(good))
         x, target = (side_by_side([kept_rows[hook] for hook in hooks]) for hooks in (hooks_in, hooks_out))

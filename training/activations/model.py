@@ -97,19 +97,25 @@ class LanguageModel:
         return self._in_order(seen, hooks)
 
     def activations_and_gradients(
-        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
+        self,
+        token_ids: Int[Tensor, "contexts positions"],
+        hooks: tuple[str, ...],
+        document_ids: Int[Tensor, "contexts positions"] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What every hook sees, and the gradient there of the next-token loss.
 
-        The loss is the sum over the positions of a context, so a token's gradient does not depend on its batch-mates.
+        The loss is the sum over the predictions within a token's own document, so that its gradient depends neither on its
+        batch-mates nor on the documents that are packed behind it. Attention reaches across documents, so each of a context
+        takes a backward pass. Without ``document_ids`` every context is one document.
         """
+        if document_ids is None:
+            document_ids = torch.zeros_like(token_ids)
         seen: dict[str, Tensor] = {}
 
         def leaf(hook: str) -> Callable[[Tensor], Tensor]:
             def reader(x: Tensor) -> Tensor:
-                # The first hook starts the graph; later ones are part of it and keep their gradient.
+                # The first hook starts the graph; later ones are part of it.
                 x = x if x.requires_grad else x.detach().requires_grad_(True)
-                x.retain_grad()
                 seen.setdefault(hook, x)
                 # Modules above may write into what they get.
                 return x.clone()
@@ -118,10 +124,23 @@ class LanguageModel:
 
         with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
             logits = self.module(input_ids=token_ids, use_cache=False).logits
-            next_token_loss(logits, token_ids).sum().backward()
+            losses = next_token_loss(logits, token_ids)
+            starts = document_ids[:, 1:] != document_ids[:, :-1]
+            # Padding is no document.
+            within = ~starts & (document_ids[:, :-1] >= 0)
+            # The how manieth document of its context every position belongs to.
+            place = nn.functional.pad(starts.long().cumsum(1), (1, 0))
+            gradients = {hook: torch.zeros_like(x) for hook, x in seen.items()}
+            last = int(place.max())
+            for number in range(last + 1):
+                own = (losses * (within & (place[:, :-1] == number))).sum()
+                # A hook may not lie on the path to the loss; zeros then.
+                found = torch.autograd.grad(own, list(seen.values()), retain_graph=number < last, allow_unused=True)
+                for hook, gradient in zip(seen, found, strict=True):
+                    if gradient is not None:
+                        here = (place == number).unsqueeze(-1)
+                        gradients[hook] = torch.where(here, gradient, gradients[hook])
         values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
-        # The first hook in execution order may not lie on the path to the loss of every position; zeros then.
-        gradients = {hook: torch.zeros_like(x) if x.grad is None else x.grad for hook, x in seen.items()}
         return values, self._in_order(gradients, hooks)
 
     def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:

@@ -29,7 +29,21 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 LABELS = ("token", "document", "position", "offset")
 # The gradients that are stored, as the manifest says.
-GRADIENT_KIND = {"loss": "next_token_cross_entropy", "reduction": "sum over the positions of a context", "normalized": "no"}
+GRADIENT_KIND = {
+    "loss": "next_token_cross_entropy",
+    "reduction": "sum over the predictions of a context within the token's document",
+    "normalized": "no",
+}
+
+
+def gradient_dtype(dtype: str) -> str:
+    """Return what gradients are stored as where activations are stored as ``dtype``.
+
+    Gradients are often below 1e-6, where float16 has few digits left and int8's float16 scales none: bfloat16 has float32's
+    range.
+    """
+    return "bfloat16" if dtype in ("float16", "int8") else dtype
+
 
 # Without the compiler rows are read in blocks of so many: a block and its decoded copies stay in the processor's cache.
 PLAIN_ROWS = 1024

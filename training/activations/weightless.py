@@ -33,6 +33,9 @@ class _ShapesOfProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.name.endswith("_") and args and isinstance(args[0], Tensor) and 0 in args[0].stride():
+            # Some models rescale their weights in place (RWKV), which spread numbers do not allow.
+            return args[0]
         if func.overloadpacket not in PRODUCTS:
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))

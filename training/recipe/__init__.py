@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .schema import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, total_steps
+from .schema import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, peak_lr, total_steps
 from .validation import check_encoder, check_together, encoder_specs, explain
 
 # The sections are a recipe's, wherever they are written down.
@@ -33,6 +33,7 @@ __all__ = [
     "override",
     "parse_overrides",
     "parse_yaml",
+    "peak_lr",
     "read_values",
     "total_steps",
 ]

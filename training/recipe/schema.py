@@ -37,9 +37,33 @@ def _layers(value: Any) -> Literal["all"] | tuple[int, ...] | None:
     raise ValueError("all, or a list of layers")
 
 
+def _rate(value: Any) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value > 0:
+            return float(value)
+        raise ValueError("greater than 0")
+    raise ValueError("a valid number, or auto")
+
+
+def _betas(value: Any) -> tuple[float, float] | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_share(each) for each in value):
+        return (float(value[0]), float(value[1]))
+    raise ValueError("two numbers from 0 to below 1, or auto")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
 # Unions, of which pydantic would report every part.
 _listed = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value)
 Hooks = Annotated[str | tuple[str, ...] | None, PlainValidator(_hooks), _listed]
+Rate = Annotated[float | Literal["auto"], PlainValidator(_rate)]
+Betas = Annotated[tuple[float, float] | Literal["auto"], PlainValidator(_betas), _listed]
 Layers = Annotated[Literal["all"] | tuple[int, ...] | None, PlainValidator(_layers), _listed]
 
 
@@ -122,7 +146,9 @@ class DictionarySection(Section):
     site: str | None = Field(default=None, description="a part of the layer: mlp (transcoders), mlp_out, attention, ...")
     skip: bool = Field(default=False, description="transcoder: an affine map past the latents, zero at first")
     joint: bool = Field(
-        default=False, description="cross_layer_transcoder: topk chooses among all layers' latents, n_layers x k of them"
+        default=False,
+        description="cross_layer_transcoder: topk chooses among all layers' latents, n_layers x k of them; relu and jumprelu "
+        "meet target_l0 on the mean over layers, by one weight of the penalty",
     )
     n_latents: Positive = Field(description="cross_layer_transcoder: in every layer")
     encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
@@ -192,12 +218,17 @@ class Recipe(Section):
     tokens: Positive = Field(description="tokens trained on; more than the store holds means several passes")
     batch_tokens: Positive = 2048
     accumulate: Positive = Field(default=1, description="split every batch into so many pieces, to save memory")
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr: Rate = Field(
+        default=1e-3, description="auto: 2e-4 x sqrt(16384 / n_latents), the rule of Gao et al. 2024 with sparsify's constant"
+    )
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
     lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.2, description="last share of the run, with lr falling to 0"
     )
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    betas: Betas = Field(
+        default=(0.9, 0.999),
+        description="Adam's; auto: those of the encoder's paper, which are 0 and 0.999 for jumprelu and gated",
+    )
     grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
         default=0.003,
         description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
@@ -258,3 +289,12 @@ class Recipe(Section):
 def total_steps(recipe: Recipe) -> int:
     """Steps of the whole run; the last batch is a full one."""
     return -(-recipe.tokens // recipe.batch_tokens)
+
+
+def peak_lr(recipe: Recipe) -> float:
+    """The highest learning rate of a run.
+
+    With ``auto`` it falls with the root of the dictionary's width: the rule is that of Gao et al. 2024, arXiv:2406.04093,
+    section 3; the constant, 2e-4 at 16,384 latents, that of EleutherAI's sparsify.
+    """
+    return 2e-4 * (16_384 / recipe.dictionary.n_latents) ** 0.5 if recipe.lr == "auto" else recipe.lr

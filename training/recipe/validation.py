@@ -193,6 +193,11 @@ def _check_cross_layer(recipe: Recipe) -> list[str]:
     if name in ENCODERS and name not in allowed:
         where = "with joint" if recipe.dictionary.joint else "in a cross_layer_transcoder"
         problems.append(f"dictionary.encoder.name: expected {' or '.join(allowed)} {where}, got {name!r}.")
+    # What is not given is the default.
+    if recipe.dictionary.joint and name == "jumprelu" and recipe.dictionary.encoder.get("penalty", "square") == "square":
+        problems.append(
+            "dictionary.encoder.penalty: expected l0 or tanh with joint, because square is about one layer's target."
+        )
     if recipe.phases:
         problems.append("phases: expected none with a cross_layer_transcoder, whose encoder stays one. Leave them out.")
     if recipe.screen != "none":

@@ -28,6 +28,10 @@ from ..units.space import Space, State
 # Shares of all units, as the MIB benchmark has them.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LEVELS = (0.5, 0.8, 0.9)
+# A size chosen where faithfulness first reaches a level reaches it there by luck too: it is chosen on every other pair, and
+# what its circuit does is measured on the rest.
+SIZED_ON, MEASURED_ON = slice(0, None, 2), slice(1, None, 2)
+ALL_PAIRS = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,16 @@ class FaithfulnessCurve:
         rows = [self.sizes.index(size) for size in sizes]
         return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=self.complements[rows])
 
+    def of_pairs(self, pairs: slice) -> "FaithfulnessCurve":
+        """The same curve on some of the pairs."""
+        return replace(
+            self,
+            circuits=self.circuits[:, pairs],
+            complements=self.complements[:, pairs],
+            full=self.full[pairs],
+            empty=self.empty[pairs],
+        )
+
     def smallest(self, level: float) -> int | None:
         """The first size on the curve that reaches a level of faithfulness; None if none does."""
         reached = np.flatnonzero(self.faithfulness() >= level)
@@ -84,7 +98,9 @@ class FaithfulnessCurve:
     def _ratio(self, values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         counts = np.ones(len(self.full)) if weights is None else weights
         full, empty = (np.average(part, weights=counts) for part in (self.full, self.empty))
-        return (np.average(values, axis=1, weights=counts) - empty) / (full - empty)
+        # On a few pairs nothing may be left of the signal that the whole has: no number then.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (np.average(values, axis=1, weights=counts) - empty) / (full - empty)
 
 
 def pair_interval(
@@ -167,29 +183,32 @@ def curve(
     return FaithfulnessCurve(trials.space.size, tuple(sizes), circuits, rest, trials.full, trials.empty)
 
 
-def smallest_size(trials: Trials, order: Int[Tensor, " units"], level: float, along: FaithfulnessCurve) -> int | None:
+def smallest_size(
+    trials: Trials, order: Int[Tensor, " units"], level: float, along: FaithfulnessCurve, pairs: slice = ALL_PAIRS
+) -> int | None:
     """How many units a circuit needs for a level of faithfulness, to the unit: bisected where ``along`` first reaches it.
 
-    None where no size on the curve does.
+    None where no size on the curve does. Only ``pairs`` are looked at: on others the circuit may be measured without bias.
     """
-    high = along.smallest(level)
+    high = along.of_pairs(pairs).smallest(level)
     if high is None:
         return None
     low = max((size for size in along.sizes if size < high), default=0)
     while high - low > 1:
         middle = (low + high) // 2
-        reached = curve(trials, order, [middle], complements=()).faithfulness()[0] >= level
+        reached = curve(trials, order, [middle], complements=()).of_pairs(pairs).faithfulness()[0] >= level
         low, high = (low, middle) if reached else (middle, high)
     return high
 
 
 def minimality(
-    trials: Trials, kept: Bool[Tensor, " units"], units: Int[Tensor, " some"] | None = None
+    trials: Trials, kept: Bool[Tensor, " units"], units: Int[Tensor, " some"] | None = None, pairs: slice = ALL_PAIRS
 ) -> Float[np.ndarray, " some"]:
     """How much faithfulness a circuit loses without each of its units (or some of them): near 0 it was not needed."""
     chosen = kept.nonzero().flatten() if units is None else units
-    without = np.array([trials.metric(_without(kept, int(unit))).mean() for unit in chosen])
-    return (trials.metric(kept).mean() - without) / (trials.full.mean() - trials.empty.mean())
+    without = np.array([trials.metric(_without(kept, int(unit)))[pairs].mean() for unit in chosen])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (trials.metric(kept)[pairs].mean() - without) / (trials.full[pairs].mean() - trials.empty[pairs].mean())
 
 
 def _without(kept: Bool[Tensor, " units"], unit: int) -> Bool[Tensor, " units"]:

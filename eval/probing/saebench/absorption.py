@@ -14,6 +14,8 @@ from .datasets import split_texts, submatrix
 from .output import SaebenchResult
 
 ABSORPTION_TOKENS = 30_000
+# In names of figures: of the activation less the dictionary's bias, which latents do not write. SAEBench leaves it in.
+LESS_BIAS = "less_bias"
 # Labels with words of their own, which a word's own latent may absorb.
 ABSORBABLE = ("class", "gender", "number", "century")
 
@@ -24,7 +26,8 @@ def absorption(
     """Absorption of labels: of the embedded corpus's word classes, token by token, or of labelled texts, text by text.
 
     SAEBench asks this of first letters only, so its result file has no name for our labels but ``first_letter``: there is
-    ``label`` in its place, and the type is ``absorption``.
+    ``label`` in its place, and the type is ``absorption``. Figures with ``less_bias`` in their names are ours: what latents
+    contribute is compared with the activation less the dictionary's bias.
 
     Raises:
         ValueError: If the dictionary writes elsewhere than at its hook, or no label is left.
@@ -54,6 +57,8 @@ def absorption(
         "absorption_fraction_score": "mean_absorption_fraction",
         "full_absorption_score": "full_absorption_rate",
         "num_split_features": "num_split_features",
+        f"absorption_fraction_{LESS_BIAS}_score": f"mean_absorption_fraction_{LESS_BIAS}",
+        f"full_absorption_{LESS_BIAS}_score": f"full_absorption_rate_{LESS_BIAS}",
     }
     mean: dict[str, Any] = {}
     for name, key in keys.items():
@@ -64,7 +69,9 @@ def absorption(
     summary |= {"absorption_labels": len(scored), "absorption_skipped": len(rows) - len(scored)}
     if not scored:
         summary["absorption_why"] = rows[0]["why"]
-    details = [{key: value for key, value in row.items() if key != "why"} for row in scored]
+    # SAEBench's file has SAEBench's figures only.
+    own = {key: value for key, value in mean.items() if LESS_BIAS not in key}
+    details = [{key: value for key, value in row.items() if key != "why" and LESS_BIAS not in key} for row in scored]
     config = {"random_seed": seed, "model_name": subject.model.id, "min_GT_probe_f1": LEAST_PROBE_F1}
     shown = "undefined" if not scored else f"fraction {mean['mean_absorption_fraction_score']:.3f}"
     shown += (
@@ -72,7 +79,7 @@ def absorption(
         if not scored
         else f"   full {mean['mean_full_absorption_score']:.3f}   latents {mean['mean_num_split_features']:.2f}"
     )
-    return SaebenchResult(summary, {"mean": mean}, details, config, [("absorption", f"{shown}   of {len(scored)} labels")])
+    return SaebenchResult(summary, {"mean": own}, details, config, [("absorption", f"{shown}   of {len(scored)} labels")])
 
 
 def _absorption_row(
@@ -95,8 +102,11 @@ def _absorption_row(
     if probe_f1 < LEAST_PROBE_F1 or not len(rows):
         return row | {"why": f"the probe's F1 is below {LEAST_PROBE_F1}"}
     bias = (subject.dictionary.bypass() * subject.dictionary.out_scale).detach().float().cpu().numpy()
-    found = absorbed(x[rows] - bias, sparse.csr_array(codes)[rows], latent_writes(subject), probe.weights, np.array(main))
+    rest = (sparse.csr_array(codes)[rows], latent_writes(subject), probe.weights, np.array(main))
+    found, less_bias = absorbed(x[rows], *rest), absorbed(x[rows] - bias, *rest)
     return row | {
+        f"mean_absorption_fraction_{LESS_BIAS}": float(less_bias.fraction.mean()),
+        f"full_absorption_rate_{LESS_BIAS}": float(less_bias.full.mean()),
         "mean_absorption_fraction": float(found.fraction.mean()),
         "full_absorption_rate": float(found.full.mean()),
         "num_full_absorption": int(found.full.sum()),

@@ -11,6 +11,8 @@ from ..subject import ProbeTarget, latent_writes
 from .datasets import LEAST_TEXTS, balanced_rows, split_texts
 from .output import PENALTY, SaebenchResult
 
+# Read before a figure is quoted; in probing.json and on the terminal beside the figures.
+UNRELIABLE = "a later study of SAEBench's metrics found SCR and TPP unreliable and advises against their use (arXiv:2605.18229)"
 N_VALUES = (2, 5, 10, 20, 50, 100, 500)
 
 
@@ -87,10 +89,13 @@ def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
         "scr_clean_accuracy": float(np.mean([value for found in accuracies for value in found["clean"].values()])),
         "scr_biased_accuracy": float(np.mean([value for found in accuracies for value in found["biased"].values()])),
         "scr_datasets": len(usable),
+        "scr_warning": UNRELIABLE,
     }
     shown = "   ".join(f"{n} {summary[f'scr_metric_threshold_{n}']:.3f}" for n in _counts(len(writes))[:5])
     config = _interventions_config(subject, usable, seed, True)
-    return SaebenchResult(summary, metrics, details, config, [("SCR", f"share recovered, latents silenced: {shown}")])
+    return SaebenchResult(
+        summary, metrics, details, config, [("SCR", f"share recovered, latents silenced: {shown}"), ("SCR, doubt", UNRELIABLE)]
+    )
 
 
 def _two(values: np.ndarray) -> bool:
@@ -170,7 +175,13 @@ def tpp(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
                     found.setdefault(f"tpp_threshold_{n}_{key}", []).append(value)
         details.append({"dataset_name": one.name} | {key: float(np.mean(values)) for key, values in found.items()})
     metrics = {"tpp_metrics": _means(details)}
-    summary = metrics["tpp_metrics"] | {"tpp_datasets": len(usable)}
+    summary = metrics["tpp_metrics"] | {"tpp_datasets": len(usable), "tpp_warning": UNRELIABLE}
     shown = "   ".join(f"{n} {summary[f'tpp_threshold_{n}_total_metric']:.3f}" for n in _counts(len(writes))[:5])
     config = _interventions_config(subject, usable, seed, False)
-    return SaebenchResult(summary, metrics, details, config, [("TPP", f"own loss less others', latents silenced: {shown}")])
+    return SaebenchResult(
+        summary,
+        metrics,
+        details,
+        config,
+        [("TPP", f"own loss less others', latents silenced: {shown}"), ("TPP, doubt", UNRELIABLE)],
+    )

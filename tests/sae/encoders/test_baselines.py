@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.sae.encoder import Weights, pre_activations
 from sparsary.sae.encoders.gated import Gated
-from sparsary.sae.encoders.jumprelu import PACE, Jump, JumpReLU
+from sparsary.sae.encoders.jumprelu import PACE, THINNING, Jump, JumpReLU
 from sparsary.sae.encoders.matching_pursuit import MatchingPursuit
 from sparsary.sae.encoders.matryoshka import Matryoshka
 from sparsary.sae.encoders.relu import ReLU
 from sparsary.sae.losses import normalized_mse
+from sparsary.sae.penalised import FASTEST, GAIN, PUSH, SparsityPenalty
 from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
@@ -105,21 +106,74 @@ def test_folding_norms_keeps_outputs():
     torch.testing.assert_close(sae.encode(x).to_dense(LATENTS), values * norms)
 
 
-@pytest.mark.parametrize("cls", [ReLU, Gated])
-def test_the_controller_raises_the_weight_above_the_target_and_lowers_it_below(cls):
+STEERED = {
+    "relu": lambda target=None, sparsity=0.1: ReLU(sparsity, target),
+    "gated": lambda target=None, sparsity=0.1: Gated(sparsity, target),
+    "tanh": lambda target=None, sparsity=0.1: JumpReLU(target, sparsity, penalty="tanh", start=3.0),
+    "l0": lambda target=None, sparsity=0.1: JumpReLU(target, sparsity, penalty="l0", start=3.0),
+}
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_the_controller_raises_the_weight_above_the_target_and_lowers_it_below(name):
     w, x = weights(), torch.randn(TOKENS, D)
-    l0 = float(prepared(cls())(x, w).l0().double().mean())
+    free = prepared(STEERED[name]())
+    l0 = float(free(x, w).l0().double().mean())
     assert 3 < l0 < 10
+    plain = float(free(x, w).requests.penalties["sparsity"].detach())
     for target, direction in ((l0 / 1.5, 1), (l0 * 1.2, -1), (l0, 0), (1, 1)):
-        encoder = prepared(cls(sparsity=0.1, target_l0=target))
-        penalties = [float(encoder(x, w).requests.penalties["sparsity"]) for _ in range(3)]
-        # A hundredth of the logarithm of the ratio and a half, the ratio at most 2; the first batch pays the weight as given.
+        encoder = prepared(STEERED[name](target))
+        if isinstance(encoder, JumpReLU):
+            encoder.started.fill_(1)
+        penalties = [float(encoder(x, w).requests.penalties["sparsity"].detach()) for _ in range(3)]
+        # Up by a hundredth per batch at most; the batch itself answers at once, within a factor of two.
         ratio = min(l0 / target, 2.0)
-        assert float(encoder.penalty.factor) == pytest.approx(ratio**0.045, rel=1e-5)
+        step = min(ratio**GAIN, FASTEST)
+        assert float(encoder.controllers[0].factor) == pytest.approx(step**3, rel=1e-5)
         assert (penalties[2] > penalties[0]) - (penalties[2] < penalties[0]) == direction
-        assert penalties[1] / penalties[0] == pytest.approx(ratio**0.015, rel=1e-5)
-        plain = prepared(cls(sparsity=0.1))(x, w).requests.penalties["sparsity"]
-        assert penalties[0] == pytest.approx(float(plain))
+        assert penalties[1] / penalties[0] == pytest.approx(step, rel=1e-5)
+        assert penalties[0] == pytest.approx(plain * ratio**PUSH, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_the_weight_rises_over_the_ramp_and_stays(name):
+    w, x = weights(), torch.randn(TOKENS, D)
+    encoder = prepared(STEERED[name]())
+    encoder.ramp, found = 0.2, []
+    for encoder.progress in (0.0, 0.05, 0.1, 0.2, 0.7, 1.0):
+        found.append(float(encoder(x, w).requests.penalties["sparsity"].detach()))
+    assert [each / found[-1] for each in found] == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("target", [2, 3.5, 4])
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu", "tanh"])
+def test_calibration_brings_the_target_l0_about(name, target):
+    encoder = JumpReLU(target) if name == "jumprelu" else STEERED[name](target)
+    sae, x = SAE(D, LATENTS, encoder), torch.randn(3001, D)
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.3)
+        if name == "gated":
+            encoder.b_mag.normal_(std=0.3)
+            encoder.r_mag.normal_(std=0.3)
+        if isinstance(encoder, JumpReLU):
+            encoder.log_threshold.copy_(torch.rand(LATENTS).log() / PACE)
+            encoder.started.fill_(1)
+    sae.eval()
+    assert abs(float(sae.encode(x).l0().double().mean()) - target) > 0.05 * target
+    assert sae.calibrate(iter(x.split(500)))
+    assert float(sae.encode(x).l0().double().mean()) == pytest.approx(target, rel=1e-3)
+    before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
+    sae.calibrate(iter(x.split(700)))
+    for key, tensor in sae.state_dict().items():
+        torch.testing.assert_close(tensor, before[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "tanh"])
+def test_calibration_leaves_what_has_no_target_alone(name):
+    sae = SAE(D, LATENTS, STEERED[name]())
+    before = {key: tensor.clone() for key, tensor in sae.state_dict().items()}
+    assert not sae.calibrate([torch.randn(50, D)])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in sae.state_dict().items())
 
 
 @pytest.mark.parametrize("cls", [ReLU, Gated])
@@ -133,6 +187,19 @@ def test_the_controller_rests_in_eval_and_without_a_target(cls):
     free = prepared(cls())
     free(x, w)
     assert float(free.penalty.factor) == 1.0
+
+
+@pytest.mark.parametrize("start", [1.0, 3.0, 10.0])
+def test_the_controller_keeps_up_with_a_weight_that_has_to_fall(start):
+    """A plant whose l0 falls with the root of the weight, and whose needed weight halves over the last fifth."""
+    controller, steps, paid, l0 = SparsityPenalty(), 500, 0.01, []
+    for step in range(steps):
+        need = 3.0 * min(1.0, 1 - 0.5 * (step - 0.8 * steps) / (0.2 * steps))
+        l0.append(min(16 * (need / paid) ** 0.5, 500.0))
+        push = controller.steer(torch.tensor(l0[-1]), 16, rests=step < 50)
+        paid = max(start * min(1.0, step / 50), 0.01) * float(controller.factor) * float(push)
+    assert l0[250] == pytest.approx(16, rel=0.02)
+    assert l0[-1] == pytest.approx(16, rel=0.08)
 
 
 def test_the_controller_reaches_its_target(planted):
@@ -167,18 +234,108 @@ def test_jump_forward_and_the_paper_s_pseudo_derivatives():
     assert dtheta.tolist() == pytest.approx([0, -10.0, -15.0, -20.0, 0, 0])
 
 
-def test_jumprelu_starts_at_the_target_l0():
+def test_jumprelu_starts_at_a_multiple_of_the_target_l0():
     w, x = weights(), torch.randn(TOKENS, D)
-    for target in (1, 2.5, 4):
-        encoder = prepared(JumpReLU(target_l0=target))
+    for target, start in ((1, 1.0), (2.5, 1.0), (4, 1.0), (2, 2.5)):
+        encoder = prepared(JumpReLU(target_l0=target, start=start))
+        encoder.progress = 0.0
         code = encoder(x, w)
         # The value at the level itself does not exceed it.
-        assert int(code.l0().sum()) == pytest.approx(round(target * TOKENS), abs=1)
+        assert int(code.l0().sum()) == pytest.approx(round(target * start * TOKENS), abs=1)
         assert len(encoder.thresholds().unique()) == 1
+        # More than the target is no fault yet.
         assert float(code.requests.penalties["sparsity"].detach()) < 2e-3
         before = encoder.thresholds().detach().clone()
-        encoder(3 * x, w)
+        encoder.progress = THINNING
+        code = encoder(3 * x, w)
         assert torch.equal(encoder.thresholds(), before)
+        l0 = float(code.l0().double().mean())
+        assert float(code.requests.penalties["sparsity"].detach()) == pytest.approx((l0 / target - 1) ** 2, rel=1e-4)
+
+
+def test_jumprelu_is_thinned_out_over_the_first_fifth_and_left_alone_afterwards():
+    w, x = weights(), torch.randn(200, D)
+    encoder, found = prepared(JumpReLU(target_l0=1, start=5.0)), []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        encoder.progress = share * THINNING * 0.9999
+        found.append(float(encoder(x, w).l0().double().mean()))
+    assert found == pytest.approx([5 ** (1 - share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)], rel=0.02)
+    before = encoder.thresholds().detach().clone()
+    # Fewer than are wanted are no reason to lower them.
+    encoder.progress = 0.0
+    encoder(x, w)
+    torch.testing.assert_close(encoder.thresholds(), before)
+    encoder.progress = 0.5
+    encoder(2 * x, w)
+    torch.testing.assert_close(encoder.thresholds(), before)
+
+
+def test_jumprelu_starts_above_zero_where_less_is_positive_than_asked_for():
+    w, x = weights(), torch.randn(TOKENS, D)
+    encoder = prepared(JumpReLU(target_l0=4))
+    encoder.progress = 0.0
+    encoder(x, w)
+    torch.testing.assert_close(encoder.thresholds(), torch.full((LATENTS,), 1e-3))
+
+
+def test_jumprelu_without_a_target_needs_another_penalty_and_starts_low():
+    with pytest.raises(ValueError, match=r"encoder\.target_l0: expected a number with penalty square, got none"):
+        JumpReLU()
+    encoder = prepared(JumpReLU(penalty="tanh"))
+    encoder(torch.randn(TOKENS, D), weights())
+    torch.testing.assert_close(encoder.thresholds(), torch.full((LATENTS,), 0.05), rtol=1e-2, atol=0)
+
+
+def test_jumprelu_charges_by_number_or_by_tanh():
+    w, x = weights(), torch.randn(TOKENS, D)
+    for penalty in ("l0", "tanh"):
+        encoder = prepared(JumpReLU(sparsity=0.7, penalty=penalty, steepness=1.5))
+        code = encoder(x, w)
+        cells = (
+            (code.to_dense(LATENTS) * w.W_dec.norm(dim=-1) * 1.5).tanh() if penalty == "tanh" else code.to_dense(LATENTS) > 0
+        )
+        by_hand = (0.7 * cells.double().sum() / (TOKENS * D)).detach()
+        assert float(code.requests.penalties["sparsity"].detach()) == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_the_tanh_charge_s_gradients_in_float64():
+    """For pre-activations and norms; thresholds have pseudo-derivatives, by which firing more costs more."""
+    w, x = weights(), torch.randn(TOKENS, D).double()
+    encoder = prepared(JumpReLU(sparsity=0.7, penalty="tanh", bandwidth=1e-4)).double()
+
+    def charge(W_enc, b_enc, W_dec):
+        return encoder(x, Weights(W_enc, b_enc, W_dec)).requests.penalties["sparsity"]
+
+    assert torch.autograd.gradcheck(charge, [each.double().requires_grad_(True) for each in (w.W_enc, w.b_enc, w.W_dec)])
+    encoder.bandwidth = 1.0
+    charge(w.W_enc.double(), w.b_enc.double(), w.W_dec.double()).backward()
+    assert (encoder.log_threshold.grad < 0).any()
+    assert (encoder.log_threshold.grad <= 0).all()
+
+
+def test_a_dead_jumprelu_latent_comes_back():
+    """Its threshold is far above all it sees: nothing but the term on dead latents reaches it."""
+    torch.manual_seed(7)
+    for weight, returns in ((0.03, True), (0.0, False)):
+        sae = SAE(8, 12, JumpReLU(2, pre_act_loss=weight, start=1.0))
+        sae.encode(torch.randn(256, 8))
+        with torch.no_grad():
+            sae.encoder.log_threshold[:4] = torch.tensor(8.0).log() / PACE
+        dead = torch.zeros(12, dtype=torch.bool)
+        dead[:4] = True
+        objective, usage = Objective(sae, 8.0, AuxSettings(1 / 32, 4)), LatentUsage(dead, torch.zeros(12).double())
+        optimizer, fired = torch.optim.Adam(sae.parameters(), 3e-3), 0
+        for step in range(300):
+            loss, terms = objective(ActivationBatch(torch.randn(256, 8)), usage)
+            optimizer.zero_grad()
+            loss.backward()
+            if step == 0:
+                # Down; where nothing else reaches them.
+                assert bool((sae.encoder.log_threshold.grad[:4] > 0).all()) == returns
+            optimizer.step()
+            sae.renormalize()
+            fired += int(terms.firings[:4].sum())
+        assert (fired > 0) == returns
 
 
 def test_jumprelu_in_eval_keeps_what_exceeds_the_threshold_unchanged():
@@ -196,7 +353,7 @@ def test_jumprelu_in_eval_keeps_what_exceeds_the_threshold_unchanged():
 
 def test_jumprelu_penalty_is_the_squared_distance_from_the_target():
     w, x = weights(), torch.randn(TOKENS, D)
-    encoder = prepared(JumpReLU(target_l0=2, sparsity=3.0))
+    encoder = prepared(JumpReLU(target_l0=2, sparsity=3.0, start=1.0))
     encoder(x, w)
     with torch.no_grad():
         encoder.log_threshold.sub_(0.1)
@@ -209,7 +366,7 @@ def test_jumprelu_penalty_is_the_squared_distance_from_the_target():
 def test_jumprelu_thresholds_hear_of_every_entry_in_the_window():
     """Against the formula on the dense matrix: the code leaves out what is far below the threshold, and nothing else."""
     w, x = weights(), torch.randn(TOKENS, D)
-    encoder = prepared(JumpReLU(target_l0=3, sparsity=0.7, bandwidth=0.5))
+    encoder = prepared(JumpReLU(target_l0=3, sparsity=0.7, bandwidth=0.5, start=1.0))
     encoder(x, w)
     with torch.no_grad():
         encoder.log_threshold.add_(torch.linspace(-0.05, 0.02, LATENTS))

@@ -135,7 +135,7 @@ class Odd(nn.Module):
         self.heads(x.unflatten(-1, (2, 3)))
         x = self.named(mask=torch.ones(2, 3), states=x)
         self.nothing()
-        return Logits(x)
+        return Logits(x @ self.embed.weight.T)
 
 
 class Named(nn.Module):

@@ -1,5 +1,7 @@
 """Hook points: read, replace, gradients, and errors that list what there is."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,27 @@ def test_gradients_are_those_of_the_summed_next_token_loss(embedded_model, token
                 losses.append(next_token_loss(embedded_model.logits(token_ids), token_ids).double().sum())
         expected = (gradients[hook] * step).double().sum()
         torch.testing.assert_close((losses[0] - losses[1]) / 2, expected, rtol=2e-2, atol=2e-4)
+
+
+def test_a_token_s_gradient_is_that_of_its_own_document_s_losses(embedded_model, token_ids):
+    """A document's gradients are those it has with nothing behind it, and earlier documents have none of it."""
+    hooks = ("transformer.h.1:out", "transformer.h.3.mlp:in")
+    ends = (0, 5, 9, 13)
+    documents = torch.tensor([4] * 5 + [7] * 4 + [8] * 4).expand(3, -1).clone()
+    # Another context is one document, and half a context is padding.
+    documents[1], documents[2, 5:] = 3, -1
+    _, packed = embedded_model.activations_and_gradients(token_ids, hooks, documents)
+    for hook in hooks:
+        for first, last in pairwise(ends):
+            _, alone = embedded_model.activations_and_gradients(token_ids[:, :last], hooks)
+            torch.testing.assert_close(packed[hook][0, first:last], alone[hook][0, first:last], rtol=1e-4, atol=1e-5)
+            # What predicts the next document predicts nothing of its own.
+            assert not packed[hook][0, last - 1].any()
+        _, whole = embedded_model.activations_and_gradients(token_ids, hooks)
+        torch.testing.assert_close(packed[hook][1], whole[hook][1], rtol=1e-4, atol=1e-5)
+        assert not packed[hook][2, 5:].any()
+        _, short = embedded_model.activations_and_gradients(token_ids[:, :5], hooks)
+        torch.testing.assert_close(packed[hook][2, :5], short[hook][2], rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_s_gradient_does_not_depend_on_its_batch_mates(embedded_model, token_ids):

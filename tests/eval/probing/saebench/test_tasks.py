@@ -17,6 +17,7 @@ from sparsary.eval.probing.saebench.sparse_probing import sparse_probing
 from sparsary.eval.probing.subject import probe_target
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
+from sparsary.sae.formats.hooks import ARCHITECTURES, to_module
 from sparsary.transcoders import Transcoder
 
 SOURCE = {
@@ -105,6 +106,37 @@ def test_absorption_of_texts_and_of_a_dead_dictionary(subject):
     assert dead.summary["absorption_mean_absorption_fraction_score"] is None
     assert dead.summary["absorption_why"] == "no latent fires on it"
     json.dumps([clean.summary, dead.summary], allow_nan=False)
+
+
+def test_absorption_against_the_activation_less_the_bias_has_a_name_of_its_own(subject):
+    """A bias along the probe is no latent's doing: only where it is left in do main latents seem to miss a part."""
+    labels = ["a", "b", "c"] * 60
+    data = planted(subject, labels)
+    plain = absorption(subject, [data])
+    names = ("absorption_mean_absorption_fraction_score", "absorption_mean_absorption_fraction_less_bias_score")
+    # Without a bias both are one figure.
+    assert plain.summary[names[0]] == plain.summary[names[1]]
+    with torch.no_grad():
+        shifted = 3.0 * subject.dictionary.atoms[0]
+        subject.dictionary.b_dec += shifted
+    try:
+        moved = Pooled(data.name, data.x + shifted.numpy(), data.codes, data.labels, data.spurious, data.counts)
+        task = absorption(subject, [moved])
+        less_bias = task.summary[names[1]]
+    finally:
+        with torch.no_grad():
+            subject.dictionary.b_dec -= shifted
+    assert less_bias == pytest.approx(plain.summary[names[1]], abs=0.02)
+    # SAEBench's own file has SAEBench's names alone.
+    assert not [key for key in (*task.metrics["mean"], *task.details[0]) if "less_bias" in key]
+
+
+def test_scr_and_tpp_carry_their_doubt(subject):
+    labels, spurious = four_quadrants(30)
+    found = scr(subject, [planted(subject, labels, spurious)]), tpp(subject, [planted(subject, ["a", "b", "c"] * 60)])
+    for name, task in zip(("scr", "tpp"), found, strict=True):
+        assert "arXiv:2605.18229" in task.summary[f"{name}_warning"]
+        assert any("arXiv:2605.18229" in words for _, words in task.lines)
 
 
 def test_the_same_seed_gives_the_same_and_files_are_saebench_s(subject):
@@ -231,6 +263,15 @@ def test_hooks_have_transformer_lens_names():
     assert transformer_lens_hook("model.layers.11:out") == (11, "blocks.11.hook_resid_post")
     assert transformer_lens_hook("gpt_neox.layers.3.mlp:out") == (3, "blocks.3.hook_mlp_out")
     with pytest.raises(ValueError, match="Give hook_layer and hook_name"):
-        transformer_lens_hook("transformer.wte:out")
+        transformer_lens_hook("somewhere.else:out")
+    # All that the formats know, whatever the model's name suggests.
+    for name, family in ARCHITECTURES.items():
+        for place, path in family.places:
+            inner, side = path.rsplit(":", 1)
+            hook = f"{family.blocks}.5{'.' * bool(inner)}{inner}:{side}"
+            layer, found = transformer_lens_hook(hook, name)
+            assert (layer, to_module(found, name)) == (5, hook), place
+            assert transformer_lens_hook(hook)[0] == transformer_lens_hook(hook, "/models/llama-like/gpt2")[0] == 5
+    assert transformer_lens_hook("transformer.wte:out") == (0, "hook_embed")
     with pytest.raises(ValueError, match="expected one that maps an activation to itself"):
         SaeBenchAdapter(Transcoder(5, 7, 11, build_encoder({"name": "topk", "k": 2}), False), "gpt2", "transformer.h.3:out")

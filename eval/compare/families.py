@@ -1,0 +1,155 @@
+"""Families: groups of runs as comparisons hold them, with their figures' means, ranges and intervals, and who is best."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ...sae.suggestions import require_choice
+from ..pages.differences import verdict_words
+from ..pages.numbers import finite, show
+from ..pages.recipes import PER_TOKEN, is_oracle
+from ..pages.tables import Column
+from .groups import (
+    L0_TOLERANCE,
+    Report,
+    RunGroup,
+    common_l0,
+    document_covariance,
+    family_differences,
+    l0_deviation,
+    matched,
+    off_target,
+    reseed_noise,
+    target_l0,
+    with_intervals,
+)
+from .statistics import SETTINGS
+
+# What the report says of a family, and not of a seed.
+FAMILY_ENTRIES = ("kind", "encoder", "n_latents", "training_tokens", "dead_training_window_tokens")
+# The speed of a training is the machine's as much as the recipe's: nothing is tested about it.
+UNTESTED = ("tokens_per_second",)
+# Differences that a terminal has room for; the page and comparison.json have all.
+TOLD = ("fvu", "ce_increase", "dead_fraction", "dead_training_fraction")
+
+
+def compared(
+    groups: Sequence[RunGroup], columns: Sequence[Column], against: str | None = None, match_l0: float | None = None
+) -> dict[str, Any]:
+    """Return what a comparison says of groups of runs: families, differences to one of them, and what these rest on.
+
+    Args:
+        groups: One for each recipe.
+        columns: Figures, and which end of them is better.
+        against: The family that others are compared with; by default the first that chooses latents token by token.
+        match_l0: Interpolate sweeps over budgets to this l0.
+
+    Raises:
+        ValueError: If there is no family of that name, or no sweep that reaches the l0 from both sides.
+    """
+    if match_l0 is not None:
+        before, groups = groups, matched(groups, match_l0, columns)
+        if not any(group.between for group in groups):
+            raise ValueError(
+                f"--match-l0: expected a sweep, recipes that differ in the encoder's budget only, with an l0 below and one "
+                f"above {match_l0:g}, got {', '.join(_at_l0(group) for group in before)}. Give more budgets, or another l0."
+            )
+    keys = [column.key for column in columns]
+    summaries = [summarize(group.name, [point.report for point in group.points], columns) for group in groups]
+    if against is None:
+        against = next((summary["name"] for summary in summaries if not is_oracle(summary)), summaries[0]["name"])
+    require_choice("--against", against, [summary["name"] for summary in summaries])
+    target = common_l0(groups, against, match_l0)
+    covariance = document_covariance(groups, keys)
+    families = [
+        summary
+        | {
+            "figures": with_intervals(summary["figures"], covariance, place),
+            "seeds": [point.seed for point in group.points],
+            "target_l0": target_l0(group.points[0].report),
+            "l0_deviation": l0_deviation(group, target),
+            "off_target": off_target(group, target),
+            "between": list(group.between),
+        }
+        for place, (group, summary) in enumerate(zip(groups, summaries, strict=True))
+    ]
+    found: dict[str, Any] = {
+        "against": against,
+        "target_l0": target,
+        "match_l0": match_l0,
+        "statistics": SETTINGS | {"l0_tolerance": L0_TOLERANCE},
+        "families": families,
+        "document_covariance": covariance,
+        "reseed_noise": reseed_noise(families, keys),
+        "best": best(families, columns),
+    }
+    return found | {"differences": family_differences(found, [column for column in columns if column.key not in UNTESTED])}
+
+
+def _at_l0(group: RunGroup) -> str:
+    measured = group.values("l0_mean")
+    return f"{group.name} ({statistics.fmean(measured):.4g})" if measured else f"{group.name} (no l0)"
+
+
+def summarize(name: str, reports: Sequence[Report], columns: Sequence[Column]) -> dict[str, Any]:
+    """One family: what its reports have in common, and mean, minimum and maximum of every figure.
+
+    ``None`` and NaN count as undefined: they stay ``None`` among the values and are left out of the mean. A figure that no
+    report has was not measured, and is absent.
+    """
+    figures = {}
+    for key in (column.key for column in columns):
+        values = [finite(report.get(key)) for report in reports]
+        known = [value for value in values if value is not None]
+        if any(key in report for report in reports):
+            mean = statistics.fmean(known) if known else None
+            figures[key] = {"mean": mean, "min": min(known, default=None), "max": max(known, default=None), "values": values}
+    selections = sorted({report.get("selection", PER_TOKEN) for report in reports} - {PER_TOKEN})
+    return {
+        "name": name,
+        **{key: reports[0].get(key) for key in FAMILY_ENTRIES},
+        "selection": ", ".join(selections) or PER_TOKEN,
+        "figures": figures,
+    }
+
+
+def best(families: Sequence[dict[str, Any]], columns: Sequence[Column]) -> dict[str, list[str]]:
+    """Names of the families with the best mean of each figure that has a better end, equal ones together.
+
+    Only who chooses latents token by token, is at the common l0 and is defined for every seed takes part; where all are
+    equal, none is best.
+    """
+    winners: dict[str, list[str]] = {}
+    for column in columns:
+        entries = {
+            family["name"]: family["figures"][column.key]
+            for family in families
+            if column.key in family["figures"] and not is_oracle(family) and not family["off_target"]
+        }
+        means = {name: entry["mean"] for name, entry in entries.items() if None not in entry["values"]}
+        if column.better is not None and len(set(means.values())) > 1:
+            top = column.better(means.values())
+            winners[column.key] = [name for name, mean in means.items() if mean == top]
+    return winners
+
+
+def differences_summary(comparison: Report) -> list[list[str]]:
+    """The table of differences for a terminal: a header and one row for each family and main figure."""
+    rows = [["less", "figure", "difference", "95 % interval", "over", "seed sd", "detectable", "verdict"]]
+    for found in comparison.get("differences", ()):
+        if found["figure"] not in TOLD:
+            continue
+        number = {key: show(found[key], "-", digits=3) for key in ("difference", "low", "high", "seed_sd", "detectable")}
+        rows.append(
+            [
+                f"{found['family']} - {found['against']}",
+                found["figure"],
+                number["difference"],
+                "-" if found["low"] is None else f"{number['low']} to {number['high']}",
+                found["interval_over"] or "-",
+                number["seed_sd"],
+                number["detectable"],
+                verdict_words(found),
+            ]
+        )
+    return rows

@@ -1,0 +1,188 @@
+"""Differences between groups of runs: intervals over seeds and documents, tests, equivalence, detectable differences.
+
+A group is one recipe trained with several seeds, all scored on the same documents. The variance of a mean has two parts: the
+seeds', ``s^2 / n``, and the documents', which is that of the mean over resampled documents. Their sum has Satterthwaite's
+degrees of freedom, and intervals and tests are Student's t's. A bootstrap over three seeds would give intervals far too
+narrow: there are ten ways to draw them. Where seeds are paired (equal seeds fix initial weights and the order of the tokens)
+the seeds' part is that of the paired differences.
+
+"No difference" is a claim of its own: two one-sided tests against a margin (Schuirmann 1987). What neither test shows is
+undecided. Holm's correction (1979) is over the tests of one figure, or over a list of claims.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from ..bootstrap import LEVEL
+
+POWER = 0.8
+# A difference of less than this share of the reference is of no account.
+RELATIVE_MARGIN = 0.02
+# Of shares of latents, which may be 0.
+LATENT_SHARE_MARGIN = 0.01
+LATENT_SHARES = ("dead_fraction", "dead_training_fraction", "dense_fraction")
+# Perfect at 1: the margin is relative to what is missing.
+PERFECT_AT_ONE = ("ce_recovered_zero", "ce_recovered_mean", "ce_recovered_resample", "top1_agreement")
+SETTINGS = {
+    "level": LEVEL,
+    "power": POWER,
+    "relative_margin": RELATIVE_MARGIN,
+    "latent_share_margin": LATENT_SHARE_MARGIN,
+    "correction": "Holm",
+}
+BETTER, WORSE, EQUIVALENT, UNDECIDED, OFF_TARGET = "better", "worse", "equivalent", "undecided", "not at equal l0"
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """The standard error of a mean or difference, its degrees of freedom, and what it is over.
+
+    ``seed_sd`` is the standard deviation over seeds, ``None`` of a single one: the error is then of documents alone.
+    """
+
+    error: float
+    df: float
+    over: str
+    seed_sd: float | None
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval of ``LEVEL``."""
+        return float(student.ppf((1 + LEVEL) / 2, self.df)) * self.error
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that a test at 1 - ``LEVEL`` would show with a probability of ``POWER``."""
+        return self.half_width + float(student.ppf(POWER, self.df)) * self.error
+
+
+def uncertainty(
+    seeds: Sequence[tuple[float, int]], documents: tuple[float, int] | None, paired_sd: float | None = None
+) -> Uncertainty | None:
+    """Add up the parts of a variance; ``None`` where there is none: one seed, and nothing known of documents.
+
+    Args:
+        seeds: Of each mean that enters, the standard deviation over seeds and their number.
+        documents: Variance over resampled documents, and their number.
+        paired_sd: The standard deviation to report, where it is not that of the only mean.
+    """
+    parts = [(sd * sd / n, n - 1) for sd, n in seeds if n > 1]
+    complete = bool(seeds) and all(n > 1 for _, n in seeds)
+    names = ["seeds"] if complete else []
+    parts = parts if complete else []
+    if documents is not None and documents[1] > 1:
+        parts.append((documents[0], documents[1] - 1))
+        names.append("documents")
+    if not parts:
+        return None
+    total = sum(variance for variance, _ in parts)
+    spread = sum(variance**2 / df for variance, df in parts)
+    df = total**2 / spread if spread > 0 else float(sum(df for _, df in parts))
+    sd = paired_sd if paired_sd is not None else (math.sqrt(sum(sd * sd for sd, _ in seeds)) if complete else None)
+    return Uncertainty(math.sqrt(total), df, " and ".join(names), sd)
+
+
+def sd_of(values: Sequence[float]) -> float:
+    """Standard deviation with n - 1; 0 of a single value, which says nothing."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def margin_of(key: str, reference: float) -> float:
+    """How large a difference of a figure must be to matter."""
+    if key in LATENT_SHARES:
+        return LATENT_SHARE_MARGIN
+    return RELATIVE_MARGIN * abs(1 - reference if key in PERFECT_AT_ONE else reference)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's step-down method.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values, kind="stable")
+    factors = len(p_values) - np.arange(len(p_values))
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors))
+    return [float(value) for value in corrected]
+
+
+def difference(
+    key: str,
+    values: Sequence[float],
+    reference: Sequence[float],
+    documents: tuple[float, int] | None,
+    paired: bool,
+    resolution: float = 0.0,
+) -> dict[str, Any]:
+    """Return the difference of two groups' means of a figure, with its interval and uncorrected p-values.
+
+    Args:
+        key: The figure.
+        values: One per seed.
+        reference: The other group's.
+        documents: Variance of the difference over resampled documents, and their number; ``None`` where it is not known.
+        paired: Whether the seeds of both are the same, in one order.
+        resolution: The step of the figure's values. Seeds that agree to the step do not prove that there is no noise: their
+            deviation is taken to be at least that of rounding.
+    """
+    least = resolution / math.sqrt(12)
+    mean = statistics.fmean(values) - statistics.fmean(reference)
+    margin = margin_of(key, statistics.fmean(reference))
+    if paired:
+        sd = max(least, sd_of([a - b for a, b in zip(values, reference, strict=True)]))
+        found = uncertainty([(sd, len(values))], documents)
+    else:
+        found = uncertainty([(max(least, sd_of(group)), len(group)) for group in (values, reference)], documents)
+    row: dict[str, Any] = {"figure": key, "difference": mean, "margin": margin, "paired": paired}
+    if found is None:
+        return row | dict.fromkeys(("low", "high", "interval_over", "seed_sd", "detectable", "p", "p_equivalent"))
+    return row | {
+        "low": mean - found.half_width,
+        "high": mean + found.half_width,
+        "interval_over": found.over,
+        "seed_sd": found.seed_sd,
+        "detectable": found.detectable,
+        "p": 2 * _beyond(abs(mean), found),
+        "p_equivalent": max(_beyond(margin - mean, found), _beyond(margin + mean, found)),
+    }
+
+
+def _beyond(distance: float, found: Uncertainty) -> float:
+    """Chance that Student's t exceeds a distance; without any error the distance alone decides."""
+    if found.error == 0:
+        return 0.0 if distance > 0 else 0.5
+    return float(student.sf(distance / found.error, found.df))
+
+
+def decide(rows: Sequence[dict[str, Any]], lower_is_better: Sequence[bool], off_target: Sequence[bool]) -> list[dict[str, Any]]:
+    """Add corrected p-values and a verdict to differences that are tested together.
+
+    Nothing is called better or worse on a single seed (documents do not show what another seed would give), nor away from
+    the common l0: such differences are not tested, and do not count in the correction. ``negligible`` says that a difference
+    is there and smaller than the margin.
+    """
+    tested = [row for row, off in zip(rows, off_target, strict=True) if row["seed_sd"] is not None and not off]
+    corrected = dict(zip(map(id, tested), holm([row["p"] for row in tested]), strict=True))
+    same = dict(zip(map(id, tested), holm([row["p_equivalent"] for row in tested]), strict=True))
+    found = []
+    for row, lower, off in zip(rows, lower_is_better, off_target, strict=True):
+        p, p_same = corrected.get(id(row)), same.get(id(row))
+        different = p is not None and p <= 1 - LEVEL
+        equivalent = p_same is not None and p_same <= 1 - LEVEL
+        verdict = UNDECIDED
+        if off:
+            verdict = OFF_TARGET
+        elif different:
+            verdict = BETTER if (row["difference"] < 0) == lower else WORSE
+        elif equivalent:
+            verdict = EQUIVALENT
+        negligible = verdict in (BETTER, WORSE) and equivalent
+        found.append(row | {"p_holm": p, "p_equivalent_holm": p_same, "verdict": verdict, "negligible": negligible})
+    return found

@@ -1,0 +1,73 @@
+"""Differences of families to one of them, as data for the comparison's page, and the words for their verdicts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .numbers import show
+from .tables import Column
+
+
+class DifferenceCell(NamedTuple):
+    """A difference, what it comes to, and small print below; ``kind`` styles it."""
+
+    text: str
+    verdict: str
+    kind: str
+    notes: tuple[str, ...]
+
+
+class DifferenceTable(NamedTuple):
+    """Differences to one family: a column for each figure, a row for each of the others; ``None`` where none was found."""
+
+    against: str
+    columns: list[str]
+    rows: list[tuple[str, list[DifferenceCell | None]]]
+    legend: str
+
+
+def verdict_words(found: Mapping[str, Any]) -> str:
+    """The verdict of a difference as a person reads it."""
+    if found["verdict"] == "undecided" and found["seed_sd"] is None:
+        return "undecided: one seed"
+    return f"{found['verdict']}, below the margin" if found["negligible"] else found["verdict"]
+
+
+def difference_table(comparison: Mapping[str, Any], columns: Sequence[Column]) -> DifferenceTable | None:
+    """Lay out the differences of a comparison; ``None`` if it holds none, as those of before."""
+    found = comparison.get("differences") or []
+    if not found:
+        return None
+    cells = {(row["family"], row["figure"]): _cell(row) for row in found}
+    keys = [column for column in columns if any(column.key == row["figure"] for row in found)]
+    names = list(dict.fromkeys(row["family"] for row in found))
+    rows = [(name, [cells.get((name, column.key)) for column in keys]) for name in names]
+    return DifferenceTable(comparison["against"], [column.label for column in keys], rows, _legend(comparison["statistics"]))
+
+
+def off_target_words(family: Mapping[str, Any]) -> str:
+    """What is said beside a family whose l0 is not the common one; empty if it is."""
+    return f"l0 off by {family['l0_deviation']:+.1%}" if family.get("off_target") else ""
+
+
+def _cell(row: Mapping[str, Any]) -> DifferenceCell:
+    sign = "+" if row["difference"] > 0 else ""
+    notes = []
+    if row["low"] is not None:
+        notes.append(f"{show(row['low'], digits=3)} to {show(row['high'], digits=3)}")
+        notes.append(f"shows {show(row['detectable'], digits=2)} or more")
+    if row["seed_sd"] is not None:
+        notes.append(f"seed sd {show(row['seed_sd'], digits=2)}")
+    kind = row["verdict"] if row["verdict"] in ("better", "worse", "equivalent") else "open"
+    return DifferenceCell(sign + show(row["difference"], digits=3), verdict_words(row), kind, tuple(notes))
+
+
+def _legend(settings: Mapping[str, Any]) -> str:
+    margin = f"{settings['relative_margin']:.0%} of the other's figure (of its distance from 1 where 1 is best)"
+    return (
+        f"Small: {settings['level']:.0%} interval, over seeds and, where sums by document were kept, documents; the true "
+        f"difference that a test would show with a probability of {settings['power']:.0%}; the standard deviation over seeds. "
+        f"better, worse: the difference is there after {settings['correction']}'s correction over the column. equivalent: it "
+        f"is below the margin, {margin} or {settings['latent_share_margin']:g} of the latents, by two one-sided tests. "
+        "undecided: neither is shown. not at equal l0: one of the two is off the common l0 by more than "
+        f"{settings['l0_tolerance']:.0%}."
+    )
