@@ -79,7 +79,7 @@ class Dataflow:
         """Whether the tensor at a hook depends on that at another, along a way that passes none of some nodes."""
         wanted, todo = self.marks[on].node, [self.marks[target].node]
         # Also not past the start of another block.
-        seen: set[Any] = {None, *without, *(self._starts - {wanted})} - {todo[0]}
+        seen: set[Any] = {*without, *(self._starts - {wanted})} - {todo[0]}
         while todo:
             node = todo.pop()
             if node is wanted:
