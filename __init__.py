@@ -247,9 +247,10 @@ def _unforeseen(error: BaseException) -> str:
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads standard output any more; then nothing is left to be written to it at exit."""
+    if sys.stdout is None:
+        return False
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
