@@ -21,8 +21,6 @@ from .recipe import Recipe
 from .state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
-# Where wandb keeps its files, in the run's directory.
-WANDB_FOLDER = "wandb"
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +67,7 @@ class TrainingLog:
         self.progress.update(self.task, completed=state.tokens, stats=stats)
         if not self.progress.console.is_terminal:
             log.info("%s: %d of %d tokens  %s", self.name, state.tokens, self.total, stats)
-        if self.wandb is not None:
-            run = self.wandb
+        if (run := self.wandb) is not None:
             self._tell_wandb(lambda: run.log(row, step=state.step))
 
     def _tell_wandb(self, tell: Callable[[], Any]) -> None:
