@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .eval.report.evaluate import evaluate, evaluate_all
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
+    from .training.activations.read import read_activations
     from .training.run import harvest, train
     from .transcoders import CrossLayerTranscoder, Stack, Transcoder
     from .transcoders.convert import Converted, convert
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "probe",
     "push_to_hub",
+    "read_activations",
     "render",
     "sae",
     "train",
@@ -79,6 +81,7 @@ _HOMES = {
     "transcoders": "CrossLayerTranscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
+    "training.activations.read": "read_activations",
     "training.run": "harvest train",
     "eval.attribution_graphs.run": "attribution_graph",
     "eval.circuits.benchmark": "CircuitSettings circuits",
@@ -206,13 +209,13 @@ def _ended(error: BaseException) -> tuple[int, str]:
         return 2, f"sparsary: {said} Try: sparsary --help"
     try:
         # Here, because it loads torch, which help is to do without.
-        from .sae.errors import WriteError, described
+        from .sae.errors import WriteError, operating_system_message
     except Exception:  # noqa: BLE001 - an installation that is broken: the error is about to be told
         return 1, _unforeseen(error)
     if isinstance(error, WriteError):
         return 2, f"sparsary: {error} It was: {shlex.join(['sparsary', *sys.argv[1:]])}"
     if isinstance(error, OSError) and not isinstance(error, ValueError):
-        return 2, f"sparsary: {described(error)}"
+        return 2, f"sparsary: {operating_system_message(error)}"
     if isinstance(error, ValueError) and _is_ours(error):
         return 2, f"sparsary: {error}"
     return 2 if isinstance(error, ValueError) else 1, _unforeseen(error)

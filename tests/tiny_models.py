@@ -9,6 +9,7 @@ import re
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, WIDTH, LAYERS, HEADS, POSITIONS = 96, 32, 4, 4, 128
 
@@ -26,8 +27,8 @@ RULES = [
     (r"(num_hidden|encoder|decoder|num|n|num_encoder|num_decoder|conf_num_hidden)_layers?|depth|num_blocks", LAYERS),
     (r".*(key_value|kv|k_v)_(heads|groups)|kv_n_heads|indexer_kv_heads|num_query_groups", 2),
     (r".*(attention|key|value|query|mamba|linear|index|indexer)?_?(n_)?heads|n_head|mamba_n_heads|mamba_num_heads", HEADS),
-    (r"qk_rope_head_dim|rotary_dim|.*rope_dim", 4),
-    (r"qk_head_dim", 12),
+    (r"rotary_dim|.*rope_dim", 4),
+    (r"qk_head_dim", 16),
     (r"(.*_)?head_(dim|size)|.*head_dim|d_head|dim_head|kv_channels|d_kv|attention_head_size|mamba_d_head", 8),
     (r"top_?k.*|.*_top_?k|num_experts_per_tok|moe_k|n_group|topk_group|num_selected.*", 2),
     (r"(n|num)_.*shared_experts|moe_num_shared_experts", 1),
@@ -43,7 +44,56 @@ RULES = [
     (r"hidden_size|d_model|n_embd|embedding_size|embed_dim|word_embed_proj_dim|.*hidden_size(_global)?|lru_width|dim", WIDTH),
 ]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PARTICULAR = {}
+# What is None by default, and would be as large as another field or missing.
+UNSET = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "audio_vocab_size": VOCABULARY,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
+PARTICULAR = {
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 4]},
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {"n_groups": 2, "layers_block_type": ["mamba", "moe", "attention", "mlp"]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 50,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"] * 2,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 16],
+    },
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"layers_block_type": _HYBRID, "num_key_value_heads": HEADS},
+    "zamba2": {"layers_block_type": _HYBRID, "num_key_value_heads": HEADS},
+}
+# Of whom transformers builds none from a small configuration, and why.
+IMPOSSIBLE = {
+    "gemma3n": "its vision tower is timm's, which is not installed",
+    "gemma4_assistant": "runs on the keys and values of another model",
+    "gemma4_unified_assistant": "runs on the keys and values of another model",
+    "musicgen": "transformers' own class does not take its configuration",
+    "musicgen_melody": "transformers' own class does not take its configuration",
+}
+
+# Every causal architecture by its ``model_type``, and those that can be built.
+CAUSAL = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+KINDS = tuple(kind for kind in CAUSAL if kind not in IMPOSSIBLE)
 
 
 def _number(name, value):
@@ -63,13 +113,23 @@ def tiny_values(config_class, kind=None):
         name = field.name
         if name in SPECIAL and "int" in str(field.type):
             values[name] = SPECIAL[name]
+        elif name in UNSET and field.default is None:
+            values[name] = UNSET[name]
         elif isinstance(field.default, int) and not isinstance(field.default, bool):
             values[name] = _number(name, field.default)
-    for name, nested in config_class.sub_configs.items():
-        if dataclasses.is_dataclass(nested) and any(field.name == name for field in dataclasses.fields(config_class)):
-            values[name] = tiny_values(nested)
-    if "qk_rope_head_dim" in values and "head_dim" in values:
-        values["head_dim"] = values["qk_rope_head_dim"]
+    nested = {
+        name: kind
+        for name, kind in config_class.sub_configs.items()
+        if name in {f.name for f in dataclasses.fields(config_class)}
+    }
+    default = config_class() if any(not dataclasses.is_dataclass(kind) for kind in nested.values()) else None
+    for name, part in nested.items():
+        part = part if dataclasses.is_dataclass(part) else type(getattr(default, name))
+        if dataclasses.is_dataclass(part):
+            values[name] = tiny_values(part) | {"model_type": part.model_type}
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        # Keys are compressed, not shared.
+        values["num_key_value_heads"] = HEADS
     particular = PARTICULAR.get(kind or getattr(config_class, "model_type", None), {})
     return {name: value for name, value in (values | particular).items() if value is not ...}
 

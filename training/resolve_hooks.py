@@ -1,5 +1,6 @@
 """Resolve recipes against their model: hooks in place of layers and sites, and the width of each."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -7,25 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from ..sae.files import natural_order
-from .activations.model import LanguageModel, section_content, skeleton
+from .activations.hidden_states import HookError
+from .activations.limits import context_problems, tokenizer_problems, untrained_positions
+from .activations.model import LanguageModel, load_model, load_tokenizer, section_content, skeleton
 from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
 from .content import Content
-from .recipe import DictionarySection, ModelSection, Recipe
+from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
 from .recipe.validation import unharvested
 
+log = logging.getLogger(__name__)
+# Stands in for a width that cannot be known before the model runs, where its configuration names none.
+ANY_WIDTH = 1024
+
 
 class ModelOutline:
-    """A model as its configuration describes it: built without weights, when first asked for, and once."""
+    """A model as its configuration describes it: built without weights, when first asked for, and once.
+
+    ``assumed`` are the hooks whose width cannot be known before the model runs.
+    """
 
     def __init__(self, section: ModelSection):
         self.section = section
+        self.assumed: set[str] = set()
         self._widths: dict[tuple[str, ...], dict[str, int]] = {}
+        self._text_problems: dict[TextSection, list[str]] = {}
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The model on the meta device."""
-        return skeleton(self.section)
+        """The model without weights; the model itself if it cannot be built without them."""
+        try:
+            return skeleton(self.section)
+        except ValueError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model's constructor raises
+            log.info("%s could not be built without its weights (%s): loading them.", self.section.id, _brief(error))
+            return load_model(self.section)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when first asked for."""
+        return load_tokenizer(self.section)
 
     @cached_property
     def content(self) -> Content:
@@ -33,14 +56,39 @@ class ModelOutline:
         return section_content(self.section)
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
-        """Return the width at every hook.
+        """Return the width at every hook; at ``assumed`` ones, the model's own.
 
         Raises:
-            ValueError: If the configuration cannot be had or a hook does not exist.
+            ValueError: If the configuration cannot be had, a hook does not exist, or it holds no hidden states.
         """
         if hooks not in self._widths:
-            self._widths[hooks] = self.model.widths(hooks)
+            for hook in hooks:
+                self.model.find(hook)
+            try:
+                found = self.model.widths(hooks)
+            except HookError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever a model's code raises
+                log.info("%s could not be run without its weights (%s).", self.section.id, _brief(error))
+                config = getattr(self.model.module, "config", None)
+                found = dict.fromkeys(hooks, getattr(config, "hidden_size", None) or ANY_WIDTH)
+                self.assumed.update(hooks)
+            self._widths[hooks] = found
         return self._widths[hooks]
+
+    def text_problems(self, text: TextSection) -> list[str]:
+        """Return a line for everything in which a text's contexts and the tokenizer do not fit the model."""
+        if text not in self._text_problems:
+            length = text.context_length
+            self._text_problems[text] = [
+                *(context_problems(self.model, length) or untrained_positions(self.model, length)),
+                *tokenizer_problems(self.model, self.tokenizer, text),
+            ]
+        return self._text_problems[text]
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @dataclass(frozen=True)

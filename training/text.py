@@ -81,14 +81,25 @@ def contexts(
         return heldout is None or is_heldout(number, heldout)
 
     numbered = documents(section, start.document, wanted, bad, reading)
+    return packed(numbered, section, tokenizer, start.offset)
+
+
+def packed(numbered: Iterable[tuple[int, str]], section: TextSection, tokenizer: Any, offset: int = 0) -> Iterator[Context]:
+    """Contexts of numbered documents, of which the first is read from its token ``offset`` on."""
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, bos_id) if i is not None), 0)
+    pad_id = padding_id(tokenizer)
     tokenized = tokenize(numbered, tokenizer)
     return pack(
-        tokenized, section.context_length, bos_id, section.bos, start.offset, pad_id if section.packing == "separate" else None
+        tokenized, section.context_length, bos_id, section.bos, offset, pad_id if section.packing == "separate" else None
     )
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the id that fills a context that is not full."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return next((token for token in known if token is not None), 0)
 
 
 def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:

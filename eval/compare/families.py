@@ -14,8 +14,8 @@ from .groups import (
     Report,
     RunGroup,
     common_l0,
-    differences,
     document_covariance,
+    family_differences,
     l0_deviation,
     matched,
     off_target,
@@ -83,7 +83,7 @@ def compared(
         "reseed_noise": reseed_noise(families, keys),
         "best": best(families, columns),
     }
-    return found | {"differences": differences(found, [column for column in columns if column.key not in UNTESTED])}
+    return found | {"differences": family_differences(found, [column for column in columns if column.key not in UNTESTED])}
 
 
 def _at_l0(group: RunGroup) -> str:

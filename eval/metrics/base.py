@@ -27,8 +27,8 @@ from .model_outputs import ModelOutputs, Predictions
 class Setting:
     """What is judged. ``model`` and hooks are ``None`` where there are activations only.
 
-    ``fit_tokens`` is about how many tokens ``fit`` will see. ``options`` are this group's own; they are part of what cached
-    entries are found by.
+    ``fit_tokens`` is about how many tokens ``fit`` will see, ``tokens`` how many were asked for in all. ``options`` are this
+    group's own; they are part of what cached entries are found by.
     """
 
     dictionary: SparseDictionary
@@ -38,6 +38,7 @@ class Setting:
     hook_in: str | None = None
     hook_out: str | None = None
     fit_tokens: int = 0
+    tokens: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

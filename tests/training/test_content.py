@@ -175,7 +175,7 @@ def test_the_content_of_a_model_is_the_same_loaded_or_not(model_dir, embedded_mo
 def test_a_text_s_digest_while_it_is_read_is_that_of_its_documents(text_file):
     section = TextSection(source="files", files=(str(text_file),))
     reading = TextDigest(section)
-    reader = documents(section, 0, lambda _: True, reading.add)
+    reader = documents(section, 0, lambda _: True, reading=reading.add)
     for _ in range(40):
         next(reader)
     # Documents read ahead do not count, one of which a token was used does.
@@ -185,10 +185,10 @@ def test_a_text_s_digest_while_it_is_read_is_that_of_its_documents(text_file):
     assert [number for number, _ in reader] == list(range(40, 400))
     # From the start, as a text that is read several times, and from the middle, as one that is gone on with.
     for start in (0, 11):
-        assert len(list(documents(section, start, lambda _: True, reading.add))) == 400 - start
+        assert len(list(documents(section, start, lambda _: True, reading=reading.add))) == 400 - start
     assert reading.up_to(Cursor(400, 0)) == text_record(section, None) | {"documents": 400}
     resumed = TextDigest(section)
-    next(documents(section, 30, lambda _: True, resumed.add))
+    next(documents(section, 30, lambda _: True, reading=resumed.add))
     assert resumed.up_to(Cursor(30, 0)) == text_record(section, 30)
 
 

@@ -101,13 +101,19 @@ def test_every_loader_is_told_whether_code_may_run():
     for path in sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")):
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"\w*trust_remote_code(: bool)? ?= ?True", source), path
-        for name, call in calls_of(ast.parse(source)):
+        tree = ast.parse(source)
+        for name, call in calls_of(tree):
             if name not in LOADERS:
                 continue
             seen += 1
             told = {ast.unparse(word.value) for word in call.keywords if word.arg == "trust_remote_code"}
             assert told, f"{path}:{call.lineno}: {name} without trust_remote_code"
             assert told <= {"False", "section.trust_remote_code"}, f"{path}:{call.lineno}: {told}"
+        # Under another name, a loader would not be seen.
+        called = {id(call.func) for _, call in calls_of(tree)}
+        for node in ast.walk(tree):
+            named = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
+            assert not isinstance(named, str) or named not in LOADERS or id(node) in called, f"{path}:{node.lineno}: {named}"
     assert seen >= 6
 
 

@@ -5,6 +5,7 @@ Harvests, live streams, the evaluations on held-out text and the probing of late
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..bad_rows import BadTexts
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, contexts
-from .model import LanguageModel
+from .model import LanguageModel, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,19 @@ def context_batches(
         heldout: Read the held-out documents only; otherwise all are read, and the caller splits them.
         bad: Counts rows of the text that cannot be read.
         reading: Called with number and text of every document that is read.
+
+    Raises:
+        ValueError: If the text cannot be read, or holds a token that the model has no embedding for.
     """
-    special = special_tokens(model)
+    special, rows = special_tokens(model), embedding_rows(model.module)
     pending: list[Context] = []
     for context in contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading):
+        if rows is not None and context.token_ids.max() >= rows:
+            place = int(context.token_ids.argmax())
+            raise ValueError(
+                f"tokenizer: expected ids below {rows}, the embeddings of {model.id}, got {context.token_ids[place]} in "
+                f"document {context.document_ids[place]}. Give the tokenizer the model was trained with."
+            )
         pending.append(context)
         if len(pending) == size:
             yield stack_contexts(pending, special, section)
@@ -93,7 +103,12 @@ def context_batches(
 
 def special_tokens(model: LanguageModel) -> frozenset[int]:
     """Return the ids of BOS, EOS, padding and whatever else the tokenizer calls special."""
-    return frozenset(model.tokenizer.all_special_ids)
+    return special_ids(model.tokenizer)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the same of a tokenizer."""
+    return frozenset(tokenizer.all_special_ids)
 
 
 def stack_contexts(batch: Sequence[Context], special: frozenset[int], section: HarvestSection) -> ContextBatch:

@@ -4,7 +4,8 @@ In the pass every tensor at a hook is replaced by a copy of itself, which is a n
 another if its node is reached from there. Values play no part, so a model without weights will do.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,8 @@ class Dataflow:
                 part = module.get_submodule(path)
                 handles.append(_attach(part, side, self._marker(hook)))
             ids = torch.zeros((1, 3), dtype=torch.long, device=next(module.parameters()).device)
-            # On the meta device there are no values by which a model could look for padding.
-            mask = {"attention_mask": torch.ones_like(ids)} if ids.is_meta else {}
-            with torch.enable_grad():
-                module(input_ids=ids, use_cache=False, **mask)
+            with torch.enable_grad(), _askable(module, ids):
+                module(input_ids=ids, use_cache=False, **({"attention_mask": torch.ones_like(ids)} if ids.is_meta else {}))
         finally:
             for handle in handles:
                 handle.remove()
@@ -90,6 +89,20 @@ class Dataflow:
                     seen.add(before)
                     todo.append(before)
         return False
+
+
+@contextmanager
+def _askable(module: Any, ids: Tensor) -> Iterator[None]:
+    """On the meta device, where a model cannot look whether its mask hides anything, use the attention that does not."""
+    before = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not ids.is_meta or before in (None, "eager"):
+        yield
+        return
+    module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(before)
 
 
 def _attach(module: nn.Module, side: str, reader: Callable[[Tensor], Tensor | None]) -> Any:

@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,16 @@ from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
+from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
+from .weightless import weightless
 
 
 class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
     """A model's repository brings Python code, and nobody allowed it to run."""
 
 
-class _EnoughSeen(Exception):  # noqa: N818 - not an error: ends a forward pass once the last hook was read
-    pass
+class EnoughSeen(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass once the last hook was read."""
 
 
 class LanguageModel:
@@ -43,6 +46,7 @@ class LanguageModel:
         self.section = section
         # Hooks are seen by every thread that runs the module: one at a time.
         self._lock = threading.RLock()
+        self._layout = PassLayout()
 
     @property
     def device(self) -> torch.device:
@@ -60,34 +64,37 @@ class LanguageModel:
         """The width of the tensor at each hook.
 
         Raises:
-            ValueError: If a hook does not exist or never sees a tensor of shape (contexts, positions, width).
+            HookError: If a hook does not exist or never sees a tensor of shape (contexts, positions, width).
         """
-        # Any token will do: only the shape counts. Several contexts, so that tensors without them are told apart; a mask,
-        # because some models would look into the input for padding, which has no values on the meta device.
+        # Any token will do: only the shape counts. Several contexts, so that tensors without them are told apart.
         token_ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
-        seen = self.activations(token_ids, hooks, attention_mask=torch.ones_like(token_ids))
-        return {hook: x.shape[-1] for hook, x in seen.items()}
+        return {hook: x.shape[-1] for hook, x in self.activations(token_ids, hooks).items()}
 
     @torch.no_grad()
     def activations(
-        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...], attention_mask: Tensor | None = None
+        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
     ) -> dict[str, Float[Tensor, "contexts positions width"]]:
-        """What every hook sees in one forward pass, which stops at the last of them."""
+        """What every hook sees in one forward pass, which stops at the last of them.
+
+        Of a module that runs several times in a pass (shared by layers) it is what the first run sees.
+        """
         seen: dict[str, Tensor] = {}
 
         def keep(hook: str) -> Callable[[Tensor], None]:
             def reader(x: Tensor) -> None:
+                if hook in seen:
+                    return
                 seen[hook] = x.detach()
                 if len(seen) == len(hooks):
-                    raise _EnoughSeen
+                    raise EnoughSeen
                 # Modules above may write into this tensor; the copy is ours.
                 seen[hook] = x.detach().clone()
 
             return reader
 
-        with self.hooked({hook: keep(hook) for hook in hooks}), suppress(_EnoughSeen):
-            self.module(input_ids=token_ids, attention_mask=attention_mask, use_cache=False)
-        return self._in_order(seen, hooks, token_ids)
+        with self.hooked({hook: keep(hook) for hook in hooks}), suppress(EnoughSeen):
+            self.module(input_ids=token_ids, use_cache=False)
+        return self._in_order(seen, hooks)
 
     def activations_and_gradients(
         self,
@@ -109,7 +116,7 @@ class LanguageModel:
             def reader(x: Tensor) -> Tensor:
                 # The first hook starts the graph; later ones are part of it.
                 x = x if x.requires_grad else x.detach().requires_grad_(True)
-                seen[hook] = x
+                seen.setdefault(hook, x)
                 # Modules above may write into what they get.
                 return x.clone()
 
@@ -133,8 +140,8 @@ class LanguageModel:
                     if gradient is not None:
                         here = (place == number).unsqueeze(-1)
                         gradients[hook] = torch.where(here, gradient, gradients[hook])
-        values = {hook: x.detach() for hook, x in self._in_order(seen, hooks, token_ids).items()}
-        return values, self._in_order(gradients, hooks, token_ids)
+        values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
+        return values, self._in_order(gradients, hooks)
 
     def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
         """Logits; gradients flow to whatever a hook put in."""
@@ -153,24 +160,27 @@ class LanguageModel:
         with self.hooked({hook: change}):
             yield
 
-    def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...], token_ids: Tensor) -> dict[str, Tensor]:
+    def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...]) -> dict[str, Tensor]:
         for hook in hooks:
             if hook not in seen:
-                raise ValueError(f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass.")
-            if seen[hook].ndim == 2 and seen[hook].shape[0] == token_ids.numel():
-                # Some blocks (OPT's) lay all tokens of the batch in one row before their MLP.
-                seen[hook] = seen[hook].view(*token_ids.shape, -1)
-            if seen[hook].ndim != 3:
-                raise ValueError(f"hook {hook}: expected a tensor (contexts, positions, width), got {tuple(seen[hook].shape)}.")
+                raise HookError(f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass.")
         return {hook: seen[hook] for hook in hooks}
 
     @contextmanager
     def hooked(self, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        """While the context is open, each reader sees the tensor at its hook; what it returns, if anything, replaces it."""
+        """While the context is open, each reader sees the tensor at its hook; what it returns, if anything, replaces it.
+
+        Readers see ``(contexts, positions, width)``, also where the module lays all tokens in one row or positions first, and
+        one tensor, also where it is part of a tuple, list, mapping or dataclass.
+
+        Raises:
+            HookError: If a hook does not exist; while the model runs, if a module holds nothing of that shape.
+        """
         with self._lock, ExitStack() as stack:
+            stack.callback(self.module.register_forward_pre_hook(self._layout.begin, with_kwargs=True).remove)
             for hook, reader in readers.items():
                 module, side = self.find(hook)
-                handle = _attach(module, side, reader)
+                handle = attach(module, side, hook, self._layout.reading(hook, reader))
                 stack.callback(handle.remove)
             yield
 
@@ -178,40 +188,44 @@ class LanguageModel:
         """The module and side a hook names.
 
         Raises:
-            ValueError: If there is no such module; the nearest hooks are listed.
+            HookError: If there is no such module; the nearest hooks are listed.
         """
         path, _, side = hook.rpartition(":")
         modules = dict(self.module.named_modules())
         if path not in modules or not path or side not in ("in", "out"):
             near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
             choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)
-            raise ValueError(f"hook {hook!r} does not exist in {self.id}. Nearest: {choices}.")
+            raise HookError(f"hook {hook!r} does not exist in {self.id}. Nearest: {choices}.")
         return modules[path], side
 
 
-def _attach(module: nn.Module, side: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
-    """Show ``reader`` the tensor on that side; what it returns, if anything, takes the tensor's place."""
+def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
+    """Show ``reader`` the hidden states on that side; what it returns, if anything, takes their place."""
+
+    def shown(value: Any, find: Callable[[], tuple[Any, ...]]) -> Any:
+        try:
+            path = find()
+        except LookupError as error:
+            raise HookError(
+                f"hook {hook}: expected a tensor (contexts, positions, width), {error}. Choose another module or side."
+            ) from None
+        changed = reader(tensor_at(value, path))
+        return None if changed is None else with_tensor(value, path, changed)
+
     if side == "in":
+        # Some models pass the hidden states by name.
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: shown((args, kwargs), lambda: path_in_arguments(module, args, kwargs)), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda _, _args, output: shown(output, lambda: path_in(output)))
 
-        def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            # Some models pass the hidden states by name.
-            if args:
-                changed = reader(args[0])
-                return None if changed is None else ((changed, *args[1:]), kwargs)
-            name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-            changed = reader(kwargs[name])
-            return None if changed is None else (args, kwargs | {name: changed})
 
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        changed = reader(first)
-        if changed is None:
-            return None
-        return (changed, *rest) if isinstance(output, tuple) else changed
-
-    return module.register_forward_hook(after)
+def embedding_rows(module: nn.Module) -> int | None:
+    """Return how many token ids a model has embeddings for; None if it does not tell."""
+    # Models without one raise, each its own error.
+    with suppress(Exception):
+        return int(module.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    return None
 
 
 def next_token_loss(
@@ -246,40 +260,91 @@ def load_model(section: ModelSection) -> LanguageModel:
         RemoteCodeRefused: If it needs code of its repository, and ``trust_remote_code`` is not set.
         ValueError: If it cannot be had; the message names the offline alternative.
     """
-    transformers = _transformers()
     device = resolve_device(section.device)
+    _, model_class = _causal_config(section)
+    tokenizer = load_tokenizer(section)
     with _explained(section):
-        # Left open, transformers would ask on the terminal, and run a repository's code for a "y" in a pipe.
-        tokenizer = _load_tokenizer(section)
-        module = transformers.AutoModelForCausalLM.from_pretrained(
+        module = model_class.from_pretrained(
             _source(section),
             revision=section.revision,
             dtype=getattr(torch, section.dtype),
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
         )
-    revision = getattr(module.config, "_commit_hash", None) or section.revision
+    revision = _commit(section) or section.revision
     return LanguageModel(module.to(device), tokenizer, section.id, revision, section)
 
 
+def load_tokenizer(section: ModelSection) -> Any:
+    """The tokenizer of a recipe's model.
+
+    Raises:
+        ValueError: If it cannot be had.
+    """
+    with _explained(section):
+        return _transformers().AutoTokenizer.from_pretrained(
+            _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+
+
 def skeleton(section: ModelSection) -> LanguageModel:
-    """The model on the meta device, from its configuration alone: no weights are read, and there is no tokenizer.
+    """The model from its configuration alone, ``weightless``: it has every module and computes shapes; there is no tokenizer.
 
     Raises:
         RemoteCodeRefused: If it needs code of its repository, and ``trust_remote_code`` is not set.
         ValueError: If the configuration cannot be had.
     """
+    config, model_class = _causal_config(section)
+    dtype = getattr(torch, section.dtype)
+
+    def build() -> nn.Module:
+        # Experts one after another: kernels for all of them together ask for weights that lie in memory.
+        options = {"dtype": dtype, "experts_implementation": "eager"}
+        if model_class is not _transformers().AutoModelForCausalLM:
+            return model_class._from_config(config, **options)
+        return model_class.from_config(config, trust_remote_code=section.trust_remote_code, **options)
+
+    with _asked(section):
+        module = weightless(build)
+    return LanguageModel(module, None, section.id, section.revision)
+
+
+def _causal_config(section: ModelSection) -> tuple[Any, Any]:
+    """The configuration of a causal language model, and the class that loads it.
+
+    Raises:
+        ValueError: If it cannot be had, or is that of another kind of model; says how those are trained on.
+    """
     transformers = _transformers()
     with _explained(section):
+        # Left open, transformers would ask on the terminal, and run a repository's code for a "y" in a pipe.
         config = transformers.AutoConfig.from_pretrained(
             _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-        with torch.device("meta"):
-            # Other implementations of attention look whether the mask hides anything.
-            module = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=section.trust_remote_code
-            )
-    return LanguageModel(module, None, section.id, section.revision)
+    names = transformers.models.auto.modeling_auto
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or own_code:
+        found = transformers.AutoModelForCausalLM
+    else:
+        # Parts of larger models, whose configuration alone does not name them (Emu3's language model).
+        found = getattr(transformers, saved, None)
+    if saved not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and saved and not own_code:
+        # Masked models, encoders and decoders with one would load as the causal model that shares their configuration.
+        masked = config.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        if masked or getattr(config, "is_encoder_decoder", False) or found is not transformers.AutoModelForCausalLM:
+            found = None
+    if found is not None:
+        return config, found
+    raise ValueError(
+        f"model.id: expected a causal language model, which is what recipes run, got {saved or config.model_type} "
+        f"({section.id}). Its activations are read in Python, and trained on with the same recipe:\n"
+        f"  model = transformers.AutoModel.from_pretrained({section.id!r})\n"
+        '  rows = sparsary.read_activations(model, "encoder.layer.1:out", inputs)\n'
+        "  sparsary.train(RECIPE, rows)\n"
+        "where the hook is a module path of the model and a side, and inputs is a list or data loader of what the model takes "
+        '(mappings such as {"pixel_values": ...} or {"input_ids": ..., "attention_mask": ...}).'
+    )
 
 
 def section_content(section: ModelSection) -> Content:
@@ -288,16 +353,15 @@ def section_content(section: ModelSection) -> Content:
     Raises:
         ValueError: If its tokenizer or configuration cannot be had.
     """
-    revision = None
     with _explained(section):
         # Digests of the tokenizer itself, not of its files: those hold much that text does not meet.
-        tokenizer = _load_tokenizer(section)
+        tokenizer = load_tokenizer(section)
         if model_folder(section) is None:
-            config = _transformers().AutoConfig.from_pretrained(
+            # Asks the hub where the revision stands.
+            _transformers().AutoConfig.from_pretrained(
                 _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
             )
-            revision = getattr(config, "_commit_hash", None)
-    return {"model": _source_content(section, revision), "tokenizer": tokenizer_content(tokenizer)}
+    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer_content(tokenizer)}
 
 
 def _source_content(section: ModelSection, commit: str | None) -> Content:
@@ -307,10 +371,14 @@ def _source_content(section: ModelSection, commit: str | None) -> Content:
     return folder_content(folder, section.trust_remote_code)
 
 
-def _load_tokenizer(section: ModelSection) -> Any:
-    return _transformers().AutoTokenizer.from_pretrained(
-        _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
-    )
+def _commit(section: ModelSection) -> str | None:
+    """The commit of a hub model that was loaded last, by the hub client's cache; ``None`` for a local one."""
+    if model_folder(section) is not None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(section.id, "config.json", revision=section.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _transformers() -> Any:
@@ -327,17 +395,27 @@ def _source(section: ModelSection) -> str:
 
 
 @contextmanager
+def _asked(section: ModelSection) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) or section.trust_remote_code:
+            raise
+        raise RemoteCodeRefused(
+            f"model.id: {section.id!r} needs Python code that its repository brings, which is not run unasked: it could do "
+            "whatever you can on this machine. Read it; to allow it, set model.trust_remote_code: true (on the command line: "
+            "--trust-remote-code)."
+        ) from None
+
+
+@contextmanager
 def _explained(section: ModelSection) -> Iterator[None]:
     try:
-        with doing(f"loading the model {section.id}"):
+        with doing(f"loading the model {section.id}"), _asked(section):
             yield
+    except RemoteCodeRefused:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        if "trust_remote_code" in str(error) and not section.trust_remote_code:
-            raise RemoteCodeRefused(
-                f"model.id: {section.id!r} needs Python code that its repository brings, which is not run unasked: it could do "
-                "whatever you can on this machine. Read it; to allow it, set model.trust_remote_code: true (on the command "
-                "line: --trust-remote-code)."
-            ) from None
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"model.id: {section.id!r} could not be had ({reason}). Give a local directory with config.json, "
