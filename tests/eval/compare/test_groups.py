@@ -19,7 +19,7 @@ from sparsary.eval.pages.runs import render_runs
 DOCUMENTS = 30
 REPORT = {
     "kind": "sae",
-    "n_latents": 67,
+    "n_latents": 1021,
     "training_tokens": 3030,
     "selection": "per token",
     "model": "embedded",
