@@ -21,6 +21,8 @@ from .recipe import Recipe
 from .state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
+# Where wandb keeps its files, in the run's directory.
+WANDB_FOLDER = "wandb"
 
 log = logging.getLogger(__name__)
 

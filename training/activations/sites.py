@@ -26,10 +26,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ...sae.suggestions import did_you_mean
+from ..recipe.validation import SITES
 from .dataflow import Dataflow
 from .model import LanguageModel
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
 # Sites that read one tensor and write another.
 TWO_SIDED = ("mlp",)
 
