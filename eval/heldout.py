@@ -16,7 +16,7 @@ from ..training.activations.limits import context_problems, tokenizer_problems
 from ..training.activations.model import LanguageModel, load_model
 from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
-from ..training.shortfalls import Shortfall, recorded, shortfall, together
+from ..training.shortfalls import Shortfall, recorded, shortfall, shortfalls_together
 from ..training.text import Cursor
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def told_shortfalls(name: str, sources: Sequence[Mapping[str, Any]], found: Sequ
     """What there was too little of, in training and in evaluation: logged, and as entries of a report."""
     # What training foresaw for an evaluation has come, or not.
     trained = [[each for each in recorded(source) if each.key != "eval_tokens"] for source in sources]
-    every = together(*trained, found)
+    every = shortfalls_together(*trained, found)
     for each in every:
         log.warning("%s: %s.", name, each)
     return {"shortfalls": list(map(str, every)), "doubts": [str(each) for each in every if each.doubtful]}

@@ -34,6 +34,7 @@ class Checkpoints:
         self.provenance = provenance
         self.phases = phases
         self.shortfalls: tuple[Shortfall, ...] = ()
+        self._recorded: Content | None = None
 
     def save(
         self,
@@ -58,9 +59,20 @@ class Checkpoints:
         """
         dictionary.training_usage = state.training_usage
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
-        found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": stream.content()}
+        found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
         reached |= {key: value for key, value in found.items() if value}
         dictionary.save(self.directory, self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]})
+
+    def _content(self, stream: ActivationStream) -> Content | None:
+        """The content of model and text as far as it was ever read: who goes on near the end has read less than before."""
+        content = stream.content()
+        if self._recorded is None and (self.directory / CONFIG_FILE).exists():
+            self._recorded = read_config(self.directory)["provenance"].get("content")
+        before = (self._recorded or {}).get("text")
+        if content is not None and before is not None and before["documents"] > content["text"]["documents"]:
+            content = content | {"text": before}
+        self._recorded = content
+        return content
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .recipe import Recipe, total_steps
 from .recipe.grid import Grid, told_together
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
-from .shortfalls import Shortfall, shortfall, together
+from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .text_size import TextSize, measure_text
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
@@ -208,7 +208,7 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
     for recipe in (member.recipe for member in recipes):
         try:
             plan = _plan(recipe, widths, assumed, size)
-            plans.append(replace(plan, shortfalls=together(_falls_short(recipe, plan))))
+            plans.append(replace(plan, shortfalls=shortfalls_together(_falls_short(recipe, plan))))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
     if problems:

@@ -44,8 +44,7 @@ from .recipe import DictionarySection, Recipe
 from .recipe.grid import load_grid, told_together, unshared
 from .report import TrainingLog, progress_bar
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
-from .shortfalls import Shortfall, shortfall
-from .shortfalls import together as shortfalls_together
+from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
 

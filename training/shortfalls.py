@@ -57,7 +57,7 @@ def shortfall(key: str, asked: int, had: int, unit: str, consequence: str, serio
     return [Shortfall(key, asked, had, unit, consequence, serious)] if had < asked else []
 
 
-def together(*parts: Iterable[Shortfall]) -> tuple[Shortfall, ...]:
+def shortfalls_together(*parts: Iterable[Shortfall]) -> tuple[Shortfall, ...]:
     """Return the shortfalls of several parts; of one key the later stays, which was measured where the earlier was planned."""
     return tuple({found.key: found for part in parts for found in part}.values())
 

@@ -18,6 +18,7 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "model": "The language model whose activations these are.",
         "text": "The corpus. Only documents held out from training are evaluated.",
         "training_tokens": "Tokens trained on; a token seen twice counts twice.",
+        "weights_sha256": "Digest of the dictionary's file: whether these figures are those of the file that lies there now.",
         "git_commit": "Version of the code that trained the dictionary.",
         "seed": "Seed of the training: initial weights and the order of the tokens.",
         "recipe_digest": "Equal for trainings whose recipes differ in seed and directory only.",

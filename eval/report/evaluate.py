@@ -101,6 +101,8 @@ def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Te
     if isinstance(activations, Mapping) and "y" in activations:
         activations = {"x": activations["x"], "target": activations["y"]}
     rows = TensorStream(activations, 1, targets).sample(sys.maxsize)
+    if not len(rows.x):
+        raise ValueError("activations: expected finite numbers, got none: in every token there is one that is not.")
     return rows.x, rows.target
 
 

@@ -11,7 +11,7 @@ from sparsary.training.preflight import preflight, recipe_shortfalls
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
-from sparsary.training.shortfalls import Shortfall, recorded, together
+from sparsary.training.shortfalls import Shortfall, recorded, shortfalls_together
 
 
 def resolved(values, **changes):
@@ -43,7 +43,7 @@ def test_a_shortfall_is_doubtful_below_half_or_where_it_is_serious():
     assert Shortfall("k", 100, 99, "x", "y", serious=True).doubtful
     first, later = Shortfall("k", 100, 9, "x", "planned"), Shortfall("k", 100, 8, "x", "measured")
     other = Shortfall("l", 2, 1, "x", "y")
-    assert together([first, other], [later]) == (later, other)
+    assert shortfalls_together([first, other], [later]) == (later, other)
     assert recorded({"shortfalls": [later.entry()]}) == (later,)
     assert recorded({}) == ()
 

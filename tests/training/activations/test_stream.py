@@ -442,8 +442,8 @@ class OverflowingModel(LanguageModel):
         super().__init__(model.module, model.tokenizer, model.id, model.revision)
         self.token = token
 
-    def activations(self, token_ids, hooks, attention_mask=None):
-        found = super().activations(token_ids, hooks, attention_mask)
+    def activations(self, token_ids, hooks):
+        found = super().activations(token_ids, hooks)
         return {hook: x.masked_fill((token_ids == self.token)[..., None], float("inf")) for hook, x in found.items()}
 
 
