@@ -282,12 +282,12 @@ class SparseDictionary(nn.Module, ABC):
         values = dense.reshape(-1)[cells].to(self.out_scale.dtype)
         return SparseCode.from_cells(cells, values, len(dense), self.n_latents)
 
-    def require_width(self, x: Rows, width: int) -> Float[Tensor, "tokens width"]:
+    def require_width(self, x: Rows, width: int, name: str = "x") -> Float[Tensor, "..."]:
         """Return ``x`` as a tensor; raise ``ValueError`` unless it is ``(tokens, width)``."""
-        x = self._tensor(x)
+        x = self._tensor(x, name)
         if x.ndim != 2 or x.shape[1] != width:
             raise ValueError(
-                f"x: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
+                f"{name}: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
                 "and check that the activations come from the hook this dictionary was trained on."
             )
         return x
@@ -299,13 +299,14 @@ class SparseDictionary(nn.Module, ABC):
         ``method`` is one of ``sae.pursuit.PURSUITS``. Works for any dictionary: only atoms and bias are read.
 
         Raises:
-            ValueError: If there is no such method, ``k`` is below 1, or what is to be written depends on the input too.
+            ValueError: If there is no such method, ``k`` is below 1, ``y`` is not ``(tokens, d_out)``, or what is to be written
+                depends on the input too.
         """
         if method not in PURSUITS:
             raise ValueError(f"method: expected one of {', '.join(PURSUITS)}, got {method!r}.")
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}.")
-        y, atoms = self._tensor(y, "y"), self.atoms
+        y, atoms = self.require_width(y, self.d_out, "y"), self.atoms
         norms = atoms.norm(dim=-1).clamp_min(torch.finfo(atoms.dtype).tiny)
         code = PURSUITS[method](y.to(atoms.dtype) / self.out_scale - self.bypass(), atoms / norms[:, None], k)
         code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))

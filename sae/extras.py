@@ -10,6 +10,7 @@ OPTIONAL = {
     "filelock": ("filelock", "train"),
     "numba": ("numba", "train"),
     "psutil": ("psutil", "train"),
+    "pyarrow": ("pyarrow", "train"),
     "pydantic": ("pydantic", "train"),
     "rich": ("rich", "train"),
     "ruamel": ("ruamel.yaml", "train"),

@@ -41,13 +41,9 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
     Raises:
         ValueError: If the directory holds no dictionary, or a damaged one; or the hub does not take it from here.
     """
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi
 
     files = files_of(Path(directory))
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{repo_id}: cannot be uploaded to, because HF_HUB_OFFLINE is set. Unset it first.")
-    if get_token() is None:
-        raise ValueError(f"{repo_id}: uploading needs a login. Run `hf auth login`, or set HF_TOKEN to a token that may write.")
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -58,11 +54,11 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
             commit_message="Upload a sparsary dictionary",
         )
     except Exception as error:
-        # Whatever the client raises: no rights, a name that it does not take, no connection.
+        # Whatever the client raises: no login, no rights, a name that it does not take, no connection, HF_HUB_OFFLINE.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{repo_id}: could not be uploaded to ({type(error).__name__}: {reason}). Check the name (OWNER/NAME), that the "
-            "token may write there, and the connection; then call it again."
+            f"{repo_id}: could not be uploaded to ({type(error).__name__}: {reason}). Log in with `hf auth login` or HF_TOKEN, "
+            "as somebody who may write there, check the name (OWNER/NAME) and the connection, and call it again."
         ) from error
     return commit.repo_url if isinstance(commit.repo_url, str) else str(commit.repo_url)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .recipe import HarvestSection, TextSection
 
 # Below as many rows a share says little: so many bad ones as it allows of these always pass.
-LEAST_TEXTS, LEAST_TOKENS = 100, 1000
+LEAST_TEXTS, LEAST_TOKENS = 100, 20_000
 NOT_FINITE = "tokens whose activations are not finite"
 NOT_UTF8 = "texts with bytes that are not UTF-8, read as U+FFFD"
 HALF_PAIR = "texts with half a surrogate pair, read as U+FFFD"
@@ -152,4 +152,4 @@ class BadTokens(BadRows):
 
 def counted(found: Mapping[str, int]) -> str:
     """Return counts in words, the largest first."""
-    return ", ".join(f"{count:,} {what}" for what, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    return "; ".join(f"{what}: {count:,}" for what, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sparsary.eval.compare.groups import differences
+from sparsary.eval.compare.groups import family_differences
 from sparsary.eval.pages.differences import verdict_words
 from sparsary.eval.pages.recipes import COLUMNS
 
@@ -30,11 +30,12 @@ def main() -> None:
     claims = [{"against": "topk"} | claim for claim in json.loads(options.claims.read_text(encoding="utf-8"))]
     here = [c for c in claims if all(c["figure"] in figures.get(c[side], ()) for side in ("family", "against"))]
     print("| claim | other | here | difference, 95 % interval | over | detectable | p (Holm) | holds |\n|" + "---|" * 8)
-    for found in differences(comparison, COLUMNS, here):
+    for found in family_differences(comparison, COLUMNS, here):
         ours, theirs = (figures[found[side]][found["figure"]]["mean"] for side in ("family", "against"))
         known = found["low"] is not None
         ends = f" ({found['low']:+.3g} to {found['high']:+.3g})" if known else ""
-        tested = f"{found['detectable']:.2g} | {found['p_holm']:.2g}" if known else "- | -"
+        tested = f"{found['detectable']:.2g} | " if known else "- | "
+        tested += "-" if found["p_holm"] is None else f"{found['p_holm']:.2g}"
         expected = found.get("expected", "better")
         holds = "yes" if found["verdict"] == expected else HOLDS.get(found["verdict"], verdict_words(found))
         holds = "no" if expected == "equivalent" and found["verdict"] in ("better", "worse") else holds

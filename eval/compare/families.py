@@ -14,8 +14,8 @@ from .groups import (
     Report,
     RunGroup,
     common_l0,
-    differences,
     document_covariance,
+    family_differences,
     l0_deviation,
     matched,
     off_target,
@@ -57,7 +57,7 @@ def compared(
     keys = [column.key for column in columns]
     summaries = [summarize(group.name, [point.report for point in group.points], columns) for group in groups]
     if against is None:
-        against = next((summary["name"] for summary in summaries if not is_oracle(summary)), summaries[0]["name"])
+        against = str(next((summary for summary in summaries if not is_oracle(summary)), summaries[0])["name"])
     require_choice("--against", against, [summary["name"] for summary in summaries])
     target = common_l0(groups, against, match_l0)
     covariance = document_covariance(groups, keys)
@@ -83,7 +83,7 @@ def compared(
         "reseed_noise": reseed_noise(families, keys),
         "best": best(families, columns),
     }
-    return found | {"differences": differences(found, [column for column in columns if column.key not in UNTESTED])}
+    return found | {"differences": family_differences(found, [column for column in columns if column.key not in UNTESTED])}
 
 
 def _at_l0(group: RunGroup) -> str:

@@ -20,7 +20,7 @@ from ..bootstrap import resamples
 from ..metrics.document_sums import DOCUMENTS, STATISTICS, read_sums
 from ..pages.numbers import finite
 from ..pages.tables import Column
-from .statistics import decide, difference, sd_of, uncertainty
+from .statistics import LATENT_SHARES, decide, difference, sd_of, uncertainty
 
 # A group whose l0 differs from the target by a larger share is marked, and compared with none as an equal.
 L0_TOLERANCE = 0.02
@@ -234,7 +234,7 @@ def with_intervals(figures: dict[str, Any], covariance: Mapping[str, Any] | None
     return found
 
 
-def differences(
+def family_differences(
     comparison: Mapping[str, Any],
     columns: Sequence[Column],
     claims: Sequence[Mapping[str, str]] | None = None,
@@ -298,7 +298,8 @@ def _asked(
     whole = all(len(v) == len(entry["values"]) for v, entry in zip(values, entries, strict=True))
     paired = whole and len(values[0]) == len(values[1]) and (seeds[0] == seeds[1])
     documents = _variance(comparison.get("document_covariance"), key, place, other)
-    return claim | {"against": against} | difference(key, values[0], values[1], documents, paired)
+    step = 1 / family["n_latents"] if key in LATENT_SHARES and family.get("n_latents") else 0.0
+    return claim | {"against": against} | difference(key, values[0], values[1], documents, paired, step)
 
 
 def reseed_noise(families: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:

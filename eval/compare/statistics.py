@@ -119,6 +119,7 @@ def difference(
     reference: Sequence[float],
     documents: tuple[float, int] | None,
     paired: bool,
+    resolution: float = 0.0,
 ) -> dict[str, Any]:
     """Return the difference of two groups' means of a figure, with its interval and uncorrected p-values.
 
@@ -128,14 +129,17 @@ def difference(
         reference: The other group's.
         documents: Variance of the difference over resampled documents, and their number; ``None`` where it is not known.
         paired: Whether the seeds of both are the same, in one order.
+        resolution: The step of the figure's values. Seeds that agree to the step do not prove that there is no noise: their
+            deviation is taken to be at least that of rounding.
     """
+    least = resolution / math.sqrt(12)
     mean = statistics.fmean(values) - statistics.fmean(reference)
     margin = margin_of(key, statistics.fmean(reference))
     if paired:
-        sd = sd_of([a - b for a, b in zip(values, reference, strict=True)])
+        sd = max(least, sd_of([a - b for a, b in zip(values, reference, strict=True)]))
         found = uncertainty([(sd, len(values))], documents)
     else:
-        found = uncertainty([(sd_of(group), len(group)) for group in (values, reference)], documents)
+        found = uncertainty([(max(least, sd_of(group)), len(group)) for group in (values, reference)], documents)
     row: dict[str, Any] = {"figure": key, "difference": mean, "margin": margin, "paired": paired}
     if found is None:
         return row | dict.fromkeys(("low", "high", "interval_over", "seed_sd", "detectable", "p", "p_equivalent"))
@@ -161,23 +165,23 @@ def decide(rows: Sequence[dict[str, Any]], lower_is_better: Sequence[bool], off_
     """Add corrected p-values and a verdict to differences that are tested together.
 
     Nothing is called better or worse on a single seed (documents do not show what another seed would give), nor away from
-    the common l0. ``negligible`` says that a difference is there and smaller than the margin.
+    the common l0: such differences are not tested, and do not count in the correction. ``negligible`` says that a difference
+    is there and smaller than the margin.
     """
-    tested = [row for row in rows if row["p"] is not None]
+    tested = [row for row, off in zip(rows, off_target, strict=True) if row["seed_sd"] is not None and not off]
     corrected = dict(zip(map(id, tested), holm([row["p"] for row in tested]), strict=True))
     same = dict(zip(map(id, tested), holm([row["p_equivalent"] for row in tested]), strict=True))
     found = []
     for row, lower, off in zip(rows, lower_is_better, off_target, strict=True):
         p, p_same = corrected.get(id(row)), same.get(id(row))
-        seeds = row["seed_sd"] is not None
         different = p is not None and p <= 1 - LEVEL
         equivalent = p_same is not None and p_same <= 1 - LEVEL
         verdict = UNDECIDED
         if off:
             verdict = OFF_TARGET
-        elif seeds and different:
+        elif different:
             verdict = BETTER if (row["difference"] < 0) == lower else WORSE
-        elif seeds and equivalent:
+        elif equivalent:
             verdict = EQUIVALENT
         negligible = verdict in (BETTER, WORSE) and equivalent
         found.append(row | {"p_holm": p, "p_equivalent_holm": p_same, "verdict": verdict, "negligible": negligible})

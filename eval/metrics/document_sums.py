@@ -4,7 +4,7 @@ The file has one float64 tensor per quantity, with an entry for each scored docu
 text (int64). Figures are ratios and differences of these sums, so that documents can be drawn anew together for several runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ DOWNSTREAM: dict[str, Callable[[Totals], np.ndarray]] = {
 STATISTICS = RECONSTRUCTION | DOWNSTREAM
 
 
-def merged_sums(parts: list[Mapping[str, list[float]]]) -> dict[str, np.ndarray]:
+def merged_sums(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, np.ndarray]:
     """Return the sums of several groups of metrics over all documents that one of them counted, 0 where another did not."""
     documents = np.unique(np.concatenate([np.asarray(part[DOCUMENTS], dtype=np.int64) for part in parts]))
     found: dict[str, np.ndarray] = {DOCUMENTS: documents}

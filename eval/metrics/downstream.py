@@ -57,6 +57,10 @@ class SplicedModel(MetricGroup):
         self.better = 0
         self.documents = ByDocument(("count", "agrees", *(f"{measure}_{name}" for measure, name in MEASURED)))
 
+    @property
+    def document_sums(self) -> ByDocument:
+        return self.documents
+
     def fit(self, piece: DictionaryOutputs) -> None:
         self.total += piece.y.double().sum(0)
         self.pool.append(piece.y[-self.fitted % self.stride :: self.stride].clone())

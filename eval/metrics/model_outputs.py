@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...training.activations.model import LanguageModel, next_token_loss
+from ...training.bad_rows import BadTokens
+from ...training.recipe import HarvestSection
 from ..heldout import TextBatch, logits_and_activations
 
 
@@ -41,19 +44,52 @@ class ModelOutputs:
     """A piece of text and what the model makes of it; one for all dictionaries that are judged together.
 
     Rows are the kept positions, in the order of the text; predictions are the counted ones, those of kept positions whose
-    next token is of the same document.
+    next token is of the same document. Contexts in which an activation is not finite, as where half precision overflows, are
+    left out whole, because nothing that the model makes of them is finite either; ``bad`` counts such tokens.
     """
 
-    def __init__(self, model: LanguageModel, piece: TextBatch, hooks: tuple[str, ...], with_logits: bool):
-        self.model, self.piece, self.hooks, self._with_logits = model, piece, hooks, with_logits
+    def __init__(
+        self,
+        model: LanguageModel,
+        piece: TextBatch,
+        hooks: tuple[str, ...],
+        with_logits: bool,
+        bad: BadTokens | None = None,
+    ):
+        self.model, self.hooks, self._with_logits, self._given = model, hooks, with_logits, piece
+        self._bad = BadTokens(HarvestSection()) if bad is None else bad
         self._rows: dict[str, Tensor] = {}
         self._variants: dict[Hashable, Predictions] = {}
 
     @cached_property
     def _seen(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         if not self._with_logits:
-            return None, self.model.activations(self.piece.token_ids, self.hooks)
-        return logits_and_activations(self.model, self.piece.token_ids, self.hooks)
+            return None, self.model.activations(self._given.token_ids, self.hooks)
+        return logits_and_activations(self.model, self._given.token_ids, self.hooks)
+
+    @cached_property
+    def piece(self) -> TextBatch:
+        """The text, without the contexts that are left out.
+
+        Raises:
+            ValueError: If the tokens that are not finite are more than are allowed.
+        """
+        given = self._given
+        good = torch.ones_like(given.kept)
+        for x in self._seen[1].values():
+            good &= torch.isfinite(x).all(-1)
+        found = int((given.kept & ~good).sum())
+        where = f"{', '.join(self.hooks)}: expected finite activations, got NaN or infinite ones from {self.model.id}"
+        self._bad.count(int(given.kept.sum()), found, where, "Judge it in model.dtype: float32 or bfloat16.")
+        if not found:
+            return given
+        whole = ~(given.kept & ~good).any(1, keepdim=True)
+        kept = given.kept & whole
+        if not bool(kept.any()):
+            # Of all these contexts not one is of use: that is no bad token here and there.
+            self._bad.refuse()
+        documents = set(given.document_ids[kept.cpu().numpy()].tolist())
+        return replace(given, kept=kept, counted=given.counted & whole, documents=documents)
 
     @cached_property
     def _gradients(self) -> dict[str, Tensor]:
@@ -96,19 +132,9 @@ class ModelOutputs:
         return torch.cat([self.piece.counted, last], dim=1)[self.piece.kept]
 
     def activations(self, hook: str) -> Float[Tensor, "tokens width"]:
-        """What the untouched model has at the hook.
-
-        Raises:
-            ValueError: If a number there is not finite, as where half precision overflows.
-        """
+        """What the untouched model has at the hook."""
         if hook not in self._rows:
-            rows = self._seen[1][hook][self.piece.kept].float()
-            if not bool(torch.isfinite(rows).all()):
-                raise ValueError(
-                    f"{hook}: expected finite activations, got NaN or infinite ones from {self.model.id}. Judge it in "
-                    "model.dtype: float32 or bfloat16."
-                )
-            self._rows[hook] = rows
+            self._rows[hook] = self._seen[1][hook][self.piece.kept].float()
         return self._rows[hook]
 
     def gradients(self, hook: str) -> Float[Tensor, "tokens width"]:

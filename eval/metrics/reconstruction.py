@@ -173,6 +173,10 @@ class Reconstructed(MetricGroup):
         self.documents = ByDocument(("error", "deviation", "nonzeros", "tokens"))
         self.of_model = setting.model is not None
 
+    @property
+    def document_sums(self) -> ByDocument:
+        return self.documents
+
     def fit(self, piece: DictionaryOutputs) -> None:
         self.norms.update(piece.y.double().norm(dim=-1))
         self.fitted.update(piece.y)

@@ -19,14 +19,14 @@ from ...sae.dictionary import CONFIG_FILE
 from ...sae.files import write_json
 from ...sae.rows import as_rows
 from ...sae.training_usage import TrainingUsage
-from ...training.activations.tensor_stream import Item, TensorStream
+from ...training.activations.tensor_stream import Activations, TensorStream
+from ...training.bad_rows import counted
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
-from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
-from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint, with_grids_members
+from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.document_sums import SUMS_FILE, merged_sums, write_sums
@@ -58,7 +58,7 @@ def unseen(total: int) -> Callable[[int], None]:
 def evaluate(
     checkpoint: str | Path,
     out: str | Path | None = None,
-    activations: Iterable[Item] | None = None,
+    activations: Activations | None = None,
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
@@ -91,7 +91,7 @@ def evaluate(
     return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
 
 
-def _rows_of(activations: Any, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
+def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """A user's activations, and for a transcoder its targets, each in one tensor."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
     targets = dictionary.arguments()["kind"] != "sae"
@@ -117,12 +117,14 @@ def evaluate_all(
     """Evaluate several dictionaries, each with a report of its own; those of one model and text share its passes.
 
     Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint; ``options`` hold for all of them, ``metric_options`` go to the group of metrics of that name. Everything that
-    can be checked is checked before the model runs.
+    checkpoint; without ``outs`` a grid's directory stands for its members. ``options`` hold for all of them,
+    ``metric_options`` go to the group of metrics of that name. Everything that can be checked is checked before the model runs.
 
     Raises:
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
+    if outs is None:
+        checkpoints = with_grids_members(list(map(str, checkpoints)))
     opened = [open_checkpoint(checkpoint, options) for checkpoint in checkpoints]
     return evaluate_loaded(opened, outs, tokens, selection, cache, progress, metric_options)
 
@@ -239,12 +241,17 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
         "weights_sha256": candidate.member.weights,
         **_seed_and_recipe(source),
         "assumed": list(candidate.opened.assumed),
-        "doubts": [*doubts_of_files(source), *_doubts(entries, dictionary)],
-    } | _with_usage(entries, dictionary.training_usage)
-    for doubt in _doubts(entries, dictionary):
+    }
+    had = [entries[key] for key in ("tokens_asked", "tokens", "documents_shared")]
+    report |= told_shortfalls(candidate.checkpoint, [source], eval_shortfalls(*had))
+    report |= _with_usage(entries, dictionary.training_usage)
+    if source.get("skipped"):
+        report["skipped"] = [f"training: {counted(source['skipped'])}", *report.get("skipped", [])]
+    doubts = _doubts(entries, dictionary)
+    for doubt in doubts:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
-    # Told when the checkpoint was opened.
-    report["doubts"] += candidate.opened.changed
+    # What changed since the training was told when the checkpoint was opened.
+    report["doubts"] = [*doubts_of_files(source), *doubts, *candidate.opened.changed, *report["doubts"]]
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
@@ -355,10 +362,11 @@ def evaluate_on_model(
     known = [
         {group.name: found for group in GROUPS if (found := store.get(group, told[group.name])) is not None} for store in kept
     ]
+    skipped: list[GroupResult] = []
     if any(len(entries) < len(GROUPS) for entries in known):
         hooks = [hooks_of_provenance(candidate.source) for candidate in candidates]
         where = eval_data(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
-        judges = []
+        judges, halves = [], where.halves(tokens)
         for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
             dictionary = candidate.dictionary
             try:
@@ -367,54 +375,54 @@ def evaluate_on_model(
             except ValueError as error:
                 raise ValueError(f"{candidate.checkpoint}: {error}") from None
             device = where.model.device
-            setting = Setting(dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, tokens // 2)
+            setting = Setting(
+                dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, halves.fit_tokens, tokens
+            )
             judges.append(
                 _Judge(
                     setting,
                     [group(replace(setting, options=told[group.name])) for group in GROUPS if group.name not in entries],
                 )
             )
-        documents = _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        documents = _run([judge for judge in judges if judge.groups], halves, progress(tokens))
+        if found := where.bad_texts.until(None) + where.bad_tokens.found:
+            skipped = [GroupResult({"skipped": [f"evaluation: {counted(found)}"]}, {})]
+            log.warning("Left out of the evaluation, or mended: %s.", counted(found))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 settled_entries = settled(group.report())
-                sums = None if group.documents is None else group.documents.columns()
+                sums = None if group.document_sums is None else group.document_sums.columns()
                 entries[group.name] = GroupResult(*settled_entries, sums)
                 store.put(type(group), told[group.name], entries[group.name], documents)
-    return [[entries[group.name] for group in GROUPS] for entries in known]
+    return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
 
 
-def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> int | None:
+def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) -> int | None:
     """Show every group the text: one half of the documents to fit on, then the other.
 
     Return how many documents were read, ``None`` for all that there are.
     """
+    model, tokens, bad = halves.data.model, halves.asked, halves.data.bad_tokens
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
-    cursor, fitted, scored = Cursor(0, 0), 0, 0
-    for piece in where.pieces(cursor, tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=False)
+    cursor = halves.scored_from
+    for piece in halves.fit():
+        passage = ModelOutputs(model, piece, hooks, with_logits=False, bad=bad)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.fit(view)
-        cursor = piece.cursor
-        fitted += int(piece.kept.sum())
-        progress(min(fitted, tokens // 2))
-    require_fitted(fitted)
-    # The document the first half ended in is not scored.
-    for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model)
+        progress(min(halves.fitted, tokens // 2))
+    for piece in halves.score():
+        passage = ModelOutputs(model, piece, hooks, with_logits=reads_model, bad=bad)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.score(view)
         cursor = piece.cursor
-        scored += int(piece.kept.sum())
-        progress(min(tokens // 2 + scored, tokens - 1))
-    require_scored(scored, fitted, tokens)
+        progress(min(tokens // 2 + halves.scored, tokens - 1))
     progress(tokens)
-    return cursor.document + (cursor.offset > 0) if scored >= tokens - tokens // 2 else None
+    return cursor.document + (cursor.offset > 0) if halves.scored >= tokens - tokens // 2 else None
 
 
 def _merged(parts: Iterable[GroupResult]) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
     assert n.W_enc is not None
     assert n.b_enc is not None
     norms = norms_of(n.W_dec)
-    if bool((norms == 0).any()):
+    # By norm, what is written by an atom of zero ranks as zero: its encoder's row becomes zero too.
+    dead = norms == 0
+    if bool(dead.any()) and not n.gate.by_norm:
         raise ValueError("fold_norms: expected atoms that are not zero, got some that are. Dead latents cannot be normed.")
     gate = n.gate
     if gate.threshold is not None and not gate.by_norm:
@@ -75,7 +77,7 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
         "decoder norms folded into the encoder",
         W_enc=n.W_enc * norms[:, None],
         b_enc=n.b_enc * norms,
-        W_dec=n.W_dec / norms[:, None],
+        W_dec=n.W_dec / norms.where(~dead, 1)[:, None],
         gate=replace(gate, by_norm=False),
     )
 

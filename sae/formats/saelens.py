@@ -67,7 +67,7 @@ class SAELens(Format):
             raise ValueError(f"{source.path(CONFIG)}: metadata: expected a mapping, got {cfg['metadata']!r}.")
         n = saelens_dictionary(where, cfg, source.tensors(WEIGHTS), options)
         n = normalise_weights(source, cfg, n, options)
-        return described(n.noting("W_enc transposed"), cfg, saelens_provenance(cfg, options), options)
+        return with_metadata(n.noting("W_enc transposed"), cfg, saelens_provenance(cfg, options), options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         if isinstance(n, CanonicalCrossLayer):
@@ -219,7 +219,7 @@ def saelens_provenance(cfg: Mapping[str, Any], options: ReadOptions) -> dict[str
     return found | {"text": text, "source": {"format": "saelens", "config": dict(cfg)}}
 
 
-def described(n: CanonicalSAE, cfg: Mapping[str, Any], provenance: dict[str, Any], options: ReadOptions) -> CanonicalSAE:
+def with_metadata(n: CanonicalSAE, cfg: Mapping[str, Any], provenance: dict[str, Any], options: ReadOptions) -> CanonicalSAE:
     """The same with its provenance, as a dictionary of the published model, and with what is in doubt."""
     n = n.noting(provenance=provenance, warnings=(*n.warnings, *saelens_doubts(cfg, n, options)))
     return of_published_model(n, cfg.get("metadata") or {})

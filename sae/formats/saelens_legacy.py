@@ -16,7 +16,7 @@ from .base import Format, Read, ReadOptions, require_keys
 from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .files import TORCH_SUFFIXES, SourceFiles
 from .folding import fold_activation_scale
-from .saelens import CONFIG, WEIGHTS, described, is_legacy, normalise_weights, saelens_dictionary, saelens_provenance
+from .saelens import CONFIG, WEIGHTS, is_legacy, normalise_weights, saelens_dictionary, saelens_provenance, with_metadata
 
 RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
 # Fields of old configurations that are metadata now.
@@ -66,7 +66,7 @@ class SAELensLegacy(Format):
             n = fold_activation_scale(n, factor)
         found = saelens_provenance(cfg, options)
         found["source"] = {"format": self.name, "config": dict(old)}
-        return described(n.noting("W_enc transposed", *words), cfg, found, options)
+        return with_metadata(n.noting("W_enc transposed", *words), cfg, found, options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError("saelens_legacy: old layouts are read only. Write saelens, which every version of 6 reads.")

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 STUDIES = [path for path in sorted((ROOT / "docs" / "studies").glob("*.py")) if "argparse" in path.read_text(encoding="utf-8")]
@@ -43,3 +45,30 @@ def test_lines_of_results_are_the_results(lines):
     assert json.loads("\n".join(found)) == value
     assert [json.loads(line.strip().rstrip(",")) for line in found if line.strip().startswith('{"a"')] == rows + rows
     assert len(found) == 18
+
+
+def test_a_sampled_text_does_not_depend_on_who_left_the_batch_and_goes_on(monkeypatch, tmp_path):
+    config = LlamaConfig(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    study = runpy.run_path(str(ROOT / "docs" / "studies" / "sample_text.py"))
+    sample, found = study["sample_batch"], []
+    for leave_at in (0.01, 2.0):
+        monkeypatch.setitem(sample.__wrapped__.__globals__, "LEAVE_AT", leave_at)
+        found.append(sample(model, 1, torch.tensor([1, 2]), batch=11, context=20, temperature=1.0, seed=3))
+    assert found[0] == found[1]
+    assert len({len(document) for document in found[0]}) > 3
+    assert all(len(document) <= 19 and not {1, 2} & set(document) for document in found[0])
+    path = tmp_path / "text.jsonl"
+    line = b'{"text": "a", "tokens": 2}\n'
+    assert study["written_batches"](path, 2) == (0, 0)
+    path.write_bytes(5 * line + b'{"text": "cut')
+    assert study["written_batches"](path, 2) == (2, 8)
+    assert path.read_bytes() == 4 * line

@@ -7,13 +7,16 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 
 from sparsary.sae import ENCODERS, SAE, SparseDictionary, load_dictionary
 from sparsary.sae.checkpoint import KINDS, build_dictionary, kind_class
 from sparsary.sae.files import DTYPES, remove_partial_files, replacing, sha256, write_tensors
+from sparsary.transcoders import Transcoder
 
 
 @pytest.fixture
@@ -136,6 +139,52 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path):
     (tmp_path / "kept").write_text("whole")
     remove_partial_files(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+GIVEN = {
+    "array": lambda x: x.numpy(),
+    "float64 array": lambda x: x.double().numpy(),
+    "float16 array": lambda x: x.half().numpy(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "float16": lambda x: x.half(),
+    "float64": lambda x: x.double(),
+    "list": lambda x: x.tolist(),
+    "read-only": lambda x: np.broadcast_to(x.numpy(), x.shape),
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("mapping", ["sae", "transcoder"])
+def test_activations_of_every_kind_are_encoded_and_decoded(kind, mapping):
+    encoder = ENCODERS["topk"](k=3)
+    d = SAE(5, 13, encoder) if mapping == "sae" else Transcoder(5, 5, 13, encoder, skip=True)
+    if mapping == "transcoder":
+        torch.nn.init.normal_(d.W_skip)
+    # Exact in half precision.
+    x = torch.randint(-8, 9, (7, 5)).float()
+    given, code = GIVEN[kind](x), d.encode(x)
+    found = d.encode(given)
+    torch.testing.assert_close(found.to_dense(13), code.to_dense(13))
+    torch.testing.assert_close(d(given), d(x))
+    torch.testing.assert_close(d.decode(found, given), d.decode(code, x))
+    torch.testing.assert_close(d.encode_at(0, given).values, code.values)
+    dense = code.to_dense(13).detach()
+    torch.testing.assert_close(d.decode(dense.numpy(), given), d.decode(code, x))
+    torch.testing.assert_close(d.decode(dense, given), d.decode(code, x))
+    if mapping == "sae":
+        torch.testing.assert_close(d.pursue(given, 2, "matching_pursuit").values, d.pursue(x, 2, "matching_pursuit").values)
+
+
+@pytest.mark.parametrize(
+    "given", [np.zeros((3, 4)), "text", [["a"]], np.zeros((2, 3, 5)), np.zeros(5), None, np.zeros((3, 5), "c8")]
+)
+def test_what_is_no_activations_is_one_message(given):
+    d = SAE(5, 13, ENCODERS["topk"](k=3))
+    for call in (d.encode, d, lambda x: d.pursue(x, 1, "matching_pursuit")):
+        with pytest.raises((ValueError, TypeCheckError), match=r"expected|parameter"):
+            call(given)
+    with pytest.raises((ValueError, TypeCheckError), match=r"expected|parameter"):
+        d.decode(given)
 
 
 FULL_DISK = """

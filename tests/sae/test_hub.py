@@ -85,6 +85,27 @@ def test_push_of_something_else_is_refused_before_anything_is_sent(tmp_path, mon
         sparsary.push_to_hub(str(tmp_path), "me/mine")
 
 
+@pytest.mark.parametrize("problem", ["no token", "offline", "no rights", "no connection", "a name that is none"])
+def test_a_hub_that_takes_nothing_from_here_is_one_message(checkpoint, monkeypatch, tmp_path, problem):
+    """Against the client itself, which knows some of these without asking anybody."""
+    from huggingface_hub import constants, errors
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", problem == "offline")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+    def failing(*_, **__):
+        raise {"no token": errors.LocalTokenNotFoundError("Token is required"), "no rights": PermissionError("403")}.get(
+            problem, ConnectionError("gone")
+        )
+
+    if problem in ("no token", "no rights", "no connection"):
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", failing)
+    with pytest.raises(ValueError, match=r"could not be uploaded to \(.*hf auth login.*HF_TOKEN"):
+        sparsary.push_to_hub(str(checkpoint), "a b/../c" if problem == "a name that is none" else "me/mine")
+
+
 def test_only_what_is_read_is_uploaded(build_format, tmp_path):
     build_format("saelens", tmp_path / "theirs", 16)
     for name in ("optimizer.pt", "notes.txt", "report.json", "secrets/token.json"):

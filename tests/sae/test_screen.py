@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae import screen as screen_module
 from sparsary.sae.encoder import Weights
-from sparsary.sae.screen import CANDIDATES, MEASURE_EVERY, Screen, coarse_tiles, quantize
+from sparsary.sae.screen import CANDIDATES, MEASURE_EVERY, MEASURE_TOKENS, Screen, coarse_tiles, quantize
 from sparsary.sae.sparse_code import SparseCode
 from sparsary.sae.tiled_scores import Scorer, largest_per_token
 
@@ -155,6 +155,22 @@ def test_the_recall_is_measured_on_some_tokens_of_every_fiftieth_batch(monkeypat
     for _ in range(101):
         screen.largest_per_token(scorer(tokens=3), K)
     assert measured == [1, 51, 101]
+
+
+def test_the_recall_is_not_of_the_first_tokens(noise):
+    """Zeros have no positive score here, so nothing can be missed; the rest of the batch shows what is."""
+    x = torch.cat([torch.zeros(MEASURE_TOKENS, D), torch.randn(3 * MEASURE_TOKENS, D)])
+    some = Scorer(x, torch.randn(LATENTS, D), -torch.rand(LATENTS))
+    recalls = []
+    for _ in range(2):
+        screen = Screen("int8", 0.0)
+        state = torch.get_rng_state()
+        screen.largest_per_token(some, K)
+        recalls.append(float(screen.recall))
+        torch.set_rng_state(state)
+    assert 0 < recalls[0] < 0.9
+    # And of the same ones when a run is resumed.
+    assert recalls[0] == recalls[1]
 
 
 def test_a_restored_screen_goes_on_where_it_was(noise):

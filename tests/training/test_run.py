@@ -1,19 +1,24 @@
 """Whole runs: determinism, resume, refusal, and what a run leaves behind."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import sparsary
-from sparsary.sae import load_dictionary
+from sparsary.sae import errors, files, load_dictionary
 from sparsary.training import preflight as preflight_module
 from sparsary.training import resolve_hooks
 from sparsary.training import run as run_module
@@ -305,8 +310,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(v
 
 
 def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
-    from sparsary.sae import files
-
     memory, written, allowed = files._memory, [], []
 
     def full(tensor):
@@ -319,13 +322,159 @@ def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
         return memory(tensor)
 
     monkeypatch.setattr(files, "_memory", full)
-    with pytest.raises(OSError, match="No space left"):
+    message = (
+        r"run/\S+: could not be written \(No space left on device\)\. The state of step \d+ is kept\. Free space .* goes on"
+    )
+    with pytest.raises(OSError, match=message) as ended:
         run(values)
+    assert ended.value.errno == 28
     monkeypatch.undo()
     assert load_dictionary(values["out_dir"]).n_latents == 67
     assert not list(Path(values["out_dir"]).glob(".*.partial"))
     whole = run(values, out_dir=values["out_dir"] + "-whole")
     assert_equal_runs(run(values), whole)
+
+
+@pytest.mark.parametrize("where", ["metrics", "state", "dictionary", "recipe"])
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES])
+def test_whatever_cannot_be_written_is_named_with_what_is_kept(values, monkeypatch, where, number):
+    """Afterwards the same call goes on, to what a run that never failed gives."""
+    names = {"metrics": "metrics.jsonl", "state": "state.safetensors", "dictionary": "dictionary.json", "recipe": "recipe.yaml"}
+    values |= {"save_every": 10, "tokens": 2020, "calibration_tokens": 300}
+    if where == "metrics":
+        real = run_module.TrainingLog.flush
+
+        def broken(self):
+            with errors.writing(self.path):
+                if self.latest.get("step", 0) >= 20:
+                    raise OSError(number, os.strerror(number))
+            return real(self)
+
+        monkeypatch.setattr(run_module.TrainingLog, "flush", broken)
+        values["log_every"] = 5
+    else:
+        real, times = files.sync_folder, []
+
+        def failing(folder):
+            times.append(folder)
+            if len(times) > 4 or where == "recipe":
+                raise OSError(number, os.strerror(number))
+            return real(folder)
+
+        monkeypatch.setattr(files, "sync_folder", failing)
+    with pytest.raises(OSError, match=r"could not be written") as ended:
+        run(values)
+    text = str(ended.value)
+    assert text.startswith(values["out_dir"])
+    assert os.strerror(number) in text
+    assert "goes on" in text
+    assert "Errno" not in text
+    if where == "metrics":
+        assert names[where] in text
+        assert "The state of step 10 is kept." in text
+    monkeypatch.undo()
+    assert_equal_runs(run(values), run(values, out_dir=values["out_dir"] + "-whole"))
+
+
+def test_training_in_another_thread_leaves_signals_alone(values):
+    """As web applications, notebooks' executors and Ray do; the same run as in the main thread."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+        directory = pool.submit(run, values).result()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert_equal_runs(directory, run(values, out_dir=values["out_dir"] + "-main"))
+
+
+def test_bad_tokens_are_in_the_provenance_also_of_a_run_that_was_stopped(values, monkeypatch, caplog):
+    """And in the log at the end."""
+    rows = torch.randn(3000, 19, generator=torch.Generator().manual_seed(0)) @ torch.randn(19, 19)
+    rows[[5, 700, 2000], 3] = float("nan")
+    tensors = list(rows.split(100))
+
+    def trained(out_dir, tokens=3030):
+        changed = values | {"out_dir": out_dir, "tokens": tokens}
+        return train_recipe(resolve_recipe(check_recipe(changed, "recipe")), tensors)
+
+    whole = trained(values["out_dir"])
+    assert "Left out of training, or mended: tokens whose activations are not finite: 3." in caplog.text
+    said = json.loads((whole / "dictionary.json").read_text())["provenance"]["skipped"]
+    assert said == {"tokens whose activations are not finite": 3}
+    steps = iter(range(10**6))
+    monkeypatch.setattr(StopRequest, "signal_number", 15, raising=False)
+    monkeypatch.setattr(StopRequest, "__init__", lambda self: None)
+    monkeypatch.setattr(StopRequest, "requested", property(lambda self: next(steps) >= 12))
+    with pytest.raises(Stopped):
+        trained(values["out_dir"] + "-part")
+    monkeypatch.undo()
+    part = trained(values["out_dir"] + "-part")
+    assert_equal_runs(whole, part)
+    assert json.loads((part / "dictionary.json").read_text())["provenance"]["skipped"] == said
+    again = trained(values["out_dir"] + "-part")
+    assert json.loads((again / "dictionary.json").read_text())["provenance"]["skipped"] == said
+
+
+class PlayedWandb:
+    """What is used of wandb's package."""
+
+    def __init__(self, mode, login=True):
+        self.mode, self.result, self.asked, self.begun = mode, login, [], []
+
+    def setup(self):
+        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
+
+    def login(self, prompt=True, verify=False):
+        self.asked.append((prompt, verify))
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+    def init(self, **options):
+        self.begun.append(options["mode"])
+        return SimpleNamespace(log=self.log, finish=lambda: None)
+
+    def log(self, row, step):
+        raise BrokenPipeError("the service is gone")
+
+
+@pytest.mark.parametrize(
+    ("environment", "recipe", "login", "refused"),
+    [
+        ("online", None, False, "wandb: not logged in. Run `wandb login`"),
+        ("online", None, RuntimeError("key is\n wrong"), r"takes no login from here (key is wrong). Run `wandb login`"),
+        ("online", None, ConnectionError("no route"), "(no route)"),
+        ("online", "online", False, "not logged in"),
+        ("online", None, True, None),
+        ("offline", None, False, None),
+        ("disabled", None, False, None),
+        ("dryrun", None, False, None),
+        ("online", "offline", False, None),
+        ("online", "disabled", False, None),
+        ("disabled", "online", False, None),
+    ],
+)
+def test_wandb_is_checked_before_any_work_and_the_environment_counts_where_the_recipe_is_silent(
+    values, monkeypatch, environment, recipe, login, refused
+):
+    played = PlayedWandb(environment, login)
+    monkeypatch.setitem(sys.modules, "wandb", played)
+    values |= {"wandb": {"project": "x"} | ({} if recipe is None else {"mode": recipe}), "tokens": 202}
+    values["harvest"] = values["harvest"] | {"store": values["out_dir"] + "-store", "tokens": 700}
+    if refused is not None:
+        with pytest.raises(ValueError, match=re.escape(refused)):
+            run(values)
+        assert not Path(values["harvest"]["store"]).exists()
+        assert not Path(values["out_dir"]).exists()
+        return
+    # A service that breaks off later does not end the run.
+    assert (run(values, log_every=1) / "dictionary.json").exists()
+    assert played.begun == [recipe]
+    assert played.asked == ([(False, True)] if (recipe or environment) == "online" else [])
+
+
+def test_wandb_without_its_package_is_refused_before_any_work(values, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"wandb in a recipe: needs wandb: pip install 'sparsary\[wandb\]'"):
+        preflight(resolve_recipe(check_recipe(values | {"wandb": {"project": "x"}}, "recipe")))
 
 
 # Preflight.

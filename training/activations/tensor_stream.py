@@ -2,12 +2,11 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +27,8 @@ HINTS = {
 }
 SLICE_TOKENS = 8192
 
-# What a user may bring: activations, with gradients or targets, or by name; tensors or what becomes one.
-Item = Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
+# What a user may bring in place of a model: an iterable of `FORMS`, or one of them. Whatever else it is, a message says so.
+Activations = Any
 
 
 class TensorStream(ActivationStream):
@@ -44,13 +43,22 @@ class TensorStream(ActivationStream):
     ``section`` says.
     """
 
-    def __init__(self, tensors: Iterable[Item], batch_tokens: int, targets: bool = False, section: HarvestSection = DEFAULTS):
+    def __init__(self, tensors: Activations, batch_tokens: int, targets: bool = False, section: HarvestSection = DEFAULTS):
         super().__init__(batch_tokens)
         self.tensors, self.targets, self.section = _items(tensors), targets, section
         self.once = isinstance(self.tensors, Iterator)
         # What `sample` took from an iterator must still be handed out afterwards.
         self._head: list[dict[str, Tensor]] = []
         self._widths: dict[str, int] = {}
+        self._pass_tokens = 0
+
+    @property
+    def distinct_tokens(self) -> int:
+        return self._pass_tokens
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self._pass_tokens = position.get("distinct", self._pass_tokens)
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
@@ -79,7 +87,8 @@ class TensorStream(ActivationStream):
         """Item after item, pass after pass; bad rows are counted in the first pass."""
         bad, passes = BadTokens(self.section), 0
         while True:
-            seen = 0
+            # The same rows come again; the first bad one is known.
+            seen = bad.rows = bad.bad = 0
             items = itertools.chain(self._head, map(self._named, self.tensors)) if self.once else map(self._named, self.tensors)
             for number, item in enumerate(items):
                 before = bad.bad
@@ -89,8 +98,9 @@ class TensorStream(ActivationStream):
             passes += 1
             if self.once or not seen:
                 return
+            self._pass_tokens = seen
 
-    def _named(self, item: Item) -> dict[str, Tensor]:
+    def _named(self, item: Any) -> dict[str, Tensor]:
         """An item's tensors by their names, in float32 on the CPU.
 
         Raises:
@@ -194,7 +204,7 @@ class _Slices:
             yield self.array[start : start + SLICE_TOKENS]
 
 
-def _items(tensors: Any) -> Iterable[Item]:
+def _items(tensors: Activations) -> Any:
     """What a user brings in place of a model as an iterable of items.
 
     Raises:

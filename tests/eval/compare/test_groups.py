@@ -9,7 +9,7 @@ import pytest
 
 from sparsary.eval.bootstrap import resamples
 from sparsary.eval.compare.families import differences_summary
-from sparsary.eval.compare.groups import differences
+from sparsary.eval.compare.groups import family_differences
 from sparsary.eval.compare.recipes import COLUMNS, collect_run_groups, recipes_summary
 from sparsary.eval.compare.runs import collect_runs
 from sparsary.eval.metrics.document_sums import read_sums, write_sums
@@ -19,7 +19,7 @@ from sparsary.eval.pages.runs import render_runs
 DOCUMENTS = 30
 REPORT = {
     "kind": "sae",
-    "n_latents": 67,
+    "n_latents": 1021,
     "training_tokens": 3030,
     "selection": "per token",
     "model": "embedded",
@@ -213,11 +213,11 @@ def test_claims_are_data_and_tested_together(run, tmp_path, pytestconfig):
         {"family": "same", "figure": "dead_fraction", "claim": "as many dead", "source": "B", "expected": "equivalent"},
         {"family": "same", "against": "better", "figure": "fvu", "claim": "reconstructs better", "source": "C"},
     ]
-    rows = differences(found, COLUMNS, [{"against": "topk"} | claim for claim in claims])
+    rows = family_differences(found, COLUMNS, [{"against": "topk"} | claim for claim in claims])
     assert [row["verdict"] for row in rows] == ["better", "equivalent", "worse"]
     assert rows[0]["p_holm"] >= 2 * rows[0]["p"]
     with pytest.raises(ValueError, match="claim: family: expected one of topk, better, same, got 'sam'"):
-        differences(found, COLUMNS, [{"family": "sam", "figure": "fvu", "against": "topk"}])
+        family_differences(found, COLUMNS, [{"family": "sam", "figure": "fvu", "against": "topk"}])
     (tmp_path / "comparison.json").write_text(json.dumps(found))
     (tmp_path / "claims.json").write_text(
         json.dumps([*claims, {"family": "absent", "figure": "fvu", "claim": "", "source": ""}])
@@ -233,5 +233,5 @@ def test_a_comparison_of_before_is_tested_on_seeds(run):
     """comparison.json of version 1 has values by seed, and neither covariance nor reference."""
     found = collect_run_groups({"topk": three(run, "topk"), "b": three(run, "b", fvu=0.2)})
     old = {"families": [{k: f[k] for k in ("name", "figures", "selection")} for f in found["families"]]}
-    (row,) = differences(old, COLUMNS, [{"family": "b", "against": "topk", "figure": "fvu"}])
+    (row,) = family_differences(old, COLUMNS, [{"family": "b", "against": "topk", "figure": "fvu"}])
     assert (row["interval_over"], row["verdict"]) == ("seeds", "better")

@@ -125,6 +125,15 @@ def test_runs_that_are_the_same_are_equivalent():
     assert (row["p"], row["verdict"], row["detectable"]) == (1.0, "equivalent", 0.0)
 
 
+def test_seeds_that_agree_to_a_latent_are_not_certain():
+    """Three latents of 1024 in every seed: counts that agree by chance, as one in a dozen triples of them does."""
+    ours, theirs = [8 / 1024] * 3, [5 / 1024] * 3
+    certain, rounded = (difference("dense_fraction", ours, theirs, None, True, step) for step in (0.0, 1 / 1024))
+    assert (certain["p"], certain["detectable"]) == (0.0, 0.0)
+    assert rounded["p"] > 0.001
+    assert rounded["detectable"] > 1e-4
+
+
 def test_seeds_that_are_not_the_same_are_not_paired():
     ours, theirs = [0.50, 0.60, 0.70], [0.51, 0.61, 0.71]
     paired, apart = (difference("fvu", ours, theirs, None, paired=flag) for flag in (True, False))

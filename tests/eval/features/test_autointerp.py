@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import httpx
 import pytest
 
 from sparsary.eval.features.autointerp import (
@@ -177,3 +178,33 @@ def test_a_local_model_answers_something(embedded_model):
     chat = LocalChat(embedded_model, max_tokens=5)
     assert isinstance(chat.answer("Then", "Aaron went " * 200), str)
     assert chat.usage == LlmUsage(requests=1, prompt_tokens=123, completion_tokens=5)
+
+
+def test_an_endpoint_is_met_before_the_features_are_collected(serving, monkeypatch, tmp_path):
+    """Nobody there, and a key that is refused, are known at once; one that has no list of models is believed."""
+    with serving(lambda _request: saying("x")) as (url, stub), endpoint(url) as (chat, _):
+        chat.require_ready()
+        assert (stub.requests, chat.usage) == ([], LlmUsage())
+    waits = []
+    nobody = Endpoint(url, "m", retries=2, sleep=waits.append)
+    with pytest.raises(ValueError, match=r"could not be reached, 3 times \(ConnectError"):
+        nobody.require_ready()
+    nobody.close()
+    assert len(waits) == 2
+    with pytest.raises(ValueError, match=r"--key-env: expected an environment variable that holds a key, got 'NO_SUCH_KEY'"):
+        Endpoint(url, "m", "NO_SUCH_KEY")
+    for status in (401, 403):
+        transport = httpx.MockTransport(lambda _request, status=status: httpx.Response(status, text="bad key"))
+        for key, said in (("OPENAI_API_KEY", "OPENAI_API_KEY, which is not set"), ("MY_KEY", "variable MY_KEY;")):
+            monkeypatch.setenv("MY_KEY", "secret")
+            monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+            refused = Endpoint("https://there", "m", key)
+            refused._client = httpx.Client(transport=transport)
+            with pytest.raises(ValueError, match=rf"refuses the key \(status {status}: bad key\).*{said}"):
+                refused.require_ready()
+            refused.close()
+    # What was answered before needs no server.
+    (tmp_path / "answer.json").write_text("{}")
+    kept = Endpoint(url, "m", cache=tmp_path, retries=0)
+    kept.require_ready()
+    kept.close()

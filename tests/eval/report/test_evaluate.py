@@ -2,13 +2,16 @@
 
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sparsary
 from sparsary.eval.checkpoint import folders
+from sparsary.eval.metrics.document_sums import STATISTICS, read_sums
 from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
@@ -61,6 +64,29 @@ def test_the_figures_hang_together(report):
     assert report["documents"] > 20
     assert report["text"] == "embedded"
     assert "fvu" in dict(report_summary(report))
+
+
+def test_the_sums_by_document_hold_the_report_s_figures(checkpoint, report, tmp_path):
+    sums = read_sums(checkpoint)
+    assert len(sums["documents"]) == report["documents"]
+    for key, statistic in STATISTICS.items():
+        totals = {name: values.sum() for name, values in sums.items()}
+        assert statistic(totals) == pytest.approx(report[key], rel=1e-9), key
+    # Also where everything is taken from the cache, and never an older report's.
+    (tmp_path / "documents.safetensors").write_bytes(b"of another report")
+    evaluate(str(checkpoint), str(tmp_path))
+    again = read_sums(tmp_path)
+    assert all(np.array_equal(values, again[name]) for name, values in sums.items())
+
+
+def test_the_report_says_who_was_dead_when_training_ended(checkpoint, report):
+    usage = sparsary.load(checkpoint).training_usage
+    assert report["dead_training_fraction"] == usage.dead_fraction
+    # dead_after_tokens is more than the training had.
+    assert report["dead_training_window_tokens"] == usage.tokens == report["training_tokens"]
+    assert f"{usage.dead_fraction:.2%} on the training's last" in dict(report_summary(report))["latents"]
+    assert report["seed"] == 0
+    assert len(report["recipe_digest"]) == 16
 
 
 def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
@@ -294,6 +320,58 @@ def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeyp
         ValueError, match=r"transformer.h.2:out: expected finite activations, .* Judge it in model.dtype: float"
     ):
         evaluate(rivals[0], str(tmp_path), tokens=600, cache=False)
+
+
+def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(checkpoint, rivals, monkeypatch, tmp_path, caplog):
+    """A run that trained on such a model can be judged; whole contexts go, because nothing after such a token is finite."""
+    from sparsary.training.activations.model import LanguageModel
+
+    plain = evaluate(rivals[0], str(tmp_path / "plain"), tokens=900, cache=False)
+    real, spoiled = LanguageModel.hooked, []
+
+    @contextmanager
+    def overflowing(self, readers):
+        def spoiling(reader):
+            def read(x):
+                if x.shape[1] > 8 and len(spoiled) < 2:
+                    x = x.clone()
+                    x[0, 20, 3] = float("inf")
+                    spoiled.append(x)
+                return reader(x)
+
+            return read
+
+        with real(self, {hook: spoiling(reader) for hook, reader in readers.items()}):
+            yield
+
+    monkeypatch.setattr(LanguageModel, "hooked", overflowing)
+    report = evaluate(rivals[0], str(tmp_path), tokens=900, cache=False)
+    assert spoiled
+    (line,) = report["skipped"]
+    assert line.startswith("evaluation: tokens whose activations are not finite: ")
+    assert "Left out of the evaluation" in caplog.text
+    assert "skipped" not in plain
+    assert all(np.isfinite(value) for value in report.values() if isinstance(value, float))
+    assert report["fvu"] == pytest.approx(plain["fvu"], rel=0.5)
+
+
+GIVEN = {
+    "array": lambda x: x.numpy(),
+    "list of arrays": lambda x: [x[:100].numpy(), x[100:].double().numpy()],
+    "DataLoader": lambda x: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=64),
+    "generator": lambda x: (piece for piece in x.split(33)),
+    "mapping": lambda x: {"x": x.numpy()},
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_activations_in_whatever_holds_them_are_judged(checkpoint, tmp_path, kind):
+    d = sparsary.load(str(checkpoint))
+    x = torch.randn(300, d.d_in)
+    expected = evaluate(str(checkpoint), str(tmp_path / "a"), activations=x)
+    found = evaluate(str(checkpoint), str(tmp_path / "b"), activations=GIVEN[kind](x))
+    assert found["fvu"] == pytest.approx(expected["fvu"], rel=1e-5)
+    assert found["tokens"] == expected["tokens"]
 
 
 def test_few_documents_are_refused_or_have_no_interval(checkpoint, tmp_path):

@@ -234,3 +234,14 @@ def test_norms_of_a_decoder_that_lies_transposed_are_its_norms(dtype):
     assert not W.is_contiguous()
     torch.testing.assert_close(norms_of(W), norms_of(W.contiguous()), rtol=1e-6, atol=0)
     assert norms_of(W).dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_an_atom_of_zero_ranks_as_nothing_by_norm():
+    n, x = neutral("topk", by_norm=True), inputs(torch.float64)
+    W_dec = n.W_dec.clone()
+    W_dec[3] = 0
+    n = replace(n, W_dec=W_dec)
+    folded = fold_norms(n)
+    torch.testing.assert_close(forward(folded, x)[1], forward(n, x)[1])
+    with pytest.raises(ValueError, match="expected atoms that are not zero"):
+        fold_norms(replace(n, gate=ActivationFn("relu")))

@@ -1,5 +1,6 @@
 """Harvest and shards: what is stored, how it resumes, and what damage says."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from sparsary.training.activations.shards import ActivationStore, RowReader, deq
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.locks import locked
 from sparsary.training.recipe import HarvestSection, TextSection
-from sparsary.training.text import is_heldout
+from sparsary.training.text import contexts, is_heldout
 
 HOOK, SECOND = "transformer.h.2:out", "transformer.h.2.mlp:in"
 TEXT = TextSection(context_length=32)
@@ -370,18 +371,88 @@ def test_a_damaged_manifest_is_named(copy, text):
         ActivationStore.open(copy.directory)
 
 
-def test_not_finite_activations_at_harvest_name_row_and_document(embedded_model, tmp_path, monkeypatch):
+@pytest.fixture
+def spoil(embedded_model, monkeypatch):
+    """Makes the model overflow, by a value, wherever it reads a token that is rare in the text."""
+    some = itertools.islice(contexts(TEXT, embedded_model.tokenizer), 200)
+    sample = np.concatenate([context.token_ids for context in some])
+    counts = np.bincount(sample)
+    rare = int(np.flatnonzero((counts > 3) & (counts < 12))[0])
     original = embedded_model.activations
 
-    def poisoned(token_ids, hooks, attention_mask=None):
-        seen = original(token_ids, hooks, attention_mask)
-        if token_ids.shape[1] > 3:
-            seen[HOOK][0, 7, 3] = float("nan")
-        return seen
+    def spoiling(value, token=rare):
+        def poisoned(token_ids, hooks, attention_mask=None):
+            seen = original(token_ids, hooks, attention_mask)
+            if token_ids.shape[1] > 3:
+                seen[HOOK][..., 3].masked_fill_(token_ids == token, value)
+            return seen
 
-    monkeypatch.setattr(embedded_model, "activations", poisoned)
-    with pytest.raises(ValueError, match=r"x:transformer\.h\.2:out: not finite at row \d+ of shard 0 .*'position': 7"):
-        harvest_activations(embedded_model, TEXT, section(tmp_path / "s"))
+        monkeypatch.setattr(embedded_model, "activations", poisoned)
+
+    return spoiling
+
+
+def test_not_finite_activations_stop_a_strict_harvest_and_are_named(embedded_model, tmp_path, spoil):
+    spoil(float("nan"))
+    strict = section(tmp_path / "s", on_bad_row="error")
+    message = r"s: x:transformer\.h\.2:out: not finite \(\{'token': \d+, 'document': \d+.*float32.*on_bad_row: skip"
+    with pytest.raises(ValueError, match=message):
+        harvest_activations(embedded_model, TEXT, strict)
+    # What was corrected goes on.
+    assert harvest_activations(embedded_model, TEXT, section(tmp_path / "s")).manifest["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("float32", float("nan")), ("bfloat16", float("inf")), ("float16", 1e5), ("int8", -1e8), ("float32", -float("inf"))],
+)
+def test_tokens_that_cannot_be_stored_are_left_out_and_counted(embedded_model, tmp_path, spoil, dtype, value, caplog):
+    """The rest is stored as if they had not been there; a harvest that was interrupted stores and counts the same."""
+    clean = harvest_activations(embedded_model, TEXT, section(tmp_path / "clean", dtype=dtype, tokens=3200))
+    spoil(value)
+    store = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", dtype=dtype))
+    assert store.tokens("train") + store.tokens("heldout") >= 3000
+    left_out = store.manifest["skipped"]["tokens whose activations are not finite"]
+    assert left_out > 0
+    assert f"not finite: {left_out}" in caplog.text
+    places = ("document", "offset")
+    for split in ("train", "heldout"):
+        n = store.tokens(split)
+        rows = {name: RowReader(store, split, name).gather(np.arange(n)) for name in (*places, f"x:{HOOK}")}
+        every = {name: RowReader(clean, split, name).gather(np.arange(clean.tokens(split))) for name in rows}
+        known = {place: i for i, place in enumerate(zip(*(every[name].tolist() for name in places), strict=True))}
+        index = [known[place] for place in zip(*(rows[name].tolist() for name in places), strict=True) if place in known]
+        assert len(index) > 0.9 * n
+        assert torch.equal(rows[f"x:{HOOK}"][: len(index)], every[f"x:{HOOK}"][index])
+    moments = store.moments(HOOK)
+    assert torch.isfinite(moments.mean).all()
+    assert moments.count == store.tokens("train")
+    harvest_activations(embedded_model, TEXT, section(tmp_path / "p", dtype=dtype, tokens=950))
+    resumed = harvest_activations(embedded_model, TEXT, section(tmp_path / "p", dtype=dtype))
+    assert resumed.manifest["skipped"] == store.manifest["skipped"]
+    assert resumed.tokens("train") == store.tokens("train")
+
+
+def test_more_of_them_than_the_share_stop_the_harvest(embedded_model, tmp_path, spoil):
+    spoil(float("nan"), embedded_model.tokenizer.convert_tokens_to_ids("."))
+    with pytest.raises(ValueError, match=r"rows are bad, above harvest\.max_bad_share = 0\.001\. The model overflows there"):
+        harvest_activations(embedded_model, TEXT, section(tmp_path / "s", max_bad_share=0.001))
+
+
+def test_bad_rows_of_the_text_are_in_the_manifest_and_keys_for_them_are_no_identity(embedded_model, tmp_path):
+    from sparsary.training.embedded import corpus
+
+    lines = [json.dumps({"text": corpus.embedded_document(1, i).text}) for i in range(120)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*lines[:3], '{"text": null}', *lines[3:90], "no json", *lines[90:]]))
+    text = TextSection(source="files", files=(str(tmp_path / "t.jsonl"),), context_length=32)
+    store = harvest_activations(embedded_model, text, section(tmp_path / "s", tokens=900, shard_tokens=300))
+    # The second stands behind what was stored.
+    assert store.manifest["skipped"] == {"rows with null in place of text": 1}
+    lenient = text.model_copy(update={"max_bad_share": 0.5})
+    more = harvest_activations(embedded_model, lenient, section(tmp_path / "s", tokens=9000, shard_tokens=300))
+    assert sum(more.manifest["skipped"].values()) == 2
+    whole = harvest_activations(embedded_model, text, section(tmp_path / "whole", tokens=9000, shard_tokens=300))
+    assert more.manifest["skipped"] == whole.manifest["skipped"]
 
 
 def test_not_finite_activations_in_a_shard_name_shard_and_row(copy):

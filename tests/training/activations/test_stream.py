@@ -1,18 +1,22 @@
 """Streams: a true global shuffle, exact resume, and every token once a pass."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
 
-from sparsary.training.activations.harvest import harvest_activations
+from sparsary.training.activations.harvest import HarvestedRows, harvest_activations
 from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
+from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.shuffle import permute
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.activations.tensor_stream import TensorStream
+from sparsary.training.bad_rows import NOT_FINITE
+from sparsary.training.embedded import corpus
 from sparsary.training.recipe import HarvestSection, TextSection
-from sparsary.training.text import is_heldout
+from sparsary.training.text import Cursor, contexts, is_heldout
 
 HOOK = "transformer.h.1:out"
 READ, WRITTEN = "transformer.h.2.mlp:in", "transformer.h.2.mlp:out"
@@ -137,7 +141,9 @@ def test_sampling_does_not_move_the_stream(make):
     target = sample.x if sample.target is None else sample.target
     assert sampled.moments().mean.shape == (sample.x.shape[1],)
     assert sampled.target_moments().mean.shape == (target.shape[1],)
-    assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
+    if isinstance(sampled, StoreStream):
+        # The embedded corpus has no end.
+        assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
     assert_same(next(plain), next(sampled))
     plain.close()
     sampled.close()
@@ -270,9 +276,232 @@ def test_a_list_is_passed_over_again():
     ],
 )
 def test_bad_tensors_are_named(tensors, message):
-    stream = TensorStream(tensors, 3)
+    stream = TensorStream(tensors, 3, section=HarvestSection(on_bad_row="error"))
     with pytest.raises(ValueError, match=message):
         list(itertools.islice(stream, 5))
+
+
+ROWS = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+WHOLE = [ROWS[:17], ROWS[17:]]
+
+
+def batched(*tensors, size=17):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=size)
+
+
+class Frame:
+    """What tables of data have: rows by position, numbers as an array."""
+
+    iloc = None
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    def __iter__(self):
+        return iter("abc")
+
+
+def big_endian(rows):
+    return rows.numpy().astype(">f4")
+
+
+def read_only(rows):
+    values = rows.numpy().copy()
+    values.flags.writeable = False
+    return values
+
+
+CONTAINERS = {
+    "tensor": lambda: ROWS,
+    "array": lambda: ROWS.numpy(),
+    "read-only array": lambda: read_only(ROWS),
+    "reversed view": lambda: ROWS.flip(0).numpy()[::-1],
+    "big-endian array": lambda: big_endian(ROWS),
+    "table": lambda: Frame(ROWS.numpy()),
+    "list of tensors": lambda: WHOLE,
+    "tuple of tensors": lambda: tuple(WHOLE),
+    "list of arrays": lambda: [x.numpy() for x in WHOLE],
+    "list of float64 arrays": lambda: [x.double().numpy() for x in WHOLE],
+    "numbers": lambda: [ROWS.tolist() for _ in range(1)],
+    "DataLoader(TensorDataset)": lambda: batched(ROWS),
+    "DataLoader(tensor)": lambda: torch.utils.data.DataLoader(ROWS, batch_size=7),
+    "generator": lambda: iter(WHOLE),
+    "generator of arrays": lambda: (x.numpy() for x in WHOLE),
+    "lists of one": lambda: [[x] for x in WHOLE],
+    "tuples of one": lambda: [(x,) for x in WHOLE],
+    "mappings": lambda: [{"x": x} for x in WHOLE],
+    "mappings by another name": lambda: [{"activations": x.numpy()} for x in WHOLE],
+    "one mapping": lambda: {"x": ROWS},
+    "with gradients attached": lambda: [x.clone().requires_grad_() for x in WHOLE],
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_activations_as_users_have_them(name):
+    stream = TensorStream(CONTAINERS[name](), 9)
+    torch.testing.assert_close(stream.sample(40).x, ROWS)
+    found = torch.cat([batch.x for batch in itertools.islice(stream, 4)])
+    stream.close()
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    torch.testing.assert_close(found, ROWS[:36])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_activations_of_every_precision(dtype):
+    rows = (ROWS * 4).to(dtype)
+    stream = TensorStream([rows], 9)
+    torch.testing.assert_close(next(stream).x, rows[:9].float())
+    stream.close()
+
+
+@pytest.mark.parametrize("pair", ["tuple", "list", "DataLoader", "mapping"])
+@pytest.mark.parametrize("targets", [False, True])
+def test_pairs_are_gradients_or_targets_in_whatever_holds_two(pair, targets):
+    other = ROWS * 3 if not targets else ROWS[:, :2]
+    name = "target" if targets else "grad"
+    items = {
+        "tuple": [(ROWS, other)],
+        "list": [[ROWS.numpy(), other.double().numpy()]],
+        "DataLoader": batched(ROWS, other),
+        "mapping": [{"x": ROWS, name: other}],
+    }[pair]
+    stream = TensorStream(items, 40, targets)
+    batch = next(stream)
+    stream.close()
+    torch.testing.assert_close(getattr(batch, name), other)
+    three = TensorStream([[ROWS, ROWS[:, :2], ROWS[:, 2:4]]], 40, targets=True)
+    assert torch.equal(next(three).grad, ROWS[:, 2:4])
+    three.close()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ("activations.pt", r"expected an iterable of tensors or arrays.*got str\. Read files first"),
+        (7, r"expected an iterable .*got int"),
+        (lambda: iter(WHOLE), r"got function\. Call it: activations=f\(\)"),
+        ([None], r"expected a tensor or an array of numbers, got NoneType"),
+        (["a", "b"], r"expected a tensor or an array of numbers, got str"),
+        ([ROWS.to(torch.complex64)], r"expected a dense tensor of real numbers, got torch\.complex64"),
+        ([ROWS.to_sparse()], r"expected a dense tensor of real numbers, got .*sparse"),
+        ([ROWS.view(4, 10, 6)], r"expected \(tokens, d_in\), got \(4, 10, 6\)\. Join batch and position"),
+        (torch.utils.data.TensorDataset(ROWS), r"expected \(tokens, d_in\), got \(6,\)\. Give tokens in batches: DataLoader"),
+        ([(ROWS, torch.arange(40))], r"gradients: tensor 0: expected \(tokens, d_in\) of 40 tokens, got \(40,\)"),
+        ([(ROWS,) * 4], r"expected \(tokens, d_in\), got \(4, 40, 6\)"),
+        ([{"a": ROWS, "b": ROWS}], r"expected x, target and grad, the last two if needed, got \['a', 'b'\]"),
+        ([], r"expected at least one tensor"),
+        ([ROWS, ROWS[:, :3]], r"activations: tensor 1: expected width 6, as before, got 3"),
+    ],
+)
+def test_what_cannot_be_activations_is_one_message(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        TensorStream(tensors, 3).sample(100)
+
+
+class Spoiled:
+    """Tensors with tokens that are not finite, given anew at every pass."""
+
+    def __init__(self, bad=(0, 5, 100, 101, 250, 399)):
+        self.rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+        self.good = torch.ones(400, dtype=torch.bool)
+        for number, row in enumerate(bad):
+            self.rows[row, number % 6] = (float("nan"), float("inf"), -float("inf"))[number % 3]
+            self.good[row] = False
+
+    def __iter__(self):
+        yield from self.rows.split(23)
+
+
+def test_tokens_that_are_not_finite_are_left_out_and_counted_once():
+    tensors = Spoiled()
+    clean = tensors.rows[tensors.good]
+    stream = TensorStream(tensors, 31)
+    found = torch.cat([batch.x for batch in itertools.islice(stream, 30)])
+    assert torch.equal(found, clean.repeat(3, 1)[: len(found)])
+    assert stream.skipped == {NOT_FINITE: 6}
+    stream.close()
+    once = TensorStream(iter(tensors), 31)
+    assert torch.equal(torch.cat([batch.x for batch in once]), clean[: len(clean) // 31 * 31])
+    assert once.skipped[NOT_FINITE] in (5, 6)
+    strict = TensorStream(tensors, 31, section=HarvestSection(on_bad_row="error"))
+    with pytest.raises(ValueError, match=r"tensor 0: row 0 is not finite.*harvest\.on_bad_row: skip"):
+        next(strict)
+    many = TensorStream(Spoiled(range(0, 400, 20)), 31, section=HarvestSection(max_bad_share=0.0001))
+    with pytest.raises(ValueError, match=r"row 0 is not finite\. 3 of 46 rows are bad, above harvest\.max_bad_share = 0\.0001"):
+        next(many)
+
+
+class OverflowingModel(LanguageModel):
+    """A language model whose activations overflow on one token of the vocabulary."""
+
+    def __init__(self, model, token):
+        super().__init__(model.module, model.tokenizer, model.id, model.revision)
+        self.token = token
+
+    def activations(self, token_ids, hooks, attention_mask=None):
+        found = super().activations(token_ids, hooks, attention_mask)
+        return {hook: x.masked_fill((token_ids == self.token)[..., None], float("inf")) for hook, x in found.items()}
+
+
+@pytest.fixture
+def overflowing(embedded_model):
+    """The embedded model, and a token that is rare in its text."""
+    sample = list(itertools.islice(contexts(TEXT, embedded_model.tokenizer), 60))
+    counts = np.bincount(np.concatenate([context.token_ids for context in sample]))
+    rare = int(np.flatnonzero((counts > 1) & (counts < 6))[0])
+    return OverflowingModel(embedded_model, rare), rare
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 9])
+@pytest.mark.parametrize("kind", ["live", "contexts", "tensors"])
+def test_a_stream_with_bad_rows_goes_on_exactly_and_counts_them_once(overflowing, tmp_path, kind, stop):
+    """Also bad rows of the text, which ends and begins again."""
+    model, _ = overflowing
+    lines = [json.dumps({"text": corpus.embedded_document(1, i).text}) for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*lines[:15], '{"text": null}', *lines[15:30], "no json", *lines[30:]]))
+    text = TextSection(source="files", files=(str(tmp_path / "t.jsonl"),), context_length=32)
+    section = LIVE.model_copy(update={"max_bad_share": 0.9, "heldout": 0.0})
+
+    def make():
+        if kind == "tensors":
+            return TensorStream(Spoiled(), 31)
+        rows = live_stream(model, (HOOK,), text=text, section=section)
+        return ContextStream(rows) if kind == "contexts" else rows
+
+    whole = make()
+    expected = [next(whole) for _ in range(14)]
+    counts = whole.skipped
+    whole.close()
+    assert counts[NOT_FINITE] > 0
+    if kind != "tensors":
+        assert len(counts) == 3
+        assert sum(counts.values()) - counts[NOT_FINITE] == 2
+    assert all(bool(torch.isfinite(batch.x).all()) and len(batch.x) == len(expected[0].x) for batch in expected)
+    part = make()
+    for _ in range(stop):
+        next(part)
+    position = json.loads(json.dumps(part.position()))
+    part.close()
+    resumed = make()
+    resumed.seek(position)
+    for batch in expected[stop:]:
+        assert_same(next(resumed), batch)
+    assert resumed.skipped == counts
+    resumed.close()
+
+
+def test_live_tokens_that_are_not_finite_stop_above_the_share(overflowing):
+    model, _ = overflowing
+    broken = OverflowingModel(model, model.tokenizer.bos_token_id)
+    section = LIVE.model_copy(update={"exclude_leading": 0, "exclude_special": False, "max_bad_share": 0.0001})
+    stream = live_stream(broken, (HOOK,), section=section)
+    with pytest.raises(ValueError, match=rf"x:{HOOK}: not finite \(\{{'token'.*harvest\.max_bad_share = 0\.0001.*float32"):
+        list(itertools.islice(stream, 9))
+    stream.close()
 
 
 def test_an_error_in_the_background_reaches_the_caller():
@@ -298,3 +527,63 @@ def test_waiting_is_measured():
     stream = TensorStream(slow(), 2)
     assert len(list(stream)) == 3
     assert stream.waited_seconds > 0.1
+
+
+# Samples and moments of a stream without a store.
+
+
+class Counting(Buffers):
+    """A text of ``tokens`` rows, whose values are their places in it, in buffers of 100; it starts over when it ends."""
+
+    def __init__(self, tokens):
+        self.tokens, self.text_tokens, self.made = tokens, 0, 0
+        self.section = HarvestSection(live_buffer_tokens=100)
+
+    def after(self, cursor):
+        begin = cursor.document
+        self.made += 1
+        places = torch.arange(begin, begin + 100) % self.tokens
+        if begin + 100 >= self.tokens:
+            self.text_tokens = self.tokens
+        end = (begin + 100) % self.tokens
+        return HarvestedRows({"token": places}, {"x:h": places[:, None].float()}), Cursor(end, 0)
+
+
+def counting(tokens, start_tokens=0):
+    return LiveStream(Counting(tokens), ("h",), 10, 0, start_tokens=start_tokens)
+
+
+def test_a_sample_reads_as_many_buffers_as_it_needs():
+    stream = counting(10_000)
+    places = stream.sample(250).x[:, 0]
+    assert len(places.unique()) == 250
+    assert set(places[:200].tolist()) == set(range(200))
+    assert set(places[200:].tolist()) < set(range(200, 300))
+    # In pieces it is the same.
+    pieces = [stream.sample(70, skip).x[:, 0] for skip in (0, 70, 140)] + [stream.sample(40, 210).x[:, 0]]
+    assert torch.equal(torch.cat(pieces), places)
+    assert places[:100].tolist() != sorted(places[:100].tolist())
+
+
+@pytest.mark.parametrize("tokens", [30, 100, 230])
+def test_a_sample_holds_no_token_of_the_text_twice(tokens):
+    stream = counting(tokens)
+    places = stream.sample(500).x[:, 0]
+    assert sorted(places.tolist()) == list(range(tokens))
+    assert len(stream.sample(10, tokens).x) == 0
+    assert len(stream.sample(10, tokens - 3).x) == 3
+
+
+@pytest.mark.parametrize(("tokens", "asked", "expected"), [(10_000, 300, 300), (10_000, 10, 100), (120, 300, 120)])
+def test_moments_are_those_of_as_many_tokens_as_asked_for(tokens, asked, expected):
+    stream = counting(tokens, asked)
+    moments = stream.moments()
+    assert moments.count == stream.target_moments().count == expected
+    torch.testing.assert_close(moments.mean, torch.arange(expected).double().mean()[None])
+
+
+def test_moments_make_no_buffer_twice():
+    stream = counting(10_000, start_tokens=300)
+    stream.moments()
+    stream.target_moments()
+    assert stream.source.made == 3

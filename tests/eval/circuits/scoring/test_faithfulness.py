@@ -8,6 +8,8 @@ import torch
 
 from sparsary.eval.circuits.methods import METHODS, UnitScores
 from sparsary.eval.circuits.scoring.faithfulness import (
+    MEASURED_ON,
+    SIZED_ON,
     FaithfulnessCurve,
     Trials,
     circuit_members,
@@ -130,6 +132,43 @@ def test_the_smallest_size_is_to_the_unit(space, pairs):
     reached = curve(trials, order, [size - 1, size]).faithfulness()
     assert reached[0] < 0.8 <= reached[1]
     assert smallest_size(trials, order, 50.0, coarse) is None
+
+
+def test_a_size_is_chosen_on_the_pairs_it_is_not_measured_on(space, pairs):
+    order = ranked(METHODS["exact"]().discover(space, pairs))
+    trials = Trials(space, pairs, ablation_values(space, "resample", pairs))
+    coarse = curve(trials, order, [0, space.size])
+    alone = Trials(space, pairs.take(SIZED_ON), ablation_values(space, "resample", pairs.take(SIZED_ON)))
+    size = smallest_size(trials, order, 0.8, coarse, SIZED_ON)
+    assert size is not None
+    assert curve(trials, order, [size]).of_pairs(SIZED_ON).faithfulness()[0] >= 0.8
+    # Whatever the other pairs do: here a circuit does nothing for them.
+    metric = trials.metric
+
+    def spoilt(kept):
+        found = metric(kept).copy()
+        found[MEASURED_ON] = -100.0
+        return found
+
+    trials.metric = spoilt
+    again = curve(trials, order, [0, space.size])
+    assert smallest_size(trials, order, 0.8, again, SIZED_ON) == size
+    assert len(alone.full) == len(again.of_pairs(SIZED_ON).full) == 6
+
+
+def test_noise_makes_chosen_sizes_too_small_and_the_other_pairs_say_so():
+    """A slow true rise to 0.8, noisy pairs: where they first reach the level, pairs that did not choose do not."""
+    rng, sizes = np.random.default_rng(0), tuple(range(60))
+    truth = np.linspace(0.0, 1.0, 60)[:, None]
+    at_level, held_out = [], []
+    for _ in range(60):
+        values = 1.0 + 2.0 * truth + rng.normal(0, 0.6, (60, 10))
+        along = FaithfulnessCurve(60, sizes, values, np.full_like(values, np.nan), np.full(10, 3.0), np.full(10, 1.0))
+        size = along.of_pairs(SIZED_ON).smallest(0.8)
+        at_level.append(along.of_pairs(SIZED_ON).at([size]).faithfulness()[0])
+        held_out.append(along.of_pairs(MEASURED_ON).at([size]).faithfulness()[0])
+    assert min(at_level) >= 0.8
+    assert np.mean(held_out) < 0.7
 
 
 def test_a_bootstrap_interval_covers_as_often_as_it_says(monkeypatch):
