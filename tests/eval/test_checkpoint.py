@@ -19,7 +19,7 @@ from sparsary.sae.formats import FORMATS, write_dictionary
 from sparsary.transcoders.convert import convert
 
 # What says where a report comes from, not what was measured.
-ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
+ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit", "weights_sha256")
 TOKENS = 600
 STORIES = {"text.context_length": 256, "text.packing": "separate", "harvest.exclude_leading": 0}
 SETTINGS = {"text.context_length": 64, "harvest.exclude_leading": 4}
