@@ -119,7 +119,8 @@ def test_an_architecture_is_planned_and_read(kind, saved, tiny, tmp_path):
     assert any(torch.allclose(state, read, rtol=1e-4, atol=1e-5) for state in near)
 
 
-# One of each way to compute (of those whose own code runs in half precision): attention, hybrids, experts, state spaces, positions of several kinds.
+# One of each way to compute, of those whose own code runs in half precision: attention,
+# hybrids, experts, state spaces, positions of several kinds.
 DTYPE_KINDS = ("bert", "falcon_h1", "gpt2", "gpt_oss", "jamba", "lfm2", "llama", "mamba2", "mixtral", "opt", "qwen3_5")
 
 
