@@ -14,7 +14,7 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
-from .activations.model import resolve_device
+from .activations.model import RemoteCodeRefused, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
@@ -180,6 +180,8 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     plans, problems, size = [], [], None
     try:
         size = _text_size(recipes[0])
+    except RemoteCodeRefused:
+        raise
     except ValueError as error:
         problems.append(str(error))
     try:
