@@ -209,13 +209,13 @@ def _ended(error: BaseException) -> tuple[int, str]:
         return 2, f"sparsary: {said} Try: sparsary --help"
     try:
         # Here, because it loads torch, which help is to do without.
-        from .sae.errors import WriteError, described
+        from .sae.errors import WriteError, operating_system_message
     except Exception:  # noqa: BLE001 - an installation that is broken: the error is about to be told
         return 1, _unforeseen(error)
     if isinstance(error, WriteError):
         return 2, f"sparsary: {error} It was: {shlex.join(['sparsary', *sys.argv[1:]])}"
     if isinstance(error, OSError) and not isinstance(error, ValueError):
-        return 2, f"sparsary: {described(error)}"
+        return 2, f"sparsary: {operating_system_message(error)}"
     if isinstance(error, ValueError) and _is_ours(error):
         return 2, f"sparsary: {error}"
     return 2 if isinstance(error, ValueError) else 1, _unforeseen(error)
@@ -247,9 +247,10 @@ def _unforeseen(error: BaseException) -> str:
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads standard output any more; then nothing is left to be written to it at exit."""
+    if sys.stdout is None:
+        return False
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ..sae.checkpoint import read_config
 from ..sae.dictionary import OneSiteDictionary, SparseDictionary
 from ..sae.encoder import full_scorer
 from ..sae.files import sha256
@@ -31,7 +32,7 @@ from ..training.recipe import HarvestSection, ModelSection, TextSection, overrid
 from ..training.recipe.validation import explain
 from ..training.text import Cursor
 from ..transcoders.load import NO_OPTIONS, CheckpointOptions, Provenance, find
-from ..transcoders.stack import hooks_of_provenance
+from ..transcoders.stack import hooks_of_provenance, is_stack, stack_folders
 from .heldout import eval_data
 from .sanity import Sanity, sanity
 
@@ -323,6 +324,19 @@ def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, Spars
                 f"{where.model.id}. This dictionary belongs to another model or hook."
             )
         yield writes[0], dictionary, x, None if reads == writes else y
+
+
+def with_grids_members(checkpoints: Sequence[str]) -> list[str]:
+    """Return checkpoints with every directory of a grid replaced by its members; directories of a stack stay.
+
+    In a stack each dictionary has a hook of its own, and all are put in place together; a grid has several of one hook.
+    """
+    found: list[str] = []
+    for checkpoint in checkpoints:
+        members = stack_folders(checkpoint) if is_stack(checkpoint) else []
+        hooks = [_known_hooks(read_config(member)["provenance"])[1] for member in members]
+        found += map(str, members) if len(set(hooks)) < len(hooks) else [checkpoint]
+    return found
 
 
 def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:

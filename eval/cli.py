@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -105,10 +106,11 @@ def _eval(
     options: "CheckpointOptions",
 ) -> None:
     """Judge dictionaries on held-out documents: report.json and report.html."""
-    from .checkpoint import folders
+    from .checkpoint import folders, with_grids_members
     from .report.evaluate import InferenceMode, evaluate_all
     from .report.summary import report_summary
 
+    checkpoints = with_grids_members(checkpoints)
     outs = folders(checkpoints, out)
     fitted: dict[str, Any] = {"bias": False} if no_bias else {}
     fitted |= {"ridge": ridge[0] if len(ridge) == 1 else ridge} if ridge else {}
@@ -229,8 +231,10 @@ def _circuits(
         facts = attribution_graph(checkpoints[0], prompt, out, options=options)
         print_fields([(key.replace("_", " "), str(value)) for key, value in facts.items()])
         return
+    from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits, n_steps
 
+    checkpoints = with_grids_members(checkpoints)
     chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
     settings = CircuitSettings(
         ablation=ablation,
@@ -275,8 +279,9 @@ def _compare(
     """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
     from .compare.run import compare, comparison_summary
 
-    named = [argument for argument in arguments if "=" not in argument]
-    overrides = recipe_overrides([argument for argument in arguments if "=" in argument], None)
+    # Members of a grid are named by what they change.
+    named = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
+    overrides = recipe_overrides([argument for argument in arguments if argument not in named], None)
     trusted = bool(trust_remote_code)
     with show_progress("compare") as progress:
         comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted, against, match_l0)

@@ -69,7 +69,7 @@ def doing(what: str) -> Iterator[None]:
         raise
 
 
-def described(error: OSError) -> str:
+def operating_system_message(error: OSError) -> str:
     """Return what an error of the operating system means to a person: the file, the reason and what helps."""
     if error.errno is None or error.strerror is None:
         return " ".join(str(error).split()) or type(error).__name__

@@ -10,9 +10,9 @@ from .encoder import Encoder, Weights, require_argument
 from .sparse_code import Revival
 from .tiled_scores import Scorer, above, largest_of_batch, level_of_batch
 
-# Per batch the penalty's weight is multiplied by (l0 / target) ** GAIN, by 1 % at most: latents follow the weight only after
-# a hundred batches, and a weight that had risen faster meanwhile drove the l0 to a fiftieth of its target and latents to
-# death. Near the target the gain is what keeps up with a weight that has to fall as the dictionary gets better.
+# Per batch the penalty's weight is multiplied by (l0 / target) ** GAIN, and raised by 1 % at most: latents follow the weight
+# only after a hundred batches, and one that had risen faster meanwhile drove the l0 to a fiftieth of its target and latents
+# to death. Near the target the gain is what keeps up with a weight that has to fall as the learning rate does.
 GAIN = 0.1
 FASTEST = 1.01
 # The batch itself pays (l0 / target) ** PUSH times that, within a factor of 2: this answers at once and damps the other.
@@ -56,7 +56,7 @@ class SparsityPenalty(nn.Module):
         ratio = (l0.detach() / target_l0).clamp(1 / LIMIT, LIMIT).to(self.factor)
         if rests:
             return torch.ones_like(ratio)
-        self.factor.mul_(ratio.pow(GAIN).clamp(1 / FASTEST, FASTEST))
+        self.factor.mul_(ratio.pow(GAIN).clamp(max=FASTEST))
         return ratio.pow(PUSH)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from sparsary.sae import ENCODERS, SparseCode
+from sparsary.training.activations.model import load_tokenizer
+from sparsary.training.recipe import ModelSection
 from sparsary.training.recipe.grid import load_grid
 from sparsary.training.resolve_hooks import dictionary_arguments, resolve_recipes
 
@@ -55,6 +57,7 @@ def with_configuration(recipe, tmp_path):
         return recipe
     name, sizes = CONFIGS[recipe.model.id]
     getattr(transformers, name)(**sizes).save_pretrained(tmp_path / "config")
+    load_tokenizer(ModelSection()).save_pretrained(tmp_path / "config")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(tmp_path / "config")})})
 
 

@@ -8,17 +8,32 @@ from torch import Tensor
 
 from ..sae import SparseDictionary
 from .activations.stream import ActivationStream
+from .shortfalls import Shortfall, shortfall
 
 
-def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, batch_tokens: int) -> bool:
-    """Calibrate thresholds on up to ``tokens`` training tokens and bring free atoms to unit norm; False if nothing was to do.
+def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, batch_tokens: int) -> list[Shortfall]:
+    """Calibrate thresholds on ``tokens`` training tokens, bring free atoms to unit norm, and return what fell short.
 
     The same dictionary and stream give the same result: an interrupted end of a run is done over.
     """
-    changed = not dictionary.encoder.unit_atoms
-    if changed:
+    if not dictionary.encoder.unit_atoms:
         dictionary.fold_norms()
-    return dictionary.calibrate(inputs(stream, tokens, batch_tokens, dictionary.device)) or changed
+    seen = 0
+
+    def counted() -> Iterator[Float[Tensor, "tokens d_in"]]:
+        nonlocal seen
+        for x in inputs(stream, tokens, batch_tokens, dictionary.device):
+            seen += len(x)
+            yield x
+
+    if not dictionary.calibrate(counted()):
+        return []
+    return calibration_shortfall(tokens, seen)
+
+
+def calibration_shortfall(tokens: int, have: int) -> list[Shortfall]:
+    """Return what a calibration on ``tokens`` tokens lacks where there are ``have``."""
+    return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds rest on all the training tokens there are")
 
 
 def inputs(

@@ -15,10 +15,11 @@ from ..sae.files import remove_partial_files, write_text
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
 from .locks import LOCK_FILE, locked
-from .phases import Phases
+from .phases import Phases, phase_starts
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
-from .report import METRICS_FILE, TrainingLog
-from .state import STATE_FILE, TrainState
+from .report import METRICS_FILE, WANDB_FOLDER, TrainingLog
+from .shortfalls import ENTRY, Shortfall
+from .state import STATE_FILE, TrainState, saved_step
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -32,6 +33,8 @@ class Checkpoints:
         self.directory = directory
         self.provenance = provenance
         self.phases = phases
+        self.shortfalls: tuple[Shortfall, ...] = ()
+        self._recorded: Content | None = None
 
     def save(
         self,
@@ -51,18 +54,30 @@ class Checkpoints:
     ) -> None:
         """Write the checkpoint that others load.
 
-        It says whether training and calibration are over, how many bad rows were left out or mended, if any were, and what
-        model and text are identified by.
+        It says whether training and calibration are over, how many bad rows were left out or mended, if any were, what the
+        run fell short of, and what model and text are identified by.
         """
         dictionary.training_usage = state.training_usage
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
-        found = {"skipped": dict(stream.skipped), "content": stream.content()}
-        dictionary.save(self.directory, self.provenance | reached | {key: value for key, value in found.items() if value})
+        found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
+        reached |= {key: value for key, value in found.items() if value}
+        dictionary.save(self.directory, self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]})
+
+    def _content(self, stream: ActivationStream) -> Content | None:
+        """The content of model and text as far as it was ever read: who goes on near the end has read less than before."""
+        content = stream.content()
+        if self._recorded is None and (self.directory / CONFIG_FILE).exists():
+            self._recorded = read_config(self.directory)["provenance"].get("content")
+        before = (self._recorded or {}).get("text")
+        if content is not None and before is not None and before["documents"] > content["text"]["documents"]:
+            content = content | {"text": before}
+        self._recorded = content
+        return content
 
 
 @contextmanager
-def claimed(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> Iterator[bool]:
-    """Hold ``directory`` for this recipe; the value says whether a saved state is there to continue.
+def claimed(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> Iterator[Recipe | None]:
+    """Hold ``directory`` for this recipe; the value is the recipe of the saved state to continue, ``None`` if there is none.
 
     Args:
         content: Return that of the recipe's model, which a saved run must have been trained on.
@@ -72,25 +87,51 @@ def claimed(directory: Path, recipe: Recipe, content: Callable[[], Content] | No
     """
     with locked(directory, "out_dir"):
         remove_partial_files(directory)
-        require_same_run(directory, recipe, content)
+        continued = require_same_run(directory, recipe, content)
         write_text(directory / RECIPE_FILE, dump_recipe(recipe))
-        yield (directory / STATE_FILE).exists()
+        yield continued
 
 
-def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> None:
-    """Raise ``ValueError`` if a directory holds anything but a run of this recipe, on the same model and text."""
+def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> Recipe | None:
+    """Return the recipe of the state that a run of ``recipe`` would go on from, ``None`` if it would start anew.
+
+    A run that never saved a step is nobody's: its directory is taken over. More ``tokens`` than before make a run longer.
+
+    Raises:
+        ValueError: If the directory holds another run, one on another model or text, or something else.
+    """
     saved = directory / RECIPE_FILE
-    if saved.exists():
-        old = check_recipe(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)), str(saved))
-        changed = run_changes(directory, old, recipe, content)
-        if changed:
-            raise ValueError(
-                f"out_dir: {directory} holds another run; these differ:\n  "
-                + "\n  ".join(changed)
-                + "\nChoose another out_dir, delete this one, or take back the changes to continue it."
-            )
-    elif any(path.name not in (LOCK_FILE, METRICS_FILE) for path in directory.iterdir()):
-        raise ValueError(f"out_dir: {directory} is not empty and holds no run of sparsary. Choose another out_dir.")
+    if not directory.exists():
+        return None
+    if not (directory / STATE_FILE).exists():
+        ours = (LOCK_FILE, METRICS_FILE, WANDB_FOLDER)
+        if not saved.exists() and any(path.name not in ours for path in directory.iterdir()):
+            raise ValueError(f"out_dir: {directory} is not empty and holds no run of sparsary. Choose another out_dir.")
+        return None
+    old = check_recipe(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)), str(saved))
+    changed = run_changes(directory, old, recipe, content)
+    if changed:
+        raise ValueError(
+            f"out_dir: {directory} holds another run; these differ:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another out_dir, delete this one, or take back the changes to continue it."
+        )
+    if old.tokens != recipe.tokens and recipe.phases:
+        _require_same_phase(directory, old, recipe)
+    return old
+
+
+def _require_same_phase(directory: Path, old: Recipe, recipe: Recipe) -> None:
+    """Raise ``ValueError`` if the state is past the start of a phase that begins later in a longer run."""
+    step = saved_step(directory)
+    # The state is that before step `step`, which the phase is entered with.
+    past = [sum(start < step for start in phase_starts(each)) for each in (old, recipe)]
+    if past[0] != past[1]:
+        raise ValueError(
+            f"tokens: {directory} is at step {step}, in phase {past[0]}, which begins at step "
+            f"{phase_starts(recipe)[past[0] - 1]} of {recipe.tokens:,} tokens. Train it anew in another out_dir, or keep "
+            f"tokens: {old.tokens}."
+        )
 
 
 def run_changes(directory: Path, old: Recipe, new: Recipe, current: Callable[[], Content] | None) -> list[str]:

@@ -34,6 +34,15 @@ class DictionaryAdam(torch.optim.Adam):
         self.dictionary.renormalize()
 
 
+def lr_share(recipe: Recipe, step: int) -> float:
+    """The part of ``lr`` that step ``step``, counted from 0, has by warm-up and decay: between 0 and 1."""
+    steps, warmup = total_steps(recipe), recipe.lr_warmup_steps
+    decay = round(steps * recipe.lr_decay)
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    fall = min(1.0, (steps - step) / decay) if decay else 1.0
+    return min(rise, fall)
+
+
 class Schedule:
     """Sets what depends on the step: the learning rate, the encoder in force and its scheduled arguments.
 
@@ -42,16 +51,11 @@ class Schedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
         self.optimizer, self.dictionary, self.phases = optimizer, dictionary, phases
-        self.peak = peak_lr(recipe)
-        self.steps = total_steps(recipe)
-        self.warmup = recipe.lr_warmup_steps
-        self.decay = round(self.steps * recipe.lr_decay)
+        self.recipe, self.peak = recipe, peak_lr(recipe)
 
     def lr(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        fall = min(1.0, (self.steps - step) / self.decay) if self.decay else 1.0
-        return self.peak * min(rise, fall) * self.phases.lr_factor(step)
+        return self.peak * lr_share(self.recipe, step) * self.phases.lr_factor(step)
 
     def apply(self, step: int) -> None:
         self.phases.enter(self.dictionary, step)

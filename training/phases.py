@@ -32,7 +32,7 @@ class Phases(nn.Module):
     def __init__(self, dictionary: SparseDictionary, recipe: Recipe):
         super().__init__()
         self.recipe, self.steps = recipe, total_steps(recipe)
-        self.starts = [0, *(round(phase.start * self.steps) for phase in recipe.phases)]
+        self.starts = [0, *phase_starts(recipe)]
         later = [build_encoder(phase.encoder) for phase in recipe.phases]
         for encoder in later:
             encoder.prepare(dictionary.n_latents)
@@ -100,6 +100,11 @@ class Phases(nn.Module):
         length = self.recipe.phases[number - 1].blend * self.steps
         since = step - self.starts[number]
         return since < length and random.Random(f"{self.recipe.seed} {step}").random() >= (since + 1) / (length + 1)
+
+
+def phase_starts(recipe: Recipe) -> list[int]:
+    """The step at which each phase of a recipe begins."""
+    return [round(phase.start * total_steps(recipe)) for phase in recipe.phases]
 
 
 def interpolate(knots: tuple[tuple[float, int | float], ...], share: float) -> float:

@@ -2,23 +2,31 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from ..sae.batch_encoder import BatchWide
 from ..sae.checkpoint import build_dictionary
+from ..sae.encoders import ENCODERS
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
-from .activations.harvest import recipe_identity
-from .activations.model import resolve_device
+from .activations.harvest import recipe_identity, require_store_folder
+from .activations.model import RemoteCodeRefused, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
+from .calibrate import calibration_shortfall
+from .checkpoints import require_same_run
 from .initialize import SAMPLE_TOKENS
+from .locks import existing_parent, require_writable
+from .optim import lr_share
 from .recipe import Recipe, total_steps
 from .recipe.grid import Grid, told_together
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
+from .shortfalls import Shortfall, shortfall, shortfalls_together
+from .text_size import TextSize, measure_text
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
@@ -29,12 +37,15 @@ class TrainingPlan:
     """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook.
 
     At hooks that are ``assumed`` it is a guess, as are the sizes: the model's code allows no more before it runs.
+    ``training_tokens`` are those of the store, or of a text that is streamed; ``None`` if they are not known. ``text`` is
+    ``None`` where the text is endless, or not needed any more.
     """
 
     widths: dict[str, int]
     assumed: frozenset[str]
     steps: int
     passes: float | None
+    training_tokens: int | None
     parameters: int
     weights_bytes: int
     step_bytes: int
@@ -43,6 +54,8 @@ class TrainingPlan:
     stored_tokens: int
     disk_bytes: int
     shuffle_tokens: int
+    text: TextSize | None = None
+    shortfalls: tuple[Shortfall, ...] = ()
 
     @property
     def working_bytes(self) -> int:
@@ -71,6 +84,7 @@ class TrainingPlan:
             ("training", self.training_words(recipe)),
             ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
             ("output", recipe.out_dir),
+            *[("less than asked", str(found)) for found in self.shortfalls],
         ]
 
     def source_lines(self, recipe: Recipe) -> list[tuple[str, str]]:
@@ -81,6 +95,7 @@ class TrainingPlan:
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}"),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
+            *([] if self.text is None else [("text holds", self.text.words())]),
             (
                 "hooks",
                 ", ".join(
@@ -127,7 +142,13 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
         ("memory", f"about {_bytes(memory)} for training, beside the model's own"),
         ("output", f"{grid.out_dir}, a directory for each member"),
+        *[("less than asked", line) for line in shortfall_lines(grid.names, plans)],
     ]
+
+
+def shortfall_lines(names: Sequence[str], plans: Sequence[TrainingPlan]) -> list[str]:
+    """What plans fall short of: once if all do, else under each name."""
+    return told_together({name: list(map(str, plan.shortfalls)) for name, plan in zip(names, plans, strict=True)}, len(plans))
 
 
 def _words(encoder: dict[str, Any]) -> str:
@@ -151,11 +172,25 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
 
     Raises:
-        ValueError: If a hook does not exist, contexts or tokenizer do not fit the model, an existing store is another one's,
-            the store would be smaller than a batch, the disk is too full, all together need more memory than is free, or wandb
-            is asked for and takes no login; with one line for each member it concerns, or one for all.
+        ValueError: If a hook does not exist, contexts or tokenizer do not fit the model, an existing store or run is another
+            one's, a folder cannot be written, the text cannot be had or is too short, the disk is too full, all together need
+            more memory than is free, or wandb is asked for and takes no login; with one line for each member it concerns, or
+            one for all.
     """
-    plans = plan_all(recipes)
+    plans, problems, size = [], [], None
+    try:
+        size = _text_size(recipes[0])
+    except RemoteCodeRefused:
+        raise
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        plans = plan_all(recipes, size)
+    except ValueError as error:
+        problems.append(str(error))
+    problems += _unwritable(recipes)
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     # What is only assumed refuses nothing.
     if not any(plan.assumed for plan in plans):
         require_memory(recipes, plans)
@@ -164,7 +199,7 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     return plans
 
 
-def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
+def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) -> list[TrainingPlan]:
     """Plan recipes that are run side by side, whatever memory they need."""
     first = recipes[0]
     widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
@@ -174,7 +209,8 @@ def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     plans, problems = [], {}
     for recipe in (member.recipe for member in recipes):
         try:
-            plans.append(_plan(recipe, widths, assumed))
+            plan = _plan(recipe, widths, assumed, size)
+            plans.append(replace(plan, shortfalls=shortfalls_together(_falls_short(recipe, plan))))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
     if problems:
@@ -184,10 +220,117 @@ def plan_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
 
 def _require_same_store(member: ResolvedRecipe) -> None:
     """Raise ``ValueError`` if the store that is there, which all members share, was made of something else."""
-    recipe, store = member.recipe, member.recipe.harvest.store
-    if store is not None and (Path(store) / MANIFEST_FILE).exists():
-        identity = recipe_identity(recipe.model, recipe.text, recipe.harvest)
-        identity.check(ActivationStore.open(store), member.outline.content, recipe.text)
+    recipe, store = member.recipe, _existing(member.recipe)
+    if store is not None:
+        recipe_identity(recipe.model, recipe.text, recipe.harvest).check(store, member.outline.content, recipe.text)
+
+
+def _text_size(member: ResolvedRecipe) -> TextSize | None:
+    """How much text there is, unless it is endless; of one that is harvested already it is no matter if it is gone."""
+    recipe = member.recipe
+    if recipe.text.source == "embedded":
+        return None
+    try:
+        size = measure_text(recipe.text, member.outline.tokenizer, recipe.harvest)
+    except ValueError:
+        if _existing(recipe, complete=True) is not None:
+            return None
+        raise
+    if size.whole and not size.train:
+        raise ValueError(
+            f"text: no token is left to train on: in contexts of {recipe.text.context_length} tokens, {size.documents} "
+            f"document{'s' * (size.documents != 1)}, of which {size.heldout_documents} held out, hold none that counts. Give "
+            "longer text, or lower text.context_length, harvest.heldout or harvest.exclude_leading."
+        )
+    return size
+
+
+def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
+    """One line for every folder that cannot be written, or holds another run."""
+    found, store = [], members[0].recipe.harvest.store
+    for key, folder in (("harvest.store", store), *(("out_dir", member.recipe.out_dir) for member in members)):
+        try:
+            if folder is not None:
+                require_writable(Path(folder), key)
+                if key == "harvest.store":
+                    require_store_folder(Path(folder))
+        except ValueError as error:
+            found.append(str(error))
+    for member in members if not found else ():
+        try:
+            require_same_run(Path(member.recipe.out_dir), member.recipe, member.content)
+        except ValueError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def recipe_shortfalls(recipe: Recipe) -> list[Shortfall]:
+    """What a recipe's own numbers make impossible, whatever its activations come from."""
+    steps, n_latents = total_steps(recipe), recipe.dictionary.n_latents
+    shares = [lr_share(recipe, step) for step in range(min(steps, recipe.lr_warmup_steps))]
+    most = max(shares, default=1.0)
+    # With the warm-up as long as the run or the decay behind it, the rate turns back before it is there.
+    warmed = shares.index(most) + 1 if most < 1 else recipe.lr_warmup_steps
+    found = shortfall("lr_warmup_steps", recipe.lr_warmup_steps, warmed, "steps", f"the rate gets to {most:.1%} of lr")
+    found += shortfall(
+        "dead_after_tokens",
+        recipe.dead_after_tokens,
+        steps * recipe.batch_tokens,
+        "tokens",
+        "no latent can count as dead, and AuxK, which revives them, stays off",
+    )
+    if recipe.auxk_latents is not None and recipe.auxk_weight:
+        found += shortfall("auxk_latents", recipe.auxk_latents, n_latents, "latents", "the dictionary has no more")
+    if recipe.harvest.heldout == 0:
+        found += shortfall(
+            "eval_tokens", recipe.eval_tokens, 0, "tokens", "harvest.heldout is 0, so sparsary eval needs another text (--text)"
+        )
+    return found
+
+
+def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
+    """What there is too little of, as far as it is known before the run."""
+    found, size, have = recipe_shortfalls(recipe), plan.text, plan.training_tokens
+    if have is not None and recipe.harvest.store is None:
+        found += shortfall("tokens", recipe.tokens, have, "tokens", repeated(recipe.tokens, have))
+    held = None if size is None else size.estimate(size.train + size.heldout)
+    existing = _existing(recipe, complete=True)
+    if recipe.harvest.store is not None and (existing is not None or held is not None):
+        held = held if existing is None else existing.tokens("train") + existing.tokens("heldout")
+        assert held is not None
+        found += shortfall("harvest.tokens", recipe.harvest.tokens or 0, held, "tokens", "the text holds no more")
+    if have is not None and _calibrates(recipe):
+        found += calibration_shortfall(recipe.calibration_tokens, have)
+    judged = None if size is None or not recipe.harvest.heldout else size.estimate(size.heldout)
+    if size is not None and judged is not None:
+        found += shortfall("eval_tokens", recipe.eval_tokens, judged, "tokens", _judged_on(size))
+    return found
+
+
+def repeated(tokens: int, have: int) -> str:
+    """Return what follows from training on more tokens than there are."""
+    return f"there are no more, so they are read again: each is trained on {tokens / max(have, 1):.1f} times"
+
+
+def _judged_on(size: TextSize) -> str:
+    one = "the text is one document (see text.separator)" if size.whole and size.documents == 1 else "its documents are too few"
+    if size.heldout:
+        return "sparsary eval judges on what is held out; raise harvest.heldout, or give longer text"
+    return f"{one}: sparsary eval has nothing to judge on; raise harvest.heldout, give more documents, or judge with --text"
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    """Whether thresholds are set on training tokens when the run ends."""
+    last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
+    return recipe.dictionary.joint or issubclass(ENCODERS[last["name"]], BatchWide)
+
+
+def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
+    """The recipe's store, as far as something is in it; only if it is complete, where asked for."""
+    if recipe.harvest.store is None or not (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
+        return None
+    store = ActivationStore.open(recipe.harvest.store)
+    return store if store.manifest["shards"] and (store.manifest["complete"] or not complete) else None
 
 
 def memory_together(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
@@ -238,16 +381,18 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str]) -> TrainingPlan:
+def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size: TextSize | None) -> TrainingPlan:
     harvest, wanted = recipe.harvest, recipe.harvest.tokens or 0
+    text = None if size is None else size.estimate(size.train)
     training = round(wanted * (1 - harvest.heldout))
-    existing = ActivationStore.open(harvest.store) if harvest.store and (Path(harvest.store) / MANIFEST_FILE).exists() else None
+    training = training if text is None else min(training, text)
+    existing = _existing(recipe)
     if existing is not None and existing.manifest["complete"]:
         training = existing.tokens("train")
     if harvest.store is not None and recipe.batch_tokens > training:
         raise ValueError(
             f"batch_tokens: expected at most the {training} training tokens of the store, got {recipe.batch_tokens}. "
-            "Lower batch_tokens or raise harvest.tokens."
+            f"Lower batch_tokens or {'raise harvest.tokens' if text is None or text > training else 'give longer text'}."
         )
     done = 0 if existing is None else existing.tokens("train") + existing.tokens("heldout")
     per_number = STORED_BYTES[harvest.dtype] + (STORED_BYTES[gradient_dtype(harvest.dtype)] if harvest.gradients else 0)
@@ -270,6 +415,7 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str]) -> Tr
         assumed=assumed,
         steps=total_steps(recipe),
         passes=None if live else recipe.tokens / training,
+        training_tokens=text if live else training,
         parameters=parameters,
         # Weights and Adam's two moments, and gradients where they are written out.
         weights_bytes=(12 if fused else 16) * parameters,
@@ -281,6 +427,7 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str]) -> Tr
         stored_tokens=0 if live else wanted,
         disk_bytes=disk,
         shuffle_tokens=harvest.live_buffer_tokens if live else training,
+        text=size,
     )
 
 
@@ -299,9 +446,7 @@ def _step_bytes(recipe: Recipe, row: int) -> int:
 def _require_disk(recipe: Recipe, needed: int) -> None:
     if recipe.harvest.store is None:
         return
-    folder = Path(recipe.harvest.store).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_parent(Path(recipe.harvest.store))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

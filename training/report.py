@@ -21,6 +21,8 @@ from .recipe import Recipe
 from .state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
+# Where wandb keeps its files, in the run's directory.
+WANDB_FOLDER = "wandb"
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ class TrainingLog:
         self.progress.update(self.task, completed=state.tokens, stats=stats)
         if not self.progress.console.is_terminal:
             log.info("%s: %d of %d tokens  %s", self.name, state.tokens, self.total, stats)
-        if self.wandb is not None:
-            self._tell_wandb(lambda: self.wandb.log(row, step=state.step))
+        if (run := self.wandb) is not None:
+            self._tell_wandb(lambda: run.log(row, step=state.step))
 
     def _tell_wandb(self, tell: Callable[[], Any]) -> None:
         """A service that is gone does not end a run: everything is in ``metrics.jsonl`` too."""

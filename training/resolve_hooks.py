@@ -46,6 +46,11 @@ class ModelOutline:
             return load_model(self.section)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when first asked for."""
+        return load_tokenizer(self.section)
+
+    @cached_property
     def content(self) -> Content:
         """The content of model and tokenizer, digested when first asked for."""
         return section_content(self.section)
@@ -77,7 +82,7 @@ class ModelOutline:
             length = text.context_length
             self._text_problems[text] = [
                 *(context_problems(self.model, length) or untrained_positions(self.model, length)),
-                *tokenizer_problems(self.model, load_tokenizer(self.section), text),
+                *tokenizer_problems(self.model, self.tokenizer, text),
             ]
         return self._text_problems[text]
 

@@ -37,13 +37,14 @@ from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
-from .optim import Schedule
+from .optim import Schedule, lr_share
 from .phases import Phases
-from .preflight import TrainingPlan, plan_all, preflight_all
+from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
 from .recipe import DictionarySection, Recipe
-from .recipe.grid import load_grid, unshared
+from .recipe.grid import load_grid, told_together, unshared
 from .report import TrainingLog, progress_bar
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
+from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
 
@@ -159,12 +160,15 @@ def train_all(
             raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
     with ExitStack() as stack:
         contents = [None if activations is not None else member.content for member in members]
-        resuming = [
-            stack.enter_context(claimed(Path(recipe.out_dir), recipe, content))
+        earlier = {
+            recipe.out_dir: stack.enter_context(claimed(Path(recipe.out_dir), recipe, content))
             for recipe, content in zip(recipes, contents, strict=True)
-        ]
+        }
+        known = [tuple(recipe_shortfalls(recipe)) for recipe in recipes] if plans is None else [p.shortfalls for p in plans]
+        _tell([Path(recipe.out_dir).name for recipe in recipes], known)
         together = stack.enter_context(open_streams(members, activations, progress, plans))
-        _train(together, [recipe.out_dir for recipe, saved in zip(recipes, resuming, strict=True) if saved])
+        dirs = [recipe.out_dir for recipe in recipes]
+        _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
     return [Path(recipe.out_dir) for recipe in recipes]
 
 
@@ -212,7 +216,8 @@ def open_streams(
 
 def _live_stream(buffers: Buffers, recipe: Recipe) -> ActivationStream:
     section = recipe.dictionary
-    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out)
+    moments = min(recipe.calibration_tokens, recipe.tokens)
+    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments)
     return ContextStream(rows) if recipe.objective == "kl" else rows
 
 
@@ -225,7 +230,18 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack)
     return stream
 
 
-def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list[str]) -> None:
+def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
+    """Log what runs fall short of: once if all do."""
+    for line in told_together({name: list(map(str, each)) for name, each in zip(names, found, strict=True)}, len(names)):
+        log.warning("%s.", line)
+
+
+def _train(
+    together: list[tuple[ActivationStream, list[Recipe]]],
+    earlier: Mapping[str, Recipe],
+    known: Mapping[str, Sequence[Shortfall]],
+) -> None:
+    """Train on streams; ``earlier`` are the recipes of saved states, ``known`` the runs' shortfalls, by ``out_dir``."""
     first = together[0][1][0]
     device = resolve_device(first.model.device)
     # accelerate keeps one state per process and refuses a second run with another precision.
@@ -236,8 +252,10 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
     stop = StopRequest()
     with ExitStack() as stack:
         bar = stack.enter_context(progress_bar())
-        groups = [_group(stream, recipes, resuming, accelerator, bar, stack) for stream, recipes in together]
+        groups = [_group(stream, recipes, earlier, accelerator, bar, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
+        for member in (member for group in groups for member in group.members):
+            member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])
         try:
             with stop.signals_deferred(), doing(f"training {first.out_dir}"):
                 train_loop(groups, accelerator, stop)
@@ -257,7 +275,11 @@ def _train(together: list[tuple[ActivationStream, list[Recipe]]], resuming: list
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # The state keeps what training left; what others load is made ready for use.
-                finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
+                found = finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
+                found = _passes(member, group.stream) + found
+                before = set(map(str, member.checkpoints.shortfalls))
+                _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
+                member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # In any case: a kill may have come between the last state and its dictionary.
                 member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
@@ -273,6 +295,12 @@ def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
         steps = sorted({member.state.saved_step for group in groups for member in group.members})
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state was saved before.") from None
+
+
+def _passes(member: TrainedMember, stream: ActivationStream) -> list[Shortfall]:
+    """Whether a source that is not a store had fewer tokens than were trained on."""
+    tokens, have = member.recipe.tokens, stream.distinct_tokens
+    return shortfall("tokens", tokens, have, "tokens", repeated(tokens, have)) if have else []
 
 
 @dataclass(frozen=True)
@@ -304,7 +332,7 @@ class Start:
 def _group(
     stream: ActivationStream,
     recipes: list[Recipe],
-    resuming: list[str],
+    earlier: Mapping[str, Recipe],
     accelerator: Accelerator,
     bar: Progress,
     stack: ExitStack,
@@ -312,11 +340,11 @@ def _group(
     """All that trains on one stream, which is brought to where the first of them has to go on."""
     # For iterables of tensors that draw what they give.
     torch.manual_seed(recipes[0].seed)
-    start = Start(stream, stream.sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
+    start = Start(stream, stream.start_sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
-            member = _member(recipe, start, recipe.out_dir in resuming, randomness, accelerator, bar)
+            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, bar)
         stack.callback(member.report.close)
         members.append(member)
     state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
@@ -326,11 +354,12 @@ def _group(
 
 
 def _member(
-    recipe: Recipe, start: Start, resuming: bool, randomness: Randomness, accelerator: Accelerator, bar: Progress
+    recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator, bar: Progress
 ) -> TrainedMember:
+    """Build a run; ``earlier`` is the recipe of the saved state that it goes on from."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
     dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
-    if not resuming:
+    if earlier is None:
         moments = (start.moments, start.target_moments)
         initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
     # Half the width of one site.
@@ -346,15 +375,30 @@ def _member(
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe, accelerator.num_processes)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
-    keep_bytes = state.restore(directory, dictionary, phases, optimizer) if resuming else 0
-    if resuming:
-        log.info("Continuing %s at step %d.", directory, state.step)
+    keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
+    if earlier is not None:
+        log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     objective, wrapped = accelerator.prepare(objective, optimizer)
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases)
     report = TrainingLog(recipe, directory, keep_bytes, state.tokens, bar)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
+
+
+def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
+    """Note that a run was made longer, and say what becomes of its schedules; empty if it was not."""
+    if earlier.tokens == recipe.tokens:
+        return ""
+    state.lengthened.append([state.step, earlier.tokens])
+    last = lr_share(earlier, state.step - 1) if state.step else 0.0
+    moved = ["phases"] * bool(recipe.phases) + ["schedules"] * bool(recipe.schedules)
+    return (
+        f" It is made longer: {recipe.tokens:,} tokens, {earlier.tokens:,} before. lr, {last:.1%} of its peak so far, "
+        f"goes on at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
+        + "".join(f"; {name} are shares of the longer run from here on" for name in moved)
+        + "."
+    )
 
 
 def needs_gradient(recipe: Recipe) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..sae import SparseDictionary
@@ -61,6 +62,8 @@ class TrainState:
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
+        # [step, tokens]: where the run was made longer, and how long it was to be before.
+        self.lengthened: list[list[int]] = []
         self.stream_position: dict[str, Any] | None = None
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.density: Float[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.float64, device=device)
@@ -124,6 +127,7 @@ class TrainState:
             "tokens": self.tokens,
             "stream": stream.position(),
             "metrics_bytes": metrics_bytes,
+            "lengthened": self.lengthened,
         }
         write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)})
         self.saved_step = self.step
@@ -166,12 +170,28 @@ class TrainState:
             _set_random_state(_below("random/", tensors))
             self.step, self.tokens = counters["step"], counters["tokens"]
             self.stream_position = counters["stream"]
+            # Runs of earlier versions could not be made longer.
+            self.lengthened = counters.get("lengthened", [])
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
         phases.select(dictionary, max(self.step - 1, 0))
         self.saved_step = self.step
         return counters["metrics_bytes"]
+
+
+def saved_step(directory: Path) -> int:
+    """The step of a run's saved state, of which nothing else is read.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = directory / STATE_FILE
+    try:
+        with safe_open(path, "pt") as handle:
+            return int(json.loads((handle.metadata() or {})["counters"])["step"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected the state of a run ({error}). Delete the out_dir to start over.") from None
 
 
 def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:

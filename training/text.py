@@ -81,13 +81,18 @@ def contexts(
         return heldout is None or is_heldout(number, heldout)
 
     numbered = documents(section, start.document, wanted, bad, reading)
+    return packed(numbered, section, tokenizer, start.offset)
+
+
+def packed(numbered: Iterable[tuple[int, str]], section: TextSection, tokenizer: Any, offset: int = 0) -> Iterator[Context]:
+    """Contexts of numbered documents, of which the first is read from its token ``offset`` on."""
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
     pad_id = padding_id(tokenizer)
     tokenized = tokenize(numbered, tokenizer)
     return pack(
-        tokenized, section.context_length, bos_id, section.bos, start.offset, pad_id if section.packing == "separate" else None
+        tokenized, section.context_length, bos_id, section.bos, offset, pad_id if section.packing == "separate" else None
     )
 
 

@@ -83,7 +83,7 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
         if writes[0] in found:
             raise ValueError(
                 f"{directory}: expected one dictionary for each hook, got {found[writes[0]].name} and {path.name} for "
-                f"{writes[0]}. Load them one by one, or move one elsewhere."
+                f"{writes[0]}, as a grid leaves them. Name one of them: {path}"
             )
         found[writes[0]] = path
         dictionaries[writes[0]], provenances[writes[0]] = load_dictionary(path, device), provenance

@@ -4,6 +4,7 @@ Half of a task's pairs choose the circuits, the other half judge them. Everythin
 method comes to is a flat row of ``circuits.json``; curves, and the circuits that are drawn, stand beside the rows.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from scipy import stats
 from ...sae.files import json_number, write_json
 from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel
+from ...training.shortfalls import Shortfall, shortfall
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import Report
+from ..checkpoint import Report, with_grids_members
 from ..pages.render import render_file
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
@@ -42,6 +44,7 @@ from .scoring.faithfulness import (
 )
 from .tasks import make_pairs
 from .tasks.competence import competence, require_solved
+from .trained_positions import prompt_fit
 from .units.ablation import ABLATIONS, ablation_values
 from .units.edges import EdgeSpace
 from .units.nodes import NodeSpace
@@ -62,6 +65,8 @@ LEVEL = 0.8
 PER_DECADE = 4
 
 Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def circuits(
     Raises:
         ValueError: If dictionaries are of different models, a task or method is unknown, or prompts cannot be used.
     """
-    names = [str(checkpoints)] if isinstance(checkpoints, str | Path) else [str(checkpoint) for checkpoint in checkpoints]
+    given = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    names = with_grids_members([str(checkpoint) for checkpoint in given])
     several = [open_dictionaries(name, options) for name in names]
     model = open_model(several)
     found: Row = {
@@ -113,6 +119,9 @@ def circuits(
         "checkpoints": names,
         "hooks": {dictionaries.name: list(dictionaries.by_hook) for dictionaries in several},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()},
+        "prompts": [],
+        "shortfalls": [],
+        "doubts": [],
         "rows": [],
         "curves": [],
         "circuits": [],
@@ -120,6 +129,11 @@ def circuits(
     done, edge_files = 0, {}
     for task in settings.tasks:
         work = _Task(model, task, settings)
+        _tell(found, shortfall("--pairs", settings.pairs, work.n_pairs, "pairs", f"{task} has no more; intervals are wider"))
+        for dictionaries in several:
+            rows, doubts = prompt_fit(model, dictionaries, work.judged_on)
+            found["prompts"] += rows
+            _tell(found, doubts)
         families: dict[str, Space] = {**spaces(model, several, work.chosen_on.clean, settings.seed)}
         if settings.edges:
             families["edges"] = EdgeSpace(model)
@@ -139,6 +153,14 @@ def circuits(
     write_json(directory / "circuits.json", found)
     page = render_file(directory / "circuits.json")
     return found | {"path": str(directory / "circuits.json"), "page_path": str(page)}
+
+
+def _tell(found: Row, shortfalls: Sequence[Shortfall]) -> None:
+    """Log what there was too little of, and enter it."""
+    for each in shortfalls:
+        log.warning("%s.", each)
+        found["shortfalls"].append(str(each))
+        found["doubts"] += [str(each)] if each.doubtful else []
 
 
 def n_steps(checkpoints: int, settings: CircuitSettings) -> int:
@@ -166,7 +188,7 @@ class _Task:
 
     def __init__(self, model: LanguageModel, task: str, settings: CircuitSettings):
         pairs = make_pairs(task, model, settings.pairs, settings.seed, settings.corruption)
-        half = len(pairs) // 2
+        half, self.n_pairs = len(pairs) // 2, len(pairs)
         self.task, self.settings = pairs.task, settings
         self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
         self.competence = competence(model, self.judged_on)

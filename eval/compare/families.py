@@ -56,8 +56,9 @@ def compared(
             )
     keys = [column.key for column in columns]
     summaries = [summarize(group.name, [point.report for point in group.points], columns) for group in groups]
-    first = next((summary["name"] for summary in summaries if not is_oracle(summary)), summaries[0]["name"])
-    against = require_choice("--against", against or first, [summary["name"] for summary in summaries])
+    if against is None:
+        against = str(next((summary for summary in summaries if not is_oracle(summary)), summaries[0])["name"])
+    require_choice("--against", against, [summary["name"] for summary in summaries])
     target = common_l0(groups, against, match_l0)
     covariance = document_covariance(groups, keys)
     families = [

@@ -68,7 +68,7 @@ def compare_recipes(
     runs = {name: [_seeded(member, out, name, seed) for seed in range(seeds)] for name, member in families.items()}
     pending = [(name, run) for name, members in runs.items() for run in members if not is_complete(run.recipe, run.content)]
     # Seeds of a recipe need the same.
-    plans = {name: preflight(families[name]) for name in dict(pending)}
+    plans = {name: preflight(run) for name, run in dict(pending).items()}
     for name, run in [(name, run) for name, run in pending if run.recipe.harvest.store is not None][:1]:
         run_harvest(run, progress(run.recipe.harvest.tokens or 0), plans[name])
     for done, (name, run) in enumerate(pending):

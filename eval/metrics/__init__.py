@@ -6,5 +6,6 @@ from .dark_matter.metrics import ErrorCost, ErrorSplit
 from .downstream import SplicedModel
 from .reconstruction import Reconstructed
 from .redundancy import Redundancy
+from .text_used import TextUsed
 
-GROUPS: tuple[type[MetricGroup], ...] = (Reconstructed, LinearFloor, Redundancy, SplicedModel, ErrorSplit, ErrorCost)
+GROUPS: tuple[type[MetricGroup], ...] = (TextUsed, Reconstructed, LinearFloor, Redundancy, SplicedModel, ErrorSplit, ErrorCost)

@@ -27,8 +27,8 @@ from .model_outputs import ModelOutputs, Predictions
 class Setting:
     """What is judged. ``model`` and hooks are ``None`` where there are activations only.
 
-    ``fit_tokens`` is about how many tokens ``fit`` will see. ``options`` are this group's own; they are part of what cached
-    entries are found by.
+    ``fit_tokens`` is about how many tokens ``fit`` will see, ``tokens`` how many were asked for in all. ``options`` are this
+    group's own; they are part of what cached entries are found by.
     """
 
     dictionary: SparseDictionary
@@ -38,6 +38,7 @@ class Setting:
     hook_in: str | None = None
     hook_out: str | None = None
     fit_tokens: int = 0
+    tokens: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -107,11 +108,14 @@ class MetricGroup(ABC):
     name: ClassVar[str]
     version: ClassVar[int]
     reads_model: ClassVar[bool]
-    # Sums by document, of the groups whose figures follow from them. They are kept for comparisons of several runs.
-    document_sums: ByDocument | None = None
 
     @abstractmethod
     def __init__(self, setting: Setting): ...
+
+    @property
+    def document_sums(self) -> ByDocument | None:
+        """Sums by document, if the figures follow from them: they are kept for comparisons of several runs."""
+        return None
 
     @abstractmethod
     def fit(self, piece: DictionaryOutputs) -> None:

@@ -55,9 +55,11 @@ class SplicedModel(MetricGroup):
         self.sums = Downstream(self.model, ABLATED)
         self.increases = Quantiles(floor=1e-3)
         self.better = 0
-        self.documents = self.document_sums = ByDocument(
-            ("count", "agrees", *(f"{measure}_{name}" for measure, name in MEASURED))
-        )
+        self.documents = ByDocument(("count", "agrees", *(f"{measure}_{name}" for measure, name in MEASURED)))
+
+    @property
+    def document_sums(self) -> ByDocument:
+        return self.documents
 
     def fit(self, piece: DictionaryOutputs) -> None:
         self.total += piece.y.double().sum(0)

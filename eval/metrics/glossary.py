@@ -23,7 +23,7 @@ INTRODUCTION = dedent("""\
     made from the texts of the report's own page, and a test compares the two:
 
     ```
-    python -c "from eval.explanations import markdown; print(markdown(), end='')" > docs/report.md
+    python -c "from sparsary.eval.metrics.glossary import report_markdown; print(report_markdown(), end='')" > docs/report.md
     ```
 
     **Schema.** One flat JSON object, version {version} (`report_version`). Values are strings, numbers, lists of numbers, or

@@ -170,8 +170,12 @@ class Reconstructed(MetricGroup):
         self.fitted = Moments(dictionary.d_out, device)
         self.usual = Errors(dictionary.d_out, device)
         self.usual_l0 = Counts()
-        self.documents = self.document_sums = ByDocument(("error", "deviation", "nonzeros", "tokens"))
+        self.documents = ByDocument(("error", "deviation", "nonzeros", "tokens"))
         self.of_model = setting.model is not None
+
+    @property
+    def document_sums(self) -> ByDocument:
+        return self.documents
 
     def fit(self, piece: DictionaryOutputs) -> None:
         self.norms.update(piece.y.double().norm(dim=-1))

@@ -69,6 +69,7 @@ def render_circuits(found: Row) -> str:
             "corruption": show(found.get("corruption"), "the task's own"),
             "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to choose circuits, half to judge them",
             "seed": found.get("seed"),
+            **({"doubts": "; ".join(found["doubts"])} if found.get("doubts") else {}),
         },
         dictionaries={name: f"{_count(len(hooks), 'hook')}: {', '.join(hooks)}" for name, hooks in found["hooks"].items()},
         methods=methods,

@@ -18,15 +18,22 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "model": "The language model whose activations these are.",
         "text": "The corpus. Only documents held out from training are evaluated.",
         "training_tokens": "Tokens trained on; a token seen twice counts twice.",
+        "weights_sha256": "Digest of the dictionary's file: whether these figures are those of the file that lies there now.",
         "git_commit": "Version of the code that trained the dictionary.",
         "seed": "Seed of the training: initial weights and the order of the tokens.",
         "recipe_digest": "Equal for trainings whose recipes differ in seed and directory only.",
         "documents": "Held-out documents scored. The mean and the linear error were fitted on others.",
         "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are not among them.",
+        "tokens_asked": "Tokens asked for, half of them to be scored. Held-out text that is shorter is cut in halves.",
+        "fit_tokens": "Tokens of the half that the mean and the linear error were fitted on.",
+        "documents_shared": "Documents partly in one half and partly in the other: 0, unless there are too few to keep them "
+        "whole.",
+        "shortfalls": "What the training or this evaluation asked for and had less of: steps, tokens; each was also logged.",
         "assumed": "What the dictionary's files do not say and nobody said: taken from recipes' defaults.",
         "skipped": "Rows of text and tokens that could not be used, in training and here: left out, or mended by U+FFFD. Only "
         "where there were any.",
-        "doubts": "What these figures say against the hook, the normalisation or the scale; each was also logged.",
+        "doubts": "What these figures say against the hook, the normalisation or the scale, and shortfalls of more than half; "
+        "each was also logged.",
         "reasons": "Entry -> why it is null. Nothing in a report is NaN or infinite.",
     },
     "Reconstruction": {

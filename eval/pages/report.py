@@ -23,6 +23,8 @@ def render_report(report: Report, curve: Curve) -> str:
         "evaluated on": ", ".join(evaluated) or None,
         "git commit": None if commit is None else str(commit)[:12],
     }
+    if report.get("doubts"):
+        facts["doubts"] = "; ".join(report["doubts"])
     if report.get("selection", "per token") != "per token":
         facts = {"selection": report["selection"]} | facts
     shape = f"{show(report.get('d_in'))} \u2192 {show(report.get('n_latents'))} latents"

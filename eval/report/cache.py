@@ -21,7 +21,7 @@ from ..metrics.base import MetricGroup
 
 FOLDER = "eval_cache"
 # Goes up when the way text is read or cut changes, which no group would notice.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # What a group was told apart from the setting.
 MetricOptions = Mapping[str, Any]
 log = logging.getLogger(__name__)

@@ -23,11 +23,10 @@ from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.bad_rows import counted
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
-from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint
-from ..heldout import EvalData, eval_data, require_fitted, require_scored, require_widths, wanted_tokens
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint, with_grids_members
+from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
 from ..metrics.document_sums import SUMS_FILE, merged_sums, write_sums
@@ -102,6 +101,8 @@ def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Te
     if isinstance(activations, Mapping) and "y" in activations:
         activations = {"x": activations["x"], "target": activations["y"]}
     rows = TensorStream(activations, 1, targets).sample(sys.maxsize)
+    if not len(rows.x):
+        raise ValueError("activations: expected finite numbers, got none: in every token there is one that is not.")
     return rows.x, rows.target
 
 
@@ -118,12 +119,14 @@ def evaluate_all(
     """Evaluate several dictionaries, each with a report of its own; those of one model and text share its passes.
 
     Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint; ``options`` hold for all of them, ``metric_options`` go to the group of metrics of that name. Everything that
-    can be checked is checked before the model runs.
+    checkpoint; without ``outs`` a grid's directory stands for its members. ``options`` hold for all of them,
+    ``metric_options`` go to the group of metrics of that name. Everything that can be checked is checked before the model runs.
 
     Raises:
         ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
     """
+    if outs is None:
+        checkpoints = with_grids_members(list(map(str, checkpoints)))
     opened = [open_checkpoint(checkpoint, options) for checkpoint in checkpoints]
     return evaluate_loaded(opened, outs, tokens, selection, cache, progress, metric_options)
 
@@ -240,14 +243,17 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
         "weights_sha256": candidate.member.weights,
         **_seed_and_recipe(source),
         "assumed": list(candidate.opened.assumed),
-        "doubts": [*doubts_of_files(source), *_doubts(entries, dictionary)],
-    } | _with_usage(entries, dictionary.training_usage)
+    }
+    had = [entries[key] for key in ("tokens_asked", "tokens", "documents_shared")]
+    report |= told_shortfalls(candidate.checkpoint, [source], eval_shortfalls(*had))
+    report |= _with_usage(entries, dictionary.training_usage)
     if source.get("skipped"):
         report["skipped"] = [f"training: {counted(source['skipped'])}", *report.get("skipped", [])]
-    for doubt in _doubts(entries, dictionary):
+    doubts = _doubts(entries, dictionary)
+    for doubt in doubts:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
-    # Told when the checkpoint was opened.
-    report["doubts"] += candidate.opened.changed
+    # What changed since the training was told when the checkpoint was opened.
+    report["doubts"] = [*doubts_of_files(source), *doubts, *candidate.opened.changed, *report["doubts"]]
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
@@ -362,7 +368,7 @@ def evaluate_on_model(
     if any(len(entries) < len(GROUPS) for entries in known):
         hooks = [hooks_of_provenance(candidate.source) for candidate in candidates]
         where = eval_data(candidates[0].source, [hook for pair in hooks for side in pair for hook in side])
-        judges = []
+        judges, halves = [], where.halves(tokens)
         for candidate, ((hook_in,), (hook_out,)), entries in zip(candidates, hooks, known, strict=True):
             dictionary = candidate.dictionary
             try:
@@ -371,14 +377,16 @@ def evaluate_on_model(
             except ValueError as error:
                 raise ValueError(f"{candidate.checkpoint}: {error}") from None
             device = where.model.device
-            setting = Setting(dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, tokens // 2)
+            setting = Setting(
+                dictionary.to(device), device, candidate.selection, where.model, hook_in, hook_out, halves.fit_tokens, tokens
+            )
             judges.append(
                 _Judge(
                     setting,
                     [group(replace(setting, options=told[group.name])) for group in GROUPS if group.name not in entries],
                 )
             )
-        documents = _run([judge for judge in judges if judge.groups], where, tokens, progress(tokens))
+        documents = _run([judge for judge in judges if judge.groups], halves, progress(tokens))
         if found := where.bad_texts.until(None) + where.bad_tokens.found:
             skipped = [GroupResult({"skipped": [f"evaluation: {counted(found)}"]}, {})]
             log.warning("Left out of the evaluation, or mended: %s.", counted(found))
@@ -391,37 +399,32 @@ def evaluate_on_model(
     return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
 
 
-def _run(judges: list[_Judge], where: EvalData, tokens: int, progress: Callable[[int], None]) -> int | None:
+def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) -> int | None:
     """Show every group the text: one half of the documents to fit on, then the other.
 
     Return how many documents were read, ``None`` for all that there are.
     """
+    model, tokens, bad = halves.data.model, halves.asked, halves.data.bad_tokens
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
     reads_model = any(group.reads_model for judge in judges for group in judge.groups)
-    cursor, fitted, scored = Cursor(0, 0), 0, 0
-    for piece in where.pieces(cursor, tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=False, bad=where.bad_tokens)
+    cursor = halves.scored_from
+    for piece in halves.fit():
+        passage = ModelOutputs(model, piece, hooks, with_logits=False, bad=bad)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.fit(view)
-        cursor = piece.cursor
-        fitted += int(piece.kept.sum())
-        progress(min(fitted, tokens // 2))
-    require_fitted(fitted)
-    # The document the first half ended in is not scored.
-    for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
-        passage = ModelOutputs(where.model, piece, hooks, with_logits=reads_model, bad=where.bad_tokens)
+        progress(min(halves.fitted, tokens // 2))
+    for piece in halves.score():
+        passage = ModelOutputs(model, piece, hooks, with_logits=reads_model, bad=bad)
         for judge in judges:
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.score(view)
         cursor = piece.cursor
-        scored += int(piece.kept.sum())
-        progress(min(tokens // 2 + scored, tokens - 1))
-    require_scored(scored, fitted, tokens)
+        progress(min(tokens // 2 + halves.scored, tokens - 1))
     progress(tokens)
-    return cursor.document + (cursor.offset > 0) if scored >= tokens - tokens // 2 else None
+    return cursor.document + (cursor.offset > 0) if halves.scored >= tokens - tokens // 2 else None
 
 
 def _merged(parts: Iterable[GroupResult]) -> dict[str, Any]:

@@ -16,17 +16,16 @@ from ...sae.metrics import Moments
 from ...sae.training_usage import TrainingUsage
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
-from ...training.text import Cursor
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
 from ..heldout import (
     TextBatch,
     eval_data,
+    eval_shortfalls,
     logits_and_activations,
-    require_fitted,
-    require_scored,
     require_widths,
+    told_shortfalls,
     wanted_tokens,
 )
 from ..metrics.downstream import SPLICES, Downstream, ablations
@@ -74,6 +73,8 @@ def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tok
     report = _describe(opened, insertions)
     report |= judge_stack(insertions, sources[0], wanted_tokens(sources[0], tokens))
     report |= _dead_in_training([insertion.dictionary.training_usage for insertion in insertions])
+    had = [report[key] for key in ("tokens_asked", "tokens", "documents_shared")]
+    report |= told_shortfalls(opened.name, sources, eval_shortfalls(*had))
     target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "report.json", report)
@@ -146,21 +147,19 @@ def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int
     require_widths(model, hooks_out, [site.writes.stop - site.writes.start for site in sites], "d_out")
     for insertion in insertions:
         insertion.dictionary.to(model.device)
-    means, cursor, documents = {}, Cursor(0, 0), set()
-    for piece in where.pieces(Cursor(0, 0), tokens // 2):
+    means: dict[str, Moments] = {}
+    halves, documents, fitted_documents = where.halves(tokens), set(), set()
+    for piece in halves.fit():
         for hook, y in model.activations(piece.token_ids, tuple(dict.fromkeys(hooks_out))).items():
             means.setdefault(hook, Moments(y.shape[-1], model.device)).update(y[piece.kept].float())
-        cursor = piece.cursor
-    fitted = next(iter(means.values())).count if means else 0
-    require_fitted(fitted)
+        fitted_documents |= piece.documents
     centres = {hook: moments.mean.float() for hook, moments in means.items()}
     widths = [site.writes.stop - site.writes.start for site in sites]
     counts = [latents_at(insertions[layer.place[0]].dictionary, layer.place[1]) for layer in layers]
     found = [Reconstruction(width, count, model.device) for width, count in zip(widths, counts, strict=True)]
     alone = [name for layer in range(len(layers)) for name in _alone(layer)]
     downstream = Downstream(model, [*SPLICES, *alone])
-    # The document the first half ended in is not scored.
-    for piece in where.pieces(Cursor(cursor.document + 1, 0), tokens - tokens // 2):
+    for piece in halves.score():
         clean_logits, seen = logits_and_activations(model, piece.token_ids, (*hooks_in, *hooks_out))
         rows = {hook: x[piece.kept].float() for hook, x in seen.items()}
         for layer, code, y_hat, record in zip(layers, *_reconstructed(insertions, layers, rows), found, strict=True):
@@ -168,8 +167,8 @@ def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int
         variants = dict(_variants(model, insertions, layers, piece, centres))
         downstream.update(piece.token_ids, piece.counted, clean_logits, variants)
         documents |= piece.documents
-    require_scored(found[0].tokens, fitted, tokens)
-    return {"documents": len(documents)} | _entries(layers, found, downstream)
+    used = {"tokens_asked": tokens, "documents_shared": len(documents & fitted_documents), "documents": len(documents)}
+    return used | _entries(layers, found, downstream)
 
 
 def _reconstructed(

@@ -19,7 +19,7 @@ from sparsary.sae.formats import FORMATS, write_dictionary
 from sparsary.transcoders.convert import convert
 
 # What says where a report comes from, not what was measured.
-ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit")
+ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit", "weights_sha256")
 TOKENS = 600
 STORIES = {"text.context_length": 256, "text.packing": "separate", "harvest.exclude_leading": 0}
 SETTINGS = {"text.context_length": 64, "harvest.exclude_leading": 4}
@@ -195,7 +195,7 @@ def test_what_is_said_counts_and_the_rest_is_a_recipe_s():
     about = {"model": {"id": "m", "revision": "r"}, "text": {"context_length": 33}, "hook": "a.b:out"}
     said = CheckpointOptions(model="n", text=("x.txt",), settings={"harvest.exclude_leading": 0})
     found, assumed = complete(about, said, "here")
-    assert found["model"] == {"id": "n", "revision": None}
+    assert found["model"] == {"id": "n", "revision": None, "trust_remote_code": False}
     assert found["text"] == {"context_length": 33, "source": "files", "files": ["x.txt"], "bos": "context"}
     assert found["harvest"]["heldout"] == EVERY_DOCUMENT
     assert assumed == ["BOS: context", "special tokens left out: True", "documents: all"]

@@ -79,9 +79,11 @@ def test_saelens_gives_our_outputs_for_what_we_write(tmp_path):
         hook = "transformer.h.1.attn.c_proj:in" if case == "heads" else "transformer.h.1:out"
         about = {"model": {"id": "openai-community/gpt2"}, "hooks_in": [hook], "hooks_out": ["transformer.h.1.mlp:out"]}
         write_dictionary(d, tmp_path / case, "saelens", about | ({"hook": hook} if isinstance(d, SAE) else {}))
-        save_file({"x": x}, tmp_path / case / "given.safetensors")
-        code = d.encode(x)
-        ours[case] = (code.to_dense(LATENTS) != 0, d.decode(code, x).detach())
+        # SAELens does not centre: the model that it runs is.
+        seen = x - x.mean(1, keepdim=True) if row_norm == "centred" else x
+        save_file({"x": seen}, tmp_path / case / "given.safetensors")
+        code = d.encode(seen)
+        ours[case] = (code.to_dense(LATENTS) != 0, d.decode(code, seen).detach())
         assert 0 < ours[case][0].float().mean() < 0.7, case
     script = ROOT / "tests" / "parity" / "reference_formats_saelens.py"
     command = [str(PEERS_PYTHON), str(script), "run", *(str(tmp_path / case) for case in ours)]

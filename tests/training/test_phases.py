@@ -445,7 +445,7 @@ def schedule(**knots):
             schedule(k=[[-0.5, 3], [1.0, 5]]),
             "schedules.k: expected shares of the run that ascend within 0 to 1, got [-0.5, 1.0].",
         ),
-        (schedule(k=[]), "schedules.k: expected Tuple should have at least 1 item"),
+        (schedule(k=[]), "schedules.k: expected at least 1 item, got []"),
         (schedule(k=[["0.5", 3]]), "schedules.k.0.0: expected a valid number, got '0.5'."),
         (schedule(k=[[0.0, "3"]]), "schedules.k.0.1"),
         (schedule(k=[[0.0, 3.5], [1.0, 5]]), "schedules.k.0: dictionary.encoder.k: expected a valid integer, got 3.5."),

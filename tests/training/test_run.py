@@ -61,7 +61,8 @@ def assert_equal_runs(a, b):
 def test_a_run_leaves_a_checkpoint_that_works_on_raw_activations(values):
     directory = run(values)
     names = {path.name for path in directory.iterdir()} - {".lock"}
-    assert names == {"dictionary.json", "dictionary.safetensors", "state.safetensors", "metrics.jsonl", "recipe.yaml"}
+    tensors = {f"{name}.safetensors" for name in ("dictionary", "state", "usage")}
+    assert names == {"dictionary.json", "metrics.jsonl", "recipe.yaml"} | tensors
     dictionary = load_dictionary(directory)
     assert (dictionary.d_in, dictionary.n_latents) == (128, 67)
     assert float(dictionary.in_scale) != 1.0

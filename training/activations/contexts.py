@@ -5,6 +5,7 @@ Harvests, live streams, the evaluations on held-out text and the probing of late
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,12 @@ def context_batches(
 
 def special_tokens(model: LanguageModel) -> frozenset[int]:
     """Return the ids of BOS, EOS, padding and whatever else the tokenizer calls special."""
-    return frozenset(model.tokenizer.all_special_ids)
+    return special_ids(model.tokenizer)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the same of a tokenizer."""
+    return frozenset(tokenizer.all_special_ids)
 
 
 def stack_contexts(batch: Sequence[Context], special: frozenset[int], section: HarvestSection) -> ContextBatch:

@@ -79,13 +79,13 @@ class Dataflow:
         """Whether the tensor at a hook depends on that at another, along a way that passes none of some nodes."""
         wanted, todo = self.marks[on].node, [self.marks[target].node]
         # Also not past the start of another block.
-        seen: set[Any] = {None, *without, *(self._starts - {wanted})} - {todo[0]}
+        seen: set[Any] = {*without, *(self._starts - {wanted})} - {todo[0]}
         while todo:
             node = todo.pop()
             if node is wanted:
                 return True
             for before, _ in node.next_functions:
-                if before not in seen:
+                if before is not None and before not in seen:
                     seen.add(before)
                     todo.append(before)
         return False

@@ -293,17 +293,25 @@ def _fill(
         log.warning("%s: left out or mended: %s.", store.directory, counted(skipped))
 
 
+def require_store_folder(directory: Path) -> None:
+    """Raise ``ValueError`` if a folder holds other things than a store."""
+    if (directory / MANIFEST_FILE).exists() or not directory.is_dir():
+        return
+    if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
+        raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
+
+
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
-    if (directory / MANIFEST_FILE).exists():
-        store = ActivationStore.open(directory)
+    store = ActivationStore.open(directory) if (directory / MANIFEST_FILE).exists() else None
+    # One that a failed harvest left empty is nobody's.
+    if store is not None and store.manifest["shards"]:
         dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
         names = recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section)  # pyright: ignore[reportArgumentType]
         more = model_identity(model, section.hooks)
         Identity(names.entries | more.entries, section.hooks).check(store, model.content(), text)
         remove_partial_files(directory)
         return store
-    if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
-        raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
+    require_store_folder(directory)
     store = ActivationStore(directory, _new_manifest(model, text, section))
     write_json(directory / MANIFEST_FILE, store.manifest)
     return store

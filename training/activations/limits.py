@@ -41,7 +41,10 @@ def stated_positions(module: nn.Module) -> int | None:
 
 def has_rotary_positions(module: nn.Module) -> bool:
     """Return whether positions are rotations, which go on beyond those that were trained."""
-    return any("Rotary" in type(part).__name__ for part in module.modules())
+    # Falcon has the rotations also where it does not use them.
+    return not getattr(getattr(module, "config", None), "alibi", False) and any(
+        "Rotary" in type(part).__name__ for part in module.modules()
+    )
 
 
 def takes_contexts_of(model: LanguageModel, positions: int) -> str | None:
@@ -54,7 +57,9 @@ def takes_contexts_of(model: LanguageModel, positions: int) -> str | None:
     hook = ""
     with suppress(ValueError):
         hook = f"{find_block(model.module, 0).path}:out"
-    token_ids = torch.zeros((1, positions), dtype=torch.long, device=model.device)
+    # Padding has no positions of its own in some models (RoBERTa).
+    token = int(getattr(getattr(model.module, "config", None), "pad_token_id", None) == 0)
+    token_ids = torch.full((1, positions), token, dtype=torch.long)
     try:
         model.activations(token_ids, (hook,) if hook else ())
     except HookError:

@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ from . import harvest
 from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
 from .model import LanguageModel
 from .shuffle import permute
-from .stream import ActivationBatch, ActivationStream, moments_of, side_by_side
+from .stream import ActivationBatch, ActivationStream, side_by_side
 
 
 class Buffers:
     """Training tokens straight from the model, buffer after buffer, at every hook that some stream reads.
 
     Streams that walk the text together share the work: the last few buffers are kept for those that come after the first.
-    What a buffer holds depends on where it begins and on nothing else.
+    What a buffer holds depends on where it begins and on nothing else. ``text_tokens`` is how many training tokens the text
+    holds, 0 until it has been read from beginning to end.
     """
 
     def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
@@ -35,6 +36,7 @@ class Buffers:
         self.digest = TextDigest(text)
         self._model_content: Content | None = None
         self.texts = BadTexts(text)
+        self.text_tokens = 0
         self._kept: dict[Cursor, tuple[harvest.HarvestedRows, Cursor]] = {}
         self._making = self._from(BEGINNING)
         self._stands_at: Cursor | None = BEGINNING
@@ -81,20 +83,52 @@ class Buffers:
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
                     yield harvest.HarvestedRows.join(pieces), batch.cursor
                     pieces = []
-            if not found and cursor == BEGINNING:
-                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+            if cursor == BEGINNING:
+                self.text_tokens = require_tokens(found)
             cursor = BEGINNING
+
+
+def require_tokens(found: int) -> int:
+    """Return how many training tokens a whole text holds; raise ``ValueError`` if there are none."""
+    if not found:
+        raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+    return found
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """One buffer's rows in an order that training never uses, none of a token that was in a buffer before.
+
+    ``begin`` counts the rows of the buffers before it, ``cursor`` is where the text stands after it.
+    """
+
+    number: int
+    begin: int
+    rows: ActivationBatch
+    cursor: Cursor
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.rows.x)
 
 
 class LiveStream(ActivationStream):
     """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
 
     The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
-    fill a batch are dropped; the text starts over when it ends. Streams may share ``source``.
+    fill a batch are dropped; the text starts over when it ends. Streams may share ``source``. Samples come from the text's
+    beginning and from as many buffers as they need; what a run starts from, moments and sample, rests on no more than
+    ``start_tokens`` tokens, or one buffer if that is more.
     """
 
     def __init__(
-        self, source: Buffers, hooks_in: tuple[str, ...], batch_tokens: int, seed: int, hooks_out: tuple[str, ...] = ()
+        self,
+        source: Buffers,
+        hooks_in: tuple[str, ...],
+        batch_tokens: int,
+        seed: int,
+        hooks_out: tuple[str, ...] = (),
+        start_tokens: int = 0,
     ):
         super().__init__(batch_tokens)
         section = source.section
@@ -107,7 +141,9 @@ class LiveStream(ActivationStream):
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
         # Batch number at which a buffer begins -> (buffer number, place in the text).
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
-        self._sample: ActivationBatch | None = None
+        self.start_tokens = max(start_tokens, section.live_buffer_tokens)
+        self._sampled: _Sampled | None = None
+        self._moments: tuple[Moments, Moments] | None = None
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         begin = max(number for number in self.buffers if number <= start)
@@ -137,6 +173,10 @@ class LiveStream(ActivationStream):
     def content(self) -> Content:
         return self.source.content_up_to(Cursor(*self.position()["cursor"]))
 
+    @property
+    def distinct_tokens(self) -> int:
+        return self.source.text_tokens
+
     def position(self) -> dict[str, Any]:
         begin = max(number for number in self.buffers if number <= self.batches)
         number, cursor = self.buffers[begin]
@@ -145,6 +185,7 @@ class LiveStream(ActivationStream):
     def seek(self, position: dict[str, Any]) -> None:
         super().seek(position)
         self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
+        self.source.text_tokens = position.get("distinct", self.source.text_tokens)
 
     def _sides(self, rows: harvest.HarvestedRows) -> ActivationBatch:
         x = self._columns(rows, "x", self.hooks_in)
@@ -154,20 +195,61 @@ class LiveStream(ActivationStream):
         return side_by_side([rows.tensors[f"{kind}:{hook}"] for hook in hooks])
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
-        if self._sample is None:
-            rows, _ = self.source.after(BEGINNING)
-            # Counted where training reads them.
-            rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
-            order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 - 1))
-            self._sample = self._sides(rows).rows(order)
-        return self._sample.rows(slice(skip, skip + tokens))
+        found: list[ActivationBatch] = []
+        while True:
+            here = self._sampled_at(skip)
+            rows = here.rows.rows(slice(skip - here.begin, skip - here.begin + tokens))
+            found.append(rows)
+            skip, tokens = skip + len(rows.x), tokens - len(rows.x)
+            if not tokens or not len(rows.x):
+                return found[0] if len(found) == 1 else ActivationBatch.join(found)
+
+    def start_sample(self, tokens: int) -> ActivationBatch:
+        return self.sample(min(tokens, self.start_tokens))
+
+    def _sampled_at(self, row: int) -> _Sampled:
+        """The buffer that holds a row of the text, or, if the text has none left, the one it ends in."""
+        if self._sampled is None or row < self._sampled.begin:
+            self._sampled = self._sampled_from(0, 0, BEGINNING)
+        while row >= self._sampled.end and not 0 < self.source.text_tokens <= self._sampled.end:
+            self._sampled = self._sampled_from(self._sampled.number + 1, self._sampled.end, self._sampled.cursor)
+        return self._sampled
+
+    def _sampled_from(self, number: int, begin: int, cursor: Cursor) -> _Sampled:
+        rows, cursor = self.source.after(cursor)
+        # Bad tokens are counted where training reads them.
+        rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
+        # A buffer may hold the end of the text and its beginning, which came before.
+        new = min(len(rows), self.source.text_tokens - begin) if self.source.text_tokens else len(rows)
+        # Negative numbers: orders that training never uses.
+        order = torch.from_numpy(permute(np.arange(new), new, self.seed * 1_000_003 - 1 - number))
+        return _Sampled(number, begin, self._sides(rows).rows(order), cursor)
 
     def moments(self) -> Moments:
-        return moments_of(self.sample(self.section.live_buffer_tokens).x)
+        return self._both_moments()[0]
 
     def target_moments(self) -> Moments:
-        sample = self.sample(self.section.live_buffer_tokens)
-        return moments_of(sample.x if sample.target is None else sample.target)
+        return self._both_moments()[1]
+
+    def _both_moments(self) -> tuple[Moments, Moments]:
+        """Moments of inputs and targets, found together: each buffer is a pass of the model."""
+        if self._moments is None:
+            size, seen = self.section.live_buffer_tokens, 0
+            batch = self.sample(size)
+            found = Moments(batch.x.shape[1]), Moments(_target(batch).shape[1])
+            while len(batch.x):
+                found[0].update(batch.x)
+                found[1].update(_target(batch))
+                seen += len(batch.x)
+                if seen >= self.start_tokens:
+                    break
+                batch = self.sample(min(size, self.start_tokens - seen), seen)
+            self._moments = found
+        return self._moments
+
+
+def _target(batch: ActivationBatch) -> Tensor:
+    return batch.x if batch.target is None else batch.target
 
 
 class ContextStream(ActivationStream):
@@ -186,6 +268,7 @@ class ContextStream(ActivationStream):
         self._digest = TextDigest(self.text)
         # Batch number -> the place in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
+        self._text_tokens = 0
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         number = max(known for known in self.cursors if known <= start)
@@ -194,8 +277,7 @@ class ContextStream(ActivationStream):
         tokens, known, last = BadTokens(self.section), Counter(self.skipped), self.cursors[number]
         bad = tokens.bad = known[NOT_FINITE]
         tokens.rows = start * self.batch_tokens + bad
-        for context in self._endless(last):
-            here = int(self._training_contexts([context]).kept.sum())
+        for context, here in self._endless(last):
             # The model need not run where nothing is learned.
             if here:
                 pieces.append(context)
@@ -215,16 +297,22 @@ class ContextStream(ActivationStream):
                 yield replace(batch, skipped=skipped)
             number, pieces, kept = number + 1, [], 0
 
-    def _endless(self, cursor: Cursor) -> Iterator[Context]:
+    def _endless(self, cursor: Cursor) -> Iterator[tuple[Context, int]]:
+        """Every context of the text, over and over, with how many of its tokens are trained on."""
         while True:
-            found = False
+            found = 0
             bad, reading = self.rows.source.texts, self._digest.add
             for context in contexts(self.text, self.model.tokenizer, cursor, bad=bad, reading=reading):
-                found = found or bool(self._training_contexts([context]).kept.any())
-                yield context
-            if not found and cursor == BEGINNING:
-                raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+                here = int(self._training_contexts([context]).kept.sum())
+                found += here
+                yield context, here
+            if cursor == BEGINNING:
+                self._text_tokens = require_tokens(found)
             cursor = BEGINNING
+
+    @property
+    def distinct_tokens(self) -> int:
+        return self._text_tokens
 
     def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
         """The contexts as a batch that keeps no held-out document."""
@@ -261,9 +349,13 @@ class ContextStream(ActivationStream):
     def seek(self, position: dict[str, Any]) -> None:
         super().seek(position)
         self.cursors = {position["batches"]: Cursor(*position["cursor"])}
+        self._text_tokens = position.get("distinct", self._text_tokens)
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         return self.rows.sample(tokens, skip)
+
+    def start_sample(self, tokens: int) -> ActivationBatch:
+        return self.rows.start_sample(tokens)
 
     def moments(self) -> Moments:
         return self.rows.moments()

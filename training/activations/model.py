@@ -93,7 +93,9 @@ class LanguageModel:
             return reader
 
         with self.hooked({hook: keep(hook) for hook in hooks}), suppress(EnoughSeen):
-            self.module(input_ids=token_ids, use_cache=False)
+            # On the meta device there are no values by which a model could look for padding.
+            mask = {"attention_mask": torch.ones_like(token_ids)} if token_ids.is_meta else {}
+            self.module(input_ids=token_ids, use_cache=False, **mask)
         return self._in_order(seen, hooks)
 
     def activations_and_gradients(

@@ -26,10 +26,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ...sae.suggestions import did_you_mean
+from ..recipe.validation import SITES
 from .dataflow import Dataflow
 from .model import LanguageModel
 
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
 # Sites that read one tensor and write another.
 TWO_SIDED = ("mlp",)
 
@@ -261,7 +261,7 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
 def _block_paths(module: nn.Module) -> list[str]:
     config = getattr(module, "config", None)
     # Of models that read pictures or sounds too, the part that reads text.
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = getattr(config, "get_text_config", lambda: config)()
     counts = [count for key in COUNTS if isinstance(count := getattr(config, key, None), int)]
     for count in counts:
         lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]

@@ -106,9 +106,13 @@ class ActivationStream(ABC):
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
         """Up to so many shuffled inputs, and targets, for initialisation and calibration, without moving the stream."""
 
+    def start_sample(self, tokens: int) -> ActivationBatch:
+        """A sample for a run to start from; of a source that costs work, no more than a short run is worth."""
+        return self.sample(tokens)
+
     @abstractmethod
     def moments(self) -> Moments:
-        """Mean and deviation of the inputs: exact for a store, from a sample otherwise."""
+        """Mean and deviation of the inputs: exact for a store, from many tokens otherwise."""
 
     @abstractmethod
     def target_moments(self) -> Moments:
@@ -118,9 +122,16 @@ class ActivationStream(ABC):
         """Return the content of model, tokenizer and text as far as it was read; ``None`` where nothing is known of them."""
         return None
 
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens of one pass over a source that is not a store; 0 until its end was met."""
+        return 0
+
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON."""
-        return {"batches": self.batches} | ({"skipped": dict(self.skipped)} if self.skipped else {})
+        """Where the stream stands, as JSON; with the tokens of a pass once there was more than one."""
+        again = 0 < self.distinct_tokens < self.batches * self.batch_tokens
+        skipped = {"skipped": dict(self.skipped)} if self.skipped else {}
+        return {"batches": self.batches} | skipped | ({"distinct": self.distinct_tokens} if again else {})
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from where ``position`` was taken."""

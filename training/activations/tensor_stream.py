@@ -50,6 +50,15 @@ class TensorStream(ActivationStream):
         # What `sample` took from an iterator must still be handed out afterwards.
         self._head: list[dict[str, Tensor]] = []
         self._widths: dict[str, int] = {}
+        self._pass_tokens = 0
+
+    @property
+    def distinct_tokens(self) -> int:
+        return self._pass_tokens
+
+    def seek(self, position: dict[str, Any]) -> None:
+        super().seek(position)
+        self._pass_tokens = position.get("distinct", self._pass_tokens)
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
@@ -89,6 +98,7 @@ class TensorStream(ActivationStream):
             passes += 1
             if self.once or not seen:
                 return
+            self._pass_tokens = seen
 
     def _named(self, item: Any) -> dict[str, Tensor]:
         """An item's tensors by their names, in float32 on the CPU.

@@ -6,6 +6,7 @@ YAML 1.2, where ``1e-4`` is a number and ``no`` is a word.
 
 import copy
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,12 @@ def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """A recipe's unchecked values over those of its base."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a recipe file ({error}).") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: expected a recipe file, got none ({error.strerror}). Give the path of a YAML file."
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected a recipe file, got something else than text. Give a YAML file in UTF-8.") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of recipe keys, got {type(values).__name__}.")
@@ -108,8 +113,9 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     overrides = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or not key:
-            raise ValueError(f"{argument!r}: expected key.sub=value, for example lr=1e-4.")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            path = f" There is no file or folder of that name{', either' if equals else ''}." if "/" in argument else ""
+            raise ValueError(f"{argument!r}: expected key.sub=value, for example lr=1e-4.{path}")
         overrides[key] = parse_yaml(value, argument)
     return overrides
 
@@ -174,8 +180,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Keys, with both values, in which ``new`` would not continue ``old``."""
+    """Keys, with both values, in which ``new`` would not continue ``old``. More ``tokens`` would: the run is made longer."""
     before, after = flat_keys(old.model_dump(mode="json")), flat_keys(new.model_dump(mode="json"))
+    if new.tokens > old.tokens:
+        after["tokens"] = before["tokens"]
     return [
         f"{key}: {before.get(key)!r} there, {after.get(key)!r} here"
         for key in sorted(before.keys() | after.keys())

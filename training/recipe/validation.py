@@ -1,6 +1,8 @@
 """What can be wrong with a recipe, said in this project's words: one line per mistake, with the nearest valid name."""
 
+import difflib
 import inspect
+import re
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, get_args
@@ -8,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ...sae.encoders import ENCODERS, build_encoder
+from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
 from .schema import DictionarySection, Recipe, total_steps
@@ -52,12 +55,12 @@ def encoder_schema(name: str) -> type[BaseModel]:
 def check_together(recipe: Recipe) -> list[str]:
     """What no single key can be blamed for."""
     section = recipe.dictionary
-    problems = _check_training(recipe) + _check_dictionary(section)
+    problems = _check_training(recipe) + _check_dictionary(section, recipe.model.id)
     named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
     for key in named if not problems else ():
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
     for index, hook in enumerate(recipe.harvest.hooks):
-        problems += _check_hook(f"harvest.hooks.{index}", hook)
+        problems += _check_hook(f"harvest.hooks.{index}", hook, recipe.model.id)
     if recipe.harvest.store is not None and recipe.harvest.tokens is None:
         problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
@@ -101,10 +104,40 @@ def unharvested(recipe: Recipe, key: str, hooks: Iterable[str]) -> list[str]:
     ]
 
 
-def _check_hook(key: str, hook: str) -> list[str]:
-    if hook.rpartition(":")[2] in ("in", "out") and hook.rpartition(":")[0]:
+def _check_hook(key: str, hook: str, model: str) -> list[str]:
+    path, _, side = hook.rpartition(":")
+    theirs = re.fullmatch(r"(?:blocks\.(\d+)\.)?((?:\w+\.)*hook_\w+)(?::(?:in|out))?", hook)
+    if theirs is None and side in ("in", "out") and path:
         return []
-    return [f"{key}: expected a module path and a side, like {hook.split(':')[0]}:out, got {hook!r}."]
+    layer, place = theirs.groups() if theirs else (None, hook)
+    module = to_module(hook.removesuffix(f":{side}"), model) if theirs else None
+    site = PLACES.get(place, place)
+    site = "mlp" if site in SITES and key.endswith(("hook_in", "hook_out")) else site
+    fix = ""
+    if module is not None:
+        fix = f" In this model that is {module}."
+    elif site in SITES:
+        fix = f" Give dictionary.layer: {layer or 'N'} and dictionary.site: {site} in place of hooks."
+    elif theirs:
+        fix = " That is TransformerLens's name of a place for which there is no site. Give the module's own path in this model."
+    wanted = "a module path and a side" + ("" if fix else f", like {hook.split(':')[0]}:out")
+    return [f"{key}: expected {wanted}, got {hook!r}.{fix}"]
+
+
+# Of a block; where they are is found in the model.
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
+# What TransformerLens calls them.
+PLACES = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "attn.hook_z": "attn_heads",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_in": "mlp_in",
+    "mlp.hook_in": "mlp_in",
+    "hook_mlp_out": "mlp_out",
+    "mlp.hook_out": "mlp_out",
+}
 
 
 # What only some kinds have, in the order in which a person would be told.
@@ -124,7 +157,7 @@ INSTEAD = {
 }
 
 
-def _check_dictionary(section: DictionarySection) -> list[str]:
+def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
     """The keys that go with the kind, and hooks named in one way only."""
     kind, instead = section.kind, INSTEAD[section.kind]
     # Layer 0 is given, and equal to False.
@@ -147,7 +180,7 @@ def _check_dictionary(section: DictionarySection) -> list[str]:
         return [f"dictionary.{missing[0]}: required beside {(given & set(started[0])).pop()}, but missing. {instead}."]
     if started[0] == ways[1]:
         return _check_layers(section)
-    return _check_hooks(section)
+    return _check_hooks(section, model)
 
 
 def _layers_key(kind: str) -> str:
@@ -161,7 +194,7 @@ def _check_layers(section: DictionarySection) -> list[str]:
     return []
 
 
-def _check_hooks(section: DictionarySection) -> list[str]:
+def _check_hooks(section: DictionarySection, model: str) -> list[str]:
     problems = []
     many = section.kind == "cross_layer_transcoder"
     for key in ("hook",) if section.kind == "sae" else ("hook_in", "hook_out"):
@@ -171,7 +204,7 @@ def _check_hooks(section: DictionarySection) -> list[str]:
             problems.append(f"dictionary.{key}: expected {wanted}, got {list(value) if isinstance(value, tuple) else value!r}.")
             continue
         hooks = value if isinstance(value, tuple) else (value,)
-        problems += [line for hook in hooks for line in _check_hook(f"dictionary.{key}", hook)]
+        problems += [line for hook in hooks for line in _check_hook(f"dictionary.{key}", hook, model)]
         if len(set(hooks)) < len(hooks):
             problems.append(f"dictionary.{key}: expected each hook once, got one twice.")
     if not problems and many and (len(section.hooks_in) < 2 or len(section.hooks_in) != len(section.hooks_out)):
@@ -295,20 +328,108 @@ def explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str 
     key = ".".join((*prefix, *loc))
     if kind == "extra_forbidden":
         known = ENCODERS[values["name"]].parameters_of() if prefix else _fields_at(loc[:-1])
-        return f"{key}: unknown key. {takes or 'Known here: ' + ', '.join(known) + '.'}{did_you_mean(loc[-1], known)}"
+        suggestion = (
+            did_you_mean(loc[-1], known) if prefix else _elsewhere(loc) or did_you_mean(loc[-1], known) or _nearest(loc)
+        )
+        return f"{key}: unknown key.{f' {takes}' if takes else ''}{suggestion}"
     if kind == "missing":
         return f"{key}: required, but missing. {takes}".rstrip()
-    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     given = problem["input"]
-    hint = " Write whole numbers without exponent, like 2_000_000." if kind == "int_type" and isinstance(given, float) else ""
+    message = WORDS.get(kind) or problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    message = message.removeprefix("Tuple should have ").removesuffix(" after validation, not " + str(_length(given)))
+    hint = ""
+    if kind == "int_type" and isinstance(given, float):
+        hint = " Write whole numbers without exponent, like 2_000_000."
+    elif kind == "tuple_type" and isinstance(given, str | int | float):
+        hint = f" Put it in brackets: [{given}]."
+    elif kind in SECTIONS:
+        hint = f" Write {loc[-1]}: {{{', '.join(f'{name}: ...' for name in list(_fields_at(loc))[:2])}}}." if not prefix else ""
     return f"{key}: expected {message}, got {given!r}.{hint}"
+
+
+# pydantic's kinds of errors -> what was expected, where its own words are Python's.
+WORDS = {
+    "tuple_type": "a list",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dict_type": "keys with values",
+    "model_type": "keys with values",
+    "model_attributes_type": "keys with values",
+}
+SECTIONS = ("model_type", "model_attributes_type")
+# What other libraries, and people, call a recipe's keys.
+SYNONYMS = {
+    "lr": "learning_rate peak_lr max_lr",
+    "lr_warmup_steps": "warmup warmup_steps lr_warm_up_steps num_warmup_steps",
+    "lr_decay": "decay lr_decay_steps decay_start",
+    "betas": "adam_betas beta1 beta2 adam_beta1 adam_beta2",
+    "grad_clip": "gradient_clip max_grad_norm clip_grad_norm",
+    "batch_tokens": "batch_size train_batch_size train_batch_size_tokens sae_batch_size",
+    "accumulate": "grad_acc_steps gradient_accumulation_steps micro_acc_steps",
+    "tokens": "training_tokens total_tokens total_training_tokens num_tokens n_tokens steps train_steps epochs n_epochs "
+    "num_epochs",
+    "out_dir": "output_dir output_path save_dir checkpoint_path run_dir",
+    "auxk_weight": "auxk_alpha aux_alpha aux_loss_coefficient",
+    "auxk_latents": "auxk k_aux aux_k",
+    "dead_after_tokens": "dead_feature_threshold dead_feature_window dead_steps_threshold",
+    "seed": "random_seed",
+    "wandb.project": "wandb_project log_to_wandb",
+    "model.id": "model_name model_id",
+    "model.dtype": "torch_dtype",
+    "text.dataset": "dataset_name dataset_path dataset_id",
+    "text.column": "text_column",
+    "text.context_length": "context_size context_len ctx_len seq_len sequence_length max_length",
+    "harvest.store": "cached_activations_path activation_dir store_dir",
+    "harvest.live_buffer_tokens": "buffer_size n_batches_in_buffer",
+    "dictionary.hook": "hook_name hook_point hookpoint hookpoints",
+    "dictionary.n_latents": "d_sae dict_size n_features num_features num_latents n_dict d_hidden hidden_dim width "
+    "expansion_factor",
+    "dictionary.encoder": "architecture activation activation_fn sae_type encoder_name",
+    "dictionary.encoder.k": "top_k topk",
+    "dictionary.encoder.sparsity": "l1_coefficient l1_penalty sparsity_penalty sparsity_coefficient",
+}
+
+
+def _elsewhere(loc: tuple[str, ...]) -> str:
+    """A sentence that says where a key belongs that another section, or another library, has; empty if none has it."""
+    word = loc[-1].lower()
+    paths = [key for key in _all_keys() if key.rpartition(".")[2] == word]
+    paths += [key for key, names in SYNONYMS.items() if word in names.split()]
+    # An encoder's arguments are no fields.
+    if not paths and any(word in encoder.parameters_of() for encoder in ENCODERS.values()):
+        paths = [f"dictionary.encoder.{word}"]
+    section = ".".join(part for part in loc[:-1] if not part.isdigit())
+    return f" Did you mean {paths[0].removeprefix(f'{section}.')!r}?" if paths else ""
+
+
+def _nearest(loc: tuple[str, ...]) -> str:
+    return f" The keys nearest to it: {', '.join(difflib.get_close_matches(loc[-1], _fields_at(loc[:-1]), n=3, cutoff=0.0))}."
+
+
+@cache
+def _all_keys() -> tuple[str, ...]:
+    """Every key of a recipe, by its path."""
+    sections = [name for name in Recipe.model_fields if _section_at((name,)) is not None and name != "phases"]
+    return (*Recipe.model_fields, *(f"{section}.{key}" for section in sections for key in _fields_at((section,))))
+
+
+def _length(given: Any) -> int | None:
+    return len(given) if isinstance(given, list | tuple) else None
 
 
 def _fields_at(loc: tuple[str, ...]) -> list[str]:
     """Valid keys of the section at ``loc``."""
-    section: type[BaseModel] = Recipe
-    for part in (part for part in loc if not part.isdigit()):
-        annotation = section.model_fields[part].annotation
-        options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
-        section = next(option for option in options if issubclass(option, BaseModel))
+    section = _section_at(loc)
+    assert section is not None
     return list(section.model_fields)
+
+
+def _section_at(loc: tuple[str, ...]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Recipe
+    for part in (part for part in loc if not part.isdigit()):
+        assert section is not None
+        annotation = section.model_fields[part].annotation
+        # Sections stand alone, beside None, or in a tuple of any length.
+        options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
+        section = next((option for option in options if issubclass(option, BaseModel)), None)
+    return section

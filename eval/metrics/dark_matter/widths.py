@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....sae import SparseDictionary
 from ....training.text import Cursor
-from ...heldout import EvalData, require_fitted, require_scored
+from ...heldout import EvalData
 from ...undefined import settled
 from ..base import DictionaryOutputs, Setting
 from ..model_outputs import ModelOutputs
@@ -164,31 +164,25 @@ def evaluate_widths(
     }
     every = tuple(dict.fromkeys((*(earlier[1] if earlier is not None else ()), *hooks)))
     scaling = Scaling(list(ones), model.device)
-    cursor, fitted, scored = Cursor(0, 0), 0, 0
-    for piece in where.pieces(Cursor(0, 0), tokens // 2):
+    halves = where.halves(tokens)
+    for piece in halves.fit():
         passage = ModelOutputs(where.model, piece, every, with_logits=False)
         documents = torch.from_numpy(passage.documents).long().to(model.device)
         if before is not None:
             before.first(DictionaryOutputs(before.setting, passage), documents, pursue=False)
         for one in ones.values():
             one.first(DictionaryOutputs(one.setting, passage), documents, pursue)
-        cursor, fitted = piece.cursor, fitted + int(piece.kept.sum())
-    require_fitted(fitted)
     for one in (*ones.values(), *([] if before is None else [before])):
         one.solve()
-    for piece in where.pieces(Cursor(0, 0), tokens // 2):
+    for piece in halves.fit():
         scaling.fit(*_across(ones, before, ModelOutputs(where.model, piece, every, with_logits=True), False)[:2])
-    # The document the first half ended in is not scored.
-    other_half = Cursor(cursor.document + 1, 0)
-    for piece in where.pieces(other_half, tokens - tokens // 2):
+    for piece in halves.score():
         errors, nonlinear, views = _across(ones, before, ModelOutputs(where.model, piece, every, with_logits=True), True)
         scaling.score(errors, nonlinear)
         for one, view in zip(ones.values(), views, strict=True):
             one.score(view, splice)
-        scored += int(piece.kept.sum())
-    require_scored(scored, fitted, tokens)
     maps = {name: one.matter for name, one in ones.items() if one.matter is not None}
-    return Judged({name: one.report() for name, one in ones.items()}, scaling.report(), maps, other_half)
+    return Judged({name: one.report() for name, one in ones.items()}, scaling.report(), maps, halves.scored_from)
 
 
 def _across(

@@ -126,7 +126,7 @@ def test_tensors_are_judged_without_a_model(tmp_path):
     assert "ce_clean" not in report
     assert report_summary(report)
     for rows, message in (
-        (torch.full((9, 6), torch.nan), "x: expected finite numbers"),
+        (torch.full((9, 6), torch.nan), "expected finite numbers"),
         (torch.randn(9, 7), "expected width 6, the dictionary's d_in, got 7"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -256,11 +256,11 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
             seen.append(dict(setting.options))
             super().__init__(setting)
 
-    monkeypatch.setattr(suite, "GROUPS", (suite.GROUPS[2], Curious))
+    monkeypatch.setattr(suite, "GROUPS", (*suite.GROUPS, Curious))
     for options in ({}, {"curious": {"ridge": 0.5}}, {"curious": {"ridge": 0.5}}, {}):
         evaluate_all([rivals[0]], [str(tmp_path)], 600, metric_options=options)
     assert seen == [{}, {"ridge": 0.5}]
-    with pytest.raises(ValueError, match="metric_options: expected names among redundancy, curious, got 'curius'"):
+    with pytest.raises(ValueError, match=r"metric_options: expected names among .*, curious, got 'curius'"):
         evaluate_all([rivals[0]], metric_options={"curius": {}})
 
 
@@ -374,7 +374,7 @@ def test_activations_in_whatever_holds_them_are_judged(checkpoint, tmp_path, kin
     assert found["tokens"] == expected["tokens"]
 
 
-def test_few_documents_are_refused_or_have_no_interval(checkpoint, tmp_path):
+def test_few_documents_are_shared_by_the_halves_or_have_no_interval(checkpoint, tmp_path):
     config = json.loads((checkpoint / "dictionary.json").read_text())
     file = tmp_path / "t.txt"
     changes = {
@@ -384,8 +384,7 @@ def test_few_documents_are_refused_or_have_no_interval(checkpoint, tmp_path):
     path = saved_like(checkpoint, tmp_path / "d", SAE(128, 67, ENCODERS["topk"](k=5)), **changes)
     long = "Then Mary went to the store and gave a ring to Kevin because she was there. " * 30
     file.write_text(long)
-    with pytest.raises(ValueError, match=r"none was left to score\. Lower --tokens, raise harvest.heldout"):
-        evaluate(path, tokens=400)
+    assert evaluate(path, tokens=400)["documents_shared"] == 1
     file.write_text(long + "\n\n" + long.replace("Mary", "Kevin"))
     report = evaluate(path, tokens=60)
     assert report["documents"] == 1

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.sae.encoder import Weights, pre_activations
 from sparsary.sae.encoders.gated import Gated
-from sparsary.sae.encoders.jumprelu import PACE, Jump, JumpReLU
+from sparsary.sae.encoders.jumprelu import PACE, THINNING, Jump, JumpReLU
 from sparsary.sae.encoders.matching_pursuit import MatchingPursuit
 from sparsary.sae.encoders.matryoshka import Matryoshka
 from sparsary.sae.encoders.relu import ReLU
 from sparsary.sae.losses import normalized_mse
-from sparsary.sae.penalised import FASTEST, GAIN, PUSH
+from sparsary.sae.penalised import FASTEST, GAIN, PUSH, SparsityPenalty
 from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
@@ -126,9 +126,9 @@ def test_the_controller_raises_the_weight_above_the_target_and_lowers_it_below(n
         if isinstance(encoder, JumpReLU):
             encoder.started.fill_(1)
         penalties = [float(encoder(x, w).requests.penalties["sparsity"].detach()) for _ in range(3)]
-        # A hundredth per batch at most; the batch itself answers at once, within a factor of two.
+        # Up by a hundredth per batch at most; the batch itself answers at once, within a factor of two.
         ratio = min(l0 / target, 2.0)
-        step = min(max(ratio**GAIN, 1 / FASTEST), FASTEST)
+        step = min(ratio**GAIN, FASTEST)
         assert float(encoder.controllers[0].factor) == pytest.approx(step**3, rel=1e-5)
         assert (penalties[2] > penalties[0]) - (penalties[2] < penalties[0]) == direction
         assert penalties[1] / penalties[0] == pytest.approx(step, rel=1e-5)
@@ -189,6 +189,19 @@ def test_the_controller_rests_in_eval_and_without_a_target(cls):
     assert float(free.penalty.factor) == 1.0
 
 
+@pytest.mark.parametrize("start", [1.0, 3.0, 10.0])
+def test_the_controller_keeps_up_with_a_weight_that_has_to_fall(start):
+    """A plant whose l0 falls with the root of the weight, and whose needed weight halves over the last fifth."""
+    controller, steps, paid, l0 = SparsityPenalty(), 500, 0.01, []
+    for step in range(steps):
+        need = 3.0 * min(1.0, 1 - 0.5 * (step - 0.8 * steps) / (0.2 * steps))
+        l0.append(min(16 * (need / paid) ** 0.5, 500.0))
+        push = controller.steer(torch.tensor(l0[-1]), 16, rests=step < 50)
+        paid = max(start * min(1.0, step / 50), 0.01) * float(controller.factor) * float(push)
+    assert l0[250] == pytest.approx(16, rel=0.02)
+    assert l0[-1] == pytest.approx(16, rel=0.08)
+
+
 def test_the_controller_reaches_its_target(planted):
     sae = SAE(17, 29, ReLU(sparsity=0.3, target_l0=4))
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
@@ -225,19 +238,41 @@ def test_jumprelu_starts_at_a_multiple_of_the_target_l0():
     w, x = weights(), torch.randn(TOKENS, D)
     for target, start in ((1, 1.0), (2.5, 1.0), (4, 1.0), (2, 2.5)):
         encoder = prepared(JumpReLU(target_l0=target, start=start))
+        encoder.progress = 0.0
         code = encoder(x, w)
         # The value at the level itself does not exceed it.
         assert int(code.l0().sum()) == pytest.approx(round(target * start * TOKENS), abs=1)
         assert len(encoder.thresholds().unique()) == 1
         assert float(code.requests.penalties["sparsity"].detach()) == pytest.approx((start - 1) ** 2, abs=0.05)
         before = encoder.thresholds().detach().clone()
-        encoder(3 * x, w)
+        encoder.progress = THINNING
+        code = encoder(3 * x, w)
         assert torch.equal(encoder.thresholds(), before)
+        l0 = float(code.l0().double().mean())
+        assert float(code.requests.penalties["sparsity"].detach()) == pytest.approx((l0 / target - 1) ** 2, rel=1e-4)
+
+
+def test_jumprelu_is_thinned_out_first_and_left_alone_afterwards():
+    w, x = weights(), torch.randn(200, D)
+    encoder, found = prepared(JumpReLU(target_l0=1, start=5.0)), []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        encoder.progress = share * THINNING * 0.9999
+        found.append(float(encoder(x, w).l0().double().mean()))
+    assert found == pytest.approx([5 - 4 * share for share in (0.0, 0.25, 0.5, 0.75, 1.0)], rel=0.02)
+    before = encoder.thresholds().detach().clone()
+    # Fewer than are wanted are no reason to lower them.
+    encoder.progress = 0.0
+    encoder(x, w)
+    torch.testing.assert_close(encoder.thresholds(), before)
+    encoder.progress = 0.5
+    encoder(2 * x, w)
+    torch.testing.assert_close(encoder.thresholds(), before)
 
 
 def test_jumprelu_starts_above_zero_where_less_is_positive_than_asked_for():
     w, x = weights(), torch.randn(TOKENS, D)
     encoder = prepared(JumpReLU(target_l0=4))
+    encoder.progress = 0.0
     encoder(x, w)
     torch.testing.assert_close(encoder.thresholds(), torch.full((LATENTS,), 1e-3))
 

@@ -381,8 +381,8 @@ def spoil(embedded_model, monkeypatch):
     original = embedded_model.activations
 
     def spoiling(value, token=rare):
-        def poisoned(token_ids, hooks, attention_mask=None):
-            seen = original(token_ids, hooks, attention_mask)
+        def poisoned(token_ids, hooks):
+            seen = original(token_ids, hooks)
             if token_ids.shape[1] > 3:
                 seen[HOOK][..., 3].masked_fill_(token_ids == token, value)
             return seen

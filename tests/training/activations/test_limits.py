@@ -49,7 +49,7 @@ TABLES = {"gpt2": 64, "opt": 64, "bart": 64, "gpt_neo": 64, "gptj": 64, "codegen
 # Positions begin behind the padding id (0 here): the table's first row is never used.
 BEHIND_PADDING = {"roberta": 64, "xlm-roberta": 64}
 ROTARY = {"llama": 64, "gpt_neox": 64, "qwen2": 64, "phi": 64, "gemma2": 64, "mixtral": 64, "falcon": 64}
-WITHOUT = ("mamba", "bloom", "xlstm", "rwkv")
+WITHOUT = ("mamba", "bloom", "jamba", "rwkv")
 
 
 @pytest.mark.parametrize("kind", [*TABLES, *BEHIND_PADDING])

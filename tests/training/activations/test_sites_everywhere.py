@@ -10,10 +10,14 @@ from sparsary.training.activations.sites import TWO_SIDED, find_block, n_layers
 # Models whose blocks pass on something else than (contexts, positions, width), or do not run on tokens alone.
 ELSEWHERE = {
     "blt": "its blocks lie in models of patches and bytes",
+    "cpmant": "puts a prompt of its own before the tokens",
     "deepseek_v4": "blocks pass on several streams",
+    "dots3_note": "its nested configuration cannot be shrunk",
     "gemma3n": "blocks pass on several streams",
     "gemma3n_text": "blocks pass on several streams",
+    "hrm_text": "its blocks lie in two stacks that take turns",
     "hy_v4": "blocks pass on several streams",
+    "prophetnet": "blocks pass on several positions for each token",
     "reformer": "runs on one length of contexts",
 }
 # Where the MLP reads what attention wrote, and yet no tensor holds both that and the stream that goes on.

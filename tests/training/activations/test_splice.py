@@ -364,7 +364,7 @@ def sae_at(hook_in, hook_out=None, width=12):
         ),
         ([sae_at("transformer.h.1.mlp:out", "transformer.h.1.mlp:in")], {}, "before the model comes to what it reads"),
         ([sae_at("transformer.h.1.mlp:in", "transformer.h.1.mlp.c_fc:out")], {}, "expected width 12, .*, got 48"),
-        ([sae_at("transformer.wte:in")], {}, r"expected a tensor \(contexts, positions, width\), got \(2, 7\)"),
+        ([sae_at("transformer.wte:in")], {}, r"\(contexts, positions, width\) of 2 contexts and 7 positions, got \(2, 7\)"),
         ([sae_at("transformer.h.1:out")], {"kept": torch.ones(2, 6) > 0}, r"kept: expected a mask .* = \(2, 7\)"),
         ([sae_at("transformer.h.1:out")], {"kept": torch.ones(2, 7)}, r"kept: expected a mask .* torch\.float32"),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.training.activations.harvest import harvest_activations
+from sparsary.training.activations.harvest import HarvestedRows, harvest_activations
 from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.shuffle import permute
@@ -16,7 +16,7 @@ from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.bad_rows import NOT_FINITE
 from sparsary.training.embedded import corpus
 from sparsary.training.recipe import HarvestSection, TextSection
-from sparsary.training.text import contexts, is_heldout
+from sparsary.training.text import Cursor, contexts, is_heldout
 
 HOOK = "transformer.h.1:out"
 READ, WRITTEN = "transformer.h.2.mlp:in", "transformer.h.2.mlp:out"
@@ -141,7 +141,9 @@ def test_sampling_does_not_move_the_stream(make):
     target = sample.x if sample.target is None else sample.target
     assert sampled.moments().mean.shape == (sample.x.shape[1],)
     assert sampled.target_moments().mean.shape == (target.shape[1],)
-    assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
+    if isinstance(sampled, StoreStream):
+        # The embedded corpus has no end.
+        assert sampled.sample(50, skip=10**7).x.shape == (0, sample.x.shape[1])
     assert_same(next(plain), next(sampled))
     plain.close()
     sampled.close()
@@ -440,8 +442,8 @@ class OverflowingModel(LanguageModel):
         super().__init__(model.module, model.tokenizer, model.id, model.revision)
         self.token = token
 
-    def activations(self, token_ids, hooks, attention_mask=None):
-        found = super().activations(token_ids, hooks, attention_mask)
+    def activations(self, token_ids, hooks):
+        found = super().activations(token_ids, hooks)
         return {hook: x.masked_fill((token_ids == self.token)[..., None], float("inf")) for hook, x in found.items()}
 
 
@@ -525,3 +527,63 @@ def test_waiting_is_measured():
     stream = TensorStream(slow(), 2)
     assert len(list(stream)) == 3
     assert stream.waited_seconds > 0.1
+
+
+# Samples and moments of a stream without a store.
+
+
+class Counting(Buffers):
+    """A text of ``tokens`` rows, whose values are their places in it, in buffers of 100; it starts over when it ends."""
+
+    def __init__(self, tokens):
+        self.tokens, self.text_tokens, self.made = tokens, 0, 0
+        self.section = HarvestSection(live_buffer_tokens=100)
+
+    def after(self, cursor):
+        begin = cursor.document
+        self.made += 1
+        places = torch.arange(begin, begin + 100) % self.tokens
+        if begin + 100 >= self.tokens:
+            self.text_tokens = self.tokens
+        end = (begin + 100) % self.tokens
+        return HarvestedRows({"token": places}, {"x:h": places[:, None].float()}), Cursor(end, 0)
+
+
+def counting(tokens, start_tokens=0):
+    return LiveStream(Counting(tokens), ("h",), 10, 0, start_tokens=start_tokens)
+
+
+def test_a_sample_reads_as_many_buffers_as_it_needs():
+    stream = counting(10_000)
+    places = stream.sample(250).x[:, 0]
+    assert len(places.unique()) == 250
+    assert set(places[:200].tolist()) == set(range(200))
+    assert set(places[200:].tolist()) < set(range(200, 300))
+    # In pieces it is the same.
+    pieces = [stream.sample(70, skip).x[:, 0] for skip in (0, 70, 140)] + [stream.sample(40, 210).x[:, 0]]
+    assert torch.equal(torch.cat(pieces), places)
+    assert places[:100].tolist() != sorted(places[:100].tolist())
+
+
+@pytest.mark.parametrize("tokens", [30, 100, 230])
+def test_a_sample_holds_no_token_of_the_text_twice(tokens):
+    stream = counting(tokens)
+    places = stream.sample(500).x[:, 0]
+    assert sorted(places.tolist()) == list(range(tokens))
+    assert len(stream.sample(10, tokens).x) == 0
+    assert len(stream.sample(10, tokens - 3).x) == 3
+
+
+@pytest.mark.parametrize(("tokens", "asked", "expected"), [(10_000, 300, 300), (10_000, 10, 100), (120, 300, 120)])
+def test_moments_are_those_of_as_many_tokens_as_asked_for(tokens, asked, expected):
+    stream = counting(tokens, asked)
+    moments = stream.moments()
+    assert moments.count == stream.target_moments().count == expected
+    torch.testing.assert_close(moments.mean, torch.arange(expected).double().mean()[None])
+
+
+def test_moments_make_no_buffer_twice():
+    stream = counting(10_000, start_tokens=300)
+    stream.moments()
+    stream.target_moments()
+    assert stream.source.made == 3

@@ -94,6 +94,8 @@ def test_what_a_batch_costs(tiny_model, random_pairs, name, options, forwards, b
     model, pairs = tiny_model("gpt2"), random_pairs(n=5)
     space = groups_of_mlps(model, "transformer.h.{}.mlp:out")
     batch = {} if name == "random" else {"batch": 3}
+    # What depends on what in a block is seen in one pass, once.
+    METHODS[name](**batch, **options).discover(space, pairs)
     counts = {"forwards": 0, "backwards": 0}
 
     def count(which):

@@ -1,0 +1,73 @@
+"""Positions of prompts that a dictionary was not trained on, and how well it reconstructs the prompts."""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ...sae.metrics import RunningFvu
+from ...training.activations.contexts import special_tokens
+from ...training.activations.model import LanguageModel
+from ...training.shortfalls import Shortfall
+from ..checkpoint import Report
+from .compared_units import ComparedCheckpoint
+from .tasks.pairs import BATCH, PromptPairs
+
+
+def prompt_fit(
+    model: LanguageModel, dictionaries: ComparedCheckpoint, pairs: PromptPairs
+) -> tuple[list[Report], list[Shortfall]]:
+    """Return, for each hook, the dictionary's fvu on clean prompts, and doubts that count the positions training left out.
+
+    Circuits replace every position of a prompt; of positions that ``harvest.exclude_leading`` or ``harvest.exclude_special``
+    left out, a dictionary knows nothing.
+    """
+    left_out, rows = _left_out(model, dictionaries, pairs), []
+    valid = pairs.valid
+    hooks = (*dictionaries.hooks_in.values(), *dictionaries.by_hook)
+    parts = {hook: (_Fvu(d.d_out), _Fvu(d.d_out)) for hook, d in dictionaries.by_hook.items()}
+    for start in range(0, len(pairs), BATCH):
+        some = slice(start, start + BATCH)
+        seen = model.activations(pairs.clean[some].to(model.device), tuple(dict.fromkeys(hooks)))
+        for hook, dictionary in dictionaries.by_hook.items():
+            x, y = seen[dictionaries.hooks_in[hook]].float(), seen[hook].float()
+            for fvu, mask in zip(parts[hook], (valid[some], valid[some] & left_out[some]), strict=True):
+                here = mask.to(model.device)
+                fvu.update(y[here], dictionary(x[here]))
+    positions, missing = int(valid.sum()), int((valid & left_out).sum())
+    for hook, (whole, outside) in parts.items():
+        about = {"task": pairs.task, "checkpoint": dictionaries.name, "hook": hook}
+        counts = {"positions": positions, "positions_left_out": missing}
+        rows.append(about | counts | {"fvu": whole.known(), "fvu_left_out": outside.known()})
+    doubts = []
+    if missing:
+        words = ", ".join(f"fvu {row['fvu']:.4f} at {row['hook']}" for row in rows if row["fvu"] is not None)
+        doubts.append(
+            Shortfall(
+                f"{dictionaries.name}: harvest.exclude_leading",
+                positions,
+                positions - missing,
+                f"positions of the {pairs.task} prompts",
+                f"training left the other {missing:,} out, and circuits replace them all ({words}). Train with "
+                "harvest.exclude_leading: 0, or give longer prompts",
+                serious=True,
+            )
+        )
+    return rows, doubts
+
+
+class _Fvu(RunningFvu):
+    """An fvu that may be of nothing."""
+
+    def known(self) -> float | None:
+        return float(self.value()) if self.moments.squared_deviation() > 0 else None
+
+
+def _left_out(model: LanguageModel, dictionaries: ComparedCheckpoint, pairs: PromptPairs) -> Bool[Tensor, "pairs positions"]:
+    """Positions that the training of some dictionary of the checkpoint left out, as far as its files say."""
+    found = torch.zeros_like(pairs.clean, dtype=torch.bool)
+    for member in dictionaries.opened.members:
+        harvest = member.provenance.get("harvest") or {}
+        found[:, : harvest.get("exclude_leading", 0)] = True
+        if harvest.get("exclude_special"):
+            found |= torch.isin(pairs.clean, torch.tensor(sorted(special_tokens(model)), dtype=pairs.clean.dtype))
+    return found

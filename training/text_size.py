@@ -1,0 +1,91 @@
+"""How much there is of a text, found before anything is run: documents, and tokens to train on and to judge on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .activations.contexts import special_ids, stack_contexts
+from .recipe import HarvestSection, TextSection
+from .text import are_heldout, documents, is_heldout, packed
+
+# A longer text is read up to here, a second or two, and the rest is estimated.
+MEASURED_CHARACTERS = 2_000_000
+# Of a data set on the hub, which is streamed over the network: enough to know that it is there and has text.
+HUB_CHARACTERS = 1
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """Documents of a text, and tokens in them that are trained on and judged on.
+
+    ``share`` is the part of the text that was read: 1 for all of it, and figures are then exact; ``None`` if how much more
+    there is cannot be known. Of a part, the figures are its own.
+    """
+
+    documents: int
+    heldout_documents: int
+    train: int
+    heldout: int
+    share: float | None
+
+    @property
+    def whole(self) -> bool:
+        return self.share == 1.0
+
+    def estimate(self, tokens: int) -> int | None:
+        """Return ``tokens`` of the part that was read, as many as there are in all of the text."""
+        return None if self.share is None else round(tokens / self.share)
+
+    def words(self) -> str:
+        """Return what to show a person."""
+        if self.share is None:
+            return "length unknown"
+        about = "" if self.whole else "about "
+        figures = [self.estimate(figure) for figure in (self.documents, self.train, self.heldout)]
+        return f"{about}{figures[0]:,} documents: {figures[1]:,} tokens to train on, {figures[2]:,} held out"
+
+
+def measure_text(text: TextSection, tokenizer: Any, section: HarvestSection) -> TextSize:
+    """Read a text, or the beginning of a long one, and count.
+
+    Args:
+        section: What it holds out is counted apart, and what it excludes is not counted.
+
+    Raises:
+        ValueError: If the text cannot be had, or a line of what was read holds none.
+    """
+    read: list[tuple[int, str]] = []
+    left = HUB_CHARACTERS if text.source == "hub" else MEASURED_CHARACTERS
+    whole = True
+    for number, words in documents(text, 0, lambda number: True):
+        read.append((number, words[:left]))
+        left -= len(words)
+        if left <= 0:
+            whole = False
+            break
+    heldout = [document for document in read if is_heldout(document[0], section.heldout)]
+    train, _ = _kept(read, text, tokenizer, section)
+    # Alone, as evaluations read them.
+    _, judged = _kept(heldout, text, tokenizer, section)
+    return TextSize(len(read), len(heldout), train, judged, 1.0 if whole else _share(read, text))
+
+
+def _kept(numbered: Iterable[tuple[int, str]], text: TextSection, tokenizer: Any, section: HarvestSection) -> tuple[int, int]:
+    """Tokens that are not excluded, those of training documents and those of held-out ones."""
+    special, found = special_ids(tokenizer), np.zeros(2, dtype=np.int64)
+    for context in packed(numbered, text, tokenizer):
+        batch = stack_contexts([context], special, section)
+        heldout = are_heldout(batch.document_ids, section.heldout)
+        found += [(batch.kept & ~heldout).sum(), (batch.kept & heldout).sum()]
+    return int(found[0]), int(found[1])
+
+
+def _share(read: list[tuple[int, str]], text: TextSection) -> float | None:
+    """The part of the files that so many documents are; too small where files hold more than text."""
+    if text.source != "files":
+        return None
+    size = sum(Path(name).stat().st_size for name in text.files)
+    return min(0.999, sum(len(words.encode()) + len(text.separator) for _, words in read) / max(size, 1))
