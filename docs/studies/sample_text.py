@@ -6,8 +6,8 @@
 A line holds a document and its number of tokens. Documents are sampled in batches with a cache of keys and values, from the
 beginning token to the next one (or the end token), at most a context long. Every batch draws from a generator of its own, by
 --seed and its number: an interrupted call goes on where it stopped, batch by batch, and ends with the same file. A longer text
-begins with a shorter one. Two cores write 2,100 to 3,100 tokens/s of a model of 3 million parameters: 4 million tokens take half
-an hour. Half of what eval reads fits, half is scored: ask it for twice the window.
+begins with a shorter one. Two cores write 2,100 to 3,100 tokens/s of a model of 3 million parameters: 4 million take half an
+hour. Half of what eval reads fits, half is scored: ask it for twice the window.
 """
 
 import argparse
