@@ -21,7 +21,7 @@ from .checkpoints import require_same_run
 from .initialize import SAMPLE_TOKENS
 from .locks import existing_parent, require_writable
 from .optim import lr_share
-from .recipe import Recipe, total_steps
+from .recipe import Recipe, calibrated_on, total_steps
 from .recipe.grid import Grid, told_together
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
@@ -300,7 +300,7 @@ def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
         assert held is not None
         found += shortfall("harvest.tokens", recipe.harvest.tokens or 0, held, "tokens", "the text holds no more")
     if have is not None and _calibrates(recipe):
-        found += calibration_shortfall(recipe.calibration_tokens, have)
+        found += calibration_shortfall(calibrated_on(recipe), have)
     judged = None if size is None or not recipe.harvest.heldout else size.estimate(size.heldout)
     if size is not None and judged is not None:
         found += shortfall("eval_tokens", recipe.eval_tokens, judged, "tokens", _judged_on(size))

@@ -40,7 +40,7 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .recipe import DictionarySection, Recipe
+from .recipe import DictionarySection, Recipe, calibrated_on
 from .recipe.grid import load_grid, told_together, unshared
 from .report import TrainingLog, progress_bar
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
@@ -216,7 +216,7 @@ def open_streams(
 
 def _live_stream(buffers: Buffers, recipe: Recipe) -> ActivationStream:
     section = recipe.dictionary
-    moments = min(recipe.calibration_tokens, recipe.tokens)
+    moments = calibrated_on(recipe)
     rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments)
     return ContextStream(rows) if recipe.objective == "kl" else rows
 
@@ -275,7 +275,7 @@ def _train(
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # The state keeps what training left; what others load is made ready for use.
-                found = finish(member.dictionary, group.stream, member.recipe.calibration_tokens, member.recipe.batch_tokens)
+                found = finish(member.dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])

@@ -89,7 +89,8 @@ class TensorStream(ActivationStream):
         while True:
             # The same rows come again; the first bad one is known.
             seen = bad.rows = bad.bad = 0
-            items = itertools.chain(self._head, map(self._named, self.tensors)) if self.once else map(self._named, self.tensors)
+            head = self._head if self.once else []
+            items = itertools.chain(head, map(self._named, self.tensors, itertools.count(len(head))))
             for number, item in enumerate(items):
                 before = bad.bad
                 batch = self._checked(item, number, bad)
@@ -100,12 +101,13 @@ class TensorStream(ActivationStream):
                 return
             self._pass_tokens = seen
 
-    def _named(self, item: Any) -> dict[str, Tensor]:
-        """An item's tensors by their names, in float32 on the CPU.
+    def _named(self, item: Any, number: int) -> dict[str, Tensor]:
+        """The tensors of item ``number`` by their names, in float32 on the CPU.
 
         Raises:
             ValueError: If it is nothing of ``FORMS``.
         """
+        where = f"tensor {number}"
         if isinstance(item, Mapping):
             entries = {str(key): value for key, value in item.items()}
             if len(entries) == 1:
@@ -117,12 +119,16 @@ class TensorStream(ActivationStream):
             entries = {"x": item}
         if "x" not in entries or entries.keys() - set(NAMES):
             got = list(item) if isinstance(item, Mapping) else f"{len(entries)} parts"
-            raise ValueError(f"activations: expected x, target and grad, the last two if needed, got {got}.")
+            raise ValueError(f"activations: {where}: expected x, target and grad, the last two if needed, got {got}.")
         if self.targets and "target" not in entries:
-            raise ValueError('targets: a transcoder needs them, got activations only. Give {"x": ..., "target": ...}.')
+            raise ValueError(
+                f'targets: {where}: a transcoder needs them, got activations only. Give {{"x": ..., "target": ...}}.'
+            )
         if not self.targets and "target" in entries:
-            raise ValueError("targets: expected none, because an SAE reconstructs x. Leave them out, or set dictionary.kind.")
-        return {key: as_rows(value, "activations") for key, value in entries.items()}
+            raise ValueError(
+                f"targets: {where}: expected none, because an SAE reconstructs x. Leave them out, or set dictionary.kind."
+            )
+        return {key: as_rows(value, f"activations: {where}") for key, value in entries.items()}
 
     def _checked(self, named: dict[str, Tensor], number: int, bad: BadTokens) -> ActivationBatch:
         """An item of the iterable, less the tokens that are not finite.
@@ -176,12 +182,12 @@ class TensorStream(ActivationStream):
     def _sampled(self, tokens: int) -> Iterator[dict[str, Tensor]]:
         """Items from the beginning, of an iterator those that are kept aside; more of it are taken until there are enough."""
         if not self.once:
-            yield from map(self._named, self.tensors)
+            yield from map(self._named, self.tensors, itertools.count())
             return
         have = sum(item["x"].shape[0] for item in self._head)
         source = iter(self.tensors)
         while have < tokens and (item := next(source, None)) is not None:
-            self._head.append(self._named(item))
+            self._head.append(self._named(item, len(self._head)))
             have += self._head[-1]["x"].shape[0]
         yield from self._head
 

@@ -15,7 +15,17 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .schema import DictionarySection, HarvestSection, ModelSection, PhaseSection, Recipe, TextSection, peak_lr, total_steps
+from .schema import (
+    DictionarySection,
+    HarvestSection,
+    ModelSection,
+    PhaseSection,
+    Recipe,
+    TextSection,
+    calibrated_on,
+    peak_lr,
+    total_steps,
+)
 from .validation import check_encoder, check_together, encoder_specs, explain
 
 # The sections are a recipe's, wherever they are written down.
@@ -26,6 +36,7 @@ __all__ = [
     "PhaseSection",
     "Recipe",
     "TextSection",
+    "calibrated_on",
     "check_recipe",
     "differences",
     "dump_recipe",

@@ -272,7 +272,8 @@ class Recipe(Section):
     )
     aux_zipf_absolute: bool = Field(default=False, description="compare with what the law expects of the last rank instead")
     calibration_tokens: Positive = Field(
-        default=262_144, description="tokens from which batch-wide encoders' thresholds are set when training ends"
+        default=262_144,
+        description="tokens from which batch-wide encoders' thresholds are set when training ends; no more than the run has",
     )
     dead_after_tokens: Positive = Field(default=1_000_000, description="a latent silent for so long is dead")
     precision: Literal["auto", "float32", "bf16"] = Field(
@@ -289,6 +290,11 @@ class Recipe(Section):
 def total_steps(recipe: Recipe) -> int:
     """Steps of the whole run; the last batch is a full one."""
     return -(-recipe.tokens // recipe.batch_tokens)
+
+
+def calibrated_on(recipe: Recipe) -> int:
+    """Tokens from which thresholds, and a streamed run's moments, are found: a run shorter than that uses its own."""
+    return min(recipe.calibration_tokens, recipe.tokens)
 
 
 def peak_lr(recipe: Recipe) -> float:

@@ -181,10 +181,19 @@ def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatc
     assert (code, "--explainer: required with --address" in said.err) == (2, True)
 
 
-def test_an_unreachable_explainer_leaves_what_was_written(checkpoint, tmp_path, monkeypatch, serving):
+def test_an_unreachable_explainer_is_met_before_the_text_is_read(checkpoint, tmp_path, monkeypatch, serving):
     monkeypatch.setattr("sparsary.eval.features.llm_client.FIRST_WAIT_SECONDS", 0.0)
     with serving(lambda _request: {}) as (url, _):
         pass
     with pytest.raises(ValueError, match="could not be reached"):
         features(str(checkpoint), str(tmp_path), 3000, LIMITS, explainer=Explainer("m", url))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_explainer_that_fails_later_leaves_what_was_written(checkpoint, tmp_path, monkeypatch, serving):
+    monkeypatch.setattr("sparsary.eval.features.llm_client.FIRST_WAIT_SECONDS", 0.0)
+    busy = serving(lambda _request: (503, {"error": "busy"}, {}))
+    with busy as (url, stub), pytest.raises(ValueError, match="could not be reached"):
+        features(str(checkpoint), str(tmp_path), 3000, LIMITS, explainer=Explainer("m", url))
+    assert stub.requests
     assert len(lines(tmp_path)) == N

@@ -187,10 +187,10 @@ def test_all_figures_are_finite_or_none(judged):
 
 
 def test_text_for_one_half_only_is_refused(ground, tmp_path):
-    (tmp_path / "t.txt").write_text("The war lasted from the year 1732 to the year 1741. " * 40)
+    (tmp_path / "t.txt").write_text("The war lasted from the year 1732 to the year 1741. " * 6)
     text = TextSection(source="files", files=(str(tmp_path / "t.txt"),), context_length=64)
     exclusions = ground.exclusions.model_copy(update={"heldout": 0.999})
-    with pytest.raises(ValueError, match=r"held-out documents hold only \d+ tokens.*none was left to score"):
+    with pytest.raises(ValueError, match="none was left to score"):
         evaluate_widths(EvalData(ground.model, text, exclusions), (HOOK, HOOK), {"a": SAE(128, 9, ENCODERS["topk"](k=2))}, 2000)
 
 
