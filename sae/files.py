@@ -84,6 +84,21 @@ def remove_partial_files(folder: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """Return a UTF-8 file's text, without the byte order mark that some editors write.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected text in UTF-8, got other bytes ({error.reason} at byte {error.start}). Save it as UTF-8 (iconv "
+            "-f LATIN1 -t UTF-8, if it is Latin-1)."
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -96,7 +111,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: expected this file, found nothing there.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """Fixtures, and run-time checks of every shape annotation while tests run."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
+from jaxtyping import _import_hook, install_import_hook
 
 # Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
 # small functions millions of times and holds no tensors.
@@ -20,6 +22,35 @@ CHECKED = (
 )
 # Nor are the kernels: compilers take functions as they are written.
 SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
+SHAPED = {name for name in dir(jaxtyping) if isinstance(getattr(jaxtyping, name), type)}
+
+
+def shaped(annotations):
+    """Return True if an annotation says a shape."""
+    nodes = (node for annotation in annotations if annotation is not None for node in ast.walk(annotation))
+    return any(isinstance(node, ast.Name) and node.id in SHAPED for node in nodes)
+
+
+class ShapeChecks(_import_hook.JaxtypingTransformer):
+    """Wraps what has shapes in its annotations, and no functions within functions: those would be wrapped at every call.
+
+    Wrapping everything, as jaxtyping does, takes half of the tests' time; other types are pyright's.
+    """
+
+    def visit_FunctionDef(self, node):  # noqa: N802 - the visitor's name
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if shaped([node.returns, *(argument.annotation for argument in arguments)]):
+            decorator = self._typechecker.get_ast()
+            node.decorator_list.append(ast.copy_location(decorator, node))
+        return node
+
+    def visit_ClassDef(self, node):  # noqa: N802
+        if node.decorator_list and shaped([field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]):
+            node.decorator_list.insert(0, ast.copy_location(self._typechecker.get_ast(), node))
+        return self.generic_visit(node) or node
+
+
+_import_hook.JaxtypingTransformer = ShapeChecks
 parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
 checked = [f"sparsary.{part}" for part in parts]
 install_import_hook(checked, "beartype.beartype")

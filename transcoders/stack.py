@@ -10,6 +10,7 @@ import torch
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, SparseDictionary
 from ..sae.files import natural_order
+from ..sae.inspection import hooks_of_provenance
 
 
 class Stack(Mapping[str, SparseDictionary]):
@@ -39,20 +40,6 @@ class Stack(Mapping[str, SparseDictionary]):
         for hook, dictionary in self.dictionaries.items():
             name = re.sub(r"[^\w.-]+", "-", hook)
             dictionary.save(Path(directory) / name, self.provenances[hook])
-
-
-def hooks_of_provenance(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The hooks a dictionary reads and those it writes, by its checkpoint's provenance.
-
-    Raises:
-        ValueError: If the provenance names none.
-    """
-    hook = provenance.get("hook")
-    one = (hook,) if hook else ()
-    reads, writes = (tuple(provenance.get(key) or one) for key in ("hooks_in", "hooks_out"))
-    if not reads or not writes:
-        raise ValueError("provenance: expected the hooks the dictionary was trained on, found none. Train it on a model.")
-    return reads, writes
 
 
 def is_stack(directory: str | Path) -> bool:

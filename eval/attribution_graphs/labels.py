@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...sae.sparse_code import SparseCode, group_by_latent
 from ...training.activations.contexts import context_batches
+from ...training.bad_rows import BadTokens
 from ...training.recipe import HarvestSection, TextSection
 from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, Limits
 from ..features.run import RECORDS_FILE
@@ -64,8 +65,9 @@ def read_heldout(
     if not hooks:
         return {}
     collector = Collector(len(numbers), LIMITS)
-    for batch in context_batches(model, text, harvest, BATCH_CONTEXTS, heldout=True):
-        rows = batch.kept_activations(model, tuple(hooks.values()))
+    bad = BadTokens(harvest)
+    for some in context_batches(model, text, harvest, BATCH_CONTEXTS, heldout=True):
+        batch, rows = some.finite_activations(model, tuple(hooks.values()), bad)
         codes = {layer: replacement.encode(layer, rows[hook]) for layer, hook in hooks.items()}
         collector.update(batch, _only(codes, numbers))
         if collector.tokens >= tokens:

@@ -6,6 +6,7 @@ Everything that is chosen at random is chosen by a hash of what it is, so the re
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.sparse_code import SparseCode
 from ...training.activations.contexts import ContextBatch, context_batches
 from ...training.activations.model import LanguageModel
+from ...training.bad_rows import BadTexts, BadTokens
 from ...training.recipe import HarvestSection, TextSection
 
 BATCH_CONTEXTS = 32
@@ -404,12 +406,23 @@ class FeatureText:
     harvest: HarvestSection
     reads: tuple[str, ...] = field(default=())
 
+    @cached_property
+    def bad_texts(self) -> BadTexts:
+        """Rows of the text that could not be read."""
+        return BadTexts(self.text)
+
+    @cached_property
+    def bad_tokens(self) -> BadTokens:
+        """Tokens at which the model's activations are not finite."""
+        return BadTokens(self.harvest)
+
     @torch.no_grad()
     def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[tuple[ContextBatch, SparseCode]]:
         """Held-out contexts and their codes, until so many tokens were kept."""
         kept_tokens = 0
-        for batch in context_batches(self.model, self.text, self.harvest, BATCH_CONTEXTS, heldout=True):
-            rows = batch.kept_activations(self.model, self.reads)
+        contexts = context_batches(self.model, self.text, self.harvest, BATCH_CONTEXTS, heldout=True, bad=self.bad_texts)
+        for some in contexts:
+            batch, rows = some.finite_activations(self.model, self.reads, self.bad_tokens)
             yield batch, dictionary.encode(torch.cat([rows[hook] for hook in self.reads], dim=-1))
             kept_tokens += int(batch.kept.sum())
             if kept_tokens >= tokens:

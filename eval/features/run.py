@@ -1,6 +1,7 @@
 """Checkpoint in; ``features.jsonl``, ``features.json`` and ``features.html`` out."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ import numpy as np
 from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json
 from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
+from ...training.bad_rows import counted
 from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...training.shortfalls import shortfall
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
-from ..heldout import DEFAULT_TOKENS
+from ..heldout import DEFAULT_TOKENS, told_shortfalls
 from ..pages.render import render_file
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
@@ -26,6 +29,8 @@ from .predicates import token_texts
 from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_latents, number
 
 RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
+
+log = logging.getLogger(__name__)
 # A folder of answers, so that a repeated run asks nothing twice.
 ANSWERS = "answers"
 
@@ -143,6 +148,10 @@ def described_checkpoint(
     seed = text.seed if text.source == "embedded" else None
     lens = unembedding(dictionary, model, provenance)
     described = describe_latents(collected, dictionary.atoms, words, lens, seed)
+    left_out = source.bad_texts.until(None) + source.bad_tokens.found
+    if left_out:
+        log.warning("Left out, or mended: %s.", counted(left_out))
+    lacking = shortfall("tokens", wanted, collected.tokens, "held-out tokens", "examples and scores rest on all there are")
     about = {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": opened.name,
@@ -161,6 +170,8 @@ def described_checkpoint(
         "predicates": len(described.known.names),
         "no_factors": described.known.missing,
         "assumed": list(opened.assumed),
+        **told_shortfalls(opened.name, [provenance], lacking),
+        "skipped": [counted(left_out)] if left_out else [],
         "git_commit": provenance.get("git_commit"),
     }
     return described, about

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from scipy import sparse
 
+from ...sae.files import read_text
 from ...training.activations.contexts import context_batches
 from ...training.activations.sites import neuron_hook
 from ...training.embedded import corpus
@@ -90,7 +91,7 @@ def read_labelled(path: str | Path) -> Labelled:
     if not path.is_file():
         raise ValueError(f'--labels: {path} does not exist. Expected a JSONL file, one {{"text": ..., "label": ...}} a line.')
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -162,6 +163,11 @@ def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -
         seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float()
         owner = kept.nonzero()[:, 0].to(seen.device)
         rows_of = seen[kept.to(seen.device)]
+        if not bool(torch.isfinite(rows_of).all()):
+            raise ValueError(
+                f"{subject.hook}: expected finite activations on {data.name}, got NaN or infinite ones from "
+                f"{subject.model.id}. The model overflows there: train in model.dtype: float32."
+            )
         count = torch.bincount(owner, minlength=len(batch))
         places = [place for place, _ in batch]
         x[places] = (torch.zeros(len(batch), d, device=seen.device).index_add_(0, owner, rows_of) / count[:, None]).cpu()

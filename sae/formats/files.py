@@ -328,6 +328,6 @@ def _text(path: Path) -> str:
     if path.stat().st_size > CONFIG_BYTES:
         raise ValueError(f"{path}: expected a configuration of at most {CONFIG_BYTES} bytes, got {path.stat().st_size}.")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, got something else ({error}). The file is damaged.") from None

@@ -4,7 +4,7 @@ Harvests, live streams, the evaluations on held-out text and the probing of late
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..bad_rows import BadTexts
+from ..bad_rows import BadTexts, BadTokens
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, contexts
 from .model import LanguageModel, embedding_rows
@@ -61,6 +61,24 @@ class ContextBatch:
         """Run the model and return the activations of the kept tokens at each hook, in float32 on the model's device."""
         origin = self.on(model.device)
         return {hook: x[origin.kept].float() for hook, x in model.activations(origin.token_ids, tuple(hooks)).items()}
+
+    def finite_activations(
+        self, model: LanguageModel, hooks: Sequence[str], bad: BadTokens
+    ) -> tuple["ContextBatch", dict[str, Float[Tensor, "tokens width"]]]:
+        """Return the batch without tokens whose activations are not finite, and the activations of its kept tokens.
+
+        Raises:
+            ValueError: If the recipe allows fewer such tokens.
+        """
+        rows = self.kept_activations(model, hooks)
+        finite = torch.stack([torch.isfinite(x).all(-1) for x in rows.values()]).all(0).cpu().numpy()
+        where = f"{', '.join(hooks)}: expected finite activations, got NaN or infinite ones from {model.id}"
+        bad.count(len(finite), int((~finite).sum()), where, "Set model.dtype: float32.")
+        if finite.all():
+            return self, rows
+        kept = self.kept.copy()
+        kept[kept] = finite
+        return replace(self, kept=kept), {hook: x[torch.from_numpy(finite).to(x.device)] for hook, x in rows.items()}
 
 
 def context_batches(

@@ -208,7 +208,7 @@ PEERS: dict[tuple[str, str], Callable[[Any, Any], None]] = {
 
 def _main() -> None:
     """Hold the ordered library's step ready."""
-    task = worker.Task(**json.loads(sys.argv[1]))
+    task = worker.BenchTask(**json.loads(sys.argv[1]))
     PEERS[task.family, task.library](task, worker.Turns(task))
 
 

@@ -437,7 +437,7 @@ def task_prompts(task: str, n: int, seed: int = 0, split: str = "heldout", **opt
         ValueError: If the task is unknown or has no answers (filler).
     """
     if task not in TASKS or task == "filler":
-        raise ValueError(f"task: expected one of {', '.join(name for name in TASKS if name != '_filler')}, got {task!r}.")
+        raise ValueError(f"task: expected one of {', '.join(name for name in TASKS if name != 'filler')}, got {task!r}.")
     if task == "indirect_object":
         options.setdefault("ambiguous", False)
     found = []

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from ...sae.files import read_text
 from .schema import (
     DictionarySection,
     HarvestSection,
@@ -82,13 +83,11 @@ def read_values(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """A recipe's unchecked values over those of its base."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
         raise ValueError(
             f"{path}: expected a recipe file, got none ({error.strerror}). Give the path of a YAML file."
         ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected a recipe file, got something else than text. Give a YAML file in UTF-8.") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of recipe keys, got {type(values).__name__}.")

@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from ....sae.files import read_text
 from ....training.activations.model import LanguageModel
 from .pairs import PromptPairs, Question
 from .published import from_csv, from_json
@@ -94,7 +95,7 @@ def write_pairs(pairs: PromptPairs, path: str | Path, model: LanguageModel) -> N
 def _records(path: Path) -> Iterator[FileLine]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of pairs, got none there. Give the path of a .jsonl, .json or .csv file.")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix == ".csv":
         rows = csv.DictReader(text.splitlines(keepends=True))
         for row in rows:

@@ -135,6 +135,39 @@ def test_text_without_a_heldout_token_is_refused(tmp_path):
         features(str(tmp_path / "sae"))
 
 
+def test_less_text_than_asked_for_is_told(tmp_path):
+    texts = [" ".join(f"the war lasted from the year 17{n:02d} to the year 18{n:02d}".split()) for n in range(40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    text = TextSection(source="files", files=(str(tmp_path / "text.jsonl"),), context_length=32).model_dump(mode="json")
+    harvest = provenance()["harvest"] | {"heldout": 0.9}
+    SAE(128, N, ENCODERS["topk"](k=5)).save(tmp_path / "sae", provenance(text=text, harvest=harvest))
+    found = features(str(tmp_path / "sae"), tokens=3000)
+    assert found["tokens"] < 1500
+    (line,) = found["shortfalls"]
+    assert line.startswith(f"tokens: {found['tokens']:,} of 3,000 held-out tokens asked for")
+    assert found["doubts"] == [line]
+    assert "of 3,000 held-out tokens" in (tmp_path / "sae" / "features" / "features.html").read_text()
+
+
+def test_tokens_that_are_not_finite_are_left_out_and_told(checkpoint, tmp_path, monkeypatch, about):
+    from sparsary.training.activations.model import LanguageModel
+
+    real, spoiled = LanguageModel.activations, []
+
+    def overflowing(self, *arguments, **options):
+        found = {hook: x.clone() for hook, x in real(self, *arguments, **options).items()}
+        if not spoiled and found[HOOK].shape[1] > 20:
+            found[HOOK][0, 20, 3] = torch.inf
+            spoiled.append(found)
+        return found
+
+    monkeypatch.setattr(LanguageModel, "activations", overflowing)
+    found = features(str(checkpoint), str(tmp_path), 3000, LIMITS)
+    assert found["skipped"] == ["tokens whose activations are not finite: 1"]
+    assert found["tokens"] == about["tokens"] - 1
+    assert about["skipped"] == []
+
+
 def test_tensors_have_no_text_to_show(tmp_path):
     SAE(128, N, ENCODERS["topk"](k=5)).save(tmp_path / "sae", provenance(model=None))
     with pytest.raises(ValueError, match="trained on tensors"):

@@ -1,5 +1,7 @@
 """Recipes: every mistake at once, by key, value and remedy."""
 
+import json
+
 import pytest
 
 from sparsary.training.recipe import check_recipe, differences, dump_recipe, load_recipe, parse_overrides, parse_yaml
@@ -108,6 +110,15 @@ def test_overrides_are_typed_like_the_file(recipe_values, write_recipe):
         parse_overrides(["lr"])
     with pytest.raises(ValueError, match="tokens is not a section"):
         load_recipe(path, {"tokens.x": 1})
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path, recipe_values):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\ufeff" + json.dumps(recipe_values), encoding="utf-8")
+    assert load_recipe(path) == check_recipe(recipe_values, "recipe")
+    path.write_bytes("seed: 1 # é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml: expected text in UTF-8, got other bytes"):
+        load_recipe(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -26,6 +26,24 @@ def ids(model, *words):
     return model.tokenizer.convert_tokens_to_ids(list(words))
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv", "pairs.json"])
+def test_files_of_editors_are_read(embedded_model, write, name):
+    """A byte order mark at the beginning is no part of the first line; Latin-1 is named."""
+    to, in_ = ids(embedded_model, "to", "in")
+    pairs = [{"clean": GOOD["clean"], "corrupt": GOOD["corrupted"], "answers": [" to"], "wrong_answers": [" in"]}]
+    line = {
+        "pairs.jsonl": json.dumps(GOOD),
+        "pairs.csv": f"clean,corrupted,correct_idx,incorrect_idx\nMary and Paul went,Mary and Kate went,{to},{in_}",
+        "pairs.json": json.dumps({"prompts": pairs}),
+    }[name]
+    plain = read_pairs(write(line, name=name), embedded_model)
+    path = write("\ufeff" + line, name=name)
+    assert torch.equal(read_pairs(path, embedded_model).clean, plain.clean)
+    path.write_bytes(line.replace("Mary", "Zoé").encode("latin-1"))
+    with pytest.raises(ValueError, match="expected text in UTF-8, got other bytes"):
+        read_pairs(path, embedded_model)
+
+
 @pytest.mark.parametrize("name", ["ioi", "greater_than", "induction", "docstring"])
 def test_written_pairs_are_read_back(embedded_model, tmp_path, name):
     pairs = make_pairs(name, embedded_model, n=7, metric="max_logit_diff")

@@ -222,6 +222,32 @@ def test_labels_may_be_words_or_numbers(tmp_path):
     assert found == Labelled("reviews", ["a", "b"], ["True", "0"], ["u", "3"])
 
 
+def test_labelled_files_of_editors_are_read(tmp_path):
+    """A byte order mark at the beginning, a line separator within a text; Latin-1 is named."""
+    path = tmp_path / "reviews.jsonl"
+    path.write_text('\ufeff{"text": "a\u2028b", "label": 1}\n{"text": "b", "label": 0}\n', encoding="utf-8")
+    assert read_labelled(path).texts == ["a\u2028b", "b"]
+    path.write_bytes('{"text": "é", "label": 1}'.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"reviews\.jsonl: expected text in UTF-8, got other bytes .* at byte 10\)\. Save it as"
+    ):
+        read_labelled(path)
+
+
+def test_activations_that_are_not_finite_are_refused(subject, monkeypatch):
+    real = type(subject.model).activations
+
+    def overflowing(self, *arguments, **options):
+        return {hook: x * torch.inf for hook, x in real(self, *arguments, **options).items()}
+
+    monkeypatch.setattr(type(subject.model), "activations", overflowing)
+    data = embedded_data(seed=0, passages=9)[0]
+    with pytest.raises(
+        ValueError, match=rf"expected finite activations on {data.name}, got NaN or infinite ones from embedded"
+    ):
+        pool(subject, data)
+
+
 def test_too_few_texts_of_a_class_are_said(subject):
     with pytest.raises(ValueError, match=r"at least two classes with 8 texts or more, got \{'a': 9, 'b': 3\}"):
         sparse_probing(subject, [planted(subject, ["a"] * 9 + ["b"] * 3)])
