@@ -91,7 +91,7 @@ class ReadDictionaries:
 
     @property
     def dictionary(self) -> SparseDictionary:
-        """The dictionary, if there is exactly one.
+        """Dictionary, if there is exactly one.
 
         Raises:
             ValueError: If there are several.
