@@ -72,7 +72,7 @@ KNOWN = (
     Dunefsky(),
 )
 FORMATS: dict[str, Format] = {f.name: f for f in KNOWN}
-# Most folders or files listed in an error message.
+# Maximum number of folders or files listed in an error message.
 SHOWN = 20
 
 

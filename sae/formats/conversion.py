@@ -159,7 +159,7 @@ def _cross_layer(n: CanonicalCrossLayer, dtype: torch.dtype | None) -> SparseDic
 
 
 def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> SparseDictionary:
-    """Build the dictionary around these tensors without copying them; raise ``ValueError`` for wrong names or shapes."""
+    """Build the dictionary around these tensors, copied at most once; raise ``ValueError`` for wrong names or shapes."""
     with torch.device("meta"):
         dictionary = build_dictionary(arguments)
     expected = dictionary.state_dict()

@@ -308,8 +308,8 @@ def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     names = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "threshold": "jumprelu", "gated": "gated"}
     if gate.name in ("topk", "abs_topk"):
-        # SAEDashboard folds decoder norms, which SAELens refuses unless activations are rescaled by them. If all norms are 1,
-        # rescaling changes nothing and can be enabled.
+        # SAEDashboard folds decoder norms, which SAELens refuses unless activations are rescaled by them. If all norms
+        # are equal, rescaling does not change the selection and can be enabled.
         rescale = gate.by_norm or equal_norms(n.W_dec, max(EQUAL, torch.finfo(n.W_dec.dtype).eps))
         return {"architecture": names[gate.name], "k": gate.k, "rescale_acts_by_decoder_norm": rescale}
     if gate.name in names:
