@@ -80,7 +80,7 @@ def _bench_pursuit(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """Run the same comparison for matching pursuit training steps and for inference with other pursuit algorithms."""
+    """Compare matching pursuit training steps, and inference with other pursuit algorithms, in the same way as `step`."""
     from .comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
 
     names = family or ["matching_pursuit", "gradient_pursuit"]
