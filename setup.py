@@ -1,6 +1,6 @@
-"""The repository's root is the package ``sparsary``, its folders the packages below; everything else is in pyproject.toml.
+"""Package layout: the repository root is the package ``sparsary``, its folders are subpackages; the rest is in pyproject.toml.
 
-``[tool.setuptools.packages.find]`` cannot say this: it has no prefix to put before the names that it finds.
+``[tool.setuptools.packages.find]`` cannot express this, since it cannot add a prefix to the package names it finds.
 """
 
 from setuptools import find_packages, setup
@@ -11,6 +11,6 @@ folders = find_packages(
 setup(
     packages=["sparsary", *(f"sparsary.{folder}" for folder in folders)],
     package_dir={"sparsary": "."},
-    # Build front ends run this file under other names; by this one it is left out of the package in whose folder it lies.
+    # Build front ends run this file under other names; setuptools excludes it from the root package only under this name.
     script_name="setup.py",
 )

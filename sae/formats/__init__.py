@@ -1,7 +1,7 @@
-"""Dictionaries as other libraries keep them: read, checked, written.
+"""Readers, validation, and writers for the checkpoint formats of other libraries.
 
-Every format is a file beside this and a line in ``FORMATS``. Readers produce a ``CanonicalSAE``, writers take one; renames and
-transpositions are theirs, folds are in ``folding.py``, what becomes of it here in ``build.py``.
+Each format is one module in this folder and one entry in ``FORMATS``. Readers produce a ``CanonicalSAE`` and writers take one.
+Formats rename and transpose tensors, ``folding.py`` folds scales and biases, and ``conversion.py`` builds the dictionary.
 """
 
 import logging
@@ -64,7 +64,7 @@ KNOWN = (
     DeepSeekR1(),
     QwenScope(),
     HookZ(),
-    # Those that are mostly of transcoders.
+    # Mostly transcoders.
     GemmaScope(),
     LlamaScope(),
     Llamascopium(),
@@ -72,15 +72,15 @@ KNOWN = (
     Dunefsky(),
 )
 FORMATS: dict[str, Format] = {f.name: f for f in KNOWN}
-# Folders that are named in an error.
+# Maximum number of folders or files listed in an error message.
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class ReadDictionaries:
-    """What was read: one dictionary, or several by the hook they write, each with its provenance.
+    """Dictionaries read from third-party files and their provenances, keyed by output hook.
 
-    ``notes`` says what was renamed, transposed and folded, ``evidence`` why the files were taken for what they are.
+    ``notes`` lists what was renamed, transposed, and folded; ``evidence`` says how the format was recognized.
     """
 
     dictionaries: dict[str, SparseDictionary]
@@ -91,7 +91,7 @@ class ReadDictionaries:
 
     @property
     def dictionary(self) -> SparseDictionary:
-        """The only one.
+        """Dictionary, if there is exactly one.
 
         Raises:
             ValueError: If there are several.
@@ -104,15 +104,15 @@ class ReadDictionaries:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """That of the only one, or of the first."""
+        """Provenance of the first dictionary."""
         return next(iter(self.provenances.values()))
 
 
 def detect(source: SourceFiles, format: str | None = None) -> tuple[Format, str] | None:  # noqa: A002
-    """The format of the files right here, and the evidence; ``None`` if they are of none.
+    """Return the format of the files in this folder and the evidence for it, or ``None`` if no format matches.
 
     Raises:
-        ValueError: If ``format`` is none of ours, or the evidence is for several.
+        ValueError: If ``format`` is unknown, or several formats match.
     """
     wanted = FORMATS if format is None else {format: known(format)}
     found = {name: words for name, f in wanted.items() if (words := f.detect(source)) is not None}
@@ -123,7 +123,7 @@ def detect(source: SourceFiles, format: str | None = None) -> tuple[Format, str]
 
 
 def known(format: str) -> Format:  # noqa: A002
-    """The format of a name.
+    """Return the format with this name.
 
     Raises:
         ValueError: If there is none.
@@ -132,10 +132,10 @@ def known(format: str) -> Format:  # noqa: A002
 
 
 def dictionary_places(source: SourceFiles, format: str | None = None) -> list[tuple[SourceFiles, Format, str]]:  # noqa: A002
-    """Where there are dictionaries: here, or in the folders below, the topmost that hold any.
+    """Return the folders that hold dictionaries: this one, or else the topmost matching folders below it.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no folder holds a dictionary.
     """
     here = detect(source, format)
     if here is not None:
@@ -148,11 +148,11 @@ def dictionary_places(source: SourceFiles, format: str | None = None) -> list[tu
         if inner is not None and there is not None:
             found.append((inner, *there))
     if not found and format is not None and source.files:
-        # Whoever names a format knows more than the files say.
+        # An explicit format overrides detection.
         return [(source, FORMATS[format], "by request")]
     if not found:
         for name in source.files[:1] if len(source.files) == 1 and source.files[0].endswith(TORCH_SUFFIXES) else ():
-            # Damaged or hostile: the reader says so.
+            # Reading a damaged or malicious file raises the more specific error.
             source.values(name)
         some = ", ".join(source.files[:SHOWN]) or "no files"
         raise ValueError(f"{source}: expected a dictionary of a known format ({', '.join(FORMATS)}), found {some}.")
@@ -160,15 +160,15 @@ def dictionary_places(source: SourceFiles, format: str | None = None) -> list[tu
 
 
 def read_canonical(source: SourceFiles, format: str | None = None, options: ReadOptions | None = None) -> Read:  # noqa: A002
-    """What files hold, checked; several dictionaries by hook.
+    """Read and validate third-party files; several dictionaries are returned as a dict keyed by hook.
 
     Raises:
-        ValueError: If the format is unknown or ambiguous, the files are damaged, or several dictionaries are of one hook.
+        ValueError: If the format is unknown or ambiguous, the files are damaged, or several dictionaries share a hook.
     """
     options = options or ReadOptions()
     found = dictionary_places(source, format)
     if len(found) > 1:
-        # A folder named so needs no other folder read; its name need not be what the dictionary's own hook is called.
+        # A folder name that matches the hook saves reading the others; the dictionary's own hook may be spelled differently.
         named = [place for place in found if options.hook in (place[0].name, place[0].inside)]
         found, options = (named, replace(options, hook=None)) if named else (found, options)
     if len(found) > 1 and source.remote:
@@ -197,7 +197,7 @@ def _read(where: SourceFiles, f: Format, options: ReadOptions) -> Read:
     try:
         return f.read(where, options)
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        # A list where a name should be, or the like: readers check what is likely, files can hold anything.
+        # Readers check likely mistakes, but a file can hold any type, such as a list instead of a name.
         raise ValueError(
             f"{where}: expected values of {f.title}'s own types, got others ({type(error).__name__}: {error}). Look into the "
             "configuration."
@@ -205,7 +205,7 @@ def _read(where: SourceFiles, f: Format, options: ReadOptions) -> Read:
 
 
 def is_for(n: CanonicalSAE | CanonicalCrossLayer, hook: str) -> bool:
-    """Whether a dictionary reads or writes a hook, given in our spelling or TransformerLens's."""
+    """Return True if a dictionary reads or writes the hook, given as a module path or a TransformerLens name."""
     model = (n.provenance.get("model") or {}).get("id")
     return bool(
         {hook, to_module(hook, model)} & {*(n.provenance.get("hooks_in") or ()), *(n.provenance.get("hooks_out") or ())}
@@ -225,13 +225,13 @@ def read_dictionary(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> ReadDictionaries:
-    """Dictionaries of ours from files of another library's, in eval mode.
+    """Load dictionaries from another library's files, in eval mode.
 
-    They compute in float32, whatever the files have: bfloat16 loses thresholds and biases. ``dtype`` ``None`` keeps the
-    decoder's own for everything.
+    Weights are float32 by default, whatever the dtype in the files: bfloat16 loses thresholds and biases. ``dtype=None`` uses
+    the decoder's dtype for every tensor.
 
     Raises:
-        ValueError: As ``read_canonical`` does.
+        ValueError: Under the conditions of ``read_canonical``.
     """
     source = path if isinstance(path, SourceFiles) else SourceFiles(path)
     read = read_canonical(source, format, options)
@@ -254,10 +254,10 @@ def write_dictionary(
     format: str,  # noqa: A002
     provenance: dict[str, Any] | None = None,
 ) -> CanonicalSAE | CanonicalCrossLayer:
-    """Write a dictionary as another library reads it; what was written, whose ``done`` says what became of it.
+    """Write a dictionary in another library's format and return its canonical form, whose ``done`` lists the changes.
 
     Raises:
-        ValueError: If there is no such format, or it cannot hold the dictionary.
+        ValueError: If the format is unknown, or cannot hold the dictionary.
     """
     n = from_dictionary(dictionary, provenance) if isinstance(dictionary, SparseDictionary) else dictionary
     n = n.noting(*_renamed_model(n))
@@ -271,10 +271,10 @@ def write_dictionaries(
     format: str,  # noqa: A002
     provenances: Mapping[str, dict[str, Any]],
 ) -> dict[str, CanonicalSAE]:
-    """Write the dictionaries of several hooks: in one folder where the library has sets of them, else a folder for each.
+    """Write the dictionaries of several hooks: in one folder if the format holds sets, else in one folder per hook.
 
     Raises:
-        ValueError: If there is no such format, or it cannot hold one of them, or not without others.
+        ValueError: If the format is unknown, cannot hold one of the dictionaries, or needs a complete set.
     """
     members: dict[str, CanonicalSAE] = {}
     for hook, dictionary in dictionaries.items():
@@ -292,25 +292,25 @@ def write_dictionaries(
 
 
 def _renamed_model(n: CanonicalSAE | CanonicalCrossLayer) -> tuple[str, ...]:
-    """Say that a local model's folder is written by its name alone."""
+    """Return a note that a local model path is reduced to its folder name, if it is."""
     model = (n.provenance.get("model") or {}).get("id")
     name = public_model(model)
     return () if name == model else (f"the model's local folder written by its name alone, {name}",)
 
 
 def hook_of(n: CanonicalSAE | CanonicalCrossLayer) -> str | None:
-    """The hook a dictionary writes, if it is known."""
+    """Return the output hook of a dictionary, or ``None`` if it is unknown."""
     return next(iter(n.provenance.get("hooks_out") or ()), None)
 
 
 def provenance_of(n: CanonicalSAE | CanonicalCrossLayer) -> dict[str, Any]:
-    """What our checkpoint is to say of where a dictionary comes from."""
+    """Return the provenance to store in a native checkpoint, with the conversion's evidence, notes, and warnings."""
     converted = {"evidence": n.evidence, "done": list(n.done), "warnings": list(n.warnings)}
     return n.provenance | {"converted": converted}
 
 
 def _checked(where: SourceFiles, read: Read, evidence: str) -> Read:
-    """The same after the self-check, with its warnings, the evidence, and what was left out of tensors' names."""
+    """Validate, then add the warnings, the evidence, and notes on stripped tensor-name prefixes."""
     words = where.unwrapped
     if isinstance(read, dict):
         return {

@@ -1,7 +1,7 @@
-"""Archives of tensors, torch's and numpy's: read without building objects, and without believing a claimed size.
+"""Safe readers of torch and numpy archives: they build no objects and verify every declared size.
 
-``torch.load(weights_only=True)``, used here, is not enough: it builds no objects, but inflates a compressed pickle to any
-size, and lets four bytes pass for four gigabytes of numbers by a stride of zero.
+``torch.load(weights_only=True)`` alone is not enough: it builds no objects, but decompresses a pickle to any size, and a
+stride of zero lets four bytes pass for four gigabytes of numbers.
 """
 
 import io
@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How many times its size on disk an archive's member may claim: random numbers hardly compress.
+# Highest accepted compression ratio of an archive member: weights hardly compress.
 MOST_COMPRESSION = 20
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """A torch file that holds tensors, numbers and strings in dictionaries; inner ones are joined by dots.
+    """Read a torch file of tensors, numbers, and strings; keys of nested dictionaries are joined by dots.
 
     Raises:
-        ValueError: If it holds objects, claims what it does not have, or is of a form older than torch 1.6.
+        ValueError: If it contains pickled objects, declares more data than it has, or was written before torch 1.6.
     """
     _require_torch_zip(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001
-        # torch raises many types; nothing was executed.
+        # torch raises many exception types; nothing was executed.
         unsafe = "weights_only" in str(error) or "Unsupported" in str(error) or "GLOBAL" in str(error)
         what = "pickled Python objects, which are never loaded here" if unsafe else "a damaged file"
         fix = (
@@ -57,7 +57,7 @@ def _flat(values: Mapping[Any, Any], path: Path, prefix: str = "") -> Iterator[t
 
 
 def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """A tensor that has as many numbers as it says, in main memory."""
+    """Require a dense CPU tensor whose storage is as large as its shape implies."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise ValueError(f"{path}: {name}: expected a plain tensor, got a {tensor.layout} one on {tensor.device}.")
@@ -69,7 +69,7 @@ def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
 
 
 def _require_torch_zip(path: Path) -> None:
-    """A torch file is an archive of uncompressed parts, so that it cannot unpack to more than it is."""
+    """Require an archive of uncompressed parts, which cannot expand beyond its size on disk."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -83,17 +83,17 @@ def _require_torch_zip(path: Path) -> None:
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an npz archive.
+    """Read the arrays of an npz archive.
 
     Raises:
-        ValueError: If an array holds objects, or claims more than the archive has.
+        ValueError: If an array contains objects, or declares more data than the archive has.
     """
     members = npz_members(path)
     found = {}
     with zipfile.ZipFile(path) as archive:
         for key, (dtype, shape, info) in members.items():
             if info.compress_type == zipfile.ZIP_STORED:
-                # Read, not mapped: archives put numbers at odd addresses.
+                # Read instead of memory-mapped: arrays in archives are not aligned.
                 array = np.fromfile(path, dtype, int(np.prod(shape)), offset=_npz_offset(path, info)).reshape(shape)
                 found[key] = torch.from_numpy(array)
             else:
@@ -106,7 +106,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], zipfile.ZipInfo]]:
-    """Dtype, shape and place of every array, checked against the archive before anything is allocated."""
+    """Return dtype, shape, and archive entry of each array, checked against the archive before anything is allocated."""
     found = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -123,7 +123,7 @@ def npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], z
                     raise ValueError(f"{key}: expected no more than the file has")
                 found[key] = (dtype, shape, info)
     except (zipfile.BadZipFile, zlib.error, OSError, struct.error, ValueError, EOFError, RuntimeError) as error:
-        # RuntimeError is what an encrypted member raises, or one of an unknown compression.
+        # RuntimeError: an encrypted member, or an unknown compression.
         raise ValueError(f"{path}: expected an npz archive of numbers, got a damaged or foreign one ({error}).") from None
     return found
 
@@ -140,11 +140,11 @@ def _npy_header(member: Any) -> tuple[np.dtype[Any], tuple[int, ...], int]:
 
 
 def _npz_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where an uncompressed array's numbers begin in the archive."""
+    """Return the file offset of an uncompressed array's data."""
     with path.open("rb") as handle:
         handle.seek(info.header_offset)
         local = handle.read(30)
-        # The local header's own lengths of name and extra field, which may differ from the directory's.
+        # Name and extra field lengths from the local header; those of the central directory may differ.
         name, extra = struct.unpack("<HH", local[26:30])
         start = info.header_offset + 30 + name + extra
         handle.seek(start)
@@ -153,5 +153,5 @@ def _npz_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, cut to a length that can be quoted."""
+    """Return an error's message on one line, cut to 300 characters."""
     return " ".join(str(error).split())[:300]

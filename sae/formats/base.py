@@ -1,4 +1,4 @@
-"""Format: how one library keeps its dictionaries. One subclass per library, in the files beside this."""
+"""Base class of checkpoint formats; each library's format is a subclass in a module of this folder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .files import SourceFiles
 
-# One dictionary, a cross-layer one, or several by the hook they write.
+# One dictionary, a cross-layer transcoder, or several dictionaries keyed by output hook.
 Read = CanonicalSAE | CanonicalCrossLayer | dict[str, CanonicalSAE]
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the files may leave open, said by whoever loads them.
+    """Settings from the caller that files of other libraries may lack.
 
-    ``hook`` picks one of several dictionaries, and names the hook where the files do not. ``scale`` is the input scale of a
-    checkpoint from the middle of a training, ``k`` and ``threshold`` what its gate lacks, ``model`` the language model's id.
-    ``subtract_b_dec`` says whether the output bias is subtracted from the input where versions of a library differ in it.
+    ``hook`` selects one of several dictionaries, and names the hook if the files do not. ``scale`` is the input scale of a
+    checkpoint saved mid-training, ``k`` and ``threshold`` complete its activation function, ``model`` is the language model's
+    id. ``subtract_b_dec``: subtract the output bias from the input; set it where versions of a library differ.
     """
 
     hook: str | None = None
@@ -31,50 +31,50 @@ class ReadOptions:
 
 
 class Format(ABC):
-    """One library's files. Reading touches nothing but the source; writing refuses what the format cannot hold."""
+    """Checkpoint format of one library. Reading opens only the source; writing refuses what the format cannot hold."""
 
     name: ClassVar[str]
-    # What people call it.
+    # Name used in messages.
     title: ClassVar[str]
 
     @abstractmethod
     def detect(self, source: SourceFiles) -> str | None:
-        """Why these files are of this format: names of files first, then keys, then shapes. ``None`` if they are not.
+        """Return the evidence that the files have this format (file names, then keys, then shapes), or ``None``.
 
-        The name of a repository or folder proves nothing.
+        Repository and folder names are not evidence.
         """
 
     @abstractmethod
     def read(self, source: SourceFiles, options: ReadOptions) -> Read:
-        """What the files hold.
+        """Read the dictionaries in the files.
 
         Raises:
-            ValueError: If something is missing, unknown or contradictory. Nothing is guessed.
+            ValueError: If something is missing, unknown, or contradictory; missing values are never guessed.
         """
 
     @abstractmethod
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        """Write a dictionary as this library reads it.
+        """Write a dictionary in this format.
 
         Raises:
-            ValueError: If the format cannot hold it; with the reason, and a format that can.
+            ValueError: If the format cannot hold it; the message names the reason and a format that can.
         """
 
 
 class SetFormat(Format):
-    """A library that keeps the dictionaries of all layers in one folder."""
+    """Format that keeps the dictionaries of all layers in one folder."""
 
     @abstractmethod
     def write_set(self, members: Mapping[str, CanonicalSAE], directory: Path) -> None:
-        """Write dictionaries, given by the hooks they write, as this library reads them.
+        """Write dictionaries, keyed by output hook, in this format.
 
         Raises:
-            ValueError: If the format cannot hold them; with the reason.
+            ValueError: If the format cannot hold them; the message names the reason.
         """
 
 
 def require_keys(where: object, found: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` naming what is missing, and what there is."""
+    """Raise ``ValueError`` if keys are missing; the message lists the missing and the present keys."""
     missing = [key for key in needed if key not in found]
     if missing:
         raise ValueError(
@@ -83,7 +83,7 @@ def require_keys(where: object, found: Mapping[str, Any], needed: tuple[str, ...
 
 
 def require_shape(where: object, name: str, shape: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
-    """Raise ``ValueError`` unless a shape is as expected; ``None`` is any size."""
+    """Raise ``ValueError`` unless a shape matches; ``None`` in ``expected`` allows any size."""
     fits = len(shape) == len(expected) and all(e in (None, s) for s, e in zip(shape, expected, strict=True))
     if not fits:
         wanted = ", ".join("any" if side is None else str(side) for side in expected)

@@ -1,7 +1,7 @@
-"""Dictionaries of the BatchTopK repository and its Matryoshka successor: ``sae.pt`` and a flat ``config.json``.
+"""SAEs of the BatchTopK repository and its Matryoshka successor: ``sae.pt`` and a flat ``config.json``.
 
-Its TopK and BatchTopK classes never used their encoder bias, which therefore stayed zero: adding it is right for all.
-Source: Bussmann et al. 2024, arXiv:2412.06410, and their code.
+Its TopK and BatchTopK classes do not use their encoder bias, which therefore stays zero, so adding it is correct for every
+class. Source: Bussmann et al. 2024, arXiv:2412.06410, and their code.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from .torch_files import INSTEAD, torch_names
 CONFIG, WEIGHTS = "config.json", "sae.pt"
 FOUR = ("W_enc", "b_enc", "W_dec", "b_dec")
 LOGS = ("jumprelu.log_threshold", "log_threshold")
-# Of the Matryoshka variants: what it keeps, and how its latents are grouped, which only training minds.
+# Buffers of the Matryoshka variants; only the threshold matters at inference.
 BUFFERS = ("threshold", "group_sizes", "num_batches_not_active")
-# Words in sae_type that mean a choice over the whole batch.
+# Words in sae_type that mean top-k over the whole batch.
 BATCHWIDE = ("batch", "matryoshka", "global")
 
 
@@ -61,7 +61,7 @@ class BatchTopKRepository(Format):
 
 
 def _dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> CanonicalSAE:
-    """The dictionary of a configuration and its tensors, but for provenance."""
+    """Build the dictionary from a configuration and its tensors, without provenance."""
     require_keys(where, tensors, FOUR)
     unknown = sorted(set(tensors) - {*FOUR, *LOGS, *BUFFERS})
     if unknown:
@@ -76,7 +76,7 @@ def _dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     if cfg.get("activation", "relu") != "relu":
         raise ValueError(f"{where}: activation: expected relu, got {cfg['activation']!r}. It cannot be loaded.")
     gate = _chosen(where, cfg, tensors, options)
-    # JumpReLU alone is not centred there, unless its trainer was told to, which no file says.
+    # By default only JumpReLU does not subtract b_dec from inputs; an option changes that, but no file records it.
     jumps = any(name in tensors for name in LOGS)
     subtracts = not jumps if options.subtract_b_dec is None else options.subtract_b_dec
     n = CanonicalSAE(
@@ -102,10 +102,10 @@ def _dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
 
 
 def _chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> ActivationFn:
-    """How a type of dictionary chooses.
+    """Return the activation function.
 
     Raises:
-        ValueError: If it is not known, or chooses over a batch and no threshold stands for that.
+        ValueError: If the type is unknown, or selects latents over a batch and has no threshold.
     """
     log = next((tensors[name] for name in LOGS if name in tensors), None)
     if log is not None:
@@ -133,5 +133,5 @@ def _chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 
 def flag(cfg: Mapping[str, Any], key: str) -> bool:
-    """A switch, which some savers wrote as a word."""
+    """Return a boolean setting, which some versions wrote as a string."""
     return cfg.get(key) in (True, "True", "true")

@@ -1,13 +1,13 @@
-"""Neutral: what every foreign file is read into, and what every export is written from.
+"""Canonical representation of a dictionary, between the formats of other libraries and native dictionaries.
 
-    x' = row_norm(scale_in x)               per token; both may be absent
-    p  = W_enc (x' - b_in) + b_enc          the pre-activations
+    x' = row_norm(scale_in x)               per token; both are optional
+    p  = W_enc (x' - b_in) + b_enc          pre-activations
     a  = gate(p)
-    y' = W_dec^T a + b_out                  an autoencoder's per-token normalisation is undone here, a transcoder's is not
-    y  = y' / scale_out + W_skip x          the skip reads the raw input
+    y' = W_dec^T a + b_out                  per-token normalization is undone here for SAEs, not for transcoders
+    y  = y' / scale_out + W_skip x          the skip path reads the raw input
 
-Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``, as everywhere here. A reader transposes by views and copies nothing:
-tensors stay what they are in the file, mapped into memory, until a dictionary is built of them.
+Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. Readers transpose with views and copy nothing: tensors keep the file's
+dtype and stay memory-mapped until a dictionary is built from them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,31 +20,31 @@ from torch import Tensor
 from ..row_norm import ROW_NORMS
 
 KINDS = ("sae", "transcoder")
-# How latents are chosen, and what each needs beside the pre-activations p.
+# Activation functions of the pre-activations p.
 #   relu       p where it is positive
 #   topk       the k largest of a token, then the positive ones of them
-#   topk_raw   the k largest of a token, negative ones too
+#   topk_raw   the k largest of a token, including negative ones
 #   abs_topk   the k largest by absolute value, with their signs
 #   threshold  p where it exceeds both the latent's threshold and zero
 #   gated      relu(exp(r_mag) (p - b_enc) + b_mag) where p is positive
 #   group_max  the largest of each of k groups of consecutive latents, if it is positive
 #   pursuit    at most k steps of matching pursuit (`encoders/residual_pursuit.py`, `encoders/matching_pursuit.py`)
 ACTIVATION_FNS = ("relu", "topk", "topk_raw", "abs_topk", "threshold", "gated", "group_max", "pursuit")
-# Gates that rank or compare: for these it matters whether p counts or p times the norm of the atom.
+# Activation functions that rank or threshold p, so that weighting p by the decoder norm can change the selected latents.
 COMPARING = ("topk", "topk_raw", "abs_topk", "threshold", "group_max")
 
 
 @dataclass(frozen=True)
 class ActivationFn:
-    """How latents are chosen: one of ``ACTIVATION_FNS``, with what it needs.
+    """Activation function of a dictionary: one of ``ACTIVATION_FNS`` and its parameters.
 
-    ``by_norm``: the norm of its atom times p is ranked, or compared with the threshold; the value stays p. A pursuit's token
-    stops at a residual below ``residual_norm``, or below ``tolerance`` times its input, or, with ``stop_on_repeat``, where a
-    step has added no latent.
+    With ``by_norm``, p times the decoder norm is ranked or compared with the threshold; the activation is still p. Pursuit
+    stops for a token when the residual's norm is below ``residual_norm`` or below ``tolerance`` times the input's norm, or,
+    with ``stop_on_repeat``, when a step adds no new latent.
     """
 
     name: str
-    # Whatever a file says it is; check.py wants a whole number.
+    # As read from the file; validation.py requires an int.
     k: Any = None
     threshold: Tensor | None = None
     by_norm: bool = False
@@ -60,16 +60,16 @@ class ActivationFn:
 
 @dataclass(frozen=True)
 class CanonicalSAE:
-    """One dictionary between two places of a model; see the module's equations.
+    """One SAE or transcoder, with the forward pass given in the module docstring.
 
     ``W_enc (n_latents, d_in)``, ``b_enc (n_latents,)``, ``W_dec (n_latents, d_out)``, ``b_out (d_out,)``, ``b_in (d_in,)``,
-    ``W_skip (d_out, d_in)``. Annotations do not say so because readers fill this in before anything is known of a file:
-    ``check.py`` then holds it to these shapes.
+    ``W_skip (d_out, d_in)``. The annotations carry no shapes because readers fill in unchecked tensors; ``validation.py``
+    enforces these shapes afterwards.
 
-    ``W_enc`` is ``None`` where the encoder is tied to the atoms. ``provenance`` is that of our checkpoints: ``model``,
-    ``hooks_in``, ``hooks_out`` (module paths with a side), ``text`` (context length, BOS), and under ``source`` the foreign
-    configuration, whole. ``done`` says in words what was renamed, transposed and folded on the way here, ``evidence`` why the
-    file was taken for what it is, ``warnings`` what the reader doubts.
+    ``W_enc`` is ``None`` if the encoder is tied to the decoder. ``provenance`` has the form used in native checkpoints:
+    ``model``, ``hooks_in``, ``hooks_out`` (module paths with a side), ``text`` (context length, BOS), and the complete
+    third-party configuration under ``source``. ``done`` lists what was renamed, transposed, and folded, ``evidence`` says how
+    the format was recognized, ``warnings`` lists the reader's doubts.
     """
 
     kind: str
@@ -102,21 +102,21 @@ class CanonicalSAE:
 
     @property
     def scaled(self) -> bool:
-        """Whether a fixed scale stands outside the weights."""
+        """True if a fixed input or output scale is not folded into the weights."""
         return self.scale_in != 1.0 or self.scale_out != 1.0
 
     def noting(self, *words: str, **changes: Any) -> "CanonicalSAE":
-        """The same with changes, and what they are in words."""
+        """Return a copy with fields changed and descriptions of the changes appended to ``done``."""
         return replace(self, done=(*self.done, *words), **changes)
 
 
 @dataclass(frozen=True)
 class CanonicalCrossLayer:
-    """A cross-layer transcoder: one ``CanonicalSAE`` per layer, first layer first.
+    """Cross-layer transcoder: one ``CanonicalSAE`` per layer, in order of layers.
 
-    Layer ``l`` reads its own input. Its ``W_dec`` holds the decoders to layers ``l, l+1, ...`` side by side
-    ``(n_latents, (n_layers - l) d_out)``, while its ``b_out`` ``(d_out,)``, ``scale_out`` and ``W_skip`` belong to what layer
-    ``l`` is to write. ``provenance``, ``done``, ``evidence`` and ``warnings`` are those of the whole.
+    Layer ``l`` reads its own input. Its ``W_dec`` ``(n_latents, (n_layers - l) d_out)`` is the concatenation of the decoders
+    to layers ``l, l+1, ...``; its ``b_out`` ``(d_out,)``, ``scale_out``, and ``W_skip`` apply to the output of layer ``l``.
+    ``provenance``, ``done``, ``evidence``, and ``warnings`` refer to the whole transcoder.
     """
 
     layers: tuple[CanonicalSAE, ...]
@@ -127,7 +127,7 @@ class CanonicalCrossLayer:
     kind: str = "cross_layer_transcoder"
 
     def noting(self, *words: str, **changes: Any) -> "CanonicalCrossLayer":
-        """The same with changes, and what they are in words."""
+        """Return a copy with fields changed and descriptions of the changes appended to ``done``."""
         return replace(self, done=(*self.done, *words), **changes)
 
 
@@ -135,12 +135,12 @@ class CanonicalCrossLayer:
 def forward(
     n: CanonicalSAE, x: Float[Tensor, "tokens d_in"]
 ) -> tuple[Float[Tensor, "tokens n_latents"], Float[Tensor, "tokens d_out"]]:
-    """Dense activations and output by the equations above, word for word: what folds and built dictionaries are held to.
+    """Compute dense activations and the output: the reference implementation that folds and converted dictionaries must match.
 
-    Computed in the precision of ``x``, whatever the weights are in.
+    Everything is computed in the dtype of ``x``, whatever the dtype of the weights.
 
     Raises:
-        ValueError: For pursuits, which have no pre-activations.
+        ValueError: For pursuit encoders, which have no pre-activations.
     """
     if n.W_enc is None or n.b_enc is None:
         raise ValueError("forward: expected a gate with pre-activations, got a pursuit. Build the dictionary and call that.")
@@ -161,7 +161,7 @@ def forward(
 
 
 def widened(n: CanonicalSAE, dtype: torch.dtype) -> CanonicalSAE:
-    """The same with all numbers in one precision."""
+    """Return a copy with all tensors cast to ``dtype``."""
 
     def cast(thing: Any) -> dict[str, Tensor]:
         return {name: value.to(dtype) for name, value in vars(thing).items() if isinstance(value, Tensor)}
@@ -175,7 +175,6 @@ def _activations(
     b_enc: Float[Tensor, " n_latents"],
     norms: Float[Tensor, " n_latents"],
 ) -> Float[Tensor, "tokens n_latents"]:
-    """What a gate keeps of pre-activations."""
     seen = p * norms if gate.by_norm else p
     if gate.name == "relu":
         return p.relu()

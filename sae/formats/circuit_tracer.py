@@ -1,7 +1,7 @@
-"""circuit-tracer: a transcoder for each layer, or one across layers, with a ``config.yaml``. Read here, written beside this.
+"""Reader of circuit-tracer's per-layer and cross-layer transcoders with a ``config.yaml``.
 
-Which gate applies is not written down: a threshold means JumpReLU, ``activation: topk`` or a ``k`` TopK without a rectifier,
-neither ReLU. Source: the code of circuit-tracer 0.5.0, and of its repository for TopK.
+The files do not always name the activation function: a threshold means JumpReLU, ``activation: topk`` or a ``k`` means TopK
+without a ReLU, neither means ReLU. Source: the code of circuit-tracer 0.5.0, and of its repository for TopK.
 """
 
 import re
@@ -23,7 +23,7 @@ from .origin import origin, reading_before_norm, with_origin
 LAYER_FILE = r"layer_(\d+)\.safetensors"
 KINDS = ("transcoder_set", "cross_layer_transcoder")
 FOUR = ("W_enc", "b_enc", "W_dec", "b_dec")
-# Of a cross-layer set whose latents are chosen among all layers together.
+# Configuration of cross-layer transcoders with a joint top-k over all layers.
 JOINT_CONFIG, JOINT_KEYS = "config.json", {"k", "d_feature"}
 SHOWN = 3
 
@@ -63,7 +63,7 @@ class CircuitTracer(SetFormat):
 
 
 def transcoder_set(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> dict[str, CanonicalSAE]:
-    """A transcoder for each layer, by the hook it writes.
+    """Read one transcoder per layer, keyed by output hook.
 
     Raises:
         ValueError: If layers are missing, or their files are in other repositories.
@@ -75,7 +75,7 @@ def transcoder_set(source: SourceFiles, config: dict[str, Any], options: ReadOpt
         reads, writes = (joined(config.get(f"feature_{side}_hook"), layer) for side in ("input", "output"))
         model = config.get("model_name")
         n, reads = reading_before_norm(n, reads, options.model or model)
-        # The hook asked for picks one of them: it does not name them all.
+        # options is left out: its hook selects one of the transcoders and must not become the hook of each.
         provenance, warnings = origin(CircuitTracer.name, config, options.model or model, [reads], [writes])
         hook = (provenance.get("hooks_out") or [writes or f"layer_{layer}"])[0]
         extra = [f"no {CONFIG}: hooks and model are not known"] if not config else []
@@ -84,7 +84,7 @@ def transcoder_set(source: SourceFiles, config: dict[str, Any], options: ReadOpt
 
 
 def _layer_files(source: SourceFiles, config: Mapping[str, Any]) -> list[str]:
-    """The files of all layers, first layer first."""
+    """Return the files of all layers in order."""
     named = config.get("transcoders")
     if named is None:
         files = source.named(LAYER_FILE)
@@ -109,7 +109,7 @@ def _layer_files(source: SourceFiles, config: Mapping[str, Any]) -> list[str]:
 
 
 def joined(place: Any, layer: int) -> str | None:
-    """A place in a block as a hook; patterns of nnsight's locations have a gap for the layer."""
+    """Return a block-relative site as a hook of a layer; nnsight locations have a ``{layer}`` placeholder."""
     if not isinstance(place, str):
         return None
     if "{layer}" not in place:
@@ -118,7 +118,7 @@ def joined(place: Any, layer: int) -> str | None:
 
 
 def _transcoder(source: SourceFiles, name: str, config: Mapping[str, Any], options: ReadOptions) -> CanonicalSAE:
-    """One layer's transcoder, from a file of theirs or of Gemma Scope."""
+    """Read one layer's transcoder from a circuit-tracer or Gemma Scope file."""
     where, tensors = source.path(name), dict(source.tensors(name))
     if name.endswith(".npz") or "w_enc" in tensors:
         return gemma_scope._dictionary(where, tensors, "transcoder").noting("W_enc transposed")
@@ -144,14 +144,14 @@ def _transcoder(source: SourceFiles, name: str, config: Mapping[str, Any], optio
 
 
 def _whole(where: object, k: Tensor) -> int | float:
-    """A count that is kept as a tensor of one number."""
+    """Return the number in a one-element tensor, as an int if it is whole."""
     require_shape(where, "k", tuple(k.reshape(-1).shape), (1,))
     number = float(k)
     return int(number) if number.is_integer() else number
 
 
 def _activation_fn(where: object, config: Mapping[str, Any], threshold: Tensor | None, k: Any) -> ActivationFn:
-    """The gate that a threshold, a configuration and a count make out together."""
+    """Infer the activation function from the threshold, the configuration, and k."""
     named = str(config.get("activation") or "").lower().replace("_", "")
     if named not in ("", "relu", "jumprelu", "topk"):
         raise ValueError(f"{where}: activation: expected topk, jumprelu or relu in {CONFIG}, got {named!r}.")
@@ -164,17 +164,17 @@ def _activation_fn(where: object, config: Mapping[str, Any], threshold: Tensor |
 
 
 def not_negative(where: object, threshold: Tensor) -> Tensor:
-    """Raise ``ValueError`` for a threshold below zero, above which they let negative values through."""
+    """Raise ``ValueError`` for negative thresholds, with which circuit-tracer's JumpReLU keeps negative values."""
     if bool((threshold < 0).any()):
         raise ValueError(f"{where}: {THRESHOLD}: expected numbers from 0, got {float(threshold.min()):.4g}.")
     return threshold
 
 
 def across_layers(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> CanonicalCrossLayer:
-    """A cross-layer transcoder, whose decoders are in the file of the layer they read.
+    """Read a cross-layer transcoder, whose decoders are stored by source layer.
 
     Raises:
-        ValueError: If layers are missing, or latents are chosen in a way that is no layer's own.
+        ValueError: If layers are missing, layers differ in activation function, or a joint top-k has no threshold.
     """
     joint = source.config(JOINT_CONFIG) if source.has(JOINT_CONFIG) else {}
     joint = joint if joint.keys() >= JOINT_KEYS else {}
@@ -193,7 +193,7 @@ def across_layers(source: SourceFiles, config: dict[str, Any], options: ReadOpti
 
 
 def layer_of_several(source: SourceFiles, i: int, count: int, joint: Mapping[str, Any], options: ReadOptions) -> CanonicalSAE:
-    """What one layer reads, and writes to itself and later ones."""
+    """Read one layer's encoder, and its decoders to this and later layers."""
     names = [f"{kind}_{i}.safetensors" for kind in ("W_enc", "W_dec")]
     where = source.path(names[0])
     tensors = {**source.tensors(names[0]), **source.tensors(names[1])}
@@ -203,7 +203,7 @@ def layer_of_several(source: SourceFiles, i: int, count: int, joint: Mapping[str
         tensors.pop(f"{key}_{i}", None) for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_dec_norm")
     )
     if joint and W_enc is not None and W_dec is not None:
-        # They have none.
+        # Joint top-k transcoders may lack biases.
         b_enc = torch.zeros(len(W_enc), dtype=W_enc.dtype) if b_enc is None else b_enc
         b_dec = torch.zeros(W_dec.shape[-1], dtype=W_dec.dtype) if b_dec is None else b_dec
     if W_enc is None or W_dec is None or b_enc is None or b_dec is None or tensors:
@@ -228,10 +228,10 @@ def layer_of_several(source: SourceFiles, i: int, count: int, joint: Mapping[str
 
 
 def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, Any], options: ReadOptions) -> ActivationFn:
-    """A threshold in place of a choice among all layers' latents of a token, by what they write.
+    """Return a threshold that replaces the joint top-k over all layers' latents, ranked by pre-activation times decoder norm.
 
     Raises:
-        ValueError: If none is given.
+        ValueError: If the caller gives no threshold.
     """
     if options.threshold is None:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What circuit-tracer reads: folders of its per-layer and cross-layer transcoders.
+"""Writer of circuit-tracer's per-layer and cross-layer transcoders.
 
-It has no scales, no input biases, and two gates, relu and thresholds: what a dictionary of ours has besides is folded, or
-refused with the reason.
+circuit-tracer has no scales, no input biases, and only two activation functions, ReLU and JumpReLU. Anything else is folded,
+or refused with the reason.
 """
 
 import io
@@ -36,10 +36,10 @@ REFUSED = {
 
 
 def write_transcoders(members: Sequence[CanonicalSAE], directory: Path) -> None:
-    """A set of transcoders, one for each layer from 0.
+    """Write a set of transcoders, one for each layer from 0.
 
     Raises:
-        ValueError: If layers are missing, hooks are not the same in all, or circuit-tracer has nothing of the kind.
+        ValueError: If layers are missing, hooks differ between layers, or circuit-tracer cannot represent a transcoder.
     """
     layers = in_order(members)
     prepared = [_transcoder(n, i) for i, n in enumerate(layers)]
@@ -53,10 +53,10 @@ def write_transcoders(members: Sequence[CanonicalSAE], directory: Path) -> None:
 
 
 def write_across_layers(n: CanonicalCrossLayer, directory: Path) -> None:
-    """A cross-layer transcoder.
+    """Write a cross-layer transcoder.
 
     Raises:
-        ValueError: If circuit-tracer has nothing of the kind.
+        ValueError: If circuit-tracer cannot represent it.
     """
     for layer in n.layers:
         if layer.gate.name not in ("relu", "threshold"):
@@ -86,10 +86,10 @@ def write_across_layers(n: CanonicalCrossLayer, directory: Path) -> None:
 
 
 def in_order(members: Sequence[CanonicalSAE]) -> list[CanonicalSAE]:
-    """The members of a set by their layers.
+    """Return the members of a set, sorted by layer.
 
     Raises:
-        ValueError: If one has no layer, two have the same, or one between is missing.
+        ValueError: If a layer is unknown, duplicated, or missing.
     """
     numbers = [layer_of((n.provenance.get("hooks_out") or [None])[0]) for n in members]
     if sorted(numbers, key=str) != sorted(range(len(members)), key=str):
@@ -101,7 +101,7 @@ def in_order(members: Sequence[CanonicalSAE]) -> list[CanonicalSAE]:
 
 
 def _transcoder(n: CanonicalSAE, layer: int) -> CanonicalSAE:
-    """The same function as weights alone, with a gate that circuit-tracer has."""
+    """Return an equivalent form that circuit-tracer supports, with everything folded into the weights."""
     if n.kind != "transcoder":
         raise ValueError(f"circuit_tracer: expected transcoders, got an autoencoder at layer {layer}. Write saelens.")
     if n.gate.name in REFUSED:
@@ -110,20 +110,20 @@ def _transcoder(n: CanonicalSAE, layer: int) -> CanonicalSAE:
     if n.row_norm is not None:
         if n.row_norm != "constant_norm" or _places(n)[0] is None or n.scaled or n.W_skip is not None:
             raise ValueError(f"circuit_tracer: row_norm {n.row_norm}: it has none but a model's own norm in front.")
-        # What stands in front of the encoder is the hook then.
+        # The written hook is then the normalized activations, so the encoder needs no norm.
         n = replace(n, row_norm=None)
     n = fold_all(n)
     return fold_b_in(fold_norms(n) if n.gate.by_norm else n)
 
 
 def require_square(n: CanonicalSAE, d_out: int) -> None:
-    """Raise ``ValueError`` unless what is read is as wide as what is written, as in everything it has."""
+    """Raise ``ValueError`` unless input and output widths are equal, as circuit-tracer requires."""
     if n.d_in != d_out:
         raise ValueError(f"circuit_tracer: expected outputs as wide as inputs, {n.d_in}, got {d_out}: it has one width.")
 
 
 def tensors_of(n: CanonicalSAE) -> dict[str, Tensor]:
-    """One layer's tensors by their names."""
+    """Return one layer's tensors under circuit-tracer's names."""
     assert n.W_enc is not None
     assert n.b_enc is not None
     found = {"W_enc": n.W_enc, "b_enc": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
@@ -132,16 +132,16 @@ def tensors_of(n: CanonicalSAE) -> dict[str, Tensor]:
 
 
 def full(n: CanonicalSAE) -> Tensor:
-    """A threshold for each latent; ours let no negative value through, theirs do above a negative threshold."""
+    """Return per-latent thresholds, clamped at 0: with a negative one, circuit-tracer would keep negative values."""
     assert n.gate.threshold is not None
     return n.gate.threshold.reshape(-1).expand(n.n_latents).clamp_min(0)
 
 
 def configuration(layers: Sequence[CanonicalSAE], kind: str) -> dict[str, Any]:
-    """What ``config.yaml`` says, which an earlier one from there may say more fully.
+    """Return the content of ``config.yaml``; ``scan`` is kept from an original circuit-tracer configuration.
 
     Raises:
-        ValueError: If hooks are unknown, or not the same place in every layer.
+        ValueError: If hooks are unknown, or differ in site between layers.
     """
     found = {_places(n) for n in layers}
     reads, writes = next(iter(found))
@@ -160,7 +160,7 @@ def configuration(layers: Sequence[CanonicalSAE], kind: str) -> dict[str, Any]:
 
 
 def _places(n: CanonicalSAE) -> tuple[str | None, str | None]:
-    """Where in a block it reads and writes, in TransformerLens's words."""
+    """Return the TransformerLens names, within the block, of the input and output hooks."""
     model = (n.provenance.get("model") or {}).get("id")
     found = []
     for key in ("hooks_in", "hooks_out"):
@@ -172,7 +172,7 @@ def _places(n: CanonicalSAE) -> tuple[str | None, str | None]:
 
 
 def write_yaml(path: Path, config: dict[str, Any]) -> None:
-    # Imported here: reading and writing the other formats must not need the package.
+    # Imported lazily: the other formats must work without the package.
     with needs(str(path)):
         from ruamel.yaml import YAML
 

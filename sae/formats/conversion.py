@@ -1,9 +1,9 @@
-"""Neutral <-> our dictionaries.
+"""Conversion between ``CanonicalSAE`` and native dictionaries.
 
-From a neutral form nothing is folded but what ours cannot hold: an input bias that is not the output bias, and comparisons
-by norm. A matrix whose rows are contiguous stays a view of the mapped file. One that lies transposed in its file is copied, so
-that every latent is a contiguous row: compiled kernels take no other, and a dictionary rounds the same whichever library's
-file it came from. Everything computes in float32 unless asked for otherwise.
+Only what native dictionaries cannot represent is folded: an input bias that differs from the output bias, and comparisons by
+decoder norm. A matrix with contiguous rows stays a view of the memory-mapped file. A transposed one is copied, so that every
+latent is a contiguous row: compiled kernels require it, and rounding no longer depends on the source format. The default
+dtype is float32.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from .folding import EQUAL, equal_norms, fold_b_in, fold_norm_into_threshold, fo
 
 
 def to_dictionary(n: CanonicalSAE | CanonicalCrossLayer, dtype: torch.dtype | None = torch.float32) -> SparseDictionary:
-    """The dictionary, in eval mode; ``dtype`` ``None`` keeps the decoder's own.
+    """Build a native dictionary in eval mode; ``dtype=None`` keeps the decoder's dtype.
 
     Raises:
-        ValueError: If its kind is not known here, or ours cannot hold it.
+        ValueError: If no native dictionary can represent it.
     """
     if isinstance(n, CanonicalCrossLayer):
         return _cross_layer(n, dtype)
@@ -49,7 +49,7 @@ def to_dictionary(n: CanonicalSAE | CanonicalCrossLayer, dtype: torch.dtype | No
 
 
 def representable(n: CanonicalSAE) -> CanonicalSAE:
-    """The same function in a form that ours can hold."""
+    """Return an equivalent form that a native dictionary can represent."""
     if n.gate.by_norm and n.gate.name == "threshold":
         n = fold_norm_into_threshold(n)
     elif n.gate.by_norm:
@@ -62,12 +62,12 @@ def representable(n: CanonicalSAE) -> CanonicalSAE:
 
 
 def _number(value: float | list[float]) -> Tensor:
-    """To be rounded once, to the dictionary's own precision."""
+    """Return a float64 scalar or vector, so that it is rounded only once, to the dictionary's dtype."""
     return torch.tensor(value, dtype=torch.float64)
 
 
 def _weights(n: CanonicalSAE) -> dict[str, Tensor]:
-    """A dictionary's tensors under our names; the skip in normalised units, where the input is centred too."""
+    """Return the tensors under native names; the native skip path acts on the scaled and centered input."""
     b_dec = n.b_out
     weights = {"W_dec": n.W_dec}
     weights |= {} if n.W_enc is None else {"W_enc": n.W_enc}
@@ -81,7 +81,7 @@ def _weights(n: CanonicalSAE) -> dict[str, Tensor]:
 
 
 def encoder_of(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What rebuilds the encoder of a gate, and its tensors, those included that only training needs."""
+    """Return the encoder specification of an activation function and its tensors, including training-only ones."""
     spec, own = _encoder(n)
     fresh = build_encoder(spec).state_dict()
     return spec, {f"encoder.{name}": tensor for name, tensor in fresh.items()} | own
@@ -112,7 +112,7 @@ def _pursuit(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     plain = gate.residual_norm == 0 and not gate.stop_on_repeat
     if n.W_enc is not None or (plain and bool(((norms_of(n.W_dec) - 1).abs() < EQUAL).all())):
-        # Compiled, and with gradients through all steps.
+        # Preferred: compiled, and differentiable through all steps.
         return {"name": "matching_pursuit", "k": gate.k, "tolerance": gate.tolerance}
     if gate.tolerance:
         raise ValueError("W_dec: expected atoms of norm 1 of a pursuit that stops by a share of the input's norm.")
@@ -159,7 +159,7 @@ def _cross_layer(n: CanonicalCrossLayer, dtype: torch.dtype | None) -> SparseDic
 
 
 def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> SparseDictionary:
-    """The dictionary of these tensors, which it takes as its own; wrong shapes are errors that name them."""
+    """Build the dictionary around these tensors, copied at most once; raise ``ValueError`` for wrong names or shapes."""
     with torch.device("meta"):
         dictionary = build_dictionary(arguments)
     expected = dictionary.state_dict()
@@ -168,7 +168,7 @@ def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}.")
-    # to() makes rows contiguous only where it changes the dtype, contiguous() where it does not: one copy at most.
+    # to() makes rows contiguous only if it changes the dtype, contiguous() handles the rest: at most one copy.
     own = {name: t.to(dtype, memory_format=torch.contiguous_format).contiguous() for name, t in state.items()}
     dictionary.load_state_dict(own, assign=True)
     return dictionary.eval()
@@ -178,13 +178,13 @@ def _assembled(arguments: dict[str, Any], state: dict[str, Tensor], dtype: torch
 def from_dictionary(
     dictionary: SparseDictionary, provenance: dict[str, Any] | None = None
 ) -> CanonicalSAE | CanonicalCrossLayer:
-    """What a dictionary of ours is in eval mode. Tensors are its own, not copies.
+    """Return the canonical form of a native dictionary's eval mode. Tensors are shared, not copied.
 
-    TopK and gradient TopK are topk, since no gradient is given when a dictionary is used; the batch-wide encoders and
-    JumpReLU are thresholds.
+    TopK and gradient TopK become topk, since no gradient is available at inference; batch-wide encoders and JumpReLU become
+    thresholds.
 
     Raises:
-        ValueError: If no threshold is known yet.
+        ValueError: If the dictionary's threshold has not been estimated yet.
     """
     if isinstance(dictionary, OneSiteDictionary):
         return _one_site(dictionary, provenance or {})
@@ -210,7 +210,7 @@ def _one_site(d: OneSiteDictionary, provenance: dict[str, Any]) -> CanonicalSAE:
         W_dec=d.W_dec.detach(),
         b_out=b_out,
         gate=gate,
-        # A centre of zero is none, which every format can hold.
+        # A zero input bias becomes None, which every format can represent.
         b_in=shift if shift is not None and bool(shift.any()) else None if kind == "transcoder" else shift,
         scale_in=scale_in,
         scale_out=scale_out,
@@ -258,7 +258,7 @@ def _layers(d: Any, provenance: dict[str, Any]) -> CanonicalCrossLayer:
 
 
 def gate_of(encoder: Any, n_latents: int) -> tuple[ActivationFn, tuple[str, ...]]:
-    """What an encoder of ours does in eval mode, and in words what that leaves out."""
+    """Return the activation function of a native encoder in eval mode, and notes on what it drops."""
     name = encoder_spec(encoder)["name"]
     return GATE_OF[name](encoder, n_latents)
 
@@ -266,7 +266,7 @@ def gate_of(encoder: Any, n_latents: int) -> tuple[ActivationFn, tuple[str, ...]
 def _threshold(words: str) -> Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]:
     def gate(encoder: Any, n_latents: int) -> tuple[ActivationFn, tuple[str, ...]]:
         level = encoder.thresholds() if isinstance(encoder, JumpReLU) else encoder.known_threshold()
-        # What k was chooses nothing in eval mode; some formats name it.
+        # k has no effect in eval mode, but some formats store it.
         return ActivationFn("threshold", k=getattr(encoder, "k", None), threshold=level.detach().expand(n_latents)), (words,)
 
     return gate
@@ -297,7 +297,7 @@ def _residual_pursuit(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ..
     return ActivationFn("pursuit", k=encoder.max_steps, **rules), ()
 
 
-# The stated mapping of every family: what its encoder is in eval mode.
+# Encoder name -> its activation function in eval mode.
 GATE_OF: dict[str, Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]] = {
     "topk": _plain("topk", "k"),
     "gradient_topk": _gradient_topk,

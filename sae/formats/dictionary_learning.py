@@ -1,8 +1,8 @@
-"""dictionary_learning: ``ae.pt`` and ``config.json`` of a trainer, its checkpoints, and the backups of later versions.
+"""dictionary_learning: a trainer's ``ae.pt`` and ``config.json``, its checkpoints, and the backups of later versions.
 
-Half of its classes keep matrices as linear layers do, ``encoder.weight (latents, d)`` and ``decoder.weight (d, latents)``;
-the others the other way round. A state file does not say of which class it is: the configuration does, or the keys.
-Source: the code of dictionary_learning 0.1.0.
+Half of its classes store matrices as linear layers, ``encoder.weight (latents, d)`` and ``decoder.weight (d, latents)``; the
+others store them transposed. A state file does not name its class; the configuration or the keys determine it. Source: the
+code of dictionary_learning 0.1.0.
 """
 
 import re
@@ -26,7 +26,7 @@ from .torch_files import CONFIGS, torch_names, values_of, write_torch
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
-# class -> its tensors; k, threshold and group_sizes, which early files lack, aside.
+# Class -> its tensors, except k, threshold, and group_sizes, which early files lack.
 CLASSES = {
     "AutoEncoder": (*LINEAR, "bias"),
     "AutoEncoderNew": (*LINEAR, "decoder.bias"),
@@ -37,9 +37,9 @@ CLASSES = {
     "MatryoshkaBatchTopKSAE": PLAIN,
 }
 BUFFERS = ("k", "threshold", "group_sizes")
-# What is in a backup, which a training leaves that was interrupted.
+# Prefix of the dictionary's tensors in a backup, which an interrupted run leaves.
 BACKUP = "ae."
-# What its scripts call places.
+# Names of hooks in the library's training scripts.
 PLACES = r"(resid_pre|resid_mid|resid_post|attn_out|mlp_out)_layer_?(\d+)"
 
 
@@ -114,10 +114,10 @@ class DictionaryLearning(Format):
 
 
 def weights_name(source: SourceFiles) -> str:
-    """The state file that is meant.
+    """Return the name of the state file to load.
 
     Raises:
-        ValueError: If there is none, or one of several checkpoints was not named.
+        ValueError: If there is none, or there are several checkpoints.
     """
     names = torch_names(source)
     if WEIGHTS in names:
@@ -130,7 +130,7 @@ def weights_name(source: SourceFiles) -> str:
 
 
 def classes_of(values: Mapping[str, Any]) -> list[str]:
-    """The classes that a state file may be of, by its keys and the shape of its threshold."""
+    """Return the candidate classes of a state file, given its keys and the shape of its threshold."""
     names = {name for name, value in values.items() if isinstance(value, Tensor)}
     threshold = values.get("threshold")
     per_latent = isinstance(threshold, Tensor) and threshold.ndim == 1
@@ -139,16 +139,16 @@ def classes_of(values: Mapping[str, Any]) -> list[str]:
         for kind, keys in CLASSES.items()
         if set(keys) <= names <= {*keys, *BUFFERS}
         and (kind != "JumpReluAutoEncoder" or per_latent)
-        # Four plain tensors alone may be anybody's.
+        # W_enc, b_enc, W_dec, and b_dec alone occur in many formats.
         and (kind != "MatryoshkaBatchTopKSAE" or ("threshold" in names and not per_latent))
     ]
 
 
 def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> str:
-    """The class of a state file.
+    """Return the class of a state file.
 
     Raises:
-        ValueError: If the configuration names one that is not known, or keys leave it open.
+        ValueError: If the configuration names an unknown class, or the keys are ambiguous.
     """
     named = trainer.get("dict_class")
     if named == "IdentityDict":
@@ -160,7 +160,7 @@ def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
         return found[0]
     if not found:
         raise ValueError(f"{where}: expected the tensors of one of {', '.join(CLASSES)}, got {', '.join(sorted(tensors))}.")
-    # AutoEncoderTopK and BatchTopKSAE: the same tensors, but one keeps the k largest, the other what exceeds the threshold.
+    # AutoEncoderTopK and BatchTopKSAE have the same tensors; the first uses k, the second the threshold.
     if (options.k is None) == (options.threshold is None):
         raise ValueError(
             f"{where}: the tensors may be those of {' or '.join(found)}, and no {CONFIG} says which. Give k=NUMBER for the "
@@ -170,10 +170,10 @@ def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def factor(where: object, values: Mapping[str, Any]) -> float:
-    """The scale of a backup's inputs: its biases are those of inputs divided by the factor.
+    """Return the input scale of a backup, whose biases are in units of inputs divided by ``norm_factor``.
 
     Raises:
-        ValueError: If the factor is not a number above 0.
+        ValueError: If ``norm_factor`` is not a number above 0.
     """
     norm = values.get("norm_factor")
     norm = norm.item() if isinstance(norm, Tensor) and norm.numel() == 1 else 1.0 if norm is None else norm
@@ -185,7 +185,6 @@ def factor(where: object, values: Mapping[str, Any]) -> float:
 def _dictionary(
     where: object, kind: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
 ) -> CanonicalSAE:
-    """The dictionary of a class and its tensors."""
     keys = CLASSES[kind]
     require_keys(where, tensors, keys)
     unknown = sorted(set(tensors) - {*keys, *BUFFERS})
@@ -218,7 +217,6 @@ def _dictionary(
 def _activation_fn(
     where: object, kind: str, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
 ) -> ActivationFn:
-    """How a class chooses."""
     if kind in ("AutoEncoder", "AutoEncoderNew"):
         return ActivationFn("relu")
     if kind == "GatedAutoEncoder":
@@ -228,12 +226,12 @@ def _activation_fn(
     k = chosen_k(where, trainer, tensors, options)
     if kind == "AutoEncoderTopK":
         return ActivationFn("topk", k=k)
-    # The k of its training chooses nothing any more, but the library wants it back.
+    # k has no effect at inference, but the library requires it when the dictionary is written back.
     return ActivationFn("threshold", k=k if isinstance(k, int) else None, threshold=chosen_threshold(where, tensors, options))
 
 
 def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> Any:
-    """The latents per token: as said, as in the tensors, as in the configuration, where early files have it alone."""
+    """Return k from the options, the tensors, or the configuration (in this order; early files have only the last)."""
     said = trainer.get("k")
     if options.k is not None or "k" not in tensors:
         return said if options.k is None else options.k
@@ -248,10 +246,10 @@ def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: ReadOptions) -> Tensor:
-    """One threshold for all latents.
+    """Return the single threshold of all latents.
 
     Raises:
-        ValueError: If training has not measured it, for which the library writes -1: it would keep every positive latent.
+        ValueError: If training has not measured it; the library then stores -1, which would keep every positive latent.
     """
     if options.threshold is not None:
         return torch.tensor(float(options.threshold))
@@ -268,7 +266,7 @@ def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: Read
 
 
 def _hook_name(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | None:
-    """The hook of a configuration: a module's path, TransformerLens's name, or what its scripts call places."""
+    """Return the hook of a configuration: a module path, or a TransformerLens name."""
     name = trainer.get("submodule_name")
     if not isinstance(name, str):
         return None
@@ -280,10 +278,10 @@ def _hook_name(trainer: Mapping[str, Any], buffer: Mapping[str, Any]) -> str | N
 
 
 def _written(n: CanonicalSAE) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """Class, arguments and tensors of a dictionary.
+    """Return the class, trainer arguments, and tensors to write.
 
     Raises:
-        ValueError: If the library has nothing of the kind.
+        ValueError: If the library cannot represent the dictionary.
     """
     reasons = {
         "topk_raw": "its topk has a rectifier. Write circuit_tracer",
@@ -298,7 +296,7 @@ def _written(n: CanonicalSAE) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     k = n.gate.k or source_config(n, "dictionary_learning").get("trainer", {}).get("k")
     n = fold_all(n)
     if n.gate.by_norm or (n.gate.name == "relu" and bool(((norms_of(n.W_dec) - 1).abs() > 1e-6).any())):
-        # Of AutoEncoder the library makes it so when it loads one.
+        # The library normalizes an AutoEncoder's decoder when it loads one.
         n = fold_norms(n)
     level = n.gate.threshold
     per_latent = level is not None and bool((level != level.reshape(-1)[0]).any())

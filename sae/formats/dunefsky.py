@@ -1,7 +1,7 @@
-"""MLP transcoders of Dunefsky et al.: a ``.pt`` of tensors alone, converted from the pickle they are published as.
+"""MLP transcoders of Dunefsky et al.: a tensors-only ``.pt`` file, converted from the published pickle.
 
-They have an input bias of their own, ``b_dec``, and an output bias, ``b_dec_out``. Source: Dunefsky, Chlenski and Nanda 2024,
-arXiv:2406.11944, and its code, transcoder_circuits.
+``b_dec`` is the input bias, ``b_dec_out`` the output bias. Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944, and
+its code, transcoder_circuits.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Dunefsky(Format):
         try:
             keys = source.headers(files[0]).keys()
         except ValueError:
-            # What cannot be read is said by whichever format is asked for.
+            # Unreadable files are reported when they are read.
             return None
         return f"{files[0]} with b_dec_out" if "b_dec_out" in keys else None
 
@@ -60,15 +60,15 @@ class Dunefsky(Format):
 
 
 def _files_of(source: SourceFiles) -> list[str]:
-    """Files right here that may hold tensors."""
+    """Return the files in this folder (not in subfolders) that may contain tensors."""
     return [name for name in source.files if "/" not in name and name.endswith(SUFFIXES)]
 
 
 def _dictionary(where: object, tensors: Mapping[str, Tensor]) -> CanonicalSAE:
-    """The transcoder of their tensors.
+    """Build the transcoder from its tensors.
 
     Raises:
-        ValueError: If one is missing, unknown, or of another shape than the rest.
+        ValueError: If a tensor is missing, unknown, or has an inconsistent shape.
     """
     require_keys(where, tensors, KEYS)
     unknown = sorted(set(tensors) - set(KEYS))

@@ -1,7 +1,6 @@
-"""Foreign files, read without trusting them: no pickled object is built, no path leads out, no claimed size is believed.
+"""Safe access to untrusted third-party files: no unpickling of objects, no paths outside the folder, no trusted sizes.
 
-What is large is mapped into memory where its file allows it: tensors are views of the file until somebody computes with
-them.
+Large tensors are memory-mapped where the file type allows it, so they stay views of the file until they are used.
 """
 
 import json
@@ -22,20 +21,20 @@ from ..files import natural_order, read_tensors
 from .archives import npz_members, one_line, read_npz, read_torch
 from .unwrapping import unwrapped
 
-# Configurations are small. What is larger than this is none.
+# Configurations are small; larger files are rejected.
 CONFIG_BYTES = 1 << 24
-# A folder with more files than this is no set of dictionaries.
+# A folder with more files than this is not a set of dictionaries.
 MOST_FILES = 100_000
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-# Where the paths of files that are opened go while somebody wants to know.
+# Collects the paths of opened files inside `recording()`.
 _recorder: ContextVar[list[Path] | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
 def recording() -> Iterator[list[Path]]:
-    """The files that sources open meanwhile, in that order, each as often as it is opened."""
+    """Yield a list that collects the paths of files opened in this context, in order and with repetitions."""
     opened: list[Path] = []
     token = _recorder.set(opened)
     try:
@@ -52,20 +51,20 @@ def _recorded(path: Path) -> Path:
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor: torch's name of its dtype, its shape."""
+    """Dtype (torch's name) and shape of a tensor, as declared in a file."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class SourceFiles:
-    """Files below one directory, by their paths within it ("layer_3/cfg.json"); or a single file."""
+    """Files below one directory, addressed by relative path ("layer_3/cfg.json"), or a single file."""
 
     def __init__(self, root: str | Path, inside: str = ""):
         self.root = Path(root)
         self.inside = inside
         self._tensors: dict[str, dict[str, Any]] = {}
-        # What was left out of the names of tensors that were read.
+        # Notes on prefixes stripped from tensor names, in order.
         self.unwrapped: dict[str, None] = {}
 
     def __str__(self) -> str:
@@ -73,24 +72,24 @@ class SourceFiles:
 
     @property
     def name(self) -> str:
-        """The last part of the path: in some formats it says which hook a dictionary is for."""
+        """Last part of the path; in some formats it names the dictionary's hook."""
         return Path(self.inside or self.root.absolute()).name
 
     @cached_property
     def folders(self) -> tuple[str, ...]:
-        """All folders that hold files, themselves included as '', the shallowest first."""
+        """All folders that contain files, shallowest first; the root itself is ''."""
         found = {str(PurePosixPath(name).parent) for name in self.files}
         paths = ("" if folder == "." else folder for folder in found)
         return tuple(sorted(paths, key=lambda path: (path.count("/"), natural_order(path))))
 
     @property
     def remote(self) -> bool:
-        """Whether looking into a file means fetching it."""
+        """True if opening a file downloads it."""
         return False
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """All of them, sorted."""
+        """Relative paths of all files, sorted."""
         return tuple(sorted(self._list()))
 
     def _list(self) -> Iterator[str]:
@@ -115,10 +114,10 @@ class SourceFiles:
         return self.root / self.inside
 
     def at(self, folder: str) -> "SourceFiles":
-        """The files below a folder.
+        """Return the files below a subfolder.
 
         Raises:
-            ValueError: If the name leads out of here.
+            ValueError: If the path leads outside this folder.
         """
         return SourceFiles(self.root, _joined(self.inside, inner_path(folder, str(self))))
 
@@ -126,14 +125,14 @@ class SourceFiles:
         return name in self.files
 
     def named(self, pattern: str) -> list[str]:
-        """Files whose whole path matches a regular expression, in the order of the numbers in them."""
+        """Return the files whose whole path matches a regular expression, in natural order (layer_2 before layer_10)."""
         return sorted((name for name in self.files if re.fullmatch(pattern, name)), key=natural_order)
 
     def path(self, name: str) -> Path:
-        """Where a file is on this machine.
+        """Return the local path of a file.
 
         Raises:
-            ValueError: If it is not there, or its name or a link leads out of here.
+            ValueError: If it does not exist, or its name or a symbolic link leads outside this folder.
         """
         name = inner_path(name, str(self))
         base = self._base
@@ -141,17 +140,17 @@ class SourceFiles:
         if not path.is_file():
             raise ValueError(f"{path}: expected this file, found nothing there.")
         real, allowed = path.resolve(), [self.root.resolve() if self.root.is_dir() else self.root.resolve().parent]
-        # The hub's cache keeps files under their hashes, and links them.
+        # The Hugging Face cache stores files under their hashes and symlinks to them.
         allowed += [p.parent / "blobs" for p in self.root.absolute().parents if p.name == "snapshots"]
         if not any(real.is_relative_to(place.resolve()) for place in allowed) and not base.is_file():
             raise ValueError(f"{path}: expected a file in {self.root}, got a link out of it, to {real}. Copy the file there.")
         return _recorded(path)
 
     def json(self, name: str) -> Any:
-        """A JSON file.
+        """Parse a JSON file.
 
         Raises:
-            ValueError: If there is none, or it is no JSON.
+            ValueError: If it does not exist, or is not valid JSON.
         """
         path = self.path(name)
         try:
@@ -160,10 +159,10 @@ class SourceFiles:
             raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
 
     def config(self, name: str) -> dict[str, Any]:
-        """A JSON or YAML file that holds a mapping.
+        """Parse a JSON or YAML file that contains a mapping.
 
         Raises:
-            ValueError: If it holds something else.
+            ValueError: If it contains anything else.
         """
         value = self.yaml(name) if name.endswith((".yaml", ".yml")) else self.json(name)
         if not isinstance(value, dict):
@@ -171,13 +170,13 @@ class SourceFiles:
         return value
 
     def yaml(self, name: str) -> Any:
-        """A YAML file: plain values only, no tags.
+        """Parse a YAML file with plain values only, no tags.
 
         Raises:
-            ValueError: If there is none, or it is no YAML.
+            ValueError: If it does not exist, or is not valid YAML.
         """
         path = self.path(name)
-        # Imported here: few formats have any, and loading the others must not need the package.
+        # Imported lazily: few formats use YAML, and the others must load without the package.
         with needs(str(path)):
             from ruamel.yaml import YAML
             from ruamel.yaml.error import YAMLError
@@ -187,9 +186,10 @@ class SourceFiles:
             raise ValueError(f"{path}: expected YAML, got something else ({' '.join(str(error).split())}).") from None
 
     def headers(self, name: str) -> dict[str, Header]:
-        """The tensors of a file by name, without reading them; nested dictionaries of torch files are joined by dots.
+        """Return the header of each tensor in a file; keys of nested dictionaries in torch files are joined by dots.
 
-        Names are those that ``tensors`` gives: without what wrapped modules and containers put before them.
+        Safetensors and npz files are not read beyond their headers. Names match those of ``tensors``, without the prefixes of
+        module wrappers and containers.
         """
         path = self.path(name)
         if path.suffix == ".safetensors":
@@ -199,18 +199,18 @@ class SourceFiles:
         return {key: Header(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in self.tensors(name).items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a safetensors, torch or npz file.
+        """Return the tensors of a safetensors, torch, or npz file.
 
         Raises:
-            ValueError: If the file is missing, damaged, or holds what may not be read.
+            ValueError: If the file is missing or damaged, or contains pickled objects.
         """
         return {key: value for key, value in self.values(name).items() if isinstance(value, Tensor)}
 
     def values(self, name: str) -> dict[str, Any]:
-        """The same with the numbers and strings that torch files may hold besides.
+        """Return the tensors of a file and, for torch files, its other plain values, such as numbers and strings.
 
         Raises:
-            ValueError: Also if there are the tensors of several dictionaries.
+            ValueError: As for ``tensors``, or if the file contains the tensors of several dictionaries.
         """
         if name not in self._tensors:
             path = self.path(name)
@@ -226,14 +226,14 @@ class SourceFiles:
         return self._tensors[name]
 
     def _unwrapped(self, path: Path, values: dict[str, Any]) -> dict[str, Any]:
-        """Return values by names without wrappers, and keep in words what was left out."""
+        """Return values under names without wrapper prefixes, and record the stripped prefixes."""
         names, words = unwrapped(values, path)
         self.unwrapped |= dict.fromkeys(words)
         return {names[key]: value for key, value in values.items() if key in names}
 
 
 class HubSource(SourceFiles):
-    """A repository of the Hugging Face hub: files are fetched one by one, when they are asked for."""
+    """Repository on the Hugging Face Hub; each file is downloaded when it is first opened."""
 
     def __init__(self, repo_id: str, revision: str | None = None, inside: str = ""):
         super().__init__(repo_id, inside)
@@ -253,22 +253,22 @@ class HubSource(SourceFiles):
                 yield name.removeprefix(prefix)
 
     def path(self, name: str) -> Path:
-        # Imported here: loading from disk must not need the hub's client.
+        # Imported lazily: loading from disk must not require the Hub client.
         from huggingface_hub import hf_hub_download
 
         name = _joined(self.inside, inner_path(name, str(self)))
         try:
             return _recorded(Path(hf_hub_download(self.repo_id, name, revision=self.revision)))
         except Exception as error:  # noqa: BLE001
-            # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
+            # The client raises many types (offline, unknown, private); all of them become one error that names the file.
             raise ValueError(f"{self.repo_id}/{name}: could not be had from the hub ({one_line(error)}).") from None
 
 
 def hub_files(repo_id: str, revision: str | None) -> list[str]:
-    """The names of a repository's files, without network those that the cache has.
+    """Return the names of a repository's files; offline, those in the local cache.
 
     Raises:
-        ValueError: If neither the hub nor the cache knows the repository.
+        ValueError: If the repository is neither on the Hub nor in the cache.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -284,10 +284,10 @@ def hub_files(repo_id: str, revision: str | None) -> list[str]:
 
 
 def inner_path(name: str, where: str) -> str:
-    """A path given by somebody else, as one that stays inside.
+    """Return an untrusted relative path in normalized form, with forward slashes.
 
     Raises:
-        ValueError: If it is absolute or climbs.
+        ValueError: If it is absolute, empty, or contains "..".
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or name.startswith(("/", "~")) or ".." in parts or ":" in parts[0] or "\0" in name:
@@ -296,7 +296,7 @@ def inner_path(name: str, where: str) -> str:
 
 
 def safetensors_headers(path: Path) -> dict[str, Header]:
-    """Names, dtypes and shapes; sizes that the file does not have are errors."""
+    """Return dtypes and shapes by tensor name; raise ``ValueError`` if the file is damaged or shorter than it claims."""
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
     try:
         with safe_open(path, framework="pt") as handle:
@@ -308,7 +308,7 @@ def safetensors_headers(path: Path) -> dict[str, Header]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object each of whose keys is there once: of two nobody can know which counts."""
+    """Reject JSON objects with duplicate keys, whose intended value is ambiguous."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -317,7 +317,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _TwiceError(Exception):
-    """A key that is there twice."""
+    """Duplicate key in a JSON object."""
 
 
 def _joined(inside: str, name: str) -> str:

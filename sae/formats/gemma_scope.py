@@ -1,7 +1,7 @@
-"""Gemma Scope: ``params.npz`` of the first release; ``params.safetensors``, or a file for each layer, of the second.
+"""Gemma Scope: ``params.npz`` of the first release; ``params.safetensors``, or one file per layer, of the second.
 
-JumpReLU dictionaries that subtract nothing and normalise nothing. What they are for is in the path alone in the first
-release, in ``config.json``, which some lack, in the second. Sources: Lieberum et al. 2024, arXiv:2408.05147, and the
+JumpReLU dictionaries without input bias or normalization. Model and hooks are given only by the path in the first release, and
+by ``config.json``, which some folders lack, in the second. Sources: Lieberum et al. 2024, arXiv:2408.05147, and the
 repositories' own descriptions.
 """
 
@@ -21,16 +21,16 @@ from .origin import origin, reading_before_norm, with_origin
 NPZ, SAFETENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"
 KEYS = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 AFFINE = "affine_skip_connection"
-# One file of a cross-layer set: the number of the layer it reads is in its name.
+# A file of a cross-layer transcoder, with its source layer.
 LAYER_FILE = r"[^/]*layer_(\d+)[^/]*\.safetensors"
-# Set -> what it reads and writes. Widths are those of the files; labels such as 16k are not needed.
+# Set -> its input and output hooks. Labels such as 16k are not needed: the number of latents comes from the tensors.
 SITES_1 = {
     "res": ("hook_resid_post", "hook_resid_post"),
     "mlp": ("hook_mlp_out", "hook_mlp_out"),
     "att": ("attn.hook_z", "attn.hook_z"),
     "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
 }
-# Their transcoders read behind the norm's gain, those of the first release before it.
+# Transcoders of the second release read the norm's output after its gain, those of the first release before it.
 SITES_2 = {
     "resid_post": (":out", ":out"),
     "attn_out": ("self_attn.o_proj:in", "self_attn.o_proj:in"),
@@ -78,22 +78,22 @@ class GemmaScope(Format):
 
 
 def npz_of(source: SourceFiles) -> str | None:
-    """The archive: of that name, or the only file there is."""
+    """Return the archive's name: ``params.npz``, or the only file if it is an npz archive."""
     if source.has(NPZ):
         return NPZ
     return source.files[0] if len(source.files) == 1 and source.files[0].endswith(".npz") else None
 
 
 def _layer_files(source: SourceFiles) -> list[str]:
-    """A cross-layer set's files, first layer first."""
+    """Return the files of a cross-layer transcoder in layer order."""
     return sorted(source.named(LAYER_FILE), key=lambda name: int(re.findall(r"layer_(\d+)", name)[-1]))
 
 
 def _dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> CanonicalSAE:
-    """The equation's parts from the tensors of either release; names in any case, as a few archives have them.
+    """Build a dictionary from the tensors of either release; names are case-insensitive, since archives differ.
 
     Raises:
-        ValueError: If one is missing, unknown, or of another shape than the rest.
+        ValueError: If a tensor is missing, unknown, or has an inconsistent shape.
     """
     found = {key.lower(): tensor for key, tensor in tensors.items()}
     require_keys(where, found, KEYS)
@@ -116,7 +116,7 @@ def _dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> Cano
         W_dec=found["w_dec"],
         b_out=found["b_dec"],
         gate=ActivationFn("threshold", threshold=found["threshold"]),
-        # Used as x A, ours as W x.
+        # Stored for x A; W_skip is applied as W x.
         W_skip=None if skip is None else skip.T,
     )
 
@@ -131,7 +131,7 @@ def first_release(source: SourceFiles, archive: str, options: ReadOptions) -> Ca
     reads, writes = (f"blocks.{layer}.{hook}" if hook and layer is not None else None for hook in (reads, writes))
     words = ["W_enc transposed"]
     if embedding:
-        # Before the factor sqrt(d) that the model puts behind its embedding module.
+        # The embedding module's output, before the model multiplies it by sqrt(d).
         reads = writes = "model.embed_tokens:out"
         words.append("trained on embeddings as model.embed_tokens gives them, without the model's factor sqrt(d)")
     n, reads = reading_before_norm(n, reads, model)
@@ -140,7 +140,7 @@ def first_release(source: SourceFiles, archive: str, options: ReadOptions) -> Ca
 
 
 def placed(path: str) -> tuple[str | None, int | None, str | None, bool]:
-    """Set, layer, model, and whether it is the embedding's, from a path such as the release has."""
+    """Parse set, layer, model, and whether the SAE is trained on embeddings from a path of the first release."""
     repository = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path)
     parts = re.split(r"[/\\]", path)
     site = repository.group(3) if repository else next((part for part in reversed(parts) if part in SITES_1), None)
@@ -170,12 +170,12 @@ def second_release(source: SourceFiles, name: str, config: dict[str, Any], optio
 
 
 def _hooks(config: Mapping[str, Any], path: str, layer: int | None = None) -> tuple[str | None, str | None, str | None]:
-    """What it reads and writes, and the model: by the configuration, or, where that is missing, by the path."""
+    """Return input hook, output hook, and model from the configuration or, if it lacks them, from the path."""
     named = config.get("model_name") or next(iter(re.findall(r"gemma-3-\d+m?b?-(?:pt|it)|gemma-3-270m", path)), None)
     sizes = re.search(r"gemma-scope-2-(\d+[mb])-(pt|it)", path)
     if named is None and sizes:
         named = f"gemma-3-{sizes.group(1)}-{sizes.group(2)}"
-    # The smallest base model has no suffix on the hub.
+    # The smallest base model has no suffix on the Hub.
     model = None if named is None else str(named).replace("-v3", "-3").replace("gemma-3-270m-pt", "gemma-3-270m")
     model = model if model is None or "/" in model else f"google/{model}"
     given = [spelt(config.get(key)) for key in ("hf_hook_point_in", "hf_hook_point_out")]
@@ -192,7 +192,7 @@ def _hooks(config: Mapping[str, Any], path: str, layer: int | None = None) -> tu
 
 
 def spelt(hook: Any) -> str | None:
-    """Their ``model.layers.3.mlp.output`` as a module path with a side; a path without one means the output."""
+    """Convert ``model.layers.3.mlp.output`` to a module path with a side; a path without a side means the output."""
     if not isinstance(hook, str) or not hook:
         return None
     for theirs, ours in ((".output", ":out"), (".input", ":in")):
@@ -202,10 +202,10 @@ def spelt(hook: Any) -> str | None:
 
 
 def _cross_layer(source: SourceFiles, config: dict[str, Any], options: ReadOptions) -> CanonicalCrossLayer:
-    """Read a file for each source layer, whose decoders to layers before it are padding.
+    """Read a cross-layer transcoder from one file per source layer; decoders to earlier layers are padding and dropped.
 
     Raises:
-        ValueError: If layers are missing, or a decoder writes to an earlier layer.
+        ValueError: If layers are missing.
     """
     files = _layer_files(source)
     numbers = [int(re.findall(r"layer_(\d+)", name)[-1]) for name in files]

@@ -1,21 +1,22 @@
-"""What libraries call a place in a model: TransformerLens's hook names, and module paths with a side, which are ours.
+"""Translation between TransformerLens hook names and native hooks (module paths with a side).
 
-``blocks.3.hook_resid_post`` of GPT-2 is ``transformer.h.3:out``. Tables, not weights: an architecture is told from the
-model's name. A place that no module emits, such as a normalised stream before the norm's gain, has no counterpart.
+``blocks.3.hook_resid_post`` of GPT-2 is ``transformer.h.3:out``. The translation uses tables and infers the architecture from
+the model's name, without loading weights. Activations that no module emits, such as a normalized residual stream before the
+norm's gain, have no native hook.
 """
 
 import re
 from dataclasses import dataclass
 
-# Sides of a module: what it is given, what it returns.
+# Sides of a module: its input and its output.
 IN, OUT = "in", "out"
 
 
 @dataclass(frozen=True)
 class ModulePaths:
-    """Module paths of one family of models: its blocks, and places in a block by their TransformerLens names.
+    """Module paths of one model architecture: its blocks, its embedding, and sites in a block by TransformerLens name.
 
-    A name that stands first for a place is the one that is written.
+    If a site has several names, the first one is written.
     """
 
     blocks: str
@@ -24,7 +25,7 @@ class ModulePaths:
 
 
 def _decoder(mlp_norm: str, attn_out: str = "self_attn.o_proj:out", mlp_out: str = "mlp:out") -> tuple[tuple[str, str], ...]:
-    """The places of a Llama-like block."""
+    """Return the sites of a Llama-like block."""
     return (
         ("hook_resid_pre", ":in"),
         ("hook_resid_mid", f"{mlp_norm}:in"),
@@ -73,29 +74,29 @@ ARCHITECTURES = {
         ),
     ),
     "llama": ModulePaths("model.layers", "model.embed_tokens", _decoder("post_attention_layernorm")),
-    # Their embeddings are scaled behind the module, so that no module emits what TransformerLens calls hook_embed.
+    # Gemma scales embeddings after the embedding module, so no module emits TransformerLens's hook_embed.
     "gemma": ModulePaths("model.layers", None, _decoder("post_attention_layernorm")),
-    # Gemma 2 and 3 norm what attention and MLP have written before they add it, and that is what the hooks see.
+    # Gemma 2 and 3 normalize attention and MLP outputs before adding them; the hooks see the normalized outputs.
     "gemma2": ModulePaths("model.layers", None, GEMMA),
 }
-# What norms the families have: RMS norms leave a token's mean in, LayerNorms take it away.
+# Norm type per architecture: RMS norms keep each token's mean, LayerNorms subtract it.
 NORMS = {"gpt2": "layer", "gpt_neox": "layer", "llama": "rms", "gemma": "rms", "gemma2": "rms"}
-# Told from a name, the first that matches: those of the hub and those of TransformerLens.
+# Model name pattern (Hub or TransformerLens name) -> architecture; the first match counts.
 NAMES = (
-    # But gemma-2b is of the first generation.
+    # gemma-2b is first-generation Gemma.
     (r"gemma-?[23](?!b)|gemma-?scope", "gemma2"),
     (r"gemma", "gemma"),
     (r"pythia|neox|stablelm-base|redpajama|dolly-v2", "gpt_neox"),
     (r"gpt2|distilgpt2|stanford-gpt2|arwen|embedded", "gpt2"),
     (r"llama|mistral|mixtral|qwen|tinyllama|stories|smollm|olmo|yi-", "llama"),
 )
-# Streams behind an RMS norm but before its gain, which no module emits -> the input of that norm.
+# RMS-normalized activations before the gain, which no module emits -> the input of that norm.
 BEFORE_NORM = {
     "llama": {"ln1.hook_normalized": "input_layernorm:in", "ln2.hook_normalized": "post_attention_layernorm:in"},
     "gemma2": {"ln1.hook_normalized": "input_layernorm:in", "ln2.hook_normalized": "pre_feedforward_layernorm:in"},
 }
 BEFORE_NORM["gemma"] = BEFORE_NORM["llama"]
-# Equal module paths: what is given by another name than the tables have.
+# Equivalent module paths -> the path used in the tables.
 SAME = {
     "attn:out": "attn.c_proj:out",
     "attention:out": "attention.dense:out",
@@ -106,7 +107,7 @@ SAME = {
     "mlp.c_fc:in": "mlp:in",
     "mlp.dense_h_to_4h:in": "mlp:in",
 }
-# TransformerLens's names of models -> the hub's, where they differ.
+# TransformerLens model names -> Hub ids, where they differ.
 MODELS = {
     "gpt2-small": "openai-community/gpt2",
     "gpt2": "openai-community/gpt2",
@@ -115,7 +116,7 @@ MODELS = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "gpt2-small-embedded": "embedded",
 }
-# Whose models have the same name there, behind the owner's.
+# Name patterns of models whose Hub id is owner/name.
 OWNERS = (
     (r"pythia-.*", "EleutherAI"),
     (r"gemma-.*", "google"),
@@ -126,15 +127,15 @@ OWNERS = (
 
 
 def architecture_of(model: str | None) -> str | None:
-    """The architecture that a model's name suggests, or ``None``."""
+    """Return the architecture inferred from a model's name, or ``None``."""
     words = (model or "").lower()
     return next((architecture for pattern, architecture in NAMES if re.search(pattern, words)), None)
 
 
 def to_module(name: str, model: str | None = None) -> str | None:
-    """A hook as a module path with a side; ``None`` if no module of the model emits it, or the model is unknown.
+    """Return a hook as a module path with a side; ``None`` if no module of the model emits it, or the model is unknown.
 
-    Takes TransformerLens names, module paths with a side, which stay, and bare module paths, whose output is meant.
+    Accepts TransformerLens names, module paths with a side (returned unchanged), and bare module paths (their output).
     """
     if re.fullmatch(r"[\w.]+:(in|out)", name):
         return name
@@ -152,9 +153,9 @@ def to_module(name: str, model: str | None = None) -> str | None:
 
 
 def to_transformer_lens(hook: str, model: str | None = None) -> str | None:
-    """A module path with a side as TransformerLens names it; ``None`` if it has no name there.
+    """Return the TransformerLens name of a module path with a side, or ``None`` if it has none.
 
-    Without a known model, that architecture counts whose blocks are called so.
+    For an unknown model, the architecture is inferred from the module path of its blocks.
     """
     known = ARCHITECTURES.get(architecture_of(model) or "")
     for architecture in (known,) if known is not None else ARCHITECTURES.values():
@@ -173,14 +174,14 @@ def to_transformer_lens(hook: str, model: str | None = None) -> str | None:
 
 
 def before_norm(name: str, model: str | None) -> str | None:
-    """The input of the RMS norm behind which, before its gain, a TransformerLens hook is; ``None`` for other hooks."""
+    """Return the input hook of the RMS norm whose normalized output (before the gain) is ``name``; ``None`` for other hooks."""
     found, architecture = re.fullmatch(r"blocks\.(\d+)\.(.+)", name), architecture_of(model)
     path = None if found is None else BEFORE_NORM.get(architecture or "", {}).get(found.group(2))
     return None if found is None or path is None else _join(ARCHITECTURES[architecture or ""].blocks, found.group(1), path)
 
 
 def behind_norm(hook: str, model: str | None) -> str | None:
-    """The other way: what TransformerLens calls the normed stream of a norm's input."""
+    """Return the TransformerLens name of a norm's normalized output, given its input hook; the inverse of ``before_norm``."""
     architecture = architecture_of(model) or ""
     blocks = ARCHITECTURES[architecture].blocks if architecture in BEFORE_NORM else ""
     found = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", hook) if blocks else None
@@ -189,13 +190,13 @@ def behind_norm(hook: str, model: str | None) -> str | None:
 
 
 def layer_of(hook: str | None) -> int | None:
-    """The first number in a hook's name, in either spelling."""
+    """Return the layer of a hook: the first number in its name, in either spelling."""
     found = re.search(r"\.(\d+)(?=[.:]|$)", hook or "")
     return int(found.group(1)) if found else None
 
 
 def hub_model(name: str | None) -> str | None:
-    """A model's id on the hub, from what TransformerLens calls it; other names stay."""
+    """Return the Hub id of a TransformerLens model name; other names are returned unchanged."""
     if not name or "/" in name:
         return name or None
     if name in MODELS:
@@ -205,7 +206,7 @@ def hub_model(name: str | None) -> str | None:
 
 
 def transformer_lens_model(model: str | None) -> str | None:
-    """What TransformerLens calls a model of the hub."""
+    """Return the TransformerLens name of a Hub id; other ids are returned unchanged."""
     if model is None:
         return None
     ours = {there: here for here, there in reversed(MODELS.items())}

@@ -1,8 +1,9 @@
 """Llama Scope: ``hyperparams.json`` and ``checkpoints/final.safetensors``.
 
-Trained on activations of a mean norm of ``sqrt(d)``, to whose means over a data set the configuration holds the key. Their
-one threshold is compared with what a latent writes, in units of raw outputs; the weights are in normalised ones. Source: He et
-al. 2024, arXiv:2410.20526, and the code that reads the release in OpenMOSS's Language-Model-SAEs.
+The dictionaries were trained on activations scaled to a mean norm of ``sqrt(d)``; the configuration records the data set's mean
+norms. The single threshold is compared with the norm of what a latent writes, in units of raw outputs, while weights are in
+normalized units. Source: He et al. 2024, arXiv:2410.20526, and the code that reads the release in OpenMOSS's
+Language-Model-SAEs.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from .origin import origin, reading_before_norm, with_origin
 CONFIG = "hyperparams.json"
 WEIGHTS = ("checkpoints/final.safetensors", "checkpoints/pruned.safetensors")
 KEYS = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-# Releases that are for it do not say so.
+# Default model: releases for it do not name it.
 MODEL = "meta-llama/Llama-3.1-8B"
 UNSCALED = ("inference", "none", None)
 
@@ -57,10 +58,10 @@ class LlamaScope(Format):
 
 
 def kind_of(where: object, config: Mapping[str, Any]) -> str:
-    """Transcoders write another hook than they read.
+    """Return "sae" if the input and output hooks are equal, else "transcoder".
 
     Raises:
-        ValueError: If the configuration says neither, or asks for what is not held here.
+        ValueError: If a hook is missing, or the configuration requires an unsupported GLU encoder.
     """
     require_keys(where, config, ("hook_point_in", "hook_point_out"))
     if config.get("use_glu_encoder"):
@@ -75,7 +76,7 @@ def kind_of(where: object, config: Mapping[str, Any]) -> str:
 
 
 def _dictionary(where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> CanonicalSAE:
-    """Weights as they are in the file, in normalised units; gate and scales are still to come."""
+    """Build the dictionary in the file's normalized units, before activation function and scales are set."""
     if config.get("use_decoder_bias") is False and "decoder.bias" not in tensors and "decoder.weight" in tensors:
         bias = torch.zeros(len(tensors["decoder.weight"]), dtype=tensors["decoder.weight"].dtype)
         tensors = {**tensors, "decoder.bias": bias}
@@ -102,10 +103,10 @@ def _dictionary(where: object, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def scales(where: object, config: Mapping[str, Any], d_in: int, d_out: int) -> tuple[float, float]:
-    """What inputs are multiplied by, and outputs divided by.
+    """Return the factor that multiplies inputs and the factor that divides outputs.
 
     Raises:
-        ValueError: For normalisations by what is not in the file, and means that are missing.
+        ValueError: If the normalization needs values that are not in the file, or mean norms are missing.
     """
     how = config.get("norm_activation", "dataset-wise")
     if how in UNSCALED or (how == "token-wise" and config["hook_point_in"] == config["hook_point_out"]):
@@ -125,14 +126,14 @@ def scales(where: object, config: Mapping[str, Any], d_in: int, d_out: int) -> t
 
 
 def scale_of(where: object, name: str, norm: Any, width: int) -> float:
-    """The factor that gives activations of a mean norm one of the root of their width."""
+    """Return the factor that scales activations of mean norm ``norm`` to ``sqrt(width)``."""
     if not isinstance(norm, (int, float)) or isinstance(norm, bool) or not 0 < norm < float("inf"):
         raise ValueError(f"{where}: dataset_average_activation_norm: {name}: expected a number above 0, got {norm!r}.")
     return width**0.5 / norm
 
 
 def _activation_fn(where: object, config: Mapping[str, Any], options: ReadOptions, scale_out: float) -> ActivationFn:
-    """How latents are chosen, in the units of the weights."""
+    """Return the activation function, in the units of the weights."""
     name, by_norm = config.get("act_fn"), config.get("sparsity_include_decoder_norm", True)
     if name == "relu":
         return ActivationFn("relu")
@@ -148,11 +149,11 @@ def _activation_fn(where: object, config: Mapping[str, Any], options: ReadOption
     level = config.get("jump_relu_threshold") if options.threshold is None else options.threshold
     if not isinstance(level, (int, float)) or isinstance(level, bool):
         raise ValueError(f"{where}: jump_relu_threshold: expected a number, got {level!r}. Give it: threshold=NUMBER.")
-    # In units of raw outputs: p times the raw atom's norm. Atoms in the file are scale_out times as long.
+    # The threshold applies to p times the raw decoder norm; decoder norms in the file are scale_out times larger.
     return ActivationFn("threshold", threshold=torch.tensor(level * scale_out), by_norm=True)
 
 
 def scale_words(scale_in: float, scale_out: float) -> tuple[str, ...]:
-    """What is said of scales that stay outside the weights."""
+    """Return a note on the scales, or none if both are 1."""
     same = scale_in == scale_out == 1.0
     return () if same else (f"inputs times {scale_in:.6g}, outputs divided by {scale_out:.6g}",)

@@ -1,7 +1,7 @@
-"""llamascopium, once Language-Model-SAEs: ``config.json`` and ``sae_weights``; autoencoders, transcoders, cross-layer ones.
+"""llamascopium, formerly Language-Model-SAEs: SAEs and (cross-layer) transcoders in ``config.json`` and ``sae_weights``.
 
-Also Llama Scope R1-Distill, whose files the same library wrote under earlier names. ``norm_activation`` says whether weights
-are in normalised units still. Source: the code of llamascopium 2.0.0b34.
+Also reads Llama Scope R1-Distill, written by the same library under earlier names. ``norm_activation`` says whether weights
+are in normalized units. Source: the code of llamascopium 2.0.0b34.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ WEIGHTS = tuple(
 )
 SHARDED = r"(sae_weights|checkpoints/(pruned|final))\.dcp/.*"
 LOG_THRESHOLD, NORM = "activation_function.log_jumprelu_threshold", "dataset_average_activation_norm."
-# Earlier names -> these, where the matrix lies transposed.
+# Earlier names -> current names; matrices are transposed between the two.
 EARLIER = {
     "encoder.weight": "W_E",
     "encoder.bias": "b_E",
@@ -33,7 +33,7 @@ EARLIER = {
     "decoder.bias": "b_D",
     "log_jumprelu_threshold": LOG_THRESHOLD,
 }
-# Chosen among latents of other tokens or other layers too -> why that is no code of a token.
+# Activation functions that depend on other tokens or layers -> why they need a fixed threshold.
 SHARED = {
     "batchtopk": "which of a token's latents fire depends on the other tokens of its batch",
     "layertopk": "all layers' latents of a token are chosen together, and a layer cannot wait for later ones",
@@ -78,7 +78,7 @@ class Llamascopium(Format):
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under today's names, and what was renamed."""
+    """Return the tensors under current names, and notes on what was renamed."""
     if "encoder.weight" not in tensors:
         return dict(tensors), ["W_E transposed"]
     found = {EARLIER.get(key, key): t.T if key.endswith("weight") and t.ndim == 2 else t for key, t in tensors.items()}
@@ -88,7 +88,7 @@ def renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 def one(
     where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: ReadOptions
 ) -> CanonicalSAE:
-    """An autoencoder, or a transcoder, which has two hooks."""
+    """Read an SAE, or a transcoder, whose two hooks differ."""
     kind = kind_of(where, config)
     require_keys(where, tensors, ("W_E", "b_E", "W_D"))
     width = tensors["W_D"].shape[-1] if tensors["W_D"].ndim else 0
@@ -116,10 +116,10 @@ def one(
 def _cross_layer(
     where: object, config: Mapping[str, Any], tensors: dict[str, Tensor], words: list[str], options: ReadOptions
 ) -> CanonicalCrossLayer:
-    """A cross-layer transcoder, whose decoders are in the file by the layer they write to.
+    """Read a cross-layer transcoder, whose decoders are stored by target layer.
 
     Raises:
-        ValueError: If a layer's tensors are missing or of another shape than the rest.
+        ValueError: If a layer's tensors are missing or have inconsistent shapes.
     """
     require_keys(where, config, ("hook_points_in", "hook_points_out"))
     reads, writes = config["hook_points_in"], config["hook_points_out"]
@@ -131,7 +131,7 @@ def _cross_layer(
     width, latents = tensors["W_E"].shape[1:]
     for t in range(count):
         tensors = with_bias(config, tensors, f"b_D.{t}", width)
-        # Sources by latents by width.
+        # Source layers by latents by width.
         require_shape(where, f"W_D.{t}", tuple(tensors[f"W_D.{t}"].shape), (t + 1, latents, width))
         require_shape(where, f"b_D.{t}", tuple(tensors[f"b_D.{t}"].shape), (width,))
     require_shape(where, "b_E", tuple(tensors["b_E"].shape), (count, latents))
@@ -161,14 +161,14 @@ def _cross_layer(
 
 
 def with_bias(config: Mapping[str, Any], tensors: dict[str, Tensor], name: str, width: int) -> dict[str, Tensor]:
-    """The same with an output bias of zero where the configuration says there is none."""
+    """Add a zero output bias if the configuration disables the bias."""
     if config.get("use_decoder_bias", True) is not False or name in tensors:
         return tensors
     return tensors | {name: torch.zeros(width, dtype=tensors["b_E"].dtype)}
 
 
 def _require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` at tensors that would be left out, and at needed ones that are missing."""
+    """Raise ``ValueError`` if there are unknown tensors, or required ones are missing."""
     unknown = sorted(key for key in tensors if key not in known and not key.startswith(NORM))
     if unknown:
         raise ValueError(f"{where}: expected {', '.join(known)}, got {', '.join(unknown)} besides.")
@@ -176,7 +176,7 @@ def _require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[st
 
 
 def _activation_fn(where: object, config: Mapping[str, Any], logs: Tensor | None, options: ReadOptions) -> ActivationFn:
-    """How latents are chosen, in the units of the weights; what is shared among tokens or layers needs a threshold."""
+    """Return the activation function, in the units of the weights; selection across tokens or layers needs a threshold."""
     name, by_norm = str(config.get("act_fn", "relu")).lower(), config.get("sparsity_include_decoder_norm", True)
     if name == "relu":
         return ActivationFn("relu")
@@ -200,7 +200,7 @@ def _activation_fn(where: object, config: Mapping[str, Any], logs: Tensor | None
 def _normalised(
     where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], n: CanonicalSAE, hooks: list[str]
 ) -> tuple[CanonicalSAE, list[str]]:
-    """The same with what ``norm_activation`` says is done to inputs and outputs, and what that leaves in doubt."""
+    """Return a copy with the scales or row norm named by ``norm_activation``, and warnings."""
     how = config.get("norm_activation", "dataset-wise")
     if how == "inference":
         doubtful = n.gate.name == "threshold" and config.get("act_fn") == "jumprelu"
@@ -222,7 +222,7 @@ def _normalised(
 
 
 def mean_norm(where: object, config: Mapping[str, Any], tensors: Mapping[str, Tensor], hook: str, side: str) -> float | None:
-    """The mean norm of a hook's activations: a tensor now, a field of the configuration in earlier files."""
+    """Return the mean norm of a hook's activations: a tensor in current files, a configuration field in earlier ones."""
     if f"{NORM}{hook}" in tensors:
         found = tensors[f"{NORM}{hook}"]
         require_shape(where, f"{NORM}{hook}", tuple(found.shape), ())

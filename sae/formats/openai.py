@@ -1,7 +1,7 @@
-"""OpenAI's autoencoders: a state file with ``pre_bias`` and ``latent_bias``, and the name of the activation in it.
+"""OpenAI's autoencoders: a state file with ``pre_bias``, ``latent_bias``, and the name of the activation function.
 
-Those with TopK normalise every token and undo it, those with ReLU do not; nothing but the activation says so. Source: the
-code of Gao et al. 2024, arXiv:2406.04093.
+TopK autoencoders normalize each token and undo it on the output; ReLU autoencoders do not. Only the activation's name tells
+the two apart. Source: the code of Gao et al. 2024, arXiv:2406.04093.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from .torch_files import TorchFiles, values_of
 
 BIASES = ("pre_bias", "latent_bias")
 MATRICES = ("encoder.weight", "decoder.weight", "decoder.linear.weight")
-# What latents had been doing, and numbers that some versions keep as tensors.
+# Training statistics, and numbers that some versions store as tensors.
 STATISTICS = (
     "stats_last_nonzero",
     "latents_activation_frequency",
@@ -44,7 +44,7 @@ class OpenAI(TorchFiles):
         width, latents = (len(tensors[key].reshape(-1)) for key in BIASES)
         for key, size in zip(BIASES, (width, latents), strict=True):
             require_shape(where, key, tuple(tensors[key].shape), (size,))
-        # Tied ones have one matrix, under the name of either or, as decoder.linear.weight, of both.
+        # Tied autoencoders store one matrix, as encoder.weight or decoder.weight; some also have decoder.linear.weight.
         W_enc = tensors["encoder.weight"] if "encoder.weight" in tensors else tensors["decoder.weight"].T
         W_dec = tensors["decoder.weight"].T if "decoder.weight" in tensors else W_enc
         tied = "decoder.linear.weight" in tensors
@@ -67,7 +67,7 @@ class OpenAI(TorchFiles):
             gate=gate,
             b_in=tensors["pre_bias"],
             row_norm=row_norm,
-            # A file that lost a matrix looks the same.
+            # A file with a missing matrix looks the same as a tied one.
             warnings=tuple(f"there is no {key}: taken for tied, one matrix for both sides" for key in absent),
             done=("pre_bias is b_dec, latent_bias b_enc", *(("TopK: each token normalised",) if row_norm else ())),
         )
@@ -76,17 +76,17 @@ class OpenAI(TorchFiles):
 
 
 def _chosen(where: object, values: Mapping[str, Any], options: ReadOptions) -> tuple[str, ActivationFn]:
-    """The activation's name and what it does.
+    """Return the activation's name and function.
 
     Raises:
-        ValueError: If it is none that was published.
+        ValueError: If it is not one of the published ones.
     """
     name = values.get("activation", "ReLU")
     if name == "ReLU":
         return name, ActivationFn("relu")
     if name != "TopK":
         raise ValueError(f"{where}: activation: expected ReLU or TopK, got {name!r}. It cannot be loaded.")
-    # As its own dictionary, flattened by the reader, or besides.
+    # k is in the activation's own state dict (flattened by the reader) or next to it.
     k = next((values[key] for key in ("activation_state_dict.k", "activation.k") if key in values), None)
     k = k.item() if isinstance(k, Tensor) and k.numel() == 1 else k
     post = next((values[key] for key in ("activation_state_dict.postact_fn", "activation.postact_fn") if key in values), "ReLU")

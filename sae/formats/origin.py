@@ -1,4 +1,4 @@
-"""Where a dictionary comes from, in the words of our checkpoints, for formats that say it in fields of their own."""
+"""Provenance (model, hooks, text) of third-party dictionaries, in the form used by native checkpoints."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ def origin(
     writes: Sequence[str | None],
     options: ReadOptions | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Provenance of a dictionary of format ``name``, and a warning for hooks that no module emits.
+    """Return the provenance of a dictionary of format ``name``, and a warning for missing or unknown hooks.
 
-    ``reads`` and ``writes`` are hooks in TransformerLens's names or module paths with a side, one for each layer. Of a single
-    one, the hook that was asked for stands in for what the files do not say, or say by a name that is not known.
+    ``reads`` and ``writes`` are TransformerLens names or module paths with a side, one per layer. For a single layer, the hook
+    in ``options`` replaces missing or unknown ones.
     """
     model = (options.model if options is not None else None) or model
     given = to_module(options.hook, model) if options is not None and options.hook else None
@@ -43,17 +43,17 @@ def origin(
         named = sorted({str(hook) for hook in unknown if hook})
         what = f"hooks {', '.join(named[:4])} of {model or 'an unknown model'} are no module's input or output known here"
         what = what if named else "the files do not say what hooks it is for"
-        # One name cannot stand in for those of several layers.
+        # A single hook option cannot replace the hooks of several layers.
         warnings.append(f"{what}: give hook=MODULE:SIDE" if len(reads) == 1 else what)
     return found | {"text": {}, "source": {"format": name, "config": plain(config)}}, warnings
 
 
 def reading_before_norm(n: CanonicalSAE, hook: str | None, model: str | None) -> tuple[CanonicalSAE, str | None]:
-    """A transcoder that reads a stream behind an RMS norm but before its gain, as one that reads the stream and norms it.
+    """Rewrite a transcoder of RMS-normalized activations (before the gain) as one that reads and normalizes the norm's input.
 
-    No module emits such a stream; the norm's input is emitted, and each row's rescaling to a norm of ``sqrt(d)`` is all that
-    lies between, but for the constant that the model's norm adds to the mean square. The hook is ``hook`` where that cannot
-    be done: for other norms, and with a skip path, which would read the wrong stream.
+    No module emits the normalized activations, but the norm's input can be hooked. Rescaling each row to norm ``sqrt(d)``
+    gives the same activations up to the epsilon that the model's norm adds to the mean square. The transcoder and ``hook`` are
+    returned unchanged for other norms, and for transcoders with a skip path, which would read the wrong activations.
     """
     path = before_norm(hook or "", model)
     if path is None or n.W_skip is not None or n.row_norm is not None or n.kind != "transcoder":
@@ -63,7 +63,7 @@ def reading_before_norm(n: CanonicalSAE, hook: str | None, model: str | None) ->
 
 
 def plain(value: Any) -> Any:
-    """A configuration as JSON can hold it: YAML has dates and keys that are no strings."""
+    """Return a configuration with JSON-compatible keys and values; YAML allows dates and non-string keys."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -72,7 +72,7 @@ def plain(value: Any) -> Any:
 
 
 def with_origin(n: CanonicalSAE, provenance: dict[str, Any], warnings: Sequence[str], *words: str) -> CanonicalSAE:
-    """The same with where it comes from, doubts about it, and what was done."""
+    """Return a copy with the provenance set, and warnings and notes appended."""
     return replace(n.noting(*words), provenance=provenance, warnings=(*n.warnings, *warnings))
 
 
@@ -86,10 +86,10 @@ def originated(
     model: Any = None,
     text: Mapping[str, Any] | None = None,
 ) -> CanonicalSAE:
-    """The same with its provenance, and a warning if its hook is not known.
+    """Return a copy with its provenance, and a warning if its hook is unknown.
 
-    ``hook`` is what the files say, in TransformerLens's spelling or as a module path, ``hook_out`` where it is written, if
-    that is elsewhere. What the options say counts where files say nothing that could be understood.
+    ``hook`` is the hook named in the files, as a TransformerLens name or a module path; ``hook_out`` is the output hook if it
+    differs. The hook in ``options`` is used only if the files name none or an unknown one; its model overrides the files'.
     """
     odd = [value for value in (hook, model) if value is not None and not isinstance(value, str)]
     n = n.noting(warnings=(*n.warnings, *(f"expected a name of hook or model, got {value!r}: left out" for value in odd)))
@@ -111,19 +111,19 @@ def originated(
 
 
 def hooks_from_files(n: CanonicalSAE) -> tuple[str | None, str | None]:
-    """The hooks read and written, as module paths."""
+    """Return the input and output hooks as module paths, or ``None`` where unknown."""
     hook = n.provenance.get("hook")
     reads, writes = ((n.provenance.get(key) or [hook])[0] for key in ("hooks_in", "hooks_out"))
     return reads, writes
 
 
 def model_of(n: CanonicalSAE) -> str | None:
-    """The language model's id."""
+    """Return the language model's id, or ``None`` if it is unknown."""
     return (n.provenance.get("model") or {}).get("id")
 
 
 def public_model(model: str | None) -> str | None:
-    """A model's id for files that leave this machine: of a local directory its name alone, or the hub's id if it is cached.
+    """Return a model's id for shared files: local paths become the folder name, or the Hub id for paths in the Hub cache.
 
     >>> public_model("/home/me/models/gpt2-stories"), public_model("openai-community/gpt2")
     ('gpt2-stories', 'openai-community/gpt2')
@@ -140,20 +140,21 @@ def public_model(model: str | None) -> str | None:
 
 
 def exported_model(model: str | None) -> str | None:
-    """The same, as TransformerLens calls it."""
+    """Return a model's public id in TransformerLens's spelling."""
     return transformer_lens_model(public_model(model))
 
 
 def source_config(n: CanonicalSAE, format: str) -> dict[str, Any]:  # noqa: A002
-    """What the configuration said that it was read from, if it is of this format."""
+    """Return the original configuration if the dictionary was read from this format, else an empty dict."""
     source = n.provenance.get("source") or {}
     return dict(source["config"]) if source.get("format") == format else {}
 
 
 def config_above(source: SourceFiles, name: str, levels: int) -> dict[str, Any]:
-    """A configuration in this folder or up to so many above it; empty if there is none.
+    """Return the configuration in this folder, or in the nearest of up to ``levels`` parent folders; empty if there is none.
 
-    On this machine also above what was named: such a file says what a training was of, and nothing else is read of it.
+    For local paths the search may leave the given root: run configurations lie above checkpoints, and only this one file is
+    read there.
     """
     if source.has(name):
         return source.config(name)
@@ -162,7 +163,7 @@ def config_above(source: SourceFiles, name: str, levels: int) -> dict[str, Any]:
         folders = (HubSource(source.repo_id, source.revision, "" if p == PurePosixPath(".") else str(p)) for p in parents)
         return next((folder.config(name) for folder in folders if folder.has(name)), {})
     base = (source.root / source.inside).absolute()
-    # A file lies in the folder that is meant.
+    # For a file, its own folder does not count as a level.
     above = list(base.parents)[: levels + base.is_file()]
     path = next((folder / name for folder in above if (folder / name).is_file()), None)
     return {} if path is None else SourceFiles(path).config(name)

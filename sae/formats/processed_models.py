@@ -1,8 +1,8 @@
-"""Dictionaries of models whose weights TransformerLens has processed, as dictionaries of the model as it was published.
+"""Conversion of dictionaries trained on TransformerLens-processed weights to dictionaries of the published model.
 
-Files name what was done to the weights (``model_from_pretrained_kwargs``) and which positions were read (``seqpos_slice``).
-What changes the activations at a dictionary's hooks is folded where that is the same function, obeyed where the evaluation
-can, and otherwise a doubt that names the field. Source: ``HookedTransformer.from_pretrained`` of TransformerLens 3.9.
+Files record the weight processing (``model_from_pretrained_kwargs``) and the positions used in training (``seqpos_slice``).
+Processing that changes activations at a dictionary's hooks is folded if an equivalent exists, or applied during evaluation if
+possible; otherwise a warning names the field. Source: ``HookedTransformer.from_pretrained`` of TransformerLens 3.9.
 """
 
 import re
@@ -15,19 +15,19 @@ from .hooks import NORMS, architecture_of, to_transformer_lens
 
 CENTRED = "centred"
 KWARGS, CENTRE = "model_from_pretrained_kwargs", "center_writing_weights"
-# Places of a block by TransformerLens's names, and those outside of blocks.
+# TransformerLens names of hooks in a block, and outside of blocks.
 STREAMS = {"hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "mlp.hook_out"}
 STREAMS |= {"hook_embed", "hook_pos_embed", "hook_attn_in", "hook_mlp_in"}
 BEHIND_NORMS = {"ln1.hook_normalized", "ln2.hook_normalized", "ln_final.hook_normalized", "mlp.hook_in"}
 INSIDE_HEADS = {"attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"}
-# What cannot be folded: at which places it changes activations, and how.
+# Processing that cannot be folded -> the hooks whose activations it changes, and the change.
 CHANGES: dict[str, tuple[set[str], str]] = {
     "fold_ln": (BEHIND_NORMS, "what norms give out is without their gain and bias"),
     "fold_value_biases": ({"attn.hook_v", "attn.hook_z"}, "values of heads are without their biases"),
     "refactor_factored_attn_matrices": (INSIDE_HEADS, "the axes inside heads are others"),
     "center_unembed": (set(), "logits are less their mean"),
 }
-# Whose only effect is on where and how the model is loaded, or on rounding.
+# Arguments that affect only how the model is loaded, or rounding.
 HARMLESS = {"device", "n_devices", "move_to_device", "device_map", "low_cpu_mem_usage", "use_safetensors", "cache_dir", "token"}
 HARMLESS |= {"local_files_only", "trust_remote_code", "attn_implementation", "hf_model", "tokenizer", "default_padding_side"}
 HARMLESS |= {"default_prepend_bos", "n_ctx", "first_n_layers", "use_cache", "output_hidden_states"}
@@ -35,10 +35,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def of_published_model(n: CanonicalSAE, about: Mapping[str, Any]) -> CanonicalSAE:
-    """Return a dictionary, whose provenance is known, as one of the model as it is published; or with doubts.
+    """Convert a dictionary (with provenance) to one of the published model, with warnings for what cannot be converted.
 
     Args:
-        about: What the files say: ``model_from_pretrained_kwargs``, ``seqpos_slice``, ``hook_name`` and others.
+        about: Metadata from the files: ``model_from_pretrained_kwargs``, ``seqpos_slice``, ``hook_name``, and others.
     """
     kwargs = about.get(KWARGS) or {}
     if not isinstance(kwargs, Mapping):
@@ -60,7 +60,7 @@ def of_published_model(n: CanonicalSAE, about: Mapping[str, Any]) -> CanonicalSA
 
 
 def _place(about: Mapping[str, Any], n: CanonicalSAE, side: str, model: str | None) -> str | None:
-    """A place in a block, in TransformerLens's words."""
+    """Return the TransformerLens name of a hook within its block."""
     name = about.get("hook_name_out") if side == "out" else None
     name = name or about.get("hook_name")
     hook = next(iter(n.provenance.get(f"hooks_{side}") or ()), None)
@@ -70,9 +70,10 @@ def _place(about: Mapping[str, Any], n: CanonicalSAE, side: str, model: str | No
 
 
 def _centred(n: CanonicalSAE, places: Sequence[str | None], model: str | None) -> CanonicalSAE:
-    """Return a dictionary of streams less each token's mean as one of streams as they are.
+    """Convert a dictionary of mean-centered residual streams to one of the original, uncentered streams.
 
-    The next LayerNorm takes the mean away in any case, so the model computes the same. Without LayerNorm nothing was centred.
+    The next LayerNorm subtracts the mean anyway, so the model's function is the same. Models without LayerNorm are not
+    centered.
     """
     norm = NORMS.get(architecture_of(model) or "")
     if norm == "rms":
@@ -98,7 +99,7 @@ def _centred(n: CanonicalSAE, places: Sequence[str | None], model: str | None) -
 
 
 def _loaded_with(n: CanonicalSAE, key: str, value: Any) -> CanonicalSAE:
-    """Obey what says which weights are loaded, and doubt the rest."""
+    """Record revision and dtype in the provenance, and warn about other arguments."""
     if key == "revision" and isinstance(value, str):
         return _with(n, "model", {"revision": value}, f"{KWARGS}.{key} {value}")
     model = (n.provenance.get("model") or {}).get("id") or ""
@@ -111,7 +112,7 @@ def _loaded_with(n: CanonicalSAE, key: str, value: Any) -> CanonicalSAE:
 
 
 def _positions(n: CanonicalSAE, about: Mapping[str, Any]) -> CanonicalSAE:
-    """Leave out the positions that training left out."""
+    """Exclude leading positions that training excluded, and warn about other slices."""
     said = about.get("seqpos_slice")
     if said in (None, [], ()):
         return n

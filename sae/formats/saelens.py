@@ -1,6 +1,6 @@
-"""SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``, also those of a training that is not over.
+"""SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``, including checkpoints saved mid-training.
 
-Encoders lie transposed there, ``(d_in, d_sae)``; here that is a view. Source: the code of SAELens 6.54.12.
+Encoders are stored transposed, as ``(d_in, d_sae)``, and read as a view. Source: the code of SAELens 6.54.12.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from .origin import exported_model, model_of
 from .processed_models import CENTRE, CENTRED, KWARGS, of_published_model
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-# Beside a checkpoint from the middle of a training: the only record of what inputs were multiplied by, or whitened with.
+# Files next to a mid-training checkpoint: the only record of the input scale or whitening.
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
-# The version whose layout is written.
+# SAELens version whose layout is written.
 VERSION = "6.54.12"
 
 FOUR = ("W_enc", "b_enc", "W_dec", "b_dec")
-# architecture -> its tensors.
+# Architecture -> its tensors.
 AUTOENCODERS = {
     "standard": FOUR,
     "topk": FOUR,
@@ -34,7 +34,7 @@ AUTOENCODERS = {
     "jumprelu": (*FOUR, "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
     "matching_pursuit": ("W_dec", "b_dec"),
-    # Only while they train; what is exported of them is jumprelu.
+    # Found in training checkpoints only; SAELens exports them as jumprelu.
     "batchtopk": (*FOUR, "topk_threshold"),
     "matryoshka_batchtopk": (*FOUR, "topk_threshold"),
 }
@@ -79,13 +79,13 @@ class SAELens(Format):
 
 
 def version(cfg: Mapping[str, Any]) -> str | None:
-    """The version of SAELens that wrote a configuration, if it says so."""
+    """Return the version of SAELens that wrote a configuration, or ``None`` if it is not recorded."""
     metadata = cfg.get("metadata")
     return cfg.get("sae_lens_version") or (metadata.get("sae_lens_version") if isinstance(metadata, dict) else None)
 
 
 def is_legacy(cfg: Mapping[str, Any]) -> bool:
-    """Whether it is flat, as before version 6."""
+    """Return True if the configuration was written before version 6, which used a flat layout."""
     head = str(version(cfg) or "0").split(".")[0]
     return not head.isdigit() or int(head) < 6
 
@@ -93,7 +93,7 @@ def is_legacy(cfg: Mapping[str, Any]) -> bool:
 def saelens_dictionary(
     where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
 ) -> CanonicalSAE:
-    """The dictionary of a configuration and its tensors, but for normalisation and provenance."""
+    """Build the dictionary from a configuration and its tensors, without normalization and provenance."""
     architecture = cfg["architecture"]
     known = AUTOENCODERS | TRANSCODERS
     if architecture == "temporal":
@@ -105,7 +105,7 @@ def saelens_dictionary(
         raise ValueError(f"{where}: architecture: expected one of {', '.join(known)}, got {architecture!r}.")
     names = known[architecture]
     if "log_threshold" in tensors:
-        # As checkpoints of earlier trainings have it.
+        # Older training checkpoints store the logarithm.
         tensors = {name: tensor for name, tensor in tensors.items() if name != "log_threshold"} | {
             "threshold": tensors["log_threshold"].exp()
         }
@@ -135,7 +135,7 @@ def saelens_dictionary(
         W_enc=None if pursuit else tensors["W_enc"].T,
         b_enc=None if pursuit else tensors["b_gate" if architecture == "gated" else "b_enc"],
         W_dec=tensors["W_dec"],
-        # A pursuit that does not subtract the bias does not add it either.
+        # Matching pursuit either subtracts and adds the bias or ignores it.
         b_out=torch.zeros_like(b_dec) if pursuit and not subtracts else b_dec,
         gate=_activation_fn(where, cfg, tensors, options),
         b_in=b_dec if subtracts else None,
@@ -144,7 +144,6 @@ def saelens_dictionary(
 
 
 def _activation_fn(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> ActivationFn:
-    """How an architecture chooses."""
     name = cfg["architecture"].removesuffix("_transcoder").removesuffix("_skip")
     if name in ("standard", "transcoder", "skip"):
         return ActivationFn("relu")
@@ -174,7 +173,7 @@ def _activation_fn(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def normalise_weights(source: SourceFiles, cfg: Mapping[str, Any], n: CanonicalSAE, options: ReadOptions) -> CanonicalSAE:
-    """The same with what the configuration says is done to activations first."""
+    """Return a copy with the input normalization named in the configuration."""
     how = cfg.get("normalize_activations", "none")
     if how in ("none", None):
         return n
@@ -199,7 +198,7 @@ def normalise_weights(source: SourceFiles, cfg: Mapping[str, Any], n: CanonicalS
 
 
 def saelens_provenance(cfg: Mapping[str, Any], options: ReadOptions) -> dict[str, Any]:
-    """Where it comes from, as our checkpoints say it; the configuration is kept whole."""
+    """Return the provenance in native form, with the complete configuration under ``source``."""
     about: dict[str, Any] = dict(cfg.get("metadata") or {})
     lens = options.model or about.get("model_name")
     model = hub_model(lens)
@@ -220,13 +219,13 @@ def saelens_provenance(cfg: Mapping[str, Any], options: ReadOptions) -> dict[str
 
 
 def with_metadata(n: CanonicalSAE, cfg: Mapping[str, Any], provenance: dict[str, Any], options: ReadOptions) -> CanonicalSAE:
-    """The same with its provenance, as a dictionary of the published model, and with what is in doubt."""
+    """Add provenance and warnings, and convert to a dictionary of the published model."""
     n = n.noting(provenance=provenance, warnings=(*n.warnings, *saelens_doubts(cfg, n, options)))
     return of_published_model(n, cfg.get("metadata") or {})
 
 
 def _hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str | None]:
-    """The hooks read and written, as module paths; ``None`` where no module emits them."""
+    """Return the input and output hooks as module paths, or ``None`` where no module emits them."""
     name = about.get("hf_hook_name") or about.get("hook_name")
     reads = to_module(name, model) or to_module(about.get("hook_name") or "", model) if name else None
     out = about.get("hf_hook_name_out") or about.get("hook_name_out")
@@ -234,7 +233,7 @@ def _hooks(about: Mapping[str, Any], model: str | None) -> tuple[str | None, str
 
 
 def saelens_doubts(cfg: Mapping[str, Any], n: CanonicalSAE, options: ReadOptions) -> list[str]:
-    """What the configuration says that the tensors, or we, do not."""
+    """Return warnings about dtype mismatches, unknown hooks, and unsupported head indices."""
     found = []
     declared, actual = str(cfg.get("dtype", "")).removeprefix("torch."), str(n.W_dec.dtype).removeprefix("torch.")
     if declared and declared != actual:
@@ -252,10 +251,10 @@ def saelens_doubts(cfg: Mapping[str, Any], n: CanonicalSAE, options: ReadOptions
 
 
 def _written(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and tensors of a dictionary.
+    """Return the configuration and tensors to write.
 
     Raises:
-        ValueError: If SAELens has nothing of the kind.
+        ValueError: If SAELens cannot represent the dictionary.
     """
     n = _prepared(n)
     gate, skip = n.gate, n.W_skip is not None
@@ -277,12 +276,12 @@ def _written(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
         cfg |= {"d_out": n.d_out, "architecture": _transcoder_name(gate, skip)}
     else:
         cfg |= _autoencoder(n)
-    # Ours is of unit atoms; theirs takes atoms as they are.
+    # The configuration names one dtype, the decoder's.
     return cfg, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}
 
 
 def _prepared(n: CanonicalSAE) -> CanonicalSAE:
-    """The same function in a form that SAELens has: scales folded, and biases where it has none."""
+    """Return an equivalent form that SAELens supports, with scales folded and unsupported biases folded."""
     if n.row_norm is not None and n.scaled:
         raise ValueError("saelens: it has no fixed scale beside a per-token normalisation. Keep it in our own format.")
     if n.row_norm in (None, CENTRED):
@@ -291,7 +290,7 @@ def _prepared(n: CanonicalSAE) -> CanonicalSAE:
         n = fold_norms(n)
     if n.gate.by_norm and n.gate.name not in ("topk", "abs_topk"):
         n = fold_norms(n)
-    # Where the bias that is subtracted is the one that is added there is a flag for it, otherwise no place.
+    # SAELens has a flag to subtract b_dec from the input, but cannot store any other input bias.
     same = n.b_in is not None and n.kind == "sae" and torch.equal(n.b_in, n.b_out)
     return n if n.b_in is None or same else fold_b_in(n)
 
@@ -309,7 +308,8 @@ def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
     gate = n.gate
     names = {"relu": "standard", "topk": "topk", "abs_topk": "abstopk", "threshold": "jumprelu", "gated": "gated"}
     if gate.name in ("topk", "abs_topk"):
-        # SAEDashboard folds norms, which SAELens refuses where they do not count: where all are one, they may count.
+        # SAEDashboard folds decoder norms, which SAELens refuses unless activations are rescaled by them. If all norms
+        # are equal, rescaling does not change the selection and can be enabled.
         rescale = gate.by_norm or equal_norms(n.W_dec, max(EQUAL, torch.finfo(n.W_dec.dtype).eps))
         return {"architecture": names[gate.name], "k": gate.k, "rescale_acts_by_decoder_norm": rescale}
     if gate.name in names:
@@ -329,7 +329,7 @@ def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
 
 
 def metadata(n: CanonicalSAE) -> dict[str, Any]:
-    """What it is for, in SAELens's names and in the hub's; what an earlier SAELens configuration said is kept."""
+    """Return SAELens metadata with both TransformerLens and Hub names; metadata of an earlier SAELens configuration is kept."""
     kept, model = earlier_metadata(n), model_of(n)
     hook = n.provenance.get("hook")
     reads, writes = ((n.provenance.get(key) or ([hook] if hook else [None]))[0] for key in ("hooks_in", "hooks_out"))
@@ -352,7 +352,7 @@ def metadata(n: CanonicalSAE) -> dict[str, Any]:
 
 
 def earlier_metadata(n: CanonicalSAE) -> dict[str, Any]:
-    """What a configuration of SAELens said that the dictionary was read from."""
+    """Return the metadata of the SAELens configuration from which the dictionary was read, if any."""
     source = n.provenance.get("source") or {}
     config = source.get("config", {})
     if source.get("format") == "saelens_legacy":
@@ -361,7 +361,7 @@ def earlier_metadata(n: CanonicalSAE) -> dict[str, Any]:
 
 
 def _norm_name(n: CanonicalSAE) -> str:
-    # The model that SAELens runs is centred itself, if the metadata say so.
+    # SAELens centers the model's weights itself if the metadata request it.
     names = {ours: theirs for theirs, ours in ROW_NORMS.items()} | {None: "none", CENTRED: "none"}
     return names[n.row_norm]
 

@@ -1,8 +1,8 @@
-"""SAELens 2 to 5: a flat ``cfg.json``, whose fields were renamed back and forth, and the same tensor file.
+"""SAELens 2 to 5: a flat ``cfg.json``, whose fields were renamed between versions, and the tensor file of version 6.
 
-The configuration is brought into the form of version 6 and read as that. Nothing that chooses latents is guessed: an
-activation function spelt in a way that is not known is an error, since a TopK dictionary read as ReLU fits in every shape.
-Source: the upgrade rules in the code of SAELens 6.54.12 and earlier versions' own.
+The configuration is upgraded to the form of version 6 and read as such. The activation function is never guessed: an unknown
+name is an error, since a TopK dictionary misread as ReLU has the same shapes. Source: the upgrade rules in the code of
+SAELens 6.54.12 and of earlier versions.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .folding import fold_activation_scale
 from .saelens import CONFIG, WEIGHTS, is_legacy, normalise_weights, saelens_dictionary, saelens_provenance, with_metadata
 
 RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer", "hook_point_head_index": "hook_head_index"}
-# Fields of old configurations that are metadata now.
+# Fields of old configurations that version 6 keeps under metadata.
 METADATA = (
     "model_name",
     "model_class_name",
@@ -37,7 +37,7 @@ METADATA = (
 )
 ACTIVATIONS = ("activation_fn", "activation_fn_str")
 ARGUMENTS = ("activation_fn_kwargs", "activation_fn_args")
-# Latents were multiplied by it before they were decoded.
+# Per-latent factors that multiplied activations before decoding.
 FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 
 
@@ -73,10 +73,10 @@ class SAELensLegacy(Format):
 
 
 def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
-    """A flat configuration in the form of version 6, and what was made of it.
+    """Return a flat configuration in the form of version 6, and notes on renamed fields.
 
     Raises:
-        ValueError: For activation functions and architectures of which version 6 has nothing.
+        ValueError: For activation functions and architectures that version 6 does not have.
     """
     cfg = {RENAMED.get(key, key): value for key, value in old.items()}
     words = [f"{before} renamed {after}" for before, after in RENAMED.items() if before in old]
@@ -96,7 +96,7 @@ def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def _chosen(where: object, cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Architecture, and how many latents it keeps, from fields that had several names."""
+    """Return the architecture and k from fields that had several names."""
     named = {str(cfg[key]) for key in ACTIVATIONS if cfg.get(key) is not None}
     if len(named) > 1:
         raise ValueError(f"{where}: {' and '.join(ACTIVATIONS)}: expected one activation function, got {sorted(named)}.")
@@ -117,7 +117,7 @@ def _chosen(where: object, cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
 
 
 def normalisation(where: object, value: object) -> str:
-    """A flag in the oldest files, a name in later ones."""
+    """Return the name of the input normalization; the oldest files store a boolean instead."""
     if value in (None, False, "none"):
         return "none"
     if value is True:
@@ -128,10 +128,10 @@ def normalisation(where: object, value: object) -> str:
 
 
 def factors(where: object, cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> Tensor | None:
-    """The factor of every latent, taken out of ``tensors``; ``None`` if it is one.
+    """Remove the per-latent factors from ``tensors`` and return them; ``None`` if they are all 1 or absent.
 
     Raises:
-        ValueError: If there is one that the configuration says was not used, or it says one was and there is none.
+        ValueError: If tensors and configuration disagree on whether the factors were used.
     """
     found = [tensors.pop(name) for name in FACTORS if name in tensors]
     used = bool(cfg.get("finetuning_scaling_factor", False))
@@ -148,7 +148,7 @@ def factors(where: object, cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -
 
 
 def raise_for_pickles(source: SourceFiles) -> None:
-    """Raise ``ValueError``: what there was before there were configurations in files of their own."""
+    """Raise ``ValueError`` for files from before SAELens had separate configuration files."""
     pickles = [name for name in source.files if name.endswith((".pkl", ".pkl.gz", *TORCH_SUFFIXES))]
     what = f"pickled objects ({', '.join(pickles)}), as version 1 wrote," if pickles else "no configuration"
     raise ValueError(

@@ -1,8 +1,8 @@
-"""Published sets that have no library: a torch file for each dictionary, and a convention.
+"""Published sets of SAEs without a library: one torch file per dictionary and a naming convention.
 
-Goodfire's, those of the distilled DeepSeek-R1, Qwen Scope, and the set on attention heads' outputs of Kissane et al. 2024
-(arXiv:2406.17759). Which layer a file is for stands in its name alone, and for Qwen Scope k stands in the repository's.
-Source: the headers of the released files, and other loaders of them.
+Covers Goodfire's SAEs, those of the distilled DeepSeek-R1, Qwen Scope, and the attention-output SAEs of Kissane et al. 2024
+(arXiv:2406.17759). The layer is given only by the file name, and Qwen Scope's k only by the repository name. Source: the
+headers of the released files, and other loaders of them.
 """
 
 import re
@@ -24,10 +24,10 @@ PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 class Linear(TorchFiles):
-    """ReLU between two linear layers; nothing is subtracted from inputs, which are outputs of a block."""
+    """ReLU SAE stored as two linear layers, without an input bias, on the output of a block."""
 
     keys = LINEAR
-    # The layer in a file's name.
+    # Pattern of the layer number in a file name.
     layer = r"(?:^|[^A-Za-z])(?:l|layer)[-_.]?(\d+)(?!\d)"
 
     def recognise(self, source: SourceFiles, name: str) -> str | None:
@@ -56,17 +56,17 @@ class DeepSeekR1(Linear):
     title = "the DeepSeek-R1 set"
 
     def names(self, source: SourceFiles) -> list[str]:
-        # The same keys and function as dictionary_learning's AutoEncoderNew, whose files are called so.
+        # Files with these names are dictionary_learning's AutoEncoderNew, which has the same keys and function.
         return [name for name in super().names(source) if not re.fullmatch(r"ae(_\d+)?\.pt", name)]
 
 
 class QwenScope(TorchFiles):
-    """TopK; ``W_enc`` has latents first and ``W_dec`` last, contrary to what these names mean elsewhere."""
+    """TopK SAEs with latents first in ``W_enc`` and last in ``W_dec``, the reverse of these names' usual meaning."""
 
     name = "qwen_scope"
     title = "Qwen Scope"
     file = r"layer(\d+)\.sae\.pt"
-    # The only place of k, in the name that whoever loads it has given.
+    # k is given only by the repository or folder name.
     k = r"L0_(\d+)(?!\d)"
 
     def detect(self, source: SourceFiles) -> str | None:
@@ -82,7 +82,7 @@ class QwenScope(TorchFiles):
         latents, width = len(tensors["b_enc"]), len(tensors["b_dec"])
         if tuple(tensors["W_enc"].shape) != (latents, width):
             return None
-        # Square ones do not say which way they lie.
+        # A square matrix does not reveal its orientation.
         return "W_enc with latents first" if latents != width or re.fullmatch(self.file, name) else None
 
     def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
@@ -112,7 +112,7 @@ class QwenScope(TorchFiles):
 
 
 class HookZ(TorchFiles):
-    """ReLU on the heads' outputs side by side; ``b_dec`` is subtracted from inputs."""
+    """ReLU SAEs on concatenated attention head outputs, with ``b_dec`` subtracted from inputs."""
 
     name = "hook_z"
     title = "the hook_z set"
@@ -121,7 +121,7 @@ class HookZ(TorchFiles):
         return [name for name in torch_names(source) if source.has(config_name(name))]
 
     def detect(self, source: SourceFiles) -> str | None:
-        # Pairs of names are enough to look into a configuration, which is small.
+        # Matching file names justify opening the configuration, which is small.
         names = self.names(source)
         return self.recognise(source, names[0]) if names else None
 
@@ -153,7 +153,7 @@ def config_name(name: str) -> str:
 
 
 def _hook_name(cfg: Mapping[str, Any]) -> str | None:
-    """TransformerLens's name of what is read."""
+    """Return the TransformerLens name of the hook."""
     name = cfg.get("act_name")
     if isinstance(name, str):
         return name
@@ -161,13 +161,13 @@ def _hook_name(cfg: Mapping[str, Any]) -> str | None:
 
 
 def block_output(pattern: str, name: str) -> str | None:
-    """The block whose number is in a file's name."""
+    """Return the TransformerLens hook of the block output whose number is in a file name, or ``None``."""
     found = re.search(pattern, Path(name).name)
     return None if found is None else f"blocks.{found.group(1)}.hook_resid_post"
 
 
 def _sizes(where: object, b_enc: Tensor, b_dec: Tensor) -> tuple[int, int]:
-    """Numbers of latents and of inputs, which the biases say for sure."""
+    """Return the numbers of latents and inputs, taken from the biases, whose shapes are unambiguous."""
     require_shape(where, "the encoder's bias", tuple(b_enc.shape), (None,))
     require_shape(where, "the decoder's bias", tuple(b_dec.shape), (None,))
     return len(b_enc), len(b_dec)

@@ -1,8 +1,8 @@
-"""sparsify, EleutherAI's: ``cfg.json`` and ``sae.safetensors`` in a folder that is named after the module, and its elders.
+"""EleutherAI's sparsify and its predecessor sae: ``cfg.json`` and ``sae.safetensors`` in a folder named after the module.
 
-The folder's name is the only place that says which module a dictionary is for: a path within the base transformer, such as
-``layers.3.mlp``; with several seeds there are folders ``seed0``, ... in it. Autoencoders are of the module's output,
-transcoders map its input to its output. Source: the code of eai-sparsify 1.3.3, and that of ``sae`` before it.
+Only the folder name gives the module, as a path within the base transformer, such as ``layers.3.mlp``; with several seeds it
+contains the folders ``seed0``, ... SAEs are trained on the module's output; transcoders map its input to its output. Source:
+the code of eai-sparsify 1.3.3, and that of ``sae`` before it.
 """
 
 import re
@@ -22,9 +22,9 @@ from .hooks import ARCHITECTURES, architecture_of
 from .origin import config_above, hooks_from_files, model_of, originated, public_model
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
-# Fields of which a configuration has at least one.
+# A configuration has at least one of these fields.
 MARKS = ("expansion_factor", "num_latents", "transcode", "normalize_decoder")
-# Our names -> theirs, the current one first.
+# Native names -> sparsify's names, the current one first.
 NAMES = {
     "W_enc": ("encoder.weight", "W_enc"),
     "b_enc": ("encoder.bias", "b_enc"),
@@ -32,7 +32,7 @@ NAMES = {
     "b_dec": ("b_dec", "decoder.bias"),
     "W_skip": ("W_skip",),
 }
-# Names of earlier versions that do not say which way a matrix lies: its shape must.
+# Names of earlier versions that leave the orientation open, so that it is taken from the shape.
 UNSURE = ("W_enc", "decoder.weight")
 GATES = {"topk": "topk", "groupmax": "group_max"}
 SEED = r"seed\d+"
@@ -77,7 +77,7 @@ class Sparsify(SetFormat):
         self.write_set({"": n}, directory)
 
     def write_set(self, members: Mapping[str, CanonicalSAE], directory: Path) -> None:
-        # Its folders are named after modules, right below the one that is loaded.
+        # sparsify loads a folder whose direct subfolders are named after modules.
         folders: dict[str, CanonicalSAE] = {}
         for hook, n in members.items():
             name = _folder(n) or re.sub(r"[^\w.-]+", "-", hook)
@@ -97,10 +97,10 @@ class Sparsify(SetFormat):
 
 
 def _folder(n: CanonicalSAE) -> str:
-    """The folder of a dictionary; none where its hooks are not known.
+    """Return the folder name of a dictionary, or an empty string if its hooks are unknown.
 
     Raises:
-        ValueError: If it is of an input, since the library gives autoencoders the outputs of the module that a folder names.
+        ValueError: For an SAE on a module's input, since the library trains SAEs on module outputs.
     """
     reads, writes = hooks_from_files(n)
     if reads is None or writes is None:
@@ -112,13 +112,13 @@ def _folder(n: CanonicalSAE) -> str:
                 f"sparsify: {writes}: it gives autoencoders the output of the module that a folder is named after, and no "
                 "module gives out this input. Write saelens or dictionary_learning."
             )
-        # What a block reads is what the one before it gave out.
+        # A block's input is the previous block's output.
         writes = f"{earlier.group(1)}{int(earlier.group(2)) - 1}:out"
     return folder_name(writes)
 
 
 def _write(n: CanonicalSAE, folder: Path) -> dict[str, Any]:
-    """Write what is prepared into its folder, and return its configuration."""
+    """Write a prepared dictionary and return its configuration."""
     assert n.W_enc is not None
     assert n.b_enc is not None
     tensors = {"encoder.weight": n.W_enc, "encoder.bias": n.b_enc, "W_dec": n.W_dec, "b_dec": n.b_out}
@@ -135,14 +135,14 @@ def _write(n: CanonicalSAE, folder: Path) -> dict[str, Any]:
         "d_in": n.d_in,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    # The library makes its own tensors of the first one's dtype.
+    # The library loads all tensors in the dtype of the first one.
     write_tensors(folder / WEIGHTS, {name: tensor.to(n.W_dec.dtype) for name, tensor in tensors.items()}, {})
     write_json(folder / CONFIG, cfg)
     return cfg
 
 
 def hookpoint(source: SourceFiles) -> str:
-    """What the folder says, of which the seeds' folders are parts."""
+    """Return the module path given by the folder name, ignoring seed subfolders."""
     parts = PurePosixPath(source.inside).parts if source.inside else Path(source.root).absolute().parts
     parts = parts if not source.inside or source.remote else (*Path(source.root).absolute().parts, *parts)
     names = [part for part in parts if not re.fullmatch(SEED, part)]
@@ -150,7 +150,7 @@ def hookpoint(source: SourceFiles) -> str:
 
 
 def module_path(name: str, model: str | None) -> str | None:
-    """A path within the base transformer as one within the model; ``None`` if the model's architecture is not known."""
+    """Return the path within the full model of a path within the base transformer; ``None`` if the architecture is unknown."""
     found = re.fullmatch(r"(h|layers)\.\d+((?:\.\w+)*)", name)
     if found is None:
         return name if re.fullmatch(r"(model|transformer|gpt_neox)\.(h|layers)\.\d+(\.\w+)*", name) else None
@@ -162,12 +162,12 @@ def module_path(name: str, model: str | None) -> str | None:
         return f"transformer.{name}"
     if found.group(2).startswith((".attention", ".mlp.dense_")):
         return f"gpt_neox.{name}"
-    # layers.3 alone may be of several architectures.
+    # layers.3 alone exists in several architectures.
     return f"model.{name}" if re.match(r"\.(self_attn|mlp\.(gate|up|down)_proj)", found.group(2)) else None
 
 
 def folder_name(hook: str) -> str:
-    """A hook's module as a path within the base transformer."""
+    """Return a hook's module as a path within the base transformer."""
     module = hook.rsplit(":", 1)[0]
     bases = {architecture.blocks.rpartition(".")[0] for architecture in ARCHITECTURES.values()}
     base, _, rest = module.partition(".")
@@ -177,7 +177,7 @@ def folder_name(hook: str) -> str:
 def _dictionary(
     where: object, cfg: Mapping[str, Any], run: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions
 ) -> CanonicalSAE:
-    """The dictionary of a configuration and its tensors, but for provenance."""
+    """Build the dictionary from a configuration and its tensors, without provenance."""
     found = named(where, tensors)
     d_in = cfg.get("d_in")
     if not isinstance(d_in, int) or d_in < 1:
@@ -199,7 +199,7 @@ def _dictionary(
         there = "is missing" if skip is None else "is there"
         raise ValueError(f"{where}: skip_connection: {cfg['skip_connection']} in {CONFIG}, but W_skip {there}.")
     nested = run.get("sae")
-    # Once it was said of the whole run.
+    # Earlier versions set transcode for the whole run.
     whole = run.get("transcode", nested.get("transcode") if isinstance(nested, dict) else None)
     transcode = bool(cfg.get("transcode", whole))
     subtracts = not transcode if options.subtract_b_dec is None else options.subtract_b_dec
@@ -221,10 +221,10 @@ def _dictionary(
 
 
 def named(where: object, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Tensors by our names, with theirs.
+    """Return the original name and tensor for each native name.
 
     Raises:
-        ValueError: If a matrix is missing, there twice, or unknown.
+        ValueError: If a matrix is missing, or a tensor is unknown or present under two names.
     """
     found: dict[str, tuple[str, Tensor]] = {}
     for ours, names in NAMES.items():
@@ -245,10 +245,10 @@ def named(where: object, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, 
 def rows(
     where: object, found: Mapping[str, tuple[str, Tensor]], ours: str, latents: int, width: int
 ) -> tuple[Tensor, str | None]:
-    """A matrix with its latents first, and what was done for it.
+    """Return a matrix with latents first, and a note if it was renamed or transposed.
 
     Raises:
-        ValueError: If it lies the other way than its name says, or its name does not say and it is square.
+        ValueError: If the shape contradicts the name, or the name leaves the orientation open and the matrix is square.
     """
     name, tensor = found[ours]
     if name not in UNSURE:
@@ -266,7 +266,6 @@ def rows(
 
 
 def _activation_fn(where: object, cfg: Mapping[str, Any], latents: int, options: ReadOptions) -> ActivationFn:
-    """How a configuration chooses."""
     k = cfg.get("k") if options.k is None else options.k
     activation = cfg.get("activation", "topk")
     if not isinstance(activation, str) or activation not in GATES:
@@ -279,10 +278,10 @@ def _activation_fn(where: object, cfg: Mapping[str, Any], latents: int, options:
 
 
 def _prepared(n: CanonicalSAE) -> CanonicalSAE:
-    """The same function in a form that sparsify has.
+    """Return an equivalent form that sparsify supports.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If there is none.
     """
     reasons = {
         "relu": "it keeps the same number of latents for every token",

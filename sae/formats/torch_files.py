@@ -1,6 +1,6 @@
-"""Torch files in which a dictionary lies without a configuration that would say what it is: one in each file.
+"""Base class for formats that keep each dictionary in one torch file without a configuration file.
 
-What they are is told by their keys, and where those are anybody's, by their shapes. Also how torch files are written.
+Such files are recognized by their keys and, where the keys are ambiguous, by shapes. Also contains the torch-file writer.
 """
 
 from abc import abstractmethod
@@ -17,19 +17,19 @@ from .base import Format, Read, ReadOptions
 from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .files import TORCH_SUFFIXES, SourceFiles
 
-# Where one of these lies, something else says what is in the folder.
+# A folder with one of these files belongs to a format with a configuration.
 CONFIGS = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", "conf.yaml")
-# Published dictionaries are read only: others would not look for ours there.
+# Formats of published releases are read-only: no tool looks for other dictionaries in them.
 INSTEAD = "Write saelens, which most tools read"
 
 
 def torch_names(source: SourceFiles) -> list[str]:
-    """The torch files right here, in the order of the numbers in them."""
+    """Return the torch files in this folder (not in subfolders), in natural order."""
     return [name for name in source.named(r"[^/]+") if name.endswith(TORCH_SUFFIXES)]
 
 
 def values_of(source: SourceFiles, name: str) -> Mapping[str, Any]:
-    """What a file holds; nothing if it cannot be read, of which whoever reads it will say why."""
+    """Return the values in a file, or an empty dict if it cannot be read (reading it later raises the error)."""
     try:
         return source.values(name)
     except ValueError:
@@ -37,7 +37,7 @@ def values_of(source: SourceFiles, name: str) -> Mapping[str, Any]:
 
 
 def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A state file that holds these tensors and nothing of what they may be views of."""
+    """Write tensors to a torch file; views are copied first, so that their base tensors are not saved."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     whole = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in own.items()}
     with replacing(path) as temporary:
@@ -45,23 +45,23 @@ def write_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class TorchFiles(Format):
-    """A folder of torch files, or one."""
+    """Format of a folder of torch files, or of a single one."""
 
     @abstractmethod
     def recognise(self, source: SourceFiles, name: str) -> str | None:
-        """Why a file is of this format, or ``None``."""
+        """Return the evidence that a file has this format, or ``None``."""
 
     @abstractmethod
     def one(self, source: SourceFiles, name: str, options: ReadOptions) -> CanonicalSAE:
-        """The dictionary of a file."""
+        """Read the dictionary in a file."""
 
     def names(self, source: SourceFiles) -> list[str]:
-        """The files that may hold one."""
+        """Return the files that may contain a dictionary."""
         return [] if any(source.has(name) for name in CONFIGS) else torch_names(source)
 
     def detect(self, source: SourceFiles) -> str | None:
         names = self.names(source)
-        # Of a repository's many files none is fetched to see whether it might be something.
+        # With several remote files, none is downloaded just to detect its format.
         if not names or (source.remote and len(names) > 1):
             return None
         words = self.recognise(source, names[0])

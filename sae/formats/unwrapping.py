@@ -1,24 +1,24 @@
-"""Names of tensors without what wrapped modules and nested state dictionaries put in front of them."""
+"""Removal of the prefixes that module wrappers and nested state dictionaries put before tensor names."""
 
 import re
 from collections.abc import Iterable
 
-# Modules that hold another one: torch.compile, DistributedDataParallel, Lightning and DeepSpeed, FSDP, activation checkpoints.
+# Wrapper modules: torch.compile, DistributedDataParallel, Lightning and DeepSpeed, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# The matrices of every format. What stands before them is a container: ``state_dict.``, ``sae.``, ``model.autoencoder.``
+# Matrix names of every format. Anything before them is a container: ``state_dict.``, ``sae.``, ``model.autoencoder.``
 DECODERS = r"W_dec(?:_\d+)?|w_dec|W_D(?:\.\d+)?|decoder\.weight|decoder\.linear\.weight|decoder_linear\.weight"
 ENCODERS = r"W_enc(?:_\d+)?|w_enc|W_E|encoder\.weight|encoder_linear\.weight"
-# Tensors that a training keeps beside its module; nothing of them is part of the function.
+# Training state stored alongside the module; not part of the dictionary.
 OF_TRAINING = r"(opt|sched|lr_|amp|scaler|grad_scaler|rng|callbacks|loops|(global_)?step|epoch|iteration)\w*(\..*)?"
-# dictionary_learning's backups, whose reader needs what lies beside the container.
+# dictionary_learning's backups keep their container: its reader needs the values alongside it.
 BACKUP, BACKUP_MARKS = "ae", {"step", "norm_factor"}
 
 
 def unwrapped(names: Iterable[str], where: object) -> tuple[dict[str, str], list[str]]:
-    """Return the names to keep by what they were, and in words what was left out of them.
+    """Return a mapping from original to stripped names of the tensors to keep, and notes on the stripped prefixes.
 
     Raises:
-        ValueError: If there are several dictionaries, or two names become one.
+        ValueError: If there are several dictionaries, or two names become equal.
     """
     bare = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) or name for name in names}
     dropped = {part for name, short in bare.items() if short != name for part in name.split(".") if part in WRAPPERS}
@@ -38,7 +38,7 @@ def unwrapped(names: Iterable[str], where: object) -> tuple[dict[str, str], list
             name: short.removeprefix(f"{container}.") for name, short in bare.items() if short.startswith(f"{container}.")
         }
         beside = {name: short for name, short in bare.items() if name not in inside and not re.fullmatch(OF_TRAINING, short)}
-        # What is kept twice, such as k, counts as the container has it.
+        # The container's value wins where a name, such as k, also exists outside it.
         bare = {name: short for name, short in beside.items() if short not in inside.values()} | inside
     if len(set(bare.values())) < len(bare):
         shorts = list(bare.values())
@@ -49,6 +49,6 @@ def unwrapped(names: Iterable[str], where: object) -> tuple[dict[str, str], list
 
 
 def _containers(names: Iterable[str], matrices: str) -> set[str]:
-    """What stands before matrices; the empty string for those that have nothing before them."""
+    """Return the prefixes of matrix names; the empty string for matrices without a prefix."""
     found = (re.fullmatch(rf"(?:(.*)\.)?(?:{matrices})", name) for name in names)
     return {match.group(1) or "" for match in found if match}

@@ -1,4 +1,4 @@
-"""The self-check of whatever was read: what is wrong is an error, what is odd a warning."""
+"""Validation of dictionaries read from third-party files: errors for wrong values, warnings for unusual ones."""
 
 import torch
 from jaxtyping import Float
@@ -8,23 +8,23 @@ from .base import require_shape
 from .canonical import CanonicalCrossLayer, CanonicalSAE
 from .folding import norm_of, norms_of
 
-# Latents whose encoder rows and atoms are compared.
+# Number of latents whose encoder and decoder directions are compared.
 SAMPLE = 512
-# Rows of encoder and decoder that belong together point the same way; unrelated ones of width d have cosines of 1/sqrt(d).
-# The pairing is called swapped if it looks unrelated while the transposed one is far from that.
+# Matching encoder and decoder rows point the same way; unrelated ones of width d have cosines of about 1/sqrt(d).
+# The orientation counts as swapped if rows look unrelated and those of the transpose clearly do not.
 UNRELATED, RELATED = 0.1, 0.3
-# What weights may be in; nothing is computed with shorter ones.
+# Accepted dtypes of weights; narrower ones are not computed with.
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# An atom this much shorter than the median one writes nothing.
+# A decoder direction this much shorter than the median one counts as dead.
 DEAD = 1e-6
 
 
 def check(n: CanonicalSAE, where: object) -> list[str]:
-    """Warnings about a dictionary; what makes it unusable raises.
+    """Validate a dictionary and return its warnings, including the reader's.
 
     Raises:
-        ValueError: For shapes that contradict each other, numbers that are not finite, a missing k or threshold, and matrices
-            whose rows are paired the wrong way.
+        ValueError: For inconsistent shapes, non-finite numbers, a missing k or threshold, a transposed square matrix, and a
+            decoder of zeros.
     """
     check_shapes(n, where)
     check_gate(n, where)
@@ -44,14 +44,14 @@ def check(n: CanonicalSAE, where: object) -> list[str]:
 
 
 def check_layers(n: CanonicalCrossLayer, where: object) -> list[str]:
-    """The same of every layer of a cross-layer transcoder; layers after the first name themselves in errors."""
+    """Validate every layer of a cross-layer transcoder; errors and warnings name the layer."""
     return [
         w for i, layer in enumerate(n.layers) for w in (f"layer {i}: {text}" for text in check(layer, f"{where}: layer {i}"))
     ]
 
 
 def check_shapes(n: CanonicalSAE, where: object) -> None:
-    """Raise ``ValueError`` unless all tensors fit one another."""
+    """Raise ``ValueError`` unless the shapes of all tensors are consistent."""
     if n.W_dec.ndim != 2 or 0 in n.W_dec.shape:
         raise ValueError(f"{where}: W_dec: expected a matrix of latents by width, got {tuple(n.W_dec.shape)}.")
     latents, width = n.W_dec.shape
@@ -69,7 +69,7 @@ def check_shapes(n: CanonicalSAE, where: object) -> None:
         if tensor is not None:
             require_shape(where, name, tuple(tensor.shape), (size,))
     if n.b_out.ndim != 1 or width % n.b_out.shape[0]:
-        # A layer of a cross-layer transcoder has several outputs side by side.
+        # A layer of a cross-layer transcoder writes several concatenated outputs.
         require_shape(where, "b_out", tuple(n.b_out.shape), (width,))
     if n.gate.threshold is not None and n.gate.threshold.numel() != 1:
         require_shape(where, "threshold", tuple(n.gate.threshold.shape), (latents,))
@@ -80,7 +80,7 @@ def check_shapes(n: CanonicalSAE, where: object) -> None:
 
 
 def check_gate(n: CanonicalSAE, where: object) -> None:
-    """Raise ``ValueError`` where a gate lacks what it chooses by, or has what cannot be meant."""
+    """Raise ``ValueError`` if the activation function lacks k or a threshold, or k or a scale is invalid."""
     gate = n.gate
     if gate.name == "threshold" and gate.threshold is None:
         raise ValueError(f"{where}: threshold: expected one, found none. Give it: threshold=NUMBER.")
@@ -97,7 +97,7 @@ def check_gate(n: CanonicalSAE, where: object) -> None:
 
 
 def check_numbers(n: CanonicalSAE, where: object) -> Float[Tensor, " n_latents"]:
-    """Raise ``ValueError`` at the first tensor that holds NaN or an infinity. The atoms' norms, which took one pass of them."""
+    """Raise ``ValueError`` if a tensor is not floating-point or not finite; return the decoder norms, computed on the way."""
     named = {"W_dec": n.W_dec, "W_enc": n.W_enc, "W_skip": n.W_skip, "b_enc": n.b_enc, "b_in": n.b_in, "b_out": n.b_out}
     named |= {"threshold": n.gate.threshold, "r_mag": n.gate.r_mag, "b_mag": n.gate.b_mag}
     for name, tensor in named.items():
@@ -107,7 +107,7 @@ def check_numbers(n: CanonicalSAE, where: object) -> Float[Tensor, " n_latents"]
     if not bool(torch.isfinite(norms).all()):
         _require_finite(where, "W_dec", n.W_dec)
     for name, tensor in list(named.items())[1:]:
-        # One pass, no copy: the norm is finite only if all numbers are. Where it overflows they are looked at one by one.
+        # The norm needs one pass and no copy, and is finite only if all numbers are; if it overflows, check each number.
         if tensor is not None and not bool(torch.isfinite(norm_of(tensor))):
             _require_finite(where, name, tensor)
     return norms
@@ -121,10 +121,10 @@ def _require_finite(where: object, name: str, tensor: Tensor) -> None:
 
 
 def check_orientation(n: CanonicalSAE, where: object) -> None:
-    """Raise ``ValueError`` where a square matrix was taken for its transpose: where widths differ, shapes would have told.
+    """Raise ``ValueError`` if a square matrix appears to be transposed; for other matrices the shape shows it.
 
-    What reads and what writes a feature of one space are alike in every trained autoencoder. Of a transcoder, whose sides are
-    two spaces, nothing of the kind can be said.
+    In a trained autoencoder, a latent's encoder and decoder directions are similar. The check does not apply to transcoders,
+    whose encoder and decoder live in different spaces.
     """
     if n.kind != "sae" or n.W_enc is None or n.W_enc.shape[0] != n.W_enc.shape[1]:
         return
@@ -137,6 +137,6 @@ def check_orientation(n: CanonicalSAE, where: object) -> None:
 
 
 def _cosine(W_enc: Float[Tensor, "n d"], W_dec: Float[Tensor, "n d"]) -> float:
-    """The mean cosine of the first rows of both."""
+    """Return the mean cosine similarity of the first ``SAMPLE`` rows."""
     some = (W_enc[:SAMPLE].float(), W_dec[:SAMPLE].float())
     return float(torch.nn.functional.cosine_similarity(*some, dim=1).mean())

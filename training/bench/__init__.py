@@ -1,1 +1,1 @@
-"""Measurements of speed, as ratios within one run: what `sparsary bench` runs."""
+"""Speed benchmarks behind `sparsary bench`; results are ratios measured within one run."""

@@ -1,4 +1,4 @@
-"""``sparsary bench``: what is measured, by subcommand."""
+"""Command line of ``sparsary bench``, one subcommand per benchmark."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +53,7 @@ def _bench_step(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """A training step against its encoder product and other libraries' steps, all in turn, each in its own process."""
+    """Compare a training step with its encoder matrix product and with other libraries' steps, in alternating processes."""
     from .comparison import GROWTH, QUICK_GROWTH, STEP_FAMILIES, STEP_SHAPE, bench_slopes, bench_steps, rounds_of
 
     names = family or ["topk"]
@@ -80,7 +80,7 @@ def _bench_pursuit(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """A training step of matching pursuit, and pursuits of given atoms (inference), in the same way."""
+    """Compare matching pursuit training steps, and inference with other pursuit algorithms, in the same way as `step`."""
     from .comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
 
     names = family or ["matching_pursuit", "gradient_pursuit"]
@@ -97,7 +97,7 @@ def _bench_stream(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """Batches from activation stores in the page cache: GB/s of float32, for every dtype of the store."""
+    """Measure the read speed of activation stores in the page cache, in GB/s of float32, for every store dtype."""
     from .data import bench_stream
 
     report = bench_stream(width, 8192, 256, 2, 3) if quick else bench_stream(width, repeats=rounds)
@@ -111,7 +111,7 @@ def _bench_harvest(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """A harvest of the embedded model against the bare forward passes of the same contexts, in turn."""
+    """Compare a harvest of the embedded model with its forward passes alone on the same contexts, in turn."""
     from .data import bench_harvest
 
     _bench_report("harvest", bench_harvest(tokens=2000 if quick else 50_000, dtype=dtype, repeats=rounds), json)
@@ -123,7 +123,7 @@ def _bench_loading(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """A 16k x 2304 dictionary in other libraries' formats: time and memory of loading, over those of its bytes."""
+    """Measure time and memory to load a 16k x 2304 dictionary in other libraries' formats, relative to reading its bytes."""
     from .loading import bench_loading
 
     _bench_report("loading", bench_loading(64, 32, 1) if quick else bench_loading(rounds=rounds), json)
@@ -136,7 +136,7 @@ def _bench_grid(
     quick: BenchQuick = False,
     json: BenchJson = None,
 ) -> None:
-    """Several dictionaries over one stream against one alone, in turn, for several shapes."""
+    """Compare training several dictionaries on one activation stream with training one, in turn, for several shapes."""
     from .grid import SHAPES, bench_grid
 
     shapes = dict([*SHAPES.items()][:1]) if quick else SHAPES
@@ -150,7 +150,7 @@ def _bench_gpu(
     ),
     json: BenchJson = None,
 ) -> None:
-    """A TopK step on a CUDA GPU in bf16, and the encoder product it cannot do without."""
+    """Measure a TopK training step on a CUDA GPU in bf16, relative to its encoder matrix product."""
     from .comparison import parse_shape
     from .gpu import bench_gpu_step
 
@@ -188,7 +188,7 @@ def _bench_plan(
 
 
 def _bench_report(name: str, report: dict[str, Any], json: str | None) -> None:
-    """Print the tables, or the numbers of a flat report, and write the whole of it if asked to."""
+    """Print the report as tables and write it to ``json`` if given."""
     from ...sae.files import write_json
     from .comparison import tables
     from .environment import environment

@@ -1,4 +1,4 @@
-"""Our training step against its encoder product and against other libraries' steps: what is measured, and the report."""
+"""Comparison of sparsary's training step with its encoder product and other libraries' steps: plan, run, and report."""
 
 import re
 import statistics
@@ -15,7 +15,7 @@ from .rounds import WARMUP_ROUNDS, Competitor, ratio, slope, started, take_turns
 from .steps import PURSUITS, recipe_of
 from .worker import BenchTask
 
-# Who has a step to set beside ours; `peer_steps.py` says what each does.
+# Encoder -> libraries with a comparable step, which `peer_steps.py` describes.
 PEERS = {
     "topk": ("sparsify", "sparsify_adam", "saelens", "dictionary_learning", "overcomplete"),
     "mutual_choice": ("saelens", "dictionary_learning"),
@@ -30,7 +30,7 @@ STEP_FAMILIES, PURSUIT_FAMILIES = tuple(ENCODERS), ("matching_pursuit", *PURSUIT
 
 
 class StepShape(NamedTuple):
-    """Sizes of a step."""
+    """Sizes of a training step."""
 
     tokens: int
     d_in: int
@@ -46,14 +46,14 @@ STEP_SHAPE, PURSUIT_SHAPE, QUICK_SHAPE = (
     StepShape(2048, 512, 4096, 32),
     StepShape(64, 32, 256, 4),
 )
-# Sizes for the slopes, of n_latents and of tokens.
+# Sizes at which growth with n_latents and tokens is measured.
 GROWTH = {"n_latents": [4096, 8192, 16384, 32768, 65536], "tokens": [512, 1024, 2048, 4096, 8192]}
 QUICK_GROWTH = {"n_latents": [128, 256, 512], "tokens": [64, 128, 256]}
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What a run measures. ``variants`` are sets of recipe keys, each measured beside the step without them."""
+    """Settings of a benchmark run. ``variants`` are sets of recipe keys, each measured in addition to the step without them."""
 
     shapes: tuple[StepShape, ...]
     families: tuple[str, ...]
@@ -65,10 +65,10 @@ class BenchPlan:
     libraries: tuple[str, ...] = LIBRARIES
 
     def ours(self, shape: StepShape) -> list[BenchTask]:
-        """Our processes; the first also times the product.
+        """Return the tasks of sparsary's processes; the first also times the encoder product.
 
         Raises:
-            ValueError: If a recipe does not hold at this shape.
+            ValueError: If a recipe is invalid at this shape.
         """
         tasks = []
         for family in self.families:
@@ -81,7 +81,7 @@ class BenchPlan:
         return [replace(tasks[0], product=True), *tasks[1:]]
 
     def peers(self, shape: StepShape) -> list[BenchTask]:
-        """Their processes, if there is a Python for them."""
+        """Return the tasks of the peers' processes; none without a Python for them."""
         return [
             BenchTask(library, family, *shape, self.threads)
             for family in (self.families if self.peers_python else ())
@@ -90,19 +90,19 @@ class BenchPlan:
         ]
 
     def command(self, task: BenchTask) -> list[str]:
-        """How a task's process is started."""
+        """Return the command that starts a task's process."""
         if task.library == "sparsary":
-            # Not from the current folder, which may hold packages of these names.
+            # -P keeps the current folder, which may hold packages of the same names, off sys.path.
             return [sys.executable, "-P", "-m", "sparsary.training.bench.steps"]
-        # Isolated: neither our packages nor the names in this folder may stand before the peers' own.
+        # -I isolates the process: neither sparsary nor this folder's modules may shadow the peers' packages.
         return [str(self.peers_python), "-I", str(Path(__file__).with_name("peer_steps.py"))]
 
 
 def parse_shape(text: str) -> StepShape:
-    """``2048x768x12288x32`` as a shape.
+    """Parse a shape such as ``2048x768x12288x32``.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If the text is not a shape.
     """
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
     if found is None or "0" in found.groups():
@@ -111,24 +111,24 @@ def parse_shape(text: str) -> StepShape:
 
 
 def require_choices(option: str, names: Sequence[str], choices: Sequence[str]) -> tuple[str, ...]:
-    """The names, each once.
+    """Return the names without duplicates.
 
     Raises:
-        ValueError: If one is not among the choices.
+        ValueError: If a name is not among the choices.
     """
     return tuple(dict.fromkeys(require_choice(option, name, choices) for name in names))
 
 
 def peers_python(given: str | None) -> Path | None:
-    """The Python that has the peers: as given, else that of ``make peers`` in this folder if there is one, else none.
+    """Return the Python of the peers' environment: the given one, else that of ``make peers`` if it exists, else None.
 
     Raises:
-        ValueError: If the given one does not exist.
+        ValueError: If the given Python does not exist.
     """
     if given == "none":
         return None
     if given is None:
-        # Not resolved: the link is what makes it that environment's Python.
+        # Not resolved: Python finds its environment through the symlink.
         return PEERS_PYTHON.absolute() if PEERS_PYTHON.exists() else None
     if not Path(given).is_file():
         raise ValueError(f"--peers: expected a Python that has the peers, or none, got {given!r}. make peers makes one.")
@@ -136,10 +136,10 @@ def peers_python(given: str | None) -> Path | None:
 
 
 def bench_steps(plan: BenchPlan, progress: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
-    """Every shape's competitors in turn, and the report. ``progress`` hears of rounds.
+    """Measure all competitors at every shape and return the report; ``progress`` receives the number of finished rounds.
 
     Raises:
-        ValueError: If a step of ours cannot be taken.
+        ValueError: If one of sparsary's steps fails.
     """
     tasks = {shape: [*plan.ours(shape), *plan.peers(shape)] for shape in plan.shapes}
     finished = _counter(progress)
@@ -154,7 +154,7 @@ def bench_steps(plan: BenchPlan, progress: Callable[[int], None] = lambda done: 
 
 
 def rounds_of(plan: BenchPlan, growth: Mapping[str, list[int]] | None = None) -> int:
-    """How many rounds ``bench_steps`` tells its progress of, or with ``growth`` ``bench_slopes``."""
+    """Return the total number of rounds of ``bench_steps`` or, with ``growth``, of ``bench_slopes``."""
     sizes = len(plan.shapes) if growth is None else len(plan.families) * sum(map(len, growth.values()))
     return sizes * (WARMUP_ROUNDS + plan.rounds)
 
@@ -162,10 +162,12 @@ def rounds_of(plan: BenchPlan, growth: Mapping[str, list[int]] | None = None) ->
 def bench_slopes(
     plan: BenchPlan, growth: Mapping[str, list[int]], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, Any]:
-    """How time grows with n_latents and with tokens from the first shape on: step, product, and the one over the other.
+    """Measure the growth of step time, product time, and their ratio with n_latents and tokens.
+
+    Other sizes are those of the plan's first shape.
 
     Raises:
-        ValueError: If a step of ours cannot be taken.
+        ValueError: If one of sparsary's steps fails.
     """
     finished = _counter(progress)
     sizes = [
@@ -182,7 +184,7 @@ def bench_slopes(
     for family, axis, shapes in sizes:
         measured = []
         for shape in shapes:
-            # One size after another, each with its product: their ratio does not feel how busy the machine was.
+            # Step and product of each size are timed together, so that their ratio is robust to background load.
             with started([(task, plan.command(task)) for task in tasks[family, shape]]) as competitors:
                 _require_ours(competitors)
                 take_turns(competitors, plan.rounds, finished)
@@ -195,7 +197,7 @@ def bench_slopes(
 
 
 def growth_report(sizes: list[int], measured: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Slopes of the logarithms over the sizes, from each size's times."""
+    """Return the growth exponents (slopes in log-log space) from the times at each size."""
     steps, products = ([statistics.median(times[order]) for times in measured] for order in ("step", "product"))
     ratios = [ratio(times["step"], times["product"]) for times in measured]
     return {
@@ -211,11 +213,11 @@ def growth_report(sizes: list[int], measured: list[dict[str, list[float]]]) -> d
 
 
 def shape_report(shape: StepShape, competitors: list[Competitor], plan: BenchPlan) -> dict[str, Any]:
-    """All that one shape's rounds have shown, raw times included."""
+    """Return the results of one shape, raw times included."""
     product = competitors[0].seconds["product"]
     output_bytes = 4 * shape.tokens * shape.n_latents
     rows = []
-    # Ours without a variant comes before everything of its family.
+    # The base step without variants precedes all other competitors of its encoder.
     ours: dict[str, list[float]] = {}
     for competitor in competitors:
         task, steps = competitor.task, competitor.seconds["step"]
@@ -248,7 +250,7 @@ def shape_report(shape: StepShape, competitors: list[Competitor], plan: BenchPla
 
 
 class Table(NamedTuple):
-    """A title, the heads of the columns, rows of text, and lines below."""
+    """Text table: title, column heads, rows, and notes printed below."""
 
     title: str
     head: list[str]
@@ -257,7 +259,7 @@ class Table(NamedTuple):
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """The report for people to read; one that is neither of steps nor of slopes is shown number by number."""
+    """Return a report as tables; reports without steps or slopes become one table of numbers."""
     if report["bench"] not in ("step", "pursuit"):
         shown = {name: value for name, value in report.items() if name not in ("bench", "environment")}
         return [Table(report["bench"], ["", ""], _numbers(shown), [])]

@@ -1,4 +1,4 @@
-"""How fast activations come from a store, and what a harvest costs beyond the model's forward pass."""
+"""Benchmarks of reading activation stores, and of a harvest relative to the model's forward passes."""
 
 import itertools
 import tempfile
@@ -24,7 +24,7 @@ SYNTHETIC_HOOK = "synthetic:out"
 def synthetic_store(
     directory: Path, tokens: int, width: int, dtype: str, block: int = 64, shard_tokens: int = 65_536
 ) -> ActivationStore:
-    """A store of normally distributed rows at ``SYNTHETIC_HOOK``, all of them for training; no language model is needed."""
+    """Write a store of standard normal rows at ``SYNTHETIC_HOOK``, all in the training split, without a language model."""
     random = torch.Generator().manual_seed(0)
     directory.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -40,7 +40,7 @@ def synthetic_store(
         digest = write_tensors(path, tensors, {"split": "train"})
         entry = {"name": path.name, "split": "train", "unit": number, "tokens": n}
         shards.append(entry | {"bytes": path.stat().st_size, "sha256": digest})
-    # Without statistics: reading needs none.
+    # Reading needs no statistics.
     hooks = {SYNTHETIC_HOOK: {"width": width, "count": 0}}
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": dtype, "block": block, "gradients": None}
     write_json(directory / MANIFEST_FILE, head | {"hooks": hooks, "shards": shards})
@@ -50,21 +50,21 @@ def synthetic_store(
 def bench_stream(
     width: int = 768, tokens: int = 131_072, batch_tokens: int = 2048, windows: int = 8, repeats: int = 5
 ) -> dict[str, Any]:
-    """GB/s (1e9 bytes) of float32 batches from stores in the page cache, with every dtype in turn.
+    """Measure GB/s (1e9 bytes) of float32 batches read from stores in the page cache, for every store dtype in turn.
 
-    For every dtype: ``gb_per_second``, the median over ``repeats`` of ``windows`` windows of batches each;
-    ``cpu_seconds_per_gb`` of the whole process; ``bytes_ratio``, the shards' size with labels over that of the float32
-    store; and ``bytes_ratio_activations``, the same without the labels (16 bytes a token in every store).
+    Reports, for every dtype: ``gb_per_second``, the median over ``repeats`` of reading ``windows`` windows of batches;
+    ``cpu_seconds_per_gb`` of the whole process; ``bytes_ratio``, the size of the shards relative to the float32 store; and
+    ``bytes_ratio_activations``, the same without labels (16 bytes per token in every store).
     """
     report: dict[str, Any] = {"width": width, "tokens": tokens, "batch_tokens": batch_tokens}
     with tempfile.TemporaryDirectory() as directory:
         stores = {dtype: synthetic_store(Path(directory) / dtype, tokens, width, dtype) for dtype in STREAM_DTYPES}
         streams = {dtype: StoreStream(store, (SYNTHETIC_HOOK,), batch_tokens, seed=0) for dtype, store in stores.items()}
         measured: dict[str, list[tuple[float, float]]] = {dtype: [] for dtype in STREAM_DTYPES}
-        # Once unmeasured: compilation, first touch of memory.
+        # The first repeat is discarded: it compiles and touches memory for the first time.
         for _ in range(repeats + 1):
             for dtype, stream in streams.items():
-                # A stream that was closed reads nothing ahead, so all that is measured is read while it is measured.
+                # Closing the stream stops its read-ahead, so every measured batch is read during the measurement.
                 measured[dtype].append(_timed_read(stream, windows * WINDOW_BATCHES))
                 stream.close()
         for stream in streams.values():
@@ -84,10 +84,10 @@ def bench_stream(
 
 
 def _timed_read(stream: StoreStream, batches_wanted: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds of so many batches."""
+    """Return wall-clock and CPU seconds to read ``batches_wanted`` batches."""
     clock = _Clock()
     for batch in itertools.islice(stream, batches_wanted):
-        # Its memory is free again before the next one is asked for.
+        # Frees the batch before the next one is requested.
         del batch
     return clock.read()
 
@@ -100,11 +100,11 @@ def bench_harvest(
     dtype: str = "float32",
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Seconds of a harvest and of the bare forward passes of the same contexts up to the same hook, in turn.
+    """Measure a harvest and the forward passes alone, on the same contexts up to the same hook, in turn.
 
-    ``ratio`` is the median over ``repeats`` of harvest over forward, ``cpu_ratio`` the same in processor seconds.
-    ``text_seconds`` is what drawing and tokenising the text takes by itself: the harvest includes it, the forward passes
-    do not. The model is the embedded one unless another is given.
+    ``ratio`` is the median over ``repeats`` of harvest seconds over forward seconds, ``cpu_ratio`` the same in CPU seconds.
+    ``text_seconds`` is the time to sample and tokenize the text: the harvest includes it, the forward passes do not. The
+    default model is the embedded one.
     """
     text = TextSection(context_length=context_length)
     language_model = load_model(model or ModelSection())
@@ -124,7 +124,7 @@ def bench_harvest(
             clock = _Clock()
             harvest_activations(language_model, text, section)
             seconds["harvest"].append(clock.read())
-    # The first of each is left out: it compiles, and touches memory for the first time.
+    # The first repeat is discarded: it compiles and touches memory for the first time.
     pairs = list(zip(seconds["harvest"][1:], seconds["forward"][1:], strict=True))
     return {
         "tokens": tokens,
@@ -137,7 +137,7 @@ def bench_harvest(
 
 
 class _Clock:
-    """Wall-clock and processor seconds since it was made."""
+    """Timer of wall-clock and CPU seconds since its creation."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter(), time.process_time()
@@ -147,7 +147,7 @@ class _Clock:
 
 
 def _inputs(model: Any, text: TextSection, section: HarvestSection) -> list[torch.Tensor]:
-    """The token ids that a harvest of ``section`` runs the model on."""
+    """Return the token ids on which a harvest of ``section`` runs the model."""
     assert section.tokens is not None
     inputs, stored = [], 0
     for batch in context_batches(model, text, section, section.batch_contexts):

@@ -1,4 +1,4 @@
-"""On what something was measured: said with every figure, because seconds mean nothing without it."""
+"""Description of the hardware and software of a measurement, stored with every result."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:
-    """Versions, processor, threads (torch's own number if not given), commit, date."""
+    """Return versions, CPU, number of threads (torch's if not given), commit, and date."""
     from ..run import git_commit
 
     return {
@@ -28,7 +28,7 @@ def environment(threads: int | None = None) -> dict[str, Any]:
 
 
 def sparsary_version() -> str | None:
-    """As installed; None from a source tree that is not."""
+    """Return the installed version; None for an uninstalled source tree."""
     try:
         return metadata.version("sparsary")
     except metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def sparsary_version() -> str | None:
 
 
 def cpu_model() -> str | None:
-    """What the processor calls itself, where the system tells."""
+    """Return the CPU's model name, or None if the system does not report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Our training step on a CUDA GPU, in bf16 autocast, against the encoder product there."""
+"""Benchmark of the TopK training step on a CUDA GPU, in bf16 autocast, relative to its encoder matrix product."""
 
 import statistics
 from collections.abc import Callable
@@ -21,14 +21,14 @@ WARMUP_STEPS = 5
 def bench_gpu_step(
     tokens: int = 8192, d: int = 4096, n_latents: int = 131072, k: int = 64, steps: int = 30, optimizer: str = "auto"
 ) -> dict[str, Any]:
-    """Speed of the TopK step, and as a share of the speed of the encoder product alone in bf16, which takes turns with it.
+    """Measure the speed of the TopK training step, absolute and relative to the encoder product in bf16, in alternation.
 
-    A step is forward, backward, projection, clipping, Adam and unit atoms; ``optimizer`` as in a recipe. Weights and moments
-    are float32. Seconds are medians by the GPU's clock, and the share is the median over pairs. ``peak_bytes`` includes the
-    product's own buffer, ``tokens * n_latents`` numbers of bf16, and the weights in bf16.
+    A step is forward, backward, projection, clipping, Adam, and decoder normalization; ``optimizer`` is the recipe key.
+    Weights and moments are float32. Seconds are medians of CUDA event times; the share is the median over pairs.
+    ``peak_bytes`` includes the product's output buffer (``tokens * n_latents`` values in bf16) and the bf16 weights.
 
     Raises:
-        ValueError: If there is no CUDA GPU, or its memory does not suffice.
+        ValueError: If there is no CUDA GPU, or too little GPU memory.
     """
     if not torch.cuda.is_available():
         raise ValueError(
@@ -52,7 +52,7 @@ def _measure(tokens: int, d: int, n_latents: int, k: int, steps: int, optimizer:
         torch.mm(x, W.T, out=out)
         step()
     torch.cuda.reset_peak_memory_stats()
-    # Read at the end: nothing waits in between.
+    # Events are read after the loop, so that nothing synchronizes within it.
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(steps)]
     for before, between, after in marks:
         before.record()
@@ -79,7 +79,7 @@ def _measure(tokens: int, d: int, n_latents: int, k: int, steps: int, optimizer:
 
 
 def _step(tokens: int, d: int, n_latents: int, k: int, optimizer: str, device: torch.device) -> Callable[[], None]:
-    """A training step that may be taken again and again."""
+    """Return a function that runs one training step."""
     encoder = {"name": "topk", "k": k}
     values = {
         "harvest": {"hooks": ["activations:out"]},
@@ -96,7 +96,7 @@ def _step(tokens: int, d: int, n_latents: int, k: int, optimizer: str, device: t
     update = build_optimizer(dictionary, Phases(dictionary, recipe), recipe)
     objective = Objective(dictionary, torch.tensor(float(d)), AuxSettings(recipe.auxk_weight, max(1, d // 2))).to(device)
     dictionary.train()
-    # Nothing is dead: AuxK has nothing to do.
+    # No latent is dead, so AuxK is skipped.
     dead = torch.zeros(n_latents, dtype=torch.bool, device=device)
     usage = LatentUsage(dead, torch.full((n_latents,), k / n_latents, dtype=torch.float64, device=device))
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What several dictionaries over one stream cost together, as a multiple of one alone."""
+"""Benchmark of training several dictionaries on one activation stream, relative to training one."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from ..run import train_all
 
 @dataclass(frozen=True)
 class GridShape:
-    """A dictionary, its batches, and how many steps are timed; as many before them are not."""
+    """Sizes of a grid benchmark; ``steps`` are timed after as many warm-up steps."""
 
     d: int
     n_latents: int
@@ -39,10 +39,10 @@ SHAPES = {
 
 
 def bench_grid(members: int = 8, rounds: int = 5, shapes: dict[str, GridShape] = SHAPES) -> dict[str, Any]:
-    """Seconds per step of one dictionary and of all ``members`` together, and their ratio, for every shape.
+    """Measure seconds per step of one dictionary and of ``members`` together, and their ratio, for every shape.
 
-    One and all take turns, so that a disturbance hits both; figures are medians over rounds, the ratio is the median of the
-    rounds' ratios. Timed is what a long run consists of: reading, steps and reports, not the start and the saving.
+    The two alternate, so that background load affects both. Seconds are medians over rounds; the ratio is the median of the
+    per-round ratios. The time covers reading, steps, and logging, but neither start-up nor saving.
     """
     return {
         "members": members,
@@ -53,7 +53,7 @@ def bench_grid(members: int = 8, rounds: int = 5, shapes: dict[str, GridShape] =
 
 def _measure(shape: GridShape, members: int, rounds: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    # Variance that falls off as 1 / rank, as that of activations does.
+    # Variance proportional to 1 / rank, as in real activations.
     scales = torch.arange(1, shape.d + 1).float().rsqrt()
     batches = [torch.randn(shape.batch_tokens, shape.d, generator=generator) * scales for _ in range(4)]
     one, together = [], []
@@ -68,7 +68,7 @@ def _measure(shape: GridShape, members: int, rounds: int) -> dict[str, Any]:
 def _seconds_per_step(shape: GridShape, members: int, batches: list[Tensor]) -> float:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         recipes = resolve_recipes(check_grid(_recipe(shape, members, folder), "bench").recipes)
-        # The first member's: between its reports no other member saves.
+        # The first member's log: no other member saves between its entries.
         directory = train_all(recipes, batches)[0]
         last = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()[-1])
     return shape.batch_tokens / last["tokens_per_second"]
@@ -92,7 +92,7 @@ def _recipe(shape: GridShape, members: int, folder: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, which are drawn where standard error is a terminal, and no lines about progress."""
+    """Suppress progress bars and log messages."""
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

@@ -1,7 +1,7 @@
-"""How long published dictionaries take to load, and how much memory, against reading their bytes with safetensors.
+"""Benchmark of loading third-party checkpoints: time and memory relative to reading the bytes with safetensors.
 
-Each load happens in a process of its own, in turn with the others, with the files in the page cache. Run as a script it is such
-a process: it is told what to do and prints seconds and bytes.
+Each load runs in a separate process, in turn with the others, with the files in the page cache. Run as a script, this module
+is such a process: it loads the format given on the command line and prints seconds and bytes.
 """
 
 import json
@@ -29,10 +29,11 @@ STATUS = Path("/proc/self/status")
 
 
 def bench_loading(n_latents: int = 16_384, width: int = 2304, rounds: int = 5) -> dict[str, Any]:
-    """Of every format ``FORMAT_time``, least seconds over those of reading the same tensors, and ``FORMAT_memory``.
+    """Measure ``FORMAT_time`` and ``FORMAT_memory`` for every format.
 
-    Reading is ``safetensors.torch.load`` of the file's bytes. Memory is the peak of the process beyond what it was before,
-    mapped pages included, over the size of the tensors; it is missing where the system does not tell.
+    Time is the minimum over rounds, divided by that of ``safetensors.torch.load`` on the bytes of the same tensors. Memory is
+    the increase in peak memory of the process, memory-mapped pages included, divided by the size of the tensors; it is absent
+    if the system does not report it.
     """
     report: dict[str, Any] = {"n_latents": n_latents, "width": width}
     with tempfile.TemporaryDirectory() as name:
@@ -47,7 +48,7 @@ def bench_loading(n_latents: int = 16_384, width: int = 2304, rounds: int = 5) -
                 seconds[what].append(found["seconds"])
                 if found["peak"] is not None:
                     peaks[what].append(found["peak"])
-    # Other work on the machine only ever adds.
+    # Minimum: background load only adds time.
     report["bytes_seconds"] = min(seconds["bytes"])
     for what in FORMATS:
         report[f"{what}_time"] = min(seconds[what]) / report["bytes_seconds"]
@@ -58,7 +59,7 @@ def bench_loading(n_latents: int = 16_384, width: int = 2304, rounds: int = 5) -
 
 
 def _write(folder: Path, n_latents: int, width: int) -> int:
-    """The files of one dictionary in every format; the bytes of its tensors."""
+    """Write one dictionary in every format and return the size of its tensors in bytes."""
     dictionary = SAE(width, n_latents, build_encoder({"name": "topk", "k": min(64, n_latents)})).eval()
     for name in WRITTEN:
         write_dictionary(dictionary, folder / name, name, PROVENANCE)
@@ -79,7 +80,7 @@ def _measured(what: str, folder: Path) -> dict[str, Any]:
 
 
 def _memory(key: str) -> int | None:
-    """A figure of this process in bytes, if the system tells."""
+    """Return a memory counter of this process in bytes, or None if the system does not report it."""
     if not STATUS.exists():
         return None
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
@@ -87,19 +88,19 @@ def _memory(key: str) -> int | None:
 
 
 def measure(what: str, folder: Path) -> dict[str, Any]:
-    """Load once; seconds, and the peak of memory beyond what there was before."""
+    """Load once and return the seconds and the increase in peak memory in bytes."""
     from ...transcoders.load import load as load_any
 
     tasks: dict[str, Callable[[], Any]] = {name: lambda name=name: load_any(folder / name) for name in FORMATS}
     tasks["bytes"] = lambda: load((folder / BYTES).read_bytes())
     if what != "bytes":
-        # Imports on first use are not the files'.
+        # Load a tiny dictionary first, so that lazy imports are not measured.
         with tempfile.TemporaryDirectory() as tiny:
             _write(Path(tiny), 8, 4)
             load_any(Path(tiny) / what)
     resets = Path("/proc/self/clear_refs")
     if resets.exists():
-        # The peak counts from here.
+        # Resets the peak memory counter.
         resets.write_text("5")
     before, start = _memory("VmRSS"), time.perf_counter()
     kept = tasks[what]()

@@ -1,26 +1,26 @@
-"""One training step of another library, taken by its own training loop: run by path with the peers' Python.
+"""Training steps of other libraries, each run by the library's own training loop in the peers' Python environment.
 
     .venv-peers/bin/python -I training/bench/peer_steps.py '{"library": "sparsify", "family": "topk", "tokens": 2048, ...}'
 
-Every library's loop or step function runs as it is, with its default settings, on one CPU in float32; it gets a source of
-batches that waits for orders, so a step is all that lies between one batch and the next. No latent is ever dead long
-enough for an auxiliary loss that waits for one. What a step is, in versions of tests/parity/peers.txt:
+Each library's loop or step function runs unmodified, with its default settings, on one CPU in float32. Its data source waits
+for an order before it returns a batch, so a step is everything between two batches. No latent stays dead long enough for an
+auxiliary loss on dead latents. Steps, in the versions of tests/parity/peers.txt:
 
-- sparsify, ``topk``: ``Trainer.fit``. Unit decoder rows, forward, the fvu copied to the host, backward, gradients made
-  orthogonal to their rows, optimizer, count of firings. ``sparsify`` has the Trainer's default optimizer, schedule-free
-  sign descent; ``sparsify_adam`` has ``optimizer="adam"``. AuxK is off by default. Neither clips.
-- saelens, ``topk``, ``mutual_choice`` (its BatchTopK) and ``matching_pursuit``: ``SAETrainer.fit``. Dense codes (its
-  default), forward, firing statistics, backward, norm clipped at 1, Adam. Matching pursuit takes at most k iterations and
-  does not stop at a residual (``residual_threshold=0``); it may stop at a latent that repeats, as it does by default.
-- dictionary_learning, ``topk`` and ``mutual_choice`` (its BatchTopK): ``update`` of the trainer. Dense codes, forward,
-  backward, gradients made orthogonal to their columns, norm clipped at 1, Adam, unit columns, the loss copied to the host.
-  ``gradient_pursuit``: ``grad_pursuit`` of a batch with random unit atoms; inference.
+- sparsify, ``topk``: ``Trainer.fit``. Decoder normalization, forward, FVU copied to the host, backward, gradients projected
+  orthogonal to decoder rows, optimizer, firing counts. ``sparsify`` uses the Trainer's default optimizer, schedule-free sign
+  descent; ``sparsify_adam`` uses ``optimizer="adam"``. AuxK is off by default. Neither clips gradients.
+- saelens, ``topk``, ``mutual_choice`` (its BatchTopK), and ``matching_pursuit``: ``SAETrainer.fit``. Dense codes (its
+  default), forward, firing statistics, backward, norm clipped at 1, Adam. Matching pursuit runs at most k iterations without
+  a residual threshold (``residual_threshold=0``); as by default, it may stop when a latent repeats.
+- dictionary_learning, ``topk`` and ``mutual_choice`` (its BatchTopK): the trainer's ``update``. Dense codes, forward,
+  backward, gradients projected orthogonal to decoder columns, norm clipped at 1, Adam, unit-norm decoder, loss copied to the
+  host. ``gradient_pursuit``: ``grad_pursuit`` of a batch with a random unit-norm dictionary (inference).
 - overcomplete, ``topk``: ``train_sae`` with Adam and its ``top_k_auxiliary_loss``, which decodes half of all latents in
-  every step; nothing is logged (``monitoring=0``). Dense codes, norm clipped at 1. ``matching_pursuit``: ``MpSAE`` with the
+  every step; logging is off (``monitoring=0``). Dense codes, norm clipped at 1. ``matching_pursuit``: ``MpSAE`` with the
   mean squared error, in the same loop.
 """
 
-# The libraries are in the peers' environment, not in ours.
+# The libraries are installed in the peers' environment only.
 # pyright: reportMissingImports=false
 
 import itertools
@@ -38,17 +38,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# No library's schedule ends while it is measured.
+# Long enough that no learning-rate schedule ends during the measurement.
 STEPS = 1_000_000
 
 
 def _beside(name: str) -> Any:
-    """A module of this folder: our packages are not installed here, and the folder must not be on the path."""
+    """Import a module of this folder by path: sparsary is not installed here, and the folder must not be on ``sys.path``."""
     spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Dataclasses look themselves up there.
+    # Dataclasses look up their module in sys.modules.
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
@@ -58,7 +58,7 @@ worker = _beside("worker")
 
 
 class BatchSource(nn.Module):
-    """The smallest thing sparsify's Trainer accepts as a language model: its one layer gives the batch in turn."""
+    """Minimal language model accepted by sparsify's Trainer; its only layer returns the current batch."""
 
     class Layer(nn.Module):
         current: Tensor
@@ -71,7 +71,7 @@ class BatchSource(nn.Module):
         self.rows = self.Layer()
         self.rows.current = torch.zeros(1, 1, d)
         self.device = torch.device("cpu")
-        # Run once by the Trainer, to learn the width.
+        # The Trainer runs these once to infer the width.
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
 
     @property
@@ -83,7 +83,7 @@ class BatchSource(nn.Module):
 
 
 class Orders(torch.utils.data.Dataset):
-    """sparsify's data set: an item is asked for when the step before it is over."""
+    """Data set for sparsify's Trainer, which requests an item when the previous step is complete."""
 
     def __init__(self, tokens: int, steps: Iterator[Tensor], source: BatchSource):
         self.ids, self.steps, self.source = torch.zeros(tokens, dtype=torch.long), steps, source
@@ -97,8 +97,8 @@ class Orders(torch.utils.data.Dataset):
 
 
 def sparsify(task: Any, turns: Any) -> None:
-    """``Trainer.fit``, with its default optimizer or with Adam."""
-    # Read when sparsify is imported; its kernels do not run on a CPU.
+    """Run sparsify's ``Trainer.fit`` with its default optimizer or with Adam."""
+    # Read when sparsify is imported; its Triton kernels do not run on a CPU.
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
@@ -121,7 +121,7 @@ def sparsify(task: Any, turns: Any) -> None:
 
 
 def saelens(task: Any, turns: Any) -> None:
-    """``SAETrainer.fit`` on one of its training classes."""
+    """Run SAELens's ``SAETrainer.fit`` on one of its training classes."""
     import sae_lens
     from sae_lens.config import SAETrainerConfig
 
@@ -133,7 +133,7 @@ def saelens(task: Any, turns: Any) -> None:
     }[task.family]
     turns.build_from_here()
     sae = getattr(sae_lens, kind)(getattr(sae_lens, f"{kind}Config")(**size, **arguments))
-    # Its runner fills lr_end in; the constant schedule ignores it, but None is refused.
+    # SAELens's runner sets lr_end; the constant schedule ignores it but rejects None.
     cfg = SAETrainerConfig(task.tokens * STEPS, task.tokens, lr_end=3e-5)
     steps = turns.steps(lambda: worker.held_bytes(sae.parameters(), trainer.optimizer.state), version("sae-lens"))
     trainer = sae_lens.SAETrainer(cfg, sae, steps)
@@ -141,7 +141,7 @@ def saelens(task: Any, turns: Any) -> None:
 
 
 def dictionary_learning(task: Any, turns: Any) -> None:
-    """``update`` of its trainer, as its ``trainSAE`` calls it."""
+    """Run the trainer's ``update`` as dictionary_learning's ``trainSAE`` calls it."""
     skip_package_init("dictionary_learning")
     if task.family == "mutual_choice":
         from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer as Trainer
@@ -158,7 +158,7 @@ def dictionary_learning(task: Any, turns: Any) -> None:
 
 
 def grad_pursuit(task: Any, turns: Any) -> None:
-    """Its pursuit of random unit atoms."""
+    """Run dictionary_learning's gradient pursuit on a random unit-norm dictionary."""
     skip_package_init("dictionary_learning")
     from dictionary_learning.grad_pursuit import grad_pursuit
 
@@ -169,7 +169,7 @@ def grad_pursuit(task: Any, turns: Any) -> None:
 
 
 def overcomplete(task: Any, turns: Any) -> None:
-    """``train_sae``."""
+    """Run overcomplete's ``train_sae``."""
     skip_package_init("overcomplete")
     from overcomplete.sae import MpSAE, TopKSAE, train_sae
     from overcomplete.sae.losses import top_k_auxiliary_loss
@@ -185,12 +185,12 @@ def overcomplete(task: Any, turns: Any) -> None:
 
 
 def squared_error(x: Tensor, x_hat: Tensor, *_: Tensor) -> Tensor:
-    """The criterion for matching pursuit, in the form overcomplete's loop calls it."""
+    """Return the mean squared error, with the signature of overcomplete's criteria."""
     return (x - x_hat).square().mean()
 
 
 def skip_package_init(package: str) -> None:
-    """Make a package's modules importable without its ``__init__``, which imports what peers-nodeps.txt leaves out."""
+    """Make a package's modules importable without its ``__init__``, which needs dependencies left out by peers-nodeps.txt."""
     spec: ModuleSpec | None = find_spec(package)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
@@ -207,7 +207,6 @@ PEERS: dict[tuple[str, str], Callable[[Any, Any], None]] = {
 
 
 def _main() -> None:
-    """Hold the ordered library's step ready."""
     task = worker.BenchTask(**json.loads(sys.argv[1]))
     PEERS[task.family, task.library](task, worker.Turns(task))
 

@@ -1,7 +1,7 @@
-"""Competitors in processes of their own, which take their steps in turn: A B C, A B C, one at a time.
+"""Scheduler of a benchmark: competitors run in separate processes and take steps in turn, A B C, A B C, one at a time.
 
-A disturbance of the machine then meets all of them, and what is compared is taken within a round: the ratio of two
-competitors is the median over rounds of their ratio in the same round.
+Background load then affects all of them alike, and comparisons are made within a round: the ratio of two competitors is the
+median over rounds of their ratio in the same round.
 """
 
 import json
@@ -21,16 +21,16 @@ from typing import Any
 from .worker import BenchTask
 
 WARMUP_ROUNDS = 2
-# A process that is silent for so long is given up; the slowest step known takes tens of seconds.
+# Timeout of one order; the slowest known step takes tens of seconds.
 ANSWER_SECONDS = 600.0
-# OpenMP's threads spin for some milliseconds after a step; the next competitor is not to feel it.
+# OpenMP threads spin for some milliseconds after a step and would slow down the next competitor.
 PAUSE_SECONDS = 0.02
 
 
 class Competitor:
-    """A process that holds a step ready, and what its steps took.
+    """Benchmarked process and its measured times.
 
-    ``error`` says in one line why it takes no part (any more). ``seconds`` holds every counted time by what was ordered.
+    ``error`` is a one-line reason why it was dropped. ``seconds`` holds the counted times by order ("product", "step").
     """
 
     def __init__(self, task: BenchTask, command: list[str], environment: dict[str, str]):
@@ -54,25 +54,25 @@ class Competitor:
             self.error = f"{command[0]}: {error.strerror}"
 
     def wait(self) -> None:
-        """Until the step is ready."""
+        """Wait until the process is ready to take steps."""
         self.version = self._ask(None).get("version")
 
     def settle(self) -> None:
-        """Let the peak of memory count from now on."""
+        """Reset the process's peak memory counter."""
         self._ask("settle")
 
     def take(self, order: str, counted: bool) -> None:
-        """One step, or one product."""
+        """Run one order ("step" or "product") and record its time if ``counted``."""
         answer = self._ask(order)
         if answer and counted:
             self.seconds[order].append(answer["seconds"])
             self.memory_bytes = answer.get("memory_bytes", self.memory_bytes)
 
     def end(self) -> None:
-        """Let the process go."""
+        """End the process."""
         if self._process is not None:
             assert self._process.stdin is not None
-            # It may be gone already, with an order unread.
+            # The process may have exited with an unread order.
             try:
                 self._process.stdin.close()
                 self._process.wait(5)
@@ -84,7 +84,7 @@ class Competitor:
         self._complaints.close()
 
     def _ask(self, order: str | None) -> dict[str, Any]:
-        """The answer to an order (None: to having been started); empty if there is none, and ``error`` then says why."""
+        """Send an order (None: await the start-up message) and return the answer; on failure set ``error`` and return {}."""
         if self.error is not None:
             return {}
         process = self._process
@@ -120,15 +120,15 @@ class Competitor:
         self._complaints.seek(0)
         words = self._complaints.read().decode(errors="replace").splitlines()
         said = [line.strip() for line in words if line.strip()]
-        # The last line of a traceback is the exception; killed for memory, a process says nothing.
+        # The last line of a traceback is the exception; a process killed for memory leaves no message.
         return said[-1] if said and status > 0 else f"ended with status {status}"
 
 
 @contextmanager
 def started(tasks: list[tuple[BenchTask, list[str]]]) -> Iterator[list[Competitor]]:
-    """All tasks' processes, ready or failed; they end with the context."""
+    """Yield the processes of all tasks, ready or failed; they end with the context."""
     competitors: list[Competitor] = []
-    # Our own packages are found where this file is, installed or not.
+    # Makes this source tree's sparsary importable even if it is not installed.
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     try:
         for task, command in tasks:
@@ -145,7 +145,7 @@ def started(tasks: list[tuple[BenchTask, list[str]]]) -> Iterator[list[Competito
 def take_turns(
     competitors: list[Competitor], rounds: int, done: Callable[[], None] = lambda: None, warmup: int = WARMUP_ROUNDS
 ) -> None:
-    """Every competitor's step once a round, in the same order; the first rounds are not counted."""
+    """Run every competitor's orders once per round, in the same sequence; warm-up rounds are not counted."""
     for number in range(warmup + rounds):
         if number == warmup:
             for competitor in competitors:
@@ -158,10 +158,10 @@ def take_turns(
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median over rounds of the ratio within the round."""
+    """Return the median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
-    """Exponent of growth: least squares through the logarithms."""
+    """Return the growth exponent: the least-squares slope of log seconds against log size."""
     return statistics.linear_regression(*([math.log(value) for value in values] for values in (sizes, seconds))).slope

@@ -1,9 +1,9 @@
-"""One of our own training steps, taken by the training loop itself: what a measured process of ours runs.
+"""sparsary's training steps, run by its own training loop in a benchmarked process.
 
     python -m sparsary.training.bench.steps '{"library": "sparsary", "family": "topk", "tokens": 2048, ...}'
 
-The loop gets a stream that waits for orders, so a step is all that lies between one batch and the next: forward, backward,
-projection, clipping, Adam, unit atoms, counters. Nothing is reported or saved.
+The loop's activation stream waits for an order before it returns a batch, so a step is everything between two batches:
+forward, backward, projection, clipping, Adam, decoder normalization, counters. Nothing is logged or saved.
 """
 
 import itertools
@@ -44,11 +44,11 @@ from .environment import sparsary_version
 from .worker import BATCHES, BenchTask, Turns, held_bytes, random_activations
 
 HOOK = "activations:out"
-# No schedule ends while it is measured.
+# Long enough that no schedule ends during the measurement.
 STEPS = 1_000_000
-# Arguments that have no default.
+# Encoder arguments without a default.
 ARGUMENTS = {"gradient_topk": {"beta": 27.0}}
-# Pursuits of given atoms, without training.
+# Pursuit algorithms measured on a fixed dictionary (inference only).
 PURSUITS = ("gradient_pursuit", "orthogonal_matching_pursuit")
 TAKEN = {
     "batch_tokens": "--shape",
@@ -61,13 +61,13 @@ TAKEN = {
 
 
 def recipe_of(task: BenchTask) -> Recipe:
-    """The recipe whose step the task measures.
+    """Return the recipe whose training step the task measures.
 
     Raises:
-        ValueError: If the task's overrides, or its sizes, are not those of a recipe that can be measured.
+        ValueError: If the task's overrides or sizes give no valid recipe, or set a key given by a bench option.
     """
     where = f"bench, {task.family}"
-    # Those without a fixed k are steered to it, where they can be.
+    # Encoders without a fixed k get it as their target L0 if they have one.
     arguments = {name: task.k for name in ("k", "target_l0") if name in ENCODERS[task.family].parameters_of()}
     encoder = {"name": task.family, **arguments, **ARGUMENTS.get(task.family, {})}
     values: dict[str, Any] = {
@@ -90,7 +90,7 @@ def recipe_of(task: BenchTask) -> Recipe:
 
 
 class Following(ActivationStream):
-    """Batches as they come, without the background thread, which would read ahead of the orders."""
+    """Activation stream without a background thread, which would read ahead of the orders."""
 
     def __init__(self, batches: Iterator[ActivationBatch], batch_tokens: int):
         super().__init__(batch_tokens)
@@ -115,10 +115,10 @@ class Following(ActivationStream):
 
 
 class BenchRun:
-    """A dictionary about to be trained, with all that the loop asks for."""
+    """Dictionary ready to be trained, with everything the training loop requires."""
 
     def __init__(self, recipe: Recipe, sample: Float[Tensor, "tokens d_in"]):
-        # As `training.run` builds it; the stream and the files are left out.
+        # Mirrors `training.run`, without the stream and the files.
         moments, section = moments_of(sample), recipe.dictionary
         self.recipe = recipe
         self.dictionary = build_dictionary(dictionary_arguments(recipe, {HOOK: sample.shape[1]}))
@@ -141,10 +141,10 @@ class BenchRun:
         self.dictionary.train()
 
     def follow(self, batches: Iterator[ActivationBatch]) -> None:
-        """Step on every batch that comes."""
+        """Run the training loop on ``batches`` until they end."""
         schedule = Schedule(self.optimizer, self.dictionary, self.phases, self.recipe)
         checkpoints = Checkpoints(Path(self.recipe.out_dir), {}, self.phases)
-        # Made without its file: the loop ends before anything is reported, or saved.
+        # Created without a log file: the loop ends before anything is logged or saved.
         report = object.__new__(TrainingLog)
         member = TrainedMember(
             self.recipe, self.objective, self.dictionary, self.wrapped, schedule, self.state, report, checkpoints
@@ -158,25 +158,25 @@ class BenchRun:
     def batches(
         self, x: Iterable[Float[Tensor, "tokens d_in"]], gradients: list[Float[Tensor, "tokens d_in"]]
     ) -> Iterator[ActivationBatch]:
-        """What the loop is given; gradients go round."""
+        """Yield batches for the loop, with ``gradients`` repeated in a cycle."""
         for number, (rows, grad) in enumerate(zip(x, itertools.cycle(gradients), strict=False)):
-            # Zipf budgets, as they are for most of a run, once a batch has told the densities. This is before any count.
+            # Zipf budgets, as in most of a run, from the densities of the first batch; no step is counted yet.
             if number == 1 and isinstance(self.dictionary.encoder, FeatureChoice):
                 self.dictionary.encoder.rerank()
             yield ActivationBatch(rows, grad=grad)
 
     def held_bytes(self) -> int:
-        """Parameters and optimizer state."""
+        """Return the size of parameters and optimizer state in bytes."""
         return held_bytes([*self.dictionary.parameters(), *self.phases.parameters()], self.optimizer.state)
 
 
 def sample_of(task: BenchTask, generator: torch.Generator) -> Float[Tensor, "tokens d_in"]:
-    """Enough rows for atoms to start from."""
+    """Return enough rows to initialize the decoder."""
     return random_activations(min(SAMPLE_TOKENS, 2 * task.n_latents), task.d_in, generator)
 
 
 def _train(task: BenchTask, turns: Turns) -> None:
-    """Hold a training step ready, and the encoder product if the task wants it."""
+    """Serve training steps, and the encoder product if the task includes it."""
     gradients = [torch.randn(task.tokens, task.d_in, generator=turns.generator) for _ in range(BATCHES)]
     buffer = torch.zeros(task.tokens, task.n_latents).add_(1) if task.product else None
     _compile(task)
@@ -189,11 +189,11 @@ def _train(task: BenchTask, turns: Turns) -> None:
 
 
 def _compile(task: BenchTask) -> None:
-    """Two steps of a quarter of the size, so that no compiler's memory is taken for the step's."""
+    """Run two steps of a quarter of the size, so that compiler memory is not attributed to the step."""
     part = replace(task, tokens=max(1, task.tokens // 4), n_latents=max(task.k, task.n_latents // 4))
     generator = torch.Generator().manual_seed(0)
     x = [random_activations(part.tokens, part.d_in, generator) for _ in range(2)]
-    # What is too small for its family is left to the warm-up.
+    # Sizes too small for the encoder are left to the warm-up.
     with suppress(ValueError):
         run = BenchRun(recipe_of(part), sample_of(part, generator))
         run.follow(run.batches(x, x))
@@ -203,12 +203,12 @@ def _compile(task: BenchTask) -> None:
 def product(
     x: Float[Tensor, "tokens d_in"], weights: Float[Tensor, "n_latents d_in"], out: Float[Tensor, "tokens n_latents"]
 ) -> None:
-    """The encoder product: what no exact training step can do without."""
+    """Compute the encoder product, which every exact training step needs."""
     torch.mm(x, weights.T, out=out)
 
 
 def pursue(task: BenchTask, turns: Turns) -> None:
-    """Hold the pursuit of a batch ready: random unit atoms, inference only."""
+    """Serve pursuit of a batch with a random unit-norm dictionary (inference only)."""
     find = getattr(pursuit, task.family)
     buffer = torch.zeros(task.tokens, task.n_latents).add_(1) if task.product else None
     small = torch.nn.functional.normalize(torch.randn(max(task.k, task.n_latents // 4), task.d_in), dim=-1)
@@ -221,7 +221,6 @@ def pursue(task: BenchTask, turns: Turns) -> None:
 
 
 def _main() -> None:
-    """Hold the ordered step ready."""
     task = BenchTask(**json.loads(sys.argv[1]))
     turns = Turns(task)
     (pursue if task.family in PURSUITS else _train)(task, turns)

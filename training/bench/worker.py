@@ -1,6 +1,6 @@
-"""What a measured process does, ours or a peer's: it holds a step ready and takes it when told to.
+"""Worker side of a benchmarked process, sparsary's or a peer's: it prepares a step and runs it on request.
 
-Torch and the standard library only: a peer's process loads this file by its path, in an environment without our packages.
+Uses only torch and the standard library: a peer's process loads this file by path, in an environment without sparsary.
 """
 
 import itertools
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 BATCHES = 4
-# What a kernel may count after a reset without having been asked for it: pages of this very look.
+# Memory that may be counted right after a reset: the pages used to read the counter.
 RESET_SLACK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class BenchTask:
-    """What one process measures; it travels as JSON on the command line. ``overrides`` are recipe keys, for ours only."""
+    """Measurement of one process, passed as JSON on the command line; ``overrides`` are recipe keys, for sparsary only."""
 
     library: str
     family: str
@@ -37,23 +37,23 @@ class BenchTask:
 
 
 def random_activations(tokens: int, d: int, generator: torch.Generator) -> Tensor:
-    """Rows whose variance falls off as 1 / rank, as that of real activations roughly does; 1 per dimension on average."""
+    """Return Gaussian rows with variance proportional to 1 / rank, roughly as in real activations, and 1 on average."""
     scales = torch.arange(1, d + 1).float().rsqrt()
     return torch.randn(tokens, d, generator=generator) * (scales * (d / scales.pow(2).sum()).sqrt())
 
 
 def held_bytes(parameters: Iterable[Tensor], state: Mapping[Any, Mapping[str, Any]]) -> int:
-    """Size of parameters and optimizer state: what is there between steps as well."""
+    """Return the size of parameters and optimizer state, which persist between steps."""
     moments = [value for entry in state.values() for value in entry.values() if isinstance(value, Tensor)]
     distinct = {id(tensor): tensor for tensor in [*parameters, *moments]}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 class Turns:
-    """This process's side of the conversation: an order a line comes in, an answer a line, in JSON, goes out."""
+    """Worker end of the protocol: reads one order per line from stdin and writes one JSON answer per line to stdout."""
 
     def __init__(self, task: BenchTask):
-        # Orders and answers have the pipes to themselves: what libraries print goes to stderr.
+        # Libraries that print to stdout must not disturb the protocol, so their output goes to stderr.
         self._out = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         torch.set_num_threads(task.threads)
@@ -64,8 +64,8 @@ class Turns:
         self._peak_is_of_steps = False
 
     def build_from_here(self) -> None:
-        """Libraries are imported and data are there: what memory is taken from now on is the model's and its step's."""
-        # The first optimizer and the first backward pass load a good deal of torch, which is no library's doing.
+        """Record the memory baseline, after imports and data: memory used from now on belongs to the model and its steps."""
+        # The first optimizer and backward pass load parts of torch, which should not count for any library.
         weight = torch.nn.Parameter(torch.zeros(1))
         weight.sum().backward()
         torch.optim.Adam([weight]).step()
@@ -74,10 +74,12 @@ class Turns:
     def steps(
         self, held: Callable[[], int], version: str | None = None, others: Mapping[str, Callable[[], object]] | None = None
     ) -> Iterator[Tensor]:
-        """A batch for every step that is ordered; the step lasts until the next batch is asked for.
+        """Yield a batch for each ordered step; a step lasts until the next batch is requested.
 
-        ``held`` tells the bytes that stay between steps. ``others`` are further things that may be ordered, by name, and are
-        timed alike.
+        Args:
+            held: Returns the bytes that persist between steps.
+            version: Version of the library, included in the first answer.
+            others: Other named operations that may be ordered; they are timed in the same way.
         """
         self._answer(version=version)
         for number in itertools.count():
@@ -88,7 +90,7 @@ class Turns:
             self._answer(seconds=seconds, memory_bytes=self._step_bytes(held))
 
     def _wait(self, others: Mapping[str, Callable[[], object]]) -> None:
-        """Return when a step is ordered; carry out everything else."""
+        """Execute other orders until a step is ordered."""
         while order := sys.stdin.readline().strip():
             if order == "step":
                 return
@@ -106,7 +108,7 @@ class Turns:
         self._out.flush()
 
     def _step_bytes(self, held: Callable[[], int]) -> int | None:
-        """Most bytes resident since the reset, less what was there before the model and what stays between steps."""
+        """Return the peak resident memory since the reset, minus the baseline and the bytes that persist between steps."""
         peak = memory_bytes("VmHWM")
         if not self._peak_is_of_steps or peak is None or self._before is None:
             return None
@@ -114,12 +116,12 @@ class Turns:
 
 
 def _leave() -> NoReturn:
-    # Nobody is left to ask for anything. Whatever loop a library is in would go on to save what it trained.
+    # Exit at once: the library's training loop would otherwise go on and save its model.
     os._exit(0)
 
 
 def memory_bytes(name: str) -> int | None:
-    """VmRSS (resident now) or VmHWM (resident at most) of this process; None where the system does not tell."""
+    """Return VmRSS (resident now) or VmHWM (peak resident) of this process; None if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -128,11 +130,11 @@ def memory_bytes(name: str) -> int | None:
 
 
 def reset_peak() -> bool:
-    """Make VmHWM count from now on; False where that cannot be done, so that building the model would be counted too."""
+    """Reset VmHWM; return False if that is impossible, so that the peak would include building the model."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     now, peak = memory_bytes("VmRSS"), memory_bytes("VmHWM")
-    # Some sandboxes take the order and ignore it.
+    # Some sandboxes accept the write and ignore it.
     return now is not None and peak is not None and peak <= now + RESET_SLACK_BYTES

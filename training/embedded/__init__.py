@@ -1,4 +1,4 @@
-"""The embedded language model: a small GPT-2 and its corpus, so that everything runs offline and against known truth."""
+"""Embedded language model: a small GPT-2 and its synthetic corpus, for offline use with known ground truth."""
 
 from pathlib import Path
 

@@ -1,14 +1,14 @@
-"""The embedded language: documents whose every token comes with the latent factors that produced it.
+"""Synthetic corpus of the embedded model, in which each token is labeled with the latent factors that generated it.
 
-A document is a BOS-delimited run of passages, each written by one task generator (indirect objects, years, agreement,
-pronouns, induction, argument copying) or by the Zipfian filler grammar. Because the generator knows why it wrote each
-word, features and circuits found in the embedded model can be compared with what is true.
+A document is a BOS-delimited sequence of passages, each written by one task generator (indirect objects, years, agreement,
+pronouns, induction, argument copying) or by the Zipfian filler grammar. The factors are a ground truth with which features
+and circuits found in the embedded model can be compared.
 
-Document ``i`` of a corpus is a pure function of ``(seed, split, i)``: any of them can be had without the others, which is
-what lets a harvest resume in the middle.
+Document ``i`` of a corpus is a pure function of ``(seed, split, i)`` and can be generated without the others, which lets a
+harvest resume in the middle.
 
-Held-out means held-out *combinations*: one in ten pairs of names, noun-attractor pairs, event-year pairs and so on is
-withheld from the training split and makes up the whole of the held-out split.
+Held-out means held-out *combinations*: one in ten pairs of names, noun-attractor pairs, event-year pairs, and so on is
+withheld from the training split, and the held-out split uses only those.
 """
 
 import zlib
@@ -26,7 +26,7 @@ Factors = dict[str, str | int]
 
 
 class Word(NamedTuple):
-    """One token and the factors behind it; ``glued`` means no space before it."""
+    """One token and its latent factors; ``glued`` means no space before it."""
 
     text: str
     glued: bool
@@ -35,10 +35,10 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """Text, its tokens (without BOS) and one dict of latent factors per token.
+    """Text, its tokens (without BOS), and one dict of latent factors per token.
 
     Every dict has ``task`` and ``role``; ``entity``, ``number``, ``gender``, ``year``, ``subject_number``, ``answer``,
-    ``topic`` and ``rank`` are present where they mean something.
+    ``topic``, and ``rank`` are present where applicable.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task prompt cut just before its answer: right continuations, and wrong ones of the same kind."""
+    """Task prompt cut before its answer, with right answers and wrong ones of the same kind (foils)."""
 
     task: str
     words: tuple[str, ...]
@@ -59,7 +59,7 @@ class Prompt:
 
 @dataclass
 class FilledPassage:
-    """What a task generator fills in: words, and where in them the answers are."""
+    """Passage under construction by a task generator: its words and the positions of answers."""
 
     task: str
     words: list[Word] = field(default_factory=list)
@@ -73,13 +73,13 @@ class FilledPassage:
             self.words.append(Word(piece, glued, {"task": self.task, "role": role, **factors}))
 
     def ask(self, answer: str, answers: tuple[str, ...], foils: tuple[str, ...], role: str, **factors: str | int) -> None:
-        """Append ``answer`` and remember that this is where the task is decided."""
+        """Append ``answer`` and record its position, right answers, and foils."""
         self.questions.append((len(self.words), answers, foils))
         self.say(answer, role, **factors)
 
 
 class DocumentChoices:
-    """The random choices of one document, within one split."""
+    """Random choices for one document, restricted to the combinations of its split."""
 
     def __init__(self, key: str, split: str):
         self.random = Random(key)
@@ -95,14 +95,14 @@ class DocumentChoices:
         return self.random.random() < p
 
     def zipf(self, words: tuple[str, ...], topic: int) -> tuple[str, int]:
-        """A word and its rank. Half of the draws stay within the document's topic."""
+        """Draw a word by Zipf's law and return it with its rank; half of the draws use only words of the document's topic."""
         rank = bisect(_zipf_cumulative(len(words)), self.random.random())
         if self.chance(0.5):
             rank = min(rank - rank % lexicon.N_TOPICS + topic, len(words) - 1)
         return words[rank], rank
 
     def allowed(self, *combination: str) -> bool:
-        """Whether this split may use the combination."""
+        """Return True if this split may use the combination."""
         if self.split == "all":
             return True
         withheld = zlib.crc32("/".join(combination).encode()) % 10 == 0
@@ -154,9 +154,9 @@ _IOI_CLOSINGS = (
 
 
 def indirect_object(draw: DocumentChoices, passage: FilledPassage, topic: int, ambiguous: bool | None = None) -> None:
-    """Two people, one of whom gives something to the other (Wang et al. 2022, arXiv:2211.00593).
+    """Write a passage in which one of two people gives the other something (IOI; Wang et al. 2022, arXiv:2211.00593).
 
-    One passage in ten is ambiguous (a third person gives), so that the corrupted prompts of patching are in distribution.
+    One passage in ten is ambiguous (a third person gives), so that corrupted prompts for patching are in distribution.
     """
 
     def names():
@@ -202,7 +202,7 @@ def _say_slot(passage: FilledPassage, piece: str, place: str, thing: str) -> Non
 
 
 def greater_than(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
-    """A span of years: the end must exceed the start within the century (Hanna et al. 2023, arXiv:2305.00586)."""
+    """Write a span of years whose end exceeds its start within the century (Hanna et al. 2023, arXiv:2305.00586)."""
 
     def event():
         noun, century, start = draw.one(lexicon.EVENTS), draw.one(lexicon.CENTURIES), 2 + int(draw.random.random() * 96)
@@ -232,10 +232,10 @@ AGREEMENT_KINDS = ("simple", "across_pp", "across_rc")
 
 
 def agreement(draw: DocumentChoices, passage: FilledPassage, topic: int, kind: str | None = None) -> None:
-    """A subject, perhaps an attractor noun, and a verb that agrees with the subject.
+    """Write a subject, optionally an attractor noun, and a verb that agrees with the subject.
 
-    ``across_rc`` holds both relative clauses: the attractor as the clause's subject ("the boy that the dogs like") and as
-    its object ("the boy that likes the dogs").
+    ``across_rc`` covers both relative clauses: with the attractor as subject ("the boy that the dogs like") and as object
+    ("the boy that likes the dogs").
     """
 
     def nouns():
@@ -277,7 +277,7 @@ def agreement(draw: DocumentChoices, passage: FilledPassage, topic: int, kind: s
 
 
 def pronoun(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
-    """A named person and, later, a pronoun of that person's gender."""
+    """Write a sentence with a named person and, later, a pronoun of that person's gender."""
 
     def person():
         name, profession = draw.one(lexicon.NAMES), draw.one(lexicon.ROLES_OF_PEOPLE)
@@ -332,7 +332,7 @@ def pronoun(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
 
 
 def _induction(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
-    """A list of random words, said twice: from the second word of the repetition on, the next one is known."""
+    """Write a list of random words twice; from the second word of the repetition on, each word is predictable."""
     n = 4 + int(draw.random.random() * 7)
     pool = lexicon.NAMES if draw.chance(0.6) else lexicon.NAMES + lexicon.OBJECTS + lexicon.PLACES + lexicon.FILLER_NOUNS
     items = draw.sample(pool, n)
@@ -348,7 +348,7 @@ def _induction(draw: DocumentChoices, passage: FilledPassage, topic: int) -> Non
 
 
 def argument_copying(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
-    """A function's signature and a docstring that goes through its arguments in order (Heimersheim and Janiak 2023)."""
+    """Write a function's signature and a docstring that lists its arguments in order (Heimersheim and Janiak 2023)."""
     arguments = draw.sample(lexicon.ARGUMENTS, 3 + int(draw.random.random() * 2))
     passage.say("def")
     passage.say(draw.one(lexicon.FUNCTIONS), "function")
@@ -370,7 +370,7 @@ def argument_copying(draw: DocumentChoices, passage: FilledPassage, topic: int) 
 
 
 def _filler(draw: DocumentChoices, passage: FilledPassage, topic: int) -> None:
-    """A clause of coined words with Zipfian frequencies; half of them belong to the document's topic."""
+    """Write a clause of invented words with Zipfian frequencies, half of them drawn from the document's topic."""
 
     def phrase(role: str) -> None:
         passage.say("the" if passage.words else "The", "determiner")
@@ -408,7 +408,7 @@ SPLITS = ("train", "heldout", "all")
 
 
 def embedded_document(seed: int, index: int, split: str = "train") -> Document:
-    """Document ``index`` of the corpus, 2 to 6 passages long, the same on every call."""
+    """Return document ``index`` of the corpus, 2 to 6 passages long and deterministic."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}.")
     draw = DocumentChoices(f"{seed}/{split}/{index}", split)
@@ -423,7 +423,7 @@ def embedded_document(seed: int, index: int, split: str = "train") -> Document:
 
 
 def embedded_documents(seed: int, split: str = "train", start: int = 0) -> Iterator[Document]:
-    """Documents from ``start`` on, without end."""
+    """Yield documents from ``start`` on, without end."""
     index = start
     while True:
         yield embedded_document(seed, index, split)
@@ -431,7 +431,7 @@ def embedded_documents(seed: int, split: str = "train", start: int = 0) -> Itera
 
 
 def task_prompts(task: str, n: int, seed: int = 0, split: str = "heldout", **options) -> list[Prompt]:
-    """``n`` prompts of a task, each cut before its last answer; ``options`` go to the task's generator.
+    """Return ``n`` prompts of a task, each cut before its last answer; ``options`` are passed to the task's generator.
 
     Raises:
         ValueError: If the task is unknown or has no answers (filler).
@@ -452,7 +452,7 @@ def task_prompts(task: str, n: int, seed: int = 0, split: str = "heldout", **opt
 
 
 def join(words: list[Word]) -> str:
-    """The text of the words; the embedded tokenizer splits it back into exactly these words."""
+    """Join words into text, which the embedded tokenizer splits back into exactly these words."""
     pieces: list[str] = []
     for index, word in enumerate(words):
         if index and not word.glued:

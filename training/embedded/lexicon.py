@@ -1,8 +1,8 @@
-"""The words of the embedded language: what the corpus draws from and the tokenizer knows.
+"""Vocabulary of the embedded language, used by the corpus and the tokenizer.
 
-English where a task needs a known class (names with a gender, nouns and verbs with a number), coined words elsewhere:
-a filler word has no meaning beyond its part of speech, its topic and its Zipf rank, so that nothing about it is left
-to guess. The order of these lists is part of the tokenizer: appending is safe, reordering needs a new model.
+Words are English where a task needs a known class (names with a gender, nouns and verbs with a number) and invented
+elsewhere: a filler word has only a part of speech, a topic, and a Zipf rank, so its factors are fully known. The tokenizer
+depends on the order of these lists: appending is safe, reordering requires retraining the model.
 """
 
 from itertools import product
@@ -48,7 +48,7 @@ TRANSITIVE_VERBS = tuple(
     tuple(pair.split("/"))
     for pair in "likes/like admires/admire follows/follow helps/help avoids/avoid hates/hate knows/know trusts/trust".split()
 )
-# What may follow the verb, so that the sentence does not end on the answer.
+# Words after the verb, so that the sentence does not end on the answer.
 VERB_TAILS = {
     "is": ("tired", "happy", "late", "hungry"),
     "are": ("tired", "happy", "late", "hungry"),
@@ -81,9 +81,9 @@ N_TOPICS = 12
 
 
 def _coin(onsets: str, vowels: str, codas: str, suffix: str, n: int) -> tuple[str, ...]:
-    """``n`` pronounceable words in a fixed order that does not look alphabetical."""
+    """Return ``n`` pronounceable words in a fixed, scrambled order."""
     words = [a + v + b + w + c + suffix for a, v, b, w, c in product(onsets.split(), vowels, "dlmnrt", "aeo", codas.split())]
-    # A stride prime to the length visits every word once.
+    # A stride coprime to the length visits every word once.
     stride = 7919
     return tuple(words[(stride * i) % len(words)] for i in range(n))
 
@@ -102,7 +102,7 @@ FUNCTION_WORDS = tuple(
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every token of the language once, special tokens first, in the order of the tokenizer's ids."""
+    """Return all tokens of the language without duplicates, special tokens first, in the order of token ids."""
     words = ["<unk>", "<bos>", "<pad>", *PUNCTUATION, *FUNCTION_WORDS, *NAMES, *PLACES, *OBJECTS]
     for pair in (*NOUNS, *VERBS, *TRANSITIVE_VERBS):
         words.extend(pair)

@@ -1,4 +1,4 @@
-"""Does the embedded model do its tasks? Held-out accuracy per task, the figures of the model card."""
+"""Evaluation of the embedded model: held-out accuracy per task, as reported in the model card."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from .corpus import AGREEMENT_KINDS, Prompt, embedded_document, task_prompts
 
 @torch.no_grad()
 def last_logits(model, tokenizer: Any, batch: list[Prompt]) -> torch.Tensor:
-    """Next-token logits ``(prompts, vocabulary)`` after each prompt, BOS first."""
+    """Return next-token logits ``(prompts, vocabulary)`` after each prompt, with BOS prepended."""
     rows = [[tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(list(prompt.words))] for prompt in batch]
     width = max(len(row) for row in rows)
     padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    # Causal attention: what stands to the right of the last word cannot change its logits.
+    # With causal attention, padding on the right cannot change the logits of the last word.
     logits = model(padded.to(model.device)).logits
     return logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
 
 
 def accuracy(model, tokenizer: Any, batch: list[Prompt]) -> float:
-    """Share of prompts whose best right answer has a higher logit than the best wrong one."""
+    """Return the fraction of prompts whose best right answer has a higher logit than the best wrong one."""
     hits = 0
     for row, prompt in zip(last_logits(model, tokenizer, batch), batch, strict=True):
         right = row[tokenizer.convert_tokens_to_ids(list(prompt.answers))].max()
@@ -29,7 +29,7 @@ def accuracy(model, tokenizer: Any, batch: list[Prompt]) -> float:
 
 
 def answer_mass(model, tokenizer: Any, batch: list[Prompt]) -> float:
-    """Mean probability given to the right answers together."""
+    """Return the mean total probability of the right answers."""
     total = 0.0
     for row, prompt in zip(last_logits(model, tokenizer, batch).softmax(-1), batch, strict=True):
         total += float(row[tokenizer.convert_tokens_to_ids(list(prompt.answers))].sum())
@@ -37,7 +37,7 @@ def answer_mass(model, tokenizer: Any, batch: list[Prompt]) -> float:
 
 
 def top1(model, tokenizer: Any, batch: list[Prompt]) -> float:
-    """Share of prompts whose most likely next token is a right answer."""
+    """Return the fraction of prompts whose most likely next token is a right answer."""
     best = last_logits(model, tokenizer, batch).argmax(-1).tolist()
     tokens = tokenizer.convert_ids_to_tokens(best)
     return sum(token in prompt.answers for token, prompt in zip(tokens, batch, strict=True)) / len(batch)
@@ -45,7 +45,7 @@ def top1(model, tokenizer: Any, batch: list[Prompt]) -> float:
 
 @torch.no_grad()
 def mean_cross_entropy(model, tokenizer: Any, n: int, seed: int = 7) -> float:
-    """Mean next-token loss in nats over ``n`` held-out documents, each on its own."""
+    """Return the mean next-token loss in nats over ``n`` held-out documents, one document per context."""
     total, count = 0.0, 0
     for index in range(n):
         ids = tokenizer.convert_tokens_to_ids(list(embedded_document(seed, index, "heldout").words))[
@@ -58,7 +58,7 @@ def mean_cross_entropy(model, tokenizer: Any, n: int, seed: int = 7) -> float:
 
 
 def score_model(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
-    """Every figure of the model card, on held-out combinations of names, nouns and years."""
+    """Compute all scores of the model card, on held-out combinations of names, nouns, and years."""
     was_training = model.training
     model.eval()
     results = {
@@ -71,7 +71,7 @@ def score_model(model, tokenizer: Any, n: int = 1000) -> dict[str, float]:
     }
     for kind in AGREEMENT_KINDS:
         results[f"agreement_{kind}_accuracy"] = accuracy(model, tokenizer, task_prompts("agreement", n, kind=kind))
-    # An attractor of the other number is where agreement is hard.
+    # Agreement is hard if the attractor's number differs from the subject's.
     hard = [p for kind in AGREEMENT_KINDS[1:] for p in task_prompts("agreement", 2 * n, kind=kind) if _attracted(p)]
     results["agreement_attractor_accuracy"] = accuracy(model, tokenizer, hard[:n])
     model.train(was_training)

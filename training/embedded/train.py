@@ -1,6 +1,6 @@
-"""Trains the embedded language model and writes its folder: ``python -m sparsary.training.embedded.train [--out DIR]``.
+"""Training script of the embedded language model: ``python -m sparsary.training.embedded.train [--out DIR]``.
 
-Seeded and offline. Two CPU cores take about half an hour; the measured scores go into the model card beside the weights.
+Seeded and offline; takes about half an hour on two CPU cores. Writes the weights and a model card with the measured scores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WARMUP_STEPS = 100
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; punctuation stands alone and digits go in pairs, so ``1589`` is ``15 89``."""
+    """Build a word-level tokenizer that isolates punctuation and splits digits in pairs, so ``1589`` is ``15 89``."""
     vocabulary = {word: index for index, word in enumerate(lexicon.vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,7 +69,7 @@ def build_model() -> GPT2LMHeadModel:
 
 
 def learning_rate(step: int) -> float:
-    """Linear warm-up, then a cosine to a twentieth of the peak."""
+    """Return the learning rate: linear warm-up, then cosine decay to a twentieth of the peak."""
     if step < WARMUP_STEPS:
         return PEAK_LR * (step + 1) / WARMUP_STEPS
     progress = (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
@@ -106,7 +106,7 @@ def train_embedded(out_dir: Path, steps: int) -> None:
     write_card(out_dir, score_model(model, tokenizer), steps)
 
 
-# Entry of `score` -> what it means, for the model card.
+# Score -> its meaning, for the model card.
 MEANINGS = {
     "indirect_object_accuracy": "indirect object above subject, two name orders, eight openings, six closings",
     "greater_than_mass": "probability of two-digit years after the start year",
@@ -122,7 +122,7 @@ MEANINGS = {
 
 
 def write_card(out_dir: Path, scores: dict[str, float], steps: int) -> None:
-    """The model card: what the model is, how it was trained, and the measured scores."""
+    """Write the model card: architecture, training, and measured scores."""
     rows = "\n".join(f"| `{name}` | {MEANINGS[name]} | {value:.4f} |" for name, value in scores.items())
     tokens = steps * BATCH_CONTEXTS * CONTEXT_LENGTH
     (out_dir / "README.md").write_text(
