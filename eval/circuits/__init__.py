@@ -1,1 +1,1 @@
-"""Circuits: what a latent's pre-activation is made of, and what the latent does in turn."""
+"""Circuit discovery on prompt pairs, and evaluation of circuits of latents, neurons, components and edges."""

@@ -1,7 +1,8 @@
-"""The circuit benchmark: families of nodes, by method and task, on pairs they were not chosen on.
+"""Circuit benchmark: run discovery methods on prompt pairs and evaluate the circuits on held-out pairs.
 
-Half of a task's pairs choose the circuits, the other half judge them. Everything that one combination of task, family and
-method comes to is a flat row of ``circuits.json``; curves, and the circuits that are drawn, stand beside the rows.
+Half of a task's pairs are used to discover circuits, the other half to evaluate them. Each combination of task, unit set
+(``family``) and method gives one flat row of ``circuits.json``; faithfulness curves and drawn circuits are stored alongside the
+rows.
 """
 
 import logging
@@ -54,10 +55,10 @@ SCHEMA_VERSION = 1
 DEFAULT_TASKS = ("ioi",)
 DEFAULT_METHODS = ("attribution", "relevance", "random")
 DEFAULT_PAIRS = 100
-# Units whose true effect is measured, to compare a method's scores with: the largest, and others at random.
+# Units whose exact effect is measured to check a method's scores: half top-scoring, half random.
 VERIFIED = 40
 VERIFIED_PAIRS = 32
-# Units of the circuit at the middle level that are taken out one by one, and that are drawn.
+# Units of the circuit at the middle level: ablated one at a time for minimality, and drawn.
 TAKEN_OUT = 20
 DRAWN = 40
 EDGES = 200
@@ -71,7 +72,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CircuitSettings:
-    """What is asked for, beside the checkpoints."""
+    """Settings of a circuit benchmark.
+
+    Args:
+        tasks: Names of ``TASKS``, or files of prompt pairs.
+        methods: Names of ``METHODS``.
+        ablation: Replacement for units outside a circuit, one of ``ABLATIONS``.
+        corruption: Name of the corruption; by default that of each task.
+        pairs: Number of prompt pairs per task: half for discovery, half for evaluation.
+        seed: Seed of prompts, random dictionaries and resampling.
+        edges: Also rank the edges between heads and MLPs.
+
+    Raises:
+        ValueError: If a method or the ablation is unknown, or there are fewer than 4 pairs.
+
+    >>> import sparsary
+    >>> sparsary.CircuitSettings(tasks=("ioi", "greater_than"), pairs=40).methods
+    ('attribution', 'relevance', 'random')
+    """
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -99,15 +117,27 @@ def circuits(
     progress: Callable[[int], None] | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
-    """Discover and score circuits on prompt pairs; write ``circuits.json`` and ``circuits.html``, and return the former.
+    """Discover circuits on prompt pairs, evaluate them, and write ``circuits.json`` and ``circuits.html``.
 
-    With ``edges`` also ``edges/TASK-METHOD.json``: every edge's score, as EAP-IG and MIB name them.
+    Methods rank units on half of the pairs; circuits are evaluated on the other half. Latents are compared with neurons, heads
+    and MLPs, and random dictionaries of matched l0. With ``settings.edges``, edge scores are also written to
+    ``edges/TASK-METHOD.json``, in the format of EAP-IG and MIB.
 
-    Units are ranked on half of the pairs and judged on the other half: latents beside neurons, heads and MLPs, and random
-    features.
+    Example::
+
+        settings = sparsary.CircuitSettings(tasks=("ioi",), pairs=40)
+        for row in sparsary.circuits("runs/topk", settings)["rows"]:
+            print(row["family"], row["method"], row.get("cpr"), row.get("cmd"))
+
+    Args:
+        out: Output directory, by default ``circuits`` in the first checkpoint's results directory.
+        progress: Called with the number of steps done, out of ``n_steps``.
+
+    Returns:
+        The content of ``circuits.json``, with ``path`` and ``page_path``.
 
     Raises:
-        ValueError: If dictionaries are of different models, a task or method is unknown, or prompts cannot be used.
+        ValueError: If the dictionaries belong to different models, a task or method is unknown, or prompts cannot be used.
     """
     given = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
     names = with_grids_members([str(checkpoint) for checkpoint in given])
@@ -156,7 +186,7 @@ def circuits(
 
 
 def _tell(found: Row, shortfalls: Sequence[Shortfall]) -> None:
-    """Log what there was too little of, and enter it."""
+    """Log shortfalls and add them to the results."""
     for each in shortfalls:
         log.warning("%s.", each)
         found["shortfalls"].append(str(each))
@@ -164,12 +194,12 @@ def _tell(found: Row, shortfalls: Sequence[Shortfall]) -> None:
 
 
 def n_steps(checkpoints: int, settings: CircuitSettings) -> int:
-    """How many times ``circuits`` reports progress."""
+    """Return the number of progress steps that ``circuits`` reports."""
     return (FAMILIES_EACH * checkpoints + BASELINES + settings.edges) * len(settings.tasks) * len(settings.methods)
 
 
 def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
-    """A short table: head, and for each family and method its figures."""
+    """Return a summary table: the header, and one row per task, unit set and method."""
     head = ["task", "family", "method", "cpr", "cmd", "nodes for 80 %", "of", "with exact"]
     rows = []
     for row in found["rows"]:
@@ -184,7 +214,7 @@ def best_rows(found: Row) -> tuple[list[str], list[list[str]]]:
 
 
 class _Task:
-    """One task's pairs, what the model makes of them, and the judging of circuits on them."""
+    """Prompt pairs of one task, the model's competence on them, and the evaluation of circuits."""
 
     def __init__(self, model: LanguageModel, task: str, settings: CircuitSettings):
         pairs = make_pairs(task, model, settings.pairs, settings.seed, settings.corruption)
@@ -193,22 +223,22 @@ class _Task:
         self.chosen_on, self.judged_on = pairs.take(slice(0, half)), pairs.take(slice(half, len(pairs)))
         self.competence = competence(model, self.judged_on)
         require_solved(self.competence)
-        # What is to be written beside circuits.json, by its path there.
+        # Files to write alongside circuits.json, by relative path.
         self.edge_files: dict[str, Row] = {}
 
     def judge(self, family: str, space: Space, name: str, found: Row) -> None:
-        """Discover with one method in one family, and add what comes of it."""
+        """Discover circuits with one method in one unit set, evaluate them, and add the results to ``found``."""
         settings = self.settings
         method: Method = METHODS[name]()
         try:
             scores = method.discover(space, self.chosen_on)
         except ValueError as error:
-            # Some methods are for heads only, or for edges.
+            # Some methods support only heads, or only edges.
             row = {"task": self.task, "family": family, "method": name, "units": space.size, "refused": str(error)}
             found["rows"].append(row)
             return
         fill = ablation_values(space, settings.ablation, self.chosen_on, settings.seed)
-        # Units that work against the task belong to its circuit too; only CPR asks for those that help.
+        # Units that hurt the task belong to its circuit too; only CPR ranks by signed score.
         order, helping = ranked(scores, "absolute"), ranked(scores, "signed")
         shares = share_sizes(space.size)
         sizes = sorted({*growing_sizes(space.size, PER_DECADE), *shares})
@@ -248,7 +278,7 @@ class _Task:
             "metric_clean": self.competence.clean,
             "metric_corrupted": self.competence.corrupted,
             "metric_empty": float(along.empty.mean()),
-            # Less than 1 where errors are always ablated.
+            # Below 1 if errors are always ablated.
             "faithfulness_all": _number(along.faithfulness()[-1]),
             "forwards": scores.cost.forwards,
             "backwards": scores.cost.backwards,
@@ -271,7 +301,7 @@ class _Task:
         return row
 
     def _agreement(self, space: Space, scores: UnitScores) -> Row:
-        """Pearson and Spearman correlation with the true effects of the units with largest scores, and of others."""
+        """Return Pearson and Spearman correlations with exact effects, on the top-scoring units and on random others."""
         live = scores.values.nonzero().flatten()
         top = scores.values.abs().argsort(descending=True)[: VERIFIED // 2]
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -288,7 +318,7 @@ class _Task:
         }
 
     def _circuit(self, space: NodeSpace, scores: UnitScores, units: torch.Tensor) -> Row:
-        """The units of a circuit, with the effects that pass directly from one to another."""
+        """Return the units of a circuit and the direct effects between them."""
         names = space.names()
         edges = feature_edges(space, self.chosen_on.take(slice(0, VERIFIED_PAIRS)), _mask(units, space.size))
         groups = space.group_of(units.tolist())

@@ -1,4 +1,4 @@
-"""Families of nodes that are compared: a checkpoint's latents with their errors in three ways, neurons, components, random."""
+"""Unit sets that the benchmark compares: latents with three treatments of errors, random latents, neurons, components."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +17,18 @@ from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from .units.nodes import ERRORS, Coordinates, Latents, NodeSpace, Part
 from .units.random_latents import random_like
 
-# Families that a checkpoint makes, and those that stand beside them once.
+# Unit sets per checkpoint, and baselines shared by all checkpoints.
 FAMILIES_EACH, BASELINES = 5, 3
-# What errors are in the families that a checkpoint makes, and how these are called.
+# Treatments of reconstruction errors, and their display names.
 ERROR_NAMES = {"node": "errors as nodes", "kept": "errors kept", "ablated": "errors ablated"}
 
 
 @dataclass(frozen=True)
 class ComparedCheckpoint:
-    """The dictionaries of one argument of the command: of a checkpoint, or of all checkpoints below a directory.
+    """Dictionaries of one command-line argument: a checkpoint, or all checkpoints below a directory.
 
-    ``by_hook`` goes by the hook that is written; ``hooks_in`` are those read. ``opened`` is what they were read from.
+    ``by_hook`` maps output hooks to dictionaries, ``hooks_in`` maps output hooks to input hooks. ``opened`` is the loaded
+    checkpoint.
     """
 
     name: str
@@ -37,11 +38,11 @@ class ComparedCheckpoint:
     opened: LoadedCheckpoint
 
     def parts(self, errors: str) -> list[Part]:
-        """Latents at every hook."""
+        """Return the latents at every hook."""
         return [Latents(hook, dictionary, self.hooks_in[hook], hook, errors) for hook, dictionary in self.by_hook.items()]
 
     def randomised(self, seen: Mapping[str, Float[Tensor, "contexts positions width"]], seed: int) -> "ComparedCheckpoint":
-        """The same with random features that have the same l0 on what the hooks see."""
+        """Return a copy with random dictionaries that have the same l0 on the activations ``seen``."""
         found = {
             hook: random_like(dictionary, seen[self.hooks_in[hook]].flatten(0, 1), seed)
             for hook, dictionary in self.by_hook.items()
@@ -50,10 +51,10 @@ class ComparedCheckpoint:
 
 
 def open_dictionaries(checkpoint: str, options: CheckpointOptions = NO_OPTIONS) -> ComparedCheckpoint:
-    """Whatever a directory, a file or a hub id holds: ours or another library's, of one hook or several.
+    """Load the dictionaries of a directory, file or hub id: native or third-party, at one hook or several.
 
     Raises:
-        ValueError: If there is none, or nobody says which model it is of.
+        ValueError: If there are none, their language model is unknown, or one is cross-layer.
     """
     opened = open_checkpoint(checkpoint, options).completed(text=False)
     provenances = {hooks_of_provenance(member.provenance)[1][0]: member.provenance for member in opened.members}
@@ -72,10 +73,10 @@ def open_dictionaries(checkpoint: str, options: CheckpointOptions = NO_OPTIONS) 
 
 
 def open_model(several: list[ComparedCheckpoint]) -> LanguageModel:
-    """The one model of them all.
+    """Load the language model that all checkpoints share.
 
     Raises:
-        ValueError: If they are of different models.
+        ValueError: If they belong to different models.
     """
     ids = {found.name: found.model.id for found in several}
     if len(set(ids.values())) > 1:
@@ -85,20 +86,20 @@ def open_model(several: list[ComparedCheckpoint]) -> LanguageModel:
 
 
 def neurons(model: LanguageModel, hooks: Sequence[str]) -> list[Part]:
-    """Every coordinate of the tensors at some hooks: latents of the identity."""
+    """Return every coordinate of the activations at some hooks as a unit (latents of the identity dictionary)."""
     widths = model.widths(tuple(hooks))
     return [Coordinates(hook, hook, widths[hook], 1) for hook in hooks]
 
 
 def mlp_neurons(model: LanguageModel) -> list[Part]:
-    """What every MLP's last projection reads."""
+    """Return the neurons of every MLP: the inputs of its output projection."""
     blocks = [find_block(model.module, layer) for layer in range(n_layers(model.module))]
     found = [neuron_hook(model, f"{block.path}:out") for block in blocks]
     return neurons(model, [hook for hook in found if hook is not None])
 
 
 def components(model: LanguageModel) -> list[Part]:
-    """Heads and MLPs: how a model is cut without a dictionary."""
+    """Return heads and MLPs as units: the decomposition of a model without a dictionary."""
     heads, parts = n_heads(model), []
     for layer in range(n_layers(model.module)):
         sites = find_block(model.module, layer).sites()
@@ -111,7 +112,7 @@ def components(model: LanguageModel) -> list[Part]:
 
 
 def n_heads(model: LanguageModel) -> int:
-    """Attention heads of a block."""
+    """Return the number of attention heads per block."""
     config: Any = model.module.config
     return config.num_attention_heads
 
@@ -119,9 +120,10 @@ def n_heads(model: LanguageModel) -> int:
 def spaces(
     model: LanguageModel, several: Sequence[ComparedCheckpoint], token_ids: Int[Tensor, "contexts positions"], seed: int = 0
 ) -> dict[str, NodeSpace]:
-    """Every family that is compared, by name: of each checkpoint three and random ones of equal l0, neurons, components.
+    """Return every unit set that is compared, by name.
 
-    Random features and neurons stand at the same hooks as the latents do. Random features fire as often as the latents on
+    Each checkpoint gives three sets of latents and two of random latents; neurons, MLP neurons, and heads and MLPs are shared.
+    Random latents and neurons use the same hooks as the latents. Random latents fire as often as the trained ones on
     ``token_ids``; neurons leave no error.
     """
     found, hooks = {}, {}

@@ -1,7 +1,7 @@
-"""Edges between the nodes of a circuit: how much of a unit's effect reaches the metric by way of another, directly.
+"""Edges between circuit nodes: the part of a unit's effect on the metric that passes directly through another unit.
 
-Source: sparse feature circuits, Marks et al. 2024, arXiv:2403.19647, section 3; there the gradients that edges are multiplied
-with are means over pairs, here every pair has its own.
+Source: sparse feature circuits, Marks et al. 2024, arXiv:2403.19647, section 3. There the gradients that edges are multiplied
+with are averaged over pairs; here every pair has its own.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from .units.space import State
 
 @dataclass(frozen=True, eq=False)
 class FeatureEdges:
-    """Weighted edges between units; a receiver that is no unit, number ``n_units``, is the metric itself.
+    """Weighted edges between units; receiver number ``n_units`` is the metric itself.
 
-    The weight is the linear estimate of the fall of the metric if, along this edge alone, the sender is taken from the
-    corrupted run: what a sender's edges weigh together is the attribution patching score of that unit, if all units that it
-    reaches are kept as receivers.
+    The weight is the linear estimate of the drop in the metric when the sender is patched from the corrupted run along this
+    edge alone. The weights of a sender's edges sum to its attribution patching score, if all units that it reaches are kept as
+    receivers.
     """
 
     n_units: int
@@ -33,12 +33,12 @@ class FeatureEdges:
     cost: Cost
 
     def above(self, threshold: float) -> "FeatureEdges":
-        """The edges whose weight is larger than that, whichever its sign."""
+        """Return the edges whose absolute weight exceeds ``threshold``."""
         strong = self.weights.abs() > threshold
         return replace(self, senders=self.senders[strong], receivers=self.receivers[strong], weights=self.weights[strong])
 
     def describe(self, names: list[str]) -> list[tuple[str, str, float]]:
-        """Sender, receiver and weight of every edge, by the names of the space's units, the largest weight first."""
+        """Return (sender, receiver, weight) of every edge by unit name, largest absolute weight first."""
         every = [*names, "metric"]
         order = self.weights.abs().argsort(descending=True, stable=True)
         rows = zip(self.senders[order].tolist(), self.receivers[order].tolist(), self.weights[order].tolist(), strict=True)
@@ -48,14 +48,14 @@ class FeatureEdges:
 def feature_edges(
     space: NodeSpace, pairs: PromptPairs, kept: Bool[Tensor, " units"], threshold: float = 0.0, batch: int = BATCH
 ) -> FeatureEdges:
-    """The edges among the units that are ``kept``, and from them to the metric, means over pairs.
+    """Compute the edges among the ``kept`` units and from them to the metric, averaged over pairs.
 
-    An edge is the direct path: it passes no other unit of the space, kept or not. The residual stream flows on between parts,
-    attention and norms included, unless a part stands in the stream itself; there only what is no unit gets past. For every
-    batch there are three forward passes and two backward passes, and one more backward pass for each unit that is kept.
+    An edge is the direct path: it passes through no other unit of the space, kept or not. The residual stream flows between
+    parts, including attention and norms, unless a part sits in the stream itself; there only signals outside the units pass.
+    Each batch costs three forward passes, two backward passes, and one more backward pass per kept unit.
 
     Raises:
-        ValueError: If ``kept`` is not one entry for each unit.
+        ValueError: If ``kept`` does not have one entry per unit.
     """
     if kept.shape != (space.size,):
         raise ValueError(f"kept: expected one entry for each of the {space.size} units, got {tuple(kept.shape)}.")
@@ -71,7 +71,7 @@ def feature_edges(
 
 
 def _weights(space: NodeSpace, pairs: PromptPairs, units: Int[Tensor, " kept"]) -> Float[Tensor, "kept receivers"]:
-    """Summed over pairs; the last receiver is the metric."""
+    """Return edge weights summed over pairs; the last receiver is the metric."""
     _, corrupted = space.see(pairs.corrupted)
     seen, grads = space.passes.gradients(pairs.clean, space.hooks, pairs.measure)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def _weights(space: NodeSpace, pairs: PromptPairs, units: Int[Tensor, " kept"]) 
         cut = _Cut(space)
         with space.model.hooked(cut.readers()):
             metric = pairs.measure(space.passes.run(pairs.clean)).sum()
-        # What a unit carries, times how much the metric depends on it by whatever way.
+        # A unit's activation times the total gradient of the metric, along all paths.
         live = space.contrast(cut.state(), [torch.zeros_like(tensor) for tensor in clean], slopes).sum(0)
         received = [live[unit] for unit in units.tolist()]
         columns = [cut.effects(some, clean, corrupted)[units] for some in [*received, metric]]
@@ -89,17 +89,17 @@ def _weights(space: NodeSpace, pairs: PromptPairs, units: Int[Tensor, " kept"]) 
 
 
 class _Cut:
-    """A pass in which whatever units write is a new beginning: gradients reach the units before, and go no further."""
+    """Forward pass in which every part's output is a new leaf: gradients reach the nearest upstream units and stop there."""
 
     def __init__(self, space: NodeSpace):
         self.space = space
         self.leaves: Seen = {}
-        # Behind the cut; at hooks that are only read, as they are.
+        # Activations after the cut; unchanged at hooks that are only read.
         self._seen: Seen = {}
         self._states: dict[str, State] = {}
 
     def readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
-        """What to hook the model with."""
+        """Return the functions to hook the model with."""
         writers = {part.hook_out: self._cutter(part) for part in self.space.parts}
         return {hook: writers.get(hook) or self._keeper(hook) for hook in self.space.hooks}
 
@@ -108,11 +108,11 @@ class _Cut:
             y = y.clone()
             x = y if part.hook_in == part.hook_out else self._seen[part.hook_in]
             self._states[part.name] = part.state(x, y)
-            # A transcoder's skip, or an error that is no node: direct paths lead through it.
+            # Direct paths run through a transcoder's skip path, and through errors that are not nodes.
             past = part.past(x, y, self._states[part.name])
             self.leaves[part.hook_out] = leaf = y.detach().requires_grad_(True)
             self._seen[part.hook_out] = leaf + (past - past.detach())
-            # Modules above may write into what they get.
+            # Downstream modules may write to their inputs in place.
             return self._seen[part.hook_out].clone()
 
         return cut
@@ -121,13 +121,13 @@ class _Cut:
         return lambda x: self._seen.update({hook: x.clone()})
 
     def state(self) -> State:
-        """What units carry, as functions of what those before them write."""
+        """Return unit activations as functions of the outputs of upstream units."""
         return [tensor for part in self.space.parts for tensor in self._states[part.name]]
 
     def effects(self, received: Tensor, clean: State, corrupted: State) -> Float[Tensor, " units"]:
-        """By how much a number falls if units are taken from the corrupted run, along direct paths, all pairs together."""
+        """Return the drop of a scalar when units are patched from the corrupted run along direct paths, summed over pairs."""
         if not received.requires_grad:
-            # Nothing lies before the first part.
+            # No unit precedes the first part.
             return torch.zeros(self.space.size, device=received.device)
         self.space.passes.backwards += 1
         found = torch.autograd.grad(received, list(self.leaves.values()), retain_graph=True, allow_unused=True)

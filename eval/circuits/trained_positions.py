@@ -1,4 +1,4 @@
-"""Positions of prompts that a dictionary was not trained on, and how well it reconstructs the prompts."""
+"""Prompt positions that dictionary training excluded, and the reconstruction error on prompts."""
 
 import torch
 from jaxtyping import Bool
@@ -16,10 +16,10 @@ from .tasks.pairs import BATCH, PromptPairs
 def prompt_fit(
     model: LanguageModel, dictionaries: ComparedCheckpoint, pairs: PromptPairs
 ) -> tuple[list[Report], list[Shortfall]]:
-    """Return, for each hook, the dictionary's fvu on clean prompts, and doubts that count the positions training left out.
+    """Return each hook's FVU on clean prompts, and shortfalls that count positions excluded from training.
 
-    Circuits replace every position of a prompt; of positions that ``harvest.exclude_leading`` or ``harvest.exclude_special``
-    left out, a dictionary knows nothing.
+    Circuits replace activations at every position of a prompt, but a dictionary never saw the positions that
+    ``harvest.exclude_leading`` or ``harvest.exclude_special`` excluded.
     """
     left_out, rows = _left_out(model, dictionaries, pairs), []
     valid = pairs.valid
@@ -56,14 +56,14 @@ def prompt_fit(
 
 
 class _Fvu(RunningFvu):
-    """An fvu that may be of nothing."""
+    """Running FVU that is None if the targets have no variance."""
 
     def known(self) -> float | None:
         return float(self.value()) if self.moments.squared_deviation() > 0 else None
 
 
 def _left_out(model: LanguageModel, dictionaries: ComparedCheckpoint, pairs: PromptPairs) -> Bool[Tensor, "pairs positions"]:
-    """Positions that the training of some dictionary of the checkpoint left out, as far as its files say."""
+    """Return a mask of positions excluded from the training of any dictionary in the checkpoint, if its files say so."""
     found = torch.zeros_like(pairs.clean, dtype=torch.bool)
     for member in dictionaries.opened.members:
         harvest = member.provenance.get("harvest") or {}

@@ -1,4 +1,4 @@
-"""Transformers whose circuit is known for given prompt pairs, so that what finds circuits can be scored."""
+"""Transformers with a known circuit for given prompt pairs: ground truth for discovery methods."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from .rotation import rotated
 from .siit import PROGRAMS, trained
 from .toy import ToyConfig, ToyTransformer
 
-# What needs no files, by name. Models that are trained to be a program take up to a minute.
+# Models that need no files, by name. Those trained to be a program take up to a minute.
 KNOWN: dict[str, Callable[..., Known]] = {
     "and_gate": partial(and_gate_circuit, "and"),
     "or_gate": partial(and_gate_circuit, "or"),
@@ -24,7 +24,7 @@ KNOWN: dict[str, Callable[..., Known]] = {
     "clock": clock,
     **{f"siit_{name}": partial(trained, name) for name in PROGRAMS},
 }
-# What is read from a directory, the first argument.
+# Models that are read from a directory, the first argument.
 COMPILED: dict[str, Callable[..., Known]] = {name: partial(program, name) for name in EDGES}
 
 __all__ = [

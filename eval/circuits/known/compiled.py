@@ -1,16 +1,17 @@
-"""Programs compiled by tracr (Lindner et al. 2023, arXiv:2301.05062), read from files, with the circuit each program makes.
+"""Programs compiled by tracr (Lindner et al. 2023, arXiv:2301.05062), read from files, with the circuit of each program.
 
-Every axis of a compiled stream is one variable of the program, so the weights say which part reads what which part writes.
-An edge is in the circuit of zero ablation if it carries an axis on a way from the prompt to the output, unless the reader
-does the same without it: softmax does not mind a constant, so a query that is uniform over what it selects is such a case.
-Nor does what
-the program falls back on where it selects nothing (BOS, asked for by ``one``) belong, if it always selects something.
-For resampling, axes that are the same on both prompts drop out: positions, the constant ``one``, ``tokens:BOS``, lengths.
-``one`` is written by the embedding, so a bias of the program is an edge from ``embed``. Circuits of reverse and the fraction
-are those of Conmy et al. 2023, arXiv:2304.14997; those of hist and detect_abc were read off in the same way:
+Every axis of a compiled residual stream is one variable of the program, so the weights show which component reads which other.
+An edge is in the circuit of zero ablation if it carries an axis on a path from the prompt to the output, unless the reader does
+the same without it: softmax ignores constants, for example, so a query that is uniform over the positions it selects is not
+needed. The fallback of a program for empty selections (BOS, requested by ``one``) is not in the circuit either if the program
+always selects something.
 
-- hist: the head selects equal tokens (query and key) and takes BOS from among them, 1 / (count + 1); the MLP makes it a count.
-- detect_abc: ``m0`` says where a, b and c are, both heads of layer 1 shift a by two and b by one, ``m1`` and ``m2`` join them.
+For resampling, axes that are equal on both prompts drop out: positions, the constant ``one``, ``tokens:BOS``, lengths. ``one``
+is written by the embedding, so a bias of the program is an edge from ``embed``. Circuits of reverse and the fraction are those
+of Conmy et al. 2023, arXiv:2304.14997; those of hist and detect_abc were derived in the same way:
+
+- hist: the head selects equal tokens (query and key) and reads BOS among them, 1 / (count + 1); the MLP makes it a count.
+- detect_abc: ``m0`` marks a, b and c, the heads of layer 1 shift a by two and b by one, ``m1`` and ``m2`` combine them.
 """
 
 import json
@@ -46,7 +47,7 @@ EDGES = {
 
 
 def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) -> Known:
-    """A compiled program from its directory (``config.json`` with ``residual_labels``, ``model.safetensors``)."""
+    """Load a compiled program from its directory (``config.json`` with ``residual_labels``, ``model.safetensors``)."""
     require_choice("name", name, EDGES)
     model = load_toy(directory)
     labels = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["residual_labels"]
@@ -55,7 +56,7 @@ def program(name: str, directory: str | Path, n_pairs: int = 16, seed: int = 0) 
 
 
 def _reverse(_model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
-    # BOS, a, b, c are 0 to 3, as in the model written by hand.
+    # BOS, a, b, c are 0 to 3, as in the handwritten model.
     return reverse_pairs("tracr_reverse", n_pairs, seed, length=4)
 
 
@@ -65,11 +66,11 @@ def _fraction(_model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
 
 
 def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
-    """Asked where both prompts have tokens of different counts."""
+    """Return pairs with questions at positions whose tokens have different counts in the two prompts."""
     draw = torch.Generator().manual_seed(seed)
     clean, corrupted, questions = [], [], []
     while len(clean) < n_pairs:
-        # As long as prompts may be, as counts differ more then. BOS, a, b, c, padding, d.
+        # Prompts have the maximum length, as counts differ more then. Vocabulary: BOS, a, b, c, padding, d.
         one, other = (_letters(torch.randint(0, 4, (model.config.n_ctx - 1,), generator=draw)) for _ in range(2))
         counts = [(row[:, None] == row[None]).sum(1).tolist() for row in (one[1:], other[1:])]
         asked = [
@@ -85,7 +86,7 @@ def _hist(model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
 
 
 def _detect(model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
-    """Clean prompts have abc somewhere, and are asked where it ends; corrupted ones have a d for each of its letters."""
+    """Return clean prompts that contain abc, asked where it ends, and corrupted prompts with a d for each of its letters."""
     draw = torch.Generator().manual_seed(seed)
     length = model.config.n_ctx - 1
     clean, corrupted, questions = [], [], []
@@ -101,7 +102,7 @@ def _detect(model: ToyTransformer, n_pairs: int, seed: int) -> PromptPairs:
 
 
 def _letters(indices: Tensor) -> Tensor:
-    """BOS (id 0) and a, b, c, d, whose ids are 1, 2, 3 and 5."""
+    """Return BOS (id 0) and a, b, c, d, whose ids are 1, 2, 3 and 5."""
     return torch.cat([torch.tensor([0]), torch.tensor([1, 2, 3, 5])[indices]])
 
 

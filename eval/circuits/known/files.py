@@ -15,15 +15,15 @@ DIRECTIONS = ("causal", "bidirectional")
 
 
 def load_toy(directory: str | Path) -> ToyTransformer:
-    """The model of a directory; biases that its file lacks are zero, and so are positions.
+    """Load the model of a directory; missing biases and positional embeddings are zero.
 
-    Beside the sizes, ``config.json`` says: ``attention_dir`` (causal or bidirectional), ``normalization_type`` (null: none),
+    Besides sizes, ``config.json`` has: ``attention_dir`` (causal or bidirectional), ``normalization_type`` (null: none),
     ``attn_coeff`` (``ToyConfig.attention_share``), ``mask_blocked_layer0`` and ``mask_blocked_other`` (1: position ``t`` does
-    not see ``s``), ``zero_attention_rows_layer0`` (positions that take nothing), ``vocab`` with a ``[pad]`` that is not to be
-    attended to.
+    not attend to ``s``), ``zero_attention_rows_layer0`` (positions that attend to nothing), ``vocab`` with a ``[pad]`` that is
+    never attended to.
 
     Raises:
-        ValueError: If there are no such files, or they are not laid out so.
+        ValueError: If a file is missing, or its layout differs.
     """
     values, weights = _read(Path(directory))
     config = _config(values, str(directory))
@@ -68,7 +68,7 @@ def _config(values: dict[str, Any], where: str) -> ToyConfig:
 
 
 def _state(weights: dict[str, Tensor], config: ToyConfig) -> dict[str, Tensor]:
-    """Our names and layouts: linear maps as (out, in), heads side by side."""
+    """Return the weights in native names and layouts: linear maps as (out, in), heads concatenated."""
     state = {"wte.weight": weights["embed.W_E"], "lm_head.weight": weights["unembed.W_U"].T}
     loose = {
         "pos_embed.W_pos": "wpe.weight",

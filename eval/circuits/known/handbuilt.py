@@ -1,8 +1,8 @@
-"""Circuits written by hand: gates, induction, the fraction of x so far, reversing. Beside each, parts that do something else.
+"""Handwritten circuits: gates, induction, the fraction of x so far, reversing. Each model also has distractor components.
 
-What a distractor writes is read by other distractors or by nobody; some read what the circuit writes. Attention that picks
-one position scores it ``BETA`` above the others, so that the rest get ``exp(-BETA)`` each: what lies outside a circuit may
-leak that much.
+A distractor's output is read by other distractors only, or not read; some distractors read the circuit's outputs. Attention
+that picks one position scores it ``BETA`` above the others, each of which gets a weight of ``exp(-BETA)``: components outside a
+circuit may leak that much.
 """
 
 import torch
@@ -26,7 +26,7 @@ def made(
     edges: dict[str, str],
     directions: dict[str, Float[Tensor, " d_model"]],
 ) -> Known:
-    """A known circuit whose nodes are the ends of its edges, which are given as text for each ablation."""
+    """Return a known circuit from edges given as text per ablation; its nodes are the ends of the edges."""
     truth = {ablation: wired(text) for ablation, text in edges.items()}
     nodes = {ablation: ends(members) for ablation, members in truth.items()}
     return Known(name, LanguageModel(model, None, f"known:{name}", None), pairs, nodes, truth, directions)
@@ -39,21 +39,22 @@ def equal_pairs(
     corrupted: Int[Tensor, "pairs positions"],
     questions: list[tuple[Question, ...]],
 ) -> PromptPairs:
-    """Pairs without padding."""
+    """Return pairs without padding."""
     lengths = torch.full((len(clean),), clean.shape[1])
     return PromptPairs(task, corruption, clean, corrupted, tuple(questions), lengths)
 
 
-# Gates: two heads fetch one bit each, the MLP joins them.
+# Gates: two heads fetch one bit each, the MLP combines them.
 ZERO, ONE, START, ASK = 0, 1, 2, 3
 GATES = ("and", "or", "adder")
 
 
 def and_gate_circuit(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
-    """``and``: both bits are needed. ``or``: either will do. ``adder``: each counts. Prompts: start, two bits, two others, ask.
+    """Return a gate: ``and`` needs both bits, ``or`` either bit, ``adder`` counts them.
 
-    Clean prompts have ones, corrupted ones zeros. Heads 1 and 3 fetch the bits, 0 and 2 fetch the other two. Gates as in
-    Conmy et al. 2023, arXiv:2304.14997, appendix, with heads that tell the bits apart.
+    Prompts: start, two bits, two other bits, ask. Clean prompts have ones, corrupted ones zeros. Heads 1 and 3 fetch the bits,
+    0 and 2 fetch the other two. Gates as in Conmy et al. 2023, arXiv:2304.14997, appendix, with heads that distinguish the
+    bits.
     """
     require_choice("kind", kind, GATES)
     stream = ResidualLayout(token=4, position=6, bit=2, other=2, spare=1, result=1)
@@ -71,7 +72,7 @@ def and_gate_circuit(kind: str, n_pairs: int = 16, seed: int = 0) -> Known:
         )
     both, result = stream.all("bit").sum(0), stream.at("result")
     sign, bias, constant = {"and": (1.0, -1.0, 0.0), "or": (-1.0, 1.0, 1.0), "adder": (1.0, 0.0, 0.0)}[kind]
-    # or is 1 - relu(1 - left - right): not neither.
+    # or is 1 - relu(1 - left - right).
     start = write_neurons(model, 0, 0, sign * both[None], bias, sign * result[None])
     others = torch.stack([stream.all("other").sum(0), stream.at("token", ASK) + both])
     write_neurons(model, 0, start, others, -1.0, stream.at("spare").expand(2, -1))
@@ -95,22 +96,23 @@ def _gate_pairs(kind: str, n_pairs: int, seed: int) -> PromptPairs:
     return equal_pairs(f"{kind}_gate", "other bits", prompts(ONE), prompts(ZERO), [(Question(5, (1,), (0,)),)] * n_pairs)
 
 
-# Induction: what followed this token before follows it now.
+# Induction: predict the token that followed the last occurrence of the current one.
 LETTERS = 7
 
 
 def induction_circuit(n_pairs: int = 16, seed: int = 0, corruption: str = "other prompt") -> Known:
-    """Two layers of attention: the previous token, then whom it precedes. Prompts: BOS (id 0), six of seven letters, one again.
+    """Return a two-layer, attention-only induction circuit: a previous-token head and an induction head.
 
-    ``corruption`` is ``other prompt`` (all letters differ) or ``other query`` (only the last does: then what the first layer
-    says of earlier positions is the same on both prompts, and no part of the resampled circuit).
+    Prompts: BOS (id 0), six of seven letters, one of them again. ``corruption`` is ``other prompt`` (new letters) or ``other
+    query`` (only the last letter differs: the output of the first layer at earlier positions is then the same on both prompts,
+    and not in the resampled circuit).
     """
     size = LETTERS + 1
     stream = ResidualLayout(token=size, position=8, previous=size, found=size, spare=size)
     model = blank(ToyConfig(2, 3, stream.width, 8, n_ctx=8, d_vocab=size, d_vocab_out=size))
     _embed(model, stream)
     token, position, spare = stream.all("token"), stream.all("position"), stream.all("spare")
-    # Shifted by d, position i asks for i - d; before the start every position is as good.
+    # Position i asks for i - d; positions before d attend uniformly.
     for head, distance, target in ((0, 2, spare), (1, 1, stream.all("previous"))):
         write_head(model, 0, head, token, target, query=BETA * position[distance:], key=position[:-distance])
     write_head(model, 0, 2, token, spare)
@@ -149,9 +151,12 @@ def _induction_pairs(name: str, corruption: str, n_pairs: int, seed: int) -> Pro
     return equal_pairs(name, corruption, torch.stack(clean), torch.stack(corrupted), questions)
 
 
-# The fraction of x so far, as tracr compiles it: the MLP says what is an x, a head averages.
+# The fraction of x so far, as tracr compiles it: the MLP marks x, a head averages.
 def fraction(n_pairs: int = 16, seed: int = 0, length: int = 5) -> Known:
-    """One real output at every position. Tokens: BOS (id 0), w, x (2), y. On corrupted prompts some x are something else."""
+    """Return a circuit with one real output per position, the fraction of x so far.
+
+    Tokens: BOS (id 0), w, x (2), y. Corrupted prompts have no x.
+    """
     stream = ResidualLayout(token=4, position=length + 1, is_x=1, fraction=1, spare=3)
     config = ToyConfig(2, 2, stream.width, 2, n_ctx=length + 1, d_vocab=4, d_vocab_out=1, d_mlp=3)
     model = blank(config)
@@ -162,7 +167,7 @@ def fraction(n_pairs: int = 16, seed: int = 0, length: int = 5) -> Known:
     seen = torch.stack([stream.at("token", 2), stream.at("token", 3), spare[:2].sum(0)])
     write_neurons(model, 0, 0, seen, 0.0, torch.stack([is_x[0], spare[1], spare[2]]))
     write_head(model, 1, 0, torch.cat([is_x, spare[:1]]), spare[1:])
-    # Everything but BOS.
+    # Attend to everything but BOS.
     key = -stream.at("token")[None]
     write_head(model, 1, 1, is_x, stream.at("fraction")[None], key=key, query_bias=torch.tensor([BETA]))
     write_neurons(model, 1, 0, torch.stack([stream.at("fraction"), spare[2]]), 0.0, spare[:2])
@@ -174,7 +179,7 @@ def fraction(n_pairs: int = 16, seed: int = 0, length: int = 5) -> Known:
 
 
 def fraction_pairs(task: str, others: tuple[int, ...], x: int, n_pairs: int, seed: int, length: int) -> PromptPairs:
-    """Prompts of BOS (id 0) and ``length`` tokens; every ``x`` of the clean one is one of ``others`` in the corrupted one."""
+    """Return prompts of BOS (id 0) and ``length`` tokens; corrupted ones have random ``others`` instead of any ``x``."""
     draw = torch.Generator().manual_seed(seed)
     pool = torch.tensor(others)
 
@@ -190,14 +195,15 @@ def fraction_pairs(task: str, others: tuple[int, ...], x: int, n_pairs: int, see
     return equal_pairs(task, "no x", clean, corrupted, questions)
 
 
-# Reversing, as tracr compiles it, in fewer steps: length, where to look, a copy.
+# Reversing, as tracr compiles it, in fewer steps: length, source position, copy.
 LONGEST = 5
 
 
 def reverse(n_pairs: int = 16, seed: int = 0, length: int = 4) -> Known:
-    """Position p of n copies the letter of n + 1 - p. Tokens: BOS (id 0), three letters, padding (4); attention sees both ways.
+    """Return a circuit whose position p of n copies the letter of n + 1 - p.
 
-    Prompts of a pair are equally long, so that resampling leaves the length as it is, and only the copy is in that circuit.
+    Tokens: BOS (id 0), three letters, padding (4); attention is bidirectional. Prompts of a pair have equal length, so
+    resampling does not change the length, and only the copy is in that circuit.
     """
     if not 1 <= length < LONGEST:
         # Without its inputs the length comes out as LONGEST: ablation would change nothing there.
@@ -226,7 +232,7 @@ def reverse(n_pairs: int = 16, seed: int = 0, length: int = 4) -> Known:
 
 
 def _write_lengths(model: ToyTransformer, stream: ResidualLayout) -> None:
-    """``m0``: from 1 / (n + 1) to the axis of n. A step up where the length is at most n is a difference of two ReLUs."""
+    """Write ``m0``, from 1 / (n + 1) to the axis of n. A step at each length is a difference of two ReLUs."""
     inverse = torch.tensor([1 / (n + 1) for n in range(1, LONGEST + 1)])
     middle, steep = (inverse[1:] + inverse[:-1]) / 2, 2 / (inverse[:-1] - inverse[1:]).min()
     read = (steep * stream.at("inverse")).expand(LONGEST - 1, -1)
@@ -240,7 +246,7 @@ def _write_lengths(model: ToyTransformer, stream: ResidualLayout) -> None:
 
 
 def _write_sources(model: ToyTransformer, stream: ResidualLayout) -> None:
-    """``m1``: a neuron for every length and position, on where both hold, writes where to look."""
+    """Write ``m1``: a neuron per length and position, active if both match, that writes the source position."""
     where = [(n, p) for n in range(1, LONGEST + 1) for p in range(1, n + 1)]
     read = torch.stack([stream.at("length", n - 1) + stream.at("position", p) for n, p in where])
     write = torch.stack([stream.at("source", n + 1 - p) for n, p in where])
@@ -249,7 +255,7 @@ def _write_sources(model: ToyTransformer, stream: ResidualLayout) -> None:
 
 
 def reverse_pairs(task: str, n_pairs: int, seed: int, length: int) -> PromptPairs:
-    """BOS (id 0) and letters 1 to 3, each of them another on the corrupted prompt; outputs 0 to 2 are the letters."""
+    """Return BOS (id 0) and letters 1 to 3, all of which change in the corrupted prompt; outputs 0 to 2 are the letters."""
     draw = torch.Generator().manual_seed(seed)
     letters = torch.randint(0, 3, (n_pairs, length), generator=draw)
     others = (letters + torch.randint(1, 3, (n_pairs, length), generator=draw)) % 3

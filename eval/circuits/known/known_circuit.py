@@ -1,4 +1,4 @@
-"""Known: a model, prompt pairs, and the circuit that is right for both."""
+"""Known: a model, prompt pairs, and the ground-truth circuit for them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ ABLATIONS = ("resample", "zero")
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """A model whose circuit is known for these pairs, by ablation.
+    """Model with a ground-truth circuit for its prompt pairs, per ablation.
 
-    The circuit is what changes the metric when it is ablated; everything else can be ablated at once without effect. Where
-    parts stand in for each other (an OR of two heads), all of them belong, though ablating one alone does nothing; what only a
-    broken circuit falls back on does not belong. ``resample`` gives a unit the value it has on the corrupted prompt, so what
-    is the same on both prompts is in no such circuit; ``zero`` gives it zeros.
+    The circuit consists of the parts that change the metric when ablated; all other parts can be ablated at once without
+    effect. Redundant parts (an OR of two heads) all belong, although ablating one alone has no effect; fallbacks that only a
+    broken circuit uses do not belong. ``resample`` gives a unit its value on the corrupted prompt, so parts that are equal on
+    both prompts are in no such circuit; ``zero`` gives it zeros.
 
     Nodes are ``embed`` (token and position together), ``a{layer}.h{head}``, ``m{layer}``; edges ``SENDER->RECEIVER``, where
     receivers are ``a{layer}.h{head}.q``, ``.k``, ``.v``, ``m{layer}`` and ``logits``.
 
-    ``directions`` are named directions of the residual stream that the model computes with, of norm 1.
-    ``exact`` says whether what is not in the circuit has no effect at all; in trained models it has little.
+    ``directions`` are named unit vectors of the residual stream that the model computes with. ``exact`` is True if parts
+    outside the circuit have no effect; in trained models they have a small one.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Known:
 
     @property
     def module(self) -> ToyTransformer:
-        """The transformer itself."""
+        """The transformer."""
         module = self.model.module
         assert isinstance(module, ToyTransformer)
         return module
@@ -62,11 +62,11 @@ class Known:
         return self.module.config
 
     def node_labels(self, ablation: str, names: Iterable[str] | None = None) -> Tensor:
-        """Whether each node belongs to the circuit, in the order of ``names`` or of ``node_names``."""
+        """Return a mask of nodes in the circuit, in the order of ``names`` or of ``node_names``."""
         return _labels(self.nodes, ablation, node_names(self.config) if names is None else names)
 
     def edge_labels(self, ablation: str, names: Iterable[str] | None = None) -> Tensor:
-        """Whether each edge belongs to the circuit, in the order of ``names`` or of ``edge_names``."""
+        """Return a mask of edges in the circuit, in the order of ``names`` or of ``edge_names``."""
         return _labels(self.edges, ablation, edge_names(self.config) if names is None else names)
 
 
@@ -76,7 +76,7 @@ def _labels(truth: Mapping[str, frozenset[str]], ablation: str, names: Iterable[
 
 
 def node_names(config: ToyConfig) -> list[str]:
-    """Every sender, in the order of computation."""
+    """Return every sender, in the order of computation."""
     names = ["embed"]
     for layer in range(config.n_layers):
         names += [f"a{layer}.h{head}" for head in range(config.n_heads)]
@@ -85,7 +85,7 @@ def node_names(config: ToyConfig) -> list[str]:
 
 
 def edge_names(config: ToyConfig) -> list[str]:
-    """Every edge, receivers in the order of computation and for each the senders before it."""
+    """Return every edge: receivers in the order of computation, and for each the senders before it."""
     senders, names = ["embed"], []
     for layer in range(config.n_layers):
         heads = [f"a{layer}.h{head}" for head in range(config.n_heads)]
@@ -98,7 +98,7 @@ def edge_names(config: ToyConfig) -> list[str]:
 
 
 def ends(edges: Iterable[str]) -> frozenset[str]:
-    """The nodes that edges touch."""
+    """Return the nodes at the ends of edges."""
     parts = (edge.split("->") for edge in edges)
     return frozenset(node for sender, receiver in parts for node in (sender, _owner(receiver)) if node != "logits")
 
@@ -108,7 +108,7 @@ def _owner(receiver: str) -> str:
 
 
 def wired(text: str) -> frozenset[str]:
-    """Edges from text such as ``embed->a0.h0.q,k,v a0.h0->logits``, apart by spaces."""
+    """Return the edges of text such as ``embed->a0.h0.q,k,v a0.h0->logits``, separated by spaces."""
     edges = set()
     for term in text.split():
         sender, receiver = term.split("->")

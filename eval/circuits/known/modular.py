@@ -1,13 +1,13 @@
-"""Addition modulo a prime by trigonometry: a clock written by hand, and how to look for one in a trained model.
+"""Modular addition by trigonometry: a handwritten clock, and a comparison with trained models.
 
 A token is an angle ``w_k a`` on a circle, for a few frequencies k; sine and cosine of ``w_k (a + b)`` come from products of
-those of the two tokens; the logit of c is the sum over k of ``cos w_k (a + b - c)`` (Nanda et al. 2023, arXiv:2301.05217;
-Zhong et al. 2023, arXiv:2306.17844).
+those of the two tokens; the logit of c is the sum over k of ``cos w_k (a + b - c)`` (Nanda et al. 2023, arXiv:2301.05217; Zhong
+et al. 2023, arXiv:2306.17844).
 
 In a trained model each head carries some of every frequency: in that of Zhong et al. (59, four heads, "model B") patching any
-of the heads, and of the 23 edges all but the embedding's to queries and logits, changes the logit difference by more than 5
-of the 60 it is on some pair. So nothing but the frequencies is a circuit there: 13, 16 and 21 make up the logits, though the
-embedding holds 17 as well. The clock below is such a model whose unused frequencies have heads and neurons of their own.
+head, or any of the 23 edges except those from the embedding to queries and logits, changes the logit difference (about 60) by
+more than 5 on some pair. Only the frequencies form a circuit there: 13, 16 and 21 make up the logits, although the embedding
+holds 17 as well. The clock below is such a model whose unused frequencies have their own heads and neurons.
 """
 
 import math
@@ -22,9 +22,9 @@ from .known_circuit import Known
 from .toy import ToyConfig, ToyTransformer, blank
 from .wiring import ResidualLayout, write_head, write_neurons
 
-# Squares are drawn through points this far apart; between them they are at most a quarter of its square too large.
+# Distance of the points that interpolate the square; between them it is at most STEP^2 / 4 too large.
 STEP = 0.25
-# What is squared is the sum of two sines or cosines.
+# Range of the square's argument, a sum of two sines or cosines.
 REACH = 2.0
 # Coefficients of (cos a, sin a, cos b, sin b) in each form, and of its square in 4 cos(a + b) and 4 sin(a + b).
 FORMS = torch.tensor(
@@ -36,9 +36,9 @@ SIGNS = torch.tensor([[1, -1, -1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, -1, 1, -1]]).f
 def clock(
     n_pairs: int = 16, seed: int = 0, p: int = 13, frequencies: tuple[int, ...] = (1, 5), unused: tuple[int, ...] = (2, 3)
 ) -> Known:
-    """Prompts ``a b =``, asked for ``a + b`` modulo ``p`` at the end. ``unused`` frequencies are computed and never read.
+    """Return a clock for prompts ``a b =``, asked for ``a + b`` modulo ``p``; ``unused`` frequencies are computed, never read.
 
-    Frequencies alternate as far as they go, used ones at odd places; each has two heads, the first for a, the second for b.
+    Frequencies alternate as far as possible, used ones at odd indices; each has two heads, the first for a, the second for b.
     """
     order = _interleaved(unused, frequencies)
     _check(p, order)
@@ -67,7 +67,7 @@ def clock(
 
 
 def wave(p: int, frequency: int) -> Float[Tensor, "p 2"]:
-    """Cosine and sine of every number's angle."""
+    """Return cosine and sine of every number's angle."""
     angles = torch.arange(p) * (2 * math.pi * frequency / p)
     return torch.stack([angles.cos(), angles.sin()], 1)
 
@@ -75,13 +75,13 @@ def wave(p: int, frequency: int) -> Float[Tensor, "p 2"]:
 def write_products(
     model: ToyTransformer, start: int, both: Float[Tensor, "4 d_model"], total: Float[Tensor, "2 d_model"]
 ) -> None:
-    """Neurons that turn (cos a, sin a, cos b, sin b), read along ``both``, into cos and sin of a + b, written along ``total``.
+    """Write neurons from (cos a, sin a, cos b, sin b), read along ``both``, to cos and sin of a + b along ``total``.
 
-    A product is a difference of squares, ``4 x y = (x + y)^2 - (x - y)^2``; a square is piecewise linear: every neuron
-    bends it at one point.
+    A product is a difference of squares, ``4 x y = (x + y)^2 - (x - y)^2``; squares are piecewise linear, with one neuron per
+    breakpoint.
     """
     bends = torch.arange(round(REACH / STEP)) * STEP
-    # The slope is STEP from the start, and grows by twice that at each later bend.
+    # The slope starts at STEP and grows by twice that at each later breakpoint.
     heights = torch.full_like(bends, 2 * STEP)
     heights[0] = STEP
     for form, signs in zip(FORMS @ both, SIGNS.T @ total / 4, strict=True):
@@ -108,7 +108,7 @@ def _pairs(p: int, n_pairs: int, seed: int) -> PromptPairs:
     while len(clean) < n_pairs:
         one, other = (torch.randint(0, p, (2,), generator=draw) for _ in range(2))
         answer, foil = int(one.sum()) % p, int(other.sum()) % p
-        # Both numbers are others, so that either alone matters.
+        # Both numbers change, so that either alone matters.
         if answer == foil or (one == other).any():
             continue
         for rows, numbers in ((clean, one), (corrupted, other)):

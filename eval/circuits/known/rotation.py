@@ -1,7 +1,7 @@
-"""The same function with the residual stream turned, so that no axis means anything and a neuron is no shortcut.
+"""Rotated residual streams: the same function without privileged axes, so that neurons are no shortcut to the circuit.
 
-What writes to the stream and reads from it is turned; what heads and neurons compute stays the same but for rounding. Circuits
-stay as they are, and named directions turn with the stream.
+Weights that write to the stream or read from it are rotated; heads and neurons compute the same up to rounding. Circuits do not
+change, and named directions rotate with the stream.
 """
 
 from dataclasses import replace
@@ -16,10 +16,10 @@ from .toy import ToyTransformer
 
 
 def rotated(known: Known, seed: int) -> Known:
-    """The known circuit after a random rotation of its residual stream.
+    """Return the known circuit after a random rotation of its residual stream.
 
     Raises:
-        ValueError: If the model's norms do not commute with rotations: those that subtract the mean, or weigh axes.
+        ValueError: If the model's norms do not commute with rotations, because they subtract the mean or weight the axes.
     """
     module = known.module
     _check(known.name, module)
@@ -40,10 +40,10 @@ def rotated(known: Known, seed: int) -> Known:
 
 
 def rotation(width: int, seed: int) -> Float[Tensor, "width width"]:
-    """An orthogonal matrix in float64, uniform over all of them (Mezzadri 2007, arXiv:math-ph/0609050)."""
+    """Return a random orthogonal matrix in float64, uniform over all of them (Mezzadri 2007, arXiv:math-ph/0609050)."""
     draw = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(width, width, generator=draw, dtype=torch.float64))
-    # Without the signs the decomposition's own convention would show.
+    # The signs remove the convention of the QR decomposition, which would bias the draw.
     return q * r.diagonal().sign()
 
 

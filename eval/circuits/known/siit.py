@@ -1,14 +1,14 @@
-"""Trained transformers that carry out a program at given places and nowhere else: strict interchange intervention training.
+"""Transformers trained to implement a program at given nodes only: strict interchange intervention training (SIIT).
 
-Each variable of a program has one node of the model. Three losses say that the model is that program: its outputs are right
-(behaviour); with a variable's node taken from another prompt they are what the program gives with that variable from there
-(interchange; Geiger et al. 2022, arXiv:2112.00826); with any other node taken from another prompt they stay as they are
-(strict; Gupta et al. 2024, arXiv:2407.14494, whose weights of the losses these are).
+Each variable of a program has one node of the model. Three losses make the model implement the program: outputs are correct
+(behavior); with a variable's node patched from another prompt they match the program with that variable patched (interchange;
+Geiger et al. 2022, arXiv:2112.00826); with any other node patched they do not change (strict; Gupta et al. 2024,
+arXiv:2407.14494, whose loss weights these are).
 
-The circuit is known for resampling only: what training puts in a node's place is never zero. It is not exact: other nodes
-keep a small effect, below ``TOLERANCE`` of the output's range on average. Edges are those of the program; training does not
-see them one by one, and what two edges outside say to the same reader may cancel. Patched alone, such an edge was seen to
-have up to half the effect of one inside.
+The circuit is known for resampling only, because training never replaces a node by zero. It is not exact: other nodes keep a
+small effect, below ``TOLERANCE`` of the output's range on average. Edges are those of the program; training does not constrain
+them one by one, and two edges outside the circuit may cancel at the same reader. Patched alone, such an edge had up to half the
+effect of an edge in the circuit.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ from .toy import ToyConfig, ToyTransformer
 
 BEHAVIOUR, INTERCHANGE, STRICT = 1.0, 1.0, 0.4
 LENGTH, BATCH, LR, CLIP = 7, 128, 3e-3, 1.0
-# Outputs are shares, from 0 to 1: mean distance from the program's, and of an irrelevant node's effect.
+# Outputs are shares from 0 to 1. Limit on their mean distance from the program's, and on the mean effect of an irrelevant node.
 TOLERANCE = 0.01
 CHECK_EVERY = 100
 
@@ -37,9 +37,10 @@ Values = dict[str, Float[Tensor, "contexts positions"]]
 
 @dataclass(frozen=True)
 class Program:
-    """``run(token_ids, given)`` computes all variables, those in ``given`` excepted; the last is the output, one real number.
+    """Program of named variables: ``run(token_ids, given)`` computes all of them except those in ``given``.
 
-    ``places`` names each variable's node, ``edges`` the circuit they make. Tokens are 0 (BOS, always first) to ``d_vocab - 1``.
+    The last variable is the output, one real number. ``places`` maps variables to nodes, ``edges`` is the circuit of these
+    nodes. Tokens are 0 (BOS, always first) to ``d_vocab - 1``.
     """
 
     name: str
@@ -59,7 +60,7 @@ def _share_of_x(token_ids: Int[Tensor, "contexts positions"], given: Mapping[str
 
 
 def _share_of_repeats(token_ids: Int[Tensor, "contexts positions"], given: Mapping[str, Tensor]) -> Values:
-    # BOS precedes itself, as nothing else does.
+    # BOS counts as its own predecessor.
     previous = given.get("previous", torch.cat([token_ids[:, :1], token_ids[:, :-1]], 1).float())
     repeats = given.get("repeats", ((previous == token_ids) & (token_ids > 0)).float())
     return {"previous": previous, "repeats": repeats, "share": given.get("share", _mean_so_far(repeats))}
@@ -84,10 +85,10 @@ PROGRAMS = {
 
 
 def trained(name: str, n_pairs: int = 16, seed: int = 0, max_steps: int = 3000) -> Known:
-    """Train a two-layer transformer of four heads to be a program. 10 to 30 seconds of one core.
+    """Train a two-layer transformer with four heads to implement a program, in 10 to 30 seconds on one core.
 
     Raises:
-        ValueError: If there is no such program, or ``max_steps`` were not enough.
+        ValueError: If the program is unknown, or ``max_steps`` were not enough.
     """
     require_choice("name", name, PROGRAMS)
     program = PROGRAMS[name]
@@ -97,7 +98,7 @@ def trained(name: str, n_pairs: int = 16, seed: int = 0, max_steps: int = 3000) 
 
 
 def train_siit(program: Program, seed: int, max_steps: int) -> ToyTransformer:
-    """A model that is the program to within ``TOLERANCE``."""
+    """Train a model to implement the program to within ``TOLERANCE``."""
     draw = torch.Generator().manual_seed(seed)
     config = ToyConfig(2, 4, 32, 8, LENGTH, program.d_vocab, 1, d_mlp=64, activation="gelu")
     with torch.random.fork_rng(devices=[]):
@@ -146,7 +147,7 @@ def _loss(model: ToyTransformer, program: Program, variable: str, other: str, dr
 
 @torch.no_grad()
 def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: int = 512) -> dict[str, float]:
-    """Mean distance of outputs from what they should be: on prompts as they are, and with each node from other prompts."""
+    """Return the mean distance of outputs from their targets, unpatched and with each node patched from other prompts."""
     draw = torch.Generator().manual_seed(seed)
     base, source = (siit_prompts(program, n_prompts, draw) for _ in range(2))
     there = program.run(source, {})
@@ -164,7 +165,7 @@ def distances_of(model: ToyTransformer, program: Program, seed: int, n_prompts: 
 
 
 def siit_prompts(program: Program, count: int, draw: torch.Generator) -> Int[Tensor, "contexts positions"]:
-    """BOS and random tokens. Each prompt has its own odds for them, so that shares vary."""
+    """Return prompts of BOS and random tokens; token frequencies differ between prompts, so that shares vary."""
     weights = torch.rand(count, program.d_vocab - 1, generator=draw) ** 2 + 0.05
     tokens = torch.multinomial(weights, LENGTH - 1, replacement=True, generator=draw) + 1
     return torch.cat([torch.zeros(count, 1, dtype=torch.long), tokens], 1)
@@ -176,7 +177,7 @@ def _choose(names: list[str], draw: torch.Generator) -> str:
 
 @contextmanager
 def _watched(model: ToyTransformer) -> Iterator[dict[str, Tensor]]:
-    """Keeps what heads have mixed and MLPs have written, by layer: ``a0``, ``m0``."""
+    """Record the inputs of heads' output projections and the outputs of MLPs by layer: ``a0``, ``m0``."""
     written: dict[str, Tensor] = {}
     handles = []
 
@@ -204,7 +205,7 @@ def _watched(model: ToyTransformer) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def _swapped(model: ToyTransformer, node: str, written: dict[str, Tensor]) -> Iterator[None]:
-    """While open, ``node`` has what was written elsewhere."""
+    """Patch ``node`` with recorded activations, while open."""
     part, _, head = node.partition(".h")
     layer, donor = int(part[1:]), written[part]
 
@@ -223,7 +224,7 @@ def _swapped(model: ToyTransformer, node: str, written: dict[str, Tensor]) -> It
 
 
 def _pairs(program: Program, n_pairs: int, seed: int) -> PromptPairs:
-    """The clean prompt is the one of two with larger shares, asked where they are larger by 0.2."""
+    """Return pairs whose clean prompt has the larger shares, asked where they are larger by more than 0.2."""
     draw = torch.Generator().manual_seed(seed + 2)
     *_, output = program.places
     clean, corrupted, questions = [], [], []

@@ -1,8 +1,8 @@
-"""A small transformer whose every part is a plain module, for weights that are written by hand or come from toy models.
+"""Small transformer of plain modules, for handwritten weights and for toy models.
 
-Module paths are GPT-2's in the large (``wte``, ``wpe``, ``h``, ``ln_f``, ``lm_head``) and Llama's within attention and MLP,
-so that sites and anatomy find everything. Heads are ``n_heads`` equal slices of ``q_proj``, ``k_proj``, ``v_proj`` (rows) and
-``o_proj`` (columns). Norms and MLPs may be absent; positions that are not learned are zeros.
+Module paths are GPT-2's at the top level (``wte``, ``wpe``, ``h``, ``ln_f``, ``lm_head``) and Llama's within attention and MLP,
+so that sites and ``Architecture`` find everything. Heads are ``n_heads`` equal slices of ``q_proj``, ``k_proj``, ``v_proj``
+(rows) and ``o_proj`` (columns). Norms and MLPs are optional; positional embeddings that are not learned are zeros.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.G
 
 
 class Unnormed(nn.Identity):
-    """Stands where a norm would: gives back what it gets. ``weight``, all ones, says how wide that is."""
+    """Identity in place of a norm. ``weight``, all ones, records the width."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -35,10 +35,10 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Sizes and kinds. ``d_mlp`` 0 is a model of attention only; keys at tokens ``pad_id`` are never attended to.
+    """Sizes and module types. A ``d_mlp`` of 0 means attention only; keys at ``pad_id`` tokens are never attended to.
 
-    ``attention_share`` mixes the softmax (1) with a constant weight of 1 on every visible position (0), as in
-    Zhong et al. 2023, arXiv:2306.17844.
+    ``attention_share`` mixes the softmax (1) with a constant weight of 1 on every visible position (0), as in Zhong et al.
+    2023, arXiv:2306.17844.
     """
 
     n_layers: int
@@ -56,7 +56,7 @@ class ToyConfig:
     attention_share: float = 1.0
 
     model_type: ClassVar[str] = "sparsary_toy"
-    # There is but one way to compute attention here; code for other models asks.
+    # The only implementation of attention; code for other models reads this attribute.
     _attn_implementation: ClassVar[str] = "eager"
 
     def __post_init__(self) -> None:
@@ -81,7 +81,7 @@ class ToyConfig:
 
 
 class Attention(nn.Module):
-    """Heads with separate projections. ``blocked[t, s]``: ``t`` never sees ``s``; ``silent[t]``: ``t`` takes nothing."""
+    """Attention heads. ``blocked[t, s]``: ``t`` never attends to ``s``; ``silent[t]``: ``t`` attends to nothing."""
 
     blocked: Bool[Tensor, "n_ctx n_ctx"]
     silent: Bool[Tensor, " n_ctx"]
@@ -101,7 +101,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "contexts positions d_model"], seen: Bool[Tensor, "contexts positions"]
     ) -> tuple[Float[Tensor, "contexts positions d_model"], Float[Tensor, "contexts n_heads positions positions"]]:
-        """What is written, and each head's pattern; keys that are not ``seen`` are left out."""
+        """Return the output and each head's attention pattern; keys that are not ``seen`` are masked."""
         split = (*x.shape[:2], self.n_heads, self.d_head)
         q, k, v = (project(x).view(split) for project in (self.q_proj, self.k_proj, self.v_proj))
         pattern = self.pattern(torch.einsum("cthd,cshd->chts", q, k) / self.d_head**0.5, seen)
@@ -111,10 +111,10 @@ class Attention(nn.Module):
     def pattern(
         self, scores: Float[Tensor, "contexts n_heads positions positions"], seen: Bool[Tensor, "contexts positions"]
     ) -> Float[Tensor, "contexts n_heads positions positions"]:
-        """How much each head takes from where, by its scores."""
+        """Return each head's attention pattern from its scores."""
         length = scores.shape[-1]
         hidden = self.blocked[:length, :length] | ~seen[:, None, None, :]
-        # Not minus infinity: a row in which everything is hidden would not be a number.
+        # Not -inf: a row in which every key is masked would be NaN.
         pattern = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
         if self.share != 1:
             pattern = self.share * pattern + (1 - self.share) * (~hidden).to(scores.dtype)
@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
 
 class ToyMLP(nn.Module):
-    """Two projections and the activation between them."""
+    """Two projections with an activation function between them."""
 
     def __init__(self, config: ToyConfig):
         super().__init__()
@@ -135,7 +135,7 @@ class ToyMLP(nn.Module):
 
 
 class ToyBlock(nn.Module):
-    """Attention, then the MLP, if there is one. Without it nothing reads ``ln_2``."""
+    """Attention, then an optional MLP. Without an MLP nothing reads ``ln_2``."""
 
     def __init__(self, config: ToyConfig):
         super().__init__()
@@ -150,7 +150,7 @@ class ToyBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "contexts positions d_model"], seen: Bool[Tensor, "contexts positions"]
     ) -> tuple[Float[Tensor, "contexts positions d_model"], Float[Tensor, "contexts n_heads positions positions"]]:
-        """The stream behind the block, and the heads' patterns."""
+        """Return the residual stream after the block, and the attention patterns."""
         written, pattern = self.attn(self.ln_1(x), seen)
         x = x + written
         return (x + self.mlp(self.ln_2(x)) if self.has_mlp else x), pattern
@@ -158,14 +158,14 @@ class ToyBlock(nn.Module):
 
 @dataclass(frozen=True)
 class ToyOutput:
-    """What a pass returns. ``attentions``, one pattern per layer, is None unless asked for."""
+    """Output of a forward pass. ``attentions``, one pattern per layer, is None unless requested."""
 
     logits: Float[Tensor, "contexts positions d_vocab_out"]
     attentions: tuple[Float[Tensor, "contexts n_heads positions positions"], ...] | None
 
 
 class ToyTransformer(nn.Module):
-    """Embeddings of tokens and positions, blocks, a final norm and an unembedding with bias."""
+    """Token and positional embeddings, blocks, a final norm and an unembedding with bias."""
 
     def __init__(self, config: ToyConfig):
         super().__init__()
@@ -183,7 +183,7 @@ class ToyTransformer(nn.Module):
         use_cache: bool = False,
         output_attentions: bool = False,
     ) -> ToyOutput:
-        """Logits at every position. ``attention_mask`` is 0 at keys to leave out; nothing is ever cached."""
+        """Return the logits at every position. ``attention_mask`` is 0 at masked keys; nothing is cached."""
         length = input_ids.shape[1]
         if length > self.config.n_ctx:
             raise ValueError(f"input_ids: expected at most {self.config.n_ctx} positions (n_ctx), got {length}.")
@@ -198,13 +198,13 @@ class ToyTransformer(nn.Module):
         return ToyOutput(self.lm_head(self.ln_f(x)), tuple(patterns) if output_attentions else None)
 
     def attention(self, layer: int) -> Attention:
-        """Attention of one block."""
+        """Return the attention of one block."""
         attention = self.h[layer].get_submodule("attn")
         assert isinstance(attention, Attention)
         return attention
 
     def mlp(self, layer: int) -> ToyMLP:
-        """The MLP of one block, in a model that has them."""
+        """Return the MLP of one block, in a model that has MLPs."""
         mlp = self.h[layer].get_submodule("mlp")
         assert isinstance(mlp, ToyMLP)
         return mlp
@@ -216,11 +216,11 @@ class ToyTransformer(nn.Module):
         return self.lm_head
 
     def set_attn_implementation(self, name: Any) -> None:
-        """Nothing to set."""
+        """Do nothing; there is only one implementation."""
 
 
 def blank(config: ToyConfig) -> ToyTransformer:
-    """A model whose weights and biases are all zero, to write a circuit into; norms have weight 1."""
+    """Return a model with all weights and biases zero, to write a circuit into; norms have weight 1."""
     model = ToyTransformer(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

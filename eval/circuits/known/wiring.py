@@ -1,4 +1,4 @@
-"""Writing a circuit into a transformer: a residual stream with named axes, and the weights of one head or MLP."""
+"""Writing circuits into a transformer: a residual stream with named axes, and the weights of one head or MLP."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from .toy import ToyTransformer
 
 
 class ResidualLayout:
-    """A residual stream whose axes are named: blocks of them, in the order given."""
+    """Residual stream with named blocks of axes, in the given order."""
 
     def __init__(self, **sizes: int):
         self.sizes = sizes
@@ -21,17 +21,17 @@ class ResidualLayout:
         return self._slices[block]
 
     def at(self, block: str, index: int = 0) -> Float[Tensor, " d_model"]:
-        """The unit vector of one axis."""
+        """Return the unit vector of one axis."""
         vector = torch.zeros(self.width)
         vector[self._slices[block].start + index] = 1.0
         return vector
 
     def all(self, block: str) -> Float[Tensor, "axes d_model"]:
-        """The unit vectors of a block."""
+        """Return the unit vectors of a block."""
         return torch.eye(self.width)[self._slices[block]]
 
     def directions(self) -> dict[str, Float[Tensor, " d_model"]]:
-        """Every axis by name: ``block`` where it is the only one, else ``block:index``."""
+        """Return every axis by name: ``block`` if it is the only axis, else ``block:index``."""
         return {
             (f"{block}:{index}" if size > 1 else block): self.at(block, index)
             for block, size in self.sizes.items()
@@ -50,9 +50,9 @@ def write_head(
     key: Float[Tensor, "scored d_model"] | None = None,
     query_bias: Float[Tensor, " scored"] | None = None,
 ) -> None:
-    """Make a head score ``(query @ x_t + query_bias) . (key @ x_s)`` and write ``output.T @ value @ x_s`` of what it finds.
+    """Set a head to score ``(query @ x_t + query_bias) . (key @ x_s)`` and write ``output.T @ value @ x_s`` where it attends.
 
-    Without ``key`` it attends everywhere alike.
+    Without ``key`` attention is uniform.
     """
     attention = model.attention(layer)
     rows = slice(head * attention.d_head, (head + 1) * attention.d_head)
@@ -60,7 +60,7 @@ def write_head(
     def put(matrix: Tensor) -> Tensor:
         return F.pad(matrix, (0, 0, 0, attention.d_head - len(matrix)))
 
-    # Scores are divided by this in the model.
+    # The model divides scores by this.
     scale = attention.d_head**0.5
     if key is not None:
         attention.k_proj.weight[rows] = put(key)
@@ -81,7 +81,7 @@ def write_neurons(
     bias: Float[Tensor, " neurons"] | float,
     write: Float[Tensor, "neurons d_model"],
 ) -> int:
-    """Neurons from ``start`` on: ``act(read @ x + bias)``, written along ``write``. Returns the first index behind them."""
+    """Write neurons ``act(read @ x + bias)`` from ``start`` on, with outputs along ``write``; return the next free index."""
     mlp = model.mlp(layer)
     end = start + len(read)
     assert end <= mlp.down_proj.in_features

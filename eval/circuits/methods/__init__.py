@@ -1,4 +1,4 @@
-"""Methods of discovery by name. A new one is a file here, a line in ``METHODS`` and a test on a model with a known circuit."""
+"""Discovery methods by name. A new one needs a file here, a line in ``METHODS`` and a test on a model with a known circuit."""
 
 from .attribution import AttributionPatching
 from .baselines import ActivationMagnitude, RandomScores

@@ -1,7 +1,7 @@
-"""Attribution patching: difference of activations times the gradient of the metric; of edges, edge attribution patching.
+"""Attribution patching: activation difference times gradient of the metric; on edges, edge attribution patching (EAP).
 
-Two forward passes and one backward pass for each batch, whatever the number of units. Source: Nanda 2023, "Attribution
-patching"; for edges Syed, Rager and Conmy 2023, arXiv:2310.10348.
+Two forward passes and one backward pass per batch, for any number of units. Source: Nanda 2023, "Attribution patching"; for
+edges Syed, Rager and Conmy 2023, arXiv:2310.10348.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ ENDS = ("clean", "corrupted")
 
 
 class AttributionPatching(Method):
-    """The metric's linear estimate at the clean prompt, or ``at`` the corrupted one."""
+    """Linear estimate of patching effects, with gradients at the clean prompt, or ``at`` the corrupted one."""
 
     def __init__(self, at: str = "clean", batch: int = BATCH):
         self.at, self.batch = require_end("at", at), batch
@@ -29,7 +29,7 @@ class AttributionPatching(Method):
 
 
 def require_end(option: str, value: str) -> str:
-    """The value of an option that names a prompt of the pair.
+    """Return ``value`` if it names a prompt of the pair.
 
     Raises:
         ValueError: If it names neither.
@@ -41,7 +41,7 @@ def require_end(option: str, value: str) -> str:
 def linear_scores(
     space: Space, pairs: PromptPairs, at: str, batch: int, rules: Callable[[], AbstractContextManager] | None = None
 ) -> UnitScores:
-    """What the units' differences amount to by slopes at one prompt; ``rules`` make what is open around those passes."""
+    """Score units by activation difference times gradient at one prompt; ``rules`` opens a context around those passes."""
     other = ENDS[1 - ENDS.index(at)]
 
     def contributions(some: PromptPairs) -> Tensor:

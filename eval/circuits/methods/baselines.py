@@ -1,4 +1,4 @@
-"""What any method must beat: scores at random, and how far activations move, without asking the metric."""
+"""Baselines for all methods: random scores, and activation magnitudes; neither uses the metric."""
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ MAGNITUDES = ("difference", "clean")
 
 
 class RandomScores(Method):
-    """Uniform scores between 0 and 1: circuits of units drawn without looking."""
+    """Uniform random scores between 0 and 1."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -25,10 +25,10 @@ class RandomScores(Method):
 
 
 class ActivationMagnitude(Method):
-    """The norm of what a unit carries, over positions: of the ``difference`` between the prompts, or on the ``clean`` one.
+    """Norm of a unit's activations over positions: of the ``difference`` between the prompts, or on the ``clean`` one.
 
-    The difference is attribution with every slope 1; the clean norm is what pruning by activation looks at. Padding does not
-    count.
+    The difference is attribution with every gradient set to 1; the clean norm is the criterion of pruning by activation.
+    Padding is excluded.
     """
 
     def __init__(self, of: str = "difference", batch: int = BATCH):

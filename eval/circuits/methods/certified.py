@@ -1,10 +1,10 @@
-"""Certified circuits: units that a method selects, or leaves out, on nearly every random part of the pairs.
+"""Certified circuits: units that a method selects, or excludes, on nearly every random subsample of the pairs.
 
-Every pair is left out of a subsample with probability ``p_del``; a unit is IN if the method selects it on more than ``tau`` of
-all subsamples, OUT if it leaves it out on more than that, with confidence ``1 - alpha``, and nothing is said of the others. A
-data set that differs by ``r`` pairs gives the very same subsample whenever those are left out, with probability ``p_del^r``, so
-that its votes differ by ``1 - p_del^r`` at most: up to ``r = floor(log(1.5 - tau) / log(p_del))`` deletions, insertions and
-substitutions of pairs, more than half of all subsamples still select what is IN, and leave out what is OUT.
+Every pair is dropped from a subsample with probability ``p_del``. With confidence ``1 - alpha``, a unit is IN if the method
+selects it on more than ``tau`` of all subsamples, and OUT if the method excludes it on more than ``tau``; other units are
+undecided. A data set that differs by ``r`` pairs gives the same subsample whenever those pairs are dropped, with probability
+``p_del^r``, so its votes differ by at most ``1 - p_del^r``: after up to ``r = floor(log(1.5 - tau) / log(p_del))`` deletions,
+insertions and substitutions of pairs, more than half of all subsamples still select every IN unit and exclude every OUT unit.
 
 Source: Anani et al. 2026, arXiv:2602.22968; the bound is that of Huang et al. 2023, arXiv:2302.01757.
 """
@@ -25,15 +25,15 @@ from ..units.space import Space
 from .attribution import AttributionPatching
 from .method import Method, UnitScores
 
-# Of all units, where neither a size nor a threshold is given.
+# Share of all units that is selected if neither a size nor a threshold is given.
 SHARE = 0.1
-# Subsamples that are scored together.
+# Number of subsamples scored together.
 CHUNK = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Share of subsamples that selected each unit, and what follows for any data set within ``radius`` edits of this one."""
+    """Votes (share of subsamples that selected a unit), and decisions valid for any data set within ``radius`` edits."""
 
     votes: Float[Tensor, " units"]
     included: Bool[Tensor, " units"]
@@ -43,11 +43,11 @@ class Certificate:
 
     @property
     def abstained(self) -> Bool[Tensor, " units"]:
-        """Of which nothing is said."""
+        """Mask of units without a decision."""
         return ~(self.included | self.excluded)
 
     def decisions(self) -> list[str]:
-        """IN, OUT or ABSTAIN for every unit."""
+        """Return IN, OUT or ABSTAIN for every unit."""
         return [
             "IN" if included else "OUT" if excluded else "ABSTAIN"
             for included, excluded in zip(self.included.tolist(), self.excluded.tolist(), strict=True)
@@ -55,12 +55,12 @@ class Certificate:
 
 
 class Certified(Method):
-    """The votes of subsamples for the circuit that ``base`` finds on each: its ``size`` largest scores, or those above
-    ``threshold``, ``ranking`` as for any circuit; without either a tenth of all units. A score of 0 selects nothing.
+    """Certification by subsampling of the circuits that ``base`` finds.
 
-    A method that scores pair by pair looks at every pair once; others run anew on each subsample. ``simultaneous`` divides
-    ``alpha`` by the number of units, so that with probability ``1 - alpha`` no decision at all is wrong; without it this
-    holds for each unit by itself.
+    The circuit of a subsample is its ``size`` largest scores, or those above ``threshold``, in ``ranking``; by default a tenth
+    of all units. A score of 0 is never selected. Methods with per-pair scores run once on every pair; others run again on each
+    subsample. ``simultaneous`` divides ``alpha`` by the number of units, so that with probability ``1 - alpha`` all decisions
+    are right; otherwise this holds for each unit by itself.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Certified(Method):
     def _rerun(self, space: Space, pairs: PromptPairs, subsamples: Bool[Tensor, "n pairs"]) -> Float[Tensor, " units"]:
         votes = torch.zeros(space.size)
         for some in subsamples:
-            # On nothing, nothing is found.
+            # An empty subsample selects nothing.
             if some.any():
                 values = self.base.discover(space, pairs.take(some.nonzero().flatten())).values
                 votes += self._select(values[None].cpu()).float()[0]
@@ -135,11 +135,11 @@ class Certified(Method):
 
 
 def radius(tau: float, p_del: float) -> int:
-    """How many pairs may be deleted, inserted or replaced."""
+    """Return the number of pairs that may be deleted, inserted or replaced."""
     return math.floor(math.log(1.5 - tau) / math.log(p_del))
 
 
 def lower_bound(counts: Float[np.ndarray, " units"], n: int, alpha: float) -> Float[np.ndarray, " units"]:
-    """Below a probability with confidence ``1 - alpha``, from so many successes in ``n`` draws: Clopper and Pearson 1934."""
+    """Return the Clopper-Pearson (1934) lower bound of a probability at confidence ``1 - alpha``, for ``counts`` of ``n``."""
     bounds = beta.ppf(alpha, np.maximum(counts, 1), n - counts + 1)
     return np.where(counts > 0, bounds, 0.0)

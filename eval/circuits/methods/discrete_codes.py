@@ -1,14 +1,14 @@
-"""Discrete codes: heads that say something on clean prompts which they never say on corrupted ones.
+"""Discrete codes: heads scored by the number of codes that occur on clean prompts and never on corrupted ones.
 
-What each head writes on a prompt is replaced by the number of the latent that it excites most, in one small sparse
-autoencoder that all heads share and that a few prompts are enough for. No unit is ever taken out, and no gradient of the
-model is needed: scores are numbers of codes, not falls of a metric. They say which heads tell the two kinds of prompts apart,
-so they say nothing where corrupted prompts are as likely as clean ones, only with other answers. Compare them with
-``shuffled_counts``, as heads of many codes come first either way: of the embedded model's heads for indirect objects (those
-whose exact effect exceeds 0.5; 3 seeds) codes had an area under the curve of 0.94, 0.68, 0.78 and 0.81 by corruption, shuffled
-labels 0.83, 0.74, 0.81 and 0.80, and ``MeanDifference`` 1.00, 0.98, 0.96 and 0.92.
+A head's output on a prompt is replaced by the index of the latent with the largest activation, in one small sparse autoencoder
+that all heads share and that needs only a few prompts. No unit is ablated and the model needs no gradient: scores are numbers
+of codes, not drops in the metric. They show which heads distinguish the two kinds of prompts, so they are uninformative if
+corrupted prompts are as likely as clean ones and only have other answers. Compare them with ``shuffled_counts``, because heads
+with many codes rank first in either case: on the embedded model's heads for indirect objects (those whose exact effect exceeds
+0.5; 3 seeds) codes had an area under the curve of 0.94, 0.68, 0.78 and 0.81 by corruption, shuffled labels 0.83, 0.74, 0.81 and
+0.80, and ``MeanDifference`` 1.00, 0.98, 0.96 and 0.92.
 
-Source: O'Neill and Bui 2024, arXiv:2405.12522, and the authors' code for what the paper leaves open.
+Source: O'Neill and Bui 2024, arXiv:2405.12522, and the authors' code for details that the paper leaves open.
 """
 
 from dataclasses import dataclass
@@ -39,14 +39,14 @@ class Codes:
     n_codes: int
 
     def counts(self) -> Float[Tensor, " units"]:
-        """How many codes of each unit occur on positives and never on negatives."""
+        """Return the number of codes of each unit that occur on positives and never on negatives."""
         offsets = torch.arange(self.positive.shape[1]) * self.n_codes
         return _only_positive(self.positive + offsets, self.negative + offsets, self.n_codes, self.positive.shape[1])
 
     def pair_counts(self) -> Float[Tensor, "units units"]:
-        """How many pairs of codes two units have at once on positives and never at once on negatives; without direction.
+        """Return the number of code pairs of two units that co-occur on positives and never on negatives.
 
-        Which of two units comes before the other is not asked; the diagonal is 0.
+        The matrix is symmetric, as the order of the two units is ignored; the diagonal is 0.
         """
         n = self.positive.shape[1]
         offsets = torch.arange(n) * self.n_codes**2
@@ -59,7 +59,7 @@ class Codes:
         return torch.stack(rows).fill_diagonal_(0.0)
 
     def shuffled_counts(self, shuffles: int = 100, seed: int = 0) -> Float[Tensor, "shuffles units"]:
-        """The counts with labels drawn anew, as a control: a unit of many codes has high counts whatever the task."""
+        """Return the counts under shuffled labels, as a control: a unit with many codes has high counts for any task."""
         every, n = torch.cat([self.positive, self.negative]), len(self.positive)
         draw = torch.Generator().manual_seed(seed)
         found = []
@@ -70,30 +70,30 @@ class Codes:
 
 
 def _only_positive(positive: Tensor, negative: Tensor, per_unit: int, n_units: int) -> Float[Tensor, " units"]:
-    """Keys that occur among the first and not among the second, counted by the unit they are of."""
+    """Count, per unit, the keys that occur among positives and not among negatives."""
     keys = np.setdiff1d(positive.numpy(), negative.numpy())
     return torch.bincount(torch.from_numpy(keys) // per_unit, minlength=n_units).float()
 
 
 def appearances(pair_counts: Float[Tensor, "units units"]) -> Float[Tensor, " units"]:
-    """How often each unit is among the strongest quarter of all ordered pairs: scores of nodes from those of pairs."""
+    """Return node scores from pair counts: how often each unit is among the strongest quarter of all ordered pairs."""
     n = len(pair_counts)
     first, second = (~torch.eye(n, dtype=torch.bool)).nonzero(as_tuple=True)
     order = pair_counts[first, second].argsort(descending=True, stable=True)
-    # Half as many ends as there are cells in the matrix, two to a pair.
+    # The top n^2 / 4 pairs, with two ends each.
     ends = torch.stack([first[order], second[order]], dim=1).flatten()[: n**2 // 2]
     return torch.bincount(ends, minlength=n).float()
 
 
 class DiscreteCodes(Method):
-    """Numbers of codes that only clean prompts have.
+    """Discovery by discrete codes: scores are numbers of codes that occur on clean prompts only.
 
-    ``examples`` prompts, clean and corrupted together, train the autoencoder: ``n_codes`` latents, an L1 penalty weighing
-    ``sparsity``, ``epochs`` steps of Adam; codes are then read off on all prompts. ``tokens`` says what a prompt is: the mean
-    over its tokens, or its last one; where units are told apart by position each position is a unit as it is.
-    ``count`` is of units' own codes (``nodes``), or of codes that ``pairs`` of units have at once.
+    ``examples`` prompts, clean and corrupted together, train the autoencoder with ``n_codes`` latents, L1 weight ``sparsity``
+    and ``epochs`` steps of Adam; then all prompts are encoded. ``tokens`` represents a prompt by the mean over its tokens or by
+    its last token; units that are separate by position are used as they are. ``count`` is of a unit's own codes (``nodes``), or
+    of codes that ``pairs`` of units have at the same time.
 
-    For spaces whose units write to the residual stream: heads, and whole components.
+    Spaces must have units that write to the residual stream: heads, and whole components.
     """
 
     def __init__(
@@ -122,15 +122,15 @@ class DiscreteCodes(Method):
         return UnitScores(values, cost)
 
     def codes(self, space: Space, pairs: PromptPairs) -> Codes:
-        """The codes of all prompts.
+        """Return the codes of all prompts.
 
         Raises:
-            ValueError: If units are not coordinates that a projection writes to the residual stream, or already lie in it.
+            ValueError: If units are neither coordinates that a projection writes to the residual stream nor already in it.
         """
         return self.encode(*written_codes(space, pairs, self.tokens))
 
     def encode(self, positive: Float[Tensor, "pairs units d"], negative: Float[Tensor, "pairs units d"]) -> Codes:
-        """The codes of what units write."""
+        """Return the codes of unit outputs."""
         every = torch.cat([positive, negative])
         draw = torch.Generator().manual_seed(self.seed)
         encoder = _Autoencoder(every.shape[-1], self.n_codes, draw)
@@ -140,7 +140,7 @@ class DiscreteCodes(Method):
 
 
 class MeanDifference(Method):
-    """A control without codes: the distance between what a unit writes on clean and on corrupted prompts, on average."""
+    """Control without codes: distance between a unit's mean outputs on clean and on corrupted prompts."""
 
     def __init__(self, tokens: str = "mean"):
         require_choice("tokens", tokens, TOKENS)
@@ -153,10 +153,10 @@ class MeanDifference(Method):
 
 
 class _Autoencoder(nn.Module):
-    """``z = relu(W_enc (x - b) + b_enc)``, ``x_hat = W_dec z + b``.
+    """Sparse autoencoder ``z = relu(W_enc (x - b) + b_enc)``, ``x_hat = W_dec z + b``.
 
-    As in the authors' code the rows of both matrices have unit norm; those of ``W_dec (d, n_codes)`` belong to coordinates,
-    not to atoms.
+    As in the authors' code the rows of both matrices have unit norm; rows of ``W_dec (d, n_codes)`` are coordinates, not
+    decoder directions.
     """
 
     def __init__(self, d: int, n_codes: int, draw: torch.Generator):
@@ -171,7 +171,7 @@ class _Autoencoder(nn.Module):
 
     @torch.enable_grad()
     def fit(self, x: Float[Tensor, "prompts units d"], sparsity: float, lr: float, epochs: int) -> None:
-        """All prompts in every step. The error is a mean over everything, the penalty one over prompts and units."""
+        """Train with all prompts in every step; the error is averaged over all entries, the penalty over prompts and units."""
         optimizer = torch.optim.Adam(self.parameters(), lr=lr)
         for _ in range(epochs):
             z = self.encode(x)
@@ -188,10 +188,10 @@ class _Autoencoder(nn.Module):
 
 @torch.no_grad()
 def written_codes(space: Space, pairs: PromptPairs, tokens: str) -> tuple[Tensor, Tensor]:
-    """What every unit writes to the residual stream on clean and on corrupted prompts, each ``(pairs, units, d_model)``.
+    """Return every unit's output to the residual stream on clean and on corrupted prompts, each ``(pairs, units, d_model)``.
 
     Raises:
-        ValueError: If units are not coordinates that a projection writes to the residual stream, or already lie in it.
+        ValueError: If units are neither coordinates that a projection writes to the residual stream nor already in it.
     """
     if not isinstance(space, NodeSpace):
         raise ValueError("discrete_codes: expected a space of heads or components, got one of edges. Choose nodes.")
@@ -211,7 +211,7 @@ def _contributions(space: NodeSpace, writers: list[Tensor], seen: Seen, pairs: P
     every = []
     for part, writer in zip(space.parts, writers, strict=True):
         x = seen[part.hook_out].float().cpu()
-        # Projections are linear: tokens may be averaged first.
+        # Projections are linear, so tokens can be averaged first.
         x = x if space.copies > 1 else _of_prompt(x, pairs, tokens)
         units = x.unflatten(-1, writer.shape[:2])
         every.append(torch.einsum("ptug,ugd->ptud", units, writer).flatten(1, 2))
@@ -226,13 +226,13 @@ def _of_prompt(x: Float[Tensor, "pairs positions width"], pairs: PromptPairs, to
 
 
 def _writer(space: NodeSpace, part: Part) -> Float[Tensor, "units group d_model"]:
-    """How the units of a part write: by the projection that reads them, or as they are."""
+    """Return the output weights of a part's units: those of the projection that reads them, or the identity."""
     module, side = space.model.find(part.hook_out)
     if not isinstance(part, Coordinates):
         raise ValueError(f"discrete_codes: {part.name}: expected heads or whole components, got latents of a dictionary.")
     if side == "in" and getattr(getattr(module, "weight", None), "ndim", 0) == 2:
         eye = torch.eye(part.width, device=space.model.device, dtype=module.weight.dtype)  # pyright: ignore[reportArgumentType]
-        # Whichever way round the weights are stored; the bias is no head's.
+        # Independent of the weights' layout; the bias belongs to no head.
         return (module(eye) - module(torch.zeros_like(eye))).float().cpu().unflatten(0, (part.n_units, part.group))
     if part.n_units > 1:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Edge Pruning: a mask over all units at once, learned so that the circuit predicts what the model does with ever fewer units.
+"""Edge Pruning: a mask over all units, learned so that the circuit predicts the model's outputs with fewer and fewer units.
 
-Whether a unit is kept is random while learning: a hard concrete variable, which is often exactly 0 or exactly 1 and has a
-gradient. How many units are to go rises step by step, and is held by a Lagrangian whose multipliers climb as long as too many
-are left. Source: Bhaskar et al. 2024, arXiv:2406.16778, whose units are edges; Louizos et al. 2018, arXiv:1712.01312 (masks).
+The mask is random during training: a hard concrete variable, which is often exactly 0 or exactly 1 and has a gradient. The
+target share of removed units rises step by step and is enforced by a Lagrangian whose multipliers grow while too many units are
+left. Source: Bhaskar et al. 2024, arXiv:2406.16778, whose units are edges; Louizos et al. 2018, arXiv:1712.01312 (masks).
 """
 
 import itertools
@@ -20,27 +20,27 @@ from ..units.space import Space, State
 from .method import Method, UnitScores
 
 LOSSES = ("kl", "metric")
-# Of the hard concrete distribution, as published: its temperature, how far it is stretched beyond 0 and 1, and how far the
-# uniform numbers that it is made of stay from either.
+# Published parameters of the hard concrete distribution: temperature, stretch beyond 0 and 1, and distance of the uniform
+# samples from 0 and 1.
 TEMPERATURE, STRETCH, MARGIN = 2 / 3, 0.1, 1e-6
-# Mask logits at the start: everything is kept.
+# Mean and standard deviation of initial mask logits: all units are kept.
 START, SPREAD = 10.0, 0.01
-# Share of all steps in which learning rates rise: 200 of the published 3000.
+# Share of all steps with rising learning rates: 200 of the published 3000.
 WARMUP = 1 / 15
 
 
 class EdgePruning(Method):
-    """Scores are the mask's logits: above 0 a unit is more likely kept than not. ``kept_units`` makes a circuit of them.
+    """Discovery by Edge Pruning: scores are mask logits, above 0 if a unit is more likely kept than not.
 
-    ``target`` is the share of units that is to be gone once a share ``ramp`` of the steps is done. Circuits differ in size; a
-    target that is never reached, 1 or above, has all removed that the model can do without. ``loss`` is how far the circuit is
-    from the model: ``kl`` in nats at the questions, or ``metric``, the squared difference of the metric, for models with one
-    output. The larger ``multiplier_lr`` is, the more loss is accepted for the target.
+    ``kept_units`` turns scores into a circuit. ``target`` is the share of units to remove by the end of a share ``ramp`` of the
+    steps. Circuits differ in size; an unreachable target (1 or above) removes all units that the model can do without. ``loss``
+    is the distance of the circuit from the model: ``kl`` in nats at the questions, or ``metric``, the squared difference of the
+    metric, for models with one output. A larger ``multiplier_lr`` accepts more loss for the target.
 
-    Learning rates, their course, and where logits start are as published for GPT-2. There, 3000 steps share one mask among
-    all prompts of a batch, the target rises in 2500 of them, and multipliers learn at 0.8 (for compiled transformers, 0.001
-    or less). Here every pair of a batch has a mask of its own, so that far fewer steps see as many. A target below 1 is
-    overshot if it rises fast; with the published ``ramp`` (5 / 6) it is held.
+    Learning rates, their schedule and initial logits are those published for GPT-2. There, 3000 steps share one mask among all
+    prompts of a batch, the target rises in 2500 of them, and multipliers learn at 0.8 (for compiled transformers, 0.001 or
+    less). Here every pair of a batch has its own mask, so far fewer steps sample as many masks. A target below 1 is overshot if
+    it rises fast; the published ``ramp`` (5 / 6) holds it.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class EdgePruning(Method):
         return logits.detach()
 
     def _batches(self, space: Space, pairs: PromptPairs, draw: torch.Generator) -> Iterator[tuple[PromptPairs, Tensor, State]]:
-        """Pairs, the model's logits on them, and what fills in, for ever; run only once where all pairs are one batch."""
+        """Yield pairs, the model's logits on them and replacement values, endlessly; run once if all pairs are one batch."""
         if len(pairs) <= self.batch:
             yield from itertools.repeat(_references(space, pairs))
         while True:
             yield _references(space, pairs.take(torch.randperm(len(pairs), generator=draw)[: self.batch]))
 
     def _pace(self, step: int) -> float:
-        """What the learning rates are multiplied by: up to 1, and down to 0."""
+        """Return the factor of the learning rates: linear up to 1, then down to 0."""
         warmup = WARMUP * self.steps
         return step / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
 
@@ -114,19 +114,19 @@ def _references(space: Space, pairs: PromptPairs) -> tuple[PromptPairs, Tensor, 
 
 
 def sample_mask(logits: Float[Tensor, "*rows units"], draw: torch.Generator) -> Float[Tensor, "*rows units"]:
-    """Draw a hard concrete mask: numbers from 0 to 1, many of them either."""
+    """Draw a hard concrete mask: values from 0 to 1, many of them exactly 0 or 1."""
     uniform = MARGIN + (1 - 2 * MARGIN) * torch.rand(logits.shape, generator=draw)
     soft = torch.sigmoid((uniform.logit() + logits) / TEMPERATURE)
     return (soft * (1 + 2 * STRETCH) - STRETCH).clamp(0.0, 1.0)
 
 
 def chance_kept(logits: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
-    """How likely each unit's mask is not 0."""
+    """Return the probability that each unit's mask is not 0."""
     return torch.sigmoid(logits - TEMPERATURE * math.log(STRETCH / (1 + STRETCH)))
 
 
 def kept_units(logits: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
-    """The circuit of a mask: the most likely units, as many as are not 0 on average."""
+    """Return the circuit of a mask: the most likely units, as many as are nonzero on average."""
     kept = torch.zeros(len(logits), dtype=torch.bool)
     kept[logits.argsort(descending=True, stable=True)[: round(float(chance_kept(logits).sum()))]] = True
     return kept

@@ -1,8 +1,8 @@
-"""Exact activation patching: every unit by itself taken from the other run, and the metric measured again.
+"""Exact activation patching: every unit is patched alone from the other run, and the metric is measured again.
 
-What every other method estimates. ``noising`` takes the unit from the corrupted run and the rest from the clean one, and finds
-each input of an AND; ``denoising`` does the converse, and finds each input of an OR. ``both`` has of each pair's two effects
-the one of larger magnitude. Many rows, each with another unit absent, go through the model together.
+All other methods estimate this. ``noising`` patches corrupted activations into the clean run and finds each input of an AND;
+``denoising`` patches clean activations into the corrupted run and finds each input of an OR. ``both`` takes the effect of
+larger magnitude for each pair. Many rows, each with another unit patched, share a forward pass.
 
 Source: Heimersheim and Nanda 2024, arXiv:2404.15255.
 """
@@ -23,10 +23,10 @@ ROWS = 128
 
 
 class ExactPatching(Method):
-    """The effect itself, of all units, of so many drawn with ``seed``, or of those listed; the others have no score.
+    """Exact effect of all units, of ``units`` random ones (drawn with ``seed``), or of a list; other units get NaN.
 
-    ``noising``: m(clean) - m(clean with the unit corrupted); ``denoising``: m(corrupted with the unit clean) - m(corrupted).
-    A unit that carries the same on both prompts of a pair has no effect there, and no pass is spent on it.
+    ``noising``: m(clean) - m(clean with the unit corrupted); ``denoising``: m(corrupted with the unit clean) - m(corrupted). A
+    unit with equal activations on both prompts of a pair has no effect there and costs no pass.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class ExactPatching(Method):
         filler: State,
         differs: Bool[Tensor, "pairs units"],
     ) -> Float[Tensor, "pairs units"]:
-        """By how much the metric falls below ``whole`` if a unit that differs is taken from ``filler``."""
+        """Return the drop of the metric below ``whole`` if a unit that differs is taken from ``filler``."""
         effects = torch.zeros(len(pairs), space.size, dtype=whole.dtype)
-        # Unit by unit, so that those of one part, which may be slow to run, come together.
+        # Ordered by unit, so that units of one part, which may be slow to run, share passes.
         runs = differs.T.nonzero()
         for start in range(0, len(runs), self.rows):
             units, rows = runs[start : start + self.rows].unbind(1)

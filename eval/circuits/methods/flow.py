@@ -1,8 +1,8 @@
-"""Information flow routes: a sender matters to a receiver as far as it brings the receiver's input closer to what it is.
+"""Information flow routes: a sender is scored by how much closer it brings a receiver's input to its actual value.
 
-No gradient, no metric and no corrupted prompt, one forward pass. Queries, keys and values of all heads of a layer read the
-same stream, so edges from one sender to them score alike. Source: Ferrando and Voita 2024, arXiv:2403.00824, with attention
-as one step from stream to stream, as Mueller et al. 2025, arXiv:2504.13151, have it.
+One forward pass on clean prompts; no gradient, metric or corrupted prompt. Queries, keys and values of all heads of a layer
+read the same stream, so edges from one sender to them score alike. Source: Ferrando and Voita 2024, arXiv:2403.00824, with
+attention as one step from stream to stream, as in Mueller et al. 2025, arXiv:2504.13151.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .method import Method, UnitScores, score_batches
 
 
 class FlowRoutes(Method):
-    """Shares of every receiver's senders, which add up to 1, averaged over positions. Of edges only."""
+    """Share of each sender in every receiver's input, summing to 1, averaged over positions. Supports edges only."""
 
     def __init__(self, batch: int = BATCH):
         self.batch = batch
@@ -34,7 +34,7 @@ class FlowRoutes(Method):
         found = []
         for stage, stream in zip(space.edges.stages, space.streams(seen), strict=True):
             closer = proximity(writes[:, :, : stage.n_senders], stream)
-            # Where nothing comes closer, nothing is to be shared.
+            # Avoids 0 / 0 if no sender comes closer.
             share = closer / closer.sum(-1, keepdim=True).clamp_min(torch.finfo(closer.dtype).tiny)
             mean = (share * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
             found.append(mean.repeat(1, stage.n_receivers))
@@ -44,7 +44,7 @@ class FlowRoutes(Method):
 def proximity(
     writes: Float[Tensor, "pairs positions senders d_model"], stream: Float[Tensor, "pairs positions d_model"]
 ) -> Float[Tensor, "pairs positions senders"]:
-    """By how much each sender's part leaves less of the stream to be made up, in the sum of magnitudes; 0 if by nothing."""
-    # One sender at a time: all of them are as large as what they write.
+    """Return by how much subtracting each sender's output reduces the L1 norm of the stream, at least 0."""
+    # One sender at a time: the difference of all at once would be as large as all their outputs.
     rests = [(stream - written).abs().sum(-1) for written in writes.unbind(2)]
     return (stream.abs().sum(-1)[..., None] - torch.stack(rests, dim=-1)).clamp_min(0.0)

@@ -1,8 +1,8 @@
-"""Integrated gradients: slopes averaged on the way from one prompt to the other, as the metric is no straight line.
+"""Integrated gradients: gradients averaged along the path between the prompts, because the metric is not linear.
 
-``IntegratedInputs`` moves the embeddings alone, and everything follows them. ``IntegratedActivations`` moves the units of one
-group at a time while everything before them stays clean, so what it says of a group adds up to what patching the group does
-(up to the error of the sum, which falls as steps grow); it costs as many passes more as there are groups.
+``IntegratedInputs`` interpolates the embeddings, and all later activations follow. ``IntegratedActivations`` interpolates the
+units of one group at a time while everything upstream stays clean, so the scores of a group add up to the effect of patching
+the group (up to the discretization error, which falls with more steps); it repeats all passes for every group.
 
 Sources: Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806 (inputs); Marks et al. 2024, arXiv:2403.19647 (activations).
 """
@@ -16,12 +16,12 @@ from ..tasks.pairs import BATCH, PromptPairs
 from ..units.space import Space, State
 from .method import Method, UnitScores, score_batches
 
-# Where in each step of the way a slope is taken: at its clean end, its corrupted end, or between.
+# Point of each step at which the gradient is taken: its clean end, its corrupted end, or the middle.
 POINTS = {"clean": 0.0, "middle": 0.5, "corrupted": 1.0}
 
 
 class IntegratedInputs(Method):
-    """Slopes averaged over runs whose embeddings lie between both prompts. Published with 5 steps, at their corrupted ends."""
+    """Gradients averaged over runs with interpolated embeddings. Published with 5 steps, at their corrupted ends."""
 
     def __init__(self, steps: int = 5, point: str = "corrupted", batch: int = BATCH):
         self.shares, self.batch = _shares(steps, point), batch
@@ -47,9 +47,9 @@ class IntegratedInputs(Method):
 
 
 class IntegratedActivations(Method):
-    """Slopes averaged over circuits that lack a share of one group. Published with 10 steps, at their clean ends.
+    """Gradients averaged over circuits that lack a share of one group. Published with 10 steps, at their clean ends.
 
-    With one step it is attribution patching.
+    One step is attribution patching.
     """
 
     def __init__(self, steps: int = 10, point: str = "clean", batch: int = BATCH):
@@ -63,8 +63,8 @@ class IntegratedActivations(Method):
         return torch.cat([self._contributions(space, pairs, filler, group) for group in space.groups.values()], dim=1)
 
     def _contributions(self, space: Space, pairs: PromptPairs, filler: State, group: slice) -> Float[Tensor, "pairs group"]:
-        """The slope by how much of a unit is kept is difference by slope, whatever the units are."""
-        # No coarser than the model computes, and no coarser than shares need.
+        """Return scores: the gradient with respect to a unit's mask is activation difference times gradient, for any units."""
+        # At least the model's precision, and at least float32 for the shares.
         dtype = torch.promote_types(filler[0].dtype, torch.float32)
         total = torch.zeros(len(pairs), group.stop - group.start, dtype=dtype)
         for share in self.shares:
@@ -74,14 +74,14 @@ class IntegratedActivations(Method):
             with torch.enable_grad():
                 metric = pairs.measure(space.run(pairs.clean, kept, filler)).sum()
             space.passes.backwards += 1
-            # Of these shares alone: whatever else might take a gradient, a dictionary's weights, is left as it is.
+            # Gradients of the mask only; backward() would also write to dictionary weights that require them.
             (slope,) = torch.autograd.grad(metric, kept)
             total += slope[:, group]
         return total / len(self.shares)
 
 
 def _shares(steps: int, point: str) -> list[float]:
-    """How corrupted each step is."""
+    """Return the share of corruption at each step, from 0 to 1."""
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}.")
     require_choice("point", point, POINTS)

@@ -1,4 +1,4 @@
-"""What a method of discovery is, and what it finds."""
+"""Interface of discovery methods, and their results."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from ..units.space import Space
 
 @dataclass(frozen=True, eq=False)
 class UnitScores:
-    """How much every unit matters: the fall of the metric if it is taken from the corrupted run, or an estimate of it.
+    """Importance of every unit: the drop in the metric if it is patched from the corrupted run, or an estimate.
 
-    ``per_pair`` are the same pair by pair, for methods that look at one pair at a time; their mean is ``values``. Units that
-    a method was not asked about are not numbers (NaN).
+    ``per_pair`` holds the scores of each pair, for methods that score pairs one at a time; their mean is ``values``. Units that
+    a method was not asked to score are NaN.
     """
 
     values: Float[Tensor, " units"]
@@ -27,22 +27,22 @@ class UnitScores:
 
     @property
     def measured(self) -> Bool[Tensor, " units"]:
-        """Which units have a score."""
+        """Mask of units that have a score."""
         return ~self.values.isnan()
 
 
 class Method(ABC):
-    """One way to find circuits. The constructor's arguments are its options."""
+    """Discovery method; the constructor's arguments are its options."""
 
     @abstractmethod
     def discover(self, space: Space, pairs: PromptPairs) -> UnitScores:
-        """A number for every unit of the space."""
+        """Return a score for every unit of the space."""
 
 
 def score_batches(
     space: Space, pairs: PromptPairs, batch: int, contributions: Callable[[PromptPairs], Float[Tensor, "some units"]]
 ) -> UnitScores:
-    """The scores of a method that looks at pairs one by one; a batch of them goes through the model together."""
+    """Return the scores of a method that scores pairs one by one; pairs run through the model in batches."""
     with space.passes.counted() as cost:
         per_pair = torch.cat([contributions(some) for some in pairs.batches(batch)])
     return UnitScores(per_pair.mean(0), cost, per_pair)

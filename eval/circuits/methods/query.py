@@ -1,10 +1,10 @@
-"""Query circuits: the circuit behind one answer to one prompt, the best of those found on it and on prompts like it.
+"""Query circuits: the best circuit for one answer to one prompt, among those found on it and on similar prompts.
 
 ``NDF = 1 - min(|m(model) - m(circuit)| / |m(model) - m(corrupted)|, 1)``: 1 is the model's own metric on the query, 0 is as far
-from it as the corrupted prompt, on either side.
+from it as the corrupted prompt, in either direction.
 
-Choosing the best of several circuits on the query that they are then judged by flatters them, so the same is done with random
-circuits, and the circuits that were chosen are run on a prompt that had no part in it.
+Choosing the best of several circuits on the query that evaluates them is optimistic. As controls, the best of several random
+circuits is chosen in the same way, and the chosen circuits are run on a held-out prompt.
 
 Source: Wu and Barez 2025, arXiv:2509.24808.
 """
@@ -24,9 +24,9 @@ from .integrated import IntegratedInputs
 from .method import Method, UnitScores
 
 N_VARIANTS = 9
-# Of integrated gradients, as published.
+# Steps of integrated gradients, as published.
 BASE_STEPS = 20
-# Of all units: the sizes between which a ranking for all sizes is chosen.
+# Sizes, as shares of all units, over which NDF is averaged to choose one ranking.
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -34,9 +34,9 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 class QueryCurves:
     """NDF of circuits by query and size.
 
-    ``single`` is the circuit found on the query itself, ``best`` the best at that size of it and of those found on its
-    variants, ``random`` the best of as many random ones. ``winner`` says whose circuit was best: 0 is the query's own, then
-    the variants. ``held_out`` are the same three on another prompt, the last two as chosen on the query.
+    ``single`` is the circuit found on the query itself, ``best`` the best of that size among it and its variants' circuits,
+    ``random`` the best of as many random ones. ``winner`` is the index of the best circuit: 0 is the query's own, then the
+    variants. ``*_held_out`` are the same circuits on another prompt, with ``best`` and ``random`` still chosen on the query.
     """
 
     sizes: tuple[int, ...]
@@ -51,10 +51,10 @@ class QueryCurves:
 
 
 class QueryCircuits(Method):
-    """For the first of the pairs: the scores that do best on it, on average over sizes, of its own and its variants'.
+    """Query circuit of the first pair: of its own and its variants' scores, the best by NDF on it, averaged over sizes.
 
-    The other pairs are what variants are drawn from. ``base`` is the method that finds the circuit of a single pair;
-    without one it is integrated gradients from the embeddings, of 20 steps.
+    Variants are drawn from the other pairs. ``base`` finds the circuit of a single pair, by default with integrated gradients
+    from the embeddings in 20 steps.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ def query_circuits(
     ranking: str = "signed",
     seed: int = 0,
 ) -> QueryCurves:
-    """Best-of-N for some of the pairs, by size, with its controls. What is left out is taken from the corrupted run.
+    """Compute NDF by size for the best-of-N circuits of some pairs, with controls; units are ablated by resampling.
 
     Raises:
-        ValueError: If a query has no other pair to be held out.
+        ValueError: If a query has no similar pair to hold out.
     """
     draw = torch.Generator().manual_seed(seed)
     columns: dict[str, list[Tensor]] = {}
@@ -114,7 +114,7 @@ def _compare(
     ranking: str,
     draw: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The columns of one query's row, each ``(sizes,)``."""
+    """Return one query's row of every column, each ``(sizes,)``."""
     alike = _drawn(variants_of(pairs, query), n_variants + 1, draw)
     if not alike:
         raise ValueError(
@@ -138,8 +138,8 @@ def _compare(
 
 
 def single_scores(space: Space, pairs: PromptPairs, base: Method) -> Float[Tensor, "pairs units"]:
-    """What a method finds on each pair alone."""
-    # Pairs do not see each other in a method that scores them one by one.
+    """Return the scores that a method gives on each pair alone."""
+    # Methods with per-pair scores treat pairs independently.
     together = base.discover(space, pairs)
     if together.per_pair is not None:
         return together.per_pair
@@ -147,7 +147,7 @@ def single_scores(space: Space, pairs: PromptPairs, base: Method) -> Float[Tenso
 
 
 def variants_of(pairs: PromptPairs, query: int) -> list[int]:
-    """The other pairs that are asked the like: as many questions, with as many answers and foils."""
+    """Return the other pairs with as many questions, answers and foils as the query."""
 
     def asked(row: int) -> list[tuple[int, int]]:
         return [(len(question.answers), len(question.foils)) for question in pairs.questions[row]]
@@ -157,7 +157,7 @@ def variants_of(pairs: PromptPairs, query: int) -> list[int]:
 
 @torch.no_grad()
 def deviation(space: Space, query: PromptPairs, kept: Tensor) -> Float[Tensor, " circuits"]:
-    """NDF on one pair of circuits ``(circuits, units)``, all in one pass."""
+    """Return the NDF on one pair of circuits ``(circuits, units)``, all in one pass."""
     copies = query.take([0] * len(kept))
     full = query.measure(space.passes.run(query.clean))
     corrupted, filler = space.see(query.corrupted)
@@ -165,7 +165,7 @@ def deviation(space: Space, query: PromptPairs, kept: Tensor) -> Float[Tensor, "
 
 
 def ndf(full: Tensor, circuit: Float[Tensor, " circuits"], corrupted: Tensor) -> Float[Tensor, " circuits"]:
-    """Normalised deviation faithfulness of metrics; where corrupting changes nothing, 1 for no deviation and else 0."""
+    """Return normalized deviation faithfulness; if corrupting changes nothing, 1 for no deviation and 0 otherwise."""
     gap, off = (full - corrupted).abs(), (full - circuit).abs()
     return torch.where(gap > 0, 1 - (off / gap.clamp_min(torch.finfo(gap.dtype).tiny)).clamp_max(1), (off == 0).to(off))
 

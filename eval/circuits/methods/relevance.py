@@ -1,8 +1,7 @@
-"""Relevance patching: attribution patching whose slopes are those of layer-wise relevance propagation.
+"""Relevance patching (RelP): attribution patching with the gradients of layer-wise relevance propagation.
 
-The values of a model stay what they are, bit for bit; only how gradients flow through it changes, so that a norm's
-denominator, an activation function or one factor of a product no longer makes the slope at a point a bad guide to what
-happens further away.
+Activations stay bit-identical; only gradient flow changes, so that a norm's denominator, an activation function or one factor
+of a product no longer makes the local gradient a poor guide to larger changes.
 
 Source: Jafari et al. 2025, arXiv:2508.21258 (RelP); the rule for attention is Ali et al. 2022, arXiv:2202.07304.
 """
@@ -23,13 +22,13 @@ from ..units.space import Space
 from .attribution import linear_scores, require_end
 from .method import Method, UnitScores
 
-# By class name, as libraries have classes of their own; a ReLU is its own identity rule.
+# Matched by class name, as libraries have their own classes; a ReLU is its own identity rule.
 SMOOTH = re.compile("gelu|silu|swish|mish", re.IGNORECASE)
-# What an MLP whose activations are multiplied by a second projection has.
+# Submodules of gated MLPs, whose activations are multiplied by a second projection.
 GATED = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
-# A module, what it computes, and its input to something with the gradients that it should have.
+# A module, its original forward, and its input, mapped to a tensor that has the desired gradients.
 Flow = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]
-# Nearer to 0 than this an activation function is taken to be as steep as it is here.
+# Inputs nearer to 0 are moved to this magnitude before output is divided by input.
 NUDGE = 1e-6
 
 
@@ -58,15 +57,15 @@ class RelevancePatching(Method):
 def relevance_rules(
     model: LanguageModel, normalisation: bool = True, activation: bool = True, gate: bool = True, attention: bool = False
 ) -> Iterator[None]:
-    """While open, gradients flow through the model by rules:
+    """Change how gradients flow through the model, while open:
 
     - ``normalisation``: a norm divides by a constant; the mean it subtracts keeps its gradient;
-    - ``activation``: a smooth activation function multiplies by a constant, its value by its argument;
+    - ``activation``: a smooth activation function multiplies by a constant, the ratio of its value to its argument;
     - ``gate``: each factor of a gated product gets half of the gradient;
-    - ``attention``: patterns are constants, so nothing flows into queries and keys.
+    - ``attention``: attention patterns are constants, so no gradient flows into queries and keys.
 
-    Open it after hooks are in place: what reads queries and keys is then before the place where they end. The model is as it
-    was afterwards, whatever happens.
+    Open it after hooks are in place, so that hooks on queries and keys run before their gradients are cut. The model is
+    restored on exit, also after an error.
 
     Raises:
         ValueError: If with ``attention`` the model's queries and keys cannot be located.
@@ -78,7 +77,7 @@ def relevance_rules(
                 stack.enter_context(_flowing(module, flow))
             names = {name for name, _ in module.named_children()}
             if gate and any(parts <= names for parts in GATED):
-                # First of all hooks: who reads the product there sees the whole gradient.
+                # Registered first, so that hooks that read the product see the full gradient.
                 down: Any = module.get_submodule("down_proj")
                 stack.callback(down.register_forward_pre_hook(_halved, prepend=True).remove)
         if attention:
@@ -99,7 +98,7 @@ def _flow_of(module: nn.Module, normalisation: bool, activation: bool) -> Flow |
 
 @contextmanager
 def _flowing(module: nn.Module, flow: Flow) -> Iterator[None]:
-    """The module's values, with the gradients of ``flow``."""
+    """Keep the module's values, with the gradients of ``flow``."""
     before, own = module.forward, "forward" in vars(module)
 
     def forward(x: Tensor) -> Tensor:
@@ -116,12 +115,12 @@ def _flowing(module: nn.Module, flow: Flow) -> Iterator[None]:
 
 
 def _with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
-    # Exactly the value: a number less itself is 0.
+    # Bit-exact: a number minus itself is 0.
     return value + (other - other.detach())
 
 
 def _centred_norm(module: nn.Module, before: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The norm with a constant denominator, but for its bias, which has no gradient to give."""
+    """Return the norm with a constant denominator and without its bias, which has no gradient."""
     assert isinstance(module, nn.LayerNorm)
     centred = x - x.mean(-1, keepdim=True)
     scale = (centred.detach().pow(2).mean(-1, keepdim=True) + module.eps).sqrt()
@@ -129,7 +128,7 @@ def _centred_norm(module: nn.Module, before: Callable[[Tensor], Tensor], x: Tens
 
 
 def _proportional(module: nn.Module, before: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``x`` times the constant by which the module multiplies it; a norm that subtracts no mean is one of these too."""
+    """Return ``x`` times the constant ratio of the module's output to its input; also for norms without mean subtraction."""
     with torch.no_grad():
         away = torch.where(x.abs() < NUDGE, torch.where(x < 0, -NUDGE, NUDGE).to(x), x)
         ratio = before(away) / away
@@ -142,23 +141,23 @@ def _halved(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _ended(_module: nn.Module, _args: tuple, output: Tensor, passes: Tensor) -> Tensor:
-    """Gradients flow back from these columns alone."""
+    """Detach all columns but ``passes``."""
     return torch.where(passes.to(output.device), output, output.detach())
 
 
 def _projections(module: nn.Module, layer: int) -> list[tuple[nn.Module, Tensor]]:
-    """What makes queries and keys in one block; for each of its columns whether it is part of a value instead."""
+    """Return the modules that compute queries and keys in one block, with masks of the columns that belong to values."""
     path = find_block(module, layer).attention
     attention: Any = module.get_submodule(path) if path else nn.Module()
     names = {name for name, _ in attention.named_children()}
     if {"q_proj", "k_proj"} <= names:
         return [(getattr(attention, name), torch.tensor(False)) for name in ("q_proj", "k_proj")]
     if "c_attn" in names:
-        # All queries, all keys, all values (GPT-2); its weights lie the other way round.
+        # GPT-2: all queries, all keys, all values; the weights are transposed.
         width = attention.c_attn.weight.shape[1] // 3
         return [(attention.c_attn, torch.arange(3 * width) >= 2 * width)]
     if "query_key_value" in names and hasattr(attention, "head_size"):
-        # Query, key and value of one head lie next to each other (GPT-NeoX).
+        # GPT-NeoX: query, key and value of one head are adjacent.
         columns = torch.arange(attention.query_key_value.out_features)
         return [(attention.query_key_value, columns % (3 * attention.head_size) >= 2 * attention.head_size)]
     raise ValueError(

@@ -1,1 +1,1 @@
-"""Scores of circuits: faithfulness, edge circuits, and ROC against known circuits."""
+"""Evaluation of circuits: faithfulness, edge circuits, and ROC against known circuits."""

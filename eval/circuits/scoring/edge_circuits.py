@@ -1,9 +1,9 @@
-"""Which edges a circuit of so many is made of, what of them is connected, and what edges say of nodes.
+"""Edge circuits: growing connected circuits, pruning dead ends, and node scores from edge scores.
 
-``faithfulness.members`` takes the highest scores wherever they are. Here circuits grow from the logits upwards, lose what
-leads nowhere, are counted by the neurons that carry them, and nodes are scored by their edges.
+``faithfulness.circuit_members`` takes the highest scores anywhere in the graph. Here circuits grow from the logits upwards and
+lose dead ends.
 
-Sources: Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806 (growing, pruning); Mueller et al. 2025, arXiv:2504.13151 (counts).
+Sources: Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806 (growing, pruning); Mueller et al. 2025, arXiv:2504.13151.
 """
 
 import heapq
@@ -21,12 +21,12 @@ REDUCTIONS = ("max", "sum")
 
 
 def grown(edges: EdgeList, scores: UnitScores, size: int, ranking: str = "signed") -> Bool[Tensor, " edges"]:
-    """A circuit that hangs together: the best edge into the logits, then always the best into anything that is part of it.
+    """Return a connected circuit: the best edge into the logits, then repeatedly the best edge into any member.
 
-    Of equal scores the first in ``ranked`` is taken.
+    Ties are broken by the order of ``ranked``.
 
     Raises:
-        ValueError: If there is no such ranking.
+        ValueError: If the ranking is unknown.
     """
     place = torch.empty(len(edges), dtype=torch.long)
     place[ranked(scores, ranking).cpu()] = torch.arange(len(edges))
@@ -46,9 +46,9 @@ def grown(edges: EdgeList, scores: UnitScores, size: int, ranking: str = "signed
 
 
 def pruned(edges: EdgeList, kept: Bool[Tensor, " edges"]) -> Bool[Tensor, " edges"]:
-    """A circuit without the edges of senders that read nothing in it (but the embedding) or that nothing in it reads.
+    """Return a circuit without the edges from senders that read nothing in it, or into receivers that nothing in it reads.
 
-    What is left lies on a way from the embedding to the logits.
+    The embedding reads nothing and stays. Remaining edges lie on a path from the embedding to the logits.
     """
     owners = edges.owners[edges.targets]
     while True:
@@ -64,16 +64,16 @@ def pruned(edges: EdgeList, kept: Bool[Tensor, " edges"]) -> Bool[Tensor, " edge
 
 
 def among(edges: EdgeList, nodes: Bool[Tensor, " senders"]) -> Bool[Tensor, " edges"]:
-    """The edges that a circuit of nodes has: those between nodes of it, and from them to the logits."""
+    """Return the edges of a node circuit: those between its nodes, and from them to the logits."""
     with_logits = torch.cat([nodes, torch.ones(1, dtype=torch.bool)])
     return with_logits[edges.sources] & with_logits[edges.owners[edges.targets]]
 
 
 def node_scores(edges: EdgeList, values: Float[Tensor, "*rows edges"], by: str = "max") -> Float[Tensor, "*rows senders"]:
-    """Every sender's score: the largest of the edges it reads or is read by, or their sum.
+    """Return every sender's score: the maximum of its incoming and outgoing edges' scores, or their sum.
 
     Raises:
-        ValueError: If there is no such way.
+        ValueError: If the reduction is unknown.
     """
     require_choice("by", by, REDUCTIONS)
     both = torch.cat([values, values], dim=-1)
@@ -85,7 +85,7 @@ def node_scores(edges: EdgeList, values: Float[Tensor, "*rows edges"], by: str =
 
 
 def _edges_into(edges: EdgeList) -> list[list[int]]:
-    """For every sender, and last for the logits, the edges it reads."""
+    """Return the incoming edges of every sender, and last those of the logits."""
     found: list[list[int]] = [[] for _ in range(edges.n_senders + 1)]
     for edge, owner in enumerate(edges.owners[edges.targets].tolist()):
         found[owner].append(edge)

@@ -1,7 +1,7 @@
-"""Scores of all edges as a JSON file, in the form and by the names of EAP-IG's ``Graph``, which MIB's circuit track reads.
+"""Edge scores as JSON in the format and with the names of EAP-IG's ``Graph``, which MIB's circuit track reads.
 
-There the embedding is ``input``, and what a head reads is ``a0.h1<q>``. Source: the code of Hanna et al. 2024,
-arXiv:2403.17806, and of Mueller et al. 2025, arXiv:2504.13151.
+There the embedding is ``input``, and a head's query is ``a0.h1<q>``. Source: the code of Hanna et al. 2024, arXiv:2403.17806,
+and of Mueller et al. 2025, arXiv:2504.13151.
 """
 
 import re
@@ -15,9 +15,9 @@ from ..units.edges import EdgeSpace
 
 
 def edge_graph(space: EdgeSpace, scores: Float[Tensor, " edges"], kept: Bool[Tensor, " edges"]) -> dict[str, Any]:
-    """Return the graph of a model with a score for every edge; those that are ``kept`` are ``in_graph``.
+    """Return the graph of a model with a score for every edge; edges that are ``kept`` are ``in_graph``.
 
-    A node is in it if an edge that is kept begins or ends there.
+    A node is in the graph if a kept edge starts or ends there.
     """
     edges, anatomy = space.edges, space.anatomy
     names = [_theirs(name) for name in edges.names()]
@@ -36,5 +36,5 @@ def edge_graph(space: EdgeSpace, scores: Float[Tensor, " edges"], kept: Bool[Ten
 
 
 def _theirs(name: str) -> str:
-    """A node's or an edge's name there."""
+    """Return the EAP-IG name of a node or an edge."""
     return re.sub(r"\.([qkv])$", r"<\1>", re.sub(r"^embed\b", "input", name))

@@ -1,8 +1,9 @@
-"""Faithfulness: how much of what the model does on a task a circuit does alone, and how little is left without it.
+"""Faithfulness: the share of the model's task metric that a circuit recovers on its own, and how little is left without it.
 
 ``faithfulness = (m(circuit) - m(empty)) / (m(model) - m(empty))``: 1 is the model's own metric, 0 that of everything ablated.
-``completeness`` is the same of the circuit's complement: near 0 if nothing that matters was left out. Metrics are averaged over
-pairs before dividing. CPR and CMD are areas over circuits of growing size: of faithfulness, and of its distance from 1.
+``completeness`` is the faithfulness of the circuit's complement: near 0 if the circuit left out nothing that matters. Metrics
+are averaged over pairs before dividing. CPR is the area under faithfulness over circuits of growing size, CMD the area between
+faithfulness and 1.
 
 Sources: Marks et al. 2024, arXiv:2403.19647; Mueller et al. 2025, arXiv:2504.13151 (sizes, CPR, CMD); Wang et al. 2022,
 arXiv:2211.00593 (completeness, minimality).
@@ -25,18 +26,18 @@ from ..units.ablation import Filler
 from ..units.ranking import ordered
 from ..units.space import Space, State
 
-# Shares of all units, as the MIB benchmark has them.
+# Shares of all units, as in the MIB benchmark.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 LEVELS = (0.5, 0.8, 0.9)
-# A size chosen where faithfulness first reaches a level reaches it there by luck too: it is chosen on every other pair, and
-# what its circuit does is measured on the rest.
+# The first size that reaches a level is subject to selection bias: it is chosen on every other pair, and its circuit is
+# measured on the rest.
 SIZED_ON, MEASURED_ON = slice(0, None, 2), slice(1, None, 2)
 ALL_PAIRS = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve:
-    """The metric of every pair for circuits of growing size, their complements, the whole model, and with nothing kept."""
+    """Metric of every pair for circuits of growing size, their complements, the full model, and everything ablated."""
 
     n_units: int
     sizes: tuple[int, ...]
@@ -46,7 +47,7 @@ class FaithfulnessCurve:
     empty: Float[np.ndarray, " pairs"]
 
     def require_signal(self) -> None:
-        """Raise ``ValueError`` where ablating everything changes nothing beyond noise, so that ratios to it mean nothing."""
+        """Raise ``ValueError`` if ablating everything changes nothing beyond noise, which makes ratios meaningless."""
         difference = self.full - self.empty
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
         if abs(difference.mean()) <= NOISE * error or difference.mean() == 0:
@@ -57,28 +58,28 @@ class FaithfulnessCurve:
             )
 
     def faithfulness(self, weights: np.ndarray | None = None) -> Float[np.ndarray, " sizes"]:
-        """By size; ``weights`` count each pair so many times."""
+        """Return faithfulness by size; ``weights`` are the multiplicities of pairs in a resample."""
         return self._ratio(self.circuits, weights)
 
     def completeness(self, weights: np.ndarray | None = None) -> Float[np.ndarray, " sizes"]:
-        """Faithfulness of what each circuit leaves out, by size; not a number where that was not run."""
+        """Return the faithfulness of each circuit's complement by size, NaN if the complement was not run."""
         return self._ratio(self.complements, weights)
 
     def cpr(self, weights: np.ndarray | None = None) -> float:
-        """Area under faithfulness over the share of units kept; more is better, above 1 where units work against the task."""
+        """Return the area under faithfulness over the share of units kept; higher is better, above 1 if units hurt the task."""
         return float(np.trapezoid(self.faithfulness(weights), self._shares()))
 
     def cmd(self, weights: np.ndarray | None = None) -> float:
-        """Area between faithfulness and 1 over the share of units kept; 0 is best."""
+        """Return the area between faithfulness and 1 over the share of units kept; 0 is best."""
         return float(np.trapezoid(np.abs(1.0 - self.faithfulness(weights)), self._shares()))
 
     def at(self, sizes: Sequence[int]) -> "FaithfulnessCurve":
-        """The same curve at some of its sizes, in the order given; one may come twice."""
+        """Return the curve at some of its sizes, in the given order; sizes may repeat."""
         rows = [self.sizes.index(size) for size in sizes]
         return replace(self, sizes=tuple(sizes), circuits=self.circuits[rows], complements=self.complements[rows])
 
     def of_pairs(self, pairs: slice) -> "FaithfulnessCurve":
-        """The same curve on some of the pairs."""
+        """Return the curve on some of the pairs."""
         return replace(
             self,
             circuits=self.circuits[:, pairs],
@@ -88,7 +89,7 @@ class FaithfulnessCurve:
         )
 
     def smallest(self, level: float) -> int | None:
-        """The first size on the curve that reaches a level of faithfulness; None if none does."""
+        """Return the first size on the curve that reaches a level of faithfulness, or None."""
         reached = np.flatnonzero(self.faithfulness() >= level)
         return self.sizes[reached[0]] if len(reached) else None
 
@@ -98,7 +99,7 @@ class FaithfulnessCurve:
     def _ratio(self, values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         counts = np.ones(len(self.full)) if weights is None else weights
         full, empty = (np.average(part, weights=counts) for part in (self.full, self.empty))
-        # On a few pairs nothing may be left of the signal that the whole has: no number then.
+        # A resample of few pairs may have no signal; the ratio is then not finite.
         with np.errstate(divide="ignore", invalid="ignore"):
             return (np.average(values, axis=1, weights=counts) - empty) / (full - empty)
 
@@ -114,10 +115,10 @@ def pair_interval(
 
 
 def ranked(scores: UnitScores, ranking: str = "signed") -> Int[Tensor, " units"]:
-    """Units from most to least: those that help most first, or those that matter most either way; equals in their order.
+    """Return unit indices by decreasing score (``signed``) or magnitude (``absolute``); ties keep their order.
 
     Raises:
-        ValueError: If there is no such ranking, or a unit has no score.
+        ValueError: If the ranking is unknown, or a unit has no score.
     """
     if not scores.measured.all():
         raise ValueError(
@@ -128,25 +129,25 @@ def ranked(scores: UnitScores, ranking: str = "signed") -> Int[Tensor, " units"]
 
 
 def circuit_members(order: Int[Tensor, " units"], size: int) -> Bool[Tensor, " units"]:
-    """The circuit of the first ``size`` units."""
+    """Return a mask of the first ``size`` units."""
     kept = torch.zeros(len(order), dtype=torch.bool)
     kept[order[:size]] = True
     return kept
 
 
 def share_sizes(n_units: int, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
-    """Sizes that are these shares of all units."""
+    """Return the circuit sizes that are these shares of all units."""
     return tuple(int(share * n_units) for share in shares)
 
 
 def growing_sizes(n_units: int, per_decade: int = 6) -> tuple[int, ...]:
-    """Sizes from nothing to everything, equally spaced on a logarithmic scale, to see where a curve rises."""
+    """Return logarithmically spaced sizes from 0 to all units, which resolve the rise of a curve."""
     steps = int(np.ceil(np.log10(max(n_units, 2)) * per_decade)) + 1
     return (0, *sorted({round(size) for size in np.geomspace(1, n_units, steps)}))
 
 
 class Trials:
-    """Circuits run on pairs, each of them once: what absent units are filled with is looked up once, and so is every result."""
+    """Circuits evaluated on pairs, with replacement values and results cached."""
 
     def __init__(self, space: Space, pairs: PromptPairs, fill: Filler, batch: int = BATCH):
         self.space, self.pairs, self._found = space, pairs, {}
@@ -156,12 +157,12 @@ class Trials:
 
     @property
     def empty(self) -> Float[np.ndarray, " pairs"]:
-        """The metric with every unit ablated."""
+        """Metric of every pair with all units ablated."""
         return self.metric(torch.zeros(self.space.size, dtype=torch.bool))
 
     @torch.no_grad()
     def metric(self, kept: Bool[Tensor, " units"]) -> Float[np.ndarray, " pairs"]:
-        """The metric of every pair with the units that are kept."""
+        """Return the metric of every pair with only the ``kept`` units."""
         key = np.packbits(kept.numpy()).tobytes()
         if key not in self._found:
             self._found[key] = self._each(lambda some, state: self.space.run(some.clean, kept, state))
@@ -174,7 +175,7 @@ class Trials:
 def curve(
     trials: Trials, order: Int[Tensor, " units"], sizes: Sequence[int], complements: Sequence[int] | None = None
 ) -> FaithfulnessCurve:
-    """The circuits of the first so many units of ``order``, and their complements, or those of some of the sizes only."""
+    """Evaluate circuits of the first units of ``order``, and their complements (by default for every size)."""
     kept = {size: circuit_members(order, size) for size in sizes}
     asked = sizes if complements is None else complements
     unknown = np.full(len(trials.pairs), np.nan)
@@ -186,9 +187,9 @@ def curve(
 def smallest_size(
     trials: Trials, order: Int[Tensor, " units"], level: float, along: FaithfulnessCurve, pairs: slice = ALL_PAIRS
 ) -> int | None:
-    """How many units a circuit needs for a level of faithfulness, to the unit: bisected where ``along`` first reaches it.
+    """Return the smallest number of units that reaches a level of faithfulness, bisected where ``along`` first reaches it.
 
-    None where no size on the curve does. Only ``pairs`` are looked at: on others the circuit may be measured without bias.
+    None if no size on the curve does. Only ``pairs`` are used, so the circuit can be measured without bias on others.
     """
     high = along.of_pairs(pairs).smallest(level)
     if high is None:
@@ -204,7 +205,7 @@ def smallest_size(
 def minimality(
     trials: Trials, kept: Bool[Tensor, " units"], units: Int[Tensor, " some"] | None = None, pairs: slice = ALL_PAIRS
 ) -> Float[np.ndarray, " some"]:
-    """How much faithfulness a circuit loses without each of its units (or some of them): near 0 it was not needed."""
+    """Return the faithfulness that a circuit loses without each of its units (or some of them); near 0 if not needed."""
     chosen = kept.nonzero().flatten() if units is None else units
     without = np.array([trials.metric(_without(kept, int(unit)))[pairs].mean() for unit in chosen])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -218,10 +219,10 @@ def _without(kept: Bool[Tensor, " units"], unit: int) -> Bool[Tensor, " units"]:
 
 
 def stability(scores: UnitScores, size: int, ranking: str = "signed", draws: int = 100, seed: int = 0) -> float:
-    """Mean Jaccard index of the circuit of all pairs and those of pairs drawn anew with replacement.
+    """Return the mean Jaccard index between the circuit of all pairs and those of bootstrap resamples of the pairs.
 
     Raises:
-        ValueError: If the method did not look at pairs one by one.
+        ValueError: If the method gives no per-pair scores.
     """
     if scores.per_pair is None:
         raise ValueError("stability: expected scores of every pair, got their mean only. Discover on resampled pairs instead.")
@@ -237,6 +238,6 @@ def stability(scores: UnitScores, size: int, ranking: str = "signed", draws: int
 
 
 def jaccard(a: Bool[Tensor, " units"], b: Bool[Tensor, " units"]) -> float:
-    """Units in both, of those in either; of two empty circuits it is 1."""
+    """Return the Jaccard index of two circuits, 1 if both are empty."""
     either = int((a | b).sum())
     return int((a & b).sum()) / either if either else 1.0

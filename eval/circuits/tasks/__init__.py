@@ -1,4 +1,4 @@
-"""Circuit tasks by name: pairs of a clean and a corrupted prompt, in the language a model reads, or from a file."""
+"""Circuit tasks by name: pairs of a clean and a corrupted prompt, in the model's language or from a file."""
 
 from pathlib import Path
 
@@ -51,17 +51,17 @@ def make_pairs(
     metric: str | None = None,
     one_length: bool = False,
 ) -> PromptPairs:
-    """``n`` pairs of a task, no two the same; clean prompts of a seed and split do not depend on the corruption.
+    """Return ``n`` distinct pairs of a task; clean prompts depend on seed and split, not on the corruption.
 
-    On the embedded model the task is put in its own language, on any other in English. ``corruption`` and ``metric`` are the
-    task's defaults unless given. With ``one_length`` all prompts have as many tokens as most of the first ``n`` drawn.
+    The embedded model gets the task in its own language, any other model in English. ``corruption`` and ``metric`` default to
+    those of the task. With ``one_length`` all prompts have the most common length among the first ``n`` drawn.
 
-    ``name`` may be a file that ``read_pairs`` understands (``.jsonl``, ``.json``, ``.csv``): then ``n`` pairs of it are drawn,
-    or all with ``None`` or if it has fewer, and ``split`` means nothing.
+    ``name`` may be a file that ``read_pairs`` supports (``.jsonl``, ``.json``, ``.csv``): then ``n`` of its pairs are drawn, or
+    all with ``None`` or if there are fewer, and ``split`` is ignored.
 
     Raises:
-        ValueError: If there is no such task in the model's language, corruption or split, if the model's tokenizer splits the
-            task's words, or if the task has fewer pairs.
+        ValueError: If the task does not exist in the model's language, the corruption or split is unknown, the model's
+            tokenizer splits the task's words, or the task has fewer pairs.
     """
     if n is not None and n < 1:
         raise ValueError(f"n: expected at least 1, got {n}.")
@@ -81,7 +81,7 @@ def make_pairs(
 
 
 def _task(name: str, model: LanguageModel) -> CircuitTask:
-    """The task of that name; ``ValueError`` if it does not exist in the language the model reads."""
+    """Return the task of that name; ``ValueError`` if it does not exist in the model's language."""
     here = [task.name for task in TASKS.values() if task.variant(model) is not None]
     side = "in the embedded language" if model.id == "embedded" else "in English"
     where = "only in English" if model.id == "embedded" else "only in the embedded language"

@@ -1,4 +1,4 @@
-"""Does the model do the task? Asked before a circuit is: ratios of metrics mean nothing where it does not."""
+"""Competence of a model on a task, checked before discovery: ratios of metrics are meaningless if it cannot do the task."""
 
 import logging
 import math
@@ -13,20 +13,19 @@ from .pairs import PromptPairs
 
 logger = logging.getLogger(__name__)
 
-# The standard normal's 97.5th percentile: intervals are of 95%.
+# The 97.5th percentile of the standard normal, for 95% intervals.
 Z = 1.959964
-# A mean of fewer standard errors than this is taken for noise.
+# Means of fewer standard errors than this count as noise.
 NOISE = 2.0
 
 
 @dataclass(frozen=True)
 class Competence:
-    """How well a model does a task, and how far the corruption moves the metric.
+    """Accuracy of a model on a task, and the change of the metric under the corruption.
 
     ``accuracy`` is the share of questions whose best answer beats the best foil on the clean prompt, averaged over pairs, and
-    ``interval`` its 95% interval (Wilson's); ``chance`` is what logits that know nothing would reach. ``difference`` is that
-    of the metric between each pair's prompts: the denominator of every normalised faithfulness. ``..._error`` are standard
-    errors of means.
+    ``interval`` its 95% Wilson interval; ``chance`` is the accuracy of uninformative logits. ``difference`` is the metric on
+    clean minus corrupted prompts: the denominator of every normalized faithfulness. ``..._error`` are standard errors of means.
     """
 
     task: str
@@ -45,16 +44,16 @@ class Competence:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the interval covers chance, or lies below it."""
+        """Return True if the interval covers chance, or lies below it."""
         return self.interval[0] <= self.chance
 
     @property
     def noise(self) -> bool:
-        """Whether the difference is within two standard errors of zero."""
+        """Return True if the difference is within two standard errors of zero."""
         return abs(self.difference) <= NOISE * self.difference_error
 
     def require_signal(self) -> None:
-        """Raise ``ValueError`` where the difference, which faithfulness divides by, is within noise."""
+        """Raise ``ValueError`` if the difference, which faithfulness divides by, is within noise."""
         if self.noise:
             raise ValueError(
                 f"{self.task}: expected {self.metric} to differ between clean prompts and {self.corruption}, as faithfulness "
@@ -73,7 +72,7 @@ class Competence:
 
 @torch.no_grad()
 def competence(model: LanguageModel, pairs: PromptPairs, batch_size: int = 32) -> Competence:
-    """Runs the model on all prompts, clean and corrupted."""
+    """Measure competence on all prompts, clean and corrupted."""
     clean, corrupted, right = [], [], []
     for batch in pairs.batches(batch_size):
         logits = model.logits(batch.clean.to(model.device))
@@ -97,10 +96,10 @@ def competence(model: LanguageModel, pairs: PromptPairs, batch_size: int = 32) -
 
 
 def require_solved(found: Competence) -> None:
-    """Log a warning where the model is at chance; refuse ratios where the metric's difference is within noise.
+    """Log a warning if the model is at chance; raise if the metric's difference is within noise.
 
     Raises:
-        ValueError: If it is: faithfulness divides by it.
+        ValueError: If the difference, which faithfulness divides by, is within noise.
     """
     if found.at_chance:
         logger.warning("the model does not do this task, so that a circuit of it explains little: %s", found)
@@ -108,7 +107,7 @@ def require_solved(found: Competence) -> None:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of ``n``; of shares averaged over pairs it is wide rather than narrow.
+    """Return the 95% interval of a share of ``n``; it is wide rather than narrow for shares averaged over pairs.
 
     Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """
@@ -118,12 +117,12 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def _mean_and_error(values: Float[Tensor, " pairs"]) -> tuple[float, float]:
-    """The mean and its standard error; of a single pair that is unknown: infinite."""
+    """Return the mean and its standard error, which is infinite for a single pair."""
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), error
 
 
 def _chance(pairs: PromptPairs) -> float:
-    """How often the best of equally likely tokens is an answer, averaged like accuracy."""
+    """Return the accuracy if all answers and foils were equally likely, averaged like accuracy."""
     shares = [[len(q.answers) / (len(q.answers) + len(q.foils)) for q in questions] for questions in pairs.questions]
     return sum(sum(one) / len(one) for one in shares) / len(shares)

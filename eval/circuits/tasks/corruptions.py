@@ -1,4 +1,4 @@
-"""The corruptions that the embedded language and English share, by task; the default comes first."""
+"""Corruptions that the embedded language and English share, by task; the default comes first."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,7 +26,7 @@ SUBJECT_RANDOM = Corruption("subject_random", "keeps", "the subject becomes anot
 ATTRACTOR_FLIP = Corruption("attractor_flip", "keeps", "the other noun changes its number")
 AGREEMENT_SIMPLE = (SUBJECT_FLIP, SUBJECT_RANDOM)
 AGREEMENT_ACROSS = (SUBJECT_FLIP, ATTRACTOR_FLIP, SUBJECT_RANDOM)
-# Inside the relative clause the verb agrees with the clause's own noun.
+# The verb inside the relative clause agrees with the clause's own noun.
 AGREEMENT_WITHIN = (
     ATTRACTOR_FLIP._replace(effect="flips"),
     SUBJECT_FLIP._replace(effect="keeps"),
@@ -52,7 +52,7 @@ DOCSTRING = (
 
 
 def ioi_changes(corruption: str, io: str, s: str, others: Sequence[str]) -> dict[str, str]:
-    """New names by role for an indirect-object prompt; ``others`` are three names that are not in it."""
+    """Return new names by role for an IOI prompt; ``others`` are three names that are not in it."""
     x, y, z = others
     changes = {
         "s2_io": {"S2": io},
@@ -68,9 +68,9 @@ def ioi_changes(corruption: str, io: str, s: str, others: Sequence[str]) -> dict
 def docstring_changes(
     corruption: str, signature: Sequence[str], answer: str, documented: Sequence[str], others: Sequence[str]
 ) -> dict[str, str]:
-    """New arguments by role for a docstring prompt, from ``others``, as many as there are roles.
+    """Return new arguments by role for a docstring prompt, from ``others``, one per role.
 
-    ``signature`` and ``documented`` are the roles that may change, ``answer`` is the one of the answer in the signature.
+    ``signature`` and ``documented`` are the roles that may change; ``answer`` is the role of the answer in the signature.
     """
     fresh = iter(others)
     changed: list[str] = []
@@ -84,7 +84,7 @@ def docstring_changes(
 
 
 def reordered(items: Sequence, random: Random) -> list:
-    """The items in another order, the last in its place, so that each but the last is followed by another one than before.
+    """Return the items in another order, the last in place, in which no item follows the same item as before.
 
     Four items or more have such an order.
     """

@@ -1,6 +1,6 @@
-"""Tasks in the embedded language: prompts of its own generators, corrupted word by word as their factors say.
+"""Tasks in the embedded language: prompts of its own generators, corrupted word by word according to their factors.
 
-Every word is one token, so a prompt and its corruption have one length whatever is exchanged.
+Every word is one token, so a prompt and its corruption have equal length for any replacement.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from . import corruptions
 from .pairs import Question
 from .task import Corruption, Example, Request, Variant, with_subject_end
 
-# What tasks call a role in both languages, where the corpus has another word for it.
+# Role names of the tasks in both languages, if the corpus has another name.
 NAMES = {"indirect_object": "IO", "subject_1": "S1", "subject_2": "S2"}
 
 # New words by role.
 Changes = dict[str, str]
-# Index of the word before which something is asked, its right answers, the wrong ones.
+# Index of the word to predict, right answers, wrong answers.
 Asked = tuple[int, tuple[str, ...], tuple[str, ...]]
 
 
@@ -27,13 +27,13 @@ def _at_end(prompt: Prompt, roles: dict[str, int], changes: Changes) -> list[Ask
 
 
 def _any_argument(prompt: Prompt, roles: dict[str, int], changes: Changes) -> list[Asked]:
-    """At the end; arguments of the corrupted prompt are wrong as well."""
+    """Ask at the end; arguments of the corrupted prompt are foils as well."""
     foils = tuple(dict.fromkeys((*prompt.foils, *changes.values())))
     return [(len(prompt.words), prompt.answers, foils)]
 
 
 def _each_repeated(prompt: Prompt, roles: dict[str, int], changes: Changes) -> list[Asked]:
-    """Before every word of the second list but its first."""
+    """Ask before every word of the second list except its first."""
     listed = [prompt.words[at] for role, at in roles.items() if role.startswith("listed_")]
     repeated = [at for role, at in roles.items() if role.startswith("repeated_")]
     asked = [(at, prompt.words[at]) for at in repeated[1:]] + [(len(prompt.words), prompt.answers[0])]
@@ -42,9 +42,9 @@ def _each_repeated(prompt: Prompt, roles: dict[str, int], changes: Changes) -> l
 
 @dataclass(frozen=True)
 class EmbeddedTask:
-    """Where a task's prompts come from, what its corruptions put into them, and where what is asked.
+    """Source of a task's prompts, their corruptions (``change``) and questions (``ask``).
 
-    ``ready`` may cut a prompt earlier than the corpus does, or refuse it.
+    ``ready`` may truncate a prompt further than the corpus does, or reject it with None.
     """
 
     task: str
@@ -54,7 +54,7 @@ class EmbeddedTask:
     options: dict[str, str] = field(default_factory=dict)
 
     def examples(self, request: Request) -> Iterator[Example]:
-        """Without end; clean prompts do not depend on the corruption."""
+        """Yield examples endlessly; clean prompts do not depend on the corruption."""
         for index, drawn in enumerate(_prompts(self, request)):
             prompt = self.ready(drawn)
             if prompt is not None:
@@ -69,7 +69,7 @@ class EmbeddedTask:
             words[roles[role]] = word
         tokens = request.reader.tokenizer.convert_tokens_to_ids
         clean, corrupted = ((*request.reader.head, *tokens(list(one))) for one in (prompt.words, words))
-        # BOS comes first: position i is that of word i - 1, after which word i is asked for.
+        # BOS shifts positions by one: position i holds word i - 1 and predicts word i.
         questions = tuple(
             Question(at, tuple(tokens(list(answers))), tuple(tokens(list(foils))))
             for at, answers, foils in self.ask(prompt, roles, changes)
@@ -79,7 +79,7 @@ class EmbeddedTask:
 
 
 def _prompts(source: EmbeddedTask, request: Request) -> Iterator[Prompt]:
-    """All prompts in order; the corpus gives the first so many at a time."""
+    """Yield all prompts in order; the corpus returns only the first ``size``, so ``size`` doubles when they run out."""
     done, size = 0, 128
     while True:
         batch = task_prompts(source.task, size, request.seed, request.split, **source.options)
@@ -88,14 +88,14 @@ def _prompts(source: EmbeddedTask, request: Request) -> Iterator[Prompt]:
 
 
 def _roles(prompt: Prompt) -> dict[str, int]:
-    """Index of every word with a role of its own; of several with one role, by place, else the first."""
+    """Return the word index of every role, by place if it has several, else its first word."""
     roles: dict[str, int] = {}
     for index, factors in enumerate(prompt.factors):
         role = str(factors["role"])
         if role == "frame":
             continue
         if role == "answer":
-            # Answers within a prompt: arguments documented before the one asked for, items said again, a possessive.
+            # Earlier answers within a prompt: documented arguments, repeated items, a possessive.
             role = {"argument_copying": "doc", "induction": "repeated"}.get(prompt.task, "possessive")
         name = f"{role}_{factors['place']}" if "place" in factors else NAMES.get(role, role)
         roles.setdefault(name, index)
@@ -173,7 +173,7 @@ def _docstring(corruption: str, prompt: Prompt, roles: dict[str, int], random: R
 
 
 def _within_clause(prompt: Prompt) -> Prompt | None:
-    """A prompt cut before the verb of the relative clause whose subject is the attractor, if it has one."""
+    """Return the prompt cut before the relative clause's verb if its subject is the attractor, else None."""
     roles = [str(factors["role"]) for factors in prompt.factors]
     end = roles.index("inner_verb")
     if "attractor" not in roles[:end]:

@@ -1,14 +1,14 @@
-"""Pairs in files: JSON lines of our own, and published ones.
+"""Prompt pairs in files: native JSON lines, and published formats.
 
 One record per line::
 
     {"clean": TEXT, "corrupted": TEXT, "answers": [TEXT, ...], "foils": [TEXT, ...]}
 
-Answers and foils are single tokens as they continue the clean prompt, leading space included. ``position`` (of the token
-after which they are asked for; the last unless given) and ``roles`` (named positions) may be added, as may ``task``,
-``corruption`` and ``metric``, the same on every line. Where several things are asked, ``questions`` is a list of records with
-``position``, ``answers`` and ``foils``. Wherever there is text, token ids will do: a list of them for a prompt, a number for
-an answer; positions then count what the tokenizer puts in front.
+Answers and foils are single tokens that continue the clean prompt, including a leading space. Optional keys are ``position``
+(the token after which they are asked for, by default the last), ``roles`` (named positions), and ``task``, ``corruption`` and
+``metric``, which are the same on every line. For several questions, ``questions`` is a list of records with ``position``,
+``answers`` and ``foils``. Token ids may replace any text: a list for a prompt, a number for an answer; positions then include
+the tokens that the tokenizer puts in front.
 """
 
 import csv
@@ -28,12 +28,12 @@ from .task import Example, assemble, same_length
 
 logger = logging.getLogger(__name__)
 
-# How many offending lines an error lists.
+# Maximum number of invalid lines in an error.
 LISTED = 10
 
 
 class FileLine(NamedTuple):
-    """A line's name in errors, and what is on it."""
+    """Record of a file, and its name in error messages."""
 
     where: str
     values: Any
@@ -49,13 +49,13 @@ def read_pairs(
     skip: bool = False,
     one_length: bool = False,
 ) -> PromptPairs:
-    """The pairs of a file, or ``n`` of them drawn at random, in the file's order.
+    """Read the pairs of a file, or ``n`` of them drawn at random, in the file's order.
 
-    Every line is checked under the model's tokenizer; ``skip`` leaves lines that do not pass out and logs how many. Files of
-    several corruptions give their default unless ``corruption`` says otherwise; ``metric`` overrides the file's.
+    Every line is checked with the model's tokenizer; ``skip`` leaves out invalid lines and logs their number. Files with
+    several corruptions use their default unless ``corruption`` is given; ``metric`` overrides the file's.
 
     Raises:
-        ValueError: If there is no such file, nothing in it, or lines that cannot be used, of which the first are listed.
+        ValueError: If the file is missing or empty, or has invalid lines, the first of which are listed.
     """
     reader, examples, offences = PromptEncoder(model), [], []
     tags: dict[str, set[str]] = {"task": set(), "corruption": set(), "metric": set()}
@@ -86,7 +86,7 @@ def read_pairs(
 
 
 def write_pairs(pairs: PromptPairs, path: str | Path, model: LanguageModel) -> None:
-    """One line per pair, which ``read_pairs`` reads back as it is; text where that gives the same tokens, else their ids."""
+    """Write one line per pair, which ``read_pairs`` restores exactly: text if it gives the same tokens, else token ids."""
     reader = PromptEncoder(model)
     lines = [json.dumps(_line(pairs, row, reader), ensure_ascii=False) + "\n" for row in range(len(pairs))]
     Path(path).write_text("".join(lines), encoding="utf-8")
@@ -109,7 +109,7 @@ def _records(path: Path) -> Iterator[FileLine]:
 
 
 def _prompts(path: Path, text: str) -> list:
-    """The records of auto-circuit's files: one object with a list of ``prompts``."""
+    """Return the records of an auto-circuit file: one object with a list of ``prompts``."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -136,7 +136,7 @@ def _ours(values: Any, path: Path, corruption: str | None, reader: PromptEncoder
 
 
 def _example(record: Mapping[str, Any], reader: PromptEncoder) -> Example:
-    """A checked record as token ids; ``ValueError`` says what is wrong with it."""
+    """Return a checked record as token ids; ``ValueError`` describes any mistake in it."""
     clean, corrupted = (_prompt_ids(record, key, reader) for key in ("clean", "corrupted"))
     if len(clean) != len(corrupted):
         raise ValueError(f"clean has {len(clean)} tokens, corrupted {len(corrupted)}; they must have as many")
@@ -179,7 +179,7 @@ def _question(asked: Mapping[str, Any], prompt: str | list, clean: tuple[int, ..
 
 
 def _several(asked: Mapping[str, Any], key: str) -> list:
-    """A list, as it stands or of the one thing there is."""
+    """Return the value as a list."""
     value = asked.get(key, [])
     if isinstance(value, list):
         return value
@@ -236,7 +236,7 @@ def _line(pairs: PromptPairs, row: int, reader: PromptEncoder) -> dict[str, Any]
 
 
 def _words(tokens: tuple[int, ...], before: list[int], reader: PromptEncoder) -> list[str | int]:
-    """Each token as the text that continues the prompt, or as its id where no text does."""
+    """Return each token as the text that continues the prompt, or as its id if no text does."""
     prompt = reader.text(before)
     return [token if prompt is None else _word(token, prompt, before, reader) for token in tokens]
 

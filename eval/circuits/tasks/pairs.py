@@ -1,4 +1,4 @@
-"""Prompt pairs: a clean prompt, a corrupted one of the same length, and what the model is asked at the end of both."""
+"""Prompt pairs: a clean prompt, a corrupted prompt of the same length, and questions about the next token."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ....sae.suggestions import require_choice
 
-# Pairs that one forward pass runs.
+# Pairs per forward pass.
 BATCH = 32
 METRICS = ("logit_diff", "max_logit_diff", "prob_diff")
 
 
 class Question(NamedTuple):
-    """After ``position`` the model is to prefer ``answers`` to ``foils``; ids of tokens, either may be empty, not both."""
+    """Token ids of ``answers`` and ``foils`` after ``position``; either may be empty, but not both."""
 
     position: int
     answers: tuple[int, ...]
@@ -26,15 +26,15 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PromptPairs:
-    """Pairs of one task. Shorter prompts are padded on the right; ``lengths`` are without padding.
+    """Pairs of one task. Shorter prompts are padded on the right; ``lengths`` exclude padding.
 
-    ``corruption`` names what was changed, ``roles`` are named positions of each pair, as far as the task knows them.
+    ``corruption`` names the change, ``roles`` are named positions of each pair, if the task knows them.
 
-    Metrics, of every question, then averaged over a pair's questions:
+    Metrics, per question, then averaged over a pair's questions:
 
-    - ``logit_diff``: mean logit of the answers less that of the foils;
-    - ``max_logit_diff``: largest logit of the answers less that of the foils;
-    - ``prob_diff``: probability of the answers less that of the foils.
+    - ``logit_diff``: mean logit of the answers minus that of the foils;
+    - ``max_logit_diff``: largest logit of the answers minus that of the foils;
+    - ``prob_diff``: probability of the answers minus that of the foils.
     """
 
     task: str
@@ -67,16 +67,16 @@ class PromptPairs:
 
     @property
     def equal(self) -> bool:
-        """Whether all prompts are of one length, so that a position means the same in each."""
+        """Return True if all prompts have one length, so that a position means the same in each."""
         return bool((self.lengths == self.clean.shape[1]).all())
 
     @property
     def valid(self) -> Bool[Tensor, "pairs positions"]:
-        """Which positions are not padding."""
+        """Mask of positions that are not padding."""
         return torch.arange(self.clean.shape[1])[None] < self.lengths[:, None]
 
     def require_equal(self, what: str) -> None:
-        """Raise ``ValueError`` where prompts differ in length; the lengths are listed."""
+        """Raise ``ValueError``, listing the lengths, if prompts differ in length."""
         if not self.equal:
             lengths = ", ".join(
                 f"{length} ({int((self.lengths == length).sum())})" for length in self.lengths.unique().tolist()
@@ -87,7 +87,7 @@ class PromptPairs:
             )
 
     def take(self, rows: slice | Sequence[int] | Tensor) -> "PromptPairs":
-        """Some of the pairs, in the order of ``rows``; a pair may be taken several times."""
+        """Return some of the pairs, in the order of ``rows``; pairs may repeat."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
         chosen = index.tolist()
         return replace(
@@ -100,12 +100,12 @@ class PromptPairs:
         )
 
     def batches(self, size: int) -> Iterator["PromptPairs"]:
-        """All pairs in order, so many at a time."""
+        """Yield all pairs in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
     def measure(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " pairs"]:
-        """The metric of every pair, differentiable. High is the clean answer."""
+        """Return the metric of every pair, differentiable; higher favors the clean answer."""
         if self.metric == "max_logit_diff":
             return self.per_pair(self._leads(logits))
         asked = self._asked
@@ -116,11 +116,11 @@ class PromptPairs:
         return self.per_pair((rows * weights.to(rows)).sum(-1))
 
     def right(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " pairs"]:
-        """Share of a pair's questions whose best answer has a higher logit than the best foil."""
+        """Return the share of each pair's questions whose best answer has a higher logit than the best foil."""
         return self.per_pair((self._leads(logits) > 0).to(logits.dtype))
 
     def _leads(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, " questions"]:
-        """The best answer's logit less the best foil's, of each question; of nothing it is 0."""
+        """Return the best answer's logit minus the best foil's, per question; a side without tokens counts as 0."""
         signs = self._asked.signs.to(logits.device)
         rows = self.asked_rows(logits)[:, : signs.shape[1]]
         answers = rows.masked_fill(signs <= 0, -torch.inf).amax(-1)
@@ -128,11 +128,11 @@ class PromptPairs:
         return answers.masked_fill(answers.isinf(), 0.0) - foils.masked_fill(foils.isinf(), 0.0)
 
     def asked_rows(self, logits: Float[Tensor, "pairs positions vocabulary"]) -> Float[Tensor, "questions vocabulary"]:
-        """The logits that questions are about, pair after pair."""
+        """Return the logits at the questions' positions, pair after pair."""
         return logits[self._asked.pair, self._asked.position]
 
     def per_pair(self, values: Float[Tensor, " questions"]) -> Float[Tensor, " pairs"]:
-        """The mean over each pair's questions."""
+        """Return the mean over each pair's questions."""
         pair = self._asked.pair.to(values.device)
         counts = torch.bincount(pair, minlength=len(self)).to(values)
         return torch.zeros(len(self), dtype=values.dtype, device=values.device).index_add(0, pair, values) / counts
@@ -150,7 +150,7 @@ class PromptPairs:
 
 
 class _Asked(NamedTuple):
-    """All questions in a row: whose, where, and by token whether it is an answer (1) or a foil (-1); means add up to 1."""
+    """All questions, flattened. ``signs`` is 1 at answers and -1 at foils; ``means`` averages over each question's tokens."""
 
     pair: Int[Tensor, " questions"]
     position: Int[Tensor, " questions"]

@@ -1,4 +1,4 @@
-"""Records of published task files as records of our own format, which ``files`` describes."""
+"""Conversion of records in published task files to native records, which ``files`` describes."""
 
 import json
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any
 from ....sae.suggestions import require_choice
 from .reader import PromptEncoder
 
-# Key names for the same thing, ours first: those of this library's and others' JSON lines, of feature-circuits
-# (Marks et al. 2024), and of auto-circuit (Miller et al. 2024).
+# Equivalent keys, native first: JSON lines of this library and others, feature-circuits (Marks et al. 2024), and auto-circuit
+# (Miller et al. 2024).
 NAMES = {
     "clean": ("clean", "clean_prefix"),
     "corrupted": ("corrupted", "corrupt", "patch_prefix"),
     "answers": ("answers", "answer", "clean_answer"),
     "foils": ("foils", "wrong_answers", "wrong", "patch_answer"),
 }
-# What MIB (Mueller et al. 2025) adds to the name of a corruption; these two are the defaults of its tasks.
+# Suffix that MIB (Mueller et al. 2025) adds to the name of a corruption, and the defaults of its tasks.
 COUNTERFACTUAL = "_counterfactual"
 PREFERRED = ("s2_io_flip", "symbol")
 
-# Columns with token ids of answers and foils in the files of EAP-IG (Hanna et al. 2024), and the metric they are for.
+# Columns with token ids of answers and foils in the files of EAP-IG (Hanna et al. 2024), and their metric.
 COLUMNS = (
     ("correct_idx", "incorrect_idx", "logit_diff"),
     ("clean_answer_idx", "corrupted_answer_idx", "logit_diff"),
@@ -33,10 +33,10 @@ CORRUPTED = ("corrupted", "corrupted_hard")
 
 
 def from_json(record: Mapping[str, Any], corruption: str | None) -> dict[str, Any]:
-    """A record of JSON lines in our own key names.
+    """Return a record of JSON lines with native keys.
 
     Raises:
-        ValueError: If a field is missing, or there is no such corruption.
+        ValueError: If a field is missing, or the corruption is unknown.
     """
     if any(key.endswith(COUNTERFACTUAL) for key in record):
         return _from_mib(record, corruption)
@@ -60,7 +60,7 @@ def _from_mib(record: Mapping[str, Any], corruption: str | None) -> dict[str, An
     corruption = require_choice("corruption", corruption.removesuffix(COUNTERFACTUAL), kinds)
     other = record[corruption + COUNTERFACTUAL]
     answers, corrupted_answers = _choice(record), _choice(other)
-    # Where the corrupted prompt has the same answer, the other choices are wrong.
+    # If the corrupted prompt has the same answer, the other choices are foils.
     foils = [one for one in corrupted_answers[:1] if one != answers[0]] or answers[1:]
     return {
         "clean": record["prompt"],
@@ -72,7 +72,7 @@ def _from_mib(record: Mapping[str, Any], corruption: str | None) -> dict[str, An
 
 
 def _choice(record: Any) -> list[str]:
-    """The right choice, then all others, as they continue the prompt."""
+    """Return the right choice, then all others, as they continue the prompt."""
     if not isinstance(record, Mapping):
         raise ValueError(f"has {record!r} for a corrupted prompt; expected an object with prompt, choices and answerKey")
     for key in ("prompt", "choices", "answerKey"):
@@ -86,10 +86,10 @@ def _choice(record: Any) -> list[str]:
 
 
 def from_csv(row: Mapping[str, str], corruption: str | None, reader: PromptEncoder) -> dict[str, Any]:
-    """A row of EAP-IG's files. Their token ids are of the tokenizer the file was written for, which nothing here can check.
+    """Return a row of EAP-IG's files as a native record; its token ids cannot be checked against the file's tokenizer.
 
     Raises:
-        ValueError: If the columns are none of theirs.
+        ValueError: If the columns are unknown.
     """
     kinds = [key for key in CORRUPTED if row.get(key)]
     if not row.get("clean") or not kinds:

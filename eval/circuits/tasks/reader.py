@@ -1,4 +1,4 @@
-"""How a model's tokenizer reads prompts and the single tokens that continue them."""
+"""Tokenization of prompts, and of single tokens that continue them."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +7,7 @@ from ....training.activations.model import LanguageModel
 
 
 class PromptEncoder:
-    """Text to token ids as the model expects them: what its tokenizer puts in front comes first, nothing after the text.
+    """Encoder of text as the model expects it: with the tokenizer's leading special tokens and no trailing ones.
 
     The embedded model was trained on documents that begin with BOS, which its tokenizer does not add by itself.
 
@@ -26,11 +26,11 @@ class PromptEncoder:
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids there are."""
+        """Number of token ids."""
         return len(self.tokenizer)
 
     def ids(self, text: str) -> list[int]:
-        """A prompt's token ids.
+        """Return the token ids of a prompt.
 
         Raises:
             ValueError: If the tokenizer does not know a part of the text.
@@ -41,20 +41,20 @@ class PromptEncoder:
         return [*self.head, *body]
 
     def text(self, ids: Sequence[int]) -> str | None:
-        """The prompt that reads as exactly these ids; ``None`` if decoding them gives no such prompt."""
+        """Return the prompt that encodes to exactly these ids, or None if decoding them gives no such prompt."""
         if list(ids[: len(self.head)]) != self.head:
             return None
         text = self.tokenizer.decode(list(ids[len(self.head) :]), clean_up_tokenization_spaces=False)
         return text if [*self.head, *self._plain(text)] == list(ids) else None
 
     def next_token(self, prompt: str, answer: str) -> int | None:
-        """The token that ``answer`` adds to a prompt; a leading space is part of it. ``None`` if it is not exactly one."""
+        """Return the token that ``answer``, including a leading space, adds to a prompt, or None if it is not exactly one."""
         before, after = self._plain(prompt), self._plain(prompt + answer)
         one = len(after) == len(before) + 1 and after[:-1] == before and not self._unknown(after[-1])
         return after[-1] if one else None
 
     def following(self, prompt: str, answer: str) -> int:
-        """``next_token``, where there must be one.
+        """Return ``next_token``, which must exist.
 
         Raises:
             ValueError: If there is none.
@@ -69,21 +69,21 @@ class PromptEncoder:
 
     @cached_property
     def two_digits(self) -> dict[str, int]:
-        """The tokens 00 to 99, those of them that are one token by themselves.
+        """Token ids of the numbers 00 to 99 that are one token by themselves.
 
-        By themselves, as a round year may be one token with its century ("1700"), which is not what a model is asked.
+        By themselves, because a round year may be one token with its century ("1700"), which a model is not asked for.
         """
         found = {text: self._plain(text) for text in (f"{number:02d}" for number in range(100))}
         return {text: ids[0] for text, ids in found.items() if len(ids) == 1 and not self._unknown(ids[0])}
 
     def positions(self, text: str, ends: Sequence[int]) -> list[int | None]:
-        """Position of the last token of each ``text[:end]``; ``None`` where the tokenizer does not cut the text."""
+        """Return the position of the last token of each ``text[:end]``, or None if a token crosses ``end``."""
         whole = self._plain(text)
         parts = self.tokenizer([text[:end] for end in ends], add_special_tokens=False, verbose=False)["input_ids"]
         return [len(self.head) + len(part) - 1 if whole[: len(part)] == part else None for part in parts]
 
     def _unknown(self, token: int) -> bool:
-        # GPT-2 calls its end-of-text token unknown as well; its bytes are all known.
+        # GPT-2's unknown token is also its end-of-text token, and it can encode any text.
         return token == self.tokenizer.unk_token_id != self.tokenizer.bos_token_id
 
     def _plain(self, text: str) -> list[int]:
@@ -91,13 +91,13 @@ class PromptEncoder:
 
 
 def _index(whole: list[int], part: list[int]) -> int:
-    """Where ``part`` begins within ``whole``."""
+    """Return the index at which ``part`` begins within ``whole``."""
     starts = range(len(whole) - len(part) + 1)
     return next((start for start in starts if whole[start : start + len(part)] == part), 0)
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """How many leading ids are the same."""
+    """Return the number of equal leading ids."""
     same = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

@@ -1,4 +1,4 @@
-"""What a circuit task is: in which languages it exists, how it can be corrupted, and how its examples become pairs."""
+"""Circuit tasks: their languages and corruptions, and the conversion of examples to pairs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from ....training.activations.model import LanguageModel
 from .pairs import PromptPairs, Question
 from .reader import PromptEncoder
 
-# How many draws in a row may repeat what is there before a task counts as exhausted.
+# Number of repeated draws in a row after which a task counts as exhausted.
 REPEATS = 1000
 
 
 class Corruption(NamedTuple):
-    """A way to corrupt a prompt, and what the corrupted prompt says about the clean one's answers.
+    """Corruption of a prompt, and its effect on the clean prompt's answers.
 
-    ``flips``: it is right to answer with a foil. ``removes``: it no longer singles out the answers. ``keeps``: they are still
-    right.
+    ``flips``: a foil becomes the right answer. ``removes``: the prompt no longer determines the answers. ``keeps``: the answers
+    stay right.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Example(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is asked of a task's generator."""
+    """Request for examples from a task's generator."""
 
     reader: PromptEncoder
     corruption: str
@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A task in one language: an endless stream of examples, repeats among them. The first corruption is the default."""
+    """Task in one language: an endless stream of examples, with repeats. The first corruption is the default."""
 
     corruptions: tuple[Corruption, ...]
     metric: str
@@ -55,7 +55,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class CircuitTask:
-    """A task by name: on the embedded model, and on models that read English; it may lack one of them."""
+    """Task by name: for the embedded model, and for models that read English; one of them may be missing."""
 
     name: str
     what: str
@@ -63,15 +63,15 @@ class CircuitTask:
     english: Variant | None = None
 
     def variant(self, model: LanguageModel) -> Variant | None:
-        """The task in the language the model reads, if it exists there."""
+        """Return the task in the language that the model reads, or None."""
         return self.embedded if model.id == "embedded" else self.english
 
 
 def distinct(examples: Iterator[Example], n: int, task: str) -> list[Example]:
-    """The first ``n`` examples that differ in their clean prompt or in what is asked.
+    """Return the first ``n`` examples that differ in their clean prompt or their questions.
 
     Raises:
-        ValueError: If the stream ends or goes on repeating itself before there are so many.
+        ValueError: If the stream ends, or only repeats itself, before there are ``n``.
     """
     found: dict[tuple, Example] = {}
     repeats = 0
@@ -89,7 +89,7 @@ def distinct(examples: Iterator[Example], n: int, task: str) -> list[Example]:
 
 
 def same_length(examples: Iterator[Example], n: int) -> Iterator[Example]:
-    """Those of the commonest length among the first ``n``, and of the same length from then on."""
+    """Yield examples of the most common length among the first ``n``: these first, then later ones."""
     first = [example for _, example in zip(range(n), examples, strict=False)]
     counts: dict[int, int] = {}
     for example in first:
@@ -100,12 +100,12 @@ def same_length(examples: Iterator[Example], n: int) -> Iterator[Example]:
 
 
 def with_subject_end(roles: dict[str, int]) -> dict[str, int]:
-    """Roles with the position after the first mention of the subject, where previous-token heads of the IOI circuit write."""
+    """Add the position after the subject's first mention, where previous-token heads of the IOI circuit write."""
     return roles | {"S1+1": roles["S1"] + 1} if "S1" in roles else roles
 
 
 def assemble(examples: list[Example], task: str, corruption: str, metric: str) -> PromptPairs:
-    """Pairs of examples; shorter ones are padded on the right with token 0, which causal models never look at."""
+    """Return examples as pairs; shorter ones are padded on the right with token 0, which causal models never attend to."""
     lengths = torch.tensor([len(example.clean) for example in examples])
     clean, corrupted = torch.zeros((2, len(examples), int(lengths.max())), dtype=torch.long)
     for row, example in enumerate(examples):

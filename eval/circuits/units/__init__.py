@@ -1,1 +1,1 @@
-"""Units of a circuit: nodes, edges, rankings, and how they are ablated."""
+"""Units of a circuit: nodes, edges, rankings, and ablations."""

@@ -1,9 +1,9 @@
-"""What takes the place of units that a circuit leaves out.
+"""Ablations: replacement values for units outside a circuit.
 
-- ``resample``: what the unit carries on the pair's own corrupted prompt;
-- ``mean``: its mean over the corrupted prompts of a reference set, position by position where they are of one length;
-- ``zero``: nothing;
-- ``optimal``: the constant with which the model does best when units at random are left out. Source: Li and Janson 2024,
+- ``resample``: the unit's activation on the pair's own corrupted prompt;
+- ``mean``: its mean over the corrupted prompts of a reference set, per position if all prompts have equal length;
+- ``zero``: zero;
+- ``optimal``: the constant at which the model does best when random units are ablated. Source: Li and Janson 2024,
   arXiv:2409.09951, whose constants are learned in the same way.
 """
 
@@ -20,15 +20,15 @@ from .space import Space, State
 ABLATIONS = ("resample", "mean", "zero", "optimal")
 Filler = Callable[[PromptPairs], State]
 OPTIMAL_STEPS = 100
-# Of a state's own spread: constants of every size move at the same pace.
+# Relative to each tensor's standard deviation, so that constants of every scale learn at the same pace.
 OPTIMAL_RATE = 0.05
 
 
 def ablation_values(space: Space, kind: str, reference: PromptPairs, seed: int = 0) -> Filler:
-    """What fills in for absent units of a batch of pairs; all but ``resample`` take it from ``reference``.
+    """Return a function from a batch of pairs to replacement values; all but ``resample`` compute them on ``reference``.
 
     Raises:
-        ValueError: If there is no such ablation.
+        ValueError: If the ablation is unknown.
     """
     require_choice("ablation", kind, ABLATIONS)
     if kind == "resample":
@@ -43,7 +43,7 @@ def ablation_values(space: Space, kind: str, reference: PromptPairs, seed: int =
 
 @torch.no_grad()
 def mean_state(space: Space, pairs: PromptPairs) -> State:
-    """The mean of what units carry on the corrupted prompts; over positions too where prompts differ in length."""
+    """Return mean unit activations on the corrupted prompts, also over positions if prompts differ in length."""
     sums: State = []
     for some in pairs.batches(BATCH):
         _, state = space.see(some.corrupted)
@@ -56,9 +56,9 @@ def mean_state(space: Space, pairs: PromptPairs) -> State:
 
 
 def optimal_state(space: Space, pairs: PromptPairs, start: State, seed: int = 0, steps: int = OPTIMAL_STEPS) -> State:
-    """Constants learned from ``start``: the model's output is to stay close, in KL, when a random share of units has them.
+    """Learn constants from ``start`` that keep the model's output close, in KL, when random units are set to them.
 
-    Every step leaves out each unit with a probability that is itself drawn anew, so constants serve circuits of every size.
+    Each step redraws the ablation probability, so the constants suit circuits of every size.
     """
     spreads = [tensor.std().clamp_min(1e-6) for tensor in start]
     shifts = [torch.zeros_like(tensor, requires_grad=True) for tensor in start]
@@ -84,7 +84,7 @@ def divergence(
     clean: Float[Tensor, "pairs positions vocabulary"],
     changed: Float[Tensor, "pairs positions vocabulary"],
 ) -> Float[Tensor, " pairs"]:
-    """KL in nats of the changed predictions from the clean ones, mean over a pair's questions."""
+    """Return the KL divergence in nats of changed from clean predictions, averaged over a pair's questions."""
     reference, others = pairs.asked_rows(clean).log_softmax(-1), pairs.asked_rows(changed).log_softmax(-1)
     return pairs.per_pair((reference.exp() * (reference - others)).sum(-1))
 

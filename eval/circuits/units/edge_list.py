@@ -1,4 +1,4 @@
-"""The edges of a transformer: which of its components reads what which others wrote. Names and numbers, no weights.
+"""Edges of a transformer's computation graph: names and indices of senders and receivers, without weights.
 
 Senders are ``embed`` (tokens and positions together), heads ``a{layer}.h{head}`` and MLPs ``m{layer}``. Receivers are queries,
 keys and values of heads, ``a{layer}.h{head}.q``, ``.k`` and ``.v``, MLPs, and ``logits``. Heads of a layer do not read each
@@ -18,9 +18,9 @@ SIDES = "qkv"
 
 
 class Stage(NamedTuple):
-    """Receivers of one stream, all of which may read the first ``n_senders`` senders; ``edges`` go receiver by receiver.
+    """Receivers that share a residual stream and may read its first ``n_senders`` senders.
 
-    The receivers are all heads of a layer, each with ``SIDES``, or an MLP, or the logits.
+    The receivers are all heads of a layer, each with ``SIDES``, or an MLP, or the logits; ``edges`` are ordered by receiver.
     """
 
     edges: slice
@@ -28,15 +28,16 @@ class Stage(NamedTuple):
     n_senders: int
 
     def of(self, values: Shaped[Tensor, "*rows edges"]) -> Shaped[Tensor, "*rows n_receivers n_senders"]:
-        """Values of this stage, from those of all edges."""
+        """Return this stage's values from those of all edges."""
         return values[..., self.edges].unflatten(-1, (self.n_receivers, self.n_senders))
 
 
 class EdgeList:
-    """All edges, receivers in the order of computation (heads one by one, then q, k, v) and for each the senders before it.
+    """All edges, ordered by receiver in the order of computation (per head: q, k, v), then by sender.
 
-    ``sources`` and ``targets`` are the sender and the receiver of every edge; ``owners`` is the sender that a receiver belongs
-    to, ``n_senders`` for the logits. ``mlps`` says which blocks have an MLP; ``stages`` are as a pass meets them.
+    ``sources`` and ``targets`` are the sender and receiver of every edge. ``owners`` maps each receiver to the sender it
+    belongs to, ``n_senders`` for the logits. ``mlps`` flags the blocks that have an MLP; ``stages`` follow the order of a
+    forward pass.
     """
 
     def __init__(self, n_layers: int, n_heads: int, mlps: Sequence[bool] | None = None, parallel: bool = False):
@@ -70,10 +71,10 @@ class EdgeList:
 
     @property
     def n_senders(self) -> int:
-        """How many components write to the stream."""
+        """Number of components that write to the residual stream."""
         return len(self.senders)
 
     def names(self) -> list[str]:
-        """``SENDER->RECEIVER`` of every edge."""
+        """Return ``SENDER->RECEIVER`` for every edge."""
         ends = zip(self.sources.tolist(), self.targets.tolist(), strict=True)
         return [f"{self.senders[source]}->{self.receivers[target]}" for source, target in ends]

@@ -1,10 +1,10 @@
-"""Edges as units: what one component reads of what another wrote, taken from elsewhere while all others read it as it is.
+"""Edges as units: one component's contribution to another's input, patched while all other receivers read the original.
 
-A receiver's input is the stream in front of its norm. Without some edges it is that stream plus, for each of them, what the
-sender carries in the filler less what it carries now: as all is recomputed on the way, edges interact as they do in the model.
-Queries, keys and values of a head are receivers of their own, also where heads share keys and values: the graph is then that
-of the same model with a copy for every head. What belongs to no sender (biases of attention outputs) is never ablated. With
-all edges kept nothing changes, not even in the last bit.
+A receiver's input is the residual stream before its norm. For every ablated edge the sender's replacement output minus its
+current output is added to that input; all activations are recomputed, so edges interact as they do in the model. Queries, keys
+and values of a head are separate receivers, also in grouped-query attention: the graph is then that of the same model with keys
+and values copied for every head. Terms that belong to no sender (biases of attention outputs) are never ablated. With all edges
+kept the output is bit-identical.
 
 Source: edge attribution patching, Syed et al. 2023, arXiv:2310.10348; evaluation as in Mueller et al. 2025, arXiv:2504.13151.
 """
@@ -25,7 +25,7 @@ from .space import Space, State
 
 
 class _Hooks:
-    """Where a block's streams are read, and where its heads and its MLP write; None for those of an MLP that is not there."""
+    """Hooks of one block: inputs and outputs of its heads and its MLP; ``mlp`` is None if there is no MLP."""
 
     def __init__(self, anatomy: Architecture, layer: int):
         block = anatomy.blocks[layer]
@@ -35,19 +35,19 @@ class _Hooks:
         self.mlp = None if block.mlp is None else (f"{block.mlp_norm}:in", f"{block.mlp[0]}:in", f"{block.mlp[1]}:out")
 
     def all(self) -> Iterator[str]:
-        """Every hook, in no order."""
+        """Yield every hook, in no particular order."""
         yield from (self.stream, *{place.hook for place in self.inputs.values()}, self.mixed, *(self.mlp or ()))
 
 
 class EdgeSpace(Space):
-    """All edges of a model that an ``Architecture`` can take apart; ``edges`` says which is which.
+    """All edges of a model that ``Architecture`` supports; ``edges`` lists them.
 
-    States are the embedding, then of each layer the mixed values of its heads (which ``W_O`` turns into what they write) and
-    what its MLP writes. Slopes are gradients by the inputs of receivers, ``(pairs, positions, receivers, d_model)`` for every
-    stage of ``edges``.
+    A state holds the embedding, then for each layer the attention-weighted values of its heads (the inputs of ``W_O``) and the
+    MLP output. Slopes are gradients with respect to receiver inputs, ``(pairs, positions, receivers, d_model)`` for every stage
+    of ``edges``.
 
     Raises:
-        ValueError: If the architecture is not one of those.
+        ValueError: If the architecture is not supported.
     """
 
     def __init__(self, model: LanguageModel):
@@ -76,7 +76,7 @@ class EdgeSpace(Space):
         return found
 
     def writes(self, state: State) -> Float[Tensor, "pairs positions senders d_model"]:
-        """What every sender writes to the stream."""
+        """Return every sender's output to the residual stream."""
         rest = iter(state)
         found = [next(rest)[:, :, None]]
         for layer, at in enumerate(self.at):
@@ -88,12 +88,12 @@ class EdgeSpace(Space):
     def head_writes(
         self, layer: int, mixed: Float[Tensor, "pairs positions width"]
     ) -> Float[Tensor, "pairs positions n_heads d_model"]:
-        """What the heads of a layer write, from the values they have mixed."""
+        """Return the outputs of a layer's heads from their attention-weighted values."""
         by_head = mixed.unflatten(-1, (self.anatomy.n_heads, self.anatomy.d_head))
         return torch.einsum("pthc,hcd->pthd", by_head, self.anatomy.layers[layer].W_O.to(mixed))
 
     def streams(self, seen: Seen) -> list[Float[Tensor, "pairs positions d_model"]]:
-        """What the receivers of every stage read, in front of their norm."""
+        """Return the residual stream that the receivers of every stage read, before their norm."""
         found = []
         for at in self.at:
             found.append(seen[at.stream])
@@ -113,7 +113,7 @@ class EdgeSpace(Space):
             if at.mlp is not None:
                 stream, reads, _ = at.mlp
                 found.append(self._before(layer.mlp_norm, seen[stream], grads[reads][:, :, None]))
-        # Nothing but the last norm reads there, so this gradient has come through it.
+        # Only the final norm reads this stream, so the gradient has already passed through it.
         return [*found, grads[self.anatomy.final_norm_hook][:, :, None]]
 
     @contextmanager
@@ -148,14 +148,14 @@ class EdgeSpace(Space):
 
 
 class _Replacement:
-    """One pass in which edges are replaced. ``lacking`` is what senders so far write in the filler less what they do now."""
+    """Forward pass with edges patched; ``lacking`` is the replacement output minus the current output of the senders so far."""
 
     def __init__(self, space: EdgeSpace, absent: Float[Tensor, "rows edges"], filler: State):
         self.space, self.absent, self.filler = space, absent, iter(filler)
         self.stream = self.lacking = absent.new_zeros(0)
 
     def readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
-        """What to hook. A pass meets attention before the MLP, also where they are parallel."""
+        """Return the hook functions. Attention runs before the MLP in a pass, also in parallel blocks."""
         anatomy, stages = self.space.anatomy, iter(self.space.edges.stages)
         found: dict[str, Callable[[Tensor], Tensor | None]] = {}
         for layer, at in enumerate(self.space.at):
@@ -167,14 +167,14 @@ class _Replacement:
             if at.mlp is not None:
                 stream, reads, writes = at.mlp
                 found |= {stream: self._keep_stream, reads: self._mlp_reader(layer, next(stages)), writes: self._note}
-        # The stream in front of the first block is the embedding.
+        # The stream before the first block is the embedding.
         found[self.space.at[0].stream] = self._note_embedding
         last = next(stages)
         found[anatomy.final_norm_hook] = lambda x: self._changed(x[:, :, None], last.of(self.absent))[:, :, 0]
         return found
 
     def _keep_stream(self, x: Tensor) -> None:
-        # Modules above may write into what they get.
+        # Downstream modules may write to their inputs in place.
         self.stream = x.clone()
 
     def _note_embedding(self, x: Tensor) -> None:
@@ -224,7 +224,7 @@ class _Replacement:
     def _beyond(
         self, norm: Norm, absent: Float[Tensor, "rows receivers senders"]
     ) -> Float[Tensor, "pairs positions receivers d_model"]:
-        """What the norm of every receiver's own input has beyond that of the stream: exactly nothing where all is kept."""
+        """Return the normalized input of every receiver minus the normalized stream: exactly zero if all edges are kept."""
         stream = self.stream[:, :, None]
         changed = self._changed(stream, absent)
         return norm.apply(changed, norm.scale(changed)) - norm.apply(stream, norm.scale(stream))
@@ -236,7 +236,7 @@ class _Replacement:
 
 
 def _any_absent(absent: Float[Tensor, "rows receivers senders"]) -> Int[Tensor, " some"]:
-    """Receivers that lack an edge in some row; where gradients flow to edges, all of them."""
+    """Return the receivers that lack an edge in any row, or all receivers if gradients flow to edges."""
     if absent.requires_grad:
         return torch.arange(absent.shape[1], device=absent.device)
     return absent.any(0).any(-1).nonzero().flatten()

@@ -1,9 +1,9 @@
-"""Nodes: latents of dictionaries, their errors, neurons, heads, components and residual positions, in any mixture.
+"""Nodes as units: latents, their errors, neurons, heads, components and residual positions, in any combination.
 
-Every part of the space stands at hooks of the model. With all units kept a part changes nothing, not even in the last bit: it
-adds what a unit lacks to what the model has, so an error that nobody mentions stays where it is.
+Every part of the space reads and writes at hooks of the model. It adds the difference between replacement and current values to
+the activations, so with all units kept the output is bit-identical, and errors stay unless they are ablated.
 
-Source: sparse feature circuits, Marks et al. 2024, arXiv:2403.19647; the error of a transcoder is all its MLP writes beyond it.
+Source: sparse feature circuits, Marks et al. 2024, arXiv:2403.19647; a transcoder's error is the rest of the MLP output.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ POSITIONS = ("all", "each")
 
 
 class Part(ABC):
-    """Units that read at one hook and write at one, often the same. A state has ``n_tensors`` tensors of them."""
+    """Units that read at one hook and write at one hook, often the same. Their state has ``n_tensors`` tensors."""
 
     n_tensors: ClassVar[int] = 1
 
@@ -35,34 +35,34 @@ class Part(ABC):
     @property
     @abstractmethod
     def n_units(self) -> int:
-        """Units at every position."""
+        """Number of units per position."""
 
     @property
     @abstractmethod
     def width(self) -> int:
-        """Of the tensor at ``hook_out``."""
+        """Width of the activations at ``hook_out``."""
 
     @abstractmethod
     def labels(self) -> list[str]:
-        """What every unit is."""
+        """Return the name of every unit."""
 
     @abstractmethod
     def state(self, x: Float[Tensor, "pairs positions d_in"], y: Float[Tensor, "pairs positions d_out"]) -> State:
-        """What units carry: some tensors."""
+        """Return unit activations, ``n_tensors`` tensors."""
 
     @abstractmethod
     def slopes(self, grad: Float[Tensor, "pairs positions d_out"]) -> State:
-        """Gradients by what units carry, from that at ``hook_out``."""
+        """Return the gradients with respect to unit activations, from the gradient at ``hook_out``."""
 
     @abstractmethod
     def past(
         self, x: Float[Tensor, "pairs positions d_in"], y: Float[Tensor, "pairs positions d_out"], state: State
     ) -> Float[Tensor, "pairs positions d_out"]:
-        """What gets to ``hook_out`` past the units, whatever becomes of them; constants do not count."""
+        """Return the signal at ``hook_out`` that does not pass through the units, up to constants."""
 
     @abstractmethod
     def contrast(self, difference: State, slopes: State) -> Float[Tensor, "pairs positions n_units"]:
-        """Difference by slope, of each unit at each position."""
+        """Return activation difference times slope for each unit and position."""
 
     @abstractmethod
     def change(
@@ -72,13 +72,13 @@ class Part(ABC):
         absent: Float[Tensor, "#pairs #positions n_units"],
         filler: State,
     ) -> Float[Tensor, "pairs positions d_out"]:
-        """What to add at ``hook_out`` for this share of each unit (1: absent, 0: kept) to be taken from ``filler``."""
+        """Return the update at ``hook_out`` that takes a share of each unit (1: absent, 0: kept) from ``filler``."""
 
 
 class Coordinates(Part):
-    """Coordinates of the tensor at a hook, ``group`` of them to a unit.
+    """Coordinates of the activations at a hook, ``group`` per unit.
 
-    One each are neurons, the width of a head each are heads (at site ``attn_heads``), all together are one component.
+    Groups of one are neurons, groups of a head's width are heads (at site ``attn_heads``), one group of all is a component.
     """
 
     def __init__(self, name: str, hook: str, width: int, group: int):
@@ -115,10 +115,10 @@ class Coordinates(Part):
 
 
 class Latents(Part):
-    """Latents of an SAE or a transcoder, and the error it leaves.
+    """Latents of an SAE or a transcoder, and its reconstruction error.
 
-    ``errors`` says what becomes of the error: a unit of its own, the last; ``kept`` always; or ``ablated`` always, also where
-    everything else is kept.
+    ``errors`` says how the error is treated: ``node`` makes it the last unit, ``kept`` always keeps it, and ``ablated`` always
+    ablates it, even if all units are kept.
     """
 
     n_tensors = 2
@@ -135,7 +135,7 @@ class Latents(Part):
             raise ValueError(f"{name}: the dictionary is in training mode, where codes depend on the batch. Call eval().")
         self.dictionary, self.errors = dictionary, errors
         with torch.no_grad():
-            # What one unit of each latent writes, in raw units.
+            # Decoder directions in raw units.
             self.atoms = (dictionary.atoms * dictionary.out_scale).detach()
 
     @property
@@ -161,7 +161,7 @@ class Latents(Part):
 
     def past(self, x: Tensor, y: Tensor, state: State) -> Tensor:
         if self.errors == "node":
-            # A skip, if there is one.
+            # Skip path and bias.
             around = self.dictionary.bypass(x.flatten(0, 1)) * self.dictionary.out_scale
             return around.expand(y.shape[0] * y.shape[1], -1).view(y.shape).to(y)
         return y - state[0] @ self.atoms.to(y)
@@ -186,13 +186,12 @@ class Latents(Part):
 
 
 class NodeSpace(Space):
-    """Parts of a model side by side. With ``positions="each"`` a unit at every position is a unit of its own.
+    """Parts of a model combined into one space. With ``positions="each"`` every position of a unit is a separate unit.
 
-    Units are numbered part by part, within it position by position, and the length of prompts is then fixed by ``n_positions``.
+    Units are numbered part by part, then position by position; prompts must then have ``n_positions`` tokens.
 
     Raises:
-        ValueError: If there are no parts, two have one name or write at one hook, or a hook does not exist or has another
-            width.
+        ValueError: If there are no parts, two share a name or an output hook, or a hook does not exist or has another width.
     """
 
     def __init__(self, model: LanguageModel, parts: Sequence[Part], positions: str = "all", n_positions: int | None = None):
@@ -245,7 +244,7 @@ class NodeSpace(Space):
         if self.copies > 1 and token_ids.shape[1] != self.copies:
             raise ValueError(f"positions: expected prompts of {self.copies} tokens, got {token_ids.shape[1]}.")
         kept = kept.to(self.model.device)
-        # In the precision it has, so that gradients to it are no coarser.
+        # Keep a floating-point mask's precision, so that its gradients are no coarser.
         absent, live, readers, at = 1.0 - (kept if kept.is_floating_point() else kept.float()), {}, {}, 0
         for part in self.parts:
             end = at + part.n_tensors
@@ -259,7 +258,7 @@ class NodeSpace(Space):
             return self.passes.run(token_ids)
 
     def _keeper(self, hook: str, live: Seen) -> Callable[[Tensor], None]:
-        # A transcoder decodes from what its MLP read, which modules may have written into by then.
+        # A transcoder reads the input of its MLP, which modules may have overwritten in place by then.
         return lambda x: live.update({hook: x.clone()})
 
     def _writer(self, part: Part, absent: Tensor, filler: State, live: Seen) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""Dictionaries of random atoms that fire as often as trained ones: what circuits owe to what was learned."""
+"""Random dictionaries that fire as often as trained ones: a control for how much circuits owe to training."""
 
 import copy
 
@@ -25,27 +25,27 @@ from ....sae.encoders.threshold import Threshold
 from ....sae.encoders.topk import TopK
 from ....sae.tiled_scores import Scorer, largest_of_batch, largest_per_latent
 
-# A threshold that is kept as a logarithm cannot be 0.
+# Thresholds stored as logarithms cannot be 0.
 TINY = 1e-6
-# By how much a latent that fires everywhere clears its threshold, in normalised units.
+# Margin by which a latent that fires everywhere exceeds its threshold, in normalized units.
 MARGIN = 1e-3
 
 
-# These choose a number of latents that does not depend on the atoms, or at most that many.
+# Encoders with a fixed (maximum) number of active latents, for any decoder directions.
 COUNTED = (TopK, GradientTopK, MatchingPursuit, SignedTopK, GroupMax, ResidualPursuit)
 
 
 @torch.no_grad()
 def random_like(dictionary: OneSiteDictionary, x: Float[Tensor, "tokens d_in"], seed: int = 0) -> OneSiteDictionary:
-    """A dictionary of the same kind, width and encoder, whose atoms are random and whose l0 on raw inputs ``x`` is the same.
+    """Return a dictionary of the same kind, width and encoder with random directions and the same l0 on raw inputs ``x``.
 
-    Atoms are uniform on the unit sphere; an SAE reads with its atoms, a transcoder with other random directions. Centre,
-    scales, output bias and skip stay. Encoders that choose ``k`` latents a token choose as many; where one threshold serves
-    all latents it is set so that as many fire in total; where each has its own, every latent fires on as many tokens as the
-    trained one of its number.
+    Decoder directions are uniform on the unit sphere. An SAE encodes with its decoder directions, a transcoder with other
+    random directions. Pre-encoder bias, scales, output bias and skip path are kept. Encoders that choose ``k`` latents per
+    token keep ``k``. A threshold shared by all latents is set to match the total number of firings; per-latent thresholds match
+    the number of tokens on which the trained latent of the same index fires.
 
     Raises:
-        ValueError: If ``x`` has no tokens, or the encoder is of a kind that is not known here.
+        ValueError: If ``x`` has no tokens, or the type of encoder is not supported.
     """
     if not len(x):
         raise ValueError("x: expected tokens on which to match the l0, got none.")
@@ -66,7 +66,7 @@ def _directions(like: Float[Tensor, "n d"], generator: torch.Generator) -> Float
 
 
 def _match(encoder: Encoder, b_enc: Tensor | None, scores: Scorer, fired: Int[Tensor, " n_latents"]) -> None:
-    """Set what decides whether a latent fires, so that on these inputs as many do."""
+    """Set the thresholds so that latents fire as often on these inputs."""
     if isinstance(encoder, COUNTED):
         return
     if isinstance(encoder, MutualLevel):
@@ -76,13 +76,13 @@ def _match(encoder: Encoder, b_enc: Tensor | None, scores: Scorer, fired: Int[Te
         return
     cuts = _cuts(scores, fired)
     assert b_enc is not None
-    # Where a latent has to fire on less than nothing, it is lifted.
+    # Thresholds are not negative: a latent with a negative cut gets a bias instead.
     b_enc.copy_((-cuts).clamp_min(0.0))
     _set_thresholds(encoder, b_enc, cuts.clamp_min(0.0))
 
 
 def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, " n_latents"]) -> None:
-    """What pre-activations must exceed, latent by latent."""
+    """Set the threshold on each latent's pre-activation."""
     if isinstance(encoder, FeatureChoice):
         encoder.thresholds.copy_(thresholds)
         encoder.own_batches.clamp_(min=1)
@@ -92,7 +92,7 @@ def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, "
         encoder.log_threshold.copy_(thresholds.clamp_min(TINY).log() / PACE)
     elif isinstance(encoder, (ReLU, Gated)):
         if isinstance(encoder, Gated):
-            # The gate takes the threshold; magnitudes are what it is taken from.
+            # Only the gate is thresholded; magnitudes keep the bias.
             encoder.r_mag.zero_()
             encoder.b_mag.copy_(b_enc)
         b_enc.sub_(thresholds)
@@ -104,7 +104,7 @@ def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, "
 
 
 def _cuts(scores: Scorer, counts: Int[Tensor, " n_latents"]) -> Float[Tensor, " n_latents"]:
-    """What exactly so many of each latent's scores exceed, if they differ there."""
+    """Return the value that exactly ``counts`` scores of each latent exceed, barring ties."""
     last, next_ = (largest_per_latent(scores, counts + more).smallest for more in (0, 1))
     cuts = torch.where(counts > 0, (last + next_) / 2, next_)
     return torch.where(counts < scores.shape[0], cuts, last - MARGIN)

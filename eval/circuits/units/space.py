@@ -1,7 +1,7 @@
-"""Space: the numbered units that a circuit is a choice of, and the model run with some of them taken from elsewhere.
+"""Space: the numbered units that a circuit is a subset of, and forward passes with some units patched.
 
-Units are whatever a circuit may keep or leave out: latents, neurons, heads, whole components (``nodes``), or the edges between
-components (``edges``). A method of discovery gives every unit a number, and a circuit is those with the largest.
+Units are the parts a circuit can keep or ablate: latents, neurons, heads, whole components (``nodes``), or the edges between
+components (``edges``). A discovery method scores every unit; a circuit consists of the top-scoring units.
 """
 
 from abc import ABC, abstractmethod
@@ -14,12 +14,12 @@ from torch import Tensor
 from ....training.activations.model import LanguageModel
 from .passes import Passes, Seen
 
-# What units carry on some prompts, or a gradient in the same terms: tensors ``(pairs, positions, ...)``, some for each part.
+# Unit activations on some prompts, or gradients of the same form: ``(pairs, positions, ...)``, one or more tensors per part.
 State = list[Tensor]
 
 
 class Space(ABC):
-    """Units in ``groups``, which are named ranges of them. ``hooks`` are all that a pass must see."""
+    """Units in named ``groups`` (index ranges). ``hooks`` are all hooks that a pass must read."""
 
     hooks: tuple[str, ...]
     groups: dict[str, slice]
@@ -29,52 +29,52 @@ class Space(ABC):
 
     @property
     def size(self) -> int:
-        """How many units there are."""
+        """Number of units."""
         return max(group.stop for group in self.groups.values())
 
     @abstractmethod
     def names(self) -> list[str]:
-        """What every unit is."""
+        """Return the name of every unit."""
 
     @abstractmethod
     def state(self, seen: Seen) -> State:
-        """What units carry, from what a pass saw at the hooks."""
+        """Return unit activations from the activations that a pass saw at the hooks."""
 
     @abstractmethod
     def slopes(self, seen: Seen, grads: Seen) -> State:
-        """How the metric changes with what units carry (or what reads them gets), from a pass's gradients at the hooks.
+        """Return the metric's gradients with respect to unit activations (or receiver inputs), from those at the hooks.
 
-        Linear in ``grads``, so that slopes of several passes may be averaged.
+        Linear in ``grads``, so slopes of several passes can be averaged.
         """
 
     @contextmanager
     def frozen_norms(self) -> Iterator[None]:
-        """While open, slopes take the denominators of norms for constants, where a norm lies between a unit and its hook."""
+        """Treat the denominators of norms between a unit and its hook as constants in slopes, while open."""
         yield
 
     @abstractmethod
     def contrast(self, clean: State, corrupted: State, slopes: State) -> Float[Tensor, "pairs units"]:
-        """The linear estimate of how much the metric falls if a unit is taken from the corrupted run: difference by slope."""
+        """Return the linear estimate of the drop in the metric if a unit is patched: activation difference times slope."""
 
     @abstractmethod
     def distance(self, a: State, b: State) -> Float[Tensor, "pairs units"]:
-        """How far apart what each unit carries is: the Euclidean norm over positions and whatever it has several of."""
+        """Return the Euclidean distance between each unit's activations in two states, over positions and coordinates."""
 
     @abstractmethod
     def run(
         self, token_ids: Int[Tensor, "pairs positions"], kept: Tensor, filler: State
     ) -> Float[Tensor, "pairs positions vocabulary"]:
-        """Logits of the model with units that are not kept taken from ``filler``; all that depends on them is recomputed.
+        """Return the logits with units that are not kept taken from ``filler``; everything downstream is recomputed.
 
-        ``kept`` is ``(units,)``, or ``(pairs, units)``; numbers between 0 and 1 mix both, and gradients flow to them.
-        ``filler`` has the form of a state, and may have one row, or one position, for all.
+        ``kept`` is ``(units,)`` or ``(pairs, units)``; values between 0 and 1 interpolate, and gradients flow to them.
+        ``filler`` has the form of a state; its rows and positions may be broadcast.
         """
 
     def see(self, token_ids: Int[Tensor, "pairs positions"]) -> tuple[Tensor, State]:
-        """Logits of the untouched model and what units carry in it: one forward pass."""
+        """Return the logits and unit activations of the unmodified model, in one forward pass."""
         logits, seen = self.passes.see(token_ids, self.hooks)
         return logits, self.state(seen)
 
     def group_of(self, units: Sequence[int]) -> list[str]:
-        """The group that each of some units is in."""
+        """Return the group of each of some units."""
         return [next(name for name, group in self.groups.items() if group.start <= unit < group.stop) for unit in units]

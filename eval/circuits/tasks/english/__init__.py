@@ -1,4 +1,4 @@
-"""Tasks in English, for any model whose tokenizer has their words as single tokens."""
+"""Tasks in English, for models whose tokenizer has their words as single tokens."""
 
 from . import agreement, docstrings, ioi, objects, pronouns, repetition, years
 

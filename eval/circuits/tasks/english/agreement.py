@@ -1,4 +1,4 @@
-"""Verbs that agree with their subject. Source: Marks et al. 2024, arXiv:2403.19647, whose nouns and verbs most of these are."""
+"""Subject-verb agreement. Source: Marks et al. 2024, arXiv:2403.19647, including most nouns and verbs."""
 
 from functools import partial
 from random import Random
@@ -10,7 +10,7 @@ from .fill import Filled, SingleTokenWords, from_templates
 
 
 def _numbers(words: str) -> list[tuple[str, str]]:
-    """(singular, plural) of each word; the plural adds an s unless it is given."""
+    """Return (singular, plural) of each word; the plural adds an s unless it is given."""
     return [(one, many or f"{one}s") for one, _, many in (word.partition("/") for word in words.split())]
 
 
@@ -26,7 +26,7 @@ INNER_VERBS = [(f"{verb}s", verb) for verb in "like admire follow help hate know
 
 
 class Kind(NamedTuple):
-    """A template, its corruptions, the nouns by role, and the role of the noun that the verb asked for agrees with."""
+    """Template, its corruptions, nouns by role, and the role of the noun that the predicted verb agrees with."""
 
     template: str
     corruptions: tuple[Corruption, ...]
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    # There is no other noun to tell the subject from: it may be any.
+    # No other noun competes with the subject, so any noun will do.
     "agreement_simple": Kind("The {subject}", AGREEMENT_SIMPLE, {"subject": SUBJECTS + OTHERS}, "subject"),
     "agreement_pp": Kind(
         "The {subject} {preposition} the {attractor}",

@@ -1,11 +1,11 @@
-"""Docstrings that go through a function's arguments in order. Source: Heimersheim and Janiak 2023, whose names these are."""
+"""Docstring completion: predict the next argument to document. Source: Heimersheim and Janiak 2023, including the names."""
 
 from random import Random
 
 from ..corruptions import DOCSTRING, docstring_changes
 from .fill import Filled, SingleTokenWords, from_templates
 
-# Two arguments before those documented, three of which the third is asked for, one after them.
+# Two undocumented arguments, three documented ones, of which the third is asked for, and one more.
 SIGNATURE = tuple(f"signature_{place}" for place in range(6))
 TEMPLATE = (
     "\ndef {method}(self, "

@@ -1,4 +1,4 @@
-"""English prompts from templates: words that the tokenizer has as one token, filled in twice, clean and corrupted."""
+"""English prompts from templates, filled in with single-token words, once clean and once corrupted."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +10,14 @@ from ..pairs import Question
 from ..reader import PromptEncoder
 from ..task import Corruption, Example, Request, Variant, with_subject_end
 
-# How many words an error lists.
+# Maximum number of words in an error.
 LISTED = 30
 
 
 class Filled(NamedTuple):
-    """A template's fields for both prompts; a field's name is the role of its word.
+    """Fields of a template for both prompts; a field's name is the role of its word.
 
-    Answers and foils are text that continues the prompt, or token ids where it is the token that counts.
+    Answers and foils are text that continues the prompt, or token ids if a specific token is meant.
     """
 
     template: str
@@ -28,17 +28,17 @@ class Filled(NamedTuple):
 
 
 class SingleTokenWords:
-    """Which words a tokenizer has as single tokens, after a space."""
+    """Words that a tokenizer encodes as single tokens, after a space."""
 
     def __init__(self, reader: PromptEncoder, task: str):
         self.reader, self.task = reader, task
         self.known: dict[str, Any] = {}
 
     def single(self, what: str, words: Sequence[str], at_least: int = 2) -> list[str]:
-        """Those of ``words`` that are one token, in order; ``what`` they are, for errors and to look only once.
+        """Return the ``words`` that are one token, in order; ``what`` names them in errors and in the cache.
 
         Raises:
-            ValueError: If there are fewer than ``at_least``; those that are several tokens are listed.
+            ValueError: If there are fewer than ``at_least``; words of several tokens are listed.
         """
         if what not in self.known:
             self.known[what] = [word for word in words if self._is_one(word)]
@@ -46,10 +46,10 @@ class SingleTokenWords:
         return self.known[what]
 
     def pairs(self, what: str, pairs: Sequence[tuple[str, str]], at_least: int = 2) -> list[tuple[str, str]]:
-        """Those pairs of which both words are one token.
+        """Return the pairs whose words are both one token.
 
         Raises:
-            ValueError: As ``single`` does.
+            ValueError: Like ``single``.
         """
         if what not in self.known:
             self.known[what] = [pair for pair in pairs if all(self._is_one(word) for word in pair)]
@@ -58,11 +58,11 @@ class SingleTokenWords:
         return self.known[what]
 
     def other(self, random: Random, words: Sequence[str], *but: str) -> str:
-        """One of the words that is none of some."""
+        """Return a random word other than ``but``."""
         return random.choice([word for word in words if word not in but])
 
     def _is_one(self, word: str) -> bool:
-        # After a word, as tokenizers treat the beginning of a text in their own ways.
+        # Checked after a word, as tokenizers treat the beginning of a text differently.
         return self.reader.next_token("The", f" {word}") is not None
 
     def require(self, what: str, known: list, bad: list[str], at_least: int) -> None:
@@ -80,7 +80,7 @@ def from_templates(
     draw: Callable[[SingleTokenWords, Random, str], Filled],
     metric: str = "logit_diff",
 ) -> Variant:
-    """A task by its draw of one filled template; the same draw gives the same clean prompt whatever the corruption."""
+    """Return a variant that draws filled templates; the same draw gives the same clean prompt for any corruption."""
 
     def examples(request: Request) -> Iterator[Example]:
         words, index = SingleTokenWords(request.reader, task), 0
@@ -100,7 +100,7 @@ def from_templates(
 
 
 def example(filled: Filled, reader: PromptEncoder) -> Example:
-    """A filled template as token ids.
+    """Return a filled template as token ids.
 
     Raises:
         ValueError: If the tokenizer gives the two prompts different lengths, or an answer several tokens.
@@ -118,7 +118,7 @@ def example(filled: Filled, reader: PromptEncoder) -> Example:
 
 
 def _roles(filled: Filled, text: str, reader: PromptEncoder) -> dict[str, int]:
-    """Position of the last token of every field's word, where the field occurs first, and of the prompt."""
+    """Return the position of the last token of every field's word, at its first occurrence, and of the prompt."""
     ends: dict[str, int] = {}
     at = 0
     for literal, name, _, _ in Formatter().parse(filled.template):
@@ -132,5 +132,5 @@ def _roles(filled: Filled, text: str, reader: PromptEncoder) -> dict[str, int]:
 
 
 def _belongs(text: str, split: str) -> bool:
-    """Half of all clean prompts are held out, by a hash of the text."""
+    """Return True if the text is in the split: a hash of the text holds out half of all clean prompts."""
     return split == "all" or (zlib.crc32(text.encode()) % 2 == 0) == (split == "heldout")

@@ -1,11 +1,11 @@
-"""Indirect objects. Source: Wang et al. 2022, arXiv:2211.00593, whose templates, names, places and objects these are."""
+"""Indirect object identification. Source, also of templates, names, places and objects: Wang et al. 2022, arXiv:2211.00593."""
 
 from random import Random
 
 from ..corruptions import IOI, ioi_changes
 from .fill import Filled, SingleTokenWords, from_templates
 
-# In the order subject first ("BABA"); half of the draws have the two names exchanged at their first mention ("ABBA").
+# Subject first ("BABA"); half of the draws exchange the two names at their first mention ("ABBA").
 TEMPLATES = (
     "Then, {S1} and {IO} went to the {place}. {S2} gave a {object} to",
     "Then, {S1} and {IO} had a lot of fun at the {place}. {S2} gave a {object} to",

@@ -1,4 +1,4 @@
-"""The colour of one of three objects, after a solved example. Source: Merullo, Eickhoff and Pavlick 2024, arXiv:2310.08744."""
+"""Color of one of three objects, after a solved example. Source: Merullo, Eickhoff and Pavlick 2024, arXiv:2310.08744."""
 
 from random import Random
 
@@ -30,7 +30,7 @@ def _draw(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
     surfaces = words.single("surfaces", SURFACES)
     chosen, colors = random.sample(objects, 6), random.sample([color for color, _ in known], 6)
     solved = random.randrange(3)
-    # Of the items 3 to 5 the one asked about, and another.
+    # The item that is asked about, and another, among items 3 to 5.
     asked, other = random.sample(range(3, 6), 2)
     clean = {"queried_0": chosen[solved], "solution": colors[solved].capitalize(), "queried": chosen[asked]}
     for scene in (0, 1):

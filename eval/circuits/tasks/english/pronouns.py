@@ -1,7 +1,7 @@
-"""Pronouns of a person's gender: after a name, and after a profession that has none.
+"""Gendered pronouns: after a name, and after a profession, which has no gender.
 
-Professions and frames are those of the gender-bias task of Hanna et al. 2024, arXiv:2403.17806; their answers are what
-people assume, not what is true.
+Professions and frames are those of the gender-bias task of Hanna et al. 2024, arXiv:2403.17806; their answers are stereotypes,
+not facts.
 """
 
 from random import Random

@@ -1,4 +1,4 @@
-"""Induction on tokens that mean nothing together: a random list, then the same list again.
+"""Induction on unrelated tokens: a random list, then the same list again.
 
 Source: Olsson et al. 2022, arXiv:2209.11895; lists of 20 as in the data of EAP-IG (Hanna et al. 2024, arXiv:2403.17806).
 """
@@ -14,7 +14,7 @@ LENGTH = 20
 
 
 def examples(request: Request) -> Iterator[Example]:
-    """Without end; of a split's own lists, as random as any other's.
+    """Yield examples endlessly; each split has its own random lists.
 
     Raises:
         ValueError: If the vocabulary has too few tokens for a list and its corruption.
@@ -32,7 +32,7 @@ def examples(request: Request) -> Iterator[Example]:
 def _example(request: Request, pool: list[int], random: Random) -> Example:
     tokens = random.sample(pool, 2 * LENGTH)
     items, others = tokens[:LENGTH], tokens[LENGTH:]
-    # The last item is left out the second time: it is what is asked for at the end.
+    # The second list omits the last item, which is asked for at the end.
     again = items[:-1]
     corrupted = {
         "shuffled": (reordered(items, random), again),

@@ -1,4 +1,4 @@
-"""Spans of years: the second must exceed the first. Source: Hanna et al. 2023, arXiv:2305.00586, whose nouns these are."""
+"""Greater-than: the second year must exceed the first. Source, also of the nouns: Hanna et al. 2023, arXiv:2305.00586."""
 
 from random import Random
 
@@ -35,7 +35,7 @@ def _draw(words: SingleTokenWords, random: Random, corruption: str) -> Filled:
 
 
 def spans(words: SingleTokenWords) -> dict[str, list[str]]:
-    """By century the years that are two tokens, century and year, without the first and the last of them.
+    """Return, by century, the years that are two tokens, century and year, without the first and the last of them.
 
     Raises:
         ValueError: If no century has any.
@@ -56,12 +56,12 @@ def _split_years(words: SingleTokenWords, century: str) -> list[str]:
     if reader.next_token("The year", f" {century}") is None:
         return []
     cut = [year for year, token in reader.two_digits.items() if year != "00" and reader.next_token(before, year) == token]
-    # The first must be 01: else there would be nothing to corrupt a year to.
+    # The first must be 01, which corrupted prompts use.
     return cut[1:-1] if cut[:1] == ["01"] else []
 
 
 def _two_digits(words: SingleTokenWords) -> list[int]:
-    """The tokens 00 to 99.
+    """Return the tokens 00 to 99.
 
     Raises:
         ValueError: If one of them is several tokens.
