@@ -31,8 +31,8 @@ class Neighbours(NamedTuple):
 class Together(NamedTuple):
     """Co-firing neighbors by three measures, with lift and count of the neighbors by Jaccard index.
 
-    For two latents that fire on ``a`` and ``b`` of ``n`` tokens, and on ``ab`` of them together, the Jaccard index is ``ab / (a
-    + b - ab)`` and the lift ``ab n / (a b)``. The correlation is Pearson's over all tokens, zeros included.
+    For two latents that fire on ``a`` and ``b`` of ``n`` tokens, and on ``ab`` of them together, the Jaccard index is
+    ``ab / (a + b - ab)`` and the lift ``ab n / (a b)``. The correlation is Pearson's over all tokens, zeros included.
     """
 
     jaccard: Neighbours
