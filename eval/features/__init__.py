@@ -1,1 +1,1 @@
-"""What each latent of a dictionary is: where it fires, with whom, what it promotes, how well simple rules describe it."""
+"""Descriptions of every latent: top contexts, related latents, promoted tokens, scores, and explanations."""

@@ -1,8 +1,8 @@
-"""A language model says what a latent fires for, and is asked whether that tells where it fires: detection and fuzzing.
+"""Automated interpretability: a language model explains latents, and detection and fuzzing score the explanations.
 
-Documents of even number are shown to the explainer, the scorers ask about those of odd number. Source: delphi (Paulo et al.
-2024, arXiv:2410.13928): windows of 32 tokens, tokens above 0.3 of the maximum marked, five windows to a question, answers of
-another form discarded and counted.
+The explainer sees documents with even numbers, the scorers are tested on odd ones. Source: delphi (Paulo et al. 2024,
+arXiv:2410.13928): windows of 32 tokens, tokens above 0.3 of the maximum marked, five windows per question, malformed answers
+discarded and counted.
 """
 
 import json
@@ -35,27 +35,27 @@ are excerpts, 1 for marked rightly, 0 for wrongly, and nothing else."""
 
 
 class ActivatingWindow(NamedTuple):
-    """A piece of text and a latent's activation on each of its tokens."""
+    """Window of text with a latent's activation on each token."""
 
     tokens: tuple[str, ...]
     values: tuple[float, ...]
 
     def text(self, marked: Sequence[bool] | None = None) -> str:
-        """The text as it is read, with marks where they are asked for."""
+        """Return the text, with marked tokens between ``<<`` and ``>>``."""
         marks = marked or [False] * len(self.tokens)
-        # Words without spaces of their own get one.
+        # Tokens of a word-level vocabulary contain no spaces.
         glue = "" if any(token[:1].isspace() for token in self.tokens) else " "
         return glue.join(f"<<{token}>>" if mark else token for token, mark in zip(self.tokens, marks, strict=True))
 
     def active(self) -> list[bool]:
-        """Tokens above ``MARKED_SHARE`` of the window's maximum."""
+        """Return a mask of the tokens above ``MARKED_SHARE`` of the window's maximum."""
         level = MARKED_SHARE * max(self.values, default=0.0)
         return [value > 0 and value >= level for value in self.values]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is shown to the explainer, and what the scorers ask about, with and without the latent."""
+    """Windows shown to the explainer, and held-out windows in which the latent does or does not fire."""
 
     train: list[ActivatingWindow]
     positive: list[ActivatingWindow]
@@ -65,7 +65,7 @@ class Evidence:
 
 @dataclass
 class Result:
-    """An explanation, its scores, and answers that were of no use. What is ``None`` has a reason."""
+    """Explanation of a latent, its scores, and the number of malformed answers. Each ``None`` has a reason."""
 
     text: str | None = None
     detection: float | None = None
@@ -76,7 +76,7 @@ class Result:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def entries(self) -> dict[str, Any]:
-        """For ``features.jsonl``."""
+        """Return the fields for ``features.jsonl``."""
         return {
             "text": self.text,
             "detection": self.detection,
@@ -89,7 +89,7 @@ class Result:
 
 
 def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidence | str:
-    """A latent's windows by document, or why there are not enough of them. No window is on both sides."""
+    """Return a latent's windows, split by document, or the reason if there are too few. No window is in both splits."""
 
     def window(tokens: np.ndarray, values: np.ndarray) -> ActivatingWindow:
         there = tokens >= 0
@@ -105,7 +105,7 @@ def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidenc
     shown = {example.tokens for example in train}
     positive = [example for example in windows(collected.sample, 1) if example.tokens not in shown][:TEST_WINDOWS]
     silence = np.zeros(background.tokens.shape[1], np.float32)
-    # Nor is a text that was shown as active asked about as silent.
+    # A text shown as active is not used as a negative either.
     negative = [example for i in quiet if (example := window(background.tokens[i], silence)).tokens not in shown]
     negative = negative[:TEST_WINDOWS]
     if min(len(train), len(positive), len(negative)) < MIN_WINDOWS:
@@ -117,7 +117,7 @@ def evidence(collected: Collected, words: Sequence[str], latent: int) -> Evidenc
 
 
 def score_explanations(shown: Evidence, explainer: Chat, scorer: Chat, seed: int = 22) -> Result:
-    """Explain, then score what was said."""
+    """Ask for an explanation of a latent, then score it by detection and fuzzing."""
     result = Result()
     result.questions += 1
     result.text = explanation_in(explainer.answer(EXPLAIN, explain_prompt(shown)))
@@ -132,7 +132,7 @@ def score_explanations(shown: Evidence, explainer: Chat, scorer: Chat, seed: int
 
 
 def explain_prompt(shown: Evidence) -> str:
-    """Windows with marks, and the activations of what is marked: ``ceil(10 a / maximum)``."""
+    """Return the windows with marks, and the activations of marked tokens as ``ceil(10 a / maximum)``."""
     lines = []
     for number, example in enumerate(shown.train, 1):
         active = example.active()
@@ -146,9 +146,9 @@ def explain_prompt(shown: Evidence) -> str:
 
 
 def fuzzed(shown: Evidence, seed: int = 22) -> list[tuple[str, bool]]:
-    """Marked windows and whether the marks are right: wrong ones stand on random tokens where the latent is silent.
+    """Return marked windows and a flag each, True if the marks are correct; wrong marks are on random tokens of silent windows.
 
-    As many tokens are marked wrongly as are on average marked rightly, rounded up.
+    The number of wrong marks per window is the mean number of correct ones, rounded up.
     """
     rng = np.random.default_rng(seed)
     count = math.ceil(float(np.mean([sum(example.active()) for example in shown.positive])))
@@ -161,7 +161,7 @@ def fuzzed(shown: Evidence, seed: int = 22) -> list[tuple[str, bool]]:
 
 
 def _score(result: Result, name: str, system: str, items: list[tuple[str, bool]], scorer: Chat, seed: int) -> float | None:
-    """Balanced accuracy, ``(recall + specificity) / 2``, over the windows whose questions were answered."""
+    """Return the balanced accuracy, ``(recall + specificity) / 2``, over the windows with valid answers."""
     order = np.random.default_rng(seed).permutation(len(items))
     counts = {"true_positives": 0, "false_negatives": 0, "true_negatives": 0, "false_positives": 0}
     discarded, questions = 0, math.ceil(len(items) / WINDOWS_PER_QUESTION)
@@ -193,7 +193,7 @@ def _score(result: Result, name: str, system: str, items: list[tuple[str, bool]]
 
 
 def explanation_in(answer: str) -> str | None:
-    """What follows the last ``EXPLANATION:``, one line of it; or else the last line that says something."""
+    """Return the first line after the last ``EXPLANATION:``, or else the last line that is not empty."""
     _, _, said = answer.rpartition("EXPLANATION:")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if not lines:
@@ -202,7 +202,7 @@ def explanation_in(answer: str) -> str | None:
 
 
 def labels_in(answer: str, count: int) -> list[bool] | None:
-    """The list of ``count`` zeros and ones in an answer, or None if it is not there as asked."""
+    """Return the list of ``count`` zeros and ones in an answer as booleans, or ``None`` if it is malformed."""
     match = re.search(r"\[[^\[\]]*\]", answer)
     if match is None:
         return None

@@ -1,7 +1,7 @@
-"""One streamed pass over held-out text: for every latent its contexts, moments and histogram, and a sample of tokens.
+"""Streamed pass over held-out text that collects each latent's contexts, moments and histogram, and a sample of tokens.
 
-Memory is bounded by a batch, by ``n_latents`` times the contexts kept, and by the entries of the sample; not by the text.
-Everything that is chosen at random is chosen by a hash of what it is, so the result does not depend on how text is batched.
+Memory is bounded by a batch, by ``n_latents`` times the contexts kept, and by the entries of the sample, not by the length of
+the text. Every random choice is a hash of the item itself, so the result does not depend on how text is batched.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,18 +20,18 @@ from ...training.bad_rows import BadTexts, BadTokens
 from ...training.recipe import HarvestSection, TextSection
 
 BATCH_CONTEXTS = 32
-# Histogram bins of activations: four to an octave, from 2^-16 to 2^16; what lies outside is counted in the outermost.
+# Histogram bins of activations: four per octave, from 2^-16 to 2^16; values outside are counted in the outermost bins.
 BINS_PER_OCTAVE, LOWEST_OCTAVE, N_BINS = 4, -16, 128
 NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is kept. A window holds ``before`` tokens, the token at its centre, and ``after`` tokens.
+    """Limits on the data kept by a pass. A window holds ``before`` tokens, the token at its center, and ``after`` tokens.
 
-    Of a latent's contexts the ``top`` strongest are kept and, beside them, ``sample`` drawn uniformly from all it fires in.
-    ``background`` windows are drawn from all text. Of tokens a uniform sample with up to ``sample_entries`` entries is kept.
-    The window is delphi's 32 tokens, three quarters of them before the peak (Paulo et al. 2024, arXiv:2410.13928).
+    Per latent, the ``top`` strongest contexts are kept, and ``sample`` more drawn uniformly from all in which it fires.
+    ``background`` windows are drawn from all text. A uniform sample of tokens is kept, with up to ``sample_entries`` entries.
+    The default window is delphi's 32 tokens, three quarters of them before the peak (Paulo et al. 2024, arXiv:2410.13928).
     """
 
     top: int = 16
@@ -47,10 +47,10 @@ class Limits:
 
 
 class Examples(NamedTuple):
-    """Windows of text, and a latent's activation on each of their tokens.
+    """Windows of text, with a latent's activation on each token.
 
-    ``tokens`` and ``values`` are ``(..., width)``; beyond a context's ends tokens are -1. ``keys`` are what was ranked by:
-    minus infinity where there is no example.
+    ``tokens`` and ``values`` are ``(..., width)``; beyond a context's ends tokens are -1. ``keys`` are the ranking keys, minus
+    infinity for an empty slot.
     """
 
     tokens: np.ndarray
@@ -60,12 +60,12 @@ class Examples(NamedTuple):
 
 
 class Kept:
-    """For each of ``n`` latents the ``keep`` examples with the largest keys, no two of them with the same tokens."""
+    """The ``keep`` examples with the largest keys for each of ``n`` latents, no two of them with the same tokens."""
 
     def __init__(self, n: int, keep: int, width: int):
         self.keep = keep
         self.keys = np.full((n, keep), -np.inf, np.float32)
-        # Empty places differ from each other and from every hash, so that none is taken for a repetition.
+        # Empty slots have distinct negative hashes (real ones are not negative), so none counts as a duplicate.
         self.hashes = np.broadcast_to(-1 - np.arange(keep, dtype=np.int64), (n, keep)).copy()
         self.documents = np.full((n, keep), -1, np.int32)
         self.tokens = np.full((n, keep, width), NO_TOKEN, np.int32)
@@ -78,12 +78,12 @@ class Kept:
         hashes: np.ndarray,
         fetch: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
     ) -> None:
-        """Candidates, in any order; ``fetch`` returns tokens, values and documents of those that get in."""
+        """Offer candidates, in any order; ``fetch`` returns tokens, values and documents of those accepted."""
         if not self.keep:
             return
         better = np.flatnonzero(keys > self.keys.min(1)[latents])
         touched, place = np.unique(latents[better], return_inverse=True)
-        # Those there already come first, so that of two equal ones the earlier stays.
+        # Existing examples come first, so that the earlier of two duplicates stays.
         owners = np.concatenate([np.repeat(np.arange(len(touched)), self.keep), place])
         all_keys = np.concatenate([self.keys[touched].ravel(), keys[better]])
         all_hashes = np.concatenate([self.hashes[touched].ravel(), hashes[better]])
@@ -96,7 +96,7 @@ class Kept:
         begins = np.searchsorted(owners[alive], np.arange(len(touched)))
         stays = np.zeros(len(owners), bool)
         stays[alive[np.arange(len(alive)) - begins[owners[alive]] < self.keep]] = True
-        # As many places are given up as are taken, latent by latent: both lists are ordered by latent.
+        # Each latent gives up as many slots as it fills, and both lists are ordered by latent.
         given_up = np.flatnonzero(~stays & ~is_new)
         taken = np.flatnonzero(stays & is_new)
         taken = taken[np.argsort(owners[taken], kind="stable")]
@@ -106,7 +106,7 @@ class Kept:
         self.tokens[rows, columns], self.values[rows, columns], self.documents[rows, columns] = fetch(chosen)
 
     def ranked(self) -> Examples:
-        """Everything kept, each latent's largest key first."""
+        """Return all kept examples, each latent's largest key first."""
         order = np.argsort(-self.keys, axis=1, kind="stable")
 
         def arranged(array: np.ndarray) -> np.ndarray:
@@ -116,10 +116,10 @@ class Kept:
 
 
 class TokenSample(NamedTuple):
-    """Tokens drawn uniformly from all that count, with their codes: token ``t`` has entries ``starts[t]:starts[t + 1]``.
+    """Uniform sample of the kept tokens, with their codes: token ``t`` has entries ``starts[t]:starts[t + 1]``.
 
-    ``previous`` and ``following`` are the neighbours' ids, -1 where there is none in the same document. ``repeated`` says
-    whether the token occurred before in its context and document.
+    ``previous`` and ``following`` are the neighboring ids, -1 if there is none in the same document. ``repeated`` marks tokens
+    that occurred before in their context and document.
     """
 
     tokens: np.ndarray
@@ -134,7 +134,7 @@ class TokenSample(NamedTuple):
 
 
 class _Sampler:
-    """Keeps the tokens whose hash is below a threshold, and lowers it when there are too many entries."""
+    """Sample of the tokens whose hash is below a threshold, which is halved when there are too many entries."""
 
     def __init__(self, entries: int):
         self.entries, self.threshold = entries, 1.0
@@ -162,7 +162,7 @@ class _Sampler:
 
 
 class Background(NamedTuple):
-    """Windows around tokens drawn from all text. ``fires[i]`` are the latents that fire anywhere in window ``i``."""
+    """Windows around tokens drawn from all text. ``fires[i]`` holds the latents that fire anywhere in window ``i``."""
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -171,7 +171,7 @@ class Background(NamedTuple):
 
 @dataclass(frozen=True)
 class Collected:
-    """What one pass has found. ``histogram[i]`` counts latent ``i``'s activations by bin; see ``bin_edges``."""
+    """Results of one pass. ``histogram[i]`` counts latent ``i``'s activations by bin; see ``bin_edges``."""
 
     tokens: int
     documents: int
@@ -191,12 +191,12 @@ class Collected:
 
 
 def bin_edges() -> np.ndarray:
-    """The ``N_BINS + 1`` edges of the histogram's bins."""
+    """Return the ``N_BINS + 1`` edges of the histogram's bins."""
     return 2.0 ** (LOWEST_OCTAVE + np.arange(N_BINS + 1) / BINS_PER_OCTAVE)
 
 
 def mixed(*parts: Any) -> np.ndarray:
-    """A hash of integers, arrays or numbers, as 63 bits: splitmix64's finaliser after each part."""
+    """Return a 63-bit hash of integers, arrays or scalars: the splitmix64 finalizer after each part."""
     with np.errstate(over="ignore"):
         z = np.uint64(0)
         for part in parts:
@@ -208,7 +208,7 @@ def mixed(*parts: Any) -> np.ndarray:
 
 
 def uniform(hashes: np.ndarray) -> np.ndarray:
-    """Hashes as numbers of 0 to 1."""
+    """Return 63-bit hashes as numbers between 0 and 1."""
     return (hashes / 2.0**63).astype(np.float32)
 
 
@@ -225,13 +225,13 @@ class Collector:
         self.histogram = np.zeros((n_latents, N_BINS), np.int64)
         self.top = Kept(n_latents, self.limits.top, self.limits.width)
         self.sample = Kept(n_latents, self.limits.sample, self.limits.width)
-        # One more "latent", of everything: the windows around random tokens.
+        # One pseudo-latent that fires everywhere: windows around random tokens.
         self.background = Kept(1, self.limits.background, self.limits.width)
         self.background_fires: dict[int, np.ndarray] = {}
         self.sampler = _Sampler(self.limits.sample_entries)
 
     def update(self, batch: ContextBatch, code: SparseCode) -> None:
-        """Take in a batch of contexts and the code of its kept tokens, in reading order."""
+        """Add a batch of contexts and the code of its kept tokens, in reading order."""
         kept = np.flatnonzero(batch.kept)
         if not len(kept):
             return
@@ -245,7 +245,7 @@ class Collector:
         self._background(view, kept)
 
     def result(self) -> Collected:
-        """Raises ``ValueError`` if there was no token."""
+        """Return the statistics. Raises ``ValueError`` if there was no token."""
         if not self.tokens:
             raise ValueError("text: no held-out token was found. Raise harvest.heldout, or give longer text.")
         tokens, _, documents, keys = self.background.ranked()
@@ -276,7 +276,7 @@ class Collector:
     def _contexts(self, view: "_View") -> None:
         """Offer every latent the window around its strongest token in every context."""
         length = view.length
-        # Entries are ordered by latent, then place: one context's are next to each other.
+        # Entries are ordered by latent, then place, so those of one context are adjacent.
         groups = view.latents * view.n_contexts + view.places // length
         strongest = np.lexsort((view.places, -view.values, groups))
         firsts = np.ones(len(groups), bool)
@@ -289,7 +289,7 @@ class Collector:
             return view.windows(latents[which], centres[which])
 
         self.top.offer(latents, view.values[chosen], hashes, fetch)
-        # By tokens and latent: a repetition gets the same number, and cannot get in by a second draw.
+        # Keyed by tokens and latent, so that a duplicate gets the same number and no second draw.
         self.sample.offer(latents, uniform(mixed(hashes, latents, self.seed)), hashes, fetch)
 
     def _sample_tokens(self, view: "_View", kept: np.ndarray) -> None:
@@ -307,7 +307,7 @@ class Collector:
 
     def _background(self, view: "_View", kept: np.ndarray) -> None:
         hashes = view.hashes(kept)
-        # By place, not by tokens: the same words elsewhere are text too, though only one such window is kept.
+        # Keyed by place, not by tokens: repeated text counts again, though only one such window is kept.
         keys = uniform(mixed(view.batch.document_ids.ravel()[kept], view.batch.positions.ravel()[kept], self.seed + 2))
         ordered = np.argsort(view.places, kind="stable")
         places = view.places[ordered]
@@ -326,7 +326,7 @@ class Collector:
 
 
 class _View:
-    """A batch, its entries ordered by latent and place, and windows into it."""
+    """A batch with its entries ordered by latent and place, and windows into it."""
 
     def __init__(self, batch: ContextBatch, limits: Limits, latents: np.ndarray, places: np.ndarray, values: np.ndarray):
         self.batch, self.limits = batch, limits
@@ -336,14 +336,14 @@ class _View:
         self._steps = np.arange(-limits.before, limits.after + 1)
 
     def bounds(self, centre: int) -> tuple[int, int]:
-        """First place of a window, and the one behind its last."""
+        """Return the first place of a window and the place after its last."""
         first = centre - centre % self.length
         return max(first, centre - self.limits.before), min(first + self.length, centre + self.limits.after + 1)
 
     def _spots(self, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         spots = centres[:, None] + self._steps
         inside = spots // self.length == centres[:, None] // self.length
-        # Padding is no text; BOS is, although it has no place in its document.
+        # Windows include BOS, although it has no offset in its document, but no padding.
         spots = np.where(inside, spots, 0)
         return spots, inside & (self.batch.document_ids.ravel()[spots] >= 0)
 
@@ -352,11 +352,11 @@ class _View:
         return np.where(inside, self.batch.token_ids.ravel()[spots], NO_TOKEN).astype(np.int32)
 
     def hashes(self, centres: np.ndarray) -> np.ndarray:
-        """A hash of each window's tokens."""
+        """Return a hash of each window's tokens."""
         return mixed(*self.tokens(centres).T) if len(centres) else np.zeros(0, np.int64)
 
     def windows(self, latents: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens around each centre, the latent's values on them, and the centre's document."""
+        """Return the tokens around each center, the latent's values on them, and the center's document."""
         spots, inside = self._spots(centres)
         keys = latents[:, None] * self.batch.token_ids.size + spots
         at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
@@ -365,7 +365,7 @@ class _View:
         return self.tokens(centres), values.astype(np.float32), self.batch.document_ids.ravel()[centres]
 
     def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
-        """The token before and behind each, where it is of the same document."""
+        """Return the previous and the next token of each token, within the same document."""
         ids, owners = self.batch.token_ids, self.batch.document_ids
         previous, following = np.full_like(ids, NO_TOKEN), np.full_like(ids, NO_TOKEN)
         same = owners[:, 1:] == owners[:, :-1]
@@ -374,7 +374,7 @@ class _View:
         return previous, following
 
     def repeated(self) -> np.ndarray:
-        """Whether a token occurred before in its context and document."""
+        """Return a mask of tokens that occurred before in their context and document."""
         ids, owners = self.batch.token_ids, self.batch.document_ids
         context = np.repeat(np.arange(self.n_contexts), self.length)
         order = np.lexsort((owners.ravel(), ids.ravel(), context))
@@ -385,7 +385,7 @@ class _View:
 
 
 def _entries(code: SparseCode, kept: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latent, place in the batch and value of all that fires, ordered by latent and place; equal entries added up."""
+    """Return latent, place and value of all active entries, ordered by latent and place; duplicates are summed."""
     latents, values = code.latents.cpu().numpy().astype(np.int64), code.values.detach().float().cpu().numpy()
     places = kept[code.token_ids().cpu().numpy()]
     order = np.argsort(latents * size + places, kind="stable")
@@ -399,7 +399,7 @@ def _entries(code: SparseCode, kept: np.ndarray, size: int) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class FeatureText:
-    """Where the text comes from, and the hooks a dictionary reads."""
+    """Text source, and the hooks that a dictionary reads."""
 
     model: LanguageModel
     text: TextSection
@@ -418,7 +418,7 @@ class FeatureText:
 
     @torch.no_grad()
     def batches(self, dictionary: SparseDictionary, tokens: int) -> Iterator[tuple[ContextBatch, SparseCode]]:
-        """Held-out contexts and their codes, until so many tokens were kept."""
+        """Yield held-out contexts and their codes until ``tokens`` tokens are kept."""
         kept_tokens = 0
         contexts = context_batches(self.model, self.text, self.harvest, BATCH_CONTEXTS, heldout=True, bad=self.bad_texts)
         for some in contexts:
@@ -435,7 +435,7 @@ def collect_features(
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Collected:
-    """Everything above of a dictionary in ``eval()`` mode.
+    """Collect the statistics of a dictionary in ``eval()`` mode over batches of text.
 
     Raises:
         ValueError: If the text holds no token.

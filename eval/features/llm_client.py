@@ -1,4 +1,4 @@
-"""Language models that answer prompts: any OpenAI-compatible endpoint, or a local model. What is asked is counted."""
+"""Clients for language models that answer prompts: OpenAI-compatible APIs and local models, with usage counts."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ import torch
 from ...sae.files import read_json, write_json
 from ...training.activations.model import LanguageModel
 
-# What a server says when asking again may help.
+# Status codes that are worth a retry.
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 
 
 @dataclass
 class LlmUsage:
-    """What was asked so far. Answers from the cache cost nothing and count as nothing else."""
+    """Usage so far. Answers from the cache cost nothing and increase ``cached`` only."""
 
     requests: int = 0
     retries: int = 0
@@ -37,31 +37,34 @@ class LlmUsage:
 
 
 class Chat(ABC):
-    """Something that answers. ``name`` says what it is."""
+    """Language model that answers prompts; ``name`` identifies it."""
 
     name: str
     usage: LlmUsage
 
     @abstractmethod
     def answer(self, system: str, prompt: str) -> str:
-        """The answer's text, as it came."""
+        """Return the answer's text, unprocessed."""
 
     @abstractmethod
     def require_ready(self) -> None:
-        """Raise ``ValueError`` if it is known beforehand that it will not answer."""
+        """Raise ``ValueError`` if the model is known to be unavailable."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release resources."""
 
 
 class Endpoint(Chat):
-    """``POST URL/chat/completions``, as OpenAI's API and those like it (vLLM, llama.cpp, Ollama) take it.
+    """Client of an OpenAI-compatible API, ``POST URL/chat/completions`` (OpenAI, vLLM, llama.cpp, Ollama).
 
-    The key is read from the environment variable ``key_env``, if that is set. Requests are at least ``60 /
-    requests_per_minute`` seconds apart; those that failed in passing (busy, timed out) are repeated, each time after twice
-    the wait, or after what the server asks for. Answers are kept in ``cache`` by everything that was asked, so that a
-    repeated run asks nothing. ``prices`` are per million tokens, of prompts and of answers.
+    Requests are at least ``60 / requests_per_minute`` seconds apart. Transient failures (busy, timeout) are retried, each time
+    after twice the wait, or after the server's ``Retry-After``.
+
+    Args:
+        key_env: Environment variable that holds the API key, if it is set.
+        cache: Directory of answers by request, so that a repeated run sends no request.
+        prices: Price per million tokens, of prompts and of answers.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Endpoint(Chat):
         self._client = httpx.Client(timeout=timeout_seconds, headers={"Authorization": f"Bearer {key}"} if key else {})
 
     def answer(self, system: str, prompt: str) -> str:
-        """The answer's text; an empty one where the server sent something else.
+        """Return the answer's text, or an empty one if the reply is malformed.
 
         Raises:
             ValueError: If the server cannot be reached or refuses.
@@ -113,12 +116,12 @@ class Endpoint(Chat):
         return text
 
     def require_ready(self) -> None:
-        """Ask for the list of models: it costs nothing, and says whether a server is there and takes the key.
+        """Request the list of models, which costs nothing, to check that the server is up and accepts the key.
 
-        Servers that have no such list are believed, and so is one that has answered before: all answers may be kept.
+        Servers without such a list pass, and so does one with cached answers, since every answer may be cached.
 
         Raises:
-            ValueError: If nobody answers, or the key is refused.
+            ValueError: If the server does not respond or refuses the key.
         """
         if self.cache is not None and any(self.cache.glob("*.json")):
             return
@@ -146,7 +149,7 @@ class Endpoint(Chat):
         return _json(response)
 
     def _asked(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        """What the server says, asked again while that may help."""
+        """Return the server's response, with retries of transient failures."""
         wait, problem = FIRST_WAIT_SECONDS, ""
         for attempt in range(self.retries + 1):
             if body is not None:
@@ -184,14 +187,14 @@ class Endpoint(Chat):
 
 
 class LocalChat(Chat):
-    """A local transformers model, asked greedily. One without a chat template gets the texts one after the other."""
+    """Local transformers model with greedy decoding. Without a chat template, both texts are concatenated."""
 
     def __init__(self, model: LanguageModel, max_tokens: int = 100):
         self.model, self.name, self.max_tokens, self.usage = model, model.id, max_tokens, LlmUsage()
 
     @torch.no_grad()
     def answer(self, system: str, prompt: str) -> str:
-        """The answer's text. Of a prompt too long for the model the beginning is cut off."""
+        """Return the answer's text. A prompt too long for the model loses its beginning."""
         tokenizer, module = self.model.tokenizer, self.model.module
         if getattr(tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": f"{system}\n\n{prompt}"}]
@@ -235,5 +238,5 @@ def _text(reply: Any) -> str:
 
 
 def _seconds(asked: str | None, otherwise: float) -> float:
-    """What a server asks to wait; it may also name a date, which is not looked at."""
+    """Return the seconds that a server asks to wait; a date is ignored."""
     return float(asked) if asked and asked.replace(".", "", 1).isdigit() else otherwise

@@ -1,8 +1,8 @@
-"""What a latent adds to the logits directly: what it writes, carried through the final norm's linear part and the unembedding.
+"""Direct effect of latents on the logits, through the final norm's linear part and the unembedding (logit lens).
 
-The direct path only: what later layers make of it is not in it (the logit lens). The final norm's division is left out, so
-effects of one latent compare with each other; those of two latents only up to that division. The mean over the vocabulary
-is taken off, as softmax does not see it.
+Later layers are ignored. The final norm's division is left out, so the effects of one latent are comparable with each other,
+and those of two latents only up to that division. The mean over the vocabulary is subtracted, because softmax is invariant to
+it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,18 +18,18 @@ from ...training.activations.model import LanguageModel
 from ...transcoders.stack import hooks_of_provenance
 from ..virtual_weights.attention_heads import residual_atoms
 
-# Sites whose tensor is the residual stream, or is added to it.
+# Sites whose tensor is the residual stream or is added to it.
 ADDED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp")
 
 
 class Unembedding(NamedTuple):
-    """What latents write to the residual stream, in raw units, and what every token reads of it."""
+    """Residual-stream vectors that latents write, in raw units, and the vectors by which tokens' logits read them."""
 
     written: Float[Tensor, "n_latents d_model"]
     readers: Float[Tensor, "vocabulary d_model"]
 
     def blocks(self, size: int = 256) -> Iterator[Float[Tensor, "latents vocabulary"]]:
-        """Effects of one unit of activation, some latents at a time."""
+        """Yield logit effects of one unit of activation, for a block of latents at a time."""
         for written in self.written.split(size):
             effects = written @ self.readers.T
             yield effects - effects.mean(-1, keepdim=True)
@@ -37,7 +37,7 @@ class Unembedding(NamedTuple):
 
 @torch.no_grad()
 def unembedding(dictionary: SparseDictionary, model: LanguageModel, provenance: Mapping[str, Any]) -> Unembedding | str:
-    """How latents reach the logits, or the reason why that is not defined."""
+    """Return the path from latents to logits, or the reason why it is undefined."""
     hooks = hooks_of_provenance(provenance)[1]
     try:
         anatomy = Architecture(model)

@@ -1,6 +1,6 @@
-"""How latents are related: which fire together, whose activations correlate, whose atoms point the same way.
+"""Relations between latents: co-firing, correlated activations, and similar decoder directions.
 
-Firing together is counted on the sample of tokens, all pairs of a block of latents at a time.
+Co-firing is counted on the token sample, for all pairs of a block of latents at a time.
 """
 
 from typing import Any, NamedTuple
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from .collect import TokenSample
 
-# A csc_array; scipy's own annotations know too little of it.
+# A csc_array; scipy's type annotations are incomplete.
 Matrix = Any
-# Entries of a block of a matrix of all pairs.
+# Entries per block of the all-pairs matrix.
 BLOCK_ENTRIES = 4_000_000
-# Fewer common tokens than this say nothing: lift would be led by pairs that met once.
+# Fewer common tokens are ignored: pairs that fire together once would dominate the lift.
 MIN_TOGETHER = 5
 
 
 class Neighbours(NamedTuple):
-    """For every latent its neighbours, nearest first; -1 where there are no more."""
+    """Neighbors of each latent, nearest first, padded with -1."""
 
     latents: np.ndarray
     values: np.ndarray
 
 
 class Together(NamedTuple):
-    """Neighbours by three measures, and for those by Jaccard the other two numbers.
+    """Co-firing neighbors by three measures, with lift and count of the neighbors by Jaccard index.
 
-    Of latents that fire on ``a`` and ``b`` of ``n`` tokens, on ``ab`` of them both: Jaccard is ``ab / (a + b - ab)``, lift
-    ``ab n / (a b)``, the correlation Pearson's, over all tokens, zeros included.
+    For two latents that fire on ``a`` and ``b`` of ``n`` tokens, and on ``ab`` of them together, the Jaccard index is
+    ``ab / (a + b - ab)`` and the lift ``ab n / (a b)``. The correlation is Pearson's over all tokens, zeros included.
     """
 
     jaccard: Neighbours
@@ -43,13 +43,13 @@ class Together(NamedTuple):
 
 
 def as_matrix(sample: TokenSample, n_latents: int) -> Matrix:
-    """The sample's codes, ``(tokens, n_latents)``."""
+    """Return the sample's codes as a sparse ``(tokens, n_latents)`` matrix."""
     rows = csr_array((sample.values, sample.latents, sample.starts), shape=(len(sample.tokens), n_latents))
     return csc_array(rows)
 
 
 def together(codes: Matrix, count: int = 5) -> Together:
-    """The ``count`` latents that fire most together with each, by each measure."""
+    """Return the ``count`` nearest latents of each by every co-firing measure."""
     tokens, n = codes.shape
     fires: Any = codes.astype(bool).astype(np.float64)
     firings = np.asarray(fires.sum(0)).ravel()
@@ -85,7 +85,7 @@ def together(codes: Matrix, count: int = 5) -> Together:
 
 @torch.no_grad()
 def nearest_latents(atoms: Float[Tensor, "n_latents d_out"], count: int = 5) -> Neighbours:
-    """The latents whose atoms have the largest cosine with each, whatever its sign says about size."""
+    """Return the latents whose decoder directions have the largest signed cosine with each latent's."""
     unit = torch.nn.functional.normalize(atoms.detach().float(), dim=-1)
     n = unit.shape[0]
     parts: list[Neighbours] = []
@@ -100,14 +100,14 @@ def nearest_latents(atoms: Float[Tensor, "n_latents d_out"], count: int = 5) -> 
 
 
 class TokenTable(NamedTuple):
-    """On which tokens a latent fires: ids by their share of its summed activation, the largest first; -1 where no more."""
+    """Ids of the tokens with the largest shares of each latent's summed activation, largest first; padded with -1."""
 
     tokens: np.ndarray
     shares: np.ndarray
 
 
 def token_table(sample: TokenSample, codes: Matrix, count: int = 8) -> TokenTable:
-    """Of every latent the tokens that hold most of its activation."""
+    """Return the tokens that hold most of each latent's activation."""
     ids, places = np.unique(sample.tokens, return_inverse=True)
     n = codes.shape[1]
     ones = csr_array((np.ones(len(places)), places, np.arange(len(places) + 1)), shape=(len(places), len(ids)))
@@ -123,7 +123,7 @@ def token_table(sample: TokenSample, codes: Matrix, count: int = 8) -> TokenTabl
 
 
 def _largest(scores: np.ndarray, count: int) -> Neighbours:
-    """Per row the largest positive entries."""
+    """Return the largest positive entries of each row."""
     count = min(count, scores.shape[1])
     some = np.argpartition(-scores, count - 1, axis=1)[:, :count]
     values = np.take_along_axis(scores, some, 1)

@@ -1,7 +1,7 @@
-"""Simple statements about tokens, true or false of each token of a sample: what a latent's firing is compared with.
+"""Predicates: simple statements, true or false of each sampled token, that a latent's firings are compared with.
 
-Some are about the token's text and its neighbours, some name the token itself; on the embedded corpus there are the factors
-that produced it, which are the truth. None needs a language model.
+Some concern the token's text and its neighbors, some name the token itself; on the embedded corpus, the factors that generated
+the text are included as ground truth. None needs a language model.
 """
 
 import string
@@ -14,15 +14,15 @@ from scipy.sparse import csc_array, hstack
 from ...training.embedded import corpus
 from .collect import TokenSample
 
-# Tokens that get predicates of their own: the most frequent.
+# Number of most frequent tokens that get predicates of their own.
 NAMED_TOKENS = 2000
 SPACES = " \u2581\u0120"
-# Numbers that only count up say nothing that a word for them would not.
+# Running numbers are left out: predicates on the token itself cover them.
 OMITTED_FACTORS = ("year", "rank")
 
 
 class Predicates(NamedTuple):
-    """Names, and where each is true: ``(tokens, predicates)``. ``missing`` says which are absent, and why."""
+    """Names of predicates, and a ``(tokens, predicates)`` matrix of truth values. ``missing`` explains absent factors."""
 
     names: list[str]
     true: csc_array
@@ -30,9 +30,9 @@ class Predicates(NamedTuple):
 
 
 def predicates(sample: TokenSample, words: Sequence[str], corpus_seed: int | None) -> Predicates:
-    """All predicates of a sample; ``words[i]`` is the text of token ``i``, spaces included.
+    """Return all predicates of a sample; ``words[i]`` is the text of token ``i``, spaces included.
 
-    With the seed of an embedded corpus its factors are among them.
+    With the seed of an embedded corpus, its factors are included.
     """
     named = dict(_classes(sample, words)) | dict(_own_tokens(sample, words))
     factors, missing = _factors(sample, words, corpus_seed)
@@ -43,7 +43,7 @@ def predicates(sample: TokenSample, words: Sequence[str], corpus_seed: int | Non
 
 
 def token_texts(tokenizer: Any, n_tokens: int) -> list[str]:
-    """The text of every token id, with the space that a word piece stands for."""
+    """Return the text of every token id, including the space that a word-piece marker stands for."""
     ids = list(range(n_tokens))
     pieces = tokenizer.convert_ids_to_tokens(ids)
     texts = tokenizer.batch_decode([[i] for i in ids])
@@ -73,7 +73,7 @@ def _classes(sample: TokenSample, words: Sequence[str]) -> dict[str, np.ndarray]
     for name, values in tests.items():
         table = np.array([*values, False])
         found[f"is {name}" if not name.startswith(("begins", "ends")) else name] = np.flatnonzero(table[sample.tokens])
-        # -1, no token, is the table's last entry.
+        # Index -1 (no token) is the table's last entry.
         found[f"after: {name}"] = np.flatnonzero(table[sample.previous])
     for limit in (1, 4, 16):
         found[f"among the first {limit} of the document"] = np.flatnonzero((sample.offsets >= 0) & (sample.offsets < limit))

@@ -1,25 +1,24 @@
-"""What is known of each latent as one JSON object per line: ``features.jsonl``, schema version 1.
+"""Feature records: one JSON object per latent in ``features.jsonl``, schema version 1.
 
-Keys of a line, ``null`` where ``reasons`` has an entry of the same name that says why:
+Keys of a record, ``null`` if ``reasons`` has an entry of the same name:
 
 - ``schema_version``, ``latent``, ``firings`` and ``tokens`` (of the pass), ``density`` (their ratio), ``dead``.
-- ``max_activation``, ``mean_activation`` (where it fires), in units of the dictionary's codes.
-- ``histogram``: ``counts`` of activations between neighbouring ``edges``, four bins to an octave, empty ends cut off.
-- ``top``: contexts by peak activation, the strongest first, no two with equal tokens. A context has ``tokens`` (texts),
-  ``activations`` (one per token), ``peak`` (the index it is centred on) and ``document``.
-- ``quantiles``: contexts drawn uniformly from all the latent fires in, ordered by peak and cut into equal counts, strongest
-  first: ``low``, ``high`` (peaks) and some ``contexts`` of each.
-- ``top_tokens``: tokens on which it fires, with the ``share`` of its summed activation that falls on them.
+- ``max_activation``, ``mean_activation`` (over tokens on which the latent fires), in units of the dictionary's codes.
+- ``histogram``: ``counts`` of activations between adjacent ``edges``, four bins per octave, without empty bins at the ends.
+- ``top``: contexts by peak activation, strongest first, no two with equal tokens. A context has ``tokens`` (texts),
+  ``activations`` (one per token), ``peak`` (the index of its center) and ``document``.
+- ``quantiles``: contexts drawn uniformly from all in which the latent fires, ordered by peak and cut into equal counts,
+  strongest first: ``low``, ``high`` (peaks) and some ``contexts`` of each.
+- ``top_tokens``: tokens on which the latent fires, with their ``share`` of its summed activation.
 - ``co_firing``: latents by Jaccard index, with ``lift`` and ``count`` of common tokens; ``lifted``: by lift; ``correlated``: by
-  Pearson's correlation, zeros included. ``nearest``: latents by cosine of the atoms. ``eval.features.neighbours`` defines them.
+  Pearson's correlation, zeros included. ``nearest``: latents by cosine of decoder directions. See ``eval.features.neighbours``.
 - ``logits``: ``promoted`` and ``suppressed`` tokens with the ``effect`` of one unit of activation
   (``eval.features.logit_lens``).
-- ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``; ``eval.features.scores``. ``details`` belong to them.
-- ``explanation``: ``text``, what a language model said of it; ``detection`` and ``fuzzing``, how well that predicts, as
-  balanced accuracy; ``details``, the counts; ``questions`` asked and answers that were ``malformed``; its own ``reasons``;
-  ``eval.features.autointerp``.
+- ``scores``: ``predicate_f1``, ``example_embedding``, ``logit_lens``, with ``details`` (``eval.features.scores``).
+- ``explanation``: ``text`` by a language model; ``detection`` and ``fuzzing``, its scores as balanced accuracy; ``details``,
+  the counts; numbers of ``questions`` and of ``malformed`` answers; its own ``reasons`` (``eval.features.autointerp``).
 
-Numbers are rounded to five digits. ``features.json`` beside it says where all this comes from, and means over latents.
+Numbers are rounded to five significant digits. ``features.json`` next to it holds the provenance, and medians over latents.
 """
 
 import math
@@ -50,7 +49,7 @@ FeatureRecord = dict[str, Any]
 
 @dataclass(frozen=True)
 class Described:
-    """Everything one pass says of a dictionary, ready to be written latent by latent."""
+    """Results of one pass over the text, ready to be written latent by latent."""
 
     collected: Collected
     words: Sequence[str]
@@ -60,11 +59,11 @@ class Described:
     scores: dict[str, list[Score]]
     effects: list[tuple[np.ndarray, np.ndarray]] | str
     known: Predicates
-    # By latent: what explain.judge found, or why nothing could be asked.
+    # By latent: the entries of a Result, or the reason why there is none.
     explanations: dict[int, dict[str, Any] | str] = field(default_factory=dict)
 
     def records(self) -> Iterator[FeatureRecord]:
-        """One per latent, in order."""
+        """Yield one record per latent, in order."""
         for latent in range(self.collected.n_latents):
             yield self.record(latent)
 
@@ -139,14 +138,14 @@ class Described:
         there = tokens >= 0
         return {
             "tokens": [self.words[token] for token in tokens[there]],
-            # Most are zero, and there are millions.
+            # Rounding is skipped for zeros, of which there are millions.
             "activations": [number(value) if value else 0.0 for value in values[there].tolist()],
             "peak": self.collected.limits.before - int(np.argmax(there)),
             "document": document,
         }
 
     def _quantiles(self, latent: int) -> list[dict[str, Any]]:
-        """The sampled contexts by peak, cut into equal counts; of each slice the first by the order of drawing."""
+        """Return the sampled contexts by peak, cut into equal counts, with the first contexts drawn of each slice."""
         sample, centre = self.collected.sample, self.collected.limits.before
         drawn = np.flatnonzero(sample.documents[latent] >= 0)
         peaks = sample.values[latent, drawn, centre]
@@ -174,7 +173,7 @@ def describe_latents(
     lens: Unembedding | str,
     corpus_seed: int | None,
 ) -> Described:
-    """All that is derived from a pass, from the atoms, and from the way to the logits."""
+    """Compute the contents of all records from a pass, the decoder directions, and the path to the logits."""
     codes = as_matrix(collected.token_sample, collected.n_latents)
     known = predicates(collected.token_sample, words, corpus_seed)
     return Described(
@@ -194,7 +193,7 @@ def describe_latents(
 
 
 def strongest_effects(lens: Unembedding, vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each latent the tokens it promotes most, then those it suppresses most, each list strongest first."""
+    """Return for each latent the tokens it promotes most, then those it suppresses most, strongest first."""
     found = []
     for effects in lens.blocks():
         # Some models' embeddings are padded beyond their tokenizer's last token.
@@ -208,7 +207,7 @@ def strongest_effects(lens: Unembedding, vocabulary: int) -> list[tuple[np.ndarr
 
 
 def number(value: Any) -> float:
-    """A finite number, rounded to five digits."""
+    """Return a finite number rounded to five significant digits."""
     value = float(value)
     assert math.isfinite(value), value
     return float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""Checkpoint in; ``features.jsonl``, ``features.json`` and ``features.html`` out."""
+"""Feature descriptions of a checkpoint: ``features.jsonl``, ``features.json`` and ``features.html``."""
 
 import json
 import logging
@@ -31,15 +31,24 @@ from .records import SCHEMA_VERSION, SCORES, Described, FeatureRecord, describe_
 RECORDS_FILE, ABOUT_FILE = "features.jsonl", "features.json"
 
 log = logging.getLogger(__name__)
-# A folder of answers, so that a repeated run asks nothing twice.
+# Folder that caches the explainer's answers.
 ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """Which language model is asked about so many latents: ``model`` at ``address``, or without one a local or hub model.
+    """Language model that explains latents and scores the explanations (automated interpretability).
 
-    ``key_env`` names the environment variable that holds the key.
+    Attributes:
+        model: Model name at ``address``; without an address, a local or Hugging Face Hub model.
+        address: Base URL of an OpenAI-compatible API.
+        latents: Number of latents to explain.
+        key_env: Environment variable that holds the API key.
+
+    Example:
+        >>> from sparsary import Explainer
+        >>> Explainer("gpt-4o-mini", "https://api.openai.com/v1", latents=50).key_env
+        'OPENAI_API_KEY'
     """
 
     model: str
@@ -71,13 +80,25 @@ def features(
     explainer: Explainer | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
-    """Describe every latent of a checkpoint on held-out text; write three files and return ``features.json``'s content.
+    """Describe every latent of a checkpoint on held-out text; write three files and return the content of ``features.json``.
 
-    The files go to ``out``, or into a folder ``features`` of the checkpoint's directory. ``tokens`` is how many held-out
-    tokens are read. An ``explainer`` is asked about some latents when everything else is written.
+    Args:
+        out: Directory of the files. Default: ``features`` in the checkpoint's directory.
+        tokens: Number of held-out tokens to read. Default: 200,000.
+        limits: How many contexts and tokens are kept.
+        progress: Called with the number of tokens read so far.
+        explainer: Language model that explains some latents, once everything else is written.
+        options: Model, text and hooks that the checkpoint does not record.
 
     Raises:
-        ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
+        ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit together.
+
+    Example::
+
+        import sparsary
+
+        about = sparsary.features("runs/topk", tokens=100_000)
+        about["dead"], about["page_path"]
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
@@ -85,7 +106,7 @@ def features(
     directory = Path(out) if out is not None else opened.results / "features"
     with nullcontext() if explainer is None else closing(explainer.chat(directory / ANSWERS)) as chat:
         if chat is not None:
-            # Before the model reads all that text.
+            # Fail before the long pass over the text.
             chat.require_ready()
         described, about = described_checkpoint(opened, tokens, limits, progress)
         written = write_features(directory, about, described.records())
@@ -107,7 +128,11 @@ def features(
 
 
 def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict[str, Any] | str]:
-    """What ``chat`` says of ``count`` latents, spread evenly over those that have text enough to be asked about."""
+    """Explain and score ``count`` latents, evenly spaced over those with enough text.
+
+    Returns:
+        Explanations by latent, and for latents without enough text the reason.
+    """
     shown: dict[int, Evidence] = {}
     explanations: dict[int, dict[str, Any] | str] = {}
     for latent in range(described.collected.n_latents):
@@ -128,7 +153,7 @@ def described_checkpoint(
     limits: Limits | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Described, dict[str, Any]]:
-    """What is found of every latent, and where it comes from."""
+    """Return the descriptions of a checkpoint's latents, and their provenance for ``features.json``."""
     member, *others = opened.members
     if others:
         hooks = ", ".join(hooks_of_provenance(member.provenance)[1][0] for member in opened.members)
@@ -178,7 +203,7 @@ def described_checkpoint(
 
 
 def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> dict[str, Any]:
-    """The three files, each whole or not at all; ``records`` are read once."""
+    """Write the three files, each atomically, and return the content of ``features.json``; ``records`` are read once."""
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
     dead = 0
@@ -207,7 +232,7 @@ def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: t
 
 
 def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a person looks at first, as pairs of name and value."""
+    """Return the main figures as pairs of name and value, for the console."""
     lines = [
         ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {about['encoder']}"),
         ("read", f"{about['tokens']:,} held-out tokens of {about['documents']:,} documents"),

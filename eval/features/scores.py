@@ -1,7 +1,7 @@
-"""How well something simple describes each latent: scores that need no language model.
+"""Scores of each latent that need no language model: agreement of its firings with simple descriptions.
 
-A score is a number or ``None`` with a reason; never NaN. What is chosen (a predicate, a threshold, a mean) is chosen on
-documents of even number, what is scored lies in those of odd number, so that choosing among many is not rewarded.
+A score is a number, or ``None`` with a reason; never NaN. Choices (a predicate, a threshold, a mean) are made on documents with
+even numbers and scored on odd ones, so that choosing among many is not rewarded.
 """
 
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ from .logit_lens import Unembedding
 from .neighbours import BLOCK_ENTRIES, Matrix
 from .predicates import Predicates
 
-# Fewer firings, or windows, on either side are no ground for a score.
+# With fewer firings, or windows, on either side a score is undefined.
 MIN_FIRINGS, MIN_WINDOWS = 10, 5
 MIN_TRUE = 5
-# A latent counts as firing above such a share of its maximum; the best of them is chosen with the predicate.
+# Firing thresholds, as fractions of a latent's maximum; the best is chosen together with the predicate.
 THRESHOLDS = (0.0, 0.25, 0.5)
 
 
 class Score(NamedTuple):
-    """A value, or why there is none; and what was found on the way."""
+    """Score of a latent, or the reason why it is undefined; with details."""
 
     value: float | None
     reason: str | None = None
@@ -31,17 +31,17 @@ class Score(NamedTuple):
 
 
 def activation_auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive has the larger value, ties counted half. Both must hold something."""
+    """Return the probability that a positive has the larger value, ties counted half. Both must be non-empty."""
     truth = np.repeat([True, False], [len(positive), len(negative)])
     return float(roc_auc_score(truth, np.concatenate([positive, negative])))
 
 
 def predicate_f1(sample: TokenSample, codes: Matrix, known: Predicates) -> list[Score]:
-    """F1 of "the latent fires" for the predicate that describes it best: ``2 tp / (fires + true)``.
+    """Return each latent's F1 with the predicate that describes its firings best: ``2 tp / (fires + true)``.
 
-    Predicate and threshold are chosen on one half of the documents; the value is F1 on the other. ``chance`` beside it is
-    the F1 of a latent that fires as often, but independently of the predicate. Source: the F1 test of features against
-    attributes in Makelov, Lange and Nanda 2024, arXiv:2405.08366; here over a bank of predicates, own choice.
+    Predicate and threshold are chosen on one half of the documents; the value is the F1 on the other. ``chance`` in the details
+    is the F1 of a latent that fires equally often, but independently of the predicate. Source: the F1 test of features against
+    attributes in Makelov, Lange and Nanda 2024, arXiv:2405.08366; the bank of predicates is original to sparsary.
     """
     n = codes.shape[1]
     fit, score = (np.flatnonzero(sample.documents % 2 == parity) for parity in (0, 1))
@@ -63,7 +63,7 @@ def predicate_f1(sample: TokenSample, codes: Matrix, known: Predicates) -> list[
             values[:, totals[0] < MIN_TRUE] = -1.0
             at = values.argmax(1)
             value = values[np.arange(len(latents)), at]
-            # A threshold that leaves too little is no description of the latent.
+            # A threshold that leaves too few firings does not describe the latent.
             better = (value > best) & (np.asarray(fires.sum(0)).ravel() >= MIN_FIRINGS)
             best, chosen, cut = np.where(better, value, best), np.where(better, at, chosen), np.where(better, threshold, cut)
         fires = _above(halves[1], latents, cut * maxima[latents], own=True)
@@ -84,7 +84,7 @@ def _described(name: str, value: Any, fires: Any, true: float, tokens: int, thre
 
 
 def _above(codes: Matrix, latents: np.ndarray, levels: np.ndarray, own: bool = False) -> Matrix:
-    """Where latents are above their level, as ones. ``levels`` are those of all latents, or just of these."""
+    """Return ones where latents exceed their level. ``levels`` covers all latents, or with ``own`` only these."""
     some: Any = csc_array(codes[:, latents])
     level = np.repeat(levels if own else levels[latents], np.diff(some.indptr))
     some.data = (some.data > level).astype(np.float64)
@@ -97,13 +97,13 @@ def _f1(fires: Matrix, true: Matrix, totals: np.ndarray) -> np.ndarray:
 
 
 def example_embedding(collected: Collected, vocabulary: int) -> list[Score]:
-    """Whether windows a latent fires in look alike, and unlike others: AUROC of a nearest-mean classifier.
+    """Return each latent's AUROC of a nearest-mean classifier of windows in which it fires.
 
     A window's embedding is its TF-IDF vector of token ids, of length 1. A test window's score is its cosine with the mean of
-    the positive training windows less that with the mean of the negative ones. Positives are drawn uniformly from the
-    contexts a latent fires in, negatives from all text, where it does not fire. Needs no explanation; an encoder of
-    sentences would see more than words in common. Source: the example-embedding scorer of delphi (Paulo et al. 2024,
-    arXiv:2410.13928), with TF-IDF in place of its sentence encoder.
+    the positive training windows minus that with the mean of the negative ones. Positives are drawn uniformly from the contexts
+    in which a latent fires, negatives from all text in which it does not. No explanation is needed, but only shared words are
+    seen, unlike with a sentence encoder. Source: the example-embedding scorer of delphi (Paulo et al. 2024, arXiv:2410.13928),
+    with TF-IDF in place of its sentence encoder.
     """
     background, sample = collected.background, collected.sample
     idf = _idf(background.tokens, vocabulary)
@@ -129,7 +129,7 @@ def example_embedding(collected: Collected, vocabulary: int) -> list[Score]:
 
 
 def _idf(windows: np.ndarray, vocabulary: int) -> np.ndarray:
-    """How rare each token is among windows, by scikit-learn's smooth definition: ``log((1 + n) / (1 + df)) + 1``."""
+    """Return each token's rarity among windows, by scikit-learn's smooth definition: ``log((1 + n) / (1 + df)) + 1``."""
     df = np.zeros(vocabulary)
     for window in windows:
         df[np.unique(window[window >= 0])] += 1
@@ -151,11 +151,11 @@ def _unit_mean(rows: Matrix) -> np.ndarray:
 
 
 def logit_lens(sample: TokenSample, codes: Matrix, lens: Unembedding | str) -> list[Score]:
-    """Whether a latent promotes what comes next where it fires: AUROC of its effect on the actual next token's logit.
+    """Return each latent's AUROC of its logit effect on the actual next token, firing against silent tokens.
 
-    Probability that the next token of a token on which it fires is promoted more than the next token of one on which it does
-    not; 0.5 is no agreement, below it the latent argues against what comes. Own definition; after the logit lens
-    (nostalgebraist 2020) as used for latents' decoder rows.
+    This is the probability that the token after a firing is promoted more than the token after a position without one; 0.5 is
+    no agreement, and below 0.5 the latent suppresses the token that follows. The definition is original, after the logit lens
+    (nostalgebraist 2020) as applied to latents' decoder directions.
     """
     n = codes.shape[1]
     if isinstance(lens, str):
@@ -175,7 +175,7 @@ def logit_lens(sample: TokenSample, codes: Matrix, lens: Unembedding | str) -> l
             if positive.sum() < MIN_FIRINGS or negative.sum() < MIN_FIRINGS:
                 found.append(Score(None, f"fires, or is silent, on fewer than {MIN_FIRINGS} sampled tokens"))
             else:
-                # Every token once on either side, and as often as it comes there.
+                # Each token id is listed once per side, weighted by its count there.
                 often = np.concatenate([positive, negative])
                 found.append(Score(float(roc_auc_score(sides, np.tile(row, 2), sample_weight=often))))
     return found

@@ -1,4 +1,4 @@
-"""The groups of metrics that make up a report, in its order."""
+"""Metrics of an evaluation report, in the order in which they appear there."""
 
 from .affine_baseline import LinearFloor
 from .base import MetricGroup

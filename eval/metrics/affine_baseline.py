@@ -1,4 +1,4 @@
-"""What a linear map alone explains of a target, as a group of metrics."""
+"""Metric: variance of the target explained by the best affine map of the inputs."""
 
 from functools import cached_property
 from typing import Any
@@ -8,7 +8,7 @@ from .dark_matter.decomposition import AffineFloor, LinearFit
 
 
 class LinearFloor(MetricGroup):
-    """What the best affine map from what is read to the target leaves; only where these are two things."""
+    """FVU of the best affine map from input to target, reported only if the two differ (not for SAEs)."""
 
     name = "linear_floor"
     version = 1

@@ -1,8 +1,10 @@
-"""What the suite and its groups of metrics agree on: a group sees the text piece by piece and returns flat entries.
+"""Interface between the evaluator and its metrics.
 
-A new group is a class with the members of ``MetricGroup``, its name in ``eval.metrics.GROUPS``, and an explanation for every
-entry. Everything a piece offers is computed when it is first asked for and shared, by groups and by all dictionaries that are
-judged in the same pass: a group pays for nothing that it does not read.
+A ``MetricGroup`` receives held-out text in batches: ``fit()`` on the first half of the documents, ``score()`` on the second,
+then ``report()`` returns a flat dict. The outputs for a batch (activations, logits, gradients, spliced predictions) are
+computed lazily and shared by all metrics and all dictionaries evaluated in the same pass.
+
+To add a metric, subclass ``MetricGroup``, list the class in ``eval.metrics.GROUPS``, and explain each entry in the glossary.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +27,11 @@ from .model_outputs import ModelOutputs, Predictions
 
 @dataclass(frozen=True)
 class Setting:
-    """What is judged. ``model`` and hooks are ``None`` where there are activations only.
+    """Dictionary under evaluation, with its model, hooks and options.
 
-    ``fit_tokens`` is about how many tokens ``fit`` will see, ``tokens`` how many were asked for in all. ``options`` are this
-    group's own; they are part of what cached entries are found by.
+    ``model`` and the hooks are ``None`` if activations are given instead of a model. ``fit_tokens`` is the approximate number
+    of tokens that ``fit`` will see, ``tokens`` the number requested in total. ``options`` belong to one metric group and are
+    part of its cache key.
     """
 
     dictionary: SparseDictionary
@@ -43,14 +46,15 @@ class Setting:
 
     @property
     def reads_target(self) -> bool:
-        """Whether what is read is also what is to be reproduced."""
+        """Return True if the dictionary reconstructs the tensor it reads (an SAE)."""
         return self.dictionary.arguments()["kind"] == "sae" if self.model is None else self.hook_in == self.hook_out
 
 
 class DictionaryOutputs:
-    """A piece as one dictionary sees it: what it reads, what it is to reproduce, what it makes of it.
+    """One dictionary's input, target, code and reconstruction on a batch, computed lazily.
 
-    ``passage`` is ``None`` where there are activations only.
+    ``passage``, the model's outputs, is ``None`` if activations are given instead of a model; then ``rows`` holds input and
+    target.
     """
 
     def __init__(self, setting: Setting, passage: ModelOutputs | None, rows: tuple[Tensor, Tensor] | None = None):
@@ -77,7 +81,7 @@ class DictionaryOutputs:
 
     @cached_property
     def spliced(self) -> Predictions:
-        """What the model predicts on the reconstruction; run once for all groups."""
+        """Model predictions with the reconstruction spliced in, computed once for all metrics."""
         model, passage, (hook_in, hook_out) = self.setting.model, self.passage, (self.setting.hook_in, self.setting.hook_out)
         assert model is not None
         assert passage is not None
@@ -98,11 +102,12 @@ class DictionaryOutputs:
 
 
 class MetricGroup(ABC):
-    """Some entries of the report, computed together and cached together.
+    """Group of report entries that are computed and cached together.
 
-    First ``fit`` sees one half of the documents, piece by piece, then ``score`` the other. How a half is cut into pieces
-    must not matter, and what is kept must not grow with the number of tokens. ``version`` goes up with every change of what
-    an entry is: cached ones are then made again. A group that ``reads_model`` is left out where there are activations only.
+    ``fit`` receives the first half of the documents in batches, then ``score`` the second half. Results must not depend on
+    batch boundaries, and memory must not grow with the number of tokens. Increase ``version`` whenever the definition of an
+    entry changes, so that cached entries are recomputed. Groups with ``reads_model`` are skipped if activations are given
+    instead of a model.
     """
 
     name: ClassVar[str]
@@ -114,17 +119,17 @@ class MetricGroup(ABC):
 
     @property
     def document_sums(self) -> ByDocument | None:
-        """Sums by document, if the figures follow from them: they are kept for comparisons of several runs."""
+        """Per-document sums that determine the figures, kept to compare several runs; ``None`` if there are none."""
         return None
 
     @abstractmethod
     def fit(self, piece: DictionaryOutputs) -> None:
-        """Take in a piece of the first half of the documents."""
+        """Process a batch of the first half of the documents."""
 
     @abstractmethod
     def score(self, piece: DictionaryOutputs) -> None:
-        """Take in a piece of the other half, after all of the first."""
+        """Process a batch of the second half, after all of the first."""
 
     @abstractmethod
     def report(self) -> dict[str, Any]:
-        """Flat entries: strings, numbers, lists of them, ``None`` or ``Undefined``. Not-finite numbers become ``null``."""
+        """Return flat entries: strings, numbers, lists, ``None`` or ``Undefined``. Non-finite numbers become ``null``."""

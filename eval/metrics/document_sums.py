@@ -1,7 +1,7 @@
-"""Sums by document behind a report's figures: ``documents.safetensors`` beside ``report.json``, for comparisons of runs.
+"""Per-document sums behind a report's figures: ``documents.safetensors`` next to ``report.json``, for comparisons of runs.
 
-The file has one float64 tensor per quantity, with an entry for each scored document, and ``documents``, their numbers in the
-text (int64). Figures are ratios and differences of these sums, so that documents can be drawn anew together for several runs.
+The file holds one float64 tensor per quantity, with an entry for each scored document, and ``documents``, their indices in the
+text (int64). Figures are ratios and differences of these sums, so several runs can be bootstrapped over the same documents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from ..bootstrap import Totals
 SUMS_FILE = "documents.safetensors"
 DOCUMENTS = "documents"
 ABLATIONS = ("zero", "mean", "resample")
-# Sums by quantity, an entry for each document; ``documents`` are their numbers.
+# Per-document sums by quantity; ``documents`` holds the document indices.
 Sums = Mapping[str, np.ndarray]
 
 
@@ -24,7 +24,7 @@ def _recovered(name: str) -> Callable[[Totals], np.ndarray]:
     return lambda sums: (sums[f"ce_{name}"] - sums["ce_spliced"]) / (sums[f"ce_{name}"] - sums["ce_clean"])
 
 
-# Figures of the report that follow from its second half's sums. The deviation is scaled so that fvu does exactly.
+# Report entries that follow from the scored half's sums. `deviation` is scaled so that fvu matches the report exactly.
 RECONSTRUCTION: dict[str, Callable[[Totals], np.ndarray]] = {
     "fvu": lambda sums: sums["error"] / sums["deviation"],
     "l0_mean": lambda sums: sums["nonzeros"] / sums["tokens"],
@@ -39,7 +39,7 @@ STATISTICS = RECONSTRUCTION | DOWNSTREAM
 
 
 def merged_sums(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, np.ndarray]:
-    """Return the sums of several groups of metrics over all documents that one of them counted, 0 where another did not."""
+    """Return the sums of several metric groups over the union of their documents, 0 where a group did not count one."""
     documents = np.unique(np.concatenate([np.asarray(part[DOCUMENTS], dtype=np.int64) for part in parts]))
     found: dict[str, np.ndarray] = {DOCUMENTS: documents}
     for part in parts:
@@ -52,12 +52,12 @@ def merged_sums(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, np.ndar
 
 
 def write_sums(directory: Path, sums: Sums) -> None:
-    """Write them beside a report, whole or not at all."""
+    """Write the sums next to a report, atomically."""
     write_tensors(directory / SUMS_FILE, {name: torch.from_numpy(values) for name, values in sums.items()}, {})
 
 
 def read_sums(directory: Path) -> dict[str, np.ndarray] | None:
-    """Return the sums beside a report; ``None`` where there are none, as of reports from before they were kept.
+    """Return the sums next to a report, or ``None`` if there are none (reports older than this file).
 
     Raises:
         ValueError: If the file is damaged.

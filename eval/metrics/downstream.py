@@ -1,7 +1,7 @@
-"""What the model loses when it runs on reconstructions: cross-entropy and KL with a dictionary spliced in.
+"""Cross-entropy and KL divergence of the language model with a dictionary spliced in.
 
-Only positions the dictionary was trained for are replaced, and only predictions made there are counted. Losses are in
-nats, summed over tokens before any division.
+Only positions that the dictionary was trained on are replaced, and only predictions made there are counted. Losses are in nats,
+summed over tokens before any division.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +26,17 @@ from .model_outputs import Predictions, predictions
 SPLICES = ("spliced", "zero", "mean")
 ABLATED = ("spliced", *ABLATIONS)
 MEASURED = [("ce", "clean"), *((measure, name) for measure in ("ce", "kl") for name in ABLATED)]
-# Activations that the resample ablation draws from.
+# Number of activations that the resample ablation draws from.
 POOL_TOKENS = 4096
 NO_COST = "the ablation costs nothing, so there is nothing to recover"
 NO_PREDICTION = "no kept token is followed by one of the same document, so no prediction is counted"
 
 
 class SplicedModel(MetricGroup):
-    """The model with the dictionary in place, and with ablations there.
+    """Metric: loss of the model with the dictionary spliced in, and with ablations at the same hook.
 
-    Ablations are zeros, the mean target of the first half of the documents, and targets of other tokens of that half.
+    Ablations are zeros, the mean target of the first half of the documents, and targets of other tokens of that half
+    (resample).
     """
 
     name = "downstream"
@@ -49,7 +50,7 @@ class SplicedModel(MetricGroup):
         self.model, self.hook = setting.model, setting.hook_out
         self.total = torch.zeros(setting.dictionary.d_out, dtype=torch.float64, device=setting.device)
         self.fitted, self.scored = 0, 0
-        # Every so-manieth target of the first half, whatever pieces it comes in.
+        # Every `stride`-th target of the first half is kept, independent of batch boundaries.
         self.stride = max(1, setting.fit_tokens // POOL_TOKENS)
         self.pool: list[Tensor] = []
         self.sums = Downstream(self.model, ABLATED)
@@ -80,7 +81,7 @@ class SplicedModel(MetricGroup):
         self.scored += piece.tokens
         found = {
             "spliced": piece.spliced,
-            # The same for all dictionaries of this hook.
+            # Shared by all dictionaries at this hook.
             **{name: passage.predictions(lambda name=name: ablated[name], (name, self.hook)) for name in ABLATED[1:]},
         }
         self.sums.add(passage.clean_loss, found)
@@ -112,10 +113,13 @@ class SplicedModel(MetricGroup):
 
 
 def scattered(first: int, count: int, among: int) -> Int[Tensor, " count"]:
-    """For tokens ``first``, ``first + 1``, ... a number below ``among`` each: a fixed hash, so pieces do not matter."""
+    """Return a pseudo-random index below ``among`` for each of ``count`` tokens, numbered from ``first``.
+
+    Indices are a hash of the token's number, so they do not depend on batch boundaries.
+    """
     numbers = np.arange(first + 1, first + count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        # splitmix64's finaliser.
+        # The splitmix64 finalizer.
         z = numbers * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -123,14 +127,14 @@ def scattered(first: int, count: int, among: int) -> Int[Tensor, " count"]:
 
 
 def _placed(x: Tensor, kept: Tensor, rows: Tensor) -> Tensor:
-    """``rows`` at the kept positions of ``x``."""
+    """Return ``x`` with ``rows`` written to the kept positions."""
     changed = x.clone()
     changed[kept] = rows.to(x.dtype)
     return changed
 
 
 class Downstream:
-    """Running sums over batches of contexts for variants of the model: with a dictionary spliced in, with ablations."""
+    """Running sums of losses for variants of the model: with a dictionary spliced in, with ablations."""
 
     def __init__(self, model: LanguageModel, variants: Sequence[str] = SPLICES):
         self.model = model
@@ -146,7 +150,12 @@ class Downstream:
         clean_logits: Float[Tensor, "contexts positions vocabulary"],
         variants: Mapping[str, AbstractContextManager[Any]],
     ) -> None:
-        """``variants`` are contexts in which the model is such a variant; ``counted`` predictions are scored."""
+        """Add a batch of contexts.
+
+        Args:
+            counted: Mask of the predictions that are scored.
+            variants: Context managers, by name, inside which the model is that variant.
+        """
         clean = clean_logits[:, :-1][counted].float().log_softmax(-1)
         found: dict[str, Predictions] = {}
         for name in self.kl:
@@ -155,7 +164,7 @@ class Downstream:
         self.add(next_token_loss(clean_logits, token_ids)[counted], found)
 
     def add(self, clean_loss: Float[Tensor, " predictions"], found: Mapping[str, Predictions]) -> None:
-        """Take in what was found at some predictions."""
+        """Add the losses of all variants at the same predictions."""
         self.ce["clean"] += float(clean_loss.double().sum())
         for name in self.kl:
             self.ce[name] += float(found[name].loss.double().sum())
@@ -170,11 +179,11 @@ class Downstream:
         return self.kl[name] / self.tokens
 
     def agreement(self, name: str) -> float:
-        """Share of predictions whose likeliest token is the untouched model's."""
+        """Return the fraction of predictions whose top-1 token matches the unmodified model's."""
         return self.agree[name] / self.tokens
 
     def report(self) -> dict[str, Any]:
-        """Means per token of the usual variants. A recovered fraction is ``None`` where the ablation costs nothing."""
+        """Return per-token means of the standard variants. A recovered fraction is ``None`` if the ablation costs nothing."""
         known = [name for name in ABLATED if name in self.kl]
         entries: dict[str, Any] = {"downstream_tokens": self.tokens}
         entries |= {f"ce_{name}": self.mean_ce(name) for name in ("clean", *known)}
@@ -192,7 +201,7 @@ class Downstream:
 def _replaced(
     model: LanguageModel, kept: Bool[Tensor, "contexts positions"], changes: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> AbstractContextManager[Any]:
-    """A context in which the model reads changed tensors at these hooks, and its own at positions that are not kept."""
+    """Return a context manager that replaces the tensors at these hooks, at kept positions only."""
 
     def within(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.where(kept.unsqueeze(-1), change(x).to(x.dtype), x)
@@ -203,6 +212,6 @@ def _replaced(
 def ablations(
     model: LanguageModel, kept: Bool[Tensor, "contexts positions"], means: Mapping[str, Float[Tensor, " _"]]
 ) -> dict[str, AbstractContextManager[Any]]:
-    """Zeros, and the mean, in place of the tensors at all hooks that have a mean here, at once."""
+    """Return context managers for the zero and the mean ablation of all hooks in ``means`` at once."""
     to_mean = {hook: lambda x, mean=mean: mean.to(x.dtype).expand_as(x) for hook, mean in means.items()}
     return {"zero": _replaced(model, kept, dict.fromkeys(means, torch.zeros_like)), "mean": _replaced(model, kept, to_mean)}

@@ -1,4 +1,4 @@
-"""docs/report.md, made from the glossary, and the version of the report's format."""
+"""Generator of docs/report.md from the glossary, and the version of the report format."""
 
 from textwrap import dedent
 
@@ -8,7 +8,7 @@ REPORT_VERSION = 1
 
 
 def report_markdown() -> str:
-    """docs/report.md: how a report comes about, and its schema."""
+    """Return the text of docs/report.md: how a report is computed, and its schema."""
     parts = [INTRODUCTION.format(version=REPORT_VERSION)]
     for section, entries in EXPLANATIONS.items():
         rows = [f"| `{key}` | {text.replace('|', chr(92) + '|')} |" for key, text in entries.items()]

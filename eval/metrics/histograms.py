@@ -1,4 +1,4 @@
-"""Distributions of a stream of numbers, kept as counts: equal however the stream is cut, and no larger for a longer one."""
+"""Streaming histograms: results do not depend on batch boundaries, memory does not grow with the stream."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Counts:
-    """How often each whole number from 0 on was seen. Quantiles are exact, those of ``torch.quantile``."""
+    """Histogram of non-negative integers, with exact quantiles equal to ``torch.quantile``."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(1, dtype=torch.long)
@@ -23,11 +23,11 @@ class Counts:
         return int(self.counts.sum())
 
     def mean(self) -> float:
-        # A sum of whole numbers: exact.
+        # An integer sum is exact.
         return int((self.counts * torch.arange(len(self.counts))).sum()) / self.total
 
     def quantiles(self, shares: list[float]) -> list[float]:
-        """Between two neighbours in rank, a straight line."""
+        """Return quantiles, linearly interpolated between neighboring ranks."""
         ranks = torch.tensor(shares, dtype=torch.float64) * (self.total - 1)
         below = ranks.floor()
         seen = self.counts.cumsum(0)
@@ -36,9 +36,9 @@ class Counts:
 
 
 class Quantiles:
-    """Quantiles of real numbers to within a hundredth of their size, or to ``floor / 100`` where they are smaller than that.
+    """Approximate quantiles of real numbers: within 1 % of their size, or ``floor / 100`` for numbers smaller than ``floor``.
 
-    Numbers are counted in bins that are equally wide in asinh(number / floor): linear near zero, logarithmic beyond.
+    Numbers are counted in bins of equal width in asinh(number / floor): linear near zero, logarithmic beyond.
     """
 
     BIN = 0.01
@@ -49,7 +49,7 @@ class Quantiles:
         self.counts = torch.zeros(2 * self.half + 1, dtype=torch.long)
 
     def update(self, numbers: Float[Tensor, " tokens"]) -> None:
-        """Take in further numbers; NaN has no place among them and is left out."""
+        """Add numbers, ignoring NaN."""
         numbers = numbers[~numbers.isnan()].double().cpu()
         bins = (numbers / self.floor).asinh().div(self.BIN).round().clamp(-self.half, self.half).long()
         self.counts += torch.bincount(bins + self.half, minlength=len(self.counts))
@@ -59,7 +59,7 @@ class Quantiles:
         return int(self.counts.sum())
 
     def quantiles(self, shares: list[float]) -> list[float]:
-        """The middle of the bin that holds the number of that rank; NaN if there is no number."""
+        """Return the center of the bin that holds each quantile, or NaN if there are no numbers."""
         if self.total == 0:
             return [math.nan] * len(shares)
         ranks = (torch.tensor(shares, dtype=torch.float64) * (self.total - 1)).round().long()

@@ -1,4 +1,4 @@
-"""How latents are chosen while a dictionary is judged: by its encoder, by a gradient, or by a pursuit of its atoms."""
+"""Inference modes of an evaluation: latents selected by the encoder, by the loss gradient, or by pursuit."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,18 @@ from ...sae.suggestions import require_choice
 
 @dataclass(frozen=True)
 class InferenceMode:
-    """How latents are chosen while a dictionary is judged; every report says it.
+    """Rule that selects active latents during an evaluation; every report states it.
 
-    By default the encoder reads one token at a time. ``oracle`` lets a gradient SAE choose by the gradient of the loss it
-    is then judged by. ``pursuit`` finds the code anew from the atoms alone, with ``k`` latents per token.
+    By default the encoder reads one token at a time. With ``oracle``, a gradient SAE selects latents by the gradient of the
+    same loss that it is then scored on. With ``pursuit``, the encoder is ignored: the code is computed from the decoder alone,
+    with ``k`` latents per token.
+
+    Example:
+        >>> from sparsary import InferenceMode
+        >>> InferenceMode().describe()
+        'per token'
+        >>> InferenceMode(pursuit="matching_pursuit", k=32).k
+        32
     """
 
     oracle: bool = False
@@ -37,7 +45,7 @@ class InferenceMode:
         return "per token" if self.pursuit is None else f"{self.pursuit} of the atoms, {self.k} latents"
 
     def code(self, dictionary: SparseDictionary, x: Tensor, y: Tensor, grad: Tensor | None) -> SparseCode:
-        """The code of raw activations ``x``; a pursuit knows the target ``y``, which is ``x`` for an SAE only."""
+        """Return the code of raw activations ``x``. Pursuit reads the target ``y``, which equals ``x`` only for an SAE."""
         if self.pursuit is not None and self.k is not None:
             return dictionary.pursue(y, self.k, self.pursuit)
         return dictionary.encode(x, grad if self.oracle else None)

@@ -18,9 +18,9 @@ from ..heldout import TextBatch, logits_and_activations
 
 
 class Predictions(NamedTuple):
-    """A variant of the model at the counted predictions of a piece, in the order of the text.
+    """Losses of a model variant at the counted predictions of a batch, in text order.
 
-    Cross-entropy, KL divergence from the untouched model, and whether the likeliest token is the untouched model's.
+    ``kl`` is the divergence from the unmodified model; ``agrees`` is True where both have the same top-1 token.
     """
 
     loss: Float[Tensor, " predictions"]
@@ -34,18 +34,18 @@ def predictions(
     counted: Bool[Tensor, "contexts predictions"],
     clean: Float[Tensor, "some vocabulary"],
 ) -> Predictions:
-    """What a variant's logits say at counted predictions; ``clean`` are the untouched model's log-probabilities there."""
+    """Return a variant's losses at counted predictions; ``clean`` holds the unmodified model's log-probabilities there."""
     changed = logits[:, :-1][counted].float().log_softmax(-1)
     kl = (clean.exp() * (clean - changed)).sum(-1)
     return Predictions(next_token_loss(logits, token_ids)[counted], kl, clean.argmax(-1) == changed.argmax(-1))
 
 
 class ModelOutputs:
-    """A piece of text and what the model makes of it; one for all dictionaries that are judged together.
+    """Model outputs on a batch of text, shared by all dictionaries evaluated together.
 
-    Rows are the kept positions, in the order of the text; predictions are the counted ones, those of kept positions whose
-    next token is of the same document. Contexts in which an activation is not finite, as where half precision overflows, are
-    left out whole, because nothing that the model makes of them is finite either; ``bad`` counts such tokens.
+    Rows are the kept positions in text order; predictions are the counted ones, i.e. kept positions whose next token belongs to
+    the same document. A context with a non-finite activation at a kept position (e.g. half-precision overflow) is dropped as a
+    whole, because the model's outputs on it are not finite either; ``bad`` counts such tokens.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class ModelOutputs:
 
     @cached_property
     def piece(self) -> TextBatch:
-        """The text, without the contexts that are left out.
+        """The batch of text without the dropped contexts.
 
         Raises:
-            ValueError: If the tokens that are not finite are more than are allowed.
+            ValueError: If more tokens are non-finite than allowed.
         """
         given = self._given
         good = torch.ones_like(given.kept)
@@ -86,7 +86,7 @@ class ModelOutputs:
         whole = ~(given.kept & ~good).any(1, keepdim=True)
         kept = given.kept & whole
         if not bool(kept.any()):
-            # Of all these contexts not one is of use: that is no bad token here and there.
+            # Every context is unusable: this is systematic, not a few bad tokens.
             self._bad.refuse()
         documents = set(given.document_ids[kept.cpu().numpy()].tolist())
         return replace(given, kept=kept, counted=given.counted & whole, documents=documents)
@@ -107,42 +107,42 @@ class ModelOutputs:
 
     @cached_property
     def clean_loss(self) -> Float[Tensor, " predictions"]:
-        """Cross-entropy of the untouched model."""
+        """Cross-entropy of the unmodified model."""
         return next_token_loss(self.clean_logits, self.piece.token_ids)[self.piece.counted]
 
     @property
     def token_ids(self) -> Int[Tensor, " tokens"]:
-        """The token of every row."""
+        """Token id of each row."""
         return self.piece.token_ids[self.piece.kept]
 
     @property
     def documents(self) -> np.ndarray:
-        """The document of every row."""
+        """Document index of each row."""
         return self.piece.document_ids[self.piece.kept.cpu().numpy()]
 
     @property
     def prediction_documents(self) -> np.ndarray:
-        """The document of every prediction."""
+        """Document index of each prediction."""
         return self.piece.document_ids[:, :-1][self.piece.counted.cpu().numpy()]
 
     @property
     def predicting(self) -> Bool[Tensor, " tokens"]:
-        """Which rows a prediction is counted at: predictions are about these rows, in this order."""
+        """Mask of the rows at which a prediction is counted, in the order of the predictions."""
         last = torch.zeros_like(self.piece.kept[:, :1])
         return torch.cat([self.piece.counted, last], dim=1)[self.piece.kept]
 
     def activations(self, hook: str) -> Float[Tensor, "tokens width"]:
-        """What the untouched model has at the hook."""
+        """Return the unmodified model's activations at a hook."""
         if hook not in self._rows:
             self._rows[hook] = self._seen[1][hook][self.piece.kept].float()
         return self._rows[hook]
 
     def gradients(self, hook: str) -> Float[Tensor, "tokens width"]:
-        """The gradient at the hook of the summed next-token loss."""
+        """Return the gradient of the summed next-token loss at a hook."""
         return self._gradients[hook][self.piece.kept].float()
 
     def predictions(self, variant: Callable[[], AbstractContextManager[Any]], name: Hashable | None = None) -> Predictions:
-        """What the model predicts while the context is open. With a ``name``, the same one runs the model once per piece."""
+        """Return the predictions made inside a context manager; a named variant runs only once per batch."""
         if name is not None and name in self._variants:
             return self._variants[name]
         with variant():

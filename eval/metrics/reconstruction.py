@@ -1,4 +1,4 @@
-"""How well a dictionary reconstructs held-out targets, and how it spends its latents doing so."""
+"""Metrics: reconstruction error on held-out targets, and sparsity of the code."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from .histograms import Counts, Quantiles
 FREQUENT = 0.01
 DENSITY_DECADES = 7
 BINS_PER_DECADE = 4
-# Tokens whose target has more than so many times the median norm: the first of a context, delimiters (Sun et al. 2024,
+# High-norm tokens exceed the median target norm by this factor: the first of a context, delimiters (Sun et al. 2024,
 # arXiv:2402.17762). A handful of them can hold most of the variance.
 HIGH_NORM = 10
 NO_VARIANCE = "all targets are equal: there is no variance to explain"
@@ -26,12 +26,12 @@ NO_TARGET = "all targets are zero"
 
 
 class Errors:
-    """Running sums over tokens of targets, reconstructions and what lies between them, in float64."""
+    """Running float64 sums over tokens of targets, reconstructions and residuals."""
 
     def __init__(self, d_out: int, device: torch.device | str = "cpu"):
         self.target = Moments(d_out, device)
         self.residual = Moments(d_out, device)
-        # Per dimension.
+        # Squared error per dimension.
         self.squares = torch.zeros(d_out, dtype=torch.float64, device=device)
         self.error = torch.zeros((), dtype=torch.float64, device=device)
         # Sums over tokens of cosine, norm ratio, x.x_hat, |x_hat|^2, |x|^2 and |x - x_hat|^2 / |x|^2.
@@ -67,11 +67,11 @@ class Errors:
         return {"fvu": self.fvu(), "cosine": cosine / self.tokens, "l2_ratio": ratio / self.tokens}
 
     def explained_variance(self) -> dict[str, Any]:
-        """What is quoted elsewhere under the name of explained variance, each definition under a name of its own."""
+        """Return the definitions of explained variance in common use, each under its own name."""
         total, error = float(self.target.squared_deviation()), float(self.error)
         dimensions = self.target.mean.numel()
         *_, energy, lost = self.sums.tolist()
-        # About one mean of all dimensions together.
+        # Deviation about a single mean over tokens and dimensions.
         scalar = energy - self.tokens * dimensions * float(self.target.mean.mean()) ** 2
         flat = bool((self.target.deviation <= 0).any())
         spread = Undefined(NO_VARIANCE)
@@ -89,13 +89,13 @@ class Errors:
         }
 
     def bias(self) -> float | Undefined:
-        """Gated SAE paper (arXiv:2404.16014), eq. 10: 1 is unbiased, below 1 is shrinkage."""
+        """Return the relative reconstruction bias: 1 is unbiased, below 1 is shrinkage (arXiv:2404.16014, eq. 10)."""
         _, _, dot, squared, *_ = self.sums.tolist()
         return squared / dot if dot != 0 else Undefined("reconstructions are orthogonal to their targets, or zero")
 
 
 class Reconstruction:
-    """Running sums over batches of raw targets and reconstructions; ``report`` turns them into flat entries."""
+    """Running sums over batches of raw targets and reconstructions, reported as flat entries."""
 
     def __init__(self, d_out: int, n_latents: int, device: torch.device | str = "cpu"):
         self.errors = Errors(d_out, device)
@@ -138,13 +138,13 @@ class Reconstruction:
 
 
 def effective_latents(rho: Float[Tensor, " n_latents"]) -> float | Undefined:
-    """Exponential of the entropy of firing shares: so many latents that fire equally often would be as diverse."""
+    """Return the exponential of the entropy of firing shares: the equivalent number of equally frequent latents."""
     shares = rho[rho > 0] / rho.sum()
     return float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else Undefined("no latent fires")
 
 
 def density_histogram(rho: Float[Tensor, " n_latents"]) -> tuple[list[int], list[float]]:
-    """Counts of log10 density in quarter decades from 1e-7 to 1; dead latents (density 0) are in none."""
+    """Return counts of log10 density in quarter decades from 1e-7 to 1, and the bin edges; dead latents are excluded."""
     bins = DENSITY_DECADES * BINS_PER_DECADE
     edges = torch.linspace(-DENSITY_DECADES, 0, bins + 1, dtype=torch.float64)
     alive = rho[rho > 0].double().log10()
@@ -154,9 +154,9 @@ def density_histogram(rho: Float[Tensor, " n_latents"]) -> tuple[list[int], list
 
 
 class Reconstructed(MetricGroup):
-    """Reconstruction and sparsity, on activations of a model or given ones.
+    """Reconstruction and sparsity metrics, on activations of a model or on given ones.
 
-    The first half of the documents says which norms are usual, and what squares are summed about for the interval.
+    The first half of the documents determines the high-norm threshold and the mean used for the interval's deviations.
     """
 
     name = "reconstruction"
@@ -212,11 +212,11 @@ class Reconstructed(MetricGroup):
         return entries | self._interval()
 
     def _interval(self) -> dict[str, Any]:
-        # Squares about the mean of the first half and about the scored tokens' own differ by a hair: a factor takes it out.
+        # Deviations about the first half's mean and about the scored half's own mean differ slightly; the factor corrects this.
         about = sum(row[1] for row in self.documents.rows.values())
         own = float(self.all.errors.target.squared_deviation())
         factor = about / own if about > 0 and own > 0 else 1.0
         found = self.documents.intervals({"fvu": lambda totals: factor * totals["error"] / totals["deviation"]})
-        # Whoever reads the sums finds the report's fvu in them.
+        # The stored sums then reproduce the report's fvu.
         self.documents.scale("deviation", 1 / factor)
         return found | {"interval_level": LEVEL, "interval_resamples": RESAMPLES, "interval_seed": SEED}

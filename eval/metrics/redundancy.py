@@ -1,4 +1,4 @@
-"""What the weights alone say: atoms that resemble each other, and rows of the encoder that resemble their atoms."""
+"""Metric: similarity of decoder directions to each other and to the encoder, from the weights alone."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from ..undefined import Undefined
 from .base import DictionaryOutputs, MetricGroup, Setting
 
-# A block of cosines is this many rows times all latents: 0.5 GB of float32 at 131,072 latents.
+# Rows of a block of cosines: with 131,072 latents, a block takes 0.5 GB in float32.
 BLOCK = 1024
-# Above, only every so-manieth latent is compared with all others: the cost is quadratic.
+# Above this number, latents are subsampled, because the cost is quadratic.
 LATENTS_COMPARED = 32_768
 NEAR_COPY = 0.9
 
 
 class Redundancy(MetricGroup):
-    """Cosines between atoms, and between encoder and decoder."""
+    """Cosines between decoder directions, and between each latent's encoder and decoder rows."""
 
     name = "redundancy"
     version = 1
@@ -60,13 +60,16 @@ class Redundancy(MetricGroup):
 
 
 def max_cosines(atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, " compared"]:
-    """For every latent (of very many, evenly spaced ones) the largest absolute cosine with another's atom, in float64."""
+    """Return each latent's largest absolute cosine with another decoder direction, in float64.
+
+    Above ``LATENTS_COMPARED`` latents, only evenly spaced ones are compared with all others.
+    """
     directions = F.normalize(atoms.float(), dim=-1)
     step = -(-len(directions) // LATENTS_COMPARED)
     found = []
     for rows in torch.arange(0, len(directions), step, device=atoms.device).split(BLOCK):
         cosines = (directions[rows] @ directions.T).abs_()
-        # Not with itself.
+        # Exclude each latent's cosine with itself.
         cosines[torch.arange(len(rows), device=atoms.device), rows] = 0
         found.append(cosines.max(dim=-1).values.double())
     return torch.cat(found)

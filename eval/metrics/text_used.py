@@ -1,4 +1,4 @@
-"""How much text an evaluation had, beside how much was asked for."""
+"""Metric: tokens and documents used, compared with the number of tokens requested."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from .base import DictionaryOutputs, MetricGroup, Setting
 
 
 class TextUsed(MetricGroup):
-    """Tokens of both halves, and documents that are partly in one and partly in the other."""
+    """Token counts, and the number of documents that appear in both halves."""
 
     name = "text_used"
     version = 1

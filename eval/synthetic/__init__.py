@@ -1,1 +1,1 @@
-"""Synthetic data with planted features, and how well a dictionary recovers them."""
+"""Synthetic data with planted features, and metrics of how well a dictionary recovers them."""

@@ -1,4 +1,4 @@
-"""Firing models of planted features."""
+"""Firing models: joint distributions of which planted features are active on a token."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from torch import Generator, Tensor
 
 
 class Firing(ABC):
-    """Which features fire together on a token."""
+    """Joint distribution of which features fire on a token."""
 
     @abstractmethod
     def probabilities(self) -> Float[Tensor, " n_features"]:
-        """On which share of all tokens each feature fires."""
+        """Return the fraction of tokens on which each feature fires."""
 
     @abstractmethod
     def draw(self, tokens: int, generator: Generator) -> Bool[Tensor, "tokens n_features"]:
-        """The features that fire on each of so many tokens."""
+        """Sample the features that fire on each of ``tokens`` tokens."""
 
 
 @dataclass(frozen=True)
 class Independent(Firing):
-    """Every feature fires on its own."""
+    """Firing model in which features fire independently."""
 
     p: Float[Tensor, " n_features"]
 
@@ -36,9 +36,9 @@ class Independent(Firing):
 
 @dataclass(frozen=True)
 class Copula(Firing):
-    """A feature fires where its standard normal exceeds a threshold; ``factors @ factors.T`` correlates the normals.
+    """Gaussian copula: features fire if their standard normals, correlated by ``factors @ factors.T``, exceed a threshold.
 
-    Rows of ``factors`` are shorter than 1: the rest of each variance is the feature's own.
+    Rows of ``factors`` have norm below 1: the rest of each variance is independent.
     """
 
     p: Float[Tensor, " n_features"]
@@ -56,9 +56,9 @@ class Copula(Firing):
 
 @dataclass(frozen=True)
 class Forest(Firing):
-    """Siblings exclude each other and fire only with their parent; ``parents`` is -1 at the roots, siblings themselves.
+    """Hierarchical firing: siblings exclude each other and fire only with their parent.
 
-    ``p`` is conditional on the parent. Parents stand before their children.
+    ``parents`` is -1 at the roots, which are siblings too. ``p`` is conditional on the parent. Parents precede their children.
     """
 
     parents: Int[Tensor, " n_features"]
@@ -73,10 +73,10 @@ class Forest(Firing):
 
     def draw(self, tokens: int, generator: Generator) -> Bool[Tensor, "tokens n_features"]:
         fires = torch.zeros(tokens, self.p.shape[0], dtype=torch.bool)
-        # Ascending, so that a parent's own group has been drawn before its children's.
+        # In ascending order, a parent's own group is drawn before its children's.
         for parent in self.parents.unique().tolist():
             siblings = (self.parents == parent).nonzero()[:, 0]
-            # Beyond the last edge lies the case that no sibling fires.
+            # Draws beyond the last edge mean that no sibling fires.
             edges = self.p[siblings].double().cumsum(0)
             chosen = torch.searchsorted(edges, torch.rand(tokens, generator=generator, dtype=torch.float64), right=True)
             group = chosen[:, None] == torch.arange(len(siblings))
@@ -86,7 +86,7 @@ class Forest(Firing):
 
 @dataclass(frozen=True)
 class Decision:
-    """A label that some features alone determine (1 where any of them fires) and a logistic model that reads it from x."""
+    """Label determined by a few features (1 if any of them fires), and a logistic model that reads it from x."""
 
     features: Int[Tensor, " n_decisive"]
     reader: Float[Tensor, " d"]
@@ -99,9 +99,9 @@ class Decision:
         return x @ self.reader + self.offset
 
     def loss(self, x: Float[Tensor, "tokens d"], labels: Float[Tensor, " tokens"]) -> Float[Tensor, ""]:
-        """Cross-entropy of the labels, summed over tokens, so that a token's gradient is its own."""
+        """Return the cross-entropy of the labels, summed over tokens so that a token's gradient depends on no other token."""
         return F.binary_cross_entropy_with_logits(self.logits(x), labels, reduction="sum")
 
     def gradient(self, x: Float[Tensor, "tokens d"], labels: Float[Tensor, " tokens"]) -> Float[Tensor, "tokens d"]:
-        """The gradient of ``loss`` at ``x``."""
+        """Return the gradient of ``loss`` at ``x``."""
         return (self.logits(x).sigmoid() - labels)[:, None] * self.reader

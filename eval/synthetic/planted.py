@@ -1,4 +1,4 @@
-"""Planted dictionaries: activations made of known atoms, and how much of them a learned dictionary recovers."""
+"""Planted dictionaries: activations generated from known atoms, the ground truth for a learned dictionary."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ from .firing import Copula, Decision, Firing, Forest, Independent
 
 
 class Sample(NamedTuple):
-    """Activations, the coefficients they were made of, and the loss gradient where there is a label."""
+    """Activations, the coefficients that generated them, and the loss gradient if there is a label."""
 
     x: Tensor  # (tokens, d)
     coefficients: Tensor  # (tokens, n_features)
@@ -24,11 +24,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Planted:
-    """``x = coefficients @ atoms + bias``; a coefficient is ReLU(mean + std N(0, 1)) where its feature fires, else 0.
+    """Generative model of activations: ``x = coefficients @ atoms + bias``.
 
-    ``groups`` names features whose recovery is of interest by itself. With ``parents`` (-1 at the roots, parents before their
-    children) a coefficient is also multiplied by its parent's, in units of the parent's mean.
-    Source: SynthSAEBench, arXiv:2602.14687; its own configuration is in ``eval/synthetic/synth_sae_bench.py``.
+    A coefficient is ReLU(mean + std N(0, 1)) if its feature fires, else 0. With ``parents`` (-1 at the roots, parents before
+    their children) it is also multiplied by its parent's, in units of the parent's mean. ``groups`` names features whose
+    recovery is also reported separately. Source: SynthSAEBench, arXiv:2602.14687; its own configuration is in
+    ``eval/synthetic/synth_sae_bench.py``.
     """
 
     atoms: Float[Tensor, "n_features d"]
@@ -49,7 +50,7 @@ class Planted:
         return self.atoms.shape[1]
 
     def sample(self, tokens: int, seed: int) -> Sample:
-        """So many independent tokens; the same seed gives the same ones."""
+        """Sample ``tokens`` independent tokens, deterministic in the seed."""
         generator = generator_of("sample", seed)
         fires = self.firing.draw(tokens, generator)
         magnitudes = (self.means + self.stds * torch.randn(tokens, self.n_features, generator=generator)).relu()
@@ -63,7 +64,7 @@ class Planted:
 
 
 def levels(parents: Int[Tensor, " n_features"]) -> list[Int[Tensor, " some"]]:
-    """The features by their depth in the forest, roots first."""
+    """Return the features by their depth in the forest, roots first."""
     depth = torch.zeros_like(parents)
     found = [(parents < 0).nonzero()[:, 0]]
     while len(found[-1]):
@@ -83,7 +84,7 @@ def independent_features(
     std: float = 0.25,
     bias_norm: float = 1.0,
 ) -> Planted:
-    """Independent features in random directions; the frequent ones first."""
+    """Return independent features in random directions, the most frequent first."""
     generator = generator_of("truth", seed)
     p = zipf_probabilities(n_features, exponent, p_min, p_max)
     atoms, bias = unit_directions(n_features, d, generator), bias_norm * unit_directions(1, d, generator)[0]
@@ -103,17 +104,19 @@ def correlated(
     std: float = 0.25,
     bias_norm: float = 1.0,
 ) -> Planted:
-    """``independent_features``, but features fire together through ``rank`` common factors with ``strength`` of the variance.
+    """Return features as in ``independent_features``, with correlated firing.
+
+    Features share ``rank`` common factors, which hold ``strength`` of the variance.
 
     Raises:
-        ValueError: If ``strength`` is not a share.
+        ValueError: If ``strength`` is not between 0 and 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength: expected a share of the variance, 0 to 1, got {strength}.")
     generator = generator_of("truth", seed)
     p = zipf_probabilities(n_features, exponent, p_min, p_max)
     atoms, bias = unit_directions(n_features, d, generator), bias_norm * unit_directions(1, d, generator)[0]
-    # Just inside the sphere: at strength 1 rounding could leave a negative variance of its own.
+    # Slightly inside the sphere: at strength 1, rounding could make the independent variance negative.
     factors = math.sqrt(strength) * (1 - 1e-6) * unit_directions(n_features, rank, generator)
     return Planted(atoms, bias, Copula(p, factors), torch.full((n_features,), mean), torch.full((n_features,), std))
 
@@ -132,15 +135,15 @@ def hierarchical(
     std: float = 0.25,
     bias_norm: float = 0.0,
 ) -> Planted:
-    """One parent or singleton per token, and with a parent at most one of its ``n_children`` children.
+    """Return a hierarchy with at most one parent or singleton per token, and at most one of the parent's children.
 
     The defaults are the benchmark of Costa et al. 2025 (matching pursuit): 20 features, 1.36 of them per token. Two atoms of
     one level (parents and singletons; the children of one parent) have the given ``cosine``, all others are orthogonal.
     Features are ordered parents, singletons, children.
 
     Raises:
-        ValueError: If the features do not fit into ``d``, exclude each other with a total above 1, or the cosine is not
-            in 0 to 1.
+        ValueError: If the features do not fit into ``d``, exclusive probabilities sum to more than 1, or the cosine is not
+            at least 0 and less than 1.
     """
     n_roots, n_features = n_parents + n_singletons, n_parents * (1 + n_children) + n_singletons
     if n_features > d:
@@ -178,13 +181,13 @@ def small_but_decisive(
     std: float = 0.25,
     bias_norm: float = 1.0,
 ) -> Planted:
-    """``independent_features``, then a few small ones that alone determine a label; samples carry the gradient of its loss.
+    """Return ``independent_features`` and a few small ones that alone determine a label; samples include its loss gradient.
 
-    Decisive atoms are orthogonal to each other and to the large ones: only so can a linear model read the label
-    from x without their interference. Its logit is about 1 where one of them fires and -1 where none does.
+    Decisive atoms are orthogonal to each other and to the large ones; otherwise interference would prevent a linear model from
+    reading the label from x. Its logit is about 1 if one of them fires and -1 if none does.
 
     Raises:
-        ValueError: If the decisive atoms leave no dimension to the large ones.
+        ValueError: If the decisive atoms leave no dimension for the large ones.
     """
     if n_decisive >= d:
         raise ValueError(f"n_decisive: expected less than d = {d}, got {n_decisive}.")
@@ -202,7 +205,7 @@ def small_but_decisive(
     return Planted(atoms, bias, Independent(p), mean * relative, std * relative, decision, groups)
 
 
-# Small enough for a dictionary to be trained in minutes on two CPU cores. `flat` and `correlated` plant 256 features in 64
+# Small enough to train a dictionary in minutes on two CPU cores. `flat` and `correlated` plant 256 features in 64
 # dimensions, `hierarchical_*` 20 in 20, `small_but_decisive` 128 large and 4 decisive ones in 64.
 PLANTED: dict[str, Callable[[int], Planted]] = {
     "flat": lambda seed: independent_features(256, 64, seed),
@@ -215,7 +218,7 @@ PLANTED: dict[str, Callable[[int], Planted]] = {
 
 
 def zipf_probabilities(n_features: int, exponent: float, p_min: float, p_max: float) -> Float[Tensor, " n_features"]:
-    """Firing probabilities that fall like rank^-exponent, stretched to run from ``p_max`` to ``p_min``.
+    """Return firing probabilities that fall like rank^-exponent, rescaled to run from ``p_max`` to ``p_min``.
 
     Raises:
         ValueError: Unless 0 < p_min <= p_max < 1.
@@ -228,9 +231,9 @@ def zipf_probabilities(n_features: int, exponent: float, p_min: float, p_max: fl
 
 
 def generator_of(purpose: str, seed: int) -> Generator:
-    """Random numbers of one purpose.
+    """Return a random generator for one purpose.
 
-    The plain seed would give a dictionary, initialised after ``torch.manual_seed`` of the same number, the truth's atoms.
+    With the plain seed, a dictionary initialized after ``torch.manual_seed`` of the same number would start at the true atoms.
     """
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -245,7 +248,7 @@ def _orthonormal(d: int, generator: Generator) -> Float[Tensor, "d d"]:
 
 
 def _tilted(level: Float[Tensor, "n d"], cosine: float) -> Float[Tensor, "n d"]:
-    """Orthonormal rows turned towards their sum, all by the same angle, until each two of them have the given cosine."""
+    """Return orthonormal rows rotated toward their sum until every pair has the given cosine."""
     # own * e_i + common * sum(e): the squared norm is own^2 + cosine = 1, the inner product 2 own common + n common^2.
     n, own = level.shape[0], math.sqrt(1 - cosine)
     common = (math.sqrt(own**2 + n * cosine) - own) / max(n, 1)

@@ -12,21 +12,21 @@ from ...sae import SparseDictionary
 from ...sae.metrics import RunningFvu, dead_fraction
 from .planted import Planted, Sample, generator_of, unit_directions
 
-# A feature counts as recovered when some atom is this close to its own.
+# A feature counts as recovered if the |cos| of its atom with some decoder direction is above this.
 RECOVERED_COSINE = 0.9
-# Bounds the dense pre-activations of a wide dictionary; codes do not depend on it in eval mode.
+# Limits the memory of a wide dictionary's dense pre-activations; codes in eval mode do not depend on it.
 JUDGE_BATCH_TOKENS = 8192
 
 
 class Matching(NamedTuple):
-    """A one-to-one matching: entry i of both belongs together."""
+    """One-to-one matching: entries ``i`` of both tensors form a pair."""
 
     features: Tensor  # (pairs,)
     latents: Tensor  # (pairs,)
 
 
 def match(cosines: Float[Tensor, "n_features n_latents"]) -> Matching:
-    """The min(n_features, n_latents) pairs with the largest sum of cosines (Hungarian method)."""
+    """Return the min(n_features, n_latents) pairs with the largest sum of cosines (Hungarian method)."""
     features, latents = linear_sum_assignment(cosines.numpy(), maximize=True)
     return Matching(torch.from_numpy(features), torch.from_numpy(latents))
 
@@ -34,7 +34,7 @@ def match(cosines: Float[Tensor, "n_features n_latents"]) -> Matching:
 def absolute_cosines(
     atoms: Float[Tensor, "n_features d"], W_dec: Float[Tensor, "n_latents d"]
 ) -> Float[Tensor, "n_features n_latents"]:
-    """|cos| of every planted atom with every learned one; a zero row is orthogonal to all."""
+    """Return |cos| of every planted atom with every learned decoder direction; a zero row is orthogonal to all."""
     return (F.normalize(atoms.double(), dim=-1) @ F.normalize(W_dec.double(), dim=-1).T).abs()
 
 
@@ -45,29 +45,28 @@ def match_score(
     sample: Sample,
     x_hat: Float[Tensor, "tokens d"],
 ) -> dict[str, float]:
-    """What a dictionary recovered of the truth: ``Recovery`` of one sample."""
+    """Return a dictionary's recovery metrics on one sample; see ``Recovery``."""
     recovery = Recovery(planted, W_dec)
     recovery.update(latents, sample, x_hat)
     return recovery.report()
 
 
 class Recovery:
-    """What a dictionary recovered of the truth, from its atoms and, over any number of samples, latents and reconstruction.
+    """Recovery metrics of a dictionary, from its decoder and, over any number of samples, its latents and reconstructions.
 
-    - ``mcc``: mean |cos| of planted and learned atoms matched one to one; ``chance_mcc``: that of random atoms.
-    - ``mmcs_true``: mean over features of the |cos| with the nearest atom, which may be nearest to several (like a recall);
-      ``mmcs_learned``: mean over latents of the |cos| with the nearest feature (like a precision).
-    - ``recall_09``: share of features with an atom above |cos| 0.9; ``recall_09_<group>``: within a group.
-    - ``uniqueness``: share of latents, dead ones included, whose nearest feature is no other latent's nearest.
-      ``distinct_features``: how many features are some latent's nearest, per latent; what SAELens calls uniqueness.
+    - ``mcc``: mean |cos| of planted and learned directions matched one to one; ``chance_mcc``: that of random directions.
+    - ``mmcs_true``: mean over features of the |cos| with the nearest decoder direction, which may be nearest to several (like a
+      recall); ``mmcs_learned``: mean over latents of the |cos| with the nearest feature (like a precision).
+    - ``recall_09``: fraction of features with a decoder direction above |cos| 0.9; ``recall_09_<group>``: within a group.
+    - ``uniqueness``: fraction of latents, dead ones included, whose nearest feature is no other latent's nearest.
+      ``distinct_features``: number of features that are some latent's nearest, per latent; SAELens calls this uniqueness.
     - ``detector_f1``: (latent > 0) as a detector of (coefficient > 0), mean over matched pairs.
     - ``latent_f1``, ``latent_precision``, ``latent_recall``: (latent > 0) as a detector of its nearest feature, mean over all
       latents; 0 for a dead one.
-    - ``coefficient_correlation``: Pearson's, over tokens, mean over matched pairs; 0 where the latent is constant.
+    - ``coefficient_correlation``: Pearson's, over tokens, mean over matched pairs; 0 if the latent is constant.
     - ``fvu``, ``shrinkage`` (mean ||x_hat|| / ||x||), ``l0``, ``true_l0``, ``dead_fraction``: on the samples.
 
-    The means over pairs leave out features that never fire in the samples.
-    Source: SynthSAEBench, arXiv:2602.14687.
+    Means over pairs exclude features that never fire in the samples. Source: SynthSAEBench, arXiv:2602.14687.
     """
 
     def __init__(self, planted: Planted, W_dec: Float[Tensor, "n_latents d"]):
@@ -90,7 +89,7 @@ class Recovery:
             "distinct_features": int((shared_by > 0).sum()) / self.n_latents,
         }
         n_pairs = len(self.pairs.features)
-        # Tokens on which both, the true one, the learned one fire.
+        # Tokens on which both fire, the feature fires, the latent fires.
         self.counts = torch.zeros(3, n_pairs, dtype=torch.float64)
         self.latent_counts = torch.zeros(3, self.n_latents, dtype=torch.float64)
         # Sums of the coefficient, the latent, their squares and their product.
@@ -99,7 +98,7 @@ class Recovery:
         self.shrinkage, self.l0, self.true_l0, self.tokens = 0.0, 0.0, 0.0, 0
 
     def update(self, latents: Float[Tensor, "tokens n_latents"], sample: Sample, x_hat: Float[Tensor, "tokens d"]) -> None:
-        """Take in a dictionary's latents on a sample, and what it makes of them."""
+        """Add a sample, the dictionary's latents on it, and its reconstruction."""
         fires, truly = latents > 0, sample.coefficients > 0
         true, learned = sample.coefficients[:, self.pairs.features].double(), latents[:, self.pairs.latents].double()
         self.counts += _overlap(truly[:, self.pairs.features], fires[:, self.pairs.latents])
@@ -113,9 +112,9 @@ class Recovery:
         self.tokens += len(norms)
 
     def report(self) -> dict[str, float]:
-        """The figures, over all samples so far."""
+        """Return the metrics over all samples so far."""
         both, truly, fired = self.counts
-        # A feature that never fires is no evidence against its detector.
+        # A feature that never fires says nothing about its detector.
         seen = truly > 0
         f1 = 2 * both[seen] / (truly + fired)[seen]
         both_latent, truly_latent, fired_latent = self.latent_counts
@@ -135,7 +134,7 @@ class Recovery:
     def _correlation(self) -> Float[Tensor, " pairs"]:
         a, b, aa, bb, ab = self.sums / self.tokens
         spread = ((aa - a * a).clamp_min(0) * (bb - b * b).clamp_min(0)).sqrt()
-        # What is left of a constant's variance is rounding.
+        # A constant's computed variance is rounding error.
         constant = (bb - b * b <= 1e-12 * bb) | (aa - a * a <= 1e-12 * aa)
         return torch.where(constant, 0.0, (ab - a * b) / spread.where(spread > 0, 1.0))
 
@@ -145,7 +144,7 @@ def _overlap(true: Bool[Tensor, "tokens n"], detected: Bool[Tensor, "tokens n"])
 
 
 def chance_mcc(atoms: Float[Tensor, "n_features d"], n_latents: int, seed: int = 0) -> float:
-    """The ``mcc`` of ``n_latents`` random atoms: what a dictionary that learned nothing is given."""
+    """Return the ``mcc`` of ``n_latents`` random decoder directions, i.e. of a dictionary that learned nothing."""
     guessed = unit_directions(n_latents, atoms.shape[1], generator_of("chance", seed))
     cosines = absolute_cosines(atoms, guessed)
     pairs = match(cosines)
@@ -154,10 +153,10 @@ def chance_mcc(atoms: Float[Tensor, "n_features d"], n_latents: int, seed: int =
 
 @torch.no_grad()
 def evaluate_recovery(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int) -> dict[str, float]:
-    """``match_score`` of a dictionary in eval mode on fresh tokens; take a seed that it was not trained on.
+    """Evaluate a dictionary in eval mode on fresh tokens, by the metrics of ``Recovery``; choose a seed not used in training.
 
     Raises:
-        ValueError: If the dictionary is of another width.
+        ValueError: If the dictionary's width is not the planted one.
     """
     recovery = recovery_of(planted, dictionary)
     update_recovery(recovery, dictionary, planted.sample(tokens, seed))
@@ -165,10 +164,10 @@ def evaluate_recovery(dictionary: SparseDictionary, planted: Planted, tokens: in
 
 
 def recovery_of(planted: Planted, dictionary: SparseDictionary) -> Recovery:
-    """An empty record of what a dictionary recovers.
+    """Return an empty ``Recovery`` for a dictionary.
 
     Raises:
-        ValueError: If the dictionary is of another width.
+        ValueError: If the dictionary's width is not the planted one.
     """
     if dictionary.d_in != planted.d or dictionary.d_out != planted.d:
         raise ValueError(
@@ -179,7 +178,7 @@ def recovery_of(planted: Planted, dictionary: SparseDictionary) -> Recovery:
 
 @torch.no_grad()
 def update_recovery(recovery: Recovery, dictionary: SparseDictionary, sample: Sample) -> None:
-    """Take in what a dictionary in eval mode makes of a sample."""
+    """Add a sample and a dictionary's outputs on it in eval mode."""
     device = dictionary.device
     training = dictionary.training
     dictionary.eval()

@@ -1,4 +1,4 @@
-"""SynthSAEBench-like planted data, at its published size and at one that two CPU cores can learn; floors and ceilings."""
+"""SynthSAEBench-like data, in its published size and in one that two CPU cores can learn, with baselines and a ceiling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ from .firing import Firing
 from .planted import Planted, Sample, generator_of, levels, zipf_probabilities
 from .recovery import Recovery, recovery_of, update_recovery
 
-# Tokens drawn at a time: 2048 of 16,384 features are 0.1 GB.
+# Tokens drawn at a time: 2048 tokens of 16,384 features take 0.1 GB.
 DRAW_TOKENS = 2048
-# Enough for the mean of a probability of 5e-4 to be known to a fifth.
+# Enough to measure a probability of 5e-4 to within a fifth.
 MEASURED_TOKENS = 50_000
 
 
 @dataclass(frozen=True)
 class Tree(Firing):
-    """A forest whose features are first drawn through a ``Copula``, then silenced where their parent is silent.
+    """Forest whose features are drawn by a ``Copula``, then silenced if their parent is silent.
 
-    Of siblings that are left firing one stays, chosen at random; roots do not exclude each other. ``p`` is what each feature
-    is to reach: it is raised beforehand by what parents and siblings take away on average, up to certainty, so that features
-    whose parent is rarer than they are fall short of it. Children of one parent stand side by side, equally many for each.
+    Among siblings that still fire, one is kept at random; roots do not exclude each other. ``p`` is each feature's target
+    probability: it is raised beforehand to compensate on average for silencing by parents and siblings, at most to certainty,
+    so features whose parent is rarer than they are miss the target. Children of one parent are contiguous, and parents of one
+    level have equally many.
     """
 
     parents: Int[Tensor, " n_features"]
@@ -51,7 +52,7 @@ class Tree(Firing):
         return fired / count
 
     def probabilities(self) -> Float[Tensor, " n_features"]:
-        """Measured on 50,000 tokens: with siblings that exclude each other there is no formula for correlated features."""
+        """Return frequencies on 50,000 tokens: correlated features with exclusive siblings have no closed form."""
         return self._measured
 
     def draw(self, tokens: int, generator: Generator) -> Bool[Tensor, "tokens n_features"]:
@@ -62,7 +63,7 @@ class Tree(Firing):
         for level in levels(self.parents)[1:]:
             above = self.parents[level]
             n_parents = len(above.unique())
-            # (tokens, parents, siblings): the firing sibling with the highest lot stays.
+            # (tokens, parents, siblings): the firing sibling with the largest random number stays.
             lots = torch.rand(tokens, n_parents, len(level) // n_parents, generator=generator)
             lots *= (fires[:, level] & fires[:, above]).view_as(lots)
             chosen = (lots == lots.max(-1, keepdim=True).values) & (lots > 0)
@@ -85,15 +86,15 @@ def synth_sae_bench(
     orthogonalise_steps: int = 100,
     bias_norm: float = 1.0,
 ) -> Planted:
-    """Zipf probabilities, trees with exclusive siblings, weak correlations, atoms pushed apart, magnitudes of 5 to 4.
+    """Return data with Zipf probabilities, trees with exclusive siblings, weak correlations, and atoms pushed apart.
 
     The defaults are the published SynthSAEBench-16k as far as it is described: parents scale their children, mean magnitudes
-    fall linearly from 5 to 4, their spreads are |N(0.5, 0.5)|. The most frequent features are the roots, then their children.
-    Random numbers are ours, so the atoms are not the published ones. Groups: ``roots``, one for each depth, ``loners``.
-    Source: SynthSAEBench, arXiv:2602.14687.
+    fall linearly from 5 to 4, their standard deviations are |N(0.5, 0.5)|. The most frequent features are the roots, then their
+    children. Random numbers differ from the published ones, and so do the atoms. Groups: ``roots``, one for each depth, and
+    ``loners``, the features outside the trees. Source: SynthSAEBench, arXiv:2602.14687.
 
     Raises:
-        ValueError: If the trees have more features than there are.
+        ValueError: If the trees need more than ``n_features`` features.
     """
     sizes = [roots * branching**level for level in range(depth + 1)]
     in_trees = sum(sizes)
@@ -108,7 +109,7 @@ def synth_sae_bench(
     atoms = push_apart(torch.randn(n_features, d, generator=generator), orthogonalise_steps)
     bias = bias_norm * F.normalize(torch.randn(1, d, generator=generator), dim=-1)[0]
     factors = scale * torch.randn(n_features, rank, generator=generator)
-    # A row as long as 1 would leave a feature nothing of its own.
+    # A row of norm 1 would leave no independent variance.
     factors *= (0.99 / factors.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
     firing = Tree(torch.cat(parents), zipf_probabilities(n_features, exponent, p_min, p_max), factors)
     stds = (0.5 + 0.5 * torch.randn(n_features, generator=generator)).abs()
@@ -121,7 +122,7 @@ def synth_sae_bench(
 
 SYNTH: dict[str, Callable[[int], Planted]] = {
     "synth_sae_bench_16k": synth_sae_bench,
-    # A hundredth of it: 128 features of 32 dimensions, 4 to a token, three minutes of training on two cores.
+    # A hundredth of the size: 128 features in 32 dimensions, 4 per token, three minutes of training on two cores.
     "synth_sae_bench_small": lambda seed: synth_sae_bench(
         seed, 128, 32, roots=8, branching=3, depth=2, p_min=5e-3, p_max=0.3, rank=4
     ),
@@ -129,12 +130,12 @@ SYNTH: dict[str, Callable[[int], Planted]] = {
 
 
 def push_apart(atoms: Float[Tensor, "n_features d"], steps: int, lr: float = 3e-4) -> Float[Tensor, "n_features d"]:
-    """Unit rows after so many steps of Adam on the sum of their squared cosines."""
+    """Return unit rows after ``steps`` steps of Adam on the sum of their squared cosines."""
     rows = F.normalize(atoms, dim=-1).requires_grad_(True)
     optimizer = torch.optim.Adam([rows], lr=lr)
     for _ in range(steps):
         lengths = rows.pow(2).sum(-1)
-        # The squares of all inner products sum to those of the small Gram matrix.
+        # ||A A^T||_F = ||A^T A||_F, and the second matrix is smaller.
         loss = (rows.T @ rows).pow(2).sum() - lengths.pow(2).sum() + len(rows) * (lengths - 1).pow(2).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -143,16 +144,16 @@ def push_apart(atoms: Float[Tensor, "n_features d"], steps: int, lr: float = 3e-
 
 
 def _pieces(planted: Planted, tokens: int, seed: int) -> list[tuple[int, int]]:
-    """Sizes and seeds of the samples that make up so many tokens."""
+    """Return sizes and seeds of the samples that make up ``tokens`` tokens."""
     sizes = [min(DRAW_TOKENS, tokens - start) for start in range(0, tokens, DRAW_TOKENS)]
     return [(size, 1_000_003 * seed + number) for number, size in enumerate(sizes)]
 
 
 def judge_streamed(dictionary: SparseDictionary, planted: Planted, tokens: int, seed: int) -> dict[str, float]:
-    """``judge`` in memory that does not grow with the tokens; they are others than those of ``judge``.
+    """Evaluate as ``evaluate_recovery`` does, in memory independent of ``tokens``; the tokens drawn are different ones.
 
     Raises:
-        ValueError: If the dictionary is of another width.
+        ValueError: If the dictionary's width is not the planted one.
     """
     recovery = recovery_of(planted, dictionary)
     for size, number in _pieces(planted, tokens, seed):
@@ -161,11 +162,11 @@ def judge_streamed(dictionary: SparseDictionary, planted: Planted, tokens: int, 
 
 
 def references(planted: Planted, n_latents: int, k: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
-    """What dictionaries score that learned nothing, little, or everything.
+    """Return the recovery metrics of baseline dictionaries and of the ground truth.
 
-    - ``random``: ``n_latents`` random atoms; ``pca``: the principal components, with either sign, up to ``n_latents`` of
-      them; ``kmeans``: as many spherical cluster centres. The k atoms with the largest inner products fire.
-    - ``oracle``: the planted atoms, firing exactly where the truth does, with strengths by least squares.
+    - ``random``: ``n_latents`` random directions; ``pca``: the principal components with both signs, at most ``n_latents``;
+      ``kmeans``: ``n_latents`` spherical cluster centers. The k directions with the largest inner products fire.
+    - ``oracle``: the planted atoms, firing exactly where the truth does, with coefficients by least squares.
     """
     fitted = torch.cat([planted.sample(size, number).x for size, number in _pieces(planted, tokens, seed + 1)])
     mean = fitted.mean(0)
@@ -185,7 +186,7 @@ def references(planted: Planted, n_latents: int, k: int, tokens: int, seed: int)
             scores = (sample.x - mean) @ atoms.T
             top = scores.topk(min(k, len(atoms)), dim=-1)
             latents = torch.zeros_like(scores).scatter_(1, top.indices, top.values.relu())
-            # Correlated atoms explain the same twice: one common factor makes up for it.
+            # Correlated directions count shared variance twice; one common factor corrects the scale.
             y_hat = latents @ atoms
             share = ((sample.x - mean) * y_hat).sum() / y_hat.pow(2).sum().clamp_min(1e-12)
             recoveries[name].update(latents, sample, mean + share * y_hat)
@@ -196,7 +197,7 @@ def references(planted: Planted, n_latents: int, k: int, tokens: int, seed: int)
 def cluster_centres(
     x: Float[Tensor, "tokens d"], n: int, generator: Generator, rounds: int = 10
 ) -> Float[Tensor, "n_centres d"]:
-    """Unit centres of spherical k-means, at most as many as there are rows; an empty cluster keeps its centre."""
+    """Return unit centers of spherical k-means, at most one per row of ``x``; an empty cluster keeps its center."""
     rows = F.normalize(x, dim=-1)
     centres = rows[torch.randperm(len(rows), generator=generator)[:n]].clone()
     for _ in range(rounds):
@@ -208,7 +209,7 @@ def cluster_centres(
 
 
 def _with_true_support(planted: Planted, sample: Sample) -> tuple[Tensor, Sample, Tensor]:
-    """Least squares on the true atoms of every token: latents, the sample, its reconstruction."""
+    """Return latents by least squares on each token's true atoms, the sample, and the reconstruction."""
     fires = sample.coefficients > 0
     width = int(fires.sum(-1).max())
     order = fires.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]

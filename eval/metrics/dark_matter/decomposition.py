@@ -1,9 +1,9 @@
-"""The error a dictionary leaves, split into what is linear in the activation it reads and what is not.
+"""Decomposition of the reconstruction error into parts linear and nonlinear in the dictionary's input.
 
-With ``e = y - y_hat``, a linear map of ``x`` is fitted to ``e`` on one set of documents and scored on another. Source: Engels,
+A linear map from ``x`` to the error ``e = y - y_hat`` is fitted on one set of documents and scored on another. Source: Engels,
 Riggs and Tegmark 2024, arXiv:2410.14670. Least squares run on float64 moments, so nothing is stored per token.
 
-A low ``fvu_nonlinear`` alone is no merit: an empty dictionary has none, its error being all linear. Read it beside
+A low ``fvu_nonlinear`` alone is no merit: an empty dictionary has none, because its error is all linear. Read it together with
 ``fvu_total``.
 """
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from ....sae.metrics import Moments
 from .regression import RIDGE, TOKENS_PER_COLUMN, FoldedRegression, Regression, needed_tokens, r2
 
-# A reconstruction that varies less than this, relative to its target, comes from a dictionary that is dead.
+# A dictionary is dead if its reconstruction varies less than this, relative to the target.
 DEAD_VARIANCE = 1e-9
-# Entries that a map fitted on too few tokens cannot give.
+# Entries that are undefined if the map was fitted on too few tokens.
 REGRESSED = (
     "fvu_nonlinear",
     "linear_error_share",
@@ -34,9 +34,9 @@ REGRESSED = (
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How the map is fitted. Of several ridges, documents that did not fit it choose, for vector and norm each its own.
+    """Settings of the linear fit. A ridge is in units of the activation's mean square.
 
-    A ridge is in units of the activation's mean square.
+    Given several ridges, cross-validation over documents chooses one for the error vector and one for its norm.
     """
 
     bias: bool = True
@@ -71,7 +71,7 @@ class LinearFit:
         error: Float[Tensor, "tokens d_out"],
         documents: Int[Tensor, " tokens"] | None = None,
     ) -> None:
-        """``documents``, the number of each token's, are only needed where ridges are to be chosen among."""
+        """Add a batch. ``documents``, the document index of each token, is needed only to choose among ridges."""
         if documents is None:
             if len(self.folds.parts) > 1:
                 raise ValueError("ridge: expected documents to choose among several by, got none. Give one ridge.")
@@ -79,25 +79,28 @@ class LinearFit:
         self.folds.update(x, _with_norms(error), documents)
 
     def rows(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens columns"]:
-        """Activations as the coefficients meet them."""
+        """Return the regression's design matrix for a batch of activations."""
         return self.folds.parts[0].rows(x)
 
     def ridges(self) -> tuple[float, float]:
-        """The ridge of the vector's map, and that of the norm's."""
+        """Return the ridge used for the error vector and the one used for its norm."""
         if isinstance(self.options.ridge, int | float):
             return self.options.ridge, self.options.ridge
         vector, norm = slice(0, self.d_out), slice(self.d_out, None)
         return self.folds.best_ridge(self.options.ridge, vector), self.folds.best_ridge(self.options.ridge, norm)
 
     def solve(self) -> Float[Tensor, "columns targets"]:
-        """The regression's coefficients: one column per error dimension, and the last for the squared norm."""
+        """Return the regression coefficients: one column per error dimension, and a last one for the squared norm."""
         whole, (vector, norm) = self.folds.whole(), self.ridges()
         coefficients = whole.solve(vector)
         return coefficients if vector == norm else torch.cat([coefficients[:, :-1], whole.solve(norm)[:, -1:]], dim=1)
 
 
 class DarkMatter:
-    """Scores a fitted map on other documents. ``on_target`` says that what is read is the target itself, as by an SAE."""
+    """Scores of a fitted linear map on other documents.
+
+    ``on_target`` states that the map's input is the reconstruction target itself, as for an SAE.
+    """
 
     def __init__(self, fit: LinearFit, on_target: bool = False):
         self.fit, self.on_target = fit, on_target
@@ -106,7 +109,7 @@ class DarkMatter:
         self.y, self.y_hat = Moments(d_out, device), Moments(d_out, device)
         self.error = Moments(d_out, device)
         self.norm = Moments(1, device)
-        # Per dimension, and for the squared norm: residuals of the regression.
+        # Squared residuals of the regression, per dimension and (last) for the squared norm.
         self.residual = torch.zeros(d_out + 1, dtype=torch.float64, device=device)
         self.squared_error = 0.0
         self.products = torch.zeros(3, dtype=torch.float64, device=device)
@@ -125,16 +128,16 @@ class DarkMatter:
         self.products += torch.stack([(y * y_hat).sum(), y_hat.pow(2).sum(), y.pow(2).sum()])
 
     def linear_error(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"]:
-        """The part of the error that the map predicts from activations, in float64; the rest is the nonlinear error."""
+        """Return the linear part of the error, predicted from activations in float64; the rest is the nonlinear error."""
         return self.fit.rows(x) @ self.coefficients[:, :-1]
 
     def report(self) -> dict[str, Any]:
-        """Flat entries; one that the data cannot define is ``None``, and ``dark_matter_notes`` says why."""
+        """Return flat entries; undefined ones are ``None``, and ``dark_matter_notes`` gives the reason."""
         total = float(self.y.squared_deviation())
         nonlinear = float(self.residual[:-1].sum())
         norm_spread = float(self.norm.squared_deviation())
         dot, squared, energy = self.products.tolist()
-        # The best single factor on y_hat takes out shrinkage, which is linear error of the plainest kind.
+        # The best scalar factor on y_hat removes shrinkage, the simplest linear error.
         factor = dot / squared if squared > 0 else None
         rescaled = energy - dot * factor if factor is not None else energy
         columns, tokens = self.fit.columns, self.fit.tokens
@@ -144,7 +147,7 @@ class DarkMatter:
             "fvu_nonlinear": _ratio(nonlinear, total),
             "linear_error_share": None if self.squared_error == 0 else 1 - nonlinear / self.squared_error,
             "fvu_rescaled": _ratio(rescaled, total),
-            # The factor leaves factor² of the nonlinear error: y itself, of which e then has another multiple, is linear.
+            # Rescaling y_hat multiplies the nonlinear error by factor²; the rest is a multiple of y, hence linear.
             "linear_error_share_rescaled": None
             if factor is None or rescaled <= 0 or not self.on_target
             else 1 - factor**2 * nonlinear / rescaled,
@@ -153,7 +156,7 @@ class DarkMatter:
             "err_vec_r2": r2(nonlinear, float(self.error.squared_deviation())),
             "err_vec_r2_mean_dim": float(per_dimension.mean()) if bool(torch.isfinite(per_dimension).all()) else None,
             "err_norm_r2": r2(float(self.residual[-1]), norm_spread),
-            # What an error unrelated to x would score: below 0, because the map fits noise.
+            # Expected R2 of an error unrelated to x: below 0, because the map fits noise.
             "dark_matter_noise_floor": -columns / tokens if tokens else None,
             "dark_matter_fit_tokens": tokens,
             "dark_matter_score_tokens": self.y.count,
@@ -164,13 +167,13 @@ class DarkMatter:
         }
         if not self.on_target:
             del entries["linear_error_share_rescaled"]
-        # As many coefficients as tokens follow the error of any dictionary exactly: such a map has seen nothing.
+        # With at least as many coefficients as tokens, the map interpolates any error, so its scores mean nothing.
         if tokens <= columns:
             entries |= dict.fromkeys((key for key in REGRESSED if key in entries), None)
         return entries | {"dark_matter_notes": self._notes(entries, total)}
 
     def _notes(self, entries: dict[str, Any], total: float) -> list[str]:
-        """What to know before reading the figures: why some are undefined, and which mislead."""
+        """Return reasons for undefined entries, and warnings about misleading ones."""
         columns, tokens = self.fit.columns, self.fit.tokens
         notes = []
         if tokens < needed_tokens(columns):
@@ -196,13 +199,13 @@ class DarkMatter:
 
 
 class AffineFloor:
-    """``fvu_affine``: of the best affine map ``y ~ A x + b``, fitted on some documents and scored on others.
+    """FVU of the best affine map ``y ~ A x + b``, fitted on some documents and scored on others (``fvu_affine``).
 
-    What a transcoder achieves is to be read beside it: a linear map alone often explains much of an MLP.
+    A transcoder should be compared with it, since an affine map alone often explains much of an MLP.
     """
 
     def __init__(self, fit: LinearFit):
-        # An error that is the whole target: what the regression leaves of it is what no affine map explains.
+        # With y_hat = 0 the error is the whole target, and its nonlinear part is the residual of the best affine map.
         self.score = DarkMatter(fit)
 
     def update(self, x: Float[Tensor, "tokens d_in"], y: Float[Tensor, "tokens d_out"]) -> None:
@@ -213,12 +216,12 @@ class AffineFloor:
 
 
 class AuthorsSplit:
-    """The split as the authors' scripts make it, under names of its own.
+    """Error decomposition as computed by the authors' scripts, reported under separate names.
 
-    A random part of the tokens fits the map, whatever documents they belong to; there is neither bias nor ridge; R2 of the
-    vector is the plain mean over dimensions; and fvu is that of all tokens, also of those that fitted the map. Which
-    tokens fit depends on their number in the stream alone. To follow the authors further, give the first 1,024 tokens of
-    300 documents that have them, less positions 0 to 199 and the last.
+    The map is fitted on a random subset of the tokens, regardless of documents, without bias or ridge; R2 of the vector is the
+    unweighted mean over dimensions; and fvu covers all tokens, including the ones used to fit the map. The subset depends
+    only on a token's position in the stream. To follow the authors further, pass the first 1,024 tokens of 300 documents of at
+    least that length, without positions 0 to 199 and the last.
     """
 
     # 150,000 of 246,900 tokens.
@@ -227,7 +230,7 @@ class AuthorsSplit:
     def __init__(self, d_in: int, d_out: int, device: torch.device | str = "cpu", seed: int = 0):
         self.fit, self.rest = (Regression(d_in, d_out + 1, device, bias=False) for _ in range(2))
         self.y = Moments(d_out, device)
-        # NumPy's draws do not depend on how many are asked for at once.
+        # NumPy's draws do not depend on the batch size.
         self.random = np.random.default_rng(seed)
 
     def update(
@@ -240,7 +243,7 @@ class AuthorsSplit:
         self.y.update(y)
 
     def report(self) -> dict[str, Any]:
-        """Flat entries; ``None`` where there were too few tokens."""
+        """Return flat entries, ``None`` if there were too few tokens."""
         if self.fit.tokens <= self.fit.columns or self.rest.tokens == 0:
             return dict.fromkeys(
                 f"authors_{key}" for key in ("fvu_total", "fvu_nonlinear", "err_vec_r2_mean_dim", "err_norm_r2")

@@ -1,8 +1,8 @@
-"""Which part of the error costs the model how much: the loss with the linear or the nonlinear part put back.
+"""Cost of each error part: the language model's loss with the linear or the nonlinear error added back.
 
-Per part, the share of the cross-entropy increase it takes back, beside its share of the error's variance and norm. The two
-shares of the loss need not add up to 1: the model is not linear. Intervals are bootstraps over documents, whose tokens hang
-together. Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670.
+For each part, the report gives the fraction of the cross-entropy increase that it recovers, alongside its fraction of the
+error's variance and norm. The two loss fractions need not sum to 1, because the model is not linear. Intervals are bootstraps
+over documents, because tokens within a document are dependent. Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,10 +25,10 @@ Statistic = Callable[[Totals], np.ndarray]
 
 
 class Shares:
-    """Losses and norms of the clean model, of one on reconstructions, and of that with a part of the error put back."""
+    """Per-document losses of the clean and spliced model and with an error part added back, and norms of the parts."""
 
     def __init__(self) -> None:
-        # Sizes are about all replaced tokens, losses about predictions.
+        # Sizes cover all replaced tokens, losses only counted predictions.
         self.sizes, self.losses = ByDocument(SIZES), ByDocument(LOSSES)
 
     def update_errors(
@@ -50,14 +50,14 @@ class Shares:
         found: Mapping[str, Predictions],
         documents: Int[np.ndarray, " predictions"],
     ) -> None:
-        """``found``: the model on ``spliced`` reconstructions, and with the ``linear`` or ``nonlinear`` error added back."""
+        """Add predictions with ``spliced`` reconstructions, and with the ``linear`` or ``nonlinear`` error added back."""
         values = {"count": torch.ones_like(clean_loss), "ce clean": clean_loss}
         for name in ("spliced", *PARTS):
             values |= {f"ce {name}": found[name].loss, f"kl {name}": found[name].kl}
         self.losses.update(documents, {name: value.double().cpu().numpy() for name, value in values.items()})
 
     def report(self) -> dict[str, Any]:
-        """Flat entries; every one but the count of documents has ``_low`` and ``_high`` beside it."""
+        """Return flat entries; all except the document count come with ``_low`` and ``_high``."""
         of_losses: dict[str, Statistic] = {}
         of_sizes: dict[str, Statistic] = {}
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
@@ -66,7 +66,7 @@ class Shares:
                 (s["ce spliced"] - s[f"ce {part}"]) / (s["ce spliced"] - s["ce clean"])
             )
             of_losses[f"kl_recovered_by_{part}_error"] = lambda s, part=part: 1 - s[f"kl {part}"] / s["kl spliced"]
-            # With one part put back, the error is the other.
+            # With one part added back, the remaining error is the other part.
             of_sizes[f"variance_recovered_by_{part}_error"] = lambda s, other=other: 1 - s[f"square {other}"] / s["square"]
             of_sizes[f"error_norm_share_of_{part}"] = lambda s, part=part: s[f"norm {part}"] / s["norm"]
         entries: dict[str, Any] = {}
@@ -76,7 +76,7 @@ class Shares:
 
 
 def _values(figures: ByDocument, statistics: Mapping[str, Statistic]) -> dict[str, Any]:
-    """Every statistic of all documents together."""
+    """Return every statistic over all documents together."""
     table = np.stack([figures.rows[document] for document in sorted(figures.rows)]) if figures.rows else None
     if table is None:
         return dict.fromkeys(statistics, Undefined("no token was scored"))

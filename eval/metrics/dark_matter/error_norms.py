@@ -1,8 +1,9 @@
-"""How well squared norms, of the error and of other vectors, are predicted token by token: by the activation, and by less.
+"""R2 of per-token squared norms (of the error and of other vectors), predicted from the activation and from simpler inputs.
 
-That a linear map of the activation predicts the error's norm says little by itself: it predicts the activation's own norm
-too, and so may the token's identity or the dictionary's l0. Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670, whose
-token predictor is scored on the tokens it was fitted on; here it is not, and theirs is ``_in_sample``.
+A linear map of the activation that predicts the error's norm says little by itself: such a map also predicts the activation's
+own norm, and the token's identity or the dictionary's l0 may predict the error's norm too. Source: Engels, Riggs and Tegmark
+2024, arXiv:2410.14670, whose token predictor is scored on the tokens it was fitted on; here it is scored on held-out tokens,
+and theirs is reported as ``_in_sample``.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from .regression import RIDGE, Regression, r2
 
 
 class TokenMeans:
-    """Sums of targets by token id; the predictor of a target is its mean at this token in the documents that fit."""
+    """Sums of targets by token id; the predictor is a token's mean target in the documents used for fitting."""
 
     def __init__(self, vocabulary: int, n_targets: int, device: torch.device | str = "cpu"):
         self.counts = torch.zeros(vocabulary, dtype=torch.float64, device=device)
@@ -28,21 +29,21 @@ class TokenMeans:
         self.sums.index_add_(0, token_ids, targets.double())
 
     def predict(self, token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens n_targets"]:
-        """A token that was never seen gets the mean of all."""
+        """Return the mean target of each token; unseen tokens get the overall mean."""
         overall = self.sums.sum(0) / self.counts.sum().clamp_min(1)
         seen = self.counts[token_ids, None]
         return torch.where(seen > 0, self.sums[token_ids] / seen.clamp_min(1), overall)
 
     def explained(self) -> Float[Tensor, " n_targets"]:
-        """Squares that the means account for on the very tokens they are of."""
+        """Return the sum of squares that the means explain on the tokens they were computed from."""
         return (self.sums.pow(2) / self.counts.clamp_min(1)[:, None]).sum(0)
 
 
 class NormRegressions:
-    """Fit on some documents' tokens, scored on others': R2 of every target from every predictor.
+    """R2 of every target from every predictor, fitted on some documents and scored on others.
 
-    Targets are squared norms. Predictors are the activation, the token's identity and ``scalars``, each with a bias by
-    itself. All of them see the same tokens, so give those on which all scalars are defined.
+    Targets are squared norms. Predictors are the activation, the token id and each of ``scalars`` (regressed separately, with a
+    bias). All predictors must see the same tokens, so pass only tokens on which all scalars are defined.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class NormRegressions:
         self.moments = Moments(m, device)
         self.squares = torch.zeros(m, dtype=torch.float64, device=device)
         self.unseen = 0
-        # Per predictor and target; the coefficients are solved for once, when the first token is scored.
+        # Per predictor and target; coefficients are solved once, when the first token is scored.
         self.residual = torch.zeros(2 + len(self.scalars), m, dtype=torch.float64, device=device)
         self._solved: list[Tensor] | None = None
 
@@ -101,7 +102,10 @@ class NormRegressions:
         self.unseen += int((self.by_token.counts[token_ids] == 0).sum())
 
     def report(self) -> dict[str, Any]:
-        """``TARGET_r2_from_PREDICTOR``, flat; ``None`` where a target does not vary, or tokens were too few to fit on."""
+        """Return flat entries ``TARGET_r2_from_PREDICTOR``.
+
+        An entry is ``None`` if the target does not vary or if there were too few tokens to fit on.
+        """
         predictors = ("token_id", "activation", *self.scalars)
         tokens, columns = self.by_activation.tokens, self.by_activation.columns
         entries: dict[str, Any] = {}

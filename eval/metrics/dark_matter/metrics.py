@@ -1,4 +1,4 @@
-"""The dark matter as groups of the report: the split itself, and what needs the model (its cost, and what predicts norms)."""
+"""Metrics: linear and nonlinear reconstruction error, its cost to the model, and predictors of its norm."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from .regression import RIDGE, needed_tokens
 
 NORM_TARGETS = ("err_norm", "reconstruction_norm", "input_norm")
 NORM_SCALARS = ("input_norm", "l0", "loss")
-# Of the second question, asked where what is read is not the target.
+# Entries repeated for the regression on the target, if the target is not the input.
 ON_TARGET = (
     "fvu_nonlinear",
     "linear_error_share",
@@ -30,10 +30,10 @@ ON_TARGET = (
 
 
 class ErrorSplit(MetricGroup):
-    """Half of the documents fit a linear map from what is read to the error, the other half is scored.
+    """Decomposition of the error by a linear map from the input, fitted on one half of the documents and scored on the other.
 
-    Where what is read is not the target, as for a transcoder, the error is regressed on the target too. Options: ``bias``,
-    ``ridge`` (a number, or several to choose among by document), and ``authors``, for the published protocol beside it.
+    If the input is not the target, as for a transcoder, the error is also regressed on the target. Options: ``bias``, ``ridge``
+    (a number, or several to choose among by document), and ``authors``, which adds the published protocol.
     """
 
     name = "linear_error"
@@ -81,7 +81,7 @@ class ErrorSplit(MetricGroup):
 
 
 class ErrorCost(MetricGroup):
-    """What each part of the error costs the model, and how well the error's norm is predicted by more and by less."""
+    """Cost of each error part to the model, and R2 of the error's norm from several predictors."""
 
     name = "error_cost"
     version = 1
@@ -130,7 +130,7 @@ class ErrorCost(MetricGroup):
 
 
 def norm_facts(piece: DictionaryOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``NormRegressions`` reads, on the rows at which the model's loss is counted."""
+    """Return the inputs of ``NormRegressions`` at the rows where the model's loss is counted."""
     passage = piece.passage
     assert passage is not None
     rows = passage.predicting
@@ -141,7 +141,7 @@ def norm_facts(piece: DictionaryOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def with_parts_back(setting: Setting, piece: DictionaryOutputs, parts: Mapping[str, Tensor]) -> dict[str, Predictions]:
-    """What the model predicts on ``spliced`` reconstructions, and with each of the ``parts`` of the error put back to them."""
+    """Return predictions with ``spliced`` reconstructions, and with each of ``parts`` of the error added back to them."""
     model, hook, passage = setting.model, setting.hook_out, piece.passage
     assert model is not None
     assert hook is not None
@@ -156,6 +156,6 @@ def with_parts_back(setting: Setting, piece: DictionaryOutputs, parts: Mapping[s
 
 
 def with_reasons(entries: dict[str, Any]) -> dict[str, Any]:
-    """Entries that are ``None`` with the notes as their reason."""
+    """Return the entries with each ``None`` replaced by ``Undefined``, giving the notes as the reason."""
     notes = " ".join(entries["dark_matter_notes"])
     return {key: Undefined(notes) if value is None and notes else value for key, value in entries.items()}

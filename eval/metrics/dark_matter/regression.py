@@ -1,4 +1,4 @@
-"""Least squares from running moments in float64: nothing is stored per token, and any split into batches gives the same."""
+"""Least squares from running float64 moments: nothing is stored per token, and batch boundaries do not matter."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Below this many tokens per regressor, the held-out score is visibly worse than the map could be.
+# With fewer tokens per regressor, overfitting visibly lowers the held-out score.
 TOKENS_PER_COLUMN = 10
-# A millionth of the mean eigenvalue only decides directions in which the inputs do not vary.
+# A millionth of the mean eigenvalue only affects directions in which the inputs do not vary.
 RIDGE = 1e-6
 FOLDS = 5
-# What a grid search over ridges tries, from next to nothing to next to no map at all.
+# Grid for a search over ridges, from nearly none to one that nearly suppresses the map.
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Regression:
-    """Moments of inputs and targets: enough to fit targets on inputs, and to score any linear map of them.
+    """Moments of inputs and targets, sufficient to fit a linear map and to score any other.
 
-    With ``bias`` the last coefficient is one of a constant input, which no ridge shrinks.
+    With ``bias`` the last coefficient belongs to a constant input, which the ridge does not shrink.
     """
 
     def __init__(self, n_inputs: int, n_targets: int, device: torch.device | str = "cpu", bias: bool = True):
@@ -37,11 +37,11 @@ class Regression:
         self.tokens += rows.shape[0]
 
     def rows(self, inputs: Float[Tensor, "tokens n_inputs"]) -> Float[Tensor, "tokens columns"]:
-        """Inputs as the coefficients meet them."""
+        """Return the design matrix: the inputs, with a column of ones if there is a bias."""
         return with_ones(inputs) if self.bias else inputs.double()
 
     def joined(self, others: Sequence["Regression"]) -> "Regression":
-        """The moments of all their tokens together."""
+        """Return a regression with the moments of all tokens combined."""
         whole = Regression(self.columns - self.bias, self.outputs.shape[1], self.outputs.device, self.bias)
         for one in (self, *others):
             for name in ("inputs", "outputs", "sums", "squares", "tokens"):
@@ -49,33 +49,33 @@ class Regression:
         return whole
 
     def solve(self, ridge: float = RIDGE) -> Float[Tensor, "columns n_targets"]:
-        """Coefficients; ``ridge`` is in units of the inputs' mean square. At 0, the smallest of the best ones."""
+        """Return the coefficients; ``ridge`` is in units of the inputs' mean square. At 0, the minimum-norm solution."""
         if ridge == 0:
             return torch.linalg.pinv(self.inputs, hermitian=True) @ self.outputs
         n_inputs = self.columns - self.bias
         diagonal = torch.zeros(self.columns, dtype=torch.float64, device=self.inputs.device)
-        # Without any token, or with inputs that are all zero, every map is as good: the one that gives zero.
+        # Without tokens, or with all-zero inputs, every map fits equally well: the clamp selects the zero map.
         diagonal[:n_inputs] = ridge * max(float(self.inputs.diagonal()[:n_inputs].mean()), torch.finfo(torch.float64).tiny)
         if self.bias and self.tokens == 0:
             diagonal[-1] = 1.0
         return torch.linalg.solve(self.inputs + torch.diag(diagonal), self.outputs)
 
     def squared_residual(self, coefficients: Float[Tensor, "columns n_targets"]) -> Float[Tensor, " n_targets"]:
-        """What a map leaves of these tokens' targets, summed over tokens; it may have been fitted on others."""
+        """Return a map's squared residual on these tokens, summed over tokens; it may have been fitted on others."""
         cross = (coefficients * self.outputs).sum(0)
         return (self.squares - 2 * cross + (coefficients * (self.inputs @ coefficients)).sum(0)).clamp_min(0)
 
     def deviation(self) -> Float[Tensor, " n_targets"]:
-        """Squares of the targets about their mean, summed over tokens."""
+        """Return the squared deviation of the targets from their mean, summed over tokens."""
         return (self.squares - self.sums.pow(2) / max(self.tokens, 1)).clamp_min(0)
 
     def noise_floor(self) -> float | None:
-        """About the held-out R2 of a target unrelated to the inputs: below 0, because the map fits noise."""
+        """Return the approximate held-out R2 of a target unrelated to the inputs: below 0, because the map fits noise."""
         return -self.columns / self.tokens if self.tokens else None
 
 
 class FoldedRegression:
-    """A regression kept in parts by document, so that a ridge can be chosen by documents that did not fit it."""
+    """Regression whose moments are kept in folds of documents, so that the ridge can be cross-validated."""
 
     def __init__(
         self, n_inputs: int, n_targets: int, device: torch.device | str = "cpu", bias: bool = True, folds: int = FOLDS
@@ -97,10 +97,10 @@ class FoldedRegression:
         return self.parts[0].joined(self.parts[1:])
 
     def best_ridge(self, ridges: Sequence[float], targets: slice) -> float:
-        """The ridge whose maps leave least of these targets on the documents they were not fitted on.
+        """Return the ridge with the smallest cross-validated residual for these targets.
 
         Raises:
-            ValueError: If fewer than two parts have tokens.
+            ValueError: If fewer than two folds have tokens.
         """
         filled = [part for part in self.parts if part.tokens]
         if len(filled) < 2:
@@ -118,12 +118,12 @@ class FoldedRegression:
 
 
 def needed_tokens(columns: int) -> int:
-    """Tokens to fit a map of so many coefficients per target on."""
+    """Return the number of tokens needed to fit a map with this many coefficients per target."""
     return TOKENS_PER_COLUMN * columns
 
 
 def r2(residual: float, deviation: float) -> float | None:
-    """``None`` where the target does not vary."""
+    """Return the R2, or ``None`` if the target does not vary."""
     return 1 - residual / deviation if deviation > 0 else None
 
 

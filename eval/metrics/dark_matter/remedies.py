@@ -1,6 +1,6 @@
-"""What takes nonlinear error away: better inference, an earlier layer's reconstruction, more latents of its own.
+"""Remedies for nonlinear error: better inference, an earlier layer's reconstruction, and a second dictionary of the error.
 
-Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670, who find little to gain by the first, and more by the second.
+Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670, who find little gain from the first, and more from the second.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,12 +20,12 @@ PARTS = ("error", "linear", "nonlinear")
 
 @torch.no_grad()
 def pursued(dictionary: SparseDictionary, y: Float[Tensor, "tokens d_out"], code: SparseCode) -> SparseCode:
-    """Gradient pursuit of targets, on every token with as many steps as ``code`` has latents firing there.
+    """Return the gradient-pursuit code of targets, with as many steps per token as ``code`` has active latents.
 
-    Atoms and bias are the dictionary's own. A token's l0 is at most what it was.
+    Decoder directions and bias are the dictionary's own. A token's l0 does not exceed that of ``code``.
 
     Raises:
-        ValueError: If what is to be written depends on the input too, past the latents.
+        ValueError: If the output depends on the input other than through the latents.
     """
     norms = dictionary.atoms.norm(dim=-1).clamp_min(torch.finfo(dictionary.atoms.dtype).tiny)
     aim = y.to(norms.dtype) / dictionary.out_scale - dictionary.bypass()
@@ -34,28 +34,28 @@ def pursued(dictionary: SparseDictionary, y: Float[Tensor, "tokens d_out"], code
 
 
 class HeldOut:
-    """A regression on some tokens, and what it is worth on others."""
+    """Regression fitted on some tokens and scored on others."""
 
     def __init__(self, n_inputs: int, n_targets: int, device: torch.device | str = "cpu", ridge: float = RIDGE):
         self.fitted, self.scored = Regression(n_inputs, n_targets, device), Regression(n_inputs, n_targets, device)
         self.ridge = ridge
 
     def residual(self) -> Float[Tensor, " n_targets"] | None:
-        """Squares left on the scored tokens; ``None`` where the fitted ones were too few."""
+        """Return the squared residual on the scored tokens, or ``None`` if there were too few tokens to fit on."""
         if self.fitted.tokens <= self.fitted.columns or self.scored.tokens == 0:
             return None
         return self.scored.squared_residual(self.fitted.solve(self.ridge))
 
     def r2(self, targets: slice = slice(None)) -> float | None:
-        """Of several targets together."""
+        """Return the joint R2 of several targets."""
         left = self.residual()
         return None if left is None else r2(float(left[targets].sum()), float(self.scored.deviation()[targets].sum()))
 
 
 class EarlierLayer:
-    """Regressions of the error and its parts on what an earlier layer has: activation, reconstruction, and its error's parts.
+    """Regressions of the error and its parts on an earlier layer's activation, reconstruction, and linear and nonlinear error.
 
-    Adding the second's prediction to a reconstruction is the remedy: it costs no latent of this layer.
+    The remedy is to add the prediction from the earlier reconstruction: it costs no latents of this layer.
     """
 
     SOURCES = ("activation", "reconstruction", "linear", "nonlinear")
@@ -65,13 +65,13 @@ class EarlierLayer:
         self.regressions = {source: HeldOut(d_in, len(PARTS) * d_out, device) for source in self.SOURCES}
 
     def update(self, scored: bool, parts: dict[str, Tensor], earlier: dict[str, Tensor]) -> None:
-        """``parts`` of the error and what the ``earlier`` layer has, by name; rows to score come after those to fit on."""
+        """Add a batch: ``parts`` of the error and the ``earlier`` layer's tensors, by name. Fit before scoring."""
         targets = torch.cat([parts[part] for part in PARTS], dim=1)
         for source, regression in self.regressions.items():
             (regression.scored if scored else regression.fitted).update(earlier[source], targets)
 
     def report(self, spread: float) -> dict[str, float | None]:
-        """R2 by part and source, and fvu after the remedy; ``spread`` is the summed squared deviation of the scored targets."""
+        """Return R2 by part and source, and fvu after the remedy; ``spread`` is the scored targets' squared deviation."""
         entries: dict[str, float | None] = {}
         for source, regression in self.regressions.items():
             for number, part in enumerate(PARTS):
@@ -87,9 +87,9 @@ class EarlierLayer:
 
 
 class ErrorParts:
-    """One part of the error of an SAE on given activations, as tensors to train another dictionary on.
+    """Iterable over one part of an SAE's error on given activations, as training data for another dictionary.
 
-    Passed over again, it gives the same again if ``activations`` does.
+    It can be iterated again, with the same result, if ``activations`` can.
     """
 
     def __init__(self, activations: Iterable[Tensor], dictionary: SparseDictionary, matter: DarkMatter, part: str):
@@ -104,6 +104,6 @@ class ErrorParts:
 
 
 def parts_of(x: Tensor, y: Tensor, y_hat: Tensor, matter: DarkMatter) -> dict[str, Tensor]:
-    """The error and its parts, in float64."""
+    """Return the error and its linear and nonlinear parts, in float64."""
     error, linear = y.double() - y_hat.double(), matter.linear_error(x)
     return {"error": error, "linear": linear, "nonlinear": error - linear}

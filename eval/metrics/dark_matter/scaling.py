@@ -1,4 +1,4 @@
-"""Are the same tokens hard for small and large dictionaries? Error norms of one predict those of another.
+"""Error norms of one dictionary predicted from those of another: a test of whether both find the same tokens hard.
 
 Source: Engels, Riggs and Tegmark 2024, arXiv:2410.14670, who regress squared norms, with a bias.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .regression import r2
 
-# Squared norms are what the authors predict; a few tokens with large errors decide their R2. Norms are less ruled by them.
+# The authors predict squared norms, whose R2 is dominated by a few tokens with large errors; plain norms are less affected.
 POWERS = {"squared_norm": 2, "norm": 1}
 
 
 class Scaling:
-    """Error norms of several dictionaries on the same tokens, some to fit on and some to score."""
+    """Moments of several dictionaries' error norms on the same tokens, kept separately for fitting and scoring."""
 
     def __init__(self, names: Sequence[str], device: torch.device | str = "cpu"):
         self.names = tuple(names)
@@ -26,7 +26,7 @@ class Scaling:
         self.scored = {power: torch.zeros_like(products) for power, products in self.fitted.items()}
 
     def fit(self, errors: Float[Tensor, "tokens m"], nonlinear: Float[Tensor, "tokens m"]) -> None:
-        """Norms of the errors and of their nonlinear parts, one column per dictionary."""
+        """Add norms of the errors and of their nonlinear parts, one column per dictionary."""
         self._add(self.fitted, errors, nonlinear)
 
     def score(self, errors: Float[Tensor, "tokens m"], nonlinear: Float[Tensor, "tokens m"]) -> None:
@@ -39,10 +39,10 @@ class Scaling:
             products[name] += rows.T @ rows
 
     def report(self) -> dict[str, Any]:
-        """Matrices: row ``i``, column ``j`` is about the norms of dictionary ``j`` as predicted from those of ``i``.
+        """Return matrices whose entry ``[i][j]`` concerns the norms of dictionary ``j``, predicted from those of ``i``.
 
-        ``r2`` is from the error's norm, ``r2_both`` from that and the norm of its nonlinear part, and ``gain`` the share of
-        what the first left that the second takes off: ``(r2_both - r2) / (1 - r2)``.
+        ``r2`` uses the error's norm, ``r2_both`` also the norm of its nonlinear part, and ``gain`` is the fraction of the
+        residual variance that the second predictor removes: ``(r2_both - r2) / (1 - r2)``.
         """
         entries: dict[str, Any] = {"scaling_names": list(self.names), "scaling_tokens": self._count(self.scored)}
         for power in POWERS:
@@ -61,7 +61,7 @@ class Scaling:
             for j in range(m):
                 one, both = self._r2(power, [0, 1 + i], 1 + j), self._r2(power, [0, 1 + i, 1 + m + i], 1 + j)
                 gain = None
-                # Of nothing that was left, no share can be taken off: a dictionary predicts itself.
+                # A dictionary predicts itself exactly, which leaves no residual to remove.
                 if one is not None and both is not None and i != j and one < 1:
                     gain = (both - one) / (1 - one)
                 for row, value in zip(rows, (one, both, gain), strict=True):
@@ -74,12 +74,12 @@ class Scaling:
         fitted, scored = self.fitted[power], self.scored[power]
         if fitted[0, 0] <= len(inputs) or scored[0, 0] < 2:
             return None
-        # Columns of equal size: norms of some models are in the thousands, and the constant is one.
+        # Normalize the columns: some models' norms are in the thousands, and the constant is one.
         scale = fitted.diagonal()[inputs].sqrt().clamp_min(torch.finfo(torch.float64).tiny)
         normal = fitted[inputs][:, inputs] / scale[:, None] / scale
         coefficients = (torch.linalg.pinv(normal, hermitian=True) @ (fitted[inputs, target] / scale)) / scale
         squares = scored[target, target]
         left = squares - 2 * coefficients @ scored[inputs, target] + coefficients @ scored[inputs][:, inputs] @ coefficients
         deviation = squares - scored[0, target] ** 2 / scored[0, 0]
-        # Differences of large sums: what is left of rounding is no spread.
+        # A deviation this small relative to the sums is rounding error.
         return r2(max(float(left), 0.0), float(deviation)) if deviation > 1e-12 * squares else None

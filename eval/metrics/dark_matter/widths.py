@@ -1,8 +1,8 @@
-"""The dark matter of several dictionaries of one place, in the same passes of the model; and its law in their width.
+"""Error decomposition of several dictionaries at one hook, in shared passes of the model, and its scaling with width.
 
-``evaluate_widths`` goes over one half of the held-out documents twice, to fit the maps, and then what needs their parts; the
-other half is scored. The widths' law, ``fvu = c + a W^m`` with ``m < 0``, is that of Engels, Riggs and Tegmark 2024,
-arXiv:2410.14670.
+``evaluate_widths`` reads one half of the held-out documents twice, first to fit the linear maps, then to fit everything that
+needs the error parts; the other half is scored. The scaling law, ``fvu = c + a W^m`` with ``m < 0``, is that of Engels, Riggs
+and Tegmark 2024, arXiv:2410.14670.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,15 +35,15 @@ PART_NORM_TARGETS = (
     "reconstruction_and_nonlinear_norm",
     "input_norm",
 )
-# Beyond this a power falls off within one octave: with few widths, it is a constant and one point.
+# A steeper power vanishes within one octave: with few widths, the fit would be a constant and one point.
 STEEPEST = -6.0
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Entries by dictionary, the matrices across all, and the maps, for what else is to be done with the parts.
+    """Results of ``evaluate_widths``: entries by dictionary, matrices across dictionaries, and the fitted maps for further use.
 
-    ``scored_from`` is where the half of the text that no map was fitted on begins.
+    ``scored_from`` is the start of the half of the text that no map was fitted on.
     """
 
     reports: dict[str, dict[str, Any]]
@@ -53,7 +53,7 @@ class Judged:
 
 
 class _One:
-    """What is kept of one dictionary over the three passes."""
+    """State of one dictionary over the three passes."""
 
     def __init__(self, setting: Setting, vocabulary: int, earlier: "_One | None", options: FitOptions):
         dictionary, device = setting.dictionary, setting.device
@@ -86,7 +86,7 @@ class _One:
         return parts_of(view.x, view.y, view.y_hat, self.matter)
 
     def second(self, view: DictionaryOutputs, earlier: DictionaryOutputs | None, scored: bool) -> tuple[Tensor, Tensor]:
-        """Norms and the earlier layer; returns norms of the error and of its nonlinear part."""
+        """Process norms and the earlier layer in the second or third pass; return norms of the error and its nonlinear part."""
         assert view.passage is not None
         parts = self.parts(view)
         x, y_hat, rows = view.x.double(), view.y_hat.double(), view.passage.predicting
@@ -139,13 +139,15 @@ def evaluate_widths(
     pursue: bool = True,
     splice: bool = True,
 ) -> Judged:
-    """Everything about the errors of dictionaries at ``hooks`` (read, written), and how they hang together.
+    """Evaluate the errors of dictionaries at the same ``hooks`` (input, output), and how they relate to each other.
 
-    ``earlier`` is a dictionary of an earlier place with its hooks. ``pursue`` and ``splice`` leave out what takes long: a
-    pursuit of every token, and three passes of the model per dictionary.
+    Args:
+        earlier: A dictionary of an earlier layer, with its hooks.
+        pursue: Include gradient pursuit, which is slow: it runs on every token.
+        splice: Include the model's losses, which are slow: three model passes per dictionary.
 
     Raises:
-        ValueError: If the held-out documents do not hold both halves.
+        ValueError: If there are not enough held-out documents for both halves.
     """
     model: Any = where.model
     vocabulary = model.module.get_input_embeddings().weight.shape[0]
@@ -188,7 +190,7 @@ def evaluate_widths(
 def _across(
     ones: Mapping[str, _One], before: _One | None, passage: ModelOutputs, scored: bool
 ) -> tuple[Tensor, Tensor, list[DictionaryOutputs]]:
-    """Norms of all errors and of their nonlinear parts, one column per dictionary."""
+    """Return norms of all errors and of their nonlinear parts, one column per dictionary, and the dictionaries' outputs."""
     earlier = None if before is None else DictionaryOutputs(before.setting, passage)
     views = [DictionaryOutputs(one.setting, passage) for one in ones.values()]
     norms = [one.second(view, earlier, scored) for one, view in zip(ones.values(), views, strict=True)]
@@ -197,18 +199,18 @@ def _across(
 
 @dataclass(frozen=True)
 class WidthLaw:
-    """``fvu = c + a W^m``: what no width takes away, and what is absent for want of latents."""
+    """Scaling law ``fvu = c + a W^m``: ``c`` remains at any width ``W``, ``a W^m`` is due to missing latents."""
 
     c: float
     a: float
     m: float
 
     def absent(self, width: int | float) -> float:
-        """The part of fvu that wider dictionaries would not leave."""
+        """Return the part of fvu that wider dictionaries would remove."""
         return self.a * width**self.m
 
     def absent_share(self, width: int | float) -> float:
-        """That part as a share of the whole."""
+        """Return that part as a fraction of the predicted fvu."""
         return self.absent(width) / (self.c + self.absent(width))
 
     def __call__(self, width: int | float) -> float:
@@ -216,10 +218,10 @@ class WidthLaw:
 
 
 def fit_width_law(widths: Sequence[int | float], fvus: Sequence[int | float]) -> WidthLaw:
-    """The law with the least squared relative error, ``c`` and ``a`` at least 0 and ``m`` between -6 and 0.
+    """Fit the law by least squares on relative errors, with ``c`` and ``a`` at least 0 and ``m`` between -6 and -0.01.
 
     Raises:
-        ValueError: If there are fewer than four widths, which three numbers follow whatever they are.
+        ValueError: If there are fewer than four distinct widths (any three points fit exactly), or an fvu is not positive.
     """
     if len(set(widths)) < 4 or len(widths) != len(fvus):
         raise ValueError(f"widths: expected at least 4 that differ, and an fvu for each, got {len(set(widths))}.")
@@ -231,7 +233,7 @@ def fit_width_law(widths: Sequence[int | float], fvus: Sequence[int | float]) ->
         columns = np.stack([np.ones_like(scale), scale**m], axis=1) / values[:, None]
         return nnls(columns, np.ones_like(values))
 
-    # Not convex in m: the best of a grid, then of a finer one beside it.
+    # Not convex in m: search a coarse grid, then a finer one around its best point.
     grid = -np.geomspace(0.01, -STEEPEST, 200)
     best = int(np.argmin([solved(m)[1] for m in grid]))
     finer = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 200)
