@@ -1,4 +1,4 @@
-"""A pruned graph as a page: layers are rows, positions columns; every node tells what it is made of."""
+"""Page of a pruned attribution graph: layers as rows, positions as columns, with a detail view per node."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Graph = dict[str, Any]
 
 
 def render_graph(graph: Graph) -> str:
-    """One page of what ``graph-page.json`` holds, the nodes and edges that are kept. Equal input gives equal bytes."""
+    """Render ``graph-page.json``, which holds the kept nodes and edges. Equal input gives equal bytes."""
     likeliest = (f"{text!r} {share:.1%}" for text, share in zip(graph["targets"], graph["probabilities"], strict=True))
     return document(
         "attribution_graph.html",

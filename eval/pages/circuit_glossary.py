@@ -1,6 +1,6 @@
-"""What every figure of a circuit benchmark says: the texts of circuits.html and of docs/circuits.md."""
+"""Glossary of the circuit benchmark: the texts of circuits.html and docs/circuits.md."""
 
-# Key of a row, or of a family of keys -> what it is, its unit, and what is good.
+# Entry -> definition, unit, and which values are good.
 QUESTION = {
     "task": "What the model is asked to do; prompts come in pairs, a clean one and a corrupted one of the same length.",
     "corruption": "What the corrupted prompt changes, and so which part of the task a circuit is about.",
@@ -71,10 +71,10 @@ EXPLANATIONS = {
 
 
 def explanation(key: str) -> str:
-    """The text of one key; ends of an interval have that of their figure.
+    """Return the explanation of an entry; interval ends share that of their figure.
 
     Raises:
-        KeyError: If nobody explained it.
+        KeyError: If the entry has no explanation.
     """
     stem = key.removesuffix("_low").removesuffix("_high")
     for entries in EXPLANATIONS.values():
@@ -85,7 +85,7 @@ def explanation(key: str) -> str:
 
 
 def circuit_markdown() -> str:
-    """The tables of docs/circuits.md."""
+    """Return the tables of docs/circuits.md as Markdown."""
     parts = []
     for section, entries in EXPLANATIONS.items():
         rows = [f"| `{key}` | {text.replace('|', chr(92) + '|')} |" for key, text in entries.items()]

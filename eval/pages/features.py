@@ -1,7 +1,7 @@
-"""All latents as one page: a list to search and sort, and what is known of the latent one looks at.
+"""Page of all latents of a dictionary: a searchable, sortable list and a detail view per latent.
 
-What is said of latents lies in the page, some latents to a chunk, compressed; a chunk is read when one of its latents is
-looked at, so that 10^4 of them open as fast as ten.
+Details are embedded in compressed chunks of several latents. A chunk is decompressed when one of its latents is opened, so
+that a page of 10^4 latents loads as fast as one of ten.
 """
 
 import base64
@@ -16,7 +16,7 @@ from .numbers import show
 
 FeatureEntry = dict[str, Any]
 CHUNK_LATENTS = 64
-# Shades are told apart no finer, and the page is a third smaller.
+# Finer shades are indistinguishable, and this makes the page a third smaller.
 SHADES = 1000
 INDEX_TOKENS = 5
 SCORES = {
@@ -29,7 +29,7 @@ SCORES = {
 
 
 def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> str:
-    """One page of all ``records``, lines of ``features.jsonl``, which are read once. Equal input gives equal bytes."""
+    """Render all ``records`` (lines of ``features.jsonl``, read once) as a page. Equal input gives equal bytes."""
     words = _Words()
     index: dict[str, list[Any]] = {
         key: [] for key in ("density", "max", "predicate", "top", "promoted", "explanation", *SCORES)
@@ -64,7 +64,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
 
 
 class _Words:
-    """Token texts by number, in the order in which they came."""
+    """Index of token texts, numbered in order of first use."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -74,7 +74,7 @@ class _Words:
 
     @property
     def spaced(self) -> bool:
-        """Whether tokens bring their spaces along."""
+        """True if any token starts with a space, as in byte-level tokenizers."""
         return any(word[:1].isspace() for word in self.numbers)
 
 
@@ -91,7 +91,7 @@ def _enter(index: dict[str, list[Any]], record: FeatureEntry, words: _Words) -> 
 
 
 def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
-    """What only the latent's own view needs, token texts as numbers and activations in thousandths of the maximum."""
+    """Return the data of a latent's detail view, with token texts as indices and activations in thousandths of the maximum."""
     top = record["max_activation"] or 1.0
 
     def context(example: dict[str, Any]) -> list[Any]:
@@ -126,6 +126,6 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
 
 
 def _packed(value: Any) -> str:
-    """JSON, compressed, as base64. Without a time in it, so that equal input gives equal bytes."""
+    """Return gzipped JSON as base64, without a timestamp so that equal input gives equal bytes."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()

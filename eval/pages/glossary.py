@@ -1,7 +1,7 @@
-"""Glossary of the report: section -> entry -> explanation, for the report's page, the comparison's and docs/report.md."""
+"""Glossary of the report (section -> entry -> explanation), shown on the report and comparison pages and in docs/report.md."""
 
 PROVENANCE = "Dictionary and data"
-# A latent firing on more tokens than this is dense: it carries little information about any of them.
+# A latent firing on a larger fraction of tokens is dense: it carries little information about any of them.
 DENSE = 0.1
 EXPLANATIONS: dict[str, dict[str, str]] = {
     PROVENANCE: {

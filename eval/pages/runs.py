@@ -1,6 +1,6 @@
-"""Runs side by side as a page: Pareto plots, and tables that can be sorted and filtered.
+"""Page that compares runs: Pareto plots, and tables that can be sorted and filtered.
 
-The fragment of the address holds what is shown, so that a view can be passed on: ``#q=topk l0<40&sort=fvu``.
+The URL fragment holds the view's state, so that a view can be shared: ``#q=topk l0<40&sort=fvu``.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ REMARK = (
 
 
 def render_runs(comparison: dict[str, Any]) -> str:
-    """One page of what ``collect_runs`` returned. Equal input gives equal bytes."""
+    """Render the result of ``collect_runs`` as a page. Equal input gives equal bytes."""
     runs: list[Run] = comparison["runs"]
     order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
     families = list(dict.fromkeys(family_of(run) for run in runs))
@@ -77,21 +77,21 @@ def render_runs(comparison: dict[str, Any]) -> str:
 
 
 def _interpolated(comparison: dict[str, Any]) -> list[str]:
-    """What stands for sweeps over budgets among the differences."""
+    """Return the remark on families whose figures are interpolated between sparsity budgets."""
     sweeps = [family for family in comparison.get("families", ()) if family["between"]]
     words = ", ".join(f"{family['name']} between {' and '.join(family['between'])}" for family in sweeps)
     return [f"Interpolated to an l0 of {show(comparison['match_l0'])}: {words}."] if sweeps else []
 
 
 def family_of(run: Run) -> str:
-    """Runs that differ in a budget or a seed only, and are drawn alike."""
+    """Return the family of a run: runs that differ only in sparsity budget or seed share one, and are drawn alike."""
     report = run["report"]
     words = [encoder_parts(report.get("encoder"))[0], report.get("kind"), f"{show(report.get('n_latents'))} latents"]
     return " ".join(str(word) for word in words if word)
 
 
 def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[str, Any], key: str) -> str | None:
-    """One point per run with its interval, a line through those of a family, and the Pareto front."""
+    """Draw one point per run with its interval, a line through each family's points, and the Pareto front."""
     points = {
         index: (x, y)
         for index, run in enumerate(runs)
@@ -134,7 +134,7 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
 
 
 def _tall(points: dict[int, tuple[float, float]], runs: list[Run], key: str) -> list[float]:
-    """Everything that is drawn along the second axis."""
+    """Return all values drawn along the y axis, including interval ends."""
     ends = (finite(runs[index]["report"].get(f"{key}_{end}")) for index in points for end in ("low", "high"))
     return [y for _, y in points.values()] + [end for end in ends if end is not None]
 
@@ -144,7 +144,7 @@ def _explained_label(key: str) -> str:
 
 
 def _rank(run: Run) -> tuple[int, float]:
-    """The best first: by what it costs the model, and behind those where that is not known by fvu."""
+    """Return the sort key of a run: lowest ce_increase first, then runs without it by fvu."""
     costs = [finite(run["report"].get(key)) for key in ("ce_increase", "fvu")]
     return next(((place, cost) for place, cost in enumerate(costs) if cost is not None), (len(costs), 0.0))
 
@@ -180,7 +180,7 @@ def _cell(run: Run, key: str, on_front: bool) -> Cell:
 
 
 def _entries(keys: list[str], runs: list[Run]) -> dict[str, list[str]]:
-    """A section of the long table: every entry that is a number in some report."""
+    """Return a section of the long table: every entry that is a number in at least one report."""
     values = {key: [run["report"].get(key, UNMEASURED) for run in runs] for key in keys}
     return {
         key: [show(value, digits=5) for value in row]

@@ -1,4 +1,4 @@
-"""The report of a stack as a page: all layers at once, and each alone."""
+"""Page of a stack's report: all layers replaced at once, and each layer alone."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, plain_log_ticks
 from .tables import Column, EntryRow, FigureTile, figure_cell
 
 Report = dict[str, Any]
-# Characters that a plot has room for beside an axis.
+# Characters that fit next to a plot's axis.
 LABEL = 16
 
 COLUMNS = (
@@ -38,7 +38,7 @@ COLUMNS = (
     Column("top-1 mean", "layer_top1_mean", None, "The same share with the mean in its place."),
     Column("top-1 zero", "layer_top1_zero", None, "The same share with zeros in its place."),
 )
-# What the row of all layers at once has below these columns.
+# Entries of the row for all layers at once, in the order of COLUMNS.
 TOTALS = (
     *("fvu_layer_mean", "l0_total", "dead_fraction", "ce_spliced", "ce_mean", "ce_zero"),
     *("kl_spliced", "kl_mean", "kl_zero", "top1_agreement", "top1_mean", "top1_zero"),
@@ -74,7 +74,7 @@ EXPLANATIONS = {
     "kl_recovered_zero": "(kl_zero - kl_spliced) / kl_zero.",
     "kl_recovered_mean": "(kl_mean - kl_spliced) / kl_mean.",
 }
-# Label, key, and what stands below the number.
+# Label, key, and the note below the number.
 TILES = (
     ("fvu", "fvu_layer_mean", "variance unexplained, mean over {layers} layers"),
     ("l0", "l0_total", "latents per token, all layers together"),
@@ -88,7 +88,7 @@ TILES = (
 
 
 def render_stack(report: Report) -> str:
-    """One page that shows the report of a stack. Equal input gives equal bytes."""
+    """Render the report of a stack as a page. Equal input gives equal bytes."""
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
     heading = f"{report['kind']}, {report['layers']} layers"
@@ -127,7 +127,7 @@ def _filled(note: str, report: Report) -> str:
 
 
 def short(hook: str) -> str:
-    """``a.mlp:in -> a.mlp:out`` as ``a.mlp``; anything else as it is."""
+    """Shorten ``a.mlp:in -> a.mlp:out`` to ``a.mlp``; return anything else unchanged."""
     reads, arrow, writes = hook.partition(" -> ")
     path = reads.rpartition(":")[0]
     return path if arrow and reads == f"{path}:in" and writes == f"{path}:out" else hook
@@ -141,7 +141,7 @@ def _costs(ax: Axes, report: Report) -> str:
     span = 1000.0
     for name, color in bars:
         costs = [ce - clean for ce in (*report[f"layer_ce_{name}"], report[f"ce_{name}"])]
-        # A layer that costs nothing, or helps, has no place on a logarithmic axis; its number is in the table.
+        # Costs of zero or below do not fit on a logarithmic axis; their numbers are in the table.
         ax.scatter(
             [max(cost, smallest) for cost in costs], range(len(names)), color=color, s=34, zorder=3, label=_variant(name)
         )
@@ -173,7 +173,7 @@ def _fvus(ax: Axes, report: Report) -> str:
 
 
 def _label(hook: str) -> str:
-    """The end of a hook: a card has no room for all of it."""
+    """Return the end of a hook, short enough for a plot's axis."""
     text = short(hook)
     while len(text) > LABEL and "." in text:
         text = text.partition(".")[2]
@@ -184,7 +184,7 @@ def _variant(name: str) -> str:
     return name if name == "spliced" else f"{name}-ablated"
 
 
-# Title, what to look for, the function that draws it and says it in words.
+# Title, note, drawing function.
 PLOTS = (
     (
         "Cost of each layer",
