@@ -28,17 +28,17 @@ def render_graph(graph: Graph) -> str:
 
 def _tiles(graph: Graph) -> list[FigureTile]:
     figures = [
-        ("replacement_score", "replacement score", "of influence, what ends in tokens, not in errors"),
-        ("completeness_score", "completeness score", "of edges' weight, what does not come from errors"),
+        ("replacement_score", "replacement score", "fraction of influence that comes from tokens, not errors"),
+        ("completeness_score", "completeness score", "fraction of edge weight that does not come from errors"),
     ]
     tiles = [FigureTile(key, label, show(graph[key]), note) for key, label, note in figures]
     for kind in ("nodes", "edges"):
         kept = f"{show(len(graph[kind]))} of {show(graph[f'n_{kind}_all'])}"
         tiles.append(FigureTile(kind, f"{kind} shown", kept, "the most influential ones"))
     if graph["latents_left_out"]:
-        note = f"of influence ends in {show(graph['latents_left_out'])} latents that were not looked into"
-        tiles.append(FigureTile("left_out_share", "left out", show(graph["left_out_share"]), note))
+        note = f"of influence comes from {show(graph['latents_left_out'])} unexpanded latents"
+        tiles.append(FigureTile("left_out_share", "not expanded", show(graph["left_out_share"]), note))
     if graph["kl_last"] is not None:
-        note = "nats, next token, if latents alone stood in for the MLPs"
+        note = "nats, next token, with MLPs replaced by latents without errors"
         tiles.append(FigureTile("kl_last", "KL", show(graph["kl_last"]), note))
     return tiles

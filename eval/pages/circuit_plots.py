@@ -30,12 +30,12 @@ DASHES: tuple[tuple[float, ...], ...] = (
 PANELS = {
     "faithfulness": (
         "Faithfulness",
-        "Of the circuit alone: 1 is the whole model, 0 everything ablated. Up and left is better. Bands: 95 % intervals over "
-        "pairs. Dots: the smallest circuit of 0.8.",
+        "Faithfulness of the circuit alone: 1 is the whole model, 0 everything ablated. Up and left is better. Bands: 95% "
+        "intervals over pairs. Dots: smallest circuit of 0.8.",
     ),
     "completeness": (
         "Completeness",
-        "Faithfulness of what the circuit leaves out: near 0 it left out nothing that matters. Down and left is better.",
+        "Faithfulness of all units outside the circuit: near 0, nothing important is missing. Down and left is better.",
     ),
 }
 

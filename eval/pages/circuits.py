@@ -18,9 +18,9 @@ Row = dict[str, Any]
 COLUMNS = (
     Column("CPR", "cpr", max),
     Column("CMD", "cmd", min),
-    Column("nodes 50 %", "nodes_50", min),
-    Column("nodes 80 %", "nodes_80", min),
-    Column("nodes 90 %", "nodes_90", min),
+    Column("nodes 50%", "nodes_50", min),
+    Column("nodes 80%", "nodes_80", min),
+    Column("nodes 90%", "nodes_90", min),
     Column("held out", "faithfulness_80", None),
     # Neither direction is better: both depend on circuit size (all units leave nothing out; few large ones are each needed).
     Column("completeness", "completeness", None),
@@ -51,7 +51,7 @@ def render_circuits(found: Row) -> str:
     labels = family_labels(found)
     counted = (
         _count(len(tasks), "task"),
-        _count(len(labels), "family of nodes", "families of nodes"),
+        _count(len(labels), "unit set"),
         _count(len(methods), "method"),
     )
     return document(
@@ -66,8 +66,8 @@ def render_circuits(found: Row) -> str:
         facts={
             "tasks": ", ".join(found["tasks"]),
             "ablation": found.get("ablation"),
-            "corruption": show(found.get("corruption"), "the task's own"),
-            "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to choose circuits, half to judge them",
+            "corruption": show(found.get("corruption"), "task default"),
+            "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to find circuits, half to evaluate them",
             "seed": found.get("seed"),
             **({"doubts": "; ".join(found["doubts"])} if found.get("doubts") else {}),
         },
@@ -112,15 +112,15 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[FigureTile]:
     first = rows[0]
     metric, corruption = (show(first.get(key), UNRECORDED) for key in ("metric", "corruption"))
     figures = (
-        ("accuracy", "accuracy", "of clean prompts answered right"),
+        ("accuracy", "accuracy", "of clean prompts answered correctly"),
         ("metric_clean", "clean", f"{metric}, mean over pairs"),
         ("metric_corrupted", "corrupted", f"{metric}; corruption: {corruption}"),
-        ("pairs", "pairs", "to judge circuits; others chose them"),
+        ("pairs", "pairs", "for evaluation; others find the circuits"),
     )
     tiles = [FigureTile(key, label, show(first.get(key), UNMEASURED, 3), note) for key, label, note in figures]
     for key, label, better in (("nodes_80", "smallest circuit of 0.8", min), ("cpr", "best CPR", max)):
         known = [(value, row) for row in rows if (value := finite(row.get(key))) is not None]
-        value, note = UNDEFINED, "no circuit has it"
+        value, note = UNDEFINED, "no circuit reaches it"
         if known:
             best, row = better(known, key=lambda pair: pair[0])
             value = show(int(best) if key == "nodes_80" else best, digits=3)
@@ -144,11 +144,11 @@ def _beside(row: Row, key: str, value: float) -> tuple[str, ...]:
         return (" to ".join(show(end, digits=3 if abs(end) >= 0.1 else 2) for end in (low, high)),)
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
-        return (f"{share:.0f} %" if share >= 10 else f"{show(share, digits=2)} %",)
+        return (f"{share:.0f}%" if share >= 10 else f"{show(share, digits=2)}%",)
     said = {
         "faithfulness_all": f"empty {show(row.get('metric_empty'), UNMEASURED, 3)}",
         "exact_pearson": f"rank {show(row.get('exact_spearman'), digits=2)}",
-        "forwards": f"+ {show(row.get('backwards'))} back",
+        "forwards": f"+ {show(row.get('backwards'))} backward",
     }
     return (said[key],) if key in said else ()
 
@@ -173,8 +173,8 @@ def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) ->
     size, drawn = next(iter(sizes), None), len(entry["units"])
     which = f"The {drawn} of largest score" if size is not None and size > drawn else "All"
     note = (
-        f"{which} of the {show(size, 'unrecorded')} units that have faithfulness {LEVEL:g}; rows are hooks, the first at the "
-        f"bottom; shade: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
+        f"{which} of the {show(size, 'unrecorded')} units with faithfulness {LEVEL:g}. Rows are hooks, the first at the "
+        f"bottom; shading: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
     )
     title = f"Circuit \u00b7 {entry['task']} \u00b7 {entry['method']} \u00b7 {labels.get(entry['family'], entry['family'])}"
     return draw_circuit(entry, hooks, identifier, title, note)

@@ -54,7 +54,7 @@ def _cell(row: Mapping[str, Any]) -> DifferenceCell:
     notes = []
     if row["low"] is not None:
         notes.append(f"{show(row['low'], digits=3)} to {show(row['high'], digits=3)}")
-        notes.append(f"shows {show(row['detectable'], digits=2)} or more")
+        notes.append(f"detects {show(row['detectable'], digits=2)} or more")
     if row["seed_sd"] is not None:
         notes.append(f"seed sd {show(row['seed_sd'], digits=2)}")
     kind = row["verdict"] if row["verdict"] in ("better", "worse", "equivalent") else "open"
@@ -62,12 +62,11 @@ def _cell(row: Mapping[str, Any]) -> DifferenceCell:
 
 
 def _legend(settings: Mapping[str, Any]) -> str:
-    margin = f"{settings['relative_margin']:.0%} of the other's figure (of its distance from 1 where 1 is best)"
+    margin = f"{settings['relative_margin']:.0%} of the reference's figure (of its distance from 1 if 1 is best)"
     return (
-        f"Small: {settings['level']:.0%} interval, over seeds and, where sums by document were kept, documents; the true "
-        f"difference that a test would show with a probability of {settings['power']:.0%}; the standard deviation over seeds. "
-        f"better, worse: the difference is there after {settings['correction']}'s correction over the column. equivalent: it "
-        f"is below the margin, {margin} or {settings['latent_share_margin']:g} of the latents, by two one-sided tests. "
-        "undecided: neither is shown. not at equal l0: one of the two is off the common l0 by more than "
-        f"{settings['l0_tolerance']:.0%}."
+        f"Small: {settings['level']:.0%} interval over seeds (and documents, if sums per document are available); the true "
+        f"difference that a test detects with a probability of {settings['power']:.0%}; the standard deviation over seeds. "
+        f"better, worse: significant after {settings['correction']}'s correction over the column. equivalent: below the "
+        f"margin, {margin} or {settings['latent_share_margin']:g} of the latents, by two one-sided tests. undecided: neither. "
+        f"not at equal l0: one of the two deviates from the common l0 by more than {settings['l0_tolerance']:.0%}."
     )

@@ -20,11 +20,11 @@ CHUNK_LATENTS = 64
 SHADES = 1000
 INDEX_TOKENS = 5
 SCORES = {
-    "predicate_f1": "F1 of the simple predicate that describes best where the latent fires, on documents it was not chosen on; "
-    "beside it the F1 of a latent that fires as often but anywhere.",
-    "example_embedding": "AUROC of telling contexts it fires in from others by their words (TF-IDF). 0.5 is chance.",
-    "logit_lens": "AUROC of its direct effect on the logit of the token that comes next: where it fires against where it does "
-    "not. 0.5 is chance.",
+    "predicate_f1": "F1 of the simple predicate that best describes where the latent fires, on held-out documents; chance is "
+    "the F1 of a latent that fires equally often at random.",
+    "example_embedding": "AUROC of separating contexts it fires in from others by their words (TF-IDF). 0.5 is chance.",
+    "logit_lens": "AUROC of its direct effect on the next token's logit, positions where it fires against positions where it "
+    "does not. 0.5 is chance.",
 }
 
 
@@ -52,7 +52,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "model": about.get("model"),
             "hook": hooks or None,
             "text": about.get("text"),
-            "read": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
+            "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
             "encoder": f"{name} {arguments}".strip(),
             "checkpoint": about.get("checkpoint"),
         },
@@ -116,7 +116,7 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
                 ("fire together (Jaccard)", "co_firing", "jaccard"),
                 ("fire together (lift)", "lifted", "lift"),
                 ("correlated", "correlated", "correlation"),
-                ("atoms alike (cosine)", "nearest", "cosine"),
+                ("similar decoder directions (cosine)", "nearest", "cosine"),
             )
         },
         "details": record["details"],

@@ -93,7 +93,7 @@ def dead_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
         return None
     values, words = drawn
     # At least 0.01 high, so that a run without dead latents is a flat line at the bottom and not noise.
-    ax.set(ylim=(0, max(0.01, max(values) * 1.15)), ylabel="dead share of latents")
+    ax.set(ylim=(0, max(0.01, max(values) * 1.15)), ylabel="fraction of dead latents")
     return words
 
 
@@ -116,8 +116,8 @@ def error_split(ax: Axes, report: Report, curve: Curve) -> str | None:
     for top, bottom in ((explained / whole, 0), (1, 1)):
         ax.plot([top, bottom], [0.79, 0.21], color=MUTED, linewidth=1, linestyle=":")
     ax.text(0, 1.29, "variance of the activations", va="bottom")
-    doubt = "; the linear fit had too few tokens" if report.get("dark_matter_enough_tokens") is False else ""
-    ax.text(0, -0.29, f"the error alone ({show(total)}), enlarged{doubt}", va="top")
+    doubt = "; linear fit on too few tokens" if report.get("dark_matter_enough_tokens") is False else ""
+    ax.text(0, -0.29, f"error alone ({show(total)}), enlarged{doubt}", va="top")
     ax.set(xlim=(0, 1), ylim=(-0.62, 1.62))
     ax.axis("off")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, columnspacing=1.2)
@@ -149,7 +149,7 @@ def _density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     ax.set_xticks([at, *ticks], ["dead", *(f"{tick}".replace("-", "\u2212") for tick in ticks)])
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.grid(visible=True, axis="y")
-    often = f", most often on about {10 ** centers[counts.argmax()]:.2g} of the tokens" if len(filled) else ""
+    often = f", most commonly on about {10 ** centers[counts.argmax()]:.2g} of the tokens" if len(filled) else ""
     words = f"{show(round(counts.sum()))} latents fire{often}; dead: {show(dead)}"
     return f"{words}; dense, firing on more than {DENSE:g} of the tokens: {show(dense)}."
 
@@ -179,7 +179,7 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     # matplotlib skips NaN, and `show` prints it as undefined.
     named = (finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
     mean, median, p10, p90 = (math.nan if value is None else value for value in named)
-    span = f"10\u201390 %: {show(p10)}\u2013{show(p90)}"
+    span = f"10\u201390%: {show(p10)}\u2013{show(p90)}"
     ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
     ax.axvline(median, color=INK, linewidth=1.2, linestyle="--", label=f"median {show(median)}")
     ax.axvline(mean, color=WARN, linewidth=1.6, label=f"mean {show(mean)}")
@@ -208,14 +208,14 @@ def _cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
 
 # Title, note, drawing function.
 PLOTS: tuple[tuple[str, str, Draw], ...] = (
-    ("Training curve", "Lower is better. The line is the median of neighbouring log lines, the band their range.", fvu_curve),
-    ("Dead latents in training", "Share of latents silent for the recipe's window of tokens.", dead_curve),
-    ("Where the variance goes", "Linear error is what a linear map of the activation can predict.", error_split),
-    ("Firing density", "Dense latents say little about any token. An arrow marks a bar cut short.", _density_histogram),
-    ("Latents per token", "How many latents it takes to describe one token.", l0_histogram),
+    ("Training curve", "Lower is better. Line: median of neighboring log lines. Band: their range.", fvu_curve),
+    ("Dead latents in training", "Fraction of latents silent for dead_after_tokens of the recipe.", dead_curve),
+    ("Where the variance goes", "Linear error: predictable by a linear map of the activation.", error_split),
+    ("Firing density", "Dense latents carry little information. An arrow marks a truncated bar.", _density_histogram),
+    ("Latents per token", "Number of active latents per token.", l0_histogram),
     (
         "Cost to the model",
-        "Spliced: the model runs on reconstructions. Ablated: on the mean, zeros, or other tokens' activations.",
+        "Spliced: the model runs on reconstructions. Ablated: on the mean, zeros, or activations of other tokens.",
         _cross_entropy,
     ),
 )

@@ -38,18 +38,18 @@ SCATTER_INCHES, LEGEND_ROW_INCHES = 275 / 72, 16 / 72
 # Heights of a family's row (a gap plus the lines of its name) and of the axis below the rows.
 ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
 NAME_WIDTH = 24
-DAGGER = "\u2020 Hollow: chosen knowing more than the token."
+DAGGER = "\u2020 Hollow: latents not selected per token."
 LEGEND = (
-    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column among families at the common "
-    "l0; where ranges overlap, other seeds may name another."
+    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: best mean of the column among run groups at the common "
+    "l0; if ranges overlap, other seeds may give another order."
 )
 ORACLE = (
-    "Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow in the "
-    "plots, they are never marked as best."
+    "Run groups with a label next to their name select latents with information beyond the token (hollow in the plots). Their "
+    "figures are optimistic, and they are never marked as best."
 )
 REMARK = (
-    "A family is one recipe. All were judged on the same held-out tokens and trained on one store of activations, except where "
-    "a row says that they were streamed from the model. The seed changes the initial weights and the order of the tokens."
+    "A run group is one recipe with several seeds, which change the initial weights and the token order. All runs are "
+    "evaluated on the same held-out tokens and trained on one activation store, unless a row says streamed from the model."
 )
 
 
@@ -59,9 +59,7 @@ def render_recipes(comparison: Comparison) -> str:
     oracle = any(map(is_oracle, families))
     trained = sorted({family["training_tokens"] or 0 for family in families})
     seeds = sorted({len(family.get("seeds") or family["directories"]) for family in families})
-    heading = (
-        f"{len(families)} {'family' if len(families) == 1 else 'families'}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
-    )
+    heading = f"{len(families)} run group{'s' * (len(families) != 1)}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
     return document(
         "comparison.html",
         f"sparsary comparison \u00b7 {comparison['hook'] or heading}",
@@ -80,8 +78,8 @@ def render_recipes(comparison: Comparison) -> str:
         }
         | ({} if comparison.get("target_l0") is None else {"compared at l0": show(comparison["target_l0"])}),
         warnings={},
-        thing="family",
-        things="Families",
+        thing="run group",
+        things="Run groups",
         example="fvu<0.1, dead<0.05",
         columns=explained(COLUMNS),
         rows=[_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)],
@@ -136,12 +134,12 @@ def recovered_rows(ax: Axes, families: list[Family]) -> str | None:
 
 def dead_bars(ax: Axes, families: list[Family]) -> str | None:
     """Draw the mean over seeds as a bar and the range as a line."""
-    return _bars(ax, families, "dead_fraction", "dead share of latents")
+    return _bars(ax, families, "dead_fraction", "fraction of dead latents")
 
 
 def dense_bars(ax: Axes, families: list[Family]) -> str | None:
     """Draw the mean over seeds as a bar and the range as a line."""
-    return _bars(ax, families, "dense_fraction", "dense share of latents")
+    return _bars(ax, families, "dense_fraction", "fraction of dense latents")
 
 
 def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -> dict[str, Any]:
@@ -326,8 +324,8 @@ def _rows_height(families: list[Family]) -> float:
 PLOTS = (
     ("Reconstruction against sparsity", "One point per seed; down and left is better.", fvu_against_l0, _scatter_height),
     ("Cost to the model against sparsity", "One point per seed; up and left is better.", recovered_against_l0, _scatter_height),
-    ("Reconstruction by family", "One point per seed; left is better.", fvu_rows, _rows_height),
-    ("Cost to the model by family", "One point per seed; right is better.", recovered_rows, _rows_height),
+    ("Reconstruction by run group", "One point per seed; left is better.", fvu_rows, _rows_height),
+    ("Cost to the model by run group", "One point per seed; right is better.", recovered_rows, _rows_height),
     ("Dead latents", "Bar: mean over seeds. Line: lowest to highest seed.", dead_bars, _rows_height),
-    ("Dense latents", "They say little about any token. Bar: mean. Line: lowest to highest seed.", dense_bars, _rows_height),
+    ("Dense latents", "They carry little information. Bar: mean over seeds. Line: range.", dense_bars, _rows_height),
 )

@@ -26,18 +26,18 @@ COLUMNS = (
     Column("dead", "dead_fraction", min),
     Column("dead in training", "dead_training_fraction", min),
     Column("dense", "dense_fraction", min),
-    Column("nearest atom", "decoder_max_cosine_mean", None),
+    Column("nearest direction", "decoder_max_cosine_mean", None),
     Column("linear error", "linear_error_share", min),
 )
 SIZE = (430 / 72, 330 / 72)
 PLOTS = (
-    ("fvu", "Reconstruction against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
-    ("ce_increase", "Cost to the model against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
+    ("fvu", "Reconstruction against sparsity", "Down and left is better. Bars: 95% intervals over documents."),
+    ("ce_increase", "Cost to the model against sparsity", "Down and left is better. Bars: 95% intervals over documents."),
 )
-LEGEND = "Small: 95 % intervals over documents. Shaded: on the Pareto front of its column against l0."
+LEGEND = "Small: 95% intervals over documents. Shaded: on the Pareto front of the column against l0."
 REMARK = (
-    "Intervals are about other documents of the same text, not about other seeds: two runs may differ by more than their "
-    "intervals and still be one recipe. Dead shares compare only over equal windows of tokens."
+    "Intervals cover the choice of documents, not of training seeds: two runs of one recipe may differ by more than their "
+    "intervals. Compare dead fractions only over equal windows of tokens."
 )
 
 
@@ -130,7 +130,7 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
     words = ", ".join(
         f"{runs[index]['name']} {show(y, digits=3)} at l0 {show(x, digits=3)}" for index, (x, y) in points.items()
     )
-    return f"{key} against l0: {words}. Not beaten in both: {', '.join(comparison['pareto'][key])}."
+    return f"{key} against l0: {words}. Pareto front: {', '.join(comparison['pareto'][key])}."
 
 
 def _tall(points: dict[int, tuple[float, float]], runs: list[Run], key: str) -> list[float]:
@@ -151,7 +151,7 @@ def _rank(run: Run) -> tuple[int, float]:
 
 def _shared(runs: list[Run], key: str) -> str:
     values = list(dict.fromkeys(show(run["report"].get(key)) for run in runs))
-    return values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different ones"
+    return values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different"
 
 
 def _row(run: Run, index: int, families: list[str], fronts: dict[str, list[str]]) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class EntryRow(NamedTuple):
 
 # Texts for columns whose explanation in the report refers to its neighbors or is missing.
 NOTES = {
-    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to the mean activation. 1 is perfect, "
-    "0 no better than the mean.",
-    "tokens_per_second": "Training speed, the median over the run's log lines. Whatever else ran on the machine slowed it.",
+    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), with mean ablation. 1 is perfect, 0 no better "
+    "than the mean.",
+    "tokens_per_second": "Training speed, median over the run's log lines; affected by other processes on the machine.",
 }
 
 
