@@ -105,7 +105,7 @@ class PromptWords:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """All choices that determine a prompt."""
+    """Choices that determine a prompt."""
 
     io: int
     s: int
