@@ -1,4 +1,4 @@
-"""A pruned graph as a page: layers are rows, positions columns; every node tells what it is made of."""
+"""Page of a pruned attribution graph: layers as rows, positions as columns, with a detail view per node."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ Graph = dict[str, Any]
 
 
 def render_graph(graph: Graph) -> str:
-    """One page of what ``graph-page.json`` holds, the nodes and edges that are kept. Equal input gives equal bytes."""
+    """Render ``graph-page.json``, which holds the kept nodes and edges. Equal input gives equal bytes."""
     likeliest = (f"{text!r} {share:.1%}" for text, share in zip(graph["targets"], graph["probabilities"], strict=True))
     return document(
         "attribution_graph.html",
@@ -28,17 +28,17 @@ def render_graph(graph: Graph) -> str:
 
 def _tiles(graph: Graph) -> list[FigureTile]:
     figures = [
-        ("replacement_score", "replacement score", "of influence, what ends in tokens, not in errors"),
-        ("completeness_score", "completeness score", "of edges' weight, what does not come from errors"),
+        ("replacement_score", "replacement score", "fraction of influence that comes from tokens, not errors"),
+        ("completeness_score", "completeness score", "fraction of edge weight that does not come from errors"),
     ]
     tiles = [FigureTile(key, label, show(graph[key]), note) for key, label, note in figures]
     for kind in ("nodes", "edges"):
         kept = f"{show(len(graph[kind]))} of {show(graph[f'n_{kind}_all'])}"
         tiles.append(FigureTile(kind, f"{kind} shown", kept, "the most influential ones"))
     if graph["latents_left_out"]:
-        note = f"of influence ends in {show(graph['latents_left_out'])} latents that were not looked into"
-        tiles.append(FigureTile("left_out_share", "left out", show(graph["left_out_share"]), note))
+        note = f"of influence comes from {show(graph['latents_left_out'])} unexpanded latents"
+        tiles.append(FigureTile("left_out_share", "not expanded", show(graph["left_out_share"]), note))
     if graph["kl_last"] is not None:
-        note = "nats, next token, if latents alone stood in for the MLPs"
+        note = "nats, next token, with MLPs replaced by latents without errors"
         tiles.append(FigureTile("kl_last", "KL", show(graph["kl_last"]), note))
     return tiles

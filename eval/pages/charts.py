@@ -1,4 +1,4 @@
-"""Colours and markers of families, in plots and tables alike."""
+"""Colors and markers of families, shared by plots and tables."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from matplotlib.markers import MarkerStyle
 
 from .plots import PALETTE, Palette
 
-# Eleven colours and ten markers: 110 families before a pair comes again.
+# Eleven colors and ten markers give 110 distinct pairs.
 FAMILY_COLORS: Palette = {
     f"family-{index}": pair
     for index, pair in enumerate(
@@ -32,7 +32,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p")
 
 
 class Swatch(NamedTuple):
-    """A family's marker for the table: corners of a polygon within -0.8 to 0.8, and its colour."""
+    """A family's marker for the table: polygon corners within -0.8 to 0.8, and its color."""
 
     points: str
     color: str
@@ -40,24 +40,24 @@ class Swatch(NamedTuple):
 
 
 def look(index: int) -> tuple[str, str]:
-    """Colour and marker of a family."""
+    """Return the color and marker of a family."""
     colors = list(FAMILY_COLORS.values())
     return colors[index % len(colors)][0], MARKERS[index % len(MARKERS)]
 
 
 def swatch(index: int, hollow: bool = False) -> Swatch:
-    """The family's marker as in the plots."""
+    """Return the family's plot marker as a polygon."""
     marker = MarkerStyle(look(index)[1])
     (outline,) = marker.get_path().transformed(marker.get_transform()).to_polygons()
     return Swatch(" ".join(f"{x:.2f},{-y:.2f}" for x, y in np.asarray(outline)), family_color(index), hollow)
 
 
 def family_color(index: int) -> str:
-    """The family's colour as a page's CSS knows it."""
+    """Return the CSS variable of the family's color."""
     return f"var(--family-{index % len(FAMILY_COLORS)})"
 
 
 def seed_spread(values: Iterable[float]) -> float:
-    """Largest over smallest of positive values; 0 where some are not positive."""
+    """Return the ratio of the largest to the smallest value; 0 if any is not positive."""
     low, high = min(values), max(values)
     return high / low if low > 0 else 0

@@ -1,6 +1,6 @@
-"""A circuit laid out: units in rows by hook, the first at the bottom, and what passes from one to another.
+"""Layout of a circuit drawing: units in rows by hook, the first at the bottom, and the edges between them.
 
-The page's script shows what is known of a node that is pointed at or reached by keys; without it titles do.
+The page's script shows the details of a node on hover or keyboard focus; without scripts, title elements do.
 """
 
 import math
@@ -12,15 +12,15 @@ from ...sae.files import natural_order
 from .numbers import show
 
 Row = dict[str, Any]
-# All in CSS pixels at full width.
+# In CSS pixels at full width.
 WIDTH, GUTTER, NODE_WIDTH, NODE_HEIGHT = 960, 132, 46, 22
 STEP, LINE, BETWEEN = 52, 42, 76
 PER_LINE = (WIDTH - GUTTER) // STEP - 1
 SWEEPS = 8
-# Edges drawn at first, and how many of its edges are listed for a node.
+# Number of edges drawn initially, and number of edges listed per node and direction.
 SHOWN, LISTED = 60, 5
 LONGEST_LABEL = 6
-# An error's outline: corners of a hexagon of the nodes' size.
+# Outline of an error node: a hexagon of the nodes' size.
 HEXAGON = " ".join(
     f"{x:g},{y:g}"
     for x, y in (
@@ -28,12 +28,12 @@ HEXAGON = " ".join(
         *((NODE_WIDTH / 2, 0), (NODE_WIDTH / 2 - 7, NODE_HEIGHT / 2), (7 - NODE_WIDTH / 2, NODE_HEIGHT / 2)),
     )
 )
-# The receiver of what passes directly to the metric.
+# Receiver of the edges that lead directly to the metric.
 METRIC = "metric"
 
 
 class Place(NamedTuple):
-    """The middle of a node, and which row it is in, the first at the bottom."""
+    """Center of a node, and the number of its row, counted from the bottom."""
 
     x: float
     y: float
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 class DrawnEdge(NamedTuple):
-    """What passes from one unit to another: its curve, width and opacity, and weight in words."""
+    """An edge between two units: its curve, width, opacity, and weight as text."""
 
     sender: str
     receiver: str
@@ -54,7 +54,7 @@ class DrawnEdge(NamedTuple):
 
 
 class DrawnNode(NamedTuple):
-    """A unit: place, looks, and its strongest edges in and out as names and weights. ``corners`` are those of an error."""
+    """A unit: position, style, and its strongest edges in and out as names and weights; ``corners`` is set for error nodes."""
 
     name: str
     label: str
@@ -71,7 +71,7 @@ class DrawnNode(NamedTuple):
 
 
 class HookLabel(NamedTuple):
-    """The name of a row, shortened and whole."""
+    """Label of a row: its shortened and its full name."""
 
     text: str
     group: str
@@ -79,7 +79,7 @@ class HookLabel(NamedTuple):
 
 
 class CircuitDrawing(NamedTuple):
-    """All that the figure of a circuit shows; edges are the strongest first."""
+    """Contents of a circuit's figure, with edges in descending order of weight."""
 
     title: str
     note: str
@@ -96,16 +96,16 @@ class CircuitDrawing(NamedTuple):
 
 
 def ordered_groups(circuit: Row, hooks: Sequence[str]) -> list[str]:
-    """Groups of the circuit's units as the model runs through them; those whose hook is not listed by the numbers in them."""
+    """Return the groups of units in the order of ``hooks``; unlisted groups follow in natural order, the metric comes last."""
     known = {hook: place for place, hook in enumerate(hooks)}
     groups = dict.fromkeys(unit["group"] for unit in circuit["units"])
     return sorted(groups, key=lambda group: (group == METRIC, known.get(group, len(known)), natural_order(group)))
 
 
 def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
-    """Name -> place of every unit, and the height of it all.
+    """Return the place of every unit by name, and the total height.
 
-    Within a row units stand near those they are connected with; rows of many units take several lines.
+    Within a row, connected units are placed near each other; rows of many units take several lines.
     """
     rows = _untangled(circuit, groups)
     places, y = {}, 0.0
@@ -116,7 +116,7 @@ def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
         left = (WIDTH + GUTTER - step * (len(names) - 1)) / 2
         y += NODE_HEIGHT / 2 + (BETWEEN if number else 8)
         for index, name in enumerate(names):
-            # Neighbours on different lines: each has room, and its edges a way past the others.
+            # Neighbors are placed on different lines, which leaves room for their edges.
             places[name] = Place(left + index * step, y + (index % n_lines) * LINE, number)
         y += (n_lines - 1) * LINE + NODE_HEIGHT / 2
     height = y + 8
@@ -124,14 +124,14 @@ def layout(circuit: Row, groups: list[str]) -> tuple[dict[str, Place], float]:
 
 
 def with_metric(circuit: Row) -> Row:
-    """The circuit with the metric as a unit above the others, where edges lead to it."""
+    """Return the circuit with the metric added as a unit if any edge leads to it."""
     if all(edge["to"] != METRIC for edge in circuit["edges"]):
         return circuit
     return circuit | {"units": [*circuit["units"], {"name": METRIC, "group": METRIC, "score": None}]}
 
 
 def draw_circuit(circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: str) -> CircuitDrawing:
-    """Lay out a circuit: places of nodes, curves of edges, and what the drawing and its table say of them."""
+    """Lay out a circuit: node positions, edge curves, and the texts of the drawing and its table."""
     circuit = with_metric(circuit)
     groups = ordered_groups(circuit, hooks)
     places, height = layout(circuit, groups)
@@ -153,18 +153,18 @@ def draw_circuit(circuit: Row, hooks: Sequence[str], identifier: str, title: str
 
 
 def short_name(unit: Row) -> str:
-    """What stands in the node: the latent's number, or the end of another unit's name."""
+    """Return the text in the node: the latent's number, or the end of another unit's name."""
     end = str(unit["name"]).removeprefix(f"{unit['group']}/")
     return end if len(end) <= LONGEST_LABEL + 1 else end[:LONGEST_LABEL] + "\u2026"
 
 
 def is_error(unit: Row) -> bool:
-    """Whether the unit is what a dictionary leaves unexplained."""
+    """Return True if the unit is an error node."""
     return re.search(r"/error(@\d+)?$", unit["name"]) is not None
 
 
 def _untangled(circuit: Row, groups: list[str]) -> list[list[str]]:
-    """Units of every row, each near the mean place of its neighbours (the barycentre heuristic)."""
+    """Return the units of every row, sorted by the mean position of their neighbors (barycenter heuristic)."""
     rows = [[unit["name"] for unit in circuit["units"] if unit["group"] == group] for group in groups]
     at = {name: _share(index, row) for row in rows for index, name in enumerate(row)}
     near: dict[str, list[tuple[str, float]]] = {name: [] for name in at}
@@ -236,5 +236,5 @@ def _node(unit: Row, places: dict[str, Place], strongest: float, edges: list[Row
 
 
 def signed(value: float) -> str:
-    """A number with its sign, to three digits."""
+    """Format a number with its sign, to three digits."""
     return ("+" if value >= 0 else "\u2212") + show(abs(float(value)), digits=3)

@@ -1,4 +1,4 @@
-"""The curves of circuits.html: faithfulness and completeness by size, a line for every family."""
+"""Curves of circuits.html: faithfulness and completeness by circuit size, one line per family."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from .plots import INK, MUTED, PlotCard, plot_card
 
 Row = dict[str, Any]
 LEVEL = 0.8
-# Where 0 stands on the logarithmic axis: half a decade before 1.
+# Position of 0 on the logarithmic axis: half a decade before 1.
 ZERO = -0.5
-# One wild line must not flatten the others; what lies beyond is cut, and the caption says so.
+# Limits of the y axis: one outlier must not flatten the other lines. The caption reports values beyond.
 LOWEST, HIGHEST = -0.5, 1.75
 INCHES = (560 / 72, 330 / 72)
-# Lengths of dashes and gaps; with eleven colours, 77 families before a pair comes again.
+# Lengths of dashes and gaps; with eleven colors they give 77 distinct pairs.
 DASHES: tuple[tuple[float, ...], ...] = (
     (),
     (6.0, 2.0),
@@ -30,25 +30,25 @@ DASHES: tuple[tuple[float, ...], ...] = (
 PANELS = {
     "faithfulness": (
         "Faithfulness",
-        "Of the circuit alone: 1 is the whole model, 0 everything ablated. Up and left is better. Bands: 95 % intervals over "
-        "pairs. Dots: the smallest circuit of 0.8.",
+        "Faithfulness of the circuit alone: 1 is the whole model, 0 everything ablated. Up and left is better. Bands: 95% "
+        "intervals over pairs. Dots: smallest circuit of 0.8.",
     ),
     "completeness": (
         "Completeness",
-        "Faithfulness of what the circuit leaves out: near 0 it left out nothing that matters. Down and left is better.",
+        "Faithfulness of all units outside the circuit: near 0, nothing important is missing. Down and left is better.",
     ),
 }
 
 
 class LineSample(NamedTuple):
-    """How a family's line is drawn: its colour, and its dashes, empty for a whole line."""
+    """Style of a family's line: its color, and its dashes (empty for a solid line)."""
 
     color: str
     dashes: str
 
 
 def family_labels(found: Row) -> dict[str, str]:
-    """Family -> how it is called on the page, in the order of the rows: paths of checkpoints as short as they stay distinct."""
+    """Map families to their labels, in row order; checkpoint paths are shortened as long as they stay distinct."""
     checkpoints = sorted(found["checkpoints"], key=len, reverse=True)
     short = _distinct_ends(checkpoints)
     labels = {}
@@ -62,30 +62,30 @@ def family_labels(found: Row) -> dict[str, str]:
 
 
 def _distinct_ends(paths: list[str]) -> dict[str, str]:
-    """Path -> its parts without those that all paths begin and end with."""
+    """Map paths to their parts without the common beginning and end."""
     parts = [path.rstrip("/").split("/") for path in paths]
     start, end = _n_shared(parts), _n_shared([own[::-1] for own in parts])
     return {path: "/".join(own[start : len(own) - end]) or path for path, own in zip(paths, parts, strict=True)}
 
 
 def _n_shared(sequences: list[list[str]]) -> int:
-    """How many items all begin with."""
+    """Return the length of the longest common prefix."""
     places = zip(*sequences, strict=False)
     return next((n for n, items in enumerate(places) if len(set(items)) > 1), min(map(len, sequences), default=0))
 
 
 def dash(index: int) -> tuple[float, ...]:
-    """Dashes and gaps of a family's line, in widths of the line."""
+    """Return the dashes and gaps of a family's line, in line widths."""
     return DASHES[index % len(DASHES)]
 
 
 def sample(index: int) -> LineSample:
-    """A piece of the family's line, for the legend and the tables."""
+    """Return the family's line style for the legend and the tables."""
     return LineSample(family_color(index), " ".join(f"{length * 2:g}" for length in dash(index)))
 
 
 def panel(found: Row, task: str, method: str, key: str, families: list[str]) -> PlotCard:
-    """A card with the curves of all families."""
+    """Return a plot card with the curves of all families."""
     title, note = PANELS[key]
     curves = [entry for entry in found["curves"] if (entry["task"], entry["method"]) == (task, method)]
     nodes = {row["family"]: row.get("nodes_80") for row in found["rows"] if (row["task"], row["method"]) == (task, method)}
@@ -103,7 +103,7 @@ def panel(found: Row, task: str, method: str, key: str, families: list[str]) -> 
 
 
 def draw_curves(ax: Axes, curves: list[Row], families: list[str], key: str, nodes: dict[str, int | None]) -> str | None:
-    """One line per family, with its band where the entry has one, and a dot where it reaches the level; in words."""
+    """Draw one line per family, with its band and a dot where it reaches ``LEVEL``, and return a text alternative."""
     words, drawn = [], []
     for entry in curves:
         index, values = families.index(entry["family"]), _values(entry, key)
@@ -114,7 +114,7 @@ def draw_curves(ax: Axes, curves: list[Row], families: list[str], key: str, node
         if key == "faithfulness":
             band = ax.fill_between(x, _values(entry, "low"), _values(entry, "high"), color=color, alpha=0.13, linewidth=0)
             band.set_gid(_mark("band", key, entry, index))
-        # Completeness is run at fewer sizes than faithfulness.
+        # Completeness is measured at fewer sizes than faithfulness.
         there = np.isfinite(values)
         (line,) = ax.plot(x[there], values[there], color=color, linewidth=1.9, dashes=dash(index) or (None, None), zorder=3)
         line.set_gid(_mark("line", key, entry, index))
@@ -131,7 +131,7 @@ def draw_curves(ax: Axes, curves: list[Row], families: list[str], key: str, node
 
 
 def positions(sizes: list[int]) -> np.ndarray:
-    """Along the axis: powers of ten, and 0 a little before 1."""
+    """Return positions on the x axis: log10 of the sizes, with 0 a little before 1."""
     return np.array([math.log10(size) if size > 0 else ZERO for size in sizes])
 
 
@@ -153,7 +153,7 @@ def _axes(ax: Axes, largest: int, values: np.ndarray, key: str) -> None:
 
 
 def _mark(kind: str, key: str, entry: Row, index: int) -> str:
-    """An id by which the page's script finds the family's marks; its number comes last."""
+    """Return the id by which the page's script finds a family's marks; the family's number comes last."""
     place = "-".join("".join(c if c.isalnum() else "." for c in str(entry[part])) for part in ("task", "method"))
     return f"{kind}-{key}-{place}-{index}"
 

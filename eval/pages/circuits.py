@@ -1,6 +1,6 @@
-"""A circuit benchmark as a page: curves, a table by family and method, and the circuits drawn.
+"""Page of a circuit benchmark: curves, a table by family and method, and drawings of the circuits.
 
-The fragment of the address holds what is shown, so that a view can be passed on: ``#method=attribution&q=latents&sort=-cpr``.
+The URL fragment holds the view's state, so that a view can be shared: ``#method=attribution&q=latents&sort=-cpr``.
 """
 
 from typing import Any
@@ -18,22 +18,22 @@ Row = dict[str, Any]
 COLUMNS = (
     Column("CPR", "cpr", max),
     Column("CMD", "cmd", min),
-    Column("nodes 50 %", "nodes_50", min),
-    Column("nodes 80 %", "nodes_80", min),
-    Column("nodes 90 %", "nodes_90", min),
+    Column("nodes 50%", "nodes_50", min),
+    Column("nodes 80%", "nodes_80", min),
+    Column("nodes 90%", "nodes_90", min),
     Column("held out", "faithfulness_80", None),
-    # Circuits of nearly all units leave nothing out, and few large units are each needed: no merit of the family.
+    # Neither direction is better: both depend on circuit size (all units leave nothing out; few large ones are each needed).
     Column("completeness", "completeness", None),
     Column("minimality", "minimality", None),
     Column("stability", "stability", max),
     Column("r exact", "exact_pearson", max),
     Column("all kept", "faithfulness_all", None),
-    # Scores drawn at random cost nothing: no merit.
+    # Neither direction is better: random scores cost nothing.
     Column("passes", "forwards", None),
     Column("seconds", "seconds", None),
 )
 AUC = Column("AUC", "auc", max)
-# Why a figure may be null.
+# Reasons why a figure may be null.
 REASONS = {
     "faithfulness_80": f"no circuit has faithfulness {LEVEL:g}",
     "completeness": f"no circuit has faithfulness {LEVEL:g}",
@@ -44,14 +44,14 @@ REASONS = {
 
 
 def render_circuits(found: Row) -> str:
-    """One page of what ``circuits.json`` holds. Equal input gives equal bytes."""
+    """Render ``circuits.json`` as a page. Equal input gives equal bytes."""
     rows: list[Row] = found["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     labels = family_labels(found)
     counted = (
         _count(len(tasks), "task"),
-        _count(len(labels), "family of nodes", "families of nodes"),
+        _count(len(labels), "unit set"),
         _count(len(methods), "method"),
     )
     return document(
@@ -66,8 +66,8 @@ def render_circuits(found: Row) -> str:
         facts={
             "tasks": ", ".join(found["tasks"]),
             "ablation": found.get("ablation"),
-            "corruption": show(found.get("corruption"), "the task's own"),
-            "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to choose circuits, half to judge them",
+            "corruption": show(found.get("corruption"), "task default"),
+            "pairs": f"{show(found.get('pairs'), UNRECORDED)}, half to find circuits, half to evaluate them",
             "seed": found.get("seed"),
             **({"doubts": "; ".join(found["doubts"])} if found.get("doubts") else {}),
         },
@@ -102,7 +102,7 @@ def _section(found: Row, task: str, index: int, methods: list[str], labels: dict
 
 
 def _family_row(row: Row, labels: dict[str, str]) -> Row:
-    """What a table says of a row's family and method."""
+    """Return a table row's cells on family and method."""
     number = list(labels).index(row["family"])
     about = {"number": number, "line": sample(number), "label": labels[row["family"]], "units": ""}
     return about | {key: row[key] for key in ("family", "method")}
@@ -112,15 +112,15 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[FigureTile]:
     first = rows[0]
     metric, corruption = (show(first.get(key), UNRECORDED) for key in ("metric", "corruption"))
     figures = (
-        ("accuracy", "accuracy", "of clean prompts answered right"),
+        ("accuracy", "accuracy", "of clean prompts answered correctly"),
         ("metric_clean", "clean", f"{metric}, mean over pairs"),
         ("metric_corrupted", "corrupted", f"{metric}; corruption: {corruption}"),
-        ("pairs", "pairs", "to judge circuits; others chose them"),
+        ("pairs", "pairs", "for evaluation; others find the circuits"),
     )
     tiles = [FigureTile(key, label, show(first.get(key), UNMEASURED, 3), note) for key, label, note in figures]
     for key, label, better in (("nodes_80", "smallest circuit of 0.8", min), ("cpr", "best CPR", max)):
         known = [(value, row) for row in rows if (value := finite(row.get(key))) is not None]
-        value, note = UNDEFINED, "no circuit has it"
+        value, note = UNDEFINED, "no circuit reaches it"
         if known:
             best, row = better(known, key=lambda pair: pair[0])
             value = show(int(best) if key == "nodes_80" else best, digits=3)
@@ -138,29 +138,29 @@ def _cell(row: Row, key: str, best: float | None) -> Cell:
 
 
 def _beside(row: Row, key: str, value: float) -> tuple[str, ...]:
-    """What stands below a figure in small print."""
+    """Return the small notes below a figure."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
         return (" to ".join(show(end, digits=3 if abs(end) >= 0.1 else 2) for end in (low, high)),)
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
-        return (f"{share:.0f} %" if share >= 10 else f"{show(share, digits=2)} %",)
+        return (f"{share:.0f}%" if share >= 10 else f"{show(share, digits=2)}%",)
     said = {
         "faithfulness_all": f"empty {show(row.get('metric_empty'), UNMEASURED, 3)}",
         "exact_pearson": f"rank {show(row.get('exact_spearman'), digits=2)}",
-        "forwards": f"+ {show(row.get('backwards'))} back",
+        "forwards": f"+ {show(row.get('backwards'))} backward",
     }
     return (said[key],) if key in said else ()
 
 
 def _best(rows: list[Row], column: Column) -> float | None:
     values = [value for row in rows if (value := finite(row.get(column.key))) is not None]
-    # Where all are equal none is better.
+    # If all are equal, none is best.
     return column.better(values) if column.better is not None and len(set(values)) > 1 else None
 
 
 def _circuits(found: Row, task: str, method: str, prefix: str, labels: dict[str, str]) -> list[CircuitDrawing]:
-    """The circuits of a method."""
+    """Return the drawings of a method's circuits."""
     own = [entry for entry in found["circuits"] if (entry["task"], entry["method"]) == (task, method)]
     return [_circuit(found, entry, f"{prefix}-{number}", labels) for number, entry in enumerate(own)]
 
@@ -173,15 +173,15 @@ def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) ->
     size, drawn = next(iter(sizes), None), len(entry["units"])
     which = f"The {drawn} of largest score" if size is not None and size > drawn else "All"
     note = (
-        f"{which} of the {show(size, 'unrecorded')} units that have faithfulness {LEVEL:g}; rows are hooks, the first at the "
-        f"bottom; shade: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
+        f"{which} of the {show(size, 'unrecorded')} units with faithfulness {LEVEL:g}. Rows are hooks, the first at the "
+        f"bottom; shading: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
     )
     title = f"Circuit \u00b7 {entry['task']} \u00b7 {entry['method']} \u00b7 {labels.get(entry['family'], entry['family'])}"
     return draw_circuit(entry, hooks, identifier, title, note)
 
 
 def _known(rows: list[Row], tasks: list[str], labels: dict[str, str]) -> Row:
-    """How well scores find units that are known to do the task, where rows say so."""
+    """Return the table of AUCs against ground-truth units, for rows that have them."""
     known = {(row["family"], row["method"], row["task"]): row for row in rows if "auc" in row}
     shown = [task for task in tasks if any(place[2] == task for place in known)]
     best = {task: _best([row for place, row in known.items() if place[2] == task], AUC) for task in shown}

@@ -1,4 +1,4 @@
-"""Differences of families to one of them, as data for the comparison's page, and the words for their verdicts."""
+"""Differences between families and a reference family, as table data, with the wording of their verdicts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from .tables import Column
 
 
 class DifferenceCell(NamedTuple):
-    """A difference, what it comes to, and small print below; ``kind`` styles it."""
+    """A difference, its verdict, and small notes below it; ``kind`` selects the style."""
 
     text: str
     verdict: str
@@ -17,7 +17,7 @@ class DifferenceCell(NamedTuple):
 
 
 class DifferenceTable(NamedTuple):
-    """Differences to one family: a column for each figure, a row for each of the others; ``None`` where none was found."""
+    """Differences to a reference family: one column per figure, one row per other family; ``None`` for missing ones."""
 
     against: str
     columns: list[str]
@@ -26,14 +26,14 @@ class DifferenceTable(NamedTuple):
 
 
 def verdict_words(found: Mapping[str, Any]) -> str:
-    """The verdict of a difference as a person reads it."""
+    """Return the displayed verdict of a difference."""
     if found["verdict"] == "undecided" and found["seed_sd"] is None:
         return "undecided: one seed"
     return f"{found['verdict']}, below the margin" if found["negligible"] else found["verdict"]
 
 
 def difference_table(comparison: Mapping[str, Any], columns: Sequence[Column]) -> DifferenceTable | None:
-    """Lay out the differences of a comparison; ``None`` if it holds none, as those of before."""
+    """Lay out the differences of a comparison; ``None`` if it holds none, as in files of older versions."""
     found = comparison.get("differences") or []
     if not found:
         return None
@@ -45,7 +45,7 @@ def difference_table(comparison: Mapping[str, Any], columns: Sequence[Column]) -
 
 
 def off_target_words(family: Mapping[str, Any]) -> str:
-    """What is said beside a family whose l0 is not the common one; empty if it is."""
+    """Return the label of a family whose l0 deviates from the common one, else an empty string."""
     return f"l0 off by {family['l0_deviation']:+.1%}" if family.get("off_target") else ""
 
 
@@ -54,7 +54,7 @@ def _cell(row: Mapping[str, Any]) -> DifferenceCell:
     notes = []
     if row["low"] is not None:
         notes.append(f"{show(row['low'], digits=3)} to {show(row['high'], digits=3)}")
-        notes.append(f"shows {show(row['detectable'], digits=2)} or more")
+        notes.append(f"detects {show(row['detectable'], digits=2)} or more")
     if row["seed_sd"] is not None:
         notes.append(f"seed sd {show(row['seed_sd'], digits=2)}")
     kind = row["verdict"] if row["verdict"] in ("better", "worse", "equivalent") else "open"
@@ -62,12 +62,11 @@ def _cell(row: Mapping[str, Any]) -> DifferenceCell:
 
 
 def _legend(settings: Mapping[str, Any]) -> str:
-    margin = f"{settings['relative_margin']:.0%} of the other's figure (of its distance from 1 where 1 is best)"
+    margin = f"{settings['relative_margin']:.0%} of the reference's figure (of its distance from 1 if 1 is best)"
     return (
-        f"Small: {settings['level']:.0%} interval, over seeds and, where sums by document were kept, documents; the true "
-        f"difference that a test would show with a probability of {settings['power']:.0%}; the standard deviation over seeds. "
-        f"better, worse: the difference is there after {settings['correction']}'s correction over the column. equivalent: it "
-        f"is below the margin, {margin} or {settings['latent_share_margin']:g} of the latents, by two one-sided tests. "
-        "undecided: neither is shown. not at equal l0: one of the two is off the common l0 by more than "
-        f"{settings['l0_tolerance']:.0%}."
+        f"Small: {settings['level']:.0%} interval over seeds (and documents, if sums per document are available); the true "
+        f"difference that a test detects with a probability of {settings['power']:.0%}; the standard deviation over seeds. "
+        f"better, worse: significant after {settings['correction']}'s correction over the column. equivalent: below the "
+        f"margin, {margin} or {settings['latent_share_margin']:g} of the latents, by two one-sided tests. undecided: neither. "
+        f"not at equal l0: one of the two deviates from the common l0 by more than {settings['l0_tolerance']:.0%}."
     )

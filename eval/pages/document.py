@@ -1,4 +1,4 @@
-"""HTML documents from templates: style and script stand in the page, and its policy lets nothing else in."""
+"""HTML documents from templates, with inline styles and scripts and a content security policy that allows nothing else."""
 
 import base64
 import hashlib
@@ -24,23 +24,23 @@ def document(
     palette: Palette = PALETTE,
     **values: Any,
 ) -> str:
-    """Render a template of this package as a whole page. Equal input gives equal bytes.
+    """Render a template of this package as a complete page. Equal input gives equal bytes.
 
-    The page runs the named ``scripts``, joined, and no other: its policy names their hash.
+    The content security policy names the hash of the joined ``scripts``; the page runs no others.
 
     Args:
         template: File of ``templates/``; it extends ``base.html``.
         title: The page's title, shown by the browser.
-        styles: Style sheets of ``templates/``, after ``base.css``.
+        styles: Style sheets of ``templates/``, added after ``base.css``.
         scripts: Scripts of ``templates/``, in order.
-        palette: Colours by the name of their CSS variable.
-        values: What the template shows; text is escaped, markup only where it is ``Markup``.
+        palette: Colors by the name of their CSS variable.
+        values: Template variables; text is escaped unless it is ``Markup``.
     """
     script = "".join(map(_source, scripts))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return ENVIRONMENT.get_template(template).render(
         title=title,
-        # Both are files of this package: nothing in them ends their element.
+        # Both are files of this package and cannot close their element.
         style=Markup("".join(map(_source, ("base.css", *styles)))),
         script=Markup(script),
         digest=digest,
@@ -50,7 +50,7 @@ def document(
 
 
 def encoder_parts(text: Any) -> tuple[str, str]:
-    """Name and arguments, from the JSON text that a report holds; any other text is taken as the name."""
+    """Return the name and arguments of an encoder from a report's JSON text; any other text is returned as the name."""
     try:
         entries = dict(json.loads(text or "{}"))
     except (ValueError, TypeError):
@@ -64,7 +64,7 @@ def _source(name: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """Text is escaped, and a name that a template misspells is an error."""
+    """Build the template environment: text is escaped, and undefined names raise."""
     found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""All latents as one page: a list to search and sort, and what is known of the latent one looks at.
+"""Page of all latents of a dictionary: a searchable, sortable list and a detail view per latent.
 
-What is said of latents lies in the page, some latents to a chunk, compressed; a chunk is read when one of its latents is
-looked at, so that 10^4 of them open as fast as ten.
+Details are embedded in compressed chunks of several latents. A chunk is decompressed when one of its latents is opened, so
+that a page of 10^4 latents loads as fast as one of ten.
 """
 
 import base64
@@ -16,20 +16,20 @@ from .numbers import show
 
 FeatureEntry = dict[str, Any]
 CHUNK_LATENTS = 64
-# Shades are told apart no finer, and the page is a third smaller.
+# Finer shades are indistinguishable, and this makes the page a third smaller.
 SHADES = 1000
 INDEX_TOKENS = 5
 SCORES = {
-    "predicate_f1": "F1 of the simple predicate that describes best where the latent fires, on documents it was not chosen on; "
-    "beside it the F1 of a latent that fires as often but anywhere.",
-    "example_embedding": "AUROC of telling contexts it fires in from others by their words (TF-IDF). 0.5 is chance.",
-    "logit_lens": "AUROC of its direct effect on the logit of the token that comes next: where it fires against where it does "
-    "not. 0.5 is chance.",
+    "predicate_f1": "F1 of the simple predicate that best describes where the latent fires, on held-out documents; chance is "
+    "the F1 of a latent that fires equally often at random.",
+    "example_embedding": "AUROC of separating contexts it fires in from others by their words (TF-IDF). 0.5 is chance.",
+    "logit_lens": "AUROC of its direct effect on the next token's logit, positions where it fires against positions where it "
+    "does not. 0.5 is chance.",
 }
 
 
 def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> str:
-    """One page of all ``records``, lines of ``features.jsonl``, which are read once. Equal input gives equal bytes."""
+    """Render all ``records`` (lines of ``features.jsonl``, read once) as a page. Equal input gives equal bytes."""
     words = _Words()
     index: dict[str, list[Any]] = {
         key: [] for key in ("density", "max", "predicate", "top", "promoted", "explanation", *SCORES)
@@ -52,7 +52,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "model": about.get("model"),
             "hook": hooks or None,
             "text": about.get("text"),
-            "read": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
+            "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
             "encoder": f"{name} {arguments}".strip(),
             "checkpoint": about.get("checkpoint"),
             "doubts": "; ".join(about.get("doubts") or ()) or None,
@@ -65,7 +65,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
 
 
 class _Words:
-    """Token texts by number, in the order in which they came."""
+    """Index of token texts, numbered in order of first use."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -75,7 +75,7 @@ class _Words:
 
     @property
     def spaced(self) -> bool:
-        """Whether tokens bring their spaces along."""
+        """True if any token starts with a space, as in byte-level tokenizers."""
         return any(word[:1].isspace() for word in self.numbers)
 
 
@@ -92,7 +92,7 @@ def _enter(index: dict[str, list[Any]], record: FeatureEntry, words: _Words) -> 
 
 
 def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
-    """What only the latent's own view needs, token texts as numbers and activations in thousandths of the maximum."""
+    """Return the data of a latent's detail view, with token texts as indices and activations in thousandths of the maximum."""
     top = record["max_activation"] or 1.0
 
     def context(example: dict[str, Any]) -> list[Any]:
@@ -117,7 +117,7 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
                 ("fire together (Jaccard)", "co_firing", "jaccard"),
                 ("fire together (lift)", "lifted", "lift"),
                 ("correlated", "correlated", "correlation"),
-                ("atoms alike (cosine)", "nearest", "cosine"),
+                ("similar decoder directions (cosine)", "nearest", "cosine"),
             )
         },
         "details": record["details"],
@@ -127,6 +127,6 @@ def _compact(record: FeatureEntry, words: _Words) -> dict[str, Any]:
 
 
 def _packed(value: Any) -> str:
-    """JSON, compressed, as base64. Without a time in it, so that equal input gives equal bytes."""
+    """Return gzipped JSON as base64, without a timestamp so that equal input gives equal bytes."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()

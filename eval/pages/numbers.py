@@ -1,4 +1,4 @@
-"""Formatting of numbers on pages."""
+"""Number formatting for pages and the terminal."""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ def finite(value: Any) -> float | None:
 
 
 def dead_words(report: Mapping[str, Any]) -> str:
-    """Dead latents for a terminal: on the tokens scored, and where it is known on the last of the training."""
+    """Describe dead latents for the terminal: on the evaluated tokens and, if known, in the last training tokens."""
     words = f"dead {report['dead_fraction']:.2%} on {report['dead_window_tokens']:,} tokens"
     share, window = report.get("dead_training_fraction"), report.get("dead_training_window_tokens")
     return words if share is None else f"{words}, {share:.2%} on the training's last {window:,}"
 
 
 def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:
-    """A scalar as text: thousands separated, floats to so many significant digits."""
+    """Format a scalar, with thousands separators and floats rounded to ``digits`` significant digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The plots of the report page: inline SVG that follows the page's light and dark colours."""
+"""Plots as inline SVG that follows the page's light and dark colors."""
 
 import io
 import math
@@ -19,12 +19,12 @@ from .numbers import finite, show
 
 Report = dict[str, Any]
 Curve = list[dict[str, Any]]
-# Draws into the axes and returns the figures in words, or None where there is nothing to draw.
+# Draws into the axes and returns a text alternative, or None if there is nothing to draw.
 Draw = Callable[[Axes, Report, Curve], str | None]
-# CSS variable -> colour in light and in dark mode.
+# CSS variable -> color in light and in dark mode.
 Palette = dict[str, tuple[str, str]]
 
-# Plots are drawn in the light colours, then each is replaced by its variable, so that one SVG serves both modes.
+# Plots are drawn in the light colors, which are then replaced by variables, so that one SVG serves both modes.
 PALETTE: Palette = {
     "ink": ("#1f2937", "#e5e7eb"),
     "muted": ("#667085", "#9aa4b2"),
@@ -38,13 +38,13 @@ PALETTE: Palette = {
 }
 INK, MUTED, RULE, ACCENT, SOFT, WARN, BAD, *_ = (light for light, _ in PALETTE.values())
 STYLE: dict[Any, Any] = {
-    # Text stays text: the reader's font, selectable, and no glyph outlines to carry.
+    # Keep text as text: the reader's font, selectable, and no glyph outlines.
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    # matplotlib's own font measures the text, so the layout is the same on every machine.
+    # matplotlib's bundled font measures the text, so the layout is the same on every machine.
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
-    # A dollar sign in a name is a dollar sign.
+    # Names may contain dollar signs.
     "text.parse_math": False,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -61,14 +61,14 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "legend.handlelength": 1.4,
 }
-# A card is about 350 CSS pixels wide on a desk and on a phone; at one SVG unit per pixel, text keeps its size.
+# A card is about 350 CSS pixels wide on desktops and phones; at one SVG unit per pixel, text keeps its size.
 FIGURE_INCHES = (350 / 72, 225 / 72)
 CURVE_POINTS = 300
 L0_BARS = 60
 
 
 def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """Training fvu over tokens, with the held-out value."""
+    """Draw the training fvu over tokens, with the held-out value."""
     drawn = _draw_series(ax, curve, "fvu")
     heldout = finite(report.get("fvu"))
     if drawn is None:
@@ -87,22 +87,22 @@ def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
 
 
 def dead_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """Share of dead latents over training tokens."""
+    """Draw the fraction of dead latents over training tokens."""
     drawn = _draw_series(ax, curve, "dead")
     if drawn is None:
         return None
     values, words = drawn
-    # Never less than a hundredth in height: a run without dead latents is a flat line at the bottom, not noise.
-    ax.set(ylim=(0, max(0.01, max(values) * 1.15)), ylabel="dead share of latents")
+    # At least 0.01 high, so that a run without dead latents is a flat line at the bottom and not noise.
+    ax.set(ylim=(0, max(0.01, max(values) * 1.15)), ylabel="fraction of dead latents")
     return words
 
 
 def error_split(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """The variance as one bar, and below it the error alone, enlarged."""
+    """Draw the variance as one bar and, below it, the error alone, enlarged."""
     total, nonlinear = finite(report.get("fvu_total")), finite(report.get("fvu_nonlinear"))
     if total is None or nonlinear is None:
         return None
-    # A fit on too few tokens can do worse than none. No bar shows a negative share; legend and words give the numbers.
+    # A fit on too few tokens can give negative shares, which no bar shows; legend and text give the numbers.
     linear, explained = max(0.0, total - nonlinear), max(0.0, 1 - total)
     whole, error = explained + total, total or 1.0
     parts = (("explained", 1 - total, explained), ("linear error", total - nonlinear, linear))
@@ -116,8 +116,8 @@ def error_split(ax: Axes, report: Report, curve: Curve) -> str | None:
     for top, bottom in ((explained / whole, 0), (1, 1)):
         ax.plot([top, bottom], [0.79, 0.21], color=MUTED, linewidth=1, linestyle=":")
     ax.text(0, 1.29, "variance of the activations", va="bottom")
-    doubt = "; the linear fit had too few tokens" if report.get("dark_matter_enough_tokens") is False else ""
-    ax.text(0, -0.29, f"the error alone ({show(total)}), enlarged{doubt}", va="top")
+    doubt = "; linear fit on too few tokens" if report.get("dark_matter_enough_tokens") is False else ""
+    ax.text(0, -0.29, f"error alone ({show(total)}), enlarged{doubt}", va="top")
     ax.set(xlim=(0, 1), ylim=(-0.62, 1.62))
     ax.axis("off")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, columnspacing=1.2)
@@ -126,7 +126,7 @@ def error_split(ax: Axes, report: Report, curve: Curve) -> str | None:
 
 
 def _density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """Latents by log10 of their firing density, dead ones in a bar of their own."""
+    """Draw a histogram of log10 firing densities, with dead latents in a separate bar."""
     counts = np.asarray(report.get("density_histogram_counts") or [], dtype=float)
     edges = np.asarray(report.get("density_histogram_log10_edges") or [], dtype=float)
     if len(counts) == 0 or len(edges) != len(counts) + 1:
@@ -136,7 +136,7 @@ def _density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     centers, threshold, filled = (edges[:-1] + edges[1:]) / 2, math.log10(DENSE), np.flatnonzero(counts)
     dense = round(counts[centers > threshold].sum())
     low = math.floor(edges[filled[0]]) if len(filled) else -1
-    # One tall bar of dead latents would flatten the rest; it is cut, and its label says how many they are.
+    # A tall bar of dead latents would flatten the rest, so it is cut; its label gives the count.
     top = 1.3 * max(float(counts.max()), 1.0)
     at, height = low - 0.6, min(dead or 0, 0.86 * top)
     ax.bar(centers, counts, np.diff(edges) * 0.92, color=[WARN if center > threshold else ACCENT for center in centers])
@@ -149,13 +149,13 @@ def _density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     ax.set_xticks([at, *ticks], ["dead", *(f"{tick}".replace("-", "\u2212") for tick in ticks)])
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.grid(visible=True, axis="y")
-    often = f", most often on about {10 ** centers[counts.argmax()]:.2g} of the tokens" if len(filled) else ""
+    often = f", most commonly on about {10 ** centers[counts.argmax()]:.2g} of the tokens" if len(filled) else ""
     words = f"{show(round(counts.sum()))} latents fire{often}; dead: {show(dead)}"
     return f"{words}; dense, firing on more than {DENSE:g} of the tokens: {show(dense)}."
 
 
 def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """Tokens by how many latents fire on them."""
+    """Draw a histogram of the number of latents firing per token."""
     counts = np.asarray(report.get("l0_histogram_counts") or [], dtype=float)
     if counts.sum() == 0:
         return None
@@ -172,14 +172,14 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     ax.grid(visible=True, axis="y")
     if low == high:
-        # A fixed budget: one bar is the whole story, so it gets a name instead of quantiles.
+        # A fixed k gives a single bar, which is labelled instead of quantiles.
         ax.set(xlim=(low - 4.5, low + 4.5), ylim=(0, bars[0] * 1.2))
         ax.text(low, bars[0] * 1.02, f"every token: {low}", ha="center", va="bottom")
         return f"Exactly {low} latents fire on every one of {show(int(counts.sum()))} tokens."
-    # NaN draws nothing and shows as undefined.
+    # matplotlib skips NaN, and `show` prints it as undefined.
     named = (finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
     mean, median, p10, p90 = (math.nan if value is None else value for value in named)
-    span = f"10\u201390 %: {show(p10)}\u2013{show(p90)}"
+    span = f"10\u201390%: {show(p10)}\u2013{show(p90)}"
     ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
     ax.axvline(median, color=INK, linewidth=1.2, linestyle="--", label=f"median {show(median)}")
     ax.axvline(mean, color=WARN, linewidth=1.6, label=f"mean {show(mean)}")
@@ -188,7 +188,7 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
 
 
 def _cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
-    """The losses as bars."""
+    """Draw the cross-entropies as bars."""
     bars = {"clean": MUTED, "spliced": ACCENT, "mean": WARN, "zero": BAD, "resample": INK}
     losses = {name: value for name in bars if (value := finite(report.get(f"ce_{name}"))) is not None}
     if not losses:
@@ -206,23 +206,23 @@ def _cross_entropy(ax: Axes, report: Report, curve: Curve) -> str | None:
     return f"Cross-entropy in nats per token: {words}."
 
 
-# Title, what to look for, the function that draws it and says it in words.
+# Title, note, drawing function.
 PLOTS: tuple[tuple[str, str, Draw], ...] = (
-    ("Training curve", "Lower is better. The line is the median of neighbouring log lines, the band their range.", fvu_curve),
-    ("Dead latents in training", "Share of latents silent for the recipe's window of tokens.", dead_curve),
-    ("Where the variance goes", "Linear error is what a linear map of the activation can predict.", error_split),
-    ("Firing density", "Dense latents say little about any token. An arrow marks a bar cut short.", _density_histogram),
-    ("Latents per token", "How many latents it takes to describe one token.", l0_histogram),
+    ("Training curve", "Lower is better. Line: median of neighboring log lines. Band: their range.", fvu_curve),
+    ("Dead latents in training", "Fraction of latents silent for dead_after_tokens of the recipe.", dead_curve),
+    ("Where the variance goes", "Linear error: predictable by a linear map of the activation.", error_split),
+    ("Firing density", "Dense latents carry little information. An arrow marks a truncated bar.", _density_histogram),
+    ("Latents per token", "Number of active latents per token.", l0_histogram),
     (
         "Cost to the model",
-        "Spliced: the model runs on reconstructions. Ablated: on the mean, zeros, or other tokens' activations.",
+        "Spliced: the model runs on reconstructions. Ablated: on the mean, zeros, or activations of other tokens.",
         _cross_entropy,
     ),
 )
 
 
 class PlotCard(NamedTuple):
-    """A plot for the templates: the SVG's view box and content (``None`` if not measured), and its figures in words."""
+    """A plot for the templates: the SVG's view box and content (``None`` if not measured), and a text alternative."""
 
     title: str
     note: str
@@ -238,9 +238,9 @@ def plot_card(
     inches: tuple[float, float] = FIGURE_INCHES,
     palette: Palette = PALETTE,
 ) -> PlotCard:
-    """Draw a plot; ``draw`` returns the plot in words, or ``None`` where it finds nothing to draw."""
+    """Draw a plot; ``draw`` returns a text alternative, or ``None`` if there is nothing to draw."""
     with matplotlib.rc_context():
-        # Not the user's matplotlibrc: the page looks the same everywhere. The salt keeps ids of two plots apart.
+        # Ignore the user's matplotlibrc, so that pages look the same everywhere. The salt keeps the ids of plots distinct.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         matplotlib.rcParams["svg.hashsalt"] = title
@@ -250,46 +250,46 @@ def plot_card(
 
 
 def _svg(figure: Figure, palette: Palette) -> tuple[str, Markup]:
-    """View box and content of the figure's SVG, its colours replaced by CSS variables."""
+    """Return the view box and content of the figure's SVG, with colors replaced by CSS variables."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     found = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
     assert found is not None
     view_box, svg = found.groups()
-    # A style element would apply to the whole page; ids such as axes_1 occur in every plot and nothing refers to them.
+    # A style element would apply to the whole page; ids such as axes_1 repeat in every plot and are unused.
     svg = re.sub(r"<defs>\s*<(style).*?</\1>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)
     for name, (light, _) in palette.items():
         svg = svg.replace(light, f"var(--{name})")
-    # matplotlib has escaped the texts in it.
+    # Safe as markup: matplotlib escapes texts.
     return view_box, Markup(svg.replace("'DejaVu Sans', sans-serif", "inherit"))
 
 
 def plain_log_ticks(axis: Axis, span: float) -> None:
-    """Round numbers without powers along a logarithmic axis whose ends are a factor of ``span`` apart."""
+    """Label a logarithmic axis with plain round numbers; ``span`` is the ratio of its ends."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
 def _short(count: float) -> str:
-    """Token counts on an axis: 2.5M instead of 2500000."""
+    """Format a count for an axis: 2.5M instead of 2500000."""
     power = min(4, int(math.log10(max(abs(count), 1)) / 3 + 1e-9))
     return f"{count / 1000**power:g}{('', 'k', 'M', 'B', 'T')[power]}"
 
 
 def _draw_series(ax: Axes, curve: Curve, key: str) -> tuple[list[float], str] | None:
-    """A training curve; its values and the words for it, or ``None`` where no log line has both tokens and ``key``."""
+    """Draw a training curve and return its values and text, or ``None`` if no log line has both tokens and ``key``."""
     rows = [(finite(row.get("tokens")), finite(row.get(key))) for row in curve]
     points = np.array([row for row in rows if None not in row], dtype=float)
     if len(points) == 0:
         return None
-    # Medians of neighbours, so that a long run makes no large page, and their range behind them.
+    # Medians and ranges of neighboring lines keep the page of a long run small.
     pieces = np.array_split(points, min(CURVE_POINTS, len(points)))
     x = [piece[-1, 0] for piece in pieces]
     low, middle, high = ([float(summary(piece[:, 1])) for piece in pieces] for summary in (np.min, np.median, np.max))
     ax.fill_between(x, low, high, color=SOFT, linewidth=0)
-    # Where a run logged only a few times, the points are the data, not the lines between them.
+    # With few log lines, mark the points, which are the data.
     ax.plot(x, middle, color=ACCENT, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=4, label="training batches")
     ax.grid(visible=True)
     ax.set_xlim(left=0)

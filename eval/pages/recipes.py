@@ -1,4 +1,4 @@
-"""Recipes side by side as a page: a table of families, and plots of every run."""
+"""Page that compares recipes: a table of families, and plots of every run."""
 
 import math
 import statistics
@@ -25,7 +25,7 @@ COLUMNS = (
     Column("ce recovered", "ce_recovered_mean", max),
     Column("ce increase", "ce_increase", min),
     Column("KL", "kl_spliced", min),
-    # The budget is chosen, not achieved.
+    # The sparsity budget is chosen, so neither direction is better.
     Column("l0", "l0_mean", None),
     Column("dead", "dead_fraction", min),
     Column("dead in training", "dead_training_fraction", min),
@@ -35,33 +35,31 @@ COLUMNS = (
 )
 WIDTH_INCHES = 430 / 72
 SCATTER_INCHES, LEGEND_ROW_INCHES = 275 / 72, 16 / 72
-# A family's row: a gap and the lines of its name. Below the rows, the axis.
+# Heights of a family's row (a gap plus the lines of its name) and of the axis below the rows.
 ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
 NAME_WIDTH = 24
-DAGGER = "\u2020 Hollow: chosen knowing more than the token."
+DAGGER = "\u2020 Hollow: latents not selected per token."
 LEGEND = (
-    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: the best mean of its column among families at the common "
-    "l0; where ranges overlap, other seeds may name another."
+    "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: best mean of the column among run groups at the common "
+    "l0; if ranges overlap, other seeds may give another order."
 )
 ORACLE = (
-    "Families with a label beside their name choose latents knowing more than the token. Their figures flatter; hollow in the "
-    "plots, they are never marked as best."
+    "Run groups with a label next to their name select latents with information beyond the token (hollow in the plots). Their "
+    "figures are optimistic, and they are never marked as best."
 )
 REMARK = (
-    "A family is one recipe. All were judged on the same held-out tokens and trained on one store of activations, except where "
-    "a row says that they were streamed from the model. The seed changes the initial weights and the order of the tokens."
+    "A run group is one recipe with several seeds, which change the initial weights and the token order. All runs are "
+    "evaluated on the same held-out tokens and trained on one activation store, unless a row says streamed from the model."
 )
 
 
 def render_recipes(comparison: Comparison) -> str:
-    """One page of ``comparison``. Equal input gives equal bytes."""
+    """Render a comparison of recipes as a page. Equal input gives equal bytes."""
     families = comparison["families"]
     oracle = any(map(is_oracle, families))
     trained = sorted({family["training_tokens"] or 0 for family in families})
     seeds = sorted({len(family.get("seeds") or family["directories"]) for family in families})
-    heading = (
-        f"{len(families)} {'family' if len(families) == 1 else 'families'}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
-    )
+    heading = f"{len(families)} run group{'s' * (len(families) != 1)}, {_span(seeds)} seed{'s' * (seeds != [1])} each"
     return document(
         "comparison.html",
         f"sparsary comparison \u00b7 {comparison['hook'] or heading}",
@@ -80,8 +78,8 @@ def render_recipes(comparison: Comparison) -> str:
         }
         | ({} if comparison.get("target_l0") is None else {"compared at l0": show(comparison["target_l0"])}),
         warnings={},
-        thing="family",
-        things="Families",
+        thing="run group",
+        things="Run groups",
         example="fvu<0.1, dead<0.05",
         columns=explained(COLUMNS),
         rows=[_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)],
@@ -103,45 +101,45 @@ def render_recipes(comparison: Comparison) -> str:
 
 
 def _dead_windows(comparison: Comparison) -> str:
-    """What the two columns of dead latents count."""
+    """Describe the token windows of the two dead-latent columns."""
     words = f"silent for {show(comparison['dead_window_tokens'])} tokens"
     windows = {family.get("dead_training_window_tokens") for family in comparison["families"]} - {None}
     return f"{words}; in training for {_span(sorted(windows))}" if windows else words
 
 
 def is_oracle(family: Family) -> bool:
-    """Whether latents were chosen knowing more than the token: such figures are no fair rivals of the others."""
+    """Return True if latents were not selected per token; such figures are not comparable with the others."""
     return family["selection"] != PER_TOKEN
 
 
 def fvu_against_l0(ax: Axes, families: list[Family]) -> str | None:
-    """One point per run."""
+    """Draw one point per run."""
     return _scatter(ax, families, "fvu", "fvu")
 
 
 def recovered_against_l0(ax: Axes, families: list[Family]) -> str | None:
-    """One point per run."""
+    """Draw one point per run."""
     return _scatter(ax, families, "ce_recovered_mean", "ce recovered (mean ablation)")
 
 
 def fvu_rows(ax: Axes, families: list[Family]) -> str | None:
-    """The same points family by family: with one budget for all, they stand above each other in the plot against l0."""
+    """Draw one row of points per family, because families of equal l0 overlap in the plot against l0."""
     return _strip(ax, families, "fvu", "fvu")
 
 
 def recovered_rows(ax: Axes, families: list[Family]) -> str | None:
-    """One point per run, family by family."""
+    """Draw one row of points per family."""
     return _strip(ax, families, "ce_recovered_mean", "ce recovered (mean ablation)")
 
 
 def dead_bars(ax: Axes, families: list[Family]) -> str | None:
-    """Mean over seeds, and the range as a line."""
-    return _bars(ax, families, "dead_fraction", "dead share of latents")
+    """Draw the mean over seeds as a bar and the range as a line."""
+    return _bars(ax, families, "dead_fraction", "fraction of dead latents")
 
 
 def dense_bars(ax: Axes, families: list[Family]) -> str | None:
-    """Mean over seeds, and the range as a line."""
-    return _bars(ax, families, "dense_fraction", "dense share of latents")
+    """Draw the mean over seeds as a bar and the range as a line."""
+    return _bars(ax, families, "dense_fraction", "fraction of dense latents")
 
 
 def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -> dict[str, Any]:
@@ -179,7 +177,7 @@ def _cell(entry: dict[str, Any] | None, decimals: int, is_best: bool) -> Cell:
 
 
 def _decimals(families: list[Family], key: str) -> int:
-    """Decimals that show a typical value of the column, or its distance from 1, to three digits."""
+    """Return the decimals that show a typical value of the column, or its distance from 1, to three digits."""
     means = [entry["mean"] for family in families if (entry := family["figures"].get(key)) and entry["mean"] is not None]
     sizes = [size for mean in means if (size := min(abs(mean), abs(1 - mean))) > 0]
     return min(6, max(0, 2 - math.floor(math.log10(statistics.median(sizes))))) if sizes else 0
@@ -187,12 +185,12 @@ def _decimals(families: list[Family], key: str) -> int:
 
 def _number(value: float, decimals: int) -> str:
     text = f"{value:,.{decimals}f}"
-    # No small number reads as zero, and zero needs no decimals.
+    # A small number must not read as zero, and zero needs no decimals.
     return text if float(text.replace(",", "")) != 0 else show(value, digits=1)
 
 
 def _span(values: list[int]) -> str:
-    """Sorted values as one, or as first and last."""
+    """Format sorted values as a single one, or as a range."""
     return show(values[0]) if len(values) == 1 else f"{show(values[0])}\u2013{show(values[-1])}"
 
 
@@ -218,7 +216,7 @@ def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | No
         ax.set_xscale("log")
         plain_log_ticks(ax.xaxis, seed_spread(xs))
     elif max(xs) - min(xs) < 0.04 * max(xs):
-        # One budget: without room on both sides, its noise would fill the axis.
+        # A single budget: without margins its noise would fill the axis.
         ax.set_xlim(0.9 * min(xs), 1.1 * max(xs))
     if log_y:
         ax.set_yscale("log")
@@ -275,7 +273,7 @@ def _bars(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
 
 
 def _name_rows(ax: Axes, families: list[Family], label: str) -> None:
-    """One family per row, the first on top."""
+    """Label one row per family, the first on top."""
     ax.set_yticks(range(len(families)), [textwrap.fill(_name(family), NAME_WIDTH) for family in families])
     ax.set(ylim=(len(families) - 0.4, -0.6), xlabel=label)
     ax.tick_params(axis="y", length=0)
@@ -322,12 +320,12 @@ def _rows_height(families: list[Family]) -> float:
     return AXIS_INCHES + len(families) * (ROW_INCHES + LINE_INCHES * lines)
 
 
-# Title, what to look for, the function that draws it and says it in words, and its height.
+# Title, note, drawing function, and height function.
 PLOTS = (
     ("Reconstruction against sparsity", "One point per seed; down and left is better.", fvu_against_l0, _scatter_height),
     ("Cost to the model against sparsity", "One point per seed; up and left is better.", recovered_against_l0, _scatter_height),
-    ("Reconstruction by family", "One point per seed; left is better.", fvu_rows, _rows_height),
-    ("Cost to the model by family", "One point per seed; right is better.", recovered_rows, _rows_height),
+    ("Reconstruction by run group", "One point per seed; left is better.", fvu_rows, _rows_height),
+    ("Cost to the model by run group", "One point per seed; right is better.", recovered_rows, _rows_height),
     ("Dead latents", "Bar: mean over seeds. Line: lowest to highest seed.", dead_bars, _rows_height),
-    ("Dense latents", "They say little about any token. Bar: mean. Line: lowest to highest seed.", dense_bars, _rows_height),
+    ("Dense latents", "They carry little information. Bar: mean over seeds. Line: range.", dense_bars, _rows_height),
 )

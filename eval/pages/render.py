@@ -1,4 +1,4 @@
-"""A result's page from its written files alone, so that old results can be rendered again."""
+"""Rendering of HTML pages from written result files alone, so that old results can be rendered again."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ from .report import render_report
 from .runs import render_runs
 from .stack import render_stack
 
-# What the page of a graph shows beyond graph.json, which is in another project's form.
+# Suffix of the page's own data file: graph.json has the format of another project and lacks some of it.
 GRAPH_PAGE = "-page"
 
 
 class ResultKind(NamedTuple):
-    """A kind of result: entries by which it is known, the command that writes it, and how its page is made."""
+    """A kind of result: the entries that identify it, the command that writes it, and its renderer."""
 
     entries: frozenset[str]
     command: str
@@ -27,18 +27,27 @@ class ResultKind(NamedTuple):
 
 
 def render_file(path: str | Path) -> Path:
-    """Render the page of a written result beside it, whole or not at all.
+    """Render a result file as an HTML page next to it (written atomically).
 
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``features.json`` or
-            ``features.jsonl``, ``graph.json``; or the same under another name. What lies beside it is read too: a run's
-            ``metrics.jsonl``, the other file of features, a graph's ``graph-page.json``.
+            ``features.jsonl``, ``graph.json``; other names work too. Related files in the same folder are read as well:
+            a run's ``metrics.jsonl``, the other file of features, a graph's ``graph-page.json``.
 
     Returns:
         The page's path: the same name, ending in ``.html``.
 
     Raises:
-        ValueError: If the file is missing or damaged, or no result that has a page.
+        ValueError: If the file is missing, damaged, or not a result that has a page.
+
+    Example:
+        >>> import json, tempfile
+        >>> from sparsary import render
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "report.json")
+        ...     _ = path.write_text(json.dumps({"report_version": 1, "kind": "sae", "fvu": 0.21}))
+        ...     render(path).name
+        'report.html'
     """
     source = _main_file(Path(path))
     found = read_json(source)
@@ -59,15 +68,15 @@ def render_file(path: str | Path) -> Path:
 
 
 def _main_file(path: Path) -> Path:
-    """The file that says what the result is; of two that belong together, the one with a page's facts."""
+    """Return the JSON file that identifies the result: ``features.json`` for ``features.jsonl``."""
     return path.with_suffix(".json") if path.suffix == ".jsonl" else path
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines.
+    """Yield the objects of a JSONL file.
 
     Raises:
-        ValueError: If there is no such file, or a line is not JSON.
+        ValueError: If the file does not exist, or a line is not JSON.
     """
     if not path.is_file():
         raise ValueError(f"{path}: expected this file, found nothing there.")
@@ -80,14 +89,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _report(path: Path, report: dict[str, Any]) -> str:
-    """With the training curve where the run's log lies beside the report, or where the report says the run is."""
+    """Render a report, with the training curve if the run's log is next to it or in the checkpoint's folder."""
     folders = (path.parent, Path(str(report.get("checkpoint"))))
     logs = [folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()]
     return render_report(report, _curve(logs[0]) if logs else [])
 
 
 def _curve(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log; a line that a killed run left half-written is no reason to have no page."""
+    """Return the lines of a run's log, skipping one that a killed run left half-written."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -104,7 +113,7 @@ def _graph(path: Path, graph: dict[str, Any]) -> str:
     return render_graph(read_json(beside))
 
 
-# The first kind whose entries a file has is its kind.
+# The first kind whose entries a file has wins.
 KINDS = (
     ResultKind(frozenset({"stack_report_version"}), "sparsary eval", lambda path, found: render_stack(found)),
     ResultKind(frozenset({"report_version"}), "sparsary eval", _report),

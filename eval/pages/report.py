@@ -1,4 +1,4 @@
-"""The report of one dictionary as a page without scripts."""
+"""Page of a dictionary's report, without scripts."""
 
 import re
 from typing import Any
@@ -11,9 +11,9 @@ from .tables import EntryRow, FigureTile
 
 
 def render_report(report: Report, curve: Curve) -> str:
-    """One page that shows ``report`` and, where there is one, the training ``curve`` (lines of ``metrics.jsonl``).
+    """Render a report with the training ``curve`` (lines of ``metrics.jsonl``; may be empty).
 
-    Entries that are absent read "not measured", those that are ``None`` "undefined". Equal input gives equal bytes.
+    Absent entries read "not measured", entries of ``None`` "undefined". Equal input gives equal bytes.
     """
     name, arguments = encoder_parts(report.get("encoder"))
     kind, trained, commit = (report.get(key) for key in ("kind", "training_tokens", "git_commit"))
@@ -43,26 +43,26 @@ def render_report(report: Report, curve: Curve) -> str:
     )
 
 
-# Label, key, and what stands below the number; braces name other entries of the report.
+# Label, key, and the note below the number; braces name other entries of the report.
 KEY_FIGURES = (
-    ("fvu", "fvu", "variance unexplained; 0 is perfect"),
+    ("fvu", "fvu", "fraction of variance unexplained; 0 is perfect"),
     ("l0", "l0_mean", "latents per token, median {l0_median}"),
     ("ce recovered", "ce_recovered_zero", "against zero ablation"),
     ("ce recovered", "ce_recovered_mean", "against mean ablation"),
-    ("ce increase", "ce_increase", "nats per token, on {ce_clean}"),
+    ("ce increase", "ce_increase", "nats per token, above {ce_clean}"),
     ("KL", "kl_spliced", "nats per token; same top token {top1_agreement}"),
-    ("dead share", "dead_fraction", "of {n_latents} latents, in {dead_window_tokens} tokens"),
+    ("dead fraction", "dead_fraction", "of {n_latents} latents, on {dead_window_tokens} tokens"),
     ("linear error share", "linear_error_share", "of the squared error"),
 )
 
 
 def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     if key == "fvu" and "fvu_affine" in report:
-        note = "variance unexplained; an affine map leaves {fvu_affine}"
+        note = "fraction of variance unexplained; {fvu_affine} for an affine map"
     if key == "dead_fraction" and report.get("dead_training_fraction") is not None:
-        note += "; in the training's last {dead_training_window_tokens}: {dead_training_fraction}"
+        note += "; in the last {dead_training_window_tokens} of training: {dead_training_fraction}"
     value = show(report[key]) if key in report else UNMEASURED
-    # A note that quotes other entries says nothing beside a figure that is not there.
+    # A note that quotes other entries is dropped if the figure itself is missing.
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
     ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
     words += f" ({show(ends[0], digits=3)}\u2013{show(ends[1], digits=3)})" if None not in ends else ""
@@ -70,10 +70,10 @@ def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
 
 
 def _sections(report: Report) -> dict[str, dict[str, str]]:
-    """Explanations of what the report holds; entries that nobody explained come last."""
+    """Return the explanations by section; entries without an explanation come last."""
     known = {key for entries in EXPLANATIONS.values() for key in entries}
     unknown = [key for key, value in report.items() if _is_scalar(value) and key not in known]
-    return EXPLANATIONS | ({"Other entries": dict.fromkeys(unknown, "No explanation is known.")} if unknown else {})
+    return EXPLANATIONS | ({"Other entries": dict.fromkeys(unknown, "No explanation available.")} if unknown else {})
 
 
 def _rows(report: Report, title: str, explanations: dict[str, str]) -> list[EntryRow]:

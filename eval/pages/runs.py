@@ -1,6 +1,6 @@
-"""Runs side by side as a page: Pareto plots, and tables that can be sorted and filtered.
+"""Page that compares runs: Pareto plots, and tables that can be sorted and filtered.
 
-The fragment of the address holds what is shown, so that a view can be passed on: ``#q=topk l0<40&sort=fvu``.
+The URL fragment holds the view's state, so that a view can be shared: ``#q=topk l0<40&sort=fvu``.
 """
 
 from typing import Any
@@ -26,23 +26,23 @@ COLUMNS = (
     Column("dead", "dead_fraction", min),
     Column("dead in training", "dead_training_fraction", min),
     Column("dense", "dense_fraction", min),
-    Column("nearest atom", "decoder_max_cosine_mean", None),
+    Column("nearest direction", "decoder_max_cosine_mean", None),
     Column("linear error", "linear_error_share", min),
 )
 SIZE = (430 / 72, 330 / 72)
 PLOTS = (
-    ("fvu", "Reconstruction against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
-    ("ce_increase", "Cost to the model against sparsity", "Down and left is better. Bars: 95 % intervals over documents."),
+    ("fvu", "Reconstruction against sparsity", "Down and left is better. Bars: 95% intervals over documents."),
+    ("ce_increase", "Cost to the model against sparsity", "Down and left is better. Bars: 95% intervals over documents."),
 )
-LEGEND = "Small: 95 % intervals over documents. Shaded: on the Pareto front of its column against l0."
+LEGEND = "Small: 95% intervals over documents. Shaded: on the Pareto front of the column against l0."
 REMARK = (
-    "Intervals are about other documents of the same text, not about other seeds: two runs may differ by more than their "
-    "intervals and still be one recipe. Dead shares compare only over equal windows of tokens."
+    "Intervals cover the choice of documents, not of training seeds: two runs of one recipe may differ by more than their "
+    "intervals. Compare dead fractions only over equal windows of tokens."
 )
 
 
 def render_runs(comparison: dict[str, Any]) -> str:
-    """One page of what ``collect_runs`` returned. Equal input gives equal bytes."""
+    """Render the result of ``collect_runs`` as a page. Equal input gives equal bytes."""
     runs: list[Run] = comparison["runs"]
     order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
     families = list(dict.fromkeys(family_of(run) for run in runs))
@@ -77,21 +77,21 @@ def render_runs(comparison: dict[str, Any]) -> str:
 
 
 def _interpolated(comparison: dict[str, Any]) -> list[str]:
-    """What stands for sweeps over budgets among the differences."""
+    """Return the remark on families whose figures are interpolated between sparsity budgets."""
     sweeps = [family for family in comparison.get("families", ()) if family["between"]]
     words = ", ".join(f"{family['name']} between {' and '.join(family['between'])}" for family in sweeps)
     return [f"Interpolated to an l0 of {show(comparison['match_l0'])}: {words}."] if sweeps else []
 
 
 def family_of(run: Run) -> str:
-    """Runs that differ in a budget or a seed only, and are drawn alike."""
+    """Return the family of a run: runs that differ only in sparsity budget or seed share one, and are drawn alike."""
     report = run["report"]
     words = [encoder_parts(report.get("encoder"))[0], report.get("kind"), f"{show(report.get('n_latents'))} latents"]
     return " ".join(str(word) for word in words if word)
 
 
 def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[str, Any], key: str) -> str | None:
-    """One point per run with its interval, a line through those of a family, and the Pareto front."""
+    """Draw one point per run with its interval, a line through each family's points, and the Pareto front."""
     points = {
         index: (x, y)
         for index, run in enumerate(runs)
@@ -130,11 +130,11 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
     words = ", ".join(
         f"{runs[index]['name']} {show(y, digits=3)} at l0 {show(x, digits=3)}" for index, (x, y) in points.items()
     )
-    return f"{key} against l0: {words}. Not beaten in both: {', '.join(comparison['pareto'][key])}."
+    return f"{key} against l0: {words}. Pareto front: {', '.join(comparison['pareto'][key])}."
 
 
 def _tall(points: dict[int, tuple[float, float]], runs: list[Run], key: str) -> list[float]:
-    """Everything that is drawn along the second axis."""
+    """Return all values drawn along the y axis, including interval ends."""
     ends = (finite(runs[index]["report"].get(f"{key}_{end}")) for index in points for end in ("low", "high"))
     return [y for _, y in points.values()] + [end for end in ends if end is not None]
 
@@ -144,14 +144,14 @@ def _explained_label(key: str) -> str:
 
 
 def _rank(run: Run) -> tuple[int, float]:
-    """The best first: by what it costs the model, and behind those where that is not known by fvu."""
+    """Return the sort key of a run: lowest ce_increase first, then runs without it by fvu."""
     costs = [finite(run["report"].get(key)) for key in ("ce_increase", "fvu")]
     return next(((place, cost) for place, cost in enumerate(costs) if cost is not None), (len(costs), 0.0))
 
 
 def _shared(runs: list[Run], key: str) -> str:
     values = list(dict.fromkeys(show(run["report"].get(key)) for run in runs))
-    return values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different ones"
+    return values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different"
 
 
 def _row(run: Run, index: int, families: list[str], fronts: dict[str, list[str]]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _cell(run: Run, key: str, on_front: bool) -> Cell:
 
 
 def _entries(keys: list[str], runs: list[Run]) -> dict[str, list[str]]:
-    """A section of the long table: every entry that is a number in some report."""
+    """Return a section of the long table: every entry that is a number in at least one report."""
     values = {key: [run["report"].get(key, UNMEASURED) for run in runs] for key in keys}
     return {
         key: [show(value, digits=5) for value in row]

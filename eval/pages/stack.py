@@ -1,4 +1,4 @@
-"""The report of a stack as a page: all layers at once, and each alone."""
+"""Page of a stack's report: all layers replaced at once, and each layer alone."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, plain_log_ticks
 from .tables import Column, EntryRow, FigureTile, figure_cell
 
 Report = dict[str, Any]
-# Characters that a plot has room for beside an axis.
+# Characters that fit next to a plot's axis.
 LABEL = 16
 
 COLUMNS = (
@@ -19,76 +19,76 @@ COLUMNS = (
         "fvu",
         "layer_fvu",
         None,
-        "Fraction of variance unexplained, against what the layer writes in the untouched model: 0 is perfect.",
+        "Fraction of variance unexplained of the layer's output in the original model: 0 is perfect.",
     ),
-    Column("l0", "layer_l0", None, "Latents of the layer that fire on a token, mean over tokens."),
-    Column("dead", "layer_dead_fraction", None, "Share of the layer's latents that are silent on all tokens scored."),
+    Column("l0", "layer_l0", None, "Number of active latents of the layer per token, mean over tokens."),
+    Column("dead", "layer_dead_fraction", None, "Fraction of the layer's latents that never fire on the scored tokens."),
     Column(
         "ce spliced",
         "layer_ce_spliced",
         None,
-        "Cross-entropy with this layer alone replaced by its reconstruction, nats per token.",
+        "Cross-entropy with only this layer replaced by its reconstruction, nats per token.",
     ),
-    Column("ce mean", "layer_ce_mean", None, "The same with the mean in its place: what the layer is worth to the model."),
-    Column("ce zero", "layer_ce_zero", None, "The same with zeros in its place."),
-    Column("KL spliced", "layer_kl_spliced", None, "KL divergence from the untouched model's predictions, nats per token."),
-    Column("KL mean", "layer_kl_mean", None, "The same divergence with the mean in its place."),
-    Column("KL zero", "layer_kl_zero", None, "The same divergence with zeros in its place."),
-    Column("top-1 spliced", "layer_top1_spliced", None, "Share of predictions whose likeliest token stays the same."),
-    Column("top-1 mean", "layer_top1_mean", None, "The same share with the mean in its place."),
-    Column("top-1 zero", "layer_top1_zero", None, "The same share with zeros in its place."),
+    Column("ce mean", "layer_ce_mean", None, "The same with mean ablation: the importance of the layer to the model."),
+    Column("ce zero", "layer_ce_zero", None, "The same with zero ablation."),
+    Column("KL spliced", "layer_kl_spliced", None, "KL divergence from the original model's predictions, nats per token."),
+    Column("KL mean", "layer_kl_mean", None, "The same divergence with mean ablation."),
+    Column("KL zero", "layer_kl_zero", None, "The same divergence with zero ablation."),
+    Column("top-1 spliced", "layer_top1_spliced", None, "Fraction of predictions whose most likely token is unchanged."),
+    Column("top-1 mean", "layer_top1_mean", None, "The same fraction with mean ablation."),
+    Column("top-1 zero", "layer_top1_zero", None, "The same fraction with zero ablation."),
 )
-# What the row of all layers at once has below these columns.
+# Entries of the row for all layers at once, in the order of COLUMNS.
 TOTALS = (
     *("fvu_layer_mean", "l0_total", "dead_fraction", "ce_spliced", "ce_mean", "ce_zero"),
     *("kl_spliced", "kl_mean", "kl_zero", "top1_agreement", "top1_mean", "top1_zero"),
 )
 EXPLANATIONS = {
-    "layers": "Places of the model that are replaced.",
-    "n_latents": "Latents of all layers together.",
-    "parameters": "Numbers learned, of all dictionaries together.",
-    "documents": "Held-out documents scored. The means were taken on others.",
-    "tokens": "Tokens scored. Excluded positions (special tokens, the first few of a context) are neither replaced nor scored.",
-    "tokens_asked": "Tokens asked for, half of them to be scored. Held-out text that is shorter is cut in halves.",
-    "documents_shared": "Documents partly scored and partly not: 0, unless there are too few to keep them whole.",
-    "fvu_layer_mean": "Mean over layers of the layers' fvu, on the untouched model's activations.",
-    "l0_total": "Latents firing on a token, of all layers together, on the untouched model's activations.",
-    "dead_fraction": "Share of all latents that are silent on the whole window of tokens.",
-    "dead_window_tokens": "That window, in tokens.",
-    "dead_training_fraction": "Share of all latents that were silent on the last tokens of their training.",
-    "dead_training_window_tokens": "That window, in tokens; of several, the shortest.",
-    "downstream_tokens": "Predictions scored: at replaced positions whose next token is of the same document.",
-    "ce_clean": "Cross-entropy of the untouched model, nats per token.",
-    "ce_spliced": "Cross-entropy with reconstructions in place at all layers at once, each reading what the earlier ones left.",
-    "ce_zero": "Cross-entropy with zeros in place at all layers at once.",
-    "ce_mean": "Cross-entropy with the means in place at all layers at once.",
-    "kl_spliced": "KL divergence from the untouched model's predictions to those with all layers replaced, nats per token.",
-    "kl_zero": "The same divergence with zeros at all layers.",
-    "kl_mean": "The same divergence with the means at all layers.",
-    "ce_increase": "ce_spliced - ce_clean: what it costs to replace all layers, nats per token.",
-    "top1_agreement": "Share of predictions whose likeliest token stays the same with all layers replaced.",
-    "top1_zero": "The same share with zeros at all layers.",
-    "top1_mean": "The same share with the means at all layers.",
+    "layers": "Number of replaced layers.",
+    "n_latents": "Total number of latents of all layers.",
+    "parameters": "Total number of learned parameters of all dictionaries.",
+    "documents": "Number of held-out documents scored. The means are computed on other documents.",
+    "tokens": "Number of tokens scored. Excluded positions (special or leading tokens) are not replaced either.",
+    "tokens_asked": "Number of tokens requested, half of them for scoring. Shorter held-out text is split in half.",
+    "documents_shared": "Number of documents scored only in part: 0, unless there are too few to keep them whole.",
+    "fvu_layer_mean": "Mean fvu over layers, on the original model's activations.",
+    "l0_total": "Number of active latents of all layers per token, on the original model's activations.",
+    "dead_fraction": "Fraction of all latents that never fire within a window of tokens.",
+    "dead_window_tokens": "Length of that window in tokens.",
+    "dead_training_fraction": "Fraction of all latents that did not fire on the last tokens of their training.",
+    "dead_training_window_tokens": "Length of that window in tokens; the shortest if they differ.",
+    "downstream_tokens": "Number of predictions scored: replaced positions whose next token belongs to the same document.",
+    "ce_clean": "Cross-entropy of the original model, nats per token.",
+    "ce_spliced": "Cross-entropy with all layers replaced at once, each reading the output of the replaced earlier ones.",
+    "ce_zero": "Cross-entropy with zero ablation of all layers at once.",
+    "ce_mean": "Cross-entropy with mean ablation of all layers at once.",
+    "kl_spliced": "KL divergence from the original predictions to those with all layers replaced, nats per token.",
+    "kl_zero": "The same divergence with zero ablation of all layers.",
+    "kl_mean": "The same divergence with mean ablation of all layers.",
+    "ce_increase": "ce_spliced - ce_clean: the cost of replacing all layers, nats per token.",
+    "top1_agreement": "Fraction of predictions whose most likely token is unchanged with all layers replaced.",
+    "top1_zero": "The same fraction with zero ablation of all layers.",
+    "top1_mean": "The same fraction with mean ablation of all layers.",
     "ce_recovered_zero": "(ce_zero - ce_spliced) / (ce_zero - ce_clean). 1 is perfect, 0 no better than zeros.",
-    "ce_recovered_mean": "The same fraction, against the means: the fairer yardstick.",
+    "ce_recovered_mean": "The same fraction with mean ablation: the fairer baseline.",
     "kl_recovered_zero": "(kl_zero - kl_spliced) / kl_zero.",
     "kl_recovered_mean": "(kl_mean - kl_spliced) / kl_mean.",
 }
-# Label, key, and what stands below the number.
+# Label, key, and the note below the number.
 TILES = (
-    ("fvu", "fvu_layer_mean", "variance unexplained, mean over {layers} layers"),
-    ("l0", "l0_total", "latents per token, all layers together"),
-    ("ce increase", "ce_increase", "nats per token, all layers replaced, on {ce_clean}"),
+    ("fvu", "fvu_layer_mean", "fraction of variance unexplained, mean over {layers} layers"),
+    ("l0", "l0_total", "latents per token, total over layers"),
+    ("ce increase", "ce_increase", "nats per token, all layers replaced, above {ce_clean}"),
     ("ce recovered", "ce_recovered_mean", "against mean ablation of all layers"),
     ("ce recovered", "ce_recovered_zero", "against zero ablation of all layers"),
     ("KL", "kl_spliced", "nats per token, all layers replaced"),
-    ("same top token", "top1_agreement", "share of predictions, all layers replaced"),
-    ("dead share", "dead_fraction", "of {n_latents} latents, in {dead_window_tokens} tokens"),
+    ("same top token", "top1_agreement", "fraction of predictions, all layers replaced"),
+    ("dead fraction", "dead_fraction", "of {n_latents} latents, on {dead_window_tokens} tokens"),
 )
 
 
 def render_stack(report: Report) -> str:
-    """One page that shows the report of a stack. Equal input gives equal bytes."""
+    """Render the report of a stack as a page. Equal input gives equal bytes."""
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
     heading = f"{report['kind']}, {report['layers']} layers"
@@ -127,7 +127,7 @@ def _filled(note: str, report: Report) -> str:
 
 
 def short(hook: str) -> str:
-    """``a.mlp:in -> a.mlp:out`` as ``a.mlp``; anything else as it is."""
+    """Shorten ``a.mlp:in -> a.mlp:out`` to ``a.mlp``; return anything else unchanged."""
     reads, arrow, writes = hook.partition(" -> ")
     path = reads.rpartition(":")[0]
     return path if arrow and reads == f"{path}:in" and writes == f"{path}:out" else hook
@@ -141,7 +141,7 @@ def _costs(ax: Axes, report: Report) -> str:
     span = 1000.0
     for name, color in bars:
         costs = [ce - clean for ce in (*report[f"layer_ce_{name}"], report[f"ce_{name}"])]
-        # A layer that costs nothing, or helps, has no place on a logarithmic axis; its number is in the table.
+        # Costs of zero or below do not fit on a logarithmic axis; their numbers are in the table.
         ax.scatter(
             [max(cost, smallest) for cost in costs], range(len(names)), color=color, s=34, zorder=3, label=_variant(name)
         )
@@ -150,7 +150,7 @@ def _costs(ax: Axes, report: Report) -> str:
         )
         span = max(span, max(costs) / smallest)
     ax.set_yticks(range(len(names)), names)
-    ax.set(xscale="log", xlabel="cross-entropy above the untouched model's, nats", ylim=(len(names) - 0.5, -0.5))
+    ax.set(xscale="log", xlabel="increase of cross-entropy, nats", ylim=(len(names) - 0.5, -0.5))
     plain_log_ticks(ax.xaxis, span)
     ax.axhline(len(names) - 1.5, color=MUTED, linewidth=0.8)
     ax.grid(visible=True, axis="both")
@@ -173,7 +173,7 @@ def _fvus(ax: Axes, report: Report) -> str:
 
 
 def _label(hook: str) -> str:
-    """The end of a hook: a card has no room for all of it."""
+    """Return the end of a hook, short enough for a plot's axis."""
     text = short(hook)
     while len(text) > LABEL and "." in text:
         text = text.partition(".")[2]
@@ -184,12 +184,12 @@ def _variant(name: str) -> str:
     return name if name == "spliced" else f"{name}-ablated"
 
 
-# Title, what to look for, the function that draws it and says it in words.
+# Title, note, drawing function.
 PLOTS = (
     (
         "Cost of each layer",
-        "What replacing one layer alone, and all at once, costs the model. Below 0.0001, or a gain, stands at the edge.",
+        "Increase in loss from replacing one layer, or all at once. Values below 0.0001 are drawn at the edge.",
         _costs,
     ),
-    ("Variance unexplained", "By layer, on the untouched model's activations. Lower is better.", _fvus),
+    ("Variance unexplained", "By layer, on the original model's activations. Lower is better.", _fvus),
 )

@@ -1,4 +1,4 @@
-"""What tables and key figures show, as data for the templates."""
+"""Data of tables and key figures for the templates."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from .numbers import UNDEFINED, UNMEASURED, finite, show
 
 
 class Column(NamedTuple):
-    """A figure of a table; ``better`` picks its best value and is ``None`` where neither end is better."""
+    """A column of a table; ``better`` picks its best value and is ``None`` if neither direction is better."""
 
     label: str
     key: str
@@ -18,9 +18,9 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One value of a table: its text, the number it is sorted by (``None`` where there is none), and small print below.
+    """One value of a table: its text, the number it is sorted by (``None`` if missing), and small notes below it.
 
-    ``best`` says why a value is marked, ``reason`` why there is none.
+    ``best`` is the reason why a value is marked as best, ``reason`` the reason why it is missing.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 class FigureTile(NamedTuple):
-    """A key figure: entry of the result, label, value and what stands below it."""
+    """A key figure: entry of the result, label, value and the note below it."""
 
     key: str
     label: str
@@ -41,7 +41,7 @@ class FigureTile(NamedTuple):
 
 
 class EntryRow(NamedTuple):
-    """An entry of a result with its explanation, and why it is null where that is known."""
+    """An entry of a result with its explanation and, if it is null, the reason."""
 
     key: str
     value: str
@@ -49,21 +49,21 @@ class EntryRow(NamedTuple):
     reason: str = ""
 
 
-# Where the report's explanation leans on its neighbours, or there is none.
+# Texts for columns whose explanation in the report refers to its neighbors or is missing.
 NOTES = {
-    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), ablated to the mean activation. 1 is perfect, "
-    "0 no better than the mean.",
-    "tokens_per_second": "Training speed, the median over the run's log lines. Whatever else ran on the machine slowed it.",
+    "ce_recovered_mean": "(ce_ablated - ce_spliced) / (ce_ablated - ce_clean), with mean ablation. 1 is perfect, 0 no better "
+    "than the mean.",
+    "tokens_per_second": "Training speed, median over the run's log lines; affected by other processes on the machine.",
 }
 
 
 def explained(columns: Iterable[Column]) -> list[Column]:
-    """The columns of figures of reports, each with its explanation."""
+    """Add the report glossary's explanation to each column."""
     texts = {key: text for entries in EXPLANATIONS.values() for key, text in entries.items()} | NOTES
     return [column._replace(text=texts[column.key]) for column in columns]
 
 
 def figure_cell(entries: Mapping[str, Any], key: str, digits: int = 4) -> Cell:
-    """A figure as it stands in a result, where it may be missing or null."""
+    """Return the cell of a result's entry, which may be missing or null."""
     value = finite(entries.get(key))
     return Cell(show(value if value is None else entries[key], UNDEFINED if key in entries else UNMEASURED, digits), value)

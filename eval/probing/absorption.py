@@ -1,4 +1,4 @@
-"""Absorption: a label's own latents are silent where others, aligned with the label's probe, stand in for them."""
+"""Feature absorption: a label's main latents do not fire where other latents aligned with its probe direction do."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 1024
 
 
 class Absorbed(NamedTuple):
-    """Per row: how much of the label's projection is absorbed, and whether one latent alone absorbs all of it."""
+    """Absorption per row: the absorbed fraction, and a mask of rows fully absorbed by one latent."""
 
     fraction: Float[np.ndarray, " rows"]
     full: np.ndarray  # (rows,) bool
@@ -28,13 +28,18 @@ def absorbed(
     direction: Float[np.ndarray, " d"],
     main: Int[np.ndarray, " some"],
 ) -> Absorbed:
-    """Absorption on rows that the probe gets right. ``x`` is the activation: SAEBench's whole, or less the dictionary's bias.
+    """Measure absorption on rows that the probe classifies correctly.
 
-    ``writes`` are atoms in raw units, ``direction`` the probe's, ``main`` the latents found for the label. What a latent
-    contributes is its projection on the direction. Fraction: of up to three other latents with cosine above 0.1, as a share
-    of theirs and the main latents' contributions; 0 where they make up less than 0.4 of the row's projection or the main ones
-    account for all of it. Full: no main latent fires, and one latent contributes at least 0.4.
-    Source: Chanin et al. 2024, arXiv:2409.14507, in the form of SAEBench, which leaves the bias in.
+    A latent contributes its value times the projection of its decoder direction on the probe's. ``fraction`` is the share
+    of up to three other latents (cosine at least 0.1) in their and the main latents' contributions; it is 0 where they make up
+    less than 0.4 of the row's projection or the main latents account for all of it. ``full``: no main latent fires, and one
+    latent contributes at least 0.4. Source: Chanin et al. 2024, arXiv:2409.14507, in SAEBench's form.
+
+    Args:
+        x: Activations; SAEBench leaves the dictionary's bias in, the ``less_bias`` variants subtract it.
+        writes: Decoder directions in raw activation units.
+        direction: Probe weights.
+        main: Latents found for the label.
     """
     unit = direction / max(float(np.linalg.norm(direction)), 1e-12)
     along = writes @ unit

@@ -1,4 +1,4 @@
-"""Labelled tokens and texts that latents are probed with."""
+"""Labelled tokens and texts for probing."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ BATCH_CONTEXTS = 16
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of held-out documents of the embedded corpus."""
+    """Held-out tokens of the embedded corpus: activations, documents and factors."""
 
     x: np.ndarray  # (tokens, d_in)
     neurons: np.ndarray | None  # (tokens, n_neurons)
@@ -30,15 +30,15 @@ class Tokens:
     factors: list[corpus.Factors]
 
     def where(self, rows: np.ndarray) -> "Tokens":
-        """Some of the tokens."""
+        """Return the tokens selected by a mask."""
         neurons = None if self.neurons is None else self.neurons[rows]
         return Tokens(self.x[rows], neurons, self.documents[rows], [self.factors[i] for i in np.flatnonzero(rows)])
 
 
 def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> Tokens:
-    """At least so many tokens of held-out documents, whole batches of contexts, with the factors behind each.
+    """Read at least ``tokens`` held-out tokens (rounded up to whole batches) with the factors behind each.
 
-    The tokens that training left out (special ones, leading positions) are left out here too.
+    Tokens excluded from training (special tokens, leading positions) are excluded here too.
 
     Raises:
         ValueError: If the dictionary was not trained on the embedded corpus.
@@ -73,7 +73,7 @@ def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts with a label each, and perhaps a second one (``spurious``) that could be mistaken for it."""
+    """Texts with one label each and, optionally, a second label (``spurious``) that correlates with it."""
 
     name: str
     texts: list[str]
@@ -82,10 +82,10 @@ class Labelled:
 
 
 def read_labelled(path: str | Path) -> Labelled:
-    """A JSONL file with the keys text, label and, in all lines or none, spurious.
+    """Read labelled text from a JSONL file with the keys ``text``, ``label`` and, in all lines or none, ``spurious``.
 
     Raises:
-        ValueError: If there is no such file, a line is not such an object, or there are fewer than two labels.
+        ValueError: If the file does not exist, a line is malformed, or there are fewer than two distinct labels.
     """
     path = Path(path)
     if not path.is_file():
@@ -119,9 +119,9 @@ def _is_label(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Texts as means over their tokens, of activations and of codes.
+    """Activations and codes of texts, averaged over the tokens of each text.
 
-    Silencing latents while the dictionary's error is kept is linear, so that the means are enough for it.
+    Ablating latents with the dictionary's error kept is linear in the codes, so it can be applied to the means.
     """
 
     name: str
@@ -129,14 +129,14 @@ class Pooled:
     codes: sparse.csc_array  # (texts, n_latents)
     labels: np.ndarray  # (texts,) of str
     spurious: np.ndarray | None
-    counts: np.ndarray  # (texts,) tokens of each
+    counts: np.ndarray  # (texts,) number of tokens
 
 
 @torch.no_grad()
 def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -> Pooled:
-    """Run the model on every text and average over its tokens, special ones aside; texts without any are left out.
+    """Run the model on every text and average over its tokens, excluding special ones; texts without other tokens are dropped.
 
-    A text is cut to the length of the dictionary's contexts, and stands behind BOS where the dictionary's did.
+    Texts are truncated to ``most_tokens`` or the dictionary's context length, and start with BOS if its training contexts did.
 
     Raises:
         ValueError: If no text has a valid token.
@@ -159,7 +159,7 @@ def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -
         for line, (_, number) in enumerate(batch):
             ids[line, : len(rows[number])] = torch.tensor(rows[number])
             kept[line, : len(rows[number])] = torch.tensor([token not in special for token in rows[number]])
-        # Attention is causal: padding on the right is not seen.
+        # Attention is causal: right padding does not affect the text.
         seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float()
         owner = kept.nonzero()[:, 0].to(seen.device)
         rows_of = seen[kept.to(seen.device)]
@@ -186,14 +186,14 @@ def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -
 
 
 def _by_length(valid: Sequence[int], rows: list[list[int]]) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (place, text) of about equal length, so that little is padded."""
+    """Yield batches of (row, text index) of similar length, to keep padding small."""
     order = sorted(enumerate(valid), key=lambda item: len(rows[item[1]]))
     for start in range(0, len(order), 4 * BATCH_CONTEXTS):
         yield order[start : start + 4 * BATCH_CONTEXTS]
 
 
 def halves(documents: Int[np.ndarray, " tokens"], seed: int) -> np.ndarray:
-    """A mask of the tokens that belong to a random half of the documents."""
+    """Return a mask of the tokens that belong to a random half of the documents."""
     owners = np.unique(documents)
     chosen = np.random.default_rng(seed).permutation(owners)[: len(owners) // 2]
     return np.isin(documents, chosen)

@@ -1,4 +1,4 @@
-"""The embedded corpus's known factors: how well single latents, neurons, dimensions and linear probes detect each of them."""
+"""Detection of the embedded corpus's known factors by single latents, neurons, dimensions and linear probes."""
 
 import math
 from collections import defaultdict
@@ -29,11 +29,11 @@ from .probes import (
 from .subject import ProbeTarget, sparse_codes
 
 DEFAULT_TOKENS = 60_000
-# Fewer positives in either half leave an F1 to chance.
+# With fewer positives in either half, F1 is noise.
 LEAST_POSITIVES = 30
-# What a probe is fitted on; more changes its F1 by less than its interval.
+# Training rows of a probe; more change its F1 by less than its confidence interval.
 PROBE_POSITIVES, PROBE_NEGATIVES = 1000, 2000
-# Below it the model does not hold the factor linearly, and nothing can be said of absorption (SAEBench's threshold).
+# Below it the model does not represent the factor linearly, and absorption is undefined (SAEBench's threshold).
 LEAST_PROBE_F1 = 0.6
 DETECTORS = ("latent", "probe", "neuron", "dimension")
 CLASSES: dict[str, frozenset[str]] = {
@@ -47,7 +47,7 @@ CLASSES: dict[str, frozenset[str]] = {
 
 
 def names_of(factors: Factors) -> list[str]:
-    """The binary factors of a token, as ``family=value``."""
+    """Return the binary factors of a token, as ``family=value``."""
     found = [f"task={factors['task']}", f"role={factors['task']}/{factors['role']}"]
     plain = ("entity", "number", "gender", "subject_number", "order", "topic", "place")
     found += [f"{key}={factors[key]}" for key in plain if key in factors]
@@ -63,7 +63,7 @@ def names_of(factors: Factors) -> list[str]:
 
 @dataclass(frozen=True)
 class FactorLabels:
-    """Binary factors that are frequent enough in both halves to be scored."""
+    """Labels of the binary factors that are frequent enough in both halves to be scored."""
 
     names: list[str]
     values: Bool[np.ndarray, "tokens factors"]
@@ -74,7 +74,7 @@ class FactorLabels:
 
 
 def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least: int = LEAST_POSITIVES) -> FactorLabels:
-    """Every binary factor with at least so many positive and negative tokens in either half."""
+    """Return the binary factors with at least ``least`` positive and negative tokens in each half."""
     where: dict[str, list[int]] = defaultdict(list)
     cache: dict[tuple, list[str]] = {}
     for token, known in enumerate(factors):
@@ -97,7 +97,7 @@ def labels_of(factors: list[Factors], fitted: Bool[np.ndarray, " tokens"], least
 def factor_scores(
     subject: ProbeTarget, tokens: int = DEFAULT_TOKENS, seed: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A flat summary, and one row for every factor. Half of the documents choose, the other half is scored.
+    """Return a flat summary and one row per factor; detectors are selected on half of the documents and scored on the rest.
 
     Raises:
         ValueError: If the factors are not known, or no factor is frequent enough to be scored.
@@ -121,7 +121,7 @@ def score_factors(
     seed: int = 0,
     least: int = LEAST_POSITIVES,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The same from activations, codes and, for absorption, what latents write ``(n_latents, d)`` beside a bias ``(d,)``."""
+    """Score factors from activations and codes; absorption also needs the decoder ``(n_latents, d)`` and its bias ``(d,)``."""
     fitted = halves(known.documents, seed)
     labels = labels_of(known.factors, fitted, least)
     if not labels.names:
@@ -175,7 +175,7 @@ def _rows(columns: Any, mask: np.ndarray) -> ProbeInputs:
 
 
 class _Judged:
-    """One row per factor, filled detector by detector, and each document's counts for the intervals."""
+    """Result rows (one per factor, filled detector by detector), and counts per document for the confidence intervals."""
 
     def __init__(self, labels: FactorLabels, y: np.ndarray, owners: np.ndarray):
         self.y, self.owners, self.n_owners = y, owners, int(owners.max()) + 1
@@ -185,7 +185,7 @@ class _Judged:
                 "factor": name,
                 "family": family,
                 "positives": int(y[:, index].sum()),
-                # A detector that says yes to everything.
+                # F1 of a detector that always fires.
                 "chance_f1": float(2 * share[index] / (1 + share[index])),
             }
             for index, (name, family) in enumerate(zip(labels.names, labels.families, strict=True))
@@ -204,7 +204,7 @@ class _Judged:
         self.counts.setdefault(name, []).append(group_counts(detected, y, self.owners, self.n_owners))
 
     def add_columns(self, name: str, search: Search, scored: ProbeInputs) -> None:
-        """The best single column of each factor, as the other half chose it."""
+        """Score the best single column of each factor, selected on the other half."""
         for index in range(len(self.rows)):
             detector = search.best(index)
             scores = detector.scores(scored)
@@ -214,7 +214,7 @@ class _Judged:
             self._note(name, index, scores > detector.threshold, scores)
 
     def add_probes(self, x_fit: np.ndarray, x: np.ndarray, y_fit: np.ndarray, seed: int) -> list[LinearProbe]:
-        """A logistic probe for each factor, its threshold the one of the best F1 on the half that it was fitted on."""
+        """Fit and score a logistic probe per factor, with the threshold of best F1 on the half that it was fitted on."""
         generator = np.random.default_rng(seed)
         probes = []
         for index in range(len(self.rows)):
@@ -232,7 +232,7 @@ class _Judged:
         return probes
 
     def summary(self, seed: int) -> dict[str, Any]:
-        """Means over factors, overall and by family; 95 % intervals are over documents."""
+        """Return means over factors, overall and by family, with 95% bootstrap intervals over documents."""
         report: dict[str, Any] = {"factors_count": len(self.rows)}
         report["factors_chance_f1"] = _mean(self.rows, "chance_f1")
         resampled: dict[str, np.ndarray] = {}
@@ -272,7 +272,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def factors_table(report: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines for a terminal: the families, and all of them."""
+    """Return the header and rows of the terminal's table: one row per family, and one for all factors."""
     names = [name for name in DETECTORS if report.get(f"factors_{name}_f1") is not None]
     lines = []
     for family in sorted({row["family"] for row in rows}):

@@ -1,6 +1,6 @@
-"""Detectors of labels: logistic probes, single columns with a threshold, and how good they are on rows they did not see.
+"""Label detectors (logistic probes and single thresholded columns) and their metrics.
 
-Columns are a dense matrix (dimensions, neurons) or a sparse one (latents); rows are tokens or texts, labels are boolean.
+Columns are dense (dimensions, neurons) or sparse (latents); rows are tokens or texts; labels are boolean.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from jaxtyping import Bool, Float, Int
 from scipy import optimize, sparse
 from sklearn.metrics import roc_auc_score
 
-# np.ndarray, or scipy.sparse.csc_array, whose stubs know too little of it.
+# np.ndarray or scipy.sparse.csc_array; Any because scipy's stubs are incomplete.
 ProbeInputs = Any
-# Wider problems are solved without second derivatives.
+# Wider problems use L-BFGS instead of Newton's method.
 NEWTON_WIDTH = 512
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear reader: a row is positive where its score is above 0."""
+    """A linear classifier; rows with a score above 0 are positive."""
 
     weights: Float[np.ndarray, " d"]
     offset: float
@@ -31,14 +31,16 @@ class LinearProbe:
 
 
 def logistic(x: ProbeInputs, y: Bool[np.ndarray, " rows"], l2: float = 1.0, weight: bool = False) -> LinearProbe:
-    """Logistic regression on standardised columns, its penalty ``l2 / 2 ||w||^2``; with ``weight`` both classes count alike.
+    """Fit a logistic regression on standardized columns with the penalty ``l2 / 2 ||w||^2``.
 
-    Columns are only scaled, not centred, where they are sparse. Constant ones get no weight. Scikit-learn's solvers find the
-    same weights to 6e-4 on 2,000 rows of 128 dimensions but take eleven times as long (newton-cholesky), and where fits end
-    moves F1 in its fifth digit.
+    Sparse columns are scaled but not centered. Constant columns get weight 0. scikit-learn's newton-cholesky finds the same
+    weights to 6e-4 (2,000 rows, 128 dimensions) in eleven times the time; the stopping point changes F1 in the fifth digit.
+
+    Args:
+        weight: Weight the classes equally instead of by their frequency.
 
     Raises:
-        ValueError: If only one class is there.
+        ValueError: If only one class is present.
     """
     positives = int(y.sum())
     if not 0 < positives < len(y):
@@ -63,12 +65,12 @@ def _moments(x: ProbeInputs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _newton(x: np.ndarray, y: np.ndarray, importance: np.ndarray, l2: float, prior: float) -> tuple[np.ndarray, float]:
-    """Damped Newton steps; the offset is the last coefficient and bears no penalty.
+    """Minimize the loss by damped Newton steps; the last coefficient is the offset, which is not regularized.
 
-    With torch: NumPy's threads spin, which takes the processor from everything else on it.
+    Uses torch because NumPy's threads busy-wait and starve other processes.
     """
     rows = torch.from_numpy(np.concatenate([x, np.ones((len(x), 1))], 1))
-    # In float32 the large product takes half the time; a step need not be exact.
+    # float32 halves the time of the large product; a Newton step need not be exact.
     light, target, weight = rows.float(), torch.from_numpy(y.astype(np.float64)), torch.from_numpy(importance)
     penalty = torch.full((rows.shape[1],), l2, dtype=torch.float64)
     penalty[-1] = 1e-6
@@ -110,7 +112,7 @@ def _quasi_newton(x: ProbeInputs, y: np.ndarray, importance: np.ndarray, l2: flo
 
 
 class Ranking(NamedTuple):
-    """Rows by falling score. Where scores tie, a threshold can only come after the last of them: ``ends``."""
+    """Rows sorted by descending score; ``ends`` are the last rows of each run of ties, where a threshold can be placed."""
 
     order: Int[np.ndarray, " rows"]
     scores: np.ndarray
@@ -124,7 +126,7 @@ def ranking(scores: np.ndarray) -> Ranking:
 
 
 def best_threshold(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> tuple[float, float]:
-    """The largest F1 that any threshold gives, and that threshold; halfway to the next score, so that it holds elsewhere."""
+    """Return the largest F1 of any threshold, and that threshold: halfway to the next score, so that it transfers."""
     hits = np.cumsum(y[ranked.order])[ranked.ends]
     f1 = 2 * hits / (ranked.ends + 1 + hits_of(y))
     best = int(np.argmax(f1))
@@ -134,7 +136,7 @@ def best_threshold(ranked: Ranking, y: Bool[np.ndarray, " rows"]) -> tuple[float
 
 
 def auroc(scores: Float[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"]) -> float:
-    """Chance that a positive row has a higher score than a negative one; ties count half, and 0.5 if a class is missing."""
+    """Return the area under the ROC curve; ties count half, and the result is 0.5 if a class is missing."""
     return float(roc_auc_score(y, scores)) if 0 < hits_of(y) < len(y) else 0.5
 
 
@@ -143,13 +145,13 @@ def hits_of(y: Bool[np.ndarray, " rows"]) -> int:
 
 
 def f1_of(detected: Bool[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"]) -> float:
-    """0 where nothing is detected and nothing was to be."""
+    """Return the F1 score; 0 if nothing is detected and there are no positives."""
     return 2 * hits_of(detected & y) / max(hits_of(detected) + hits_of(y), 1)
 
 
 @dataclass(frozen=True)
 class Detector:
-    """One column with a threshold and a sign (-1: small values detect), and its F1 on the rows it was chosen on."""
+    """A single column with a threshold and a sign (-1: small values detect), and its F1 on the rows used to select it."""
 
     column: int
     sign: int
@@ -164,16 +166,16 @@ class Detector:
 
 
 def column(columns: ProbeInputs, index: int) -> np.ndarray:
-    """A column, dense."""
+    """Return one column as a dense array."""
     if isinstance(columns, np.ndarray):
         return columns[:, index]
     return columns[:, [index]].toarray()[:, 0]
 
 
 class Search:
-    """Finds the column that detects a label best. Candidates are those of largest correlation and best firing F1.
+    """Search for the single column that detects each label best, among those of largest correlation and best firing F1.
 
-    Latents are tried with positive sign only: they fire, or not. Rankings are kept, as many labels share candidates.
+    Latents (sparse columns) are tried with positive sign only. Rankings are cached because labels share candidates.
     """
 
     def __init__(self, columns: ProbeInputs, labels: Bool[np.ndarray, "rows labels"], candidates: int = 6):
@@ -202,7 +204,7 @@ class Search:
         return self._rankings[index, sign]
 
     def best(self, label: int) -> Detector:
-        """The detector with the largest F1 on these rows."""
+        """Return the detector with the largest F1 for this label."""
         y = self.labels[:, label]
         found: list[Detector] = []
         for index in dict.fromkeys(self.candidates[:, label].tolist()):
@@ -213,17 +215,16 @@ class Search:
 
 
 def _largest(scores: np.ndarray, n: int) -> np.ndarray:
-    """Rows of the ``n`` largest entries of every column, the largest first."""
+    """Return the row indices of the ``n`` largest entries of every column, in descending order."""
     return np.argsort(-scores, axis=0, kind="stable")[:n]
 
 
 def split_latents(
     codes: sparse.csc_array, y: Bool[np.ndarray, " rows"], candidates: list[int], jump: float = 0.03, most: int = 10
 ) -> list[int]:
-    """The latents that share a label: the one whose firing has the best F1, then others, while any of them firing has an F1
-    better by ``jump``.
+    """Return the latents that a label is split over: greedily extended while "any of them fires" gains ``jump`` in F1.
 
-    SAEBench adds latents by the weights of an L1 probe instead; the criterion is its own.
+    The stopping criterion is SAEBench's, which however orders the latents by the weights of an L1 probe.
     """
     fires = {index: column(codes, index) > 0 for index in dict.fromkeys(candidates)}
     chosen: list[int] = []
@@ -241,5 +242,5 @@ def split_latents(
 def group_counts(
     detected: Bool[np.ndarray, " rows"], y: Bool[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"], n_groups: int
 ) -> Float[np.ndarray, "groups 3"]:
-    """Hits, detections and positives by group."""
+    """Return the numbers of hits, detections and positives of each group."""
     return np.stack([np.bincount(groups, what, n_groups) for what in (detected & y, detected, y)], -1)

@@ -1,4 +1,4 @@
-"""What ``sparsary probe`` does: the tasks that judge latents by what is known of the text, and their result files."""
+"""Probing tasks of ``sparsary probe``: latents scored against known properties of the text, and the result files."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ from .saebench.sparse_probing import sparse_probing
 from .subject import ProbeTarget, open_probe_target
 
 PROBING_VERSION = 1
-# Task -> what needs no labels of the user's: it always runs on the embedded model's own prompts or corpus.
 TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
+# Tasks that read ``labels``; the other two use the embedded corpus or generated prompts.
 LABELLED = ("sparse_probing", "scr", "tpp", "absorption")
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ProbingResults:
-    """The flat report, where it was written, and what a terminal shows."""
+    """Results of ``probe``: the flat report, the path of ``probing.json``, and tables and lines for the terminal.
+
+    Example::
+
+        results = sparsary.probe("runs/topk", tasks=["factors"])
+        results.report["factors_latent_f1"], results.report["factors_probe_f1"]
+    """
 
     report: Report
     path: Path
@@ -48,13 +54,21 @@ def probe(
     seed: int = 0,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> ProbingResults:
-    """Run the tasks on a checkpoint; ``probing.json`` and each task's own file go to ``out``.
+    """Run probing tasks on a checkpoint and write ``probing.json`` and one result file per task.
 
-    Without ``tasks`` all run that can, and the report says why others did not; a task that was asked for and cannot run is an
-    error. With ``labels`` the last four tasks judge by that text.
+    Args:
+        tasks: Names from ``TASKS``. Default: every task that can run; the report gives the reason for each one left out.
+        labels: JSONL file of labelled text for the last four tasks, instead of the embedded corpus.
+        out: Output folder. Default: ``CHECKPOINT/probing``.
+        tokens: Number of tokens for ``factors`` and ``absorption``, instead of their defaults.
 
     Raises:
-        ValueError: If there is no such task, or one that was asked for cannot be done with this checkpoint or text.
+        ValueError: If a task is unknown, or a requested task cannot run on this checkpoint or text.
+
+    Example::
+
+        results = sparsary.probe("runs/topk", tasks=["sparse_probing"], labels="reviews.jsonl")
+        results.report["sparse_probing_sae_top_1_test_accuracy"]
     """
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
@@ -110,10 +124,10 @@ def probe(
 
 
 def require_tasks(tasks: Iterable[str] | None) -> tuple[str, ...]:
-    """The tasks in their fixed order.
+    """Return the tasks in their fixed order; all of them if ``tasks`` is empty.
 
     Raises:
-        ValueError: If one does not exist.
+        ValueError: If a task does not exist.
     """
     wanted = list(tasks or TASKS)
     for task in wanted:

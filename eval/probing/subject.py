@@ -1,4 +1,4 @@
-"""What the probing tasks look at: a dictionary, its model, and activations with what is known of each token or text."""
+"""Inputs of the probing tasks: a dictionary, its language model, and its sparse codes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ..sanity import ROWS_AT_ONCE
 
 @dataclass(frozen=True)
 class ProbeTarget:
-    """A dictionary with the model it was trained on, the hook it reads, and the text it comes from."""
+    """A dictionary with its language model, the hook it reads, and the settings of its training text."""
 
     dictionary: SparseDictionary
     model: LanguageModel
@@ -30,12 +30,12 @@ class ProbeTarget:
 
     @property
     def embedded(self) -> bool:
-        """Whether every token's factors are known."""
+        """True on the embedded model and corpus, where the factors behind every token are known."""
         return self.text.source == "embedded" and self.model.id == "embedded"
 
     @property
     def in_place(self) -> bool:
-        """Whether reconstructions can stand where the activations stood."""
+        """True if the dictionary reconstructs its own input, so that its output can be spliced in at the hook."""
         hooks = (self.provenance.get("hooks_in"), self.provenance.get("hooks_out"))
         return self.dictionary.d_in == self.dictionary.d_out and hooks[0] == hooks[1]
 
@@ -43,7 +43,7 @@ class ProbeTarget:
         return self.dictionary.encode(x.to(self.dictionary.device))
 
     def require_in_place(self, task: str) -> None:
-        """Raise ``ValueError`` where a reconstruction could not be spliced in at the hook."""
+        """Raise ``ValueError`` if the reconstruction cannot be spliced in at the hook."""
         if not self.in_place:
             raise ValueError(
                 f"--task {task}: expected a dictionary that maps the activation at {self.hook} to itself (an SAE), got one "
@@ -52,10 +52,10 @@ class ProbeTarget:
 
 
 def open_probe_target(checkpoint: str | LoadedCheckpoint, options: CheckpointOptions = NO_OPTIONS) -> ProbeTarget:
-    """Load a checkpoint and its model, and check that they belong together.
+    """Load a checkpoint and its language model, and check that their widths match.
 
     Raises:
-        ValueError: If either cannot be had, or the dictionary is of another width than its hook.
+        ValueError: If either cannot be loaded, or the dictionary's width differs from the hook's.
     """
     opened = open_checkpoint(checkpoint, options) if isinstance(checkpoint, str) else checkpoint
     opened = opened.completed()
@@ -67,10 +67,10 @@ def open_probe_target(checkpoint: str | LoadedCheckpoint, options: CheckpointOpt
 
 
 def probe_target(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> ProbeTarget:
-    """The same from objects; ``source`` is the checkpoint's provenance.
+    """Build a probe target from a loaded dictionary and model; ``source`` is the checkpoint's provenance.
 
     Raises:
-        ValueError: If the dictionary has several sites, or is of another width than its hook.
+        ValueError: If the dictionary has several sites, or its width differs from the hook's.
     """
     if len(dictionary.sites) != 1:
         raise ValueError(f"checkpoint: expected a dictionary of one hook, got one of {len(dictionary.sites)}.")
@@ -85,7 +85,7 @@ def probe_target(dictionary: SparseDictionary, model: LanguageModel, source: dic
 
 @torch.no_grad()
 def sparse_codes(subject: ProbeTarget, x: np.ndarray) -> sparse.csc_array:
-    """The codes of rows of activations, entries that are not zero only."""
+    """Encode rows of activations and return the nonzero entries of their codes, ``(rows, n_latents)``."""
     rows, columns, values, start = [], [], [], 0
     for part in torch.from_numpy(x).split(ROWS_AT_ONCE):
         code = subject.encode(part)
@@ -100,6 +100,6 @@ def sparse_codes(subject: ProbeTarget, x: np.ndarray) -> sparse.csc_array:
 
 
 def latent_writes(subject: ProbeTarget) -> np.ndarray:
-    """Return what every latent's unit of value adds to the activation, one row per latent."""
+    """Return the decoder directions in raw activation units, one row per latent."""
     dictionary = subject.dictionary
     return (dictionary.atoms * dictionary.out_scale).detach().float().cpu().numpy()

@@ -1,8 +1,8 @@
-// The graph, drawn: nodes to point at, to search and to walk by arrow keys.
+// Drawing of the graph, with hover, search and keyboard navigation.
 
 const data = readData('data'), tokens = data.tokens.map(visible), targets = data.targets.map(visible);
 const KIND = ['latent', 'error', 'token', 'logit'], CAP = 7, STEP = 23, GAP = 16, LINE = 22;
-// Edges drawn at first; the frame's room for names of rows, and of columns.
+// Number of edges drawn initially; margins for the names of rows and columns.
 const FIRST = 220, LEFT = 58, LOW = 70;
 const svg = $('graph');
 const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
@@ -16,7 +16,7 @@ const rowName = at => at === 0 ? 'embed' : at === data.layers + 1 ? 'logits' : '
 let view = {x: 0, y: 0, k: 1}, selected = null, hovered = null, matches = null, moved = false, own = false;
 
 const signed = value => (value > 0 ? '+' : value < 0 ? '\u2212' : '') + number(Math.abs(value));
-const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + ' %';
+const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + '%';
 const short = (text, length) => text.length > length ? text.slice(0, length - 1) + '\u2026' : text;
 function name(node) {
   const at = ' \u00b7 \u201c' + tokens[node.position].trim() + '\u201d ' + node.position;
@@ -26,14 +26,14 @@ function name(node) {
   return 'logit of \u201c' + targets[node.index] + '\u201d';
 }
 
-// Nodes of one layer and position stand side by side, the most influential first, a few to a line.
+// Nodes of one layer and position are placed in lines, in descending order of influence.
 const cells = new Map(), rows = data.layers + 2, lines = Array(rows).fill(1);
 for (const node of nodes) {
   const key = row(node) + ' ' + node.position;
   if (!cells.has(key)) cells.set(key, []);
   cells.get(key).push(node);
 }
-// Targets have their words in them.
+// Logit nodes contain their tokens.
 const WORD = Math.max(44, Math.min(170, 18 + 9 * Math.max(...targets.map(text => Math.min(18, text.trim().length)))));
 const cap = at => at === data.layers + 1 ? 10 : CAP;
 const widths = tokens.map((token, position) => {
@@ -50,7 +50,7 @@ const widths = tokens.map((token, position) => {
 const lefts = [], bottoms = [];
 widths.reduce((sum, width) => (lefts.push(sum), sum + width), 0);
 const width = lefts[lefts.length - 1] + widths[widths.length - 1];
-// Rows stand as far apart as fills the frame once the columns do.
+// Row distance at which the graph fills the frame vertically when it does so horizontally.
 const frameBox = svg.getBoundingClientRect(), filled = lines.reduce((sum, count) => sum + count * LINE, 20);
 const wanted = width * (frameBox.height - LOW - 8) / Math.max(200, frameBox.width - LEFT - 16);
 const apart = Math.min(170, Math.max(44, (wanted - filled) / (rows - 1)));
@@ -66,7 +66,7 @@ for (const node of nodes) {
   node.r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
 }
 
-// Bands and edges lie under nodes; names of rows and columns stay at the border while the rest moves.
+// Bands and edges are below nodes; row and column names stay at the border when the graph is moved.
 const moving = draw('g', {}, svg), bands = draw('g', {}, moving), wires = draw('g', {'class': 'wires'}, moving);
 const dots = draw('g', {}, moving), frame = draw('g', {'class': 'frame'}, svg);
 for (let at = 0; at < rows; at++) {
@@ -154,7 +154,7 @@ function zoom(factor, x, y) {
   place();
 }
 function show(node) {
-  // Only as far as is needed to have it in sight.
+  // Scroll only as far as needed to make the node visible.
   const box = svg.getBoundingClientRect(), x = view.x + view.k * node.x, y = view.y + view.k * node.y;
   const to = (value, low, high) => Math.min(high, Math.max(low, value)) - value;
   view.x += to(x, 80, box.width - 40);
@@ -201,20 +201,20 @@ function detail(node) {
       items.append(make('li', '', make('span', 'who', ...labelled(one)), make('span', 'weight', percent(one.share))));
     }
     panel.replaceChildren(make('h2', '', matches ? matches.size + ' nodes found' : 'Most influential latents'),
-      make('p', 'note', 'Share of influence that passes through each. Choose a node to see what it is made of.'), items);
+      make('p', 'note', 'Fraction of influence that passes through each. Select a node to see its inputs.'), items);
     return;
   }
   const known = note(node), facts = [['influence', percent(node.share)]];
   if (node.kind === 'latent') facts.unshift(['activation', number(node.value)]);
   if (node.kind === 'logit') facts.unshift(['probability', percent(node.value)]);
-  if (known && known.maximum) facts.push(['most in text read', number(known.maximum)]);
+  if (known && known.maximum) facts.push(['maximum on text', number(known.maximum)]);
   if (known && known.density !== null && known.density !== undefined) facts.push(['fires on', percent(known.density)]);
   const list = make('dl', 'facts');
   for (const [key, value] of facts) list.append(make('div', '', make('dt', '', key), make('dd', '', value)));
   const parts = [make('h2', '', name(node)), known && known.label ? make('p', 'said', known.label) : null, list];
   if (node.total !== null) {
     const shown = node.into.reduce((sum, edge) => sum + edge.weight, 0);
-    const what = node.kind === 'logit' ? 'Logit, less the mean or the foil: ' : 'Pre-activation: ';
+    const what = node.kind === 'logit' ? 'Logit minus the mean or the foil: ' : 'Pre-activation: ';
     const hidden = signed(node.total - node.constant - shown);
     parts.push(make('p', 'note', `${what}${number(node.total)} = edges shown ${signed(shown)}, edges not shown ${hidden}, `
       + `constant ${signed(node.constant)}.`));
@@ -222,11 +222,11 @@ function detail(node) {
   if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.map(visible).join(' \u00b7 ')),
     make('p', 'note', 'Suppresses: ' + known.suppressed.map(visible).join(' \u00b7 ')));
   if (known) {
-    const none = 'No text was read in which it fires.';
-    parts.push(make('h3', '', known.windows.length ? 'Where it fires most' : none),
+    const none = 'No contexts recorded.';
+    parts.push(make('h3', '', known.windows.length ? 'Top activating contexts' : none),
       make('div', 'contexts', ...known.windows.map(context)));
   }
-  parts.push(edgeList('What makes it up', node.into, 'source'), edgeList('What it adds to', node.from, 'target'));
+  parts.push(edgeList('Inputs', node.into, 'source'), edgeList('Outputs', node.from, 'target'));
   panel.replaceChildren(...parts.filter(Boolean));
   panel.scrollTop = 0;
 }

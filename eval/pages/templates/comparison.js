@@ -1,4 +1,4 @@
-// Rows that are filtered out lose their marks in the plots too.
+// Hides the plot marks of rows that are filtered out.
 
 startTables({shows: () => {
   const gone = new Set(all("tr[data-number][hidden]").map(row => row.dataset.number));

@@ -1,4 +1,4 @@
-// The list of latents and the view of one. What is said of latents is unpacked when it is wanted.
+// The list of latents and the detail view of one. Details are decompressed on demand.
 
 const PAGE = 40, CACHED = 16, settings = readData('settings'), cache = new Map();
 let index, words, order = [], page = 0, current = -1, wanted = -1;
@@ -9,7 +9,7 @@ async function unpack(id) {
 }
 function chunk(number) {
   if (!cache.has(number)) {
-    // A few are kept: going to and fro needs no second unpacking, and memory stays small.
+    // Small cache: going back and forth is fast, and memory stays bounded.
     if (cache.size > CACHED) cache.delete(cache.keys().next().value);
     cache.set(number, unpack('chunk-' + number));
   }
@@ -25,7 +25,7 @@ function label(latent) {
   return index.explanation[latent] || index.predicate[latent] || '';
 }
 
-// A query's words are in the latent's texts, are its number, or are limits on its figures.
+// A query's words match a latent's texts or number, or are limits on its figures.
 const COLUMNS = new Map(['density', 'max', 'predicate_f1', 'example_embedding', 'logit_lens'].map(key => [key, key]));
 COLUMNS.set('f1', 'predicate_f1');
 const valueOf = (i, column) => index[column][i];
@@ -135,7 +135,7 @@ async function show(i) {
   parts.push(card('Activations', '', latent.histogram ? histogram(latent.histogram) : none(latent.reasons.histogram),
     make('p', 'note', 'Bins are equal on a logarithmic scale.')));
   parts.push(card('Tokens it fires on', '', latent.tokens.length ? listed(latent.tokens, token) : none('none'),
-    make('p', 'note', 'Share of its summed activation.')));
+    make('p', 'note', 'Fraction of its summed activation.')));
   parts.push(card('Direct effect on logits', '', latent.logits ? make('div', 'pair',
     make('div', '', make('h3', '', 'promoted'), listed(latent.logits[0], token)),
     make('div', '', make('h3', '', 'suppressed'), listed(latent.logits[1], token))) : none(latent.reasons.logits)));
@@ -146,12 +146,12 @@ async function show(i) {
       node.title = label(other);
       return node;
     }) : none('none')));
-  parts.push(card('Neighbours', 'wide', near));
+  parts.push(card('Neighbors', 'wide', near));
   const contexts = card('Contexts', 'contexts wide');
-  if (!latent.top.length) contexts.append(none('It fired nowhere.'));
+  if (!latent.top.length) contexts.append(none('It never fired.'));
   else contexts.append(make('h3', '', 'strongest'), ...latent.top.map(c => context(c, index.max[i])));
   for (const [low, high, some] of latent.quantiles)
-    contexts.append(make('h3', '', 'a fifth of all: peaks from ' + number(low) + ' to ' + number(high)),
+    contexts.append(make('h3', '', 'one fifth of all contexts: maximum from ' + number(low) + ' to ' + number(high)),
       ...some.map(c => context(c, index.max[i])));
   parts.push(contexts);
   $('detail').replaceChildren(...parts);
@@ -162,7 +162,7 @@ async function show(i) {
 function follow() {
   const i = parseInt(location.hash.slice(1), 10);
   if (!(i >= 0 && i < index.density.length)) return;
-  // On a narrow screen it stands below the list.
+  // On narrow screens the details are below the list.
   show(i).then(() => { if (innerWidth <= 900) $('detail').scrollIntoView(); });
 }
 

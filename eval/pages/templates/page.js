@@ -1,4 +1,4 @@
-// What the scripts of pages share. They write text as text, never as HTML, whatever a result holds.
+// Functions shared by the pages' scripts. Text from results is inserted as text, never as HTML.
 "use strict";
 
 const $ = id => document.getElementById(id);

@@ -1,16 +1,16 @@
-// Tables that a click on a column sorts and a search field filters. The fragment of the address keeps the view.
-// Cells of figures hold their number as data-value, empty where there is none; heads of columns of text have the class "text".
+// Tables with sortable columns and a filter field. The URL fragment holds the view's state.
+// Number cells have a data-value, empty if missing; the headers of text columns have the class "text".
 
 const LIMIT = /^(\w+)([<>])(-?[\d.]+(?:e-?\d+)?)$/;
 
-// Rows by value(row), a number or text. Rows without a value, null, come last, whichever way.
+// Rows sorted by value(row), a number or text; null values come last in both directions.
 function ordered(rows, value, down) {
   const order = (a, b) => typeof a === "string" ? a.localeCompare(b, undefined, {numeric: true}) : a - b;
   const compare = ([a], [b]) => a === null || b === null ? (a === null) - (b === null) : (down ? -1 : 1) * order(a, b);
   return rows.map(row => [value(row), row]).sort(compare).map(([, row]) => row);
 }
 
-// A test of rows: every word of the query is in them, or is a limit such as fvu<0.1 that their value in that column keeps.
+// Returns a predicate on rows: each word of the query occurs in the row, or is a limit on a column such as fvu<0.1.
 function matching(query, columns, has, value) {
   const tests = query.toLowerCase().split(/\s+/).filter(Boolean).map(word => {
     const limit = LIMIT.exec(word), column = limit ? columns.get(limit[1]) : undefined;
@@ -23,7 +23,7 @@ function matching(query, columns, has, value) {
   return row => tests.every(test => test(row));
 }
 
-// Start the page's tables. A page may hide rows for reasons of its own, show the same elsewhere, and keep more in the address.
+// Starts the page's tables. A page may hide further rows, update other parts, and keep more state in the URL.
 function startTables({hides = () => false, shows = () => {}, keeps = () => {}} = {}) {
   const tables = all("table.sortable"), find = $("find");
   let sorted = "";
@@ -32,10 +32,10 @@ function startTables({hides = () => false, shows = () => {}, keeps = () => {}} =
     const cell = row.cells[at], text = heads(row.closest("table"))[at].classList.contains("text");
     return text ? cell.textContent.toLowerCase() : cell && cell.dataset.value ? Number(cell.dataset.value) : null;
   };
-  // Figures go by their key and by their label.
+  // Columns can be named by key or by label.
   const columns = table => new Map(heads(table).flatMap((head, at) => head.classList.contains("text") ? [] : [
     [head.dataset.key, at],
-    [head.textContent.trim().toLowerCase().replace(/ %$/, "").replaceAll(" ", "_"), at],
+    [head.textContent.trim().toLowerCase().replace(/%$/, "").replaceAll(" ", "_"), at],
   ]));
 
   function sortBy(key) {

@@ -1,1 +1,1 @@
-"""Supervised dictionaries of the indirect object identification task (Makelov et al. 2024, arXiv:2405.08366)."""
+"""Comparison with supervised feature dictionaries on the IOI task (Makelov et al. 2024, arXiv:2405.08366)."""

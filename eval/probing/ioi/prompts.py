@@ -1,4 +1,4 @@
-"""Prompts of the indirect object identification task, with the attributes of each."""
+"""Prompts of the indirect object identification (IOI) task and their attributes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ OPENINGS = (
     "Afterwards , {0} and {1} had a lot of fun at the {p} .",
 )
 CLOSINGS = ("{s} gave a {o} to", "{s} decided to give a {o} to")
-# Stands before every prompt: dictionaries are not trained on a context's first positions.
+# Prepended to every prompt, because dictionaries are not trained on a context's first positions.
 PREFIX = "The old king laughs today . "
 POSITIONS = ("io", "s1", "s2", "end")
 CROSS_SECTIONS = {"end": (3,), "s2": (2,), "names": (0, 1), "all": (0, 1, 2, 3)}
@@ -28,11 +28,11 @@ N_NAMES, FIT_PROMPTS, SCORED_PROMPTS, EDIT_PROMPTS = 24, 3000, 600, 200
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenized prompts of one length or several, padded on the right, with the places and values that matter."""
+    """Tokenized prompts, right-padded, with the positions of IO, S1, S2 and END and the attribute values."""
 
     token_ids: Int[Tensor, "prompts tokens"]
     places: Int[Tensor, "prompts 4"]
-    # Index into names; Pos is 0 where IO comes first.
+    # Indices into names; Pos is 0 if IO comes first.
     io: Int[np.ndarray, " prompts"]
     s: Int[np.ndarray, " prompts"]
     pos: Int[np.ndarray, " prompts"]
@@ -44,7 +44,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PromptWords:
-    """Names, places and objects that are one token each for the model at hand, and how to write them."""
+    """Names, places and objects that are single tokens of a tokenizer, to fill prompts with."""
 
     tokenizer: Any
     names: list[str]
@@ -53,10 +53,10 @@ class PromptWords:
 
     @classmethod
     def of(cls, model: LanguageModel, n_names: int = N_NAMES) -> "PromptWords":
-        """As many names as asked for, half of either gender.
+        """Return up to ``n_names`` names, half of each gender, with places and objects.
 
         Raises:
-            ValueError: If the tokenizer knows too few of them as one token.
+            ValueError: If too few of them are single tokens.
         """
 
         def whole(words: Sequence[str]) -> list[str]:
@@ -76,7 +76,7 @@ class PromptWords:
         return cls(model.tokenizer, known[0] + known[1], places, things)
 
     def prompts(self, plans: Sequence["PromptPlan"]) -> Prompts:
-        """The prompts of these plans."""
+        """Tokenize the prompts of these plans."""
         bos = self.tokenizer.bos_token_id
         prefix = [*([] if bos is None else [bos]), *(i for word in PREFIX.split() for i in _ids(self.tokenizer, word))]
         rows, places = [], []
@@ -105,7 +105,7 @@ class PromptWords:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """Everything that decides a prompt."""
+    """Choices that determine a prompt."""
 
     io: int
     s: int
@@ -116,12 +116,12 @@ class PromptPlan:
     thing: int
 
     def changed(self, attribute: str, value: int) -> "PromptPlan":
-        """The same prompt but for one attribute."""
+        """Return the plan with one attribute changed."""
         return PromptPlan(**{**self.__dict__, attribute: value})
 
 
 def draw_plans(words: PromptWords, n: int, seed: int, names: Sequence[int] | None = None) -> list[PromptPlan]:
-    """Independent prompts; IO and S differ."""
+    """Draw ``n`` independent prompts in which IO and S differ."""
     generator = np.random.default_rng(seed)
     pool = np.arange(len(words.names)) if names is None else np.array(names)
     sizes = (2, len(OPENINGS), len(CLOSINGS), len(words.places), len(words.things))
@@ -133,6 +133,6 @@ def draw_plans(words: PromptWords, n: int, seed: int, names: Sequence[int] | Non
 
 
 def _ids(tokenizer: Any, word: str) -> list[int]:
-    # Words stand within a text, behind a space; punctuation does not.
+    # Words within a text follow a space; punctuation does not.
     text = word if word in ",." else f" {word}"
     return tokenizer(text, add_special_tokens=False)["input_ids"]

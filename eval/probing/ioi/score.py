@@ -1,8 +1,8 @@
-"""Supervised dictionaries of the indirect-object task, and how a learned dictionary compares with them as a model's part.
+"""Comparison of a learned dictionary with supervised ones on the indirect object identification (IOI) task.
 
-Prompts name two people, one of whom (S) gives something to the other (IO). Three attributes describe each prompt: who IO is,
-who S is, and which of them comes first (Pos). A supervised dictionary has one feature for each value of each attribute. The
-cross-section is the hook's activations at up to four positions: IO, S1, S2 and END.
+Prompts name two people, one of whom (S) gives something to the other (IO). Three attributes describe each prompt: the name
+of IO, the name of S, and their order (Pos). A supervised dictionary has one feature per attribute value. A cross-section is the
+hook's activations at up to four positions: IO, S1, S2 and END.
 Source: Makelov, Lange and Nanda 2024, arXiv:2405.08366.
 """
 
@@ -41,15 +41,15 @@ from .supervised import (
 )
 
 EDIT_SIZES = (2, 4, 6, 16)
-# A mean ablation that moves the logit difference by less says nothing of what is recovered.
+# If mean ablation moves the logit difference by less, recovery scores are undefined.
 LEAST_SPAN = 0.1
-# With fewer prompts to change, leaving them as they are is all but a success.
+# If the true counterfactual leaves more predictions unchanged, doing nothing would already score this high.
 MOST_UNCHANGED = 0.95
 OCCLUSION_F1, INTERPRETED_F1, CAUSAL_F1 = 0.5, 0.8, 0.6
 
 
 def _inert(clean: np.ndarray, ablated: np.ndarray) -> dict[str, Any]:
-    """Nulls, and the reason, where the mean ablation does nothing; empty elsewhere."""
+    """Return null scores with a reason if mean ablation has no effect, else an empty dict."""
     span = float(clean.mean() - ablated.mean())
     if abs(span) >= LEAST_SPAN:
         return {}
@@ -57,7 +57,7 @@ def _inert(clean: np.ndarray, ablated: np.ndarray) -> dict[str, Any]:
 
 
 def _scores(clean: np.ndarray, ablated: np.ndarray, recon: np.ndarray, rest: np.ndarray, seed: int) -> dict[str, Any]:
-    """Sufficiency and necessity from logit differences per prompt."""
+    """Compute sufficiency and necessity, with bootstrap intervals, from logit differences per prompt."""
     span = clean.mean() - ablated.mean()
     generator = np.random.default_rng(seed)
     n = len(clean)
@@ -79,8 +79,10 @@ def greedy_edit(
     wanted: Float[Tensor, "rows d"],
     size: int,
 ) -> tuple[Float[Tensor, "rows d"], Int[Tensor, "rows size"]]:
-    """What ``size`` latents add to a row when they take their values of ``target``, chosen one by one to come closest to the
-    wanted difference; and which (-1: no further one came closer). The error of the source is kept.
+    """Edit up to ``size`` latents per row from ``source`` to ``target``, greedily approximating the ``wanted`` difference.
+
+    Returns:
+        The edit in activation space, added with the source's error kept; and the latents (-1: none came closer).
     """
     difference = target - source
     most = max(int((difference != 0).sum(-1).max()), 1)
@@ -90,7 +92,7 @@ def greedy_edit(
     norms, chosen = steps.pow(2).sum(-1), []
     free = norms > 0
     for _ in range(size):
-        # How much nearer each step would come.
+        # Decrease of the squared distance by each step.
         gain = torch.where(free, 2 * (steps * (wanted - added)[:, None]).sum(-1) - norms, -torch.inf)
         best = gain.argmax(-1)
         good = gain[line, best] > 0
@@ -118,10 +120,10 @@ def score_supervised(
     scored_prompts: int = SCORED_PROMPTS,
     edit_prompts: int = EDIT_PROMPTS,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A flat summary, and one row for every cross-section, edit and attribute.
+    """Return a flat summary, and one row per cross-section, edit and attribute.
 
     Raises:
-        ValueError: If the dictionary writes elsewhere, or the model's tokenizer splits names.
+        ValueError: If the dictionary does not write at its own hook, or the tokenizer splits names.
     """
     subject.require_in_place("supervised")
     words = PromptWords.of(subject.model, n_names)
@@ -176,9 +178,9 @@ def score_supervised(
 
 
 def _edits(setting: _Setting, n: int, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Success of changing one attribute: how often the model then names whom it names with the true counterfactual put in.
+    """Score edits of one attribute: the fraction of prompts on which the prediction equals the true counterfactual's.
 
-    The first half of the names takes part before an edit, the second after it.
+    Original prompts use one half of the names; edits change to the other half.
     """
     subject, words = setting.subject, setting.words
     half = len(words.names) // 2
@@ -196,7 +198,7 @@ def _edits(setting: _Setting, n: int, report: dict[str, Any]) -> list[dict[str, 
         target = words.prompts([plan.changed(attribute, value) for plan, value in zip(plans, values, strict=True)])
         x_t = cross_section(subject, target)
         codes_t = prompt_codes(subject, x_t)
-        # Changing Pos moves the names: their activations change places with them.
+        # Changing Pos swaps the names, and so their activations.
         swap = setting.supervised.of(target, attribute) - setting.supervised.of(source, attribute)
         for section, positions in CROSS_SECTIONS.items():
 
@@ -229,7 +231,7 @@ def _edits(setting: _Setting, n: int, report: dict[str, Any]) -> list[dict[str, 
 
 
 def _removed_weight(codes: Tensor, chosen: Tensor, writes: Tensor, positions: list[int]) -> float:
-    """Which part of the source's reconstruction the exchanged latents made up, on average (Makelov et al., section 4)."""
+    """Return the mean share of the edited latents in the source's reconstruction (Makelov et al., section 4)."""
     reconstruction = codes @ writes
     norms = reconstruction.pow(2).sum(-1).clamp_min(1e-12)
     weight = codes * (reconstruction @ writes.T) / norms[:, None]
@@ -238,7 +240,7 @@ def _removed_weight(codes: Tensor, chosen: Tensor, writes: Tensor, positions: li
 
 
 def _random_edit(codes_s: Tensor, codes_t: Tensor, writes: Tensor, size: int, seed: int) -> Tensor:
-    """So many of the latents that differ, drawn at random."""
+    """Edit ``size`` random latents among those that differ."""
     difference = codes_t - codes_s
     lots = torch.rand(difference.shape, generator=torch.Generator().manual_seed(seed)) * (difference != 0)
     keep = torch.zeros_like(difference).scatter_(-1, lots.topk(min(size, lots.shape[-1]), dim=-1).indices, 1.0)
@@ -246,7 +248,7 @@ def _random_edit(codes_s: Tensor, codes_t: Tensor, writes: Tensor, size: int, se
 
 
 def _predicates(prompts: Prompts) -> dict[str, dict[str, np.ndarray]]:
-    """Families of properties of a prompt that a latent may stand for."""
+    """Return families of prompt properties that a latent may represent."""
     names = range(len(prompts.name_ids))
     half = len(prompts.name_ids) // 2
     first = np.where(prompts.pos == 0, prompts.io, prompts.s)
@@ -264,9 +266,9 @@ def _predicates(prompts: Prompts) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _interpretability(fit: Prompts, scored: Prompts, codes_fit: Tensor, codes: Tensor) -> dict[str, Any]:
-    """F1 of firing against properties of the prompt, at each position: latents chosen on some prompts, scored on others.
+    """Compute the F1 of firing latents against prompt properties, per position; latents are selected on ``fit``.
 
-    ``best`` holds every latent's best F1 at each position, on the prompts that chose.
+    ``best`` holds every latent's best F1 at each position, on ``fit``.
     """
     n_latents = codes.shape[-1]
     best = torch.zeros(len(POSITIONS), n_latents)
@@ -299,7 +301,7 @@ def _interpretability(fit: Prompts, scored: Prompts, codes_fit: Tensor, codes: T
             counts.setdefault(family, []).append(row["f1"])
             for key in ("f1", "union_f1", "split", "detected", "latents_interpreted"):
                 report[f"supervised_{position}_{family}_{key}"] = row[key]
-        # Over-splitting: latents that stand for one order and miss most of its prompts.
+        # Over-splitting: latents that represent one order but miss most of its prompts.
         for value in (0, 1):
             mask = torch.from_numpy(fit.pos == value)
             share = fires_fit.sum(0) / len(mask)
@@ -312,9 +314,9 @@ def _interpretability(fit: Prompts, scored: Prompts, codes_fit: Tensor, codes: T
 def _occlusion(
     setting: _Setting, prompts: Prompts, x: Tensor, clean: np.ndarray, f1: dict[str, Any], report: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """For each attribute and position: how large its features are, how much they matter, how many latents stand for them.
+    """Compute feature variance, causal effect and detected values of each attribute at each position.
 
-    An attribute is occluded by a larger one that matters less than twice as much if fewer of its values are detected.
+    An attribute is occluded by one of larger variance and less than twice the effect if fewer of its values are detected.
     """
     rows = []
     total = (x - setting.supervised.mean).pow(2).sum(-1).mean(0)
@@ -342,7 +344,7 @@ def _occlusion(
 
 
 def supervised_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines for a terminal: a line for each cross-section."""
+    """Return the header and rows of the terminal's table, one row per cross-section."""
 
     def cell(key: str) -> str:
         value = report.get(f"supervised_{key}")

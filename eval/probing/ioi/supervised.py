@@ -1,4 +1,4 @@
-"""Supervised feature dictionaries of the indirect object identification task."""
+"""Supervised feature dictionaries of the indirect object identification (IOI) task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BATCH = 64
 
 @torch.no_grad()
 def cross_section(subject: ProbeTarget, prompts: Prompts) -> Float[Tensor, "prompts 4 d"]:
-    """Activations at the four positions."""
+    """Return the activations at the four positions."""
     found = []
     for ids, places in zip(prompts.token_ids.split(BATCH), prompts.places.split(BATCH), strict=True):
         seen = subject.model.activations(ids.to(subject.model.device), (subject.hook,))[subject.hook].float().cpu()
@@ -28,7 +28,7 @@ def cross_section(subject: ProbeTarget, prompts: Prompts) -> Float[Tensor, "prom
 def end_logits(
     subject: ProbeTarget, prompts: Prompts, positions: Sequence[int] = (), put: Float[Tensor, "prompts 4 d"] | None = None
 ) -> Float[Tensor, "prompts names"]:
-    """Logits of the names at END, with some of the four positions replaced."""
+    """Return the logits of the names at END, with the activations at some of the four positions replaced."""
     model, found = subject.model, []
     for start in range(0, len(prompts.token_ids), BATCH):
         rows = slice(start, start + BATCH)
@@ -50,7 +50,7 @@ def end_logits(
 
 @dataclass(frozen=True)
 class Supervised:
-    """A mean activation, and one feature for each value of each attribute, at every position."""
+    """Supervised dictionary: a mean activation and one feature per attribute value, at every position."""
 
     mean: Float[Tensor, "4 d"]
     features: dict[str, Float[Tensor, "values 4 d"]]
@@ -59,12 +59,12 @@ class Supervised:
         return self.mean + sum(self.of(prompts, name) for name in self.features)
 
     def of(self, prompts: Prompts, attribute: str) -> Float[Tensor, "prompts 4 d"]:
-        """Each prompt's own feature of an attribute."""
+        """Return each prompt's feature of an attribute."""
         return self.features[attribute][torch.from_numpy(prompts.values(attribute))]
 
 
 def mean_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Supervised:
-    """Features are conditional means less the mean: optimal where attributes are independent."""
+    """Fit features as conditional means minus the overall mean; optimal if attributes are independent."""
     mean = x.mean(0)
     sizes = {"io": len(prompts.name_ids), "s": len(prompts.name_ids), "pos": 2}
     features = {}
@@ -76,13 +76,13 @@ def mean_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Superv
 
 
 def least_squares_dictionary(x: Float[Tensor, "prompts 4 d"], prompts: Prompts) -> Supervised:
-    """Features are the least-squares coefficients of one-hot attributes: the same in a balanced design."""
+    """Fit features as least-squares coefficients of one-hot attributes; equal to the means in a balanced design."""
     mean = x.mean(0)
     sizes = {"io": len(prompts.name_ids), "s": len(prompts.name_ids), "pos": 2}
     design = torch.cat(
         [torch.nn.functional.one_hot(torch.from_numpy(prompts.values(n)), size).double() for n, size in sizes.items()], 1
     )
-    # The smallest solution: one-hot columns of an attribute add up to a constant.
+    # Minimum-norm solution, because the one-hot columns of an attribute sum to a constant.
     solution = torch.linalg.pinv(design) @ (x - mean).double().flatten(1)
     parts = solution.float().unflatten(1, x.shape[1:]).split(list(sizes.values()))
     return Supervised(mean, dict(zip(sizes, parts, strict=True)))

@@ -1,4 +1,4 @@
-"""Feature absorption: latents that fail to fire where another latent has absorbed their feature."""
+"""SAEBench's absorption task: latents that fail to fire where another latent has absorbed their feature."""
 
 from typing import Any
 
@@ -14,23 +14,23 @@ from .datasets import split_texts, submatrix
 from .output import SaebenchResult
 
 ABSORPTION_TOKENS = 30_000
-# In names of figures: of the activation less the dictionary's bias, which latents do not write. SAEBench leaves it in.
+# Marks scores computed on the activation minus the dictionary's bias, which no latent writes. SAEBench leaves it in.
 LESS_BIAS = "less_bias"
-# Labels with words of their own, which a word's own latent may absorb.
+# Factor families expressed by specific words, whose own latents may absorb them.
 ABSORBABLE = ("class", "gender", "number", "century")
 
 
 def absorption(
     subject: ProbeTarget, data: list[Pooled] | None, seed: int = 0, tokens: int = ABSORPTION_TOKENS
 ) -> SaebenchResult:
-    """Absorption of labels: of the embedded corpus's word classes, token by token, or of labelled texts, text by text.
+    """Measure absorption of the embedded corpus's word classes (per token) or of text labels (per text).
 
-    SAEBench asks this of first letters only, so its result file has no name for our labels but ``first_letter``: there is
-    ``label`` in its place, and the type is ``absorption``. Figures with ``less_bias`` in their names are ours: what latents
-    contribute is compared with the activation less the dictionary's bias.
+    SAEBench measures first letters only; its result file's ``first_letter`` is therefore ``label`` here, and the type
+    is ``absorption``. Scores with ``less_bias`` in their names are not SAEBench's: they compare the latents' contributions
+    with the activation minus the dictionary's bias.
 
     Raises:
-        ValueError: If the dictionary writes elsewhere than at its hook, or no label is left.
+        ValueError: If the dictionary does not write at its own hook, or no label is frequent enough.
     """
     subject.require_in_place("absorption")
     rows: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def absorption(
     summary |= {"absorption_labels": len(scored), "absorption_skipped": len(rows) - len(scored)}
     if not scored:
         summary["absorption_why"] = rows[0]["why"]
-    # SAEBench's file has SAEBench's figures only.
+    # SAEBench's result file holds SAEBench's own scores only.
     own = {key: value for key, value in mean.items() if LESS_BIAS not in key}
     details = [{key: value for key, value in row.items() if key != "why" and LESS_BIAS not in key} for row in scored]
     config = {"random_seed": seed, "model_name": subject.model.id, "min_GT_probe_f1": LEAST_PROBE_F1}

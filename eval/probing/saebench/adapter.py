@@ -1,4 +1,4 @@
-"""One of our dictionaries as SAEBench wants a custom SAE: dense codes in raw units, unit rows of W_dec, ``cfg``."""
+"""Adapter from a sparsary dictionary to SAEBench's custom-SAE interface: dense codes in raw units, unit-norm ``W_dec``."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from ....sae.formats.hooks import layer_of, to_transformer_lens
 
 @dataclass
 class SaeBenchConfig:
-    """The fields that SAEBench reads off ``sae.cfg``; those it only requires to exist are blank."""
+    """Fields of ``sae.cfg`` that SAEBench reads; those it only requires to exist are blank."""
 
     model_name: str
     d_in: int
@@ -44,12 +44,12 @@ class SaeBenchConfig:
 
 
 def transformer_lens_hook(hook: str, model: str | None = None) -> tuple[int, str]:
-    """Layer and TransformerLens name of one of our hooks, all that ``sae.formats.hooks`` knows; embeddings count to layer 0.
+    """Return the layer and TransformerLens name of a hook; embeddings count as layer 0.
 
     Raises:
         ValueError: If TransformerLens has no name for it.
     """
-    # A local model's name may mislead: then the names of its blocks tell.
+    # The name of a local model may mislead; fall back to the names of its blocks.
     name = to_transformer_lens(hook, model) or to_transformer_lens(hook)
     if name is None:
         raise ValueError(
@@ -59,9 +59,9 @@ def transformer_lens_hook(hook: str, model: str | None = None) -> tuple[int, str
 
 
 class SaeBenchAdapter(nn.Module):
-    """What SAEBench's custom-SAE interface asks for: encode, decode, forward, W_enc, W_dec, b_enc, b_dec, cfg, device, dtype.
+    """SAEBench's custom-SAE interface: encode, decode, forward, W_enc, W_dec, b_enc, b_dec, cfg, device, dtype.
 
-    ``encode`` is the dictionary's own, whatever its encoder; ``W_enc`` and ``b_enc`` are there to be looked at. Inputs are
+    ``encode`` is the dictionary's own for every encoder; ``W_enc`` and ``b_enc`` are for inspection only. Inputs are
     ``(..., d_in)`` raw activations. The dictionary itself stays in float32.
     """
 
@@ -80,12 +80,12 @@ class SaeBenchAdapter(nn.Module):
             raise ValueError("dictionary: expected one that maps an activation to itself; SAEBench knows no others.")
         if hook_layer is None or hook_name is None:
             hook_layer, hook_name = transformer_lens_hook(hook, model_name)
-        # Not a submodule: a change of dtype must not reach it.
+        # In a tuple, so that it is no submodule and a change of dtype does not reach it.
         self._inner = (dictionary.eval(),)
         with torch.no_grad():
             weights = dictionary.weights
             norms = dictionary.W_dec.norm(dim=-1)
-            # A dead atom of norm 0 stays 0.
+            # A decoder direction of norm 0 stays 0.
             self.register_buffer("value_scale", norms * dictionary.out_scale)
             self.W_dec = nn.Parameter(dictionary.W_dec / norms.clamp_min(1e-12)[:, None], requires_grad=False)
             self.W_enc = nn.Parameter((weights.W_enc / dictionary.in_scale).T.contiguous(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Labelled texts of SAEBench's tasks, and their balanced train and test splits."""
+"""Labelled texts for SAEBench's tasks, and balanced training and test splits."""
 
 import math
 from collections.abc import Callable
@@ -12,15 +12,17 @@ from ....training.embedded import corpus
 from ..datasets import Labelled, Pooled
 from ..probes import ProbeInputs
 
-# Of each class; SAEBench has 4,000 and 1,000 texts a task.
+# Per class; SAEBench uses 4,000 training and 1,000 test texts per task.
 PASSAGES = 300
 TEST_SHARE = 0.25
 LEAST_TEXTS = 8
 
 
 def embedded_data(seed: int = 0, passages: int = PASSAGES) -> list[Labelled]:
-    """Labelled passages: which task, whose gender (beside a profession), whose number (beside an attractor's), which order of
-    names, which topic."""
+    """Return labelled passages of the embedded corpus: task, gender, number, order of names, and topic.
+
+    Gender has the profession, and number the attractor's number, as its spurious label.
+    """
     tasks = [passage for task in corpus.TASKS for passage in _passages(task, seed, lambda p, t=task: t, {task: passages})]
     professions = {"doctor", "nurse"}
 
@@ -54,7 +56,7 @@ def embedded_data(seed: int = 0, passages: int = PASSAGES) -> list[Labelled]:
 def _passages(
     task: str, seed: int, label: Callable[[corpus.FilledPassage], Any], wanted: dict[Any, int], topic: int = 0
 ) -> list[tuple[str, Any]]:
-    """Texts and labels of so many passages of each label."""
+    """Generate passages until every label has its ``wanted`` number."""
     left, found, index = dict(wanted), [], 0
     while any(left.values()):
         passage = corpus.FilledPassage(task)
@@ -76,7 +78,7 @@ def _labelled(name: str, rows: list[tuple[str, Any]]) -> Labelled:
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Row numbers of the training and test texts, and the classes with enough of both."""
+    """Row indices of the training and test texts, and the classes with enough texts."""
 
     train: np.ndarray
     test: np.ndarray
@@ -84,7 +86,7 @@ class TextSplit:
 
 
 def split_texts(data: Pooled, groups: np.ndarray, seed: int) -> TextSplit:
-    """Return a split of the texts in which a quarter of every group is for testing.
+    """Split texts into training and test sets, with a quarter of every group for testing.
 
     Raises:
         ValueError: If fewer than two classes have enough texts.
@@ -108,9 +110,9 @@ def split_texts(data: Pooled, groups: np.ndarray, seed: int) -> TextSplit:
 
 
 def balanced_rows(labels: np.ndarray, rows: np.ndarray, positive: str, generator: np.random.Generator) -> np.ndarray:
-    """Return as many rows of other classes as of the positive one, or fewer of both."""
+    """Return equally many rows of the positive class and of all others, as many as both have."""
     yes, others = rows[labels[rows] == positive], rows[labels[rows] != positive]
-    # Every other class gives its part.
+    # Take rows from the other classes in turn.
     ranks = np.zeros(len(others))
     for name in sorted(set(labels[others].tolist())):
         where = np.flatnonzero(labels[others] == name)
@@ -120,7 +122,7 @@ def balanced_rows(labels: np.ndarray, rows: np.ndarray, positive: str, generator
 
 
 def submatrix(columns: ProbeInputs, rows: np.ndarray, some: np.ndarray | None = None) -> ProbeInputs:
-    """Return some rows and, if given, some columns; a selection of sparse columns comes dense."""
+    """Return the given rows and, optionally, columns; selected sparse columns are returned dense."""
     if isinstance(columns, np.ndarray):
         return columns[rows] if some is None else columns[rows][:, some]
     part = sparse.csr_array(columns)[rows]

@@ -1,8 +1,8 @@
-"""Tasks after SAEBench that need no hub and no API: k-sparse probing, spurious correlations, targeted perturbation, absorption.
+"""Result files of the SAEBench tasks that run offline: k-sparse probing, SCR, TPP and absorption.
 
-On passages of the embedded corpus, or on labelled text of the user's. Probes are penalised logistic regressions fitted to the
-optimum, where SAEBench takes a fixed number of steps, and train and test texts are drawn from the same file: figures are
-comparable between dictionaries judged here, not with published ones.
+The tasks run on the embedded corpus or on the user's labelled text. Probes are penalized logistic regressions fitted to
+convergence (SAEBench takes a fixed number of steps), and training and test texts come from the same file. Scores are therefore
+comparable between dictionaries evaluated here, not with published ones.
 """
 
 import time
@@ -15,14 +15,14 @@ from ....sae.formats.origin import public_model
 from ..subject import ProbeTarget
 from .adapter import SaeBenchAdapter, transformer_lens_hook
 
-# Per text, on standardised dimensions, for the probes that interventions are to change: as if stopped early, like SAEBench's,
-# so that a biased probe reads all that coincides and not only what separates best.
+# L2 penalty per text, on standardized dimensions, of the probes in SCR and TPP. It acts like SAEBench's early stopping: a
+# biased probe then reads all correlated directions and not only the best separating one.
 PENALTY = 0.1
 
 
 @dataclass(frozen=True)
 class SaebenchResult:
-    """A task's figures, flat; what belongs in SAEBench's result file; and lines for a terminal."""
+    """Results of a task: a flat summary, the contents of SAEBench's result file, and lines for the terminal."""
 
     summary: dict[str, Any]
     metrics: dict[str, dict[str, Any]]
@@ -32,7 +32,7 @@ class SaebenchResult:
 
 
 def result_file(subject: ProbeTarget, checkpoint: str, eval_type: str, task: SaebenchResult) -> dict[str, Any]:
-    """A task's results as SAEBench writes them; only the time differs from one run to the next."""
+    """Return a task's results in SAEBench's format; repeated runs differ only in the time."""
     identity = f"{checkpoint}/{eval_type}/{task.config['random_seed']}"
     return {
         "eval_type_id": eval_type,
@@ -51,7 +51,7 @@ def result_file(subject: ProbeTarget, checkpoint: str, eval_type: str, task: Sae
 
 
 def _config(subject: ProbeTarget) -> dict[str, Any]:
-    """The adapter's configuration; a hook that TransformerLens has no name for goes by our name."""
+    """Return the adapter's configuration; a hook unknown to TransformerLens keeps its sparsary name."""
     try:
         layer, name = transformer_lens_hook(subject.hook, subject.model.id)
     except ValueError:

@@ -11,18 +11,18 @@ from ..subject import ProbeTarget, latent_writes
 from .datasets import LEAST_TEXTS, balanced_rows, split_texts
 from .output import PENALTY, SaebenchResult
 
-# Read before a figure is quoted; in probing.json and on the terminal beside the figures.
+# Shown with the scores in probing.json and on the terminal, so that they are not quoted without it.
 UNRELIABLE = "a later study of SAEBench's metrics found SCR and TPP unreliable and advises against their use (arXiv:2605.18229)"
 N_VALUES = (2, 5, 10, 20, 50, 100, 500)
 
 
 def _without(x: np.ndarray, codes: sparse.csr_array, writes: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """Mean activations with some latents silenced and the dictionary's error kept."""
+    """Return mean activations with some latents ablated and the dictionary's error kept."""
     return x - codes[:, latents] @ writes[latents] if len(latents) else x
 
 
 def _effects(one: Pooled, rows: np.ndarray, y: np.ndarray, probe: LinearProbe, writes: np.ndarray) -> np.ndarray:
-    """How much each latent moves a probe's logit between the two classes."""
+    """Return each latent's difference of means between the classes, and its decoder direction's projection on the probe."""
     codes = sparse.csr_array(one.codes)[rows]
     difference = np.asarray(codes[np.flatnonzero(y)].mean(0)).ravel() - np.asarray(codes[np.flatnonzero(~y)].mean(0)).ravel()
     return np.stack([difference, writes @ probe.weights])
@@ -34,14 +34,14 @@ def _top(effects: np.ndarray, n: int) -> np.ndarray:
 
 
 def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResult:
-    """Spurious correlation removal: a probe trained where two labels coincide, with latents of one of them silenced.
+    """Compute spurious correlation removal: ablate latents of one of two labels that coincide in a probe's training data.
 
-    Direction 1 silences latents of the spurious label and reads the other off, direction 2 the reverse; the score is the
-    part of the accuracy lost to the coincidence that comes back: 0 if none was lost. ``metric`` is the direction in which
-    the biased probe was the less accurate. After SHIFT (Marks et al. 2024), in SAEBench's form.
+    Direction 1 ablates latents of the spurious label and reads the true one, direction 2 the reverse. The score is the
+    fraction of the accuracy lost to the bias that is recovered, or 0 if none was lost. ``metric`` is the direction in which
+    the biased probe was less accurate. After SHIFT (Marks et al. 2024), in SAEBench's form.
 
     Raises:
-        ValueError: If no data set has a second label of two values beside a first of two.
+        ValueError: If no data set has both a binary label and a binary spurious label.
     """
     subject.require_in_place("scr")
     usable = [one for one in data if one.spurious is not None and _two(one.labels) and _two(one.spurious)]
@@ -103,7 +103,7 @@ def _two(values: np.ndarray) -> bool:
 
 
 def _accuracy(probe: LinearProbe, x: np.ndarray, truth: np.ndarray) -> float:
-    """Both classes count alike."""
+    """Return the balanced accuracy of a probe."""
     right = (probe.scores(x) > 0) == truth
     return float((right[truth].mean() + right[~truth].mean()) / 2)
 
@@ -131,8 +131,9 @@ def _interventions_config(subject: ProbeTarget, data: list[Pooled], seed: int, p
 
 
 def tpp(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResult:
-    """Targeted probe perturbation: how much accuracy a class's probe loses when its latents are silenced, less what the
-    probes of other classes lose.
+    """Compute targeted probe perturbation: the accuracy loss of a class's probe, minus that of other classes' probes.
+
+    The loss is caused by ablating the class's most important latents.
 
     Raises:
         ValueError: If no data set has three classes: with two, one probe is the other's negative.

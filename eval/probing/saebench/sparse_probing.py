@@ -1,4 +1,4 @@
-"""Sparse probing: accuracy of probes on the k most informative latents."""
+"""Sparse probing: accuracy of logistic probes on the k most informative latents."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ K_VALUES = (1, 2, 5, 10, 20)
 
 
 def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResult:
-    """Accuracy of probes on the k latents, or dimensions, whose means differ most between a class and the others.
+    """Compute the accuracy of probes on the k latents (or dimensions) whose means differ most between a class and the others.
 
-    One class against as many texts of the others, so that chance is 0.5; k among all latents, dead ones included.
+    Each class is compared with equally many texts of the others, so chance is 0.5. Dead latents are not excluded.
     """
     details, correct, unstructured = [], {}, {}
     for one in data:
@@ -49,7 +49,7 @@ def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> S
         metrics[key[:3]][key] = value
         spread = bootstrap_mean(np.concatenate(correct[key]).astype(float), seed)
         summary |= {f"sparse_probing_{key}": value}
-        # Of the mean over texts, shifted to the mean over data sets.
+        # The interval is of the mean over texts, shifted to the mean over data sets.
         summary |= {f"sparse_probing_{key}_low": value + spread.low - spread.mean}
         summary |= {f"sparse_probing_{key}_high": value + spread.high - spread.mean}
     lines = []
@@ -73,6 +73,6 @@ def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> S
 
 
 def _largest_difference(columns: ProbeInputs, y: np.ndarray) -> np.ndarray:
-    """Columns by falling |mean where true - mean where false|."""
+    """Return column indices by descending |mean where true - mean where false|."""
     yes, no = (np.asarray(submatrix(columns, np.flatnonzero(side)).mean(0)).ravel() for side in (y, ~y))
     return np.argsort(-np.abs(yes - no), kind="stable")

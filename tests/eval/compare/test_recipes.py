@@ -406,7 +406,7 @@ def test_page_shows_every_family_once_with_mean_and_range(judged):
         )
     )
     head, *rows = table.rows
-    assert [cell[0] for cell in head] == ["family", *(column.label for column in COLUMNS)]
+    assert [cell[0] for cell in head] == ["run group", *(column.label for column in COLUMNS)]
     assert [row[0][0] for row in rows] == ["plain", "none", "gradient"]
     assert table.cell("plain", "fvu") == ["0.375", "0.250\u20130.500"]
     assert table.cell("none", "fvu") == ["0.250", "1 of 2 seeds"]

@@ -166,7 +166,7 @@ def test_the_documentation_has_the_page_s_texts(pytestconfig):
 
 def test_heading_and_key_figures(html):
     assert "<h1>Circuits of embedded</h1>" in html
-    assert "2 tasks \u00b7 8 families of nodes \u00b7 3 methods" in html
+    assert "2 tasks \u00b7 8 unit sets \u00b7 3 methods" in html
     assert "4 hooks: transformer.h.0:out" in html
     tiles = parts(html, r'<div class="tile" data-key="(\w+)">.*?<div class="value">(.*?)</div><div class="note">(.*?)</div>')
     assert len(tiles) == 12
@@ -295,7 +295,7 @@ def test_the_drawing_holds_every_unit_and_edge(found, html):
 
 
 def test_areas_under_roc_have_a_table_where_rows_have_them(found, html):
-    assert "Known circuits" not in html
+    assert "Ground-truth circuits" not in html
     changed = without_curves(found)
     for index, row in enumerate(changed["rows"]):
         row["auc"] = 0.5 + index / 1000

@@ -177,7 +177,7 @@ def test_searching_sorting_and_turning_pages(tmp_path, html):
     $('sort').value = '-predicate_f1'; $('sort').onchange(); found.nulls = rows().slice(0, 3);
     $('sort').value = 'density'; $('sort').onchange();
     document.querySelectorAll('#rows tr')[0].click(); await shown(12);
-    found.clicked = $('detail').textContent.includes('It fired nowhere.');
+    found.clicked = $('detail').textContent.includes('It never fired.');
     location.hash = '#3'; await shown(3); found.followed = $('detail').textContent.includes('latent 3');
     say(JSON.stringify(found));
     """

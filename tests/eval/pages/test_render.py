@@ -35,7 +35,7 @@ RESULTS = [
     (
         "comparison.json",
         SHARED | {"comparison_version": 1, "families": [FAMILY | {"directories": ["a"], "figures": {}}], "best": {}},
-        "1 family",
+        "1 run group",
     ),
     (
         "circuits.json",

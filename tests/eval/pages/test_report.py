@@ -199,7 +199,7 @@ def test_plots_say_their_figures_in_words(page: Page):
     assert "980 latents fire" in density
     assert "dead: 41" in density
     assert "tokens: 3." in density
-    assert "median 37, 10\u201390 %: 25\u201349" in l0
+    assert "median 37, 10\u201390%: 25\u201349" in l0
     assert "clean 1.641, spliced 1.721, mean-ablated 7.937, zero-ablated 8.677" in downstream
 
 
