@@ -1,4 +1,4 @@
-"""sparsary: train, load and judge sparse dictionaries of language-model activations. The public names and the command line."""
+"""Train, load and evaluate sparse dictionaries (SAEs, transcoders, cross-layer transcoders) of language-model activations."""
 
 import importlib
 import io
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 LAYERS = ("sae", "transcoders", "training", "eval")
-# Where the public names are defined. Importing them waits for their first use: torch alone takes seconds.
+# Modules of the public names. They are imported on first use, because torch alone takes seconds.
 _HOMES = {
     "sae": "ENCODERS SAE Encoder SparseCode SparseDictionary",
     "sae.hub": "push_to_hub",
@@ -95,7 +95,7 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
-# Type checkers read the imports above instead, and so see real signatures and misspelt names.
+# Type checkers read the imports above instead, and so see real signatures and misspelled names.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
@@ -105,12 +105,12 @@ if not TYPE_CHECKING:
             try:
                 value = metadata.version("sparsary")
             except metadata.PackageNotFoundError:
-                # On the path, but not installed.
+                # On the path but not installed.
                 value = "0+unknown"
         elif name in LAYERS:
             value = importlib.import_module(f".{name}", __name__)
         elif name in _HOME_OF:
-            # Below, because it loads torch; and so does whatever it is for.
+            # Imported lazily: it loads torch, as do the modules of the public names.
             from .sae.extras import needs
 
             with needs(f"sparsary.{name}", "eval" if _HOME_OF[name].startswith("eval.") else None):
@@ -127,7 +127,7 @@ def __dir__() -> list[str]:
 
 
 def command_line() -> "typer.Typer":
-    """Join the commands of the layers to the command ``sparsary``."""
+    """Build the command ``sparsary`` from the commands of the layers."""
     from typing import Annotated
 
     import typer
@@ -138,7 +138,7 @@ def command_line() -> "typer.Typer":
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-    # Taken from the arguments by `main`, wherever it stands among them: here it is described.
+    # Declared for the help text only: `main` removes it from the arguments, at any position.
     @app.callback()
     def _options(
         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, with any command.")] = False,
@@ -152,19 +152,19 @@ def command_line() -> "typer.Typer":
 
 
 def main() -> None:
-    """The console script. Every error ends with one message: status 2 where the user can mend it, else 1 and a log."""
-    # Read when torch is first loaded. By default OpenMP's threads go on spinning after a product and keep the processor from
-    # whatever comes next: reading, compiled kernels, other processes. Harvest and training took twice to four times as long.
+    """Run the console script. Every error ends with one message: status 2 if the user can fix it, else 1 and a log file."""
+    # Read when torch is first loaded. By default OpenMP threads keep spinning after a matrix product and slow down whatever
+    # follows: reading, compiled kernels, other processes. Harvest and training took two to four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Their notes on requests and caches are not ours.
+    # Hides log lines of these libraries on requests and caches.
     for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
     debug = "--debug" in sys.argv
     sys.argv[:] = [argument for argument in sys.argv if argument != "--debug"]
-    # A line that cannot be logged, as when its reader is gone, is no reason for a traceback in its place.
+    # A log line that cannot be written, for example to a closed pipe, must not print a traceback.
     logging.raiseExceptions = debug
-    # A terminal that lacks a character gets its number.
+    # Characters that the terminal cannot encode are printed as escapes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -176,21 +176,21 @@ def main() -> None:
         if debug:
             traceback.print_exception(error)
     if message and sys.stderr is not None:
-        # Where nobody reads it, the status says enough.
+        # Without a reader of standard error, the exit status suffices.
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
     sys.exit(status)
 
 
 def _run() -> tuple[int, str]:
-    """The status of the command, and what to say at its end."""
-    # Not standalone: errors are to be shown our way. Ctrl-C comes back as status 130.
+    """Run the command and return its exit status and final message."""
+    # Not standalone, so that errors are reported here. Ctrl-C is returned as status 130.
     status = command_line()(standalone_mode=False) or 0
     return status, INTERRUPTED if status == 130 else ""
 
 
 def _ended(error: BaseException) -> tuple[int, str]:
-    """The status that an error ends the command with, and what to say of it."""
+    """Return the exit status and the message for an error."""
     from .training.signals import Stopped
 
     if isinstance(error, KeyboardInterrupt):
@@ -200,7 +200,7 @@ def _ended(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Stopped):
         return 128 + error.signal_number, str(error)
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        # As a program does that the signal ends: nobody reads what would be said.
+        # The status of a program that SIGPIPE ends, without a message, because nobody reads it.
         return 141, ""
     if isinstance(error, ModuleNotFoundError) and (missing := _missing(error)):
         return 2, missing
@@ -208,7 +208,7 @@ def _ended(error: BaseException) -> tuple[int, str]:
         said = getattr(error, "format_message", lambda: str(error))()
         return 2, f"sparsary: {said} Try: sparsary --help"
     try:
-        # Here, because it loads torch, which help is to do without.
+        # Imported lazily: it loads torch, and `--help` must stay fast.
         from .sae.errors import WriteError, operating_system_message
     except Exception:  # noqa: BLE001 - an installation that is broken: the error is about to be told
         return 1, _unforeseen(error)
@@ -225,13 +225,13 @@ INTERRUPTED = "Stopped. What was complete is saved; the same command continues."
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the last of our lines raised it itself: then its message was written for whoever reads it."""
+    """Return True if this package raised the error itself, so that its message is written for the user."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return not frames or str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] == __name__
 
 
 def _unforeseen(error: BaseException) -> str:
-    """What was being done, what the library said, and where the traceback is."""
+    """Return a message with the operation, the error of the library, and the path of the logged traceback."""
     command = shlex.join(["sparsary", *sys.argv[1:]])
     said = " ".join(str(error).split())[:600]
     notes = [str(note) for note in getattr(error, "__notes__", ()) if str(note).startswith("while ")]
@@ -246,7 +246,7 @@ def _unforeseen(error: BaseException) -> str:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads standard output any more; then nothing is left to be written to it at exit."""
+    """Return True if standard output has no reader; it is then redirected, so that flushing at exit does not fail."""
     if sys.stdout is None:
         return False
     try:
@@ -258,8 +258,8 @@ def _reader_is_gone() -> bool:
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """The extra that a command needs; an empty string if no extra has the module."""
-    # Here, because it loads torch, which help is to do without.
+    """Return the message on the extra that a command needs; an empty string if no extra has the module."""
+    # Imported lazily: it loads torch, and `--help` must stay fast.
     from .sae.extras import MissingPackageError, needs
 
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""

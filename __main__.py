@@ -1,4 +1,4 @@
-"""``python -m sparsary``: the same as the console script."""
+"""Entry point of ``python -m sparsary``, the same as the console script."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""Fixtures, and run-time checks of every shape annotation while tests run."""
+"""Shared fixtures, and run-time checks of every shape annotation during tests."""
 
 import ast
 import importlib.util
@@ -15,12 +15,12 @@ import jaxtyping
 import pytest
 from jaxtyping import _import_hook, install_import_hook
 
-# Before the first import of ours: functions are wrapped when their module is loaded. The corpus is left out: it calls
-# small functions millions of times and holds no tensors.
+# Runs before sparsary is imported, because functions are wrapped when their module is loaded. The corpus is left out: it
+# calls small functions millions of times and contains no tensors.
 CHECKED = (
     "activations calibrate checkpoints initialize loop objective optim phases preflight recipe resolve_hooks run state".split()
 )
-# Nor are the kernels: compilers take functions as they are written.
+# The kernels are left out too, because compilers need the unwrapped functions.
 SAE = [path.stem for path in (Path(__file__).parents[1] / "sae").iterdir() if path.stem not in ("__init__", "kernels")]
 SHAPED = {name for name in dir(jaxtyping) if isinstance(getattr(jaxtyping, name), type)}
 
@@ -55,8 +55,8 @@ parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{
 checked = [f"sparsary.{part}" for part in parts]
 install_import_hook(checked, "beartype.beartype")
 
-# Two workers on two cores: threads of their own would only wait for each other. Processes that tests start inherit it:
-# other numbers of threads round differently, and runs are compared bit for bit. `make portable` takes two.
+# One thread each, because two workers share two cores. Processes that tests start inherit it: other thread counts round
+# differently, and runs are compared bit for bit. `make portable` uses two.
 THREADS = os.environ.get("SPARSARY_TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = THREADS
 
@@ -66,14 +66,14 @@ torch.set_num_threads(int(THREADS))
 
 
 def beside(name):
-    """A module that lies here; this folder is no package."""
+    """Load a module of this folder, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-# `make portable`: products are summed in another order, as another processor would.
+# For `make portable`: sum products in another order, as another CPU would.
 if os.environ.get("SPARSARY_TEST_PRODUCTS") == "reordered":
     REORDERED = beside("other_products").reorder_products()
 
@@ -85,25 +85,25 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def load_beside():
-    """Loads a module that lies beside this file, by its name."""
+    """Return a function that loads a module of this folder by name."""
     return beside
 
 
 def slow_entries(text):
-    """Return the entries of ``slow.txt``, each with the pattern of the ids it stands for: a file, a test or one id."""
+    """Return the entries of ``slow.txt``, each with a pattern of the test ids it covers: a file, a test or one id."""
     entries = [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return {entry: re.compile(re.escape(entry).replace(r"\*", ".*") + r"(::.*|\[.*)?") for entry in entries}
 
 
 def stale_entries(entries, ids):
-    """Return the entries that match no test: their file is gone, or it was collected in full and has no such test."""
+    """Return the entries that match no test: their file is gone, or was collected in full without such a test."""
     collected = {name.split("::")[0] for name in ids}
     known = [entry for entry, pattern in entries.items() if any(map(pattern.fullmatch, ids))]
     gone = [entry for entry in entries if not (SLOW.parents[1] / entry.split("::")[0]).is_file()]
     return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
 
 
-# Before pytest selects by mark.
+# Runs before pytest selects by mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     entries = slow_entries(SLOW.read_text(encoding="utf-8"))
@@ -111,21 +111,21 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if slow.fullmatch(item.nodeid):
             item.add_marker(pytest.mark.slow)
-    # Where single tests were asked for, the others of their files are not there, and no reason to complain.
+    # If single tests were requested, the others of their files are missing, but not stale.
     whole = not config.getoption("lf", False) and not any("::" in str(argument) for argument in config.args)
-    # A test complains: workers of pytest-xdist have no other way to say what is wrong.
+    # A test reports them, because workers of pytest-xdist have no other way to do so.
     config.stash[STALE] = stale_entries(entries, [item.nodeid for item in items]) if whole else []
 
 
 @pytest.fixture
 def stale_slow(pytestconfig):
-    """Lines of ``slow.txt`` that match nothing of what was collected."""
+    """Return the entries of ``slow.txt`` that match no collected test."""
     return pytestconfig.stash[STALE]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Digests of files are remembered apart from the user's."""
+    """Cache file digests separately from the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSARY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -138,9 +138,9 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def assert_same_tensors():
-    """Asserts that two dictionaries have the same tensors, bit for bit.
+    """Return a function that asserts that two dictionaries have bit-identical tensors.
 
-    Outputs are another matter: a tensor of a mapped file lies elsewhere in memory, and products round by where operands lie.
+    Outputs may differ: tensors of a mapped file lie elsewhere in memory, which affects how products round.
     """
 
     def check(first, second):
@@ -154,7 +154,7 @@ def assert_same_tensors():
 
 @pytest.fixture(scope="session")
 def encoder_arguments():
-    """Arguments for small shapes, one entry per variant."""
+    """Return arguments for small shapes, one entry per encoder."""
     return {
         "topk": {"k": 3},
         "mutual_choice": {"k": 3},
@@ -180,7 +180,7 @@ def encoder_arguments():
 
 @pytest.fixture
 def recipe_values(tmp_path):
-    """A recipe that runs in seconds: 6,000 tokens of the embedded model, 30 steps."""
+    """Return the values of a recipe that runs in seconds: 6,000 tokens of the embedded model, 30 steps."""
     return {
         "text": {"context_length": 32},
         "harvest": {
@@ -204,7 +204,7 @@ def recipe_values(tmp_path):
 
 @pytest.fixture
 def write_recipe(tmp_path):
-    """Writes values as a recipe file (JSON is YAML) and returns its path."""
+    """Return a function that writes values as a recipe file (JSON is YAML) and returns its path."""
 
     def write(values, name="recipe.yaml"):
         path = tmp_path / name
@@ -216,7 +216,7 @@ def write_recipe(tmp_path):
 
 @pytest.fixture
 def count_calls(monkeypatch):
-    """Counts calls by name: ``count_calls((module, "function"), ...)`` returns a mapping that goes on counting."""
+    """Return a call counter: ``count_calls((module, "function"), ...)`` returns a live mapping from names to counts."""
 
     def count(*functions):
         seen = {name: 0 for _, name in functions}
@@ -238,7 +238,7 @@ def count_calls(monkeypatch):
 
 
 class _StopAfter:
-    """Stands in for ``StopRequest.requested``: true once so many steps are done."""
+    """Replacement for ``StopRequest.requested`` that is true after a number of steps."""
 
     def __init__(self, steps):
         self.left = steps
@@ -252,7 +252,7 @@ class _StopAfter:
 
 @pytest.fixture
 def stopped_after():
-    """A context in which a run is asked to stop once so many steps are done."""
+    """Return a context manager in which a run is asked to stop after a number of steps."""
 
     @contextmanager
     def stopped(steps):
@@ -268,7 +268,7 @@ def stopped_after():
 
 @pytest.fixture(scope="session")
 def planted():
-    """Sparse sums of 23 known directions of 17 dimensions, 2.3 of them a token on average, with a little noise."""
+    """Return a sampler of sparse sums of 23 known directions in 17 dimensions, 2.3 per token on average, plus noise."""
     generator = torch.Generator().manual_seed(11)
     truth = torch.nn.functional.normalize(torch.randn(23, 17, generator=generator), dim=-1)
 
@@ -283,7 +283,7 @@ def planted():
 
 @pytest.fixture(scope="session")
 def train_on_planted(planted):
-    """Trains an SAE on planted data for so many steps of 257 tokens, no two of them the same."""
+    """Return a function that trains an SAE on planted data, with 257 fresh tokens per step."""
 
     def train(sae, steps, seed=0):
         optimizer = torch.optim.Adam(sae.parameters(), lr=5e-3)
@@ -302,7 +302,7 @@ def train_on_planted(planted):
 
 @pytest.fixture(scope="session")
 def embedded_model():
-    """The language model that ships with the package."""
+    """Return the language model that ships with the package."""
     from sparsary.training.activations.model import load_model
     from sparsary.training.recipe import ModelSection
 
@@ -311,7 +311,7 @@ def embedded_model():
 
 @pytest.fixture(scope="session")
 def build_format():
-    """Writes a tiny dictionary of the embedded model in a format: ``build_format(name, folder)``; what its files leave open."""
+    """Return ``build_format(name, folder)``, which writes a tiny dictionary and returns the metadata its files lack."""
     module = beside("tiny_formats")
 
     def build(name, folder, d=128):
@@ -323,7 +323,7 @@ def build_format():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """Real models and texts; users do not have them."""
+    """Return the folder of real models and texts, which users do not have."""
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the project's shared test data (models, texts), which is not part of the repository")
     return SHARED_DATA
@@ -331,7 +331,7 @@ def shared_data():
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """Builds random language models of three blocks in double precision, every bias and norm weight of its own."""
+    """Return a builder of random three-block language models in float64, with random biases and norm weights."""
     import transformers
 
     from sparsary.training.activations.model import LanguageModel
@@ -343,7 +343,7 @@ def tiny_model():
         "gpt2": ("GPT2Config", tokens | {"n_layer": 3, "n_embd": 12, "n_head": 2, "n_positions": 32}),
         "gpt_neox": ("GPTNeoXConfig", sizes | {"use_parallel_residual": True}),
         "gpt_neox sequential": ("GPTNeoXConfig", sizes | {"use_parallel_residual": False}),
-        # Eight dimensions each: heads are wider together than the stream.
+        # Eight dimensions per head: together they are wider than the residual stream.
         "llama": ("LlamaConfig", shared | {"head_dim": 8}),
         "qwen2": ("Qwen2Config", shared | {"hidden_size": 16}),
     }
@@ -354,10 +354,10 @@ def tiny_model():
         module = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**values)).to(dtype)
         with torch.no_grad():
             for parameter in module.parameters():
-                # Fresh biases are zero, fresh norms one, and fresh matrices so small that the MLP is all but linear.
+                # Initial biases are zero, norms one, and matrices so small that the MLP is almost linear.
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for path, part in list(module.named_modules()):
-            # Llama's norms compute in single precision whatever the model does; torch's are the same function.
+            # Llama's norms always compute in float32; torch's are the same function.
             if type(part).__name__.endswith("RMSNorm"):
                 exact = torch.nn.RMSNorm(part.weight.shape[0], eps=part.variance_epsilon, dtype=dtype)
                 exact.weight = part.weight
@@ -369,7 +369,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def random_transcoders():
-    """Builds transcoders for layers 0 to 2: with and without skip, and one whose values are not its pre-activations."""
+    """Return a builder of random transcoders for layers 0 to 2: TopK with skip path, gated with skip path, ReLU."""
     from sparsary.sae import ENCODERS
     from sparsary.transcoders.transcoder import Transcoder
 
@@ -394,7 +394,7 @@ def random_transcoders():
 
 
 class _Stub:
-    """What the server got, and what it says: a function from the request to (status, body) or a body alone."""
+    """Requests that the server received, and its reply: a function from request to (status, body, headers) or a body."""
 
     def __init__(self, reply):
         self.reply, self.requests, self.headers = reply, [], []
@@ -402,7 +402,7 @@ class _Stub:
 
 @pytest.fixture
 def serving():
-    """A server on this machine that answers by a function of the request: ``with serving(reply) as (url, stub)``."""
+    """Return a local server that answers with a function of the request: ``with serving(reply) as (url, stub)``."""
     return _serving
 
 
@@ -441,9 +441,9 @@ def _serving(reply):
 
 @pytest.fixture(scope="session")
 def stream_model():
-    """Builds a language model of two MLPs on a stream, each behind a fixed average over earlier positions; linear by default.
+    """Return a builder of language models with two MLPs, each followed by a fixed average over positions; linear by default.
 
-    ``twins`` doubles every neuron of the first MLP, halving what each writes.
+    ``twins`` duplicates every neuron of the first MLP and halves the output of each.
     """
     from types import SimpleNamespace
 
@@ -498,7 +498,7 @@ def stream_model():
 
 @pytest.fixture(scope="session")
 def random_pairs():
-    """Builds pairs that differ at positions 1 and 3, with one question at the end of each; padded to the longest."""
+    """Return a builder of pairs that differ at positions 1 and 3, with a question at the end, padded to the longest."""
     from sparsary.eval.circuits.tasks.pairs import PromptPairs, Question
 
     def build(n=5, positions=6, lengths=None, metric="logit_diff"):
@@ -517,7 +517,7 @@ def random_pairs():
 
 @pytest.fixture(scope="session")
 def gpt2_tokens(shared_data):
-    """GPT-2's tokenizer in a language model that cannot be run."""
+    """Return GPT-2's tokenizer in a language model that cannot be run."""
     import transformers
 
     from sparsary.training.activations.model import LanguageModel
@@ -528,9 +528,9 @@ def gpt2_tokens(shared_data):
 
 @pytest.fixture(scope="session")
 def word_model():
-    """Builds a model, which cannot be run, whose tokenizer knows some words, each with and without a space before it.
+    """Return a builder of models, which cannot be run, with a tokenizer of words with and without a leading space.
 
-    Numbers of two digits and all characters are tokens. It puts BOS in front and EOS behind, as ``ends`` says.
+    Two-digit numbers and single characters are tokens too. ``ends`` are the tokens added before and after a text.
     """
     import tokenizers
     import transformers

@@ -1,6 +1,6 @@
-"""A tiny dictionary in every format: what hostile files are made from, and what every evaluation is tried on.
+"""Tiny dictionaries of the embedded model in every format, for tests of malicious files and of every evaluation.
 
-``BUILD[name](folder, d)`` fills a folder and returns what its files leave open. All are for the embedded model.
+``BUILD[name](folder, d)`` writes the files to a folder and returns the metadata that they lack.
 """
 
 import json
@@ -23,7 +23,7 @@ def numbers(*shape, seed=0):
 
 
 def parts(d, d_out=None):
-    """W_enc (latents first), b_enc, W_dec (latents first), b_dec: some latents fire on activations of any scale."""
+    """Return W_enc (latents first), b_enc, W_dec (latents first), b_dec; some latents fire at any activation scale."""
     return numbers(LATENTS, d) / d**0.5, 0.1 * numbers(LATENTS), numbers(LATENTS, d_out or d, seed=3) / d**0.5, 0.1 * numbers(d)
 
 

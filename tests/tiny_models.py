@@ -1,7 +1,7 @@
-"""A tiny random model of every architecture that transformers knows, and a tokenizer and text to save beside it.
+"""Tiny random models of every architecture in transformers, with a tokenizer and text for them.
 
-``tiny_config(kind)`` shrinks every size of an architecture's default configuration by the name of its field, nested
-configurations too; ``PARTICULAR`` holds what no rule about names can know. ``tiny_model(kind)`` is its causal language model.
+``tiny_config(kind)`` shrinks every size in an architecture's default configuration by field name, including nested
+configurations; ``PARTICULAR`` holds the exceptions. ``tiny_model(kind)`` builds its causal language model.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY, WIDTH, LAYERS, HEADS, POSITIONS = 96, 32, 4, 4, 128
 
-# Field names, in full, and what they are set to where they are numbers; the first that matches counts.
+# Patterns of full field names, and the values of numeric fields (None: the default); the first match counts.
 RULES = [
     (r"hc_mult|ngram|n_gram.*|.*_dropout.*|.*layerdrop", None),
     (
@@ -44,7 +44,7 @@ RULES = [
     (r"hidden_size|d_model|n_embd|embedding_size|embed_dim|word_embed_proj_dim|.*hidden_size(_global)?|lru_width|dim", WIDTH),
 ]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# What is None by default, and would be as large as another field or missing.
+# Fields that are None by default, which would mean the size of another field, or that a part is missing.
 UNSET = {
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -82,7 +82,7 @@ PARTICULAR = {
     "zamba": {"layers_block_type": _HYBRID, "num_key_value_heads": HEADS},
     "zamba2": {"layers_block_type": _HYBRID, "num_key_value_heads": HEADS},
 }
-# Of whom transformers builds none from a small configuration, and why.
+# Architectures that transformers cannot build from a small configuration, and why.
 IMPOSSIBLE = {
     "gemma3n": "its vision tower is timm's, which is not installed",
     "gemma4_assistant": "runs on the keys and values of another model",
@@ -91,13 +91,13 @@ IMPOSSIBLE = {
     "musicgen_melody": "transformers' own class does not take its configuration",
 }
 
-# Every causal architecture by its ``model_type``, and those that can be built.
+# Every causal architecture by ``model_type``, and those that can be built.
 CAUSAL = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 KINDS = tuple(kind for kind in CAUSAL if kind not in IMPOSSIBLE)
 
 
 def _number(name, value):
-    """The size for a field of a configuration: by its name, else as it was if it is small."""
+    """Return the size for a configuration field: by its name, else its default if that is small."""
     if name.endswith(("_token_id", "_token_index", "_index", "_idx")):
         return value if value < VOCABULARY else VOCABULARY - 1
     for pattern, small in RULES:
@@ -107,7 +107,7 @@ def _number(name, value):
 
 
 def tiny_values(config_class, kind=None):
-    """The arguments that make a configuration of this class tiny."""
+    """Return arguments that make a configuration of this class tiny."""
     values = {}
     for field in dataclasses.fields(config_class):
         name = field.name
@@ -135,26 +135,26 @@ def tiny_values(config_class, kind=None):
 
 
 def tiny_config(kind, **changes):
-    """A configuration of the architecture ``kind`` (its ``model_type``) whose model has a few thousand weights."""
+    """Return a configuration of the architecture ``kind`` (its ``model_type``) with a few thousand weights."""
     config_class = transformers.CONFIG_MAPPING[kind]
     return config_class(**(tiny_values(config_class, kind) | changes))
 
 
 def tiny_model(kind, **changes):
-    """A random causal language model of the architecture, in float32, its biases and norms not at their fresh values."""
+    """Return a random causal language model in float32, with biases and norms away from their initial values."""
     config = tiny_config(kind, **changes)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in module.parameters():
-            # Fresh biases are zero and fresh norms one: then some mistakes would not show.
+            # Initial biases of zero and norms of one would hide some mistakes.
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return module
 
 
 def tiny_tokenizer():
-    """A tokenizer of words for ``VOCABULARY`` ids: <pad>, <s>, </s>, <unk> and w4, w5, ..."""
+    """Return a word tokenizer with ``VOCABULARY`` ids: <pad>, <s>, </s>, <unk> and w4, w5, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(4, VOCABULARY))]
@@ -166,6 +166,6 @@ def tiny_tokenizer():
 
 
 def words_of_text(documents, length, seed=0):
-    """Random documents in the tokenizer's words."""
+    """Return random documents in the words of the tokenizer."""
     ids = torch.randint(4, VOCABULARY - 8, (documents, length), generator=torch.Generator().manual_seed(seed))
     return [" ".join(f"w{number}" for number in row) for row in ids.tolist()]

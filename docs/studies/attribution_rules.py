@@ -1,16 +1,16 @@
-"""Which estimate of a unit's effect comes closest to the effect? Every method against exact patching, site by site.
+"""Accuracy of attribution methods: estimated effects of units, compared with exact patching, by site.
 
     python docs/studies/attribution_rules.py embedded [--dictionaries CHECKPOINT]
     python docs/studies/attribution_rules.py stories3M --model MODEL_DIRECTORY --pairs PAIRS_DIRECTORY
 
-Sites: the residual stream behind each block, and what each MLP writes, position by position; MLPs, and heads, at all
-positions together; MLP neurons; and latents of a dictionary or a stack of them, where one is given. Scores are averaged over
-pairs, and correlated over units with the effects measured on the same pairs: all units of a site, or so many drawn at random
-of those that differ between prompts at all. Intervals are of pairs drawn anew, the same for both; of random scores, over
-seeds. The tasks are the embedded language's own, and for other models the files of the directory. Writes
-docs/results/attribution-rules.json, in which results of other models stay.
+Sites: the residual stream after each block and the output of each MLP, per position; MLPs, and heads, over all positions;
+MLP neurons; and, if given, latents of a dictionary or a stack of dictionaries. Scores are averaged over pairs and correlated,
+over units, with the effects measured on the same pairs. Units are those that differ between clean and corrupted prompts, or
+a random subset of them. Intervals are bootstrapped over pairs, resampled jointly for scores and effects; for random scores,
+over seeds. Tasks are those of the embedded language, or for other models the files in the directory. Writes
+docs/results/attribution-rules.json and keeps results of other models there.
 
-Published, of GPT-2 small on indirect objects (Jafari et al. 2025, arXiv:2508.21258), attribution patching and RelP: residual
+Published figures for GPT-2 small on IOI (Jafari et al. 2025, arXiv:2508.21258), attribution patching and RelP: residual
 stream 0.753 and 0.968, heads 0.979 and 0.962, MLP outputs 0.195 and 0.992.
 """
 
@@ -45,7 +45,7 @@ TASKS = {
     "embedded": ("ioi", "greater_than", "agreement_pp"),
     "stories3M": ("ioi.jsonl", "pronoun.jsonl", "agreement.jsonl"),
 }
-# What is compared, by the name in the table.
+# Methods by their names in the table.
 COMPARED: dict[str, Method] = {
     "attribution": AttributionPatching(),
     "RelP": RelevancePatching(),
@@ -58,14 +58,14 @@ COMPARED: dict[str, Method] = {
     "magnitude": ActivationMagnitude(),
 }
 SEEDS = 20
-# Where effects differ by less, of their own size, there is nothing to correlate: in prompts of a few tokens every residual
-# stream carries all of it.
+# Smallest standard deviation of the effects, relative to the largest effect, that is worth correlating: in prompts of a few
+# tokens every residual stream carries the whole effect.
 SPREAD = 0.05
 DRAWS = 500
 
 
 def sites(model: LanguageModel, length: int, dictionaries: str | None) -> Iterator[tuple[str, NodeSpace]]:
-    """The spaces that are compared; positions of those by position are of prompts of one length."""
+    """Yield the sites with their units; units per position require prompts of one length."""
     for site in ("resid_post", "mlp_out"):
         hooks = [site_hooks(model.module, layer, site)[1] for layer in range(n_layers(model.module))]
         widths = model.widths(tuple(hooks))
@@ -79,19 +79,19 @@ def sites(model: LanguageModel, length: int, dictionaries: str | None) -> Iterat
 
 
 def some_units(space: NodeSpace, pairs: PromptPairs, most: int) -> list[int]:
-    """At most so many of the units that carry something else on corrupted prompts."""
+    """Return up to ``most`` random units whose activations differ on corrupted prompts."""
     differing = ActivationMagnitude().discover(space, pairs).values.nonzero().flatten()
     order = torch.randperm(len(differing), generator=torch.Generator().manual_seed(0))
     return differing[order[:most]].sort().values.tolist()
 
 
 def compare(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Correlations of scores ``(pairs, units)`` with effects, over units, with 95 % intervals over pairs.
+    """Return correlations of scores ``(pairs, units)`` with effects, over units, with 95 % intervals over pairs.
 
-    ``pooled`` is Pearson's over units and pairs together, without averaging first.
+    ``pooled`` is the Pearson correlation over units and pairs together, without averaging first.
     """
     rng, n = np.random.default_rng(0), len(found)
-    # Row 0 is every pair once; the others count pairs drawn anew.
+    # Row 0 weights every pair equally; the others are bootstrap samples.
     counts = np.stack([np.ones(n), *(np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(DRAWS))]) / n
     a, b = counts @ found, counts @ exact
     pooled = {"pooled": round(float(pearson(found.reshape(1, -1), exact.reshape(1, -1))[0]), 4)}
@@ -99,7 +99,7 @@ def compare(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 
 
 def compare_random(exact: np.ndarray) -> dict[str, float]:
-    """The same of random scores: their mean over seeds, and intervals over seeds."""
+    """Return the correlations of random scores: means and intervals over seeds."""
     several = np.stack([np.random.default_rng(seed).random(exact.shape[1]) for seed in range(SEEDS)])
     means = np.repeat(exact.mean(0)[None], SEEDS, axis=0)
     found = {"pearson": pearson(several, means), "spearman": spearman(several, means)}
@@ -107,18 +107,18 @@ def compare_random(exact: np.ndarray) -> dict[str, float]:
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row."""
+    """Return the Pearson correlation of each pair of rows."""
     a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
     return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row."""
+    """Return the Spearman correlation of each pair of rows."""
     return pearson(*(stats.rankdata(x, axis=1) for x in (a, b)))
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
-    """The first of each, and between what 95 % of the others lie."""
+    """Return the first of each, and the interval that contains 95 % of the others."""
     row = {}
     for key, (value, *draws) in values.items():
         low, high = np.quantile(draws, [0.025, 0.975])
@@ -127,13 +127,13 @@ def with_intervals(values: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def of_units(scores: UnitScores, units: list[int]) -> np.ndarray:
-    """Of every pair."""
+    """Return the scores of some units for every pair."""
     assert scores.per_pair is not None
     return scores.per_pair[:, units].double().numpy()
 
 
 def judge(model: LanguageModel, task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every site and method of one task."""
+    """Return a row for every site and method of one task."""
     name = task if options.pairs is None else f"{options.pairs}/{task}"
     pairs = make_pairs(name, model, options.n, one_length=True)
     rows = []
@@ -155,7 +155,7 @@ def judge(model: LanguageModel, task: str, options: argparse.Namespace) -> list[
 
 
 def table(rows: list[dict[str, Any]], key: str) -> str:
-    """One line for each task and site, one column for each method."""
+    """Format a table with one line per task and site, and one column per method."""
     methods = [*COMPARED, "random"]
     lines = [" | ".join(["task", "site", "units", *methods])]
     for about in dict.fromkeys((row["task"], row["site"], row["units"]) for row in rows):

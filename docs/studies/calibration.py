@@ -1,8 +1,8 @@
-"""Calibrated thresholds against batch-wide selection, on held-out rows of a store.
+"""Comparison of calibrated thresholds with batch-wide selection, on held-out rows of a store.
 
     .venv/bin/python docs/studies/calibration.py runs/embedded/activations RUN_DIRECTORY...
 
-For each run of a batch-wide family: l0 and fvu per token (eval mode, thresholds) and as in training (batches of 2048).
+For each run of a batch-wide encoder: l0 and fvu per token (eval mode, thresholds) and as in training (batches of 2048).
 """
 
 import argparse
@@ -21,7 +21,7 @@ BATCH = 2048
 
 @torch.no_grad()
 def judged(directory: str, store: ActivationStore) -> dict[str, float]:
-    """l0 and fvu both ways."""
+    """Return l0 and fvu in both modes."""
     sae = load_dictionary(directory)
     assert isinstance(sae.encoder, BatchWide), f"{directory}: not a batch-wide family"
     rows = RowReader(store, "heldout", f"x:{read_config(directory)['provenance']['hook']}")

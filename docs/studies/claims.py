@@ -1,11 +1,11 @@
-"""What the papers claim, against a comparison: differences with intervals over seeds and documents, tested together.
+"""Test of papers' claims on a comparison of runs: differences with intervals over seeds and documents, tested together.
 
     sparsary compare recipes/embedded --seeds 3 --out runs/compare-embedded --against topk
     .venv/bin/python docs/studies/claims.py runs/compare-embedded/comparison.json
 
-Claims are records of a JSON file, docs/studies/claims.json: family, figure, claim, source; perhaps against (TopK) and expected
-(better; equivalent for claims of no difference). Holm's correction is over all of them. "equivalent" means a difference below
-the margin that the comparison states, "undecided" that these runs show neither.
+Claims are records of a JSON file, docs/studies/claims.json: family, figure, claim, source; optionally against (default: TopK)
+and expected (default: better; equivalent for claims of no difference). Holm's correction covers all claims. "equivalent"
+means a difference below the margin that the comparison states, "undecided" that these runs show neither.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The dark matter against width: how each part of the error changes, what predicts it, what it costs, what takes it away.
+"""SAE dark matter as a function of width: the parts of the error, their predictors, their cost and their remedies.
 
     .venv/bin/python docs/studies/dark_matter.py recipes/dark_matter/embedded.yaml --earlier transformer.h.1:out
     .venv/bin/python docs/studies/dark_matter.py recipes/dark_matter/stories3M.yaml --earlier model.layers.2:out
 
-The recipe is a grid over ``dictionary.n_latents`` and ``seed``. Besides its members, a dictionary of the earlier hook is
-trained for every seed, and three on the error of the middle width and its parts. What is there is not done again. Writes
+The recipe is a grid over ``dictionary.n_latents`` and ``seed``. In addition, for every seed a dictionary of the earlier hook
+is trained, and three dictionaries on the error of the middle width and its two parts. Finished runs are reused. Writes
 docs/results/dark-matter-NAME.json and docs/dark_matter_NAME.png and prints the tables of docs/dark_matter.md; intervals are
 Student's t over seeds.
 """
@@ -38,18 +38,18 @@ from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import train_all, train_recipe
 
 ROWS = 4096
-# What a run on errors has in common with the run whose errors they are.
+# Recipe keys that a run on errors copies from the run whose errors it is trained on.
 COMMON = ("tokens", "batch_tokens", "lr", "lr_warmup_steps", "dead_after_tokens", "log_every", "save_every", "seed")
 TABLE = ("fvu_total", "fvu_nonlinear", "absent_share", "linear_error_share", "err_vec_r2_mean_dim", "err_norm_r2")
 TABLE = (*TABLE, "ce_recovered_by_linear_error", "ce_recovered_by_nonlinear_error")
 
 Seed = dict[str, Any]
-# Words, what is measured, and the figure of one seed.
+# Claim, measured quantity, and its value for one seed.
 Statement = tuple[str, str, Callable[[Seed], float]]
 
 
 class StoredRows:
-    """The training activations of a store, batch by batch in a fixed random order, again and again."""
+    """Training activations of a store, in batches of a fixed random order; can be iterated repeatedly."""
 
     def __init__(self, store: ActivationStore, hook: str):
         self.rows = RowReader(store, "train", f"x:{hook}")
@@ -61,7 +61,7 @@ class StoredRows:
 
 
 def trained(path: str, earlier: str) -> tuple[dict[int, dict[int, Recipe]], dict[int, Recipe]]:
-    """The grid's members by seed and width, and those of the earlier hook by seed, all of them trained."""
+    """Train and return the members of the grid by seed and width, and those of the earlier hook by seed."""
     members = list(check_grid(read_values(path), path).recipes)
     seeds = list(dict.fromkeys(recipe.seed for recipe in members))
     widths = sorted({recipe.dictionary.n_latents for recipe in members})
@@ -77,7 +77,7 @@ def trained(path: str, earlier: str) -> tuple[dict[int, dict[int, Recipe]], dict
 
 
 def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: EvalData) -> dict[str, float]:
-    """Dictionaries trained on the error and its parts: their fvu on held-out errors, and what is left with them added."""
+    """Train dictionaries on the error and its parts; return their held-out fvu, and the total fvu with them added."""
     (hook,), matter, store = recipe.dictionary.hooks_out, judged.maps[str(sae.n_latents)], recipe.harvest.store
     assert store is not None
     rows = StoredRows(ActivationStore.open(store), hook)
@@ -106,7 +106,7 @@ def on_errors(sae: SparseDictionary, judged: Judged, recipe: Recipe, where: Eval
 
 
 def one_seed(members: dict[int, Recipe], before: Recipe) -> Seed:
-    """Everything of one seed."""
+    """Return all results of one seed."""
     first = next(iter(members.values()))
     (hook,), (earlier,) = first.dictionary.hooks_out, before.dictionary.hooks_out
     where = eval_data(read_config(Path(first.out_dir))["provenance"], (earlier, hook))
@@ -131,17 +131,17 @@ def of(width: str, key: str) -> Callable[[Seed], float]:
 
 
 def across(key: str, choose: Callable[[list[float]], float]) -> Callable[[Seed], float]:
-    """Over all pairs of a smaller dictionary, which predicts, and a larger one."""
+    """Reduce a figure over all pairs of a smaller dictionary, which predicts, and a larger one."""
     return lambda seed: choose([seed["scaling"][key][i][j] for j in range(len(seed["widths"])) for i in range(j)])
 
 
 def taken(width: str, remedy: str) -> Callable[[Seed], float]:
-    """The share of the nonlinear error that a remedy takes away."""
+    """Return the share of the nonlinear error that a remedy removes."""
     return lambda seed: 1 - of(width, f"{remedy}_fvu_nonlinear")(seed) / of(width, "fvu_nonlinear")(seed)
 
 
 def excess(width: str, part: str) -> Callable[[Seed], float]:
-    """Share of the loss less share of the variance."""
+    """Return the share of the loss minus the share of the variance."""
     return lambda seed: (
         of(width, f"ce_recovered_by_{part}_error")(seed) - of(width, f"variance_recovered_by_{part}_error")(seed)
     )
@@ -152,7 +152,7 @@ def ratio(large: str, small: str, figure: Callable[[dict[str, Any]], float]) -> 
 
 
 def statements(widths: list[str]) -> list[Statement]:
-    """What the paper says, and the figures it can be held against."""
+    """Return the claims of the paper with the figures that test them."""
     small, middle, large = widths[0], widths[len(widths) // 2], widths[-1]
     span = f"{large} latents over {small}"
     rows: list[Statement] = [
@@ -204,7 +204,7 @@ def statements(widths: list[str]) -> list[Statement]:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over seeds; of one seed, the figure alone."""
+    """Return mean and 95 % interval over seeds; for one seed, its value three times."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return mean, mean, mean
@@ -220,7 +220,7 @@ def shown(values: list[float]) -> str:
 
 
 def tables(seeds: list[Seed]) -> str:
-    """The tables of docs/dark_matter.md."""
+    """Format the tables of docs/dark_matter.md."""
     widths = sorted(seeds[0]["widths"], key=int)
     lines = ["| latents | " + " | ".join(f"`{key}`" for key in TABLE) + " |", "|---" * (len(TABLE) + 1) + "|"]
     lines += [
@@ -243,7 +243,7 @@ def tables(seeds: list[Seed]) -> str:
 
 
 def draw(seeds: list[Seed], path: Path) -> None:
-    """Four plots: fvu against width with its law, shares of the error, who predicts whom, and cost against size."""
+    """Draw four plots: fvu by width with the fitted law, shares of the error, R² between widths, and cost against size."""
     widths = sorted(seeds[0]["widths"], key=int)
     numbers = [int(width) for width in widths]
     with matplotlib.rc_context(STYLE):
@@ -271,7 +271,7 @@ def draw(seeds: list[Seed], path: Path) -> None:
         total = [statistics.mean(of(width, "fvu_total")(seed) for seed in seeds) for width in widths]
         nonlinear = [statistics.mean(of(width, "fvu_nonlinear")(seed) for seed in seeds) for width in widths]
         absent = [statistics.mean(law.absent(number) for law in laws) for number in numbers]
-        # Whatever is nonlinear cannot be absent too, although the law knows nothing of the split.
+        # The nonlinear part cannot be absent too, although the law does not know of the split.
         absent = [min(a, t - n) for a, t, n in zip(absent, total, nonlinear, strict=True)]
         parts = (nonlinear, [t - n - a for a, t, n in zip(absent, total, nonlinear, strict=True)], absent)
         base = np.zeros(len(widths))

@@ -1,4 +1,4 @@
-"""The table of docs/families.md: means over seeds, 95 % intervals over seeds and documents, dead latents by both windows.
+"""Table of docs/families.md: means over seeds, 95 % intervals over seeds and documents, dead latents by both windows.
 
 sparsary compare recipes/embedded --seeds 3 --out runs/compare-embedded --against topk
 .venv/bin/python docs/studies/families.py runs/compare-embedded/comparison.json

@@ -1,14 +1,14 @@
-"""Feature circuits: do latents carry a task in fewer nodes than neurons, heads or random features do? All families, equal l0.
+"""Feature circuits: nodes needed for a task with latents, neurons, heads or random features, for all encoders at equal l0.
 
     python docs/studies/feature_circuits.py embedded [--seeds 3]
     python docs/studies/feature_circuits.py stories3M --pairs PAIRS_DIRECTORY
 
-Trains, for every family and seed, an SAE behind every block (recipes/circuits/NAME.yaml), of one width and one budget, and
-looks for circuits of its latents: scores by attribution patching on half of a task's pairs, faithfulness under resampling on
-the other half. Errors are nodes of their own, kept, or ablated. Beside them stand the coordinates of the same residual
-streams (neurons), what the MLPs' last projections read (MLP neurons), heads and MLPs, and random features of the same l0.
-What is there is not done again. Writes docs/results/feature-circuits-NAME.json and docs/feature_circuits_NAME.png, and
-prints the tables of docs/circuits.md; intervals are Student's t over seeds.
+Trains, for every encoder and seed, an SAE after every block (recipes/circuits/NAME.yaml), with one width and one budget, and
+discovers circuits of its latents: scores by attribution patching on half of a task's pairs, faithfulness under resampling on
+the other half. Errors are nodes, kept, or ablated. Baselines are the coordinates of the same residual streams (neurons), the
+inputs of the MLPs' last projections (MLP neurons), heads and MLPs, and random features with the same l0. Finished runs are
+reused. Writes docs/results/feature-circuits-NAME.json and docs/feature_circuits_NAME.png, and prints the tables of
+docs/circuits.md; intervals are Student's t over seeds.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from sparsary.training.run import train_all
 
 K = {"embedded": 16, "stories3M": 32}
 TASKS = {"embedded": ("ioi", "agreement_simple", "greater_than"), "stories3M": ("ioi", "pronoun", "agreement")}
-# The same whatever dictionary stands beside them.
+# Baselines that do not depend on the dictionary.
 SHARED = ("neurons", "MLP neurons", "heads and MLPs")
 ERRORS = ("errors as nodes", "errors kept", "errors ablated")
 RANDOM = ("random, errors kept", "random, errors ablated")
@@ -57,7 +57,7 @@ Row = dict[str, Any]
 
 
 def families(k: int) -> dict[str, Row]:
-    """What each changes in the recipe."""
+    """Return the changes to the recipe by encoder."""
     mutual = {"dictionary.encoder": {"name": "mutual_choice", "k": k}, "aux_zipf_tau": 0.1}
     return {
         "topk": {},
@@ -72,7 +72,7 @@ def families(k: int) -> dict[str, Row]:
 
 
 def trained(name: str, family: str, seed: int) -> Path:
-    """The stack of one family and seed."""
+    """Train the stack of one encoder and seed and return its folder."""
     out = Path("runs/circuits") / f"{name}-study" / family / f"seed-{seed}"
     changes = families(K[name])[family] | {"seed": seed, "out_dir": str(out)}
     train_all(resolve_recipes(check_grid(read_values(f"recipes/circuits/{name}.yaml", changes), family).recipes))
@@ -80,7 +80,7 @@ def trained(name: str, family: str, seed: int) -> Path:
 
 
 def judged(space: NodeSpace, chosen_on: PromptPairs, judged_on: PromptPairs, method: str, ablation: str) -> Row:
-    """The curve of one family of nodes on one task, and the sizes it needs."""
+    """Return the faithfulness curve of one set of nodes on one task, and the circuit sizes that reach each level."""
     order = ranked(METHODS[method]().discover(space, chosen_on), "absolute")
     trials = Trials(space, judged_on, ablation_values(space, ablation, chosen_on))
     shares = share_sizes(space.size)
@@ -95,14 +95,14 @@ def judged(space: NodeSpace, chosen_on: PromptPairs, judged_on: PromptPairs, met
 
 
 def l0_of(space: NodeSpace, pairs: PromptPairs) -> float:
-    """Latents per token on the task's clean prompts, mean over hooks."""
+    """Return the active latents per token on the task's clean prompts, averaged over hooks."""
     _, seen = space.passes.see(pairs.clean, space.hooks)
     found = [part.dictionary.encode(seen[part.hook_in].flatten(0, 1)) for part in space.parts if isinstance(part, Latents)]
     return statistics.mean(float(code.l0().float().mean()) for code in found)
 
 
 def measure(directory: Path, tasks: dict[str, str], shared: bool, options: argparse.Namespace) -> Iterator[Row]:
-    """Every variant of one stack on every task; with ``shared``, also what does not depend on the stack."""
+    """Yield a row for every variant of one stack and task; with ``shared``, also for the baselines."""
     several = [open_dictionaries(str(directory))]
     model = open_model(several)
     for task, where in tasks.items():
@@ -120,7 +120,7 @@ def measure(directory: Path, tasks: dict[str, str], shared: bool, options: argpa
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of the 95 % interval of Student's t."""
+    """Return the mean and half of the 95 % interval (Student's t)."""
     if len(values) < 2:
         return values[0], math.nan
     return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
@@ -136,7 +136,7 @@ def shown(values: list[int | None]) -> str:
 
 
 def table(rows: list[Row], task: str) -> None:
-    """Nodes for 80 % by family and variant."""
+    """Print the nodes for 80 % faithfulness by encoder and variant."""
     print(f"\n{task}: nodes for 80 % faithfulness, of {max(row['units'] for row in rows)} latents and errors")
     for variant in SHARED:
         [row] = [row for row in rows if row["task"] == task and row["variant"] == variant]

@@ -1,11 +1,11 @@
-"""Attribution graphs of the embedded model: their scores, and do interventions do what edges say?
+"""Attribution graphs of the embedded model: their scores, and the agreement of edges with interventions.
 
     sparsary train recipes/transcoders/embedded/stack.yaml
     sparsary train recipes/transcoders/embedded/cross_layer.yaml
     python docs/studies/graph_agreement.py runs/transcoders/embedded/stack runs/transcoders/embedded/cross_layer
 
-The first tokens of held-out documents are explained one by one; the latents of largest influence are taken out one at a time,
-with nothing held, with attention patterns held, and with norms held as well, and changes are compared with those that edges
+Prompts are the first tokens of held-out documents. The most influential latents are ablated one at a time, with nothing
+frozen, with attention patterns frozen, and with norms frozen as well, and the changes are compared with those that edges
 (direct) and paths (total) predict. Prints medians and quartiles over prompts and writes docs/results/graph-agreement.json.
 """
 
@@ -28,7 +28,7 @@ PLACES = ("norms", "patterns", "model")
 
 
 def study(checkpoint: str, prompts: int, length: int, taken_out: int) -> list[dict[str, Any]]:
-    """One row for every prompt."""
+    """Return one row per prompt."""
     opened = open_graph_target(checkpoint)
     replacement = opened.replacement
     rows = []

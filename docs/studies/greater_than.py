@@ -1,14 +1,15 @@
-"""The greater-than task of the embedded model, through the transcoders of its MLPs: which latents carry it.
+"""Transcoder latents that implement the greater-than task of the embedded model.
 
     python docs/studies/replaced_mlps.py embedded          # trains the stacks
     python docs/studies/greater_than.py                   # the three seeds' stacks of transcoders
 
-Prompts are "The EVENT lasted from the year 17YY to the year 17"; the preference is the probability of the years after YY less
-that of the others. With transcoders in place and their errors added back the model is itself, and a latent's input-dependent
-attribution is its activation times the gradient of the preference there, summed over positions and averaged over prompts.
-The latents with the largest ones, found on half of the prompts, are ablated (set to 0 everywhere) on the other half, and so
-are as many random latents that fire on the same prompts, drawn twenty times. How a latent is tuned is its activation against
-YY, and how much of its variance over prompts YY explains. Writes docs/results/greater-than.json and docs/greater_than.png.
+Prompts are "The EVENT lasted from the year 17YY to the year 17"; the preference is the probability of the years after YY minus
+that of the others. With transcoders spliced in and their errors added back, the model's outputs are unchanged, and a latent's
+input-dependent attribution is its activation times the gradient of the preference with respect to it, summed over positions
+and averaged over prompts. The latents with the largest attributions on one set of prompts are ablated (set to 0 everywhere)
+on another, as are equally many random latents that fire on the first, drawn twenty times. The tuning of a latent is its
+activation as a function of YY, and the share of its variance over prompts that YY explains. Writes
+docs/results/greater-than.json and docs/greater_than.png.
 """
 
 import argparse
@@ -33,7 +34,7 @@ SHOWN = 12
 
 
 class Task:
-    """Prompts of one length, and the preference of logits."""
+    """Prompts of one length, and the preference computed from logits."""
 
     def __init__(self, model: LanguageModel, n: int, seed: int):
         found = task_prompts("greater_than", n, seed=seed)
@@ -55,7 +56,7 @@ def insertions(stack: Stack) -> list[Insertion]:
 
 
 def attributions(model: LanguageModel, stack: Stack, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
-    """By layer and latent: mean attribution, and on how many prompts it fires; ``(layers, n_latents)``."""
+    """Return the mean attribution and the number of prompts with activation of every latent, ``(layers, n_latents)``."""
     attribution, firing = [], []
     with model_spliced(model, insertions(stack), add_error=True) as run:
         task.preference(model.run(task.token_ids)).sum().backward()
@@ -73,7 +74,7 @@ def attributions(model: LanguageModel, stack: Stack, task: Task) -> tuple[torch.
 
 @torch.no_grad()
 def without(model: LanguageModel, stack: Stack, task: Task, latents: list[tuple[int, int]]) -> float:
-    """The mean preference with these (layer, latent)s set to 0 everywhere."""
+    """Return the mean preference with these (layer, latent) pairs set to 0 everywhere."""
     edits = [
         Intervention("set", [latent for layer, latent in latents if layer == index], 0.0, insertion=index)
         for index in {layer for layer, _ in latents}
@@ -84,7 +85,7 @@ def without(model: LanguageModel, stack: Stack, task: Task, latents: list[tuple[
 
 @torch.no_grad()
 def tuning(model: LanguageModel, stack: Stack, task: Task, layer: int, latent: int) -> dict:
-    """A latent's activation against the start year, at the position where it fires most."""
+    """Return a latent's mean activation by start year, at the position where it fires most."""
     with model_spliced(model, insertions(stack), add_error=True) as run:
         model.run(task.token_ids)
         values = run.codes[layer, 0].columns(torch.tensor([latent]))[:, 0].view(len(task.years), -1)
@@ -124,7 +125,7 @@ def study(model: LanguageModel, directory: Path, n: int) -> dict:
         ]
         curve.append({"count": count, "top": without(model, stack, judged, top[:count]), "random": others})
     tuned = [tuning(model, stack, judged, *place) for place in top[:SHOWN]]
-    # What the same figure is for latents that are not chosen by their attribution.
+    # Control: the same figure for random latents that fire on the prompts.
     draw = random.Random(0)
     control = [tuning(model, stack, judged, *place)["explained_by_year"] for place in draw.sample(alive, 60)]
     return {

@@ -1,9 +1,10 @@
-"""What an int8 store costs: the quickstart's dictionary trained from float32 and from int8 rows of the same tokens.
+"""Cost of an int8 store: the quickstart's dictionary, trained on float32 and on int8 rows of the same tokens.
 
     .venv/bin/python docs/studies/int8_store.py [--seeds 3] [--store-tokens 300000] [--tokens 600000]
 
-Both dictionaries of a seed see the same rows in the same order and are judged on the same held-out float32 rows. Prints the
-stores' sizes, fvu of every run, and the mean difference int8 - float32 with its 95 % interval over seeds (Student's t).
+Both dictionaries of a seed see the same rows in the same order and are evaluated on the same held-out float32 rows. Prints
+the sizes of the stores, fvu of every run, and the mean difference int8 - float32 with its 95 % interval over seeds (Student's
+t).
 """
 
 import argparse
@@ -28,7 +29,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 @torch.no_grad()
 def heldout_fvu(directory: Path, store: ActivationStore, hook: str) -> float:
-    """Of the dictionary, on all held-out rows of a store."""
+    """Return the fvu of the dictionary on all held-out rows of a store."""
     sae = load_dictionary(directory).eval()
     rows = RowReader(store, "heldout", f"x:{hook}")
     running = RunningFvu(sae.d_out)
@@ -39,7 +40,7 @@ def heldout_fvu(directory: Path, store: ActivationStore, hook: str) -> float:
 
 
 def waited_share(directory: Path) -> float:
-    """Share of a run's time in which the loop waited for a batch."""
+    """Return the share of a run's time spent waiting for batches."""
     return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["data_wait_share"]
 
 

@@ -1,13 +1,13 @@
-"""Models whose circuit is known: how far every method of discovery finds its edges and its nodes.
+"""Evaluation of circuit discovery methods on models with ground-truth circuits: recovery of edges and nodes.
 
-    python docs/studies/known_circuits.py                       # what is written by hand or trained here
+    python docs/studies/known_circuits.py                       # hand-written and locally trained models
     python docs/studies/known_circuits.py --compiled MODELS     # also MODELS/tracr_reverse and other compiled programs
 
-Units are all edges of the model, labelled by its circuit when the rest is taken from the corrupted prompt. AUC is the chance
-that an edge of the circuit scores above one outside it, ties counting half; a node scores as its best edge. Scores of either
-sign count by magnitude, but for those of masks. Every model is also turned by a random rotation of its residual stream, where
-no axis means anything (``_rotated0``). For Edge Pruning also: how many edges its own circuit has, and how many of them are
-right. Writes docs/results/known-circuits.json and prints its table.
+Units are all edges of the model, labeled by its circuit under resampling from the corrupted prompt. AUC is the probability
+that an edge of the circuit scores above one outside it, ties counting half; a node scores as its best edge. Signed scores
+count by magnitude, except those of masks. Every model is also evaluated under a random rotation of its residual stream, in
+which no axis is meaningful (``_rotated0``). For Edge Pruning, the size of its own circuit and the number of correct edges in
+it are reported too. Writes docs/results/known-circuits.json and prints its table.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from sparsary.eval.circuits.units.edges import EdgeSpace
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "known-circuits.json"
 COMPARED = ("attribution", "integrated_inputs", "exact", "exact denoising", "exact both", "edge_pruning", "flow", "random")
-# What is high for units that are kept, and low for others: its sign counts.
+# Methods whose scores are high for kept units and low for others, so that the sign counts.
 SIGNED = ("edge_pruning", "flow", "random")
 
 
 def models(compiled: Path | None) -> Iterator[Known]:
-    """Every known circuit, and the same rotated."""
+    """Yield every model with a ground-truth circuit, as built and rotated."""
     makers = [*KNOWN.values(), *(partial(make, compiled / name) for name, make in COMPILED.items() if compiled)]
     for make in makers:
         known = make()
@@ -43,7 +43,7 @@ def models(compiled: Path | None) -> Iterator[Known]:
 
 
 def method(name: str, known: Known) -> Method:
-    """A method as compared. A model with one output has no predictions to diverge."""
+    """Return a method by name. Edge Pruning uses the metric as its loss if the model has one output, so no KL."""
     if name == "edge_pruning" and known.config.d_vocab_out == 1:
         return EdgePruning(loss="metric")
     if name.startswith("exact "):
@@ -52,7 +52,7 @@ def method(name: str, known: Known) -> Method:
 
 
 def judge(known: Known, name: str, space: EdgeSpace) -> dict[str, Any]:
-    """One row of the table."""
+    """Return one row of the table."""
     scores: UnitScores = method(name, known).discover(space, known.pairs)
     values = scores.values if name in SIGNED else scores.values.abs()
     edges = known.edge_labels("resample", space.names())
@@ -76,7 +76,7 @@ def judge(known: Known, name: str, space: EdgeSpace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Edge and node AUC by model and method; behind Edge Pruning's, how many of its circuit's edges are right."""
+    """Format a table of edge and node AUC by model and method; the last column counts correct edges of Edge Pruning."""
     lines = [f"{'edge AUC / node AUC':31}{'edges':>10}" + "".join(f"{name:>18}" for name in (*COMPARED, "kept rightly"))]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = {row["method"]: row for row in rows if row["model"] == model}

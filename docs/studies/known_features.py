@@ -1,13 +1,13 @@
-"""Features where the truth is known: in a rotated residual stream, does a dictionary find the circuit that neurons hide?
+"""Feature circuits with ground truth: recovery of circuits by SAE latents when the residual stream is rotated.
 
     python docs/studies/known_features.py [--seeds 3]
 
-Models whose weights were written by hand compute with named directions. As built these are neurons; rotated at random, no
-neuron is one. On both, circuits are found by attribution patching of: neurons of the stream behind every block, the planted
-directions themselves (both signs, as a dictionary), latents of an SAE trained on the stream (errors ablated), and random
-features. Compared are nodes for 80 % faithfulness and CMD; and for latents, how well scores tell those that write mostly into
-planted directions with an exact effect from all others (area under the ROC curve). Writes docs/results/known-features.json and
-prints the table of docs/circuits.md.
+Models with hand-written weights compute with named directions. As built, these are neurons; after a random rotation, no
+neuron is one of them. On both, circuits are discovered by attribution patching of neurons of the residual stream after every
+block, the planted directions themselves (both signs, as a dictionary), latents of an SAE trained on the stream (errors
+ablated), and random features. Compared are the nodes for 80 % faithfulness and CMD; for latents also the ROC AUC of their
+scores, where positives are latents that write mostly into planted directions with an exact effect. Writes
+docs/results/known-features.json and prints the table of docs/circuits.md.
 """
 
 import argparse
@@ -36,19 +36,19 @@ from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 
 MODELS = ("induction", "reverse", "fraction", "clock")
-# A latent belongs to the circuit if directions that matter have so much of its atom's squared norm.
+# A latent belongs to the circuit if relevant directions hold this share of its decoder direction's squared norm.
 MOSTLY = 0.5
 EFFECT = 1e-3
 LEVEL = 0.8
 
 
 class Prompts:
-    """Activations at a hook on prompts of random tokens, as a training stream."""
+    """Training stream of activations at a hook, on prompts of random tokens."""
 
     def __init__(self, known: Known, hook: str, seed: int, prompts: int = 4096):
         generator = torch.Generator().manual_seed(seed)
         length = known.pairs.clean.shape[1]
-        # Rows of the pairs say what a prompt looks like; tokens at each position are drawn anew from those seen there.
+        # Prompts resemble the pairs: the token at each position is drawn from those that the pairs have there.
         seen = torch.cat([known.pairs.clean, known.pairs.corrupted])
         rows = torch.stack([seen[torch.randint(len(seen), (prompts,), generator=generator), at] for at in range(length)], 1)
         self.x = known.model.activations(rows, (hook,))[hook].flatten(0, 1)
@@ -61,7 +61,7 @@ class Prompts:
 
 
 def planted(known: Known) -> SAE:
-    """The named directions, both signs of each, as a dictionary that reconstructs exactly."""
+    """Return the named directions, both signs of each, as a dictionary that reconstructs exactly."""
     directions = torch.stack(list(known.directions.values())).float()
     sae = SAE(directions.shape[1], 2 * len(directions), build_encoder({"name": "relu"}))
     with torch.no_grad():
@@ -72,7 +72,7 @@ def planted(known: Known) -> SAE:
 
 
 def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
-    """An SAE of the stream: with more latents than directions it would give each of the few prompts one of its own."""
+    """Train an SAE with as many latents as directions; with more, each of the few prompts would get its own latent."""
     out = Path("runs/circuits/known-features") / known.name / hook.replace(":", "-") / f"seed-{seed}"
     stream = Prompts(known, hook, seed)
     directions = torch.stack(list(known.directions.values())).float()
@@ -93,7 +93,7 @@ def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
 
 
 def measured(space: NodeSpace, known: Known) -> dict[str, Any]:
-    """Nodes for 80 % and CMD, by attribution patching, under resampling."""
+    """Return the nodes for 80 % faithfulness and CMD, by attribution patching under resampling."""
     scores = METHODS["attribution"]().discover(space, known.pairs)
     order = ranked(scores, "absolute")
     trials = Trials(space, known.pairs, ablation_values(space, "resample", known.pairs))
@@ -102,7 +102,7 @@ def measured(space: NodeSpace, known: Known) -> dict[str, Any]:
 
 
 def matched_auc(space: NodeSpace, truth: NodeSpace, known: Known) -> float:
-    """Do scores tell latents that write mostly into directions that matter from the rest?"""
+    """Return the ROC AUC of scores for latents that write mostly into relevant directions."""
     scores = METHODS["attribution"]().discover(space, known.pairs).values.abs()
     exact = METHODS["exact"]().discover(truth, known.pairs).values.abs()
     labels = []
@@ -110,7 +110,7 @@ def matched_auc(space: NodeSpace, truth: NodeSpace, known: Known) -> float:
         assert isinstance(part, Latents)
         assert isinstance(true_part, Latents)
         matter = true_part.atoms[exact[truth.groups[true_part.name]] > EFFECT]
-        # Directions are orthonormal; one that matters with both signs is to count once.
+        # Directions are orthonormal; one that is relevant with both signs must count once.
         basis = (
             torch.linalg.svd(matter, full_matrices=False).Vh[: int(torch.linalg.matrix_rank(matter))].T
             if len(matter)
@@ -123,7 +123,7 @@ def matched_auc(space: NodeSpace, truth: NodeSpace, known: Known) -> float:
 
 
 def study(name: str, seed: int, tokens: int) -> list[dict[str, Any]]:
-    """One model and seed, as built and rotated."""
+    """Return the rows of one model and seed, as built and rotated."""
     rows = []
     built = KNOWN[name](n_pairs=48, seed=seed)
     for known, basis in ((built, "as built"), (rotated(built, seed), "rotated")):

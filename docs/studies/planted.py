@@ -1,10 +1,10 @@
-"""Every family on planted dictionaries with known truth: what is recovered, over seeds.
+"""Recovery of planted dictionaries by every encoder, over seeds.
 
     .venv/bin/python docs/studies/planted.py [--seeds 3] [--out docs/results/planted.json]
 
-Width and budget are those of the truth: as many latents as planted features, and k the nearest whole number to the true
-mean l0 (at least 1). Every family sees the same batches of 1024 tokens; Adam at 3e-3 with 100 steps of warm-up and a linear
-fall to 0 over the last fifth; no family was tuned on these data. ``feature_choice`` is mutual choice with feature choice for
+Width and budget are those of the ground truth: as many latents as planted features, and k the nearest integer to the true
+mean l0 (at least 1). Every encoder sees the same batches of 1024 tokens; Adam at 3e-3 with 100 steps of warm-up and linear
+decay to 0 over the last fifth; no encoder was tuned on these data. ``feature_choice`` is mutual choice with feature choice for
 the last fifth.
 """
 
@@ -28,7 +28,7 @@ FIGURES = ("mcc", "recall_09", "detector_f1", "fvu", "l0", "dead_fraction")
 
 
 def families(k: int) -> dict[str, dict]:
-    """Recipe entries by family."""
+    """Return recipe entries by encoder."""
     third = [[0.0, 0.0], [0.1, 8.0], [0.8, 8.0], [0.95, 0.0]]
     later = [{"start": 0.8, "blend": 0.05, "encoder": {"name": "feature_choice", "k": k}}]
     return {
@@ -47,7 +47,7 @@ def families(k: int) -> dict[str, dict]:
 
 
 def run(name: str, entries: dict, dataset: str, seed: int, folder: Path) -> dict[str, float]:
-    """Train one family on one planted data set and judge it on fresh tokens."""
+    """Train one encoder on one planted dataset and evaluate it on fresh tokens."""
     planted = PLANTED[dataset](seed)
     hook = "planted:out"
     values = {
@@ -86,7 +86,7 @@ def main() -> None:
             for name, entries in families(k).items():
                 if options.families and name not in options.families:
                     continue
-                # Without a decision there are no gradients to choose by.
+                # Without a decision there are no gradients to select by.
                 if name.startswith("gradient") and truth.decision is None:
                     continue
                 runs = [run(name, entries, dataset, seed, Path(folder)) for seed in range(options.seeds)]

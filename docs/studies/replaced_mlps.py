@@ -1,13 +1,13 @@
-"""Transcoders in place of MLPs: per layer and all at once, against SAEs of the MLP's output and against ablation.
+"""Transcoders in place of MLPs, per layer and all at once, compared with SAEs of the MLP's output and with ablation.
 
     python docs/studies/replaced_mlps.py embedded [--seeds 3]        # recipes/transcoders/embedded/base.yaml
     python docs/studies/replaced_mlps.py stories3M
 
-Trains, for every seed, a stack of transcoders, one with skips, one of SAEs on the MLPs' outputs, all over every layer, and
-two cross-layer transcoders (k latents of each layer, and as many of all layers together), and judges each with all layers in
-place and with each alone. Everything over one store, with one width and one budget per layer. What is there is not done
-again. Writes docs/results/transcoders-NAME.json and prints the tables of docs/transcoders.md; intervals are Student's t
-over seeds, differences are paired by seed.
+Trains, for every seed, three stacks over all layers (transcoders, transcoders with skip paths, SAEs of the MLPs' outputs) and
+two cross-layer transcoders (k latents per layer, and the same number shared by all layers), and evaluates each with all
+layers replaced and with one layer replaced. All use one store, one width and one budget per layer. Finished runs are reused.
+Writes docs/results/transcoders-NAME.json and prints the tables of docs/transcoders.md; intervals are Student's t over seeds,
+differences are paired by seed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ FIGURES = ("ce_increase", "kl_spliced", "top1_agreement")
 
 
 def run(folder: str, kind: str, seed: int, tokens: int) -> dict:
-    """One stack or cross-layer transcoder, trained and judged."""
+    """Train and evaluate one stack or cross-layer transcoder and return its report."""
     out = Path("runs/transcoders") / folder / "study" / kind.replace(" ", "-").replace(",", "") / f"seed-{seed}"
     report = out / "report.json"
     if not report.exists():
@@ -59,7 +59,7 @@ def run(folder: str, kind: str, seed: int, tokens: int) -> dict:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of the 95 % interval of Student's t."""
+    """Return the mean and half of the 95 % interval (Student's t)."""
     if len(values) < 2:
         return values[0], math.nan
     return statistics.mean(values), float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

@@ -1,7 +1,7 @@
-"""Write what studies found: JSON with one record to a line, so that a change of one figure is a change of one line.
+"""Results of studies as JSON with one record per line, so that changing one figure changes one line.
 
 Studies write with ``write_results``; files of ``sparsary bench --json``, ``sparsary compare`` and tests/parity/compare_topk.py
-are brought to the same form by
+are reformatted by
 
     .venv/bin/python docs/studies/results.py FILE...
 """
@@ -14,12 +14,12 @@ from typing import Any
 
 from sparsary.sae.files import write_text
 
-# A value that holds records is on one line if it is no longer than this.
+# Longest line, in characters, for a value that contains records.
 WIDTH = 600
 
 
 def lines(value: Any, indent: str = "") -> Iterator[str]:
-    """Yield the lines of a value: one for a record, which holds numbers, words and lists of them; else one for each member."""
+    """Yield the lines of a value: one line per record (numbers, strings and lists of them), else one per member."""
     whole = json.dumps(value, allow_nan=False)
     members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if len(whole) <= WIDTH or not any(map(_holds_records, members)):
@@ -41,7 +41,7 @@ def _holds_records(value: Any) -> bool:
 
 
 def write_results(path: Path, value: Any) -> None:
-    """Write JSON with one record to a line, whole or not at all. NaN and infinities are refused: they are not JSON."""
+    """Write JSON atomically with one record per line. NaN and infinities raise an error, because they are not JSON."""
     write_text(path, "\n".join(lines(value)) + "\n")
 
 

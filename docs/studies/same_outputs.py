@@ -1,7 +1,8 @@
-"""Compare two folders of outputs, figure by figure: ``python docs/studies/same_outputs.py BEFORE AFTER``.
+"""Comparison of two folders of outputs, figure by figure: ``python docs/studies/same_outputs.py BEFORE AFTER``.
 
-For changes that must not alter any figure: run the same commands in two checkouts, then compare what they wrote. Tensors
-must have equal bytes, JSON equal values; commits, paths, times and addresses of files may differ. Exit status 1 if not.
+For changes that must not alter any figure: run the same commands in two checkouts, then compare their outputs. Tensors must
+have equal bytes, JSON equal values; commits, paths, times and addresses of files may differ. Exit status 1 if they do not
+match.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-# Keys that say where and when something was made, and how fast.
+# Keys for where, when and how fast a result was made.
 IGNORED = {
     "git_commit",
     "tokens_per_second",
@@ -22,7 +23,7 @@ IGNORED = {
     "page_path",
     "report_path",
 }
-# Of a file whose header names the commit.
+# Hash of a file whose header names the commit.
 IGNORED |= {"weights_sha256"}
 
 
@@ -62,7 +63,7 @@ def compare_files(before: Path, after: Path) -> list[str]:
 
 
 def main() -> None:
-    """Print every difference, a few for each file."""
+    """Print the differences, at most a few per file."""
     roots = [Path(argument) for argument in sys.argv[1:]]
     if len(roots) != 2:
         sys.exit("same_outputs.py: expected two folders, BEFORE and AFTER.")

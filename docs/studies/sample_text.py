@@ -1,13 +1,13 @@
-"""A seeded text that a small model writes itself: more tokens than the corpus at hand, to count dead latents on.
+"""Seeded text sampled from a small model: more tokens than the available corpus, for counting dead latents.
 
     .venv/bin/python docs/studies/sample_text.py --model PATH/stories3M --tokens 4000000 --out sampled.jsonl
     sparsary eval RUN --text sampled.jsonl --tokens 2000000 --set harvest.heldout=0.999 --out judged
 
-A line holds a document and its number of tokens. Documents are sampled in batches with a cache of keys and values, from the
-beginning token to the next one (or the end token), at most a context long. Every batch draws from a generator of its own, by
---seed and its number: an interrupted call goes on where it stopped, batch by batch, and ends with the same file. A longer text
-begins with a shorter one. Two cores write 2,100 to 3,100 tokens/s of a model of 3 million parameters: 4 million take half an
-hour. Half of what eval reads fits, half is scored: ask it for twice the window.
+Each line holds a document and its number of tokens. Documents are sampled in batches with a KV cache, from BOS to the next BOS
+or EOS, up to one context. Every batch has its own generator, seeded by --seed and the batch number, so an interrupted call
+resumes after the last whole batch and produces the same file, and a longer text begins with a shorter one. Two cores write
+2,100 to 3,100 tokens/s with a model of 3 million parameters: 4 million take half an hour. Eval fits on half of the tokens and
+scores the other half: request twice the window.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-# Finished documents leave the batch once this share of it is done: reordering the cache costs a copy of it.
+# Share of finished documents at which they are removed from the batch: reordering the cache costs a copy of it.
 LEAVE_AT = 0.25
 
 
@@ -28,9 +28,9 @@ LEAVE_AT = 0.25
 def sample_batch(
     model: Any, first: int, stops: Tensor, batch: int, context: int, temperature: float, seed: int
 ) -> list[list[int]]:
-    """Return the tokens of a batch of documents, without the first and the one that ended them.
+    """Return the tokens of a batch of documents, without BOS and the token that ended them.
 
-    A document's tokens depend on the seed and its place alone, but for rounding.
+    Up to rounding, a document depends only on the seed and its index in the batch.
     """
     generator = torch.Generator().manual_seed(seed)
     documents: list[list[int]] = [[] for _ in range(batch)]
@@ -40,7 +40,7 @@ def sample_batch(
     for position in range(context - 1):
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1].float()
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        # One number for every document of the batch, running or not.
+        # One random number per document of the batch, finished or not, so that documents are independent of each other.
         drawn = torch.rand(batch, 1, generator=generator)[rows] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, drawn).clamp_max(logits.shape[-1] - 1)
         running &= ~torch.isin(tokens[:, 0], stops)
@@ -57,7 +57,7 @@ def sample_batch(
 
 
 def written_batches(path: Path, batch: int) -> tuple[int, int]:
-    """Cut a file back to whole batches; return how many there are, and their tokens."""
+    """Truncate a file to whole batches; return their number and their tokens."""
     if not path.exists():
         return 0, 0
     lines = path.read_bytes().split(b"\n")[:-1]

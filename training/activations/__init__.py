@@ -1,1 +1,1 @@
-"""Activations: read from a model, stored in shards, streamed as shuffled batches."""
+"""Model activations: recording them with hooks, storing them in shards, streaming them as shuffled batches."""

@@ -1,7 +1,7 @@
-"""The parts of a model that linear analysis reads, by one set of names for every architecture, and a pass that records them.
+"""Uniform view of transformer weights across architectures, and a recorded forward pass, for linear analysis.
 
-Attention writes ``sum_h z_h @ W_O[h] + b_O``, head ``h`` having mixed ``z_h[t] = sum_s pattern[h, t, s] * v_h[s]``, with
-``v_h = x @ W_V[h].T + b_V[h]``. Of a norm only the division is not linear; its recorded denominator makes it so.
+Attention writes ``sum_h z_h @ W_O[h] + b_O``, where ``z_h[t] = sum_s pattern[h, t, s] * v_h[s]`` and
+``v_h = x @ W_V[h].T + b_V[h]``. The only nonlinear part of a norm is its division; with the recorded denominator it is linear.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ RECORDED = ("resid_pre", "resid_mid", "attn_heads", "attn_out", "mlp_in", "mlp_o
 
 @dataclass(frozen=True)
 class Norm:
-    """``(x - mean(x)) / scale(x) * weight + bias``; a root-mean-square norm does not subtract the mean.
+    """Layer norm or RMS norm: ``(x - mean(x)) / scale(x) * weight + bias``; RMS norm does not subtract the mean.
 
-    Where a model has no norm, one stands in that does not divide either.
+    A model without norms gets one with ``divides=False``, which does not divide either.
     """
 
     centred: bool
@@ -33,30 +33,30 @@ class Norm:
     divides: bool = True
 
     def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """``x`` less its mean over the width, where this norm subtracts it."""
+        """Return ``x`` minus its mean over the width if this norm subtracts the mean, else ``x``."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def scale(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "..."]:
-        """The denominator of each vector."""
+        """Return the denominator of each vector: 1 if this norm does not divide."""
         if not self.divides:
             return x.new_ones(x.shape[:-1])
         return (self.centre(x).pow(2).mean(-1) + self.eps).sqrt()
 
     def apply(self, x: Float[Tensor, "... d_model"], scale: Float[Tensor, "..."]) -> Float[Tensor, "... d_model"]:
-        """The norm of ``x`` with this denominator in place of its own."""
+        """Return the normalized ``x`` with ``scale`` as the denominator."""
         return self.centre(x) / scale[..., None] * self.weight + self.bias
 
     def fold(self, readers: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """What reads before the norm as ``readers`` do behind it, but for the denominator and the bias."""
+        """Return directions that read before the norm what ``readers`` read after it, up to the denominator and the bias."""
         return self.centre(readers * self.weight)
 
     def pull_back(
         self, x: Float[Tensor, "... #readers d_model"], grads: Float[Tensor, "... readers d_model"]
     ) -> Float[Tensor, "... readers d_model"]:
-        """Gradients by ``x``, from gradients by the norm of ``x``."""
+        """Return gradients with respect to ``x``, given gradients with respect to the normalized ``x``."""
         folded = self.fold(grads)
         if self.divides:
-            # The denominator grows with x along x, which takes from the gradient what points there.
+            # The denominator depends on x too, which removes the component of the gradient along the normalized x.
             unit = self.centre(x) / self.scale(x)[..., None]
             folded = folded - unit * (unit * folded).mean(-1, keepdim=True)
         return folded / self.scale(x)[..., None]
@@ -64,7 +64,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One block: its norms, and what its heads read queries, keys and values with and write with."""
+    """Weights of one transformer block: its two norms, and the query, key, value and output matrices of its heads."""
 
     attention_norm: Norm
     mlp_norm: Norm
@@ -76,15 +76,15 @@ class BlockWeights:
     b_O: Float[Tensor, " d_model"]
 
     def carry(self, head: int, vectors: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """Vectors behind the attention norm, as one head writes them."""
+        """Apply the OV matrix of one head, without biases, to vectors taken after the attention norm."""
         return vectors @ self.W_V[head].T @ self.W_O[head]
 
 
 @dataclass(frozen=True)
 class HeadInput:
-    """Where the queries, keys or values of all heads are, before norms and rotations of their own.
+    """Location of the queries, keys or values of all heads, before any query/key norms and rotary embeddings.
 
-    ``shape`` takes apart the width of the tensor at ``hook``, in which ``index`` finds ``(n_heads, d_head)``.
+    ``shape`` unflattens the last axis of the tensor at ``hook``; ``index`` then selects ``(n_heads, d_head)``.
     """
 
     hook: str
@@ -92,16 +92,16 @@ class HeadInput:
     index: tuple[Any, ...]
 
     def of(self, x: Float[Tensor, "contexts positions width"]) -> Float[Tensor, "contexts positions n_heads d_head"]:
-        """A view of what is at the hook."""
+        """Return a view of the tensor at the hook, split by head."""
         return x.unflatten(-1, self.shape)[(..., *self.index)]
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one block read and wrote. ``pattern[c, h, t, s]`` is how much head ``h`` at ``t`` takes from ``s``.
+    """Recorded inputs and outputs of one block. ``pattern[c, h, t, s]`` is the attention of head ``h`` from ``t`` to ``s``.
 
-    ``mid`` is what the MLP's norm read: in blocks whose attention and MLP are parallel, ``pre`` once more. A block without an
-    MLP is one whose MLP writes zeros.
+    ``mid`` is the input of the MLP's norm; in blocks with parallel attention and MLP it is ``pre``. A block without an MLP is
+    recorded as one whose MLP writes zeros.
     """
 
     pre: Float[Tensor, "contexts positions d_model"]
@@ -119,7 +119,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """One pass: every block, and what the final norm read."""
+    """Recorded forward pass: a trace of every block, and the input of the final norm (``last``)."""
 
     token_ids: Int[Tensor, "contexts positions"]
     layers: tuple[LayerTrace, ...]
@@ -129,14 +129,13 @@ class Trace:
 
 
 class Architecture:
-    """A language model taken apart: GPT-2, GPT-NeoX, and those built like Llama.
+    """Weights of a language model by block and head: GPT-2, GPT-NeoX, and models built like Llama.
 
-    Heads that share keys and values (grouped-query attention) each have their own copy of ``W_K`` and ``W_V`` here. In
-    ``parallel`` models attention and MLP of a block read the same stream. ``W_P`` is None where positions are not added to
-    embeddings.
+    With grouped-query attention, ``W_K`` and ``W_V`` are repeated for each head. In ``parallel`` models, attention and MLP of
+    a block read the same residual stream. ``W_P`` is None if positions are not added to embeddings.
 
     Raises:
-        ValueError: If the architecture is another one.
+        ValueError: If the architecture is not supported.
     """
 
     def __init__(self, model: LanguageModel):
@@ -161,17 +160,17 @@ class Architecture:
 
     @property
     def final_norm_hook(self) -> str:
-        """What the last norm reads."""
+        """Hook at the input of the final norm."""
         return f"{self._read.final_norm}:in"
 
     def attention_norm_path(self, layer: int) -> str:
-        """The module path of the norm that attention reads behind."""
+        """Return the module path of the norm before attention."""
         return f"{self.blocks[layer].path}.{self._read.attention_norm}"
 
     def head_inputs(self, layer: int) -> dict[str, HeadInput]:
-        """Where queries (``q``), keys (``k``) and values (``v``) of a block's heads can be seen and replaced.
+        """Return where queries (``q``), keys (``k``) and values (``v``) of a block's heads can be read and replaced.
 
-        Heads that share keys and values have no place of their own for them, unless the model is ``ungrouped``.
+        With grouped-query attention, single heads have no keys and values of their own unless the model is ``ungrouped``.
         """
         path, heads, every = self.blocks[layer].path, (self.n_heads, self.d_head), slice(None)
         found = {}
@@ -188,10 +187,10 @@ class Architecture:
 
     @torch.no_grad()
     def trace(self, token_ids: Int[Tensor, "contexts positions"]) -> Trace:
-        """One pass that records all of it.
+        """Run the model once and record the activations of every block.
 
-        Attention is computed step by step for it, as fused kernels never write their pattern out; the model is as it was
-        afterwards, also if the pass fails.
+        Attention runs in its eager implementation, because fused kernels never materialize the attention pattern. The
+        previous implementation is restored afterwards, even if the pass fails.
         """
         hooks: dict[str, str] = {"last": self.final_norm_hook}
         for index, block in enumerate(self.blocks):
@@ -202,7 +201,7 @@ class Architecture:
 
         def keeper(name: str) -> Callable[[Tensor], None]:
             def keep(x: Tensor) -> None:
-                # Modules above may write into it.
+                # Later modules may modify it in place.
                 seen[name] = x.clone()
 
             return keep
@@ -236,7 +235,7 @@ class Architecture:
 
 
 def _without_mlp(seen: dict[str, Tensor], index: int, norm: Norm) -> None:
-    """Note what an MLP that writes nothing would have read and written."""
+    """Record the input and the zero output of an MLP for a block that has none."""
     mid = seen[f"{index} resid_pre"] + seen[f"{index} attn_out"]
     seen[f"{index} resid_mid"] = mid
     seen[f"{index} mlp_in"] = norm.apply(mid, norm.scale(mid))
@@ -266,10 +265,10 @@ def _norm(module: Any) -> Norm:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Where an architecture keeps what an anatomy holds; ``attention_norm`` and ``projections`` are paths within a block.
+    """Locations of the weights in one architecture; ``attention_norm`` and ``projections`` are paths within a block.
 
-    Projections are those of queries, keys and values, or one of all three: these lie next to each other ``head_by_head``, or
-    the queries of all heads come first.
+    Queries, keys and values have a projection each or a fused one, which stores the three of each head together if
+    ``head_by_head``, else the queries of all heads first.
     """
 
     layers: Callable[[Any], list[BlockWeights]]
@@ -286,7 +285,7 @@ def _bias(projection: Any) -> Tensor:
 
 def _gpt2_layers(module: Any) -> list[BlockWeights]:
     def read(block: Any) -> BlockWeights:
-        # These projections keep their weights the other way round: (in, out).
+        # GPT-2 stores these weights transposed: (in, out).
         shape = (module.config.n_head, -1, module.config.n_embd)
         W_Q, W_K, W_V = (weight.T.reshape(shape) for weight in block.attn.c_attn.weight.chunk(3, 1))
         b_V = block.attn.c_attn.bias.chunk(3)[2].view(shape[:2])
@@ -300,7 +299,7 @@ def _gpt_neox_layers(module: Any) -> list[BlockWeights]:
     heads, width = module.config.num_attention_heads, module.config.hidden_size
 
     def read(block: Any) -> BlockWeights:
-        # Query, key and value of one head lie next to each other.
+        # Query, key and value of each head are stored together.
         joint, dense = block.attention.query_key_value, block.attention.dense
         W_Q, W_K, W_V = joint.weight.view(heads, 3, -1, width).unbind(1)
         b_V = _bias(joint).view(heads, 3, -1)[:, 2]
@@ -362,6 +361,6 @@ READERS = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    # The toy models with known circuits (eval.circuits.known).
+    # The toy models with ground-truth circuits (eval.circuits.known).
     "sparsary_toy": _Reader(_toy_layers, "ln_1", "ln_f", "wpe.weight", _apart("attn")),
 }

@@ -1,6 +1,6 @@
-"""Contexts of a text in batches, and which of their tokens are excluded: the one place that says what a model reads.
+"""Batches of contexts, and the masks of tokens that are excluded from them.
 
-Harvests, live streams, the evaluations on held-out text and the probing of latents all read their text through it.
+Harvests, live streams, evaluations on held-out text and latent probing all read their text through this module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,10 @@ from .model import LanguageModel, embedding_rows
 
 @dataclass(frozen=True)
 class Origin:
-    """The contexts a batch's rows were read from, on the model's device: row after row they are the ``kept`` positions.
+    """Contexts that a batch's rows were read from, on the model's device: the rows are the ``kept`` positions in order.
 
-    ``counted`` are the kept positions whose next token is of the same document, less the last position.
+    ``counted`` masks kept positions whose next token belongs to the same document (without the last position), i.e. where the
+    LM loss is defined.
     """
 
     token_ids: Int[Tensor, "contexts positions"]
@@ -32,9 +33,9 @@ class Origin:
 
 @dataclass(frozen=True)
 class ContextBatch:
-    """Some contexts side by side, on the host; ``kept`` marks the tokens that are not excluded.
+    """Batch of contexts on the host; ``kept`` masks the tokens that are not excluded.
 
-    ``positions`` are places in the document, -1 at BOS and padding. ``cursor`` is where the next context begins.
+    ``positions`` are positions in the document, -1 at BOS and padding. ``cursor`` is where the next context begins.
     """
 
     token_ids: Int[np.ndarray, "contexts positions"]
@@ -45,11 +46,11 @@ class ContextBatch:
 
     @property
     def documents(self) -> set[int]:
-        """The documents of the kept tokens."""
+        """Ids of the documents of the kept tokens."""
         return set(self.document_ids[self.kept].tolist())
 
     def on(self, device: torch.device) -> Origin:
-        """Return what a model is run on and how its outputs are masked, on a device."""
+        """Return the token ids and masks on a device."""
         counted = self.kept[:, :-1] & (self.document_ids[:, 1:] == self.document_ids[:, :-1])
         return Origin(
             torch.from_numpy(self.token_ids).long().to(device),
@@ -91,16 +92,16 @@ def context_batches(
     bad: BadTexts | None = None,
     reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[ContextBatch]:
-    """Read a text from ``start`` on, ``size`` contexts at a time; the last batch may be smaller.
+    """Yield batches of ``size`` contexts of a text, from ``start`` on; the last batch may be smaller.
 
     Args:
-        section: What it excludes is not ``kept``.
-        heldout: Read the held-out documents only; otherwise all are read, and the caller splits them.
-        bad: Counts rows of the text that cannot be read.
-        reading: Called with number and text of every document that is read.
+        section: Its exclusions determine ``kept``.
+        heldout: Read only held-out documents; otherwise all are read, and the caller splits them.
+        bad: Counter of rows of the text that cannot be read.
+        reading: Callback, called with the number and text of every document that is read.
 
     Raises:
-        ValueError: If the text cannot be read, or holds a token that the model has no embedding for.
+        ValueError: If the text cannot be read, or contains a token that the model has no embedding for.
     """
     special, rows = special_tokens(model), embedding_rows(model.module)
     pending: list[Context] = []
@@ -120,19 +121,19 @@ def context_batches(
 
 
 def special_tokens(model: LanguageModel) -> frozenset[int]:
-    """Return the ids of BOS, EOS, padding and whatever else the tokenizer calls special."""
+    """Return the ids of BOS, EOS, padding and all other special tokens of the model's tokenizer."""
     return special_ids(model.tokenizer)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the same of a tokenizer."""
+    """Return the ids of all special tokens of a tokenizer."""
     return frozenset(tokenizer.all_special_ids)
 
 
 def stack_contexts(batch: Sequence[Context], special: frozenset[int], section: HarvestSection) -> ContextBatch:
-    """Lay contexts into one batch and mark the tokens that ``section`` does not exclude.
+    """Stack contexts into one batch and mask the tokens that ``section`` excludes.
 
-    Excluded are padding, special tokens, leading positions and, where gradients are stored, tokens without a label.
+    Padding, special tokens and leading positions are excluded; if gradients are stored, the last position too.
     """
     token_ids, document_ids, positions = (
         np.stack([getattr(context, name) for context in batch]) for name in ("token_ids", "document_ids", "positions")
@@ -142,6 +143,6 @@ def stack_contexts(batch: Sequence[Context], special: frozenset[int], section: H
         drop |= np.isin(token_ids, list(special))
     drop[:, : section.exclude_leading] = True
     if section.gradients:
-        # The last position predicts nothing, so its gradient is another thing.
+        # The last position predicts no token, so its gradient has another meaning.
         drop[:, -1] = True
     return ContextBatch(token_ids, document_ids, positions, ~drop, batch[-1].cursor)

@@ -1,7 +1,7 @@
-"""Data flow in a model: which hooks' tensors depend on which, told by one pass and not by the names of modules.
+"""Data flow in a model: which hooked tensors depend on which, found by one forward pass rather than by module names.
 
-In the pass every tensor at a hook is replaced by a copy of itself, which is a node of autograd's graph; a tensor depends on
-another if its node is reached from there. Values play no part, so a model without weights will do.
+In that pass the tensor at each hook is replaced by a copy, which is a node of the autograd graph; a tensor depends on another
+if it is connected to the other's node in this graph. Values play no role, so a model without weights suffices.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 @dataclass(frozen=True)
 class Mark:
-    """A hook's place in the graph: the copy's node, and that of the tensor it was copied from, if that has one."""
+    """Autograd nodes at a hook: that of the copy and, if it has one, that of the tensor it was copied from."""
 
     node: Node
     source: Node | None
@@ -25,15 +25,15 @@ class Mark:
 
 
 class Dataflow:
-    """The graph of one pass. ``marks`` are in the order in which the pass came by; of a module's runs the first counts.
+    """Dependency graph of one forward pass. ``marks`` are in execution order; for a module that runs repeatedly, its first run.
 
     Args:
         module: A language model.
-        hooks: Module paths with a side; those that do not run, or hold no tensor, have no mark.
-        starts: Hooks of which everything depends on something else is left out.
+        hooks: Module paths with a side; hooks that do not run, or hold no tensor, get no mark.
+        starts: Hooks at the start of blocks. ``depends`` does not search past them, so it stays within a block.
 
     Raises:
-        Exception: Whatever the model raises if it cannot be run.
+        Exception: Any error of the model's forward pass.
     """
 
     def __init__(self, module: nn.Module, hooks: Iterable[str], starts: Collection[str]):
@@ -55,11 +55,11 @@ class Dataflow:
 
     def _marker(self, hook: str) -> Callable[[Tensor], Tensor | None]:
         def mark(x: Tensor) -> Tensor | None:
-            # Another thread may run the model meanwhile, without gradients.
+            # Another thread may run the model at the same time, without gradients.
             if hook in self.marks or not torch.is_grad_enabled():
                 return None
             source = x.grad_fn
-            # Parameters are frozen: the first hook starts the graph.
+            # Parameters are frozen, so the graph starts at the first hook.
             copy = (x if x.requires_grad else x.detach().requires_grad_(True)).clone()
             assert copy.grad_fn is not None
             self.marks[hook] = Mark(copy.grad_fn, source, x.ndim)
@@ -68,7 +68,7 @@ class Dataflow:
         return mark
 
     def source(self, hook: str) -> Node | None:
-        """The node that made the tensor at a hook: the same at all hooks where this tensor can be seen."""
+        """Return the node that produced the tensor at a hook: the same at all hooks that see this tensor."""
         mark = self.marks[hook]
         node = mark.source
         while node in self._own and node not in self._starts:
@@ -76,9 +76,9 @@ class Dataflow:
         return node
 
     def depends(self, target: str, on: str, without: Collection[Node | None] = ()) -> bool:
-        """Whether the tensor at a hook depends on that at another, along a way that passes none of some nodes."""
+        """Return True if the tensor at ``target`` depends on the one at ``on`` by a path that avoids the nodes ``without``."""
         wanted, todo = self.marks[on].node, [self.marks[target].node]
-        # Also not past the start of another block.
+        # Nor by a path through the start of another block.
         seen: set[Any] = {*without, *(self._starts - {wanted})} - {todo[0]}
         while todo:
             node = todo.pop()
@@ -93,7 +93,7 @@ class Dataflow:
 
 @contextmanager
 def _askable(module: Any, ids: Tensor) -> Iterator[None]:
-    """On the meta device, where a model cannot look whether its mask hides anything, use the attention that does not."""
+    """Use eager attention on the meta device, where other implementations cannot inspect the values of the mask."""
     before = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if not ids.is_meta or before in (None, "eager"):
         yield
@@ -106,7 +106,7 @@ def _askable(module: Any, ids: Tensor) -> Iterator[None]:
 
 
 def _attach(module: nn.Module, side: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
-    """Show ``reader`` the first tensor of floating point numbers on that side, and put in its place what is returned."""
+    """Register ``reader`` on the first floating-point tensor on that side; a tensor it returns replaces it."""
 
     def shown(value: Any) -> Any:
         leaves, structure = tree_flatten(value)

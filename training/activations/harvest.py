@@ -1,4 +1,7 @@
-"""Model and text in, shards out. Interrupted, the same call goes on after the last complete shard."""
+"""Harvest: run a model on text and store its activations in shards.
+
+After an interruption, the same call resumes after the last complete shard.
+"""
 
 import logging
 from collections import Counter, deque
@@ -28,15 +31,15 @@ from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, Activa
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
-# What formats hold; int8 has a float16 scale of 127 steps.
+# Largest value that each format holds; int8 has 127 steps of a float16 scale.
 LARGEST = {"float16": 65504.0, "int8": 127 * 65000.0}
-# Batches that may wait for the writer: while it syncs a shard the model goes on.
+# Batches queued for the writer, so that the model keeps running while a shard is synced.
 BATCHES_AHEAD = 8
 
 
 @dataclass
 class HarvestedRows:
-    """Tokens of some contexts that passed the exclusions: labels ``(n,)`` and tensors ``(n, width)``."""
+    """Tokens that are not excluded: labels ``(n,)`` and tensors ``(n, width)``."""
 
     labels: dict[str, Tensor]
     tensors: dict[str, Tensor]
@@ -45,7 +48,7 @@ class HarvestedRows:
         return HarvestedRows({k: v[keep] for k, v in self.labels.items()}, {k: v[keep] for k, v in self.tensors.items()})
 
     def at(self, hooks: tuple[str, ...]) -> "HarvestedRows":
-        """The same rows with some hooks' tensors only."""
+        """Return the same rows with the tensors of these hooks only."""
         return HarvestedRows(self.labels, {k: v for k, v in self.tensors.items() if k.partition(":")[2] in hooks})
 
     @staticmethod
@@ -67,9 +70,10 @@ def rows_of(
     hooks: tuple[str, ...],
     memory: dict[str, Memory] | None = None,
 ) -> dict[str, HarvestedRows]:
-    """Run the model on a batch of contexts: of each split what is not excluded, as float32 on the CPU.
+    """Run the model on a batch of contexts and return the kept tokens of each split, as float32 on the CPU.
 
-    The training rows of a tensor lie in ``memory[name]``, where that is given.
+    Args:
+        memory: Array pools by tensor name, in which training rows are stored.
     """
     shape = batch.token_ids.shape
     places = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
@@ -97,10 +101,10 @@ def rows_of(
 
 
 def usable_rows(rows: HarvestedRows, bad: BadTokens, where: str) -> HarvestedRows:
-    """Rows less those that are not finite, or larger than can be stored at some hook; they are counted.
+    """Drop and count rows that are not finite, or too large to be stored, at any hook.
 
     Raises:
-        ValueError: If they are more than the recipe allows.
+        ValueError: If there are more of them than the recipe allows.
     """
     good = bad.usable(rows.tensors.values())
     if good is None:
@@ -119,7 +123,7 @@ def usable_rows(rows: HarvestedRows, bad: BadTokens, where: str) -> HarvestedRow
 
 
 def _pick(tensor: Tensor, rows: Tensor, memory: np.ndarray | None) -> Tensor:
-    """Rows of ``(contexts, positions, width)`` as ``(n, width)`` float32 on the CPU."""
+    """Return rows of ``(contexts, positions, width)`` as ``(n, width)`` float32 on the CPU."""
     flat = tensor.flatten(0, 1)
     if memory is None:
         return flat.index_select(0, rows).float().cpu()
@@ -131,18 +135,18 @@ def _pick(tensor: Tensor, rows: Tensor, memory: np.ndarray | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes two harvests the same, as manifest entries; only the hooks may be more in the store."""
+    """Manifest entries that must match for a store to be reused; the store may hold additional hooks."""
 
-    # Path in the manifest -> value; hook names hold dots, so paths are tuples.
+    # Path in the manifest -> value. Hook names contain dots, so paths are tuples.
     entries: dict[tuple[str, ...], Any]
     hooks: tuple[str, ...]
 
     def check(self, store: ActivationStore, content: Content, text: TextSection) -> None:
-        """Raise ``ValueError`` with one line for every way in which the store is not the recipe's.
+        """Raise ``ValueError`` with one line for every difference between the store and the recipe.
 
         Args:
-            content: That of the recipe's model. Where it is the store's, a local model may be at another path.
-            text: Likewise.
+            content: Content of the recipe's model. If it equals the store's, a local model may have another path.
+            text: Text of the recipe. If its content equals the store's, it may have another name or path.
         """
         names, problems = _compare_content(store, content, text)
         if self.entries["model", "id"] == "embedded":
@@ -167,7 +171,7 @@ class Identity:
 
 
 def _compare_content(store: ActivationStore, content: Content, text: TextSection) -> tuple[set[tuple[str, ...]], list[str]]:
-    """Entries of the manifest that are mere names because what they name is the same, and lines on what is not the same."""
+    """Return the manifest entries whose names may differ because their contents match, and one line per content mismatch."""
     recorded = store.manifest.get("content")
     if recorded is None:
         log.warning(
@@ -187,16 +191,16 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
 
 def _nested(values: Any, path: tuple[str, ...]) -> Any:
     for part in path:
-        # A key that is younger than the store had its default then.
+        # A key added after the store was made had its default value.
         default = TextSection.model_fields[part].default if path == ("text", part) else None
         values = values.get(part, default) if isinstance(values, dict) else None
     return values
 
 
 def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSection) -> Identity:
-    """The identity as far as it is known without loading the model."""
+    """Return the part of the identity that is known without loading the model."""
     entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
-    # How bad rows are met decides whether a harvest ends, not what it stores: the rows that can be read.
+    # The handling of bad rows decides whether a harvest fails, not what it stores.
     read = text.model_dump(mode="json", exclude={"on_bad_row", "max_bad_share"})
     entries |= {("text", key): value for key, value in read.items()}
     entries |= {
@@ -211,7 +215,7 @@ def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSect
 
 
 def model_identity(model: LanguageModel, hooks: tuple[str, ...]) -> Identity:
-    """What only the loaded model can say."""
+    """Return the part of the identity that requires the loaded model."""
     entries: dict[tuple[str, ...], Any] = {("hooks", hook, "width"): width for hook, width in model.widths(hooks).items()}
     entries["tokenizer_sha256",] = tokenizer_digest(model.tokenizer)
     return Identity(entries, hooks)
@@ -225,12 +229,13 @@ def harvest_activations(
 ) -> ActivationStore:
     """Fill ``section.store`` up to ``section.tokens`` stored tokens and return it.
 
-    ``progress`` is called with the number of tokens stored so far.
+    Args:
+        progress: Callback, called with the number of tokens stored so far.
 
     Raises:
-        ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or an
-            activation is not finite.
-        WriteError: If the disk is full; complete shards stay valid and the next call goes on.
+        ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or more
+            activations are not finite than the recipe allows.
+        WriteError: If the disk is full; complete shards stay valid and the next call resumes after them.
     """
     assert section.store is not None
     with locked(Path(section.store), "harvest.store"):
@@ -239,7 +244,7 @@ def harvest_activations(
             with doing(f"harvesting into {section.store}"):
                 _fill(store, model, text, section, progress)
         except WriteError as error:
-            # As they are on disk: the shard that failed may be among those that this object knows.
+            # Reread from disk, because the manifest in memory may list the shard that failed.
             kept = ActivationStore.open(store.directory)
             raise error.keeping(f"{kept.tokens('train') + kept.tokens('heldout'):,} tokens are stored and kept.") from None
     return store
@@ -259,7 +264,7 @@ def _fill(
     tokens.bad = store.manifest.get("skipped", {}).get(NOT_FINITE, 0)
     tokens.rows = stored + tokens.bad
     cursor = Cursor(*store.manifest["cursor"])
-    # From one commit of a data set, however long it takes.
+    # A dataset stays at one commit for the whole harvest.
     text = pinned(text)
     digest = TextDigest(text)
     with _Writer(store, section) as writer:
@@ -294,7 +299,7 @@ def _fill(
 
 
 def require_store_folder(directory: Path) -> None:
-    """Raise ``ValueError`` if a folder holds other things than a store."""
+    """Raise ``ValueError`` if a folder contains anything other than a store."""
     if (directory / MANIFEST_FILE).exists() or not directory.is_dir():
         return
     if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
@@ -303,7 +308,7 @@ def require_store_folder(directory: Path) -> None:
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:
     store = ActivationStore.open(directory) if (directory / MANIFEST_FILE).exists() else None
-    # One that a failed harvest left empty is nobody's.
+    # An empty store, left by a failed harvest, may be overwritten.
     if store is not None and store.manifest["shards"]:
         dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
         names = recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section)  # pyright: ignore[reportArgumentType]
@@ -340,9 +345,9 @@ def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSecti
 
 
 class _Writer:
-    """Turns rows into shards, and keeps the manifest in step with them, in a thread of its own.
+    """Background thread that writes rows to shards and keeps the manifest up to date.
 
-    It is a context manager: left by an error, it completes the shard that is being written and forgets the rest.
+    Context manager: on an error, it completes the write in progress and discards the queue.
     """
 
     def __init__(self, store: ActivationStore, section: HarvestSection):
@@ -354,10 +359,10 @@ class _Writer:
         self._begin()
 
     def _begin(self) -> None:
-        """An empty shard. Statistics go on from what the manifest says, as they do after an interruption."""
+        """Start an empty shard. Statistics continue from the manifest, as they do after an interruption."""
         self._pieces: dict[str, list[dict[str, Tensor]]] = {split: [] for split in SPLITS}
         self._moments = {hook: self.store.moments(hook) for hook in self.store.manifest["hooks"]}
-        # Summed squared differences between what the model gave and what was stored.
+        # Summed squared differences between the activations and their stored values.
         self._lost = {
             hook: saved["rounding_fvu"] * float(self._moments[hook].squared_deviation())
             for hook, saved in self.store.manifest["hooks"].items()
@@ -370,18 +375,20 @@ class _Writer:
         self._thread.shutdown(cancel_futures=True)
 
     def put(self, rows: dict[str, HarvestedRows], end: tuple[Cursor, Counter[str], Content] | None) -> None:
-        """Take in the rows of a batch, soon. With ``end`` they are the last of a shard: the text goes on there, with so much
-        left out before, and with this content up to there.
+        """Queue the rows of a batch for storage.
+
+        Args:
+            end: Given for the last batch of a shard: cursor in the text, bad rows and content read up to there.
 
         Raises:
-            ValueError, OSError: If one of the batches before could not be stored.
+            ValueError, OSError: If an earlier batch could not be stored.
         """
         while self._ahead and (len(self._ahead) == BATCHES_AHEAD or self._ahead[0].done()):
             self._ahead.popleft().result()
         self._ahead.append(self._thread.submit(self._take, rows, end))
 
     def finish(self) -> None:
-        """Wait until everything is stored, and enter in the manifest that nothing is missing."""
+        """Wait until everything is stored, and mark the manifest as complete."""
         while self._ahead:
             self._ahead.popleft().result()
         if not self.store.manifest["complete"]:
@@ -389,7 +396,7 @@ class _Writer:
             write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
 
     def _take(self, rows: dict[str, HarvestedRows], end: tuple[Cursor, Counter[str], Content] | None) -> None:
-        # What comes after a failure may not be stored: a resume starts where the last complete shard ends.
+        # Nothing is stored after a failure: a resume starts where the last complete shard ends.
         if self._failed:
             return
         try:
@@ -405,7 +412,7 @@ class _Writer:
             raise
 
     def _encode(self, split: str, rows: HarvestedRows, name: str) -> dict[str, Tensor]:
-        """A tensor as it is stored; training rows also enter the statistics of what training will read."""
+        """Encode a tensor for storage. Training rows also update the statistics, which describe the values read back."""
         exact = rows.tensors[name]
         kind, _, hook = name.partition(":")
         dtype = self.section.dtype if kind == "x" else gradient_dtype(self.section.dtype)
@@ -420,7 +427,7 @@ class _Writer:
         return len({shard["unit"] for shard in self.store.manifest["shards"]})
 
     def _write(self, cursor: Cursor, skipped: Counter[str], read: Content) -> None:
-        """One shard for each split, then the manifest: a kill in between leaves shards that the manifest does not know."""
+        """Write one shard per split, then the manifest; a crash in between leaves shards that the manifest does not list."""
         manifest, number = self.store.manifest, self._number()
         for split, pieces in self._pieces.items():
             if not pieces:
@@ -448,9 +455,9 @@ class _Writer:
 
 
 def _moments(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and summed squared deviation of every column, in float64. A mean is not finite if a number is not."""
+    """Return mean and summed squared deviation of every column, in float64. A mean is not finite if any entry is not."""
     if not has_numba():
-        # Numpy's functions, not torch's: torch's threads belong to the model meanwhile.
+        # NumPy rather than torch, whose threads are busy running the model.
         exact = rows.numpy().astype(np.float64)
         mean = exact.mean(0)
         return mean, np.square(exact - mean).sum(0)
@@ -463,7 +470,7 @@ def _moments(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _squared_difference(left: Tensor, right: Tensor) -> float:
-    """In float64."""
+    """Return the sum of squared differences, in float64."""
     if not has_numba():
         return float(np.square(left.numpy().astype(np.float64) - right.numpy()).sum())
     from ...sae.kernels.storing import squared_difference

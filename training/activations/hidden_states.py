@@ -1,8 +1,7 @@
-"""Find the hidden states in what a module reads or returns, and put others in their place.
+"""Locate the hidden states in the inputs or outputs of a module, and replace them.
 
-Modules return tensors, tuples, lists, mappings, dataclasses (transformers' ``ModelOutput``), one within another. The path to
-the hidden states is the value itself, its first element, its ``last_hidden_state``, or the only tensor of floating point
-numbers with three axes.
+Modules return tensors, tuples, lists, mappings or dataclasses (transformers' ``ModelOutput``), possibly nested. The hidden
+states are the value itself, its first element, its ``last_hidden_state``, or the only floating-point tensor with three axes.
 """
 
 import copy
@@ -15,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Keys by which modules name their hidden states.
+# Keys that modules use for their hidden states.
 NAMES = ("last_hidden_state", "hidden_states", "hidden_state")
 TensorPath = tuple[Any, ...]
 
 
 class HookError(ValueError):
-    """A hook that the model does not have, or where it holds no hidden states."""
+    """Error for a hook that the model does not have, or that holds no hidden states."""
 
 
 def path_in(value: Any, names: tuple[str, ...] = NAMES) -> TensorPath:
     """Return the path to the hidden states in a value.
 
     Args:
-        names: Keys that are tried first where the value is a mapping.
+        names: Keys that are tried first if the value is a mapping.
 
     Raises:
-        LookupError: If there are none, or several that may be meant; says what the value holds.
+        LookupError: If there are none, or several candidates; the message lists what the value holds.
     """
     if isinstance(value, Tensor):
         return ()
@@ -50,10 +49,10 @@ def path_in(value: Any, names: tuple[str, ...] = NAMES) -> TensorPath:
 
 
 def path_in_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TensorPath:
-    """Return the path to the hidden states in ``(args, kwargs)``, with which ``module`` is called.
+    """Return the path to the hidden states in ``(args, kwargs)``, the arguments of a call of ``module``.
 
     Raises:
-        LookupError: As ``path_in``.
+        LookupError: See ``path_in``.
     """
     if args:
         try:
@@ -72,14 +71,14 @@ def tensor_at(value: Any, path: TensorPath) -> Tensor:
 
 
 def with_tensor(value: Any, path: TensorPath, tensor: Tensor) -> Any:
-    """Return the value with another tensor at a path; what holds it is copied, not written to."""
+    """Return the value with the tensor at a path replaced; its containers are copied, not modified."""
     if not path:
         return tensor
     key, *rest = path
     changed = with_tensor(_item(value, key), tuple(rest), tensor)
     if isinstance(value, tuple):
         items = [changed if index == key else item for index, item in enumerate(value)]
-        # Named tuples take their items one by one.
+        # Named tuples take their items as separate arguments.
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     found = copy.copy(value)
     if isinstance(value, (list, Mapping)):
@@ -114,10 +113,10 @@ def _spelt(path: TensorPath) -> str:
 
 
 class PassLayout:
-    """The axes of hidden states in the passes of one model, which is run on token ids ``(contexts, positions)``.
+    """Axis order of hidden states in forward passes of one model on token ids ``(contexts, positions)``.
 
-    Some modules lay all tokens of a batch in one row (OPT's MLPs), some have positions before contexts (XLNet's blocks).
-    Where there are as many contexts as positions, shapes cannot tell the latter: the model is then run on other ids once.
+    Some modules flatten all tokens of a batch into one axis (OPT's MLPs), some put positions before contexts (XLNet's
+    blocks). With as many contexts as positions, shapes do not reveal the latter: the model is then run once on other ids.
     """
 
     def __init__(self) -> None:
@@ -127,7 +126,7 @@ class PassLayout:
         self._trying = False
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the shape of the token ids, before a pass of the whole model."""
+        """Record the shape of the token ids, before a forward pass of the whole model."""
         if self._trying:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -136,7 +135,7 @@ class PassLayout:
             assert isinstance(ids, Tensor)
             self._trying = True
             try:
-                # What fails here fails in the pass itself, and is told there.
+                # A failure here recurs in the pass itself, which reports it.
                 with suppress(Exception), torch.no_grad():
                     module(input_ids=ids[:1, :1].expand(2, 3), use_cache=False)
             finally:
@@ -144,7 +143,7 @@ class PassLayout:
             self._positions_first = dict.fromkeys(self._hooks, False) | self._positions_first
 
     def reading(self, hook: str, reader: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        """Return a reader of tensors as the module has them, for one of ``(contexts, positions, width)``."""
+        """Wrap a reader of ``(contexts, positions, width)`` to accept tensors in the module's own layout."""
         self._hooks.add(hook)
 
         def read(x: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How long a context a model takes, and which token ids: what its configuration bounds, and its tokenizer has to agree with."""
+"""Limits of a model on context length and token ids, checked against the text and the tokenizer."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,14 +13,14 @@ from .hidden_states import HookError
 from .model import LanguageModel, embedding_rows
 from .sites import find_block
 
-# How configurations call the number of positions.
+# Configuration keys for the number of positions.
 POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions", "n_ctx", "max_target_positions")
-# A pass of one block's masks takes memory with the square of the context.
+# The attention mask of even one block takes memory quadratic in the context length.
 LONGEST_TRIED = 4096
 
 
 def stated_positions(module: nn.Module) -> int | None:
-    """Return the number of positions of the configuration, scaled as its rotary positions are; None if it states none."""
+    """Return the number of positions in the configuration, with its RoPE scaling applied; None if it states none."""
     config = getattr(module, "config", None)
     if config is None:
         return None
@@ -30,7 +30,7 @@ def stated_positions(module: nn.Module) -> int | None:
     if not found:
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    # One for each kind of layer, or one for all.
+    # RoPE parameters are given per layer type, or once for all layers.
     scaled = [found[0]]
     for each in rope.values() if rope and all(isinstance(value, Mapping) for value in rope.values()) else [rope]:
         factor, original = each.get("factor"), each.get("original_max_position_embeddings")
@@ -40,24 +40,24 @@ def stated_positions(module: nn.Module) -> int | None:
 
 
 def has_rotary_positions(module: nn.Module) -> bool:
-    """Return whether positions are rotations, which go on beyond those that were trained."""
-    # Falcon has the rotations also where it does not use them.
+    """Return True if the model uses rotary positions, which also run beyond the trained length."""
+    # Falcon has rotary modules even if it does not use them.
     return not getattr(getattr(module, "config", None), "alibi", False) and any(
         "Rotary" in type(part).__name__ for part in module.modules()
     )
 
 
 def takes_contexts_of(model: LanguageModel, positions: int) -> str | None:
-    """Return the error with which the model's first block fails on a context of so many positions; None if it does not.
+    """Return the error that the model's first block raises on a context of this many positions; None if it runs.
 
-    Elsewhere than on the CPU it is not tried: an index too high would end the process's use of a GPU.
+    Tried on the CPU only: an index out of range would make a GPU unusable for the rest of the process.
     """
     if model.device.type != "cpu":
         return None
     hook = ""
     with suppress(ValueError):
         hook = f"{find_block(model.module, 0).path}:out"
-    # Padding has no positions of its own in some models (RoBERTa).
+    # Not the padding token, which has no position of its own in some models (RoBERTa).
     token = int(getattr(getattr(model.module, "config", None), "pad_token_id", None) == 0)
     token_ids = torch.full((1, positions), token, dtype=torch.long)
     try:
@@ -70,14 +70,14 @@ def takes_contexts_of(model: LanguageModel, positions: int) -> str | None:
 
 
 def context_problems(model: LanguageModel, context_length: int) -> list[str]:
-    """Return one line if the model fails on contexts of this length, and not on shorter ones.
+    """Return one line if the model fails on contexts of this length, but not on shorter ones.
 
     Args:
-        model: A ``skeleton`` will do: its first block is run.
+        model: A ``skeleton`` suffices: only the first block is run.
     """
     tried = min(context_length, LONGEST_TRIED)
     error = takes_contexts_of(model, tried)
-    # Where three tokens fail too, the reason is another one, and met elsewhere.
+    # If three tokens fail too, the cause is not the length, and is reported elsewhere.
     if error is None or takes_contexts_of(model, 3) is not None:
         return []
     fits, fails = 3, tried
@@ -91,7 +91,7 @@ def context_problems(model: LanguageModel, context_length: int) -> list[str]:
 
 
 def untrained_positions(model: LanguageModel, context_length: int) -> list[str]:
-    """Return one line if contexts reach beyond the positions that the configuration states, and the model would go on."""
+    """Return one line if contexts exceed the positions in the configuration and the model would run nevertheless."""
     stated = stated_positions(model.module)
     if stated is None or context_length <= stated:
         return []
@@ -105,7 +105,7 @@ def untrained_positions(model: LanguageModel, context_length: int) -> list[str]:
 
 
 def tokenizer_problems(model: LanguageModel, tokenizer: Any, text: TextSection) -> list[str]:
-    """Return a line for everything in which a tokenizer and a text's special tokens do not fit the model."""
+    """Return one line for each mismatch between the model and a tokenizer or the special tokens of a text."""
     rows, problems = embedding_rows(model.module), []
     if text.bos != "none" and tokenizer.bos_token_id is None:
         problems.append(f"text.bos: expected a tokenizer with a BOS token for {text.bos!r}, got none. Set text.bos: none.")
@@ -120,7 +120,7 @@ def tokenizer_problems(model: LanguageModel, tokenizer: Any, text: TextSection) 
         for what, token in used.items()
         if token is not None and token >= rows
     ]
-    # Tokens added later (of chats, of images) may lie beyond: text need not hold them.
+    # Added tokens (for chats or images) may exceed the embeddings: plain text need not contain them.
     added = set(getattr(tokenizer, "added_tokens_decoder", ()))
     beyond = sorted(token for token in tokenizer.get_vocab().values() if token >= rows and token not in added)
     if beyond:

@@ -1,4 +1,4 @@
-"""Batches straight from the model, nothing on disk: shuffled buffer by buffer, or whole contexts in the order of the text."""
+"""Streams of activations computed on the fly, without a store: shuffled within buffers, or whole contexts in text order."""
 
 import threading
 from collections import Counter
@@ -23,11 +23,11 @@ from .stream import ActivationBatch, ActivationStream, side_by_side
 
 
 class Buffers:
-    """Training tokens straight from the model, buffer after buffer, at every hook that some stream reads.
+    """Buffers of training tokens computed on the fly, with the activations at every hook that any stream reads.
 
-    Streams that walk the text together share the work: the last few buffers are kept for those that come after the first.
-    What a buffer holds depends on where it begins and on nothing else. ``text_tokens`` is how many training tokens the text
-    holds, 0 until it has been read from beginning to end.
+    Streams that read the text in step share the work: the last ``keep`` buffers are kept for those that lag. The
+    contents of a buffer depend only on where it begins. ``text_tokens`` is the number of training tokens in the text, 0 until
+    it has been read from beginning to end.
     """
 
     def __init__(self, model: LanguageModel, text: TextSection, section: HarvestSection, hooks: tuple[str, ...], keep: int = 1):
@@ -49,23 +49,23 @@ class Buffers:
         return self._model_content | {"text": (digest or self.digest).up_to(cursor)}
 
     def after(self, cursor: Cursor) -> tuple[harvest.HarvestedRows, Cursor]:
-        """The buffer that begins at ``cursor``, and where the text stands after it."""
-        # Who wants a buffer that is being made waits for it.
+        """Return the buffer that begins at ``cursor``, and the cursor after it."""
+        # A thread that needs a buffer being computed waits for it.
         with self._lock:
             if cursor not in self._kept:
                 while len(self._kept) >= self.keep:
                     self._kept.pop(next(iter(self._kept)))
-                # Going on in the text costs nothing, finding a place in it may cost reading up to there.
+                # Continuing costs nothing, but seeking may require reading the text up to the cursor.
                 if cursor != self._stands_at:
                     self._making = self._from(cursor)
-                # Should it fail, whoever asks next is to hear of it too.
+                # If this fails, the next call must try again and raise too.
                 self._stands_at = None
                 self._kept[cursor] = next(self._making)
                 self._stands_at = self._kept[cursor][1]
             return self._kept[cursor]
 
     def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.HarvestedRows, Cursor]]:
-        """Buffer after buffer from a place in the text on, endlessly."""
+        """Yield buffers from a cursor on, endlessly."""
         pieces: list[harvest.HarvestedRows] = []
         while True:
             found = 0
@@ -89,7 +89,7 @@ class Buffers:
 
 
 def require_tokens(found: int) -> int:
-    """Return how many training tokens a whole text holds; raise ``ValueError`` if there are none."""
+    """Return the number of training tokens in a whole text; raise ``ValueError`` if there are none."""
     if not found:
         raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
     return found
@@ -97,9 +97,9 @@ def require_tokens(found: int) -> int:
 
 @dataclass(frozen=True)
 class _Sampled:
-    """One buffer's rows in an order that training never uses, none of a token that was in a buffer before.
+    """Rows of one buffer in an order that training never uses, without tokens that were in an earlier buffer.
 
-    ``begin`` counts the rows of the buffers before it, ``cursor`` is where the text stands after it.
+    ``begin`` is the number of rows in earlier buffers, ``cursor`` the position in the text after this one.
     """
 
     number: int
@@ -113,12 +113,12 @@ class _Sampled:
 
 
 class LiveStream(ActivationStream):
-    """Straight from the model, nothing on disk: buffer after buffer of tokens, each shuffled and used up.
+    """Stream of activations computed on the fly: one buffer of tokens after another, each shuffled and used up.
 
-    The shuffle reaches as far as the buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not
-    fill a batch are dropped; the text starts over when it ends. Streams may share ``source``. Samples come from the text's
-    beginning and from as many buffers as they need; what a run starts from, moments and sample, rests on no more than
-    ``start_tokens`` tokens, or one buffer if that is more.
+    Shuffling is limited to a buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not fill a
+    batch are dropped; the text restarts when it ends. Streams may share ``source``. Samples come from the beginning of the
+    text and from as many buffers as they need; the moments and the sample that initialize a run use at most ``start_tokens``
+    tokens, or one buffer if that is more.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class LiveStream(ActivationStream):
             )
         self.source, self.section, self.seed = source, section, seed
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
-        # Batch number at which a buffer begins -> (buffer number, place in the text).
+        # Batch number at which a buffer begins -> (buffer number, cursor in the text).
         self.buffers: dict[int, tuple[int, Cursor]] = {0: (0, BEGINNING)}
         self.start_tokens = max(start_tokens, section.live_buffer_tokens)
         self._sampled: _Sampled | None = None
@@ -153,7 +153,7 @@ class LiveStream(ActivationStream):
         while True:
             before, (rows, cursor) = cursor, self.source.after(cursor)
             found = self.source.texts.until(cursor.document if cursor > before else None)
-            # A text that begins again has its bad rows again.
+            # A text that restarts repeats its bad rows: only new ones count.
             skipped, known = found - known, known | found
             bad = tokens.bad
             rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), tokens, "harvest")
@@ -166,7 +166,7 @@ class LiveStream(ActivationStream):
                 for i in range(max(start - begin, 0), batches):
                     part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
                     grad = self._columns(part, "grad", self.hooks_out) if self.section.gradients else None
-                    # With the first of the buffer, whoever goes on in the midst of it has counted them.
+                    # Counted with the first batch: a resume within the buffer has counted them already.
                     yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)
             begin, number = begin + batches, number + 1
 
@@ -208,7 +208,7 @@ class LiveStream(ActivationStream):
         return self.sample(min(tokens, self.start_tokens))
 
     def _sampled_at(self, row: int) -> _Sampled:
-        """The buffer that holds a row of the text, or, if the text has none left, the one it ends in."""
+        """Return the buffer that holds a row of the text, or the last buffer if the text ends before that row."""
         if self._sampled is None or row < self._sampled.begin:
             self._sampled = self._sampled_from(0, 0, BEGINNING)
         while row >= self._sampled.end and not 0 < self.source.text_tokens <= self._sampled.end:
@@ -217,11 +217,11 @@ class LiveStream(ActivationStream):
 
     def _sampled_from(self, number: int, begin: int, cursor: Cursor) -> _Sampled:
         rows, cursor = self.source.after(cursor)
-        # Bad tokens are counted where training reads them.
+        # Bad tokens are counted when training reads them.
         rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
-        # A buffer may hold the end of the text and its beginning, which came before.
+        # A buffer may hold the end of the text and again its beginning, which earlier buffers held.
         new = min(len(rows), self.source.text_tokens - begin) if self.source.text_tokens else len(rows)
-        # Negative numbers: orders that training never uses.
+        # Negative buffer numbers give orders that training never uses.
         order = torch.from_numpy(permute(np.arange(new), new, self.seed * 1_000_003 - 1 - number))
         return _Sampled(number, begin, self._sides(rows).rows(order), cursor)
 
@@ -232,7 +232,7 @@ class LiveStream(ActivationStream):
         return self._both_moments()[1]
 
     def _both_moments(self) -> tuple[Moments, Moments]:
-        """Moments of inputs and targets, found together: each buffer is a pass of the model."""
+        """Return the moments of inputs and targets, computed together because every buffer costs forward passes."""
         if self._moments is None:
             size, seen = self.section.live_buffer_tokens, 0
             batch = self.sample(size)
@@ -253,10 +253,10 @@ def _target(batch: ActivationBatch) -> Tensor:
 
 
 class ContextStream(ActivationStream):
-    """Whole contexts straight from the model, in the order of the text, for objectives that run the model themselves.
+    """Stream of whole contexts in text order, for objectives that run the model themselves (``objective: kl``).
 
-    Every batch has exactly ``batch_tokens`` kept positions: of the last context, surplus ones are left as the model has
-    them. Held-out documents and excluded positions are never kept. Samples and moments are those of ``rows``.
+    Every batch has exactly ``batch_tokens`` kept positions; surplus positions of its last context keep the model's own
+    activations. Held-out documents and excluded positions are never kept. Samples and moments are those of ``rows``.
     """
 
     def __init__(self, rows: LiveStream):
@@ -264,9 +264,9 @@ class ContextStream(ActivationStream):
         self.rows = rows
         self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
         self._special = special_tokens(self.model)
-        # Read apart from the rows, which only samples are drawn from.
+        # Separate from the digest of `rows`, from which only samples are drawn.
         self._digest = TextDigest(self.text)
-        # Batch number -> the place in the text where it begins.
+        # Batch number -> cursor in the text where it begins.
         self.cursors: dict[int, Cursor] = {0: BEGINNING}
         self._text_tokens = 0
 
@@ -278,7 +278,7 @@ class ContextStream(ActivationStream):
         bad = tokens.bad = known[NOT_FINITE]
         tokens.rows = start * self.batch_tokens + bad
         for context, here in self._endless(last):
-            # The model need not run where nothing is learned.
+            # Contexts without training tokens need no forward pass.
             if here:
                 pieces.append(context)
             kept += here
@@ -291,14 +291,14 @@ class ContextStream(ActivationStream):
             found = self.rows.source.texts.until(context.cursor.document if context.cursor > last else None)
             skipped = found - known + Counter({NOT_FINITE: tokens.bad - bad})
             known, last, bad = known | found, context.cursor, tokens.bad
-            # Before the batch is handed out: whoever has it may ask for the position.
+            # Set before the batch is handed out, because the consumer may ask for the position.
             self.cursors[number + 1] = context.cursor
             if number >= start:
                 yield replace(batch, skipped=skipped)
             number, pieces, kept = number + 1, [], 0
 
     def _endless(self, cursor: Cursor) -> Iterator[tuple[Context, int]]:
-        """Every context of the text, over and over, with how many of its tokens are trained on."""
+        """Yield every context of the text with its number of training tokens, endlessly."""
         while True:
             found = 0
             bad, reading = self.rows.source.texts, self._digest.add
@@ -315,14 +315,14 @@ class ContextStream(ActivationStream):
         return self._text_tokens
 
     def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
-        """The contexts as a batch that keeps no held-out document."""
+        """Return the contexts as a batch in which held-out documents are not kept."""
         batch = stack_contexts(pieces, self._special, self.section)
         return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
 
     def _batch(self, pieces: list[Context], tokens: BadTokens) -> tuple[ActivationBatch | None, list[Context]]:
-        """The batch and its contexts; or none, and the contexts whose activations are finite.
+        """Return the batch and its contexts, or None and the contexts whose activations are all finite.
 
-        Whole contexts are left out: what the model predicts after a token that overflowed is not finite either.
+        Whole contexts are dropped: predictions after a token that overflowed are not finite either.
         """
         batch = self._training_contexts(pieces)
         within = np.cumsum(batch.kept).reshape(batch.kept.shape) <= self.batch_tokens

@@ -1,7 +1,7 @@
-"""Load a language model; read or replace the tensor at a hook point. The only file that imports transformers.
+"""Loading of language models, and hooks that read or replace their tensors. The only file that imports transformers.
 
-A hook point is a module path and a side: ``transformer.h.2.mlp:in`` is what the module reads, ``transformer.h.2.mlp:out``
-what it returns (the first element where it returns several).
+A hook is a module path and a side: ``transformer.h.2.mlp:in`` is the input of the module, ``transformer.h.2.mlp:out`` its
+output (the first element if it returns several).
 """
 
 import difflib
@@ -26,15 +26,15 @@ from .weightless import weightless
 
 
 class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
-    """A model's repository brings Python code, and nobody allowed it to run."""
+    """Error for a model repository that contains Python code which the user has not allowed to run."""
 
 
 class EnoughSeen(Exception):  # noqa: N818 - not an error
-    """Ends a forward pass once the last hook was read."""
+    """Control flow that ends a forward pass once the last hook has been read."""
 
 
 class LanguageModel:
-    """A causal model with its tokenizer, frozen and in eval mode; ``section`` is where it was loaded from, if it was."""
+    """Causal language model with its tokenizer, frozen and in eval mode; ``section`` is the recipe section it was loaded by."""
 
     def __init__(
         self, module: nn.Module, tokenizer: Any, model_id: str, revision: str | None, section: ModelSection | None = None
@@ -44,7 +44,7 @@ class LanguageModel:
         self.id = model_id
         self.revision = revision
         self.section = section
-        # Hooks are seen by every thread that runs the module: one at a time.
+        # Hooks affect every thread that runs the module, so only one may at a time.
         self._lock = threading.RLock()
         self._layout = PassLayout()
 
@@ -53,7 +53,7 @@ class LanguageModel:
         return next(self.module.parameters()).device
 
     def content(self) -> Content:
-        """Return what model and tokenizer are identified by: files or commit, or the parameters of one that was not loaded."""
+        """Return identifiers of model and tokenizer: file digests or commit, or a digest of the parameters if not loaded."""
         if self.section is None:
             model = {"parameters": _parameters_digest(self.module)}
         else:
@@ -61,12 +61,12 @@ class LanguageModel:
         return {"model": model, "tokenizer": None if self.tokenizer is None else tokenizer_content(self.tokenizer)}
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
-        """The width of the tensor at each hook.
+        """Return the width of the tensor at each hook.
 
         Raises:
             HookError: If a hook does not exist or never sees a tensor of shape (contexts, positions, width).
         """
-        # Any token will do: only the shape counts. Several contexts, so that tensors without them are told apart.
+        # Only shapes matter, so any token works. Several contexts, so that tensors without this axis are noticed.
         token_ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
         return {hook: x.shape[-1] for hook, x in self.activations(token_ids, hooks).items()}
 
@@ -74,9 +74,9 @@ class LanguageModel:
     def activations(
         self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
     ) -> dict[str, Float[Tensor, "contexts positions width"]]:
-        """What every hook sees in one forward pass, which stops at the last of them.
+        """Return the tensor at every hook in one forward pass, which stops at the last hook.
 
-        Of a module that runs several times in a pass (shared by layers) it is what the first run sees.
+        For a module that runs several times in a pass (shared by layers) it is the tensor of the first run.
         """
         seen: dict[str, Tensor] = {}
 
@@ -87,13 +87,13 @@ class LanguageModel:
                 seen[hook] = x.detach()
                 if len(seen) == len(hooks):
                     raise EnoughSeen
-                # Modules above may write into this tensor; the copy is ours.
+                # Later modules may modify this tensor in place.
                 seen[hook] = x.detach().clone()
 
             return reader
 
         with self.hooked({hook: keep(hook) for hook in hooks}), suppress(EnoughSeen):
-            # On the meta device there are no values by which a model could look for padding.
+            # On the meta device there are no values in which a model could look for padding.
             mask = {"attention_mask": torch.ones_like(token_ids)} if token_ids.is_meta else {}
             self.module(input_ids=token_ids, use_cache=False, **mask)
         return self._in_order(seen, hooks)
@@ -104,11 +104,11 @@ class LanguageModel:
         hooks: tuple[str, ...],
         document_ids: Int[Tensor, "contexts positions"] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What every hook sees, and the gradient there of the next-token loss.
+        """Return the tensor at every hook and the gradient of the next-token loss with respect to it.
 
-        The loss is the sum over the predictions within a token's own document, so that its gradient depends neither on its
-        batch-mates nor on the documents that are packed behind it. Attention reaches across documents, so each of a context
-        takes a backward pass. Without ``document_ids`` every context is one document.
+        The loss is summed over the predictions within a token's own document, so its gradient depends neither on other
+        contexts of the batch nor on documents packed after it. Attention reaches across documents, so each document of a
+        context takes a backward pass. Without ``document_ids`` every context is one document.
         """
         if document_ids is None:
             document_ids = torch.zeros_like(token_ids)
@@ -119,7 +119,7 @@ class LanguageModel:
                 # The first hook starts the graph; later ones are part of it.
                 x = x if x.requires_grad else x.detach().requires_grad_(True)
                 seen.setdefault(hook, x)
-                # Modules above may write into what they get.
+                # Later modules may modify their input in place.
                 return x.clone()
 
             return reader
@@ -128,15 +128,15 @@ class LanguageModel:
             logits = self.module(input_ids=token_ids, use_cache=False).logits
             losses = next_token_loss(logits, token_ids)
             starts = document_ids[:, 1:] != document_ids[:, :-1]
-            # Padding is no document.
+            # Padding belongs to no document.
             within = ~starts & (document_ids[:, :-1] >= 0)
-            # The how manieth document of its context every position belongs to.
+            # Index, within its context, of the document of every position.
             place = nn.functional.pad(starts.long().cumsum(1), (1, 0))
             gradients = {hook: torch.zeros_like(x) for hook, x in seen.items()}
             last = int(place.max())
             for number in range(last + 1):
                 own = (losses * (within & (place[:, :-1] == number))).sum()
-                # A hook may not lie on the path to the loss; zeros then.
+                # A hook that is not on the path to the loss has gradient zero.
                 found = torch.autograd.grad(own, list(seen.values()), retain_graph=number < last, allow_unused=True)
                 for hook, gradient in zip(seen, found, strict=True):
                     if gradient is not None:
@@ -146,19 +146,19 @@ class LanguageModel:
         return values, self._in_order(gradients, hooks)
 
     def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
-        """Logits; gradients flow to whatever a hook put in."""
-        # Under the lock: another thread's hooks would see this pass too.
+        """Return the logits; gradients flow to tensors that hooks put in."""
+        # Under the lock, because another thread's hooks would see this pass too.
         with self._lock:
             return self.module(input_ids=token_ids, use_cache=False).logits
 
     @torch.no_grad()
     def logits(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
-        """Logits, nothing kept for gradients."""
+        """Return the logits, without gradients."""
         return self.run(token_ids)
 
     @contextmanager
     def replacing(self, hook: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While the context is open, everything after ``hook`` reads ``change(x)`` instead of ``x``."""
+        """Context manager that replaces the tensor ``x`` at ``hook`` by ``change(x)``."""
         with self.hooked({hook: change}):
             yield
 
@@ -170,10 +170,10 @@ class LanguageModel:
 
     @contextmanager
     def hooked(self, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        """While the context is open, each reader sees the tensor at its hook; what it returns, if anything, replaces it.
+        """Context manager that calls each reader with the tensor at its hook; a tensor it returns replaces the original.
 
-        Readers see ``(contexts, positions, width)``, also where the module lays all tokens in one row or positions first, and
-        one tensor, also where it is part of a tuple, list, mapping or dataclass.
+        Readers see a single tensor ``(contexts, positions, width)``, even if the module flattens tokens, puts positions
+        first, or nests the tensor in a tuple, list, mapping or dataclass.
 
         Raises:
             HookError: If a hook does not exist; while the model runs, if a module holds nothing of that shape.
@@ -187,10 +187,10 @@ class LanguageModel:
             yield
 
     def find(self, hook: str) -> tuple[nn.Module, str]:
-        """The module and side a hook names.
+        """Return the module and the side that a hook names.
 
         Raises:
-            HookError: If there is no such module; the nearest hooks are listed.
+            HookError: If there is no such module; the message lists the nearest hooks.
         """
         path, _, side = hook.rpartition(":")
         modules = dict(self.module.named_modules())
@@ -202,7 +202,7 @@ class LanguageModel:
 
 
 def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
-    """Show ``reader`` the hidden states on that side; what it returns, if anything, takes their place."""
+    """Register ``reader`` on the hidden states on that side of a module; a tensor it returns replaces them."""
 
     def shown(value: Any, find: Callable[[], tuple[Any, ...]]) -> Any:
         try:
@@ -215,7 +215,7 @@ def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], T
         return None if changed is None else with_tensor(value, path, changed)
 
     if side == "in":
-        # Some models pass the hidden states by name.
+        # Some models pass hidden states as keyword arguments.
         return module.register_forward_pre_hook(
             lambda _, args, kwargs: shown((args, kwargs), lambda: path_in_arguments(module, args, kwargs)), with_kwargs=True
         )
@@ -223,8 +223,8 @@ def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], T
 
 
 def embedding_rows(module: nn.Module) -> int | None:
-    """Return how many token ids a model has embeddings for; None if it does not tell."""
-    # Models without one raise, each its own error.
+    """Return the number of token embeddings of a model; None if it is unknown."""
+    # Models without an embedding raise various errors.
     with suppress(Exception):
         return int(module.get_input_embeddings().weight.shape[0])  # pyright: ignore
     return None
@@ -233,8 +233,8 @@ def embedding_rows(module: nn.Module) -> int | None:
 def next_token_loss(
     logits: Float[Tensor, "contexts positions vocabulary"], token_ids: Int[Tensor, "contexts positions"]
 ) -> Float[Tensor, "contexts positions-1"]:
-    """Cross-entropy in nats of predicting each token but the first; entry ``i`` is read off at position ``i``."""
-    # In float32 whatever the model's dtype: half precision has too few digits for differences of losses.
+    """Return the cross-entropy, in nats, of each token but the first; entry ``i`` is of the prediction at position ``i``."""
+    # Always in float32: half precision has too few digits for differences of losses.
     flat = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten().long(), reduction="none"
     )
@@ -242,7 +242,7 @@ def next_token_loss(
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+    """Return a device by name; ``auto`` is a GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -256,11 +256,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_model(section: ModelSection) -> LanguageModel:
-    """The model and tokenizer of a recipe: embedded, from a local directory, or from the hub.
+    """Load the model and tokenizer of a recipe: embedded, from a local directory, or from the Hugging Face Hub.
 
     Raises:
-        RemoteCodeRefused: If it needs code of its repository, and ``trust_remote_code`` is not set.
-        ValueError: If it cannot be had; the message names the offline alternative.
+        RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
+        ValueError: If it cannot be loaded; the message names the offline alternative.
     """
     device = resolve_device(section.device)
     _, model_class = _causal_config(section)
@@ -278,10 +278,10 @@ def load_model(section: ModelSection) -> LanguageModel:
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """The tokenizer of a recipe's model.
+    """Load the tokenizer of a recipe's model.
 
     Raises:
-        ValueError: If it cannot be had.
+        ValueError: If it cannot be loaded.
     """
     with _explained(section):
         return _transformers().AutoTokenizer.from_pretrained(
@@ -290,17 +290,17 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 
 def skeleton(section: ModelSection) -> LanguageModel:
-    """The model from its configuration alone, ``weightless``: it has every module and computes shapes; there is no tokenizer.
+    """Build the model from its configuration alone, ``weightless``: it has all modules and computes shapes, but no tokenizer.
 
     Raises:
-        RemoteCodeRefused: If it needs code of its repository, and ``trust_remote_code`` is not set.
-        ValueError: If the configuration cannot be had.
+        RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
+        ValueError: If the configuration cannot be loaded.
     """
     config, model_class = _causal_config(section)
     dtype = getattr(torch, section.dtype)
 
     def build() -> nn.Module:
-        # Experts one after another: kernels for all of them together ask for weights that lie in memory.
+        # Experts run one by one, because fused expert kernels need weights that are really in memory.
         options = {"dtype": dtype, "experts_implementation": "eager"}
         if model_class is not _transformers().AutoModelForCausalLM:
             return model_class._from_config(config, **options)
@@ -312,14 +312,14 @@ def skeleton(section: ModelSection) -> LanguageModel:
 
 
 def _causal_config(section: ModelSection) -> tuple[Any, Any]:
-    """The configuration of a causal language model, and the class that loads it.
+    """Return the configuration of a causal language model and the class that loads it.
 
     Raises:
-        ValueError: If it cannot be had, or is that of another kind of model; says how those are trained on.
+        ValueError: If it cannot be loaded, or is of another kind of model; the message explains how to train on those.
     """
     transformers = _transformers()
     with _explained(section):
-        # Left open, transformers would ask on the terminal, and run a repository's code for a "y" in a pipe.
+        # If unset, transformers would prompt on the terminal, and run a repository's code if a "y" is piped in.
         config = transformers.AutoConfig.from_pretrained(
             _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
@@ -329,10 +329,10 @@ def _causal_config(section: ModelSection) -> tuple[Any, Any]:
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or own_code:
         found = transformers.AutoModelForCausalLM
     else:
-        # Parts of larger models, whose configuration alone does not name them (Emu3's language model).
+        # Parts of larger models are not in the mapping (Emu3's language model): take the class they name.
         found = getattr(transformers, saved, None)
     if saved not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and saved and not own_code:
-        # Masked models, encoders and decoders with one would load as the causal model that shares their configuration.
+        # Masked and encoder-decoder models would load as the causal model that shares their configuration.
         masked = config.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
         if masked or getattr(config, "is_encoder_decoder", False) or found is not transformers.AutoModelForCausalLM:
             found = None
@@ -353,13 +353,13 @@ def section_content(section: ModelSection) -> Content:
     """Return the ``content()`` of the model that a recipe names, without loading its weights.
 
     Raises:
-        ValueError: If its tokenizer or configuration cannot be had.
+        ValueError: If its tokenizer or configuration cannot be loaded.
     """
     with _explained(section):
-        # Digests of the tokenizer itself, not of its files: those hold much that text does not meet.
+        # Digest of the tokenizer itself, because its files contain much that does not affect text.
         tokenizer = load_tokenizer(section)
         if model_folder(section) is None:
-            # Asks the hub where the revision stands.
+            # Resolves the revision to a commit of the Hub.
             _transformers().AutoConfig.from_pretrained(
                 _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
             )
@@ -374,7 +374,7 @@ def _source_content(section: ModelSection, commit: str | None) -> Content:
 
 
 def _commit(section: ModelSection) -> str | None:
-    """The commit of a hub model that was loaded last, by the hub client's cache; ``None`` for a local one."""
+    """Return the commit of the Hub model loaded last, from the Hub client's cache; ``None`` for a local model."""
     if model_folder(section) is not None:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -384,7 +384,7 @@ def _commit(section: ModelSection) -> str | None:
 
 
 def _transformers() -> Any:
-    # Imported on first use: it takes seconds, which `sparsary --help` and a refused recipe need not spend.
+    # Imported lazily: it takes seconds, and `sparsary --help` and errors in a recipe must stay fast.
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -426,14 +426,14 @@ def _explained(section: ModelSection) -> Iterator[None]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of the vocabulary and of how text is cut: equal for tokenizers that give equal ids."""
+    """Return a hash of the vocabulary and the tokenization rules: equal for tokenizers that give equal ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def tokenizer_content(tokenizer: Any) -> str:
-    """A hash of all of a tokenizer that decides which tokens a harvest stores: also of what it calls special."""
+    """Return a hash of all that decides which tokens a harvest stores: the tokenization and the special tokens."""
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(tokenizer.all_special_ids)]
     return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {json.dumps(marks)}".encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Activations of models that recipes do not run: encoders, masked language models, vision and speech models, any module."""
+"""Activations of models that recipes do not run: encoders, masked language models, vision, speech, any PyTorch module."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from .hidden_states import HookError
 from .model import EnoughSeen, LanguageModel, attach
 
-# What a model is called with: by name, in order, or its only argument.
+# Arguments of one call of a model: by name, in order, or a single one.
 ModelInput = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor
 
 
 def read_activations(
     model: nn.Module, hook: str, inputs: Iterable[ModelInput], target: str | None = None
 ) -> Iterable[Tensor | dict[str, Tensor]]:
-    """Return the activations at a hook of any PyTorch model, as ``train`` takes them in place of a language model's.
+    """Return the activations at a hook of any PyTorch model, for ``train`` to use in place of a language model's.
 
-    Each item is what one input gives: ``(tokens, width)`` in float32 on the CPU, contexts one after another. Positions that the
-    input's ``attention_mask`` leaves out (within a decoder: its ``decoder_attention_mask``) are left out here. Every pass stops
-    at the hook, so an encoder's needs no input for the decoder. The model is frozen and put in eval mode.
+    Each item holds the activations of one input: ``(tokens, width)`` in float32 on the CPU, contexts concatenated. Positions
+    masked by the input's ``attention_mask`` (in a decoder: its ``decoder_attention_mask``) are dropped. A forward pass stops
+    at the hook, so reading an encoder needs no input for the decoder. The model is frozen and put in eval mode.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU())
@@ -31,12 +31,12 @@ def read_activations(
     Args:
         model: For example ``transformers.AutoModel.from_pretrained("google/vit-base-patch16-224")``.
         hook: A module path of the model and a side: ``encoder.layer.8:out``.
-        inputs: What the model is called with, one after another: mappings of its arguments, tuples, or single tensors. A list
-            or a data loader is passed over again for as long as training needs, an iterator once.
+        inputs: Arguments of each call of the model: mappings, tuples, or single tensors. A list or a data loader is iterated
+            as often as training needs, an iterator once.
         target: The hook that a transcoder predicts. Items are then mappings with ``x`` and ``target``.
 
     Raises:
-        ValueError: If a hook does not exist; while reading, if it holds nothing of shape ``(contexts, positions, width)`` or
+        ValueError: If a hook does not exist; while reading, if its tensor is not of shape ``(contexts, positions, width)`` or
             ``(rows, width)``.
     """
     reader = _Reader(model, (hook,) if target is None else (hook, target), inputs)
@@ -44,7 +44,7 @@ def read_activations(
 
 
 class _Reader:
-    """One pass over the inputs for every pass over this."""
+    """Iterable that runs the model on all inputs each time it is iterated."""
 
     def __init__(self, model: nn.Module, hooks: tuple[str, ...], inputs: Iterable[ModelInput]):
         self.model, self.hooks, self.inputs = LanguageModel(model, None, type(model).__name__, None), hooks, inputs
@@ -68,7 +68,7 @@ class _Reader:
         seen: dict[str, Tensor] = {}
 
         def keep(hook: str, x: Tensor) -> None:
-            # Modules above may write into this tensor.
+            # Later modules may modify this tensor in place.
             seen.setdefault(hook, x.clone())
             if len(seen) == len(set(self.hooks)):
                 raise EnoughSeen
@@ -95,7 +95,7 @@ def _called_with(item: ModelInput, device: torch.device) -> tuple[tuple[Any, ...
 
 
 def _flat(hook: str, x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Rows of the positions that are not padding."""
+    """Return the rows of positions that are not padding."""
     if x.ndim not in (2, 3) or not x.is_floating_point():
         raise HookError(
             f"hook {hook}: expected a tensor (contexts, positions, width) or (rows, width) of floating point numbers, got "

@@ -1,10 +1,10 @@
-"""The on-disk format of activations: safetensors shards and ``manifest.json``.
+"""On-disk format of activations: safetensors shards and ``manifest.json``.
 
-A shard holds, for ``n`` tokens of one split, ``x:HOOK`` (n, width) for every hook, with gradients ``grad:HOOK``, and
-``token``, ``document``, ``position`` (in the context) and ``offset`` (in the document), all int32 (n,). A transcoder's
-target is the ``x`` of its other hook. Stored as int8, a tensor comes with ``scale:NAME`` (n, blocks) float16.
+A shard holds, for ``n`` tokens of one split, ``x:HOOK`` (n, width) and, if gradients are stored, ``grad:HOOK`` for every
+hook, and ``token``, ``document``, ``position`` (in the context) and ``offset`` (in the document), all int32 (n,). The target
+of a transcoder is the ``x`` of its output hook. A tensor stored as int8 has scales ``scale:NAME`` (n, blocks) in float16.
 
-A shard is complete or absent: it is written under a temporary name, synced and renamed, and only then entered in the
+A shard is complete or absent: it is written under a temporary name, synced and renamed, and only then added to the
 manifest, which is replaced in the same way.
 """
 
@@ -28,7 +28,7 @@ FORMAT = "sparsary-store"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 LABELS = ("token", "document", "position", "offset")
-# The gradients that are stored, as the manifest says.
+# Definition of the stored gradients, recorded in the manifest.
 GRADIENT_KIND = {
     "loss": "next_token_cross_entropy",
     "reduction": "sum over the predictions of a context within the token's document",
@@ -37,22 +37,22 @@ GRADIENT_KIND = {
 
 
 def gradient_dtype(dtype: str) -> str:
-    """Return what gradients are stored as where activations are stored as ``dtype``.
+    """Return the dtype in which gradients are stored if activations are stored as ``dtype``.
 
-    Gradients are often below 1e-6, where float16 has few digits left and int8's float16 scales none: bfloat16 has float32's
-    range.
+    Gradients are often below 1e-6, where float16 has few digits left and int8's float16 scales none; bfloat16 has the range
+    of float32.
     """
     return "bfloat16" if dtype in ("float16", "int8") else dtype
 
 
-# Without the compiler rows are read in blocks of so many: a block and its decoded copies stay in the processor's cache.
+# Rows per read without numba: a block and its decoded copies fit in the CPU cache.
 PLAIN_ROWS = 1024
 
 
 def quantize_rows(
     rows: Float[Tensor, "tokens width"], block: int
 ) -> tuple[Int8[Tensor, "tokens width"], Float[Tensor, "tokens blocks"]]:
-    """int8 codes and the scale of each run of ``block`` dimensions, float16.
+    """Return int8 codes, and a float16 scale for each run of ``block`` dimensions.
 
     The scale is rounded to float16 before it is used, so decoding is exact up to the int8 rounding.
     """
@@ -67,23 +67,23 @@ def quantize_rows(
 def dequantize(
     codes: Int8[Tensor, "tokens width"], scale: Float[Tensor, "tokens blocks"], block: int
 ) -> Float[Tensor, "tokens width"]:
-    """The float32 rows that ``quantize_rows`` encoded."""
+    """Return the float32 rows that ``quantize_rows`` encoded."""
     return codes.float() * scale.float().repeat_interleave(block, dim=-1)[:, : codes.shape[1]]
 
 
 def encode(
     rows: Float[Tensor, "tokens width"], dtype: str, block: int
 ) -> tuple[Tensor, Tensor | None, Float[Tensor, "tokens width"]]:
-    """What is stored of finite float32 rows, with int8 the scales, and the float32 rows that will be read.
+    """Return the stored form of finite float32 rows, its scales (int8 only), and the float32 rows that will be read back.
 
-    Without torch's threads where there is a compiler: it runs beside a language model, which needs them.
+    With numba it uses none of torch's threads: they are busy running the language model.
     """
     if dtype == "float32":
         return rows, None, rows
     if dtype == "int8":
         return _encode_int8(rows, block)
     if dtype == "float16":
-        # An overflow is an infinity, as it is in torch.
+        # Overflow gives infinity, as in torch.
         with np.errstate(over="ignore"):
             stored = torch.from_numpy(rows.numpy().astype(np.float16))
         return stored, None, torch.from_numpy(stored.numpy().astype(np.float32))
@@ -113,7 +113,7 @@ def _encode_int8(rows: Float[Tensor, "tokens width"], block: int) -> tuple[Tenso
 
 
 def _int8_scale(largest: Float[Tensor, "tokens blocks"]) -> Float[Tensor, "tokens blocks"]:
-    """The float16 scale of blocks from their largest absolute values."""
+    """Return the float16 scales of blocks, given their largest absolute values."""
     if bool((largest > 127 * 65000.0).any()):
         raise ValueError("harvest.dtype: int8 cannot hold activations above 8 million. Use bfloat16.")
     # Rounded up, so that the largest entry stays within 127 steps; the floor keeps subnormal scales from being 0.
@@ -121,7 +121,7 @@ def _int8_scale(largest: Float[Tensor, "tokens blocks"]) -> Float[Tensor, "token
 
 
 class ActivationStore:
-    """A directory of shards, complete or still being harvested."""
+    """Directory of shards, complete or still being harvested."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self.directory = directory
@@ -129,7 +129,7 @@ class ActivationStore:
 
     @classmethod
     def open(cls, directory: str | Path) -> "ActivationStore":
-        """The store at ``directory``.
+        """Open the store at ``directory``.
 
         Raises:
             ValueError: If there is none, or its manifest is damaged or of another version.
@@ -147,7 +147,7 @@ class ActivationStore:
         return cls(Path(directory), manifest)
 
     def tokens(self, split: str) -> int:
-        """Stored tokens of a split."""
+        """Return the number of stored tokens of a split."""
         return sum(shard["tokens"] for shard in self.shards(split))
 
     def shards(self, split: str) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ class ActivationStore:
         return self.manifest["hooks"][hook]["width"]
 
     def moments(self, hook: str) -> Moments:
-        """Count, mean and deviation of the training split at a hook: what a normaliser needs."""
+        """Return count, mean and deviation of the training split at a hook, as normalization needs them."""
         saved = self.manifest["hooks"][hook]
         moments = Moments(saved["width"])
         if saved["count"]:
@@ -166,7 +166,7 @@ class ActivationStore:
         return moments
 
     def moments_of(self, hooks: tuple[str, ...]) -> Moments:
-        """The same of several hooks side by side."""
+        """Return the moments of several hooks, concatenated along the feature axis."""
         parts = [self.moments(hook) for hook in hooks]
         together = Moments(sum(len(part.mean) for part in parts))
         if parts[0].count:
@@ -175,7 +175,7 @@ class ActivationStore:
         return together
 
     def require_hooks(self, key: str, hooks: tuple[str, ...]) -> None:
-        """Raise ``ValueError``, naming the recipe's ``key``, for hooks that the store lacks."""
+        """Raise ``ValueError``, naming the recipe's ``key``, if the store lacks any of these hooks."""
         missing = [hook for hook in hooks if hook not in self.manifest["hooks"]]
         if missing:
             raise ValueError(
@@ -184,7 +184,7 @@ class ActivationStore:
             )
 
     def problems(self) -> list[str]:
-        """One line for every shard that is missing or differs from its checksum."""
+        """Return one line for every shard that is missing or differs from its checksum."""
         found = []
         for shard in self.manifest["shards"]:
             path = self.directory / shard["name"]
@@ -206,8 +206,8 @@ class ActivationStore:
 class RowReader:
     """Random access to the rows of one tensor across the shards of a split, in float32 (labels: int32).
 
-    Rows are read one by one through ``pread``: nothing stays mapped, so memory does not grow with the store, and a file that
-    shrinks is an error, not a signal.
+    Rows are read one by one through ``pread``: nothing stays mapped, so memory does not grow with the store, and a truncated
+    file raises an error instead of a signal.
     """
 
     def __init__(self, store: ActivationStore, split: str, name: str):
@@ -226,28 +226,28 @@ class RowReader:
         return self.shards[0].row_shape[0] if self.shards else 0
 
     def gather(self, rows: np.ndarray) -> Tensor:
-        """The rows at these indices, in this order."""
+        """Return the rows at these indices, in this order."""
         out = self.empty(len(rows))
         self.read(rows, out)
         return torch.from_numpy(out)
 
     def empty(self, rows: int) -> np.ndarray:
-        """Memory for so many rows as they are read."""
+        """Return uninitialized memory for decoded rows."""
         first = self.shards[0]
         return np.empty((rows, *first.row_shape), np.int32 if first.dtype == torch.int32 else np.float32)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> bool:
-        """Put the rows at these indices, in this order, into ``out``; whether every number is finite.
+        """Read the rows at these indices, in this order, into ``out``; return True if every number is finite.
 
         Raises:
-            ValueError: If a shard ends too early; file and row are named.
+            ValueError: If a shard ends too early; the message names file and row.
         """
         finite = True
         scales = None
         if self.scales is not None:
             scales = self.scales.empty(len(rows))
             finite = self.scales.read(rows, scales)
-        # Ascending order: neighbouring reads hit neighbouring pages.
+        # In ascending order, consecutive reads hit neighboring pages.
         places = np.argsort(rows)
         ascending = rows[places]
         bounds = np.searchsorted(ascending, self.ends)
@@ -260,7 +260,7 @@ class RowReader:
         return finite
 
     def locate(self, row: int) -> tuple[Path, int]:
-        """The shard that holds a row, and the row's index in it."""
+        """Return the shard that holds a row, and the row's index in it."""
         number = bisect.bisect_right(self.ends, row)
         return self.shards[number].path, row - (int(self.ends[number - 1]) if number else 0)
 
@@ -272,7 +272,7 @@ class RowReader:
 
 
 class ColumnReader:
-    """Several tensors of a split side by side, read like one."""
+    """Random access to several tensors of a split, concatenated along the feature axis."""
 
     def __init__(self, store: ActivationStore, split: str, names: list[str]):
         self.parts = [RowReader(store, split, name) for name in names]
@@ -281,22 +281,22 @@ class ColumnReader:
         return len(self.parts[0])
 
     def gather(self, rows: np.ndarray) -> Tensor:
-        """The rows at these indices, in this order."""
+        """Return the rows at these indices, in this order."""
         out = self.empty(len(rows))
         self.read(rows, out)
         return torch.from_numpy(out)
 
     def empty(self, rows: int) -> np.ndarray:
-        """Memory for so many rows as they are read."""
+        """Return uninitialized memory for decoded rows."""
         return np.empty((rows, sum(part.width for part in self.parts)), np.float32)
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> bool:
-        """Put the rows at these indices, in this order, into ``out``; whether every number is finite."""
+        """Read the rows at these indices, in this order, into ``out``; return True if every number is finite."""
         if len(self.parts) == 1:
             return self.parts[0].read(rows, out)
         finite, first = True, 0
         for part in self.parts:
-            # Rows are read into memory without gaps.
+            # Readers write to contiguous memory.
             values = part.empty(len(rows))
             finite &= part.read(rows, values)
             out[:, first : first + part.width] = values
@@ -304,7 +304,7 @@ class ColumnReader:
         return finite
 
     def locate(self, row: int, column: int) -> tuple[Path, str, int]:
-        """The shard that holds a number, its tensor's name there, and the row in it."""
+        """Return the shard that holds an entry, the name of its tensor, and its row in the shard."""
         for part in self.parts:
             if column < part.width:
                 path, there = part.locate(row)
@@ -318,7 +318,7 @@ class ColumnReader:
 
 
 class _ShardTensor:
-    """Where one tensor lies in one safetensors file."""
+    """Location of one tensor in a safetensors file."""
 
     def __init__(self, path: Path, name: str):
         self.path = path
@@ -335,11 +335,11 @@ class _ShardTensor:
         self.start = 8 + header_bytes + start
 
     def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:
-        """Decode each of the ascending ``rows`` into its place of ``out``; whether every number is finite."""
+        """Decode the ascending ``rows`` into ``out[places]``; return True if every number is finite."""
         done, finite = 0, True
         if has_numba() and self.row_bytes:
             done, finite = self._read_compiled(rows, places, out, scales, block)
-        # All of them without the compiler; else those from the first that could not be read, to say what is wrong with it.
+        # Without numba all rows; else those from the first failed read on, to raise an error that explains it.
         for begin in range(done, len(rows), PLAIN_ROWS):
             part = slice(begin, begin + PLAIN_ROWS)
             finite &= self._read_plain(rows[part], places[part], out, scales, block)
@@ -384,7 +384,7 @@ class _ShardTensor:
         values = torch.from_numpy(raw.reshape(-1)).view(self.dtype).view(len(rows), *self.row_shape)
         if scales is not None:
             values = dequantize(values, torch.from_numpy(scales[places]), block)
-        # Numpy's functions, not torch's: these run in a background thread, where torch would start threads of its own.
+        # NumPy rather than torch, which would start threads of its own in this background thread.
         decoded = values.float().numpy() if values.is_floating_point() else values.numpy()
         out[places] = decoded
         return bool(np.isfinite(decoded).all())
@@ -397,5 +397,5 @@ class _ShardTensor:
 
 @cache
 def _float16_values() -> np.ndarray:
-    """The float32 of every float16 bit pattern."""
+    """Return the float32 value of every float16 bit pattern."""
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)

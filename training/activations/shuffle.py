@@ -1,6 +1,6 @@
-"""A shuffle that is computed, not stored: position ``i`` of a pass reads row ``permute(i)``, by a keyed bijection.
+"""Shuffle that is computed, not stored: position ``i`` of a pass reads row ``permute(i)``, a keyed bijection.
 
-Every order of a whole store is reached with memory for a few batches only.
+Shuffling a whole store thus takes memory for a few batches only.
 """
 
 import numpy as np
@@ -9,9 +9,10 @@ from ...sae.kernels.parallel import has_numba
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where each index of ``range(n)`` goes under the permutation named by ``key``.
+    """Map indices by a pseudorandom permutation of ``range(n)``, selected by ``key``.
 
-    A Feistel network over the next even number of bits, walked until the result is below ``n`` (Black and Rogaway 2002).
+    Feistel network over the next even number of bits, with cycle walking until the result is below ``n`` (Black and Rogaway
+    2002).
     """
     half = max(2, (n - 1).bit_length() + 1) // 2
     keys = np.array([_mix(key * 8 + r & 0xFFFFFFFFFFFFFFFF) for r in range(6)], np.uint64)
@@ -42,7 +43,7 @@ def _permute_plain(index: np.ndarray, n: int, half: int, keys: np.ndarray) -> np
 
 
 def _mix(z: int) -> int:
-    """splitmix64's finaliser."""
+    """Finalizer of splitmix64."""
     z = (z + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF

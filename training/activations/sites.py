@@ -1,18 +1,18 @@
-"""Where things are in a model: the hooks of a block by what they mean.
+"""Sites of a transformer block: its hooks, named by their role.
 
-A site is a place in a block: ``layer`` and site together name the hook a dictionary reads and the one it writes. Attention and
-MLP are known by their names; one pass (``dataflow``) then shows whether they are connected as their names say, whether they
-read the same stream, and where that stream can be seen between them. No weights are looked at, so a model without will do.
+A layer and a site name the hook that a dictionary reads and the one that it writes. Attention and MLP are recognized by their
+module names; one forward pass (``dataflow``) then shows whether they are connected as their names suggest, whether they read
+the same residual stream, and where that stream is visible between them. Values do not matter, so no weights are needed.
 
-- ``resid_pre``, ``resid_mid``, ``resid_post``: the residual stream before the block, between attention and MLP, behind it.
-- ``attn_heads``: the values all heads have mixed, side by side, which the output projection reads.
-- ``attn_out``: what that projection writes.
-- ``mlp_in``, ``mlp_out``: what the MLP reads, behind its norm, and what it writes.
+- ``resid_pre``, ``resid_mid``, ``resid_post``: the residual stream before the block, between attention and MLP, after it.
+- ``attn_heads``: the outputs of all heads, concatenated: the input of the output projection.
+- ``attn_out``: the output of that projection.
+- ``mlp_in``, ``mlp_out``: the input of the MLP, after its norm, and its output.
 - ``mlp``: from ``mlp_in`` to ``mlp_out``, the site of a transcoder.
 
-Where a model norms what the MLP has written before adding it (Gemma 2, OLMo 2), ``mlp_out`` is still what the MLP itself
-writes; likewise ``attn_out``. Where the MLP module adds the residual stream itself (BLOOM, MPT), ``mlp_out`` is what its last
-projection writes, without that stream.
+If a model normalizes the MLP's output before adding it (Gemma 2, OLMo 2), ``mlp_out`` is still the output of the MLP itself;
+likewise ``attn_out``. If the MLP module adds the residual stream itself (BLOOM, MPT), ``mlp_out`` is the output of its last
+projection, without that stream.
 """
 
 import inspect
@@ -33,14 +33,14 @@ from .model import LanguageModel
 # Sites that read one tensor and write another.
 TWO_SIDED = ("mlp",)
 
-# What architectures call the parts of a block, by path from the block; the first that is there counts.
+# Names of the parts of a block across architectures, as paths within the block; the first match counts.
 ATTENTION = ("attn.attention", "attn", "attention", "self_attn", "self_attention", "multi_head_attention", "temporal_block")
 ATTENTION_PROJECTION = ("c_proj", "o_proj", "out_proj", "dense", "output.dense", "Wo")
 MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "mlp_block")
 MLP_PROJECTION = ("dense_4h_to_h", "down_proj", "c_proj", "fc_out", "fc2")
-# Where the first and the last part have no module around them alone (OPT and XGLM, BERT).
+# First and last layer of MLPs that have no module of their own (OPT and XGLM, BERT).
 LOOSE_MLPS = (("fc1", "fc2"), ("intermediate", "output.dense"))
-# Configuration keys that count the blocks; the first that is there.
+# Configuration keys for the number of blocks, in order of preference.
 COUNTS = ("num_hidden_layers", "decoder_layers", "num_layers", "n_layer", "n_layers")
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ _found: WeakKeyDictionary[nn.Module, list["BlockPaths"]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class BlockPaths:
-    """Module paths within the whole model; None where this block has no such part."""
+    """Module paths, within the whole model, of the parts of a block; None if the block has no such part."""
 
     path: str
     attention: str | None
@@ -60,7 +60,7 @@ class BlockPaths:
     resid_mid: str | None
 
     def sites(self) -> dict[str, tuple[str, str]]:
-        """The hooks of every site this block has: what is read, what is written."""
+        """Return the hook read and the hook written at every site of this block."""
         found = {"resid_pre": f"{self.path}:in", "resid_mid": None, "resid_post": f"{self.path}:out"}
         if self.attention_projection is not None:
             found |= {"attn_heads": f"{self.attention_projection}:in", "attn_out": f"{self.attention_projection}:out"}
@@ -74,12 +74,12 @@ class BlockPaths:
 
 
 def n_layers(module: nn.Module) -> int:
-    """How many blocks the model has."""
+    """Return the number of blocks of the model."""
     return len(_block_paths(module))
 
 
 def find_block(module: nn.Module, layer: int) -> BlockPaths:
-    """The parts of one block: found by name, and what lies between them by how tensors depend on each other.
+    """Return the parts of one block, found by their names and by the data flow between them.
 
     Raises:
         ValueError: If the model has no such block.
@@ -95,7 +95,7 @@ def find_block(module: nn.Module, layer: int) -> BlockPaths:
 
 
 def _named_parts(module: nn.Module, path: str) -> BlockPaths:
-    """The parts of a block that have names by which they are known."""
+    """Return the parts of a block that are recognized by name."""
     block = module.get_submodule(path)
     children = {name for name, _ in block.named_modules() if name}
 
@@ -121,7 +121,7 @@ def _named_parts(module: nn.Module, path: str) -> BlockPaths:
 
 
 def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
-    """The blocks without parts that are not connected as their names say, and with what lies between attention and MLP."""
+    """Drop parts that are not connected as their names suggest, and add norm and stream between attention and MLP."""
     between = {block.path: _between(module, block) for block in blocks}
     hooks = [
         f"{path}:{side}"
@@ -148,14 +148,14 @@ def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
 
 
 def _between(module: nn.Module, block: BlockPaths) -> list[str]:
-    """Modules of a block that are no part of its attention or MLP, where the stream may be seen."""
+    """Return modules of a block outside its attention and MLP, where the residual stream may be visible."""
     parts = [path for path in (block.attention, *(block.mlp or ())) if path is not None]
     found = [f"{block.path}.{name}" for name, _ in module.get_submodule(block.path).named_modules() if name]
     return [path for path in found if not path.startswith(tuple(f"{part}." for part in parts)) and path not in parts]
 
 
 def _checked(flow: Dataflow, block: BlockPaths, between: list[str]) -> BlockPaths:
-    """The block as the pass shows it."""
+    """Return the block as corrected by the data flow."""
     start, end, projection = f"{block.path}:in", f"{block.path}:out", block.attention_projection
 
     def chain(*hooks: str) -> bool:
@@ -163,7 +163,7 @@ def _checked(flow: Dataflow, block: BlockPaths, between: list[str]) -> BlockPath
         return flow.marks.keys() >= set(hooks) and all(flow.depends(after, before) for before, after in pairs)
 
     def usable(part: tuple[str, str] | None) -> bool:
-        """Whether a part reads the stream and writes to it, and reads and writes hidden states and nothing else."""
+        """Return True if a part reads the residual stream, writes to it, and has hidden states at both ends."""
         hooks = () if part is None else (f"{part[0]}:in", f"{part[1]}:out")
         return bool(hooks) and chain(start, *hooks, end) and all(flow.marks[hook].axes <= 3 for hook in hooks)
 
@@ -172,10 +172,10 @@ def _checked(flow: Dataflow, block: BlockPaths, between: list[str]) -> BlockPath
     if block.mlp is None or not usable(block.mlp):
         return replace(block, attention_projection=projection, mlp=None)
     reads, writes = f"{block.mlp[0]}:in", f"{block.mlp[1]}:out"
-    # Attention may add what it read, and norm it (BERT).
+    # The attention module may add the residual stream and normalize the sum (BERT).
     paths = between if block.attention is None else [*between, block.attention]
     hooks = [hook for path in paths for hook in (f"{path}:in", f"{path}:out") if hook in flow.marks]
-    # Where there is no norm a module may stand in for it that does nothing.
+    # Without a norm, an identity module may be in its place.
     before = [path for path in between if flow.marks.keys() >= {f"{path}:in", f"{path}:out"}]
     before = [path for path in before if flow.source(f"{path}:out") is flow.source(reads)]
     norm = next((path for path in before if flow.source(f"{path}:in") is not flow.source(reads)), next(iter(before), None))
@@ -192,9 +192,9 @@ def _checked(flow: Dataflow, block: BlockPaths, between: list[str]) -> BlockPath
 def _stream_between(
     flow: Dataflow, start: str, end: str, written: str | None, mlp: tuple[str, str], hooks: Sequence[str]
 ) -> str | None:
-    """The hook at the residual stream between attention and MLP: all that reaches the MLP, or goes past it, comes through it.
+    """Return the hook at the residual stream between attention and MLP: every path to or around the MLP passes through it.
 
-    Of several, the last one that everything reads is taken; where each reader has its own hook, the last of these.
+    Of several candidates, the last one that everything reads is taken; if each reader has its own hook, the last of these.
     """
     reads, writes = mlp
     order = list(flow.marks)
@@ -217,22 +217,22 @@ def _stream_between(
             and not flow.depends(end, start, without=[node_of(hook), flow.marks[writes].node])
         ]
         if found:
-            # A module made of modules sees what its first one sees.
+            # A container sees the same tensor as its first module: take the outermost.
             same = [hook for hook in found if flow.source(hook) is flow.source(found[-1])]
             return min(same, key=lambda hook: hook.count("."))
     return None
 
 
 def sites_of(module: nn.Module) -> tuple[str, ...]:
-    """The sites this architecture has."""
+    """Return the sites of this architecture."""
     return tuple(find_block(module, 0).sites())
 
 
 def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
-    """The hook read and the hook written at a site; one and the same unless the site is one of ``TWO_SIDED``.
+    """Return the hook read and the hook written at a site; they are the same unless the site is in ``TWO_SIDED``.
 
     Raises:
-        ValueError: If there is no such layer, or the architecture has no such site; those it has are listed.
+        ValueError: If there is no such layer, or the architecture has no such site; the message lists its sites.
     """
     block = find_block(module, layer)
     hooks = block.sites()
@@ -260,13 +260,13 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
 
 def _block_paths(module: nn.Module) -> list[str]:
     config = getattr(module, "config", None)
-    # Of models that read pictures or sounds too, the part that reads text.
+    # For multimodal models, the configuration of the text model.
     config = getattr(config, "get_text_config", lambda: config)()
     counts = [count for key in COUNTS if isinstance(count := getattr(config, key, None), int)]
     for count in counts:
         lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == count]
         if lists:
-            # A block may hold lists of its own that happen to be as long, as may encoders of something else.
+            # Blocks, and encoders of other modalities, may contain module lists of the same length.
             outermost = min(lists, key=lambda name: (re.search("text|language|decoder", name) is None, name.count(".")))
             return [f"{outermost}.{index}" for index in range(count)]
     raise ValueError(
@@ -277,16 +277,16 @@ def _block_paths(module: nn.Module) -> list[str]:
 
 def _writer(block: nn.Module, mlp: str, projection: str | None) -> str:
     takes = inspect.signature(block.get_submodule(mlp).forward).parameters
-    # A module that is given the stream adds it to what it writes.
+    # A module that takes the residual stream as an argument adds it to its output.
     return projection if "residual" in takes and projection is not None else mlp
 
 
-# The last linear map of an MLP, whose inputs are its neurons, as model families name it.
+# Names of the last linear map of an MLP, whose inputs are the neurons, across architectures.
 NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
 
 
 def neuron_hook(model: LanguageModel, hook: str) -> str | None:
-    """Where the neurons of the hook's own block can be read; None if the model has none by a known name."""
+    """Return the hook at the MLP neurons of the block that ``hook`` is in; None if no known name matches."""
     block = re.match(r".*?\.\d+(?=[.:])", hook)
     names = dict(model.module.named_modules())
     found = (

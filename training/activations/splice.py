@@ -1,8 +1,8 @@
-"""Run a model with dictionaries in place of some of its tensors, and steer it by their latents.
+"""Forward passes of a model with dictionaries spliced in, and steering by their latents.
 
-A site of a dictionary reads what the model has at ``hook_in`` and its reconstruction takes the place of what the model has
-at ``hook_out``: the same hook for an SAE, the two sides of the MLP for a transcoder, those of every MLP for a cross-layer
-one. Everything above reads the reconstruction, other dictionaries included, and gradients flow through.
+A site of a dictionary reads the activation at ``hook_in``, and its reconstruction replaces the activation at ``hook_out``:
+the same hook for an SAE, the two sides of the MLP for a transcoder, those of every MLP for a cross-layer transcoder. Later
+layers and other dictionaries read the reconstruction, and gradients flow through it.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from ...sae.suggestions import require_choice
 from .model import LanguageModel
 
 OPERATIONS = ("set", "add", "scale", "clamp")
-# Which insertion, and which of its sites.
+# Index of the insertion, and of its site.
 TokenPlace = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """A dictionary and its place: site ``s`` reads at ``hooks_in[s]`` and replaces what is at ``hooks_out[s]``.
+    """Dictionary and its hooks: site ``s`` reads the activation at ``hooks_in[s]`` and replaces that at ``hooks_out[s]``.
 
-    A cross-layer dictionary has one site per layer, any other a single one. ``written`` are the sites that replace
-    something, if not all; the others are only read.
+    A cross-layer dictionary has one site per layer, any other a single one. ``written`` lists the sites that replace an
+    activation (default: all); the others only read.
     """
 
     dictionary: SparseDictionary
@@ -48,18 +48,18 @@ class Insertion:
 
     @property
     def sites(self) -> tuple[int, ...]:
-        """The sites that replace something."""
+        """Sites that replace an activation."""
         return tuple(range(len(self.dictionary.sites))) if self.written is None else self.written
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A change to latents of one dictionary while the model runs, also where they are silent.
+    """Edit of latents of one dictionary during a forward pass, including tokens on which they are inactive.
 
-    ``operation`` is ``set``, ``add`` or ``scale``, by ``value``, or ``clamp``, between ``low`` and ``high``: numbers, or one
-    per latent, in the code's own units (one is ``out_scale`` of output). ``positions`` are ``"all"``, a list of positions
-    of every context, a mask ``(contexts, positions)``, or while generating ``"new"``, those behind the prompt. Latents are
-    numbered within their site. Edits of the same latents follow one another.
+    ``operation`` is ``set``, ``add`` or ``scale`` by ``value`` (a number or one per latent), or ``clamp`` between ``low`` and
+    ``high``, all in the units of the code (one unit is ``out_scale`` of output). ``positions`` is ``"all"``, a list of
+    positions of every context, a mask ``(contexts, positions)`` or, in generation, ``"new"`` for those after the prompt.
+    Latents are numbered within their site. Several edits of the same latents apply in order.
     """
 
     operation: str
@@ -89,7 +89,7 @@ class Intervention:
             )
 
     def apply(self, values: Float[Tensor, "tokens m"]) -> Float[Tensor, "tokens m"]:
-        """What becomes of the latents' values."""
+        """Return the edited values of the latents."""
         if self.operation == "clamp":
             return values.clamp(self.low, self.high)
         number = torch.as_tensor(self.value, dtype=values.dtype, device=values.device)
@@ -98,10 +98,10 @@ class Intervention:
         return values + number if self.operation == "add" else values * number
 
     def where(self, contexts: int, positions: int, prompt: int | None) -> Bool[Tensor, "contexts positions"]:
-        """The positions that are edited; ``prompt`` is its length while text is generated.
+        """Return the mask of edited positions; ``prompt`` is the length of the prompt during generation.
 
         Raises:
-            ValueError: If there are none such.
+            ValueError: If the positions do not exist, or a mask has another shape.
         """
         chosen = torch.zeros(contexts, positions, dtype=torch.bool)
         if isinstance(self.positions, Tensor):
@@ -121,10 +121,10 @@ class Intervention:
 
 
 class Splice:
-    """Dictionaries in place, and what the last pass left behind.
+    """Dictionaries spliced into a model, with the codes and errors of the last forward pass.
 
-    ``codes`` and ``errors`` go by ``(insertion, site)``. A code is the one in force, after edits; rows of both are the
-    tokens that are replaced, contexts one after another. With gradients enabled, a code's values and the errors keep theirs.
+    ``codes`` and ``errors`` are keyed by ``(insertion, site)``. Codes include the edits; rows of both are the replaced
+    tokens, contexts concatenated. With gradients enabled, the values of codes and the errors retain their gradients.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Splice:
 
     @contextmanager
     def opened(self) -> Iterator["Splice"]:
-        """Put the dictionaries in place, and the model's own tensors back at the end, whatever happens."""
+        """Context manager that splices the dictionaries in, and restores the model on exit, even after an error."""
         readers = self._readers()
         with self._model.hooked(readers), ExitStack() as stack:
             for path in self._idle(readers):
@@ -196,13 +196,13 @@ class Splice:
                     )
 
     def _readers(self) -> dict[str, Callable[[Tensor], Tensor | None]]:
-        """What is done at each hook: a dictionary that replaces the tensor goes first, others read what it puts there."""
+        """Return the reader for each hook: a dictionary that replaces the tensor runs first, others read its reconstruction."""
         reads: dict[str, list[TokenPlace]] = {}
         writes: dict[str, TokenPlace] = {}
         for index, insertion in enumerate(self._insertions):
             for site in insertion.sites:
                 writes[insertion.hooks_out[site]] = index, site
-            # Later sites than the last that is written need not be read.
+            # Sites after the last written one need not be read.
             for site in range(max(insertion.sites, default=-1) + 1):
                 reads.setdefault(insertion.hooks_in[site], []).append((index, site))
 
@@ -226,7 +226,7 @@ class Splice:
         return {hook: reader(hook) for hook in (*reads, *writes)}
 
     def _idle(self, readers: Mapping[str, Any]) -> list[str]:
-        """Modules whose own output nobody looks at."""
+        """Return modules whose own output is not used."""
         if self._add_error or self._kept is not None:
             return []
         found = []
@@ -241,7 +241,7 @@ class Splice:
     def _read(self, place: TokenPlace, x: Float[Tensor, "contexts positions width"]) -> None:
         index, site = place
         insertion = self._insertions[index]
-        # Modules above may write into what they get, and a skip reads it once more when decoding.
+        # Cloned, because later modules may modify their input in place, and a skip path reads it when decoding.
         rows = self._rows(x if insertion.hooks_in[site] == insertion.hooks_out[site] else x.clone())
         code = self._given_codes.get(place)
         if code is None:
@@ -279,7 +279,7 @@ class Splice:
             plain = self._decoded(place, self._unedited) if self._edits else y_hat
             error = (rows - plain).detach()
             error = self.errors[place] = error.requires_grad_(torch.is_grad_enabled())
-            # The same as y_hat + error, without its rounding: unedited, the model's own tensor comes back bit by bit.
+            # Equals y_hat + error without its rounding: without edits, the model's own tensor is restored bit-exactly.
             y_hat = rows.detach() + (y_hat - plain.detach()) + (error - error.detach())
         self._written.add(place)
         y_hat = y_hat.to(y.dtype)
@@ -299,7 +299,7 @@ class Splice:
         return insertion.dictionary.decode_at(site, read, self._inputs[place])
 
     def _rows(self, x: Tensor) -> Tensor:
-        """The tokens that are replaced, contexts one after another."""
+        """Return the replaced tokens, contexts concatenated."""
         mask = self._mask(x.shape[0], x.shape[1])
         return x.flatten(0, 1) if mask is None else x[mask]
 
@@ -320,21 +320,20 @@ def model_spliced(
     codes: Mapping[TokenPlace, SparseCode] | None = None,
     errors: Mapping[TokenPlace, Tensor] | None = None,
 ) -> Iterator[Splice]:
-    """While the context is open, ``model`` runs with the dictionaries in place; the value holds codes and errors of a pass.
+    """Context manager that runs ``model`` with dictionaries spliced in; its value holds codes and errors of the last pass.
 
-    Positions outside ``kept`` keep the model's own tensor. With ``add_error`` what a dictionary misses is added to its
-    reconstruction, as a constant that passes no gradient on: unedited, the logits are the model's own; edited, they are
-    those of the model with the edited latents' atoms added. ``codes`` and ``errors``, by ``(insertion, site)``, take the
-    place of those found. Where a module's own output is not needed (a transcoder replaces the whole of it), it is not
-    computed.
+    Positions outside ``kept`` keep the model's own tensor. With ``add_error`` the reconstruction error is added back as a
+    constant that passes no gradient: without edits, the logits are the model's own; with edits, they are those of the model
+    plus the edited latents' change in decoder output. ``codes`` and ``errors``, keyed by ``(insertion, site)``, replace the
+    computed ones. A module's own output is not computed if it is not needed (a transcoder replaces all of it).
 
-    Dictionaries stay in the mode they are in; those that are loaded are in ``eval()``. Gradients also reach their
-    parameters, unless these are told not to require any.
+    Dictionaries stay in their mode; loaded ones are in ``eval()``. Gradients also reach their parameters, unless these do
+    not require any.
 
     Raises:
         ValueError: On entering, if two dictionaries replace one hook, a hook does not exist, or an edit names a latent that
-            does not. In the pass, if a hook is never met or met too early, or widths, positions or numbers of tokens do not
-            fit.
+            does not. In the pass, if a hook is never reached or reached too early, or widths, positions or numbers of tokens
+            do not match.
     """
     with Splice(model, insertions, add_error, kept, edits, codes or {}, errors or {}).opened() as splice:
         yield splice
@@ -352,15 +351,15 @@ def generate(
     add_error: bool = False,
     kept: Tensor | None = None,
 ) -> Int[Tensor, "contexts longer"]:
-    """Prompts of equal length, continued with the dictionaries in place: the prompts and at most so many new tokens.
+    """Generate from prompts of equal length with dictionaries spliced in; return the prompts and the new tokens.
 
-    Temperature 0 takes the likeliest token; above 0, equal seeds give equal text, and the global random state is left as it
-    was. Every token is computed from the whole text before it, so codes are those of a plain run. ``kept`` is about the
-    prompt: new tokens are always replaced. Edits at ``"new"`` positions change what follows the first new token. A context
-    that ended is filled up with padding.
+    Temperature 0 is greedy decoding; above 0, equal seeds give equal text, and the global random state is left unchanged.
+    Every token is computed from the whole text before it (no KV cache), so codes are those of a plain forward pass. ``kept``
+    applies to the prompt: new tokens are always replaced. Edits at ``"new"`` positions take effect after the first new
+    token. A context that ends early is padded.
 
     Raises:
-        ValueError: If a number is out of range, or as ``model_spliced``.
+        ValueError: If a number is out of range; also see ``model_spliced``.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
@@ -369,7 +368,7 @@ def generate(
     config: Any = model.module.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     padding = next((token for token in (config.pad_token_id, *ends) if token is not None), 0)
-    # The model's own defaults, like keeping the likeliest fifty tokens only, are not asked for.
+    # Overrides the model's own sampling defaults, such as top-k 50.
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     )
@@ -388,7 +387,7 @@ def generate(
 
 
 def latents_at(dictionary: SparseDictionary, site: int) -> int:
-    """How many latents a site has."""
+    """Return the number of latents of a site."""
     latents = dictionary.blocks[site].latents
     return latents.stop - latents.start
 
@@ -399,7 +398,7 @@ def _require_contexts(hook: str, x: Tensor) -> None:
 
 
 def _grown(mask: Tensor, name: str, shape: tuple[int, int], prompt: int | None, beyond: bool) -> Tensor:
-    """The mask, which is about the prompt while text is generated, for what has been generated too."""
+    """Extend a mask of the prompt to the generated positions, with the value ``beyond``."""
     contexts, positions = shape
     if prompt is not None and mask.shape == (contexts, prompt):
         return torch.cat([mask, mask.new_full((contexts, positions - prompt), beyond)], dim=1)
@@ -420,13 +419,13 @@ def _keeping_gradient(code: SparseCode) -> SparseCode:
 
 @contextmanager
 def _shape_only(module: nn.Module) -> Iterator[None]:
-    """While the context is open, the module answers with something of the right shape, at the price of a single token."""
+    """Context manager in which the module computes a single token only, expanded to the right shape."""
     own, before = module.forward, vars(module).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim == 3:
             one = own(args[0][:1, :1])
-            # One that returns several things is asked for all of them.
+            # A module that returns several values runs in full.
             if isinstance(one, Tensor):
                 return one.expand(*args[0].shape[:2], -1)
         return own(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Shuffled batches from a store, in a new global order for every pass."""
+"""Stream of shuffled batches from a store, in a new global order for every pass."""
 
 import itertools
 from collections import Counter
@@ -15,16 +15,16 @@ from .shards import GRADIENT_KIND, LABELS, ActivationStore, ColumnReader, RowRea
 from .shuffle import permute
 from .stream import ActivationBatch, ActivationStream
 
-# Batches read together: enough for reads in ascending order to pay, little enough to forget.
+# Batches read at once: enough for sorted reads to pay off, few enough for their memory not to matter.
 WINDOW_BATCHES = 4
 
 
 class StoreStream(ActivationStream):
-    """The rows of one split of a store, pass after pass, each pass in a new global order.
+    """Stream over the rows of one split of a store, in a new global order for every pass.
 
-    ``x`` holds what ``hooks_in`` saw, side by side, and ``target`` what ``hooks_out`` saw, if those are others. With
-    ``labels`` every batch also says token, document, position and offset of its rows; with ``gradients`` it holds the loss's
-    gradient at ``hooks_out``.
+    ``x`` holds the activations at ``hooks_in``, concatenated along the feature axis, and ``target`` those at ``hooks_out`` if
+    they differ. ``labels`` adds token, document, position and offset of every row; ``gradients`` adds the gradient of the LM
+    loss at ``hooks_out``.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class StoreStream(ActivationStream):
     ):
         super().__init__(batch_tokens)
         self.store, self.seed = store, seed
-        # By the harvest. What is not finite in a store now was damaged since.
+        # Counted by the harvest. Values in a store that are not finite were damaged later.
         self.skipped = Counter(store.manifest.get("skipped", {}))
         self.hooks_in, self.hooks_out = hooks_in, hooks_out or hooks_in
         store.require_hooks("dictionary.hook_in" if hooks_out else "dictionary.hook", self.hooks_in)
@@ -56,7 +56,7 @@ class StoreStream(ActivationStream):
                 )
             names["grad"] = [f"grad:{hook}" for hook in self.hooks_out]
         self.rows = {role: ColumnReader(store, split, tensors) for role, tensors in names.items()}
-        # Training does not look at them, and each would cost as many reads as the activations do.
+        # Read only on request: training does not use them, and each costs as many reads as the activations.
         self.labels = {name: RowReader(store, split, name) for name in LABELS if labels}
         self.n = len(self.rows["x"])
         if batch_tokens > self.n:
@@ -78,7 +78,7 @@ class StoreStream(ActivationStream):
                 yield ActivationBatch(here["x"], here.get("target"), here.get("grad"), {k: v[part] for k, v in labels.items()})
 
     def order(self, start: int, count: int) -> np.ndarray:
-        """Row numbers of the tokens ``start`` to ``start + count`` of the endless stream."""
+        """Return the row numbers of tokens ``start`` to ``start + count`` of the endless stream."""
         parts = []
         for number in range(start // self.n, (start + count - 1) // self.n + 1):
             begin = number * self.n
@@ -111,7 +111,7 @@ class StoreStream(ActivationStream):
         return self.store.manifest.get("content")
 
     def release(self) -> None:
-        """Close the shards' files; the stream is over."""
+        """Close the shard files; the stream cannot be used afterwards."""
         self.close()
         for reader in (*self.rows.values(), *self.labels.values()):
             reader.close()

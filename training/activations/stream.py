@@ -1,7 +1,7 @@
-"""Batches of activations and what every stream of them can do; a stream for each source stands in a file of its own.
+"""Batches of activations and the base class of their streams; each source has its own stream in a file of its own.
 
-Every stream is endless where its source allows, reads ahead in a background thread, and is resumed exactly from the
-number of batches that were handed out.
+A stream is endless if its source allows, reads ahead in a background thread, and resumes exactly from the number of batches
+that were handed out.
 """
 
 import queue
@@ -26,10 +26,10 @@ READ_AHEAD_BATCHES = 8
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Tokens for one training step: ``x`` and, where the training needs them, ``target``, ``grad`` and ``origin``.
+    """Tokens for one training step: ``x`` and, if training needs them, ``target``, ``grad`` and ``origin``.
 
-    Without a ``target`` it is ``x`` that is to be reconstructed. ``grad`` is the loss's gradient at whichever it is.
-    ``skipped`` counts the bad rows that the stream met between the batch before and this one.
+    Without a ``target``, ``x`` itself is reconstructed. ``grad`` is the gradient of the LM loss with respect to the
+    reconstructed tensor. ``skipped`` counts the bad rows between the previous batch and this one.
     """
 
     x: Float[Tensor, "tokens d_in"]
@@ -40,13 +40,13 @@ class ActivationBatch:
     skipped: Counter[str] = field(default_factory=Counter)
 
     def to(self, device: torch.device) -> "ActivationBatch":
-        """The same batch on a device."""
+        """Return the batch on a device."""
         target = None if self.target is None else self.target.to(device, non_blocking=True)
         grad = None if self.grad is None else self.grad.to(device, non_blocking=True)
         return ActivationBatch(self.x.to(device, non_blocking=True), target, grad, self.labels, self.origin)
 
     def rows(self, part: slice | Tensor) -> "ActivationBatch":
-        """Some of the rows. A batch of whole contexts cannot be cut."""
+        """Return some of the rows. A batch of whole contexts cannot be split."""
         return ActivationBatch(
             self.x[part],
             None if self.target is None else self.target[part],
@@ -56,7 +56,7 @@ class ActivationBatch:
 
     @staticmethod
     def join(pieces: list["ActivationBatch"]) -> "ActivationBatch":
-        """Activations, targets and gradients of several batches in one."""
+        """Concatenate activations, targets and gradients of several batches."""
 
         def joined(name: str) -> Tensor | None:
             tensors = [getattr(piece, name) for piece in pieces]
@@ -67,7 +67,7 @@ class ActivationBatch:
         return ActivationBatch(x, joined("target"), joined("grad"))
 
     def split(self, pieces: int) -> list["ActivationBatch"]:
-        """Equal consecutive parts, for gradient accumulation. A batch of whole contexts cannot be cut."""
+        """Return equal consecutive parts, for gradient accumulation. A batch of whole contexts cannot be split."""
         if pieces == 1:
             return [self]
         size = self.x.shape[0] // pieces
@@ -75,19 +75,19 @@ class ActivationBatch:
 
 
 def side_by_side(columns: list[Tensor]) -> Tensor:
-    """Tensors of the same tokens as one."""
+    """Concatenate tensors of the same tokens along the feature axis."""
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
 
 
 def moments_of(rows: Float[Tensor, "tokens d"]) -> Moments:
-    """Mean and deviation of so many rows."""
+    """Return mean and deviation of the rows."""
     moments = Moments(rows.shape[1])
     moments.update(rows)
     return moments
 
 
 class ActivationStream(ABC):
-    """Batches one after another; ``position()`` is all that a resume needs. ``skipped`` counts the bad rows met so far."""
+    """Iterator over batches; ``position()`` is all that a resume needs. ``skipped`` counts the bad rows met so far."""
 
     def __init__(self, batch_tokens: int):
         self.batch_tokens = batch_tokens
@@ -100,41 +100,41 @@ class ActivationStream(ABC):
 
     @abstractmethod
     def produce(self, start: int) -> Iterator[ActivationBatch]:
-        """Batches from number ``start`` on; runs in the background thread."""
+        """Yield batches from number ``start`` on; runs in the background thread."""
 
     @abstractmethod
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
-        """Up to so many shuffled inputs, and targets, for initialisation and calibration, without moving the stream."""
+        """Return up to ``tokens`` shuffled rows for initialization and calibration, without moving the stream."""
 
     def start_sample(self, tokens: int) -> ActivationBatch:
-        """A sample for a run to start from; of a source that costs work, no more than a short run is worth."""
+        """Return a sample that initializes a run; from sources that cost compute, not more than a short run warrants."""
         return self.sample(tokens)
 
     @abstractmethod
     def moments(self) -> Moments:
-        """Mean and deviation of the inputs: exact for a store, from many tokens otherwise."""
+        """Return mean and deviation of the inputs: exact for a store, estimated from many tokens otherwise."""
 
     @abstractmethod
     def target_moments(self) -> Moments:
-        """The same of what is to be reconstructed."""
+        """Return mean and deviation of the reconstruction targets."""
 
     def content(self) -> Content | None:
-        """Return the content of model, tokenizer and text as far as it was read; ``None`` where nothing is known of them."""
+        """Return the content of model, tokenizer and the text read so far; ``None`` if it is unknown."""
         return None
 
     @property
     def distinct_tokens(self) -> int:
-        """Tokens of one pass over a source that is not a store; 0 until its end was met."""
+        """Number of tokens in one pass over a source that is not a store; 0 until its end has been reached."""
         return 0
 
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON; with the tokens of a pass once there was more than one."""
+        """Return the position of the stream as JSON; includes the tokens per pass once the source has been repeated."""
         again = 0 < self.distinct_tokens < self.batches * self.batch_tokens
         skipped = {"skipped": dict(self.skipped)} if self.skipped else {}
         return {"batches": self.batches} | skipped | ({"distinct": self.distinct_tokens} if again else {})
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Go on from where ``position`` was taken."""
+        """Continue from a saved ``position``."""
         self.close()
         self.batches, self.skipped = position["batches"], Counter(position.get("skipped", {}))
 
@@ -170,7 +170,7 @@ class ActivationStream(ABC):
             _put(out, error, stop)
 
     def close(self) -> None:
-        """End the background thread; the next batch starts it again."""
+        """Stop the background thread; the next batch restarts it."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -178,7 +178,7 @@ class ActivationStream(ABC):
 
 
 def _put(out: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Wait for room, but not beyond the stream's closing."""
+    """Put an item into the queue, waiting for room until the stream is closed."""
     while not stop.is_set():
         try:
             out.put(item, timeout=0.1)

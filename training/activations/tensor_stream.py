@@ -1,4 +1,4 @@
-"""Batches of tensors that a user brings."""
+"""Stream of batches from user-supplied tensors."""
 
 import itertools
 from collections import Counter
@@ -27,27 +27,27 @@ HINTS = {
 }
 SLICE_TOKENS = 8192
 
-# What a user may bring in place of a model: an iterable of `FORMS`, or one of them. Whatever else it is, a message says so.
+# User-supplied activations: an iterable of `FORMS`, or one of them. Anything else raises an error that says so.
 Activations = Any
 
 
 class TensorStream(ActivationStream):
-    """Batches cut from any iterable of ``(tokens, d_in)`` tensors or arrays, in the order they come.
+    """Stream of batches cut from any iterable of ``(tokens, d_in)`` tensors or arrays, in their order.
 
-    Items may also be pairs: activations and the loss's gradients there or, if ``targets`` are wanted, activations, targets and
-    perhaps gradients. Or mappings with ``x``, ``target`` and ``grad``, of which ``target`` is required if ``targets`` are, and
-    refused if not; a mapping with one entry may call it what it likes. Pairs may be lists, as a ``DataLoader`` gives them.
+    Items may also be pairs: activations and the gradients of the loss there or, with ``targets``, activations, targets and
+    optionally gradients. Or mappings with ``x``, ``target`` and ``grad``; ``target`` is required with ``targets`` and refused
+    without. The key of a mapping with one entry is arbitrary. Pairs may be lists, as a ``DataLoader`` yields them.
 
-    A list or a data set is passed over again and again; an iterator ends with its last full batch. Resuming reads the iterable
-    from its beginning, so it must give the same tensors again. Tokens that are not finite are left out and counted, as
-    ``section`` says.
+    A list or a dataset is iterated repeatedly; an iterator ends with its last full batch. Resuming reads the iterable from
+    its beginning, so it must yield the same tensors again. Tokens that are not finite are dropped and counted, subject to
+    the limits in ``section``.
     """
 
     def __init__(self, tensors: Activations, batch_tokens: int, targets: bool = False, section: HarvestSection = DEFAULTS):
         super().__init__(batch_tokens)
         self.tensors, self.targets, self.section = _items(tensors), targets, section
         self.once = isinstance(self.tensors, Iterator)
-        # What `sample` took from an iterator must still be handed out afterwards.
+        # Items that `sample` took from an iterator: training must still receive them.
         self._head: list[dict[str, Tensor]] = []
         self._widths: dict[str, int] = {}
         self._pass_tokens = 0
@@ -66,7 +66,7 @@ class TensorStream(ActivationStream):
         skipped: Counter[str] = Counter()
         for batch in self._endless():
             if not skip:
-                # Else they stand before a token that was handed out, and were counted then.
+                # Bad rows before a token already handed out were counted then.
                 skipped += batch.skipped
             taken = min(skip, batch.x.shape[0])
             skip, batch = skip - taken, batch.rows(slice(taken, None))
@@ -84,10 +84,10 @@ class TensorStream(ActivationStream):
             carried = batch.rows(slice(whole, None))
 
     def _endless(self) -> Iterator[ActivationBatch]:
-        """Item after item, pass after pass; bad rows are counted in the first pass."""
+        """Yield items, pass after pass; bad rows are counted in the first pass."""
         bad, passes = BadTokens(self.section), 0
         while True:
-            # The same rows come again; the first bad one is known.
+            # Every pass repeats the same rows, so their share is counted per pass.
             seen = bad.rows = bad.bad = 0
             head = self._head if self.once else []
             items = itertools.chain(head, map(self._named, self.tensors, itertools.count(len(head))))
@@ -102,16 +102,16 @@ class TensorStream(ActivationStream):
             self._pass_tokens = seen
 
     def _named(self, item: Any, number: int) -> dict[str, Tensor]:
-        """The tensors of item ``number`` by their names, in float32 on the CPU.
+        """Return the tensors of item ``number`` by their names, in float32 on the CPU.
 
         Raises:
-            ValueError: If it is nothing of ``FORMS``.
+            ValueError: If it is none of ``FORMS``.
         """
         where = f"tensor {number}"
         if isinstance(item, Mapping):
             entries = {str(key): value for key, value in item.items()}
             if len(entries) == 1:
-                # Data sets call it as they like.
+                # Datasets may use any name.
                 entries = {"x": next(iter(entries.values()))}
         elif isinstance(item, Sequence) and not isinstance(item, str | bytes) and 0 < len(item) <= len(NAMES):
             entries = dict(zip(NAMES if self.targets else ("x", "grad", "?"), item, strict=False))
@@ -131,10 +131,10 @@ class TensorStream(ActivationStream):
         return {key: as_rows(value, f"activations: {where}") for key, value in entries.items()}
 
     def _checked(self, named: dict[str, Tensor], number: int, bad: BadTokens) -> ActivationBatch:
-        """An item of the iterable, less the tokens that are not finite.
+        """Return an item of the iterable as a batch, without the tokens that are not finite.
 
         Raises:
-            ValueError: If it is not what was agreed on, naming the tensor.
+            ValueError: If a shape is wrong; the message names the tensor.
         """
         where = f"tensor {number}"
         x, like = named["x"], named.get("target", named["x"])
@@ -161,14 +161,14 @@ class TensorStream(ActivationStream):
         return ActivationBatch(named["x"], named.get("target"), named.get("grad"))
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
-        # Of an iterator only what was taken before training is there to be sampled: the rest is for the training.
+        # Once training has begun, only the items kept aside from an iterator can be sampled: training needs the rest.
         head = not self.once or self.batches == 0
         found: list[ActivationBatch] = []
         seen = 0
         for number, item in enumerate(self._sampled(skip + tokens) if head else self._head):
             size = item["x"].shape[0]
             if seen + size > skip:
-                # Counted where training reads them.
+                # Bad tokens are counted when training reads them.
                 batch = self._checked(item, number, BadTokens(self.section))
                 found.append(batch.rows(slice(max(skip - seen, 0), skip + tokens - seen)))
             seen += size
@@ -180,7 +180,7 @@ class TensorStream(ActivationStream):
         return ActivationBatch(together.x, together.target)
 
     def _sampled(self, tokens: int) -> Iterator[dict[str, Tensor]]:
-        """Items from the beginning, of an iterator those that are kept aside; more of it are taken until there are enough."""
+        """Yield items from the beginning; items taken from an iterator are kept aside for training."""
         if not self.once:
             yield from map(self._named, self.tensors, itertools.count())
             return
@@ -200,7 +200,7 @@ class TensorStream(ActivationStream):
 
 
 class _Slices:
-    """An array, some rows at a time, as often as it is asked for."""
+    """Iterable over slices of an array, which can be iterated repeatedly."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -211,16 +211,16 @@ class _Slices:
 
 
 def _items(tensors: Activations) -> Any:
-    """What a user brings in place of a model as an iterable of items.
+    """Return user-supplied activations as an iterable of items.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If they are not iterable.
     """
     if isinstance(tensors, Tensor | Mapping):
-        # One item that is all there is.
+        # A single item.
         return [tensors]
     if hasattr(tensors, "__array__") and hasattr(tensors, "shape"):
-        # Arrays of whatever library, perhaps in a file that is larger than memory: read piece by piece.
+        # Arrays of any library, possibly memory-mapped from a file larger than memory: read in slices.
         values = getattr(tensors, "values", tensors) if hasattr(tensors, "iloc") else tensors
         return _Slices(values) if len(values.shape) == 2 else [values]
     if isinstance(tensors, str | bytes | Path) or not (hasattr(tensors, "__iter__") or hasattr(tensors, "__getitem__")):

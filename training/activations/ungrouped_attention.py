@@ -1,4 +1,4 @@
-"""Grouped-query attention with keys and values of every head apart, so that those of one head can be replaced alone."""
+"""Grouped-query attention expanded to separate keys and values for every head, so that those of one can be replaced."""
 
 import copy
 from typing import Any
@@ -10,7 +10,7 @@ from .model import LanguageModel
 
 
 class _Repeated(nn.Module):
-    """A projection to the keys or values of groups, its output repeated for every head of a group."""
+    """Key or value projection whose output is repeated for every head of a group."""
 
     def __init__(self, projection: nn.Module, d_head: int, times: int):
         super().__init__()
@@ -21,10 +21,10 @@ class _Repeated(nn.Module):
 
 
 def ungrouped(anatomy: Architecture) -> LanguageModel:
-    """The model, computing the same with keys and values of every head apart, so that one head's can be replaced alone.
+    """Return an equivalent model with separate keys and values for every head, so that one head's can be replaced alone.
 
-    Where heads share keys and values this is another module around the same weights, which repeats what they share before
-    attention does; all other models are given back as they are.
+    With grouped-query attention this is a new module that shares the weights and repeats keys and values before attention
+    does; any other model is returned unchanged.
     """
     model = anatomy.model
     config = getattr(model.module, "config", None)
@@ -38,6 +38,6 @@ def ungrouped(anatomy: Architecture) -> LanguageModel:
         attention: Any = module.get_submodule(block.attention)
         attention.k_proj = _Repeated(attention.k_proj, anatomy.d_head, times)
         attention.v_proj = _Repeated(attention.v_proj, anatomy.d_head, times)
-        # What attention would otherwise repeat.
+        # Attention must not repeat them again.
         attention.num_key_value_groups = 1
     return LanguageModel(module, model.tokenizer, model.id, model.revision)

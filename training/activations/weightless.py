@@ -1,7 +1,7 @@
-"""Run a model without its weights, for the shapes it computes: no memory for parameters, no time for matrix products.
+"""Models without weights, run for the shapes they compute: no memory for parameters, no time for matrix products.
 
-Parameters are one number each, spread over their shape; products are zeros of the shape they would have. All else is computed
-on the CPU as ever: masks, positions, routing and whatever code asks of values, which the meta device cannot answer.
+Each parameter is one number expanded to its shape; matrix products return zeros of the right shape. Everything else runs on
+the CPU as usual: masks, positions, routing and any code that inspects values, which fails on the meta device.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-# Neither zero, by which some norms would divide, nor so large that exponentials of it leave float16.
+# Not zero, because some norms divide by it, and small enough for its exponentials to fit in float16.
 ANY_WEIGHT = 0.01
 PRODUCTS = tuple(
     getattr(torch.ops.aten, name)
@@ -29,12 +29,12 @@ PRODUCTS = tuple(
 
 
 class _ShapesOfProducts(TorchDispatchMode):
-    """While it is active, products on the CPU are zeros of their shapes."""
+    """Dispatch mode in which matrix products on the CPU return zeros of the right shape."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.name.endswith("_") and args and isinstance(args[0], Tensor) and 0 in args[0].stride():
-            # Some models rescale their weights in place (RWKV), which spread numbers do not allow.
+            # Some models rescale their weights in place (RWKV), which expanded tensors do not allow.
             return args[0]
         if func.overloadpacket not in PRODUCTS:
             return func(*args, **kwargs)
@@ -43,11 +43,11 @@ class _ShapesOfProducts(TorchDispatchMode):
 
 
 def weightless(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the module that ``build`` makes, without its weights: of what it computes only the shapes mean something."""
+    """Return the module that ``build`` makes, without its weights: only the shapes it computes are meaningful."""
     # Imported on first use: it takes a second.
     import accelerate
 
-    # Buffers are kept: what positions, masks and codes are computed from.
+    # Buffers are kept, because positions, masks and codes are computed from them.
     with accelerate.init_empty_weights(include_buffers=False):
         module = build()
     for part in module.modules():
@@ -56,14 +56,14 @@ def weightless(build: Callable[[], nn.Module]) -> nn.Module:
                 spread = torch.full((), ANY_WEIGHT, dtype=weight.dtype).expand(weight.shape)
                 part._parameters[name] = nn.Parameter(spread, requires_grad=False)
         for name, buffer in part._buffers.items():
-            # Some are made from parameters.
+            # Buffers made from parameters are on the meta device.
             if buffer is not None and buffer.is_meta:
                 part._buffers[name] = torch.zeros_like(buffer, device="cpu")
     own = module.forward
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Gradients are as outside: the graph of a pass shows what depends on what.
+        # Gradient mode is left unchanged: `dataflow` needs the autograd graph of a pass.
         with _ShapesOfProducts():
             return own(*args, **kwargs)
 
