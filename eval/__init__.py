@@ -1,4 +1,4 @@
-"""Judging a dictionary from its checkpoint: reconstruction, downstream loss, dark matter."""
+"""Evaluation of dictionaries: reports, feature pages, probing, circuits, attribution graphs, comparisons."""
 
 if __name__ == "eval":
     raise ImportError(

@@ -1,11 +1,12 @@
-"""Bootstrap intervals of every figure: Efron's percentile interval over documents, prompt pairs, or texts.
+"""Bootstrap confidence intervals (Efron's percentile method) over documents, prompt pairs or texts.
 
-Tokens of one document are not independent, documents are: what is kept of a document is one row of sums, a hundred bytes or
-so. A resample's sums are those of its documents, and ratios and differences of sums are computed from them.
+Tokens of one document are not independent, so the resampling unit is the document. Each document is reduced to one row of sums
+(about a hundred bytes); a resample adds up the rows it draws, and ratios and differences are computed from these totals.
 
-Not ``scipy.stats.bootstrap``: it draws indices and gathers every sample, where weights times a table of sums cost a thousandth
-of the memory, and it draws other numbers from the same seed, so that every published interval would move. For that reason
-too there are two ways of drawing: RESAMPLES by index for reports and circuits, PROBE_RESAMPLES multinomial ones for probes.
+``scipy.stats.bootstrap`` is not used: it gathers every sample by index, which takes about a thousand times the memory of
+multiplying weights by a table of sums, and it draws other numbers from the same seed, which would change all published
+intervals. For the latter reason there are also two ways of drawing: RESAMPLES by index for reports and circuits,
+PROBE_RESAMPLES multinomial draws for probes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,19 +24,19 @@ SEED = 0
 ONE_DOCUMENT = "an interval needs at least two documents, and there is one"
 NO_DOCUMENTS = "activations were given: which documents they are of is not known"
 
-# Sums by name, each with one entry per resample.
+# Total of each quantity, one entry per resample.
 Totals = Mapping[str, np.ndarray]
 
 
 class ByDocument:
-    """Sums of named quantities for every document."""
+    """Per-document sums of named quantities."""
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
         self.rows: dict[int, np.ndarray] = {}
 
     def update(self, documents: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """``documents`` and every quantity have one entry per token."""
+        """Add values to their documents' sums; ``documents`` and every quantity have one entry per token."""
         if len(documents) == 0:
             return
         found, places = np.unique(documents, return_inverse=True)
@@ -44,23 +45,23 @@ class ByDocument:
             self.rows[document] = self.rows[document] + row if document in self.rows else row
 
     def scale(self, name: str, factor: float) -> None:
-        """Multiply one quantity of every document."""
+        """Multiply one quantity of every document by a factor."""
         place = self.names.index(name)
         for document, row in self.rows.items():
             self.rows[document] = np.where(np.arange(len(row)) == place, row * factor, row)
 
     def columns(self) -> dict[str, list[float]]:
-        """Return each quantity's sums, and under ``documents`` the numbers of the documents they are of, in order."""
+        """Return each quantity's sums, ordered by document number; the numbers are listed under ``documents``."""
         numbers = sorted(self.rows)
         sums = {name: [float(self.rows[number][place]) for number in numbers] for place, name in enumerate(self.names)}
         return {"documents": [float(number) for number in numbers]} | sums
 
     def intervals(self, statistics: Mapping[str, Callable[[Totals], np.ndarray]]) -> dict[str, Any]:
-        """``NAME_low`` and ``NAME_high`` of every statistic, which is computed from the sums of each resample."""
+        """Return ``NAME_low`` and ``NAME_high`` of every statistic, a function of the resampled totals."""
         ends = [f"{name}_{end}" for name in statistics for end in ("low", "high")]
         if len(self.rows) < 2:
             return dict.fromkeys(ends, Undefined(ONE_DOCUMENT if self.rows else NO_DOCUMENTS))
-        # In the order of documents: how the text was cut does not matter.
+        # Sorted by document, so that the result does not depend on how the text was batched.
         table = np.stack([self.rows[document] for document in sorted(self.rows)])
         sums = np.stack([weights @ table for weights in resamples(len(table))])
         totals = dict(zip(self.names, sums.T, strict=True))
@@ -78,19 +79,19 @@ class ByDocument:
 
 
 def resamples(n: int, seed: int = SEED) -> Iterator[np.ndarray]:
-    """Yield, RESAMPLES times, how often each of ``n`` things is drawn when ``n`` are drawn with replacement."""
+    """Yield, RESAMPLES times, how often each of ``n`` items is drawn when ``n`` are drawn with replacement."""
     rng = np.random.default_rng(seed)
     return (np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
 
 
 def percentiles(values: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the middle ``level`` of the resampled values; resamples are the first axis."""
+    """Return the bounds of the central ``level`` of the resampled values; resamples are the first axis."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.asarray(low), np.asarray(high)
 
 
 class Interval(NamedTuple):
-    """A mean and the middle 95 % of it over resampled groups."""
+    """A mean and its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -98,19 +99,19 @@ class Interval(NamedTuple):
 
 
 def interval(mean: float, resampled: Float[np.ndarray, " resamples"]) -> Interval:
-    """Return the mean with the middle 95 % of its resampled values."""
-    # Not by percentiles(): (1 - 0.95) / 2 is 2e-17 more than 0.025, which moves the last digit of some figures.
+    """Return the mean with the 95 % percentile interval of its resampled values."""
+    # Not percentiles(): (1 - 0.95) / 2 exceeds 0.025 by 2e-17, which changes the last digit of some figures.
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Interval(mean, float(low), float(high))
 
 
 def bootstrap_mean(values: np.ndarray, seed: int) -> Interval:
-    """Return the mean of independent values and its interval."""
+    """Return the mean of independent values with its interval."""
     return interval(float(values.mean()), _multinomial(len(values), seed) / len(values) @ values)
 
 
 def bootstrap_f1(counts: Float[np.ndarray, "groups labels 3"], seed: int) -> Float[np.ndarray, "resamples labels"]:
-    """Return F1 of every label over resampled groups (documents), from each group's hits, detections and positives."""
+    """Return each label's F1 over resampled groups (documents), from true positives, detections and positives per group."""
     groups, labels, _ = counts.shape
     weights = _multinomial(groups, seed).astype(np.float64)
     hits, detected, positives = np.moveaxis((weights @ counts.reshape(groups, -1)).reshape(-1, labels, 3), -1, 0)

@@ -38,17 +38,17 @@ from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
 log = logging.getLogger(__name__)
-# A JSON document. Its keys are those of the metrics, so that a narrower type would have to be cast at every figure read.
+# A JSON document. The metrics define its keys, so a narrower type would need a cast at every access.
 Report = dict[str, Any]
-# Nothing is known to have been trained on: all documents are held out.
-# Settings by which model and text stay what they are.
+# Settings that change how model and text are read, not which model or text it is.
 CUTTING_KEYS = ("model.dtype", "model.device", "model.trust_remote_code", "text.context_length", "text.bos", "text.packing")
+# Held-out share where the training documents are unknown: all documents are held out.
 EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class LoadedDictionary:
-    """One dictionary: where results go unless asked otherwise, and what ``dictionary.json`` says or would say of it."""
+    """A dictionary with its provenance, the files it was read from, and the default directory for its results."""
 
     directory: Path
     dictionary: SparseDictionary
@@ -61,20 +61,21 @@ class LoadedDictionary:
 
     @cached_property
     def weights(self) -> str:
-        """A checksum of everything the dictionary was read from."""
+        """SHA-256 of each file that the dictionary was read from, joined by dashes."""
         return sha256(self.files[0]) if len(self.files) == 1 else "-".join(sha256(path) for path in self.files)
 
     @property
     def on_model(self) -> bool:
-        """Whether it is known which model it is of."""
+        """True if the provenance names the language model."""
         return bool(self.provenance.get("model"))
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """Dictionaries of one path or hub id.
+    """The dictionaries of one path or hub id.
 
-    ``assumed`` says what no file and nobody said, ``changed`` in what model and text are no longer those of the training.
+    ``foreign`` marks third-party files. ``assumed`` lists defaults used for metadata that neither files nor caller gave;
+    ``changed`` lists changes in the content of model and text since training.
     """
 
     name: str
@@ -88,26 +89,26 @@ class LoadedCheckpoint:
 
     @property
     def in_place_together(self) -> bool:
-        """Whether several places of a model are replaced at once."""
+        """True if the dictionaries replace several sites of the model at once: a stack or a cross-layer transcoder."""
         first = self.members[0].provenance
         return self.stacked or (self.members[0].on_model and len(_known_hooks(first)[0]) > 1)
 
     @property
     def results(self) -> Path:
-        """Where results go if nobody says where.
+        """The default directory for results.
 
         Raises:
-            ValueError: If the dictionary is a single file, beside which other things may lie.
+            ValueError: If the dictionary is a single file, whose folder may hold unrelated files.
         """
         if not self.directory.is_dir():
             raise ValueError(f"--out: required, because {self.name} is no folder in which results could be written.")
         return self.directory
 
     def completed(self, text: bool = True) -> "LoadedCheckpoint":
-        """The same with everything that running its model needs, on text unless there is another input.
+        """Return a copy with all metadata needed to run the model, and to read its text unless ``text`` is false.
 
         Raises:
-            ValueError: If it is not known which model, hook or text it is of.
+            ValueError: If the model, hook or text is unknown.
         """
         found = [complete(member.provenance, self.options, self.name, text) for member in self.members]
         members = tuple(replace(m, provenance=about) for m, (about, _) in zip(self.members, found, strict=True))
@@ -119,15 +120,15 @@ class LoadedCheckpoint:
 
 
 def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
-    """Load the dictionaries of a path or hub id, with their provenance.
+    """Load the dictionaries of a path or hub id with their provenance.
 
     Raises:
         ValueError: If there is no dictionary, or it is damaged.
     """
-    # Hooks are named as the model has them that will be run.
+    # Hook names depend on the architecture of the model that will run.
     model = None if options.model is None else architecture(options.model)
     found = find(path, replace(options, model=model if architecture_of(model) else None))
-    # Not the architecture's name, which is for readers.
+    # The model's id, not its architecture: only the readers of files need the latter.
     named = {} if options.model is None else {"model": {"id": options.model, "revision": None}}
     members = tuple(
         LoadedDictionary(
@@ -142,7 +143,7 @@ def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -
 
 
 def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[str, ...]:
-    """Return lines on what has changed under its name since a dictionary was trained on it."""
+    """Return one line for each change in the content of model or text since training, although their names are the same."""
     recorded = provenance.get("content")
     if not recorded:
         return ()
@@ -150,13 +151,13 @@ def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[st
         current = section_content(ModelSection.model_validate(provenance["model"]))
         text = text_problems(recorded, TextSection.model_validate(provenance["text"])) if reads_text else []
     except ValueError:
-        # Not there, or not to be run: loading it says so.
+        # A missing or refused model raises its own error when it is loaded.
         return ()
     return (*model_problems(recorded, current), *(text or ()))
 
 
 def architecture(model: str) -> str:
-    """What tells the architecture of a model: the type in a directory's configuration, or its name."""
+    """Return a name that identifies a model's architecture: ``model_type`` of a local ``config.json``, else the id itself."""
     config = Path(model) / "config.json"
     if not config.is_file():
         return model
@@ -176,10 +177,10 @@ def _known_hooks(provenance: Mapping[str, object]) -> tuple[tuple[str, ...], tup
 def complete(
     provenance: Mapping[str, object], options: CheckpointOptions, where: str, reads_text: bool = True
 ) -> tuple[Provenance, list[str]]:
-    """A provenance with model, hooks, text and what is left out of it, and in words what was taken for granted.
+    """Return a provenance with model, hooks, text and token filters filled in, and a line for each default that was assumed.
 
     Raises:
-        ValueError: If something is missing that nobody said.
+        ValueError: If something is missing that has no default.
     """
     found: Provenance = copy.deepcopy(dict(provenance))
     assumed: list[str] = []
@@ -188,7 +189,7 @@ def complete(
         found["model"] = {**(found.get("model") or {}), "id": options.model, "revision": None}
     for key in ("model", "text", "harvest"):
         found[key] = dict(found.get(key) or {})
-    # Whoever wrote the files may not decide that a repository's code is run here.
+    # Only the caller may allow a repository's code to run, never the checkpoint's files.
     found["model"] |= {"trust_remote_code": options.trust_remote_code}
     for key, value in options.settings.items():
         if key.split(".")[0] not in SECTIONS:
@@ -208,7 +209,7 @@ def complete(
 
 
 def _expected_content(recorded: Mapping[str, Any], options: CheckpointOptions) -> dict[str, Any]:
-    """The recorded content, without that of a model or text in whose place the caller gives another."""
+    """Drop the recorded content of a model or text that the caller replaces."""
     given = {key.split(".")[0] for key in options.settings if key not in CUTTING_KEYS}
     given |= ({"model"} if options.model else set()) | ({"text"} if options.text else set())
     sections = {"model": "model", "tokenizer": "model", "text": "text"}
@@ -229,7 +230,6 @@ def _complete_hooks(found: Provenance, options: CheckpointOptions, where: str) -
 
 
 def _complete_source(found: Provenance, options: CheckpointOptions, where: str, assumed: list[str]) -> None:
-    """Which text."""
     text = found["text"]
     if options.text:
         kept = {key: value for key, value in text.items() if not key.startswith("dataset")}
@@ -245,7 +245,7 @@ def _complete_source(found: Provenance, options: CheckpointOptions, where: str, 
 
 
 def _complete_text(found: Provenance, assumed: list[str]) -> None:
-    """How text is cut, and what is left out of it."""
+    """Fill in how text is cut into contexts, and which tokens are excluded."""
     text, harvest = found["text"], found["harvest"]
     for section, defaults, words in (
         (text, TextSection(), {"context_length": "contexts of {} tokens", "bos": "BOS: {}"}),
@@ -267,7 +267,7 @@ def _complete_text(found: Provenance, assumed: list[str]) -> None:
 
 
 def _require_valid(found: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` in this project's words for a key or value that recipes do not have."""
+    """Raise ``ValueError``, worded as for recipes, for a key or value that recipes do not have."""
     for name, section in SECTIONS.items():
         try:
             section.model_validate(found[name])
@@ -278,22 +278,22 @@ def _require_valid(found: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def sanity_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, Sanity]:
-    """What each dictionary does to its model's activations on a little text, by the hook it writes.
+    """Check each dictionary on its model's activations of about ``tokens`` tokens; keys are the hooks it writes.
 
     Raises:
-        ValueError: If model, hook or text are not known or do not fit.
+        ValueError: If the model, hook or text is unknown, or does not fit the dictionary.
     """
     return {hook: sanity(dictionary, x, y) for hook, dictionary, x, y in _on_text(opened, tokens)}
 
 
 @torch.no_grad()
 def thresholds_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, float]:
-    """Measure what k latents per token exceed on held-out text, of dictionaries with topk, by the hook they write.
+    """Measure the thresholds at which TopK dictionaries fire k latents per token on average on held-out text, by output hook.
 
-    ``sparsary.convert`` writes them for libraries that have thresholds but no topk: as many latents fire on average.
+    ``sparsary.convert`` writes these thresholds for libraries that support thresholds but not TopK.
 
     Raises:
-        ValueError: As ``sanity_of`` does.
+        ValueError: As in ``sanity_of``.
     """
     found: dict[str, float] = {}
     for hook, dictionary, x, _ in _on_text(opened, tokens):
@@ -307,7 +307,7 @@ def thresholds_of(opened: LoadedCheckpoint, tokens: int) -> dict[str, float]:
 
 
 def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, SparseDictionary, Tensor, Tensor | None]]:
-    """The hook each dictionary writes, the dictionary, its inputs on some text and, where they are others, its targets."""
+    """Yield each dictionary with its output hook, its inputs on some text, and its targets if they differ from the inputs."""
     for member in opened.completed().members:
         reads, writes = hooks_of_provenance(member.provenance)
         where = eval_data(member.provenance, (*reads, *writes))
@@ -327,9 +327,9 @@ def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, Spars
 
 
 def with_grids_members(checkpoints: Sequence[str]) -> list[str]:
-    """Return checkpoints with every directory of a grid replaced by its members; directories of a stack stay.
+    """Replace every grid directory among the checkpoints by its members; stack directories stay.
 
-    In a stack each dictionary has a hook of its own, and all are put in place together; a grid has several of one hook.
+    In a stack every dictionary has a different hook, and all are spliced in together; in a grid several share one hook.
     """
     found: list[str] = []
     for checkpoint in checkpoints:
@@ -340,10 +340,10 @@ def with_grids_members(checkpoints: Sequence[str]) -> list[str]:
 
 
 def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
-    """Where reports go: ``out`` itself for one checkpoint, for several a folder in it named as the checkpoint is.
+    """Return the output directory of each checkpoint: ``out`` itself for one, a subfolder named after each for several.
 
     Raises:
-        ValueError: If one is named twice, so that its report would be written twice.
+        ValueError: If a checkpoint is given twice, as its report would be written twice.
     """
     twice = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
     if twice:
@@ -355,9 +355,9 @@ def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The ends of paths, as long as they have to be to differ; slashes are dashes."""
+    """Return the shortest trailing parts of paths that are distinct, with slashes replaced by dashes."""
     parts = [Path(path).resolve().parts for path in paths]
-    # Whole paths that are equal are of one place: they need not differ.
+    # Equal paths share a name.
     wanted = len(set(parts))
     ends = (["-".join(part[-length:]).replace("/", "") for part in parts] for length in range(1, max(map(len, parts)) + 1))
     return next(names for names in ends if len(set(names)) == wanted)

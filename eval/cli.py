@@ -1,4 +1,4 @@
-"""The commands that evaluate, convert and describe dictionaries."""
+"""Commands that evaluate, compare, convert and describe dictionaries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from ..transcoders.load import CheckpointOptions
 
 app = typer.Typer()
-# What another library's files may leave open, or there is to choose among.
-Format = Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="The files' format, in place of what they say.")]
-Hook = Annotated[str | None, typer.Option(help="Which of several; or which hook it is for, MODULE:SIDE, if no file says it.")]
-Subfolder = Annotated[str | None, typer.Option(help="Where in the directory or repository.")]
-Revision = Annotated[str | None, typer.Option(help="The hub repository's revision.")]
-GivenK = Annotated[int | None, typer.Option("--k", help="Latents per token, if no file says it.")]
-GivenScale = Annotated[float | None, typer.Option("--scale", help="What inputs are multiplied by, if no file says it.")]
-GivenThreshold = Annotated[float | None, typer.Option("--threshold", help="What latents must exceed, if no file says it.")]
-# The options of every command that reads dictionaries and runs their model.
+# Options for metadata that third-party files may lack, and for choosing among several dictionaries.
+Format = Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Format of the files; default: detected.")]
+Hook = Annotated[str | None, typer.Option(help="Which dictionary to load; or its hook, MODULE:SIDE, if not in the files.")]
+Subfolder = Annotated[str | None, typer.Option(help="Subfolder of the directory or repository.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the Hugging Face Hub repository.")]
+GivenK = Annotated[int | None, typer.Option("--k", help="Latents per token, if not in the files.")]
+GivenScale = Annotated[float | None, typer.Option("--scale", help="Input scale factor, if not in the files.")]
+GivenThreshold = Annotated[float | None, typer.Option("--threshold", help="Activation threshold, if not in the files.")]
+# Options of every command that loads dictionaries and runs their language model.
 GIVEN: dict[str, Any] = {
-    "model": Annotated[str | None, typer.Option(help="The language model (hub id or directory), in place of what files say.")],
-    "text": Annotated[list[str] | None, typer.Option(help="Text to judge on (.txt, .jsonl, .parquet); repeatable.")],
+    "model": Annotated[str | None, typer.Option(help="Language model (hub id or directory); default: from the files.")],
+    "text": Annotated[list[str] | None, typer.Option(help="Text file to evaluate on (.txt, .jsonl, .parquet); repeatable.")],
     "settings": Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A recipe's key: text.context_length=256, harvest.exclude_leading=0."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Recipe key: text.context_length=256, harvest.exclude_leading=0."),
     ],
     "trust_remote_code": TrustRemoteCode,
     "hook": Hook,
-    "hook_out": Annotated[str | None, typer.Option(help="Of a transcoder, where it writes, if no file says it.")],
+    "hook_out": Annotated[str | None, typer.Option(help="Output hook of a transcoder, if not in the files.")],
     "format": Format,
     "subfolder": Subfolder,
     "revision": Revision,
@@ -45,7 +45,7 @@ GIVEN: dict[str, Any] = {
 
 
 def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options ``GIVEN`` that a command lacks, and pass them to it as one argument, ``options``."""
+    """Add the missing ``GIVEN`` options to a command, and pass them to it as one argument, ``options``."""
 
     @wraps(command)
     def run(**arguments: Any) -> None:
@@ -73,39 +73,37 @@ def _eval(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="Checkpoint directories, directories of them (all at once), or hub ids; of one model, they share its passes.",
+            help="Checkpoints, directories of them (spliced in together), or hub ids. Those of one model share its passes.",
         ),
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="Where the report goes; beside the checkpoint if not given. Of several, each has a folder in it."),
+        typer.Option(help="Output directory; several checkpoints get a folder each. Default: the checkpoint's own."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Held-out tokens to judge on; the recipe's eval_tokens if not given.")
+        int | None, typer.Option(min=2, help="Held-out tokens to evaluate on. Default: the recipe's eval_tokens.")
     ] = None,
     oracle: Annotated[
         bool,
-        typer.Option("--oracle", help="Let a gradient SAE choose by the gradient of the loss that is measured; needs --out."),
+        typer.Option("--oracle", help="Select latents of a gradient SAE by the gradient of the evaluated loss; needs --out."),
     ] = False,
     pursuit: Annotated[
-        str | None, typer.Option(help="Find codes anew from the atoms: matching_pursuit, orthogonal_..., gradient_pursuit.")
+        str | None, typer.Option(help="Encode by pursuit: matching_pursuit, orthogonal_..., gradient_pursuit.")
     ] = None,
-    k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit, or if no file says it.")] = None,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Measure everything anew, whatever eval_cache beside the checkpoint holds.")
-    ] = False,
-    no_bias: Annotated[bool, typer.Option("--no-bias", help="Fit the linear map of the error without a constant.")] = False,
+    k: Annotated[int | None, typer.Option(help="Latents per token, with --pursuit or if not in the files.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute all metrics; do not use eval_cache.")] = False,
+    no_bias: Annotated[bool, typer.Option("--no-bias", help="Fit the linear map of the error without a bias.")] = False,
     ridge: Annotated[
         list[float] | None,
-        typer.Option(help="Ridge of that map, in mean squares of what it reads; of several, documents choose. Repeatable."),
+        typer.Option(help="Ridge of that map, relative to its input's mean square; repeatable (chosen by cross-validation)."),
     ] = None,
     authors: Annotated[
-        bool, typer.Option("--authors", help="Also split the error as its authors' scripts do (arXiv:2410.14670): authors_*.")
+        bool, typer.Option("--authors", help="Also decompose the error as in the scripts of arXiv:2410.14670: authors_*.")
     ] = False,
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Judge dictionaries on held-out documents: report.json and report.html."""
+    """Evaluate dictionaries on held-out documents; write report.json and report.html."""
     from .checkpoint import folders, with_grids_members
     from .report.evaluate import InferenceMode, evaluate_all
     from .report.summary import report_summary
@@ -136,23 +134,23 @@ def _eval(
 @_reads_dictionaries
 def _features(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint directory or hub repository id.")],
-    out: Annotated[str | None, typer.Option(help="Where it goes; the checkpoint's folder 'features' if not given.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read; 200,000 if not given.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/features.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read. Default: 200,000.")] = None,
     explainer: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Let this language model explain latents: its name, or a local directory."),
+        typer.Option(metavar="MODEL", help="Language model that explains latents: a name or a local directory."),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="The OpenAI-compatible endpoint that has it, e.g. http://localhost:8000/v1."),
+        typer.Option(metavar="URL", help="OpenAI-compatible endpoint of the explainer, e.g. http://localhost:8000/v1."),
     ] = None,
-    explain: Annotated[int, typer.Option(help="With --explainer: how many latents.")] = 20,
-    key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
-    requests_per_minute: Annotated[float | None, typer.Option(help="At most so many requests to the endpoint.")] = None,
+    explain: Annotated[int, typer.Option(help="Number of latents to explain, with --explainer.")] = 20,
+    key_env: Annotated[str, typer.Option(help="Environment variable with the endpoint's API key.")] = "OPENAI_API_KEY",
+    requests_per_minute: Annotated[float | None, typer.Option(help="Rate limit for the endpoint.")] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Describe every latent on held-out documents: features.jsonl, and features.html to browse and search."""
+    """Describe every latent on held-out documents; write features.jsonl, and features.html to browse and search."""
     from .features.run import DEFAULT_TOKENS, Explainer, features, features_summary
 
     if address is not None and explainer is None:
@@ -171,19 +169,20 @@ def _probe(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", help="factors, supervised, sparse_probing, scr, tpp or absorption; repeatable. All that can run."
+            "--task",
+            help="factors, supervised, sparse_probing, scr, tpp or absorption; repeatable. Default: all that apply.",
         ),
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Labelled text (JSONL: text, label, perhaps spurious) in place of the embedded corpus.")
+        str | None, typer.Option(help="Labeled text (JSONL: text, label, optional spurious) instead of the embedded corpus.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/probing if not given.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens for factors and absorption.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides splits, prompts and resampling.")] = 0,
+    out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/probing.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Number of tokens for factors and absorption.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for splits, prompts and resampling.")] = 0,
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Judge latents by what is known of the text: probing.json, and SAEBench's result files."""
+    """Evaluate latents against ground-truth labels of the text; write probing.json and SAEBench result files."""
     from .probing.run import probe
 
     found = probe(checkpoint, task, labels, out, tokens, seed, options)
@@ -201,28 +200,29 @@ def _circuits(
     checkpoints: Annotated[
         list[str],
         typer.Argument(
-            metavar="CHECKPOINT...", help="Checkpoint directories, directories of them (all hooks at once), or hub ids."
+            metavar="CHECKPOINT...", help="Checkpoints, directories of checkpoints (all hooks at once), or hub ids."
         ),
     ],
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="A task by name, or a file of pairs (JSONL); repeatable. ioi.")
+        list[str] | None, typer.Option("--task", help="Task name, or file of prompt pairs (JSONL); repeatable. Default: ioi.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option("--method", help="Repeatable. attribution, relevance and random if not given.")
+        list[str] | None,
+        typer.Option("--method", help="Discovery method; repeatable. Default: attribution, relevance, random."),
     ] = None,
-    ablation: Annotated[str, typer.Option(help="resample, mean, zero or optimal.")] = "resample",
-    corruption: Annotated[str | None, typer.Option(help="What is changed in a prompt; the task's own default.")] = None,
-    pairs: Annotated[int, typer.Option(help="Pairs: half choose circuits, the other half judge them.")] = 100,
-    edges: Annotated[bool, typer.Option("--edges", help="Also the edges between heads and MLPs.")] = False,
-    out: Annotated[str | None, typer.Option(help="Where results go; CHECKPOINT/circuits if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides prompts, random features and resampling.")] = 0,
+    ablation: Annotated[str, typer.Option(help="Ablation: resample, mean, zero or optimal.")] = "resample",
+    corruption: Annotated[str | None, typer.Option(help="How prompts are corrupted. Default: the task's own.")] = None,
+    pairs: Annotated[int, typer.Option(help="Number of prompt pairs: half to find circuits, half to evaluate them.")] = 100,
+    edges: Annotated[bool, typer.Option("--edges", help="Also score edges between heads and MLPs.")] = False,
+    out: Annotated[str | None, typer.Option(help="Output directory. Default: CHECKPOINT/circuits.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for prompts, random features and resampling.")] = 0,
     prompt: Annotated[
-        str | None, typer.Option(help="Draw the attribution graph of this text instead; for transcoders.")
+        str | None, typer.Option(help="Compute the attribution graph of this text instead; for transcoders.")
     ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Are the latents the model's own parts? Circuits of them, against neurons, heads and random features: circuits.html."""
+    """Find circuits of latents on prompt pairs, and compare them with neurons, heads and random features: circuits.html."""
     if prompt is not None:
         from .attribution_graphs.run import attribution_graph
 
@@ -257,29 +257,29 @@ def _compare(
         list[str],
         typer.Argument(
             metavar="RUN... | RECIPE_OR_DIRECTORY... [key.sub=value ...]",
-            help="Checkpoints or reports to set side by side; or recipe files, or directories of them (their *.yaml without "
-            "base.yaml), and keys to override in all.",
+            help="Checkpoints or reports to compare; or recipe files, or directories of recipes (*.yaml except base.yaml), and "
+            "keys to override in all of them.",
         ),
     ],
-    seeds: Annotated[int, typer.Option(help="Train every recipe with seeds 0, 1, ..., so many.")] = 3,
-    out: Annotated[str, typer.Option(help="Where the comparison goes, and runs (RECIPE/seed-N).")] = "runs/comparison",
+    seeds: Annotated[int, typer.Option(help="Number of seeds to train each recipe with: 0, 1, ...")] = 3,
+    out: Annotated[str, typer.Option(help="Output directory, also for runs (RECIPE/seed-N).")] = "runs/comparison",
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Judge all runs on so many held-out tokens; without it, those not judged yet.")
+        int | None, typer.Option(min=2, help="Held-out tokens to evaluate all runs on. Default: only runs without a report.")
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure runs anew, whatever eval_cache holds.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute all metrics; do not use eval_cache of runs.")] = False,
     trust_remote_code: TrustRemoteCode = None,
     against: Annotated[
-        str | None, typer.Option(help="The recipe or run that others are compared with; the first if not given.")
+        str | None, typer.Option(help="Recipe or run that others are compared with. Default: the first.")
     ] = None,
     match_l0: Annotated[
         float | None,
         typer.Option("--match-l0", min=0.001, help="Compare at this l0, interpolating sweeps over budgets (k or target_l0)."),
     ] = None,
 ) -> None:
-    """Runs side by side, or recipes trained and judged over one store: comparison.json and comparison.html."""
+    """Compare runs, or train and evaluate recipes over one store; write comparison.json and comparison.html."""
     from .compare.run import compare, comparison_summary
 
-    # Members of a grid are named by what they change.
+    # Not an override if it exists as a path: names of grid members contain `=`.
     named = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
     overrides = recipe_overrides([argument for argument in arguments if argument not in named], None)
     trusted = bool(trust_remote_code)
@@ -288,13 +288,13 @@ def _compare(
     for head, *rows in comparison_summary(comparison):
         print_table(head, rows)
         print()
-    # Recipes' figures are means over seeds, of which the best are marked; runs have no such marks.
+    # Only recipes' figures, which are means over seeds, have a star at the best ones.
     print(("* best mean at the common l0\n" if "best" in comparison else "") + f"report: {comparison['page_path']}")
 
 
 @app.command("convert")
 def _convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, a file or a hub repository id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory, file or hub repository id.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="A new or empty folder.")],
     to: Annotated[str, typer.Option(metavar="FORMAT", help="sparsary, or a library's format (docs/formats.md).")] = "sparsary",
     format: Format = None,  # noqa: A002
@@ -304,15 +304,15 @@ def _convert(
     k: GivenK = None,
     scale: GivenScale = None,
     threshold: GivenThreshold = None,
-    model: Annotated[str | None, typer.Option(help="The language model's id, in place of the files' own.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64; auto: the files' own.")] = "float32",
+    model: Annotated[str | None, typer.Option(help="Language model id; default: from the files.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, or auto (as in the files).")] = "float32",
     calibrate: Annotated[
         int | None,
-        typer.Option(min=2, metavar="TOKENS", help="Write topk as thresholds measured on so many tokens of held-out text."),
+        typer.Option(min=2, metavar="TOKENS", help="Write topk as thresholds, measured on this many held-out tokens."),
     ] = None,
-    text: Annotated[list[str] | None, typer.Option(help="With --calibrate: in place of the text that the files name.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text file for --calibrate; repeatable.")] = None,
 ) -> None:
-    """Read another library's dictionary, or ours, and write it as ours, or as another library's."""
+    """Convert a dictionary between sparsary and the formats of other libraries."""
     from ..transcoders.convert import convert
     from ..transcoders.load import CheckpointOptions
     from .checkpoint import open_checkpoint, thresholds_of
@@ -332,11 +332,11 @@ def _convert(
 @_reads_dictionaries
 def _info(
     path: Annotated[str, typer.Argument(help="A checkpoint, another library's dictionary or an activation store.")],
-    tokens: Annotated[int, typer.Option(min=2, help="With --model or --text: run it on so many tokens.")] = 4000,
+    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to run on, with --model or --text.")] = 4000,
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Say what a dictionary or a store is, and check it; with --model or --text also what it does to activations."""
+    """Describe and verify a dictionary or activation store; with --model or --text, also evaluate it on activations."""
     from .info import info
 
     about = info(path, options)
@@ -361,10 +361,10 @@ def _info(
 def _render(
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="JSON that a command wrote: report.json, circuits.json, comparison.json, ..."),
+        typer.Argument(metavar="FILE...", help="JSON output of a command: report.json, circuits.json, comparison.json, ..."),
     ],
 ) -> None:
-    """Render pages again from the JSON beside which they lie, for example after an update."""
+    """Render pages from their JSON files, for example after an update of sparsary."""
     from .pages.render import render_file
 
     for file in files:

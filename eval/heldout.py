@@ -1,4 +1,4 @@
-"""Held-out text, and what a model has at its hooks there: what every evaluation on a model starts from."""
+"""Held-out text and the model's activations on it: the input of every evaluation that runs a model."""
 
 import itertools
 import logging
@@ -21,33 +21,35 @@ from ..training.text import Cursor
 
 log = logging.getLogger(__name__)
 
-# Logits over a large vocabulary dominate memory; eight contexts of 128 tokens and GPT-2's vocabulary are 0.2 GB.
+# Logits dominate memory: those of eight contexts of 128 tokens with GPT-2's vocabulary take 0.2 GB.
 BATCH_CONTEXTS = 8
 DEFAULT_TOKENS = 200_000
 FRUITLESS_CONTEXTS = 1000
-# Text too short for what was asked is read in batches so small that there are as many as this.
+# Text shorter than the requested tokens is read in batches small enough to give at least this many.
 FEWEST_BATCHES = 16
-# The least part of it that is to be left to score when documents are kept whole.
+# If whole documents leave less than this share of the scoring tokens, one document is cut between the halves.
 LEAST_SCORED = 0.25
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """A few contexts on the model's device: what the model saw, and which positions count."""
+    """A batch of held-out contexts, on the model's device.
+
+    ``kept`` masks positions that are evaluated; ``counted`` masks the kept ones whose next token belongs to the same document,
+    where the LM loss is defined. ``document_ids`` stays on the host and is -1 at special tokens.
+    """
 
     token_ids: Tensor
     kept: Tensor
-    # Kept positions whose next token is of the same document.
     counted: Tensor
     cursor: Cursor
     documents: set[int]
-    # The document of every position, -1 at special ones; on the host.
     document_ids: np.ndarray
 
 
 @dataclass(frozen=True)
 class EvalData:
-    """What a checkpoint's provenance says about where to judge it: the model, the text, what is left out of it."""
+    """Language model, text source, and token filters used to evaluate a checkpoint, read from its provenance."""
 
     model: LanguageModel
     text: TextSection
@@ -64,25 +66,25 @@ class EvalData:
         return BadTokens(self.exclusions)
 
     def pieces(self, start: Cursor, tokens: int, size: int = BATCH_CONTEXTS) -> Iterator[TextBatch]:
-        """Held-out contexts from ``start`` on, ``size`` at a time, until so many tokens were kept."""
+        """Yield held-out contexts from ``start`` on, ``size`` at a time, until ``tokens`` tokens are kept."""
         return text_batches(self.model, self.text, self.exclusions, start, tokens, size, self.bad_texts)
 
     def halves(self, tokens: int) -> "Halves":
-        """Cut ``tokens`` held-out tokens, or all there are if they are fewer, in one half to fit on and one to score."""
+        """Split ``tokens`` held-out tokens, or all if there are fewer, into one half to fit on and one to score."""
         half = tokens // 2
-        # The embedded corpus has no end, and of other text there is mostly enough.
+        # The embedded corpus is endless, so its documents need not be counted.
         ends = [] if self.text.source == "embedded" else self._ends(half, tokens - half)
         if not ends:
             return Halves(self, tokens, half, tokens - half, BATCH_CONTEXTS)
         have, size = sum(kept for kept, _ in ends), BATCH_CONTEXTS
         if have < tokens:
-            # No batch may hold so much that nothing is left for the other half.
+            # Small batches, so that the first half does not use up the text of the second.
             half, size = have // 2, min(BATCH_CONTEXTS, max(1, len(ends) // FEWEST_BATCHES))
         score = min(have, tokens) - half
         return Halves(self, tokens, half, score, size, within=_after(ends, half, size) < LEAST_SCORED * score)
 
     def _ends(self, fit: int, score: int) -> list[tuple[int, Cursor]]:
-        """Of every held-out context the tokens kept and where it ends; empty if there are as many as are to be scored."""
+        """Return kept tokens and end position of every held-out context, or an empty list if the text is long enough."""
         found: list[tuple[int, Cursor]] = []
         kept = 0
         for batch in context_batches(self.model, self.text, self.exclusions, 1, heldout=True):
@@ -96,7 +98,10 @@ class EvalData:
 
 
 def _after(ends: Sequence[tuple[int, Cursor]], fit: int, size: int) -> int:
-    """Tokens behind the document in which the first ``fit`` tokens end, read in batches of ``size`` contexts."""
+    """Return the number of tokens after the document that contains the last of the first ``fit`` tokens.
+
+    Text is read in batches of ``size`` contexts.
+    """
     before = np.cumsum([kept for kept, _ in ends])
     place = min(len(ends), -(-(int(np.searchsorted(before, fit)) + 1) // size) * size)
     document = ends[place - 1][1].document
@@ -104,10 +109,10 @@ def _after(ends: Sequence[tuple[int, Cursor]], fit: int, size: int) -> int:
 
 
 class Halves:
-    """Held-out text in two parts: ``fit`` is to be read first, then ``score``; each may be read again.
+    """Held-out text in two parts: read ``fit`` first, then ``score``; each may be read repeatedly.
 
-    No document is in both, unless documents are so few that hardly anything would be left to score: ``within`` then says that
-    one is cut. ``fitted`` and ``scored`` count the tokens that were read.
+    The parts share no document, unless there are so few that almost nothing would be left to score: ``within`` is then true,
+    and one document is cut. ``fitted`` and ``scored`` count the tokens read.
     """
 
     def __init__(self, data: EvalData, asked: int, fit_tokens: int, score_tokens: int, size: int, within: bool = False):
@@ -117,10 +122,10 @@ class Halves:
         self.scored_from = Cursor(0, 0)
 
     def fit(self) -> Iterator[TextBatch]:
-        """Read the part to fit on.
+        """Yield batches of the part to fit on.
 
         Raises:
-            ValueError: After it, if there was no token in it.
+            ValueError: At the end, if no token was kept.
         """
         self.fitted = 0
         for piece in self.data.pieces(Cursor(0, 0), self.fit_tokens, self.size):
@@ -133,10 +138,10 @@ class Halves:
             )
 
     def score(self) -> Iterator[TextBatch]:
-        """Read the part to score.
+        """Yield batches of the part to score.
 
         Raises:
-            ValueError: After it, if there was no token in it.
+            ValueError: At the end, if no token was kept.
         """
         self.scored = 0
         for piece in self.data.pieces(self.scored_from, self.score_tokens, self.size):
@@ -150,10 +155,10 @@ class Halves:
 
 
 def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
-    """Where a dictionary is judged that was trained at these hooks.
+    """Load the model and text on which to evaluate a dictionary trained at these hooks.
 
     Raises:
-        ValueError: If the model cannot be had, or contexts or tokenizer do not fit it.
+        ValueError: If the model cannot be loaded, or the contexts or tokenizer do not fit it.
     """
     text = TextSection.model_validate(provenance["text"])
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
@@ -173,7 +178,7 @@ def text_batches(
     size: int = BATCH_CONTEXTS,
     bad: BadTexts | None = None,
 ) -> Iterator[TextBatch]:
-    """Held-out contexts from ``start`` on, ``size`` at a time, until so many tokens were kept."""
+    """Yield held-out contexts from ``start`` on, ``size`` at a time, until ``tokens`` tokens are kept."""
     kept_tokens = seen = 0
     for batch in context_batches(model, text, section, size, start, heldout=True, bad=bad):
         at = batch.on(model.device)
@@ -181,7 +186,7 @@ def text_batches(
         kept_tokens += int(batch.kept.sum())
         seen += len(batch.token_ids)
         if kept_tokens == 0 and seen >= FRUITLESS_CONTEXTS:
-            # Text may be endless; without any token that counts, so would be the search.
+            # Text may be endless: give up if no token is ever kept.
             raise ValueError(
                 f"text: expected tokens to judge on, got none in {seen} contexts: all are special or excluded. Lower "
                 "harvest.exclude_leading, raise text.context_length, or give other text."
@@ -193,11 +198,11 @@ def text_batches(
 def logits_and_activations(
     model: LanguageModel, token_ids: Int[Tensor, "contexts positions"], hooks: Sequence[str]
 ) -> tuple[Float[Tensor, "contexts positions vocabulary"], dict[str, Tensor]]:
-    """What the untouched model predicts, and what it has at each hook, in one pass."""
+    """Return the unmodified model's logits and its activations at each hook, from one forward pass."""
     seen: dict[str, Tensor] = {}
 
     def keep(hook: str) -> Callable[[Tensor], None]:
-        # Modules above may write into what they get; the copy is ours.
+        # Cloned: later modules may modify the tensor in place.
         return lambda x: seen.update({hook: x.clone()})
 
     with model.hooked({hook: keep(hook) for hook in hooks}):
@@ -206,7 +211,11 @@ def logits_and_activations(
 
 
 def require_widths(model: LanguageModel, hooks: Sequence[str], widths: Sequence[int], name: str) -> None:
-    """Raise ``ValueError`` unless the model's tensors have the widths that a dictionary's ``name`` (d_in, d_out) says."""
+    """Raise ``ValueError`` unless the model's activations have the widths that the dictionary expects.
+
+    Args:
+        name: The dictionary's argument that the widths come from, ``d_in`` or ``d_out``, for the message.
+    """
     found = model.widths(tuple(dict.fromkeys(hooks)))
     for hook, width in zip(hooks, widths, strict=True):
         if found[hook] != width:
@@ -214,17 +223,17 @@ def require_widths(model: LanguageModel, hooks: Sequence[str], widths: Sequence[
 
 
 def wanted_tokens(provenance: dict[str, Any], tokens: int | None) -> int:
-    """How many tokens to judge on: as asked for, else as the recipe says."""
+    """Return the number of tokens to evaluate on: ``tokens`` if given, else the recipe's ``eval_tokens`` or the default."""
     return tokens or provenance.get("recipe", {}).get("eval_tokens", DEFAULT_TOKENS)
 
 
 def eval_shortfalls(asked: int, scored: int, shared_documents: int) -> list[Shortfall]:
-    """Return what an evaluation had too little of.
+    """Return the quantities of which an evaluation had fewer than requested.
 
     Args:
-        asked: The tokens asked for, half of them to be scored.
-        scored: The tokens that were.
-        shared_documents: Documents of which one part was fitted on and another scored.
+        asked: Tokens requested, half of them for scoring.
+        scored: Tokens actually scored.
+        shared_documents: Documents that were used both for fitting and for scoring.
     """
     wanted = asked - asked // 2
     found = shortfall("eval_tokens", wanted, scored, "scored tokens", f"half of {asked:,}, but the held-out text is short")
@@ -235,8 +244,8 @@ def eval_shortfalls(asked: int, scored: int, shared_documents: int) -> list[Shor
 
 
 def told_shortfalls(name: str, sources: Sequence[Mapping[str, Any]], found: Sequence[Shortfall]) -> dict[str, list[str]]:
-    """What there was too little of, in training and in evaluation: logged, and as entries of a report."""
-    # What training foresaw for an evaluation has come, or not.
+    """Log the shortfalls of training and evaluation, and return them as report entries."""
+    # Drop what training predicted for the evaluation: `found` holds the actual shortfalls.
     trained = [[each for each in recorded(source) if each.key != "eval_tokens"] for source in sources]
     every = shortfalls_together(*trained, found)
     for each in every:

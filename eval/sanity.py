@@ -1,4 +1,4 @@
-"""Do a loaded dictionary and given activations belong together? Figures that a wrong hook or normalisation cannot hide from."""
+"""Sanity checks that a loaded dictionary matches the activations it is applied to (right hook, normalization and scale)."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ from ..sae.dictionary import SparseDictionary
 from ..sae.metrics import RunningFvu, dead_fraction
 
 ROWS_AT_ONCE = 4096
-# Beyond these, something is wrong with what was loaded or what it was given, not with how well it was trained.
+# Values outside these bounds point to a loading error or wrong activations, not to poor training.
 WORST_FVU = 0.9
 NORM_RATIOS = (0.5, 1.5)
-# Published dictionaries fire a few tens to a few hundred latents of thousands.
+# Published dictionaries fire tens to hundreds of their thousands of latents.
 MOST_DENSE = 0.25
 OFF_BY = 3.0
 
 
 @dataclass(frozen=True)
 class Sanity:
-    """What a dictionary does to some activations: ``fvu`` about their mean, ``norm_ratio`` of output to target norms."""
+    """Reconstruction figures on some activations: ``fvu`` about their mean, ``norm_ratio`` of output to target norms."""
 
     tokens: int
     l0: float
@@ -38,9 +38,12 @@ def sanity(
     y: Float[Tensor, "tokens d_out"] | None = None,
     published_l0: int | float | None = None,
 ) -> Sanity:
-    """Run it on raw activations; of a transcoder ``y`` is what it is to predict.
+    """Evaluate a dictionary on raw activations, with warnings about suspicious figures.
 
-    ``published_l0`` is what a card or folder name says. Leave out first tokens of contexts: their norms drown all others.
+    Args:
+        x: Inputs. Leave out the first tokens of contexts, whose norms dominate all others.
+        y: Targets of a transcoder.
+        published_l0: The l0 stated by a model card or folder name.
 
     Raises:
         ValueError: If there are fewer than two tokens, all are equal, or a transcoder has no targets.
@@ -67,7 +70,7 @@ def sanity(
 
 
 def sanity_doubts(s: Sanity, n_latents: int, published_l0: int | float | None = None) -> list[str]:
-    """What such figures say about hook, normalisation and scale, however they were come by."""
+    """Return warnings about hook, normalization and scale that the figures suggest."""
     doubts = []
     if not s.fvu < 1:
         doubts.append(

@@ -10,13 +10,13 @@ NO_REASON = "not defined on this data"
 
 @dataclass(frozen=True)
 class Undefined:
-    """An entry that the data do not define; the report has ``null`` there and the reason under ``reasons``."""
+    """A value that the data do not define: ``null`` in the report, with the reason under ``reasons``."""
 
     reason: str
 
 
 def settled(entries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries as JSON can hold them, and why those are ``None`` that are."""
+    """Return the entries as JSON can hold them, and the reason for each one that is ``None``."""
     values, reasons = {}, {}
     for key, value in entries.items():
         values[key] = value

@@ -1,9 +1,9 @@
-"""A pruned graph as the JSON that circuit-tracer's front end and Neuronpedia read.
+"""Export of a pruned graph as JSON for circuit-tracer's front end and Neuronpedia.
 
-Names of entries and nodes are those of circuit-tracer 0.5 (``frontend/graph_models.py``, ``frontend/feature_models.py``) and
-its schema version 1, in which a latent's ``feature`` is Cantor's number of its layer and index. Serve a folder that holds such
-files with ``circuit_tracer.frontend.local_server.serve(data_dir=FOLDER)``. Entries beyond that schema, as Neuronpedia's own
-graphs have them, say how the graph was made.
+Names of entries and nodes follow circuit-tracer 0.5 (``frontend/graph_models.py``, ``frontend/feature_models.py``), schema
+version 1, in which a latent's ``feature`` is the Cantor pairing of its layer and index. To view a folder of such files, run
+``circuit_tracer.frontend.local_server.serve(data_dir=FOLDER)``. Entries beyond that schema, as in Neuronpedia's own graphs,
+record how the graph was made.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from .pruning import Pruned
 
 SCHEMA_VERSION = 1
 GRAPH_FILE, INDEX_FILE, LATENTS_FOLDER = "graph.json", "graph-metadata.json", "features"
-# Where the front end's local server finds the folder of latents: it serves the data folder as /data.
+# Path of the latents' folder for the front end's local server, which serves the data folder as /data.
 SCAN = f"./data/{LATENTS_FOLDER}"
 
 
 @dataclass(frozen=True)
 class GraphLabels:
-    """The texts of a graph: of the prompt, its tokens and its targets, and what is known of its latents."""
+    """Text labels of a graph: the prompt, its tokens and targets, and notes on its latents."""
 
     model: str
     checkpoint: str
@@ -35,14 +35,14 @@ class GraphLabels:
 
 
 def cantor(layer: int, latent: int) -> int:
-    """One number for a pair."""
+    """Return the Cantor pairing number of a layer and a latent."""
     return (layer + latent) * (layer + latent + 1) // 2 + latent
 
 
 def as_json(
     graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, node_threshold: float, edge_threshold: float
 ) -> dict[str, Any]:
-    """``metadata``, ``qParams``, ``nodes`` and ``links``; a node's ``influence`` is the running share of pruning."""
+    """Return ``metadata``, ``qParams``, ``nodes`` and ``links``; ``influence`` of a node is its cumulative share in pruning."""
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     identities = {number: node_id(graph, number) for number in kept}
     scores = graph.scores()
@@ -63,7 +63,7 @@ def as_json(
                 "max_feature_nodes": len(graph.active),
                 "features_left_out": graph.n_left_out,
                 "positions_left_out": graph.exclude_leading,
-                # Where circuit-tracer differs: its token nodes are of W_E alone, and its skip paths run at all positions.
+                # Differences from circuit-tracer: its token nodes hold W_E alone, and its skip paths run at all positions.
                 "token_nodes": "token and position embedding",
                 "skip_paths_at_positions_left_out": False,
             },
@@ -81,7 +81,7 @@ def as_json(
 
 
 def latent_json(layer: int, latent: int, note: Note) -> dict[str, Any]:
-    """What the front end shows of a latent."""
+    """Return the front end's description of a latent."""
     examples = [
         {
             "tokens": list(window.tokens),
@@ -106,7 +106,7 @@ def latent_json(layer: int, latent: int, note: Note) -> dict[str, Any]:
 
 
 def write_graph(directory: str | Path, values: Mapping[str, Any], notes: Mapping[Latent, Note]) -> Path:
-    """The graph, the index of graphs that the front end begins with, and a file per latent."""
+    """Write the graph, the front end's index of graphs, and one file per latent; return the graph's path."""
     target = Path(directory)
     (target / LATENTS_FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(target / GRAPH_FILE, values)
@@ -117,10 +117,10 @@ def write_graph(directory: str | Path, values: Mapping[str, Any], notes: Mapping
 
 
 def node_id(graph: AttributionGraph, number: int) -> str:
-    """Layer, index and position of a node, as the front end tells nodes apart."""
+    """Return the front end's node id: layer, index and position."""
     node = graph.node(number)
     layer = {"token": "E", "logit": str(graph.n_layers + 1)}.get(node.kind, str(node.layer))
-    # Minus one is no latent's number, so errors are mistaken for none.
+    # Minus one is no latent's number, so error nodes cannot collide with latents.
     return f"{layer}_{-1 if node.index is None else node.index}_{node.position}"
 
 
@@ -163,7 +163,7 @@ def _node(graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, number: 
         "token_prob": target.probability,
         "is_target_logit": place == 0,
         "jsNodeId": f"L_{index}-{position}",
-        # The front end reads the probability from the text.
+        # The front end parses the probability from this text.
         "clerp": f'Output "{labels.targets[place]}" (p={target.probability:.3f})',
         "influence": None,
     }

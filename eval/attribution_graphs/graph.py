@@ -1,8 +1,8 @@
-"""Attribution graph of one prompt: which latents, errors and tokens make up which latents and logits, edge by edge.
+"""Attribution graph of one prompt: direct effects of latents, errors and tokens on latents and logits.
 
-An edge is what its source adds to its target directly: along the residual stream and through attention as it is on this
-prompt, but through no other latent. All edges into a target and its constant add up to its pre-activation, or to its logit
-less the mean logit; ``eval.attribution_graphs.local_replacement_model`` says what is held.
+An edge is the direct effect of its source on its target: along the residual stream and through attention with this prompt's
+patterns, but through no other latent. The edges into a target and its constant add up to its pre-activation, or to its logit
+minus the mean logit; ``eval.attribution_graphs.local_replacement_model`` lists what is frozen.
 
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """
@@ -22,14 +22,17 @@ from .pruning import SMALLEST_SUM, GraphScores, Pruned, influence, partial_influ
 from .replacement_model import Replacement, ReplacementDictionaries
 
 MAX_LOGITS, LOGIT_MASS = 10, 0.95
-# Targets at a time: bounds what is held at once, targets x layers x positions x d_model numbers.
+# Bounds peak memory: targets x layers x positions x d_model numbers.
 BATCH_TARGETS = 256
 KINDS = ("latent", "error", "token", "logit")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A logit less the mean of all, or less another token's. ``weight`` is where influence starts, its probability mostly."""
+    """A logit minus the mean logit, or minus the foil's logit.
+
+    ``weight`` is the influence that starts there: the token's probability, or 1 for an explicit answer.
+    """
 
     token: int
     foil: int | None
@@ -39,7 +42,7 @@ class Target:
 
 @dataclass(frozen=True)
 class GraphNode:
-    """What a number stands for: a latent or token of so many, or none for errors. ``layer`` is None for tokens and logits."""
+    """A node of the graph. ``index`` is the latent or token id (None for errors), ``layer`` is None for tokens and logits."""
 
     kind: str
     position: int
@@ -49,11 +52,12 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class AttributionGraph:
-    """Nodes are latents, then errors layer by layer, then tokens, then logits; ``adjacency[target, source]`` are edges.
+    """Attribution graph with edges ``adjacency[target, source]``.
 
-    ``constants`` is what targets have without any source, ``left_out`` what latents give them that are not in the graph, and
-    ``totals`` the pre-activations and logits: ``adjacency.sum(1) + constants + left_out``. Values of latents are in the units
-    of their code. ``left_out_share`` is the share of influence that ends in the ``n_left_out`` latents.
+    Nodes are ordered: latents, errors layer by layer, tokens, logits. ``totals`` are the pre-activations and logits; they equal
+    ``adjacency.sum(1) + constants + left_out``: ``constants`` come from no node, ``left_out`` from latents that are not in the
+    graph. Latent values are in the units of their code. ``left_out_share`` is the share of influence that ends in the
+    ``n_left_out`` latents.
     """
 
     token_ids: Int[Tensor, " positions"]
@@ -90,7 +94,7 @@ class AttributionGraph:
 
     @cached_property
     def weights(self) -> Float[Tensor, " nodes"]:
-        """Where influence starts."""
+        """Starting influence of each node."""
         weights = torch.zeros_like(self.constants)
         weights[self.logits] = torch.tensor([target.weight for target in self.targets]).to(weights)
         return weights
@@ -100,16 +104,16 @@ class AttributionGraph:
         return influence(self.adjacency, self.weights)
 
     def scores(self) -> GraphScores:
-        """Replacement and completeness score, of the whole graph."""
+        """Return replacement and completeness scores of the whole graph."""
         return scores(self.adjacency, self.weights, self.errors, self.tokens)
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> Pruned:
-        """What carries these shares of the influence."""
+        """Return the nodes and edges that carry these shares of the influence."""
         kept = self.n_nodes - self.tokens.start
         return prune(self.adjacency, self.weights, len(self.active), kept, node_threshold, edge_threshold)
 
     def error_shares(self) -> Float[Tensor, " n_layers"]:
-        """Of all influence on errors and tokens, the share on each layer's errors."""
+        """Return each layer's error influence as a share of all influence on errors and tokens."""
         reached = self.influence
         errors = reached[self.errors].unflatten(0, (self.n_layers, -1)).sum(1)
         return errors / (errors.sum() + reached[self.tokens].sum())
@@ -117,14 +121,14 @@ class AttributionGraph:
     def changes(
         self, pre_acts: Float[Tensor, "runs latents"], logits: Float[Tensor, "runs targets"]
     ) -> Float[Tensor, "runs nodes"]:
-        """By how much pre-activations and targets differ from this prompt's, node by node; zero where a node has none."""
+        """Return the changes of pre-activations and targets relative to this prompt's, by node; errors and tokens have zero."""
         changes = pre_acts.new_zeros(len(pre_acts), self.n_nodes)
         changes[:, self.latents] = pre_acts - self.totals[self.latents]
         changes[:, self.logits] = logits - self.totals[self.logits]
         return changes
 
     def node(self, number: int) -> GraphNode:
-        """What a node stands for."""
+        """Return the description of a node."""
         positions = len(self.token_ids)
         if number < self.latents.stop:
             at = self.active
@@ -149,13 +153,16 @@ def build_graph(
     max_latents: int | None = None,
     batch_targets: int = BATCH_TARGETS,
 ) -> AttributionGraph:
-    """Return the graph of what ``model`` says after ``token_ids``, with transcoders in place of its MLPs.
+    """Return the attribution graph of the model's prediction after ``token_ids``, with transcoders in place of its MLPs.
 
-    ``dictionaries`` are a stack, transcoders by layer, or a cross-layer transcoder (of all layers, or of ``layers``). Targets
-    are the likeliest next tokens, up to a probability of 0.95 together and at most ten, or ``answer``, or by how much it
-    exceeds ``foil``. Of the first ``exclude_leading`` positions MLP outputs are constants: the first token's are outliers on
-    which heads rest, and circuit-tracer leaves them out likewise. With ``max_latents`` only so many are in the graph, those
-    that matter most to what is in it already.
+    Args:
+        dictionaries: A stack, transcoders by layer, or a cross-layer transcoder (of all layers, or of ``layers``).
+        answer: Target token. By default the targets are the likeliest next tokens, at most ten, until their probabilities
+            sum to 0.95.
+        foil: The target is the logit of ``answer`` minus that of ``foil``.
+        exclude_leading: MLP outputs at the first positions are constants. Activations at the first token, an attention sink,
+            are outliers; circuit-tracer excludes them too.
+        max_latents: Keep only this many latents, chosen greedily by their influence on the graph so far.
 
     Raises:
         ValueError: If the dictionaries do not fit the model, or the prompt or a token is not one of the model's.
@@ -173,7 +180,7 @@ def graph_of(
     max_latents: int | None = None,
     batch_targets: int = BATCH_TARGETS,
 ) -> AttributionGraph:
-    """The graph of a local replacement model."""
+    """Return the attribution graph of a local replacement model."""
     if max_latents is not None and max_latents < 1:
         raise ValueError(f"max_latents: expected at least 1, got {max_latents}.")
     targets = _targets(local, answer, foil)
@@ -184,7 +191,7 @@ def graph_of(
 
 
 def target_vectors(local: LocalReplacement, targets: Sequence[Target]) -> Float[Tensor, "targets d_model"]:
-    """What the targets read behind the final norm."""
+    """Return the targets' directions in the input space of the unembedding, after the final norm."""
     W_U = local.anatomy.W_U
     mean = W_U.mean(0)
     return torch.stack([W_U[t.token] - (mean if t.foil is None else W_U[t.foil]) for t in targets])
@@ -207,7 +214,7 @@ def _targets(local: LocalReplacement, answer: int | None, foil: int | None) -> t
 
 
 class _Rows:
-    """Rows of the adjacency matrix, the targets' first, then latents' in the order in which they were looked at."""
+    """Rows of the adjacency matrix: the targets' first, then the latents' in the order in which they were computed."""
 
     def __init__(self, local: LocalReplacement, targets: tuple[Target, ...], batch_targets: int):
         self.local, self.targets, self.batch = local, targets, batch_targets
@@ -220,7 +227,7 @@ class _Rows:
         self.totals = vectors @ local.anatomy.final_norm.apply(local.trace.last[0, -1], local.trace.last_scale[0, -1])
 
     def explore(self, count: int) -> None:
-        """Add rows of so many latents; all, or those with most influence in the graph so far."""
+        """Add the rows of ``count`` latents, chosen by influence in the graph so far unless all are wanted."""
         everything = len(self.local.active)
         device = self.totals.device
         while (done := sum(len(part) for part in self.seen)) < count:
@@ -241,7 +248,7 @@ class _Rows:
         seen = torch.cat([self.none, *self.seen])
         chosen, order = seen.sort()
         outside = torch.ones(everything, dtype=torch.bool, device=seen.device).index_fill_(0, chosen, False)
-        # Back to the order of nodes: latents, then what has no row of its own, then targets.
+        # Back to node order: latents, then errors and tokens, which have no rows, then targets.
         rows, constants = torch.cat(self.parts), torch.cat(self.constants)
         by_node = torch.cat([order + n_targets, torch.arange(n_targets, device=order.device)])
         rows, constants = rows[by_node], constants[by_node]
@@ -273,13 +280,13 @@ class _Rows:
         )
 
     def _influence(self) -> Float[Tensor, " sources"]:
-        """Over all active latents, errors and tokens; latents without a row pass nothing on."""
+        """Return the influence on all active latents, errors and tokens; latents without a row pass nothing on."""
         rows = torch.cat(self.parts)
         weights = torch.tensor([target.weight for target in self.targets]).to(rows)
         return partial_influence(rows, weights, torch.cat([self.none, *self.seen]))
 
     def _edges(self, slopes: Slopes) -> Float[Tensor, "targets sources"]:
-        """From every active latent, error and token."""
+        """Return the edges from every active latent, error and token."""
         local, active = self.local, self.local.active
         edges = slopes.constants.new_zeros(len(slopes.constants), len(active))
         for layer, position, which in active.groups():

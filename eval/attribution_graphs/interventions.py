@@ -1,15 +1,15 @@
-"""Does the graph say what happens? Latents are changed, and predictions from edges compared with what is measured.
+"""Validation of attribution graphs: effects predicted from edges against effects measured by intervening on latents.
 
-Predicted is, from the adjacency matrix alone, the direct effect of a source on a target (one edge) and the total one (all
-paths). Measured is
+Predictions use the adjacency matrix alone: the direct effect of a source on a target is one edge, the total effect the sum over
+all paths. Measurements are
 
-- direct: all MLP outputs are held as they were but for what the changed latent writes;
-- total: what the changed latent writes is added, and everything above, MLPs included, responds;
+- direct: all MLP outputs keep their values, except for what the changed latent writes;
+- total: what the changed latent writes is added, and everything downstream, MLPs included, responds;
 
-each in the ``local`` replacement model, where it is the prediction but for rounding; in the model itself with attention
-patterns and denominators of norms held (``norms``); with patterns held alone (``patterns``); and in the ``model`` as it is.
-What ``norms`` misses of a total effect is due to MLPs: latents that start or stop firing, and errors that do not stay as
-they were. What ``patterns`` misses beyond that, norms do: they rescale a stream from which something is taken.
+each in the ``local`` replacement model, where it equals the prediction up to rounding; in the model with attention patterns and
+norm denominators frozen (``norms``); with patterns frozen only (``patterns``); and in the unmodified ``model``. Deviations of
+total effects in ``norms`` are due to MLPs: latents that start or stop firing, and errors that change. Further deviations in
+``patterns`` are due to norms, which rescale a stream from which something was removed.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ PLACES = ("local", "norms", "patterns", "model")
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well predictions rank and scale with measurements, over pairs of source and target that an edge or path joins."""
+    """Rank and linear correlation of predictions with measurements, over source-target pairs joined by an edge or path."""
 
     spearman: float
     pearson: float
@@ -41,10 +41,9 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Interventions:
-    """Sources changed one at a time, and by how much the targets changed: ``(sources, targets)``, by kind of effect.
+    """Effects of changing sources one at a time: ``(sources, targets)`` by kind of effect, measured ones by place and kind.
 
-    Sources and targets are numbers of nodes; targets are latents' pre-activations and, last, ``n_logits`` logits. Measured
-    effects go by place, then kind.
+    ``sources`` and ``targets`` are node numbers. Targets are latents' pre-activations, followed by ``n_logits`` logits.
     """
 
     sources: Int[Tensor, " sources"]
@@ -54,7 +53,7 @@ class Interventions:
     measured: dict[str, dict[str, Float[Tensor, "sources targets"]]]
 
     def agreement(self, kind: str, place: str = "model", logits_only: bool = False) -> Agreement:
-        """Between predictions of a kind and what was measured at one of the places.
+        """Return the agreement between predictions of a kind and measurements at one of the places.
 
         Raises:
             ValueError: If there are fewer than three pairs.
@@ -77,12 +76,12 @@ def intervene(
     targets: Int[Tensor, " targets"] | None = None,
     factor: float = 0.0,
 ) -> Interventions:
-    """Multiply each of some latents by ``factor``, one at a time; 0 takes it out.
+    """Multiply latents by ``factor``, one at a time, and return predicted and measured effects; 0 ablates them.
 
-    ``targets`` are latents to look at, all if none are given; logits are looked at anyway.
+    ``targets`` are the latents to measure, by default all; logits are always measured.
 
     Raises:
-        ValueError: If a source or target is no latent of the graph.
+        ValueError: If a source or target is not a latent of the graph.
     """
     every = torch.arange(len(graph.active), device=graph.adjacency.device)
     targets = every if targets is None else targets
@@ -104,7 +103,7 @@ def intervene(
 
 
 def most_influential(graph: AttributionGraph, count: int) -> Int[Tensor, " sources"]:
-    """So many latents, those with most influence on the logits."""
+    """Return the ``count`` latents with the most influence on the logits."""
     return graph.influence[graph.latents].topk(min(count, len(graph.active))).indices.sort().values
 
 
@@ -112,13 +111,13 @@ def most_influential(graph: AttributionGraph, count: int) -> Int[Tensor, " sourc
 def predict(
     graph: AttributionGraph, sources: Int[Tensor, " sources"], factor: float = 0.0
 ) -> dict[str, Float[Tensor, "sources nodes"]]:
-    """What edges say will change at every node, directly and along all paths, when latents are multiplied by ``factor``."""
+    """Return the changes of every node that the edges predict, direct and total, if latents are multiplied by ``factor``."""
     n, values = len(graph.active), graph.active.values
     keep = torch.cat([torch.arange(n), torch.arange(graph.logits.start, graph.n_nodes)]).to(values.device)
     per_unit = graph.adjacency[keep][:, :n] / values
     deltas = torch.zeros(len(keep), len(sources)).to(values)
     deltas[sources, torch.arange(len(sources), device=sources.device)] = (factor - 1) * values[sources]
-    # Latents come layer by layer, so nothing lies above the diagonal: every path is followed in one substitution.
+    # Latents are ordered by layer, so the matrix is triangular: one substitution sums over all paths.
     inner = torch.eye(n).to(values) - per_unit[:n]
     moved = torch.linalg.solve_triangular(inner, deltas[:n], upper=False, unitriangular=True)
     total = torch.cat([moved - deltas[:n], per_unit[n:] @ moved])
@@ -131,10 +130,10 @@ def predict(
 
 @dataclass(frozen=True)
 class Replaced:
-    """The model with transcoders in place and their errors dropped, against the model itself, on one prompt.
+    """Comparison of the replacement model, without error nodes, with the original model on one prompt; KL is in nats.
 
-    ``kl_last`` and ``top1_last`` are about what comes after the prompt; ``kl_mean`` and ``top1_share`` are over all positions
-    whose MLPs are replaced. In nats.
+    ``kl_last`` and ``top1_last`` concern the prediction after the prompt; ``kl_mean`` and ``top1_share`` run over all positions
+    whose MLPs are replaced.
     """
 
     kl_last: float
@@ -145,7 +144,7 @@ class Replaced:
 
 @torch.no_grad()
 def with_interventions(local: LocalReplacement) -> Replaced:
-    """What the latents alone make of the prompt, layers without a transcoder being the model's own."""
+    """Compare the replacement model, without errors, with the original model; MLPs without a transcoder stay."""
     model, first = local.anatomy.model, local.exclude_leading
     with model_spliced(model, local.replacement.insertions(), kept=kept_positions(local, 1)):
         logits = model.logits(local.token_ids[None])[0, first:]

@@ -1,7 +1,7 @@
-"""What is known of the latents of a graph: contexts they fire in most, tokens they promote, a label.
+"""Labels for the latents of a graph: contexts in which they fire most, tokens they promote, a short text.
 
-Contexts come from ``features.jsonl`` beside the checkpoint where ``sparsary features`` has been run, else from a pass over
-held-out text that looks at the graph's latents alone.
+Contexts come from ``features.jsonl`` next to the checkpoint if ``sparsary features`` was run, else from a pass over held-out
+text that evaluates only the graph's latents.
 """
 
 import json
@@ -23,7 +23,7 @@ from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, Limits
 from ..features.run import RECORDS_FILE
 from .replacement_model import Replacement
 
-# A latent by its layer and its number there.
+# (layer, index of the latent in that layer).
 Latent = tuple[int, int]
 CONTEXTS, PROMOTED, LABEL_TOKENS = 6, 5, 3
 LIMITS = Limits(top=CONTEXTS, sample=0, before=15, after=6, background=0, sample_entries=0)
@@ -31,7 +31,7 @@ LIMITS = Limits(top=CONTEXTS, sample=0, before=15, after=6, background=0, sample
 
 @dataclass(frozen=True)
 class LabelledWindow:
-    """A piece of text: its tokens, the latent's activation on each, and which of them it is centred on."""
+    """A text window: its tokens, the latent's activation on each, and the index of the peak."""
 
     tokens: Sequence[str]
     activations: Sequence[float]
@@ -40,7 +40,7 @@ class LabelledWindow:
 
 @dataclass(frozen=True)
 class Note:
-    """Of one latent. ``maximum`` and ``density`` are over the text that was read, None where nothing was."""
+    """Notes on one latent. ``maximum`` and ``density`` are over the text that was read, or None if none was."""
 
     label: str = ""
     windows: tuple[LabelledWindow, ...] = ()
@@ -59,7 +59,7 @@ def read_heldout(
     words: Sequence[str],
     tokens: int,
 ) -> dict[Latent, Note]:
-    """Contexts from held-out text, one pass over about so many tokens."""
+    """Collect top contexts of latents from one pass over about ``tokens`` held-out tokens."""
     model, numbers = replacement.anatomy.model, {latent: number for number, latent in enumerate(latents)}
     hooks = {layer: replacement.anatomy.blocks[layer].sites()["mlp"][0] for layer in {layer for layer, _ in latents}}
     if not hooks:
@@ -87,7 +87,7 @@ def read_heldout(
 
 
 def read_records(directory: str | Path, wanted: Mapping[int, Latent]) -> dict[Latent, Note]:
-    """Those of a checkpoint's ``features.jsonl``, if it has one; ``wanted`` are latents by their number in it."""
+    """Read notes from a checkpoint's ``features.jsonl``, if it has one; ``wanted`` maps record numbers to latents."""
     path = Path(directory) / "features" / RECORDS_FILE
     if not path.is_file():
         return {}
@@ -101,7 +101,7 @@ def read_records(directory: str | Path, wanted: Mapping[int, Latent]) -> dict[La
 
 @torch.no_grad()
 def with_promoted(replacement: Replacement, notes: Mapping[Latent, Note], words: Sequence[str]) -> dict[Latent, Note]:
-    """The same notes with the tokens each latent promotes and suppresses directly, by all that it writes to any layer."""
+    """Add the tokens that each latent directly promotes and suppresses, summed over all layers it writes to."""
     anatomy = replacement.anatomy
     unembedding = anatomy.final_norm.fold(anatomy.W_U - anatomy.W_U.mean(0))
     found = {}
@@ -115,7 +115,7 @@ def with_promoted(replacement: Replacement, notes: Mapping[Latent, Note], words:
 
 
 def _only(codes: Mapping[int, SparseCode], numbers: Mapping[Latent, int]) -> SparseCode:
-    """The wanted latents of all layers as one code of theirs, by their new numbers."""
+    """Return one code of only the wanted latents of all layers, renumbered."""
     tokens, latents, values = [], [], []
     for layer, code in codes.items():
         own = sorted((latent, number) for (at, latent), number in numbers.items() if at == layer)
@@ -146,11 +146,11 @@ def _from_record(record: dict[str, Any]) -> Note:
 
 
 def _peaks(windows: Iterable[LabelledWindow]) -> str:
-    """The tokens on which it fires most strongly, those of most contexts first."""
+    """Return the tokens on which the latent fires most strongly, the most frequent first."""
     counts = Counter(window.tokens[window.peak].strip() for window in windows)
     return ", ".join(token for token, _ in counts.most_common(LABEL_TOKENS))
 
 
 def latents_of(layers: Tensor, latents: Tensor) -> Iterator[Latent]:
-    """Each latent once, in order."""
+    """Yield each latent once, in order."""
     yield from dict.fromkeys(zip(layers.tolist(), latents.tolist(), strict=True))

@@ -1,12 +1,12 @@
-"""The local replacement model of one prompt: linear in embeddings, active latents and errors, forwards and backwards.
+"""Local replacement model of one prompt: linear in embeddings, active latents and errors.
 
-Held as they are on this prompt: attention patterns, the denominators of norms, which latents are active, and errors: what
-latents leave of every MLP's output. Then a latent's pre-activation and a logit are sums over what was written before them.
-Positions that are left out keep their whole MLP output as a constant.
+Frozen at their values on this prompt: attention patterns, norm denominators, the set of active latents, and the errors (MLP
+outputs minus their reconstructions). A latent's pre-activation and a logit are then sums over everything written before
+them. At excluded positions the whole MLP output is a constant.
 
-circuit-tracer 0.5.0 differs in two places. Of models with learned positions (GPT-2) its token nodes are the token's embedding
-alone, and the position's is part of the constant; here a token node is all that the stream begins with. And of transcoders with
-a skip path it lets influence pass through the skip at position 0 too, where the MLP's output is held; here none does.
+circuit-tracer 0.5.0 differs in two ways. For models with learned positions (GPT-2), its token nodes hold the token embedding
+only, and the position embedding is part of the constant; here a token node is the initial residual stream. For transcoders
+with a skip path, it lets influence pass through the skip at position 0 too, where the MLP output is frozen; here none does.
 
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """
@@ -25,7 +25,7 @@ from .replacement_model import Replacement
 
 @dataclass(frozen=True)
 class Active:
-    """Latents that fire, ordered by layer, position and number. ``beyond`` is a value less its pre-activation: mostly zero."""
+    """Active latents, ordered by layer, position and index."""
 
     layers: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
@@ -37,11 +37,11 @@ class Active:
         return self.layers.shape[0]
 
     def where(self, chosen: Tensor) -> "Active":
-        """Some of them, by mask or by ascending index."""
+        """Return a subset, by mask or by ascending index."""
         return Active(*(part[chosen] for part in (self.layers, self.positions, self.latents, self.values, self.pre_acts)))
 
     def groups(self) -> Iterator[tuple[int, int, slice]]:
-        """Layer and position of each group of neighbours that share both, and where it lies."""
+        """Yield layer, position and slice of each run of latents that share both."""
         if not len(self):
             return
         keys, counts = torch.stack([self.layers, self.positions]).unique_consecutive(dim=1, return_counts=True)
@@ -52,7 +52,7 @@ class Active:
 
 
 class Slopes(NamedTuple):
-    """Derivatives of some targets by the residual stream's summands, and what is in the targets without any of them."""
+    """Gradients of targets with respect to the terms of the residual stream, and the targets' constant parts."""
 
     embeddings: Float[Tensor, "targets positions d_model"]
     mlps: Float[Tensor, "targets n_layers positions d_model"]
@@ -60,20 +60,20 @@ class Slopes(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """Pre-activations of the active latents, and what the unembedding reads at the last position."""
+    """Pre-activations of the active latents, and the input of the unembedding at the last position."""
 
     pre_acts: Float[Tensor, "runs n"]
     last: Float[Tensor, "runs d_model"]
 
 
 class LocalReplacement:
-    """The linear model of ``token_ids``. ``exclude_leading`` positions have neither latents nor errors.
+    """The local replacement model of ``token_ids``.
 
-    ``errors[l]`` is what latents leave of the MLP's output, ``fixed[l]`` what it holds whatever they do; an MLP without a
-    transcoder is an error altogether.
+    ``errors[l]`` is the part of the MLP output that latents do not explain, ``fixed[l]`` its constant part; without a
+    transcoder, the whole output is error. The first ``exclude_leading`` positions have neither latents nor errors.
 
     Raises:
-        ValueError: If the prompt is empty, longer than the model's context, or has no position that is not left out.
+        ValueError: If the prompt is empty, longer than the model's context, or has no position beyond ``exclude_leading``.
     """
 
     @torch.no_grad()
@@ -91,12 +91,12 @@ class LocalReplacement:
 
     @property
     def embeddings(self) -> Float[Tensor, "positions d_model"]:
-        """What the stream begins with: the token's embedding, and the position's where there is one."""
+        """Initial residual stream: token embeddings, plus position embeddings if there are any."""
         x = self.anatomy.W_E[self.token_ids]
         return x if self.anatomy.W_P is None else x + self.anatomy.W_P[: len(self.token_ids)]
 
     def latent_slopes(self, active: Active) -> Slopes:
-        """Those of latents' pre-activations."""
+        """Return the gradients of latents' pre-activations."""
         vectors, own = self._readers(active)
         slopes = self.slopes(active.layers, active.positions, vectors)
         return slopes._replace(constants=slopes.constants + own)
@@ -108,9 +108,9 @@ class LocalReplacement:
         positions: Int[Tensor, " targets"],
         vectors: Float[Tensor, "targets d_model"],
     ) -> Slopes:
-        """Those of ``vectors @ x``, ``x`` being what a layer's MLP reads at a position.
+        """Return the gradients of ``vectors @ x``, where ``x`` is the MLP input of a layer at a position.
 
-        The layer after the last one stands for what the unembedding reads.
+        Layer ``n_layers`` stands for the input of the unembedding.
         """
         anatomy, n = self.anatomy, self.anatomy.n_layers
         grad = vectors.new_zeros(len(vectors), len(self.token_ids), anatomy.d_model)
@@ -118,7 +118,7 @@ class LocalReplacement:
         constants = vectors.new_zeros(len(vectors))
 
         def behind(norm: Norm, scale: Tensor, readers: Tensor) -> Tensor:
-            """Derivatives before a norm, from those behind it; its bias goes to the constants."""
+            """Return gradients before a norm from those after it, and add its bias to the constants."""
             constants.add_(readers.sum(1) @ norm.bias)
             return norm.fold(readers) / scale[None, :, None]
 
@@ -140,7 +140,7 @@ class LocalReplacement:
             mixed = torch.einsum("btm,hdm->bthd", heads, weights.W_O)
             values = torch.einsum("hts,bthd->bshd", at.pattern[0], mixed)
             read = torch.einsum("bshd,hdm->bsm", values, weights.W_V)
-            # Not through `behind`: what the norm's bias puts into values is in the attention bias already.
+            # Not through `behind`: the attention bias already contains the norm's bias as passed on by the values.
             grad = grad + to_mid + weights.attention_norm.fold(read) / at.attention_scale[0][None, :, None]
         return Slopes(grad, mlps, constants)
 
@@ -148,10 +148,10 @@ class LocalReplacement:
     def replay(
         self, active: Active, values: Float[Tensor, "runs n"], given: Bool[Tensor, "runs n"], hold: bool = False
     ) -> Replayed:
-        """Forward passes in which ``active`` latents have these values where they are ``given``, and follow elsewhere.
+        """Run forward passes with latents fixed to ``values`` where ``given``; other latents in ``active`` respond.
 
-        A latent follows by as much as its pre-activation changes. With ``hold`` it keeps its value: what then changes in a
-        pre-activation is the direct effect alone. Latents that are not among ``active`` keep theirs anyway.
+        A latent responds by the change of its pre-activation. With ``hold`` it keeps its value, so that pre-activations change
+        by direct effects only. Latents that are not in ``active`` always keep their values.
         """
         anatomy, runs = self.anatomy, len(values)
         vectors, own = self._readers(active)
@@ -179,7 +179,7 @@ class LocalReplacement:
         return Replayed(pre_acts, anatomy.final_norm.apply(stream[:, -1], self.trace.last_scale[:, -1]))
 
     def _write(self, changes: Tensor, some: Active, now: Float[Tensor, "runs n"]) -> None:
-        """Add what changed values of one layer's latents write to the MLP outputs."""
+        """Add the effect of one layer's changed latents on the MLP outputs to ``changes``."""
         for layer, position, which in some.groups():
             delta = now[:, which] - some.values[which]
             atoms = self.replacement.writes(layer, some.latents[which])
@@ -224,7 +224,7 @@ class LocalReplacement:
         return error, fixed
 
     def _attention_bias(self, layer: int) -> Float[Tensor, "positions d_model"]:
-        """What attention writes whatever it reads: its biases, and what the norm's bias becomes on the way."""
+        """Return the input-independent part of the attention output, from its biases and the norm's bias."""
         at, weights = self.trace.layers[layer], self.anatomy.layers[layer]
         values = weights.W_V @ weights.attention_norm.bias + weights.b_V
         return torch.einsum("hts,hd,hdm->tm", at.pattern[0], values, weights.W_O) + weights.b_O

@@ -1,4 +1,4 @@
-"""The data that an attribution graph's page shows: ``graph-page.json``, beside the graph in circuit-tracer's form."""
+"""Data of an attribution graph's page: ``graph-page.json``, next to the graph in circuit-tracer's format."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +10,16 @@ from .pruning import Pruned, normalised_influence
 
 PAGE_VERSION = 1
 DATA_FILE = "graph-page.json"
-# Activations in a context are shaded no finer.
+# Number of shades for the activations in a context.
 SHADES = 100
 
 
 def page_data(
     graph: AttributionGraph, pruned: Pruned, labels: GraphLabels, measures: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Key figures, then what the page's script draws: nodes by place in a list, edges by these places, strongest first.
+    """Return key figures, nodes and edges; edges refer to nodes by list index and are sorted, strongest first.
 
-    ``measures`` are further figures of the graph by name, as ``attribution_graph`` reports them.
+    ``measures`` are further figures of the graph by name, as ``attribution_graph`` returns them.
     """
     kept = pruned.nodes.nonzero()[:, 0].tolist()
     places = {number: place for place, number in enumerate(kept)}
@@ -63,7 +63,7 @@ def page_data(
 
 
 def _node(graph: AttributionGraph, number: int, share: float) -> list[Any]:
-    """Kind, layer, position, index, share of influence, value or probability, total and constant."""
+    """Return kind, layer, position, index, share of influence, value or probability, total and constant."""
     node, value = graph.node(number), None
     if node.kind == "latent":
         value = float(graph.active.values[number])

@@ -1,11 +1,12 @@
-"""On one input: what a latent's pre-activation is made of, term by term, and the strongest paths that lead to it.
+"""Decomposition of a latent's pre-activation on one input into its terms, and the strongest paths that lead to it.
 
-MLPs that have a transcoder are its latents, its skip, its bias and an error, which is whatever it leaves of the MLP's true
-output; others are one term. Attention patterns, norm denominators and which latents fire are held as they are on this input:
-then everything is linear, and all terms together are the pre-activation. Terms that come from a latent, a skip or a head are
-linear functions of an earlier stream, and are opened in the same way.
+An MLP with a transcoder contributes its latents, skip path, bias, and error (the MLP output minus the reconstruction); any
+other MLP is a single term. Attention patterns, norm denominators and the set of active latents are frozen at their values on
+this input: everything is then linear, and the terms sum to the pre-activation. Terms from a latent, a skip path or a head are
+linear functions of an earlier residual stream, and can be decomposed in the same way.
 
-Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944. A norm is not linearised by a secant, as there, but exactly.
+Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944. Unlike there, norms are not linearized by a secant: with frozen
+denominators they are exactly linear.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +28,11 @@ KINDS = (*OPENED, "token", "position", "mlp", "error", "transcoder bias", "atten
 
 @dataclass(frozen=True)
 class LinearReadout:
-    """A number that is ``vector @ stream + constant``, the residual stream taken at one position and depth.
+    """A scalar ``vector @ stream + constant``, with the residual stream taken at one position and depth.
 
-    ``attentions`` and ``mlps`` are how many of either have written to it there. The constant holds the biases of norms,
-    values and encoders on the way, and what a latent's value has beyond its pre-activation (nothing for most encoders).
+    ``attentions`` and ``mlps`` count the attention and MLP layers that have written to the stream by then. The constant
+    collects the biases of norms, values and encoders on the way, and any difference between a latent's value and its
+    pre-activation (zero for most encoders).
     """
 
     attentions: int
@@ -42,7 +44,7 @@ class LinearReadout:
 
 @dataclass(frozen=True)
 class Term:
-    """One summand. ``position`` is where it was written; a head read at ``source`` what it wrote there.
+    """One summand, written at ``position``; a head's term was read at ``source``.
 
     Kinds: those of ``OPENED``; token and position (embeddings); mlp (one without a transcoder); error, transcoder bias,
     attention bias, constant; target, the root of a tree.
@@ -65,7 +67,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """All terms of a probe. The many of one kind are kept as tensors: heads by layer, head and source, latents by layer."""
+    """All terms of a readout; those of heads (layer, head, source) and of latents (by layer) are kept as tensors."""
 
     position: int
     others: tuple[Term, ...]
@@ -73,12 +75,12 @@ class Decomposition:
     latents: Mapping[int, tuple[Int[Tensor, " n"], Float[Tensor, " n"]]]
 
     def total(self) -> float:
-        """The sum of all terms."""
+        """Return the sum of all terms."""
         values = [self.heads.sum(), *(values.sum() for _, values in self.latents.values())]
         return sum(float(value) for value in values) + sum(term.value for term in self.others)
 
     def of_kind(self, kind: str) -> float:
-        """The sum of the terms of one kind."""
+        """Return the sum of the terms of one kind."""
         if kind == "head":
             return float(self.heads.sum())
         if kind == "latent":
@@ -86,7 +88,7 @@ class Decomposition:
         return sum(term.value for term in self.others if term.kind == kind)
 
     def largest(self, count: int, kinds: tuple[str, ...] | None = None) -> list[Term]:
-        """The terms of greatest magnitude, or those of some kinds, greatest first; zeros are left out."""
+        """Return the nonzero terms of greatest magnitude, optionally of some kinds only, in descending order."""
         terms = list(self.others)
         flat = self.heads.flatten()
         for index in flat.abs().topk(min(count, flat.numel())).indices.tolist():
@@ -102,18 +104,21 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class Node:
-    """A term and the largest terms it is made of. ``rest`` is what those leave of its value: the branches not followed."""
+    """A term and its largest subterms. ``rest`` is the part of its value in branches that were not followed."""
 
     term: Term
     children: tuple["Node", ...] = ()
     rest: float = 0.0
 
     def paths(self) -> list[tuple[Term, ...]]:
-        """From the root to every leaf, the largest leaf first. Leaves and rests of all nodes add up to the root's value."""
+        """Return the paths from the root to every leaf, largest leaf first.
+
+        Leaves and the rests of all nodes add up to the root's value.
+        """
         return sorted(self._paths(), key=lambda path: -abs(path[-1].value))
 
     def rests(self) -> float:
-        """The branches not followed, of this node and all below it."""
+        """Return the total of branches not followed, in this node and all below it."""
         return self.rest + sum(child.rests() for child in self.children)
 
     def _paths(self) -> Iterator[tuple[Term, ...]]:
@@ -124,10 +129,10 @@ class Node:
 
 
 class Circuit:
-    """One input, run once, with transcoders by layer.
+    """A forward pass on one input, with transcoders by layer, whose latents and logits can be decomposed.
 
     Raises:
-        ValueError: As ``Connections`` does.
+        ValueError: As in ``Connections``.
     """
 
     @torch.no_grad()
@@ -148,7 +153,7 @@ class Circuit:
 
     @torch.no_grad()
     def latent(self, layer: int, latent: int, position: int) -> LinearReadout:
-        """A latent's pre-activation.
+        """Return the readout of a latent's pre-activation.
 
         Raises:
             ValueError: If there is no such layer, latent or position.
@@ -159,7 +164,7 @@ class Circuit:
 
     @torch.no_grad()
     def logit(self, token: int, position: int, against: int | None = None) -> LinearReadout:
-        """A token's logit, or by how much it exceeds another token's.
+        """Return the readout of a token's logit, or of its difference from the logit of ``against``.
 
         Raises:
             ValueError: If there is no such token or position.
@@ -177,10 +182,10 @@ class Circuit:
     def through_head(
         self, layer: int, head: int, position: int, source: int, vector: Float[Tensor, " d_head"]
     ) -> LinearReadout:
-        """What a head brings from ``source`` to ``position``, read by ``vector`` among its mixed values.
+        """Return the readout of ``vector`` on a head's mixed values at ``position``, restricted to one ``source`` position.
 
-        With the part of an encoder row that belongs to the head this opens a latent of an attention-output dictionary: over
-        all heads and sources the probes add up to its pre-activation, less its constant.
+        With the head's part of an encoder row, this decomposes a latent of an attention-output dictionary: over all heads and
+        sources, the readouts sum to its pre-activation minus its constant.
         """
         at, weights = self.trace.layers[layer], self.anatomy.layers[layer]
         carried = at.pattern[0, head, position, source] * vector
@@ -189,7 +194,7 @@ class Circuit:
 
     @torch.no_grad()
     def decompose(self, probe: LinearReadout) -> Decomposition:
-        """Every term of a probe: what wrote to the stream where it reads, and its constant."""
+        """Return every term of a readout: all contributions to the residual stream it reads, and its constant."""
         u, t, anatomy = probe.vector, probe.position, self.anatomy
         others = [Term("constant", float(probe.constant), t), Term("token", float(u @ anatomy.W_E[self.token_ids[t]]), t)]
         if anatomy.W_P is not None:
@@ -217,19 +222,19 @@ class Circuit:
 
     @torch.no_grad()
     def open(self, probe: LinearReadout, term: Term) -> LinearReadout:
-        """One term of a probe, as a probe of the stream it was read from.
+        """Return one term of a readout as a readout of the earlier residual stream.
 
         Raises:
-            ValueError: If terms of this kind are not read from a stream.
+            ValueError: If terms of this kind do not read from the residual stream.
         """
         if term.kind not in self._openers:
             raise ValueError(f"term: expected one of {', '.join(self._openers)}, which read from the stream, got {term.kind}.")
         return self._openers[term.kind](probe, term)
 
     def tree(self, probe: LinearReadout, levels: int = 2, branches: int = 5, kinds: tuple[str, ...] | None = None) -> Node:
-        """The largest terms of a probe, the largest terms of each of these, and so on for so many levels.
+        """Return the tree of a readout's largest terms, the largest terms of each of these, and so on for ``levels`` levels.
 
-        With ``kinds``, such as ``("latent", "head", "token")``, branches are of these only, and all others part of the rest.
+        With ``kinds``, such as ``("latent", "head", "token")``, only these are followed; all others are part of the rest.
 
         Raises:
             ValueError: If there is no such kind.
@@ -266,7 +271,7 @@ class Circuit:
         vector, constant = self._reader(term.layer, term.latent)
         fired, values = self._fired(term.layer, term.position)
         value = values[fired == term.latent].sum()
-        # Zero where a latent that fires has its pre-activation as its value.
+        # Zero for encoders in which an active latent's value is its pre-activation.
         beyond = value - (vector @ self.trace.layers[term.layer].mlp_in[0, term.position] + constant)
         [weight] = self.weights.writing(term.layer, fired.new_tensor([term.latent])) @ probe.vector
         return self._before_mlp(term.layer, term.position, weight * vector, weight * (constant + beyond))
@@ -294,7 +299,7 @@ class Circuit:
         return code.latents[first:end], code.values[first:end].to(self.anatomy.W_E.dtype)
 
     def _bypass(self, transcoder: Transcoder) -> tuple[Tensor | None, Tensor]:
-        """The skip's matrix in raw units, and all that a transcoder writes whatever it reads."""
+        """Return the skip matrix in raw units and the transcoder's constant output."""
         bias, dtype = transcoder.b_dec, self.anatomy.W_E.dtype
         if transcoder.W_skip is None:
             return None, (bias * transcoder.out_scale).to(dtype)
@@ -308,6 +313,6 @@ class Circuit:
 
 
 def _before_norm(norm: Norm, scale: Tensor, probe: LinearReadout) -> LinearReadout:
-    """A probe of what a norm has written, as one of what the norm read."""
+    """Return a readout of a norm's output as a readout of its input."""
     constant = probe.constant + probe.vector @ norm.bias
     return replace(probe, vector=norm.fold(probe.vector) / scale, constant=constant)

@@ -1,4 +1,4 @@
-"""The model itself with latents of a graph changed, and what is held while it runs."""
+"""Forward passes of the full model, each with one latent of the graph changed, optionally with parts of it frozen."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,12 @@ ValueReader = Callable[[Tensor], Tensor | None]
 
 
 class Measured:
-    """Runs of the prompt side by side, one latent of the graph changed in each.
+    """Batched runs of the prompt, each with one latent of the graph changed.
 
-    ``hold_mlps``: all MLP outputs stay as they were but for what the changed latent writes. ``hold_patterns``: heads mix the
-    values of the run by the patterns of the clean one. ``hold_norms``: so do norms divide by the clean run's denominators.
+    Args:
+        hold_mlps: Freeze all MLP outputs, except for what the changed latent writes.
+        hold_patterns: Use the clean run's attention patterns.
+        hold_norms: Use the clean run's norm denominators.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class Measured:
     ):
         self.local, self.graph = local, graph
         self.hold_mlps, self.hold_patterns, self.hold_norms = hold_mlps, hold_patterns, hold_norms
-        # What the last pass had: the stream before attention and before the MLP's norm, and what the MLP read.
+        # From the latest pass: the stream before attention and before the MLP's norm, and the MLP inputs.
         self._pre: dict[int, Tensor] = {}
         self._mid: dict[int, Tensor] = {}
         self._mlp_in: dict[int, Tensor] = {}
@@ -39,7 +41,7 @@ class Measured:
 
     @torch.no_grad()
     def changes(self, some: Int[Tensor, " runs"], factor: float) -> Float[Tensor, "runs nodes"]:
-        """By how much every latent's pre-activation and every target differs from the clean run."""
+        """Return the change of every latent's pre-activation and every target relative to the clean run."""
         local, runs = self.local, len(some)
         edits = [self._edit(latent, run, runs, factor) for run, latent in enumerate(some.tolist())]
         codes, errors = {}, {}
@@ -50,7 +52,7 @@ class Measured:
                 codes[place], errors[place] = tiled(local.codes[layer], rows, runs), local.errors[layer, rows].repeat(runs, 1)
         kept, insertions = kept_positions(local, runs), local.replacement.insertions()
         splice = model_spliced(local.anatomy.model, insertions, not self.hold_mlps, kept, edits, codes, errors)
-        # Ours first: dictionaries are to read what a held norm makes of the stream.
+        # These hooks first: dictionaries must read the output of a frozen norm.
         with local.anatomy.model.hooked(self._readers()), splice:
             logits = local.anatomy.model.logits(local.token_ids.expand(runs, -1))[:, -1]
         if self.hold_norms:
@@ -74,7 +76,7 @@ class Measured:
         return found
 
     def _edit(self, latent: int, run: int, runs: int, factor: float) -> Intervention:
-        """The change of one latent at its position, in one of the runs."""
+        """Return the intervention that scales one latent at its position in one run."""
         node = self.graph.node(latent)
         assert node.layer is not None
         assert node.index is not None
@@ -99,7 +101,7 @@ class Measured:
         return readers
 
     def _keep(self, into: dict[int, Tensor], layer: int) -> ValueReader:
-        # Modules above may write into it.
+        # Cloned: later modules may modify it in place.
         return lambda x: into.__setitem__(layer, x.clone())
 
     def _keep_last(self, x: Tensor) -> None:
@@ -135,14 +137,14 @@ class Measured:
 
 
 def kept_positions(local: LocalReplacement, runs: int) -> Bool[Tensor, "runs positions"]:
-    """Where MLPs are replaced."""
+    """Return the mask of positions at which MLPs are replaced."""
     kept = torch.ones(runs, len(local.token_ids), dtype=torch.bool)
     kept[:, : local.exclude_leading] = False
     return kept
 
 
 def tiled(code: SparseCode, rows: slice, runs: int) -> SparseCode:
-    """The code of the tokens from some token on, once for every run."""
+    """Return the code of the tokens in ``rows``, repeated for every run."""
     first = int(code.starts[rows.start])
     latents, values, starts = code.latents[first:], code.values[first:], code.starts[rows] - first
     offsets = torch.arange(runs, device=starts.device)[:, None] * len(latents)

@@ -1,8 +1,8 @@
-"""How much of a graph leads to its targets, what may be left out, and how much of it latents explain.
+"""Influence, pruning and scores of attribution graphs.
 
-An adjacency matrix has a row per target and a column per source; targets that are not computed have zero rows. Influence
-is what reaches a node when weights on the logits walk backwards, at every target in proportion to the magnitude of its
-edges. It ends after as many steps as the graph has layers.
+An adjacency matrix has a row per target and a column per source; targets without computed edges have zero rows. Influence
+propagates weights on the logits backwards, from each target to its sources in proportion to the edges' magnitudes. It ends
+after as many steps as the graph has layers.
 
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models"; thresholds and the
 order of pruning follow its published code, circuit-tracer.
@@ -15,14 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 NODE_THRESHOLD, EDGE_THRESHOLD = 0.8, 0.98
-# Rows whose edges are all zero stay zero.
+# Keeps rows without edges at zero.
 SMALLEST_SUM = 1e-10
 CYCLE = "adjacency: expected a graph without cycles, got one in which influence does not come to an end."
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """Which nodes and edges are kept. ``cumulative`` is the share of influence of a node and all more influential ones."""
+    """Masks of kept nodes and edges. ``cumulative`` is the share of influence of a node and all more influential ones."""
 
     nodes: Bool[Tensor, " nodes"]
     edges: Bool[Tensor, "nodes nodes"]
@@ -31,20 +31,24 @@ class Pruned:
 
 @dataclass(frozen=True)
 class GraphScores:
-    """Of all influence on tokens and errors together, and of all edges, the share that errors do not have."""
+    """Scores of a graph.
+
+    ``replacement`` is the share of influence on tokens rather than errors; ``completeness`` is the influence-weighted share of
+    edges that do not come from errors.
+    """
 
     replacement: float
     completeness: float
 
 
 def normalised_influence(adjacency: Float[Tensor, "rows nodes"]) -> Float[Tensor, "rows nodes"]:
-    """Magnitudes, those of every row adding up to one."""
+    """Return edge magnitudes, normalized to sum to one in every row."""
     magnitudes = adjacency.abs()
     return magnitudes / magnitudes.sum(1, keepdim=True).clamp_min(SMALLEST_SUM)
 
 
 def influence(adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"]) -> Float[Tensor, " nodes"]:
-    """What reaches every node from ``weights`` on the targets, after any number of steps but none.
+    """Return the influence of ``weights`` on every node, summed over paths of one or more steps.
 
     Raises:
         ValueError: If the graph has a cycle.
@@ -55,7 +59,10 @@ def influence(adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " 
 def partial_influence(
     rows: Float[Tensor, "rows nodes"], weights: Float[Tensor, " targets"], numbers: Int[Tensor, " known"]
 ) -> Float[Tensor, " nodes"]:
-    """The same where rows are known of the targets, which come first, and of the nodes ``numbers``; others pass nothing on."""
+    """Return the influence when only the rows of the targets, which come first, and of nodes ``numbers`` are known.
+
+    Nodes without a row pass nothing on.
+    """
     shares = normalised_influence(rows)
     step = torch.cat([weights, weights.new_zeros(len(numbers))])
     total = shares.new_zeros(shares.shape[1])
@@ -76,10 +83,10 @@ def prune(
     node_threshold: float = NODE_THRESHOLD,
     edge_threshold: float = EDGE_THRESHOLD,
 ) -> Pruned:
-    """The most influential nodes, and among them the most influential edges, up to these shares of all influence.
+    """Keep the most influential nodes, and among them the most influential edges, up to these shares of all influence.
 
-    The first ``n_latents`` nodes are latents; the last ``n_kept``, tokens and logits, always stay. Latents without edges in
-    or out, and errors without edges out, go, until there are none.
+    The first ``n_latents`` nodes are latents; the last ``n_kept``, tokens and logits, always stay. Latents without incoming or
+    outgoing edges, and errors without outgoing edges, are removed repeatedly until none is left.
 
     Raises:
         ValueError: If a threshold is not between 0 and 1.
@@ -109,7 +116,7 @@ def prune(
 def scores(
     adjacency: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes"], errors: slice, tokens: slice
 ) -> GraphScores:
-    """Replacement and completeness score of a graph: 1 where no influence comes from errors."""
+    """Return the replacement and completeness scores; both are 1 if no influence comes from errors."""
     shares = normalised_influence(adjacency)
     reached = _walked(shares, weights)
     explained, unexplained = reached[tokens].sum(), reached[errors].sum()
@@ -130,9 +137,9 @@ def _walked(shares: Float[Tensor, "nodes nodes"], weights: Float[Tensor, " nodes
 
 
 def _cut(values: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:
-    """The value of the least entry that is needed for the largest ones to make up this share of the sum."""
+    """Return the smallest value needed for the largest entries to make up this share of the sum."""
     ordered = values.sort(descending=True).values
     reached = ordered.cumsum(0) / ordered.sum()
-    # Beyond the last entry that counts the running share may stay below 1 by rounding.
+    # Rounding may keep the cumulative share below 1, even after the last positive entry.
     last = max(int((ordered > 0).sum()) - 1, 0)
     return ordered[min(int(torch.searchsorted(reached, share)), last)]

@@ -1,4 +1,4 @@
-"""What stands in for the MLPs in an attribution graph: transcoders of single layers, or one cross-layer one, asked alike."""
+"""Replacement of MLPs by per-layer transcoders or a cross-layer transcoder, behind one interface."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ...transcoders.stack import Stack, hooks_of_provenance
 from ...transcoders.transcoder import Transcoder
 from ..virtual_weights.linear_readers import Readers, readers
 
-# A stack with its provenances, transcoders by layer, or a cross-layer transcoder; anything else is refused by name.
+# A stack with its provenances, transcoders by layer, or a cross-layer transcoder; other dictionaries raise an error.
 ReplacementDictionaries = Stack | Mapping[int, SparseDictionary] | SparseDictionary
 
 
@@ -28,14 +28,14 @@ class _Member:
 
 
 class Replacement:
-    """Latents of every replaced layer: what they read, where they write to, and what is written past them.
+    """Encoder and decoder directions, biases and skip paths of the transcoders that replace MLPs.
 
-    Everything is in raw units per unit of a latent's value. ``layers`` are those a cross-layer transcoder's sites stand
-    for; without them its sites are all layers of the model.
+    All are in raw units per unit of a latent's value. ``layers`` are the layers of a cross-layer transcoder's sites, by default
+    all layers of the model.
 
     Raises:
-        ValueError: If a dictionary is of another model, is no transcoder of an MLP, has an encoder without pre-activations,
-            or is in training mode.
+        ValueError: If a dictionary belongs to another model, is not a transcoder of an MLP, has an encoder without
+            pre-activations, or is in training mode.
     """
 
     def __init__(self, anatomy: Architecture, dictionaries: ReplacementDictionaries, layers: Sequence[int] | None = None):
@@ -58,7 +58,7 @@ class Replacement:
         self.layers = tuple(members)
 
     def insertions(self) -> list[Insertion]:
-        """The same dictionaries as ``model_spliced`` takes them."""
+        """Return the dictionaries as arguments for ``model_spliced``."""
         hooks: dict[int, list[tuple[str, str]]] = {}
         found: dict[int, SparseDictionary] = {}
         for layer, member in self._members.items():
@@ -67,25 +67,25 @@ class Replacement:
         return [Insertion(found[i], *(tuple(side) for side in zip(*hooks[i], strict=True))) for i in sorted(found)]
 
     def place(self, layer: int) -> TokenPlace:
-        """Which of the insertions, and which of its sites, a layer is."""
+        """Return a layer's index among the insertions, and its site there."""
         member = self._members[layer]
         return member.insertion, member.site
 
     def encode(self, layer: int, x: Float[Tensor, "tokens d_model"]) -> SparseCode:
-        """The code of what the layer's MLP reads."""
+        """Return the code of the layer's MLP inputs."""
         member = self._members[layer]
         return member.dictionary.encode_at(member.site, x)
 
     def decode(
         self, layer: int, codes: Mapping[int, SparseCode], x: Float[Tensor, "tokens d_model"]
     ) -> Float[Tensor, "tokens d_model"]:
-        """The reconstruction of what the layer's MLP writes, from the codes of all layers up to it."""
+        """Return the reconstruction of the layer's MLP output from the codes of all layers up to it."""
         member = self._members[layer]
         earlier = [one for one, other in self._members.items() if other.insertion == member.insertion and one <= layer]
         return member.dictionary.decode_at(member.site, [codes[one] for one in earlier], x).to(self.anatomy.W_E.dtype)
 
     def reads(self, layer: int, latents: Int[Tensor, " n"]) -> Readers:
-        """What latents read behind the MLP's norm."""
+        """Return the latents' encoder directions and constants on the MLP input, after the norm."""
         member = self._members[layer]
         if isinstance(member.dictionary, OneSiteDictionary):
             vectors, constants = readers(member.dictionary, latents)
@@ -94,7 +94,7 @@ class Replacement:
         return Readers(vectors.to(self.anatomy.W_E.dtype), constants.to(self.anatomy.W_E.dtype))
 
     def written(self, layer: int) -> tuple[int, ...]:
-        """The layers whose MLP outputs the layer's latents write to."""
+        """Return the layers whose MLP outputs the layer's latents write to."""
         own = self._members[layer]
         if not isinstance(own.dictionary, CrossLayerTranscoder):
             return (layer,)
@@ -102,7 +102,7 @@ class Replacement:
 
     @torch.no_grad()
     def writes(self, layer: int, latents: Int[Tensor, " n"]) -> Float[Tensor, "n written d_model"]:
-        """What one unit of latents adds to each of those MLP outputs."""
+        """Return the latents' decoder directions in each of the written layers."""
         member = self._members[layer]
         dictionary, block = member.dictionary, member.dictionary.blocks[member.site]
         scale = dictionary.out_scale if dictionary.out_scale.ndim == 0 else dictionary.out_scale[block.writes]
@@ -111,7 +111,7 @@ class Replacement:
 
     @torch.no_grad()
     def bypass(self, layer: int) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "d_model d_model"] | None]:
-        """What is written past the latents: a constant, and the matrix of the linear path if there is one."""
+        """Return the constant output of the layer's transcoder, and the matrix of its skip path, if any."""
         dictionary, site = self._members[layer].dictionary, self._members[layer].site
         dtype = self.anatomy.W_E.dtype
         if isinstance(dictionary, CrossLayerTranscoder):
@@ -156,7 +156,7 @@ def _stack_by_layer(anatomy: Architecture, stack: Stack) -> dict[int, SparseDict
 
 
 def require_model(anatomy: Architecture, provenance: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` if a checkpoint says that it was trained on another model."""
+    """Raise ``ValueError`` if a checkpoint records that it was trained on another model."""
     model = provenance.get("model")
     trained_on = model.get("id") if isinstance(model, Mapping) else None
     if trained_on is not None and trained_on != anatomy.model.id:
@@ -164,7 +164,7 @@ def require_model(anatomy: Architecture, provenance: Mapping[str, object]) -> No
 
 
 def layers_of(anatomy: Architecture, provenance: Mapping[str, object]) -> tuple[int, ...]:
-    """The layers whose MLPs a dictionary stands in for, by the hooks its checkpoint names.
+    """Return the layers whose MLPs a dictionary replaces, by the hooks of its provenance.
 
     Raises:
         ValueError: If it reads or writes anything else.

@@ -1,4 +1,4 @@
-"""Checkpoint and prompt in; ``graph.json`` and ``graph.html`` out."""
+"""Attribution graph of a checkpoint on a prompt: ``graph.json`` and ``graph.html``."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,9 @@ INTERVENTIONS = 30
 
 @dataclass(frozen=True)
 class GraphTarget:
-    """A checkpoint with its model: what stands in for the MLPs, where it was trained, and where its folders lie.
+    """The replacement model of a checkpoint, with its language model and provenance.
 
-    ``folders`` are the checkpoints' own, by the layers they stand for; ``source`` is what was read.
+    ``folders`` are the members' directories, by the layers they replace; ``source`` is the loaded checkpoint.
     """
 
     model: LanguageModel
@@ -63,14 +63,27 @@ def attribution_graph(
     context_tokens: int = DEFAULT_TOKENS,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
-    """Draw a prompt's attribution graph, as two files in ``out`` or the checkpoint's folder ``graph``, and return its facts.
+    """Compute a prompt's attribution graph; write ``graph.json`` and ``graph.html``, and return its scores and sizes.
 
-    ``checkpoint`` is a directory of transcoders' checkpoints, a cross-layer transcoder's, or a single transcoder's.
-    ``answer`` and ``foil`` are texts of one token each. Contexts of latents without a ``features.jsonl`` are looked for in
-    ``context_tokens`` held-out tokens; 0 leaves them out.
+    Example::
+
+        facts = attribution_graph("runs/transcoders", "The capital of France is", answer=" Paris")
+        print(facts["replacement_score"], facts["page_path"])
+
+    Args:
+        checkpoint: A directory of transcoder checkpoints, a cross-layer transcoder, or a single transcoder.
+        out: Directory for the files; by default the checkpoint's folder ``graph``.
+        answer: Target token, as text of one token; by default the likeliest next tokens.
+        foil: The target is the logit of ``answer`` minus that of this token.
+        exclude_leading: Number of leading positions at which MLP outputs are constants.
+        max_latents: Keep only this many latents, by influence.
+        node_threshold: Share of the influence that the kept nodes carry.
+        edge_threshold: Share of the influence that the kept edges carry.
+        context_tokens: Held-out tokens to search for contexts of latents without a ``features.jsonl``; 0 skips this.
+        options: Facts that the checkpoint's files leave open.
 
     Raises:
-        ValueError: If the checkpoint, its model, the prompt or a token cannot be had, or do not fit each other.
+        ValueError: If the checkpoint, its model, the prompt or a token is invalid, or they do not fit each other.
     """
     opened = open_graph_target(checkpoint, options)
     tokenizer = opened.model.tokenizer
@@ -92,7 +105,7 @@ def attribution_graph(
 
 
 def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabels | None = None) -> None:
-    """Write ``graph.json``, in circuit-tracer's form, and ``graph.html``; without ``labels`` tokens are shown by number."""
+    """Write ``graph.json``, in circuit-tracer's format, and ``graph.html``; without ``labels``, tokens are shown by id."""
     if labels is None:
         tokens = [str(token) for token in graph.token_ids.tolist()]
         targets = [str(target.token) + ("" if target.foil is None else f" \u2212 {target.foil}") for target in graph.targets]
@@ -103,7 +116,7 @@ def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabe
 
 
 def _written_page(path: Path, data: Mapping[str, Any]) -> Path:
-    """The data of a graph's page beside the graph, and the page."""
+    """Write the page's data next to the graph, render the page, and return its path."""
     write_text(path.with_name(DATA_FILE), json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
     return render_file(path)
 
@@ -136,7 +149,7 @@ def open_graph_target(checkpoint: str | Path, options: CheckpointOptions = NO_OP
 
 
 def prompt_ids(opened: GraphTarget, prompt: str) -> torch.Tensor:
-    """The prompt's tokens, behind the BOS token that contexts had in training, if they had one.
+    """Return the prompt's token ids, after a BOS token if contexts had one in training.
 
     Raises:
         ValueError: If the prompt is empty.
@@ -150,10 +163,10 @@ def prompt_ids(opened: GraphTarget, prompt: str) -> torch.Tensor:
 
 
 def one_token(opened: GraphTarget, name: str, text: str) -> int:
-    """The id of a text that is one token, with or without a space before it.
+    """Return the id of a text that is a single token, with or without a leading space.
 
     Raises:
-        ValueError: If it is none, or unknown to the tokenizer.
+        ValueError: If it is not a single token, or unknown to the tokenizer.
     """
     tokenizer = opened.model.tokenizer
     for spelled in (text, f" {text}"):
@@ -166,7 +179,7 @@ def one_token(opened: GraphTarget, name: str, text: str) -> int:
 def _notes(
     opened: GraphTarget, graph: AttributionGraph, pruned: Pruned, words: Sequence[str], context_tokens: int
 ) -> dict[Latent, Note]:
-    """Of the latents that are shown."""
+    """Return notes on the latents that are shown."""
     shown = graph.active.where(pruned.nodes[graph.latents])
     latents = list(latents_of(shown.layers, shown.latents))
     notes: dict[Latent, Note] = {}
@@ -181,7 +194,7 @@ def _notes(
 
 
 def _numbers(replacement: Replacement, layers: tuple[int, ...], latents: Sequence[Latent]) -> dict[int, Latent]:
-    """The latents of one checkpoint by their numbers in it: a cross-layer transcoder's are numbered through all layers."""
+    """Map the latents' numbers in one checkpoint to latents; a cross-layer transcoder numbers them through all layers."""
     found = {}
     for layer, latent in latents:
         if layer in layers:

@@ -1,4 +1,4 @@
-"""Families: groups of runs as comparisons hold them, with their figures' means, ranges and intervals, and who is best."""
+"""Families, the JSON form of run groups in a comparison: means, ranges and intervals of their figures, and the best ones."""
 
 import statistics
 from collections.abc import Sequence
@@ -25,27 +25,27 @@ from .groups import (
 )
 from .statistics import SETTINGS
 
-# What the report says of a family, and not of a seed.
+# Report entries that all seeds of a family share.
 FAMILY_ENTRIES = ("kind", "encoder", "n_latents", "training_tokens", "dead_training_window_tokens")
-# The speed of a training is the machine's as much as the recipe's: nothing is tested about it.
+# Training speed depends on the machine as much as on the recipe, so it is not tested.
 UNTESTED = ("tokens_per_second",)
-# Differences that a terminal has room for; the page and comparison.json have all.
+# Figures whose differences fit on a terminal; the page and comparison.json have all.
 TOLD = ("fvu", "ce_increase", "dead_fraction", "dead_training_fraction")
 
 
 def compared(
     groups: Sequence[RunGroup], columns: Sequence[Column], against: str | None = None, match_l0: float | None = None
 ) -> dict[str, Any]:
-    """Return what a comparison says of groups of runs: families, differences to one of them, and what these rest on.
+    """Compare groups of runs: return families, their differences from a reference family, and the statistics behind them.
 
     Args:
         groups: One for each recipe.
-        columns: Figures, and which end of them is better.
-        against: The family that others are compared with; by default the first that chooses latents token by token.
+        columns: Figures, and whether lower or higher is better.
+        against: The reference family; by default the first one in per-token inference mode.
         match_l0: Interpolate sweeps over budgets to this l0.
 
     Raises:
-        ValueError: If there is no family of that name, or no sweep that reaches the l0 from both sides.
+        ValueError: If there is no family of that name, or no sweep that has an l0 on either side of ``match_l0``.
     """
     if match_l0 is not None:
         before, groups = groups, matched(groups, match_l0, columns)
@@ -92,10 +92,10 @@ def _at_l0(group: RunGroup) -> str:
 
 
 def summarize(name: str, reports: Sequence[Report], columns: Sequence[Column]) -> dict[str, Any]:
-    """One family: what its reports have in common, and mean, minimum and maximum of every figure.
+    """Return one family: its common entries, and the mean, minimum, maximum and values of every figure.
 
-    ``None`` and NaN count as undefined: they stay ``None`` among the values and are left out of the mean. A figure that no
-    report has was not measured, and is absent.
+    Undefined values (``None`` or NaN) stay ``None`` among the values and are left out of the mean. A figure that no report has
+    is absent.
     """
     figures = {}
     for key in (column.key for column in columns):
@@ -114,10 +114,10 @@ def summarize(name: str, reports: Sequence[Report], columns: Sequence[Column]) -
 
 
 def best(families: Sequence[dict[str, Any]], columns: Sequence[Column]) -> dict[str, list[str]]:
-    """Names of the families with the best mean of each figure that has a better end, equal ones together.
+    """Return, for each figure with a preferred direction, the names of the families with the best mean, including ties.
 
-    Only who chooses latents token by token, is at the common l0 and is defined for every seed takes part; where all are
-    equal, none is best.
+    Only families in per-token inference mode, at the common l0, and defined for every seed are ranked. If all means are equal,
+    none is best.
     """
     winners: dict[str, list[str]] = {}
     for column in columns:
@@ -134,7 +134,7 @@ def best(families: Sequence[dict[str, Any]], columns: Sequence[Column]) -> dict[
 
 
 def differences_summary(comparison: Report) -> list[list[str]]:
-    """The table of differences for a terminal: a header and one row for each family and main figure."""
+    """Return the table of differences for a terminal: a header, then one row per family and main figure."""
     rows = [["less", "figure", "difference", "95 % interval", "over", "seed sd", "detectable", "verdict"]]
     for found in comparison.get("differences", ()):
         if found["figure"] not in TOLD:

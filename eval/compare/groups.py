@@ -1,7 +1,7 @@
-"""Groups of runs that differ in the seed only: their l0 against its target, figures at one l0, and how sure all of it is.
+"""Groups of runs that differ only in the seed: l0 targets, interpolation to a common l0, and uncertainty.
 
-A point of a group is one seed's report, or a mixture of two of a sweep over budgets: figures are then interpolated to a common
-l0, linearly in the logarithm of l0 and, where both are positive, of the figure. Nothing is extrapolated.
+A point of a group is one seed's report, or a mixture of two reports of a sweep over budgets: figures are interpolated to a
+common l0, linearly in log l0 and, where both values are positive, in the log of the figure. Nothing is extrapolated.
 """
 
 import json
@@ -22,16 +22,16 @@ from ..pages.numbers import finite
 from ..pages.tables import Column
 from .statistics import LATENT_SHARES, decide, difference, sd_of, uncertainty
 
-# A group whose l0 differs from the target by a larger share is marked, and compared with none as an equal.
+# A group whose l0 deviates from the target by a larger share is marked, and its differences are not tested.
 L0_TOLERANCE = 0.02
-# Arguments of encoders that set a budget: recipes that differ in these alone are one sweep.
+# Encoder arguments that set a budget: recipes that differ only in these form a sweep.
 BUDGETS = ("k", "target_l0", "sparsity")
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One seed of a group: the directories it is made of, with their weights, and the report that results."""
+    """One seed of a group: its run directories with interpolation weights, and the resulting report."""
 
     parts: tuple[tuple[Path, float], ...]
     report: Report
@@ -40,20 +40,20 @@ class Point:
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Points of one recipe, one for each seed. ``between`` names the groups it was interpolated from."""
+    """The runs of one recipe, one point per seed. ``between`` names the groups it was interpolated from."""
 
     name: str
     points: tuple[Point, ...]
     between: tuple[str, ...] = field(default=())
 
     def values(self, key: str) -> list[float]:
-        """The figure's values, without those that are not defined."""
+        """Return the figure's defined values."""
         found = (finite(point.report.get(key)) for point in self.points)
         return [value for value in found if value is not None]
 
 
 def encoder_spec_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and arguments of the encoder, as far as a report's text holds them."""
+    """Return the encoder's name and arguments, parsed from the report."""
     try:
         return dict(json.loads(report.get("encoder") or "{}"))
     except (ValueError, TypeError):
@@ -61,13 +61,13 @@ def encoder_spec_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def target_l0(report: Mapping[str, Any]) -> float | None:
-    """The latents per token that the encoder was given as a budget or a target."""
+    """Return the latents per token that the encoder was given as a budget or target."""
     spec = encoder_spec_of(report)
     return finite(spec.get("target_l0") or spec.get("k"))
 
 
 def common_l0(groups: Sequence[RunGroup], against: str, matched: float | None) -> float | None:
-    """The l0 at which groups are compared: the one asked for, the target of the reference, or what it has."""
+    """Return the l0 at which groups are compared: the requested one, else the reference's target, else its measured l0."""
     if matched is not None:
         return matched
     reference = next(group for group in groups if group.name == against)
@@ -77,22 +77,22 @@ def common_l0(groups: Sequence[RunGroup], against: str, matched: float | None) -
 
 
 def l0_deviation(group: RunGroup, target: float | None) -> float | None:
-    """How far the mean l0 is from the target, as a share of it; ``None`` where either is not known."""
+    """Return the relative deviation of the mean l0 from the target, or ``None`` if either is unknown."""
     measured = group.values("l0_mean")
     return statistics.fmean(measured) / target - 1 if measured and target else None
 
 
 def off_target(group: RunGroup, target: float | None) -> bool:
-    """Whether the mean l0 is further from the target than the tolerance."""
+    """Return True if the mean l0 deviates from the target by more than the tolerance."""
     deviation = l0_deviation(group, target)
     return deviation is not None and abs(deviation) > L0_TOLERANCE
 
 
 def matched(groups: Sequence[RunGroup], l0: float, columns: Sequence[Column]) -> list[RunGroup]:
-    """Put one group, interpolated to ``l0``, in the place of every sweep; what is in no sweep stays as it is.
+    """Replace every sweep by one group interpolated to ``l0``; other groups stay as they are.
 
-    A sweep is of groups that differ in their encoders' budgets only. Each seed is interpolated by itself, between its two
-    neighbours in l0; a seed that lies on one side only is left out, and a sweep without any stays as it is.
+    A sweep consists of groups that differ only in their encoders' budgets. Each seed is interpolated separately between its two
+    neighbors in l0. Seeds without a neighbor on either side are dropped; a sweep without any remaining seed is left as it is.
     """
     sweeps: dict[str, list[RunGroup]] = {}
     for group in groups:
@@ -116,7 +116,7 @@ def matched(groups: Sequence[RunGroup], l0: float, columns: Sequence[Column]) ->
 
 
 def _seeds_at(members: Sequence[RunGroup], l0: float, columns: Sequence[Column]) -> list[Point | None]:
-    """One point for every seed (or place, where seeds are not known) that all members may have."""
+    """Return one interpolated point for every seed (or for every position, if seeds are unknown)."""
     by_seed: dict[Any, list[Point]] = {}
     for member in members:
         for place, point in enumerate(member.points):
@@ -146,7 +146,7 @@ def _at(points: Sequence[Point], l0: float, columns: Sequence[Column]) -> Point 
 def mixture(
     key: str, values: Float[np.ndarray, "parts resamples"], weights: Sequence[float]
 ) -> Float[np.ndarray, " resamples"]:
-    """Interpolate a figure: the parts are rows. In logarithms where all are positive, but for shares near 1."""
+    """Interpolate a figure between parts (rows), in log space where all are positive, except for shares near 1."""
     w = np.asarray(weights)[:, None]
     if bool((values > 0).all()) and not key.startswith(("ce_recovered", "top1")):
         return np.exp((w * np.log(values)).sum(0))
@@ -154,10 +154,10 @@ def mixture(
 
 
 def document_covariance(groups: Sequence[RunGroup], keys: Sequence[str]) -> dict[str, Any] | None:
-    """Covariance of the groups' means over resampled documents, by figure; ``None`` where no sums were kept.
+    """Return the covariance of the groups' means over resampled documents, by figure; ``None`` if no sums were saved.
 
-    Documents are drawn together for all groups, so that the variance of a difference follows. Rows and columns are in the
-    order of the groups; those of a group whose sums are missing, or of other documents, are ``None``.
+    Each resample draws the same documents for all groups, so the variance of a difference follows from the matrix. Rows and
+    columns are in group order; those of a group whose sums are missing or cover other documents are ``None``.
     """
     tables: dict[Path, dict[str, np.ndarray]] = {}
     for path in dict.fromkeys(path for group in groups for point in group.points for path, _ in point.parts):
@@ -179,7 +179,7 @@ def document_covariance(groups: Sequence[RunGroup], keys: Sequence[str]) -> dict
 
 
 def _resampled(group: RunGroup, key: str, totals: Mapping[Path, Mapping[str, np.ndarray]]) -> np.ndarray | None:
-    """The group's mean on every resample of the documents."""
+    """Return the group's mean on every resample of the documents."""
     means = []
     for point in group.points:
         if finite(point.report.get(key)) is None:
@@ -209,7 +209,7 @@ def _covariance(rows: Sequence[np.ndarray | None]) -> list[list[float | None]] |
 
 
 def _variance(covariance: Mapping[str, Any] | None, key: str, a: int, b: int | None = None) -> tuple[float, int] | None:
-    """Variance over documents of a group's mean, or of the difference of two, and the number of documents."""
+    """Return the variance over documents of a group's mean, or of the difference of two, and the number of documents."""
     rows = None if covariance is None else covariance["figures"].get(key)
     if covariance is None or rows is None or rows[a][a] is None or (b is not None and rows[b][b] is None):
         return None
@@ -218,7 +218,7 @@ def _variance(covariance: Mapping[str, Any] | None, key: str, a: int, b: int | N
 
 
 def with_intervals(figures: dict[str, Any], covariance: Mapping[str, Any] | None, place: int) -> dict[str, Any]:
-    """A group's figures with the standard deviation over seeds, and an interval over seeds and documents."""
+    """Add to each figure its standard deviation over seeds, and an interval over seeds and documents."""
     found = {}
     for key, entry in figures.items():
         values = [value for value in entry["values"] if value is not None]
@@ -239,18 +239,18 @@ def family_differences(
     columns: Sequence[Column],
     claims: Sequence[Mapping[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Differences of families of a ``comparison.json``, with verdicts.
+    """Return the differences between families of a ``comparison.json``, with verdicts.
 
     Args:
-        comparison: What ``compare`` writes; older ones have no covariance over documents, and intervals are of seeds alone.
-        columns: Figures and which end of them is better.
-        claims: Mappings with ``family``, ``figure`` and perhaps ``against``, corrected for multiple tests together. By
+        comparison: The output of ``compare``; older files have no covariance over documents, so intervals cover seeds only.
+        columns: Figures, and whether lower or higher is better.
+        claims: Mappings with ``family``, ``figure`` and optionally ``against``, corrected for multiple testing together. By
             default every family against the comparison's reference, corrected figure by figure.
 
     Returns:
         One mapping for each: ``family``, ``against``, ``figure``, ``difference``, ``low``, ``high``, ``interval_over``,
         ``seed_sd``, ``detectable``, ``margin``, ``p``, ``p_holm``, ``p_equivalent``, ``p_equivalent_holm``, ``verdict``,
-        ``negligible``, and whatever else a claim holds.
+        ``negligible``, and any other keys of the claim.
 
     Raises:
         ValueError: If a claim names a family or figure that the comparison lacks.
@@ -280,7 +280,7 @@ def _asked(
     comparison: Mapping[str, Any],
     strict: bool,
 ) -> dict[str, Any] | None:
-    """The difference that a claim is about; ``None`` where a figure was not measured and nobody asked for it by name."""
+    """Return the difference that a claim is about, or ``None`` if a figure was not measured and ``strict`` is false."""
     key, against = claim["figure"], claim.get("against", reference)
     for name in (claim["family"], against):
         require_choice("claim: family", name, list(families))
@@ -303,9 +303,9 @@ def _asked(
 
 
 def reseed_noise(families: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
-    """The standard deviation over seeds, pooled over families of several: what retraining one recipe changes.
+    """Return the standard deviation over seeds, pooled over families with several: the effect of retraining one recipe.
 
-    ``None`` where every family has one seed: nobody knows then whether two runs differ by more than two seeds would.
+    ``None`` if every family has a single seed: reseeding noise is then unknown.
     """
     found: dict[str, Any] = {}
     for key in keys:

@@ -1,4 +1,4 @@
-"""Several recipes over one store, each with several seeds: trained, judged and set side by side."""
+"""Comparison of recipes: train each with several seeds over one activation store, evaluate the runs, and compare."""
 
 import json
 import logging
@@ -29,9 +29,9 @@ from .families import compared
 from .groups import Point, RunGroup
 from .runs import REPORT_FILE, is_stale
 
-# 2: intervals over seeds and documents, differences with verdicts; no best away from the common l0.
+# 2: intervals over seeds and documents, differences with verdicts; none is best away from the common l0.
 COMPARISON_VERSION = 2
-# Shared by more than one recipe, it would be found by a directory's name, but is none itself.
+# Shared base of the recipes in a directory, not a recipe itself.
 BASE_FILE = "base.yaml"
 COMMON_ENTRIES = ("model", "text", "tokens", "documents", "dead_window_tokens", "dark_matter_enough_tokens")
 
@@ -47,27 +47,31 @@ def compare_recipes(
     against: str | None = None,
     match_l0: float | None = None,
 ) -> Report:
-    """Train and judge every recipe with seeds 0, 1, ...; write ``comparison.json`` and ``comparison.html`` into ``out``.
+    """Train and evaluate every recipe with seeds 0, 1, ...; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
-    ``recipes`` are files or directories of files. What is complete is not done again and what was interrupted goes on, so
-    the same call may be repeated. Everything that can be checked is checked before the first run starts. ``against`` names the
-    recipe that others are compared with, the first by default; ``match_l0`` compares sweeps over budgets at one l0.
+    Complete runs are skipped and interrupted ones resumed, so the call can be repeated. All inputs are validated before the
+    first run starts.
+
+    Args:
+        recipes: Files or directories of files.
+        against: The recipe that others are compared with; by default the first.
+        match_l0: Compare sweeps over budgets at this l0.
 
     Raises:
-        ValueError: If the recipes do not share model, text, what they reconstruct and store (a null one aside), or one cannot
-            be run.
+        ValueError: If the recipes do not share model, text, reconstructed hook and store (unless the store is null), or one
+            cannot be run.
     """
     if seeds < 1:
         raise ValueError(f"--seeds: expected at least 1, got {seeds}. Every recipe is trained once per seed.")
     loaded = load_families(recipes, overrides or {})
-    # Together: the one store is to hold what each of them needs.
+    # Resolved together, because the shared store must hold the activations of all recipes.
     families = dict(zip(loaded, resolve_recipes(list(loaded.values())), strict=True))
     require_comparable(families)
     if against is not None and match_l0 is None:
         require_choice("--against", against, list(families))
     runs = {name: [_seeded(member, out, name, seed) for seed in range(seeds)] for name, member in families.items()}
     pending = [(name, run) for name, members in runs.items() for run in members if not is_complete(run.recipe, run.content)]
-    # Seeds of a recipe need the same.
+    # One plan per recipe: its seeds need the same resources.
     plans = {name: preflight(run) for name, run in dict(pending).items()}
     for name, run in [(name, run) for name, run in pending if run.recipe.harvest.store is not None][:1]:
         run_harvest(run, progress(run.recipe.harvest.tokens or 0), plans[name])
@@ -83,10 +87,10 @@ def compare_recipes(
 
 
 def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Recipes by the stem of their file; a directory stands for its ``*.yaml``, sorted, without ``base.yaml``.
+    """Load recipes by the stem of their file; a directory stands for its ``*.yaml``, sorted, without ``base.yaml``.
 
     Raises:
-        ValueError: If a recipe is wrong, two files have one name, or there are none.
+        ValueError: If a recipe is invalid, two files have the same stem, or there are none.
     """
     taken = [key for key in ("out_dir", "seed") if key in overrides]
     if taken:
@@ -109,10 +113,10 @@ def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -
 
 
 def require_comparable(families: Mapping[str, ResolvedRecipe]) -> None:
-    """Raise ``ValueError`` with one line for every key in which a recipe would see other activations than the first.
+    """Raise ``ValueError`` with one line for every key in which a recipe's activations would differ from the first one's.
 
-    A recipe without a store, which streams from the model, is only held to model, text, what is reconstructed and what is
-    left out. What is read may differ: a transcoder compares with an SAE of its output.
+    A recipe without a store, which streams from the model, needs to match only in model, text, reconstructed hook and token
+    filters. Input hooks may differ: a transcoder compares with an SAE of its output.
     """
     recipes = {name: member.recipe for name, member in families.items()}
     first = next((name for name, recipe in recipes.items() if recipe.harvest.store is not None), next(iter(recipes)))
@@ -134,10 +138,10 @@ def require_comparable(families: Mapping[str, ResolvedRecipe]) -> None:
 
 
 def is_complete(recipe: Recipe, content: Callable[[], Content] | None = None) -> bool:
-    """Whether the run in ``out_dir`` was trained to its end, and judged after that on ``eval_tokens`` tokens.
+    """Return True if the run in ``out_dir`` was trained to its end and then evaluated on ``eval_tokens`` tokens.
 
     Args:
-        content: Return that of the recipe's model as it is now.
+        content: Returns the current content of the recipe's model.
 
     Raises:
         ValueError: If another recipe was run there, or this one on a model or text that has changed.
@@ -166,13 +170,15 @@ def collect_run_groups(
     against: str | None = None,
     match_l0: float | None = None,
 ) -> dict[str, Any]:
-    """The comparison of judged runs: for every family, each figure's mean and range over its directories, one per seed.
+    """Return the comparison of evaluated runs: for every family, each figure's mean and range over its seeds.
 
-    ``live`` names the families that were trained on activations streamed from the model. ``against`` and ``match_l0`` are
-    those of ``compare_recipes``.
+    Args:
+        directories: Run directories of each family, one per seed.
+        live: Families trained on activations streamed from the model.
+        against: As in ``compare_recipes``, and so is ``match_l0``.
 
     Raises:
-        ValueError: If a report is missing, two were made on different numbers of tokens, or ``compared`` refuses.
+        ValueError: If a report is missing, two cover different numbers of tokens, or ``compared`` raises it.
     """
     reports = {path: read_json(path / REPORT_FILE) for paths in directories.values() for path in paths}
     (first, reference), *others = reports.items()
@@ -197,7 +203,7 @@ def collect_run_groups(
         "comparison_version": COMPARISON_VERSION,
         "spread": "minimum and maximum over seeds",
         **{key: reference.get(key) for key in COMMON_ENTRIES},
-        # An SAE's one hook; of others what they predict.
+        # The hook of an SAE, the output hooks of other kinds.
         "hook": reference.get("hook") or ", ".join(reference.get("hooks_out") or ()) or None,
         **found,
     }
@@ -208,7 +214,7 @@ def _point(path: Path, seed: int, report: Report) -> Point:
 
 
 def training_speed(metrics: Path) -> float | None:
-    """Tokens per second: the median over the lines of ``metrics.jsonl``, which a save or a slow start does not move."""
+    """Return tokens per second: the median over the lines of ``metrics.jsonl``, which is robust to saves and a slow start."""
     if not metrics.exists():
         return None
     rates = [finite(json.loads(line).get("tokens_per_second")) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -217,7 +223,7 @@ def training_speed(metrics: Path) -> float | None:
 
 
 def recipes_summary(comparison: dict[str, Any]) -> list[list[str]]:
-    """The table for a terminal: a header and one row per family, of means; the best ones carry a star."""
+    """Return the table for a terminal: a header and one row of means per family; a star marks the best ones."""
     rows = [["mean over seeds", *(column.label for column in COLUMNS)]]
     for family in comparison["families"]:
         means = {key: family["figures"].get(key, {}).get("mean") for key in (column.key for column in COLUMNS)}
@@ -233,7 +239,7 @@ def _short(value: float | None) -> str:
 
 
 def _inputs(recipe: Recipe, hook: str) -> dict[str, Any]:
-    """Keys that decide which activations a dictionary is judged by and on how many, the store first."""
+    """Return the keys that determine the activations and the number of tokens used for evaluation, the store first."""
     values = recipe.model_dump(mode="json")
     harvest = {"store": recipe.harvest.store} | values["harvest"]
     if recipe.harvest.store is None:
@@ -248,7 +254,7 @@ def _seeded(member: ResolvedRecipe, out: str | Path, name: str, seed: int) -> Re
 
 
 def _run(run: ResolvedRecipe, plan: TrainingPlan) -> None:
-    """Train and judge. An older report goes first: after an interruption it would pass for the new one."""
+    """Train and evaluate; the old report is deleted first, so that it cannot pass for the new one after an interruption."""
     recipe = run.recipe
     (Path(recipe.out_dir) / REPORT_FILE).unlink(missing_ok=True)
     try:

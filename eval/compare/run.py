@@ -1,4 +1,4 @@
-"""Comparison as the command has it: of runs that exist, or of recipes that are trained and evaluated for it."""
+"""Comparison of existing runs, or of recipes that are trained and evaluated for it (``sparsary compare``)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,18 +25,24 @@ def compare(
 ) -> Report:
     """Compare runs, or train and compare recipes; write ``comparison.json`` and ``comparison.html``, return the former.
 
+    Example::
+
+        comparison = compare(["runs/topk", "runs/jumprelu"], tokens=100_000)
+        print(comparison["pareto"]["fvu"])
+        compare(["topk.yaml", "relu.yaml"], {"tokens": 1_000_000}, seeds=3)
+
     Args:
         sources: Checkpoints or reports; or recipe files, or directories of them (their ``*.yaml`` without ``base.yaml``).
         overrides: Keys to override in all recipes.
         seeds: Train every recipe with seeds 0, 1, ..., this many.
-        out: Where the comparison goes, and recipes' runs (``RECIPE/seed-N``).
-        tokens: Evaluate all runs on this many held-out tokens; without it, those that have no report yet.
-        cache: Take what was measured of a run before from its ``eval_cache``.
+        out: Directory for the comparison and the recipes' runs (``RECIPE/seed-N``).
+        tokens: Evaluate all runs on this many held-out tokens; by default only runs without a report are evaluated.
+        cache: Reuse earlier results from the runs' ``eval_cache``.
         trust_remote_code: Run Python code that a language model's repository brings.
-        against: The recipe, run, or group of runs that differ in the seed only, with which all others are compared; by
-            default the first.
+        against: The reference that all others are compared with: a recipe, a run, or a group of runs that differ only in the
+            seed. Default: the first.
         match_l0: Compare at this l0: figures are interpolated along every sweep over budgets (recipes, or runs, that differ
-            in the encoder's ``k``, ``target_l0`` or ``sparsity`` only).
+            only in the encoder's ``k``, ``target_l0`` or ``sparsity``).
 
     Raises:
         ValueError: If runs and recipes are mixed, or one of them cannot be compared with the others.
@@ -54,7 +60,7 @@ def compare(
 
 
 def comparison_summary(comparison: Report) -> list[list[list[str]]]:
-    """The tables for a terminal: a header and one row for each run or recipe; then one for each difference, if there are."""
+    """Return the tables for a terminal, each with a header: one row per run or recipe, then one per difference, if any."""
     table = runs_summary(comparison) if "runs" in comparison else recipes_summary(comparison)
     tested = differences_summary(comparison)
     return [table, tested] if len(tested) > 1 else [table]

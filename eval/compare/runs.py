@@ -1,4 +1,4 @@
-"""Runs that exist, side by side: checkpoints or reports, whatever trained them; ``eval.compare`` trains its own."""
+"""Comparison of existing runs, given as checkpoints or reports of any origin; ``eval.compare.recipes`` trains its own."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ from .groups import Point, RunGroup
 
 RUNS_VERSION = 1
 REPORT_FILE = "report.json"
-# Figures of runs that differ in one of these answer different questions.
+# Runs that differ in one of these were evaluated on different things.
 SHARED = ("model", "text", "hook", "tokens", "selection")
 AGAINST_L0 = ("fvu", "ce_increase")
 
 
 def runs_among(arguments: Sequence[str | Path]) -> list[Path] | None:
-    """The runs that arguments name, or ``None`` if none of them is one (they are recipes then).
+    """Return the runs that the arguments name, or ``None`` if none of them is a run, that is, if they are recipes.
 
-    A directory that holds several runs, and is none itself, stands for them.
+    A directory of several runs that is not a run itself stands for these runs.
 
     Raises:
         ValueError: If some are runs and others are not.
@@ -52,7 +52,7 @@ def _runs(path: Path) -> list[Path]:
 
 
 def _is_stack(path: Path) -> bool:
-    """Whether a report is about several checkpoints below it."""
+    """Return True if a report covers several checkpoints below its directory."""
     return not (path / CONFIG_FILE).exists() and bool(stack_folders(path))
 
 
@@ -66,15 +66,18 @@ def compare_runs(
     against: str | None = None,
     match_l0: float | None = None,
 ) -> Report:
-    """Set runs side by side; write ``comparison.json`` and ``comparison.html`` into ``out``.
+    """Compare existing runs; write ``comparison.json`` and ``comparison.html`` into ``out``.
 
-    A checkpoint without a report, or with one of other weights, is judged first, those of one model and text together; with
-    ``tokens`` all are, on so many. Runs may differ in anything: what makes figures hard to compare is said on the page.
-    ``against`` names the run, or the group of reseeded ones, that others are compared with; ``match_l0`` interpolates sweeps
-    over budgets to one l0.
+    Checkpoints without a report, or with one of other weights, are evaluated first, those of one model and text together; with
+    ``tokens``, all are evaluated on that many. Runs may differ in anything: the page lists differences that limit the
+    comparison.
+
+    Args:
+        against: The run, or group of runs that differ only in the seed, that others are compared with.
+        match_l0: Interpolate sweeps over budgets to this l0.
 
     Raises:
-        ValueError: If there are fewer than two runs, a report is of another kind, or a checkpoint cannot be judged.
+        ValueError: If there are fewer than two runs, a report is of another kind, or a checkpoint cannot be evaluated.
     """
     if len(runs) < 2:
         raise ValueError(f"compare: expected at least two runs, got {len(runs)}. For one alone: sparsary eval {runs[0]}")
@@ -91,15 +94,15 @@ def compare_runs(
 
 
 def is_stale(run: Path) -> bool:
-    """Whether a run's weights are not those that its report is about."""
+    """Return True if a run's weights differ from those that its report covers."""
     judged = read_json(run / REPORT_FILE).get("weights_sha256")
     return judged is not None and (run / WEIGHTS_FILE).exists() and sha256(run / WEIGHTS_FILE) != judged
 
 
 def collect_runs(runs: Sequence[Path], against: str | None = None, match_l0: float | None = None) -> dict[str, Any]:
-    """The comparison of judged runs: their scalar entries, in what they differ, and who is on the Pareto fronts.
+    """Return the comparison of evaluated runs: their scalar entries, the settings in which they differ, and the Pareto fronts.
 
-    Runs whose recipes differ in the seed only are one family; what families differ in is tested as in a comparison of recipes.
+    Runs whose recipes differ only in the seed form one family; differences are tested as in a comparison of recipes.
     """
     names = short_names([str(run) for run in runs])
     found = []
@@ -123,7 +126,7 @@ def collect_runs(runs: Sequence[Path], against: str | None = None, match_l0: flo
 
 
 def reseeded(runs: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
-    """Put runs together whose recipes differ in the seed only, by seed; every other run is a group of its own."""
+    """Group runs whose recipes differ only in the seed, ordered by seed; every other run is a group of its own."""
     together: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         digest = run["report"].get("recipe_digest")
@@ -132,7 +135,7 @@ def reseeded(runs: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
     for members in together.values():
         seeds = [run["report"].get("seed") for run in members]
         if len(set(seeds)) < len(seeds):
-            # The same run twice, or continued: not two draws of anything.
+            # A repeated or continued run is not an independent sample.
             groups += [RunGroup(run["name"], (_point(run),)) for run in members]
             continue
         ordered = sorted(members, key=lambda run: (run["report"].get("seed") is None, run["report"].get("seed") or 0))
@@ -141,13 +144,13 @@ def reseeded(runs: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
 
 
 def _point(run: Mapping[str, Any]) -> Point:
-    # Those of before did not say.
+    # Older reports have no `selection`.
     report = {"selection": PER_TOKEN} | run["report"]
     return Point(((Path(run["directory"]), 1.0),), report, report.get("seed"))
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """What the names of runs of one recipe have in common: ``topk-seed-0`` and ``topk-seed-1`` are ``topk``."""
+    """Return the common prefix of run names: ``topk-seed-0`` and ``topk-seed-1`` give ``topk (2 seeds)``."""
     if len(names) == 1:
         return names[0]
     begins = {re.sub(r"[-_. ]*(seed)?[-_. ]*[0-9]*$", "", name) for name in names}
@@ -162,7 +165,7 @@ def _by_value(runs: list[dict[str, Any]], key: str) -> dict[str, list[str]]:
 
 
 def pareto(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """Names of the runs that no other beats in both l0 and this figure, by l0; lower is better in both."""
+    """Return the names of the runs on the Pareto front of l0 and this figure (lower is better in both), ordered by l0."""
     points = [(finite(run["report"].get("l0_mean")), finite(run["report"].get(key)), run["name"]) for run in runs]
     known = sorted((x, y, name) for x, y, name in points if x is not None and y is not None)
     front: list[str] = []
@@ -175,7 +178,7 @@ def pareto(runs: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 
 def runs_summary(comparison: dict[str, Any]) -> list[list[str]]:
-    """The table for a terminal, the best first: a header and one row per run, with intervals where there are some."""
+    """Return the table for a terminal: a header and one row per run."""
     rows = [["run", *(column.label for column in COLUMNS)]]
     for run in comparison["runs"]:
         report = run["report"]

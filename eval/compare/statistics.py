@@ -1,13 +1,13 @@
-"""Differences between groups of runs: intervals over seeds and documents, tests, equivalence, detectable differences.
+"""Differences between groups of runs: confidence intervals, tests, equivalence tests and detectable differences.
 
-A group is one recipe trained with several seeds, all scored on the same documents. The variance of a mean has two parts: the
-seeds', ``s^2 / n``, and the documents', which is that of the mean over resampled documents. Their sum has Satterthwaite's
-degrees of freedom, and intervals and tests are Student's t's. A bootstrap over three seeds would give intervals far too
-narrow: there are ten ways to draw them. Where seeds are paired (equal seeds fix initial weights and the order of the tokens)
-the seeds' part is that of the paired differences.
+A group is one recipe trained with several seeds, all scored on the same documents. The variance of a mean has two parts: that
+of the seeds, ``s^2 / n``, and that of the documents, estimated by resampling them. Degrees of freedom of their sum follow
+Satterthwaite, and intervals and tests use Student's t. A bootstrap over three seeds would give intervals far too narrow, as
+there are only ten distinct resamples. Where seeds are paired (equal seeds fix the initial weights and the order of the tokens),
+the seeds' part is the variance of the paired differences.
 
-"No difference" is a claim of its own: two one-sided tests against a margin (Schuirmann 1987). What neither test shows is
-undecided. Holm's correction (1979) is over the tests of one figure, or over a list of claims.
+Equivalence is tested separately, with two one-sided tests against a margin (Schuirmann 1987). A difference that neither test
+resolves is undecided. Holm's correction (1979) runs over the tests of one figure, or over a list of claims.
 """
 
 import math
@@ -22,12 +22,12 @@ from scipy.stats import t as student
 from ..bootstrap import LEVEL
 
 POWER = 0.8
-# A difference of less than this share of the reference is of no account.
+# Differences below this share of the reference are negligible.
 RELATIVE_MARGIN = 0.02
-# Of shares of latents, which may be 0.
+# An absolute margin, because these shares of latents may be 0.
 LATENT_SHARE_MARGIN = 0.01
 LATENT_SHARES = ("dead_fraction", "dead_training_fraction", "dense_fraction")
-# Perfect at 1: the margin is relative to what is missing.
+# Perfect at 1: the margin is relative to the distance from 1.
 PERFECT_AT_ONE = ("ce_recovered_zero", "ce_recovered_mean", "ce_recovered_resample", "top1_agreement")
 SETTINGS = {
     "level": LEVEL,
@@ -41,9 +41,9 @@ BETTER, WORSE, EQUIVALENT, UNDECIDED, OFF_TARGET = "better", "worse", "equivalen
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """The standard error of a mean or difference, its degrees of freedom, and what it is over.
+    """The standard error of a mean or difference, its degrees of freedom, and the sources of variance it includes.
 
-    ``seed_sd`` is the standard deviation over seeds, ``None`` of a single one: the error is then of documents alone.
+    ``seed_sd`` is the standard deviation over seeds, or ``None`` for a single seed; the error then covers documents only.
     """
 
     error: float
@@ -53,24 +53,24 @@ class Uncertainty:
 
     @property
     def half_width(self) -> float:
-        """Half of the interval of ``LEVEL``."""
+        """Half the width of the interval at ``LEVEL``."""
         return float(student.ppf((1 + LEVEL) / 2, self.df)) * self.error
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that a test at 1 - ``LEVEL`` would show with a probability of ``POWER``."""
+        """The smallest true difference that a test at 1 - ``LEVEL`` detects with probability ``POWER``."""
         return self.half_width + float(student.ppf(POWER, self.df)) * self.error
 
 
 def uncertainty(
     seeds: Sequence[tuple[float, int]], documents: tuple[float, int] | None, paired_sd: float | None = None
 ) -> Uncertainty | None:
-    """Add up the parts of a variance; ``None`` where there is none: one seed, and nothing known of documents.
+    """Combine the variances of seeds and documents; return ``None`` if neither is known.
 
     Args:
-        seeds: Of each mean that enters, the standard deviation over seeds and their number.
-        documents: Variance over resampled documents, and their number.
-        paired_sd: The standard deviation to report, where it is not that of the only mean.
+        seeds: Standard deviation over seeds and number of seeds, for each mean involved.
+        documents: Variance over resampled documents, and number of documents.
+        paired_sd: The standard deviation to report in place of the combined one.
     """
     parts = [(sd * sd / n, n - 1) for sd, n in seeds if n > 1]
     complete = bool(seeds) and all(n > 1 for _, n in seeds)
@@ -89,12 +89,12 @@ def uncertainty(
 
 
 def sd_of(values: Sequence[float]) -> float:
-    """Standard deviation with n - 1; 0 of a single value, which says nothing."""
+    """Return the sample standard deviation (n - 1), or 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def margin_of(key: str, reference: float) -> float:
-    """How large a difference of a figure must be to matter."""
+    """Return the smallest difference of a figure that counts as relevant."""
     if key in LATENT_SHARES:
         return LATENT_SHARE_MARGIN
     return RELATIVE_MARGIN * abs(1 - reference if key in PERFECT_AT_ONE else reference)
@@ -121,16 +121,16 @@ def difference(
     paired: bool,
     resolution: float = 0.0,
 ) -> dict[str, Any]:
-    """Return the difference of two groups' means of a figure, with its interval and uncorrected p-values.
+    """Return the difference between two groups' means of a figure, with its interval and uncorrected p-values.
 
     Args:
         key: The figure.
         values: One per seed.
-        reference: The other group's.
-        documents: Variance of the difference over resampled documents, and their number; ``None`` where it is not known.
-        paired: Whether the seeds of both are the same, in one order.
-        resolution: The step of the figure's values. Seeds that agree to the step do not prove that there is no noise: their
-            deviation is taken to be at least that of rounding.
+        reference: The other group's values.
+        documents: Variance of the difference over resampled documents, and number of documents; ``None`` if unknown.
+        paired: True if both groups have the same seeds in the same order.
+        resolution: Step size of the figure's values. Seeds may agree merely because of rounding, so their standard deviation is
+            taken to be at least that of the rounding error.
     """
     least = resolution / math.sqrt(12)
     mean = statistics.fmean(values) - statistics.fmean(reference)
@@ -155,7 +155,7 @@ def difference(
 
 
 def _beyond(distance: float, found: Uncertainty) -> float:
-    """Chance that Student's t exceeds a distance; without any error the distance alone decides."""
+    """Return the probability that Student's t exceeds a distance; without any error, the distance alone decides."""
     if found.error == 0:
         return 0.0 if distance > 0 else 0.5
     return float(student.sf(distance / found.error, found.df))
@@ -164,9 +164,8 @@ def _beyond(distance: float, found: Uncertainty) -> float:
 def decide(rows: Sequence[dict[str, Any]], lower_is_better: Sequence[bool], off_target: Sequence[bool]) -> list[dict[str, Any]]:
     """Add corrected p-values and a verdict to differences that are tested together.
 
-    Nothing is called better or worse on a single seed (documents do not show what another seed would give), nor away from
-    the common l0: such differences are not tested, and do not count in the correction. ``negligible`` says that a difference
-    is there and smaller than the margin.
+    Differences with a single seed (documents do not show what another seed would give) or away from the common l0 are neither
+    tested nor counted in the correction. ``negligible`` marks a significant difference smaller than the margin.
     """
     tested = [row for row, off in zip(rows, off_target, strict=True) if row["seed_sd"] is not None and not off]
     corrected = dict(zip(map(id, tested), holm([row["p"] for row in tested]), strict=True))

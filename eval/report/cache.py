@@ -1,9 +1,9 @@
-"""What was measured before: entries of a group of metrics, by the content of everything they depend on.
+"""Cache of metric results, keyed by everything that they depend on.
 
-They lie beside the checkpoint in ``eval_cache``, which may be deleted at any time. The key holds the weights' checksum and
-the dictionary's arguments, model, text, what is left out, the number of tokens, how latents are chosen, and the group with
-its version: another group, or a new version of one, does not make the rest be measured again. Models and texts count by their
-content (``training.content``): an entry also says which documents it was measured on, and is not found once they have changed.
+Results lie in ``eval_cache`` next to the checkpoint, which may be deleted at any time. The key covers the weights' checksum,
+the dictionary's arguments, model, text, token filters, number of tokens, inference mode, and the metric group with its
+version: adding a group, or raising one group's version, leaves the other entries valid. Models and texts count by their content
+(``training.content``): an entry also records the documents it was measured on, and is ignored once they have changed.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from ...training.recipe import ModelSection, TextSection
 from ..metrics.base import MetricGroup
 
 FOLDER = "eval_cache"
-# Goes up when the way text is read or cut changes, which no group would notice.
+# Raised when the reading or cutting of text changes, which no group's version reflects.
 CACHE_VERSION = 2
-# What a group was told apart from the setting.
+# A metric group's own options.
 MetricOptions = Mapping[str, Any]
 log = logging.getLogger(__name__)
 
 
 class GroupResult(NamedTuple):
-    """What a group of metrics found: its settled entries, why those are ``None`` that are, and sums by document."""
+    """Result of one metric group: JSON-ready entries, the reason for every ``None``, and sums by document."""
 
     entries: dict[str, Any]
     reasons: dict[str, str]
@@ -36,7 +36,7 @@ class GroupResult(NamedTuple):
 
 
 class ReportCache(Protocol):
-    """Where a group's result may be found. ``documents`` is how many it was measured on, ``None`` for all."""
+    """Interface of a result cache. ``documents`` is the number of documents measured on, or ``None`` for all."""
 
     def get(self, group: type[MetricGroup], options: MetricOptions) -> GroupResult | None: ...
 
@@ -44,7 +44,7 @@ class ReportCache(Protocol):
 
 
 class Nothing:
-    """Remembers nothing."""
+    """Cache that stores nothing."""
 
     def get(self, group: type[MetricGroup], options: MetricOptions) -> GroupResult | None:
         return None
@@ -54,13 +54,13 @@ class Nothing:
 
 
 class Beside:
-    """Files beside a checkpoint; ``content`` is what entries depend on, apart from the group and the text's documents."""
+    """Cache in files next to a checkpoint; ``content`` holds the key's parts other than the group and the text's documents."""
 
     def __init__(self, directory: Path, content: dict[str, Any], text: TextSection):
         self.folder = directory / FOLDER
         self.content = content | {"cache_version": CACHE_VERSION}
         self.text = text
-        # All groups of an evaluation saw the same documents.
+        # Computed once: all groups of an evaluation read the same documents.
         self._records: dict[int | None, Content] = {}
 
     def path(self, group: type[MetricGroup], options: MetricOptions) -> Path:
@@ -95,7 +95,7 @@ class Beside:
 
 
 def content_of(weights: str, config: dict[str, Any], selection: str, tokens: int) -> dict[str, Any]:
-    """Everything that figures of a checkpoint depend on; ``weights`` is the checksum of its files."""
+    """Return everything that a checkpoint's results depend on; ``weights`` is the checksum of its files."""
     source = config["provenance"]
     section = ModelSection.model_validate(source["model"])
     return {

@@ -1,4 +1,4 @@
-"""Checkpoint in, one flat ``report.json`` and one ``report.html`` out."""
+"""Evaluation of checkpoints: one ``report.json`` and one ``report.html`` per dictionary."""
 
 import hashlib
 import json
@@ -39,19 +39,18 @@ from ..undefined import settled
 from .cache import Beside, GroupResult, Nothing, content_of
 from .stack import evaluate_opened
 
-# Arguments of metrics, by the names of their groups.
+# Options of metric groups, by the groups' names.
 MetricOptions = Mapping[str, Mapping[str, object]]
-# Told how many tokens there will be, returns what is told how many were done.
+# Takes the total number of tokens; returns a callback that takes the number done so far.
 Progress = Callable[[int], Callable[[int], None]]
 
-# Why a report has no dead latents of the training.
 NO_USAGE = "the checkpoint does not hold its latents' silence in training (usage.safetensors)"
 
 log = logging.getLogger(__name__)
 
 
 def unseen(total: int) -> Callable[[int], None]:
-    """Progress that nobody follows."""
+    """Return a progress callback that does nothing."""
     return lambda tokens: None
 
 
@@ -66,18 +65,33 @@ def evaluate(
     options: CheckpointOptions = NO_OPTIONS,
     metric_options: MetricOptions | None = None,
 ) -> Report:
-    """Evaluate a dictionary; write ``report.json`` and ``report.html`` to ``out`` or beside the checkpoint, return the former.
+    """Evaluate a dictionary; write ``report.json`` and ``report.html``, and return the report.
 
-    Half of the held-out documents fit the dark-matter regression and the mean, the other half are scored; a document is
-    never in both. A ``selection`` other than the usual one needs an ``out`` of its own. A directory of checkpoints, or a
-    cross-layer transcoder, is judged with all of its layers in place: see ``eval.report.stack``. ``activations`` are ``x``, or
-    ``(x, y)`` for a dictionary that does not map ``x`` to itself: tensors, arrays, or an iterable of them as in ``train``.
-    With ``cache``, what was measured before of the same weights on the same text is not measured again: see
-    ``eval.report.cache``. ``options`` are facts that the checkpoint's files leave open, ``metric_options`` arguments of the
-    metrics, by their names.
+    Half of the held-out documents fit the mean and the dark-matter regression, the other half are scored; no document is in
+    both. Directories of checkpoints and cross-layer transcoders are evaluated with all layers spliced in: see
+    ``eval.report.stack``.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from sparsary import ENCODERS, SAE, evaluate
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     SAE(5, 23, ENCODERS["topk"](k=2)).save(folder, {})
+    ...     report = evaluate(folder, activations=torch.randn(200, 5))
+    >>> report["tokens"], report["l0_mean"] <= 2
+    (100, True)
+
+    Args:
+        out: Directory for the report; by default the checkpoint's own. Required with a non-default ``selection``.
+        activations: Evaluate on these activations instead of the model's: ``x``, or ``(x, y)`` for a dictionary that does not
+            map ``x`` to itself, as tensors, arrays, or an iterable of them as in ``train``.
+        tokens: Held-out tokens to evaluate on; by default the recipe's ``eval_tokens``.
+        selection: How latents are chosen.
+        cache: Reuse results of the same weights on the same text from ``eval_cache``.
+        options: Facts that the checkpoint's files leave open.
+        metric_options: Arguments of the metrics, by their names.
 
     Raises:
-        ValueError: If the checkpoint, its model or its text cannot be had, or do not fit each other.
+        ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit each other.
     """
     opened = open_checkpoint(checkpoint, options)
     if opened.in_place_together and (activations is not None or selection != DEFAULT_INFERENCE):
@@ -92,7 +106,7 @@ def evaluate(
 
 
 def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
-    """A user's activations, and for a transcoder its targets, each in one tensor."""
+    """Return the caller's inputs, and a transcoder's targets, as one tensor each."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
     targets = dictionary.arguments()["kind"] != "sae"
     if pair and (targets or isinstance(activations, tuple)):
@@ -116,14 +130,21 @@ def evaluate_all(
     options: CheckpointOptions = NO_OPTIONS,
     metric_options: MetricOptions | None = None,
 ) -> list[Report]:
-    """Evaluate several dictionaries, each with a report of its own; those of one model and text share its passes.
+    """Evaluate several dictionaries and write one report each; those of one model and text share its forward passes.
 
-    Every figure is the one that judging a dictionary alone gives. ``outs`` are their directories, ``None`` for beside the
-    checkpoint; without ``outs`` a grid's directory stands for its members. ``options`` hold for all of them,
-    ``metric_options`` go to the group of metrics of that name. Everything that can be checked is checked before the model runs.
+    Results equal those of ``evaluate`` on each checkpoint alone. All inputs are validated before the model runs::
+
+        a, b = evaluate_all(["runs/a", "runs/b"], tokens=100_000)
+        print(a["fvu"], b["fvu"])
+
+    Args:
+        checkpoints: Paths or hub ids. Without ``outs``, a grid's directory stands for its members.
+        outs: Report directory of each checkpoint; ``None`` for the checkpoint's own.
+        options: Facts that the checkpoints' files leave open, applied to all of them.
+        metric_options: Arguments of the metrics, by their names.
 
     Raises:
-        ValueError: If a checkpoint, its model or its text cannot be had, or do not fit each other.
+        ValueError: If a checkpoint, its model or its text cannot be loaded, or do not fit each other.
     """
     if outs is None:
         checkpoints = with_grids_members(list(map(str, checkpoints)))
@@ -140,7 +161,7 @@ def evaluate_loaded(
     progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
 ) -> list[Report]:
-    """Do the work of ``evaluate_all`` for checkpoints that are open."""
+    """Evaluate checkpoints that are already open, as ``evaluate_all`` does."""
     unknown = sorted((metric_options or {}).keys() - {group.name for group in GROUPS})
     if unknown:
         raise ValueError(
@@ -178,7 +199,7 @@ def evaluate_loaded(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint that is to be judged."""
+    """A checkpoint to evaluate, with its report directory and inference mode."""
 
     opened: LoadedCheckpoint
     out: Path
@@ -201,13 +222,13 @@ class Candidate:
         return self.member.provenance
 
     def ground(self, tokens: int | None) -> dict[str, Any]:
-        """What decides which tokens it is judged on: equal ones can be judged together."""
+        """Return the model, text, token filters and token count; candidates for which these are equal share forward passes."""
         return {key: self.source.get(key) for key in ("model", "text", "harvest")} | {
             "tokens": wanted_tokens(self.source, tokens)
         }
 
     def kept(self, tokens: int) -> Beside:
-        """What was measured of it before: beside our checkpoints, but not among other libraries' files."""
+        """Return the candidate's cache: next to a native checkpoint, in ``out`` for third-party files."""
         content = content_of(self.member.weights, self.member.config, self.selection.describe(), tokens)
         text = TextSection.model_validate(self.source["text"])
         return Beside(self.out if self.opened.foreign else self.member.directory, content, text)
@@ -224,7 +245,7 @@ def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: Infe
 
 
 def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mapping[str, list[float]]] = ()) -> Report:
-    """The whole report, once it is on disk with its page and its sums by document."""
+    """Complete the report, write it with its page and sums by document, and return it."""
     source, dictionary = candidate.source, candidate.dictionary
     report: dict[str, Any] = {
         "report_version": REPORT_VERSION,
@@ -252,14 +273,14 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
     doubts = _doubts(entries, dictionary)
     for doubt in doubts:
         log.warning("%s: wrong hook or normalisation? %s.", candidate.checkpoint, doubt)
-    # What changed since the training was told when the checkpoint was opened.
+    # Changes since training were already logged when the checkpoint was opened.
     report["doubts"] = [*doubts_of_files(source), *doubts, *candidate.opened.changed, *report["doubts"]]
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
-        # The page takes its training curve from beside the report.
+        # The page reads its training curve from the report's directory.
         shutil.copyfile(log_of_run, candidate.out / METRICS_FILE)
-    # First: an older one must never stand beside a newer report.
+    # Removed first, so that old sums never lie next to a newer report.
     (candidate.out / SUMS_FILE).unlink(missing_ok=True)
     write_json(candidate.out / "report.json", report)
     if sums:
@@ -268,7 +289,7 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
 
 
 def _seed_and_recipe(source: dict[str, Any]) -> dict[str, Any]:
-    """Return the training's seed, and a digest that is equal for runs that differ in seed and directory only."""
+    """Return the training seed, and a digest that is equal for runs that differ only in seed and directory."""
     recipe = source.get("recipe")
     if not recipe:
         return {"seed": None, "recipe_digest": None}
@@ -278,7 +299,7 @@ def _seed_and_recipe(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_usage(entries: dict[str, Any], usage: TrainingUsage | None) -> dict[str, Any]:
-    """Add the dead latents of the training, whose window is another than that of the tokens scored."""
+    """Add the dead latents of training, whose window differs from that of the scored tokens."""
     keys = ("dead_training_fraction", "dead_training_window_tokens")
     if usage is not None:
         return entries | dict(zip(keys, (usage.dead_fraction, usage.window_tokens), strict=True))
@@ -286,15 +307,14 @@ def _with_usage(entries: dict[str, Any], usage: TrainingUsage | None) -> dict[st
 
 
 def _doubts(entries: Mapping[str, Any], dictionary: SparseDictionary) -> list[str]:
-    """What the figures say about hook and normalisation, if they are defined."""
-    # Figure of the check -> entry of the report.
+    """Return the warnings of the sanity check, or none if one of its figures is undefined."""
     names = {"l0": "l0_mean", "norm_ratio": "l2_ratio"} | {n: n for n in ("tokens", "fvu", "cosine", "dead_fraction")}
     found: dict[str, Any] = {name: entries.get(entry) for name, entry in names.items()}
     return [] if None in found.values() else sanity_doubts(Sanity(**found, warnings=()), dictionary.n_latents)
 
 
 def _hook(source: dict[str, Any]) -> str | None:
-    """The hook of an SAE; of a transcoder the one it reads and the one it writes."""
+    """Return the hook of an SAE, or input and output hooks of a transcoder."""
     if not source.get("hooks_in") and not source.get("hook"):
         return None
     reads, writes = hooks_of_provenance(source)
@@ -305,12 +325,12 @@ def _hook(source: dict[str, Any]) -> str | None:
 def evaluate_tensor(
     dictionary: SparseDictionary, x: Tensor, selection: InferenceMode = DEFAULT_INFERENCE, y: Tensor | None = None
 ) -> dict[str, Any]:
-    """What can be said of given activations: the first half fits, the second is scored.
+    """Evaluate a dictionary on given activations: the first half fits, the second half is scored.
 
-    Without targets ``y`` the dictionary is to reproduce ``x``.
+    Without ``y``, the targets are ``x``.
 
     Raises:
-        ValueError: If there are fewer than two rows, or targets are missing, superfluous or of another shape.
+        ValueError: If there are fewer than two rows, or targets are missing, superfluous or of the wrong shape.
     """
     half = x.shape[0] // 2
     if half == 0:
@@ -341,7 +361,7 @@ def evaluate_tensor(
 
 @dataclass(frozen=True)
 class _Judge:
-    """The groups that a candidate has yet to go through."""
+    """A candidate's setting and the metric groups it has yet to run."""
 
     setting: Setting
     groups: list[MetricGroup]
@@ -355,9 +375,9 @@ def evaluate_on_model(
     progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
 ) -> list[list[GroupResult]]:
-    """What every group found of each candidate; candidates have model, text and number of tokens in common.
+    """Return the results of all metric groups for each candidate; candidates must share model, text and number of tokens.
 
-    Groups whose results are cached take no part, and where all are, the model is not even loaded.
+    Cached groups are not run again; if all are cached, the model is not loaded.
     """
     kept = [candidate.kept(tokens) if cache else Nothing() for candidate in candidates]
     told = {group.name: (metric_options or {}).get(group.name, {}) for group in GROUPS}
@@ -400,9 +420,9 @@ def evaluate_on_model(
 
 
 def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) -> int | None:
-    """Show every group the text: one half of the documents to fit on, then the other.
+    """Feed the text to every group: one half of the documents to fit on, then the other half to score.
 
-    Return how many documents were read, ``None`` for all that there are.
+    Return the number of documents read, or ``None`` if the text was read to its end.
     """
     model, tokens, bad = halves.data.model, halves.asked, halves.data.bad_tokens
     hooks = tuple(dict.fromkeys(hook for judge in judges for hook in (judge.setting.hook_in, judge.setting.hook_out) if hook))
@@ -428,7 +448,7 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
 
 
 def _merged(parts: Iterable[GroupResult]) -> dict[str, Any]:
-    """All groups' entries, and under ``reasons`` why those are ``None`` that are."""
+    """Merge the entries of all groups; ``reasons`` explains every ``None``."""
     found: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""All layers at once: a stack of dictionaries, or a cross-layer transcoder, put in place together, and each layer alone."""
+"""Evaluation of a stack or cross-layer transcoder: all layers spliced in together, and each layer alone."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ STACK_REPORT_VERSION = 1
 
 @dataclass(frozen=True)
 class ReplacedLayer:
-    """One place where something is replaced: which insertion, which of its sites, between which hooks."""
+    """One replaced layer: its insertion and site, and the hooks read and written."""
 
     place: TokenPlace
     hook_in: str
@@ -53,11 +53,11 @@ def evaluate_stack(
     tokens: int | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
-    """Judge a directory of checkpoints, or a cross-layer transcoder; the report is written to ``out`` or into the directory.
+    """Evaluate a directory of checkpoints or a cross-layer transcoder; write the report to ``out`` or into that directory.
 
-    Cross-entropy, KL and agreement with all dictionaries in place, with all their hooks ablated to zero or the mean, and
-    each layer alone. In place of a layer of a cross-layer transcoder alone, its reconstruction of that layer from the
-    untouched model's inputs. fvu and l0 are those on the untouched model's activations.
+    Reports cross-entropy, KL and top-1 agreement with all dictionaries spliced in, with all their hooks ablated to zero or the
+    mean, and for each layer alone. A single layer of a cross-layer transcoder is replaced by its reconstruction from the
+    unmodified model's inputs. fvu and l0 are measured on the unmodified model's activations.
 
     Raises:
         ValueError: If there is no such directory, its dictionaries do not fit each other or the model, or there is no text.
@@ -66,7 +66,7 @@ def evaluate_stack(
 
 
 def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tokens: int | None = None) -> Report:
-    """The same of what is loaded already."""
+    """Evaluate a loaded stack or cross-layer transcoder, as ``evaluate_stack`` does."""
     opened = opened.completed()
     sources = _of_one_training(opened)
     insertions = [Insertion(m.dictionary, *hooks_of_provenance(m.provenance)) for m in opened.members]
@@ -82,10 +82,10 @@ def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tok
 
 
 def _of_one_training(opened: LoadedCheckpoint) -> list[dict[str, Any]]:
-    """What the checkpoints say of themselves.
+    """Return the members' provenances.
 
     Raises:
-        ValueError: If they are of different models or texts.
+        ValueError: If they differ in model, text or token filters.
     """
     sources = [member.provenance for member in opened.members]
     hooks = [hooks_of_provenance(source)[1][0] for source in sources]
@@ -122,7 +122,7 @@ def _describe(opened: LoadedCheckpoint, insertions: list[Insertion]) -> dict[str
 
 
 def _dead_in_training(usages: list[TrainingUsage | None]) -> dict[str, float | int | None]:
-    """The dead latents of the training, of all dictionaries together; the window is the shortest of theirs."""
+    """Return the share of latents dead in training over all dictionaries; the window is the shortest of theirs."""
     known = [usage for usage in usages if usage is not None]
     if len(known) < len(usages):
         return {"dead_training_fraction": None, "dead_training_window_tokens": None}
@@ -133,7 +133,7 @@ def _dead_in_training(usages: list[TrainingUsage | None]) -> dict[str, float | i
 
 @torch.no_grad()
 def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Everything that is measured, as flat entries; those that begin with ``layer_`` are lists with one item per layer."""
+    """Return all metrics as flat entries; keys that begin with ``layer_`` hold lists with one item per layer."""
     layers = [
         ReplacedLayer((index, site), insertion.hooks_in[site], insertion.hooks_out[site])
         for index, insertion in enumerate(insertions)
@@ -174,7 +174,7 @@ def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int
 def _reconstructed(
     insertions: list[Insertion], layers: list[ReplacedLayer], rows: dict[str, Tensor]
 ) -> tuple[list[SparseCode], list[Tensor]]:
-    """Every layer's code and reconstruction from the untouched model's activations."""
+    """Return every layer's code and reconstruction from the unmodified model's activations."""
     codes: dict[TokenPlace, SparseCode] = {}
     outputs = []
     for layer in layers:
@@ -187,7 +187,7 @@ def _reconstructed(
 
 
 def _alone(layer: int) -> list[str]:
-    """The names of the variants in which only this layer is replaced."""
+    """Return the names of the variants in which only this layer is replaced."""
     return [f"{name} {layer}" for name in SPLICES]
 
 
@@ -232,9 +232,9 @@ def _entries(layers: list[ReplacedLayer], found: list[Reconstruction], downstrea
 
 
 def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures a person looks at first, as pairs of name and value."""
+    """Return the main figures as (name, value) pairs for the console."""
     variants, keys = ("spliced", "mean", "zero"), ("fvu", "l0", "ce_spliced", "ce_mean", "kl_spliced", "top1_spliced")
-    # Eighty columns hold the names of modules and six figures.
+    # Module names and six figures must fit into 80 columns.
     width = 9
     agreements = ("top1_agreement", "top1_mean", "top1_zero")
     each = [(hook, [show(report[f"layer_{key}"][i]) for key in keys]) for i, hook in enumerate(report["layer_hooks"])]

@@ -7,7 +7,7 @@ from .stack import stack_summary
 
 
 def report_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures a person looks at first, as pairs of name and value."""
+    """Return the main figures as (name, value) pairs."""
     if "layer_hooks" in report:
         return stack_summary(report)
     lines = [

@@ -1,7 +1,7 @@
-"""Attention-output dictionaries: which heads a latent writes from, which heads and source positions it fires for.
+"""Attention-output dictionaries: attribution of latents to heads and source positions.
 
-Such a dictionary is trained on the values all heads have mixed, side by side (site ``attn_heads``), so rows of its matrices
-fall into one part per head. Attention patterns are taken as given: nothing here says why a head looks where it does.
+Such a dictionary is trained on the concatenated mixed values of all heads (site ``attn_heads``), so rows of its matrices split
+into one part per head. Attention patterns are frozen: the analysis does not explain why a head attends where it does.
 
 Source: Kissane et al. 2024, arXiv:2406.17759.
 """
@@ -17,10 +17,10 @@ from .linear_readers import readers
 
 @torch.no_grad()
 def head_shares(dictionary: OneSiteDictionary, n_heads: int) -> Float[Tensor, "n_latents n_heads"]:
-    """From which heads a latent writes: the norms of its atom's parts, as fractions of their sum. No data is looked at.
+    """Return the norms of each decoder direction's per-head parts as fractions of their sum; needs no data.
 
     Raises:
-        ValueError: If the width does not fall into so many parts.
+        ValueError: If the width is not divisible by ``n_heads``.
     """
     norms = _by_head(dictionary.atoms, n_heads).norm(dim=-1)
     return norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
@@ -28,7 +28,7 @@ def head_shares(dictionary: OneSiteDictionary, n_heads: int) -> Float[Tensor, "n
 
 @torch.no_grad()
 def residual_atoms(dictionary: OneSiteDictionary, layer: BlockWeights) -> Float[Tensor, "n_latents d_model"]:
-    """What one unit of each latent adds to the residual stream, in raw units: its atom through the output projection."""
+    """Return decoder directions mapped through the output projection, in raw units of the residual stream."""
     atoms = _by_head(dictionary.atoms, layer.W_O.shape[0]) * dictionary.out_scale
     return torch.einsum("lhd,hdm->lm", atoms.to(layer.W_O.dtype), layer.W_O)
 
@@ -37,9 +37,9 @@ def residual_atoms(dictionary: OneSiteDictionary, layer: BlockWeights) -> Float[
 def by_head(
     dictionary: OneSiteDictionary, at: LayerTrace, latents: Int[Tensor, " latents"]
 ) -> tuple[Float[Tensor, "latents contexts positions n_heads"], Float[Tensor, " latents"]]:
-    """What each head adds to latents' pre-activations at every position, and the constant that is left.
+    """Return each head's contribution to latents' pre-activations at every position, and the remaining constant.
 
-    Both together are the pre-activation exactly.
+    Together they sum exactly to the pre-activation.
     """
     vectors, constants = readers(dictionary, latents)
     parts = _by_head(vectors, at.z.shape[2]).to(at.z.dtype)
@@ -50,10 +50,10 @@ def by_head(
 def by_source(
     dictionary: OneSiteDictionary, at: LayerTrace, latents: Int[Tensor, " latents"], positions: Int[Tensor, " targets"]
 ) -> Float[Tensor, "latents contexts targets n_heads sources"]:
-    """What each head takes from each source position for latents' pre-activations at some positions.
+    """Return the contribution of each head and source position to latents' pre-activations at some target positions.
 
-    Summed over sources it is ``by_head``; sources in the future have zeros. Much of it often comes from the first token,
-    on which heads rest that have nothing to do.
+    Summed over sources this equals ``by_head``; future sources have zeros. The first token often has a large part of it, being
+    the attention sink of idle heads.
     """
     vectors, _ = readers(dictionary, latents)
     read = torch.einsum("lhd,cshd->lchs", _by_head(vectors, at.v.shape[2]).to(at.v.dtype), at.v)

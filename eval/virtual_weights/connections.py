@@ -1,8 +1,8 @@
-"""What weights alone say about latents of per-layer transcoders: who feeds whom, which tokens feed them, what they promote.
+"""Virtual weights between latents of per-layer transcoders, and between latents, embeddings and unembeddings.
 
-On a given input a connection is multiplied by the lower latent's value, divided by the norm's denominator there and, where it
-passes through a head, multiplied by the head's attention: then it is what the lower latent adds to the upper one's
-pre-activation (``eval.attribution_graphs.paths``). Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944.
+To get a latent's actual contribution to a later latent's pre-activation on an input, multiply the connection by the lower
+latent's value, divide by the norm's denominator and, if it passes through a head, multiply by its attention weight
+(``eval.attribution_graphs.paths``). Source: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,22 +17,22 @@ from ...transcoders.stack import Stack, hooks_of_provenance
 from ...transcoders.transcoder import Transcoder
 from .linear_readers import readers
 
-# Bounds a tile of the connection matrix, which has as many entries as both dictionaries have latents, multiplied.
+# Tile size for the connection matrix of shape (n_latents, n_latents), which may not fit into memory.
 TILE_LATENTS = 512
 
 
 class Strongest(NamedTuple):
-    """For every upper latent the lower ones whose connections to it are strongest, either sign, strongest first."""
+    """The strongest connections (by magnitude, in descending order) of every upper latent to lower latents."""
 
     latents: Int[Tensor, "upper k"]
     values: Float[Tensor, "upper k"]
 
 
 def transcoders_by_layer(anatomy: Architecture, stack: Stack) -> dict[int, Transcoder]:
-    """Those of a stack that stand in for an MLP, by its layer.
+    """Return the transcoders of a stack that replace an MLP, by layer.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are none.
     """
     hooks = {block.sites().get("mlp"): layer for layer, block in enumerate(anatomy.blocks)}
     found = {}
@@ -47,9 +47,9 @@ def transcoders_by_layer(anatomy: Architecture, stack: Stack) -> dict[int, Trans
 
 
 class Connections:
-    """The input-invariant part of a circuit through per-layer transcoders, which are given by layer.
+    """Input-independent connections through per-layer transcoders.
 
-    Everything is in raw units per unit of a latent's value. ``head`` is a pair of layer and head to pass through.
+    Values are in raw units per unit of a latent's value. ``head`` is a (layer, head) pair for connections through a head.
 
     Raises:
         ValueError: If a layer does not exist, or a transcoder's widths are not the model's.
@@ -72,13 +72,13 @@ class Connections:
 
     @torch.no_grad()
     def reading(self, layer: int, latents: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n d_model"]:
-        """Which direction of the residual stream latents read, before the norm's division."""
+        """Return the residual-stream directions that latents read, before division by the norm."""
         vectors = readers(self.at(layer), latents).vectors.to(self.anatomy.W_E.dtype)
         return self.anatomy.layers[layer].mlp_norm.fold(vectors)
 
     @torch.no_grad()
     def writing(self, layer: int, latents: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n d_model"]:
-        """What one unit of latents adds to the residual stream."""
+        """Return the latents' decoder directions in raw units."""
         transcoder = self.at(layer)
         atoms = transcoder.atoms if latents is None else transcoder.atoms[latents]
         return (atoms * transcoder.out_scale).to(self.anatomy.W_E.dtype)
@@ -87,10 +87,10 @@ class Connections:
     def reading_through(
         self, layer: int, latents: Int[Tensor, " n"] | None, head: tuple[int, int] | None
     ) -> Float[Tensor, "n d_model"]:
-        """Which direction latents read at the position a head takes from, before both norms' divisions.
+        """Return the directions that latents read at a head's source position, before division by both norms.
 
         Raises:
-            ValueError: If what the head writes does not reach the latents.
+            ValueError: If the head's output does not reach the latents.
         """
         vectors = self.reading(layer, latents)
         if head is None:
@@ -109,10 +109,10 @@ class Connections:
     def between(
         self, lower: int, upper: int, latents: Int[Tensor, " n"] | None = None, head: tuple[int, int] | None = None
     ) -> Float[Tensor, "n_lower n"]:
-        """Connections from all latents of one layer to latents of a later one.
+        """Return the connections from all latents of one layer to latents of a later one.
 
         Raises:
-            ValueError: If what the lower layer writes does not reach the upper, or the head between them.
+            ValueError: If the lower layer's output does not reach the upper layer, or the head between them.
         """
         above = upper if head is None else head[0]
         if lower >= above:
@@ -121,7 +121,7 @@ class Connections:
 
     @torch.no_grad()
     def strongest(self, lower: int, upper: int, k: int, head: tuple[int, int] | None = None) -> Strongest:
-        """The ``k`` strongest connections of every upper latent, without the whole matrix in memory."""
+        """Return the ``k`` strongest connections of every upper latent, without holding the whole matrix in memory."""
         everything = torch.arange(self.at(upper).n_latents, device=self.anatomy.W_E.device)
         tiles = []
         for some in everything.split(TILE_LATENTS):
@@ -134,12 +134,12 @@ class Connections:
     def deembeddings(
         self, layer: int, latents: Int[Tensor, " n"], head: tuple[int, int] | None = None
     ) -> Float[Tensor, "n vocabulary"]:
-        """How strongly every token's embedding feeds latents, at its own position or through a head."""
+        """Return every token embedding's connection to latents, at its own position or through a head."""
         return self.reading_through(layer, latents, head) @ self.anatomy.W_E.T
 
     @torch.no_grad()
     def unembeddings(self, layer: int, latents: Int[Tensor, " n"]) -> Float[Tensor, "n vocabulary"]:
-        """How strongly latents feed every token's logit directly, before the final norm's division."""
+        """Return the latents' direct effect on every logit, before division by the final norm."""
         return self.writing(layer, latents) @ self.anatomy.final_norm.fold(self.anatomy.W_U).T
 
     @torch.no_grad()
@@ -151,11 +151,11 @@ class Connections:
         where_active: bool = True,
         exclude_leading: int = 0,
     ) -> dict[int, Float[Tensor, "..."]]:
-        """What latents of every earlier layer add to a latent's pre-activation at their own position, on average.
+        """Return the mean contribution of earlier layers' latents to a latent's pre-activation at the same position, by layer.
 
-        The mean over tokens of gradient times value, by layer; over those tokens only on which the latent itself fires,
-        unless ``where_active`` is false. ``batches`` are token ids of ``(contexts, positions)``, in any numbers;
-        ``exclude_leading`` positions of every context are left out.
+        Averages gradient times value over tokens; only over tokens on which the latent fires, unless ``where_active`` is false.
+        ``batches`` are token ids ``(contexts, positions)``, of varying shapes; the first ``exclude_leading`` positions of every
+        context are skipped.
 
         Raises:
             ValueError: If no token counts.
@@ -186,7 +186,7 @@ class Connections:
         return {index: sums[index] / counted * self.between(index, layer, one)[:, 0] for index in lower}
 
     def at(self, layer: int) -> Transcoder:
-        """The transcoder of a layer; ``ValueError`` if there is none."""
+        """Return the transcoder of a layer; raise ``ValueError`` if there is none."""
         if layer not in self.transcoders:
             raise ValueError(f"layer: expected one with a transcoder, {sorted(self.transcoders)}, got {layer}.")
         return self.transcoders[layer]

@@ -1,4 +1,4 @@
-"""What a latent reads, as a linear function of raw activations: ``pre_act = vector @ x + constant``."""
+"""Encoder directions as linear functions of raw activations: ``pre_act = vector @ x + constant``."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ...sae.dictionary import OneSiteDictionary
 
 
 class Readers(NamedTuple):
-    """One row, and one constant, per latent."""
+    """One direction and one constant per latent."""
 
     vectors: Float[Tensor, "latents d_in"]
     constants: Float[Tensor, " latents"]
@@ -18,10 +18,10 @@ class Readers(NamedTuple):
 
 @torch.no_grad()
 def readers(dictionary: OneSiteDictionary, latents: Int[Tensor, " latents"] | None = None) -> Readers:
-    """How latents, or all of them, read raw activations: scale, centre and bias folded in.
+    """Return the encoder directions of latents (default: all), with input scale, pre-encoder bias and encoder bias folded in.
 
     Raises:
-        ValueError: If the encoder has no pre-activations, as pursuits have none, or a latent is out of range.
+        ValueError: If the encoder has no pre-activations (matching pursuit), or a latent is out of range.
     """
     weights, scale = dictionary.weights, dictionary.in_scale
     if weights.b_enc is None:
