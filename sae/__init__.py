@@ -1,4 +1,4 @@
-"""Sparse dictionaries of activations: tensors in, sparse codes out. Knows nothing of language models."""
+"""Sparse dictionaries of activations: tensors in, sparse codes out. Independent of any language model."""
 
 if __name__ == "sae":
     raise ImportError("sae is a part of sparsary: write `from sparsary.sae import ...` (a checkout needs `pip install -e .`).")

@@ -1,4 +1,4 @@
-"""SAE: the dictionary that maps an activation to itself."""
+"""SAE: sparse autoencoder, which reconstructs its own input."""
 
 from typing import Any
 
@@ -12,11 +12,19 @@ from .encoders import encoder_spec
 
 
 class SAE(OneSiteDictionary):
-    """Sparse autoencoder: ``x_hat = W_dec^T code(x - b_dec) + b_dec``, with one bias on both sides.
+    """Sparse autoencoder: ``x_hat = W_dec^T code(x - b_dec) + b_dec``, with one bias for encoder and decoder.
 
-    Published ones come in two more forms. Without ``apply_b_dec_to_input`` nothing is subtracted from the input. With a
-    ``row_norm`` each token is brought to a scale of its own first; what undoes it is in the code's values, so that decoding
-    stays linear in the code with the same atoms for every token, and in ``bypass``, which then needs the input.
+    Published SAEs come in two more forms. With ``apply_b_dec_to_input=False`` nothing is subtracted from the input. With a
+    ``row_norm`` each token is first normalized by its own scale; the code's values and ``bypass`` undo this, so decoding stays
+    linear in the code with the same decoder directions for every token, and ``bypass`` needs the input.
+
+    >>> import torch
+    >>> from sparsary import ENCODERS, SAE
+    >>> sae = SAE(d_in=8, n_latents=32, encoder=ENCODERS["topk"](k=4))
+    >>> x = torch.randn(10, 8)
+    >>> code = sae.encode(x)
+    >>> sae.decode(code).shape, bool((code.l0() <= 4).all())
+    (torch.Size([10, 8]), True)
 
     Source: Gao et al. 2024, arXiv:2406.04093.
     """
@@ -42,7 +50,7 @@ class SAE(OneSiteDictionary):
         return torch.addcmul(normed.mean, normed.scale, self.b_dec)
 
     def arguments(self) -> dict[str, Any]:
-        # Only what is out of the ordinary, so that the checkpoints of trained SAEs stay what they were.
+        # Stored only if not the default, so that checkpoints of trained SAEs do not change.
         rare = {} if self.apply_b_dec_to_input else {"apply_b_dec_to_input": False}
         rare |= {} if self.row_norm is None else {"row_norm": self.row_norm}
         sizes = {"kind": "sae", "d_in": self.d_in, "n_latents": self.n_latents}
@@ -50,6 +58,6 @@ class SAE(OneSiteDictionary):
 
     @torch.no_grad()
     def copy_atoms_to_encoder(self) -> None:
-        """Start the encoder as a copy of the atoms, which keeps latents alive early on (Gao et al. 2024, section 2)."""
+        """Initialize the encoder to the decoder, which keeps latents alive early on (Gao et al. 2024, section 2)."""
         if self.W_enc is not None:
             self.W_enc.copy_(self.W_dec)

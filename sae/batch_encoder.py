@@ -1,4 +1,4 @@
-"""BatchWide: encoders that spend their matches over a whole batch in training and by threshold afterwards."""
+"""BatchWide: encoders that select over a whole batch in training and by threshold afterwards."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,15 +14,16 @@ from .encoder import Encoder, Weights, require_argument, require_k, scorer, with
 from .sparse_code import AuxTerms, SparseCode
 from .tiled_scores import Scorer, above, largest_of_batch
 
-# The running threshold looks back over about so many batches.
+# Averaging window of the running threshold, in batches.
 LEVEL_BATCHES = 20
 
 
 class BatchWide(Encoder, ABC):
-    """Keeps ``tokens x k`` pairs of a batch in training; in eval mode whatever exceeds a threshold.
+    """Base class of encoders that keep ``tokens x k`` pairs of a batch in training and apply a threshold in eval mode.
 
-    ``level`` is the running mean of the smallest score that the largest ``tokens x k`` pairs of a batch contain, ``density``
-    the share of tokens on which each latent is among those pairs. ``calibrate`` replaces the running figures by exact ones.
+    ``level`` is the running mean of the smallest score among the ``tokens x k`` largest pairs of a batch, ``density`` the
+    running fraction of tokens on which each latent is among those pairs. ``calibrate`` replaces running thresholds with exact
+    ones.
     """
 
     level: Float[Tensor, ""]
@@ -33,7 +34,7 @@ class BatchWide(Encoder, ABC):
         super().__init__()
         require_argument("k", k, 1, fix="Set how many latents fire per token on average.")
         self.k = k
-        # Tokens after which running densities have forgotten half of what they knew: training sets it.
+        # Half-life of the running densities in tokens, set by the trainer.
         self.density_half_life = 250_000.0
 
     def forward(
@@ -57,30 +58,30 @@ class BatchWide(Encoder, ABC):
 
     @abstractmethod
     def prepare_selection(self, n_latents: int) -> None:
-        """Create what the variant itself keeps per latent."""
+        """Create the subclass's own per-latent state."""
 
     @abstractmethod
     def prefixes(self) -> tuple[int, ...]:
-        """Widths whose reconstructions are trained as well."""
+        """Return the prefix widths whose reconstructions are trained as well."""
 
     @abstractmethod
     def select(self, scores: Scorer) -> "Selected":
-        """What a training batch keeps, and what it shows of the demand for latents."""
+        """Return the selection of a training batch and its demand for latents."""
 
     @abstractmethod
     def threshold(self) -> Float[Tensor, "..."] | None:
-        """What a score must exceed in eval mode: one number, or one per latent; ``None`` before the first batch."""
+        """Return the threshold of eval mode, one for all latents or one per latent; ``None`` before the first batch."""
 
     @abstractmethod
     def calibrate(self, batches: Iterable[Scorer]) -> None:
-        """Set the threshold from the scores of many tokens, so that it keeps as much of them as training would.
+        """Set the threshold from the scores of many tokens, so that it keeps as many of them as training would.
 
         Raises:
-            ValueError: If there is no token.
+            ValueError: If there are no tokens.
         """
 
     def known_threshold(self) -> Float[Tensor, "..."]:
-        """The threshold of eval mode.
+        """Return the threshold of eval mode.
 
         Raises:
             ValueError: Before the first batch.
@@ -94,8 +95,7 @@ class BatchWide(Encoder, ABC):
 
     @torch.no_grad()
     def _observe(self, found: "Selected", tokens: int) -> None:
-        """Move level and density towards what this batch shows."""
-        # Early on a plain mean: the first batches are all there is.
+        # A plain mean over the first batches, an exponential one afterwards.
         share = 1 / (self.batches.double() + 1)
         if found.level is not None:
             self.level.lerp_(found.level.to(self.level), share.clamp_min(1 / LEVEL_BATCHES).to(self.level))
@@ -107,7 +107,10 @@ class BatchWide(Encoder, ABC):
 
 @dataclass(frozen=True)
 class Selected:
-    """A batch's code, its level, and on how many tokens each latent is above it; ``None`` leaves the running figure alone."""
+    """Selection of a batch: its code, its level, and the number of tokens on which each latent is above that level.
+
+    ``None`` leaves the running value unchanged.
+    """
 
     code: SparseCode
     level: Float[Tensor, ""] | None
@@ -115,11 +118,11 @@ class Selected:
 
 
 class MutualLevel(BatchWide, ABC):
-    """The batch-wide encoders for which one threshold serves all latents."""
+    """Base class of batch-wide encoders with one threshold for all latents."""
 
     def __init__(self, k: int):
         super().__init__(k)
-        # A guess at the next batch's level. It saves work and changes no result, so it is not saved.
+        # Guess of the next batch's level. It saves work without changing results, so it is not saved.
         self._cut: float | None = None
 
     def prepare_selection(self, n_latents: int) -> None:
@@ -129,7 +132,7 @@ class MutualLevel(BatchWide, ABC):
         code, self._cut = largest_of_batch(scores, len(scores.x) * self.k, self._cut)
         if not len(code.values):
             return Selected(code, None, None)
-        # What was chosen is what is above the level.
+        # Selected entries are those above the level.
         demand = torch.zeros(len(scores.W), device=code.values.device)
         demand.index_add_(0, code.latents, (code.values > 0).float())
         return Selected(code, code.values.amin().clamp_min(0).float(), demand)
@@ -139,7 +142,7 @@ class MutualLevel(BatchWide, ABC):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Scorer]) -> None:
-        # Twice the budget of every batch is certain to hold the budget of all of them unless batches differ wildly.
+        # A pool of twice every batch's budget contains the overall budget unless batches differ wildly.
         pools, tokens = [], 0
         for scores in batches:
             tokens += len(scores.x)

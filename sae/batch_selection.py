@@ -1,6 +1,6 @@
-"""Spending a budget of matches over a whole batch: which (token, latent) pairs are kept.
+"""Selection of the (token, latent) pairs that a batch-wide budget keeps.
 
-A cell is the number of a pair in the ``(tokens, n_latents)`` matrix, counted row by row. Nothing here carries gradient.
+A cell is the index of a pair in the flattened ``(tokens, n_latents)`` matrix. No function here carries gradients.
 """
 
 import torch
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from .kernels import selection
 
-# A prime, so that the sampled cells visit every latent and every token.
+# A prime, so that sampled cells cover every latent and every token.
 SAMPLE_STRIDE = 61
-# How much of a budget a sampled cut should let through, so that it seldom lets through too little.
+# Factor by which a sampled cut aims above the budget, so that it rarely passes too few scores.
 SLACK = 1.25
 
 
 @torch.no_grad()
 def largest_cells(scores: Float[Tensor, "tokens n_latents"], budget: int) -> Int[Tensor, " budget"]:
-    """The ``budget`` cells with the largest scores, ascending. The count is exact; among equal scores lower cells win.
+    """Return the cells of the ``budget`` largest scores, ascending: an exact count, with ties going to lower cells.
 
-    A cut estimated from a sample of the cells leaves few candidates, which are then ranked exactly; if the sample misled
-    and too few are left, all cells are ranked.
+    A cut estimated from sampled cells leaves few candidates, which are ranked exactly; if the sample was misleading and too few
+    are left, all cells are ranked.
     """
     flat = scores.reshape(-1)
     budget = min(budget, flat.numel())
@@ -44,7 +44,7 @@ def largest_cells(scores: Float[Tensor, "tokens n_latents"], budget: int) -> Int
 def largest_columns(
     scores: Float[Tensor, "rows columns"], room: Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
-    """Every row's ``room[i]`` largest scores, row after row, and the columns they stand in. No room exceeds the columns."""
+    """Return every row's ``room[i]`` largest scores, row after row, and their columns. No room exceeds the column count."""
     kernels = selection(scores)
     if kernels is None:
         return _ranked_columns(scores, room)
@@ -62,7 +62,7 @@ def largest_columns(
 def _ranked_columns(
     scores: Float[Tensor, "rows columns"], room: Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
-    """``largest_columns`` by torch's sorting."""
+    """Compute ``largest_columns`` by sorting in torch."""
     order = room.argsort(descending=True, stable=True)
     ranked = room[order]
     firsts = room.cumsum(0) - room
@@ -70,7 +70,7 @@ def _ranked_columns(
     values, columns = scores.new_empty(total), torch.empty(total, dtype=torch.long, device=scores.device)
     first, remaining = 0, int((ranked > 0).sum())
     while first < remaining:
-        # Rows whose rooms are within a factor of two are ranked together, so little of the ranking is thrown away.
+        # Rows whose rooms are within a factor of two are ranked together, so that little of the ranking is discarded.
         most = int(ranked[first])
         last = int((ranked[:remaining] * 2 > most).sum())
         chosen = order[first:last]
@@ -84,7 +84,7 @@ def _ranked_columns(
 
 
 def between(sorted_scores: Float[Tensor, " n"], rank: int) -> float:
-    """A threshold that exactly ``rank`` of the descending scores exceed, if they differ there; never below 0."""
+    """Return a threshold that exactly ``rank`` of the descending scores exceed, unless they tie there; never below 0."""
     if rank <= 0:
         return max(0.0, float(sorted_scores[0])) if len(sorted_scores) else 0.0
     if rank >= len(sorted_scores):

@@ -1,8 +1,8 @@
-"""A dictionary on disk: ``dictionary.safetensors`` and ``dictionary.json``, nothing executable.
+"""Checkpoint of a dictionary: ``dictionary.safetensors`` and ``dictionary.json``, nothing executable.
 
-The JSON holds the format version, the constructor's arguments and the provenance. The same text stands in the header of
-the tensor file: a save that is killed between the two renames leaves an older JSON beside newer weights, and the weights'
-own copy then decides. Of a trained dictionary ``usage.safetensors`` holds how long each latent had been silent.
+The JSON holds the format version, the constructor's arguments, and the provenance. The tensor file's header holds the same
+JSON: if a save is killed between the two renames, an older JSON lies next to newer weights, and the header's copy is used.
+Trained dictionaries also have ``usage.safetensors``, which records how long each latent had been silent.
 """
 
 import json
@@ -18,8 +18,8 @@ from .encoders import build_encoder
 from .files import read_json, read_tensors, require_finite
 from .training_usage import load_training_usage
 
-# kind in dictionary.json -> its class, imported when one is met: what can be loaded does not depend on what was imported
-# before, and this layer imports none above it.
+# kind in dictionary.json -> its class, imported on first use: loading must not depend on earlier imports, and this layer
+# imports none above it.
 KINDS = {
     "sae": "sae.autoencoder:SAE",
     "transcoder": "transcoders.transcoder:Transcoder",
@@ -42,17 +42,17 @@ def kind_class(kind: object) -> type[SparseDictionary]:
 
 
 def build_dictionary(arguments: dict[str, Any]) -> SparseDictionary:
-    """Return a dictionary with fresh weights from what ``SparseDictionary.arguments`` returned."""
+    """Return a dictionary with newly initialized weights from the result of ``SparseDictionary.arguments``."""
     arguments = dict(arguments)
     cls = kind_class(arguments.pop("kind", None))
     return cls(encoder=build_encoder(arguments.pop("encoder")), **arguments)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """Return ``dictionary.json``, checked for format and version.
+    """Return the contents of ``dictionary.json`` after checking format and version.
 
     Raises:
-        ValueError: If the file is missing, not ours, or from a newer version.
+        ValueError: If the file is missing, not a sparsary checkpoint, or from a newer version.
     """
     path = Path(directory) / CONFIG_FILE
     if not Path(directory).is_dir():
@@ -71,8 +71,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -> SparseDictionary:
     """Load a saved dictionary of any kind, in eval mode.
 
+    >>> import tempfile
+    >>> from sparsary import ENCODERS, SAE
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     SAE(5, 7, ENCODERS["topk"](k=2)).save(folder)
+    ...     load_dictionary(folder).n_latents
+    7
+
     Raises:
-        ValueError: If a file is missing or damaged, or a tensor is missing, superfluous, wrongly shaped or not finite.
+        ValueError: If a file is missing or damaged, or a tensor is missing, unexpected, of the wrong shape, or not finite.
     """
     directory = Path(directory)
     config = read_config(directory)

@@ -1,4 +1,4 @@
-"""SparseDictionary: weights, encode and decode, common to everything that is learned here."""
+"""Base classes of SAEs, transcoders, and cross-layer transcoders."""
 
 import json
 from abc import ABC, abstractmethod
@@ -33,7 +33,7 @@ CONFIG_FILE = "dictionary.json"
 
 @dataclass(frozen=True)
 class LatentBlock:
-    """Latents that read the same columns of the input and write to the same columns of the output."""
+    """Latents that read the same input columns and write to the same output columns, with their weights."""
 
     latents: slice
     reads: slice
@@ -43,30 +43,39 @@ class LatentBlock:
 
 @dataclass(frozen=True)
 class Site:
-    """One place of a model that a dictionary stands in for: the columns it reads there, and those it is to reproduce."""
+    """One location in a model that a dictionary reconstructs: the columns it reads and the columns it writes."""
 
     reads: slice
     writes: slice
 
 
 class SparseDictionary(nn.Module, ABC):
-    """Latents that read from ``d_in`` and write to ``d_out``, some or all of either.
+    """Sparse dictionary: latents that read from an input of width ``d_in`` and write to an output of width ``d_out``.
 
-    Inputs and outputs are raw activations. Inside, both sides are divided by their scale (buffers, saved with the
-    weights), so learning rates and losses mean the same on every model; atoms have unit norm there. A dictionary of several
-    sites has their activations side by side in one row, of equal width each, and a scale for every column.
+    Inputs and outputs are raw activations. Internally both are divided by their scales (buffers saved with the weights), so
+    learning rates and losses mean the same for every model; trained decoder directions have unit norm in these normalized
+    units. A dictionary of several sites takes their activations concatenated along the feature axis, with equal width per site
+    and one scale per column.
 
-    A kind says which weights it has (``blocks``, ``shift``, ``bypass``), how it chooses latents (``code_of``,
-    ``calibrate``), and what rebuilds it (``arguments``). Everything else follows from these.
+    Subclasses define the weights (``blocks``, ``shift``, ``bypass``), the selection of latents (``code_of``, ``calibrate``),
+    and the constructor arguments stored in checkpoints (``arguments``). All other methods build on these.
+
+    >>> import torch
+    >>> from sparsary import ENCODERS, SAE, SparseDictionary
+    >>> dictionary = SAE(d_in=8, n_latents=32, encoder=ENCODERS["topk"](k=4))
+    >>> isinstance(dictionary, SparseDictionary)
+    True
+    >>> dictionary.pursue(torch.randn(10, 8), k=4, method="orthogonal_matching_pursuit").n_tokens
+    10
 
     Args:
-        n_sites: Places of a model that it stands in for. The latents of block ``i`` read site ``i``, and write to it and
-            maybe to later ones.
-        row_norm: One of ``sae.row_norm.ROW_NORMS``, which brings every token to a scale of its own before it is centred;
-            loaded dictionaries have that, trained ones do not.
+        n_sites: Number of model locations to reconstruct. Latents of block ``i`` read site ``i`` and write to it and possibly
+            to later sites.
+        row_norm: One of ``sae.row_norm.ROW_NORMS``, a per-token normalization applied before centering. Only loaded
+            dictionaries use it, trained ones do not.
     """
 
-    # Whether a code's values take back what ``row_norm`` did to their token, because the output is of the input's kind.
+    # True if the code's values undo ``row_norm``, because output and input are the same activation.
     undoes_row_norm: ClassVar[bool] = False
 
     in_scale: Float[Tensor, "..."]
@@ -82,9 +91,9 @@ class SparseDictionary(nn.Module, ABC):
             raise ValueError(f"dictionary.row_norm: expected null or one of {', '.join(ROW_NORMS)}, got {row_norm!r}.")
         self.d_in, self.d_out, self.n_latents, self.n_sites, self.row_norm = d_in, d_out, n_latents, n_sites, row_norm
         self.encoder = encoder
-        # Set by training, for training: a checkpoint knows nothing of it.
+        # Set by the trainer, used only in training, never saved.
         self.screen: Screen | None = None
-        # Set by training, for whoever loads the checkpoint.
+        # Set by the trainer and saved with the checkpoint.
         self.training_usage: TrainingUsage | None = None
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
@@ -92,23 +101,23 @@ class SparseDictionary(nn.Module, ABC):
     @property
     @abstractmethod
     def blocks(self) -> list[LatentBlock]:
-        """The weights, by what they read and write. Row ``i`` of a block's matrices is its latent ``i``."""
+        """Weights grouped by the columns they read and write; row ``i`` of a block's matrices is its latent ``i``."""
 
     @property
     @abstractmethod
     def shift(self) -> Float[Tensor, " d_in"] | None:
-        """The vector that normalised inputs are centred by; ``None`` leaves them as they are."""
+        """Pre-encoder bias, subtracted from normalized inputs, or ``None``."""
 
     @abstractmethod
     def bypass(self, x: Float[Tensor, "..."] | None = None, site: int | None = None) -> Float[Tensor, "..."]:
-        """Return the skip path and bias, which reach the output past the latents, in normalised units.
+        """Return the skip path and bias of the output, in normalized units.
 
         Args:
-            x: The raw input, ``(tokens, d_in)``, or what the site reads of it.
-            site: Return the columns that this site writes, from its own input; by default all columns.
+            x: Raw input, ``(tokens, d_in)``, or the columns that the site reads.
+            site: Return only the columns this site writes, computed from its own input; by default all columns.
 
         Raises:
-            ValueError: If the result depends on the input and there is no ``x``.
+            ValueError: If the result depends on the input and ``x`` is missing.
         """
 
     @abstractmethod
@@ -119,13 +128,13 @@ class SparseDictionary(nn.Module, ABC):
         through: bool = False,
         site: int | None = None,
     ) -> SparseCode:
-        """Return the code of normalised, centred inputs and of the normalised gradient at the output.
+        """Return the code of normalized, centered inputs.
 
         Args:
             x: Inputs of all sites, or of one.
-            grad: Read by encoders that need it.
-            through: Let gradients reach what the inputs were made of, not the dictionary alone.
-            site: The only site, whose latents are then numbered from 0. Nothing of other sites is read.
+            grad: Normalized loss gradient at the output, for encoders that need it.
+            through: Let gradients flow back through the inputs, not only to the dictionary's weights.
+            site: Encode this site only, with latents numbered from 0 and without reading other sites.
         """
 
     @abstractmethod
@@ -134,22 +143,22 @@ class SparseDictionary(nn.Module, ABC):
 
     @abstractmethod
     def arguments(self) -> dict[str, Any]:
-        """Return what ``dictionary.json`` must hold to rebuild the object, its encoder included."""
+        """Return the constructor arguments, including the encoder's, as stored in ``dictionary.json``."""
 
     @property
     def sites(self) -> list[Site]:
-        """The places it stands in for, in the order in which a model comes to them."""
+        """Model locations that the dictionary reconstructs, in the order of the forward pass."""
         reads, writes = self.d_in // self.n_sites, self.d_out // self.n_sites
         return [Site(slice(i * reads, (i + 1) * reads), slice(i * writes, (i + 1) * writes)) for i in range(self.n_sites)]
 
     @property
     def tied(self) -> bool:
-        """Whether the encoder's rows are the atoms."""
+        """Return True if the encoder is tied to the decoder (``W_enc is W_dec``)."""
         return any(block.weights.W_enc is block.weights.W_dec for block in self.blocks)
 
     @property
     def atoms(self) -> Float[Tensor, "n_latents d_out"]:
-        """What every latent writes, in normalised units: zero where it does not write, as large as if all wrote everywhere."""
+        """Decoder directions at full output width, in normalized units, zero at outputs that a latent does not write to."""
         written = [self._padded(block.weights.W_dec, block.writes) for block in self.blocks]
         return written[0] if len(written) == 1 else torch.cat(written)
 
@@ -159,28 +168,32 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def centre_on(self, inputs: Float[Tensor, " d_in"], outputs: Float[Tensor, " d_out"]) -> None:
-        """Start from these centres of the data, in normalised units."""
+        """Initialize the pre-encoder bias and ``b_dec`` to the data means, in normalized units."""
         if self.shift is not None and self.shift is not self.b_dec:
             self.shift.copy_(inputs)
         self.b_dec.copy_(outputs)
 
     def error_scale(self, moments: Moments) -> Float[Tensor, "..."]:
-        """Return the normalizer that turns squared errors into fvu: predicting the mean of the targets has an error of 1.
+        """Return the normalizer that turns squared errors into FVU: predicting the target mean then gives an error of 1.
 
-        One number, the variance of the targets; with a scale for every column also one of these for every column.
+        It is the total variance of the targets (a scalar), or one value per output column if every column has its own scale.
         """
         if self.out_scale.ndim == 0:
             return torch.tensor(moments.variance())
         columns = torch.empty(self.d_out)
         for site in self.sites:
-            # Divided by the number of sites the sum of their fvus is a mean, which compares with one site's.
+            # Scaled by the number of sites, so that the total is the mean FVU over sites and comparable with a single site.
             columns[site.writes] = float(moments.deviation[site.writes].sum()) / max(moments.count, 1) * self.n_sites
         return columns
 
     def encode(self, x: Rows, grad: Rows | None = None) -> SparseCode:
-        """Return the sparse code of raw activations ``(tokens, d_in)``; ``grad`` is the loss's gradient at the output.
+        """Return the sparse code of raw activations ``(tokens, d_in)``.
 
-        Tensors and arrays of any precision are taken. Values are in normalised units: one unit is ``out_scale`` of output.
+        Accepts tensors and arrays of any precision. Values are in normalized units: a value of 1 adds ``out_scale`` times the
+        decoder direction to the output.
+
+        Args:
+            grad: Loss gradient at the output, for encoders that use it.
 
         Raises:
             ValueError: If ``x`` is not ``(tokens, d_in)``.
@@ -191,39 +204,40 @@ class SparseDictionary(nn.Module, ABC):
         return self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
 
     def encode_at(self, site: int, x: Rows) -> SparseCode:
-        """Return the code of raw activations of one site ``(tokens, width)``, its latents numbered from 0.
+        """Return the code of one site's raw activations ``(tokens, width)``, with latents numbered from 0.
 
-        Reads nothing of other sites, so that a model can be run with the dictionary in place.
+        Reads no other site, so the model can run with the dictionary in place.
         """
         place = self.sites[site].reads
         x = self.require_width(x, place.stop - place.start)
         return self._in_output_units(self.code_of(self.normalised(x, site), None, x.requires_grad, site), x)
 
     def normalised(self, x: Float[Tensor, "tokens d"], site: int | None = None) -> Float[Tensor, "tokens d"]:
-        """Return raw inputs, of all sites or of one, as the encoder sees them."""
+        """Return the encoder's inputs: raw activations of all sites or one, scaled, row-normalized, and centered."""
         scale = self.in_scale if site is None or self.in_scale.ndim == 0 else self.in_scale[self.sites[site].reads]
         return self.centre(x.to(self.in_scale.dtype) / scale, site)
 
     def centre(self, x: Float[Tensor, "tokens d"], site: int | None = None) -> Float[Tensor, "tokens d"]:
-        """Return the encoder's view of normalised inputs."""
+        """Apply ``row_norm`` to scaled inputs and subtract the pre-encoder bias."""
         rows = x if self.row_norm is None else ROW_NORMS[self.row_norm](x).rows
         if self.shift is None:
             return rows
         return rows - (self.shift if site is None else self.shift[self.sites[site].reads])
 
     def normed_rows(self, x: Float[Tensor, "tokens d_in"]) -> NormedRows:
-        """Return raw inputs as ``row_norm``, which there must be, leaves them."""
+        """Return raw inputs scaled and normalized by ``row_norm``, which must be set."""
         assert self.row_norm is not None
         return ROW_NORMS[self.row_norm](x.to(self.in_scale.dtype) / self.in_scale)
 
     def decode(self, code: SparseCode | Rows, x: Rows | None = None) -> Float[Tensor, "tokens d_out"]:
-        """Return the reconstruction of a code, in raw units. ``x`` is the raw input it came from.
+        """Return the reconstruction of a code, in raw units.
 
         Args:
-            code: As ``encode`` gives it, or dense, ``(tokens, n_latents)``.
+            code: Result of ``encode``, or a dense tensor ``(tokens, n_latents)``.
+            x: Raw input of the code, needed if the output depends on it directly (skip path, undone ``row_norm``).
 
         Raises:
-            ValueError: If there is a path past the latents and no ``x``, or a dense code has another width.
+            ValueError: If ``x`` is needed and missing, or a dense code has the wrong width.
         """
         if not isinstance(code, SparseCode):
             code = self._sparse(self._tensor(code, "code"))
@@ -231,14 +245,14 @@ class SparseDictionary(nn.Module, ABC):
         # Adding to slices in place would copy the whole gradient for every block.
         written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
         total = written[0] if len(written) == 1 else torch.stack(written).sum(0)
-        # In one pass: this is as large as the batch.
+        # Fused, because this tensor is as large as the batch.
         return torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
 
     def decode_at(self, site: int, codes: list[SparseCode], x: Rows | None = None) -> Float[Tensor, "..."]:
-        """Return what a site is to write, in raw units, from the codes of all sites up to it and its own raw input."""
+        """Return one site's output, in raw units, from the codes of all sites up to it and its own raw input."""
         x = None if x is None else self._tensor(x)
         if self.out_scale.ndim == 0:
-            # One scale for all columns: there is one site.
+            # A scalar scale means a single site.
             return self.decode(codes[site], x)
         place, total = self.sites[site].writes, self.bypass(x, site)
         for block, code in zip(self.blocks, codes[: site + 1], strict=False):
@@ -247,7 +261,7 @@ class SparseDictionary(nn.Module, ABC):
         return total * self.out_scale[place]
 
     def _parts(self, code: SparseCode) -> Iterator[tuple[LatentBlock, SparseCode]]:
-        """Yield each block with its entries of a code, latents numbered from 0."""
+        """Yield each block with its part of a code, latents numbered from 0."""
         for block in self.blocks:
             first, last = block.latents.start, block.latents.stop
             if (first, last) == (0, self.n_latents):
@@ -257,23 +271,22 @@ class SparseDictionary(nn.Module, ABC):
             yield block, SparseCode(part.latents - first, part.values, part.starts)
 
     def _padded(self, columns: Tensor, writes: slice) -> Tensor:
-        """Return columns of the output as the whole of it, zero elsewhere."""
+        """Return output columns zero-padded to the full output width."""
         around = (writes.start, self.d_out - writes.stop)
         return F.pad(columns, around) if any(around) else columns
 
     def _in_output_units(self, code: SparseCode, x: Tensor) -> SparseCode:
-        """Return a code whose values take back what ``row_norm`` did to their token, where they are to."""
+        """Return the code with each token's ``row_norm`` undone in its values, if ``undoes_row_norm``."""
         if self.row_norm is None or not self.undoes_row_norm:
             return code
         scale = self.normed_rows(x).scale.squeeze(1)[code.token_ids()]
         return replace(code, values=code.values * scale.to(code.values.dtype))
 
     def _tensor(self, values: Rows, name: str = "x") -> Float[Tensor, "..."]:
-        """Return what a caller gave as a tensor; one that is a tensor keeps its precision and its gradient."""
+        """Return the values as a tensor; tensors keep their precision and gradient."""
         return values if isinstance(values, Tensor) else as_rows(values, name, self.device)
 
     def _sparse(self, dense: Float[Tensor, "..."]) -> SparseCode:
-        """Return a dense code as a sparse one."""
         if dense.ndim != 2 or dense.shape[1] != self.n_latents:
             raise ValueError(
                 f"code: expected a SparseCode, as encode gives it, or (tokens, {self.n_latents}), got {tuple(dense.shape)}."
@@ -294,13 +307,16 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def pursue(self, y: Rows, k: int, method: str) -> SparseCode:
-        """The code of ``k`` latents that a pursuit finds for targets in raw units, in place of the encoder's own.
+        """Return the code of ``k`` latents per token that a pursuit, not the encoder, finds for targets in raw units.
 
-        ``method`` is one of ``sae.pursuit.PURSUITS``. Works for any dictionary: only atoms and bias are read.
+        Works with any encoder: only decoder directions and bias are used.
+
+        Args:
+            method: One of ``sae.pursuit.PURSUITS``.
 
         Raises:
-            ValueError: If there is no such method, ``k`` is below 1, ``y`` is not ``(tokens, d_out)``, or what is to be written
-                depends on the input too.
+            ValueError: If the method is unknown, ``k`` is below 1, ``y`` is not ``(tokens, d_out)``, or the output also depends
+                directly on the input.
         """
         if method not in PURSUITS:
             raise ValueError(f"method: expected one of {', '.join(PURSUITS)}, got {method!r}.")
@@ -313,22 +329,22 @@ class SparseDictionary(nn.Module, ABC):
         return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
     def forward(self, x: Rows) -> Float[Tensor, "tokens d_out"]:
-        """Encode, then decode."""
+        """Return the reconstruction of raw inputs."""
         x = self._tensor(x)
         return self.decode(self.encode(x), x)
 
     @torch.no_grad()
     def renormalize(self) -> None:
-        """Bring every atom back to unit norm, where the encoder wants unit atoms."""
+        """Rescale decoder directions to unit norm if the encoder needs a unit-norm decoder."""
         if self.encoder.unit_atoms:
             for block in self.blocks:
                 F.normalize(block.weights.W_dec, dim=-1, out=block.weights.W_dec)
 
     @torch.no_grad()
     def fold_norms(self) -> None:
-        """Bring free atoms to unit norm and let the encoder make up for it; the output stays the same.
+        """Rescale decoder directions to unit norm and fold their norms into the encoder; the output is unchanged.
 
-        Only for encoders whose values scale with their rows, which those with free atoms are.
+        Valid only for encoders whose values scale with their rows, which holds for those without a unit-norm decoder.
         """
         for W_enc, b_enc, W_dec in ((b.weights.W_enc, b.weights.b_enc, b.weights.W_dec) for b in self.blocks):
             norms = W_dec.norm(dim=-1).clamp_min(torch.finfo(W_dec.dtype).tiny)
@@ -339,19 +355,19 @@ class SparseDictionary(nn.Module, ABC):
 
     @torch.no_grad()
     def project_grad(self) -> None:
-        """Remove from each atom's gradient the part along the atom, which renormalising would undo anyway."""
+        """Remove the component of each decoder gradient along its direction, which renormalizing would undo anyway."""
         for W_dec in (block.weights.W_dec for block in self.blocks):
             if W_dec.grad is not None and self.encoder.unit_atoms:
                 along = (W_dec.grad * W_dec).sum(-1, keepdim=True)
                 W_dec.grad.addcmul_(along, W_dec, value=-1.0)
 
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
-        """Write ``dictionary.safetensors`` and ``dictionary.json``, each whole or not at all; the weights go first.
+        """Write ``dictionary.safetensors``, then ``dictionary.json``, each atomically.
 
-        With a ``training_usage`` there is ``usage.safetensors`` besides.
+        If ``training_usage`` is set, ``usage.safetensors`` is written too.
 
         Raises:
-            OSError: If the folder cannot be written; what it held stays as it was.
+            OSError: If the folder cannot be written; existing files stay unchanged.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -374,7 +390,7 @@ def required_input(x: Tensor | None, because: str) -> Tensor:
     """Return the raw input that decoding needs.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it is missing.
     """
     if x is None:
         raise ValueError(f"x: expected the raw input, because {because}, got none. Call decode(code, x).")
@@ -388,16 +404,16 @@ def calibrate_cuts(
     inputs: Iterable[Float[Tensor, "tokens d_in"]],
     together: bool = False,
 ) -> bool:
-    """Move the cuts of penalised encoders so that raw inputs have the target l0; return False if they have no target.
+    """Shift the thresholds of penalized encoders until raw inputs have the target L0; return False without a target.
 
     Args:
-        encoders: One for each of the dictionary's blocks.
-        dictionary: Whose weights they read.
+        encoders: One per block of the dictionary.
+        dictionary: Dictionary whose weights the encoders read.
         inputs: Training tokens.
-        together: Move all cuts by one number, for the target of all blocks together.
+        together: Shift all thresholds by one number, so that all blocks together meet the target.
 
     Raises:
-        ValueError: If there is no token.
+        ValueError: If there are no tokens.
     """
     penalised = [encoder for encoder in encoders if isinstance(encoder, Penalised)]
     target = penalised[0].target_l0 if penalised else None
@@ -423,9 +439,9 @@ def calibrate_cuts(
 
 
 class OneSiteDictionary(SparseDictionary, ABC):
-    """One matrix to read with and one to write with: what SAEs and transcoders share.
+    """Dictionary with one encoder matrix and one decoder matrix: the common base of SAEs and transcoders.
 
-    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. With ``tied`` the encoder reads with the atoms themselves.
+    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. With ``tied`` the encoder reads ``W_dec``.
     """
 
     def __init__(
@@ -434,11 +450,11 @@ class OneSiteDictionary(SparseDictionary, ABC):
         super().__init__(d_in, d_out, n_latents, encoder, row_norm=row_norm)
         encoder.prepare(n_latents)
         self.W_enc = None if tied else nn.Parameter(torch.empty(n_latents, d_in))
-        # A pursuit has no use for a bias.
+        # Pursuits use no encoder bias.
         self.b_enc = None if encoder.tied else nn.Parameter(torch.zeros(n_latents))
         self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
-        # On the meta device there are no numbers, and drawing them there would first import torch's compiler.
+        # Meta tensors hold no data, and initializing them would import torch's compiler.
         if not self.W_dec.is_meta:
             nn.init.normal_(self.W_dec)
             F.normalize(self.W_dec.data, dim=-1, out=self.W_dec.data)
@@ -447,7 +463,7 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     @property
     def weights(self) -> Weights:
-        """What the encoder may read."""
+        """Weights that the encoder may read."""
         screen = self.screen if self.training else None
         return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec, screen, self.shift)
 
@@ -462,7 +478,7 @@ class OneSiteDictionary(SparseDictionary, ABC):
         through: bool = False,
         site: int | None = None,
     ) -> SparseCode:
-        # The shift's gradient has a short cut, for which gradients end at x.
+        # The shortcut for the pre-encoder bias's gradient stops gradients at ``x``.
         weights = replace(self.weights, shift=None) if through else self.weights
         return self.encoder(x, weights, grad)
 

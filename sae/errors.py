@@ -1,4 +1,4 @@
-"""Errors in one line: what was being done, which file, what is safe and what helps."""
+"""One-line errors: the operation, the file, what is safe, and the remedy."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What helps where the operating system refuses a file.
+# Remedies by error number of the operating system.
 REMEDIES = {
     errno.ENOSPC: "Free space on that disk",
     errno.EDQUOT: "Free space, or raise the quota",
@@ -21,13 +21,13 @@ ANY_REMEDY = "Make room for it there, or choose another place"
 
 
 class WriteError(OSError):
-    """A file could not be written. The message names it, and says what is safe and what helps.
+    """Error that a file could not be written; the message names the file, what is safe, and the remedy.
 
     Args:
-        path: The file that was to be there.
-        reason: What the operating system said.
-        remedy: What helps, as a sentence without its end.
-        safe: What is not lost, in sentences.
+        path: File that was to be written.
+        reason: Message of the operating system.
+        remedy: Remedy, as a sentence without the period.
+        safe: What is not lost, in full sentences.
     """
 
     def __init__(self, path: str | Path, reason: str, remedy: str, safe: str = "What was there before is unchanged."):
@@ -35,7 +35,7 @@ class WriteError(OSError):
         self.path, self.reason, self.remedy = path, reason, remedy
 
     def keeping(self, safe: str) -> "WriteError":
-        """Return the same error with another account of what is not lost."""
+        """Return the same error with a different statement of what is not lost."""
         error = WriteError(self.path, self.reason, self.remedy, safe)
         error.errno = self.errno
         return error
@@ -43,10 +43,10 @@ class WriteError(OSError):
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Name a file in the operating system's errors while it is written.
+    """Turn the operating system's errors inside the block into ``WriteError`` for ``path``.
 
     Raises:
-        WriteError: In place of every ``OSError``, with its ``errno``.
+        WriteError: For every ``OSError``, with its ``errno``.
     """
     try:
         yield
@@ -60,17 +60,17 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Note on errors that pass what was being done: ``doing("loading the model gpt2")``. Also a decorator."""
+    """Add a note of the current operation to exceptions that pass: ``doing("loading the model gpt2")``. Also a decorator."""
     try:
         yield
     except Exception as error:
-        # The command line shows the first of these notes, the innermost.
+        # The command line shows the first note, the innermost.
         error.add_note(f"while {what}")
         raise
 
 
 def operating_system_message(error: OSError) -> str:
-    """Return what an error of the operating system means to a person: the file, the reason and what helps."""
+    """Return a readable message for an operating system error: file, reason, and remedy."""
     if error.errno is None or error.strerror is None:
         return " ".join(str(error).split()) or type(error).__name__
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)

@@ -1,9 +1,9 @@
-"""Packages that only a part of sparsary needs, and the extras of ``pyproject.toml`` that install them."""
+"""Optional packages, and the extras of ``pyproject.toml`` that install them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Module -> the name to install it by, where that is another, and the extra.
+# Module -> (package name, extra).
 OPTIONAL = {
     "accelerate": ("accelerate", "train"),
     "datasets": ("datasets", "train"),
@@ -27,12 +27,12 @@ OPTIONAL = {
 
 
 class MissingPackageError(ImportError, ValueError):
-    """An optional package is not installed; the message says which extra brings it. A user can mend it: a ``ValueError``."""
+    """Error for a missing optional package, naming the extra that installs it. A ``ValueError``, as users can fix it."""
 
 
 @contextmanager
 def needs(what: str, extra: str | None = None) -> Iterator[None]:
-    """Turn a failed import of an optional package into one line: who needs it, and how to install it.
+    """Turn a failed import of an optional package into one line: what needs it, and how to install it.
 
     >>> with needs("sparsary.evaluate"):
     ...     raise ModuleNotFoundError(name="sklearn.linear_model")
@@ -40,11 +40,11 @@ def needs(what: str, extra: str | None = None) -> Iterator[None]:
     sparsary.sae.extras.MissingPackageError: sparsary.evaluate: needs scikit-learn: pip install 'sparsary[eval]'
 
     Args:
-        what: The name that opens the message.
-        extra: The extra to install for it, where that is more than the package alone.
+        what: Name that begins the message.
+        extra: Extra to suggest, if more than the package's own is needed.
 
     Raises:
-        MissingPackageError: If the module that is missing comes with an extra. Other errors pass through.
+        MissingPackageError: If the missing module belongs to an extra. Other errors pass through.
     """
     try:
         yield
@@ -53,6 +53,6 @@ def needs(what: str, extra: str | None = None) -> Iterator[None]:
         if module not in OPTIONAL:
             raise
         package, own = OPTIONAL[module]
-        # An extra includes those below it: train is in eval. wandb is in neither.
+        # An extra includes those below it: eval includes train. wandb is in neither.
         wanted = own if extra is None or own == "wandb" else extra
         raise MissingPackageError(f"{what}: needs {package}: pip install 'sparsary[{wanted}]'", name=error.name) from None

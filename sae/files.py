@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and safetensors read with errors a person can act on."""
+"""Atomic file writes, and safetensors reading with actionable errors."""
 
 import hashlib
 import itertools
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .errors import writing
 
-# safetensors' names of torch's dtypes, in the order in which it lays them into a file: the widest first, which keeps all of
-# them aligned.
+# safetensors names of torch dtypes, in its order of tensors in a file: widest first, which keeps all of them aligned.
 DTYPES = {
     "U64": torch.uint64,
     "I64": torch.int64,
@@ -35,12 +34,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What is hashed and then written at a time: it stays in the processor's cache in between.
+# Bytes hashed and written at a time, few enough to stay in the processor's cache in between.
 CHUNK_BYTES = 1 << 18
 
 
 def natural_order(name: str) -> list[int | str]:
-    """Return a sort key by which layer 10 comes after layer 9.
+    """Return a sort key that puts layer 10 after layer 9.
 
     >>> sorted(["h.10:out", "h.9:out"], key=natural_order)
     ['h.9:out', 'h.10:out']
@@ -50,10 +49,10 @@ def natural_order(name: str) -> list[int | str]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder; on success it is synced and renamed to ``path``, otherwise removed.
+    """Yield a temporary path in the same folder; on success it is synced and renamed to ``path``, otherwise removed.
 
     Raises:
-        WriteError: If it could not be written; what was there before is unchanged.
+        WriteError: If it could not be written; the previous file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
@@ -64,13 +63,13 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             sync_folder(path.parent)
     finally:
-        # Of a disk that fails the first error says more than this one would.
+        # On a failing disk the first error is more informative than this one.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
+    """Make a rename in ``folder`` survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -79,7 +78,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Delete what a killed process left half-written."""
+    """Delete partial files left by a killed process."""
     for leftover in folder.glob(".*.partial"):
         leftover.unlink(missing_ok=True)
 
@@ -105,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON. NaN and infinities are refused: they are not JSON."""
+    """Write indented JSON; NaN and infinities, which JSON cannot represent, are rejected."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -119,13 +118,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str]) -> str:
-    """One safetensors file, whole or not at all; its sha256. Of several tensors under a name, each is put below the last.
+    """Write one safetensors file atomically and return its sha256.
 
-    The bytes are those that ``safetensors.torch.save_file`` writes. Ours are hashed on their way, and Python's lock is free
-    meanwhile.
+    Several tensors under one name are concatenated along the first axis. The bytes equal those of
+    ``safetensors.torch.save_file``, but are hashed while being written, and Python's lock is released meanwhile.
 
     Raises:
-        WriteError: If it could not be written; what was there before is unchanged.
+        WriteError: If it could not be written; the previous file is unchanged.
     """
     parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
     names = sorted(parts, key=lambda name: (list(DTYPES.values()).index(parts[name][0].dtype), name))
@@ -155,10 +154,10 @@ def _memory(tensor: Tensor) -> memoryview:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, and its metadata.
+    """Return all tensors of a file, and its metadata.
 
     Raises:
-        ValueError: If the file is missing, truncated or not safetensors.
+        ValueError: If the file is missing, truncated, or not safetensors.
     """
     try:
         with safe_open(path, framework="pt") as handle:
@@ -170,7 +169,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` naming the first tensor that holds NaN or an infinity."""
+    """Raise ``ValueError`` naming the first tensor with NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
@@ -183,5 +182,5 @@ def sha256(path: Path) -> str:
 
 
 def json_number(value: float) -> float | None:
-    """The number, or ``None`` (JSON ``null``) where there is none."""
+    """Return the number, or ``None`` (JSON ``null``) if it is not finite."""
     return float(value) if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: only the files of a dictionary travel, and nothing in them is executed."""
+"""Checkpoints on the Hugging Face Hub: only a dictionary's own files are transferred, and none of them is executed."""
 
 import glob
 from pathlib import Path
@@ -12,21 +12,21 @@ from .training_usage import USAGE_FILE
 
 
 def local_directory(path_or_id: str, revision: str | None = None) -> Path:
-    """The directory itself if it exists, else the downloaded (or cached) repository of that id.
+    """Return the path itself if it exists, otherwise the downloaded (or cached) hub repository with that id.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If the repository cannot be downloaded.
     """
     path = Path(path_or_id)
     if path.exists() or path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
         return path
-    # Imported here: loading from disk must not need the hub's client.
+    # Imported lazily: loading from disk must not require the hub's client.
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, USAGE_FILE]))
     except Exception as error:  # noqa: BLE001
-        # Offline, unknown, private: whatever the client raises, the user needs to know what was looked for.
+        # Offline, unknown, or private: for any client error, the message must name what was requested.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path_or_id}: no such directory, and the hub repository of that name could not be had ({reason})."
@@ -34,12 +34,21 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
 
 
 def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a checkpoint, a folder of them, or a dictionary in another library's format; return the repository's address.
+    """Upload a checkpoint, a folder of them, or a dictionary in another library's format; return the repository's URL.
 
-    Only files that are read when it is loaded are uploaded, whatever else lies there.
+    Only the files needed to load it are uploaded; other files in the folder are ignored.
+
+    >>> import tempfile
+    >>> from sparsary import ENCODERS, SAE, push_to_hub
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     SAE(5, 7, ENCODERS["topk"](k=2)).save(folder)
+    ...     files_of(Path(folder))  # these would be uploaded
+    ['dictionary.safetensors', 'dictionary.json']
+    >>> push_to_hub("runs/my-sae", "owner/my-sae")  # doctest: +SKIP
+    'https://huggingface.co/owner/my-sae'
 
     Raises:
-        ValueError: If the directory holds no dictionary, or a damaged one; or the hub does not take it from here.
+        ValueError: If the directory holds no dictionary or a damaged one, or the hub rejects the upload.
     """
     from huggingface_hub import HfApi
 
@@ -54,7 +63,7 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
             commit_message="Upload a sparsary dictionary",
         )
     except Exception as error:
-        # Whatever the client raises: no login, no rights, a name that it does not take, no connection, HF_HUB_OFFLINE.
+        # Any client error: not logged in, no write access, invalid name, no connection, HF_HUB_OFFLINE.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{repo_id}: could not be uploaded to ({type(error).__name__}: {reason}). Log in with `hf auth login` or HF_TOKEN, "
@@ -64,10 +73,10 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
 
 
 def files_of(directory: Path) -> list[str]:
-    """The files that make up the dictionaries of a directory, by their paths in it.
+    """Return the files that make up the dictionaries of a directory, as relative paths.
 
     Raises:
-        ValueError: If it holds none, or damaged ones.
+        ValueError: If it holds no dictionaries or damaged ones.
     """
     folders = [""] if (directory / CONFIG_FILE).exists() else sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_FILE}"))
     if folders or not directory.is_dir():

@@ -1,4 +1,4 @@
-"""Training losses: pure functions of tensors in normalised units."""
+"""Training losses: pure functions of tensors in normalized units."""
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from .zipf import underused
 def normalized_mse(
     y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"], variance: Float[Tensor, "..."]
 ) -> Float[Tensor, ""]:
-    """Squared error per token over ``variance``, the mean squared distance of targets from their mean.
+    """Return the squared error per token divided by ``variance``, the mean squared distance of targets from their mean.
 
-    ``variance`` is a constant of the data set, not of the batch, so the loss approximates fvu and its gradient does not
-    depend on which tokens share a batch. It may differ between columns: then it is what each column's squared error is
-    divided by. Source: Gao et al. 2024, arXiv:2406.04093.
+    ``variance`` is a constant of the data set, not of the batch, so the loss approximates FVU and its gradient does not depend
+    on which tokens share a batch. With one value per column, each column's squared error is divided by its own. Source: Gao et
+    al. 2024, arXiv:2406.04093.
     """
     if variance.ndim:
         return ((y_hat - y).pow(2) / variance).sum() / max(len(y), 1)
@@ -32,11 +32,10 @@ def auxk(
     dead: Bool[Tensor, " n_latents"],
     k_aux: int,
 ) -> Float[Tensor, ""]:
-    """How badly the ``k_aux`` strongest dead latents explain the error that the live ones leave, about 1 at first.
+    """Return the AuxK loss: how badly the ``k_aux`` strongest dead latents reconstruct the residual error, initially about 1.
 
-    ``x`` is centred, ``error`` is ``y - y_hat``; both are taken as data. The gradient therefore reaches the encoder and
-    decoder rows of dead latents and nothing else. Zero without dead latents.
-    Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
+    ``x`` is centered and ``error`` is ``y - y_hat``; both are detached, so only encoder and decoder rows of dead latents
+    receive gradients. The loss is zero without dead latents. Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
     rows = dead.nonzero().squeeze(-1)
     if rows.numel() == 0:
@@ -44,16 +43,16 @@ def auxk(
     x, error = x.detach(), error.detach()
     dead_weights = weights.rows(rows)
     if rows.numel() <= k_aux:
-        # All take part: there is nothing to choose, and no sparsity to make use of.
+        # All dead latents take part, so there is no selection and no sparsity to exploit.
         guess = pre_activations(x, dead_weights).relu() @ dead_weights.W_dec
     else:
         code = largest_per_token(scorer(x, dead_weights).tiles(), k_aux)
         guess = decode(with_gradient(code, x, dead_weights).relu(), dead_weights.W_dec)
     residual = guess - error
     spread = (error - error.mean(0)).pow(2).sum()
-    # A perfect reconstruction leaves nothing to explain: 0/0 must not poison the weights.
+    # The clamp prevents 0/0 after a perfect reconstruction.
     loss = residual.pow(2).sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
-    # With few dead latents the term cannot get small; its weight shrinks with them.
+    # With few dead latents the term cannot become small, so its weight shrinks with their number.
     return loss * min(rows.numel() / k_aux, 1.0)
 
 
@@ -63,11 +62,11 @@ def pre_activation_loss(
     thresholds: Float[Tensor, " n_latents"],
     dead: Bool[Tensor, " n_latents"],
 ) -> Float[Tensor, ""]:
-    """Return how far dead latents stay below their thresholds, in units of fvu.
+    """Return how far dead latents stay below their thresholds, in units of FVU.
 
-    That is the mean over tokens of the sum over dead latents of ``relu(threshold - pre-activation) |atom| / d_out``. Its
-    gradient lowers thresholds and raises pre-activations of dead latents and reaches nothing else; ``x`` and the atoms' norms
-    are data. Source: the January 2025 update of Anthropic's Transformer Circuits thread.
+    It is the mean over tokens of the sum over dead latents of ``relu(threshold - pre-activation) |decoder direction| / d_out``.
+    Its gradient lowers thresholds and raises pre-activations of dead latents and reaches nothing else; ``x`` and decoder norms
+    are constants. Source: the January 2025 update of Anthropic's Transformer Circuits thread.
     """
     rows = dead.nonzero().squeeze(-1)
     if rows.numel() == 0 or len(x) == 0:
@@ -87,11 +86,11 @@ def aux_zipf(
     k_aux: int,
     absolute: bool = False,
 ) -> Float[Tensor, ""]:
-    """AuxK over dead latents, and once more over those that fire less than ``tau`` times what a Zipf law expects of their rank.
+    """Return AuxK over dead latents plus AuxK over latents that fire less than ``tau`` times a Zipf law's prediction.
 
-    The law is fitted to ``density``, the running share of tokens on which each latent fires. At ``tau = 0`` this is AuxK.
-    Source: the ``aux_zipf_loss`` of Ayonrinde 2024, arXiv:2411.02124, which names its purpose; the criterion is ours, and so
-    are the two terms: in one pool the underused, which still fire, take the places of the dead (stories3M, tau 0.5: 20 %
-    dead in one pool, 12 % in two).
+    The law is fitted to ``density``, the running fraction of tokens on which each latent fires, and predicts a density per
+    rank. At ``tau = 0`` this is AuxK. Source: the ``aux_zipf_loss`` of Ayonrinde 2024, arXiv:2411.02124, which states its
+    purpose; the criterion and the two separate terms are specific to sparsary. In one pool, underused latents, which still
+    fire, displace dead ones (stories3M, tau 0.5: 20 % dead with one pool, 12 % with two).
     """
     return auxk(x, error, weights, dead, k_aux) + auxk(x, error, weights, underused(density, tau, absolute) & ~dead, k_aux)

@@ -1,4 +1,4 @@
-"""Numbers that describe a dictionary on data; training logs and the evaluation suite share these definitions."""
+"""Metrics of a dictionary on data, with definitions shared by training logs and evaluation."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,13 +6,17 @@ from torch import Tensor
 
 
 def fvu(y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
-    """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean of ``y``.
+    """Return the fraction of variance unexplained: 0 is perfect, 1 is no better than the mean of ``y``.
 
-    Sums run over all tokens before the division; the mean of per-token ratios is another number.
+    Numerator and denominator are summed over all tokens before dividing; the mean of per-token ratios is a different metric.
     Source: the normalized MSE of Gao et al. 2024, arXiv:2406.04093.
 
+    >>> y = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    >>> float(fvu(y, y)), float(fvu(y, y.mean(0).expand(2, 2)))
+    (0.0, 1.0)
+
     Raises:
-        ValueError: If all rows of ``y`` are equal, so that there is no variance.
+        ValueError: If all rows of ``y`` are equal, so that the variance is zero.
     """
     running = RunningFvu(y.shape[1], y.device)
     running.update(y, y_hat)
@@ -20,7 +24,7 @@ def fvu(y: Float[Tensor, "tokens d_out"], y_hat: Float[Tensor, "tokens d_out"]) 
 
 
 class RunningFvu:
-    """``fvu`` over a stream of batches, summed in float64."""
+    """FVU accumulated over a stream of batches, in float64."""
 
     def __init__(self, d_out: int, device: torch.device | str = "cpu"):
         self.moments = Moments(d_out, device)
@@ -38,7 +42,7 @@ class RunningFvu:
 
 
 class Moments:
-    """Count, mean and summed squared deviation of a stream of rows, merged without cancellation (Chan et al. 1979)."""
+    """Count, mean, and summed squared deviation of a stream of rows, merged without cancellation (Chan et al. 1979)."""
 
     def __init__(self, d: int, device: torch.device | str = "cpu"):
         self.count = 0
@@ -53,7 +57,7 @@ class Moments:
         self.merge(rows.shape[0], mean, (rows - mean).pow(2).sum(0))
 
     def merge(self, count: int, mean: Float[Tensor, " d"], deviation: Float[Tensor, " d"]) -> None:
-        """Take in the moments of ``count`` further rows."""
+        """Add the moments of ``count`` further rows."""
         total = self.count + count
         delta = mean - self.mean
         self.deviation += deviation + delta.pow(2) * (self.count * count / total)
@@ -61,19 +65,19 @@ class Moments:
         self.count = total
 
     def squared_deviation(self) -> Float[Tensor, ""]:
-        """Sum over rows and dimensions of the squared distance from the mean."""
+        """Return the sum over rows and dimensions of the squared distance from the mean."""
         return self.deviation.sum()
 
     def variance(self) -> float:
-        """Mean squared distance of a row from the mean row, all dimensions together."""
+        """Return the mean squared distance of a row from the mean row, summed over dimensions."""
         return float(self.squared_deviation() / max(self.count, 1))
 
 
 def density(firings: Int[Tensor, " n_latents"], tokens: int) -> Float[Tensor, " n_latents"]:
-    """Share of tokens on which each latent fires."""
+    """Return the fraction of tokens on which each latent fires."""
     return firings.double() / tokens
 
 
 def dead_fraction(firings: Int[Tensor, " n_latents"]) -> float:
-    """Share of latents that never fired in the window the counts come from."""
+    """Return the fraction of latents that never fired in the window of the counts."""
     return float((firings == 0).double().mean())

@@ -1,4 +1,4 @@
-"""Penalised: encoders without a budget, whose l0 a penalty in the loss brings about."""
+"""Penalised: encoders without a fixed budget, whose L0 results from a penalty in the loss."""
 
 from abc import ABC, abstractmethod
 
@@ -10,21 +10,22 @@ from .encoder import Encoder, Weights, require_argument
 from .sparse_code import Revival
 from .tiled_scores import Scorer, above, largest_of_batch, level_of_batch
 
-# Per batch the penalty's weight is multiplied by (l0 / target) ** GAIN, and raised by 1 % at most: latents follow the weight
-# only after a hundred batches, and one that had risen faster meanwhile drove the l0 to a fiftieth of its target and latents
-# to death. Near the target the gain is what keeps up with a weight that has to fall as the learning rate does.
+# Every batch multiplies the penalty's weight by (l0 / target) ** GAIN, with an increase of at most 1 %: latents respond to the
+# weight only after about a hundred batches, and faster increases drove the L0 to a fiftieth of its target and killed latents.
+# Near the target, this gain lets the weight fall along with the learning rate.
 GAIN = 0.1
 FASTEST = 1.01
-# The batch itself pays (l0 / target) ** PUSH times that, within a factor of 2: this answers at once and damps the other.
+# The batch's own penalty is also multiplied by (l0 / target) ** PUSH, within a factor of 2: this acts immediately and damps the
+# slower loop.
 PUSH = 1.0
 LIMIT = 2.0
 
 
 class SparsityPenalty(nn.Module):
-    """``weight x factor x measure``. With a target the factor is steered, in training, until the l0 meets it.
+    """Sparsity penalty ``weight * factor * measure``; with a target L0, training adjusts ``factor`` until the L0 meets it.
 
-    Without a target the factor stays 1 and the l0 is what the weight makes it. Where several encoders answer for one l0
-    together, ``shared`` is set, and whoever knows that l0 calls ``steer``.
+    Without a target the factor stays 1. If several encoders share one target, ``shared`` is set and their dictionary calls
+    ``steer`` with the common L0.
     """
 
     factor: Float[Tensor, ""]
@@ -49,9 +50,9 @@ class SparsityPenalty(nn.Module):
 
     @torch.no_grad()
     def steer(self, l0: Float[Tensor, ""], target_l0: int | float, rests: bool = False) -> Float[Tensor, ""]:
-        """Move the factor after a batch, unless it rests, and return what the batch's own penalty is multiplied by besides.
+        """Update the factor after a batch and return an extra multiplier for that batch's penalty.
 
-        It rests while the weight is still rising: what the l0 lacks then is not the factor's fault.
+        With ``rests`` nothing changes: while the weight is still ramping up, a wrong L0 is not the factor's fault.
         """
         ratio = (l0.detach() / target_l0).clamp(1 / LIMIT, LIMIT).to(self.factor)
         if rests:
@@ -61,11 +62,11 @@ class SparsityPenalty(nn.Module):
 
 
 class Penalised(Encoder, ABC):
-    """Encoders whose latents fire above a cut and are paid for; with ``target_l0`` so that that many fire per token.
+    """Base class of encoders whose latents fire above a threshold and are penalized, optionally toward a ``target_l0``.
 
-    The penalty's weight rises linearly over the first ``ramp`` of training. What a target leaves to be wished for when
-    training ends, calibration makes up for: all cuts move by one number. Latents that are dead are charged ``pre_act_loss``
-    times how far they stay below their cuts.
+    The penalty's weight rises linearly over the first ``ramp`` of training. Calibration at the end of training corrects any
+    remaining deviation from the target by shifting all thresholds by one number. Dead latents are charged ``pre_act_loss``
+    times their distance below the threshold.
     """
 
     def __init__(self, sparsity: int | float, target_l0: int | float | None, ramp: int | float, pre_act_loss: int | float):
@@ -84,18 +85,18 @@ class Penalised(Encoder, ABC):
 
     @abstractmethod
     def prepare_cuts(self, n_latents: int) -> None:
-        """Create what the variant itself keeps per latent."""
+        """Create the subclass's own per-latent state."""
 
     @abstractmethod
     def margins(self, scores: Scorer, weights: Weights) -> tuple[Scorer, Float[Tensor, " n_latents"] | None]:
-        """Return by how much scores exceed the cut that moves, and what these margins must exceed wherever it is."""
+        """Return the margins of scores over the shiftable threshold, and a fixed floor that they must also exceed, if any."""
 
     @abstractmethod
     def raise_cuts(self, by: float, weights: Weights) -> None:
-        """Move all cuts, in place."""
+        """Raise all thresholds by one number, in place."""
 
     def revival(self, cuts: Float[Tensor, " n_latents"]) -> Revival | None:
-        """Return the request to bring dead latents back to their cuts, if it has a weight."""
+        """Return the auxiliary loss for dead latents, or ``None`` if it has no weight."""
         return Revival(self.pre_act_loss, cuts) if self.pre_act_loss else None
 
     def weight_now(self) -> float:
@@ -104,17 +105,17 @@ class Penalised(Encoder, ABC):
 
     @property
     def rising(self) -> bool:
-        """Whether the penalty's weight is still on its way up."""
+        """Return True while the penalty's weight is still ramping up."""
         return self.progress < self.ramp
 
     @property
     def controllers(self) -> list[SparsityPenalty]:
-        """What steers the penalty's weight; none where nothing does."""
+        """Penalties whose weight is steered."""
         return [module for module in self.modules() if isinstance(module, SparsityPenalty)]
 
     @torch.no_grad()
     def largest_margins(self, scores: Scorer, weights: Weights) -> Float[Tensor, " some"]:
-        """Return the margins of many tokens' firing latents and of as many again."""
+        """Return the largest margins of a batch, about twice as many as the target L0 keeps."""
         assert self.target_l0 is not None
         margins, floor = self.margins(scores, weights)
         budget = min(round(2 * self.target_l0 * len(scores.x)), len(scores.x) * len(scores.W))
@@ -124,7 +125,7 @@ class Penalised(Encoder, ABC):
 
 
 def cut_for(margins: Float[Tensor, " n"], wanted: int) -> float:
-    """Return the number that exactly ``wanted`` of the margins exceed, if they differ there; 0 if there are too few."""
+    """Return a number that exactly ``wanted`` margins exceed, unless they tie there; 0 if there are too few."""
     if not 0 < wanted < len(margins):
         return 0.0
     best = margins.topk(wanted + 1).values

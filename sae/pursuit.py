@@ -1,4 +1,4 @@
-"""Pursuits: codes chosen one atom at a time from what the earlier ones left over. Pure functions of inputs and atoms."""
+"""Pursuits: sparse codes built by selecting one atom at a time from the residual. Pure functions of inputs and atoms."""
 
 import math
 import threading
@@ -15,30 +15,30 @@ from torch.autograd.function import once_differentiable
 from .kernels.parallel import has_numba, over_rows
 from .sparse_code import SparseCode
 
-# The atoms' Gram matrix has to fit in this: 16,384 latents in float32.
+# Maximum size of the atoms' Gram matrix: 16,384 latents in float32.
 GRAM_BYTES_LIMIT = 2**30
-# Operations done in the time that one byte takes from main memory. CPUs and GPUs lie between 5 and 20 in float32.
+# Operations in the time that one byte takes from main memory. CPUs and GPUs lie between 5 and 20 in float32.
 FLOPS_PER_BYTE = 10
-# The same for a number of a matrix row that was used a step ago, measured on rows of 16 KB.
+# Operations in the time that one number takes from a matrix row used a step ago, measured on rows of 16 KB.
 FLOPS_PER_CACHED_NUMBER = 5
-# How often the Gram matrix goes to or from memory while it is made: as a product, and to copy one triangle to the other.
+# Transfers of the Gram matrix to or from memory while it is built: for the product, and for copying one triangle to the other.
 GRAM_PASSES = 4
-# A Gram matrix of at most this size leaves its memory to the next one. Fresh memory is handed out page by page and zeroed:
-# at 4096 latents that is a fourth of the matrix's time.
+# Gram matrices up to this size reuse the memory of the last one. Fresh memory is mapped page by page and zeroed, which at 4096
+# latents takes a fourth of the matrix's time.
 GRAM_BYTES_KEPT = 2**28
-# A correlation below this many roundings of ||x|| is noise: after k steps the error of one is about eps sqrt(k) ||x||.
+# Correlations below this many rounding errors of ||x|| are noise: after k steps their error is about eps sqrt(k) ||x||.
 ROUNDINGS = 8
-# An atom whose squared distance from the span of the others is below this many roundings is taken to lie in it.
+# An atom whose squared distance from the span of the others is below this many rounding errors is treated as lying in it.
 DEPENDENT_ROUNDINGS = 256
-# Numbers worked on at once: on a CPU they should stay in its caches, on an accelerator they need only fit.
+# Numbers processed at once: on a CPU they should stay in its caches, on an accelerator they only need to fit.
 CHUNK_NUMBERS_CPU = 2**22
 CHUNK_NUMBERS_ACCELERATOR = 2**27
-# A matrix product of fewer rows reads the atoms too often.
+# Matrix products with fewer rows read the atoms too often.
 MIN_TOKENS_GRAM = 64
 MIN_TOKENS_NAIVE = 256
-# torch's argmax on a CPU is not vectorised, its max is: the largest block is found first, then the place in it.
+# torch vectorizes max but not argmax on a CPU, so the block with the largest value is found first, then the position in it.
 ARGMAX_BLOCK = 128
-# Columns of atoms that a thread adds gradients to: fewer would be less than a stretch of memory is read at.
+# Columns of atoms whose gradients one thread accumulates; fewer would be less than one contiguous memory read.
 MIN_COLUMNS = 64
 GRAM_BLOCK = 512
 
@@ -46,15 +46,15 @@ GRAM_BLOCK = 512
 def matching_pursuit(
     x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float = 0.0
 ) -> SparseCode:
-    """``k`` times per token: take the atom that correlates best with the residual, and subtract its projection.
+    """Return ``k`` steps of matching pursuit per token: select the best-correlated atom, then subtract its projection.
 
-    Atoms must have norm 1. The entries of a token stand in the order of selection; an atom taken again is another entry.
-    A token stops for good, and its further entries are zeros of latent 0, once no correlation is positive (to rounding of
-    ``||x||``), or once ``||r|| <= tolerance ||x||`` before a step; at tolerance 0 it never stops for that reason.
+    Atoms must have norm 1. A token's entries are in order of selection; an atom selected again gets another entry. A token
+    stops for good, and its remaining entries are zeros of latent 0, once no correlation is positive (up to rounding of
+    ``||x||``), or once ``||r|| <= tolerance ||x||`` before a step; tolerance 0 disables the second rule.
 
-    Which atoms are taken is a constant of differentiation; the values have exact gradients to ``x`` and ``atoms``, through
-    all earlier steps. Correlations are computed in float32 at least, also under autocast, and so are the values.
-    Source: Mallat & Zhang 1993; as an encoder, Costa et al. 2025, arXiv:2506.03093.
+    The selection is a constant of differentiation; the values have exact gradients to ``x`` and ``atoms`` through all earlier
+    steps. Correlations and values are computed in at least float32, also under autocast. Source: Mallat & Zhang 1993; as an
+    encoder, Costa et al. 2025, arXiv:2506.03093.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, atoms = _at_least_float32(x), _at_least_float32(atoms)
@@ -65,20 +65,20 @@ def matching_pursuit(
 
 
 def gram_is_cheaper(tokens: int, d: int, n_latents: int, k: int, bytes_per_number: int = 4) -> bool:
-    """Whether to look correlations up in the atoms' Gram matrix rather than compute them from the residual at each step.
+    """Return True if looking correlations up in the atoms' Gram matrix is cheaper than computing them from the residual.
 
-    The cost of either way is its operations plus ``FLOPS_PER_BYTE`` times the bytes it takes from main memory. Naive: a
+    The cost of either method is its operations plus ``FLOPS_PER_BYTE`` times the bytes it takes from main memory. Naive: one
     product per step, which reads the atoms once for each chunk. Gram: the matrix (half of it computed, then copied), one
-    product, then a row of the matrix per token and step. A matrix above ``GRAM_BYTES_LIMIT`` is never built.
+    product, then one row of the matrix per token and step. A matrix above ``GRAM_BYTES_LIMIT`` is never built.
     """
     lookups = tokens * n_latents * (2 + FLOPS_PER_BYTE * bytes_per_number)
     return _gram_pays(tokens, d, n_latents, k, bytes_per_number, k * lookups)
 
 
 def descends_by_gram(tokens: int, d: int, n_latents: int, k: int, bytes_per_number: int = 4) -> bool:
-    """The same question for gradient pursuit, where every step needs the rows of all atoms added so far.
+    """Return True if the Gram matrix is cheaper for gradient pursuit, whose steps need the rows of all atoms added so far.
 
-    One of them comes from main memory, the others from a nearer cache.
+    One of these rows comes from main memory, the others from a nearer cache.
     """
     lookups = tokens * n_latents * (2 + FLOPS_PER_BYTE * bytes_per_number + FLOPS_PER_CACHED_NUMBER * (k - 1) / 2)
     return _gram_pays(tokens, d, n_latents, k, bytes_per_number, k * lookups)
@@ -95,10 +95,11 @@ def _gram_pays(tokens: int, d: int, n_latents: int, k: int, bytes_per_number: in
 def select(
     x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float, use_gram: bool
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """Latents and values of matching pursuit, one of two ways that differ by rounding only.
+    """Return latents and values of matching pursuit, by one of two methods that differ only by rounding.
 
-    With ``use_gram`` the correlations are computed once and then updated by rows of ``atoms @ atoms.T``. In float32 their
-    error does not build up enough to compute them afresh: measured at k = 64 it is below 4e-7 ``||x||``, naive 3e-7.
+    With ``use_gram`` the correlations are computed once and then updated with rows of ``atoms @ atoms.T``. In float32 the error
+    does not accumulate enough to require recomputing them: at k = 64 it measures below 4e-7 ``||x||``, compared with 3e-7 for
+    the naive method.
     """
     if (kernels := _kernels(x, atoms)) is not None:
         return _select_compiled(kernels, x, atoms.contiguous(), k, tolerance, use_gram)
@@ -138,7 +139,7 @@ def _select_compiled(
     tolerance: int | float,
     use_gram: bool,
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """``select`` in compiled loops: no token is worked on after it has stopped."""
+    """Compute ``select`` in compiled loops, without further work on tokens that have stopped."""
     tokens, n = x.shape[0], atoms.shape[0]
     latents, values = torch.zeros(tokens, k, dtype=torch.long), x.new_zeros(tokens, k)
     gram = _gram(atoms) if use_gram else None
@@ -147,7 +148,7 @@ def _select_compiled(
     corr = None
     for rows in _chunks(tokens, 2 * n, MIN_TOKENS_GRAM if use_gram else MIN_TOKENS_NAIVE, x.device):
         some = x[rows].contiguous() if use_gram else x[rows].clone(memory_format=torch.contiguous_format)
-        # Fresh memory is slow: the system hands it out page by page, each filled with zeros.
+        # Reused, because the system maps fresh memory page by page and zeroes each page.
         corr = x.new_empty(some.shape[0], n) if corr is None else corr[: some.shape[0]]
         torch.mm(some, atoms.T, out=corr)
         stops, found = (norms[rows], floors[rows], float(tolerance)), (latents[rows], values[rows])
@@ -165,12 +166,12 @@ def _select_compiled(
 
 
 class _PursuitValues(torch.autograd.Function):
-    """Values of a pursuit as a function of inputs and atoms, the selection fixed.
+    """Values of a pursuit as a function of inputs and atoms, for a fixed selection.
 
     With the selected atoms as rows of ``W`` and ``A = W W^T``, the values ``v`` solve ``(I + tril(A, -1)) v = W x``. For
-    incoming ``dv`` let ``(I + triu(A, 1)) q = dv``: then ``dx = W^T q`` and, ``r_t`` being the residual before step ``t``,
-    ``dw_t = q_t r_t - v_t sum_{s>t} q_s w_s = q_t x - (M W)_t`` with ``M = N + N^T``, ``N = tril(q v^T, -1)``. An entry of
-    value 0 has no part in it; since all after it are 0 too, clearing its ``dv`` is enough.
+    incoming ``dv`` let ``(I + triu(A, 1)) q = dv``. Then ``dx = W^T q`` and, with ``r_t`` the residual before step ``t``,
+    ``dw_t = q_t r_t - v_t sum_{s>t} q_s w_s = q_t x - (M W)_t`` with ``M = N + N^T``, ``N = tril(q v^T, -1)``. Entries of value
+    0 contribute nothing; since all later entries are 0 too, setting their ``dv`` to 0 is sufficient.
     """
 
     @staticmethod
@@ -218,10 +219,10 @@ def _back_compiled(
     values: Float[Tensor, "tokens k"],
     dv: Float[Tensor, "tokens k"],
 ) -> tuple[Float[Tensor, "tokens d"], Float[Tensor, "n_latents d"]]:
-    """Gradients to inputs and atoms, the sums over earlier and later steps brought along instead of multiplied out."""
+    """Return gradients to inputs and atoms, updating the sums over earlier and later steps instead of multiplying them out."""
     q, dx, d_atoms = torch.empty_like(values), torch.empty_like(x), torch.zeros_like(atoms)
     over_rows(kernels.match_back, x.shape[0], atoms, latents, values, dv, q, dx)
-    # Each thread adds up columns of its own: the sums are the same for every number of threads.
+    # Each thread accumulates its own columns, so the sums do not depend on the number of threads.
     width = max(MIN_COLUMNS, -(-x.shape[1] // torch.get_num_threads()))
     over_rows(kernels.match_back_to_atoms, -(-x.shape[1] // width), width, x, dx, atoms, latents, values, q, d_atoms)
     return dx, d_atoms
@@ -231,13 +232,13 @@ def _back_compiled(
 def orthogonal_matching_pursuit(
     x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int, tolerance: int | float = 0.0
 ) -> SparseCode:
-    """Matching pursuit that refits all values by least squares after each selection. Inference only; any atom norms.
+    """Return the code of matching pursuit with a least-squares refit of all values after each selection.
 
-    The residual is orthogonal to all chosen atoms, so none is chosen twice. An atom is chosen for the largest positive
-    correlation (atoms taken at norm 1), but its value may turn negative as others join. Entries that are negative at the
-    end are dropped and the rest refitted, until none is: dropped entries are zeros, and the residual stays orthogonal to
-    the atoms that are left. A token stops as in ``matching_pursuit``, or at an atom that lies in the span of those chosen.
-    Source: Pati et al. 1993; the progressive Cholesky factor is that of Rubinstein et al. 2008, Batch-OMP.
+    For inference only; atoms may have any norm. The residual is orthogonal to all selected atoms, so none is selected twice. An
+    atom is selected for the largest positive correlation (at norm 1), but its value may turn negative as others join. Entries
+    that are negative at the end are dropped and the rest refitted until none is negative: dropped entries become zeros, and the
+    residual stays orthogonal to the remaining atoms. A token stops as in ``matching_pursuit``, or at an atom in the span of
+    those selected. Source: Pati et al. 1993; the progressive Cholesky factor is from Batch-OMP, Rubinstein et al. 2008.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, atoms = _at_least_float32(x), _at_least_float32(atoms)
@@ -254,12 +255,12 @@ def orthogonal_matching_pursuit(
 def gradient_pursuit(
     x: Float[Tensor, "tokens d"], atoms: Float[Tensor, "n_latents d"], k: int | Int[Tensor, " tokens"]
 ) -> SparseCode:
-    """Per step: add the atom that correlates best with the residual, then one gradient step on the values of all added.
+    """Return the code of gradient pursuit: each step adds the best-correlated atom, then updates the values of all added atoms.
 
-    The step has the length that is best for the residual; values are then clipped at zero. Inference only; any atom norms.
-    ``k`` is the number of steps, of all tokens or of each, and bounds the entries that fire. A step whose best atom is
-    there already, or correlates with nothing, adds none and leaves a zero entry.
-    Source: Blumensath & Davies 2008, Gradient Pursuits.
+    The update is one gradient step of optimal length for the residual, after which values are clipped at zero. For inference
+    only; atoms may have any norm. ``k`` is the number of steps, for all tokens or per token, and bounds the number of active
+    entries. A step whose best atom was already added, or correlates with nothing, adds none and leaves a zero entry. Source:
+    Blumensath & Davies 2008, Gradient Pursuits.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, atoms = _at_least_float32(x), _at_least_float32(atoms)
@@ -284,7 +285,7 @@ def _descend_compiled(
     most: int,
     use_gram: bool,
 ) -> tuple[Int[Tensor, "tokens most"], Float[Tensor, "tokens most"]]:
-    """Gradient pursuit in compiled loops. The Gram matrix only chooses the next atom; values come from the atoms."""
+    """Run gradient pursuit in compiled loops; the Gram matrix only selects atoms, values are computed from the atoms."""
     tokens, n = x.shape[0], atoms.shape[0]
     latents, values = torch.zeros(tokens, most, dtype=torch.long), x.new_zeros(tokens, most)
     added, steps = torch.zeros(tokens, most, dtype=torch.bool), steps.contiguous()
@@ -309,12 +310,12 @@ def _descend_compiled(
 def _orthogonal_chunk(
     x: Float[Tensor, "tokens d"], unit: Float[Tensor, "n_padded d"], k: int, tolerance: int | float
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """Latents of all tokens at once, and values of the unit atoms."""
+    """Return latents of all tokens at once, with the values of unit-norm atoms."""
     (tokens, d), eps = x.shape, torch.finfo(x.dtype).eps
     latents = torch.zeros(tokens, k, dtype=torch.long, device=x.device)
     kept = torch.zeros(tokens, k, dtype=torch.bool, device=x.device)
     chosen, values, rotated = x.new_zeros(tokens, k, d), x.new_zeros(tokens, k), x.new_zeros(tokens, k, 1)
-    # Lower Cholesky factor of the chosen atoms' products; an entry that was not chosen has the row of the identity.
+    # Lower Cholesky factor of the selected atoms' products; unselected entries have a row of the identity.
     factor = torch.eye(k, dtype=x.dtype, device=x.device).repeat(tokens, 1, 1)
     residual, norm, alive = x, x.norm(dim=1), torch.ones(tokens, dtype=torch.bool, device=x.device)
     for t in range(k):
@@ -329,7 +330,7 @@ def _orthogonal_chunk(
         factor[:, t, :t], factor[:, t, t] = row.where(alive[:, None], 0), pivot
         latents[:, t], kept[:, t] = latent.where(alive, 0), alive
         chosen[:, t] = atom.where(alive[:, None], 0)
-        # The residual is orthogonal to the earlier atoms, so its product with this one is the new right-hand side.
+        # The residual is orthogonal to the earlier atoms, so its product with the new atom is the new right-hand side.
         rotated[:, t, 0] = value.where(alive, 0) / pivot
         fit = torch.linalg.solve_triangular(factor[:, : t + 1, : t + 1].mT, rotated[:, : t + 1], upper=True)
         values[:, : t + 1] = fit.squeeze(-1)
@@ -343,7 +344,7 @@ def _orthogonal_chunk(
 def _least_squares(
     x: Float[Tensor, "tokens d"], chosen: Float[Tensor, "tokens k d"], kept: Bool[Tensor, "tokens k"]
 ) -> Float[Tensor, "tokens k"]:
-    """Values of the kept atoms that leave the least residual; zero elsewhere."""
+    """Return the least-squares values of the kept atoms, zero elsewhere."""
     chosen = chosen * kept[:, :, None]
     products = torch.bmm(chosen, chosen.mT) + torch.diag_embed((~kept).to(x.dtype))
     return torch.cholesky_solve(torch.bmm(chosen, x[:, :, None]), torch.linalg.cholesky(products)).squeeze(-1)
@@ -365,7 +366,7 @@ def _gradient_chunk(
         direction = torch.bmm(chosen, residual[:, :, None])
         moved = torch.bmm(direction.mT, chosen).squeeze(1)
         length = moved.pow(2).sum(1)
-        # A residual orthogonal to all added atoms has no direction to go: 0/0 must not become the code.
+        # A residual orthogonal to all added atoms has no descent direction; without this, 0/0 would enter the code.
         step = ((moved * residual).sum(1) / length.where(length > 0, 1)).where(t < steps, 0)
         values = (values + step[:, None] * direction.squeeze(-1)).relu()
         residual = x - torch.bmm(values[:, None, :], chosen).squeeze(1)
@@ -373,7 +374,7 @@ def _gradient_chunk(
 
 
 def _kernels(*tensors: Tensor) -> ModuleType | None:
-    """Return the compiled loops, where there is a compiler and these tensors are what they take."""
+    """Return the compiled loops if numba is available and supports these tensors."""
     compiled = (torch.float32, torch.float64)
     if not has_numba() or any(tensor.device.type != "cpu" or tensor.dtype not in compiled for tensor in tensors):
         return None
@@ -387,19 +388,19 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _chunks(tokens: int, numbers_per_token: int, at_least: int, device: torch.device) -> list[slice]:
-    """Tokens to work on together."""
+    """Return the chunks of tokens to process together."""
     budget = CHUNK_NUMBERS_CPU if device.type == "cpu" else CHUNK_NUMBERS_ACCELERATOR
     size = max(at_least, budget // max(numbers_per_token, 1))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _pad_to_blocks(atoms: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_padded d"]:
-    """Zero atoms up to a whole number of blocks. They correlate with nothing and are never taken."""
+    """Return the atoms padded with zeros to whole blocks; zero atoms correlate with nothing and are never selected."""
     return F.pad(atoms, (0, 0, 0, -atoms.shape[0] % ARGMAX_BLOCK))
 
 
 class _Kept(threading.local):
-    """Memory of each thread's last Gram matrix; no such matrix outlives the call it was made in."""
+    """Memory of each thread's last Gram matrix; the matrix itself is valid only during the call that built it."""
 
     numbers: Tensor | None = None
 
@@ -408,12 +409,12 @@ _kept = _Kept()
 
 
 def _gram(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
-    """``atoms @ atoms.T``, of which one triangle is computed and the other copied. Valid until the thread's next call."""
+    """Return ``atoms @ atoms.T``, computing one triangle and copying the other. Valid until the thread's next call."""
     n = atoms.shape[0]
     numbers, _kept.numbers = _kept.numbers, None
     if numbers is None or numbers.numel() != n * n or numbers.dtype != atoms.dtype or numbers.device != atoms.device:
         numbers = atoms.new_empty(n * n)
-    # An accelerator's allocator keeps memory by itself. What was made in inference mode may not be written outside of it.
+    # Accelerators have caching allocators. Tensors created in inference mode cannot be written outside it.
     if atoms.device.type == "cpu" and n * n * atoms.element_size() <= GRAM_BYTES_KEPT and not numbers.is_inference():
         _kept.numbers = numbers
     gram = numbers.view(n, n)
@@ -425,7 +426,7 @@ def _gram(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
 
 
 def _largest(corr: Float[Tensor, "tokens n_padded"]) -> tuple[Float[Tensor, " tokens"], Int[Tensor, " tokens"]]:
-    """Value and place of each row's maximum, the first on ties."""
+    """Return value and position of each row's maximum, the first on ties."""
     if corr.device.type != "cpu":
         return corr.max(dim=1)
     blocks = corr.view(corr.shape[0], -1, ARGMAX_BLOCK)

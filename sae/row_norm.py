@@ -1,4 +1,4 @@
-"""Normalisations of each row by itself, which some published dictionaries were trained behind. Not trained here."""
+"""Per-token normalizations used by some published dictionaries, for loading only."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Added to the standard deviation that rows are divided by, not to the one that undoes it: so did those who published them.
+# Added to the divisor but not to the scale that undoes it, as in the published code.
 EPSILON = 1e-5
 
 
 class NormedRows(NamedTuple):
-    """Rows as the encoder sees them, and what undoes it: ``row * scale + mean``."""
+    """Normalized rows, and the scale and mean that undo the normalization: ``row * scale + mean``."""
 
     rows: Float[Tensor, "tokens d"]
     scale: Float[Tensor, "tokens 1"]
@@ -20,10 +20,10 @@ class NormedRows(NamedTuple):
 
 
 def layer_norm(x: Float[Tensor, "tokens d"]) -> NormedRows:
-    """Less the row's mean, divided by its unbiased standard deviation.
+    """Subtract each row's mean and divide by its unbiased standard deviation plus ``EPSILON``.
 
-    What undoes it is the plain deviation, so a row comes back a little short. Source: the code of Gao et al. 2024,
-    arXiv:2406.04093, from which others took it.
+    Undoing multiplies by the standard deviation without ``EPSILON``, so a row comes back slightly shorter. Source: the code of
+    Gao et al. 2024, arXiv:2406.04093, adopted by other libraries.
     """
     mean = x.mean(dim=-1, keepdim=True)
     centred = x - mean
@@ -32,13 +32,13 @@ def layer_norm(x: Float[Tensor, "tokens d"]) -> NormedRows:
 
 
 def constant_norm(x: Float[Tensor, "tokens d"]) -> NormedRows:
-    """Scaled to a norm of ``sqrt(d)``; a row of zeros stays one."""
+    """Scale each row to norm ``sqrt(d)``; rows of zeros stay zero."""
     scale = x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / x.shape[-1] ** 0.5
     return NormedRows(x / scale, scale, torch.zeros_like(scale))
 
 
 def centred(x: Float[Tensor, "tokens d"]) -> NormedRows:
-    """Less the row's mean, as the streams are of a model whose writing weights TransformerLens has centred."""
+    """Subtract each row's mean, as in the residual stream of a model whose writing weights TransformerLens has centered."""
     mean = x.mean(dim=-1, keepdim=True)
     return NormedRows(x - mean, torch.ones_like(mean), mean)
 

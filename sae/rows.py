@@ -1,4 +1,4 @@
-"""Activations as users have them: tensors of any precision and place, arrays of numpy and of other libraries, lists."""
+"""Conversion of user-supplied activations: tensors of any dtype and device, NumPy and other arrays, lists."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,18 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Tensors, or what becomes one.
+# Tensors and anything that can be converted to one.
 Rows = Tensor | np.ndarray | Sequence[Any]
 
 
 def as_rows(values: object, name: str = "x", device: torch.device | str = "cpu") -> Float[Tensor, "..."]:
-    """Return real numbers as a float32 tensor without a gradient, on a device; a tensor that is one already is not copied.
+    """Return real numbers as a detached float32 tensor on a device, without copying a tensor that already is one.
 
     >>> as_rows(np.ones((2, 3), np.float16)).dtype
     torch.float32
 
     Raises:
-        ValueError: If they are no numbers, or not a dense block of them.
+        ValueError: If the values are not numbers, or not a dense block of them.
     """
     try:
         found = values if isinstance(values, Tensor) else torch.as_tensor(_array(values))
@@ -35,10 +35,10 @@ def as_rows(values: object, name: str = "x", device: torch.device | str = "cpu")
 def _array(values: object) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind == "V":
-        # As others' bfloat16 is to numpy.
+        # NumPy sees the bfloat16 of other libraries as a void dtype.
         array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"dtype {array.dtype}")
-    # In this machine's byte order, writable and without negative strides, as torch wants it.
+    # torch requires native byte order, writable memory, and no negative strides.
     fits = array.dtype.isnative and array.flags.writeable and all(stride >= 0 for stride in array.strides)
     return array if fits else array.astype(array.dtype.newbyteorder("="))

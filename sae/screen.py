@@ -1,4 +1,4 @@
-"""Screen: a coarse product finds the latents that may be among a token's largest, an exact one ranks these alone."""
+"""Approximate top-k: a coarse int8 product finds candidate latents, and an exact one ranks only these."""
 
 import logging
 from collections.abc import Iterator
@@ -14,34 +14,35 @@ from .tiled_scores import Scorer, Tile, largest_per_token, pick
 
 log = logging.getLogger(__name__)
 
-# Candidates for each latent wanted. Should the recall be too low there are twice as many, and then no screen at all.
+# Candidates per latent to be selected. If recall is too low, selection moves to the next factor, and after the last to exact
+# selection.
 CANDIDATES = (2, 4)
-# Batches from one measurement of the recall to the next, and tokens it looks at: they cost an exact selection.
+# Batches between two measurements of recall, and tokens per measurement: they cost an exact selection.
 MEASURE_EVERY = 50
 MEASURE_TOKENS = 128
 LEVELS = 127
-# Scores are divided by a token's scale, and in one of zeros biases are all there is: they must not become infinite.
+# Scores are divided by the token's scale. For a token of zeros only biases remain, and they must stay finite.
 LEAST_SCALE = 1e-30
 
 
 class Screen:
-    """``largest_per_token`` by way of a product in int8, whose rounding is made good by ranking more candidates exactly.
+    """Approximate ``largest_per_token``: an int8 product selects more candidates than needed, which are then ranked exactly.
 
-    Inputs and encoder rows are rounded to 127 levels of their own largest entry. What the screen misses is measured on random
-    tokens of every fiftieth batch, whose first ones may be of one document or one position of contexts: ``recall`` is the share
-    of the truly largest positive scores that were found. Below ``floor`` the screen takes more candidates, and at last is given
-    up for the rest of the run.
+    Inputs and encoder rows are rounded to 127 levels of their largest entry. ``recall``, the fraction of the truly largest
+    positive scores that are found, is measured on random tokens of every 50th batch; the first tokens of a batch could all be
+    from one document or one context position. If it is below ``floor``, the number of candidates is raised, and finally
+    selection becomes exact for the rest of the run.
     """
 
     def __init__(self, kind: Literal["int8"], floor: float, device: torch.device | str = "cpu"):
         self.kind, self.floor = kind, floor
         self.recall = torch.ones((), device=device)
         self.batches = 0
-        # A place in CANDIDATES; behind its end the selection is exact.
+        # Index into CANDIDATES; past its end the selection is exact.
         self.stage = 0
 
     def state(self) -> dict[str, Tensor]:
-        """What a resume needs."""
+        """Return the state needed to resume training."""
         return {"recall": self.recall, "batches": torch.tensor(self.batches), "stage": torch.tensor(self.stage)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
@@ -50,7 +51,7 @@ class Screen:
 
     @torch.no_grad()
     def largest_per_token(self, scorer: Scorer, k: int) -> SparseCode:
-        """Each token's ``k`` largest scores, but for what the screen misses; their values are exact."""
+        """Return each token's ``k`` largest scores, except those the coarse product misses; values are exact."""
         self.batches += 1
         if self.stage == len(CANDIDATES) or CANDIDATES[self.stage] * k >= len(scorer.W) or not can_multiply(scorer):
             self.recall = torch.ones_like(self.recall)
@@ -61,17 +62,18 @@ class Screen:
         return found
 
     def screened(self, scorer: Scorer, k: int) -> SparseCode:
-        """The ``k`` largest of the candidates."""
+        """Return the ``k`` largest scores among the candidates."""
         tokens, count = len(scorer.x), CANDIDATES[self.stage] * k
         candidates = largest_per_token(coarse_tiles(scorer), count)
-        # Where the coarse scores are not numbers, the candidates mean nothing.
+        # Candidates from NaN or infinite coarse scores are meaningless.
         exact = pick(scorer, candidates).where(candidates.values.isfinite(), torch.nan).view(tokens, count)
         best = largest_per_token([Tile(0, exact, 0)], k)
         latents = candidates.latents.view(tokens, count).gather(1, best.latents.view(tokens, k))
         return SparseCode.from_rows(latents, best.values.view(tokens, k))
 
     def _measure(self, scorer: Scorer, found: SparseCode, k: int) -> None:
-        # Their own generator, which a resume has too: the run's random numbers stay as they are.
+        # Seeded by the batch number, so that a resumed run draws the same tokens and the run's own random numbers are
+        # unaffected.
         order = torch.randperm(len(scorer.x), generator=torch.Generator().manual_seed(self.batches))
         chosen = order[:MEASURE_TOKENS].to(scorer.x.device)
         some = Scorer(scorer.x[chosen], scorer.W, scorer.b)
@@ -88,19 +90,19 @@ class Screen:
 
 
 def can_multiply(scorer: Scorer) -> bool:
-    """Whether torch has an integer product of these sizes: on GPUs it wants multiples of 8, and more than 16 tokens."""
+    """Return True if torch has an int8 product for these sizes: on GPUs, multiples of 8 and more than 16 tokens."""
     (tokens, n_latents), d = scorer.shape, scorer.x.shape[1]
     return scorer.x.device.type == "cpu" or (tokens > 16 and n_latents % 8 == 0 and d % 8 == 0)
 
 
 def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
-    """Tiles of scores in int8 precision, every token's divided by a scale of its own: good for ranking only."""
+    """Yield tiles of int8-precision scores, divided by a scale per token and therefore valid for ranking only."""
     n_latents, (height, width) = len(scorer.W), scorer.tile_shape
     b = scorer.W.new_zeros(n_latents) if scorer.b is None else scorer.b
     kernels = selection(scorer.W)
     sums = torch.empty(height * width, dtype=torch.int32, device=scorer.x.device)
     scores = torch.empty(height * width, dtype=scorer.x.dtype, device=scorer.x.device)
-    # All latents in one tile are rounded once, not for every tile of tokens.
+    # If one tile has all latents, they are quantized once instead of once per tile of tokens.
     whole = quantize(scorer.W) if width == n_latents else None
     for token in range(0, max(len(scorer.x), 1), height):
         x, x_scale = quantize(scorer.x[token : token + height])
@@ -117,10 +119,10 @@ def coarse_tiles(scorer: Scorer) -> Iterator[Tile]:
 
 
 def quantize(rows: Float[Tensor, "rows d"]) -> tuple[Int8[Tensor, "rows d"], Float[Tensor, " rows"]]:
-    """int8 rows, and what each of them is multiplied by to give the original, to rounding."""
+    """Return int8 rows and each row's scale, which multiplies them back to the original up to rounding."""
     kernels = selection(rows)
     if kernels is not None:
         return kernels.quantize(rows, LEVELS, LEAST_SCALE)
     scale = (rows.abs().amax(1) / LEVELS).clamp_min(LEAST_SCALE)
-    # In low precision the scale itself is rounded, and the largest may come out as 128, which int8 has not.
+    # In low precision the scale itself is rounded, and the largest entry may become 128, which int8 cannot hold.
     return (rows / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale

@@ -1,4 +1,4 @@
-"""SparseCode: which latents fire on which token, and how strongly."""
+"""SparseCode: active latents of every token, with their values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,25 +11,25 @@ from .kernels import cpu_kernels
 
 
 def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[Tensor, " ends"]:
-    """Where every token's entries begin, and behind the last token where they end."""
+    """Return the first entry of every token, followed by the number of entries."""
     return torch.cat([starts, starts.new_full((1,), latents.shape[0])])
 
 
 def group_by_latent(keys: Int[Tensor, " nnz"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " nnz"]]:
-    """Return where each of ``count`` keys' places begin and end in the second tensor, and all places by key, ascending."""
+    """Return ``(firsts, order)``: positions sorted by key (stable), key ``i`` at ``order[firsts[i]:firsts[i + 1]]``."""
     kernels = cpu_kernels() if keys.device.type == "cpu" else None
     if kernels is not None:
         return kernels.group(keys, count)
-    # Counting them would make the host wait for a GPU: torch looks for the largest key first.
+    # Sorted, not counted: ``torch.bincount`` first reads the largest key, which makes the host wait for the GPU.
     ordered, order = keys.sort(stable=True)
     return torch.searchsorted(ordered, torch.arange(count + 1, device=keys.device)), order
 
 
 @dataclass(frozen=True)
 class ByLatent:
-    """A code's entries grouped by latent: latent ``i`` has those from ``firsts[i]`` to ``firsts[i + 1]``.
+    """Entries of a code grouped by latent: latent ``i`` has those from ``firsts[i]`` to ``firsts[i + 1]``.
 
-    ``tokens`` are their tokens, ascending within a latent, ``order`` their places in the code.
+    ``tokens`` holds their tokens, ascending within a latent, and ``order`` their positions in the code.
     """
 
     firsts: Int[Tensor, " ends"]
@@ -39,7 +39,7 @@ class ByLatent:
 
 @dataclass(frozen=True)
 class Revival:
-    """Request to bring dead latents back to their thresholds: the weight of that term, and every latent's threshold."""
+    """Auxiliary loss that brings dead latents back to their thresholds: its weight and the threshold of every latent."""
 
     weight: float
     thresholds: Float[Tensor, " n_latents"]
@@ -47,11 +47,11 @@ class Revival:
 
 @dataclass(frozen=True)
 class AuxTerms:
-    """What an encoder asks training to add to the loss. Decoding knows nothing of it.
+    """Auxiliary loss terms that an encoder adds in training; decoding ignores them.
 
-    ``penalties`` are scalars in units of fvu. ``prefixes`` are widths: the reconstruction from the first so many latents
-    alone is trained as well. ``frozen`` is a second code of the same tokens that is trained to reconstruct the target from
-    atoms which it must not move. ``revival`` is about latents that training knows to be dead.
+    ``penalties`` are scalars in units of FVU. ``prefixes`` are widths: for each width ``n``, the reconstruction from the first
+    ``n`` latents alone is trained as well. ``frozen`` is a second code of the same tokens, trained to reconstruct the target
+    without updating the decoder. ``revival`` applies to latents that training counts as dead.
     """
 
     penalties: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
@@ -62,10 +62,15 @@ class AuxTerms:
 
 @dataclass(frozen=True)
 class SparseCode:
-    """A flat list of (latent, value) entries grouped by token.
+    """Sparse code of a batch: a flat list of (latent, value) entries grouped by token.
 
-    ``starts[t]`` is the first entry of token ``t``; its entries run to the next start. A latent may appear twice in one
-    token (its values add up), and an entry whose value is zero does not fire.
+    The entries of token ``t`` run from ``starts[t]`` to the next start. A latent may occur twice in one token (its values add
+    up), and an entry with value zero does not fire.
+
+    >>> from sparsary import SparseCode
+    >>> code = SparseCode.from_rows(torch.tensor([[0, 2], [1, 2]]), torch.tensor([[1.0, 0.5], [3.0, 0.0]]))
+    >>> code.l0().tolist(), code.to_dense(n_latents=3).tolist()
+    ([2, 1], [[1.0, 0.0, 0.5], [0.0, 3.0, 0.0]])
     """
 
     latents: Int[Tensor, " nnz"]
@@ -75,16 +80,16 @@ class SparseCode:
 
     @classmethod
     def from_rows(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
-        """The code of an encoder that keeps equally many entries on every token."""
+        """Return the code of an encoder that keeps the same number of entries on every token."""
         tokens, k = latents.shape
         starts = torch.arange(0, tokens * k, k, device=latents.device) if k else latents.new_zeros(tokens)
         return cls(latents.reshape(-1), values.reshape(-1), starts)
 
     @classmethod
     def from_steps(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
-        """Return the code of an encoder that takes latents one after another, where one may be taken again.
+        """Return the code of an encoder that selects latents one after another and may select one repeatedly.
 
-        Its values are added up in its first entry, and its other entries are silent, so that it counts once.
+        The values of a repeated latent are summed in its first entry and its other entries are zero, so it counts once.
         """
         ordered, order = latents.sort(dim=1, stable=True)
         places = torch.arange(latents.shape[1], device=latents.device).expand_as(latents)
@@ -95,7 +100,7 @@ class SparseCode:
 
     @classmethod
     def from_cells(cls, cells: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], tokens: int, n_latents: int) -> "SparseCode":
-        """The code whose entries stand in these cells of a ``(tokens, n_latents)`` matrix, numbered row by row, ascending."""
+        """Return the code with entries at ascending flat indices ``cells`` of a ``(tokens, n_latents)`` matrix."""
         first = torch.arange(0, tokens * n_latents, n_latents, device=cells.device) if n_latents else cells.new_zeros(tokens)
         return cls(cells % n_latents, values, torch.searchsorted(cells, first))
 
@@ -104,11 +109,11 @@ class SparseCode:
         return self.starts.shape[0]
 
     def entries_per_token(self) -> Int[Tensor, " tokens"]:
-        """Entries of each token, silent ones included."""
+        """Return the number of entries of each token, including zeros."""
         return torch.diff(bounds(self.latents, self.starts))
 
     def token_ids(self) -> Int[Tensor, " nnz"]:
-        """The token each entry belongs to."""
+        """Return the token of each entry."""
         tokens = torch.arange(self.n_tokens, device=self.starts.device)
         return torch.repeat_interleave(tokens, self.entries_per_token(), output_size=self.latents.shape[0])
 
@@ -118,16 +123,16 @@ class SparseCode:
         return ByLatent(firsts, self.token_ids()[order], order)
 
     def relu(self) -> "SparseCode":
-        """The code with negative values silenced."""
+        """Return the code with negative values set to zero."""
         return SparseCode(self.latents, self.values.relu(), self.starts, self.requests)
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCode":
-        """The code less the entries that are not to be kept."""
+        """Return the code with only the entries where ``keep`` is True."""
         before = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])
         return SparseCode(self.latents[keep], self.values[keep], before[self.starts])
 
     def columns(self, latents: Int[Tensor, " m"]) -> Float[Tensor, "tokens m"]:
-        """The values of chosen latents on every token, zero where they are silent; differentiable in ``values``.
+        """Return the values of chosen latents on every token, zero where inactive; differentiable in ``values``.
 
         Raises:
             ValueError: If a latent is chosen twice.
@@ -136,9 +141,9 @@ class SparseCode:
         return _summed(self.token_ids()[chosen], places[chosen], self.values[chosen], (self.n_tokens, latents.shape[0]))
 
     def with_columns(self, latents: Int[Tensor, " m"], values: Float[Tensor, "tokens m"]) -> "SparseCode":
-        """The code with these values for chosen latents, whether they fired before or not; differentiable in both.
+        """Return the code with the values of chosen latents replaced, active or not; differentiable in old and new values.
 
-        Every token gets an entry for each of them, behind its others, also where the value is zero.
+        Every token gets an entry for each chosen latent, after its other entries, even if the value is zero.
 
         Raises:
             ValueError: If a latent is chosen twice.
@@ -152,7 +157,7 @@ class SparseCode:
         return SparseCode(every, torch.cat([rest.values, values.reshape(-1).to(rest.values.dtype)])[order], starts)
 
     def _places(self, latents: Int[Tensor, " m"]) -> tuple[Int[Tensor, " nnz"], Bool[Tensor, " nnz"]]:
-        """Where in ``latents`` each entry's latent stands, and whether it does."""
+        """Return the position of each entry's latent in ``latents``, and a mask of the entries found there."""
         ascending, order = latents.sort()
         if bool((ascending[1:] == ascending[:-1]).any()):
             raise ValueError(f"latents: expected each at most once, got {latents.tolist()}.")
@@ -162,27 +167,27 @@ class SparseCode:
         return order[found], ascending[found] == self.latents
 
     def l0(self) -> Int[Tensor, " tokens"]:
-        """Entries of each token that fire: those that are not zero. Few encoders have negative ones."""
+        """Return the number of nonzero entries of each token; negative values, which few encoders have, count too."""
         fires = (self.values != 0).long()
         return torch.zeros_like(self.starts).index_add_(0, self.token_ids(), fires)
 
     def firings(self, n_latents: int) -> Int[Tensor, " n_latents"]:
-        """On how many tokens each latent fires."""
+        """Return the number of tokens on which each latent fires."""
         fires = (self.values != 0).long()
         return torch.zeros(n_latents, dtype=torch.long, device=self.latents.device).index_add_(0, self.latents, fires)
 
     def to_dense(self, n_latents: int) -> Float[Tensor, "tokens n_latents"]:
-        """The same code as a matrix, mostly zeros: for inspection and tests, not for training."""
+        """Return the code as a dense matrix, mostly zeros."""
         return _summed(self.token_ids(), self.latents, self.values, (self.n_tokens, n_latents))
 
 
 def _summed(
     rows: Int[Tensor, " nnz"], columns: Int[Tensor, " nnz"], values: Float[Tensor, " nnz"], shape: tuple[int, int]
 ) -> Float[Tensor, "rows columns"]:
-    """Return the matrix that holds in every cell the sum of its values.
+    """Return the matrix with the sum of the given values in every cell.
 
-    By ``index_add``, which adds in order on a CPU: ``index_put`` lets threads add as they come, and float32 sums then differ
-    from run to run.
+    ``index_add`` adds in a fixed order on a CPU; ``index_put`` runs in parallel threads, and float32 sums would differ between
+    runs.
     """
     cells = values.new_zeros(shape[0] * shape[1])
     return cells.index_add(0, rows * shape[1] + columns, values).view(shape)

@@ -1,8 +1,8 @@
-"""Ledger: a weight matrix's gradient, kept as the entries it is made of until an optimizer uses them up.
+"""Sparse gradient accumulator for weight matrices.
 
-A step's gradient of ``W`` is a sum over the code's entries of a number times a row. Written out it is as large as ``W``, and
-would be read at once by clipping and by Adam. An optimizer that can work from the entries gives the matrix a ledger; backward
-passes then write there instead of into ``W.grad``. Without a ledger nothing changes.
+The gradient of ``W`` is a sum of outer products ``value * row``, one per entry of the code. Materializing it costs as much
+memory as ``W``, and clipping and Adam read it back immediately. If an optimizer attaches a ``SparseGrad`` to a matrix, backward
+passes append these terms there instead of writing ``W.grad``; otherwise autograd behaves as usual.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .sparse_code import SparseCode
 
 @dataclass(frozen=True)
 class Product:
-    """One sum over a code's entries, for every latent: the entry's value times the row of its token."""
+    """Gradient term: for every latent, the sum over its entries of the entry's value times the row of its token."""
 
     code: SparseCode
     rows: Float[Tensor, "tokens d"]
@@ -25,7 +25,7 @@ class Product:
 
 @dataclass
 class SparseGrad:
-    """What backward passes have added up since the last ``clear``: products, and gradients of some rows."""
+    """Terms accumulated by backward passes since the last ``clear``: products, and dense gradients of some rows."""
 
     products: list[Product] = field(default_factory=list)
     rows: list[tuple[Int[Tensor, " some"], Float[Tensor, "some d"]]] = field(default_factory=list)
@@ -35,7 +35,7 @@ class SparseGrad:
         self.rows.clear()
 
     def product(self, like: Float[Tensor, "n_latents d"]) -> Product:
-        """All products as one, whose tokens follow on one another."""
+        """Return all products as one, with their tokens concatenated."""
         if len(self.products) == 1:
             return self.products[0]
         if not self.products:
@@ -50,7 +50,7 @@ class SparseGrad:
         return Product(SparseCode(latents, values, torch.cat(starts)), torch.cat([part.rows for part in self.products]))
 
     def dense(self, like: Float[Tensor, "n_latents d"]) -> tuple[Int[Tensor, " n_latents"], Float[Tensor, "some d"]]:
-        """Which of the dense rows belongs to each latent, or -1, and those rows; ``like.grad`` is among them."""
+        """Return each latent's index into the dense gradient rows, or -1, and those rows; ``like.grad`` is included."""
         n_latents = like.shape[0]
         if like.grad is not None:
             whole = like.grad
@@ -70,18 +70,18 @@ class SparseGrad:
 
 
 def keep_ledger(weights: Tensor) -> SparseGrad:
-    """Give a weight matrix a ledger: from now on backward passes write there."""
+    """Attach a ``SparseGrad`` to a weight matrix; backward passes then append to it."""
     ledger = SparseGrad()
     weights.ledger = ledger  # pyright: ignore[reportAttributeAccessIssue]
     return ledger
 
 
 def drop_ledger(weights: Tensor) -> None:
-    """Let backward passes write a matrix's gradient out again."""
+    """Detach a matrix's ``SparseGrad``; backward passes then write its dense gradient again."""
     if ledger_of(weights) is not None:
         del weights.ledger  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def ledger_of(weights: Any) -> SparseGrad | None:
-    """The ledger of a weight matrix, if an optimizer keeps one."""
+    """Return the ``SparseGrad`` of a weight matrix, or ``None``."""
     return getattr(weights, "ledger", None)

@@ -1,9 +1,9 @@
-"""Arithmetic on sparse codes: decoding, and gradients that touch only the entries that occur.
+"""Operations on sparse codes: decoding, and gradients that touch only active entries.
 
-One dense product is needed in a step, that of the encoder. Its backward pass, like that of decoding, is a product with a
-matrix that has only the code's entries. Compiled kernels do it where there are any for the tensors at hand
-(``sae.kernels``); elsewhere torch does, by products in CSR form, or in pieces where it has none (no MKL, low precision).
-All are checked against the plain reference below. A matrix with a ledger has its gradient entered there, not written out.
+A step needs one dense product, that of the encoder. Its backward pass, like that of decoding, is a product with a sparse matrix
+of the code's entries. It runs in compiled kernels if they support the tensors (``sae.kernels``), otherwise in torch with CSR
+matrices, or in chunks where CSR is missing (no MKL, low precision). All are tested against the plain reference below. If a
+``SparseGrad`` is attached to a matrix, its gradient goes there and is not materialized.
 """
 
 import warnings
@@ -19,18 +19,18 @@ from .kernels import backend
 from .sparse_code import SparseCode, bounds
 from .sparse_grad import Product, SparseGrad, ledger_of
 
-# From one entry in sixteen on the dense product is faster, as measured on two CPU cores for widths 1024 to 12288: encoders
-# without a budget begin with every second latent on. Small codes are not worth the question.
+# Above one entry in sixteen the dense product is faster, measured on two CPU cores for widths 1024 to 12288; encoders without a
+# budget begin with half of the latents active. Small codes are not worth the check.
 DENSE_SHARE = 1 / 16
 DENSE_ENTRIES = 1 << 18
 
 
 def decode(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
-    """Sum of each token's atoms, weighted by its values; touches only the atoms that occur, unless nearly all do.
+    """Return the sum of each token's decoder directions, weighted by its values, reading active directions only.
 
-    Differentiable in ``atoms`` and in ``code.values``.
+    Codes with many entries use a dense product. Differentiable in ``atoms`` and in ``code.values``.
     """
-    # Under autocast the values come in a lower precision than the atoms.
+    # Under autocast the values have lower precision than the decoder.
     values = code.values.to(atoms.dtype)
     return _Decode.apply(values, atoms, code.latents, code.starts, ledger_of(atoms))  # pyright: ignore[reportReturnType]
 
@@ -44,10 +44,10 @@ def entries(
     starts: Int[Tensor, " tokens"],
     shift: Float[Tensor, " d_in"] | None = None,
 ) -> Float[Tensor, " nnz"]:
-    """Entries of ``W x + b`` that were computed without gradient, made differentiable in ``x``, ``W`` and ``b``.
+    """Return precomputed entries of ``W x + b``, made differentiable in ``x``, ``W`` and ``b``.
 
-    Where ``x`` is some data less one ``shift``, that is differentiated in place of ``x``: the entries' gradients are summed
-    over tokens first and multiplied by ``W`` once. Source: the training code of Gao et al. 2024, arXiv:2406.04093.
+    If ``x`` is constant data minus a ``shift``, pass the shift to differentiate it instead of ``x``: entry gradients are then
+    summed over tokens first and multiplied by ``W`` once. Source: the training code of Gao et al. 2024, arXiv:2406.04093.
     """
     if shift is not None:
         x = x.detach()
@@ -55,7 +55,7 @@ def entries(
 
 
 def decode_plain(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
-    """The reference for ``decode``: torch's own bag of embeddings, with its own gradients."""
+    """Reference for ``decode``: torch's embedding bag with its own gradients."""
     return F.embedding_bag(code.latents, atoms, code.starts, mode="sum", per_sample_weights=code.values.to(atoms.dtype))
 
 
@@ -66,21 +66,22 @@ def entries_plain(
     latents: Int[Tensor, " nnz"],
     starts: Int[Tensor, " tokens"],
 ) -> Float[Tensor, " nnz"]:
-    """The reference for ``entries``: all of ``W x + b``, then the wanted ones."""
+    """Reference for ``entries``: the dense ``W x + b``, indexed at the entries."""
     tokens = SparseCode(latents, torch.empty(latents.shape[0]), starts).token_ids()
     return F.linear(x, W, b)[tokens, latents]
 
 
 def per_entry(values: Float[Tensor, " n_latents"], latents: Int[Tensor, " nnz"]) -> Float[Tensor, " nnz"]:
-    """Return every entry's own of one number per latent.
+    """Return the value of each entry's latent.
 
-    Equal to ``values[latents]``, whose gradient torch lets threads add up in any order: training would not repeat itself.
+    Equals ``values[latents]``, but the gradient of that adds up in arbitrary thread order, so training would not be
+    reproducible.
     """
     return values.index_select(0, latents)
 
 
 def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) -> Float[Tensor, "some d"]:
-    """``W[latents]`` for latents that differ; the gradient of a matrix with a ledger is entered there."""
+    """Return ``W[latents]`` for distinct latents; the gradient goes to the matrix's ``SparseGrad`` if it has one."""
     return _SomeRows.apply(W, latents, ledger_of(W))  # pyright: ignore[reportReturnType]
 
 
@@ -151,7 +152,7 @@ class _SomeRows(torch.autograd.Function):
 def _to_matrix(
     values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor, ledger: SparseGrad | None
 ) -> Tensor | None:
-    """The gradient of a matrix whose row ``i`` is weighted into every token that has latent ``i``, unless a ledger takes it."""
+    """Return the dense gradient of a matrix from a code's entries, or append it to a ``SparseGrad`` and return ``None``."""
     if ledger is None or _crowded(latents, starts, like):
         return _spread(values, rows, latents, starts, like)
     code = SparseCode(latents, values.to(like.dtype), starts)
@@ -160,7 +161,7 @@ def _to_matrix(
 
 
 def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
-    """Per token, the sum of its latents' rows weighted by the entries: (tokens, d)."""
+    """Return per token the sum of its latents' rows weighted by the entries: (tokens, d)."""
     values = values.to(rows.dtype).contiguous()
     if _crowded(latents, starts, rows):
         return SparseCode(latents, values, starts).to_dense(rows.shape[0]) @ rows
@@ -171,7 +172,7 @@ def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Te
 
 
 def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor) -> Tensor:
-    """Per latent, the sum of its tokens' rows weighted by the entries: (n_latents, d), as ``like``."""
+    """Return per latent the sum of its tokens' rows weighted by the entries: (n_latents, d), like ``like``."""
     values, rows = values.to(like.dtype).contiguous(), rows.to(like.dtype).contiguous()
     tokens, n_latents = starts.shape[0], like.shape[0]
     code = SparseCode(latents, values, starts)
@@ -183,7 +184,7 @@ def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like:
         return kernels.spread(group.firsts, group.tokens, values[group.order], rows)
     if not _has_csr(like):
         by_entry = torch.zeros_like(like)
-        # In pieces: all entries' rows at once would be k times the input.
+        # In chunks: the rows of all entries at once would be k times the input.
         for some in torch.arange(latents.shape[0], device=latents.device).split(1 << 14):
             by_entry.index_add_(0, latents[some], values[some, None] * rows[code.token_ids()[some]])
         return by_entry
@@ -192,7 +193,7 @@ def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like:
 
 
 def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
-    """For every entry the product of its token's row of ``left`` with its latent's row: (nnz,). Without gradient."""
+    """Return for every entry the dot product of its token's row of ``left`` and its latent's row: (nnz,). No gradient."""
     code = SparseCode(latents, torch.empty(latents.shape[0]), starts)
     left = left.contiguous()
     if _crowded(latents, starts, rows):
@@ -200,7 +201,7 @@ def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
     kernels = backend(left, rows)
     if kernels is not None:
         return kernels.dots(bounds(latents, starts), latents, left, rows)
-    # More entries than cells, by repetition, is more than torch takes for a CSR matrix.
+    # Repeated latents can give more entries than cells, which torch's CSR matrices do not allow.
     if not _has_csr(rows) or not 0 < latents.shape[0] <= starts.shape[0] * rows.shape[0]:
         picked = [
             (left[code.token_ids()[some]] * rows[latents[some]]).sum(-1)
@@ -212,18 +213,18 @@ def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
 
 
 def _crowded(latents: Tensor, starts: Tensor, rows: Tensor) -> bool:
-    """Whether so many entries occur that dense products are faster."""
+    """Return True if the code has so many entries that dense products are faster."""
     found = latents.shape[0]
     return found >= DENSE_ENTRIES and found >= DENSE_SHARE * starts.shape[0] * rows.shape[0]
 
 
 def _has_csr(rows: Tensor) -> bool:
-    """Whether torch multiplies CSR matrices of this kind."""
+    """Return True if torch multiplies CSR matrices of this dtype and device."""
     return rows.dtype in (torch.float32, torch.float64) and (rows.is_cuda or torch.backends.mkl.is_available())
 
 
 def _csr(firsts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():
-        # torch says once per process that CSR is in beta.
+        # torch warns once per process that CSR is in beta.
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(firsts, columns, values, shape, check_invariants=False)

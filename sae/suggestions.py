@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return a sentence, with a space before it, that suggests the choice most like ``word``; empty if none is close.
+    """Return a sentence, with a leading space, suggesting the choice closest to ``word``; empty if none is close.
 
-    Close is difflib's own default, a similarity of at least 0.6.
+    Close means difflib's default, a similarity of at least 0.6.
 
     >>> did_you_mean("topkk", ["relu", "topk"])
     " Did you mean 'topk'?"
@@ -22,11 +22,11 @@ def require_choice(where: str, word: object, choices: Iterable[str], of: str = "
     """Return ``word`` if it is one of the choices.
 
     Args:
-        where: The argument or key that ``word`` was given for; the error begins with it.
-        of: Words after the list, such as `` for ioi``.
+        where: Argument or key that ``word`` was given for; the error message begins with it.
+        of: Text after the list, such as `` for ioi``.
 
     Raises:
-        ValueError: If it is not; the choices are listed, and the nearest is suggested.
+        ValueError: If it is not; the message lists the choices and suggests the nearest.
     """
     choices = list(choices)
     if word not in choices:

@@ -1,7 +1,7 @@
-"""Scores by tiles: the encoder's product a few latents at a time, so that what is chosen is chosen while it is in the cache.
+"""Tiled scores: the encoder's product computed in tiles, so that selection runs while each tile is in cache.
 
-The product of a batch with all latents is by far the largest tensor of a step, and all but a few of its numbers are thrown
-away. Here it exists one tile at a time, in a buffer that the next tile overwrites. Nothing here carries gradient.
+The product of a batch with all latents is by far the largest tensor of a step, and almost all of it is discarded. Here only one
+tile exists at a time, in a buffer that the next tile overwrites. No function here carries gradients.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,35 +16,36 @@ from .kernels import selection
 from .sparse_code import SparseCode, group_by_latent
 from .sparse_ops import dots
 
-# Numbers in a tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator what launches cost little for.
+# Numbers per tile: on a CPU half of a last-level cache (16 MB in float32), on an accelerator enough to amortize kernel
+# launches.
 TILE_NUMBERS_CPU = 1 << 22
 TILE_NUMBERS_ACCELERATOR = 1 << 28
-# A product with fewer latents at a time reads the inputs too often.
+# Products with fewer latents at a time read the inputs too often.
 LEAST_WIDTH = 256
-# An encoder of so many numbers stays in the caches: all its latents are taken together, for some tokens at a time.
+# Encoders up to this many numbers stay in cache: their tiles have all latents and some of the tokens.
 WHOLE_NUMBERS = 1 << 20
-# Tokens from which a first cut is estimated.
+# Tokens sampled to estimate a first cut.
 SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """``W x + b``, computed a tile at a time: by token ``(tokens, width)``, or by latent ``(width, tokens)``."""
+    """``W x + b`` computed in tiles: by token ``(tokens, width)``, or by latent ``(width, tokens)``."""
 
     x: Float[Tensor, "tokens d_in"]
     W: Float[Tensor, "n_latents d_in"]
     b: Float[Tensor, " n_latents"] | None
-    # Tiles as another scorer has them, for two that are gone through together.
+    # Tile shape of another scorer that is iterated in parallel.
     plan: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """Number of tokens and latents."""
         return len(self.x), len(self.W)
 
     @property
     def tile_shape(self) -> tuple[int, int]:
-        """Tokens and latents of a tile: of a small dictionary some tokens and all latents, else the other way about."""
+        """Tokens and latents per tile: for a small encoder some tokens and all latents, otherwise all tokens, some latents."""
         if self.plan is not None:
             return self.plan
         tokens, n_latents = self.shape
@@ -55,10 +56,10 @@ class Scorer:
 
     @torch.no_grad()
     def tiles(self) -> Iterator["Tile"]:
-        """Tile after tile by token; each is valid until the next is asked for."""
+        """Yield tiles by token; each is valid until the next is requested."""
         height, width = self.tile_shape
         room = torch.empty(height * width, dtype=self.x.dtype, device=self.x.device)
-        # Without tokens there is a tile all the same, an empty one.
+        # Without tokens, one empty tile is still yielded.
         for token in range(0, max(len(self.x), 1), height):
             x = self.x[token : token + height]
             for first in range(0, len(self.W), width):
@@ -72,7 +73,7 @@ class Scorer:
 
     @torch.no_grad()
     def tiles_by_latent(self) -> Iterator["Tile"]:
-        """Tiles with a row for every latent and a column for every token."""
+        """Yield tiles with one row per latent and one column per token."""
         numbers = TILE_NUMBERS_CPU if self.x.device.type == "cpu" else TILE_NUMBERS_ACCELERATOR
         tokens, n_latents = self.shape
         width = min(n_latents, max(LEAST_WIDTH, numbers // max(tokens, 1)))
@@ -98,9 +99,9 @@ class Tile:
 
 @torch.no_grad()
 def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
-    """Each token's ``k`` largest scores, in no particular order. Where there is a NaN the code has one too.
+    """Return each token's ``k`` largest scores, in arbitrary order; a token with a NaN score gets NaN in its code.
 
-    Tiles of the same tokens follow one another.
+    Tiles of the same tokens must be consecutive.
     """
     done: list[_Kept] = []
     for tile in tiles:
@@ -113,7 +114,7 @@ def largest_per_token(tiles: Iterable[Tile], k: int) -> SparseCode:
 
 
 class _Kept:
-    """The largest scores of some tokens so far, ranked anew with every tile."""
+    """Largest scores so far of some tokens, ranked again with every tile."""
 
     def __init__(self, scores: Tensor, k: int):
         self.k = k
@@ -130,7 +131,7 @@ class _Kept:
 
 
 class _KeptByKernel(_Kept):
-    """The same; a tile is read once and changes few of the kept."""
+    """Compiled version: each tile is read once and few kept scores change."""
 
     def __init__(self, scores: Tensor, k: int):
         self.values = scores.new_full((len(scores), k), -torch.inf)
@@ -144,14 +145,14 @@ class _KeptByKernel(_Kept):
 
 @torch.no_grad()
 def pick(scorer: Scorer, code: SparseCode) -> Float[Tensor, " nnz"]:
-    """The scores of a code's entries, computed one by one."""
+    """Return the scores of a code's entries, computed individually."""
     found = dots(scorer.x, scorer.W, code.latents, code.starts)
     return found if scorer.b is None else found + scorer.b[code.latents]
 
 
 @torch.no_grad()
 def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_latents: int) -> SparseCode:
-    """All scores that exceed ``cut``, one number or one for each latent; latents ascend within a token."""
+    """Return all scores that exceed ``cut``, one number or one per latent; latents ascend within a token."""
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for tile in tiles:
         rows, width = tile.scores.shape
@@ -171,15 +172,15 @@ def above(tiles: Iterable[Tile], cut: Float[Tensor, "..."], tokens: int, n_laten
 
 @torch.no_grad()
 def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> tuple[SparseCode, float | None]:
-    """The ``budget`` largest scores of all pairs of a batch, and a cut that should suit the next batch.
+    """Return the ``budget`` largest scores among all pairs of a batch, and a cut suggested for the next batch.
 
-    The count is exact; among equal scores the lower token wins, then the lower latent. What exceeds the cut, a guess, is
-    ranked exactly; if that is too little there is another guess from a sample of the tokens, and then every tile is ranked.
-    The result does not depend on the guess.
+    The count is exact; ties go to the lower token, then the lower latent. Scores above ``cut``, a guess, are ranked exactly; if
+    there are too few, a second guess comes from a sample of tokens, and after that every tile is ranked. The result does not
+    depend on the guess.
     """
     tokens, n_latents = len(scorer.x), len(scorer.W)
     budget = min(budget, tokens * n_latents)
-    # Guessing needs to know how many there are: an accelerator would have to be waited for.
+    # A guess requires counting the scores above it, for which an accelerator would have to synchronize.
     guesses = (lambda: cut, lambda: level_of_batch(scorer, budget, SLACK)) if scorer.x.device.type == "cpu" and budget else ()
     for guess in guesses:
         limit = guess()
@@ -188,7 +189,7 @@ def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> t
         pool = above(scorer.tiles(), torch.tensor(limit, dtype=scorer.x.dtype), tokens, n_latents)
         if len(pool.values) >= budget:
             kept = pool.where(_largest(pool.values, budget))
-            # Towards the smallest that was kept while far too much comes through, away from it if hardly more than enough.
+            # Move toward the smallest kept score if far too many pass, and away from it if barely enough do.
             share, smallest = len(pool.values) / budget, float(kept.values.min())
             move = 0.5 if share > 2 * SLACK - 1 else -0.5 if share < (SLACK + 1) / 2 else 0.0
             return kept, limit + (smallest - limit) * move
@@ -196,7 +197,7 @@ def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> t
 
 
 def _ranked(scorer: Scorer, budget: int) -> SparseCode:
-    """``largest_of_batch`` without guessing: the best of every tile with the best so far."""
+    """Compute ``largest_of_batch`` without guesses, merging the largest scores tile by tile."""
     tokens, n_latents = len(scorer.x), len(scorer.W)
     values, cells = scorer.x.new_empty(0), torch.empty(0, dtype=torch.long, device=scorer.x.device)
     for tile in scorer.tiles():
@@ -212,7 +213,7 @@ def _ranked(scorer: Scorer, budget: int) -> SparseCode:
 
 @torch.no_grad()
 def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
-    """About the score that ``slack`` times the budget of the batch exceeds, by a few of its tokens."""
+    """Estimate, from some of its tokens, the score that ``slack`` times the budget of a batch exceeds."""
     some = scorer.x[:: max(1, len(scorer.x) // SAMPLE_TOKENS)]
     rank = max(1, int(budget * len(some) / len(scorer.x) * slack))
     sample = Scorer(some, scorer.W, scorer.b)
@@ -221,7 +222,7 @@ def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
 
 
 def _largest(values: Float[Tensor, " n"], budget: int) -> Tensor:
-    """Which are the ``budget`` largest; among equal ones the first."""
+    """Return a mask of the ``budget`` largest values; the first win ties."""
     smallest = values.topk(budget, sorted=False).values.amin()
     over, equal = values > smallest, values == smallest
     spare = budget - over.sum()
@@ -230,7 +231,7 @@ def _largest(values: Float[Tensor, " n"], budget: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PerLatent:
-    """What each latent kept, the smallest score of it, and on how many tokens it is above the level asked about, if any."""
+    """Entries kept per latent, each latent's smallest kept score, and its number of tokens above a given level, if any."""
 
     code: SparseCode
     smallest: Float[Tensor, " n_latents"]
@@ -239,9 +240,9 @@ class PerLatent:
 
 @torch.no_grad()
 def largest_per_latent(scorer: Scorer, room: Int[Tensor, " n_latents"], level: float | None = None) -> PerLatent:
-    """Each latent's ``room[i]`` largest scores; one with room for more takes every token.
+    """Return each latent's ``room[i]`` largest scores; a room beyond the number of tokens takes every token.
 
-    Latents ascend within a token. The smallest score of a latent without room is infinite.
+    Latents ascend within a token. The smallest score of a latent with room 0 is infinite.
     """
     tokens = len(scorer.x)
     room = room.clamp(max=tokens)

@@ -1,8 +1,8 @@
-"""How long each latent had been silent when training ended: ``usage.safetensors`` beside a dictionary's weights.
+"""Latent usage at the end of training: ``usage.safetensors`` next to a dictionary's weights.
 
-The file holds one tensor, ``silent_for`` (int64, one entry per latent): tokens trained on since the latent last fired. Its
-header's metadata, and ``training_usage`` in ``dictionary.json``, hold ``dead_after_tokens`` and ``tokens``. Weights do not
-depend on it: readers that do not know the file pass it over, and a checkpoint without it has no usage.
+The file holds one tensor, ``silent_for`` (int64, one entry per latent): tokens trained on since the latent last fired. The
+file's metadata, and ``training_usage`` in ``dictionary.json``, hold ``dead_after_tokens`` and ``tokens``. Weights do not depend
+on it: readers that do not know the file ignore it, and a checkpoint without it has no usage.
 """
 
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class TrainingUsage:
-    """Tokens since each latent last fired, as training left it. Latents were chosen as in training, not by thresholds.
+    """Tokens since each latent last fired in training, under the training-time selection rather than eval thresholds.
 
     >>> usage = TrainingUsage(torch.tensor([0, 500, 3000]), dead_after_tokens=1000, tokens=3000)
     >>> usage.dead.tolist(), usage.window_tokens, round(usage.dead_fraction, 3)
@@ -31,7 +31,7 @@ class TrainingUsage:
 
     Args:
         silent_for: Tokens since each latent last fired, counted in whole batches.
-        dead_after_tokens: A latent silent for so many tokens was dead to the run.
+        dead_after_tokens: Number of silent tokens after which the run counted a latent as dead.
         tokens: Tokens trained on.
     """
 
@@ -41,37 +41,37 @@ class TrainingUsage:
 
     @property
     def window_tokens(self) -> int:
-        """The window of ``dead``: ``dead_after_tokens``, or the whole training where that was shorter."""
+        """Window of ``dead``: ``dead_after_tokens``, or the whole training run if shorter."""
         return max(1, min(self.dead_after_tokens, self.tokens))
 
     @property
     def dead(self) -> Bool[Tensor, " n_latents"]:
-        """Latents that were silent on the last ``window_tokens`` tokens of the training."""
+        """Mask of latents that were silent on the last ``window_tokens`` tokens of training."""
         return self.silent_for >= self.window_tokens
 
     @property
     def dead_fraction(self) -> float:
-        """Share of latents that were silent on the last ``window_tokens`` tokens of the training."""
+        """Fraction of latents that were silent on the last ``window_tokens`` tokens of training."""
         return float(self.dead.double().mean())
 
     @property
     def about(self) -> dict[str, int]:
-        """What ``dictionary.json`` says of it."""
+        """Entry of ``dictionary.json`` that describes the usage."""
         return {"dead_after_tokens": self.dead_after_tokens, "tokens": self.tokens}
 
     def save(self, directory: Path) -> None:
-        """Write ``usage.safetensors``, whole or not at all."""
+        """Write ``usage.safetensors`` atomically."""
         metadata = {key: str(value) for key, value in self.about.items()}
         write_tensors(directory / USAGE_FILE, {"silent_for": self.silent_for.long()}, metadata)
 
 
 def load_training_usage(directory: Path, about: Mapping[str, int] | None, n_latents: int) -> TrainingUsage | None:
-    """Return the usage that belongs to a checkpoint; ``None``, with a warning, where it should be there and is not.
+    """Return a checkpoint's usage, or ``None``; logs a warning if it should exist but is missing or does not match.
 
     Args:
-        directory: The checkpoint's.
-        about: ``training_usage`` of its ``dictionary.json``; ``None`` of a checkpoint that was saved without.
-        n_latents: Of the dictionary.
+        directory: Checkpoint directory.
+        about: ``training_usage`` in its ``dictionary.json``; ``None`` if it was saved without usage.
+        n_latents: Latents of the dictionary.
     """
     if about is None:
         return None

@@ -1,7 +1,7 @@
-"""How often each latent may fire: Zipf-Mandelbrot laws of density, and integer budgets that follow them.
+"""Zipf-Mandelbrot laws of latent densities, and integer budgets that follow them.
 
 The law gives the latent of rank ``i`` (from 1) a density proportional to ``1 / (i + shift) ** alpha``. Densities of trained
-dictionaries follow it except at their rarest end (Ayonrinde 2024, arXiv:2411.02124).
+dictionaries follow it except for the rarest latents (Ayonrinde 2024, arXiv:2411.02124).
 """
 
 import torch
@@ -9,25 +9,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ALPHAS = (0.3, 2.0)
-# Ranks are sampled evenly in their logarithm, or the long tail would be all that is fitted.
+# Ranks are sampled evenly on a log scale; otherwise the long tail would dominate the fit.
 FIT_POINTS = 128
-# The rarest latents depart from the law and are left out of the fit.
+# The rarest latents deviate from the law and are excluded from the fit.
 FITTED_SHARE = 0.9
 SHIFTS = 32
 
 
 def zipf(n_latents: int, alpha: float, shift: float) -> Float[Tensor, " n_latents"]:
-    """The law's densities by rank, most frequent first, adding up to 1; ``alpha = 0`` is uniform. float64."""
+    """Return the law's densities by rank, most frequent first, summing to 1, in float64; ``alpha = 0`` is uniform."""
     ranks = torch.arange(1, n_latents + 1, dtype=torch.float64)
     weights = (ranks + shift).pow(-alpha)
     return weights / weights.sum()
 
 
 def fit_zipf(density: Float[Tensor, " n_latents"]) -> tuple[float, float]:
-    """``alpha`` and ``shift`` of measured densities, by least squares on log density over log-spaced ranks.
+    """Fit ``alpha`` and ``shift`` to measured densities, by least squares on log density over log-spaced ranks.
 
-    Silent latents and the rarest tenth of the others are left out. ``alpha`` is kept within 0.3 to 2, ``shift`` within 0
-    and a tenth of the latents. With fewer than three latents to go by the law is uniform: ``(0, 0)``.
+    Silent latents and the rarest tenth of the others are excluded. ``alpha`` is limited to 0.3 to 2, ``shift`` to 0 to a tenth
+    of the number of latents. With fewer than three firing latents the law is uniform: ``(0, 0)``.
     """
     alive = density[density > 0].double().cpu().sort(descending=True).values
     alive = alive[: max(int(len(alive) * FITTED_SHARE), min(len(alive), 3))]
@@ -47,18 +47,18 @@ def fit_zipf(density: Float[Tensor, " n_latents"]) -> tuple[float, float]:
 
 
 def integer_budgets(law: Float[Tensor, " n_latents"], total: int, most: int) -> Int[Tensor, " n_latents"]:
-    """Whole numbers from 1 to ``most`` that follow ``law`` and add up to ``total`` exactly.
+    """Return integers from 1 to ``most`` that follow ``law`` and add up to ``total`` exactly.
 
-    The law is scaled until its clipped values reach the total; what rounding down leaves goes to the largest remainders.
+    The law is scaled until its clipped values sum to the total; the remainder from rounding down goes to the largest fractions.
 
     Raises:
-        ValueError: If no such numbers exist.
+        ValueError: If no such integers exist.
     """
     n = len(law)
     if not n <= total <= n * most:
         raise ValueError(f"budget: expected {n} to {n} x {most} matches for {n} latents, got {total}.")
     law = law.double()
-    # The answer may be that every latent has the same bound; both ends of the search must reach past that.
+    # If all latents end at the same bound, the search interval must extend beyond it.
     low, high = 0.0, most / float(law.min())
     for _ in range(200):
         scale = (low + high) / 2
@@ -79,10 +79,10 @@ def integer_budgets(law: Float[Tensor, " n_latents"], total: int, most: int) -> 
 
 
 def underused(density: Float[Tensor, " n_latents"], tau: float, absolute: bool = False) -> Bool[Tensor, " n_latents"]:
-    """Latents that fire less than ``tau`` times what the fitted law expects of their rank.
+    """Return a mask of latents that fire less than ``tau`` times the density that the fitted law predicts for their rank.
 
-    ``absolute`` compares with what the law expects of the last rank instead. The law is scaled to the measured densities,
-    so that both add up to the same l0. Without any firing no latent is called underused.
+    With ``absolute`` the comparison uses the law's density at the last rank instead. The law is scaled to the measured
+    densities, so that both sum to the same L0. If no latent fires, none is underused.
     """
     total = float(density.sum())
     if tau == 0 or total == 0:

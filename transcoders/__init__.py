@@ -1,4 +1,4 @@
-"""Dictionaries from one activation of a model to another: tensors in, sparse codes out."""
+"""Transcoders: dictionaries from one activation of a model to another. Tensors in, sparse codes out."""
 
 if __name__ == "transcoders":
     raise ImportError(

@@ -1,4 +1,4 @@
-"""Convert dictionaries between formats: written whole or not at all, then read back to compare outputs."""
+"""Convert dictionaries between formats: written atomically, then read back to compare outputs."""
 
 import os
 import shutil
@@ -17,18 +17,23 @@ from ..sae.formats.conversion import from_dictionary
 from .load import NO_OPTIONS, CheckpointOptions, FoundDictionaries, Provenance, find
 from .stack import Stack, hooks_of_provenance
 
-# Our own checkpoint, or a directory of them.
+# Target format: sparsary checkpoint, or a directory of them.
 OURS = "sparsary"
-# Random inputs on which what was written is compared with what was read.
+# Number and seed of the random inputs on which source and result are compared.
 TOKENS, SEED = 64, 0
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was read, by which evidence, and what became of it.
+    """Result of a conversion: what was read, how its format was detected, and what was written.
 
-    ``difference`` is the norm of the change in outputs over the norm of the outputs, on random inputs, once what was written
-    is read again; ``None`` where the format keeps no names by which several dictionaries could be told apart.
+    ``difference`` is the norm of the change in outputs over the norm of the outputs, on random inputs, after reading the result
+    back; ``None`` if the format stores no names by which several dictionaries could be matched.
+
+    >>> from pathlib import Path
+    >>> result = Converted(Path("new"), "saelens", "dictionary.json of sparsary", ("h.0:out",), (), (), ("cfg.json",), 0.0)
+    >>> result.lines()[-1]
+    ('outputs changed by', '0 of their norm')
     """
 
     directory: Path
@@ -41,7 +46,7 @@ class Converted:
     difference: float | None
 
     def lines(self) -> list[tuple[str, str]]:
-        """For people to read, as pairs of a name and a value."""
+        """Return (name, value) pairs for display."""
         named = [("hook", ", ".join(self.hooks)), ("read as", self.evidence)]
         words = [("folded or renamed", word) for word in self.done] + [("doubt", word) for word in self.warnings]
         change = "not compared" if self.difference is None else f"{self.difference:.2g} of their norm"
@@ -61,7 +66,7 @@ def convert(
     thresholds: Mapping[str, float] | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Converted:
-    """Write a dictionary as a sparsary checkpoint or in another library's format; several, one for each hook, as a folder.
+    """Write a dictionary as a sparsary checkpoint or in another library's format; several, one per hook, as a folder.
 
     >>> import tempfile
     >>> from sparsary import ENCODERS, SAE, convert
@@ -71,18 +76,18 @@ def convert(
     ('cfg.json', 'sae_weights.safetensors')
 
     Args:
-        source: A path or a Hugging Face repository id.
-        destination: A new or empty folder.
+        source: Path or Hugging Face repository id.
+        destination: New or empty folder.
         to: ``sparsary``, or a format of ``docs/formats.md``.
-        hook: As in ``options``, which it takes precedence over; and so do ``format``, ``subfolder`` and ``revision``.
-        dtype: The precision of the result, ``auto`` being that of the files. sparsary checkpoints are of float32.
-        thresholds: What a latent must exceed in place of being among a token's k largest, by the hook that is written, for
-            libraries without topk: ``eval.checkpoint.thresholds_of`` measures them.
-        options: Facts that the files leave open.
+        hook: Overrides the same field of ``options``, as do ``format``, ``subfolder`` and ``revision``.
+        dtype: Precision of the result; ``auto`` keeps that of the files. sparsary checkpoints are always float32.
+        thresholds: Per written hook, a threshold that replaces top-k selection, for libraries without top-k;
+            ``eval.checkpoint.thresholds_of`` measures it.
+        options: Facts that the files do not record.
 
     Raises:
-        ValueError: If the destination is not empty, there is no such format, or it cannot hold the dictionary. Nothing is
-            left there then.
+        ValueError: If the destination is not empty, the format is unknown, or it cannot represent the dictionary. The
+            destination is then left as it was.
     """
     if to != OURS and to not in FORMATS:
         try:
@@ -105,7 +110,7 @@ def convert(
 
 
 def _written(found: FoundDictionaries, directory: Path, to: str, thresholds: Mapping[str, float]) -> tuple[str, ...]:
-    """Write into an empty folder; what the format made of the dictionaries."""
+    """Write the dictionaries to an empty folder and return the format's notes."""
     hook, dictionary = next(iter(found.dictionaries.items()))
     alone = len(found.dictionaries) == 1 and not found.stacked
     if to == OURS:
@@ -124,7 +129,7 @@ def _written(found: FoundDictionaries, directory: Path, to: str, thresholds: Map
 
 
 def _by_threshold(dictionary: SparseDictionary, provenance: Provenance, level: float | None) -> SparseDictionary | CanonicalSAE:
-    """The same dictionary, of one site and with topk one that keeps what exceeds a threshold."""
+    """Return the dictionary with top-k replaced by a threshold, if it has a single site and top-k."""
     if level is None or not isinstance(dictionary, OneSiteDictionary):
         return dictionary
     n = from_dictionary(dictionary, provenance)
@@ -154,18 +159,18 @@ def _change(before: SparseDictionary, after: SparseDictionary) -> float:
 
 
 def require_empty(target: Path) -> None:
-    """Raise ``ValueError`` unless nothing is at a place, or an empty folder."""
+    """Raise ``ValueError`` unless the path does not exist or is an empty folder."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: expected no such folder, or an empty one, got one that holds files. Name another.")
 
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place if all goes well, and otherwise leaves nothing."""
+    """Yield a temporary folder next to ``target`` that replaces it on success and is removed on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent.resolve()))
     try:
-        # What is private while it is made is shared by the rules of its place.
+        # mkdtemp creates a private folder; the result gets the default permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)

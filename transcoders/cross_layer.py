@@ -1,4 +1,4 @@
-"""CrossLayerTranscoder: one encoder per layer, decoders to that layer and all later ones."""
+"""CrossLayerTranscoder: one encoder per layer, with decoders to that layer and all later ones."""
 
 import copy
 from collections.abc import Iterable
@@ -19,32 +19,39 @@ from ..sae.penalised import Penalised
 from ..sae.sparse_code import AuxTerms, Revival, SparseCode, group_by_latent
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
-# Encoders that choose a token's latents of one layer from their pre-activations alone, and train without a second code.
+# Encoders that select latents of one layer and token from pre-activations alone and whose training needs no second code.
 LAYER_ENCODERS = ("topk", "jumprelu", "relu")
-# Such encoders as loaded dictionaries have.
+# Such encoders in loaded dictionaries.
 LOADED_LAYER_ENCODERS = ("threshold", "signed_topk")
-# Those that can choose from all layers together, or meet a target of all layers together.
+# Encoders that can select among all layers jointly, or meet one target L0 for all layers.
 JOINT_ENCODERS = ("topk", "jumprelu", "relu")
 
 
 class CrossLayerTranscoder(SparseDictionary):
-    """Latents that read the MLP input of their layer and write to the MLP outputs of that layer and of every later one.
+    """Cross-layer transcoder: latents read their layer's MLP input and write to the MLP outputs of that and all later layers.
 
     ``y_hat^m = sum over l <= m of W_dec^{l->m T} code^l(x^l - in_centre^l) + b_dec^m``. ``d_in``, ``d_out`` and ``n_latents``
-    count all layers together: inputs, outputs and latents of the layers stand side by side. ``W_dec[l]`` holds the decoders
-    of layer ``l`` to layers ``l, l+1, ...`` side by side too, so that a latent is one contiguous row, of unit norm over all
-    the layers it writes to. Every layer has its own scale on both sides, and an encoder of its own, with the arguments of
-    ``encoder``.
+    are totals over layers: inputs, outputs, and latents of the layers are concatenated. ``W_dec[l]`` concatenates the decoders
+    of layer ``l`` to layers ``l, l+1, ...``, so that each latent is one contiguous row, of unit norm over all layers it writes
+    to. Every layer has its own input and output scale, and its own encoder with the arguments of ``encoder``.
 
-    With ``joint`` the budget is shared: in training the ``tokens n_layers k`` strongest pairs of a batch are kept, whatever
-    their layers, in ``eval()`` mode those above one threshold, because a layer cannot wait for later ones when the model runs
-    on the result. Over the batch and not token by token: chosen per token in training, a threshold left five times the error
-    (embedded model: fvu 0.015 by choice, 0.085 by threshold), because tokens differ in what they need. Where a penalty makes
-    codes sparse, ``joint`` means that ``target_l0`` is the mean over layers: one weight is steered by the l0 of all of them,
-    and layers share it as they need. Without ``joint`` every layer meets the target by a weight of its own.
+    With ``joint`` the layers share the budget: training keeps the ``tokens n_layers k`` strongest pairs of a batch regardless
+    of layer, and ``eval()`` mode keeps those above one threshold, because a layer cannot wait for later ones when the model
+    runs on the reconstructions. Selection is over the batch rather than per token because tokens need different numbers of
+    latents: after per-token selection in training, a threshold gave five times the error (embedded model: FVU 0.015 by
+    selection, 0.085 by threshold). For encoders with a sparsity penalty, ``joint`` makes ``target_l0`` the mean over layers:
+    one weight, steered by the total L0, leaves the distribution over layers free. Without ``joint`` every layer meets the
+    target with its own weight.
 
-    With ``skip`` every layer's input reaches its own output by a matrix too, ``W_skip[m] (x^m - in_centre^m)``, as some loaded
-    ones have it.
+    With ``skip`` every layer's output also gets ``W_skip[m] (x^m - in_centre^m)``, as in some loaded transcoders.
+
+    >>> import torch
+    >>> from sparsary import ENCODERS, CrossLayerTranscoder
+    >>> transcoder = CrossLayerTranscoder(n_layers=2, d_in=16, d_out=16, n_latents=64, encoder=ENCODERS["topk"](k=4))
+    >>> [tuple(W.shape) for W in transcoder.W_dec]
+    [(32, 16), (32, 8)]
+    >>> transcoder(torch.randn(10, 16)).shape
+    torch.Size([10, 16])
 
     Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
     """
@@ -78,13 +85,13 @@ class CrossLayerTranscoder(SparseDictionary):
                 "square."
             )
         self.n_layers, self.joint = n_layers, joint
-        # A guess at the next batch's level, and by how much it stays below the last one. It saves work and changes no result,
-        # so it is not saved.
+        # Guess of the next batch's level, and its margin below the last level. They save work without changing results, so they
+        # are not saved.
         self._cut: float | None = None
         self._slack = 0.1
         width_in, width_out, here = d_in // n_layers, d_out // n_layers, n_latents // n_layers
         encoder.prepare(here)
-        # The first layer's is `encoder` itself; a recipe's schedules move the arguments of that one.
+        # The first layer uses `encoder` itself, whose arguments a recipe's schedules change.
         self.later_encoders = nn.ModuleList([copy.deepcopy(encoder) for _ in range(n_layers - 1)])
         self.W_enc = nn.ParameterList([torch.empty(here, width_in) for _ in range(n_layers)])
         self.b_enc = nn.ParameterList([torch.zeros(here) for _ in range(n_layers)])
@@ -112,12 +119,12 @@ class CrossLayerTranscoder(SparseDictionary):
 
     @property
     def chooses_jointly(self) -> bool:
-        """Whether one selection is made among the latents of all layers."""
+        """Return True if one selection is made among the latents of all layers."""
         return self.joint and not isinstance(self.encoder, Penalised)
 
     @property
     def encoders(self) -> list[Encoder]:
-        """Every layer's encoder."""
+        """Encoders of all layers, with the arguments and progress of the first."""
         later = [cast(Encoder, encoder) for encoder in self.later_encoders]
         for name, value in self.encoder.arguments().items():
             for encoder in later:
@@ -135,7 +142,8 @@ class CrossLayerTranscoder(SparseDictionary):
                 slice(i * here, (i + 1) * here),
                 site.reads,
                 slice(site.writes.start, self.d_out),
-                # No shift: the centre is data, and where gradients flow through the model they go on to the inputs.
+                # No shift: it is a constant here, and its shortcut would stop gradients that flow through the model into the
+                # inputs.
                 Weights(W_enc, b_enc, W_dec, site_width=self.d_out // self.n_layers),
             )
             for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
@@ -176,7 +184,7 @@ class CrossLayerTranscoder(SparseDictionary):
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
         if not self.chooses_jointly:
             return calibrate_cuts(self.encoders, self, inputs, together=self.joint)
-        # Of every batch twice what it may keep: that holds the budget of all batches unless they differ wildly.
+        # A pool of twice every batch's budget contains the overall budget unless batches differ wildly.
         pools, tokens = [], 0
         for batch in inputs:
             x = self.normalised(batch)
@@ -194,11 +202,11 @@ class CrossLayerTranscoder(SparseDictionary):
 
     @property
     def budget(self) -> int:
-        """Latents per token over all layers, where they are chosen together."""
+        """Latents per token over all layers, for joint selection."""
         return self.encoder.arguments()["k"] * self.n_layers
 
     def _code_at(self, layer: int, x: Float[Tensor, "tokens d"]) -> SparseCode:
-        """The code of one layer's normalised, centred inputs."""
+        """Return the code of one layer's normalized, centered inputs."""
         weights = self.blocks[layer].weights
         if not self.chooses_jointly:
             return self.encoders[layer](x, weights)
@@ -210,7 +218,7 @@ class CrossLayerTranscoder(SparseDictionary):
         return with_gradient(above(scores.tiles(), self.level, *scores.shape), x, weights).relu()
 
     def _strongest(self, x: Float[Tensor, "tokens d_in"]) -> list[SparseCode]:
-        """Every layer's part of the batch's strongest pairs."""
+        """Return each layer's part of the batch's strongest pairs."""
         scorers = [scorer(x[:, block.reads], block.weights) for block in self.blocks]
         budget = len(x) * self.budget
         candidates = self._candidates(scorers, budget)
@@ -220,7 +228,7 @@ class CrossLayerTranscoder(SparseDictionary):
         if len(best.values):
             smallest = best.values.amin()
             self._observe(smallest)
-            # Between a fifth and a half more than enough should come through the next guess.
+            # Keep the number of candidates between 1.2 and 1.5 times the budget.
             share = len(values) / budget
             self._slack *= 1.5 if share < 1.2 else 0.7 if share > 1.5 else 1.0
             self._cut = float(smallest) - self._slack
@@ -231,7 +239,7 @@ class CrossLayerTranscoder(SparseDictionary):
         ]
 
     def _candidates(self, scorers: list[Scorer], budget: int) -> list[SparseCode]:
-        """At least the ``budget`` largest scores of all layers: what exceeds a guess, or, if too little does, each layer's."""
+        """Return at least the ``budget`` largest scores: those above a guessed level, or if too few, each layer's largest."""
         if self._cut is not None:
             found = [above(s.tiles(), torch.tensor(self._cut, device=s.x.device), *s.shape) for s in scorers]
             if sum(len(code.values) for code in found) >= budget:
@@ -240,13 +248,13 @@ class CrossLayerTranscoder(SparseDictionary):
 
     @torch.no_grad()
     def _observe(self, smallest: Float[Tensor, ""]) -> None:
-        """Move the threshold towards the smallest value that a batch kept."""
+        """Move the threshold toward the smallest value a batch kept."""
         share = (1 / (self.batches.double() + 1)).clamp_min(1 / LEVEL_BATCHES)
         self.level.lerp_(smallest.clamp_min(0).to(self.level), share.to(self.level))
         self.batches += 1
 
     def _steered(self, code: SparseCode) -> SparseCode:
-        """The code after every layer's controller was told the mean l0 over layers: they stay equal."""
+        """Return the code after steering every layer's penalty by the mean L0 over layers, so that their weights stay equal."""
         encoders = [encoder for encoder in self.encoders if isinstance(encoder, Penalised)]
         if not encoders or encoders[0].target_l0 is None:
             return code
@@ -257,7 +265,7 @@ class CrossLayerTranscoder(SparseDictionary):
         return replace(code, requests=replace(code.requests, penalties=penalties))
 
     def _joined(self, codes: list[SparseCode]) -> SparseCode:
-        """One code of all layers' latents; penalties are their means over layers."""
+        """Return one code of all layers' latents, with penalties averaged over layers."""
         here = self.n_latents // self.n_layers
         tokens = torch.cat([code.token_ids() for code in codes])
         firsts, order = group_by_latent(tokens, codes[0].n_tokens)

@@ -1,4 +1,4 @@
-"""Load dictionaries from a path or hub id: sparsary checkpoints and stacks of them first, then other libraries' files."""
+"""Load dictionaries from a path or hub id: sparsary checkpoints and stacks, or files of other libraries."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,37 +27,36 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "auto": None,
 }
 OWN = "dictionary.json of sparsary"
-# The JSON that checkpoints keep of their training: whatever a recipe, or another library, says of itself.
+# JSON metadata of a checkpoint's training, as written by sparsary or another library.
 Provenance = dict[str, Any]
-# A value as a recipe's YAML holds it.
+# A value in a recipe's YAML.
 RecipeValue = str | int | float | bool | None | Sequence[object] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Facts about a checkpoint that its files may leave open. One object serves every function that takes a checkpoint.
+    """Facts that a checkpoint's files may not record; accepted by every function that takes a checkpoint.
 
-    sparsary checkpoints record all of this; other libraries' files often do not. ``load`` and ``convert`` read what concerns
-    the dictionary; ``model``, ``text``, ``settings`` and ``hook_out`` matter where its language model is run.
+    sparsary checkpoints record all of this; other libraries' files often do not. ``load`` and ``convert`` use the facts about
+    the dictionary; ``model``, ``text``, ``settings`` and ``hook_out`` matter when its language model is run.
 
     >>> CheckpointOptions(model="gpt2", text=("notes.txt",), settings={"text.context_length": 256}).model
     'gpt2'
 
     Args:
-        model: The language model, a hub id or directory, in place of the one that the files name.
-        text: Files to evaluate on (.txt, .jsonl, .parquet), in place of the text that the files name.
-        settings: Keys of a recipe's sections model, text and harvest.
-        hook: Which of several dictionaries; or the hook it is for, ``MODULE:SIDE``, if no file says it.
-        hook_out: The hook that a transcoder writes, if no file says it.
-        format: The files' format (``docs/formats.md``), in place of what they say.
-        subfolder: Where in the directory or repository.
-        revision: The hub repository's revision.
+        model: Language model, a hub id or directory; overrides the one the files name.
+        text: Files to evaluate on (.txt, .jsonl, .parquet); overrides the text the files name.
+        settings: Recipe keys of the sections model, text, and harvest.
+        hook: Which dictionary to load if there are several, or the dictionary's hook, ``MODULE:SIDE``, if no file records it.
+        hook_out: Hook a transcoder writes, if no file records it.
+        format: File format (``docs/formats.md``); overrides detection.
+        subfolder: Subfolder of the directory or repository.
+        revision: Revision of the hub repository.
         k: Latents per token.
-        scale: The input scale of a checkpoint from the middle of a training.
-        threshold: The value that latents must exceed.
-        subtract_b_dec: Whether the output bias is subtracted from the input, where versions of a library differ in it.
-        trust_remote_code: Run Python code that the language model's repository brings. What a checkpoint's files say about it
-            does not count.
+        scale: Input scale of a checkpoint saved in the middle of training.
+        threshold: Value that latents must exceed.
+        subtract_b_dec: True if ``b_dec`` is subtracted from the input; needed where versions of a library differ.
+        trust_remote_code: Run Python code from the language model's repository. The checkpoint's own setting is ignored.
     """
 
     model: str | None = None
@@ -76,11 +75,11 @@ class CheckpointOptions:
 
     @property
     def for_readers(self) -> ReadOptions:
-        """The part that concerns the readers of other libraries' files."""
+        """Options used by readers of other libraries' files."""
         return ReadOptions(self.hook, self.scale, self.k, self.threshold, self.model, self.subtract_b_dec)
 
     def updated(self, **named: str | None) -> "CheckpointOptions":
-        """The same with those of the named ones that are not ``None``."""
+        """Return a copy with the given options replaced, except those that are ``None``."""
         return replace(self, **{name: value for name, value in named.items() if value is not None})
 
 
@@ -89,10 +88,10 @@ NO_OPTIONS = CheckpointOptions()
 
 @dataclass(frozen=True)
 class FoundDictionaries:
-    """Dictionaries in eval mode, by the hook they write, or by their file's name where that is not known.
+    """Loaded dictionaries in eval mode, by the hook they write, or by file name if the hook is unknown.
 
-    ``directory`` is the place that was named, ``folders`` where each of ours lies, and ``files`` all that was read of another
-    library's. ``evidence`` says why they were taken for what they are, ``notes`` what was renamed, transposed and folded.
+    ``directory`` is the given location, ``folders`` the folder of each sparsary checkpoint, and ``files`` all files read.
+    ``evidence`` says how the format was detected, ``notes`` what was renamed, transposed, and folded.
     """
 
     directory: Path
@@ -107,14 +106,14 @@ class FoundDictionaries:
 
     @property
     def foreign(self) -> bool:
-        """Whether another library's files were read."""
+        """Return True if the files were written by another library."""
         return self.evidence != OWN
 
     def only(self, hook: str) -> "FoundDictionaries":
-        """One of several, by the hook it writes or reads.
+        """Return one of several dictionaries, by the hook it writes or reads.
 
         Raises:
-            ValueError: If there is none for it.
+            ValueError: If no dictionary has that hook.
         """
         reads = {hooks_of_provenance(provenance)[0][0]: key for key, provenance in self.provenances.items()}
         key = hook if hook in self.dictionaries else reads.get(hook)
@@ -142,7 +141,7 @@ def load(
     dtype: str = "float32",
     options: CheckpointOptions = NO_OPTIONS,
 ) -> SparseDictionary | Stack:
-    """Load a dictionary in eval mode, whichever library wrote it; of several, one for each hook, the ``Stack`` of them all.
+    """Load a dictionary in eval mode, in sparsary's or another library's format; several, one per hook, as a ``Stack``.
 
     >>> import tempfile
     >>> from sparsary import ENCODERS, SAE, load
@@ -152,14 +151,14 @@ def load(
     7
 
     Args:
-        path: A checkpoint directory, a file, or a Hugging Face repository id.
-        device: Where its tensors go.
-        revision: As in ``options``, which it takes precedence over; and so do ``hook``, ``format`` and ``subfolder``.
-        dtype: The precision in which other libraries' dictionaries compute; ``auto`` is that of their files.
-        options: Facts that the files leave open.
+        path: Checkpoint directory, file, or Hugging Face repository id.
+        device: Device of the tensors.
+        revision: Overrides the same field of ``options``, as do ``hook``, ``format`` and ``subfolder``.
+        dtype: Precision in which other libraries' dictionaries compute; ``auto`` is that of their files.
+        options: Facts that the files do not record.
 
     Raises:
-        ValueError: If there is none, or it is damaged, or several are of unknown hooks.
+        ValueError: If there is no dictionary, it is damaged, or there are several with unknown hooks.
     """
     options = options.updated(revision=revision, hook=hook, format=format, subfolder=subfolder)
     found = find(path, options, device, dtype)
@@ -180,16 +179,16 @@ def find(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
 ) -> FoundDictionaries:
-    """Load all dictionaries of a path or hub id, or the one that ``options`` ask for, with how they were read.
+    """Load all dictionaries of a path or hub id, or those selected by ``options``, with notes on how they were read.
 
     Raises:
-        ValueError: As ``load`` does.
+        ValueError: In the same cases as ``load``.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     directory, source = _places(str(path), options.revision, options.subfolder)
     if options.format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
-        # Also where there is nothing: the error says what a checkpoint is.
+        # Also if nothing is there: the error then describes a checkpoint.
         _require_unsaid(directory, options)
         dictionary, provenance = load_dictionary(directory, device), _completed(read_config(directory)["provenance"], options)
         name = (provenance.get("hooks_out") or [provenance.get("hook") or directory.name])[0]
@@ -222,14 +221,14 @@ def find(
 
 
 def _require_unsaid(directory: Path, options: CheckpointOptions) -> None:
-    """Raise ``ValueError`` for what our own checkpoints leave nobody to say."""
+    """Raise ``ValueError`` for options that sparsary checkpoints always record themselves."""
     for name in ("k", "scale", "threshold"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: expected none with {directory}, which says it itself, got {getattr(options, name)}.")
 
 
 def _completed(provenance: Provenance, options: CheckpointOptions) -> Provenance:
-    """The provenance of one of ours with the model that was named, and with hooks where it has none."""
+    """Return the provenance of a sparsary checkpoint with the given model, and with the given hooks if it has none."""
     about = dict(provenance)
     if options.model is not None:
         about["model"] = {**(about.get("model") or {}), "id": options.model, "revision": None}
@@ -242,7 +241,7 @@ def _completed(provenance: Provenance, options: CheckpointOptions) -> Provenance
 
 
 def doubts_of_files(provenance: Mapping[str, Any]) -> list[str]:
-    """What the files themselves leave in doubt: fields that are not obeyed, a training that is not over."""
+    """Return warnings recorded in a checkpoint's provenance: ignored fields, unfinished training."""
     found: list[str] = list((provenance.get("converted") or {}).get("warnings") or ())
     if provenance.get("finished") is False:
         tokens, steps = provenance.get("training_tokens", 0), provenance.get("training_steps", 0)
@@ -254,7 +253,7 @@ def doubts_of_files(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def _unfinished(folders: Mapping[str, Path], provenances: Mapping[str, Provenance]) -> tuple[str, ...]:
-    """Log and return what is in doubt of trainings that are not over."""
+    """Log and return warnings about checkpoints of unfinished training."""
     found = []
     for hook, about in provenances.items():
         if about.get("finished") is False:
@@ -281,7 +280,7 @@ def _stack(directory: Path, device: str | torch.device, options: CheckpointOptio
 
 
 def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Path, SourceFiles | None]:
-    """A directory that may hold our checkpoint, and the files there, which the hub sends one by one.
+    """Return the directory of a potential sparsary checkpoint, and its files, which the hub downloads one by one.
 
     Raises:
         ValueError: If the hub has no such repository, or ``subfolder`` leads out of it.
@@ -296,7 +295,7 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
     source = HubSource(path, revision)
     source = source.at(subfolder) if subfolder else source
     if subfolder and source.has(CONFIG_FILE):
-        # Our own, but not where it is looked for first.
+        # A sparsary checkpoint in a subfolder, where `local_directory` does not look.
         for name in (WEIGHTS_FILE, *([USAGE_FILE] if source.has(USAGE_FILE) else [])):
             source.path(name)
         return source.path(CONFIG_FILE).parent, source
@@ -304,7 +303,7 @@ def _places(path: str, revision: str | None, subfolder: str | None) -> tuple[Pat
         return directory, source
     ours = source.named(rf"[^/]+/{CONFIG_FILE}")
     if ours and len(ours) == len({f.split("/")[0] for f in source.folders if f}):
-        # A stack of ours and nothing beside it.
+        # A sparsary stack and nothing else.
         for name in ours:
             beside = [name.replace(CONFIG_FILE, other) for other in (WEIGHTS_FILE, USAGE_FILE)]
             for other in (beside[0], *([beside[1]] if source.has(beside[1]) else [])):

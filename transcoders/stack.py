@@ -1,4 +1,4 @@
-"""Stack: dictionaries of one model, addressed by the hook point they read or write."""
+"""Stack: dictionaries of one model, indexed by the hook they read or write."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,15 @@ from ..sae.inspection import hooks_of_provenance
 
 
 class Stack(Mapping[str, SparseDictionary]):
-    """Dictionaries by the hook they write; ``stack[hook]`` also takes the hook that is read.
+    """Mapping of dictionaries of one model by the hook they write; ``stack[hook]`` also accepts the hook they read.
 
-    On disk a stack is a directory of checkpoints, as a grid over layers leaves it.
+    On disk a stack is a directory of checkpoints, such as a grid over layers writes.
+
+    >>> from sparsary import ENCODERS, SAE, Stack
+    >>> saes = {hook: SAE(8, 16, ENCODERS["topk"](k=2)) for hook in ("h.0:out", "h.1:out")}
+    >>> stack = Stack(saes, {hook: {"hook": hook} for hook in saes})
+    >>> list(stack), stack["h.1:out"].n_latents
+    (['h.0:out', 'h.1:out'], 16)
     """
 
     def __init__(self, dictionaries: Mapping[str, SparseDictionary], provenances: Mapping[str, dict[str, Any]]):
@@ -36,22 +42,30 @@ class Stack(Mapping[str, SparseDictionary]):
         return len(self.dictionaries)
 
     def save(self, directory: str | Path) -> None:
-        """Write every dictionary into a folder of its own, named after its hook."""
+        """Write every dictionary to a subfolder named after its hook."""
         for hook, dictionary in self.dictionaries.items():
             name = re.sub(r"[^\w.-]+", "-", hook)
             dictionary.save(Path(directory) / name, self.provenances[hook])
 
 
 def is_stack(directory: str | Path) -> bool:
-    """Whether a directory holds checkpoints below it, and is none itself."""
+    """Return True if a directory is not itself a checkpoint but contains checkpoints."""
     return not (Path(directory) / CONFIG_FILE).exists() and bool(stack_folders(directory))
 
 
 def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Stack:
-    """The dictionaries of all checkpoints in a directory, in the order of their layers.
+    """Load all checkpoints in a directory as a ``Stack``, in the order of their layers.
+
+    >>> import tempfile
+    >>> from sparsary import ENCODERS, SAE
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for hook in ("h.0:out", "h.1:out"):
+    ...         SAE(8, 16, ENCODERS["topk"](k=2)).save(f"{folder}/{hook[:3]}", {"hook": hook})
+    ...     list(load_stack(folder))
+    ['h.0:out', 'h.1:out']
 
     Raises:
-        ValueError: If there is none, two are of one hook, one stands for several hooks, or their models differ.
+        ValueError: If there are no checkpoints, two have the same hook, one reads several hooks, or their models differ.
     """
     paths = stack_folders(directory)
     if not paths:
@@ -82,6 +96,6 @@ def load_stack(directory: str | Path, device: str | torch.device = "cpu") -> Sta
 
 
 def stack_folders(directory: str | Path) -> list[Path]:
-    """The checkpoints right below a directory, layer 10 after layer 9."""
+    """Return the checkpoint folders directly inside a directory, layer 10 after layer 9."""
     found = (path.parent for path in Path(directory).glob(f"*/{CONFIG_FILE}"))
     return sorted(found, key=lambda path: natural_order(path.name))

@@ -1,4 +1,4 @@
-"""Transcoder: the dictionary that maps what a part of a model reads to what it writes."""
+"""Transcoder: dictionary that maps the input of a model component, usually an MLP, to its output."""
 
 from typing import Any
 
@@ -13,15 +13,22 @@ from ..sae.encoders import encoder_spec
 
 
 class Transcoder(OneSiteDictionary):
-    """``y_hat = W_dec^T code(x - in_centre) + W_skip (x - in_centre) + b_dec``, the skip only where it is asked for.
+    """Transcoder: ``y_hat = W_dec^T code(x - in_centre) + W_skip (x - in_centre) + b_dec``, with an optional skip path.
 
-    It takes the place of a part of the model, usually an MLP, where an SAE only puts a tensor into other words. ``x`` and
-    ``y`` are normalised each by its own scale. ``in_centre`` is the data's centre, set once: that it is subtracted before
-    the encoder could be folded into ``b_enc`` and ``b_dec``, but pursuits need it, and a linear path learns faster.
-    ``W_skip`` starts at zero. A loaded one may have a ``row_norm``, for the encoder alone: the skip reads raw inputs, and the
-    output, another tensor than the input, is left as it comes.
+    It replaces a component of the model, usually an MLP, whereas an SAE only re-expresses one activation. ``x`` and ``y`` are
+    normalized by their own scales. ``in_centre`` is the data mean, set once: it could be folded into ``b_enc`` and ``b_dec``,
+    but pursuits need it, and the linear skip path learns faster with it. ``W_skip`` starts at zero. Loaded transcoders may have
+    a ``row_norm``, which applies to the encoder only: the skip path reads inputs without it, and it is not undone in the
+    output, which is a different activation.
 
-    Sources: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944; the skip, Paulo, Shabalin and Belrose 2025,
+    >>> import torch
+    >>> from sparsary import ENCODERS, Transcoder
+    >>> transcoder = Transcoder(d_in=8, d_out=6, n_latents=32, encoder=ENCODERS["topk"](k=4), skip=True)
+    >>> x = torch.randn(10, 8)
+    >>> transcoder.decode(transcoder.encode(x), x).shape
+    torch.Size([10, 6])
+
+    Sources: Dunefsky, Chlenski and Nanda 2024, arXiv:2406.11944; for the skip path, Paulo, Shabalin and Belrose 2025,
     arXiv:2501.18823.
     """
 

@@ -1,6 +1,12 @@
-"""ENCODERS: every variant by its recipe name. A new one is a file beside this and a line here.
+"""ENCODERS: encoder classes by recipe name. To add one, add a module to this folder and a line below.
 
-LOADED_ENCODERS choose as published dictionaries of other libraries do; recipes do not offer them.
+LOADED_ENCODERS reproduce the selection rules of published dictionaries from other libraries; recipes do not offer them.
+
+>>> from sparsary import ENCODERS
+>>> sorted(ENCODERS)[:3]
+['batch_topk', 'feature_choice', 'gated']
+>>> encoder_spec(ENCODERS["topk"](k=4))
+{'name': 'topk', 'k': 4}
 """
 
 from typing import Any
@@ -43,13 +49,13 @@ LOADED_ENCODERS: dict[str, type[Encoder]] = {
 
 
 def encoder_spec(encoder: Encoder) -> dict[str, Any]:
-    """``{"name": ..., **arguments}``: what a recipe holds, and what ``build_encoder`` rebuilds."""
+    """Return ``{"name": ..., **arguments}``, an encoder's entry in recipes, from which ``build_encoder`` rebuilds it."""
     names = {cls: name for name, cls in (ENCODERS | LOADED_ENCODERS).items()}
     return {"name": names[type(encoder)], **encoder.arguments()}
 
 
 def build_encoder(spec: dict[str, Any]) -> Encoder:
-    """The encoder of a spec as recipes and ``dictionary.json`` write it.
+    """Return the encoder described by a spec, as written in recipes and ``dictionary.json``.
 
     Raises:
         ValueError: If the name or an argument is unknown, or an argument is missing.

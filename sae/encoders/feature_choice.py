@@ -1,4 +1,4 @@
-"""Feature choice: every latent takes its own number of tokens, so that none is left unused."""
+"""Feature choice: every latent selects its own number of tokens, so that no latent stays unused."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -15,29 +15,29 @@ from ..sparse_code import SparseCode
 from ..tiled_scores import Scorer, largest_per_latent, level_of_batch
 from ..zipf import fit_zipf, integer_budgets, zipf
 
-# Ranks follow demand, but only part of the way: a latent keeps half of the (log) budget it had.
+# Damping of rank changes: a latent keeps half of its log budget.
 HYSTERESIS = 0.5
-# Batches from one look at every latent's demand to the next.
+# Batches between two measurements of every latent's demand.
 DEMAND_EVERY = 8
 
 
 class FeatureChoice(BatchWide):
-    """Latent ``i`` keeps the ``m_i`` tokens of the batch on which it is strongest; the ``m_i`` add up to ``tokens x k``.
+    """Encoder that keeps, per latent ``i``, its ``m_i`` strongest tokens of a batch; the ``m_i`` sum to ``tokens x k``.
 
-    ``budget: uniform`` gives every latent the same ``m``; ``zipf`` gives the latent of rank ``r`` what a Zipf-Mandelbrot
-    law fitted to measured densities expects of rank ``r``. Densities are those mutual choice would produce: the share of
-    tokens on which a latent is above the common level. They come from the phase before, where there is one; otherwise the
-    budgets are uniform for the first ``rerank_every`` batches. Every ``rerank_every`` batches the ranks follow demand.
+    ``budget: uniform`` gives every latent the same ``m``; ``zipf`` gives the latent of rank ``r`` the share that a
+    Zipf-Mandelbrot law, fitted to measured densities, predicts for rank ``r``. These are the densities that mutual choice would
+    produce: the fraction of tokens on which a latent is above the common level. They come from the preceding training phase if
+    there is one; otherwise budgets are uniform for the first ``rerank_every`` batches. Ranks are updated from demand every
+    ``rerank_every`` batches.
 
-    In eval mode every latent has a threshold of its own; a calibration pass at the end of training sets it to the value
-    that ``m_i / tokens`` of the tokens exceed. Budgets count chosen pairs; one whose pre-activation is not positive does
-    not fire.
+    In eval mode every latent has its own threshold; calibration at the end of training sets it to the value that ``m_i /
+    tokens`` of the tokens exceed. Budgets count selected pairs; a pair with a pre-activation of at most 0 does not fire.
 
-    The paper leaves the schedule open. On the embedded model (k 16, a million tokens, seed 0) mutual choice alone ended at
-    fvu 0.028 and a last fifth of feature choice at 0.033 with no dead latent; beginning at 30 or 50 % of the run, re-ranking
-    every 50 batches, or taking measured densities for the law all stayed within 4 % of that. A batch of 2048 does not hold
-    each latent's share of tokens exactly, and the budget insists on it; thresholds do not, and reconstruct 5 % better.
-    Source: Ayonrinde 2024, arXiv:2411.02124.
+    The paper does not specify the schedule. On the embedded model (k 16, a million tokens, seed 0) mutual choice alone ended at
+    FVU 0.028, and feature choice over the last fifth of the run at 0.033 with no dead latents; starting at 30 or 50 % of the
+    run, re-ranking every 50 batches, or fitting the law to measured densities all stayed within 4 % of that. A batch of 2048
+    tokens does not contain exactly each latent's share of tokens, but the budget enforces it; thresholds do not, and
+    reconstruct 5 % better. Source: Ayonrinde 2024, arXiv:2411.02124.
     """
 
     thresholds: Float[Tensor, " n_latents"]
@@ -58,9 +58,9 @@ class FeatureChoice(BatchWide):
         self.register_buffer("rank", torch.arange(n_latents))
         self.register_buffer("law", torch.zeros(2, dtype=torch.float64))
         self.register_buffer("ranked_at", torch.full((), -1))
-        # Batches seen since feature choice began; what the phase before saw tells nothing of thresholds per latent.
+        # Batches seen since feature choice began; the preceding phase says nothing about per-latent thresholds.
         self.register_buffer("own_batches", torch.zeros((), dtype=torch.long))
-        # Of the last training batch: a budget of m among so many tokens is a density of m / batch_tokens.
+        # Size of the last training batch: a budget of m corresponds to a density of m / batch_tokens.
         self.register_buffer("batch_tokens", torch.full((), self.smallest_batch))
 
     def prefixes(self) -> tuple[int, ...]:
@@ -75,13 +75,13 @@ class FeatureChoice(BatchWide):
             none = torch.empty(0, dtype=torch.long, device=scores.x.device)
             return Selected(SparseCode(none, scores.x.new_empty(0), none), None, None)
         if self.budget == "zipf":
-            # At the very first batch too, if the phase before has measured densities.
+            # Also at the first batch, if the preceding phase has measured densities.
             due = int(self.batches) if int(self.ranked_at) < 0 else int(self.batches - self.ranked_at) >= self.rerank_every
             if due:
                 self.rerank()
             elif int(self.ranked_at) < 0:
                 self.ranked_at.zero_()
-        # Counting demand reads all scores once more; latents do not change that fast.
+        # Measuring demand reads all scores once more, and demand changes slowly.
         counts = int(self.own_batches) % DEMAND_EVERY == 0
         level = max(level_of_batch(scores, tokens * self.k), 0.0) if counts else None
         found = largest_per_latent(scores, self.budgets(tokens, n_latents), level)
@@ -92,7 +92,7 @@ class FeatureChoice(BatchWide):
         return Selected(found.code, None if level is None else torch.tensor(level), found.above)
 
     def budgets(self, tokens: int, n_latents: int) -> Int[Tensor, " n_latents"]:
-        """Each latent's number of matches among ``tokens`` tokens.
+        """Return each latent's number of matches among ``tokens`` tokens.
 
         Raises:
             ValueError: If there are fewer matches than latents.
@@ -106,12 +106,12 @@ class FeatureChoice(BatchWide):
 
     @torch.no_grad()
     def rerank(self) -> None:
-        """Fit the law once, to the first densities there are, and move the ranks towards the present ones."""
+        """Fit the law once, to the first measured densities, and move the ranks toward the current densities."""
         first = not bool(self.law.any())
         if first:
             self.law.copy_(torch.tensor(fit_zipf(self.density), dtype=torch.float64))
         expected = zipf(len(self.density), *self.law.tolist()).to(self.density)[self.rank]
-        # A silent latent has no logarithm; it is last, after all that fire.
+        # Clamped because log(0) is undefined; latents that never fire rank last.
         demand = self.density.double().clamp_min(1e-12).log()
         wanted = demand if first else (1 - HYSTERESIS) * demand + HYSTERESIS * expected.double().log()
         order = wanted.argsort(descending=True, stable=True)
@@ -126,7 +126,7 @@ class FeatureChoice(BatchWide):
         for scores in batches:
             here = len(scores.x)
             tokens += here
-            # Twice a latent's share of every batch holds its share of them all, unless its tokens come in one batch.
+            # Twice a latent's share of every batch covers its overall share, unless its tokens are concentrated in one batch.
             room = (2 * rates * here).ceil().long() + 8
             code = largest_per_latent(scores, room).code
             latents.append(code.latents.cpu())
@@ -146,5 +146,5 @@ class FeatureChoice(BatchWide):
 
 @lru_cache(maxsize=8)
 def _budgets_by_rank(n_latents: int, alpha: float, shift: float, total: int, most: int) -> Int[Tensor, " n_latents"]:
-    """Budgets change with the law and the batch only, and cost milliseconds."""
+    """Return cached budgets by rank: they change only with the law and the batch size, and take milliseconds to compute."""
     return integer_budgets(zipf(n_latents, alpha, shift), total, most)

@@ -1,4 +1,4 @@
-"""Gated: one path decides which latents fire, another how strongly."""
+"""Gated: one path decides which latents fire, another computes their values."""
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,11 @@ from ..tiled_scores import Scorer, above
 
 
 class Gated(Penalised):
-    """A latent fires where the gate ``W_enc x + b_enc`` is positive, with ``relu(exp(r_mag) W_enc x + b_mag)``.
+    """Encoder with value ``relu(exp(r_mag) W_enc x + b_mag)`` where the gate ``W_enc x + b_enc`` is positive, else 0.
 
-    The penalty is on the rectified gate, so magnitudes are not shrunk by it; so that the gate stays meaningful, its own
-    values must reconstruct the target from atoms that this term may not move. ``sparsity``, ``target_l0`` and ``ramp`` are
-    those of ``relu``. Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+    The penalty applies to the rectified gate, so it does not shrink the values. To keep the gate meaningful, its own values
+    must reconstruct the target with a decoder that this term does not update. ``sparsity``, ``target_l0``, and ``ramp`` work as
+    in ``relu``. Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
     """
 
     betas = (0.0, 0.999)
@@ -56,7 +56,7 @@ class Gated(Penalised):
         self.b_mag = nn.Parameter(torch.zeros(n_latents))
 
     def margins(self, scores: Scorer, weights: Weights) -> tuple[Scorer, Float[Tensor, " n_latents"] | None]:
-        # An open gate is silent all the same where its magnitude is not positive.
+        # An open gate does not fire if its magnitude is not positive.
         assert weights.b_enc is not None
         return scores, weights.b_enc - self.b_mag * (-self.r_mag).exp()
 

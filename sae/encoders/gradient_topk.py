@@ -1,4 +1,4 @@
-"""Gradient TopK: latents are chosen by how much they matter to the model, not only by how strongly they fire."""
+"""Gradient TopK: latents are selected by their effect on the model's loss as well as by their activation."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -14,17 +14,17 @@ from ..tiled_scores import Scorer, Tile, largest_per_token, pick
 
 
 class GradientTopK(Encoder):
-    """Keep the k latents with the largest ``a (1 + beta |g . d|)`` of every token; their values stay ``a``.
+    """Encoder that keeps the k latents with the largest ``a (1 + beta |g . d|)`` of every token, with values ``a``.
 
-    ``a`` is the rectified pre-activation, ``d`` the latent's atom and ``g`` the gradient of the model's loss at the hook, so
-    ``a |g . d|`` is the first-order effect of removing the latent. ``normalize: token`` gives ``g`` unit norm on every
-    token, which makes ``beta`` independent of the loss's scale: with unit atoms ``|g . d|`` is about ``1 / sqrt(d)`` for an
-    unrelated atom, and beta matters from ``sqrt(d)`` on: on the embedded model (d 128) beta 3, 11 and 30 change 10, 18 and 25
-    per cent of the latents that TopK would choose. Score and gradient are constants to training.
+    ``a`` is the rectified pre-activation, ``d`` the decoder direction, and ``g`` the gradient of the model's loss at the hook,
+    so ``a |g . d|`` is the first-order effect of ablating the latent. ``normalize: token`` gives ``g`` unit norm on every
+    token, which makes ``beta`` independent of the scale of the loss. With a unit-norm decoder ``|g . d|`` is about ``1 /
+    sqrt(d)`` for an unrelated direction, so beta matters from about ``sqrt(d)``: on the embedded model (d 128) beta 3, 11, and
+    30 change 10, 18, and 25 per cent of the latents that TopK would select. Training treats score and gradient as constants.
 
-    Without a gradient the encoder is plain TopK: that is how it is used and judged once trained. In eval mode a gradient
-    given all the same selects by it ("oracle"): such figures see the very loss they measure.
-    Source: Olmo et al. 2024, arXiv:2411.10397; the form of the score is the published description's, the normalisation ours.
+    Without a gradient the encoder is plain TopK, which is how it is used and evaluated after training. If a gradient is passed
+    in eval mode, selection uses it ("oracle"): such metrics see the very loss they measure. Source: Olmo et al. 2024,
+    arXiv:2411.10397; the form of the score follows the paper's description, the normalization is specific to sparsary.
     """
 
     needs_gradient = True
@@ -48,19 +48,19 @@ class GradientTopK(Encoder):
             code = largest_per_token(pre_acts.tiles(), self.k)
         else:
             chosen = largest_per_token(self.tiles(pre_acts, weights, grad), self.k)
-            # A gradient that is no number chooses nothing; what it left must not pass for a choice.
+            # Scores that are NaN select arbitrary latents, so their values become NaN rather than pass for a selection.
             values = pick(pre_acts, chosen).masked_fill(chosen.values.isnan(), torch.nan)
             code = SparseCode(chosen.latents, values, chosen.starts)
         return with_gradient(code, x, weights).relu()
 
     @torch.no_grad()
     def tiles(self, pre_acts: Scorer, weights: Weights, grad: Float[Tensor, "tokens d_out"]) -> Iterator[Tile]:
-        """What latents are chosen by, a tile at a time; the pre-activations are overwritten."""
+        """Yield tiles of the selection score, which overwrites the pre-activations."""
         if self.normalize == "token":
             grad = F.normalize(grad, dim=-1)
         influence = Scorer(*castable(grad.to(weights.W_dec.dtype), weights.W_dec, None), plan=pre_acts.tile_shape)
         for tile, effect in zip(pre_acts.tiles(), influence.tiles(), strict=True):
-            # A negative pre-activation stays negative, so that no positive one yields to it.
+            # Negative pre-activations stay negative, so they never displace positive ones.
             tile.scores.addcmul_(tile.scores, effect.scores.abs_(), value=self.beta)
             yield tile
 

@@ -1,4 +1,4 @@
-"""GroupMax: one latent of each group. Loaded, not trained."""
+"""GroupMax: one latent per group. For loaded dictionaries, not for training."""
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,9 @@ from ..tiled_scores import Scorer
 
 
 class GroupMax(Encoder):
-    """Keep the largest pre-activation of each of ``k`` groups of consecutive latents, then drop the negative ones.
+    """Encoder that keeps the largest pre-activation of each of ``k`` groups of latents, then drops the negative ones.
 
-    The groups are equally wide. Source: the ``groupmax`` activation of EleutherAI's sparsify.
+    Groups are consecutive and of equal width. Source: the ``groupmax`` activation of EleutherAI's sparsify.
     """
 
     def __init__(self, k: int):
@@ -27,11 +27,11 @@ class GroupMax(Encoder):
 
     @torch.no_grad()
     def largest_of_groups(self, scores: Scorer) -> SparseCode:
-        """Every group's largest score on every token."""
+        """Return every group's largest score on every token."""
         tokens, n_latents = scores.shape
         width = n_latents // self.k
         values, latents = [], []
-        # As many tokens at a time as tiles have, groups being no tiles.
+        # Chunks of tokens with as many scores as a tile; tiles themselves do not align with groups.
         for some in torch.arange(tokens, device=scores.x.device).split(max(1, (1 << 22) // n_latents)):
             every = torch.nn.functional.linear(scores.x[some], scores.W, scores.b)
             best = every.view(len(some), self.k, width).max(dim=-1)

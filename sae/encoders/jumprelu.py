@@ -1,4 +1,4 @@
-"""JumpReLU: every latent has a learned threshold below which it is silent."""
+"""JumpReLU: every latent has a learned threshold below which it does not fire."""
 
 from typing import Any, Literal
 
@@ -12,21 +12,21 @@ from ..sparse_code import AuxTerms, SparseCode
 from ..sparse_ops import per_entry
 from ..tiled_scores import Scorer, above, largest_of_batch
 
-# Thresholds are exp(PACE * log_threshold): Adam moves them PACE times as fast, per cent for per cent, as it moves weights.
+# Thresholds are exp(PACE * log_threshold), so Adam's relative steps on them are PACE times those on weights.
 PACE = 10.0
-# Where thresholds start that have no target to start from: exp(PACE * FIRST) = 0.05.
+# Initial value without a target to start from: exp(PACE * FIRST) = 0.05.
 FIRST = -0.3
-# Share of a run over which the largest allowed l0 falls from its start to the target, in a straight line. The penalty alone is
-# as fast on the embedded model, and needed the whole run on stories3M (l0 24.5 for 16 at its end).
+# Fraction of the run over which the maximum L0 falls linearly from its start to the target. The penalty alone is as fast on the
+# embedded model, but needed the whole run on stories3M (L0 24.5 instead of 16 at its end).
 THINNING = 0.3
-# Smallest threshold that calibration leaves.
+# Lower bound of thresholds after calibration.
 LEAST = 1e-6
 
 
 class Jump(torch.autograd.Function):
-    """``(a H(a - theta), H(a - theta))`` with the paper's pseudo-derivatives for theta and none for ``a`` in the jump.
+    """Autograd function ``(a H(a - theta), H(a - theta))`` with the paper's pseudo-derivatives for ``theta``.
 
-    A rectangle of width ``bandwidth`` around the threshold stands in for Dirac's delta.
+    A rectangle of width ``bandwidth`` around the threshold replaces Dirac's delta; ``a`` gets no gradient from the jump.
     """
 
     @staticmethod
@@ -44,31 +44,31 @@ class Jump(torch.autograd.Function):
 
 
 class JumpReLU(Penalised):
-    """Keep the pre-activations above the latent's threshold, unchanged.
+    """Encoder that keeps the pre-activations above each latent's learned threshold, unchanged.
 
-    Thresholds are stored as logarithms. Their gradient comes from pre-activations within ``bandwidth`` of them: too narrow
-    and they stand still, too wide and they are biased; the unit is that of normalised inputs.
+    Thresholds are stored as logarithms. Their gradient comes from pre-activations within ``bandwidth / 2`` of them, in units of
+    normalized inputs: with a narrow window they hardly move, with a wide one they are biased.
 
-    A latent whose pre-activations all stay below that window hears nothing of the loss. Latents that are dead are therefore
-    charged ``pre_act_loss`` times how far they stay below their thresholds, which moves both (``sae.losses``).
+    A latent whose pre-activations all stay below that window receives no gradient. Dead latents are therefore charged
+    ``pre_act_loss`` times their distance below the threshold, which moves both (``sae.losses``).
 
     Args:
-        target_l0: The wanted mean number of latents per token; ``penalty: square`` needs it.
-        sparsity: Weight of the penalty, in units of fvu; with a target and another penalty than ``square``, where steering
-            begins, as for ``relu``.
+        target_l0: Target mean L0 per token; required by ``penalty: square``.
+        sparsity: Weight of the penalty, in units of FVU. With a target and a penalty other than ``square``, the weight that
+            steering starts from, as in ``relu``.
         bandwidth: Width of the window.
-        penalty: ``square`` is ``sparsity (l0 / target_l0 - 1)^2``; ``l0`` is ``sparsity l0 / d_out``; ``tanh`` puts
-            ``tanh(steepness value)``, the value times its atom's norm, in the place of every firing latent's 1, with
-            gradient to all weights.
-        steepness: Of ``tanh``.
-        ramp: Share of the run over which ``sparsity`` rises from 0.
-        pre_act_loss: Weight of the term on dead latents.
-        start: Thresholds start where the first training batch has ``start x target_l0`` latents per token, without a target
-            at 0.05. The penalty brings them down; over the first 30 % of a run those that lag behind a straight line to the
-            target are raised together, because Adam moves thresholds by 1 % a step only.
+        penalty: ``square`` is ``sparsity (l0 / target_l0 - 1)^2``; ``l0`` is ``sparsity l0 / d_out``; ``tanh`` replaces the 1
+            that every firing latent contributes to the L0 with ``tanh(steepness value)``, where the value is multiplied by the
+            decoder norm, and has gradients to all weights.
+        steepness: Steepness of ``tanh``.
+        ramp: Fraction of the run over which ``sparsity`` rises from 0.
+        pre_act_loss: Weight of the auxiliary loss on dead latents.
+        start: Initial thresholds give the first training batch an L0 of ``start x target_l0``; without a target they are 0.05.
+            The penalty then lowers the L0; over the first 30 % of a run, thresholds that lag behind a linear decline to the
+            target are raised together, because Adam moves thresholds by only 1 % a step.
 
-    Sources: Rajamanoharan et al. 2024, arXiv:2407.14435, whose appendix has the squared penalty; ``tanh``, the ramp over the
-    whole run and the term on dead latents are those of the January 2025 update of Anthropic's Transformer Circuits thread.
+    Sources: Rajamanoharan et al. 2024, arXiv:2407.14435, with the squared penalty in its appendix; ``tanh``, the ramp over the
+    whole run, and the term on dead latents are from the January 2025 update of Anthropic's Transformer Circuits thread.
     """
 
     betas = (0.0, 0.999)
@@ -105,7 +105,7 @@ class JumpReLU(Penalised):
         tokens = x.shape[0]
         if self.training and tokens and self.target_l0 is not None and (self.progress < THINNING or not int(self.started)):
             self._thin_out(scorer(x, weights), tokens)
-        # Just below the threshold an entry is silent but has a say in where the threshold moves.
+        # Entries just below the threshold have value zero but contribute to its gradient.
         margin = self.bandwidth / 2 if self.training else 0.0
         theta = self.thresholds()
         cut = theta.detach() - margin
@@ -121,11 +121,11 @@ class JumpReLU(Penalised):
         return SparseCode(code.latents, code.values, code.starts, requests)
 
     def thresholds(self) -> Float[Tensor, " n_latents"]:
-        """What a pre-activation must exceed, in normalised units."""
+        """Return the thresholds of pre-activations, in normalized units."""
         return (PACE * self.log_threshold).exp()
 
     def _charge(self, code: SparseCode, fires: Float[Tensor, " nnz"], weights: Weights) -> Float[Tensor, ""]:
-        """Return what a training batch's code costs."""
+        """Return the sparsity penalty of a training batch."""
         l0 = fires.sum() / code.n_tokens
         if self.penalty == "square":
             assert self.target_l0 is not None
@@ -139,13 +139,13 @@ class JumpReLU(Penalised):
 
     @property
     def most_now(self) -> float | None:
-        """The largest l0 that is let be at this point of training."""
+        """Maximum L0 allowed at this point of training."""
         early = max(0.0, 1 - self.progress / THINNING)
         return None if self.target_l0 is None else self.target_l0 * (1 + (max(self.start, 1.0) - 1) * early)
 
     @torch.no_grad()
     def _thin_out(self, scores: Scorer, tokens: int) -> None:
-        """Let no more latents fire than may; the first batch sets one threshold for all."""
+        """Raise thresholds to enforce the maximum L0; the first batch sets one threshold for all latents."""
         assert self.most_now is not None
         budget = min(round(tokens * self.most_now), tokens * len(scores.W))
         if not int(self.started):

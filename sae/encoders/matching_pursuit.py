@@ -1,4 +1,4 @@
-"""Matching pursuit: latents one after another, each chosen for what the ones before it left over."""
+"""Matching pursuit: sequential selection of latents, each by its correlation with the residual of the earlier ones."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,12 +10,13 @@ from ..sparse_code import SparseCode
 
 
 class MatchingPursuit(Encoder):
-    """``k`` times: take the atom most like the residual, subtract its part. An atom taken twice has its values added.
+    """Encoder that selects the direction best correlated with the residual and subtracts its projection, ``k`` times.
 
-    In an SAE encoder and decoder are one matrix of unit atoms. In a dictionary whose sides differ the rows of ``W_enc`` are
-    pursued, normalised here. A token stops early once its residual's norm is at most ``tolerance`` times the input's; ``k``
-    and ``tolerance`` may be changed on a trained dictionary, and its error falls with every further step. ``k`` counts
-    steps: with repeats the l0 is smaller. Source: Costa et al. 2025, arXiv:2506.03093.
+    The values of a latent selected repeatedly are added. In an SAE, encoder and decoder are one matrix of unit-norm rows. In a
+    dictionary with different inputs and outputs, the pursuit uses the rows of ``W_enc``, normalized here. A token stops early
+    once its residual's norm is at most ``tolerance`` times the input's. ``k`` and ``tolerance`` may be changed on a trained
+    dictionary, and its error falls with every further step. ``k`` counts steps: with repeats the L0 is smaller. Source: Costa
+    et al. 2025, arXiv:2506.03093.
     """
 
     tied = True
@@ -34,5 +35,5 @@ class MatchingPursuit(Encoder):
         return SparseCode.from_steps(code.latents.view(len(x), self.k), code.values.view(len(x), self.k))
 
     def prepare(self, n_latents: int) -> None:
-        # More steps than latents are of use: an atom may be taken again.
+        # k may exceed the number of latents, because a latent may be selected repeatedly.
         pass

@@ -1,18 +1,18 @@
-"""Matryoshka BatchTopK: nested dictionaries, each of which has to reconstruct on its own."""
+"""Matryoshka BatchTopK: nested dictionaries, each trained to reconstruct on its own."""
 
 from collections.abc import Sequence
 
 from ..batch_encoder import MutualLevel
 
-# Cumulative sums of 1/16, 1/16, 1/8, 1/4, 1/2: the groups of the authors' code.
+# Cumulative sums of 1/16, 1/16, 1/8, 1/4, 1/2: the group sizes in the authors' code.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 class Matryoshka(MutualLevel):
-    """BatchTopK over all latents; the loss is the mean over prefixes of what each reconstructs alone.
+    """BatchTopK over all latents, with the loss averaged over the reconstructions of prefixes of the dictionary.
 
-    ``shares`` are the prefixes' widths as shares of the dictionary, ascending, the last one 1.
-    Source: Bussmann et al. 2025, arXiv:2503.17547.
+    ``shares`` are the prefix widths as fractions of the dictionary, ascending, the last one 1. Source: Bussmann et al. 2025,
+    arXiv:2503.17547.
     """
 
     def __init__(self, k: int, shares: Sequence[float] = SHARES):

@@ -1,4 +1,4 @@
-"""ReLU with an L1 penalty: every positive pre-activation is kept, and paid for."""
+"""ReLU with an L1 penalty on its values."""
 
 import torch
 from jaxtyping import Float
@@ -12,14 +12,14 @@ from ..tiled_scores import Scorer, above
 
 
 class ReLU(Penalised):
-    """Keep every positive pre-activation; the loss charges ``sparsity`` for each value times its atom's norm.
+    """Encoder that keeps every positive pre-activation, with an L1 penalty on values weighted by decoder norm.
 
-    Weighing by the norm makes the penalty blind to rescaling a latent, so atoms need no constraint; they are brought to unit
-    norm, with their values, when training ends. The penalty is a sum over latents divided by the width of one site: in units
-    of fvu, as the reconstruction term. ``target_l0`` steers the penalty's weight until that many latents fire per token,
-    starting from ``sparsity``; the schedule then depends on the data, which a comparison must say. The weight rises over the
-    first ``ramp`` of the run, so that latents are fitted before they are paid for.
-    Source: the April 2024 update of Anthropic's Transformer Circuits thread.
+    The norm makes the penalty invariant to rescaling a latent, so decoder norms need no constraint; they are folded to unit
+    norm, together with the values, when training ends. The sum over latents is divided by the width of one site, which gives
+    units of FVU, as in the reconstruction term. ``target_l0`` steers the penalty's weight, starting from ``sparsity``, until
+    that many latents fire per token; the schedule then depends on the data, which a comparison must state. The weight rises
+    over the first ``ramp`` of the run, so that latents are fitted before they are penalized. Source: the April 2024 update of
+    Anthropic's Transformer Circuits thread.
     """
 
     unit_atoms = False

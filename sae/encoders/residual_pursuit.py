@@ -1,4 +1,4 @@
-"""Residual pursuit: matching pursuit with the stopping rules of SAELens. Loaded, not trained."""
+"""Residual pursuit: matching pursuit with the stopping rules of SAELens. For loaded dictionaries, not for training."""
 
 import torch
 from jaxtyping import Float
@@ -9,13 +9,12 @@ from ..sparse_code import SparseCode
 
 
 class ResidualPursuit(Encoder):
-    """At most ``max_steps`` times: take the atom most like the residual, subtract its part; stop where nothing is left.
+    """Encoder that selects the row most correlated with the residual and subtracts its part, up to ``max_steps`` times.
 
-    A token stops once its residual's norm is below ``residual_norm`` (0: never for that), which is in units of normalised
-    inputs, or, with ``stop_on_repeat``, once a step has added no latent to those that fire; that step still counts. Atoms
-    are taken as they are, whatever their norms. ``matching_pursuit`` is the one to train: it stops by a share of the input's
-    norm, and an atom may be taken again. Source: ``MatchingPursuitSAE`` of SAELens 6, after Costa et al. 2025,
-    arXiv:2506.03093.
+    A token stops once its residual's norm is below ``residual_norm``, in units of normalized inputs (0 disables this), or, with
+    ``stop_on_repeat``, after a step that adds no new latent; that step still counts. Rows keep their norms. For
+    training use ``matching_pursuit``, which stops at a fraction of the input's norm and may select a latent repeatedly. Source:
+    ``MatchingPursuitSAE`` of SAELens 6, after Costa et al. 2025, arXiv:2506.03093.
     """
 
     tied = True
@@ -45,7 +44,7 @@ class ResidualPursuit(Encoder):
             latents.append(latent)
             values.append(value)
             if self.stop_on_repeat:
-                # A step of value zero adds none either.
+                # A step of value zero adds no new latent either.
                 going = going & ~fires[every, latent] & (value > 0)
                 fires[every, latent] |= value > 0
             if self.residual_norm > 0:
@@ -55,5 +54,5 @@ class ResidualPursuit(Encoder):
         return SparseCode.from_steps(torch.stack(latents, dim=1), torch.stack(values, dim=1))
 
     def prepare(self, n_latents: int) -> None:
-        # More steps than latents are of use: an atom may be taken again.
+        # max_steps may exceed the number of latents, because a latent may be selected repeatedly.
         pass

@@ -1,4 +1,4 @@
-"""Signed TopK: a fixed number of latents per token, whose values may be negative. Loaded, not trained."""
+"""Signed TopK: a fixed number of latents per token, with negative values allowed. For loaded dictionaries, not for training."""
 
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -13,11 +13,10 @@ from ..tiled_scores import Tile, largest_per_token, pick
 
 
 class SignedTopK(Encoder):
-    """Keep the k largest pre-activations of every token, their signs as they are.
+    """Encoder that keeps the k largest pre-activations of every token, with their signs.
 
-    ``by: value`` ranks them as they are, which is ``topk`` without the rectifier, as circuit-tracer runs transcoders;
-    ``by: size`` ranks them by absolute value, so that a latent stands for a direction and its opposite: AbsTopK,
-    arXiv:2510.00404.
+    ``by: value`` ranks by value, which is ``topk`` without the ReLU, as in circuit-tracer's transcoders. ``by: size`` ranks by
+    absolute value, so that a latent represents a direction and its opposite: AbsTopK, arXiv:2510.00404.
     """
 
     unit_atoms = False
@@ -42,7 +41,7 @@ class SignedTopK(Encoder):
 
 @torch.no_grad()
 def _sizes(tiles: Iterable[Tile]) -> Iterator[Tile]:
-    """The same tiles with absolute values, in place."""
+    """Yield the tiles with absolute scores, computed in place."""
     for tile in tiles:
         tile.scores.abs_()
         yield tile

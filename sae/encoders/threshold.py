@@ -1,4 +1,4 @@
-"""Threshold: fixed thresholds, as dictionaries from elsewhere bring them. Loaded, not trained."""
+"""Threshold: fixed per-latent thresholds. For loaded dictionaries, not for training."""
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,10 @@ from ..tiled_scores import above
 
 
 class Threshold(Encoder):
-    """Keep the pre-activations above the latent's threshold, and above zero, unchanged.
+    """Encoder that keeps the pre-activations above each latent's fixed threshold, and above zero, unchanged.
 
-    ``jumprelu`` learns its thresholds as logarithms; read back from those they would be off by a rounding, and a threshold
-    of zero has none. ``threshold`` is in the units of normalised pre-activations.
+    ``threshold`` is in units of normalized pre-activations. ``jumprelu`` stores logarithms instead: converting to them and back
+    would cause rounding errors, and a threshold of zero has no logarithm.
     """
 
     unit_atoms = False

@@ -9,10 +9,10 @@ from ..tiled_scores import largest_per_token
 
 
 class TopK(Encoder):
-    """Keep the k largest pre-activations of every token, then drop the negative ones.
+    """Encoder that keeps the k largest pre-activations of every token, then drops the negative ones.
 
-    Gradient reaches the kept entries only. A token with fewer than ``k`` positive pre-activations has fewer than ``k``
-    firing latents. Source: Gao et al. 2024, arXiv:2406.04093.
+    Only kept entries get gradients. A token with fewer than ``k`` positive pre-activations has fewer than ``k`` active latents.
+    Source: Gao et al. 2024, arXiv:2406.04093.
     """
 
     can_screen = True

@@ -1,8 +1,7 @@
-"""Compiled kernels for the arithmetic of codes. Which ones run is decided by the tensors at hand, at call time.
+"""Compiled kernels for sparse-code arithmetic, chosen at call time by the given tensors.
 
-``cpu`` is compiled by numba, ``gpu`` by Triton; both offer the same arithmetic (``base.Kernels``). Where neither can be had
-the plain path in ``sae.sparse_ops`` does the same. Choosing among scores is compiled for the CPU only: torch sorts well on
-GPUs.
+``cpu`` is compiled by numba, ``gpu`` by Triton; both implement ``base.Kernels``. Without either, the plain torch code in
+``sae.sparse_ops`` computes the same. Selection kernels exist for the CPU only, because torch sorts well on GPUs.
 """
 
 import logging
@@ -21,18 +20,18 @@ log = logging.getLogger(__name__)
 
 CPU_DTYPES = (torch.float32, torch.float64)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton compiles for no older ones.
+# Oldest compute capability that Triton supports.
 OLDEST_GPU = (8, 0)
 
 
 @cache
 def has_triton(device: int) -> bool:
-    """Return whether the compiler is installed (it comes with torch's CUDA builds) and knows the GPU of this number."""
+    """Return True if Triton is installed (it comes with torch's CUDA builds) and supports the GPU with this index."""
     return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= OLDEST_GPU
 
 
 def backend(*tensors: Tensor) -> Kernels | None:
-    """Return the kernels that can work on these tensors, or ``None``: they must share device and dtype and be contiguous."""
+    """Return the kernels for these tensors, which must be contiguous and share device and dtype, or ``None``."""
     if not _alike(tensors):
         return None
     device, dtype = tensors[0].device.type, tensors[0].dtype
@@ -42,13 +41,13 @@ def backend(*tensors: Tensor) -> Kernels | None:
 
 
 def selection(*tensors: Tensor) -> SelectionKernels | None:
-    """Return the kernels that choose among scores, and round for choosing, if there are any for these tensors."""
+    """Return the kernels for selecting scores, and for quantizing them, or ``None`` if these tensors have none."""
     fits = _alike(tensors) and tensors[0].device.type == "cpu" and tensors[0].dtype in CPU_DTYPES
     return cpu_kernels() if fits else None
 
 
 def cpu_kernels() -> SelectionKernels | None:
-    """Return the kernels for tensors in main memory, or ``None`` without their compiler."""
+    """Return the kernels for tensors in main memory, or ``None`` without numba."""
     return _cpu() if has_numba() else None
 
 
@@ -57,7 +56,7 @@ def _alike(tensors: tuple[Tensor, ...]) -> bool:
     return all(t.device.type == first.device.type and t.dtype == first.dtype and t.is_contiguous() for t in tensors)
 
 
-# Compilers are imported at first use: it takes a second, and not everybody has them.
+# Compilers are imported lazily: importing takes a second, and they may not be installed.
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Interfaces of the compiled kernels: tensors in, tensors out, whatever compiled them.
+"""Interfaces of the compiled kernels, independent of the compiler: tensors in, tensors out.
 
-``bounds`` are a code's starts with its end. Entries grouped by latent are two tensors: ``firsts``, where each latent's
-entries begin, with the end of the last, and ``tokens``, their tokens.
+``bounds`` are a code's starts followed by its number of entries. Entries grouped by latent are given by two tensors:
+``firsts``, the first entry of each latent followed by the number of entries, and ``tokens``, the token of each entry.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +14,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdamStep:
-    """Numbers of a step of Adam. The corrections for the moments' start at zero are in the last three.
+    """Constants of one Adam step; the last three include the bias corrections of the moments.
 
-    A weight moves by ``length`` times its first moment over ``eps`` plus ``root`` times the root of its second.
+    A weight moves by ``length`` times its first moment, divided by ``eps`` plus ``root`` times the square root of its second.
     """
 
     beta1: float
@@ -27,9 +27,9 @@ class AdamStep:
 
 
 class RowGrad(NamedTuple):
-    """A matrix's gradient, row by row: the sum of the entries' tokens' ``rows``, and row ``dense_of[i]`` of ``dense``.
+    """Gradient of a matrix by row: the weighted sum of its entries' token ``rows``, plus row ``dense_of[i]`` of ``dense``.
 
-    Entries are grouped by latent, ``values`` in that order; a negative ``dense_of`` is no row.
+    Entries and their ``values`` are grouped by latent; a negative ``dense_of`` means no dense row.
     """
 
     firsts: Int[Tensor, " ends"]
@@ -41,7 +41,7 @@ class RowGrad(NamedTuple):
 
 
 class Kernels(ABC):
-    """Arithmetic of sparse codes and of gradients made of their entries."""
+    """Arithmetic on sparse codes and on gradients made of their entries."""
 
     @abstractmethod
     def decode(
@@ -51,7 +51,7 @@ class Kernels(ABC):
         values: Float[Tensor, " nnz"],
         atoms: Float[Tensor, "n_latents d"],
     ) -> Float[Tensor, "tokens d"]:
-        """Return the sum of every token's atoms, weighted by its values."""
+        """Return each token's sum of decoder directions, weighted by its values."""
 
     @abstractmethod
     def dots(
@@ -61,7 +61,7 @@ class Kernels(ABC):
         left: Float[Tensor, "tokens d"],
         rows: Float[Tensor, "n_latents d"],
     ) -> Float[Tensor, " nnz"]:
-        """Return for every entry the product of its token's row of ``left`` with its latent's row."""
+        """Return for every entry the dot product of its token's row of ``left`` and its latent's row."""
 
     @abstractmethod
     def spread(
@@ -71,11 +71,11 @@ class Kernels(ABC):
         values: Float[Tensor, " nnz"],
         rows: Float[Tensor, "tokens d"],
     ) -> Float[Tensor, "n_latents d"]:
-        """Return per latent the sum of its tokens' rows, weighted by ``values``, which stand in grouped order."""
+        """Return per latent the sum of its tokens' rows, weighted by ``values`` in grouped order."""
 
     @abstractmethod
     def squared_norms(self, weights: Float[Tensor, "n d"], unit: bool, gradient: RowGrad) -> Float[Tensor, " n"]:
-        """Return the squared length of every row of the gradient; where rows are ``unit``, of its tangential part."""
+        """Return the squared norm of every row of the gradient, of its tangential part only if rows are ``unit``."""
 
     @abstractmethod
     def adam_(
@@ -88,20 +88,20 @@ class Kernels(ABC):
         factor: Float[Tensor, ""],
         step: AdamStep,
     ) -> None:
-        """Take Adam's step on ``weights`` and its two moments, in place, with the gradient times ``factor``."""
+        """Apply an Adam step to ``weights`` and both moments, in place, with the gradient multiplied by ``factor``."""
 
 
 class SelectionKernels(Kernels, ABC):
-    """Kernels that also choose among scores, and group and round for choosing."""
+    """Kernels that also select the largest scores, group entries, and quantize."""
 
     @property
     @abstractmethod
     def kept_most(self) -> int:
-        """The largest number of kept scores for which these kernels beat sorting."""
+        """Largest number of kept scores for which these kernels are faster than sorting."""
 
     @abstractmethod
     def group(self, keys: Int[Tensor, " n"], count: int) -> tuple[Int[Tensor, " ends"], Int[Tensor, " n"]]:
-        """Return where each of ``count`` keys' places begin and end in the second tensor, and all places by key, ascending."""
+        """Return ``(firsts, order)``: positions sorted by key (stable), key ``i`` at ``order[firsts[i]:firsts[i + 1]]``."""
 
     @abstractmethod
     def keep_largest_(
@@ -111,25 +111,25 @@ class SelectionKernels(Kernels, ABC):
         values: Float[Tensor, "tokens k"],
         latents: Int[Tensor, "tokens k"],
     ) -> None:
-        """Bring the largest scores of a tile whose first latent is ``offset`` into each token's kept ones, in place."""
+        """Merge the scores of a tile, whose first latent is ``offset``, into each token's largest scores, in place."""
 
     @abstractmethod
     def keep_largest_ragged(
         self, scores: Float[Tensor, "rows columns"], room: Int[Tensor, " rows"]
     ) -> tuple[Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
-        """Return the ``room[i]`` largest scores of every row, one row after the other, and the columns they stand in."""
+        """Return the ``room[i]`` largest scores of every row, row after row, and their columns."""
 
     @abstractmethod
     def above(
         self, scores: Float[Tensor, "tokens width"], cut: Float[Tensor, " width"], offset: int
     ) -> tuple[Int[Tensor, " tokens"], Float[Tensor, " nnz"], Int[Tensor, " nnz"]]:
-        """Return how many scores of each token exceed their latent's ``cut``, these, and their latents from ``offset``."""
+        """Return each token's number of scores above their latent's ``cut``, the scores, and their latents plus ``offset``."""
 
     @abstractmethod
     def quantize(
         self, rows: Float[Tensor, "rows d"], levels: int, least: float
     ) -> tuple[Int8[Tensor, "rows d"], Float[Tensor, " rows"]]:
-        """Return int8 rows in ``levels`` of their largest entry, and each one's scale, at least ``least``; NaN if one is."""
+        """Return int8 rows in ``levels`` of their largest entry, and their scales: at least ``least``, NaN for a NaN row."""
 
     @abstractmethod
     def rescale_(
@@ -140,4 +140,4 @@ class SelectionKernels(Kernels, ABC):
         shift: Float[Tensor, " width"],
         out: Float[Tensor, "tokens width"],
     ) -> None:
-        """Write the scores that an integer product of quantised rows stands for, each token's divided by its scale."""
+        """Write to ``out`` the scores of an integer product of quantized rows, divided by each token's scale."""

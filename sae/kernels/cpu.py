@@ -1,4 +1,4 @@
-"""CpuKernels: the kernels on tensors in main memory, compiled by numba."""
+"""CpuKernels: kernels for tensors in main memory, compiled by numba."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from . import numba_loops as loops
 from .base import AdamStep, RowGrad, SelectionKernels
 from .parallel import over_rows
 
-# Beyond so many, finding the smallest of the kept at every change costs more than torch's sorting (24,576 latents).
+# Above this number, searching for the smallest kept score at every change costs more than torch's sorting (24,576 latents).
 KEPT_MOST = 256
-# Rows that are worth a part of their own.
+# Minimum number of rows per part.
 LEAST_ROWS = 32
 
 
 class CpuKernels(SelectionKernels):
-    """Loops over rows, which threads share."""
+    """Loops over rows, divided among threads."""
 
     def are_compiled(self) -> bool:
-        """Return whether an earlier process left compiled loops behind."""
+        """Return True if an earlier process cached the compiled loops."""
         place = loops.decode_loop.stats.cache_path
         return place is not None and any(Path(place).glob(f"{Path(loops.__file__).stem}.*.nbi"))
 
@@ -50,7 +50,7 @@ class CpuKernels(SelectionKernels):
     def adam_(
         self, weights: Tensor, unit: bool, gradient: RowGrad, mean: Tensor, square: Tensor, factor: Tensor, step: AdamStep
     ) -> None:
-        # Numbers in the weights' own precision: with wider ones all arithmetic would be wider.
+        # In the weights' precision: wider constants would widen all arithmetic.
         numbers = [1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps]
         settings = torch.cat([factor.to(weights.dtype).reshape(1), torch.tensor(numbers, dtype=weights.dtype)])
         over_rows(loops.adam_loop, len(weights), weights, unit, *gradient, mean, square, settings, least=LEAST_ROWS)
@@ -90,6 +90,6 @@ class CpuKernels(SelectionKernels):
 
 
 def _lanes(scores: Tensor, most: int) -> int:
-    """Lanes for the first bound: twice the places, if there are as many columns."""
+    """Return the number of lanes for the first bound: at least twice the number kept, or 0 if there are fewer columns."""
     lanes = max(32, 1 << (2 * most - 1).bit_length())
     return lanes if lanes <= scores.shape[1] else 0

@@ -1,4 +1,4 @@
-"""GpuKernels: the kernels on tensors in a GPU's memory, compiled by Triton."""
+"""GpuKernels: kernels for tensors in GPU memory, compiled by Triton."""
 
 from typing import Any
 
@@ -8,23 +8,23 @@ from torch import Tensor
 from . import triton_blocks as blocks
 from .base import AdamStep, Kernels, RowGrad
 
-# Columns that a program adds up, and entries whose rows it reads at once: 32 numbers a thread of four warps.
+# Columns per program, and entries whose rows it reads at once: 32 numbers per thread of four warps.
 COLUMNS = 512
 SOME = 8
-# A row's gradient of up to so many numbers is held in registers while the row is updated.
+# Rows up to this length keep their gradient in registers while they are updated.
 WHOLE_ROW = 8192
-# Entries that one program adds up one after another at most, so that a latent which fires on every token is not waited for:
-# its segment's whole chunks are added up before, by programs of their own.
+# Maximum number of entries that one program adds up sequentially, so that a latent firing on every token does not delay the
+# rest: whole chunks of its segment are summed beforehand by programs of their own.
 CHUNK = 256
-# Rows for the chunks' sums: 256 MB for rows of 4096. Chunks grow where there would be more.
+# Maximum number of chunk sums: 256 MB for rows of 4096. Chunks grow if there would be more.
 MOST_CHUNKS = 1 << 14
 
 
 class GpuKernels(Kernels):
-    """Programs over rows. No method waits for the GPU."""
+    """Programs over rows. No method synchronizes with the GPU."""
 
     def decode(self, bounds: Tensor, latents: Tensor, values: Tensor, atoms: Tensor) -> Tensor:
-        # Tokens have about equally many entries: there is nothing to split.
+        # Tokens have similar numbers of entries, so nothing needs to be split.
         return _sum_segments(bounds, latents, values, atoms, _not_split(bounds, atoms))
 
     def dots(self, bounds: Tensor, latents: Tensor, left: Tensor, rows: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class GpuKernels(Kernels):
         assert mean.is_contiguous()
         assert square.is_contiguous()
         parts, sizes = _of_rows(weights, unit, gradient)
-        # Numbers from Python go as the kernel's arguments: a tensor made of them would have to be copied to the GPU.
+        # Python numbers are passed as kernel arguments: a tensor of them would have to be copied to the GPU.
         numbers = (1 - step.beta1, step.beta2, 1 - step.beta2, step.length, step.root, step.eps)
         rows, d = weights.shape
         _launch(blocks.adam_block, (rows,), weights, d, *parts, mean, square, factor, *numbers, **sizes)
@@ -68,14 +68,14 @@ def _sum_segments(firsts: Tensor, members: Tensor, values: Tensor, rows: Tensor,
 
 
 def _not_split(firsts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]:
-    """What kernels take for the chunks where there are none; the tensors are not looked at."""
+    """Return the chunk arguments for unsplit segments; kernels do not read the tensors."""
     return firsts, rows, CHUNK, False
 
 
 def _split(firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int, bool]:
-    """Each segment's first chunk among all, the chunks' sums, how many entries each has, and whether there are any.
+    """Return each segment's first chunk, the chunk sums, the entries per chunk, and True if there are chunks.
 
-    How long the segments are only the GPU knows, but not more chunks can be whole than the entries fill.
+    Only the GPU knows the segment lengths, but the number of whole chunks is bounded by the number of entries.
     """
     entries, d = tokens.shape[0], rows.shape[1]
     length = max(CHUNK, 1 << max(-(-entries // MOST_CHUNKS) - 1, 0).bit_length())
@@ -85,7 +85,7 @@ def _split(firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> tupl
     heads = torch.zeros_like(firsts)
     torch.cumsum(firsts.diff() // length, 0, out=heads[1:])
     number = torch.arange(count, device=firsts.device)
-    # The numbers from the last head on belong to no segment.
+    # Chunk numbers from the last head on belong to no segment.
     segment = (torch.searchsorted(heads, number, right=True) - 1).clamp_(max=len(firsts) - 2)
     begins = torch.where(number < heads[-1], firsts[segment] + (number - heads[segment]) * length, -1)
     sums = torch.empty(count, d, dtype=torch.float32, device=rows.device)
@@ -96,7 +96,7 @@ def _split(firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> tupl
 
 
 def _of_rows(weights: Tensor, unit: bool, gradient: RowGrad) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the kernels that work on a gradient's rows take of it, and the sizes they are compiled for."""
+    """Return the arguments and compile-time sizes of the kernels that work on a gradient's rows."""
     firsts, tokens, values, rows, dense_of, dense = (part.contiguous() for part in gradient)
     *chunks, is_split = _split(firsts, tokens, values, rows)
     block = _block(weights.shape[1], WHOLE_ROW)
@@ -112,13 +112,13 @@ def _of_rows(weights: Tensor, unit: bool, gradient: RowGrad) -> tuple[tuple[Any,
 
 
 def _block(d: int, most: int) -> int:
-    """The columns of a block: a power of two, at most ``most``."""
+    """Return the number of columns per block: a power of two, at most ``most``."""
     return min(most, max(16, 1 << (d - 1).bit_length()))
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], *arguments: Any, **sizes: Any) -> None:
-    # Triton launches on the current device, which may be another.
+    # Triton launches on the current device, which may differ from the tensors' device.
     with torch.cuda.device_of(arguments[0]):
         if all(programs):
-            # Products may be fused with sums, as on the CPU; Triton's default is about to change.
+            # Fused multiply-add, as on the CPU; set explicitly because Triton's default is about to change.
             kernel[programs](*arguments, **sizes, enable_fp_fusion=True)

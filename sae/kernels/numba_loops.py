@@ -1,27 +1,27 @@
-"""Kernels for the CPU at hand, compiled by numba at first use and kept on disk. Arrays in, arrays changed in place.
+"""Kernels for the CPU, compiled by numba at first use and cached on disk. Arrays in, arrays changed in place.
 
-Every kernel works on rows ``first`` to ``last`` of its output and touches no others; ``over_rows`` shares them out.
+Every kernel works on rows ``first`` to ``last`` of its output and writes to no others; ``over_rows`` distributes them.
 """
 
 import numpy as np
 
 from .compiling import njit
 
-# Sums may be reordered, which lets them run in vector registers; NaN and infinity keep their meaning.
+# Sums may be reordered, which allows vector registers; NaN and infinity keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-# Scores looked at together: few enough that one which exceeds the smallest kept is soon found.
+# Scores compared at once: few enough that one above the smallest kept is soon found.
 BLOCK = 128
 
 
 compiled = njit(nogil=True, fastmath=FAST, error_model="numpy")
-# Minima run in vector registers if no number is NaN; with one the result means nothing. Where that must not be so,
-# and wherever a place to write to depends on a comparison, ``compiled`` is needed.
+# Minima are vectorized on the assumption that no number is NaN; with a NaN the result is meaningless. If that matters, or a
+# write position depends on a comparison, use ``compiled``.
 ranked = njit(nogil=True, fastmath=FAST | {"nnan"}, error_model="numpy")
 
 
 @compiled
 def decode_loop(first, last, bounds, latents, values, atoms, out):
-    """``out[t]``: the sum of token ``t``'s atoms, weighted by its values."""
+    """Compute ``out[t]``: the sum of token ``t``'s decoder directions, weighted by its values."""
     d = atoms.shape[1]
     for t in range(first, last):
         row = out[t]
@@ -35,7 +35,7 @@ def decode_loop(first, last, bounds, latents, values, atoms, out):
 
 @compiled
 def dots_loop(first, last, bounds, latents, left, rows, out):
-    """``out[e]``: the product of an entry's token row of ``left`` with its latent's row."""
+    """Compute ``out[e]``: the dot product of an entry's token row of ``left`` and its latent's row."""
     d = rows.shape[1]
     for t in range(first, last):
         mine = left[t]
@@ -49,10 +49,10 @@ def dots_loop(first, last, bounds, latents, left, rows, out):
 
 @compiled
 def group_loop(keys, firsts, order):
-    """Counting sort: ``order`` lists the places of ``keys`` by key, ascending within each.
+    """Run a counting sort: ``order`` lists the positions in ``keys`` by key, ascending within each.
 
-    ``firsts`` has two places more than there are keys to tell apart and comes in zeros; those of key ``i`` end up at
-    ``firsts[i]`` to ``firsts[i + 1]`` of ``order``.
+    ``firsts`` must be zeros and two longer than the number of distinct keys; positions of key ``i`` end up at ``firsts[i]`` to
+    ``firsts[i + 1]`` of ``order``.
     """
     for key in keys:
         firsts[key + 2] += 1
@@ -66,7 +66,7 @@ def group_loop(keys, firsts, order):
 
 @compiled
 def _add_entries(i, firsts, tokens, values, rows, gradient):
-    """Add latent ``i``'s tokens' rows, weighted, to ``gradient``."""
+    """Add the weighted rows of latent ``i``'s tokens to ``gradient``."""
     d = rows.shape[1]
     for p in range(firsts[i], firsts[i + 1]):
         value, row = values[p], rows[tokens[p]]
@@ -77,7 +77,7 @@ def _add_entries(i, firsts, tokens, values, rows, gradient):
 
 @compiled
 def spread_loop(first, last, firsts, tokens, values, rows, out):
-    """``out[i]``: the sum of latent ``i``'s tokens' rows, weighted by its values, which stand in transposed order."""
+    """Compute ``out[i]``: the sum of latent ``i``'s tokens' rows, weighted by its values in grouped order."""
     for i in range(first, last):
         out[i][:] = 0
         _add_entries(i, firsts, tokens, values, rows, out[i])
@@ -85,7 +85,7 @@ def spread_loop(first, last, firsts, tokens, values, rows, out):
 
 @compiled
 def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, gradient):
-    """Row ``i`` of a matrix's gradient: its entries, and row ``dense_of[i]`` of ``dense`` unless that is negative."""
+    """Compute row ``i`` of a matrix's gradient: its entries, plus row ``dense_of[i]`` of ``dense`` unless negative."""
     d = weights.shape[1]
     if dense_of[i] >= 0:
         gradient[:] = dense[dense_of[i]]
@@ -103,7 +103,7 @@ def _gradient(i, weights, unit, firsts, tokens, values, rows, dense_of, dense, g
 
 @compiled
 def squared_norms_loop(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, out):
-    """``out[i]``: squared length of row ``i`` of the gradient, without its part along the row where rows are ``unit``."""
+    """Compute ``out[i]``: squared norm of row ``i`` of the gradient, without its part along the row if rows are ``unit``."""
     d = weights.shape[1]
     gradient = np.empty(d, weights.dtype)
     for i in range(first, last):
@@ -116,10 +116,9 @@ def squared_norms_loop(first, last, weights, unit, firsts, tokens, values, rows,
 
 @compiled
 def adam_loop(first, last, weights, unit, firsts, tokens, values, rows, dense_of, dense, mean, square, settings):
-    """Adam's step on every row, whose gradient exists only while the row is worked on; ``unit`` rows end at norm 1.
+    """Apply an Adam step to every row, whose gradient exists only during its update; ``unit`` rows end at norm 1.
 
-    ``settings``: the gradient's factor, 1 - beta1, beta2, 1 - beta2, the step length, what the root of ``square`` is
-    multiplied by, epsilon.
+    ``settings``: gradient factor, 1 - beta1, beta2, 1 - beta2, step length, multiplier of the root of ``square``, epsilon.
     """
     d = weights.shape[1]
     gradient = np.empty(d, weights.dtype)
@@ -136,7 +135,7 @@ def adam_loop(first, last, weights, unit, firsts, tokens, values, rows, dense_of
             row[c] -= length * m[c] / (np.sqrt(v[c]) * root + eps)
             total += row[c] * row[c]
         if unit:
-            # torch's own normalize divides by no less.
+            # Lower bound as in ``torch.nn.functional.normalize``.
             norm = max(np.sqrt(total), weights.dtype.type(1e-12))
             for c in range(d):
                 row[c] /= norm
@@ -152,12 +151,12 @@ def _smallest(values):
 
 @ranked
 def _put(score, latent, filled, floor, values, latents):
-    """Take in a score above ``floor``, the smallest of those kept, or minus infinity while places are free; the new floor."""
+    """Insert a score above ``floor``, the smallest kept score (-inf while there are free places), and return the new floor."""
     k = len(values)
-    # Within bounds even if the floor is none of the kept, as after a NaN.
+    # Stays within bounds even if no kept score equals the floor, as after a NaN.
     place = min(filled, k - 1)
     if filled == k:
-        # The first of the smallest: a search without branches runs in vector registers.
+        # The first of the smallest: a branch-free search is vectorized.
         for q in range(k):
             place = min(place, q if values[q] == floor else k)
     values[place], latents[place] = score, latent
@@ -166,11 +165,11 @@ def _put(score, latent, filled, floor, values, latents):
 
 @ranked
 def _first_bound(row, best, bound, unused):
-    """A number that at least ``len(bound)`` of a row's scores reach: the row is dealt out to lanes, whose maxima are scores."""
+    """Return a bound that at least ``len(bound)`` scores of a row reach, from the maxima of lanes that share the row."""
     lanes, k = len(best), len(bound)
     for j in range(lanes):
         best[j] = row[j]
-    # Four rounds of the deal at once; what does not fill four is left out, which only makes the bound lower.
+    # Four rounds over the lanes at once; an incomplete group of four is skipped, which only lowers the bound.
     for start in range(lanes, len(row) - 4 * lanes + 1, 4 * lanes):
         part = row[start : start + 4 * lanes]
         for j in range(lanes):
@@ -188,11 +187,11 @@ def _first_bound(row, best, bound, unused):
 
 @compiled
 def _keep_row(row, offset, best, bound, unused, kept, names):
-    """Bring the largest of ``row`` into ``kept``, and where they stand, counted from ``offset``, into ``names``.
+    """Merge the largest scores of ``row`` into ``kept``, and their positions plus ``offset`` into ``names``.
 
-    Places not taken yet hold minus infinity. A score equal to the smallest kept does not come in. A NaN in ``row`` makes all
-    of ``kept`` NaN for good. ``best`` has no place, or at least as many as ``kept`` and at most as many as ``row``; it and
-    the two of ``kept``'s size are for scratch.
+    Free places hold -inf. A score equal to the smallest kept is not inserted. A NaN in ``row`` makes all of ``kept`` NaN for
+    good. ``best``, ``bound``, and ``unused`` are scratch; ``best`` is empty, or at least as long as ``kept`` and at most as
+    long as ``row``.
     """
     k = len(kept)
     if np.isnan(kept[0]):
@@ -202,15 +201,15 @@ def _keep_row(row, offset, best, bound, unused, kept, names):
         filled += kept[q] > -np.inf
     if filled == 0 and len(best):
         level, tiny = _first_bound(row, best, bound, unused), np.finfo(row.dtype).tiny
-        # Scores equal to the bound must still come in, and the number below it must not be flushed to zero.
+        # Scores equal to the bound must still be inserted, and the number below it must not be flushed to zero.
         floor = np.nextafter(level if abs(level) > tiny else -tiny, floor)
     for start in range(0, len(row), BLOCK):
         part = row[start : start + BLOCK]
         exceed = 0
-        # Of constant length, all but the last block are a few instructions.
+        # With constant length, all blocks but the last take few instructions.
         if len(part) == BLOCK:
             for j in range(BLOCK):
-                # True of NaN as well.
+                # True for NaN as well.
                 exceed += not part[j] <= floor
         if exceed or len(part) < BLOCK:
             for j in range(len(part)):
@@ -224,7 +223,7 @@ def _keep_row(row, offset, best, bound, unused, kept, names):
 
 @compiled
 def keep_largest_loop(first, last, scores, offset, lanes, values, latents):
-    """Bring the largest scores of a tile whose first latent is ``offset`` into each token's ``values`` and ``latents``."""
+    """Merge the largest scores of a tile, whose first latent is ``offset``, into each token's ``values`` and ``latents``."""
     k = values.shape[1]
     best, bound, unused = np.empty(lanes, scores.dtype), np.empty(k, scores.dtype), np.empty(k, latents.dtype)
     for t in range(first, last):
@@ -233,7 +232,7 @@ def keep_largest_loop(first, last, scores, offset, lanes, values, latents):
 
 @compiled
 def keep_largest_ragged_loop(first, last, scores, firsts, values, tokens):
-    """The largest scores of every row ``i``, as many as ``firsts[i]`` and ``firsts[i + 1]`` leave room for."""
+    """Compute the largest scores of every row ``i``, ``firsts[i + 1] - firsts[i]`` of them."""
     width, most = scores.shape[1], 0
     for i in range(first, last):
         most = max(most, firsts[i + 1] - firsts[i])
@@ -253,7 +252,7 @@ def keep_largest_ragged_loop(first, last, scores, firsts, values, tokens):
 
 @compiled
 def count_above_loop(first, last, scores, cut, counts):
-    """``counts[t]``: how many of a token's scores exceed their latent's ``cut``."""
+    """Compute ``counts[t]``: the number of a token's scores above their latent's ``cut``."""
     width = scores.shape[1]
     for t in range(first, last):
         row, found = scores[t], 0
@@ -264,7 +263,7 @@ def count_above_loop(first, last, scores, cut, counts):
 
 @compiled
 def collect_above_loop(first, last, scores, cut, offset, ends, values, latents):
-    """The scores that exceed their latent's ``cut``, and their latents from ``offset`` on; token ``t``'s end at ``ends[t]``."""
+    """Collect the scores above their latent's ``cut``, and latents plus ``offset``; those of token ``t`` end at ``ends[t]``."""
     width = scores.shape[1]
     for t in range(first, last):
         row, place = scores[t], ends[t - 1] if t else 0
@@ -291,7 +290,7 @@ def _largest_size(row):
 
 @compiled
 def quantize_loop(first, last, rows, levels, least, out, scale):
-    """Rows in ``levels`` of their largest entry, which ``scale`` undoes; it is no less than ``least``, and NaN if one is."""
+    """Quantize rows to ``levels`` of their largest entry; ``scale`` undoes it: at least ``least``, NaN for a row with NaN."""
     d = rows.shape[1]
     for i in range(first, last):
         row, coarse, unknown = rows[i], out[i], 0
@@ -305,7 +304,7 @@ def quantize_loop(first, last, rows, levels, least, out, scale):
 
 @compiled
 def rescale_loop(first, last, product, scale, token_scale, shift, out):
-    """A token's scores divided by its own scale, from an integer product of rounded rows."""
+    """Compute scores from an integer product of quantized rows, divided by each token's scale."""
     for t in range(first, last):
         row, mine, inverse = product[t], out[t], 1 / token_scale[t]
         for j in range(len(row)):

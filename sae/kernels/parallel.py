@@ -1,4 +1,4 @@
-"""Compiled loops over rows, shared out among threads."""
+"""Compiled loops over rows, divided among threads."""
 
 import logging
 import os
@@ -13,17 +13,17 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# More parts than threads, so that a thread that is disturbed holds up the others only briefly.
+# More parts than threads, so that an interrupted thread delays the others only briefly.
 PARTS_PER_THREAD = 4
 
 
 @cache
 def has_numba() -> bool:
-    """Return whether the compiler is there and works; asked at the first use, because importing it takes a second."""
+    """Return True if numba is installed and works; checked at first use, because importing it takes a second."""
     try:
         import numba  # noqa: F401
     except ImportError as error:
-        # Installed, it may still refuse the numpy beside it.
+        # An installed numba may be incompatible with the installed numpy.
         if find_spec("numba") is not None:
             log.warning("numba cannot be used (%s). Everything works without it, slower.", error)
         return False
@@ -33,9 +33,9 @@ def has_numba() -> bool:
 def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: int = 1) -> None:
     """Run ``kernel(first, last, *arguments)`` on parts of ``range(rows)``, on as many threads as torch may use.
 
-    Tensors reach it as arrays on the same memory.
-    The kernel releases Python's lock and writes only to its own rows, so its results do not depend on the parts. ``least``
-    rows are worth a part of their own. Numba's own threads are not used: theirs may not be entered from two of Python's.
+    Tensors are passed as arrays that share their memory. The kernel releases Python's lock and writes only to its own rows, so
+    results do not depend on the partition. ``least`` is the minimum number of rows per part. Numba's own threads are not used,
+    because they cannot be entered from two Python threads.
     """
     arrays = [each.detach().numpy() if isinstance(each, Tensor) else each for each in arguments]
     threads = torch.get_num_threads()
@@ -54,12 +54,12 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, least: in
     try:
         work()
     finally:
-        # Whatever happens here, nobody works on the arrays after this call.
+        # No thread may use the arrays after this call, even if it fails.
         for other in others:
             other.result()
 
 
 @cache
 def _pool(_process: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork: every process has its own."""
+    """Return this process's threads: threads do not survive a fork."""
     return ThreadPoolExecutor(thread_name_prefix="sparsary-kernel")

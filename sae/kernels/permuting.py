@@ -1,4 +1,4 @@
-"""The keyed permutation of a stream's rows, number by number."""
+"""Keyed permutation of a stream's row numbers."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from .compiling import njit
 
 @njit(nogil=True)
 def feistel(index, n, half, keys, out):
-    """Write to ``out`` where each of ``index`` goes among ``n``; all are uint64. Same numbers as the plain path."""
+    """Write to ``out`` the permuted position of each ``index`` below ``n``, in uint64. Same results as the plain version."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     for i in range(index.size):
         value = index[i]

@@ -1,16 +1,17 @@
-"""Pursuits of many tokens, compiled by numba for the CPU at hand: ``kernel(first, last, *arrays)`` for ``parallel.over_rows``.
+"""Pursuit kernels for the CPU, compiled by numba: ``kernel(first, last, *arrays)`` for ``parallel.over_rows``.
 
-The plain path in ``sae.pursuit`` is the definition; these give the same selection, ties included, and its values to rounding.
+``sae.pursuit`` has the reference implementation; these select the same latents, ties included, with equal values up to
+rounding.
 """
 
 import numpy as np
 
 from .compiling import njit
 
-# Maxima are kept side by side, one for every so many places, and merged at the end: a loop the compiler can vectorise. With
-# each stands the round in which it was seen, so that the place needs no second pass.
+# Number of running maxima, one per lane, merged at the end: the compiler can vectorize such a loop. Each lane also stores the
+# round of its maximum, so that the position needs no second pass.
 LANES = 128
-# Only what leaves infinities and NaN alone: sums may be taken in any order, products fused into them.
+# Only optimizations that preserve infinities and NaN: reordered sums and fused products.
 FUSED, REORDERED = {"contract"}, {"contract", "reassoc"}
 
 
@@ -22,7 +23,7 @@ def _reset(best, at):
 
 @njit(nogil=True)
 def _look(corr, best, at):
-    """Lanes of the maxima of ``corr``, up to its last whole round."""
+    """Compute the lanes' maxima of ``corr``, up to its last full round."""
     _reset(best, at)
     for turn in range(corr.shape[0] // LANES):
         for lane in range(LANES):
@@ -34,7 +35,7 @@ def _look(corr, best, at):
 
 @njit(nogil=True, fastmath=FUSED)
 def _update_and_look(corr, value, row, best, at):
-    """``corr -= value * row``, and what ``_look`` finds in it."""
+    """Subtract ``value * row`` from ``corr`` and compute the lanes' maxima, as ``_look`` does."""
     _reset(best, at)
     for turn in range(corr.shape[0] // LANES):
         for lane in range(LANES):
@@ -50,7 +51,7 @@ def _update_and_look(corr, value, row, best, at):
 
 @njit(nogil=True)
 def _first_largest(corr, best, at):
-    """Value and place of the maximum, the first on ties, from the lanes and the places beyond the last whole round."""
+    """Return value and position of the maximum, the first on ties, from the lanes and positions after the last full round."""
     value, latent = best[0], at[0] * LANES
     for lane in range(1, LANES):
         place = at[lane] * LANES + lane
@@ -64,7 +65,7 @@ def _first_largest(corr, best, at):
 
 @njit(nogil=True, fastmath=REORDERED)
 def _subtract(residual, value, atom):
-    """``residual -= value * atom``; the norm of what is left."""
+    """Subtract ``value * atom`` from ``residual`` and return the norm of the result."""
     energy = residual[0] * 0
     for i in range(residual.shape[0]):
         left = residual[i] - value * atom[i]
@@ -75,7 +76,7 @@ def _subtract(residual, value, atom):
 
 @njit(nogil=True)
 def match_by_gram(first, last, corr, gram, x, atoms, norms, floors, tolerance, latents, values):
-    """All steps of matching pursuit, a token at a time: its row of ``corr`` stays in cache, and is used up."""
+    """Run all steps of matching pursuit, one token at a time: its row of ``corr`` stays in cache and is overwritten."""
     best, at, residual = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32), np.empty_like(x[0])
     steps = values.shape[1]
     for token in range(first, last):
@@ -96,7 +97,7 @@ def match_by_gram(first, last, corr, gram, x, atoms, norms, floors, tolerance, l
 
 @njit(nogil=True)
 def match_once(first, last, corr, residual, atoms, norms, floors, tolerance, left, t, latents, values):
-    """Step ``t`` of matching pursuit from correlations just computed. ``left`` is the norm of every token's residual."""
+    """Run step ``t`` of matching pursuit on newly computed correlations. ``left`` is the norm of every token's residual."""
     best, at = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32)
     for token in range(first, last):
         _look(corr[token], best, at)
@@ -108,7 +109,7 @@ def match_once(first, last, corr, residual, atoms, norms, floors, tolerance, lef
 
 @njit(nogil=True, fastmath=REORDERED)
 def match_back(first, last, atoms, latents, values, dv, q, dx):
-    """From the gradients ``dv`` of the values: ``q_t = dv_t - w_t . sum_{s>t} q_s w_s``, and ``dx``, that sum in the end."""
+    """Compute ``q_t = dv_t - w_t . sum_{s>t} q_s w_s`` from the values' gradients ``dv``, and ``dx``, the complete sum."""
     for token in range(first, last):
         later = dx[token]
         later[:] = 0
@@ -126,8 +127,10 @@ def match_back(first, last, atoms, latents, values, dv, q, dx):
 
 @njit(nogil=True, fastmath=FUSED)
 def match_back_to_atoms(first, last, width, x, dx, atoms, latents, values, q, d_atoms):
-    """Adds ``q_t r_t - v_t sum_{s>t} q_s w_s`` to the gradient of every entry's atom, in its columns of number ``first`` to
-    ``last``, in blocks of ``width``. Residual and sum are brought along: no entry's row is kept."""
+    """Add ``q_t r_t - v_t sum_{s>t} q_s w_s`` to the gradient of every entry's atom, in column blocks ``first`` to ``last``.
+
+    Blocks have ``width`` columns. Residual and sum are updated step by step, so no entry's row is stored.
+    """
     residual, later = np.empty(width, x.dtype), np.empty(width, x.dtype)
     for block in range(first, last):
         start = block * width
@@ -148,10 +151,10 @@ def match_back_to_atoms(first, last, width, x, dx, atoms, latents, values, q, d_
 
 @njit(nogil=True, fastmath=FUSED)
 def _correlate(corr, latents, values, gram, left):
-    """``left = corr - values @ gram[latents]``, four rows at a time."""
+    """Compute ``left = corr - values @ gram[latents]``, four rows at a time."""
     left[:] = corr
     for t in range(0, values.shape[0], 4):
-        # At the end a row is taken twice, the second time for nothing.
+        # Past the end, rows are repeated with weight 0.
         t1, t2, t3 = min(t + 1, values.shape[0] - 1), min(t + 2, values.shape[0] - 1), min(t + 3, values.shape[0] - 1)
         v0, v1, v2, v3 = values[t], values[t1], values[t2], values[t3]
         v1, v2, v3 = v1 if t1 > t else v1 * 0, v2 if t2 > t1 else v2 * 0, v3 if t3 > t2 else v3 * 0
@@ -170,7 +173,7 @@ def _dot(a, b):
 
 @njit(nogil=True, fastmath=REORDERED)
 def _descend(value, latent, t, x, atoms, latents, values, added, direction, moved, residual):
-    """Step ``t`` of gradient pursuit on one token whose largest correlation is ``value``, at ``latent``."""
+    """Run step ``t`` of gradient pursuit on one token whose largest correlation is ``value``, at ``latent``."""
     known = False
     for s in range(t):
         known |= added[s] and latents[s] == latent
@@ -184,7 +187,7 @@ def _descend(value, latent, t, x, atoms, latents, values, added, direction, move
             for i in range(moved.shape[0]):
                 moved[i] += direction[s] * atom[i]
     length = _dot(moved, moved)
-    # A residual orthogonal to all added atoms has no direction to go: 0/0 must not become the code.
+    # A residual orthogonal to all added atoms has no descent direction; without this, 0/0 would enter the code.
     step = _dot(moved, residual) / length if length > 0 else length * 0
     residual[:] = x
     for s in range(t + 1):
@@ -197,7 +200,7 @@ def _descend(value, latent, t, x, atoms, latents, values, added, direction, move
 
 @njit(nogil=True)
 def descend_by_gram(first, last, corr, gram, x, atoms, steps, added, latents, values):
-    """All steps of gradient pursuit, a token at a time: the rows of ``gram`` that it needs again stay in cache."""
+    """Run all steps of gradient pursuit, one token at a time: the rows of ``gram`` that it rereads stay in cache."""
     best, at, left = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32), np.empty_like(corr[0])
     direction, moved, residual = np.empty_like(values[0]), np.empty_like(x[0]), np.empty_like(x[0])
     for token in range(first, last):
@@ -215,7 +218,7 @@ def descend_by_gram(first, last, corr, gram, x, atoms, steps, added, latents, va
 
 @njit(nogil=True)
 def descend_once(first, last, corr, x, residual, atoms, steps, t, added, latents, values):
-    """Step ``t`` of gradient pursuit from correlations just computed."""
+    """Run step ``t`` of gradient pursuit on newly computed correlations."""
     best, at = np.empty(LANES, corr.dtype), np.empty(LANES, np.int32)
     direction, moved = np.empty_like(values[0]), np.empty_like(x[0])
     for token in range(first, last):

@@ -1,8 +1,8 @@
-"""Rows scattered over a file, read and decoded in one pass without Python's lock.
+"""Reading and decoding of scattered rows of a file, in one pass without Python's lock.
 
 Every function reads rows ``rows`` (ascending) of ``size`` bytes each, the first at byte ``start`` of the file, writes row
-``rows[i]`` as row ``places[i]`` of ``out``, and returns how many it read and whether all were finite. It stops at the first
-read that comes up short. Neighbours go through ``scratch`` in one read: a call costs as much as copying some kilobytes.
+``rows[i]`` to row ``places[i]`` of ``out``, and returns the number of rows read and True if all were finite. It stops at the
+first short read. Nearby rows go through ``scratch`` in one read: a system call costs as much as copying a few kilobytes.
 """
 
 import numpy as np
@@ -10,20 +10,20 @@ from numba import types
 
 from .compiling import njit
 
-# Bytes between two rows that are read along rather than skipped by another call: 2 KB take about as long.
+# Maximum gap in bytes that is read rather than skipped by another call: 2 KB take about as long.
 GAP = 2048
 SCRATCH_BYTES = 1 << 16
 # All exponent bits: an infinity or NaN in float32.
 NOT_FINITE = np.uint32(0x7F800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
-# The C library's function, found by name when compiled code is loaded, so that the code on disk stays valid.
+# The C library's function, looked up by name when compiled code is loaded, so that cached code stays valid.
 _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
 
 
 @njit(nogil=True)
 def _run(rows, first, size, room):
-    """One past the last row that is read together with row number ``first``."""
+    """Return one past the last row that is read together with row number ``first``."""
     last = first
     while (
         last + 1 < rows.size
@@ -36,14 +36,14 @@ def _run(rows, first, size, room):
 
 @njit(nogil=True)
 def _read(descriptor, start, size, rows, first, end, memory):
-    """Read rows number ``first`` to ``end`` and what lies between them; whether all of it came."""
+    """Read rows number ``first`` to ``end`` with the gaps between them; return True if the read was complete."""
     wanted = (rows[end - 1] - rows[first] + 1) * size
     return _pread(descriptor, memory, wanted, start + rows[first] * size) == wanted
 
 
 @njit(nogil=True)
 def read_bytes(descriptor, start, size, rows, places, out, scratch):
-    """Labels: ``out`` is ``(n, size)`` uint8."""
+    """Read labels: ``out`` is ``(n, size)`` uint8."""
     first = 0
     while first < rows.size:
         end = _run(rows, first, size, scratch.size)
@@ -59,12 +59,12 @@ def read_bytes(descriptor, start, size, rows, places, out, scratch):
 
 @njit(nogil=True)
 def read_float32(descriptor, start, size, rows, places, out, scratch):
-    """``out`` is ``(n, width)`` float32, seen as uint32."""
+    """Read float32 rows: ``out`` is ``(n, width)`` float32, viewed as uint32."""
     first, width, finite = 0, out.shape[1], True
     words = scratch.view(np.uint32)
     while first < rows.size:
         end = _run(rows, first, size, scratch.size)
-        # A row alone goes straight to its place.
+        # A single row is read directly into its place.
         memory = scratch.ctypes.data if end > first + 1 else out.ctypes.data + places[first] * size
         if not _read(descriptor, start, size, rows, first, end, memory):
             return first, finite
@@ -84,7 +84,7 @@ def read_float32(descriptor, start, size, rows, places, out, scratch):
 
 @njit(nogil=True)
 def read_bfloat16(descriptor, start, size, rows, places, out, scratch):
-    """``out`` is ``(n, width)`` float32, seen as uint32: a bfloat16 is the upper half of a float32."""
+    """Read bfloat16 rows: ``out`` is ``(n, width)`` float32, viewed as uint32; a bfloat16 is the upper half of a float32."""
     first, width, finite = 0, out.shape[1], True
     words = scratch.view(np.uint16)
     while first < rows.size:
@@ -105,7 +105,7 @@ def read_bfloat16(descriptor, start, size, rows, places, out, scratch):
 
 @njit(nogil=True)
 def read_float16(descriptor, start, size, rows, places, out, scratch, table):
-    """``out`` is ``(n, width)`` float32; ``table`` holds the float32 of every float16 pattern."""
+    """Read float16 rows: ``out`` is ``(n, width)`` float32; ``table`` maps every float16 bit pattern to its float32."""
     first, width, finite = 0, out.shape[1], True
     words = scratch.view(np.uint16)
     while first < rows.size:
@@ -124,7 +124,7 @@ def read_float16(descriptor, start, size, rows, places, out, scratch, table):
 
 @njit(nogil=True)
 def read_int8(descriptor, start, size, rows, places, out, scratch, scales, block):
-    """``out`` is ``(n, width)`` float32: the codes times ``scales`` ``(n, blocks)``, which are in the order of ``out``."""
+    """Read int8 rows: ``out`` is ``(n, width)`` float32, codes times ``scales`` ``(n, blocks)`` in the order of ``out``."""
     first = 0
     codes = scratch.view(np.int8)
     while first < rows.size:

@@ -1,4 +1,4 @@
-"""What a harvest does to every number it stores, each in one pass and without Python's lock."""
+"""Per-number operations of a harvest, each in one pass without Python's lock."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from .compiling import njit
 
 @njit(nogil=True)
 def moments(rows, mean, deviation):
-    """Every column's mean and summed squared deviation, in float64. A mean is not finite where a number is not."""
+    """Compute every column's mean, not finite if one of its numbers is not, and summed squared deviation, in float64."""
     mean[:] = 0.0
     deviation[:] = 0.0
     for i in range(rows.shape[0]):
@@ -25,8 +25,8 @@ def moments(rows, mean, deviation):
 
 @njit(nogil=True)
 def squared_difference(left, right):
-    """The sum of all squared differences, in float64."""
-    # Column by column, so that neighbouring sums are formed together.
+    """Return the sum of all squared differences, in float64."""
+    # One sum per column, so that neighboring sums are vectorized.
     sums = np.zeros(left.shape[1])
     for i in range(left.shape[0]):
         row, other = left[i], right[i]
@@ -50,7 +50,7 @@ def largest_of_blocks(rows, block, out):
 
 @njit(nogil=True)
 def to_int8(rows, scales, block, codes, restored):
-    """Round ``rows`` over their block's scale to ``codes``, halves to even; ``restored`` is the float32 these stand for."""
+    """Quantize ``rows`` by block scale to ``codes``, rounding halves to even; ``restored`` gets the dequantized float32."""
     for i in range(rows.shape[0]):
         for b in range(scales.shape[1]):
             scale, here = scales[i, b], slice(b * block, min((b + 1) * block, rows.shape[1]))
@@ -63,7 +63,7 @@ def to_int8(rows, scales, block, codes, restored):
 
 @njit(nogil=True)
 def to_bfloat16(bits, out, restored):
-    """Round finite float32 ``bits`` to the upper halves ``out``, to even, and back to float32 bits in ``restored``."""
+    """Round finite float32 ``bits`` to bfloat16 bits ``out``, halves to even, and back to float32 bits in ``restored``."""
     for i in range(bits.shape[0]):
         row, to, back = bits[i], out[i], restored[i]
         for k in range(row.size):

@@ -1,13 +1,12 @@
-"""Kernels for the GPU at hand, compiled by Triton at first use and kept on disk. Tensors in, tensors changed in place.
+"""Kernels for the GPU, compiled by Triton at first use and cached on disk. Tensors in, tensors changed in place.
 
-A program owns the numbers it writes, and adds up in an order that the shapes fix: nothing is atomic, and a result does not
-depend on the hardware's timing. Sums are in float32 whatever the tensors are. Rows are read in blocks of ``BLOCK`` columns,
-those of ``SOME`` entries at once, because a single row would leave the memory idle while it is waited for. Offsets are
-64 bits wide: matrices have more than 2 ** 31 numbers.
+A program owns the numbers it writes and adds in an order fixed by the shapes: there are no atomics, and results do not depend
+on the hardware's timing. Sums are in float32 regardless of dtype. Rows are read in blocks of ``BLOCK`` columns, for ``SOME``
+entries at once, because waiting for a single row would leave memory bandwidth idle. Offsets are 64-bit: matrices have more than
+2 ** 31 numbers.
 """
 
-# Triton declares that its sums may be tuples.
-# pyright: reportOperatorIssue=false
+# Triton's annotations allow sums to be tuples.
 
 import triton
 import triton.language as tl
@@ -15,14 +14,14 @@ import triton.language as tl
 
 @triton.jit
 def _add_entries(first, last, columns, d, members, values, rows, SOME: tl.constexpr, BLOCK: tl.constexpr):
-    """Some columns of the sum over entries ``first`` to ``last`` of their members' rows, weighted by their values."""
+    """Return some columns of the sum over entries ``first`` to ``last`` of their members' rows, weighted by their values."""
     total = tl.zeros((SOME, BLOCK), tl.float32)
     for start in range(first, last, SOME):
         places = start + tl.arange(0, SOME)
         there = places < last
         value = tl.load(values + places, mask=there, other=0.0).to(tl.float32)
         member = tl.load(members + places, mask=there, other=0).to(tl.int64)
-        # Silent entries are common, and need not be read.
+        # Entries of value zero are common and their rows need not be read.
         wanted = (value != 0)[:, None] & (columns < d)[None, :]
         row = tl.load(rows + member[:, None] * d + columns[None, :], mask=wanted, other=0.0).to(tl.float32)
         total += value[:, None] * row
@@ -34,7 +33,7 @@ def _segment(
     i, columns, d, firsts, members, values, rows, heads, chunks, length,
     SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of the sum over segment ``i``: if it is split, what its whole chunks came to, then the entries behind."""
+    """Return some columns of the sum over segment ``i``: its precomputed chunks if it is split, plus the remaining entries."""
     first = tl.load(firsts + i)
     total = tl.zeros((BLOCK,), tl.float32)
     if SPLIT:
@@ -48,7 +47,7 @@ def _segment(
 
 @triton.jit
 def sum_chunks_block(begins, length, members, values, rows, d, out, SOME: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[q]``: the weighted sum over the ``length`` entries from ``begins[q]`` on, unless that is negative."""
+    """Compute ``out[q]``: the weighted sum over the ``length`` entries from ``begins[q]`` on, unless that is negative."""
     q = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(begins + q)
@@ -62,9 +61,9 @@ def sum_segments_block(
     firsts, members, values, rows, heads, chunks, length, d, out,
     SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out[i]``: the sum of segment ``i``'s members' rows, weighted by their values.
+    """Compute ``out[i]``: the sum of the rows of segment ``i``'s members, weighted by their values.
 
-    Programs of the same columns follow one another: that part of ``rows`` is small enough to stay in the cache.
+    Programs of the same columns are consecutive, because that part of ``rows`` is small enough to stay in cache.
     """
     i = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -74,9 +73,9 @@ def sum_segments_block(
 
 @triton.jit
 def dots_block(bounds, latents, left, rows, d, out, SOME: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[e]``: the product of an entry's token row of ``left`` with its latent's row.
+    """Compute ``out[e]``: the dot product of an entry's token row of ``left`` and its latent's row.
 
-    The token's row is read for ``SOME`` entries at once, after the first time from the cache: it may be of any length.
+    The token's row, which may have any length, is read once per ``SOME`` entries, after the first time from cache.
     """
     t = tl.program_id(0).to(tl.int64)
     last = tl.load(bounds + t + 1)
@@ -96,7 +95,7 @@ def dots_block(bounds, latents, left, rows, d, out, SOME: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _row(matrix, i, columns, d):
-    """Some columns of row ``i``."""
+    """Return some columns of row ``i``."""
     return tl.load(matrix + i * d + columns, mask=columns < d, other=0.0).to(tl.float32)
 
 
@@ -105,7 +104,7 @@ def _gradient(
     i, columns, d, firsts, members, values, rows, dense_of, dense, heads, chunks, length,
     SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of row ``i`` of a gradient: its entries, and row ``dense_of[i]`` of ``dense`` unless that is negative."""
+    """Return some columns of row ``i`` of a gradient: its entries, plus row ``dense_of[i]`` of ``dense`` unless negative."""
     gradient = _segment(i, columns, d, firsts, members, values, rows, heads, chunks, length, SPLIT, SOME, BLOCK)
     place = tl.load(dense_of + i)
     if place >= 0:
@@ -118,7 +117,7 @@ def _along(
     i, weights, d, firsts, members, values, rows, dense_of, dense, heads, chunks, length,
     SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The product of row ``i`` of a gradient with the weights' row."""
+    """Return the dot product of row ``i`` of a gradient and of the weights."""
     along = 0.0
     for start in range(0, d, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -134,9 +133,9 @@ def squared_norms_block(
     weights, d, firsts, members, values, rows, dense_of, dense, heads, chunks, length, out,
     UNIT: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out[i]``: squared length of row ``i`` of the gradient, without its part along the weights' row if ``UNIT``.
+    """Compute ``out[i]``: squared norm of row ``i`` of the gradient, without its part along the weights' row if ``UNIT``.
 
-    If ``WHOLE``, a block holds the row; otherwise a ``UNIT`` row's gradient is added up twice, for want of room to keep it.
+    If ``WHOLE``, one block holds the row; otherwise the gradient of a ``UNIT`` row is computed twice, as it cannot be kept.
     """
     i = tl.program_id(0).to(tl.int64)
     if WHOLE:
@@ -168,7 +167,7 @@ def squared_norms_block(
 
 @triton.jit
 def _move(row, gradient, mean, square, i, columns, d, new, keep, fresh, step, root, eps):
-    """Some columns of a row one step on; their moments are brought up to date."""
+    """Apply Adam to some columns of a row: update the moments and return the new values."""
     m = _row(mean, i, columns, d)
     m += (gradient - m) * new
     tl.store(mean + i * d + columns, m, mask=columns < d)
@@ -183,9 +182,9 @@ def adam_block(
     new, keep, fresh, step, root, eps,
     UNIT: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adam's step on row ``i``, whose gradient, times ``factor``, is never written out; ``UNIT`` rows end at norm 1.
+    """Apply an Adam step to row ``i`` with its gradient times ``factor``, never materialized; ``UNIT`` rows end at norm 1.
 
-    Weights and moments are read and written once if ``WHOLE``; otherwise ``UNIT`` rows are rescaled once they are written.
+    Weights and moments are read and written once if ``WHOLE``; otherwise ``UNIT`` rows are rescaled after they are written.
     """
     i = tl.program_id(0).to(tl.int64)
     scale = tl.load(factor).to(tl.float32)
@@ -199,7 +198,7 @@ def adam_block(
             gradient -= tl.sum(gradient * row) * row
         row = _move(row, gradient * scale, mean, square, i, columns, d, new, keep, fresh, step, root, eps)
         if UNIT:
-            # torch's own normalize divides by no less.
+            # Lower bound as in ``torch.nn.functional.normalize``.
             row /= tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12)
         tl.store(weights + i * d + columns, row, mask=columns < d)
     else:
@@ -221,7 +220,7 @@ def adam_block(
             total += tl.sum(row * row)
             tl.store(weights + i * d + columns, row, mask=columns < d)
         if UNIT:
-            # All threads must see what the others wrote.
+            # All threads must see the values written by the others.
             tl.debug_barrier()
             norm = tl.maximum(tl.sqrt(total), 1e-12)
             for start in range(0, d, BLOCK):
