@@ -1,4 +1,4 @@
-"""The commands that train: ``sparsary harvest`` and ``sparsary train``."""
+"""Command line of training: ``sparsary harvest`` and ``sparsary train``."""
 
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ def recipe_overrides(arguments: list[str] | None, trust_remote_code: bool | None
 
 @app.command("harvest")
 def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code: TrustRemoteCode = None) -> None:
-    """Store the activations a recipe asks for; an interrupted harvest goes on."""
+    """Cache the activations that a recipe asks for; an interrupted harvest resumes."""
     from .run import harvest
 
     with show_progress("harvest") as progress:
@@ -44,7 +44,7 @@ def _train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
-    """Harvest if need be, then train, all members of a grid side by side; the same command continues an interrupted run."""
+    """Harvest if needed, then train, all members of a grid together; the same command resumes an interrupted run."""
     from .preflight import grid_lines, preflight_all
     from .recipe.grid import load_grid
     from .resolve_hooks import resolve_recipes

@@ -1,6 +1,6 @@
-"""The configuration's schema: every key of a recipe with its type, default and meaning.
+"""Schema of a recipe: every key with its type, default and description.
 
-Types are never coerced, and unknown keys are errors. What no single key can be blamed for is in ``checks.py``.
+Types are never coerced, and unknown keys are errors. Checks that involve several keys are in ``validation.py``.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 
 class Section(BaseModel):
-    """Strict: unknown keys and wrong types are errors. Frozen: what varies in a run lives in ``state.py``."""
+    """Base class of recipe sections: strict (no unknown keys, no coercion) and frozen (a run's state is in ``state.py``)."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -59,7 +59,7 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
-# Unions, of which pydantic would report every part.
+# Unions with validators of their own, because pydantic would report an error for every part.
 _listed = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value)
 Hooks = Annotated[str | tuple[str, ...] | None, PlainValidator(_hooks), _listed]
 Rate = Annotated[float | Literal["auto"], PlainValidator(_rate)]
@@ -68,7 +68,7 @@ Layers = Annotated[Literal["all"] | tuple[int, ...] | None, PlainValidator(_laye
 
 
 class ModelSection(Section):
-    """The language model under study."""
+    """Language model whose activations are studied."""
 
     id: str = Field(default="embedded", description="'embedded', a Hugging Face id or a local directory")
     revision: str | None = None
@@ -82,7 +82,7 @@ class ModelSection(Section):
 
 
 class TextSection(Section):
-    """Where documents come from and how they become contexts."""
+    """Source of the documents, and their division into contexts."""
 
     source: Literal["embedded", "files", "hub"] = "embedded"
     files: Names = Field(default=(), description="source files: .txt, .jsonl or .parquet paths, read in this order")
@@ -108,7 +108,7 @@ class TextSection(Section):
 
 
 class HarvestSection(Section):
-    """Which activations are taken, and how they are stored."""
+    """Choice and storage of activations."""
 
     hooks: Names = Field(
         default=(),
@@ -133,7 +133,7 @@ class HarvestSection(Section):
 
 
 class DictionarySection(Section):
-    """What is learned, and between which hooks: named as they are, or by ``layer`` and ``site``."""
+    """Dictionary to train, and its hooks: given directly, or by ``layer`` and ``site``."""
 
     kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = "sae"
     hook: str | None = Field(default=None, description="sae: what it reads and reconstructs")
@@ -161,22 +161,22 @@ class DictionarySection(Section):
 
     @property
     def resolved(self) -> bool:
-        """Whether the hooks are named as the model has them."""
+        """True if the hooks are given directly, by module path."""
         return self.hook is not None or (self.hook_in is not None and self.hook_out is not None)
 
     @property
     def hooks_in(self) -> tuple[str, ...]:
-        """Whose tensors are read, side by side."""
+        """Hooks to read, concatenated along the feature axis."""
         return self._named(self.hook_in)
 
     @property
     def hooks_out(self) -> tuple[str, ...]:
-        """Whose tensors are reconstructed: of an SAE the same ones."""
+        """Hooks to reconstruct; for an SAE, the same as ``hooks_in``."""
         return self._named(self.hook_out)
 
     @property
     def all_hooks(self) -> tuple[str, ...]:
-        """Each once."""
+        """All hooks, each once."""
         return tuple(dict.fromkeys((*self.hooks_in, *self.hooks_out)))
 
     def _named(self, given: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ class DictionarySection(Section):
 
 
 class PhaseSection(Section):
-    """Another encoder from some point of the run on; it takes over what the one before it measured."""
+    """Switch to another encoder during the run; the new one inherits the statistics of the one before."""
 
     start: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="share of the run at which the phase begins")
     encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
@@ -199,7 +199,7 @@ Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)
 
 
 class WandbSection(Section):
-    """Logging to Weights & Biases, beside metrics.jsonl."""
+    """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
     project: str
     name: str | None = None
@@ -209,7 +209,7 @@ class WandbSection(Section):
 
 
 class Recipe(Section):
-    """One training run."""
+    """Configuration of one training run."""
 
     model: ModelSection = ModelSection()
     text: TextSection = TextSection()
@@ -288,19 +288,19 @@ class Recipe(Section):
 
 
 def total_steps(recipe: Recipe) -> int:
-    """Steps of the whole run; the last batch is a full one."""
+    """Return the number of steps of the run; the last batch is a full one."""
     return -(-recipe.tokens // recipe.batch_tokens)
 
 
 def calibrated_on(recipe: Recipe) -> int:
-    """Tokens from which thresholds, and a streamed run's moments, are found: a run shorter than that uses its own."""
+    """Return the number of tokens for calibrating thresholds and for a streamed run's moments: at most those of the run."""
     return min(recipe.calibration_tokens, recipe.tokens)
 
 
 def peak_lr(recipe: Recipe) -> float:
-    """The highest learning rate of a run.
+    """Return the highest learning rate of a run.
 
-    With ``auto`` it falls with the root of the dictionary's width: the rule is that of Gao et al. 2024, arXiv:2406.04093,
-    section 3; the constant, 2e-4 at 16,384 latents, that of EleutherAI's sparsify.
+    With ``auto`` it is proportional to the inverse square root of the number of latents. The rule is from Gao et al. 2024,
+    arXiv:2406.04093, section 3; the constant, 2e-4 at 16,384 latents, from EleutherAI's sparsify.
     """
     return 2e-4 * (16_384 / recipe.dictionary.n_latents) ** 0.5 if recipe.lr == "auto" else recipe.lr
