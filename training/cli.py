@@ -7,13 +7,12 @@ import typer
 from .console import print_fields, show_progress
 
 app = typer.Typer()
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 TrustRemoteCode = Annotated[
     bool | None,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that the language model's repository brings. It can do whatever you can on this machine: read it "
-        "first.",
+        help="Run Python code from the language model's repository. It has your permissions on this machine: read it first.",
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys to override.")]
@@ -41,7 +40,7 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code:
 def _train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print the plan and exit.")] = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Harvest if needed, then train, all members of a grid together; the same command resumes an interrupted run."""
