@@ -1,4 +1,4 @@
-"""Trains dictionaries: recipes, activations, the loop."""
+"""Training of sparse dictionaries: recipes, activation caching and the training loop."""
 
 if __name__ == "training":
     raise ImportError(

@@ -1,4 +1,4 @@
-"""Rows that cannot be used, of texts and of activations: left out and counted, or an error above a share."""
+"""Counters of unusable rows (documents, tokens). They are skipped and counted, or raise an error above a maximum share."""
 
 import logging
 import re
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .recipe import HarvestSection, TextSection
 
-# Below as many rows a share says little: so many bad ones as it allows of these always pass.
+# The share is computed over at least this many rows, so that a few early bad rows do not stop a run.
 LEAST_TEXTS, LEAST_TOKENS = 100, 20_000
 NOT_FINITE = "tokens whose activations are not finite"
 NOT_UTF8 = "texts with bytes that are not UTF-8, read as U+FFFD"
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class BadRows:
-    """Rows of one source, and how many of them are bad.
+    """Counter of the rows of one source and of the bad ones among them.
 
     Args:
-        section: The recipe's section that says what is to become of bad rows.
-        key: Its name, for messages.
-        least: The number of rows of which the largest share is always allowed.
+        section: Recipe section with ``on_bad_row`` and ``max_bad_share``.
+        key: Name of that section, for error messages.
+        least: Smallest number of rows that the share is computed over.
     """
 
     def __init__(self, section: TextSection | HarvestSection, key: str, least: int):
@@ -35,14 +35,14 @@ class BadRows:
         self.first: tuple[str, str] | None = None
 
     def count(self, rows: int, bad: int = 0, where: str = "", remedy: str = "") -> None:
-        """Take in some rows, of which ``bad`` are bad.
+        """Count rows, ``bad`` of them bad.
 
         Args:
-            where: The place of a bad one, and what is wrong there.
-            remedy: What helps, as sentences.
+            where: Location of a bad row, and what is wrong with it.
+            remedy: Suggested fix, in full sentences.
 
         Raises:
-            ValueError: If more are bad than the recipe allows; it names the first place.
+            ValueError: If there are more bad rows than the recipe allows. The message names the first one.
         """
         self.rows, self.bad = self.rows + rows, self.bad + bad
         if not bad:
@@ -59,7 +59,7 @@ class BadRows:
         return self.section.max_bad_share if self.section.on_bad_row == "skip" else 0.0
 
     def refuse(self) -> None:
-        """Raise the ``ValueError`` for the first bad row, if there is one."""
+        """Raise ``ValueError`` for the first bad row, if there is one."""
         if self.first is None:
             return
         where, remedy = self.first
@@ -71,7 +71,7 @@ class BadRows:
 
 
 class BadTexts(BadRows):
-    """Bad rows of a text, by the number of documents before them. Reading may begin anew: each row is counted once."""
+    """Counter of a text's bad rows, with the number of documents before each. Rows that are read again count once."""
 
     def __init__(self, section: TextSection):
         super().__init__(section, "text", LEAST_TEXTS)
@@ -80,17 +80,17 @@ class BadTexts(BadRows):
         self._row = self._left_out = 0
 
     def begin(self) -> None:
-        """Reading begins, or begins again, with the first row."""
+        """Reset the position to the first row, before every pass over the text."""
         self.documents = self._row = 0
 
     def good(self) -> None:
-        """Count a row that can be read, or that is empty."""
+        """Count a row that is readable or empty."""
         self._row += 1
         if self._row > self.rows:
             self.count(1)
 
     def skip(self, what: str, where: str, remedy: str, left_out: bool = True) -> None:
-        """Count a row that is left out, or mended; ``what`` are such rows."""
+        """Count a row that is left out or repaired; ``what`` names the kind of defect."""
         self._row += 1
         if self._row > self.rows:
             self._places.append((self.documents, what))
@@ -98,12 +98,12 @@ class BadTexts(BadRows):
             self.count(1, 1, where, remedy)
 
     def end(self) -> None:
-        """Reading is at the end: raise ``ValueError`` if no row was of use."""
+        """Finish a pass: raise ``ValueError`` if every row was left out."""
         if self._left_out == self.rows:
             self.refuse()
 
     def clean(self, text: str, where: str) -> str:
-        """Return a text in which halves of surrogate pairs, and bytes that were read as such, are U+FFFD."""
+        """Return the text with lone surrogates, which also encode undecodable bytes, replaced by U+FFFD; count the row."""
         if text.isascii() or not _HALVES.search(text):
             self.good()
             return text
@@ -116,15 +116,15 @@ class BadTexts(BadRows):
         return _HALVES.sub("\ufffd", text)
 
     def until(self, document: int | None) -> Counter[str]:
-        """Count the bad rows before a document; without one, all that were met."""
+        """Return the number of bad rows of each kind before a document; ``None`` counts all rows read so far."""
         return Counter(what for before, what in self._places if document is None or before <= document)
 
 
 class BadTokens(BadRows):
-    """Tokens whose activations cannot be used, because one of them is not finite, or above what can be stored.
+    """Counter of tokens with an activation that is not finite, or too large to store.
 
     Args:
-        largest: The largest absolute value that is of use; ``None``: all that are finite.
+        largest: Largest absolute value to accept; ``None`` accepts all finite ones.
     """
 
     def __init__(self, section: HarvestSection, largest: float | None = None):
@@ -133,15 +133,15 @@ class BadTokens(BadRows):
 
     @property
     def found(self) -> Counter[str]:
-        """The number that was left out, as it is counted in stores and states."""
+        """Number of tokens left out, in the form that stores and states record."""
         return +Counter({NOT_FINITE: self.bad})
 
     def usable(self, tensors: Iterable[Tensor]) -> Tensor | None:
-        """Return which rows of tensors of the same tokens are of use; ``None`` if all are."""
+        """Return a mask of the usable rows of tensors that hold the same tokens; ``None`` if all are usable."""
         bad = None
         for rows in tensors:
-            # Numpy's functions, not torch's: these run in a background thread, beside a model that needs the cores. NaN is
-            # the largest of whatever it is among, and larger than nothing.
+            # NumPy, not torch: this runs in a background thread while the model needs the cores. A maximum over NaN is NaN,
+            # and every comparison with NaN is False.
             values = rows.numpy()
             if not values.size or max(values.max(), -values.min()) <= self.largest:
                 continue
@@ -151,5 +151,5 @@ class BadTokens(BadRows):
 
 
 def counted(found: Mapping[str, int]) -> str:
-    """Return counts in words, the largest first."""
+    """Return counts as text, largest first."""
     return "; ".join(f"{what}: {count:,}" for what, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -1,4 +1,4 @@
-"""What is done once to a trained dictionary, so that it can be used one token at a time."""
+"""Final calibration of a trained dictionary, so that it can encode tokens one at a time."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,9 @@ from .shortfalls import Shortfall, shortfall
 
 
 def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, batch_tokens: int) -> list[Shortfall]:
-    """Calibrate thresholds on ``tokens`` training tokens, bring free atoms to unit norm, and return what fell short.
+    """Calibrate thresholds on ``tokens`` training tokens, normalize a free decoder to unit norm and return any shortfall.
 
-    The same dictionary and stream give the same result: an interrupted end of a run is done over.
+    The same dictionary and stream give the same result, so an interrupted calibration is simply repeated.
     """
     if not dictionary.encoder.unit_atoms:
         dictionary.fold_norms()
@@ -32,14 +32,14 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
 
 
 def calibration_shortfall(tokens: int, have: int) -> list[Shortfall]:
-    """Return what a calibration on ``tokens`` tokens lacks where there are ``have``."""
+    """Return the shortfall of a calibration on ``tokens`` tokens of which ``have`` are available."""
     return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds rest on all the training tokens there are")
 
 
 def inputs(
     stream: ActivationStream, tokens: int, batch_tokens: int, device: torch.device
 ) -> Iterator[Float[Tensor, "tokens d_in"]]:
-    """Shuffled training tokens, a batch at a time."""
+    """Yield shuffled training inputs in batches, at most ``tokens`` tokens in total."""
     seen = 0
     while seen < tokens:
         x = stream.sample(min(batch_tokens, tokens - seen), seen).x.to(device)

@@ -1,4 +1,4 @@
-"""The run's directory: who may write to it, and what is saved in it."""
+"""Run directory: its lock, the check of what it already holds, and the files saved in it."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Saves state and dictionary into ``out_dir``."""
+    """Writer of training states and dictionaries to ``out_dir``."""
 
     def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases):
         self.directory = directory
@@ -44,7 +44,10 @@ class Checkpoints:
         stream: ActivationStream,
         report: TrainingLog,
     ) -> None:
-        """State first, then the dictionary: a kill in between is mended by the resume, which saves again at the end."""
+        """Save the training state, then the dictionary.
+
+        If the process is killed in between, the resumed run saves the dictionary again at its end.
+        """
         state.require_finite(self.directory)
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
         self.save_dictionary(state, dictionary, stream)
@@ -52,10 +55,10 @@ class Checkpoints:
     def save_dictionary(
         self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream, finished: bool = False
     ) -> None:
-        """Write the checkpoint that others load.
+        """Write the loadable checkpoint.
 
-        It says whether training and calibration are over, how many bad rows were left out or mended, if any were, what the
-        run fell short of, and what model and text are identified by.
+        Its provenance records the training progress, whether the run is calibrated (``finished``), the number of rows left
+        out or repaired, the shortfalls, and the content digests of model and text.
         """
         dictionary.training_usage = state.training_usage
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
@@ -64,7 +67,7 @@ class Checkpoints:
         dictionary.save(self.directory, self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]})
 
     def _content(self, stream: ActivationStream) -> Content | None:
-        """The content of model and text as far as it was ever read: who goes on near the end has read less than before."""
+        """Return the content of model and text, with the longest text record: a run resumed near its end reads less text."""
         content = stream.content()
         if self._recorded is None and (self.directory / CONFIG_FILE).exists():
             self._recorded = read_config(self.directory)["provenance"].get("content")
@@ -77,13 +80,13 @@ class Checkpoints:
 
 @contextmanager
 def claimed(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> Iterator[Recipe | None]:
-    """Hold ``directory`` for this recipe; the value is the recipe of the saved state to continue, ``None`` if there is none.
+    """Lock ``directory`` for a run of this recipe; yield the recipe of the saved state to resume, ``None`` if there is none.
 
     Args:
-        content: Return that of the recipe's model, which a saved run must have been trained on.
+        content: Returns the content of the recipe's model, which must be the one the saved run was trained on.
 
     Raises:
-        ValueError: If the directory holds another run, something else, or is in use or not writable.
+        ValueError: If the directory holds another run or unrelated files, is in use, or is not writable.
     """
     with locked(directory, "out_dir"):
         remove_partial_files(directory)
@@ -93,12 +96,12 @@ def claimed(directory: Path, recipe: Recipe, content: Callable[[], Content] | No
 
 
 def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Content] | None = None) -> Recipe | None:
-    """Return the recipe of the state that a run of ``recipe`` would go on from, ``None`` if it would start anew.
+    """Return the recipe of the saved state that a run of ``recipe`` would resume, ``None`` if it would start from scratch.
 
-    A run that never saved a step is nobody's: its directory is taken over. More ``tokens`` than before make a run longer.
+    A directory whose run never saved a state is taken over. More ``tokens`` than before lengthen the saved run.
 
     Raises:
-        ValueError: If the directory holds another run, one on another model or text, or something else.
+        ValueError: If the directory holds another run, a run on another model or text, or unrelated files.
     """
     saved = directory / RECIPE_FILE
     if not directory.exists():
@@ -122,9 +125,9 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
 
 
 def _require_same_phase(directory: Path, old: Recipe, recipe: Recipe) -> None:
-    """Raise ``ValueError`` if the state is past the start of a phase that begins later in a longer run."""
+    """Raise ``ValueError`` if the state is past the start of a phase that begins later in the longer run."""
     step = saved_step(directory)
-    # The state is that before step `step`, which the phase is entered with.
+    # The state precedes step `step`, and a phase is entered at its first step.
     past = [sum(start < step for start in phase_starts(each)) for each in (old, recipe)]
     if past[0] != past[1]:
         raise ValueError(
@@ -135,10 +138,10 @@ def _require_same_phase(directory: Path, old: Recipe, recipe: Recipe) -> None:
 
 
 def run_changes(directory: Path, old: Recipe, new: Recipe, current: Callable[[], Content] | None) -> list[str]:
-    """Return one line for every way in which a saved run cannot be continued with a recipe.
+    """Return one line for each reason why a saved run cannot be resumed with a recipe.
 
     Args:
-        current: Return the content of the recipe's model and tokenizer as they are now; ``None`` compares names only.
+        current: Returns the current content of the recipe's model and tokenizer; ``None`` compares names only.
     """
     keys = differences(old, new)
     if current is None or not (directory / CONFIG_FILE).exists():
@@ -153,6 +156,6 @@ def run_changes(directory: Path, old: Recipe, new: Recipe, current: Callable[[],
                 directory,
             )
         return keys
-    # Revisions may be written down once a repository has moved on.
+    # Contents are compared instead: a revision may be pinned later, when the repository has changed.
     keys = [line for line in keys if not line.startswith(("model.revision:", "text.dataset_revision:"))]
     return model_problems(recorded, current()) + (text_problems(recorded, new.text) or []) + keys

@@ -1,4 +1,4 @@
-"""The commands that train: ``sparsary harvest`` and ``sparsary train``."""
+"""Command line of training: ``sparsary harvest`` and ``sparsary train``."""
 
 from typing import Annotated, Any
 
@@ -7,13 +7,12 @@ import typer
 from .console import print_fields, show_progress
 
 app = typer.Typer()
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 TrustRemoteCode = Annotated[
     bool | None,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that the language model's repository brings. It can do whatever you can on this machine: read it "
-        "first.",
+        help="Run Python code from the language model's repository. It has your permissions on this machine: read it first.",
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys to override.")]
@@ -29,7 +28,7 @@ def recipe_overrides(arguments: list[str] | None, trust_remote_code: bool | None
 
 @app.command("harvest")
 def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code: TrustRemoteCode = None) -> None:
-    """Store the activations a recipe asks for; an interrupted harvest goes on."""
+    """Cache the activations that a recipe asks for; an interrupted harvest resumes."""
     from .run import harvest
 
     with show_progress("harvest") as progress:
@@ -41,10 +40,10 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code:
 def _train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the plan, then stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print the plan and exit.")] = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
-    """Harvest if need be, then train, all members of a grid side by side; the same command continues an interrupted run."""
+    """Harvest if needed, then train, all members of a grid together; the same command resumes an interrupted run."""
     from .preflight import grid_lines, preflight_all
     from .recipe.grid import load_grid
     from .resolve_hooks import resolve_recipes

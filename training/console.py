@@ -1,4 +1,4 @@
-"""The terminal: tables, and a progress bar. Only this file and the command lines print."""
+"""Terminal output: tables and a progress bar. Only this file and the ``cli.py`` files print."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Print columns under their names, all but the first aligned to the right."""
+    """Print a table whose columns are right-aligned, except for the first."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -16,12 +16,12 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=index > 0)
     for row in rows:
         table.add_row(*map(escape, row))
-    # In a file nothing limits the width; rich would cut numbers off at column 80.
+    # Without a terminal rich assumes 80 columns, and would cut off numbers.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def print_fields(fields: list[tuple[str, str]]) -> None:
-    """Print pairs of a name and a value, one a line."""
+    """Print pairs of a name and a value, one per line."""
     from rich.console import Console
     from rich.table import Table
 
@@ -33,9 +33,9 @@ def print_fields(fields: list[tuple[str, str]]) -> None:
 
 @contextmanager
 def show_progress(name: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """Show a progress bar on a terminal, from the first report of progress to the last.
+    """Show a progress bar on a terminal, from the first progress report to the last.
 
-    The value is called with the total, and returns the function to call with the number done.
+    The context value is called with the total and returns a function to call with the number done.
     """
     from rich.console import Console
     from rich.progress import Progress

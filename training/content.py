@@ -1,10 +1,10 @@
-"""Identity by content: digests of models, tokenizers and texts, which change when files change under the same name.
+"""Content digests of models, tokenizers and texts, which change when files change under the same name.
 
-A store's manifest, a run's checkpoint and cached figures record a *content*: ``{"model": ..., "tokenizer": ..., "text": ...}``.
-Local models are identified by their files, models and data sets of the hub by their commit, texts by the documents read so far.
-Files are read once: digests are remembered in the user's cache folder (``$SPARSARY_CACHE``, else ``sparsary`` in
-``$XDG_CACHE_HOME`` or ``~/.cache``), together with the files' sizes, times and inodes, and a file that differs in any of these
-is read again.
+A store's manifest, a run's checkpoint and cached results record a *content*: ``{"model": ..., "tokenizer": ..., "text": ...}``.
+Local models are identified by their files, models and datasets of the Hugging Face Hub by their commit, texts by the documents
+read so far. Files are hashed once: digests are kept in the user's cache folder (``$SPARSARY_CACHE``, else ``sparsary`` in
+``$XDG_CACHE_HOME`` or ``~/.cache``), with the files' sizes, times and inodes. A file that differs in any of these is hashed
+again.
 """
 
 import hashlib
@@ -31,24 +31,24 @@ log = logging.getLogger(__name__)
 Content = dict[str, Any]
 REMEMBERED_FILE = "digests.json"
 REMEMBERED = 1000
-# A file may change once more within the resolution of its times: a digest of one that has just changed is not remembered.
+# A file may change again within the resolution of its timestamps, so digests of files that just changed are not cached.
 SETTLED_SECONDS = 2.0
-# The embedded corpus is made by rules, documents of any number by the same ones.
+# The embedded corpus is generated: a few documents identify the rules that generate all of them.
 EMBEDDED_DOCUMENTS = 16
-# Keys of a configuration that say who wrote it, not what it holds.
+# Keys of a model configuration that do not affect the model.
 UNREAD_KEYS = ("transformers_version", "_name_or_path")
-# Keys of a text section that do not decide which documents there are.
+# Keys of a text section that do not affect its documents.
 UNREAD_TEXT_KEYS = ("context_length", "bos", "packing", "seed", "source", "on_bad_row", "max_bad_share")
 
 
 def cache_folder() -> Path:
-    """The folder in which digests are remembered."""
+    """Return the folder of cached digests."""
     own = os.environ.get("SPARSARY_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsary"
 
 
 def _state(path: Path) -> list[int]:
-    """Everything that the file system says of a file's content without reading it."""
+    """Return the file metadata that changes when the content does."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
 
@@ -58,10 +58,10 @@ def _settled(states: Iterable[list[int]], now: float) -> bool:
 
 
 def remembered(name: str, files: Iterable[Path], compute: Callable[[], str]) -> str:
-    """Return ``compute()``, or what it returned before for files that have not changed since.
+    """Return ``compute()``, or its cached result if the files have not changed since.
 
     Args:
-        name: The digest's name, which holds all it depends on besides the files.
+        name: Cache key; it must contain everything that the result depends on besides the files.
     """
     paths = list(files)
     states, started = [_state(path) for path in paths], time.time()
@@ -75,7 +75,7 @@ def remembered(name: str, files: Iterable[Path], compute: Callable[[], str]) -> 
 
 
 def remember(name: str, states: list[list[int]], digest: str) -> None:
-    """Keep a digest for later; without a writable cache folder it is computed again."""
+    """Cache a digest. Without a writable cache folder it is computed again next time."""
     known = _read_remembered()
     known.pop(name, None)
     known[name] = {"files": states, "digest": digest}
@@ -96,7 +96,7 @@ def _read_remembered() -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file, without reading it where it is remembered."""
+    """Return the sha256 of a file, from the cache if possible."""
     path = path.resolve()
     return remembered(f"file {path}", [path], lambda: sha256(path))
 
@@ -106,13 +106,13 @@ def _joined(parts: Iterable[tuple[str, str]]) -> str:
 
 
 def model_folder(section: ModelSection) -> Path | None:
-    """The folder of a local or embedded model; ``None`` for one of the hub."""
+    """Return the folder of a local or embedded model; ``None`` for one of the Hugging Face Hub."""
     folder = MODEL_DIR if section.id == "embedded" else Path(section.id)
     return folder if folder.is_dir() else None
 
 
 def folder_content(folder: Path, with_code: bool = False) -> Content:
-    """Return the digests of a local model's configuration and weights, and of its code where that is run."""
+    """Return the digests of a local model's configuration and weights and, with ``with_code``, of its Python code."""
     content = {"config": _config_digest(folder / "config.json")}
     weights = _weights(folder)
     content["weights"] = _joined((path.name, file_digest(path)) for path in weights)
@@ -132,7 +132,7 @@ def _config_digest(path: Path) -> str:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that a model's weights are loaded from; adapters are loaded on top of them."""
+    """Return the files that a model's weights are loaded from, including adapters loaded on top."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -145,20 +145,20 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def chained(digest: str, text: str) -> str:
-    """Return the digest of some documents and one more, which may be computed without the ones before."""
+    """Return the digest of a sequence of documents, given the digest of all but the last one."""
     return hashlib.sha256(digest.encode() + text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class TextDigest:
-    """The digest of a text's documents while they are read, in order; may be asked from another thread.
+    """Running digest of a text's documents in reading order. It may be queried from another thread.
 
-    A text that starts over, or is read again from the beginning, is not counted twice.
+    Documents that are read again, as in a second pass, are not counted twice.
     """
 
     def __init__(self, section: TextSection):
         self.section = section
         self._documents, self._digest = 0, ""
-        # The number of documents -> their digest, for those that were read ahead of the last record.
+        # Pairs (number of documents, digest) for documents read ahead of the last record.
         self._ahead: deque[tuple[int, str]] = deque()
         self._record = {"documents": 0, "sha256": ""}
         self._lock = threading.Lock()
@@ -166,7 +166,7 @@ class TextDigest:
         self._states = _states_of(self._files)
 
     def add(self, number: int, text: str) -> None:
-        """Count document ``number``, if all before it were counted and it was not."""
+        """Add document ``number`` if it is the next one; ignore it otherwise."""
         if number == self._documents:
             with self._lock:
                 self._digest = chained(self._digest, text)
@@ -174,7 +174,7 @@ class TextDigest:
                 self._ahead.append((self._documents, self._digest))
 
     def up_to(self, cursor: Cursor) -> Content:
-        """Return the record of every document that begins before ``cursor``; never of fewer than the last time."""
+        """Return the record of all documents that begin before ``cursor``; never of fewer than last time."""
         if self.section.source == "embedded":
             return text_record(self.section, EMBEDDED_DOCUMENTS)
         with self._lock:
@@ -185,7 +185,7 @@ class TextDigest:
             return self._record | ({"commit": commit} if _is_commit(commit) else {})
 
     def remember(self) -> None:
-        """Keep the last record for the next start, unless files have changed while they were read."""
+        """Cache the last record for the next start, unless files changed while they were read."""
         if self._states and _settled(self._states, time.time()) and _states_of(self._files) == self._states:
             remember(_text_name(self.section, self._record["documents"]), self._states, self._record["sha256"])
 
@@ -212,7 +212,7 @@ def _text_name(section: TextSection, count: int | None) -> str:
 
 
 def text_record(section: TextSection, count: int | None) -> Content:
-    """Return the record of a text's first ``count`` documents, ``None`` for all; they are read unless that is remembered.
+    """Return the record of a text's first ``count`` documents, ``None`` for all; read them unless the digest is cached.
 
     Raises:
         ValueError: If the text cannot be read.
@@ -226,13 +226,13 @@ def text_record(section: TextSection, count: int | None) -> Content:
 
     files = _text_files(section)
     if not files or not all(path.is_file() for path in files):
-        # Nothing to know it by again; or not there, which reading says in the recipe's words.
+        # No file identifies the text, or one is missing: then reading raises the error that names the recipe key.
         return {"documents": count, "sha256": compute()}
     return {"documents": count, "sha256": remembered(_text_name(section, count), files, compute)}
 
 
 def text_content(section: TextSection, count: int | None) -> Content:
-    """Return what a text's first documents are identified by: the commit of a data set of the hub, else what they hold.
+    """Return the identity of a text's first documents: the commit of a Hugging Face dataset, else a digest of the documents.
 
     Raises:
         ValueError: If the text cannot be read.
@@ -248,18 +248,18 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def pinned(section: TextSection) -> TextSection:
-    """Return the text with the commit that its data set stands at, so that all of it is read from that one."""
+    """Return the text section with its dataset's current commit, so that all documents are read from one revision."""
     commit = dataset_commit(section)
     return section if commit is None else section.model_copy(update={"dataset_revision": commit})
 
 
 def dataset_commit(section: TextSection) -> str | None:
-    """Return the commit that a data set of the hub stands at; ``None`` for other texts, or if the hub does not say."""
+    """Return the current commit of a Hugging Face dataset; ``None`` for other texts, or if the Hub gives none."""
     if section.source != "hub" or Path(str(section.dataset)).exists():
         return None
     if _is_commit(section.dataset_revision):
         return section.dataset_revision
-    # Imported here: other texts do without.
+    # Imported lazily: other texts do not need it.
     from huggingface_hub import HfApi
 
     try:
@@ -270,7 +270,7 @@ def dataset_commit(section: TextSection) -> str | None:
 
 
 def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return one line for every way in which a model and its tokenizer are not those of a recorded content."""
+    """Return one line for each difference between a recorded model and tokenizer and the current ones."""
     before, now = recorded.get("model") or {}, current.get("model") or {}
     found = []
     commits = before.get("commit"), now.get("commit")
@@ -296,9 +296,9 @@ def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> l
 
 
 def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str] | None:
-    """Return a line if a text's first documents, or a data set's commit, are not those of a recorded content.
+    """Return a line if a text's first documents, or its dataset's commit, differ from a recorded content.
 
-    ``None`` says that nothing tells.
+    ``None`` means that they could not be compared.
     """
     before = recorded.get("text") or {}
     if section.source == "hub" and before.get("commit"):
@@ -317,7 +317,7 @@ def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str
     try:
         now = text_record(section, before["documents"])
     except ValueError as error:
-        # What was made of it is complete without it.
+        # Not an error: a complete store or run does not need its text any more.
         log.warning("text: cannot be read, so nothing tells if it changed (%s)", error)
         return None
     if now["sha256"] == before["sha256"]:

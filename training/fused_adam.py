@@ -1,4 +1,4 @@
-"""FusedAdam: projection, clipping, Adam and unit atoms in one pass over the latents, from the entries of the gradient."""
+"""Fused Adam: gradient projection, clipping, update and decoder normalization in one pass, from sparse gradients."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ CLIP_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Pending:
-    """A weight matrix, whether its rows are kept at norm 1, and its gradient, not yet written out."""
+    """A weight matrix and its gradient, not yet materialized; ``unit`` keeps the matrix's rows at norm 1."""
 
     weights: Tensor
     unit: bool
@@ -30,10 +30,11 @@ class Pending:
 
 
 class FusedAdam(DictionaryAdam):
-    """Equal to ``DictionaryAdam`` up to rounding, in its checkpoints too; the matrices' gradients are never written out.
+    """Adam that never materializes the gradients of the weight matrices.
 
-    Each weight matrix has a ledger, from which a row's gradient is summed up when its turn comes: once for the norm, if
-    there is clipping, and once more for the step. Weights and moments are read and written once.
+    It equals ``DictionaryAdam`` up to rounding, with the same optimizer state in checkpoints. Each weight matrix has a
+    ``SparseGrad``, from which a row's gradient is summed when needed: once for the norm, if gradients are clipped, and once for
+    the update. Weights and moments are read and written once per step.
     """
 
     def __init__(self, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
@@ -42,7 +43,7 @@ class FusedAdam(DictionaryAdam):
         self.atoms = {each.W_dec for each in weights}
         matrices = dict.fromkeys(matrix for each in weights for matrix in (each.W_dec, each.W_enc))
         self.ledgers: dict[Tensor, SparseGrad] = {matrix: keep_ledger(matrix) for matrix in matrices}
-        # Steps of each matrix so far: read from the state once, because reading it at every step would wait for a GPU.
+        # Cached step count of each matrix: reading it from the state at every step would synchronize with the GPU.
         self.taken: dict[Tensor, int] = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -56,14 +57,14 @@ class FusedAdam(DictionaryAdam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The same step as ``DictionaryAdam``'s."""
+        """Project, clip, update and renormalize, as ``DictionaryAdam.step`` does."""
         kernels = backend(self.dictionary.in_scale)
         assert kernels is not None
         pending = self._pending()
         others: list[Tensor] = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
         factor = self._clip(kernels, pending, others)
         for part in pending:
-            # Of it, nothing must be left for Adam's own step.
+            # Without a gradient the matrix is skipped by torch's Adam below.
             part.weights.grad = None
             state = self._state(part.weights)
             moments = state["exp_avg"], state["exp_avg_sq"]
@@ -74,14 +75,14 @@ class FusedAdam(DictionaryAdam):
         torch.optim.Adam.step(self)
 
     def _pending(self) -> list[Pending]:
-        """The matrices that have a gradient. Both sides of a dictionary share the code, which is grouped once."""
+        """Return the matrices that have a gradient. Encoder and decoder share the code, which is grouped by latent once."""
         grouped: dict[tuple[int, ...], ByLatent] = {}
         pending = []
         for weights, ledger in self.ledgers.items():
             if weights.grad is None and not ledger.products and not ledger.rows:
                 continue
             product = ledger.product(weights)
-            # The ledgers keep the codes alive, and distinct ones have distinct storage.
+            # The sparse gradients keep the codes alive, so distinct codes have distinct addresses.
             key = tuple(part.code.latents.data_ptr() for part in ledger.products)
             if key not in grouped:
                 grouped[key] = product.code.by_latent(weights.shape[0])
@@ -93,7 +94,7 @@ class FusedAdam(DictionaryAdam):
         return pending
 
     def _clip(self, kernels: Kernels, pending: list[Pending], others: list[Tensor]) -> Float[Tensor, ""]:
-        """What the whole gradient is multiplied by."""
+        """Return the clipping factor, from the norm of the whole gradient."""
         device = self.dictionary.device
         if self.grad_clip is None:
             return torch.ones((), device=device)
@@ -103,7 +104,7 @@ class FusedAdam(DictionaryAdam):
         return (self.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
 
     def _state(self, weights: Tensor) -> dict[str, Tensor]:
-        """A matrix's moments as torch's Adam would make them, its step counted."""
+        """Return a matrix's Adam state, created as torch does, and count the step."""
         state = self.state[weights]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
@@ -115,13 +116,13 @@ class FusedAdam(DictionaryAdam):
         return state
 
     def _adam_step(self, taken: int) -> AdamStep:
-        """The numbers of a matrix's step ``taken``, counted from 1."""
+        """Return a matrix's Adam coefficients at step ``taken``, counted from 1."""
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         return AdamStep(beta1, beta2, group["lr"] / (1 - beta1**taken), 1 / math.sqrt(1 - beta2**taken), group["eps"])
 
 
 def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe, processes: int = 1) -> DictionaryAdam:
-    """The recipe's optimizer; the fused one unless somebody else has to see the gradients before the step."""
+    """Return the fused optimizer if the recipe allows it, kernels exist, and nothing else must see the gradients first."""
     fits = backend(dictionary.in_scale) is not None and recipe.accumulate == 1 and processes == 1
     return (FusedAdam if recipe.optimizer == "auto" and fits else DictionaryAdam)(dictionary, phases, recipe)

@@ -1,4 +1,4 @@
-"""What a path holds: a checkpoint, a stack of them or an activation store, with its checksums verified."""
+"""Description of a checkpoint, a stack of checkpoints or an activation store, with verified checksums."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from .activations.shards import MANIFEST_FILE, ActivationStore
 
 
 def describe_files(path: str, options: CheckpointOptions = NO_OPTIONS) -> tuple[list[tuple[str, str]], list[str]]:
-    """Pairs of a name and a value for people to read, and one line for every damage found.
+    """Return a path's description as pairs of a name and a value, and one line for each damage found.
 
-    Other libraries' dictionaries pass their own check when they are read: shapes, finite numbers, orientation, gate.
+    Third-party dictionaries are checked when they are read: shapes, finite values, orientation, activation function.
 
     Raises:
-        ValueError: If the path holds neither dictionaries nor a store, or its description or another library's file is
-            damaged.
+        ValueError: If the path holds neither dictionaries nor a store, or its metadata or a third-party file is damaged.
     """
     if options.format is not None or options.subfolder is not None:
         return _describe_foreign(path, options), []
@@ -60,7 +59,7 @@ def _describe_foreign(path: str, options: CheckpointOptions) -> list[tuple[str, 
 
 
 def _describe_members(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """What a stack, or a grid, has below it: a line for each."""
+    """Return a line for each member of a stack or grid, and all damage found."""
     lines, problems = [], []
     for path in stack_folders(directory):
         own, damage = _describe_checkpoint(path)
@@ -120,7 +119,7 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
 
 
 def _origin(provenance: dict[str, Any]) -> list[tuple[str, str]]:
-    """Who trained it, or what it was converted from and what was done on the way."""
+    """Return how a dictionary was trained, or what it was converted from and how."""
     converted = provenance.get("converted")
     if converted is None:
         made = f"sparsary {provenance.get('sparsary_version')}, commit {provenance.get('git_commit')}"
@@ -137,7 +136,7 @@ def _usage(usage: TrainingUsage | None) -> list[tuple[str, str]]:
 
 
 def _sizes(arguments: dict[str, Any]) -> str:
-    """Kind and widths, as ``dictionary.json`` has them."""
+    """Return kind and widths, from the arguments in ``dictionary.json``."""
     words = f"{arguments['kind']} {arguments['d_in']} -> {arguments['n_latents']}"
     if "d_out" in arguments:
         words += f" -> {arguments['d_out']}"
@@ -157,6 +156,6 @@ def _hooks(kind: str, provenance: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _span(scale: Tensor) -> str:
-    """One number, or the least and the largest of several layers'."""
+    """Return one number, or the smallest and the largest of several layers."""
     low, high = float(scale.min()), float(scale.max())
     return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"

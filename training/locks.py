@@ -1,4 +1,4 @@
-"""Folders that one process at a time may write to."""
+"""Locks of folders that one process at a time may write to."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def locked(directory: Path, key: str) -> Iterator[None]:
-    """Hold ``directory``, which is created if need be, while the context is open.
+    """Lock ``directory``, which is created if necessary, while the context is open.
 
-    The lock is the operating system's: it ends with the process that has it, however that ends.
+    The lock belongs to the operating system and ends with the process, even if that is killed.
 
     Args:
-        key: The recipe's key that names the directory, for messages.
+        key: Recipe key of the directory, for error messages.
 
     Raises:
-        ValueError: If another process holds it, or it is not writable.
+        ValueError: If another process holds the lock, or the directory is not writable.
     """
     lock = FileLock(directory / LOCK_FILE)
     try:
@@ -37,7 +37,7 @@ def locked(directory: Path, key: str) -> Iterator[None]:
 
 
 def existing_parent(folder: Path) -> Path:
-    """Return the folder itself, or the nearest one above it that exists."""
+    """Return the folder itself or its nearest existing ancestor."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -45,17 +45,17 @@ def existing_parent(folder: Path) -> Path:
 
 
 def require_writable(folder: Path, key: str) -> None:
-    """Check that a folder can be written, or made; nothing is left behind.
+    """Check that a folder can be written or created, without leaving anything behind.
 
     Args:
-        key: The recipe's key that names the folder, for messages.
+        key: Recipe key of the folder, for error messages.
 
     Raises:
-        ValueError: If it cannot, with the reason.
+        ValueError: If it cannot; the message gives the reason.
     """
     try:
         above = existing_parent(folder)
-        # Asking for permissions would not do: a superuser has them all, also where nothing can be written.
+        # Permission bits are not enough: a superuser has them all, even on a read-only file system.
         with tempfile.TemporaryDirectory(prefix=".sparsary-", dir=above) as probe:
             Path(probe, *folder.absolute().relative_to(above).parts).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom: for one dictionary, or for several that share their batches."""
+"""The training loop, for one dictionary or for several that share their batches."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from .state import NotFinite, TrainState
 
 @dataclass(frozen=True)
 class TrainedMember:
-    """One dictionary in training, with all that is its own: a run of one has one member."""
+    """One dictionary in training and everything that is its own; a single run has one member."""
 
     recipe: Recipe
     objective: Objective
@@ -36,7 +36,7 @@ class TrainedMember:
 
 @dataclass(frozen=True)
 class Group:
-    """Members that train on the same batches, and where these come from."""
+    """Members that train on the same batches, and the stream of these batches."""
 
     stream: ActivationStream
     members: list[TrainedMember]
@@ -47,15 +47,19 @@ class Group:
 
     @property
     def in_step(self) -> list[TrainedMember]:
-        """Members that have seen as many batches as were handed out. After a kill some are ahead: they wait."""
+        """Members that need the next batch.
+
+        After a crash, members may have been saved at different steps; those already past the stream position skip batches until
+        the others catch up.
+        """
         return [member for member in self.members if member.state.step == self.stream.batches]
 
 
 def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest) -> None:
-    """Step until every token budget is used or a stop is asked for; every way out leaves saved states.
+    """Train until every token budget is used up or a stop is requested, and save the states in either case.
 
     Raises:
-        NotFinite: If a member's loss is not; its last good state is kept, the others' are saved.
+        NotFinite: If a member's loss is not finite. Its last good state is kept; the other members are saved.
     """
     failures: list[str] = []
     while not failures and not all(group.done for group in groups) and not stop.requested:
@@ -71,7 +75,7 @@ def train_loop(groups: list[Group], accelerator: Accelerator, stop: StopRequest)
 
 
 def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator) -> Terms:
-    """One step of one dictionary. It draws no random numbers: members would take them from each other."""
+    """Run one training step of one dictionary. It must not draw random numbers, because members share the generators."""
     state, optimizer = member.state, member.optimizer
     member.schedule.apply(state.step)
     pieces = []
@@ -80,7 +84,7 @@ def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator
             loss, terms = member.objective(piece, state.usage)
         accelerator.backward(loss)
         pieces.append(terms)
-    # Projection, clipping, Adam and unit atoms are one step: they can be one pass over the weights.
+    # The optimizer also projects, clips and renormalizes, so that a fused one needs a single pass over the weights.
     optimizer.step()
     optimizer.zero_grad()
     terms = combine(pieces)
@@ -89,7 +93,7 @@ def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator
 
 
 def record(member: TrainedMember, terms: Terms, stream: ActivationStream) -> list[str]:
-    """Report and save what is due after a step; returns what keeps the member from going on."""
+    """Log and save what is due after a step; return the errors that keep the member from continuing."""
     state, cfg = member.state, member.recipe
     try:
         if state.step % cfg.log_every == 0 or member.done:
@@ -107,9 +111,9 @@ def save_members(member: TrainedMember, stream: ActivationStream) -> None:
 
 
 def save_moved(groups: list[Group]) -> None:
-    """Save every member that has moved since it was saved, less those whose loss is not finite.
+    """Save every member that has advanced since its last save, except those with a non-finite loss.
 
-    Members that wait ahead of the stream have not moved, and its position is not theirs.
+    Members ahead of the stream are skipped: they have not advanced, and the stream is not at their position.
     """
     for group in groups:
         for member in group.in_step:

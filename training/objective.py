@@ -1,4 +1,4 @@
-"""Objective: dictionary and batch to a loss and the numbers worth logging."""
+"""Training objective: the loss of a batch, and the terms to log."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .activations.stream import ActivationBatch
 
 @dataclass(frozen=True)
 class Terms:
-    """What one batch showed: named scalars, still on the device, and how often each latent fired."""
+    """Results of one batch: named scalars, still on the device, and the number of times that each latent fired."""
 
     named: dict[str, Float[Tensor, ""]]
     firings: Int[Tensor, " n_latents"]
@@ -23,7 +23,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class LatentUsage:
-    """How the latents have been used so far: silent for too long, and the running share of tokens each fires on."""
+    """Latent usage so far: which latents are dead, and the running share of tokens on which each fires."""
 
     dead: Bool[Tensor, " n_latents"]
     density: Float[Tensor, " n_latents"]
@@ -31,7 +31,7 @@ class LatentUsage:
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """``weight`` and ``latents`` of AuxK; ``tau`` above 0 takes in latents that fire less than tau times their due."""
+    """Settings of AuxK. ``tau`` above 0 adds latents that fire less than ``tau`` times as often as a Zipf law predicts."""
 
     weight: float
     latents: int
@@ -40,9 +40,10 @@ class AuxSettings:
 
 
 class Divergence:
-    """KL from the model's predictions to those it makes when ``hook`` reads the reconstruction, in nats per token.
+    """KL divergence of the model's predictions when ``hook`` gets the reconstruction, in nats per token.
 
-    Gradients flow through the frozen model into the dictionary. Source: Braun et al. 2024, arXiv:2405.12241.
+    It is KL(clean || spliced). Gradients flow through the frozen model into the dictionary.
+    Source: Braun et al. 2024, arXiv:2405.12241.
     """
 
     def __init__(self, model: LanguageModel, hook: str):
@@ -63,12 +64,12 @@ class Divergence:
 
 
 class Objective(nn.Module):
-    """The main term, what the encoder asks for besides, and the auxiliary loss.
+    """Training loss: the main term, the terms that the encoder asks for, and the auxiliary loss.
 
-    A module, so that data-parallel wrappers see its forward pass. The main term is the reconstruction error, an fvu because
-    ``variance`` is the dictionary's ``spread`` of the targets: for one site their mean squared distance from their mean, in
-    raw units; for several, what makes it the mean of their fvus. Or, with ``divergence``, it is what the model's predictions
-    lose, plus ``reconstruction_weight`` times that error.
+    A module, so that data-parallel wrappers see its forward pass. The main term is the reconstruction error as FVU. Its
+    ``variance`` is the dictionary's ``error_scale``: for one site the targets' mean squared distance from their mean, in raw
+    units; for several, the values that make the error the mean of the sites' FVUs. With ``divergence`` the main term is the
+    KL divergence of the model's predictions, plus ``reconstruction_weight`` times the reconstruction error.
     """
 
     variance: Float[Tensor, "..."]
@@ -115,7 +116,7 @@ class Objective(nn.Module):
         y_hat: Float[Tensor, "tokens d_out"],
         usage: LatentUsage,
     ) -> dict[str, Float[Tensor, ""]]:
-        """What is added to the main term, weighted, by name."""
+        """Return the weighted terms to add to the main term, by name."""
         d, requests = self.dictionary, code.requests
         terms = dict(requests.penalties)
         if requests.frozen is not None:
@@ -132,7 +133,7 @@ class Objective(nn.Module):
             terms["aux"] = y_hat.new_zeros(())
         elif self.aux.weight > 0:
             error = (y - y_hat) / d.out_scale
-            # Pursued atoms meet residuals, not inputs.
+            # Tied encoders run matching pursuit, whose decoder directions score residuals, not inputs.
             seen = error if d.tied else d.normalised(batch.x)
             settings = (self.aux.tau, self.aux.latents, self.aux.absolute)
             parts = [
@@ -150,7 +151,7 @@ class Objective(nn.Module):
         return terms
 
     def prefixes(self, code: SparseCode, x: Float[Tensor, "tokens d_in"]) -> list[Float[Tensor, "tokens d_out"]]:
-        """What each prefix reconstructs alone, the whole last; every entry is decoded once."""
+        """Return the reconstruction from each prefix of the latents, the full one last; every entry is decoded once."""
         d = self.dictionary
         guesses, partial, below = [], d.bypass(x).expand(len(x), d.d_out), 0
         for width in code.requests.prefixes:
@@ -162,7 +163,7 @@ class Objective(nn.Module):
 
 
 def combine(pieces: list[Terms]) -> Terms:
-    """The terms of a batch from those of its equal pieces."""
+    """Return the terms of a batch from those of its equally large micro-batches."""
     if len(pieces) == 1:
         return pieces[0]
     named = {key: torch.stack([piece.named[key] for piece in pieces]).mean() for key in pieces[0].named}

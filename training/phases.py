@@ -1,6 +1,6 @@
-"""What changes during a run by recipe: which encoder is in force, and numbers among its arguments.
+"""Changes during a run: the active encoder and its scheduled arguments.
 
-Everything here is a function of the step, so a resumed run does what an uninterrupted one would have done.
+Everything here is a function of the step, so a resumed run does the same as an uninterrupted one.
 """
 
 import itertools
@@ -14,19 +14,19 @@ from ..sae.batch_encoder import BatchWide
 from ..sae.encoders import build_encoder
 from .recipe import Recipe, total_steps
 
-# A latent that is dead by now shows 1/16 of the density it had: less than a tenth of its due, a usual ``aux_zipf_tau``.
+# When a latent counts as dead, its density has fallen to 1/16: below a tenth of what is expected, a usual ``aux_zipf_tau``.
 HALF_LIVES_TO_DEATH = 4
 
 
 def density_half_life(dead_after_tokens: int) -> float:
-    """Return the tokens after which running densities have forgotten half of what they knew."""
+    """Return the half-life of the running densities, in tokens."""
     return dead_after_tokens / HALF_LIVES_TO_DEATH
 
 
 class Phases(nn.Module):
-    """The encoders of a run in order; ``enter`` puts the right one into the dictionary, its scheduled arguments set.
+    """Encoders of a run, in order. ``enter`` puts the right one into the dictionary and sets its scheduled arguments.
 
-    All of them exist from the start, so that one optimizer and one saved state hold them.
+    All encoders exist from the start, so that one optimizer and one saved state hold them.
     """
 
     def __init__(self, dictionary: SparseDictionary, recipe: Recipe):
@@ -40,7 +40,7 @@ class Phases(nn.Module):
         for encoder in self.encoders:
             if isinstance(encoder, BatchWide):
                 encoder.density_half_life = density_half_life(recipe.dead_after_tokens)
-        # Arguments that count something.
+        # Integer arguments, to which scheduled values are rounded.
         self.whole = {
             name
             for encoder in (dictionary.encoder, *later)
@@ -49,7 +49,7 @@ class Phases(nn.Module):
         }
 
     def enter(self, dictionary: SparseDictionary, step: int) -> None:
-        """Make the dictionary ready for step ``step``, counted from 0."""
+        """Prepare the dictionary for step ``step``, counted from 0."""
         number = self.number(step)
         if number and step == self.starts[number]:
             old, new = cast(Encoder, self.encoders[number - 1]), cast(Encoder, self.encoders[number])
@@ -72,22 +72,22 @@ class Phases(nn.Module):
                     setattr(each, name, value)
 
     def number(self, step: int) -> int:
-        """Which phase a step belongs to; 0 is the recipe's own encoder."""
+        """Return the index of a step's phase; 0 is the recipe's own encoder."""
         return max(i for i, start in enumerate(self.starts) if start <= step)
 
     def progress(self, step: int) -> float:
-        """Return the share of its phase that is done before a step, 0 at the first and 1 at the last."""
+        """Return the fraction of its phase that is done before a step: 0 at the first step and 1 at the last."""
         number = self.number(step)
         first, end = self.starts[number], [*self.starts, self.steps][number + 1]
         return (step - first) / max(end - first - 1, 1)
 
     def lr_factor(self, step: int) -> float:
-        """What the phase multiplies the learning rate by."""
+        """Return the learning-rate multiplier of a step's phase."""
         number = self.number(step)
         return self.recipe.phases[number - 1].lr_factor if number else 1.0
 
     def values(self, step: int) -> dict[str, Any]:
-        """Every scheduled argument's value at a step; whole numbers stay whole."""
+        """Return the value of every scheduled argument at a step; integer arguments are rounded."""
         share = step / max(self.steps - 1, 1)
         return {
             name: round(value) if name in self.whole else value
@@ -96,19 +96,19 @@ class Phases(nn.Module):
         }
 
     def _keeps_the_old(self, number: int, step: int) -> bool:
-        """While a phase blends in, each batch is drawn to belong to it with a probability that rises from 0 to 1."""
+        """Return True if a blending phase leaves this batch to the previous encoder, with probability falling from 1 to 0."""
         length = self.recipe.phases[number - 1].blend * self.steps
         since = step - self.starts[number]
         return since < length and random.Random(f"{self.recipe.seed} {step}").random() >= (since + 1) / (length + 1)
 
 
 def phase_starts(recipe: Recipe) -> list[int]:
-    """The step at which each phase of a recipe begins."""
+    """Return the step at which each phase of a recipe begins."""
     return [round(phase.start * total_steps(recipe)) for phase in recipe.phases]
 
 
 def interpolate(knots: tuple[tuple[float, int | float], ...], share: float) -> float:
-    """The piecewise linear curve through ``(share of the run, value)``, constant outside."""
+    """Return the piecewise linear interpolation of knots ``(share of the run, value)``, constant outside them."""
     value: int | float = knots[-1][1]
     if share <= knots[0][0]:
         value = knots[0][1]

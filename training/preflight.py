@@ -1,4 +1,4 @@
-"""What a recipe, or each member of its grid, will do and need, before anything is done."""
+"""Preflight: checks and resource estimates of a recipe, or of all members of its grid, before any work."""
 
 import shutil
 from collections.abc import Sequence
@@ -34,11 +34,11 @@ LABEL_BYTES = 16
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Sizes in tokens, bytes and steps. ``widths`` is the width at every hook.
+    """Estimated sizes of a run, in tokens, bytes and steps.
 
-    At hooks that are ``assumed`` it is a guess, as are the sizes: the model's code allows no more before it runs.
-    ``training_tokens`` are those of the store, or of a text that is streamed; ``None`` if they are not known. ``text`` is
-    ``None`` where the text is endless, or not needed any more.
+    ``widths`` holds the width of every hook. At ``assumed`` hooks the width, and sizes that follow from it, are guesses: the
+    model's code reveals them only when it runs. ``training_tokens`` counts the tokens of the store, or of a streamed text;
+    ``None`` if unknown. ``text`` is ``None`` if the text is endless or no longer needed.
     """
 
     widths: dict[str, int]
@@ -59,7 +59,7 @@ class TrainingPlan:
 
     @property
     def working_bytes(self) -> int:
-        """At the peak of a step, or at the start."""
+        """Peak bytes of a training step or of initialization, whichever is larger."""
         return max(self.step_bytes, self.start_bytes)
 
     @property
@@ -67,7 +67,7 @@ class TrainingPlan:
         return self.weights_bytes + self.working_bytes + self.stream_bytes
 
     def lines(self, member: ResolvedRecipe) -> list[tuple[str, str]]:
-        """What to show a person: pairs of a name and a value."""
+        """Return the plan for display, as pairs of a name and a value."""
         recipe = member.recipe
         return [
             *self.source_lines(recipe),
@@ -88,7 +88,7 @@ class TrainingPlan:
         ]
 
     def source_lines(self, recipe: Recipe) -> list[tuple[str, str]]:
-        """Where activations come from: the same for all members of a grid."""
+        """Return the lines about the source of the activations, which all members of a grid share."""
         live = recipe.harvest.store is None
         store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({_bytes(self.disk_bytes)} to write)"
         reach = "the whole store" if not live else "one buffer"
@@ -128,7 +128,7 @@ class TrainingPlan:
 
 
 def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> list[tuple[str, str]]:
-    """What to show a person of a grid's resolved members: what they share, each by name, and what they need together."""
+    """Return the plans of a grid for display: shared lines, one line per member, and the combined requirements."""
     if len(plans) == 1:
         return plans[0].lines(recipes[0])
     members = list(zip(grid.names, (member.recipe for member in recipes), plans, strict=True))
@@ -147,7 +147,7 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
 
 
 def shortfall_lines(names: Sequence[str], plans: Sequence[TrainingPlan]) -> list[str]:
-    """What plans fall short of: once if all do, else under each name."""
+    """Return the shortfalls of plans: once if all share them, else under each member's name."""
     return told_together({name: list(map(str, plan.shortfalls)) for name, plan in zip(names, plans, strict=True)}, len(plans))
 
 
@@ -164,18 +164,18 @@ def _bytes(n: int | float) -> str:
 
 
 def preflight(recipe: ResolvedRecipe) -> TrainingPlan:
-    """``preflight_all`` of one recipe."""
+    """Run ``preflight_all`` on one recipe."""
     return preflight_all([recipe])[0]
 
 
 def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
-    """Check what can be checked without work, and estimate the rest, of recipes that are run side by side.
+    """Check recipes that train together, as far as possible without work, and estimate what they need.
 
     Raises:
-        ValueError: If a hook does not exist, contexts or tokenizer do not fit the model, an existing store or run is another
-            one's, a folder cannot be written, the text cannot be had or is too short, the disk is too full, all together need
-            more memory than is free, or wandb is asked for and takes no login; with one line for each member it concerns, or
-            one for all.
+        ValueError: If a hook does not exist, contexts or tokenizer do not fit the model, an existing store or run belongs to
+            another recipe, a folder is not writable, the text cannot be loaded or is too short, the disk is too full, all
+            recipes together need more memory than is free, or wandb is requested without a valid login. The message has one
+            line for each affected member, or one for all.
     """
     plans, problems, size = [], [], None
     try:
@@ -191,16 +191,16 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     problems += _unwritable(recipes)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    # What is only assumed refuses nothing.
+    # Guessed sizes are no reason to refuse a run.
     if not any(plan.assumed for plan in plans):
         require_memory(recipes, plans)
-    # Of a grid all members log to the same place.
+    # All members of a grid log to the same place.
     require_wandb(recipes[0].recipe)
     return plans
 
 
 def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) -> list[TrainingPlan]:
-    """Plan recipes that are run side by side, whatever memory they need."""
+    """Plan recipes that train together, without checking their memory."""
     first = recipes[0]
     widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
     if unfit := first.outline.text_problems(first.recipe.text):
@@ -219,14 +219,14 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
 
 
 def _require_same_store(member: ResolvedRecipe) -> None:
-    """Raise ``ValueError`` if the store that is there, which all members share, was made of something else."""
+    """Raise ``ValueError`` if the existing store, which all members share, was harvested from something else."""
     recipe, store = member.recipe, _existing(member.recipe)
     if store is not None:
         recipe_identity(recipe.model, recipe.text, recipe.harvest).check(store, member.outline.content, recipe.text)
 
 
 def _text_size(member: ResolvedRecipe) -> TextSize | None:
-    """How much text there is, unless it is endless; of one that is harvested already it is no matter if it is gone."""
+    """Return the size of the text; ``None`` if it is endless, or if it is gone but already harvested."""
     recipe = member.recipe
     if recipe.text.source == "embedded":
         return None
@@ -246,7 +246,7 @@ def _text_size(member: ResolvedRecipe) -> TextSize | None:
 
 
 def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
-    """One line for every folder that cannot be written, or holds another run."""
+    """Return one line for each folder that is not writable or holds another run."""
     found, store = [], members[0].recipe.harvest.store
     for key, folder in (("harvest.store", store), *(("out_dir", member.recipe.out_dir) for member in members)):
         try:
@@ -265,11 +265,11 @@ def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
 
 
 def recipe_shortfalls(recipe: Recipe) -> list[Shortfall]:
-    """What a recipe's own numbers make impossible, whatever its activations come from."""
+    """Return the shortfalls that follow from the recipe's numbers alone, whatever its activations."""
     steps, n_latents = total_steps(recipe), recipe.dictionary.n_latents
     shares = [lr_share(recipe, step) for step in range(min(steps, recipe.lr_warmup_steps))]
     most = max(shares, default=1.0)
-    # With the warm-up as long as the run or the decay behind it, the rate turns back before it is there.
+    # If warm-up overlaps the decay or lasts for the whole run, the rate turns back before it reaches its peak.
     warmed = shares.index(most) + 1 if most < 1 else recipe.lr_warmup_steps
     found = shortfall("lr_warmup_steps", recipe.lr_warmup_steps, warmed, "steps", f"the rate gets to {most:.1%} of lr")
     found += shortfall(
@@ -289,7 +289,7 @@ def recipe_shortfalls(recipe: Recipe) -> list[Shortfall]:
 
 
 def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
-    """What there is too little of, as far as it is known before the run."""
+    """Return all shortfalls that are known before the run."""
     found, size, have = recipe_shortfalls(recipe), plan.text, plan.training_tokens
     if have is not None and recipe.harvest.store is None:
         found += shortfall("tokens", recipe.tokens, have, "tokens", repeated(recipe.tokens, have))
@@ -308,7 +308,7 @@ def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
 
 
 def repeated(tokens: int, have: int) -> str:
-    """Return what follows from training on more tokens than there are."""
+    """Return the consequence of training on more tokens than there are, as text."""
     return f"there are no more, so they are read again: each is trained on {tokens / max(have, 1):.1f} times"
 
 
@@ -320,13 +320,13 @@ def _judged_on(size: TextSize) -> str:
 
 
 def _calibrates(recipe: Recipe) -> bool:
-    """Whether thresholds are set on training tokens when the run ends."""
+    """Return True if thresholds are calibrated on training tokens at the end of the run."""
     last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
     return recipe.dictionary.joint or issubclass(ENCODERS[last["name"]], BatchWide)
 
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
-    """The recipe's store, as far as something is in it; only if it is complete, where asked for."""
+    """Return the recipe's store if it holds shards and, with ``complete``, only if it is complete."""
     if recipe.harvest.store is None or not (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
         return None
     store = ActivationStore.open(recipe.harvest.store)
@@ -334,7 +334,7 @@ def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
 
 
 def memory_together(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> int:
-    """Bytes of all members: one of them steps at a time, and streams are shared."""
+    """Return the bytes needed by all members: they step one at a time, and share streams."""
     return sum(plan.weights_bytes for plan in plans) + max(plan.working_bytes for plan in plans) + _streams(recipes, plans)
 
 
@@ -343,13 +343,13 @@ def _streams(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -
 
 
 def require_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> None:
-    """Raise ``ValueError``, with sizes, if training would need more memory than is free where it runs."""
+    """Raise ``ValueError``, with sizes, if training needs more memory than is free on its device."""
     device, cpu = resolve_device(recipes[0].recipe.model.device), torch.device("cpu")
     weights = sum(plan.weights_bytes for plan in plans)
     if device.type == "cpu":
         needs = {cpu: memory_together(recipes, plans)}
     else:
-        # Batches wait in main memory, and dictionaries start there.
+        # Batches are queued, and dictionaries initialized, in main memory.
         starts = max(plan.start_bytes + 4 * plan.parameters for plan in plans)
         needs = {device: weights + max(plan.step_bytes for plan in plans), cpu: starts + _streams(recipes, plans)}
     for where, needed in needs.items():
@@ -375,7 +375,7 @@ def _remedies(members: Sequence[ResolvedRecipe]) -> str:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free where tensors of a device lie."""
+    """Return the free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -407,7 +407,7 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
         dictionary = build_dictionary(arguments)
     parameters = sum(p.numel() for p in dictionary.parameters())
     live, fused = harvest.store is None, recipe.optimizer == "auto" and recipe.accumulate == 1
-    # Side by side, in one row.
+    # Inputs and targets are concatenated in one row.
     row = dictionary.d_in + (dictionary.d_out if recipe.dictionary.hooks_out != recipe.dictionary.hooks_in else 0)
     buffer = 2 * harvest.live_buffer_tokens * 4 * row if live else 0
     return TrainingPlan(
@@ -417,12 +417,12 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
         passes=None if live else recipe.tokens / training,
         training_tokens=text if live else training,
         parameters=parameters,
-        # Weights and Adam's two moments, and gradients where they are written out.
+        # Weights, Adam's two moments and, unless fused, gradients.
         weights_bytes=(12 if fused else 16) * parameters,
         step_bytes=_step_bytes(recipe, dictionary.d_in + dictionary.d_out),
-        # The sample, raw and normalised, and what geometric medians are found with.
+        # The sample, raw and normalized, and the workspace of the geometric median.
         start_bytes=3 * 4 * row * min(SAMPLE_TOKENS, harvest.live_buffer_tokens if live else training),
-        # Batches that are read ahead.
+        # Prefetched batches.
         stream_bytes=12 * recipe.batch_tokens * (4 * row + 16) + buffer,
         stored_tokens=0 if live else wanted,
         disk_bytes=disk,
@@ -432,13 +432,13 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
 
 
 def _step_bytes(recipe: Recipe, row: int) -> int:
-    """What a step holds at its peak: a tile of scores, or all of them, and about four tensors as large as either side."""
+    """Return the peak bytes of a step: scores (one tile or all) and about four copies of inputs and outputs."""
     tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.n_latents
-    # Without a budget every second latent may be on at first.
+    # Without a budget, about half of the latents may be active at first.
     budgeted = "k" in recipe.dictionary.encoder
     scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
     if not budgeted:
-        # Layers are read one after another, their codes kept.
+        # Layers are encoded one after another, and all codes are kept.
         scores *= len(recipe.dictionary.hooks_in)
     return 4 * (scores + 4 * tokens * row)
 

@@ -1,4 +1,4 @@
-"""Numbers out: JSON lines always, a progress bar on a terminal, Weights & Biases when asked. Only this file imports wandb."""
+"""Training logs: JSON lines, a progress bar on a terminal and, on request, Weights & Biases. Only this file imports wandb."""
 
 import io
 import json
@@ -21,16 +21,17 @@ from .recipe import Recipe
 from .state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
-# Where wandb keeps its files, in the run's directory.
+# wandb's own files in the run's directory.
 WANDB_FOLDER = "wandb"
 
 log = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """Called every ``log_every`` steps. ``metrics.jsonl`` grows by a line; a resume cuts it back to the saved state.
+    """Log of one run, called every ``log_every`` steps.
 
-    ``progress`` is the terminal's, shared by all runs that are under way.
+    Each call appends a line to ``metrics.jsonl``; a resumed run first truncates the file to its length in the saved state.
+    ``progress`` is the terminal's progress bar, shared by all runs of the process.
     """
 
     def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int, progress: Progress):
@@ -73,7 +74,7 @@ class TrainingLog:
             self._tell_wandb(lambda: run.log(row, step=state.step))
 
     def _tell_wandb(self, tell: Callable[[], Any]) -> None:
-        """A service that is gone does not end a run: everything is in ``metrics.jsonl`` too."""
+        """Call wandb; if it fails, the run continues without it, since ``metrics.jsonl`` holds everything."""
         try:
             tell()
         except Exception as error:  # noqa: BLE001 - wandb's own errors, its service's and the connection's
@@ -82,13 +83,13 @@ class TrainingLog:
             self.wandb = None
 
     def flush(self) -> int:
-        """Bring the lines to the disk; returns the file's length."""
+        """Flush the lines to disk and return the length of the file in bytes."""
         with writing(self.path):
             self.handle.flush()
             return self.handle.tell()
 
     def close(self) -> None:
-        # What could not be written then belongs to no saved state, and the error that ends the run says why.
+        # Lines lost here belong to no saved state, and the error that ended the run gives the reason.
         with suppress(OSError):
             self.handle.close()
         if self.wandb is not None:
@@ -96,7 +97,7 @@ class TrainingLog:
 
 
 def progress_bar() -> Progress:
-    """A bar for every run on a terminal, nothing elsewhere. To be entered."""
+    """Return a context manager: one progress bar per run on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[stats]}"))
     return Progress(*columns, console=console, disable=not console.is_terminal)
@@ -106,7 +107,7 @@ def require_wandb(recipe: Recipe) -> None:
     """Check, before any work, that a recipe's run can be logged to Weights & Biases.
 
     Raises:
-        ValueError: If the package is missing, or the run would be sent to a server that takes no login from here.
+        ValueError: If the package is missing, or the run would go to a server that accepts no login from this machine.
     """
     if recipe.wandb is None:
         return
@@ -114,7 +115,7 @@ def require_wandb(recipe: Recipe) -> None:
     from_environment = wandb.setup().settings.mode
     if (recipe.wandb.mode or from_environment) not in ("online", "run", "shared"):
         return
-    # It asks nobody for a key: without one it is refused here, and not after the harvest.
+    # Without a prompt, a missing key fails here and not after the harvest.
     quietly = {"prompt": False} if "prompt" in signature(wandb.login).parameters else {}
     remedy = "Run `wandb login` or set WANDB_API_KEY; or set wandb.mode: offline (or WANDB_MODE=offline)."
     try:
@@ -123,13 +124,13 @@ def require_wandb(recipe: Recipe) -> None:
     except Exception as error:  # noqa: BLE001 - wandb's own errors, the connection's, the library's for requests
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"wandb: the server takes no login from here ({reason}). {remedy}") from None
-    # Where the environment switches wandb off and the recipe on, nothing is known before the run.
+    # If the environment disables wandb but the recipe enables it, a failed login here is not conclusive.
     if not logged_in and from_environment in ("online", "run", "shared"):
         raise ValueError(f"wandb: not logged in. {remedy}")
 
 
 def _wandb() -> Any:
-    # Imported on first use: it takes a second, and most runs do without.
+    # Imported lazily: it takes a second, and most runs do not use it.
     with needs("wandb in a recipe"):
         import wandb
     return wandb
@@ -141,9 +142,9 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
         return _wandb().init(
             project=recipe.wandb.project,
             name=recipe.wandb.name,
-            # Without this the second run of a process would end the first.
+            # Otherwise the second run of a process would end the first.
             reinit="create_new",
-            # Without one in the recipe it is the environment's, WANDB_MODE, that counts.
+            # None leaves the mode to the environment's WANDB_MODE.
             mode=recipe.wandb.mode,
             dir=str(directory),
             config=recipe.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""Resolve recipes against their model: hooks in place of layers and sites, and the width of each."""
+"""Resolution of recipes against their language model: layers and sites become hooks, whose widths are looked up."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from .recipe.grid import told_together
 from .recipe.validation import unharvested
 
 log = logging.getLogger(__name__)
-# Stands in for a width that cannot be known before the model runs, where its configuration names none.
+# Assumed width if only running the model would show it and its configuration has no hidden size.
 ANY_WIDTH = 1024
 
 
 class ModelOutline:
-    """A model as its configuration describes it: built without weights, when first asked for, and once.
+    """A language model without weights, built lazily and once from its configuration.
 
-    ``assumed`` are the hooks whose width cannot be known before the model runs.
+    ``assumed`` holds the hooks whose width cannot be known before the model runs.
     """
 
     def __init__(self, section: ModelSection):
@@ -36,7 +36,7 @@ class ModelOutline:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The model without weights; the model itself if it cannot be built without them."""
+        """Model without weights, or with weights if it cannot be built otherwise."""
         try:
             return skeleton(self.section)
         except ValueError:
@@ -47,19 +47,19 @@ class ModelOutline:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded when first asked for."""
+        """Tokenizer of the model, loaded on first use."""
         return load_tokenizer(self.section)
 
     @cached_property
     def content(self) -> Content:
-        """The content of model and tokenizer, digested when first asked for."""
+        """Content digests of model and tokenizer, computed on first use."""
         return section_content(self.section)
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
-        """Return the width at every hook; at ``assumed`` ones, the model's own.
+        """Return the width of every hook; at ``assumed`` ones, the model's hidden size.
 
         Raises:
-            ValueError: If the configuration cannot be had, a hook does not exist, or it holds no hidden states.
+            ValueError: If the configuration cannot be loaded, or a hook does not exist or holds no hidden states.
         """
         if hooks not in self._widths:
             for hook in hooks:
@@ -77,7 +77,7 @@ class ModelOutline:
         return self._widths[hooks]
 
     def text_problems(self, text: TextSection) -> list[str]:
-        """Return a line for everything in which a text's contexts and the tokenizer do not fit the model."""
+        """Return one line for each way in which the text's contexts or the tokenizer do not fit the model."""
         if text not in self._text_problems:
             length = text.context_length
             self._text_problems[text] = [
@@ -93,9 +93,9 @@ def _brief(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """A recipe whose hooks are named, in its dictionary and in ``harvest.hooks``, with the outline of its model.
+    """A recipe with its hooks named, in the dictionary and in ``harvest.hooks``, and the outline of its model.
 
-    ``resolve_recipes`` makes it, once for a command; harvests, plans and trainings take nothing less.
+    ``resolve_recipes`` creates it once per command; harvesting, planning and training require it.
     """
 
     recipe: Recipe
@@ -103,39 +103,39 @@ class ResolvedRecipe:
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width at every harvested hook. With hooks that were named, this is what first reads the configuration."""
+        """Width of every harvested hook. If the recipe names its hooks, this first reads the model's configuration."""
         return self.outline.widths(self.recipe.harvest.hooks)
 
     def content(self) -> Content:
-        """The content of its model and tokenizer, as they are now."""
+        """Return the current content digests of the model and tokenizer."""
         return self.outline.content
 
     @property
     def stream_key(self) -> tuple[Any, ...]:
-        """What decides which batches the recipe gets, in which order: those that agree in it share a stream."""
+        """Key of everything that decides which batches the recipe gets, in which order. Equal keys share a stream."""
         recipe, section = self.recipe, self.recipe.dictionary
         return recipe.batch_tokens, section.hooks_in, section.hooks_out, recipe.seed, recipe.objective
 
     def another_run(self, out_dir: str, seed: int | None = None) -> "ResolvedRecipe":
-        """Return the same recipe with another directory, and perhaps another seed."""
+        """Return the recipe with another directory and, optionally, another seed."""
         seed = self.recipe.seed if seed is None else seed
         return replace(self, recipe=self.recipe.model_copy(update={"out_dir": out_dir, "seed": seed}))
 
 
 def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
-    """Resolve one recipe by itself; see ``resolve_recipes``."""
+    """Resolve one recipe; see ``resolve_recipes``."""
     return resolve_recipes([recipe])[0]
 
 
 def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
-    """Put hooks in place of layers and sites, and all that the recipes need together in ``harvest.hooks``.
+    """Replace layers and sites by hooks, and set ``harvest.hooks`` to the hooks that the recipes need together.
 
-    Of the model only the configuration is read, and nothing if all hooks are named. A recipe that was resolved before, and
-    saved, stays as it is.
+    This reads only the model's configuration, and not even that if all hooks are named. A recipe that was resolved and saved
+    before stays as it is.
 
     Raises:
-        ValueError: If the model lacks a layer or site, or the kind of dictionary cannot stand there, or hooks are missing from
-            ``harvest.hooks``; with one line for each member it concerns, or one for all.
+        ValueError: If the model lacks a layer or site, the kind of dictionary does not fit the site, or hooks are missing from
+            ``harvest.hooks``. The message has one line for each affected member, or one for all.
     """
     outlines: dict[ModelSection, ModelOutline] = {}
     sections: list[DictionarySection] = []
@@ -163,7 +163,7 @@ def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
 
 
 def _named(section: DictionarySection, model: LanguageModel) -> DictionarySection:
-    """The section with the hooks of its layer and site."""
+    """Return the section with the hooks of its layers and site."""
     assert section.site is not None
     if section.kind == "cross_layer_transcoder":
         layers = tuple(range(n_layers(model.module))) if section.layers == "all" else section.layers
@@ -187,10 +187,10 @@ def _named(section: DictionarySection, model: LanguageModel) -> DictionarySectio
 
 
 def dictionary_arguments(recipe: Recipe, widths: Mapping[str, int]) -> dict[str, Any]:
-    """Return what ``build_dictionary`` takes for a recipe whose hooks are named, given the width at every hook.
+    """Return the arguments of ``build_dictionary`` for a recipe with named hooks, given the width of every hook.
 
     Raises:
-        ValueError: If the layers of a cross-layer transcoder are not equally wide.
+        ValueError: If the layers of a cross-layer transcoder differ in width.
     """
     section = recipe.dictionary
     reads, writes = ([widths[hook] for hook in hooks] for hooks in (section.hooks_in, section.hooks_out))

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: preflight, harvest, build, resume, loop."""
+"""Training runs from recipe to finished checkpoint: preflight, harvest, initialization or resume, training, calibration."""
 
 import logging
 import subprocess
@@ -54,10 +54,10 @@ log = logging.getLogger(__name__)
 def run_harvest(
     member: ResolvedRecipe, progress: Callable[[int], None] = lambda tokens: None, plan: TrainingPlan | None = None
 ) -> ActivationStore:
-    """Fill the recipe's store; a complete one is only checked. Of a grid, any member will do.
+    """Fill the recipe's activation store, or check a complete one. Any member of a grid will do, because they share the store.
 
     Args:
-        plan: The recipe's, if it was planned before.
+        plan: Existing plan of the recipe; made here if ``None``.
 
     Raises:
         ValueError: If ``harvest.store`` is null, or the store belongs to another recipe.
@@ -65,11 +65,11 @@ def run_harvest(
     recipe = member.recipe
     if recipe.harvest.store is None:
         raise ValueError("harvest.store: null streams from the model and stores nothing. Give a directory to harvest into.")
-    # Sizes and identity, not memory: a store may be filled for a machine that has more.
+    # Checks sizes and identity, but not memory: training may run on a larger machine.
     plan = plan or plan_all([member])[0]
     if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
         store = ActivationStore.open(recipe.harvest.store)
-        # Complete and this recipe's (preflight saw to that): the model is not needed, nor loaded.
+        # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
     return harvest_activations(load_model(recipe.model), recipe.text, recipe.harvest, progress)
@@ -81,30 +81,49 @@ def harvest(
     /,
     **overrides: RecipeValue,
 ) -> ActivationStore:
-    """Store the activations that a recipe file asks for; an interrupted harvest continues. Members of a grid share a store.
+    """Cache the activations that a recipe file asks for, and return their store. An interrupted harvest resumes.
 
-    ``overrides`` are as in ``train``. ``progress`` is called with the number of tokens and returns what is called with those
-    done.
+    Members of a grid share one store. For example::
+
+        store = sparsary.harvest("recipe.yaml", harvest__tokens=20_000, harvest__store="activations")
+        print(store.tokens("train"), store.tokens("heldout"))
+
+    Args:
+        recipe: YAML file.
+        progress: Called with the number of tokens to harvest; returns a function that is called with the number done.
+        overrides: As in ``train``.
 
     Raises:
-        ValueError: If the recipe is wrong, streams from the model, or another recipe's activations are there.
+        ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
     member = resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0]
     return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
 
 
 def train(recipe: str | Path, activations: Activations | None = None, **overrides: RecipeValue) -> Path:
-    """Run a recipe file, or continue it, and return the checkpoint's directory; with a ``grid``, the one above its members'.
+    """Train the dictionary of a recipe file, or resume its training, and return the checkpoint's directory.
 
-    ``train("recipe.yaml", dictionary__n_latents=512, lr=2e-3)`` trains with two keys overridden.
+    With a ``grid`` all members are trained, and the directory returned is the one above theirs.
+
+    >>> import tempfile, torch
+    >>> from pathlib import Path
+    >>> import sparsary
+    >>> keys = "{harvest: {}, dictionary: {hook: 'layer:out', n_latents: 32, encoder: {name: topk, k: 4}}, tokens: 4096}"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recipe = Path(folder, "recipe.yaml")
+    ...     _ = recipe.write_text(keys)
+    ...     checkpoint = sparsary.train(recipe, torch.randn(4096, 16), out_dir=f"{folder}/sae", dictionary__n_latents=64)
+    ...     sparsary.load(checkpoint).n_latents
+    64
 
     Args:
-        recipe: A YAML file.
-        activations: As in ``train_all``, in place of a model.
-        overrides: Recipe keys. Nested ones have double underscores in place of dots, or come as ``**{"dotted.key": value}``.
+        recipe: YAML file.
+        activations: Activations to train on in place of a language model's; see ``train_all``.
+        overrides: Recipe keys to change. Nested keys have double underscores in place of dots, or are passed as
+            ``**{"dotted.key": value}``.
 
     Raises:
-        ValueError: If the user can mend it.
+        ValueError: For every error that the user can fix; the message says how.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
     grid = load_grid(recipe, _dotted(overrides))
@@ -122,7 +141,7 @@ def train_recipe(
     progress: Callable[[int], None] = lambda tokens: None,
     plan: TrainingPlan | None = None,
 ) -> Path:
-    """Run a recipe to its end, or go on with it, and return ``out_dir``: ``train_all`` with one recipe."""
+    """Train one recipe, or resume it, and return ``out_dir``; see ``train_all``."""
     return train_all([recipe], activations, progress, None if plan is None else [plan])[0]
 
 
@@ -132,21 +151,21 @@ def train_all(
     progress: Callable[[int], None] = lambda tokens: None,
     plans: Sequence[TrainingPlan] | None = None,
 ) -> list[Path]:
-    """Run recipes side by side to their ends, or go on with them, and return their ``out_dir``s.
+    """Train recipes together, or resume them, and return their ``out_dir``s.
 
-    A batch is read once for all recipes that train on it; the rest is each one's own, and on the CPU each result is bit for
-    bit what the recipe gives alone. Recipes must agree in what ``grid.SHARED`` lists.
-
-    ``activations`` takes the place of the model: a tensor or array ``(tokens, d_in)`` or any iterable of such, as a list, a
-    ``DataLoader`` or a generator; or of pairs of them and the loss's gradients there (for transcoders, of inputs and targets),
-    or of mappings with ``x``, ``target`` (for transcoders) and ``grad``. ``model``, ``text``, ``harvest`` and the hooks of the
-    recipe are then only labels. ``progress`` hears of harvested tokens.
+    A batch is read once for all recipes that train on it. Everything else is separate: on the CPU each result is bit-identical
+    to that of its recipe trained alone. Recipes must agree on the keys in ``grid.SHARED``.
 
     Args:
-        plans: What ``preflight_all`` found of these recipes; without it, and without ``activations``, it is asked here.
+        activations: Replacement for the language model: a tensor or array ``(tokens, d_in)``, or an iterable of these (a list,
+            ``DataLoader`` or generator), of pairs with the loss gradients (for transcoders, with the targets), or of mappings
+            with ``x``, ``target`` (for transcoders) and ``grad``. The recipe's ``model``, ``text``, ``harvest`` and hooks are
+            then only labels.
+        progress: Called with the number of harvested tokens.
+        plans: Result of ``preflight_all`` for these recipes; computed here if ``None`` and there are no ``activations``.
 
     Raises:
-        ValueError: If the user can mend it.
+        ValueError: For every error that the user can fix; the message says how.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
     recipes = [member.recipe for member in members]
@@ -179,10 +198,10 @@ def open_streams(
     progress: Callable[[int], None],
     plans: Sequence[TrainingPlan] | None,
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
-    """The recipes' sources of batches, harvested first where it is a store, each with the recipes that share it."""
+    """Yield the recipes' batch streams, each with the recipes that share it; harvest first if they read from a store."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
     for member in members:
-        # Tensors that a user brings know neither hooks nor seeds.
+        # A user's tensors depend on neither hooks nor seeds.
         recipe = member.recipe
         key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
         together.setdefault(key, []).append(recipe)
@@ -201,7 +220,7 @@ def open_streams(
         elif first.harvest.store is None:
             model = load_model(first.model)
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
-            # Two: the first of the streams may be a buffer ahead of the last.
+            # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
@@ -231,7 +250,7 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack)
 
 
 def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
-    """Log what runs fall short of: once if all do."""
+    """Log the shortfalls of runs, once if all share them."""
     for line in told_together({name: list(map(str, each)) for name, each in zip(names, found, strict=True)}, len(names)):
         log.warning("%s.", line)
 
@@ -241,7 +260,12 @@ def _train(
     earlier: Mapping[str, Recipe],
     known: Mapping[str, Sequence[Shortfall]],
 ) -> None:
-    """Train on streams; ``earlier`` are the recipes of saved states, ``known`` the runs' shortfalls, by ``out_dir``."""
+    """Train on streams, then calibrate.
+
+    Args:
+        earlier: Recipes of the saved states to resume, by ``out_dir``.
+        known: Shortfalls known before training, by ``out_dir``.
+    """
     first = together[0][1][0]
     device = resolve_device(first.model.device)
     # accelerate keeps one state per process and refuses a second run with another precision.
@@ -269,18 +293,18 @@ def _train(
     if stop.signal_number is not None and unfinished:
         raise Stopped(stop.signal_number, min(unfinished))
     for group in groups:
-        # Nothing reads ahead any more: calibration goes through the same source.
+        # Stops prefetching, because calibration reads from the same source.
         group.stream.close()
     for group in groups:
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
-                # The state keeps what training left; what others load is made ready for use.
+                # Only the loadable dictionary is calibrated; the saved state stays as training left it.
                 found = finish(member.dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
-                # In any case: a kill may have come between the last state and its dictionary.
+                # Always saved: a kill may have come between the last state and its dictionary.
                 member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Left out of training, or mended: %s.", skipped)
@@ -288,7 +312,7 @@ def _train(
 
 @contextmanager
 def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
-    """Say in errors of files that could not be written which states are on disk."""
+    """Add to errors of writing files which saved states are on disk."""
     try:
         yield
     except WriteError as error:
@@ -298,14 +322,14 @@ def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
 
 
 def _passes(member: TrainedMember, stream: ActivationStream) -> list[Shortfall]:
-    """Whether a source that is not a store had fewer tokens than were trained on."""
+    """Return a shortfall if a source other than a store had fewer tokens than were trained on."""
     tokens, have = member.recipe.tokens, stream.distinct_tokens
     return shortfall("tokens", tokens, have, "tokens", repeated(tokens, have)) if have else []
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the dictionaries over one stream start from; ``medians`` are the sample's, by side and scale, each found once."""
+    """Initialization data of the dictionaries over one stream; ``medians`` caches the sample's medians, by side and scale."""
 
     stream: ActivationStream
     sample: ActivationBatch
@@ -314,10 +338,10 @@ class Start:
     medians: dict[tuple[str, bytes], Tensor]
 
     def widths(self, section: DictionarySection) -> dict[str, int]:
-        """The width at every hook: each side of the sample holds all of its hooks, equally wide.
+        """Return the width of every hook: a side of the sample concatenates its hooks, which are equally wide.
 
         Raises:
-            ValueError: If a user's tensors cannot be cut into that many.
+            ValueError: If a user's tensors cannot be split into that many hooks.
         """
         target = self.sample.x if self.sample.target is None else self.sample.target
         found = {}
@@ -337,8 +361,8 @@ def _group(
     bar: Progress,
     stack: ExitStack,
 ) -> Group:
-    """All that trains on one stream, which is brought to where the first of them has to go on."""
-    # For iterables of tensors that draw what they give.
+    """Build all members over one stream, and move it to where the first unfinished member resumes."""
+    # For user iterables that generate random tensors.
     torch.manual_seed(recipes[0].seed)
     start = Start(stream, stream.start_sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
     members = []
@@ -356,13 +380,13 @@ def _group(
 def _member(
     recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator, bar: Progress
 ) -> TrainedMember:
-    """Build a run; ``earlier`` is the recipe of the saved state that it goes on from."""
+    """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
     dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
     if earlier is None:
         moments = (start.moments, start.target_moments)
         initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
-    # Half the width of one site.
+    # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
@@ -387,7 +411,7 @@ def _member(
 
 
 def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
-    """Note that a run was made longer, and say what becomes of its schedules; empty if it was not."""
+    """Record that a run was lengthened, and return a message on its schedules; empty if it was not."""
     if earlier.tokens == recipe.tokens:
         return ""
     state.lengthened.append([state.step, earlier.tokens])
@@ -402,7 +426,7 @@ def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
 
 
 def needs_gradient(recipe: Recipe) -> bool:
-    """Whether an encoder of the run chooses its latents by the loss's gradient."""
+    """Return True if an encoder of the run selects latents by the loss gradient."""
     specs = [recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)]
     return any(ENCODERS[spec["name"]].needs_gradient for spec in specs)
 
@@ -414,7 +438,7 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
-    """Where a dictionary comes from: enough to evaluate it on the same model, hooks and held-out documents."""
+    """Return a dictionary's provenance: enough to evaluate it on the same model, hooks and held-out documents."""
     resolved = recipe.model_dump(mode="json")
     model = resolved["model"]
     commit = ((stream.content() or {}).get("model") or {}).get("commit")
@@ -445,7 +469,7 @@ def _version() -> str | None:
 
 @cache
 def git_commit() -> str | None:
-    """The commit this source is checked out at, if it is."""
+    """Return the commit of this source checkout; ``None`` if it is not a checkout."""
     here = Path(__file__).parent
     try:
         found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -454,5 +478,5 @@ def git_commit() -> str | None:
         )
     except OSError:
         return None
-    # Installed into another project's environment, git would name that project's commit.
+    # For a copy installed inside another repository, git would report that repository's commit.
     return found.stdout.strip() if found.returncode == 0 and tracked.returncode == 0 else None

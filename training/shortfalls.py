@@ -1,28 +1,28 @@
-"""What was asked for and what there was: told in the plan, in the log, and in every report of a dictionary.
+"""Shortfalls: quantities of which less was available than requested, shown in plans, logs and reports.
 
-Every quantity that a run or an evaluation may fall short of goes through ``Shortfall``: steps of a schedule, tokens of a text,
-prompt pairs. Shortfalls of a training are kept in its checkpoint's provenance, where evaluations find them.
+Everything that a run or an evaluation may fall short of uses ``Shortfall``: steps of a schedule, tokens of a text, prompt
+pairs. Shortfalls of training are kept in the checkpoint's provenance, where evaluations find them.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Shortfalls in a checkpoint's provenance and in reports.
+# Key of the shortfalls in provenances and reports.
 ENTRY = "shortfalls"
 
 
 @dataclass(frozen=True)
 class Shortfall:
-    """A quantity of which there was less than was asked for.
+    """A quantity of which less was available than requested.
 
     Args:
-        key: The recipe's key, or the option, that asked.
-        asked: The quantity asked for, in ``unit``.
-        had: The quantity that there was.
+        key: Recipe key or command-line option that requested it.
+        asked: Requested quantity, in ``unit``.
+        had: Available quantity.
         unit: Plural noun: ``tokens``, ``steps``.
-        consequence: What follows from it, and perhaps how to mend it; without a full stop.
-        serious: It casts doubt on figures however much was missing.
+        consequence: Effect on the results and, optionally, a remedy; without a final period.
+        serious: Results are doubtful however small the shortfall.
 
     >>> str(Shortfall("lr_warmup_steps", 1000, 8, "steps", "lr reaches 8e-06"))
     'lr_warmup_steps: 8 of 1,000 steps asked for: lr reaches 8e-06'
@@ -37,19 +37,19 @@ class Shortfall:
 
     @property
     def doubtful(self) -> bool:
-        """Whether figures that rest on it are in doubt: less than half was had."""
+        """True if results that depend on it are doubtful: less than half was available, or it is ``serious``."""
         return self.serious or 2 * self.had < self.asked
 
     def __str__(self) -> str:
         return f"{self.key}: {self.had:,} of {self.asked:,} {self.unit} asked for: {self.consequence}"
 
     def entry(self) -> dict[str, Any]:
-        """Return the shortfall as JSON."""
+        """Return the shortfall as a JSON-compatible dict."""
         return asdict(self)
 
 
 def shortfall(key: str, asked: int, had: int, unit: str, consequence: str, serious: bool = False) -> list[Shortfall]:
-    """Return one shortfall if there was less than asked for, else none.
+    """Return a list of one shortfall if less was available than requested, else an empty list.
 
     >>> shortfall("pairs", 100, 100, "pairs", "intervals are wide")
     []
@@ -58,10 +58,10 @@ def shortfall(key: str, asked: int, had: int, unit: str, consequence: str, serio
 
 
 def shortfalls_together(*parts: Iterable[Shortfall]) -> tuple[Shortfall, ...]:
-    """Return the shortfalls of several parts; of one key the later stays, which was measured where the earlier was planned."""
+    """Merge shortfalls. For equal keys the last is kept: it was measured, while earlier ones were planned."""
     return tuple({found.key: found for part in parts for found in part}.values())
 
 
 def recorded(provenance: Mapping[str, Any]) -> tuple[Shortfall, ...]:
-    """Return the shortfalls of a checkpoint's training; of other libraries' checkpoints none are known."""
+    """Return the training shortfalls in a checkpoint's provenance; third-party checkpoints have none."""
     return tuple(Shortfall(**entry) for entry in provenance.get(ENTRY) or ())

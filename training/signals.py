@@ -1,4 +1,4 @@
-"""How a run is asked to stop, and how it says that it did; imports nothing that takes time, as the command line imports it."""
+"""Stop requests by signal. This module imports nothing slow, because the command line imports it."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal ended the run early, after it had saved itself; the same command continues it."""
+    """Raised when a signal stopped a run early, after its state was saved; the same command resumes it."""
 
     def __init__(self, signal_number: int, step: int):
         super().__init__(f"Stopped at step {step}; everything is saved. The same command continues.")
@@ -16,7 +16,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """``requested`` is set by SIGINT and SIGTERM."""
+    """Stop flag of a run, set by SIGINT and SIGTERM."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -27,9 +27,9 @@ class StopRequest:
 
     @contextmanager
     def signals_deferred(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the loop after the current step instead of the process; a second one does not wait.
+        """Defer SIGINT and SIGTERM to the end of the current step; a second signal interrupts immediately.
 
-        In another thread than the main one, as in a web application, signals are left to whoever has the main one.
+        Outside the main thread, as in a web application, signals are left alone.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -40,7 +40,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.signal_number = number
 
-        # A handler that was not set from Python could not be put back.
+        # A handler that was not installed from Python cannot be restored.
         ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
         previous = {number: signal.signal(number, request) for number in ours}
         try:

@@ -1,7 +1,7 @@
-"""Everything a resume needs, in one object and one file.
+"""Training state: everything a resume needs, in one object and one file.
 
-``state.safetensors`` holds weights, optimizer moments, counters, random state, stream position and the length of
-``metrics.jsonl``. It is replaced in one rename, so a kill at any moment leaves either the old state or the new one.
+``state.safetensors`` holds weights, optimizer moments, counters, random-generator states, stream position and the length of
+``metrics.jsonl``. It is replaced by a rename, so a kill at any moment leaves either the old state or the new one.
 """
 
 import json
@@ -25,14 +25,14 @@ FORMAT_VERSION = 2
 
 
 class NotFinite(ValueError):  # noqa: N818 - said like this it reads as what happened
-    """A run's loss was not finite."""
+    """Raised when a run's loss is not finite."""
 
 
 class Randomness:
-    """One run's own random numbers: torch draws them while this is entered, so that runs side by side draw as if alone.
+    """Random-generator states of one run, active while entered, so that runs trained together draw the same numbers as alone.
 
-    Entered while a dictionary is built, and not during its steps, which draw nothing: the thread that reads ahead may be
-    drawing the activations that a user's iterable makes up.
+    Entered while a dictionary is built, and not during its steps, which draw nothing: the prefetching thread may then be
+    drawing the random activations of a user's iterable.
     """
 
     def __init__(self, seed: int):
@@ -54,7 +54,7 @@ class Randomness:
 class TrainState:
     """Counters of a run.
 
-    ``silent_for`` is how many tokens ago each latent last fired, ``density`` the running share of tokens it fires on.
+    ``silent_for`` is the number of tokens since each latent last fired, ``density`` the running share of tokens it fires on.
     """
 
     def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device, randomness: Randomness):
@@ -62,7 +62,7 @@ class TrainState:
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
-        # [step, tokens]: where the run was made longer, and how long it was to be before.
+        # [step, tokens]: the step at which the run was lengthened, and its token budget before.
         self.lengthened: list[list[int]] = []
         self.stream_position: dict[str, Any] | None = None
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
@@ -80,21 +80,21 @@ class TrainState:
 
     @property
     def training_usage(self) -> TrainingUsage:
-        """What a checkpoint keeps of it."""
+        """Latent usage, as stored in checkpoints."""
         return TrainingUsage(self.silent_for.cpu(), self.dead_after_tokens, self.tokens)
 
     def advance(self, tokens: int, terms: Terms) -> None:
-        """Count one step. Nothing here waits for the device."""
+        """Count one step, without synchronizing with the device."""
         self.step += 1
         self.tokens += tokens
         self.silent_for = torch.where(terms.firings > 0, 0, self.silent_for + tokens)
-        # A plain mean until it has seen as much as it later remembers.
+        # A plain mean at first, until the history is as long as the decaying average remembers.
         share = max(1 - 0.5 ** (tokens / self.half_life), tokens / self.tokens)
         self.density = self.density.lerp(terms.firings.double() / tokens, share)
         self.finite = self.finite & torch.isfinite(terms.named["loss"])
 
     def require_finite(self, directory: str | Path) -> None:
-        """Raise ``NotFinite``, naming the run's directory, if the loss was not finite in some step so far."""
+        """Raise ``NotFinite``, naming the run's directory, if the loss was not finite in any step so far."""
         if not bool(self.finite):
             raise NotFinite(
                 f"{directory}: loss: not finite between steps {self.saved_step} and {self.step}. The run stops; the state of "
@@ -110,7 +110,7 @@ class TrainState:
         stream: ActivationStream,
         metrics_bytes: int,
     ) -> None:
-        """Replace the saved state. Raises ``OSError`` if it cannot be written; the old one then stays."""
+        """Replace the saved state. If it cannot be written, raise ``OSError`` and keep the old one."""
         tensors: dict[str, Tensor] = {}
         for part, module in _parts(dictionary, phases).items():
             tensors |= {f"{part}/{name}": t for name, t in _own(module.state_dict()).items()}
@@ -139,13 +139,13 @@ class TrainState:
         phases: Phases,
         optimizer: torch.optim.Optimizer,
     ) -> int:
-        """Put everything back as ``save`` found it; returns the length of ``metrics.jsonl`` at that time.
+        """Restore everything that ``save`` stored, and return the length of ``metrics.jsonl`` at that time.
 
-        The stream is not ours alone: where it has to go on is left in ``stream_position``. The random numbers are those in
-        force, the run's own if ``Randomness`` is entered.
+        The stream is shared with other runs, so only its position is kept, in ``stream_position``. Random-generator states
+        are set in torch's current generators, which are the run's own while its ``Randomness`` is entered.
 
         Raises:
-            ValueError: If the file is damaged or of another shape.
+            ValueError: If the file is damaged or does not fit the run.
         """
         path = directory / STATE_FILE
         tensors, metadata = read_tensors(path)
@@ -160,7 +160,7 @@ class TrainState:
                 for name, parameter in _own(dict(module.named_parameters())).items():
                     saved = _below(f"optimizer/{part}/{name}/", tensors)
                     # Adam keeps its step counter on the CPU unless it is fused on a GPU; it goes where the weights are.
-                    # A parameter no gradient has reached yet has no state.
+                    # A parameter without a gradient so far has no state.
                     if saved:
                         optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
             if dictionary.screen is not None:
@@ -170,7 +170,7 @@ class TrainState:
             _set_random_state(_below("random/", tensors))
             self.step, self.tokens = counters["step"], counters["tokens"]
             self.stream_position = counters["stream"]
-            # Runs of earlier versions could not be made longer.
+            # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
         except (KeyError, RuntimeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
@@ -181,7 +181,7 @@ class TrainState:
 
 
 def saved_step(directory: Path) -> int:
-    """The step of a run's saved state, of which nothing else is read.
+    """Return the step of a run's saved state, reading only the file's metadata.
 
     Raises:
         ValueError: If the file is damaged.
@@ -195,12 +195,12 @@ def saved_step(directory: Path) -> int:
 
 
 def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:
-    """Everything with weights or buffers, by the name it is saved under."""
+    """Return all modules with weights or buffers, by the name they are saved under."""
     return {"dictionary": dictionary} | {f"encoder-{i}": encoder for i, encoder in enumerate(phases.encoders)}
 
 
 def _own(named: dict[str, Any]) -> dict[str, Any]:
-    """A module's tensors less those of a dictionary's encoder, which is saved as a phase of its own."""
+    """Return a module's tensors without those of a dictionary's encoder, which is saved as a phase of its own."""
     return {name: value for name, value in named.items() if not name.startswith("encoder.")}
 
 
@@ -209,7 +209,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _random_state() -> dict[str, Tensor]:
-    """What torch's generators would draw next, by kind of device."""
+    """Return the states of torch's generators, by device type."""
     here = {"cpu": torch.get_rng_state()}
     return here | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else here
 

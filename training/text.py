@@ -1,7 +1,7 @@
-"""Text in: documents from the embedded corpus, files or the hub, tokenised and packed into contexts.
+"""Text loading: documents of the embedded corpus, files or Hugging Face datasets, tokenized and packed into contexts.
 
-Documents are numbered in reading order; a document's number decides whether it is held out, so the same text is split the
-same way everywhere.
+Documents are numbered in reading order. The number alone decides whether a document is held out, so the same text is always
+split the same way.
 """
 
 import codecs
@@ -22,7 +22,7 @@ TOKENIZE_AT_ONCE = 256
 
 
 class Cursor(NamedTuple):
-    """A place in the text: the next document, and how many of its tokens have gone by."""
+    """A position in the text: the next document, and the number of its tokens already read."""
 
     document: int
     offset: int
@@ -30,10 +30,10 @@ class Cursor(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """One row for the model: ids, and for every token its document and its position in it.
+    """One input of the language model, with the document and position of every token.
 
-    BOS belongs to the document that follows it, at position -1; padding belongs to none: both are -1 there. ``cursor`` is
-    where the next context begins.
+    BOS belongs to the document that follows it, at position -1. Padding has document -1 and position -1. ``cursor`` is the
+    start of the next context.
     """
 
     token_ids: np.ndarray  # (context_length,) int32
@@ -43,8 +43,8 @@ class Context:
 
 
 def is_heldout(document: int, share: float) -> bool:
-    """Whether a document belongs to the held-out split: a fixed hash of its number, so no list needs keeping."""
-    # splitmix64's finaliser: neighbouring numbers land far apart.
+    """Return True if a document is held out, by a fixed hash of its number, so that no list must be stored."""
+    # Finalizer of splitmix64: neighboring numbers get unrelated hashes.
     z = (document + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
@@ -52,7 +52,7 @@ def is_heldout(document: int, share: float) -> bool:
 
 
 def are_heldout(documents: np.ndarray, share: float) -> np.ndarray:
-    """``is_heldout`` of every number of an array."""
+    """Return ``is_heldout`` of every number in an array."""
     with np.errstate(over="ignore"):
         z = (documents.astype(np.int64) + 1).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -71,10 +71,12 @@ def contexts(
     bad: BadTexts | None = None,
     reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[Context]:
-    """Contexts of the text from ``start`` on.
+    """Yield the contexts of a text from ``start`` on.
 
-    With ``heldout`` only the documents of that held-out share are read; without it all are, and the caller splits. ``bad``
-    counts rows that cannot be read, ``reading`` is called as ``documents`` does it.
+    Args:
+        heldout: Share of documents held out; only these are read. ``None`` reads all documents, and the caller splits them.
+        bad: Counter of rows that cannot be read.
+        reading: As in ``documents``.
     """
 
     def wanted(number: int) -> bool:
@@ -85,7 +87,7 @@ def contexts(
 
 
 def packed(numbered: Iterable[tuple[int, str]], section: TextSection, tokenizer: Any, offset: int = 0) -> Iterator[Context]:
-    """Contexts of numbered documents, of which the first is read from its token ``offset`` on."""
+    """Yield the contexts of numbered documents, without the first ``offset`` tokens of the first document."""
     bos_id = tokenizer.bos_token_id
     if section.bos != "none" and bos_id is None:
         raise ValueError(f"text.bos: expected a tokenizer with a BOS token for {section.bos!r}, got none. Set text.bos: none.")
@@ -97,13 +99,13 @@ def packed(numbered: Iterable[tuple[int, str]], section: TextSection, tokenizer:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the id that fills a context that is not full."""
+    """Return the token id that pads incomplete contexts."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
     return next((token for token in known if token is not None), 0)
 
 
 def tokenize(numbered: Iterable[tuple[int, str]], tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
-    """Token ids of every document, no special tokens added."""
+    """Yield the token ids of every document, without special tokens."""
     iterator = iter(numbered)
     while batch := list(itertools.islice(iterator, TOKENIZE_AT_ONCE)):
         encoded = tokenizer([text for _, text in batch], add_special_tokens=False, verbose=False)["input_ids"]
@@ -117,19 +119,20 @@ def documents(
     bad: BadTexts | None = None,
     reading: Callable[[int, str], None] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Number and text of the wanted documents from number ``start`` on, in their fixed order.
+    """Yield number and text of the wanted documents from number ``start`` on, in a fixed order.
 
-    Rows that hold no text have no number, be they blank or bad: what is left out does not move the others.
+    Rows without text, blank or bad, are not numbered, so leaving them out does not change the other numbers.
 
     Args:
-        bad: Counts rows that cannot be read.
-        reading: Called with every document that is read, of files and data sets also with those that are skipped.
+        wanted: Returns True for the document numbers to yield.
+        bad: Counter of rows that cannot be read.
+        reading: Called with every document that is read; for files and datasets, also with those that are skipped.
 
     Raises:
-        ValueError: If a file or data set cannot be had, or more rows of it cannot be read than ``section`` allows.
+        ValueError: If a file or dataset cannot be loaded, or more of its rows are unreadable than ``section`` allows.
     """
     if section.source == "embedded":
-        # Any document can be had without those before it.
+        # Documents are generated independently of those before them.
         for number in filter(wanted, itertools.count(start)):
             yield number, corpus.embedded_document(section.seed, number).text
         return
@@ -163,7 +166,7 @@ def _file_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator
 
 
 def _opened(path: Path) -> TextIO:
-    """A text file in the encoding that its byte order mark names, without that UTF-8; other bytes become surrogates."""
+    """Open a text file in the encoding of its byte-order mark, else as UTF-8, where other bytes become surrogates."""
     with path.open("rb") as handle:
         head = handle.read(4)
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -187,7 +190,7 @@ def _txt_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[
 def _jsonl_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
     with _opened(path) as handle:
         for number, line in enumerate(handle, start=1):
-            # The form allows them, and files that were put together have them.
+            # Blank lines are common in concatenated files.
             if line.isspace():
                 continue
             try:
@@ -203,8 +206,8 @@ def _jsonl_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterato
 
 
 def _parquet_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
-    # Imported here: it takes a while, and other files do without. Read here and not by `datasets`, which decodes every column
-    # and ends at the first row that is not UTF-8.
+    # Imported lazily: it is slow, and other files do not need it. `datasets` is not used, because it decodes every column and
+    # stops at the first row that is not UTF-8.
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -218,7 +221,7 @@ def _parquet_documents(path: Path, section: TextSection, bad: BadTexts) -> Itera
                 if pa.types.is_dictionary(values.type):
                     values = values.dictionary_decode()
                 if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-                    # As bytes: what is not UTF-8 among them concerns its own row only.
+                    # As bytes, so that a value that is not UTF-8 affects its own row only.
                     values = values.cast(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
                 for value in values.to_pylist():
                     yield from _texts(value, f"{path}: row {row}", bad)
@@ -240,7 +243,7 @@ def _hub_documents(section: TextSection, bad: BadTexts) -> Iterator[str]:
         try:
             row = next(rows, None)
         except Exception as error:  # noqa: BLE001
-            # Connections break, and data sets are damaged, in as many ways as there are libraries in between.
+            # Broken connections and damaged datasets raise different errors in every library involved.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ValueError(
                 f"{section.dataset}: row {number} could not be read ({reason}). What was harvested or saved is kept; the same "
@@ -255,14 +258,14 @@ def _hub_documents(section: TextSection, bad: BadTexts) -> Iterator[str]:
 
 
 def _load_dataset(*arguments: Any, **options: Any) -> Any:
-    # Imported here: it takes a second, and the embedded corpus does without.
+    # Imported lazily: it takes a second, and the embedded corpus does not need it.
     import datasets
 
     try:
-        # A data set's own code would run here; no version of datasets may ask for it.
+        # A dataset's own code would run here; no version of `datasets` may do that.
         return datasets.load_dataset(*arguments, streaming=True, trust_remote_code=False, **options)
     except Exception as error:  # noqa: BLE001
-        # Whatever the hub client raises (offline, unknown id, no rights), the user needs the same two facts.
+        # Whatever the Hub client raises (offline, unknown id, no access), the remedy is the same.
         raise ValueError(
             f"text.dataset: {arguments[0]!r} could not be had ({type(error).__name__}: {error}). Check the id and the "
             "connection, or set text.source: files, or embedded with model.id: embedded."
@@ -274,7 +277,7 @@ def _no_column(section: TextSection, columns: Iterable[str], where: str) -> Valu
 
 
 def _texts(value: Any, where: str, bad: BadTexts) -> Iterator[str]:
-    """The text that a row's value is, or nothing."""
+    """Yield the text of a row's value, or nothing if it holds none."""
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig", "surrogateescape")
     if isinstance(value, str):
@@ -293,10 +296,11 @@ def pack(
     first_offset: int = 0,
     pad_id: int | None = None,
 ) -> Iterator[Context]:
-    """Lay documents into contexts of ``context_length`` tokens; a last context that does not fill is dropped.
+    """Yield contexts of ``context_length`` tokens made of documents; an incomplete last context is dropped.
 
-    With ``pad_id`` a context never holds two documents, and its rest is padded. ``first_offset`` tokens of the first
-    document are skipped: they were in the context before.
+    Args:
+        first_offset: Number of tokens of the first document to skip, because they were in the previous context.
+        pad_id: Give every document contexts of its own, padded with this id; ``None`` packs documents end to end.
     """
     row, number = _Row(context_length), 0
     for number, ids in documents:

@@ -1,4 +1,4 @@
-"""How much there is of a text, found before anything is run: documents, and tokens to train on and to judge on."""
+"""Size of a text, measured before a run: its documents, training tokens and held-out tokens."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from .activations.contexts import special_ids, stack_contexts
 from .recipe import HarvestSection, TextSection
 from .text import are_heldout, documents, is_heldout, packed
 
-# A longer text is read up to here, a second or two, and the rest is estimated.
+# A longer text is read up to here, which takes a second or two, and the rest is estimated.
 MEASURED_CHARACTERS = 2_000_000
-# Of a data set on the hub, which is streamed over the network: enough to know that it is there and has text.
+# A Hugging Face dataset is streamed over the network: one document shows that it exists and has text.
 HUB_CHARACTERS = 1
 
 
 @dataclass(frozen=True)
 class TextSize:
-    """Documents of a text, and tokens in them that are trained on and judged on.
+    """Number of documents of a text, and of tokens in them to train and to evaluate on.
 
-    ``share`` is the part of the text that was read: 1 for all of it, and figures are then exact; ``None`` if how much more
-    there is cannot be known. Of a part, the figures are its own.
+    ``share`` is the fraction of the text that was read: 1 for all, which makes the numbers exact; ``None`` if the length of the
+    rest is unknown. The numbers are those of the part that was read.
     """
 
     documents: int
@@ -36,11 +36,11 @@ class TextSize:
         return self.share == 1.0
 
     def estimate(self, tokens: int) -> int | None:
-        """Return ``tokens`` of the part that was read, as many as there are in all of the text."""
+        """Extrapolate a number of tokens from the part that was read to the whole text; ``None`` if its length is unknown."""
         return None if self.share is None else round(tokens / self.share)
 
     def words(self) -> str:
-        """Return what to show a person."""
+        """Return the size as text for display."""
         if self.share is None:
             return "length unknown"
         about = "" if self.whole else "about "
@@ -49,13 +49,13 @@ class TextSize:
 
 
 def measure_text(text: TextSection, tokenizer: Any, section: HarvestSection) -> TextSize:
-    """Read a text, or the beginning of a long one, and count.
+    """Read a text, or the beginning of a long one, and count its documents and tokens.
 
     Args:
-        section: What it holds out is counted apart, and what it excludes is not counted.
+        section: Tokens that it excludes are not counted, and documents that it holds out are counted separately.
 
     Raises:
-        ValueError: If the text cannot be had, or a line of what was read holds none.
+        ValueError: If the text cannot be loaded, or a line of the part that was read holds no text.
     """
     read: list[tuple[int, str]] = []
     left = HUB_CHARACTERS if text.source == "hub" else MEASURED_CHARACTERS
@@ -68,13 +68,13 @@ def measure_text(text: TextSection, tokenizer: Any, section: HarvestSection) -> 
             break
     heldout = [document for document in read if is_heldout(document[0], section.heldout)]
     train, _ = _kept(read, text, tokenizer, section)
-    # Alone, as evaluations read them.
+    # Packed without the other documents, as evaluations read them.
     _, judged = _kept(heldout, text, tokenizer, section)
     return TextSize(len(read), len(heldout), train, judged, 1.0 if whole else _share(read, text))
 
 
 def _kept(numbered: Iterable[tuple[int, str]], text: TextSection, tokenizer: Any, section: HarvestSection) -> tuple[int, int]:
-    """Tokens that are not excluded, those of training documents and those of held-out ones."""
+    """Return the number of tokens that are not excluded, in training documents and in held-out ones."""
     special, found = special_ids(tokenizer), np.zeros(2, dtype=np.int64)
     for context in packed(numbered, text, tokenizer):
         batch = stack_contexts([context], special, section)
@@ -84,7 +84,7 @@ def _kept(numbered: Iterable[tuple[int, str]], text: TextSection, tokenizer: Any
 
 
 def _share(read: list[tuple[int, str]], text: TextSection) -> float | None:
-    """The part of the files that so many documents are; too small where files hold more than text."""
+    """Return the fraction of the files that was read. It is too small if files hold more than text."""
     if text.source != "files":
         return None
     size = sum(Path(name).stat().st_size for name in text.files)

@@ -1,7 +1,7 @@
-"""Recipes: YAML in, a checked and frozen configuration out.
+"""Recipes: YAML files, loaded into a validated and frozen configuration.
 
-Every mistake of a recipe is reported at once, with the nearest valid name. Types are never coerced; the loader speaks
-YAML 1.2, where ``1e-4`` is a number and ``no`` is a word.
+All mistakes in a recipe are reported at once, each with the nearest valid name. Types are never coerced; the loader reads
+YAML 1.2, where ``1e-4`` is a number and ``no`` is a string.
 """
 
 import copy
@@ -29,7 +29,6 @@ from .schema import (
 )
 from .validation import check_encoder, check_together, encoder_specs, explain
 
-# The sections are a recipe's, wherever they are written down.
 __all__ = [
     "DictionarySection",
     "HarvestSection",
@@ -51,7 +50,7 @@ __all__ = [
     "total_steps",
 ]
 
-# What may differ when an interrupted run is continued: none of it touches the numbers.
+# Keys that may differ when a run is resumed, because they do not affect its results.
 FREE_ON_RESUME = (
     *("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks", "model.trust_remote_code"),
     *(f"{section}.{key}" for section in ("text", "harvest") for key in ("on_bad_row", "max_bad_share")),
@@ -59,9 +58,9 @@ FREE_ON_RESUME = (
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read, override (``{"dictionary.n_latents": 512}``) and check a recipe.
+    """Load a recipe, apply overrides (``{"dictionary.n_latents": 512}``) and validate it.
 
-    A recipe may name another as its ``base``, relative to itself: it then holds what differs from it.
+    A recipe may name another as its ``base``, relative to itself, and then holds only the differences.
 
     Raises:
         ValueError: With one line per mistake.
@@ -73,7 +72,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def read_values(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe's values, its base's below and the overrides above them; nothing else is checked."""
+    """Return a recipe's values, merged over its base's and with overrides applied; nothing else is checked."""
     values = _read_values(Path(path), ())
     for key, value in (overrides or {}).items():
         override(values, key, value)
@@ -81,7 +80,7 @@ def read_values(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe's unchecked values over those of its base."""
+    """Return a recipe's unchecked values merged over those of its base."""
     try:
         text = read_text(path)
     except OSError as error:
@@ -102,7 +101,7 @@ def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` over ``base``, section by section. An encoder is replaced whole: its arguments belong to its name."""
+    """Merge ``values`` over ``base``, section by section. An encoder is replaced whole: its arguments depend on its name."""
     merged = dict(base)
     for key, value in values.items():
         nested = key != "encoder" and isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -111,7 +110,7 @@ def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """One YAML 1.2 document; duplicate keys are errors."""
+    """Parse one YAML 1.2 document; duplicate keys are errors."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
@@ -119,7 +118,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """``["lr=1e-4", "dictionary.encoder.k=8"]`` as a mapping; values are YAML."""
+    """Parse overrides such as ``["lr=1e-4", "dictionary.encoder.k=8"]`` into a mapping; values are YAML."""
     overrides = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -131,7 +130,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set one dotted key of unchecked values; what was there is replaced whole."""
+    """Set one dotted key of unchecked values, in place; an old value is replaced whole."""
     *parents, last = key.split(".")
     for parent in parents:
         nested = values.setdefault(parent, {})
@@ -142,10 +141,13 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def check_recipe(values: dict[str, Any], where: str) -> Recipe:
-    """The configuration of parsed YAML.
+    """Validate parsed YAML and return the recipe.
+
+    Args:
+        where: Prefix of every line of an error.
 
     Raises:
-        ValueError: With one line per mistake; ``where`` opens each.
+        ValueError: With one line per mistake.
     """
     problems: list[str] = []
     recipe = None
@@ -164,7 +166,7 @@ def check_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 
 def _without_unknown(values: dict[str, Any], error: ValidationError) -> Recipe | None:
-    """The recipe less its unknown keys, if nothing else is wrong: its other checks need not wait for a second try."""
+    """Return the recipe without its unknown keys if nothing else is wrong, so that the other checks can run at once."""
     values = copy.deepcopy(values)
     for problem in error.errors():
         *parents, last = problem["loc"]
@@ -181,7 +183,7 @@ def _without_unknown(values: dict[str, Any], error: ValidationError) -> Recipe |
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, defaults written out; loads back to an equal recipe."""
+    """Return the resolved recipe as YAML, with defaults written out. It loads back to an equal recipe."""
     buffer = io.StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
@@ -190,7 +192,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Keys, with both values, in which ``new`` would not continue ``old``. More ``tokens`` would: the run is made longer."""
+    """Return the keys, with both values, that keep ``new`` from resuming ``old``. More ``tokens`` do not: they lengthen it."""
     before, after = flat_keys(old.model_dump(mode="json")), flat_keys(new.model_dump(mode="json"))
     if new.tokens > old.tokens:
         after["tokens"] = before["tokens"]
@@ -202,7 +204,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def flat_keys(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted key."""
+    """Return nested mappings as one mapping with dotted keys."""
     if not isinstance(values, dict):
         return {prefix: values}
     return {

@@ -1,6 +1,6 @@
-"""A recipe's ``grid:`` -> its members: ordinary recipes, each with a readable name and its own directory.
+"""Expansion of a recipe's ``grid:`` into members: ordinary recipes, each with a readable name and its own directory.
 
-A mapping of keys to lists stands for all combinations, a list of mappings for members picked by hand::
+A mapping of keys to lists expands to all combinations, a list of mappings to hand-picked members::
 
     grid: {dictionary.n_latents: [512, 1024], dictionary.encoder.k: [8, 16], seed: [0, 1]}
     grid: [{lr: 1e-3}, {name: wide, dictionary.n_latents: 2048, dictionary.encoder: {name: mutual_choice, k: 8}}]
@@ -17,36 +17,36 @@ from typing import Any
 
 from . import Recipe, check_recipe, flat_keys, override, read_values
 
-# What one stream, one model or one accelerator stands for; a section stands for all its keys.
+# Keys, or whole sections, that belong to the stream, model or accelerator that all members share.
 SHARED = ("model", "text", "harvest", "precision", "accumulate")
-# Directories hold state, metrics and dictionary of one member; more of a name does not fit them everywhere.
+# Longer names of members' directories do not fit every file system.
 NAME_LENGTH = 120
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Recipes that are run side by side; a recipe without a grid is the only one. ``out_dir`` is above all of theirs."""
+    """Recipes that train together, in directories below ``out_dir``. A recipe without a grid is alone, in ``out_dir``."""
 
     out_dir: str
     recipes: tuple[Recipe, ...]
 
     @property
     def names(self) -> list[str]:
-        """The members' names, which are their directories below ``out_dir``; that of a single recipe is its own."""
+        """Names of the members, which are the last parts of their directories."""
         return [Path(recipe.out_dir).name for recipe in self.recipes]
 
 
 def load_grid(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Grid:
-    """Read, override and check a recipe and all members of its grid, if it has one.
+    """Load a recipe, apply overrides, and validate it and all members of its grid, if it has one.
 
     Raises:
-        ValueError: With one line per mistake, those of a single member under its name.
+        ValueError: With one line per mistake; those of a single member under its name.
     """
     return check_grid(read_values(path, overrides), str(path))
 
 
 def check_grid(values: dict[str, Any], where: str) -> Grid:
-    """The members of parsed YAML; ``where`` opens every line of a mistake."""
+    """Validate parsed YAML and return the members; ``where`` is the prefix of every line of an error."""
     if "grid" not in values:
         recipe = check_recipe(values, where)
         return Grid(recipe.out_dir, (recipe,))
@@ -67,14 +67,14 @@ def check_grid(values: dict[str, Any], where: str) -> Grid:
 
 
 def told_together(problems: Mapping[str, list[str]], members: int) -> list[str]:
-    """What is wrong with every member once, the rest under each member's name."""
+    """Return problems that all members share once, and the others under each member's name."""
     counts = Counter(line for lines in problems.values() for line in dict.fromkeys(lines))
     common = [line for line, count in counts.items() if count == members]
     return common + [f"grid {name}: {line}" for name, lines in problems.items() for line in lines if line not in common]
 
 
 def unshared(recipes: Mapping[str, Recipe]) -> list[str]:
-    """One line for every key that members must have in common and do not."""
+    """Return one line for each key that members must share and do not."""
     values = {name: flat_keys(recipe.model_dump(mode="json", include=set(SHARED))) for name, recipe in recipes.items()}
     (first, expected), *others = values.items() or [("", {})]
     found: dict[str, str] = {}
@@ -90,7 +90,7 @@ def unshared(recipes: Mapping[str, Recipe]) -> list[str]:
 
 
 def _changes(grid: Any, where: str) -> list[dict[str, Any]]:
-    """What every member changes, by dotted key, with ``name`` where one was given."""
+    """Return every member's changes by dotted key, including ``name`` if given."""
     form = "a mapping of keys to lists of values, or a list of mappings of keys to values"
     if not isinstance(grid, (dict, list)) or not grid:
         raise ValueError(f"{where}: grid: expected {form}, got {grid!r}.")
@@ -130,7 +130,7 @@ def _key_problem(key: str) -> str:
 
 
 def _names(changes: Sequence[dict[str, Any]], where: str) -> list[str]:
-    """A directory's name for every member: the name it was given, or what it changes, by the shortest keys that differ."""
+    """Return every member's directory name: its given name, or its changes, by the shortest unambiguous keys."""
     keys = list(dict.fromkeys(key for change in changes for key in change if key != "name"))
     short = {key: _shortest(key, keys) for key in keys}
     names, problems = [], []
@@ -151,24 +151,24 @@ def _names(changes: Sequence[dict[str, Any]], where: str) -> list[str]:
 
 
 def _shortest(key: str, keys: list[str]) -> str:
-    """The end of a dotted key that no other key ends in."""
+    """Return the shortest suffix of a dotted key that no other key ends in."""
     parts = key.split(".")
     ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
     return next(end for end in ends if sum(other == end or other.endswith(f".{end}") for other in keys) == 1 or end == key)
 
 
 def _word(value: Any) -> str:
-    """A value as part of a name; an encoder as its variant and arguments."""
+    """Return a value as part of a name; an encoder as its variant and arguments."""
     if isinstance(value, dict):
         return "-".join(_word(part) if key == "name" else f"{key}{_word(part)}" for key, part in value.items())
     if isinstance(value, list):
         return "+".join(map(_word, value))
-    # As YAML writes them.
+    # Spelled as in YAML.
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _changed(base: dict[str, Any], change: dict[str, Any], name: str) -> dict[str, Any]:
-    """A member's unchecked values. Later keys go over earlier ones: first the encoder, then its k."""
+    """Return a member's unchecked values. Changes apply in order: first the encoder, then its k."""
     values = copy.deepcopy(base)
     for key, value in change.items():
         if key != "name":

@@ -1,6 +1,6 @@
-"""The configuration's schema: every key of a recipe with its type, default and meaning.
+"""Schema of a recipe: every key with its type, default and description.
 
-Types are never coerced, and unknown keys are errors. What no single key can be blamed for is in ``checks.py``.
+Types are never coerced, and unknown keys are errors. Checks that involve several keys are in ``validation.py``.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 
 class Section(BaseModel):
-    """Strict: unknown keys and wrong types are errors. Frozen: what varies in a run lives in ``state.py``."""
+    """Base class of recipe sections: strict (no unknown keys, no coercion) and frozen (a run's state is in ``state.py``)."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -59,7 +59,7 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
-# Unions, of which pydantic would report every part.
+# Unions with validators of their own, because pydantic would report an error for every part.
 _listed = PlainSerializer(lambda value: list(value) if isinstance(value, tuple) else value)
 Hooks = Annotated[str | tuple[str, ...] | None, PlainValidator(_hooks), _listed]
 Rate = Annotated[float | Literal["auto"], PlainValidator(_rate)]
@@ -68,115 +68,118 @@ Layers = Annotated[Literal["all"] | tuple[int, ...] | None, PlainValidator(_laye
 
 
 class ModelSection(Section):
-    """The language model under study."""
+    """Language model whose activations are studied."""
 
-    id: str = Field(default="embedded", description="'embedded', a Hugging Face id or a local directory")
+    id: str = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field(default="auto", description="'auto' takes a GPU if there is one")
+    device: str = Field(default="auto", description="'auto' uses a GPU if there is one")
     trust_remote_code: bool = Field(
         default=False,
-        description="run Python code that the model's repository brings; it can do whatever you can on this machine, so read "
-        "it first",
+        description="run Python code from the model's repository; it has your permissions on this machine, so read it first",
     )
 
 
 class TextSection(Section):
-    """Where documents come from and how they become contexts."""
+    """Source of the documents, and their division into contexts."""
 
     source: Literal["embedded", "files", "hub"] = "embedded"
-    files: Names = Field(default=(), description="source files: .txt, .jsonl or .parquet paths, read in this order")
-    dataset: str | None = Field(default=None, description="source hub: data set id, streamed")
+    files: Names = Field(default=(), description="source files: paths of .txt, .jsonl or .parquet files, read in this order")
+    dataset: str | None = Field(default=None, description="source hub: id of a Hugging Face dataset, which is streamed")
     dataset_config: str | None = None
     dataset_split: str = "train"
     dataset_revision: str | None = None
-    column: str = Field(default="text", description="the column or JSON key that holds the text")
-    separator: str = Field(default="\n\n", description="what stands between the documents of a .txt file")
-    seed: int = Field(default=1, description="source embedded: which corpus")
+    column: str = Field(default="text", description="column or JSON key that holds the text")
+    separator: str = Field(default="\n\n", description="separator of documents in a .txt file")
+    seed: int = Field(default=1, description="source embedded: seed of the generated corpus")
     context_length: Annotated[int, Field(ge=2)] = 128
     bos: Literal["context", "document", "none"] = Field(
         default="context",
-        description="where the beginning-of-sequence token goes: before every document and at the head of every context; "
-        "before every document; nowhere",
+        description="beginning-of-sequence token; context: before every document and at the start of every context; document: "
+        "before every document; none: nowhere",
     )
-    packing: Literal["pack", "separate"] = Field(default="pack", description="documents end to end, or one per context, padded")
+    packing: Literal["pack", "separate"] = Field(
+        default="pack", description="pack: documents end to end; separate: one document per context, padded"
+    )
     on_bad_row: OnBadRow = Field(
         default="skip",
-        description="skip: rows without text are left out, bytes that are not UTF-8 become U+FFFD, and both are counted",
+        description="skip: leave out rows without text, turn bytes that are not UTF-8 into U+FFFD, count both; error: stop",
     )
-    max_bad_share: Share = Field(default=0.05, description="on_bad_row skip: a larger share of bad rows stops")
+    max_bad_share: Share = Field(default=0.05, description="on_bad_row skip: stop if a larger share of rows is bad")
 
 
 class HarvestSection(Section):
-    """Which activations are taken, and how they are stored."""
+    """Choice and storage of activations."""
 
     hooks: Names = Field(
         default=(),
-        description="module paths with a side, e.g. transformer.h.2:out; left out: those the recipe's dictionaries need",
+        description="module paths with a side, e.g. transformer.h.2:out; default: the hooks of the recipe's dictionaries",
     )
-    tokens: Positive | None = Field(default=None, description="with a store: tokens to put in it, held-out ones included")
-    store: str | None = Field(default=None, description="the store's directory; null streams straight from the model")
+    tokens: Positive | None = Field(default=None, description="with a store: tokens to store, including held-out ones")
+    store: str | None = Field(default=None, description="directory of the activation store; null: stream from the model")
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    block: Positive = Field(default=64, description="int8: how many neighbouring dimensions share a scale")
+    block: Positive = Field(default=64, description="int8: number of neighboring dimensions that share a scale")
     gradients: bool = Field(default=False, description="also store the gradient of the next-token loss at every hook")
     batch_contexts: Positive = 32
     shard_tokens: Positive = 131_072
-    heldout: Share = Field(default=0.05, description="share of documents kept from training, for evaluation")
-    exclude_special: bool = Field(default=True, description="leave out BOS, EOS, padding: their norms dwarf all others")
-    exclude_leading: Annotated[int, Field(ge=0)] = Field(default=8, description="leave out so many positions of every context")
-    live_buffer_tokens: Positive = Field(default=65_536, description="store null: tokens shuffled together")
-    verify: bool = Field(default=True, description="check every shard's checksum before training on it")
-    on_bad_row: OnBadRow = Field(
-        default="skip", description="skip: tokens whose activations are not finite are left out and counted"
+    heldout: Share = Field(default=0.05, description="share of documents held out for evaluation")
+    exclude_special: bool = Field(default=True, description="leave out BOS, EOS and padding: their norms dwarf all others")
+    exclude_leading: Annotated[int, Field(ge=0)] = Field(
+        default=8, description="leading positions of every context to leave out"
     )
-    max_bad_share: Share = Field(default=0.01, description="on_bad_row skip: a larger share of such tokens stops")
+    live_buffer_tokens: Positive = Field(default=65_536, description="store null: size of the shuffle buffer, in tokens")
+    verify: bool = Field(default=True, description="verify the checksum of every shard before training")
+    on_bad_row: OnBadRow = Field(
+        default="skip", description="skip: leave out and count tokens with activations that are not finite; error: stop"
+    )
+    max_bad_share: Share = Field(default=0.01, description="on_bad_row skip: stop if a larger share of tokens is bad")
 
 
 class DictionarySection(Section):
-    """What is learned, and between which hooks: named as they are, or by ``layer`` and ``site``."""
+    """Dictionary to train, and its hooks: given directly, or by ``layer`` and ``site``."""
 
     kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = "sae"
-    hook: str | None = Field(default=None, description="sae: what it reads and reconstructs")
+    hook: str | None = Field(default=None, description="sae: hook to read and reconstruct")
     hook_in: Hooks = Field(
-        default=None, description="transcoder: what it reads; cross_layer_transcoder: a list, one of every layer"
+        default=None, description="transcoder: hook to read; cross_layer_transcoder: a list, one hook per layer"
     )
-    hook_out: Hooks = Field(default=None, description="what it predicts, likewise")
-    layer: Annotated[int, Field(ge=0)] | None = Field(default=None, description="with site, in place of hooks; from 0")
-    layers: Layers = Field(default=None, description="cross_layer_transcoder: with site, in place of hooks")
-    site: str | None = Field(default=None, description="a part of the layer: mlp (transcoders), mlp_out, attention, ...")
-    skip: bool = Field(default=False, description="transcoder: an affine map past the latents, zero at first")
+    hook_out: Hooks = Field(default=None, description="hook to predict, or a list, as in hook_in")
+    layer: Annotated[int, Field(ge=0)] | None = Field(default=None, description="with site, in place of hooks; counted from 0")
+    layers: Layers = Field(default=None, description="cross_layer_transcoder: all, or a list; with site, in place of hooks")
+    site: str | None = Field(default=None, description="part of the layer: mlp (transcoders), mlp_out, attn_out, ...")
+    skip: bool = Field(default=False, description="transcoder: add an affine skip path around the latents, zero at first")
     joint: bool = Field(
         default=False,
-        description="cross_layer_transcoder: topk chooses among all layers' latents, n_layers x k of them; relu and jumprelu "
-        "meet target_l0 on the mean over layers, by one weight of the penalty",
+        description="cross_layer_transcoder: topk selects n_layers x k latents among those of all layers; relu and jumprelu "
+        "reach target_l0 on average over layers, with one penalty weight",
     )
-    n_latents: Positive = Field(description="cross_layer_transcoder: in every layer")
-    encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
+    n_latents: Positive = Field(description="number of latents; cross_layer_transcoder: per layer")
+    encoder: dict[str, Any] = Field(description="name of the encoder, and its arguments")
     normalize: Literal["scale", "none"] = Field(
-        default="scale", description="divide by one constant, so that variance per dimension is 1"
+        default="scale", description="scale: divide by one constant, so that the variance per dimension is 1"
     )
     init: Literal["data", "random"] = Field(
-        default="data", description="atoms start as centred activations, or in random directions"
+        default="data", description="initial decoder directions; data: centered activations; random: isotropic"
     )
 
     @property
     def resolved(self) -> bool:
-        """Whether the hooks are named as the model has them."""
+        """True if the hooks are given directly, by module path."""
         return self.hook is not None or (self.hook_in is not None and self.hook_out is not None)
 
     @property
     def hooks_in(self) -> tuple[str, ...]:
-        """Whose tensors are read, side by side."""
+        """Hooks to read, concatenated along the feature axis."""
         return self._named(self.hook_in)
 
     @property
     def hooks_out(self) -> tuple[str, ...]:
-        """Whose tensors are reconstructed: of an SAE the same ones."""
+        """Hooks to reconstruct; for an SAE, the same as ``hooks_in``."""
         return self._named(self.hook_out)
 
     @property
     def all_hooks(self) -> tuple[str, ...]:
-        """Each once."""
+        """All hooks, each once."""
         return tuple(dict.fromkeys((*self.hooks_in, *self.hooks_out)))
 
     def _named(self, given: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -186,12 +189,12 @@ class DictionarySection(Section):
 
 
 class PhaseSection(Section):
-    """Another encoder from some point of the run on; it takes over what the one before it measured."""
+    """Switch to another encoder during the run; the new one inherits the statistics of the one before."""
 
     start: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="share of the run at which the phase begins")
-    encoder: dict[str, Any] = Field(description="name of the variant and its arguments")
-    blend: Share = Field(default=0.0, description="share of the run over which more and more batches belong to the new phase")
-    lr_factor: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="what lr is multiplied by from then on")
+    encoder: dict[str, Any] = Field(description="name of the encoder, and its arguments")
+    blend: Share = Field(default=0.0, description="share of the run over which batches switch gradually to the new phase")
+    lr_factor: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="multiplier of lr during the phase")
 
 
 # [[share of the run, value], ...]
@@ -199,108 +202,112 @@ Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)
 
 
 class WandbSection(Section):
-    """Logging to Weights & Biases, beside metrics.jsonl."""
+    """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
     project: str
     name: str | None = None
     mode: Literal["online", "offline", "disabled"] | None = Field(
-        default=None, description="null: as the environment says (WANDB_MODE), else online"
+        default=None, description="null: WANDB_MODE from the environment, else online"
     )
 
 
 class Recipe(Section):
-    """One training run."""
+    """Configuration of one training run."""
 
     model: ModelSection = ModelSection()
     text: TextSection = TextSection()
     harvest: HarvestSection
     dictionary: DictionarySection
-    tokens: Positive = Field(description="tokens trained on; more than the store holds means several passes")
+    tokens: Positive = Field(description="number of training tokens; more than the store holds means several passes")
     batch_tokens: Positive = 2048
-    accumulate: Positive = Field(default=1, description="split every batch into so many pieces, to save memory")
+    accumulate: Positive = Field(default=1, description="number of micro-batches per batch, to save memory")
     lr: Rate = Field(
-        default=1e-3, description="auto: 2e-4 x sqrt(16384 / n_latents), the rule of Gao et al. 2024 with sparsify's constant"
+        default=1e-3,
+        description="peak learning rate; auto: 2e-4 x sqrt(16384 / n_latents) (rule: Gao et al. 2024; constant: sparsify)",
     )
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
     lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        default=0.2, description="last share of the run, with lr falling to 0"
+        default=0.2, description="share of the run, at its end, over which lr decays to 0"
     )
     betas: Betas = Field(
         default=(0.9, 0.999),
-        description="Adam's; auto: those of the encoder's paper, which are 0 and 0.999 for jumprelu and gated",
+        description="Adam's betas; auto: those of the encoder's paper, which are 0 and 0.999 for jumprelu and gated",
     )
     grad_clip: Annotated[float, Field(gt=0.0)] | None = Field(
         default=0.003,
-        description="largest norm of a step's gradient; null: none. The loss is an fvu, so 0.003 clips nearly every step: Adam "
-        "then sees gradients of one norm, and the large ones of the start do not slow the rest of the run",
+        description="maximum gradient norm; null: no clipping. The loss is an FVU, so 0.003 clips nearly every step: Adam then "
+        "sees gradients of equal norm, and the large ones at the start do not slow the rest of the run",
     )
     screen: Literal["none", "int8"] = Field(
         default="none",
-        description="int8: a coarse product finds candidates, an exact one ranks them (topk). Faster; seldom misses a latent",
+        description="int8: approximate top-k (topk): an int8 product finds candidates, an exact one ranks them. Faster; rarely "
+        "misses a latent",
     )
     screen_floor: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.999,
-        description="smallest share of the latents exact selection takes; below it there are more candidates, then no screen",
+        description="minimum recall of approximate top-k; below it, first use more candidates, then exact top-k",
     )
     optimizer: Literal["auto", "plain"] = Field(
         default="auto",
-        description="auto: Adam in one pass over the latents where there are kernels for it, no accumulation and one process; "
-        "plain: gradients written out and torch's Adam. Both are the same step up to rounding",
+        description="auto: Adam fused with sparse gradients, if there are kernels, no accumulation and one process; plain: "
+        "materialized gradients and torch's Adam. Both are the same step up to rounding",
     )
     objective: Literal["reconstruction", "kl"] = Field(
         default="reconstruction",
-        description="kl trains end to end: the loss is what the model's predictions lose when it runs on the reconstruction",
+        description="kl: train end to end on the KL divergence of the model's predictions when it runs on the reconstruction",
     )
     reconstruction_weight: Annotated[float, Field(ge=0.0)] | None = Field(
         default=None, description="weight of the reconstruction error; null: 1, or 0 with objective kl"
     )
     phases: Annotated[tuple[PhaseSection, ...], Field(strict=False)] = Field(
-        default=(), description="encoders that follow dictionary.encoder within the run, each with its start"
+        default=(), description="encoders that replace dictionary.encoder later in the run, each with its start"
     )
     schedules: dict[str, Knots] = Field(
         default_factory=dict,
-        description="encoder argument -> [[share of the run, value], ...]: piecewise linear, for example k or beta",
+        description="encoder argument, e.g. k or beta -> [[share of the run, value], ...], interpolated linearly",
     )
-    auxk_weight: Annotated[float, Field(ge=0.0)] = Field(default=1 / 32, description="Gao et al. 2024, appendix A.2")
+    auxk_weight: Annotated[float, Field(ge=0.0)] = Field(
+        default=1 / 32, description="weight of AuxK (Gao et al. 2024, appendix A.2)"
+    )
     auxk_latents: Positive | None = Field(
-        default=None, description="dead latents per token in the auxiliary loss; null: d_in / 2"
+        default=None, description="dead latents per token in the auxiliary loss; null: half the width of one output hook"
     )
     aux_zipf_tau: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
-        description="above 0 the auxiliary loss also takes latents that fire less than tau times what a Zipf law expects of "
-        "their rank (aux_zipf_loss); 0 is AuxK. On stories3M 0.1 changed nothing and 0.5 left more latents dead",
+        description="above 0 the auxiliary loss also includes latents that fire less than tau times as often as a Zipf law "
+        "predicts for their rank (aux_zipf_loss); 0 is AuxK. On stories3M 0.1 changed nothing and 0.5 left more latents dead",
     )
-    aux_zipf_absolute: bool = Field(default=False, description="compare with what the law expects of the last rank instead")
+    aux_zipf_absolute: bool = Field(default=False, description="compare with the prediction for the last rank instead")
     calibration_tokens: Positive = Field(
         default=262_144,
-        description="tokens from which batch-wide encoders' thresholds are set when training ends; no more than the run has",
+        description="tokens to calibrate thresholds on after training, where the encoder has any; at most those of the run",
     )
-    dead_after_tokens: Positive = Field(default=1_000_000, description="a latent silent for so long is dead")
+    dead_after_tokens: Positive = Field(default=1_000_000, description="tokens without firing after which a latent is dead")
     precision: Literal["auto", "float32", "bf16"] = Field(
-        default="auto", description="auto: bf16 autocast on a GPU that has it"
+        default="auto", description="auto: bf16 autocast on a GPU that supports it, else float32"
     )
     seed: int = 0
     out_dir: str
-    log_every: Positive = Field(default=50, description="steps")
-    save_every: Positive = Field(default=1000, description="steps")
+    log_every: Positive = Field(default=50, description="steps between two lines of the log")
+    save_every: Positive = Field(default=1000, description="steps between two saved states")
     wandb: WandbSection | None = None
-    eval_tokens: Positive = Field(default=200_000, description="held-out tokens that `sparsary eval` judges the dictionary on")
+    eval_tokens: Positive = Field(default=200_000, description="number of held-out tokens that `sparsary eval` uses")
 
 
 def total_steps(recipe: Recipe) -> int:
-    """Steps of the whole run; the last batch is a full one."""
+    """Return the number of steps of the run; the last batch is a full one."""
     return -(-recipe.tokens // recipe.batch_tokens)
 
 
 def calibrated_on(recipe: Recipe) -> int:
-    """Tokens from which thresholds, and a streamed run's moments, are found: a run shorter than that uses its own."""
+    """Return the number of tokens for calibrating thresholds and for a streamed run's moments: at most those of the run."""
     return min(recipe.calibration_tokens, recipe.tokens)
 
 
 def peak_lr(recipe: Recipe) -> float:
-    """The highest learning rate of a run.
+    """Return the highest learning rate of a run.
 
-    With ``auto`` it falls with the root of the dictionary's width: the rule is that of Gao et al. 2024, arXiv:2406.04093,
-    section 3; the constant, 2e-4 at 16,384 latents, that of EleutherAI's sparsify.
+    With ``auto`` it is proportional to the inverse square root of the number of latents. The rule is from Gao et al. 2024,
+    arXiv:2406.04093, section 3; the constant, 2e-4 at 16,384 latents, from EleutherAI's sparsify.
     """
     return 2e-4 * (16_384 / recipe.dictionary.n_latents) ** 0.5 if recipe.lr == "auto" else recipe.lr

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, said in this project's words: one line per mistake, with the nearest valid name."""
+"""Validation of recipes: one readable line per mistake, with the nearest valid name."""
 
 import difflib
 import inspect
@@ -17,7 +17,7 @@ from .schema import DictionarySection, Recipe, total_steps
 
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every encoder of unchecked values, with its key."""
+    """Return every encoder in unchecked values, with its key."""
     found = [("dictionary.encoder", values.get("dictionary"))]
     if isinstance(values.get("phases"), list):
         found += [(f"phases.{i}.encoder", phase) for i, phase in enumerate(values["phases"])]
@@ -44,7 +44,7 @@ def check_encoder(spec: dict[str, Any], key: str) -> list[str]:
 
 @cache
 def encoder_schema(name: str) -> type[BaseModel]:
-    """The constructor's signature as a strict schema."""
+    """Return a strict schema made from an encoder's constructor."""
     fields: dict[str, Any] = {
         key: (p.annotation, ... if p.default is inspect.Parameter.empty else p.default)
         for key, p in ENCODERS[name].parameters_of().items()
@@ -53,7 +53,7 @@ def encoder_schema(name: str) -> type[BaseModel]:
 
 
 def check_together(recipe: Recipe) -> list[str]:
-    """What no single key can be blamed for."""
+    """Return one line for each mistake that involves several keys."""
     section = recipe.dictionary
     problems = _check_training(recipe) + _check_dictionary(section, recipe.model.id)
     named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
@@ -95,7 +95,7 @@ def check_together(recipe: Recipe) -> list[str]:
 
 
 def unharvested(recipe: Recipe, key: str, hooks: Iterable[str]) -> list[str]:
-    """One line for every hook that is missing from ``harvest.hooks``, where those are given."""
+    """Return one line for each hook that is missing from ``harvest.hooks``, if those are given."""
     given = recipe.harvest.hooks
     return [
         f"{key}: expected one of harvest.hooks ({', '.join(given)}), got {hook!r}.{did_you_mean(hook, given)}"
@@ -124,9 +124,9 @@ def _check_hook(key: str, hook: str, model: str) -> list[str]:
     return [f"{key}: expected {wanted}, got {hook!r}.{fix}"]
 
 
-# Of a block; where they are is found in the model.
+# Sites of a transformer block; their modules are found in the model.
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_heads", "attn_out", "mlp_in", "mlp_out", "mlp")
-# What TransformerLens calls them.
+# TransformerLens's names of the sites.
 PLACES = {
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
@@ -140,7 +140,7 @@ PLACES = {
 }
 
 
-# What only some kinds have, in the order in which a person would be told.
+# Keys that only some kinds of dictionary have, in the order in which mistakes are reported.
 KINDS_WITH = {
     "hook": ("sae",),
     "hook_in": ("transcoder", "cross_layer_transcoder"),
@@ -158,9 +158,9 @@ INSTEAD = {
 
 
 def _check_dictionary(section: DictionarySection, model: str) -> list[str]:
-    """The keys that go with the kind, and hooks named in one way only."""
+    """Check that keys fit the kind of dictionary, and that hooks are given in one way only."""
     kind, instead = section.kind, INSTEAD[section.kind]
-    # Layer 0 is given, and equal to False.
+    # By identity, because layer 0 equals False.
     given = {key for key in (*KINDS_WITH, "site") if not any(getattr(section, key) is unset for unset in (None, False))}
     problems = [
         f"dictionary.{key}: expected it with kind {' or '.join(kinds)} only, got it with kind {kind}."
@@ -220,13 +220,13 @@ def _check_hooks(section: DictionarySection, model: str) -> list[str]:
 
 
 def _check_cross_layer(recipe: Recipe) -> list[str]:
-    """What other dictionaries can do and this one cannot."""
+    """Check the restrictions of cross-layer transcoders."""
     name, problems = recipe.dictionary.encoder.get("name"), []
     allowed = JOINT_ENCODERS if recipe.dictionary.joint else LAYER_ENCODERS
     if name in ENCODERS and name not in allowed:
         where = "with joint" if recipe.dictionary.joint else "in a cross_layer_transcoder"
         problems.append(f"dictionary.encoder.name: expected {' or '.join(allowed)} {where}, got {name!r}.")
-    # What is not given is the default.
+    # An omitted penalty has this default.
     if recipe.dictionary.joint and name == "jumprelu" and recipe.dictionary.encoder.get("penalty", "square") == "square":
         problems.append(
             "dictionary.encoder.penalty: expected l0 or tanh with joint, because square is about one layer's target."
@@ -244,7 +244,7 @@ def _check_cross_layer(recipe: Recipe) -> list[str]:
 
 
 def _check_training(recipe: Recipe) -> list[str]:
-    """Encoders, schedules and phases against each other and against the batch."""
+    """Check encoders, schedules and phases against each other and against the batch size."""
     specs = [("dictionary.encoder", recipe.dictionary.encoder)]
     specs += [(f"phases.{i}.encoder", phase.encoder) for i, phase in enumerate(recipe.phases)]
     problems = []
@@ -274,7 +274,7 @@ def _check_training(recipe: Recipe) -> list[str]:
         )
     for i, phase in enumerate(recipe.phases if sorted(starts) == starts else ()):
         end = starts[i + 1] if i + 1 < len(starts) else 1.0
-        # The sum of two written shares may miss a third by a rounding.
+        # Tolerates rounding in the sum of two shares.
         if phase.start + phase.blend > end + 1e-9:
             left = f"{end - phase.start:.3g}, until the phase ends"
             problems.append(f"phases.{i}.blend: expected at most {left}, got {phase.blend}.")
@@ -289,7 +289,7 @@ def _check_training(recipe: Recipe) -> list[str]:
 
 
 def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]:
-    """One encoder as it stands in the recipe, and with every value its schedules give it."""
+    """Check one encoder as it is written, and with every value that its schedules give it."""
     cases = [(key, spec)]
     for name, knots in recipe.schedules.items():
         if name in ENCODERS[spec["name"]].parameters_of():
@@ -323,7 +323,7 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
 
 
 def explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str = "") -> str:
-    """One pydantic error in this project's words."""
+    """Return a pydantic error as one line in a recipe's terms."""
     loc, kind = tuple(str(part) for part in problem["loc"]), problem["type"]
     key = ".".join((*prefix, *loc))
     if kind == "extra_forbidden":
@@ -347,7 +347,7 @@ def explain(problem: Any, values: Any, prefix: tuple[str, ...] = (), takes: str 
     return f"{key}: expected {message}, got {given!r}.{hint}"
 
 
-# pydantic's kinds of errors -> what was expected, where its own words are Python's.
+# pydantic's error types -> expected value, where pydantic's own message uses Python's terms.
 WORDS = {
     "tuple_type": "a list",
     "string_type": "text",
@@ -357,7 +357,7 @@ WORDS = {
     "model_attributes_type": "keys with values",
 }
 SECTIONS = ("model_type", "model_attributes_type")
-# What other libraries, and people, call a recipe's keys.
+# Other common names of a recipe's keys, mostly from other libraries.
 SYNONYMS = {
     "lr": "learning_rate peak_lr max_lr",
     "lr_warmup_steps": "warmup warmup_steps lr_warm_up_steps num_warmup_steps",
@@ -391,11 +391,11 @@ SYNONYMS = {
 
 
 def _elsewhere(loc: tuple[str, ...]) -> str:
-    """A sentence that says where a key belongs that another section, or another library, has; empty if none has it."""
+    """Return a suggestion if another section, or another library, has a key of this name; else an empty string."""
     word = loc[-1].lower()
     paths = [key for key in _all_keys() if key.rpartition(".")[2] == word]
     paths += [key for key, names in SYNONYMS.items() if word in names.split()]
-    # An encoder's arguments are no fields.
+    # Encoder arguments are not fields of the schema.
     if not paths and any(word in encoder.parameters_of() for encoder in ENCODERS.values()):
         paths = [f"dictionary.encoder.{word}"]
     section = ".".join(part for part in loc[:-1] if not part.isdigit())
@@ -408,7 +408,7 @@ def _nearest(loc: tuple[str, ...]) -> str:
 
 @cache
 def _all_keys() -> tuple[str, ...]:
-    """Every key of a recipe, by its path."""
+    """Return every key of a recipe by its path."""
     sections = [name for name in Recipe.model_fields if _section_at((name,)) is not None and name != "phases"]
     return (*Recipe.model_fields, *(f"{section}.{key}" for section in sections for key in _fields_at((section,))))
 
@@ -418,7 +418,6 @@ def _length(given: Any) -> int | None:
 
 
 def _fields_at(loc: tuple[str, ...]) -> list[str]:
-    """Valid keys of the section at ``loc``."""
     section = _section_at(loc)
     assert section is not None
     return list(section.model_fields)
@@ -429,7 +428,7 @@ def _section_at(loc: tuple[str, ...]) -> type[BaseModel] | None:
     for part in (part for part in loc if not part.isdigit()):
         assert section is not None
         annotation = section.model_fields[part].annotation
-        # Sections stand alone, beside None, or in a tuple of any length.
+        # A section is annotated alone, as optional, or in a tuple of any length.
         options = [option for option in (annotation, *get_args(annotation)) if isinstance(option, type)]
         section = next((option for option in options if issubclass(option, BaseModel)), None)
     return section
