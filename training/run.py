@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rich.progress import Progress
 from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
@@ -42,7 +41,7 @@ from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
 from .recipe import DictionarySection, Recipe, calibrated_on
 from .recipe.grid import load_grid, told_together, unshared
-from .report import TrainingLog, progress_bar
+from .report import TrainingLog
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
@@ -51,9 +50,7 @@ from .state import Randomness, TrainState
 log = logging.getLogger(__name__)
 
 
-def run_harvest(
-    member: ResolvedRecipe, progress: Callable[[int], None] = lambda tokens: None, plan: TrainingPlan | None = None
-) -> ActivationStore:
+def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
     """Fill the recipe's activation store, or check a complete one. Any member of a grid will do, because they share the store.
 
     Args:
@@ -72,15 +69,10 @@ def run_harvest(
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest_activations(load_model(recipe.model), recipe.text, recipe.harvest, progress)
+    return harvest_activations(load_model(recipe.model), recipe.text, recipe.harvest)
 
 
-def harvest(
-    recipe: str | Path,
-    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda tokens: None,
-    /,
-    **overrides: RecipeValue,
-) -> ActivationStore:
+def harvest(recipe: str | Path, /, **overrides: RecipeValue) -> ActivationStore:
     """Cache the activations that a recipe file asks for, and return their store. An interrupted harvest resumes.
 
     Members of a grid share one store. For example::
@@ -90,14 +82,12 @@ def harvest(
 
     Args:
         recipe: YAML file.
-        progress: Called with the number of tokens to harvest; returns a function that is called with the number done.
         overrides: As in ``train``.
 
     Raises:
         ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
-    member = resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0]
-    return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
+    return run_harvest(resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0])
 
 
 def train(recipe: str | Path, activations: Activations | None = None, **overrides: RecipeValue) -> Path:
@@ -135,20 +125,14 @@ def _dotted(overrides: Mapping[str, RecipeValue]) -> dict[str, RecipeValue]:
     return {key.replace("__", "."): value for key, value in overrides.items()}
 
 
-def train_recipe(
-    recipe: ResolvedRecipe,
-    activations: Activations | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
-    plan: TrainingPlan | None = None,
-) -> Path:
+def train_recipe(recipe: ResolvedRecipe, activations: Activations | None = None, plan: TrainingPlan | None = None) -> Path:
     """Train one recipe, or resume it, and return ``out_dir``; see ``train_all``."""
-    return train_all([recipe], activations, progress, None if plan is None else [plan])[0]
+    return train_all([recipe], activations, None if plan is None else [plan])[0]
 
 
 def train_all(
     members: Sequence[ResolvedRecipe],
     activations: Activations | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
     plans: Sequence[TrainingPlan] | None = None,
 ) -> list[Path]:
     """Train recipes together, or resume them, and return their ``out_dir``s.
@@ -161,7 +145,6 @@ def train_all(
             ``DataLoader`` or generator), of pairs with the loss gradients (for transcoders, with the targets), or of mappings
             with ``x``, ``target`` (for transcoders) and ``grad``. The recipe's ``model``, ``text``, ``harvest`` and hooks are
             then only labels.
-        progress: Called with the number of harvested tokens.
         plans: Result of ``preflight_all`` for these recipes; computed here if ``None`` and there are no ``activations``.
 
     Raises:
@@ -185,7 +168,7 @@ def train_all(
         }
         known = [tuple(recipe_shortfalls(recipe)) for recipe in recipes] if plans is None else [p.shortfalls for p in plans]
         _tell([Path(recipe.out_dir).name for recipe in recipes], known)
-        together = stack.enter_context(open_streams(members, activations, progress, plans))
+        together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
         _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
     return [Path(recipe.out_dir) for recipe in recipes]
@@ -195,7 +178,6 @@ def train_all(
 def open_streams(
     members: Sequence[ResolvedRecipe],
     activations: Activations | None,
-    progress: Callable[[int], None],
     plans: Sequence[TrainingPlan] | None,
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
     """Yield the recipes' batch streams, each with the recipes that share it; harvest first if they read from a store."""
@@ -224,7 +206,7 @@ def open_streams(
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
-            store = run_harvest(members[0], progress, plans[0] if plans else None)
+            store = run_harvest(members[0], plans[0] if plans else None)
             if first.harvest.verify:
                 store.verify()
             streams = [_store_stream(store, group, stack) for group in groups]
@@ -275,11 +257,12 @@ def _train(
     )
     stop = StopRequest()
     with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar())
-        groups = [_group(stream, recipes, earlier, accelerator, bar, stack) for stream, recipes in together]
+        groups = [_group(stream, recipes, earlier, accelerator, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
         for member in (member for group in groups for member in group.members):
             member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])
+            if not member.done:
+                member.report.start()
         try:
             with stop.signals_deferred(), doing(f"training {first.out_dir}"):
                 train_loop(groups, accelerator, stop)
@@ -358,7 +341,6 @@ def _group(
     recipes: list[Recipe],
     earlier: Mapping[str, Recipe],
     accelerator: Accelerator,
-    bar: Progress,
     stack: ExitStack,
 ) -> Group:
     """Build all members over one stream, and move it to where the first unfinished member resumes."""
@@ -368,7 +350,7 @@ def _group(
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
-            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, bar)
+            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator)
         stack.callback(member.report.close)
         members.append(member)
     state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
@@ -378,7 +360,7 @@ def _group(
 
 
 def _member(
-    recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator, bar: Progress
+    recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
@@ -404,7 +386,7 @@ def _member(
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     objective, wrapped = accelerator.prepare(objective, optimizer)
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, bar)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)

@@ -24,7 +24,7 @@ from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, is_oracle
 from ..pages.render import render_file
-from ..report.evaluate import Progress, evaluate, unseen
+from ..report.evaluate import evaluate
 from .families import compared
 from .groups import Point, RunGroup
 from .runs import REPORT_FILE, is_stale
@@ -43,7 +43,6 @@ def compare_recipes(
     overrides: Mapping[str, RecipeValue] | None = None,
     seeds: int = 3,
     out: str | Path = "runs/comparison",
-    progress: Progress = unseen,
     against: str | None = None,
     match_l0: float | None = None,
 ) -> Report:
@@ -74,7 +73,7 @@ def compare_recipes(
     # One plan per recipe: its seeds need the same resources.
     plans = {name: preflight(run) for name, run in dict(pending).items()}
     for name, run in [(name, run) for name, run in pending if run.recipe.harvest.store is not None][:1]:
-        run_harvest(run, progress(run.recipe.harvest.tokens or 0), plans[name])
+        run_harvest(run, plans[name])
     for done, (name, run) in enumerate(pending):
         log.info("%s: run %d of %d", run.recipe.out_dir, done + 1, len(pending))
         _run(run, plans[name])

@@ -14,7 +14,7 @@ from ..pages.numbers import finite, show
 from ..pages.recipes import PER_TOKEN
 from ..pages.render import render_file
 from ..pages.runs import COLUMNS
-from ..report.evaluate import Progress, evaluate_all, unseen
+from ..report.evaluate import evaluate_all
 from .families import compared
 from .groups import Point, RunGroup
 
@@ -61,7 +61,6 @@ def compare_runs(
     out: str | Path = "runs/comparison",
     tokens: int | None = None,
     cache: bool = True,
-    progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
     against: str | None = None,
     match_l0: float | None = None,
@@ -86,7 +85,7 @@ def compare_runs(
     if bare:
         raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to judge, found a report alone. Leave it out.")
     if wanted:
-        evaluate_all(wanted, tokens=tokens, cache=cache, progress=progress, options=options)
+        evaluate_all(wanted, tokens=tokens, cache=cache, options=options)
     comparison = collect_runs(runs, against, match_l0)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)

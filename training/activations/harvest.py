@@ -5,7 +5,6 @@ After an interruption, the same call resumes after the last complete shard.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..bad_rows import NOT_FINITE, BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import LOCK_FILE, locked
 from ..recipe import HarvestSection, ModelSection, TextSection
+from ..stages import stage
 from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
 from .contexts import ContextBatch, context_batches
@@ -225,12 +225,8 @@ def harvest_activations(
     model: LanguageModel,
     text: TextSection,
     section: HarvestSection,
-    progress: Callable[[int], None] = lambda tokens: None,
 ) -> ActivationStore:
     """Fill ``section.store`` up to ``section.tokens`` stored tokens and return it.
-
-    Args:
-        progress: Callback, called with the number of tokens stored so far.
 
     Raises:
         ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or more
@@ -242,7 +238,7 @@ def harvest_activations(
         store = _open_or_create(Path(section.store), model, text, section)
         try:
             with doing(f"harvesting into {section.store}"):
-                _fill(store, model, text, section, progress)
+                _fill(store, model, text, section)
         except WriteError as error:
             # Reread from disk, because the manifest in memory may list the shard that failed.
             kept = ActivationStore.open(store.directory)
@@ -250,9 +246,7 @@ def harvest_activations(
     return store
 
 
-def _fill(
-    store: ActivationStore, model: LanguageModel, text: TextSection, section: HarvestSection, progress: Callable[[int], None]
-) -> None:
+def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, section: HarvestSection) -> None:
     """Harvest from where the store ends up to ``section.tokens``."""
     assert section.tokens is not None
     hooks = tuple(store.manifest["hooks"])
@@ -267,7 +261,7 @@ def _fill(
     # A dataset stays at one commit for the whole harvest.
     text = pinned(text)
     digest = TextDigest(text)
-    with _Writer(store, section) as writer:
+    with _Writer(store, section) as writer, stage("harvest", section.tokens, done=min(stored, section.tokens)) as shown:
         if stored < section.tokens:
             for batch in context_batches(model, text, section, section.batch_contexts, cursor, bad=texts, reading=digest.add):
                 splits = rows_of(model, batch, section, hooks, memory)
@@ -278,7 +272,7 @@ def _fill(
                 full = enough or pending >= section.shard_tokens
                 left_out = texts.until(cursor.document) + tokens.found
                 writer.put(rows, (cursor, left_out, digest.up_to(cursor)) if full else None)
-                progress(min(stored + pending, section.tokens))
+                shown.update(min(stored + pending, section.tokens))
                 if full:
                     stored, pending = stored + pending, 0
                 if enough:

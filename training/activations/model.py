@@ -7,6 +7,7 @@ output (the first element if it returns several).
 import difflib
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,8 @@ from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 from .weightless import weightless
+
+log = logging.getLogger(__name__)
 
 
 class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
@@ -263,6 +266,7 @@ def load_model(section: ModelSection) -> LanguageModel:
         ValueError: If it cannot be loaded; the message names the offline alternative.
     """
     device = resolve_device(section.device)
+    log.info("loading model %s", section.id)
     _, model_class = _causal_config(section)
     tokenizer = load_tokenizer(section)
     with _explained(section):

@@ -468,7 +468,7 @@ def test_many_families_keep_looks_and_colours_apart(judged):
 def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
     given = {}
 
-    def instead(recipes, overrides, seeds, out, progress, against, match_l0):
+    def instead(recipes, overrides, seeds, out, against, match_l0):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
         return collect_run_groups({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 

@@ -19,6 +19,7 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
+from sparsary.training.stages import Stage
 
 
 @pytest.fixture(scope="module")
@@ -266,16 +267,19 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
     monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
-    told = []
+    told, update = [], Stage.update
 
-    def progress(total):
-        told.append(total)
-        return told.append
+    def recorded(stage, done, stats=None):
+        told.append((stage.name, stage.total, done))
+        update(stage, done, stats)
 
-    evaluate(rivals[1], str(tmp_path), tokens=700, progress=progress)
-    assert told[0] == told[-1] == 700
-    assert told[1:] == sorted(told[1:])
-    assert len(told) > 4
+    monkeypatch.setattr(Stage, "update", recorded)
+    evaluate(rivals[1], str(tmp_path), tokens=700)
+    assert {entry[:2] for entry in told} == {("evaluation", 700)}
+    done = [entry[2] for entry in told]
+    assert done == sorted(done)
+    assert done[-1] == 700
+    assert len(done) > 3
 
 
 def saved_like(checkpoint, directory, dictionary, **changes):

@@ -136,7 +136,7 @@ def test_scr_and_tpp_carry_their_doubt(subject):
     found = scr(subject, [planted(subject, labels, spurious)]), tpp(subject, [planted(subject, ["a", "b", "c"] * 60)])
     for name, task in zip(("scr", "tpp"), found, strict=True):
         assert "arXiv:2605.18229" in task.summary[f"{name}_warning"]
-        assert any("arXiv:2605.18229" in words for _, words in task.lines)
+        assert any("arXiv:2605.18229" in words for _, words in task.notes)
 
 
 def test_the_same_seed_gives_the_same_and_files_are_saebench_s(subject):
