@@ -37,7 +37,7 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
 
 def calibration_shortfall(tokens: int, have: int) -> list[Shortfall]:
     """Return the shortfall of a calibration on ``tokens`` tokens of which ``have`` are available."""
-    return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds rest on all the training tokens there are")
+    return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds are calibrated on all available training tokens")
 
 
 def inputs(

@@ -86,7 +86,12 @@ class TrainingLog:
             tell()
         except Exception as error:  # noqa: BLE001 - wandb's own errors, its service's and the connection's
             reason = " ".join(str(error).split())[:300]
-            log.warning("wandb: the run goes on without it (%s: %s); all is in %s.", type(error).__name__, reason, self.path)
+            log.warning(
+                "wandb: logging to it failed, the run continues without it (%s: %s); all is in %s.",
+                type(error).__name__,
+                reason,
+                self.path,
+            )
             self.wandb = None
 
     def flush(self) -> int:
@@ -125,7 +130,7 @@ def require_wandb(recipe: Recipe) -> None:
             logged_in = wandb.login(**quietly, verify=True)
     except Exception as error:  # noqa: BLE001 - wandb's own errors, the connection's, the library's for requests
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"wandb: the server takes no login from here ({reason}). {remedy}") from None
+        raise ValueError(f"wandb: the server rejected the login ({reason}). {remedy}") from None
     # If the environment disables wandb but the recipe enables it, a failed login here is not conclusive.
     if not logged_in and from_environment in ("online", "run", "shared"):
         raise ValueError(f"wandb: not logged in. {remedy}")
@@ -158,5 +163,5 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"wandb: the run could not be started ({type(error).__name__}: {reason}). Check the login and the connection, set "
-            "wandb.mode: offline, or leave wandb out; what was harvested is kept, the same command goes on."
+            "wandb.mode: offline, or leave wandb out; harvested activations are kept, and the same command continues."
         ) from error

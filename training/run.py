@@ -61,7 +61,10 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
     """
     recipe = member.recipe
     if recipe.harvest.store is None:
-        raise ValueError("harvest.store: null streams from the model and stores nothing. Give a directory to harvest into.")
+        raise ValueError(
+            "harvest.store: expected a directory to harvest into, got null, which streams from the model and stores "
+            "nothing. Set harvest.store."
+        )
     # Checks sizes and identity, but not memory: training may run on a larger machine.
     plan = plan or plan_all([member])[0]
     if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
@@ -159,7 +162,9 @@ def train_all(
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
         if (above / RECIPE_FILE).exists():
-            raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
+            raise ValueError(
+                f"out_dir: {above}: expected a directory for a grid, got one of a single run. Choose another out_dir."
+            )
     with ExitStack() as stack:
         contents = [None if activations is not None else member.content for member in members]
         earlier = {
@@ -290,7 +295,7 @@ def _train(
                 # Always saved: a kill may have come between the last state and its dictionary.
                 member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
-        log.warning("Left out of training, or mended: %s.", skipped)
+        log.warning("Excluded from training, or repaired: %s.", skipped)
 
 
 @contextmanager
@@ -301,7 +306,7 @@ def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
     except WriteError as error:
         steps = sorted({member.state.saved_step for group in groups for member in group.members})
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-        raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state was saved before.") from None
+        raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state had been saved.") from None
 
 
 def _passes(member: TrainedMember, stream: ActivationStream) -> list[Shortfall]:
@@ -400,8 +405,8 @@ def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
     last = lr_share(earlier, state.step - 1) if state.step else 0.0
     moved = ["phases"] * bool(recipe.phases) + ["schedules"] * bool(recipe.schedules)
     return (
-        f" It is made longer: {recipe.tokens:,} tokens, {earlier.tokens:,} before. lr, {last:.1%} of its peak so far, "
-        f"goes on at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
+        f" tokens was raised from {earlier.tokens:,} to {recipe.tokens:,}. lr, {last:.1%} of its peak so far, "
+        f"continues at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
         + "".join(f"; {name} are shares of the longer run from here on" for name in moved)
         + "."
     )

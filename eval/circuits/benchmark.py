@@ -105,7 +105,9 @@ class CircuitSettings:
             for value in asked:
                 require_choice(name, value, known)
         if self.pairs < 4:
-            raise ValueError(f"--pairs: expected at least 4, half to choose circuits and half to judge them, got {self.pairs}.")
+            raise ValueError(
+                f"--pairs: expected at least 4, half to discover circuits and half to evaluate them, got {self.pairs}."
+            )
 
 
 DEFAULT_SETTINGS = CircuitSettings()
@@ -160,7 +162,8 @@ def circuits(
         for task in settings.tasks:
             work = _Task(model, task, settings)
             _tell(
-                found, shortfall("--pairs", settings.pairs, work.n_pairs, "pairs", f"{task} has no more; intervals are wider")
+                found,
+                shortfall("--pairs", settings.pairs, work.n_pairs, "pairs", f"{task} has no more pairs; intervals are wider"),
             )
             for dictionaries in several:
                 rows, doubts = prompt_fit(model, dictionaries, work.judged_on)

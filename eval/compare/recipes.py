@@ -103,7 +103,7 @@ def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -
         for path in files:
             if paths.setdefault(path.stem, path).resolve() != path.resolve():
                 raise ValueError(
-                    f"{path}: expected file names that differ, got {paths[path.stem]} too, and runs are named by them. "
+                    f"{path}: expected distinct file names, as runs are named after them, got {paths[path.stem]} too. "
                     "Rename one."
                 )
     if not paths:
@@ -130,9 +130,9 @@ def require_comparable(families: Mapping[str, ResolvedRecipe]) -> None:
     if problems:
         key = problems[0].split(":")[0]
         raise ValueError(
-            "compare: expected recipes over one store, that differ in the dictionary and its training only, got\n  "
+            "compare: expected recipes over one store that differ only in the dictionary and its training, got\n  "
             + "\n  ".join(problems)
-            + f"\nMake them equal, for all at once with {key}=VALUE on the command line, or compare them apart."
+            + f"\nMake them equal, for all recipes with {key}=VALUE on the command line, or compare them separately."
         )
 
 
@@ -152,9 +152,9 @@ def is_complete(recipe: Recipe, content: Callable[[], Content] | None = None) ->
     changed = run_changes(directory, saved, recipe, content)
     if changed:
         raise ValueError(
-            f"{directory}: expected an earlier run of this recipe, got another's; these differ:\n  "
+            f"{directory}: expected an earlier run of this recipe, got another run; these keys differ:\n  "
             + "\n  ".join(changed)
-            + "\nChoose another --out, delete this directory, or take back the changes."
+            + "\nChoose another --out, delete this directory, or revert the changes."
         )
     if saved.eval_tokens != recipe.eval_tokens or not all((directory / name).exists() for name in (CONFIG_FILE, REPORT_FILE)):
         return False
@@ -185,7 +185,8 @@ def collect_run_groups(
         if report.get("tokens") != reference.get("tokens"):
             raise ValueError(
                 f"{path / REPORT_FILE}: tokens: expected {show(reference.get('tokens'))} as in {first / REPORT_FILE}, got "
-                f"{show(report.get('tokens'))}; judged so, they do not compare. Delete the wrong one and repeat the command."
+                f"{show(report.get('tokens'))}. Figures on different numbers of tokens are not comparable: delete one "
+                "report and repeat the command."
             )
     groups = [
         RunGroup(name, tuple(_point(path, seed, reports[path]) for seed, path in enumerate(paths)))

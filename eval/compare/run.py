@@ -52,7 +52,7 @@ def compare(
         allowed = {"model.trust_remote_code": True} if trust_remote_code else {}
         return compare_recipes(sources, {**(overrides or {}), **allowed}, seeds, out, against, match_l0)
     if overrides:
-        raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
+        raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, because they are already trained.")
     options = CheckpointOptions(trust_remote_code=trust_remote_code)
     return compare_runs(runs, out, tokens, cache, options, against, match_l0)
 

@@ -67,7 +67,7 @@ class Explainer:
                 return LocalChat(load_model(ModelSection(id=self.model)))
             except RemoteCodeRefused:
                 raise ValueError(
-                    f"--explainer: {self.model!r} needs Python code that its repository brings, which is not run here. Serve "
+                    f"--explainer: {self.model!r} needs Python code from its repository, which is not run here. Serve "
                     "the model with another program, and give its --address."
                 ) from None
         return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
@@ -178,8 +178,8 @@ def described_checkpoint(
     described = describe_latents(collected, dictionary.atoms, words, lens, seed)
     left_out = source.bad_texts.until(None) + source.bad_tokens.found
     if left_out:
-        log.warning("Left out, or mended: %s.", counted(left_out))
-    lacking = shortfall("tokens", wanted, collected.tokens, "held-out tokens", "examples and scores rest on all there are")
+        log.warning("Excluded or repaired: %s.", counted(left_out))
+    lacking = shortfall("tokens", wanted, collected.tokens, "held-out tokens", "examples and scores use all of them")
     about = {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": opened.name,
@@ -251,7 +251,7 @@ def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "asked",
-                f"{about['questions']:,} questions, {about['malformed_answers']:,} answers of no use   "
+                f"{about['questions']:,} questions, {about['malformed_answers']:,} unparsable answers   "
                 f"{about['explainer_requests']:,} requests, {about['explainer_cached']:,} from the cache   "
                 f"{about['explainer_prompt_tokens'] + about['explainer_completion_tokens']:,} tokens",
             )

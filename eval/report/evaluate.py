@@ -93,7 +93,7 @@ def evaluate(
         return evaluate_loaded([opened], [out], tokens, selection, cache, metric_options)[0]
     found = _candidate(opened, out, selection)
     if selection.oracle:
-        raise ValueError("--oracle: needs the model, not activations alone.")
+        raise ValueError("--oracle: expected a language model, got only activations.")
     x, y = _rows_of(activations, found.dictionary)
     return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
 
@@ -109,7 +109,7 @@ def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Te
         activations = {"x": activations["x"], "target": activations["y"]}
     rows = TensorStream(activations, 1, targets).sample(sys.maxsize)
     if not len(rows.x):
-        raise ValueError("activations: expected finite numbers, got none: in every token there is one that is not.")
+        raise ValueError("activations: expected finite numbers, got none: every token has a value that is not finite.")
     return rows.x, rows.target
 
 
@@ -398,7 +398,7 @@ def evaluate_on_model(
             documents = _run([judge for judge in judges if judge.groups], halves, shown)
         if found := where.bad_texts.until(None) + where.bad_tokens.found:
             skipped = [GroupResult({"skipped": [f"evaluation: {counted(found)}"]}, {})]
-            log.warning("Left out of the evaluation, or mended: %s.", counted(found))
+            log.warning("Excluded from the evaluation, or repaired: %s.", counted(found))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 settled_entries = settled(group.report())

@@ -95,8 +95,9 @@ def _of_one_training(opened: LoadedCheckpoint) -> list[dict[str, Any]]:
         different = [hook for hook, source in zip(hooks, sources, strict=True) if source.get(key) != sources[0].get(key)]
         if different:
             raise ValueError(
-                f"{opened.directory}: {key}: expected dictionaries trained on the same, but {', '.join(different)} differ from "
-                f"{hooks[0]}. Judge them one by one."
+                f"{opened.directory}: {key}: expected dictionaries trained on the same {key}, but {', '.join(different)} "
+                "differ from "
+                f"{hooks[0]}. Evaluate them one by one."
             )
     return sources
 

@@ -164,7 +164,7 @@ class Identity:
         ]
         if problems:
             raise ValueError(
-                f"{store.directory}: this store was made for something else:\n  "
+                f"{store.directory}: expected a store of this recipe, got one made with other settings:\n  "
                 + "\n  ".join(problems)
                 + "\nSet harvest.store to a new directory, or delete this one; then run: sparsary harvest RECIPE"
             )
@@ -175,8 +175,8 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
     recorded = store.manifest.get("content")
     if recorded is None:
         log.warning(
-            "%s: made before contents were recorded, so that only names can be compared: a model or text that has changed "
-            "under its name goes unnoticed.",
+            "%s: made by a version that recorded no hashes of model and text: a change of either under the same name "
+            "is not detected.",
             store.directory,
         )
         recorded = {"model": {"commit": store.manifest["model"].get("revision")}}
@@ -281,15 +281,16 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
                 if pending:
                     writer.put({}, (cursor, texts.until(cursor.document) + tokens.found, digest.up_to(cursor)))
                 stored += pending
-                log.warning("The text ended after %d of %d tokens; the store holds all of it.", stored, section.tokens)
+                log.warning("The text has only %d of the %d tokens; the store holds all of them.", stored, section.tokens)
         if stored == 0:
             raise ValueError(
-                "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
+                "text: expected tokens to store, got none. Give longer text, or lower text.context_length or "
+                "harvest.exclude_leading."
             )
         writer.finish()
         digest.remember()
     if skipped := store.manifest.get("skipped"):
-        log.warning("%s: left out or mended: %s.", store.directory, counted(skipped))
+        log.warning("%s: excluded or repaired: %s.", store.directory, counted(skipped))
 
 
 def require_store_folder(directory: Path) -> None:
@@ -297,7 +298,9 @@ def require_store_folder(directory: Path) -> None:
     if (directory / MANIFEST_FILE).exists() or not directory.is_dir():
         return
     if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
-        raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
+        raise ValueError(
+            f"harvest.store: {directory}: expected an empty directory or a store, got other files. Choose a new directory."
+        )
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:

@@ -312,7 +312,7 @@ def test_which_files_are_recipes(recipes, recipe_values, tmp_path):
     assert list(load_families([str(recipes)], {})) == ["narrow", "wide", "wide-more"]
     twin = tmp_path / "wide.yaml"
     twin.write_text(json.dumps(recipe_values))
-    with pytest.raises(ValueError, match=r"wide.yaml: expected file names that differ, got .*Rename one"):
+    with pytest.raises(ValueError, match=r"wide.yaml: expected distinct file names, .*Rename one"):
         load_families([str(recipes), str(twin)], {})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected a directory with recipes"):

@@ -207,7 +207,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
     assert folders(["runs/a"], "out") == ["out"]
     assert folders(["runs/a", "runs/b"], "out") == ["out/a", "out/b"]
     assert folders(["one/seed-0", "two/seed-0"], "out") == ["out/one-seed-0", "out/two-seed-0"]
-    with pytest.raises(ValueError, match=r"runs/a: expected checkpoints that differ"):
+    with pytest.raises(ValueError, match=r"runs/a: expected distinct checkpoints"):
         folders(["runs/a", "runs/a"], "out")
 
 
@@ -240,7 +240,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
     seen.clear()
     assert figures(evaluate(path, str(tmp_path / "5"), tokens=600)) == figures(first)
     assert seen
-    assert "damaged, measured again" in caplog.text
+    assert "damaged; its metrics are recomputed" in caplog.text
     assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
 
 
@@ -321,7 +321,7 @@ def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeyp
 
     monkeypatch.setattr(LanguageModel, "activations", overflowing)
     with pytest.raises(
-        ValueError, match=r"transformer.h.2:out: expected finite activations, .* Judge it in model.dtype: float"
+        ValueError, match=r"transformer.h.2:out: expected finite activations, .* Evaluate it with model.dtype: float"
     ):
         evaluate(rivals[0], str(tmp_path), tokens=600, cache=False)
 
@@ -353,7 +353,7 @@ def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(checkpoi
     assert spoiled
     (line,) = report["skipped"]
     assert line.startswith("evaluation: tokens whose activations are not finite: ")
-    assert "Left out of the evaluation" in caplog.text
+    assert "Excluded from the evaluation" in caplog.text
     assert "skipped" not in plain
     assert all(np.isfinite(value) for value in report.values() if isinstance(value, float))
     assert report["fvu"] == pytest.approx(plain["fvu"], rel=0.5)
