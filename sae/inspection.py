@@ -125,6 +125,9 @@ class Inspection:
             raise ValueError(f"latent: expected 0 to {self.n_latents - 1}, got {', '.join(map(str, wrong))}.")
 
     def __repr__(self: "SparseDictionary") -> str:
+        if "encoder" not in self.__dict__.get("_modules", ()):
+            # Half built, in the message of an error in its constructor.
+            return f"{type(self).__name__}(...)"
         encoder = dict(self.arguments()["encoder"])
         name = encoder.pop("name")
         settings = "".join(f", {key}={value!r}" for key, value in encoder.items())

@@ -28,8 +28,8 @@ class ModelOutline:
     ``assumed`` holds the hooks whose width cannot be known before the model runs.
     """
 
-    def __init__(self, section: ModelSection):
-        self.section = section
+    def __init__(self, section: ModelSection, given: LanguageModel | None = None):
+        self.section, self._given = section, given
         self.assumed: set[str] = set()
         self._widths: dict[tuple[str, ...], dict[str, int]] = {}
         self._text_problems: dict[TextSection, list[str]] = {}
@@ -37,6 +37,8 @@ class ModelOutline:
     @cached_property
     def model(self) -> LanguageModel:
         """Model without weights, or with weights if it cannot be built otherwise."""
+        if self._given is not None:
+            return self._given
         try:
             return skeleton(self.section)
         except ValueError:
@@ -45,15 +47,19 @@ class ModelOutline:
             log.info("%s could not be built without its weights (%s): loading them.", self.section.id, _brief(error))
             return load_model(self.section)
 
+    def loaded(self) -> LanguageModel:
+        """Return the model with its weights: the one in memory if there is one."""
+        return load_model(self.section) if self._given is None else self._given
+
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the model, loaded on first use."""
-        return load_tokenizer(self.section)
+        return load_tokenizer(self.section) if self._given is None else self._given.tokenizer
 
     @cached_property
     def content(self) -> Content:
         """Content digests of model and tokenizer, computed on first use."""
-        return section_content(self.section)
+        return section_content(self.section) if self._given is None else self._given.content()
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width of every hook; at ``assumed`` ones, the model's hidden size.
@@ -127,7 +133,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     return resolve_recipes([recipe])[0]
 
 
-def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
+def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = None) -> list[ResolvedRecipe]:
     """Replace layers and sites by hooks, and set ``harvest.hooks`` to the hooks that the recipes need together.
 
     This reads only the model's configuration, and not even that if all hooks are named. A recipe that was resolved and saved
@@ -141,7 +147,7 @@ def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
     sections: list[DictionarySection] = []
     problems: dict[str, list[str]] = {}
     for recipe in recipes:
-        section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model))
+        section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model, model))
         try:
             if not section.resolved:
                 section = _named(section, outline.model)

@@ -20,13 +20,13 @@ from ..bootstrap import resamples
 from ..metrics.document_sums import DOCUMENTS, STATISTICS, read_sums
 from ..pages.numbers import finite
 from ..pages.tables import Column
+from ..result import Report
 from .statistics import LATENT_SHARES, decide, difference, sd_of, uncertainty
 
 # A group whose l0 deviates from the target by a larger share is marked, and its differences are not tested.
 L0_TOLERANCE = 0.02
 # Encoder arguments that set a budget: recipes that differ only in these form a sweep.
 BUDGETS = ("k", "target_l0", "sparsity")
-Report = dict[str, Any]
 
 
 @dataclass(frozen=True)

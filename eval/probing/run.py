@@ -10,7 +10,8 @@ from typing import Any
 from ...sae.files import write_json, write_text
 from ...sae.suggestions import require_choice
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import Report, open_checkpoint
+from ..checkpoint import open_checkpoint
+from ..result import Report
 from . import factors
 from .datasets import Pooled, pool, read_labelled
 from .ioi import score as supervised

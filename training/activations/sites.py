@@ -28,7 +28,7 @@ from torch import nn
 from ...sae.suggestions import did_you_mean
 from ..recipe.validation import SITES
 from .dataflow import Dataflow
-from .model import LanguageModel
+from .hooked_model import HookedModel
 
 # Sites that read one tensor and write another.
 TWO_SIDED = ("mlp",)
@@ -285,7 +285,7 @@ def _writer(block: nn.Module, mlp: str, projection: str | None) -> str:
 NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
 
 
-def neuron_hook(model: LanguageModel, hook: str) -> str | None:
+def neuron_hook(model: HookedModel, hook: str) -> str | None:
     """Return the hook at the MLP neurons of the block that ``hook`` is in; None if no known name matches."""
     block = re.match(r".*?\.\d+(?=[.:])", hook)
     names = dict(model.module.named_modules())
