@@ -11,7 +11,8 @@ from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
 from .activations.model import LanguageModel, load_model, load_tokenizer, section_content, skeleton
-from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
+from .activations.prompt import HookInfo
+from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
@@ -81,6 +82,17 @@ class ModelOutline:
                 self.assumed.update(hooks)
             self._widths[hooks] = found
         return self._widths[hooks]
+
+    def hooks(self) -> list[HookInfo]:
+        """Return the hooks at the sites of every block; a width that is known only when the model runs is ``None``.
+
+        Raises:
+            ValueError: If the configuration cannot be loaded, or the model's blocks are not found.
+        """
+        found = hooks_with_sites(self.model.module)
+        widths = self.widths(tuple(found))
+        known = {hook: None if hook in self.assumed else width for hook, width in widths.items()}
+        return [HookInfo(hook, known[hook], layer, sites) for hook, (layer, sites) in found.items()]
 
     def text_problems(self, text: TextSection) -> list[str]:
         """Return one line for each way in which the text's contexts or the tokenizer do not fit the model."""

@@ -20,7 +20,6 @@ from ..bootstrap import resamples
 from ..metrics.document_sums import DOCUMENTS, STATISTICS, read_sums
 from ..pages.numbers import finite
 from ..pages.tables import Column
-from ..result import Report
 from .statistics import LATENT_SHARES, decide, difference, sd_of, uncertainty
 
 # A group whose l0 deviates from the target by a larger share is marked, and its differences are not tested.
@@ -34,7 +33,7 @@ class Point:
     """One seed of a group: its run directories with interpolation weights, and the resulting report."""
 
     parts: tuple[tuple[Path, float], ...]
-    report: Report
+    report: dict[str, Any]
     seed: Any = None
 
 

@@ -47,7 +47,7 @@ class HookedModel:
 
     @torch.no_grad()
     def activations(
-        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
+        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...], /
     ) -> dict[str, Float[Tensor, "contexts positions width"]]:
         """Return the tensor at every hook in one forward pass, which stops at the last hook.
 

@@ -17,7 +17,7 @@ from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 from .hooked_model import HookedModel, next_token_loss
 from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
-from .sites import find_block, n_layers
+from .sites import hooks_with_sites
 from .splice import generate, model_spliced
 from .weightless import weightless
 
@@ -88,14 +88,9 @@ class LanguageModel(HookedModel):
         Raises:
             ValueError: If the model's blocks are not found.
         """
-        found: dict[str, tuple[int, list[str]]] = {}
-        for layer in range(n_layers(self.module)):
-            for site, (reads, writes) in find_block(self.module, layer).sites().items():
-                for hook in {reads, writes}:
-                    if reads == writes:
-                        found.setdefault(hook, (layer, []))[1].append(site)
+        found = hooks_with_sites(self.module)
         widths = self.widths(tuple(found))
-        return [HookInfo(hook, widths[hook], layer, tuple(sites)) for hook, (layer, sites) in found.items()]
+        return [HookInfo(hook, widths[hook], layer, sites) for hook, (layer, sites) in found.items()]
 
     def token_ids(self, text: str) -> Int[Tensor, "1 positions"]:
         """Return the tokens of a text behind the BOS token, if the tokenizer has one, as in training contexts.
@@ -110,10 +105,10 @@ class LanguageModel(HookedModel):
         return torch.tensor([[*bos, *ids]], device=self.device)
 
     @overload
-    def activations(self, inputs: str, hooks: str) -> TextActivations: ...
+    def activations(self, inputs: str, hooks: str, /) -> TextActivations: ...
     @overload
-    def activations(self, inputs: Tensor, hooks: tuple[str, ...]) -> dict[str, Tensor]: ...
-    def activations(self, inputs: str | Tensor, hooks: str | tuple[str, ...]) -> TextActivations | dict[str, Tensor]:
+    def activations(self, inputs: Tensor, hooks: tuple[str, ...], /) -> dict[str, Tensor]: ...
+    def activations(self, inputs: str | Tensor, hooks: str | tuple[str, ...], /) -> TextActivations | dict[str, Tensor]:
         """Return the activations of a text at one hook, ``(tokens, width)``, with its tokens beside them.
 
         Given token ids ``(contexts, positions)`` and a tuple of hooks, return ``(contexts, positions, width)`` for each.

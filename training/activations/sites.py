@@ -228,6 +228,20 @@ def sites_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(find_block(module, 0).sites())
 
 
+def hooks_with_sites(module: nn.Module) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Return the hooks at the sites of all blocks, in the order of the layers: the layer of each, and the sites it serves.
+
+    Raises:
+        ValueError: If no blocks are found.
+    """
+    found: dict[str, tuple[int, list[str]]] = {}
+    for layer in range(n_layers(module)):
+        for site, (reads, writes) in find_block(module, layer).sites().items():
+            if reads == writes:
+                found.setdefault(reads, (layer, []))[1].append(site)
+    return {hook: (layer, tuple(sites)) for hook, (layer, sites) in found.items()}
+
+
 def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
     """Return the hook read and the hook written at a site; they are the same unless the site is in ``TWO_SIDED``.
 
