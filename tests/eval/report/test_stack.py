@@ -101,7 +101,7 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
 def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
     from sparsary.eval.heldout import eval_data
-    from sparsary.training.activations.model import next_token_loss
+    from sparsary.training.activations.hooked_model import next_token_loss
 
     found = evaluate(str(stack / "layer=1"))
     where = eval_data(SOURCE, (READS[1], WRITES[1]))
