@@ -59,7 +59,9 @@ def test_what_a_page_names_is_there(path):
 def dead_links(path):
     """Return the relative links of a page that lead to no file, or to no heading of one."""
     found = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+    # Code has brackets before parentheses too.
+    text = re.sub(r"(?ms)^```.*?^```$|`[^`\n]*`", "", path.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
         name, _, heading = link.partition("#")
         target = path.parent / name if name else path
         if re.match(r"https?:|mailto:", link) or (target.exists() and (not heading or heading in headings(target))):
