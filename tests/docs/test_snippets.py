@@ -17,7 +17,7 @@ from sparsary.training.recipe.grid import check_grid
 from sparsary.transcoders import Transcoder
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What needs a network or another library: names and arguments are checked, and nothing is run.
 WORDS = r"(time )?(sparsary|python|make|pip) "
 NOT_RUN = ("owner/repository", "SaeBenchAdapter")
@@ -80,7 +80,7 @@ def check_names(tree):
 def commands():
     """Return every command line of the pages, in blocks and in backticks."""
     found = []
-    for block in blocks(""):
+    for block in [*blocks(""), *blocks("bash")]:
         lines = block.values[0].replace("\\\n", " ").splitlines()
         found += [pytest.param(line, id=f"{block.id} {line[:40]}") for line in lines if re.match(WORDS, line)]
     for page in PAGES:
