@@ -54,9 +54,7 @@ def render_file(path: str | Path) -> Path:
     kind = next((kind for kind in KINDS if isinstance(found, dict) and kind.entries <= found.keys()), None)
     if kind is None:
         names = "report.json, comparison.json, circuits.json, features.json, features.jsonl or graph.json"
-        raise ValueError(
-            f"{path}: expected a result that has a page ({names}), got other JSON. Give a file that a command wrote."
-        )
+        raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
         text = kind.render(source, found)
     except (LookupError, TypeError, AttributeError) as error:
@@ -79,13 +77,13 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: If the file does not exist, or a line is not JSON.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected this file, found nothing there.")
+        raise ValueError(f"{path}: expected this file, found none.")
     with path.open(encoding="utf-8") as handle:
         for number, line in enumerate(handle, 1):
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number}: expected JSON, got something else ({error}).") from None
+                raise ValueError(f"{path}: line {number}: expected JSON, got invalid JSON ({error}).") from None
 
 
 def _report(path: Path, report: dict[str, Any]) -> str:
@@ -109,7 +107,7 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 def _graph(path: Path, graph: dict[str, Any]) -> str:
     beside = path.with_name(f"{path.stem}{GRAPH_PAGE}.json")
     if not beside.is_file():
-        raise ValueError(f"{path}: expected {beside.name} beside it, which holds what the page shows. Make the graph again.")
+        raise ValueError(f"{path}: expected {beside.name} beside it, which holds the page's data. Recompute the graph.")
     return render_graph(read_json(beside))
 
 
