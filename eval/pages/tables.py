@@ -31,13 +31,14 @@ class Cell(NamedTuple):
 
 
 class FigureTile(NamedTuple):
-    """A key figure: entry of the result, label, value and the note below it."""
+    """A key figure: entry of the result, label, value, the note below it, and its definition."""
 
     key: str
     label: str
     value: str
     note: str
     missing: bool = False
+    text: str = ""
 
 
 class EntryRow(NamedTuple):
