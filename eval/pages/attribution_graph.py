@@ -8,12 +8,12 @@ from .tables import FigureTile
 
 Graph = dict[str, Any]
 DEFINITIONS = {
-    "replacement_score": "Influence starts at the logits and is propagated back along the edges; this is the fraction that ends "
-    "in tokens rather than error nodes. 1 if the transcoders reconstruct the MLPs exactly.",
-    "completeness_score": "Fraction of the edges into a node, by magnitude, that do not come from error nodes; mean over nodes, "
+    "replacement_score": "Influence starts at the logits and is propagated back along the edges; this is the fraction that "
+    "ends in tokens rather than error nodes. 1 if the transcoders reconstruct the MLPs exactly.",
+    "completeness_score": "Fraction of the edges into a node, by magnitude, that do not come from errors; mean over nodes, "
     "weighted by influence. 1 is best.",
-    "kl_last": "KL divergence from the model's prediction of the next token to that of the model with transcoders in place of "
-    "the MLPs, without error nodes.",
+    "kl_last": "KL divergence from the model's prediction of the next token to that of the model with transcoders in "
+    "place of the MLPs, without error nodes.",
 }
 
 

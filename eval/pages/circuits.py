@@ -19,8 +19,8 @@ Row = dict[str, Any]
 # Family and unit name -> what is known of the latent.
 Latents = Mapping[tuple[str, str], DrawnLatent]
 NO_FEATURES = (
-    " Nodes show top tokens and link to features after: sparsary features {checkpoint} (each dictionary of a folder by itself), "
-    "sparsary render circuits.json."
+    " Nodes show top tokens and link to features after: sparsary features {checkpoint} (each dictionary of a folder by itself) "
+    "and sparsary render circuits.json."
 )
 
 COLUMNS = (
