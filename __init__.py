@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from .eval.pages.render import render_file as render
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
+    from .eval.result import Report
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
+    from .training.activations.model import LanguageModel
     from .training.activations.read import read_activations
     from .training.run import harvest, train
     from .transcoders import CrossLayerTranscoder, Stack, Transcoder
@@ -46,7 +48,9 @@ __all__ = [
     "Encoder",
     "Explainer",
     "InferenceMode",
+    "LanguageModel",
     "ProbingResults",
+    "Report",
     "SparseCode",
     "SparseDictionary",
     "Stack",
@@ -81,6 +85,7 @@ _HOMES = {
     "transcoders": "CrossLayerTranscoder Stack Transcoder",
     "transcoders.convert": "Converted convert",
     "transcoders.load": "CheckpointOptions load",
+    "training.activations.model": "LanguageModel",
     "training.activations.read": "read_activations",
     "training.run": "harvest train",
     "eval.attribution_graphs.run": "attribution_graph",
@@ -92,6 +97,7 @@ _HOMES = {
     "eval.pages.render": "render",
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",
+    "eval.result": "Report",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -32,14 +32,12 @@ from ..training.recipe import HarvestSection, ModelSection, TextSection, overrid
 from ..training.recipe.validation import explain
 from ..training.text import Cursor
 from ..transcoders.load import NO_OPTIONS, CheckpointOptions, Provenance, find
-from ..transcoders.stack import hooks_of_provenance, is_stack, stack_folders
+from ..transcoders.stack import Stack, hooks_of_provenance, is_stack, stack_folders
 from .heldout import eval_data
 from .sanity import Sanity, sanity
 
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
 log = logging.getLogger(__name__)
-# A JSON document. The metrics define its keys, so a narrower type would need a cast at every access.
-Report = dict[str, Any]
 # Settings that change how model and text are read, not which model or text it is.
 CUTTING_KEYS = ("model.dtype", "model.device", "model.trust_remote_code", "text.context_length", "text.bos", "text.packing")
 # Held-out share where the training documents are unknown: all documents are held out.
@@ -119,12 +117,18 @@ class LoadedCheckpoint:
         return replace(self, members=members, assumed=assumed, changed=changed)
 
 
-def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
-    """Load the dictionaries of a path or hub id with their provenance.
+# A path, a hub id, or what ``load`` returned for one.
+Checkpoint = str | Path | SparseDictionary | Stack
+
+
+def open_checkpoint(path: Checkpoint, options: CheckpointOptions = NO_OPTIONS) -> LoadedCheckpoint:
+    """Load the dictionaries of a path or hub id with their provenance; loaded ones are taken as they are.
 
     Raises:
         ValueError: If there is no dictionary, or it is damaged.
     """
+    if isinstance(path, SparseDictionary | Stack):
+        return _loaded(path, options)
     # Hook names depend on the architecture of the model that will run.
     model = None if options.model is None else architecture(options.model)
     found = find(path, replace(options, model=model if architecture_of(model) else None))
@@ -140,6 +144,14 @@ def open_checkpoint(path: str | Path, options: CheckpointOptions = NO_OPTIONS) -
         for number, (hook, dictionary) in enumerate(found.dictionaries.items())
     )
     return LoadedCheckpoint(str(path), found.directory, members, found.foreign, found.stacked, options)
+
+
+def _loaded(given: SparseDictionary | Stack, options: CheckpointOptions) -> LoadedCheckpoint:
+    """Return dictionaries in memory as a checkpoint without a directory: results need a place of their own."""
+    dictionaries = [given] if isinstance(given, SparseDictionary) else list(given.values())
+    nowhere = Path(f"{type(given).__name__} in memory")
+    members = tuple(LoadedDictionary(nowhere, dictionary, dictionary.provenance, ()) for dictionary in dictionaries)
+    return LoadedCheckpoint(str(nowhere), nowhere, members, True, isinstance(given, Stack), options)
 
 
 def content_changes(provenance: Provenance, reads_text: bool = True) -> tuple[str, ...]:

@@ -106,5 +106,6 @@ def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -
             )
     require_finite(path, tensors)
     dictionary.load_state_dict(tensors, assign=True)
+    dictionary.provenance = config.get("provenance") or {}
     dictionary.training_usage = load_training_usage(directory, config.get("training_usage"), dictionary.n_latents)
     return dictionary.to(device).eval()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .batch_encoder import BatchWide
 from .encoder import Encoder, Weights, scorer
 from .files import sha256, write_json, write_tensors
+from .inspection import Inspection
 from .metrics import Moments
 from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
@@ -49,7 +50,7 @@ class Site:
     writes: slice
 
 
-class SparseDictionary(nn.Module, ABC):
+class SparseDictionary(Inspection, nn.Module, ABC):
     """Sparse dictionary: latents that read from an input of width ``d_in`` and write to an output of width ``d_out``.
 
     Inputs and outputs are raw activations. Internally both are divided by their scales (buffers saved with the weights), so
@@ -95,6 +96,7 @@ class SparseDictionary(nn.Module, ABC):
         self.screen: Screen | None = None
         # Set by the trainer and saved with the checkpoint.
         self.training_usage: TrainingUsage | None = None
+        self.provenance: dict[str, Any] = {}
         self.register_buffer("in_scale", torch.ones(()))
         self.register_buffer("out_scale", torch.ones(()))
 
@@ -187,7 +189,7 @@ class SparseDictionary(nn.Module, ABC):
         return columns
 
     def encode(self, x: Rows, grad: Rows | None = None) -> SparseCode:
-        """Return the sparse code of raw activations ``(tokens, d_in)``.
+        """Return the sparse code of raw activations ``(tokens, d_in)`` or ``(batch, position, d_in)``.
 
         Accepts tensors and arrays of any precision. Values are in normalized units: a value of 1 adds ``out_scale`` times the
         decoder direction to the output.
@@ -196,12 +198,16 @@ class SparseDictionary(nn.Module, ABC):
             grad: Loss gradient at the output, for encoders that use it.
 
         Raises:
-            ValueError: If ``x`` is not ``(tokens, d_in)``.
+            ValueError: If the last axis of ``x`` is not ``d_in`` wide.
         """
-        x = self.require_width(x, self.d_in)
+        x = self._tensor(x)
+        shape = x.shape[:-1] if x.ndim > 2 else ()
+        x = self.require_width(x.flatten(0, -2) if shape else x, self.d_in)
         if grad is not None:
             grad = self._tensor(grad, "grad") * self.out_scale
-        return self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
+            grad = grad.flatten(0, -2) if shape else grad
+        code = self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
+        return replace(code, batch_shape=tuple(shape)) if shape else code
 
     def encode_at(self, site: int, x: Rows) -> SparseCode:
         """Return the code of one site's raw activations ``(tokens, width)``, with latents numbered from 0.
@@ -229,11 +235,11 @@ class SparseDictionary(nn.Module, ABC):
         assert self.row_norm is not None
         return ROW_NORMS[self.row_norm](x.to(self.in_scale.dtype) / self.in_scale)
 
-    def decode(self, code: SparseCode | Rows, x: Rows | None = None) -> Float[Tensor, "tokens d_out"]:
-        """Return the reconstruction of a code, in raw units.
+    def decode(self, code: SparseCode | Rows, x: Rows | None = None) -> Float[Tensor, "... d_out"]:
+        """Return the reconstruction of a code, in raw units and in the shape of what was encoded.
 
         Args:
-            code: Result of ``encode``, or a dense tensor ``(tokens, n_latents)``.
+            code: Result of ``encode``, or a dense tensor ``(tokens, n_latents)`` or ``(batch, position, n_latents)``.
             x: Raw input of the code, needed if the output depends on it directly (skip path, undone ``row_norm``).
 
         Raises:
@@ -242,11 +248,13 @@ class SparseDictionary(nn.Module, ABC):
         if not isinstance(code, SparseCode):
             code = self._sparse(self._tensor(code, "code"))
         x = None if x is None else self._tensor(x)
+        x = x.flatten(0, -2) if x is not None and x.ndim > 2 else x
         # Adding to slices in place would copy the whole gradient for every block.
         written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
         total = written[0] if len(written) == 1 else torch.stack(written).sum(0)
         # Fused, because this tensor is as large as the batch.
-        return torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
+        y_hat = torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
+        return y_hat.unflatten(0, code.batch_shape) if code.batch_shape else y_hat
 
     def decode_at(self, site: int, codes: list[SparseCode], x: Rows | None = None) -> Float[Tensor, "..."]:
         """Return one site's output, in raw units, from the codes of all sites up to it and its own raw input."""
@@ -287,21 +295,22 @@ class SparseDictionary(nn.Module, ABC):
         return values if isinstance(values, Tensor) else as_rows(values, name, self.device)
 
     def _sparse(self, dense: Float[Tensor, "..."]) -> SparseCode:
-        if dense.ndim != 2 or dense.shape[1] != self.n_latents:
+        if dense.ndim < 2 or dense.shape[-1] != self.n_latents:
             raise ValueError(
                 f"code: expected a SparseCode, as encode gives it, or (tokens, {self.n_latents}), got {tuple(dense.shape)}."
             )
         cells = dense.detach().reshape(-1).nonzero().squeeze(1)
         values = dense.reshape(-1)[cells].to(self.out_scale.dtype)
-        return SparseCode.from_cells(cells, values, len(dense), self.n_latents)
+        code = SparseCode.from_cells(cells, values, dense.shape[:-1].numel(), self.n_latents)
+        return replace(code, batch_shape=tuple(dense.shape[:-1])) if dense.ndim > 2 else code
 
     def require_width(self, x: Rows, width: int, name: str = "x") -> Float[Tensor, "..."]:
         """Return ``x`` as a tensor; raise ``ValueError`` unless it is ``(tokens, width)``."""
         x = self._tensor(x, name)
         if x.ndim != 2 or x.shape[1] != width:
             raise ValueError(
-                f"{name}: expected (tokens, {width}), got {tuple(x.shape)}. Flatten batch and position into tokens, "
-                "and check that the activations come from the hook this dictionary was trained on."
+                f"{name}: expected (tokens, {width}), got {tuple(x.shape)}. Check that the activations come "
+                "from the hook this dictionary was trained on."
             )
         return x
 
@@ -328,7 +337,7 @@ class SparseDictionary(nn.Module, ABC):
         code = SparseCode.from_steps(code.latents.view(len(y), k), code.values.view(len(y), k))
         return SparseCode(code.latents, code.values / norms[code.latents], code.starts)
 
-    def forward(self, x: Rows) -> Float[Tensor, "tokens d_out"]:
+    def forward(self, x: Rows) -> Float[Tensor, "... d_out"]:
         """Return the reconstruction of raw inputs."""
         x = self._tensor(x)
         return self.decode(self.encode(x), x)
@@ -364,7 +373,7 @@ class SparseDictionary(nn.Module, ABC):
     def save(self, directory: str | Path, provenance: dict[str, Any] | None = None) -> None:
         """Write ``dictionary.safetensors``, then ``dictionary.json``, each atomically.
 
-        If ``training_usage`` is set, ``usage.safetensors`` is written too.
+        If ``training_usage`` is set, ``usage.safetensors`` is written too. The provenance is by default the dictionary's own.
 
         Raises:
             OSError: If the folder cannot be written; existing files stay unchanged.
@@ -375,7 +384,7 @@ class SparseDictionary(nn.Module, ABC):
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "dictionary": self.arguments(),
-            "provenance": provenance or {},
+            "provenance": self.provenance if provenance is None else provenance,
         }
         if self.training_usage is not None:
             config["training_usage"] = self.training_usage.about

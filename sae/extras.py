@@ -20,6 +20,7 @@ OPTIONAL = {
     "httpx": ("httpx", "eval"),
     "jinja2": ("jinja2", "eval"),
     "matplotlib": ("matplotlib", "eval"),
+    "pandas": ("pandas", "eval"),
     "scipy": ("scipy", "eval"),
     "sklearn": ("scikit-learn", "eval"),
     "wandb": ("wandb", "wandb"),

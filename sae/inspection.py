@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .dictionary import SparseDictionary
+from .sparse_code import SparseCode
 
 
 class LatentActivation(NamedTuple):
@@ -36,6 +35,19 @@ def hooks_of_provenance(provenance: Mapping[str, Any]) -> tuple[tuple[str, ...],
 
 class Inspection:
     """Methods of ``SparseDictionary`` that answer questions and change nothing."""
+
+    if TYPE_CHECKING:
+        # Of SparseDictionary.
+        d_in: int
+        d_out: int
+        n_latents: int
+        out_scale: Float[Tensor, "..."]
+
+        @property
+        def blocks(self) -> list[Any]: ...
+        def arguments(self) -> dict[str, Any]: ...
+        def encode(self, x: Any, grad: Any = None) -> SparseCode: ...
+        def _padded(self, columns: Tensor, writes: slice) -> Tensor: ...
 
     # Set by loading: the checkpoint's record of model, hooks, text and recipe. Empty for a dictionary built in Python.
     provenance: dict[str, Any]
@@ -65,7 +77,7 @@ class Inspection:
         """The resolved recipe it was trained by; ``None`` for dictionaries of other libraries."""
         return self.provenance.get("recipe")
 
-    def direction(self: "SparseDictionary", latent: int) -> Float[Tensor, " d_out"]:
+    def direction(self, latent: int) -> Float[Tensor, " d_out"]:
         """Return the decoder direction of a latent: its contribution to the output per unit of activation, in raw units.
 
         >>> import torch
@@ -85,7 +97,7 @@ class Inspection:
         return self._padded(row[None], block.writes)[0] * self.out_scale
 
     @torch.no_grad()
-    def activations_of(self: "SparseDictionary", latents: int | Sequence[int], x: Any) -> Float[Tensor, "..."]:
+    def activations_of(self, latents: int | Sequence[int], x: Any) -> Float[Tensor, "..."]:
         """Return the activations of one latent on raw inputs, ``(tokens,)``, or of several, ``(tokens, latents)``.
 
         They are the values of ``encode``; multiplied by ``direction`` they are contributions in raw units. Inputs of shape
@@ -103,7 +115,7 @@ class Inspection:
         return columns[..., 0] if one else columns
 
     @torch.no_grad()
-    def top_latents(self: "SparseDictionary", x: Any, n: int = 10) -> list[LatentActivation]:
+    def top_latents(self, x: Any, n: int = 10) -> list[LatentActivation]:
         """Return the ``n`` latents with the largest activations on raw inputs, each with its strongest token.
 
         Raises:
@@ -119,12 +131,15 @@ class Inspection:
         first = np.sort(np.unique(latents, return_index=True)[1])[:n]
         return [LatentActivation(int(latents[i]), float(values[order[i]]), int(tokens[i])) for i in first]
 
-    def _require_latents(self: "SparseDictionary", latents: Sequence[int]) -> None:
+    def _require_latents(self, latents: Sequence[int]) -> None:
         wrong = [latent for latent in latents if not 0 <= latent < self.n_latents]
         if wrong:
             raise ValueError(f"latent: expected 0 to {self.n_latents - 1}, got {', '.join(map(str, wrong))}.")
 
-    def __repr__(self: "SparseDictionary") -> str:
+    def __repr__(self) -> str:
+        if "encoder" not in self.__dict__.get("_modules", ()):
+            # Half built, in the message of an error in its constructor.
+            return f"{type(self).__name__}(...)"
         encoder = dict(self.arguments()["encoder"])
         name = encoder.pop("name")
         settings = "".join(f", {key}={value!r}" for key, value in encoder.items())

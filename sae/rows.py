@@ -1,15 +1,23 @@
 """Conversion of user-supplied activations: tensors of any dtype and device, NumPy and other arrays, lists."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """Object that NumPy converts to an array."""
+
+    def __array__(self, *arguments: Any, **options: Any) -> np.ndarray: ...
+
+
 # Tensors and anything that can be converted to one.
-Rows = Tensor | np.ndarray | Sequence[Any]
+Rows = Tensor | ArrayLike | Sequence[Any]
 
 
 def as_rows(values: object, name: str = "x", device: torch.device | str = "cpu") -> Float[Tensor, "..."]:

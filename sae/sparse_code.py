@@ -77,6 +77,33 @@ class SparseCode:
     values: Float[Tensor, " nnz"]
     starts: Int[Tensor, " tokens"]
     requests: AuxTerms = field(default_factory=AuxTerms)
+    # Set by ``encode`` for inputs of more than two axes, (batch, position): the shape in which the tokens stood.
+    batch_shape: tuple[int, ...] = ()
+
+    def __getitem__(self, token: int | tuple[int, ...]) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+        """Return the firing latents of one token and their values, the largest first.
+
+        With ``batch_shape`` a token is named by (batch, position).
+
+        Raises:
+            IndexError: If there is no such token.
+        """
+        if isinstance(token, tuple):
+            shape = self.batch_shape or (self.n_tokens,)
+            if len(token) != len(shape) or not all(-size <= at < size for at, size in zip(token, shape, strict=True)):
+                raise IndexError(f"token: expected an index into {shape}, got {token}.")
+            number = 0
+            for at, size in zip(token, shape, strict=True):
+                number = number * size + at % size
+        else:
+            number = token + self.n_tokens if token < 0 else token
+        if not 0 <= number < self.n_tokens:
+            raise IndexError(f"token: expected one of {self.n_tokens} tokens, got {token}.")
+        last = int(self.starts[number + 1]) if number + 1 < self.n_tokens else self.latents.shape[0]
+        latents, values = self.latents[int(self.starts[number]) : last], self.values[int(self.starts[number]) : last]
+        order = values.abs().argsort(descending=True, stable=True)
+        order = order[values[order] != 0]
+        return latents[order], values[order]
 
     @classmethod
     def from_rows(cls, latents: Int[Tensor, "tokens k"], values: Float[Tensor, "tokens k"]) -> "SparseCode":
@@ -124,12 +151,12 @@ class SparseCode:
 
     def relu(self) -> "SparseCode":
         """Return the code with negative values set to zero."""
-        return SparseCode(self.latents, self.values.relu(), self.starts, self.requests)
+        return SparseCode(self.latents, self.values.relu(), self.starts, self.requests, self.batch_shape)
 
     def where(self, keep: Bool[Tensor, " nnz"]) -> "SparseCode":
         """Return the code with only the entries where ``keep`` is True."""
         before = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.cumsum(0)])
-        return SparseCode(self.latents[keep], self.values[keep], before[self.starts])
+        return SparseCode(self.latents[keep], self.values[keep], before[self.starts], batch_shape=self.batch_shape)
 
     def columns(self, latents: Int[Tensor, " m"]) -> Float[Tensor, "tokens m"]:
         """Return the values of chosen latents on every token, zero where inactive; differentiable in ``values``.
@@ -154,7 +181,12 @@ class SparseCode:
         order = owners.argsort(stable=True)
         every = torch.cat([rest.latents, latents.repeat(tokens)])[order]
         starts = rest.starts + m * torch.arange(tokens, device=latents.device)
-        return SparseCode(every, torch.cat([rest.values, values.reshape(-1).to(rest.values.dtype)])[order], starts)
+        return SparseCode(
+            every,
+            torch.cat([rest.values, values.reshape(-1).to(rest.values.dtype)])[order],
+            starts,
+            batch_shape=self.batch_shape,
+        )
 
     def _places(self, latents: Int[Tensor, " m"]) -> tuple[Int[Tensor, " nnz"], Bool[Tensor, " nnz"]]:
         """Return the position of each entry's latent in ``latents``, and a mask of the entries found there."""

@@ -396,3 +396,18 @@ def test_probe_writes_flat_results_and_names_its_tasks(command, tmp_path):
     refused = command("probe", out, "--task", "scr", "--labels", str(tmp_path / "words.jsonl"))
     assert refused.returncode == 2
     assert "a second key, spurious" in refused.stderr
+
+
+def test_hooks_of_a_model_are_listed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sparsary", "hooks", "embedded", "--layer", "2"])
+    with pytest.raises(SystemExit) as ended:
+        sparsary.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    (line,) = [line for line in said.out.splitlines() if line.startswith("transformer.h.2:out ")]
+    assert line.split()[1:] == ["2", "128", "resid_post"]
+    assert "transformer.h.1:out" not in said.out
+    monkeypatch.setattr(sys, "argv", ["sparsary", "hooks", "embedded", "--layer", "9"])
+    with pytest.raises(SystemExit):
+        sparsary.main()
+    assert "--layer: expected 0 to 3, got 9." in capsys.readouterr().err

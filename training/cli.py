@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import print_fields, show_progress
+from .console import print_fields, print_table, show_progress
 
 app = typer.Typer()
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
@@ -34,6 +34,30 @@ def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code:
     with show_progress("harvest") as progress:
         store = harvest(recipe, progress, **recipe_overrides(overrides, trust_remote_code))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
+
+
+@app.command("hooks")
+def _hooks(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face id, directory, or embedded.")],
+    layer: Annotated[int | None, typer.Option("--layer", help="Only this block; counted from 0.")] = None,
+    trust_remote_code: TrustRemoteCode = None,
+) -> None:
+    """List the hooks of a model: the names that recipes take, with widths and sites. Weights are not loaded."""
+    from .recipe import ModelSection
+    from .resolve_hooks import ModelOutline
+
+    outline = ModelOutline(ModelSection(id=model, trust_remote_code=bool(trust_remote_code)))
+    found = outline.hooks()
+    if layer is not None and not any(each.layer == layer for each in found):
+        raise ValueError(f"--layer: expected 0 to {found[-1].layer}, got {layer}.")
+    shown = [each for each in found if layer in (None, each.layer)]
+    print_table(
+        ["hook", "layer", "width", "sites"],
+        [
+            [each.name, str(each.layer), "unknown" if each.width is None else str(each.width), ", ".join(each.sites)]
+            for each in shown
+        ],
+    )
 
 
 @app.command("train")

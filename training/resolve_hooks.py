@@ -11,7 +11,8 @@ from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
 from .activations.model import LanguageModel, load_model, load_tokenizer, section_content, skeleton
-from .activations.sites import TWO_SIDED, n_layers, site_hooks, sites_of
+from .activations.prompt import HookInfo
+from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
@@ -28,8 +29,8 @@ class ModelOutline:
     ``assumed`` holds the hooks whose width cannot be known before the model runs.
     """
 
-    def __init__(self, section: ModelSection):
-        self.section = section
+    def __init__(self, section: ModelSection, given: LanguageModel | None = None):
+        self.section, self._given = section, given
         self.assumed: set[str] = set()
         self._widths: dict[tuple[str, ...], dict[str, int]] = {}
         self._text_problems: dict[TextSection, list[str]] = {}
@@ -37,6 +38,8 @@ class ModelOutline:
     @cached_property
     def model(self) -> LanguageModel:
         """Model without weights, or with weights if it cannot be built otherwise."""
+        if self._given is not None:
+            return self._given
         try:
             return skeleton(self.section)
         except ValueError:
@@ -45,15 +48,19 @@ class ModelOutline:
             log.info("%s could not be built without its weights (%s): loading them.", self.section.id, _brief(error))
             return load_model(self.section)
 
+    def loaded(self) -> LanguageModel:
+        """Return the model with its weights: the one in memory if there is one."""
+        return load_model(self.section) if self._given is None else self._given
+
     @cached_property
     def tokenizer(self) -> Any:
         """Tokenizer of the model, loaded on first use."""
-        return load_tokenizer(self.section)
+        return load_tokenizer(self.section) if self._given is None else self._given.tokenizer
 
     @cached_property
     def content(self) -> Content:
         """Content digests of model and tokenizer, computed on first use."""
-        return section_content(self.section)
+        return section_content(self.section) if self._given is None else self._given.content()
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width of every hook; at ``assumed`` ones, the model's hidden size.
@@ -75,6 +82,17 @@ class ModelOutline:
                 self.assumed.update(hooks)
             self._widths[hooks] = found
         return self._widths[hooks]
+
+    def hooks(self) -> list[HookInfo]:
+        """Return the hooks at the sites of every block; a width that is known only when the model runs is ``None``.
+
+        Raises:
+            ValueError: If the configuration cannot be loaded, or the model's blocks are not found.
+        """
+        found = hooks_with_sites(self.model.module)
+        widths = self.widths(tuple(found))
+        known = {hook: None if hook in self.assumed else width for hook, width in widths.items()}
+        return [HookInfo(hook, known[hook], layer, sites) for hook, (layer, sites) in found.items()]
 
     def text_problems(self, text: TextSection) -> list[str]:
         """Return one line for each way in which the text's contexts or the tokenizer do not fit the model."""
@@ -127,7 +145,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     return resolve_recipes([recipe])[0]
 
 
-def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
+def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = None) -> list[ResolvedRecipe]:
     """Replace layers and sites by hooks, and set ``harvest.hooks`` to the hooks that the recipes need together.
 
     This reads only the model's configuration, and not even that if all hooks are named. A recipe that was resolved and saved
@@ -141,7 +159,7 @@ def resolve_recipes(recipes: Sequence[Recipe]) -> list[ResolvedRecipe]:
     sections: list[DictionarySection] = []
     problems: dict[str, list[str]] = {}
     for recipe in recipes:
-        section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model))
+        section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model, model))
         try:
             if not section.resolved:
                 section = _named(section, outline.model)

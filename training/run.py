@@ -24,7 +24,7 @@ from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
 from .activations.harvest import harvest_activations
 from .activations.live import Buffers, ContextStream, LiveStream
-from .activations.model import load_model, resolve_device
+from .activations.model import LanguageModel, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
@@ -40,8 +40,8 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .recipe import DictionarySection, Recipe, calibrated_on
-from .recipe.grid import load_grid, told_together, unshared
+from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, read_values
+from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog, progress_bar
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
 from .shortfalls import Shortfall, shortfall, shortfalls_together
@@ -49,6 +49,8 @@ from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
 
 log = logging.getLogger(__name__)
+# Keys of a recipe's dictionary that say where in a model it stands.
+NAMES_OF_HOOKS = {"hook", "hook_in", "hook_out", "layer", "layers", "site"}
 
 
 def run_harvest(
@@ -72,11 +74,11 @@ def run_harvest(
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest_activations(load_model(recipe.model), recipe.text, recipe.harvest, progress)
+    return harvest_activations(member.outline.loaded(), recipe.text, recipe.harvest, progress)
 
 
 def harvest(
-    recipe: str | Path,
+    recipe: RecipeSource,
     progress: Callable[[int], Callable[[int], None]] = lambda total: lambda tokens: None,
     /,
     **overrides: RecipeValue,
@@ -100,25 +102,28 @@ def harvest(
     return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
 
 
-def train(recipe: str | Path, activations: Activations | None = None, **overrides: RecipeValue) -> Path:
-    """Train the dictionary of a recipe file, or resume its training, and return the checkpoint's directory.
+def train(
+    recipe: RecipeSource,
+    activations: Activations | None = None,
+    model: LanguageModel | None = None,
+    **overrides: RecipeValue,
+) -> Path:
+    """Train the dictionary of a recipe, or resume its training, and return the checkpoint's directory.
 
     With a ``grid`` all members are trained, and the directory returned is the one above theirs.
 
     >>> import tempfile, torch
-    >>> from pathlib import Path
     >>> import sparsary
-    >>> keys = "{harvest: {}, dictionary: {hook: 'layer:out', n_latents: 32, encoder: {name: topk, k: 4}}, tokens: 4096}"
+    >>> recipe = {"dictionary": {"n_latents": 32, "encoder": {"name": "topk", "k": 4}}, "tokens": 4096}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     recipe = Path(folder, "recipe.yaml")
-    ...     _ = recipe.write_text(keys)
     ...     checkpoint = sparsary.train(recipe, torch.randn(4096, 16), out_dir=f"{folder}/sae", dictionary__n_latents=64)
     ...     sparsary.load(checkpoint).n_latents
     64
 
     Args:
-        recipe: YAML file.
-        activations: Activations to train on in place of a language model's; see ``train_all``.
+        recipe: YAML file, or the same keys as a mapping.
+        activations: Activations to train on in place of a language model's; see ``train_all``. No hook needs to be named.
+        model: Language model in memory, in place of the one that the recipe names.
         overrides: Recipe keys to change. Nested keys have double underscores in place of dots, or are passed as
             ``**{"dotted.key": value}``.
 
@@ -126,8 +131,19 @@ def train(recipe: str | Path, activations: Activations | None = None, **override
         ValueError: For every error that the user can fix; the message says how.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
-    grid = load_grid(recipe, _dotted(overrides))
-    train_all(resolve_recipes(grid.recipes), activations)
+    if activations is not None and model is not None:
+        raise ValueError("model: expected none with activations, which take its place. Leave one of them out.")
+    changed = _dotted(overrides)
+    if model is not None:
+        # What the checkpoint says of its model; one that was not loaded is known by its name alone.
+        changed["model"] = {"id": model.id} if model.section is None else model.section.model_dump(mode="json")
+    values = read_values(recipe, changed)
+    section = values.get("dictionary")
+    if activations is not None and isinstance(section, dict) and not section.keys() & NAMES_OF_HOOKS:
+        pair = {"hook_in": "inputs:out", "hook_out": "targets:out"}
+        section |= pair if section.get("kind") == "transcoder" else {"hook": "inputs:out"}
+    grid = check_grid(values, "recipe" if isinstance(recipe, Mapping) else str(recipe))
+    train_all(resolve_recipes(grid.recipes, model), activations)
     return Path(grid.out_dir)
 
 
@@ -218,7 +234,7 @@ def open_streams(
                 for group in groups
             ]
         elif first.harvest.store is None:
-            model = load_model(first.model)
+            model = members[0].outline.loaded()
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))

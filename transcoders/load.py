@@ -104,6 +104,10 @@ class FoundDictionaries:
     warnings: tuple[str, ...] = ()
     stacked: bool = False
 
+    def __post_init__(self) -> None:
+        for name, dictionary in self.dictionaries.items():
+            dictionary.provenance = self.provenances[name]
+
     @property
     def foreign(self) -> bool:
         """Return True if the files were written by another library."""

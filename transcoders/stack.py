@@ -27,6 +27,8 @@ class Stack(Mapping[str, SparseDictionary]):
 
     def __init__(self, dictionaries: Mapping[str, SparseDictionary], provenances: Mapping[str, dict[str, Any]]):
         self.dictionaries, self.provenances = dict(dictionaries), dict(provenances)
+        for hook, dictionary in self.dictionaries.items():
+            dictionary.provenance = self.provenances[hook]
         self._reads = {hooks_of_provenance(p)[0][0]: hook for hook, p in self.provenances.items()}
 
     def __getitem__(self, hook: str) -> SparseDictionary:
@@ -40,6 +42,10 @@ class Stack(Mapping[str, SparseDictionary]):
 
     def __len__(self) -> int:
         return len(self.dictionaries)
+
+    def __repr__(self) -> str:
+        members = "".join(f"\n  {hook}: {dictionary!r}" for hook, dictionary in self.dictionaries.items())
+        return f"Stack of {len(self)}:{members}"
 
     def save(self, directory: str | Path) -> None:
         """Write every dictionary to a subfolder named after its hook."""

@@ -35,7 +35,8 @@ def main() -> None:
         known = found["low"] is not None
         ends = f" ({found['low']:+.3g} to {found['high']:+.3g})" if known else ""
         tested = f"{found['detectable']:.2g} | " if known else "- | "
-        tested += "-" if found["p_holm"] is None else f"{found['p_holm']:.2g}"
+        # Three seeds know the noise of seeds too badly for smaller ones.
+        tested += "-" if found["p_holm"] is None else "<0.001" if found["p_holm"] < 0.001 else f"{found['p_holm']:.2g}"
         expected = found.get("expected", "better")
         holds = "yes" if found["verdict"] == expected else HOLDS.get(found["verdict"], verdict_words(found))
         holds = "no" if expected == "equivalent" and found["verdict"] in ("better", "worse") else holds

@@ -16,9 +16,9 @@ from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import Stack, hooks_of_provenance
 from .. import checkpoint as loading
-from ..checkpoint import Report
 from ..features.predicates import token_texts
 from ..pages.render import render_file
+from ..result import Report
 from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
 from .interventions import EFFECTS, PLACES, intervene, most_influential, with_interventions
@@ -51,7 +51,7 @@ class GraphTarget:
 
 
 def attribution_graph(
-    checkpoint: str | Path,
+    checkpoint: loading.Checkpoint,
     prompt: str,
     out: str | Path | None = None,
     answer: str | None = None,
@@ -62,6 +62,7 @@ def attribution_graph(
     edge_threshold: float = EDGE_THRESHOLD,
     context_tokens: int = DEFAULT_TOKENS,
     options: CheckpointOptions = NO_OPTIONS,
+    model: LanguageModel | None = None,
 ) -> Report:
     """Compute a prompt's attribution graph; write ``graph.json`` and ``graph.html``, and return its scores and sizes.
 
@@ -71,8 +72,8 @@ def attribution_graph(
         print(facts["replacement_score"], facts["page_path"])
 
     Args:
-        checkpoint: A directory of transcoder checkpoints, a cross-layer transcoder, or a single transcoder.
-        out: Directory for the files; by default the checkpoint's folder ``graph``.
+        checkpoint: A directory of transcoder checkpoints, a cross-layer transcoder, or a single transcoder; or loaded ones.
+        out: Directory for the files; by default the checkpoint's folder ``graph``, and required with loaded ones.
         answer: Target token, as text of one token; by default the likeliest next tokens.
         foil: The target is the logit of ``answer`` minus that of this token.
         exclude_leading: Number of leading positions at which MLP outputs are constants.
@@ -81,11 +82,12 @@ def attribution_graph(
         edge_threshold: Share of the influence that the kept edges carry.
         context_tokens: Held-out tokens to search for contexts of latents without a ``features.jsonl``; 0 skips this.
         options: Facts that the checkpoint's files leave open.
+        model: The model the transcoders belong to, if it is in memory; by default it is loaded by its id.
 
     Raises:
         ValueError: If the checkpoint, its model, the prompt or a token is invalid, or they do not fit each other.
     """
-    opened = open_graph_target(checkpoint, options)
+    opened = open_graph_target(checkpoint, options, model)
     tokenizer = opened.model.tokenizer
     words = token_texts(tokenizer, len(tokenizer))
     token_ids = prompt_ids(opened, prompt)
@@ -96,12 +98,12 @@ def attribution_graph(
     notes = _notes(opened, graph, pruned, words, context_tokens)
     targets = [words[t.token] + ("" if t.foil is None else f" \u2212 {words[t.foil]}") for t in graph.targets]
     tokens = [words[token] for token in token_ids.tolist()]
-    labels = GraphLabels(opened.model.id, str(checkpoint), prompt, tokens, targets, notes)
+    labels = GraphLabels(opened.model.id, opened.source.name, prompt, tokens, targets, notes)
     target = Path(out) if out is not None else opened.source.results / "graph"
     facts = _facts(local, graph, pruned)
     path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
     page = _written_page(path, page_data(graph, pruned, labels, facts))
-    return facts | {"json_path": str(path), "page_path": str(page)}
+    return Report(facts | {"json_path": str(path), "page_path": str(page)})
 
 
 def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabels | None = None) -> None:
@@ -121,8 +123,10 @@ def _written_page(path: Path, data: Mapping[str, Any]) -> Path:
     return render_file(path)
 
 
-def open_graph_target(checkpoint: str | Path, options: CheckpointOptions = NO_OPTIONS) -> GraphTarget:
-    """Load transcoders and the model they were trained on.
+def open_graph_target(
+    checkpoint: loading.Checkpoint, options: CheckpointOptions = NO_OPTIONS, model: LanguageModel | None = None
+) -> GraphTarget:
+    """Load transcoders, and the model they were trained on if it is not given.
 
     Raises:
         ValueError: If they were trained on tensors, on different models, or on anything but MLPs.
@@ -130,7 +134,7 @@ def open_graph_target(checkpoint: str | Path, options: CheckpointOptions = NO_OP
     found = loading.open_checkpoint(checkpoint, options).completed(text=False)
     provenances = [member.provenance for member in found.members]
     loaded = [member.dictionary for member in found.members]
-    model = load_model(ModelSection.model_validate(provenances[0]["model"]))
+    model = load_model(ModelSection.model_validate(provenances[0]["model"])) if model is None else model
     anatomy = Architecture(model)
     layers = [layers_of(anatomy, provenance) for provenance in provenances]
     for dictionary in loaded:

@@ -20,8 +20,9 @@ from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel
 from ...training.shortfalls import Shortfall, shortfall
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import Report, with_grids_members
+from ..checkpoint import with_grids_members
 from ..pages.render import render_file
+from ..result import Report
 from .compared_units import BASELINES, FAMILIES_EACH, open_dictionaries, open_model, spaces
 from .feature_edges import feature_edges
 from .methods import METHODS, Method, UnitScores
@@ -182,7 +183,7 @@ def circuits(
         write_json(directory / name, graph)
     write_json(directory / "circuits.json", found)
     page = render_file(directory / "circuits.json")
-    return found | {"path": str(directory / "circuits.json"), "page_path": str(page)}
+    return Report(found | {"path": str(directory / "circuits.json"), "page_path": str(page)}, found["rows"])
 
 
 def _tell(found: Row, shortfalls: Sequence[Shortfall]) -> None:

@@ -8,7 +8,7 @@ from ...sae.metrics import RunningFvu
 from ...training.activations.contexts import special_tokens
 from ...training.activations.model import LanguageModel
 from ...training.shortfalls import Shortfall
-from ..checkpoint import Report
+from ..result import Report
 from .compared_units import ComparedCheckpoint
 from .tasks.pairs import BATCH, PromptPairs
 

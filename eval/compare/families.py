@@ -9,9 +9,9 @@ from ..pages.differences import verdict_words
 from ..pages.numbers import finite, show
 from ..pages.recipes import PER_TOKEN, is_oracle
 from ..pages.tables import Column
+from ..result import Report
 from .groups import (
     L0_TOLERANCE,
-    Report,
     RunGroup,
     common_l0,
     document_covariance,

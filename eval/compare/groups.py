@@ -26,7 +26,6 @@ from .statistics import LATENT_SHARES, decide, difference, sd_of, uncertainty
 L0_TOLERANCE = 0.02
 # Encoder arguments that set a budget: recipes that differ only in these form a sweep.
 BUDGETS = ("k", "target_l0", "sparsity")
-Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Point:
     """One seed of a group: its run directories with interpolation weights, and the resulting report."""
 
     parts: tuple[tuple[Path, float], ...]
-    report: Report
+    report: dict[str, Any]
     seed: Any = None
 
 

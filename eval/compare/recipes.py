@@ -19,12 +19,12 @@ from ...training.report import METRICS_FILE
 from ...training.resolve_hooks import ResolvedRecipe, resolve_recipes
 from ...training.run import run_harvest, train_recipe
 from ...transcoders.load import CheckpointOptions, RecipeValue
-from ..checkpoint import Report
 from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, is_oracle
 from ..pages.render import render_file
 from ..report.evaluate import Progress, evaluate, unseen
+from ..result import Report
 from .families import compared
 from .groups import Point, RunGroup
 from .runs import REPORT_FILE, is_stale
@@ -83,7 +83,7 @@ def compare_recipes(
         {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live, against, match_l0
     )
     write_json(Path(out) / "comparison.json", comparison)
-    return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
+    return Report(comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}, comparison["families"])
 
 
 def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -> dict[str, Recipe]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...transcoders.load import CheckpointOptions, RecipeValue
-from ..checkpoint import Report
 from ..report.evaluate import Progress, unseen
+from ..result import Report
 from .families import differences_summary
 from .recipes import compare_recipes, recipes_summary
 from .runs import compare_runs, runs_among, runs_summary

@@ -9,12 +9,13 @@ from ...sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
 from ...sae.files import read_json, sha256, write_json
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import stack_folders
-from ..checkpoint import Report, short_names
+from ..checkpoint import short_names
 from ..pages.numbers import finite, show
 from ..pages.recipes import PER_TOKEN
 from ..pages.render import render_file
 from ..pages.runs import COLUMNS
 from ..report.evaluate import Progress, evaluate_all, unseen
+from ..result import Report
 from .families import compared
 from .groups import Point, RunGroup
 
@@ -90,7 +91,7 @@ def compare_runs(
     comparison = collect_runs(runs, against, match_l0)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)
-    return comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}
+    return Report(comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}, comparison["runs"])
 
 
 def is_stale(run: Path) -> bool:

@@ -18,9 +18,10 @@ from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.shortfalls import shortfall
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from ..heldout import DEFAULT_TOKENS, told_shortfalls
 from ..pages.render import render_file
+from ..result import Report
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
 from .llm_client import Chat, Endpoint, LocalChat
@@ -202,7 +203,7 @@ def described_checkpoint(
     return described, about
 
 
-def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> dict[str, Any]:
+def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Report:
     """Write the three files, each atomically, and return the content of ``features.json``; ``records`` are read once."""
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
@@ -218,7 +219,7 @@ def write_features(directory: Path, about: dict[str, Any], records: Iterable[Fea
     for name, known in values.items():
         about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
     write_json(directory / ABOUT_FILE, about)
-    return about | {"page_path": str(render_file(directory / ABOUT_FILE))}
+    return Report(about | {"page_path": str(render_file(directory / ABOUT_FILE))}, directory / RECORDS_FILE)
 
 
 def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: tuple[str, ...]) -> None:

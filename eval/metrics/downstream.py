@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...training.activations.model import LanguageModel, next_token_loss
+from ...training.activations.hooked_model import next_token_loss
+from ...training.activations.model import LanguageModel
 from ..bootstrap import ByDocument
 from ..pages.glossary import EXPLANATIONS
 from ..undefined import Undefined

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...training.activations.model import LanguageModel, next_token_loss
+from ...training.activations.hooked_model import next_token_loss
+from ...training.activations.model import LanguageModel
 from ...training.bad_rows import BadTokens
 from ...training.recipe import HarvestSection
 from ..heldout import TextBatch, logits_and_activations

@@ -5,12 +5,13 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...sae.files import write_json, write_text
 from ...sae.suggestions import require_choice
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
-from ..checkpoint import Report, open_checkpoint
+from ..checkpoint import open_checkpoint
+from ..result import Report
 from . import factors
 from .datasets import Pooled, pool, read_labelled
 from .ioi import score as supervised
@@ -20,6 +21,9 @@ from .saebench.output import SaebenchResult, result_file
 from .saebench.scr_tpp import scr, tpp
 from .saebench.sparse_probing import sparse_probing
 from .subject import ProbeTarget, open_probe_target
+
+if TYPE_CHECKING:
+    import pandas
 
 PROBING_VERSION = 1
 TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
@@ -43,6 +47,10 @@ class ProbingResults:
     path: Path
     tables: list[tuple[list[str], list[list[str]]]] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Return the report as a table of one row. Needs pandas."""
+        return self.report.to_pandas()
 
 
 def probe(
@@ -76,16 +84,18 @@ def probe(
     subject = open_probe_target(opened)
     target = Path(out) if out is not None else opened.results / "probing"
     dictionary = subject.dictionary
-    report: dict[str, Any] = {
-        "probing_version": PROBING_VERSION,
-        "checkpoint": str(checkpoint),
-        "encoder": json.dumps(dictionary.arguments()["encoder"]),
-        "n_latents": dictionary.n_latents,
-        "hook": subject.hook,
-        "model": subject.model.id,
-        "labels": None if labels is None else str(labels),
-        "seed": seed,
-    }
+    report = Report(
+        {
+            "probing_version": PROBING_VERSION,
+            "checkpoint": str(checkpoint),
+            "encoder": json.dumps(dictionary.arguments()["encoder"]),
+            "n_latents": dictionary.n_latents,
+            "hook": subject.hook,
+            "model": subject.model.id,
+            "labels": None if labels is None else str(labels),
+            "seed": seed,
+        }
+    )
     found = ProbingResults(report, target / "probing.json")
     pooled: list[Pooled] = []
 

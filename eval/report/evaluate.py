@@ -25,7 +25,7 @@ from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, LoadedDictionary, Report, open_checkpoint, with_grids_members
+from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, with_grids_members
 from ..heldout import Halves, eval_data, eval_shortfalls, require_widths, told_shortfalls, wanted_tokens
 from ..metrics import GROUPS
 from ..metrics.base import DictionaryOutputs, MetricGroup, Setting
@@ -34,6 +34,7 @@ from ..metrics.glossary import REPORT_VERSION
 from ..metrics.inference import DEFAULT_INFERENCE, InferenceMode
 from ..metrics.model_outputs import ModelOutputs
 from ..pages.render import render_file
+from ..result import Report
 from ..sanity import ROWS_AT_ONCE, Sanity, sanity_doubts
 from ..undefined import settled
 from .cache import Beside, GroupResult, Nothing, content_of
@@ -285,7 +286,7 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
     write_json(candidate.out / "report.json", report)
     if sums:
         write_sums(candidate.out, merged_sums(sums))
-    return report | {"report_path": str(render_file(candidate.out / "report.json"))}
+    return Report(report | {"report_path": str(render_file(candidate.out / "report.json"))})
 
 
 def _seed_and_recipe(source: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, Report, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from ..heldout import (
     TextBatch,
     eval_data,
@@ -33,6 +33,7 @@ from ..metrics.reconstruction import Reconstruction
 from ..pages.numbers import dead_words, show
 from ..pages.render import render_file
 from ..pages.stack import short
+from ..result import Report
 from ..undefined import settled
 
 STACK_REPORT_VERSION = 1
@@ -78,7 +79,7 @@ def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tok
     target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "report.json", report)
-    return report | {"report_path": str(render_file(target / "report.json"))}
+    return Report(report | {"report_path": str(render_file(target / "report.json"))})
 
 
 def _of_one_training(opened: LoadedCheckpoint) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def test_a_report_has_dead_latents_of_both_windows(saved, tmp_path):
     assert (report["dead_training_fraction"], report["dead_training_window_tokens"]) == (pytest.approx(2 / 7), 1000)
     assert report["dead_window_tokens"] == 20
     page = (saved / "report.html").read_text()
-    assert "in the training&#39;s last 1,000: 0.2857" in page
+    assert "in the last 1,000 of training: 0.2857" in page
     SAE(5, 7, ENCODERS["topk"](k=2)).save(tmp_path / "bare")
     bare = sparsary.evaluate(tmp_path / "bare", activations=rows)
     assert bare["dead_training_fraction"] is None

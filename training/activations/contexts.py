@@ -15,7 +15,8 @@ from torch import Tensor
 from ..bad_rows import BadTexts, BadTokens
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, contexts
-from .model import LanguageModel, embedding_rows
+from .hooked_model import embedding_rows
+from .model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import nn
 from ..recipe import TextSection
 from ..text import padding_id
 from .hidden_states import HookError
-from .model import LanguageModel, embedding_rows
+from .hooked_model import embedding_rows
+from .model import LanguageModel
 from .sites import find_block
 
 # Configuration keys for the number of positions.

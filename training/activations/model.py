@@ -1,27 +1,24 @@
-"""Loading of language models, and hooks that read or replace their tensors. The only file that imports transformers.
+"""Language models: loading, and what one asks them about a text. The only file that imports transformers."""
 
-A hook is a module path and a side: ``transformer.h.2.mlp:in`` is the input of the module, ``transformer.h.2.mlp:out`` its
-output (the first element if it returns several).
-"""
-
-import difflib
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
-from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
+from .hooked_model import HookedModel, next_token_loss
+from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
+from .sites import hooks_with_sites
+from .splice import generate, model_spliced
 from .weightless import weightless
 
 
@@ -29,28 +26,16 @@ class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
     """Error for a model repository that contains Python code which the user has not allowed to run."""
 
 
-class EnoughSeen(Exception):  # noqa: N818 - not an error
-    """Control flow that ends a forward pass once the last hook has been read."""
-
-
-class LanguageModel:
+class LanguageModel(HookedModel):
     """Causal language model with its tokenizer, frozen and in eval mode; ``section`` is the recipe section it was loaded by."""
 
     def __init__(
         self, module: nn.Module, tokenizer: Any, model_id: str, revision: str | None, section: ModelSection | None = None
     ):
-        self.module = module.requires_grad_(False).eval()
+        super().__init__(module, model_id)
         self.tokenizer = tokenizer
-        self.id = model_id
         self.revision = revision
         self.section = section
-        # Hooks affect every thread that runs the module, so only one may at a time.
-        self._lock = threading.RLock()
-        self._layout = PassLayout()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
     def content(self) -> Content:
         """Return identifiers of model and tokenizer: file digests or commit, or a digest of the parameters if not loaded."""
@@ -60,185 +45,126 @@ class LanguageModel:
             model = _source_content(self.section, self.revision)
         return {"model": model, "tokenizer": None if self.tokenizer is None else tokenizer_content(self.tokenizer)}
 
-    def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
-        """Return the width of the tensor at each hook.
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | nn.Module,
+        tokenizer: Any = None,
+        *,
+        device: str = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "LanguageModel":
+        """Return a causal language model by hub id or directory, or from an object in memory and its tokenizer.
+
+        ``embedded`` is the small model that comes with the package.
+
+        >>> m = LanguageModel.from_pretrained("embedded", device="cpu")
+        >>> m.activations("the war lasted from the year", "transformer.h.2:out").shape
+        (7, 128)
+
+        Args:
+            model: A Hugging Face id, a directory, or a module of transformers.
+            tokenizer: The tokenizer, with a module only; its model's directory has its own.
+            trust_remote_code: Run Python code that the model's repository brings.
 
         Raises:
-            HookError: If a hook does not exist or never sees a tensor of shape (contexts, positions, width).
+            ValueError: If it cannot be loaded, is no causal language model, or a module comes without its tokenizer.
         """
-        # Only shapes matter, so any token works. Several contexts, so that tensors without this axis are noticed.
-        token_ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
-        return {hook: x.shape[-1] for hook, x in self.activations(token_ids, hooks).items()}
+        if not isinstance(model, nn.Module):
+            section = {"id": str(model), "device": device, "dtype": dtype, "revision": revision}
+            return load_model(ModelSection.model_validate(section | {"trust_remote_code": trust_remote_code}))
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the model's tokenizer beside a model object, got none.")
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        return cls(model, tokenizer, name, None)
 
-    @torch.no_grad()
-    def activations(
-        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...]
-    ) -> dict[str, Float[Tensor, "contexts positions width"]]:
-        """Return the tensor at every hook in one forward pass, which stops at the last hook.
+    def hooks(self) -> list[HookInfo]:
+        """Return the hooks at the sites of every block, in the order of the layers, with the width of each.
 
-        For a module that runs several times in a pass (shared by layers) it is the tensor of the first run.
+        Any other module has hooks too: its path in ``module.named_modules()`` with ``:in`` or ``:out``.
+
+        Raises:
+            ValueError: If the model's blocks are not found.
         """
-        seen: dict[str, Tensor] = {}
+        found = hooks_with_sites(self.module)
+        widths = self.widths(tuple(found))
+        return [HookInfo(hook, widths[hook], layer, sites) for hook, (layer, sites) in found.items()]
 
-        def keep(hook: str) -> Callable[[Tensor], None]:
-            def reader(x: Tensor) -> None:
-                if hook in seen:
-                    return
-                seen[hook] = x.detach()
-                if len(seen) == len(hooks):
-                    raise EnoughSeen
-                # Later modules may modify this tensor in place.
-                seen[hook] = x.detach().clone()
+    def token_ids(self, text: str) -> Int[Tensor, "1 positions"]:
+        """Return the tokens of a text behind the BOS token, if the tokenizer has one, as in training contexts.
 
-            return reader
+        Raises:
+            ValueError: If the text has no token.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"text: expected at least one token, got {text!r}.")
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return torch.tensor([[*bos, *ids]], device=self.device)
 
-        with self.hooked({hook: keep(hook) for hook in hooks}), suppress(EnoughSeen):
-            # On the meta device there are no values in which a model could look for padding.
-            mask = {"attention_mask": torch.ones_like(token_ids)} if token_ids.is_meta else {}
-            self.module(input_ids=token_ids, use_cache=False, **mask)
-        return self._in_order(seen, hooks)
+    @overload
+    def activations(self, inputs: str, hooks: str, /) -> TextActivations: ...
+    @overload
+    def activations(self, inputs: Tensor, hooks: tuple[str, ...], /) -> dict[str, Tensor]: ...
+    def activations(self, inputs: str | Tensor, hooks: str | tuple[str, ...], /) -> TextActivations | dict[str, Tensor]:
+        """Return the activations of a text at one hook, ``(tokens, width)``, with its tokens beside them.
 
-    def activations_and_gradients(
+        Given token ids ``(contexts, positions)`` and a tuple of hooks, return ``(contexts, positions, width)`` for each.
+
+        Raises:
+            HookError: If a hook does not exist, or its module holds no hidden states.
+        """
+        if isinstance(inputs, str):
+            if not isinstance(hooks, str):
+                raise ValueError(f"hooks: expected one hook with a text, got {hooks!r}. Ask for one after another.")
+            ids = self.token_ids(inputs)
+            values = super().activations(ids, (hooks,))[hooks][0]
+            tokens = tuple(self.tokenizer.decode([token]) for token in ids[0].tolist())
+            return TextActivations(values, ids[0], tokens, hooks)
+        return super().activations(inputs, (hooks,) if isinstance(hooks, str) else hooks)
+
+    def generate(
         self,
-        token_ids: Int[Tensor, "contexts positions"],
-        hooks: tuple[str, ...],
-        document_ids: Int[Tensor, "contexts positions"] | None = None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the tensor at every hook and the gradient of the next-token loss with respect to it.
+        prompt: str,
+        steer: Iterable[Steered] = (),
+        ablate: Iterable[Ablated] = (),
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """Return the prompt and its continuation, with latents steered or ablated at every position.
 
-        The loss is summed over the predictions within a token's own document, so its gradient depends neither on other
-        contexts of the batch nor on documents packed after it. Attention reaches across documents, so each document of a
-        context takes a backward pass. Without ``document_ids`` every context is one document.
-        """
-        if document_ids is None:
-            document_ids = torch.zeros_like(token_ids)
-        seen: dict[str, Tensor] = {}
+        The dictionary's error is kept: steering adds ``amount * d.direction(latent)`` to the model's own activations, and
+        ablation takes the latent's contribution away.
 
-        def leaf(hook: str) -> Callable[[Tensor], Tensor]:
-            def reader(x: Tensor) -> Tensor:
-                # The first hook starts the graph; later ones are part of it.
-                x = x if x.requires_grad else x.detach().requires_grad_(True)
-                seen.setdefault(hook, x)
-                # Later modules may modify their input in place.
-                return x.clone()
-
-            return reader
-
-        with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
-            logits = self.module(input_ids=token_ids, use_cache=False).logits
-            losses = next_token_loss(logits, token_ids)
-            starts = document_ids[:, 1:] != document_ids[:, :-1]
-            # Padding belongs to no document.
-            within = ~starts & (document_ids[:, :-1] >= 0)
-            # Index, within its context, of the document of every position.
-            place = nn.functional.pad(starts.long().cumsum(1), (1, 0))
-            gradients = {hook: torch.zeros_like(x) for hook, x in seen.items()}
-            last = int(place.max())
-            for number in range(last + 1):
-                own = (losses * (within & (place[:, :-1] == number))).sum()
-                # A hook that is not on the path to the loss has gradient zero.
-                found = torch.autograd.grad(own, list(seen.values()), retain_graph=number < last, allow_unused=True)
-                for hook, gradient in zip(seen, found, strict=True):
-                    if gradient is not None:
-                        here = (place == number).unsqueeze(-1)
-                        gradients[hook] = torch.where(here, gradient, gradients[hook])
-        values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
-        return values, self._in_order(gradients, hooks)
-
-    def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
-        """Return the logits; gradients flow to tensors that hooks put in."""
-        # Under the lock, because another thread's hooks would see this pass too.
-        with self._lock:
-            return self.module(input_ids=token_ids, use_cache=False).logits
-
-    @torch.no_grad()
-    def logits(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
-        """Return the logits, without gradients."""
-        return self.run(token_ids)
-
-    @contextmanager
-    def replacing(self, hook: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Context manager that replaces the tensor ``x`` at ``hook`` by ``change(x)``."""
-        with self.hooked({hook: change}):
-            yield
-
-    def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...]) -> dict[str, Tensor]:
-        for hook in hooks:
-            if hook not in seen:
-                raise HookError(f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass.")
-        return {hook: seen[hook] for hook in hooks}
-
-    @contextmanager
-    def hooked(self, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        """Context manager that calls each reader with the tensor at its hook; a tensor it returns replaces the original.
-
-        Readers see a single tensor ``(contexts, positions, width)``, even if the module flattens tokens, puts positions
-        first, or nests the tensor in a tuple, list, mapping or dataclass.
+        Args:
+            steer: ``(dictionary, latent, amount)``, the amount in the units of ``encode``.
+            ablate: ``(dictionary, latent)``; several latents may be listed in one entry.
+            temperature: 0 takes the likeliest token; above 0 equal seeds give equal text.
 
         Raises:
-            HookError: If a hook does not exist; while the model runs, if a module holds nothing of that shape.
+            ValueError: If a dictionary's hooks are unknown or not the model's, or a number is out of range.
         """
-        with self._lock, ExitStack() as stack:
-            stack.callback(self.module.register_forward_pre_hook(self._layout.begin, with_kwargs=True).remove)
-            for hook, reader in readers.items():
-                module, side = self.find(hook)
-                handle = attach(module, side, hook, self._layout.reading(hook, reader))
-                stack.callback(handle.remove)
-            yield
-
-    def find(self, hook: str) -> tuple[nn.Module, str]:
-        """Return the module and the side that a hook names.
-
-        Raises:
-            HookError: If there is no such module; the message lists the nearest hooks.
-        """
-        path, _, side = hook.rpartition(":")
-        modules = dict(self.module.named_modules())
-        if path not in modules or not path or side not in ("in", "out"):
-            near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
-            choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)
-            raise HookError(f"hook {hook!r} does not exist in {self.id}. Nearest: {choices}.")
-        return modules[path], side
-
-
-def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register ``reader`` on the hidden states on that side of a module; a tensor it returns replaces them."""
-
-    def shown(value: Any, find: Callable[[], tuple[Any, ...]]) -> Any:
-        try:
-            path = find()
-        except LookupError as error:
-            raise HookError(
-                f"hook {hook}: expected a tensor (contexts, positions, width), {error}. Choose another module or side."
-            ) from None
-        changed = reader(tensor_at(value, path))
-        return None if changed is None else with_tensor(value, path, changed)
-
-    if side == "in":
-        # Some models pass hidden states as keyword arguments.
-        return module.register_forward_pre_hook(
-            lambda _, args, kwargs: shown((args, kwargs), lambda: path_in_arguments(module, args, kwargs)), with_kwargs=True
+        insertions, edits = latent_edits(steer, ablate)
+        found = generate(
+            self, self.token_ids(prompt), max_new_tokens, temperature, seed, insertions, edits, add_error=bool(insertions)
         )
-    return module.register_forward_hook(lambda _, _args, output: shown(output, lambda: path_in(output)))
+        return self.tokenizer.decode(found[0], skip_special_tokens=True)
 
+    def loss(self, text: str, steer: Iterable[Steered] = (), ablate: Iterable[Ablated] = ()) -> float:
+        """Return the mean next-token cross-entropy of a text in nats, with latents steered or ablated as in ``generate``.
 
-def embedding_rows(module: nn.Module) -> int | None:
-    """Return the number of token embeddings of a model; None if it is unknown."""
-    # Models without an embedding raise various errors.
-    with suppress(Exception):
-        return int(module.get_input_embeddings().weight.shape[0])  # pyright: ignore
-    return None
-
-
-def next_token_loss(
-    logits: Float[Tensor, "contexts positions vocabulary"], token_ids: Int[Tensor, "contexts positions"]
-) -> Float[Tensor, "contexts positions-1"]:
-    """Return the cross-entropy, in nats, of each token but the first; entry ``i`` is of the prediction at position ``i``."""
-    # Always in float32: half precision has too few digits for differences of losses.
-    flat = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten().long(), reduction="none"
-    )
-    return flat.view(token_ids.shape[0], -1)
+        Raises:
+            ValueError: If the text has fewer than two tokens, BOS included, or as ``generate``.
+        """
+        ids = self.token_ids(text)
+        if ids.shape[1] < 2:
+            raise ValueError(f"text: expected at least two tokens, got {ids.shape[1]}. There is nothing to predict.")
+        insertions, edits = latent_edits(steer, ablate)
+        with torch.no_grad(), model_spliced(self, insertions, add_error=True, edits=edits):
+            return float(next_token_loss(self.run(ids), ids).mean())
 
 
 def resolve_device(name: str) -> torch.device:

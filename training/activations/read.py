@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .hidden_states import HookError
-from .model import EnoughSeen, LanguageModel, attach
+from .hooked_model import EnoughSeen, attach
+from .model import LanguageModel
 
 # Arguments of one call of a model: by name, in order, or a single one.
 ModelInput = Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor

@@ -28,7 +28,7 @@ from torch import nn
 from ...sae.suggestions import did_you_mean
 from ..recipe.validation import SITES
 from .dataflow import Dataflow
-from .model import LanguageModel
+from .hooked_model import HookedModel
 
 # Sites that read one tensor and write another.
 TWO_SIDED = ("mlp",)
@@ -228,6 +228,20 @@ def sites_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(find_block(module, 0).sites())
 
 
+def hooks_with_sites(module: nn.Module) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Return the hooks at the sites of all blocks, in the order of the layers: the layer of each, and the sites it serves.
+
+    Raises:
+        ValueError: If no blocks are found.
+    """
+    found: dict[str, tuple[int, list[str]]] = {}
+    for layer in range(n_layers(module)):
+        for site, (reads, writes) in find_block(module, layer).sites().items():
+            if reads == writes:
+                found.setdefault(reads, (layer, []))[1].append(site)
+    return {hook: (layer, tuple(sites)) for hook, (layer, sites) in found.items()}
+
+
 def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
     """Return the hook read and the hook written at a site; they are the same unless the site is in ``TWO_SIDED``.
 
@@ -285,7 +299,7 @@ def _writer(block: nn.Module, mlp: str, projection: str | None) -> str:
 NEURON_READERS = ("mlp.c_proj", "mlp.down_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2")
 
 
-def neuron_hook(model: LanguageModel, hook: str) -> str | None:
+def neuron_hook(model: HookedModel, hook: str) -> str | None:
     """Return the hook at the MLP neurons of the block that ``hook`` is in; None if no known name matches."""
     block = re.match(r".*?\.\d+(?=[.:])", hook)
     names = dict(model.module.named_modules())

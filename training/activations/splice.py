@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...sae import SparseCode, SparseDictionary
 from ...sae.suggestions import require_choice
-from .model import LanguageModel
+from .hooked_model import HookedModel
 
 OPERATIONS = ("set", "add", "scale", "clamp")
 # Index of the insertion, and of its site.
@@ -129,7 +129,7 @@ class Splice:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: HookedModel,
         insertions: Sequence[Insertion],
         add_error: bool,
         kept: Tensor | None,
@@ -312,7 +312,7 @@ class Splice:
 
 @contextmanager
 def model_spliced(
-    model: LanguageModel,
+    model: HookedModel,
     insertions: Sequence[Insertion],
     add_error: bool = False,
     kept: Tensor | None = None,
@@ -341,7 +341,7 @@ def model_spliced(
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: HookedModel,
     token_ids: Int[Tensor, "contexts positions"],
     max_new_tokens: int,
     temperature: float = 0.0,

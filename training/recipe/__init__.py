@@ -35,6 +35,7 @@ __all__ = [
     "ModelSection",
     "PhaseSection",
     "Recipe",
+    "RecipeSource",
     "TextSection",
     "calibrated_on",
     "check_recipe",
@@ -49,6 +50,9 @@ __all__ = [
     "read_values",
     "total_steps",
 ]
+
+# A YAML file, or the same keys as a mapping.
+RecipeSource = str | Path | Mapping[str, Any]
 
 # Keys that may differ when a run is resumed, because they do not affect its results.
 FREE_ON_RESUME = (
@@ -71,9 +75,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return check_recipe(values, str(path))
 
 
-def read_values(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return a recipe's values, merged over its base's and with overrides applied; nothing else is checked."""
-    values = _read_values(Path(path), ())
+def read_values(source: RecipeSource, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the unvalidated values of a recipe file or mapping, merged over its base's, with overrides applied."""
+    if isinstance(source, Mapping):
+        values = _based(copy.deepcopy(dict(source)), Path("recipe"), ())
+    else:
+        values = _read_values(Path(source), ())
     for key, value in (overrides or {}).items():
         override(values, key, value)
     return values
@@ -90,6 +97,11 @@ def _read_values(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of recipe keys, got {type(values).__name__}.")
+    return _based(values, path, above)
+
+
+def _based(values: dict[str, Any], path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Return values merged over those of the recipe file that they name as their base, relative to ``path``."""
     base = values.pop("base", None)
     if base is None:
         return values

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import Recipe, check_recipe, flat_keys, override, read_values
+from . import Recipe, RecipeSource, check_recipe, flat_keys, override, read_values
 
 # Keys, or whole sections, that belong to the stream, model or accelerator that all members share.
 SHARED = ("model", "text", "harvest", "precision", "accumulate")
@@ -36,13 +36,13 @@ class Grid:
         return [Path(recipe.out_dir).name for recipe in self.recipes]
 
 
-def load_grid(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Grid:
+def load_grid(source: RecipeSource, overrides: Mapping[str, Any] | None = None) -> Grid:
     """Load a recipe, apply overrides, and validate it and all members of its grid, if it has one.
 
     Raises:
         ValueError: With one line per mistake; those of a single member under its name.
     """
-    return check_grid(read_values(path, overrides), str(path))
+    return check_grid(read_values(source, overrides), "recipe" if isinstance(source, Mapping) else str(source))
 
 
 def check_grid(values: dict[str, Any], where: str) -> Grid:

@@ -216,7 +216,7 @@ class Recipe(Section):
 
     model: ModelSection = ModelSection()
     text: TextSection = TextSection()
-    harvest: HarvestSection
+    harvest: HarvestSection = HarvestSection()
     dictionary: DictionarySection
     tokens: Positive = Field(description="number of training tokens; more than the store holds means several passes")
     batch_tokens: Positive = 2048

@@ -147,7 +147,7 @@ def test_the_page_says_how_much_is_shown(html):
     sizes = [edge[4] for edge in data["edges"]]
     assert sizes == sorted(sizes, reverse=True)
     left = replace(graph, n_left_out=12, left_out_share=0.125)
-    assert "12 latents that were not looked into" in render_graph(page_data(left, pruned, labels()))
+    assert "12 unexpanded latents" in render_graph(page_data(left, pruned, labels()))
 
 
 def test_nothing_is_fetched_and_no_token_becomes_html(html):

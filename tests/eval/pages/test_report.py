@@ -169,7 +169,7 @@ def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():
     page = Page(render_report(REPORT | {"kind": "transcoder", "d_out": 131, "hook": hook, "fvu_affine": 0.31724}, CURVE))
     assert page.entry("fvu_affine")[1] == "0.31724"
     assert "No explanation" not in page.text
-    assert "an affine map leaves 0.3172" in page.text
+    assert "0.3172 for an affine map" in page.text
     assert hook in page.text
     assert "127 \u2192 1,021 latents \u2192 131" in page.text
 

@@ -101,7 +101,7 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
 def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
     from sparsary.eval.heldout import eval_data
-    from sparsary.training.activations.model import next_token_loss
+    from sparsary.training.activations.hooked_model import next_token_loss
 
     found = evaluate(str(stack / "layer=1"))
     where = eval_data(SOURCE, (READS[1], WRITES[1]))
@@ -221,7 +221,7 @@ def test_targets_are_judged_without_a_model(tmp_path):
     with torch.no_grad():
         expected = (y[300:] - dictionary.eval()(x[300:])).pow(2).sum() / (y[300:] - y[300:].mean(0)).pow(2).sum()
     assert found["fvu"] == pytest.approx(float(expected), rel=1e-5)
-    with pytest.raises(ValueError, match="targets: a transcoder needs them"):
+    with pytest.raises(ValueError, match="targets: tensor 0: a transcoder needs them"):
         evaluate(str(tmp_path), activations=x)
     with pytest.raises(ValueError, match=r"activations: y: expected \(600, 5\), got \(600, 4\)"):
         evaluate(str(tmp_path), activations=(x, y[:, :4]))

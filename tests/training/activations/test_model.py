@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsary.training.activations.model import (
-    LanguageModel,
-    load_model,
-    next_token_loss,
-    resolve_device,
-    skeleton,
-    tokenizer_digest,
-)
+from sparsary.training.activations.hooked_model import next_token_loss
+from sparsary.training.activations.model import LanguageModel, load_model, resolve_device, skeleton, tokenizer_digest
 from sparsary.training.recipe import ModelSection
 
 HOOKS = (

@@ -11,7 +11,7 @@ from sparsary.eval.metrics.model_outputs import ModelOutputs
 from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.undefined import Undefined, settled
 from sparsary.sae import ENCODERS, SAE
-from sparsary.training.activations.model import next_token_loss
+from sparsary.training.activations.hooked_model import next_token_loss
 from sparsary.training.text import Cursor
 from sparsary.transcoders.transcoder import Transcoder
 

@@ -1,0 +1,216 @@
+"""Hooks that read or replace the tensors of a model while it runs.
+
+A hook is a module path and a side: ``transformer.h.2.mlp:in`` is the input of the module, ``transformer.h.2.mlp:out`` its
+output (the first element if it returns several).
+"""
+
+import difflib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
+
+
+class EnoughSeen(Exception):  # noqa: N818 - not an error
+    """Control flow that ends a forward pass once the last hook has been read."""
+
+
+class HookedModel:
+    """Model in eval mode, its parameters frozen, with hooks at its modules; ``model_id`` names it in messages."""
+
+    def __init__(self, module: nn.Module, model_id: str):
+        self.module = module.requires_grad_(False).eval()
+        self.id = model_id
+        # Hooks affect every thread that runs the module, so only one may at a time.
+        self._lock = threading.RLock()
+        self._layout = PassLayout()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
+        """Return the width of the tensor at each hook.
+
+        Raises:
+            HookError: If a hook does not exist or never sees a tensor of shape (contexts, positions, width).
+        """
+        # Only shapes matter, so any token works. Several contexts, so that tensors without this axis are noticed.
+        token_ids = torch.zeros((2, 3), dtype=torch.long, device=self.device)
+        return {hook: x.shape[-1] for hook, x in self.activations(token_ids, hooks).items()}
+
+    @torch.no_grad()
+    def activations(
+        self, token_ids: Int[Tensor, "contexts positions"], hooks: tuple[str, ...], /
+    ) -> dict[str, Float[Tensor, "contexts positions width"]]:
+        """Return the tensor at every hook in one forward pass, which stops at the last hook.
+
+        For a module that runs several times in a pass (shared by layers) it is the tensor of the first run.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def keep(hook: str) -> Callable[[Tensor], None]:
+            def reader(x: Tensor) -> None:
+                if hook in seen:
+                    return
+                seen[hook] = x.detach()
+                if len(seen) == len(hooks):
+                    raise EnoughSeen
+                # Later modules may modify this tensor in place.
+                seen[hook] = x.detach().clone()
+
+            return reader
+
+        with self.hooked({hook: keep(hook) for hook in hooks}), suppress(EnoughSeen):
+            # On the meta device there are no values in which a model could look for padding.
+            mask = {"attention_mask": torch.ones_like(token_ids)} if token_ids.is_meta else {}
+            self.module(input_ids=token_ids, use_cache=False, **mask)
+        return self._in_order(seen, hooks)
+
+    def activations_and_gradients(
+        self,
+        token_ids: Int[Tensor, "contexts positions"],
+        hooks: tuple[str, ...],
+        document_ids: Int[Tensor, "contexts positions"] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the tensor at every hook and the gradient of the next-token loss with respect to it.
+
+        The loss is summed over the predictions within a token's own document, so its gradient depends neither on other
+        contexts of the batch nor on documents packed after it. Attention reaches across documents, so each document of a
+        context takes a backward pass. Without ``document_ids`` every context is one document.
+        """
+        if document_ids is None:
+            document_ids = torch.zeros_like(token_ids)
+        seen: dict[str, Tensor] = {}
+
+        def leaf(hook: str) -> Callable[[Tensor], Tensor]:
+            def reader(x: Tensor) -> Tensor:
+                # The first hook starts the graph; later ones are part of it.
+                x = x if x.requires_grad else x.detach().requires_grad_(True)
+                seen.setdefault(hook, x)
+                # Later modules may modify their input in place.
+                return x.clone()
+
+            return reader
+
+        with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
+            logits = self.module(input_ids=token_ids, use_cache=False).logits
+            losses = next_token_loss(logits, token_ids)
+            starts = document_ids[:, 1:] != document_ids[:, :-1]
+            # Padding belongs to no document.
+            within = ~starts & (document_ids[:, :-1] >= 0)
+            # Index, within its context, of the document of every position.
+            place = nn.functional.pad(starts.long().cumsum(1), (1, 0))
+            gradients = {hook: torch.zeros_like(x) for hook, x in seen.items()}
+            last = int(place.max())
+            for number in range(last + 1):
+                own = (losses * (within & (place[:, :-1] == number))).sum()
+                # A hook that is not on the path to the loss has gradient zero.
+                found = torch.autograd.grad(own, list(seen.values()), retain_graph=number < last, allow_unused=True)
+                for hook, gradient in zip(seen, found, strict=True):
+                    if gradient is not None:
+                        here = (place == number).unsqueeze(-1)
+                        gradients[hook] = torch.where(here, gradient, gradients[hook])
+        values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
+        return values, self._in_order(gradients, hooks)
+
+    def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
+        """Return the logits; gradients flow to tensors that hooks put in."""
+        # Under the lock, because another thread's hooks would see this pass too.
+        with self._lock:
+            return self.module(input_ids=token_ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def logits(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
+        """Return the logits, without gradients."""
+        return self.run(token_ids)
+
+    @contextmanager
+    def replacing(self, hook: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Context manager that replaces the tensor ``x`` at ``hook`` by ``change(x)``."""
+        with self.hooked({hook: change}):
+            yield
+
+    def _in_order(self, seen: dict[str, Tensor], hooks: tuple[str, ...]) -> dict[str, Tensor]:
+        for hook in hooks:
+            if hook not in seen:
+                raise HookError(f"hook {hook}: the model never ran this module. Choose one that is part of its forward pass.")
+        return {hook: seen[hook] for hook in hooks}
+
+    @contextmanager
+    def hooked(self, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """Context manager that calls each reader with the tensor at its hook; a tensor it returns replaces the original.
+
+        Readers see a single tensor ``(contexts, positions, width)``, even if the module flattens tokens, puts positions
+        first, or nests the tensor in a tuple, list, mapping or dataclass.
+
+        Raises:
+            HookError: If a hook does not exist; while the model runs, if a module holds nothing of that shape.
+        """
+        with self._lock, ExitStack() as stack:
+            stack.callback(self.module.register_forward_pre_hook(self._layout.begin, with_kwargs=True).remove)
+            for hook, reader in readers.items():
+                module, side = self.find(hook)
+                handle = attach(module, side, hook, self._layout.reading(hook, reader))
+                stack.callback(handle.remove)
+            yield
+
+    def find(self, hook: str) -> tuple[nn.Module, str]:
+        """Return the module and the side that a hook names.
+
+        Raises:
+            HookError: If there is no such module; the message lists the nearest hooks.
+        """
+        path, _, side = hook.rpartition(":")
+        modules = dict(self.module.named_modules())
+        if path not in modules or not path or side not in ("in", "out"):
+            near = difflib.get_close_matches(path or hook, list(modules), n=4, cutoff=0.0)
+            choices = ", ".join(f"{name}:{side if side in ('in', 'out') else 'out'}" for name in near if name)
+            raise HookError(f"hook {hook!r} does not exist in {self.id}. Nearest: {choices}.")
+        return modules[path], side
+
+
+def attach(module: nn.Module, side: str, hook: str, reader: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register ``reader`` on the hidden states on that side of a module; a tensor it returns replaces them."""
+
+    def shown(value: Any, find: Callable[[], tuple[Any, ...]]) -> Any:
+        try:
+            path = find()
+        except LookupError as error:
+            raise HookError(
+                f"hook {hook}: expected a tensor (contexts, positions, width), {error}. Choose another module or side."
+            ) from None
+        changed = reader(tensor_at(value, path))
+        return None if changed is None else with_tensor(value, path, changed)
+
+    if side == "in":
+        # Some models pass hidden states as keyword arguments.
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: shown((args, kwargs), lambda: path_in_arguments(module, args, kwargs)), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda _, _args, output: shown(output, lambda: path_in(output)))
+
+
+def embedding_rows(module: nn.Module) -> int | None:
+    """Return the number of token embeddings of a model; None if it is unknown."""
+    # Models without an embedding raise various errors.
+    with suppress(Exception):
+        return int(module.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    return None
+
+
+def next_token_loss(
+    logits: Float[Tensor, "contexts positions vocabulary"], token_ids: Int[Tensor, "contexts positions"]
+) -> Float[Tensor, "contexts positions-1"]:
+    """Return the cross-entropy, in nats, of each token but the first; entry ``i`` is of the prediction at position ``i``."""
+    # Always in float32: half precision has too few digits for differences of losses.
+    flat = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten().long(), reduction="none"
+    )
+    return flat.view(token_ids.shape[0], -1)
