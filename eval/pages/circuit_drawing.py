@@ -173,6 +173,8 @@ def short_name(unit: Row) -> str:
 
 def _short_token(token: str) -> str:
     text = token.strip() or token.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    if not any(map(str.isalnum, text)):
+        return f"\u201c{text[: LONGEST_TOKEN - 2]}\u201d"
     return text if len(text) <= LONGEST_TOKEN else text[: LONGEST_TOKEN - 1] + "\u2026"
 
 

@@ -67,7 +67,7 @@ def example_latents(files: FeaturesFiles, page: Path) -> list[ExampleLatent]:
             if float(density or 0) > 0:
                 densities.append((float(density), int(latent)))
     densities.sort()
-    places = dict.fromkeys(round(share * (len(densities) - 1)) for share in QUANTILES if densities)
+    places = dict.fromkeys(int(share * len(densities)) for share in QUANTILES if densities)
     records = read_records(files.records, {densities[place][1] for place in places})
     return [_example(records[latent], files.page, page) for _, latent in (densities[place] for place in places)]
 

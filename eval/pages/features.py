@@ -63,7 +63,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
             "encoder": f"{name} {arguments}".strip(),
             "checkpoint": about.get("checkpoint"),
-            "doubts": "; ".join(about.get("doubts") or ()) or None,
+            **({"doubts": "; ".join(about["doubts"])} if about.get("doubts") else {}),
         },
         scores=SCORES,
         settings={"chunk": CHUNK_LATENTS, "gapped": not words.spaced, "definitions": DEFINITIONS},

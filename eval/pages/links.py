@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from ...sae.files import read_json, write_text
 from .document import ENVIRONMENT
@@ -86,17 +86,20 @@ def with_links(html: str, label: str, page: Path, result: Mapping[str, Any]) -> 
 
 
 def enter_in_others(label: str, page: Path, result: Mapping[str, Any]) -> None:
-    """Enter a new page in the navigation of the run's other pages, which were made before it."""
-    for other in page_links(label, page, result):
-        target = page.parent / unquote(other.href) if other.href else page
-        data = target.with_suffix(".json")
-        data = data if other.label != "graph" else data.with_name(f"{data.stem}-page.json")
-        if other.label in (label, COMPARISON, "recipe") or not data.is_file():
-            continue
-        html = target.read_text(encoding="utf-8")
-        changed = with_links(html, other.label, target, read_json(data))
-        if changed != html:
-            write_text(target, changed)
+    """Enter a new page in the navigation of the run's other pages, which were made before it.
+
+    A comparison is entered in the pages of every run that it compares.
+    """
+    directories = _compared(result) if label == COMPARISON else run_directories(page, result)
+    for other in PLACES if directories else ():
+        for target in dict.fromkeys(_pages(other, directories)):
+            data = target.with_name(f"{target.stem}-page.json") if other == "graph" else target.with_suffix(".json")
+            if other == label or not data.is_file():
+                continue
+            html = target.read_text(encoding="utf-8")
+            changed = with_links(html, other, target, read_json(data))
+            if changed != html:
+                write_text(target, changed)
 
 
 def command(label: str, result: Mapping[str, Any]) -> str:
@@ -131,7 +134,7 @@ def _pages(label: str, directories: list[Path]) -> Iterator[Path]:
             yield from (target for place in PLACES[label] if (target := directory / place).is_file())
             continue
         for above in list(directory.absolute().parents)[:ABOVE]:
-            for target in (above / "comparison.html", above / "comparison" / "comparison.html"):
+            for target in (above / "comparison.html", *sorted(above.glob("*/comparison.html"))):
                 if target.is_file() and _compares(target.with_suffix(".json"), directory):
                     yield target
 
@@ -139,7 +142,11 @@ def _pages(label: str, directories: list[Path]) -> Iterator[Path]:
 def _compares(comparison: Path, run: Path) -> bool:
     """Return True if the file is a comparison that includes the run."""
     found = read_json(comparison) if comparison.is_file() else {}
-    named = [entry["directory"] for entry in found.get("runs") or ()]
-    named += [name for family in found.get("families") or () for name in family.get("directories") or ()]
-    tail = run.resolve()
-    return any(tail in (Path(name).resolve(), (comparison.parent / name).resolve()) for name in named)
+    return run.resolve() in {directory.resolve() for directory in _compared(found)}
+
+
+def _compared(comparison: Mapping[str, Any]) -> list[Path]:
+    """Return the directories of the runs that a comparison includes."""
+    named = [entry["directory"] for entry in comparison.get("runs") or ()]
+    named += [name for family in comparison.get("families") or () for name in family.get("directories") or ()]
+    return [Path(name) for name in named]

@@ -32,7 +32,7 @@ ATTRIBUTES = {"io": "IO name", "s": "S name", "pos": "order"}
 SUFFICIENCY = re.compile(r"supervised_(end|s2|names|all)_(\w+)_sufficiency")
 EDIT = re.compile(r"supervised_edit_(io|s|pos)_(end|s2|names|all)_(\w+)")
 TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
-INCHES = (430 / 72, 290 / 72)
+INCHES = (350 / 72, 270 / 72)
 
 
 def render_probing(found: Results, factors: list[Row], features: str | None = None) -> str:
@@ -87,9 +87,8 @@ FACTOR_COLUMNS = [
 def _tile(found: Results, key: str, label: str, note: str) -> FigureTile:
     ends = [finite(found.get(f"{key}_{end}")) for end in ("low", "high")]
     words = re.sub(r"{(\w+)}", lambda match: show(found.get(match[1]), UNMEASURED, 3), note)
-    words += f" ({interval(*ends)})" if None not in ends else ""
-    value = finite(found.get(key))
-    return FigureTile(key, label, show(found[key], UNDEFINED, 3), words, value is None, definition(key))
+    missing, between = finite(found.get(key)) is None, "" if None in ends else interval(*ends)
+    return FigureTile(key, label, show(found[key], UNDEFINED, 3), words, missing, definition(key), between)
 
 
 def _families(found: Results) -> Row:
@@ -133,15 +132,18 @@ def _cell(entries: Row, key: str) -> Cell:
 def _sufficiency(found: Results) -> list[Row]:
     """Return sufficiency and necessity by dictionary and positions; positions without an effect give the reason."""
     pairs = dict.fromkeys(match.groups() for key in found if (match := SUFFICIENCY.fullmatch(key)))
-    return [
-        {
-            "place": PLACES[place],
-            "dictionary": DICTIONARIES.get(kind, kind.replace("_", " ")),
-            "why": found.get(f"supervised_{place}_{kind}_why"),
-            "cells": [_cell(found, f"supervised_{place}_{kind}_{key}") for key in ("sufficiency", "necessity")],
-        }
-        for place, kind in pairs
-    ]
+    rows = []
+    for place in dict.fromkeys(place for place, _ in pairs):
+        kinds = [kind for at, kind in pairs if at == place]
+        reasons = {found.get(f"supervised_{place}_{kind}_why") for kind in kinds}
+        if len(kinds) > 1 and len(reasons) == 1 and None not in reasons:
+            rows.append({"place": PLACES[place], "dictionary": "any", "why": reasons.pop(), "cells": []})
+            continue
+        for kind in kinds:
+            cells = [_cell(found, f"supervised_{place}_{kind}_{key}") for key in ("sufficiency", "necessity")]
+            name, why = DICTIONARIES.get(kind, kind.replace("_", " ")), found.get(f"supervised_{place}_{kind}_why")
+            rows.append({"place": PLACES[place], "dictionary": name, "why": why, "cells": cells})
+    return rows
 
 
 def _edits(found: Results) -> Row:

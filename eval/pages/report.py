@@ -73,8 +73,8 @@ def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     # A note that quotes other entries is dropped if the figure itself is missing.
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
     ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
-    words += f" ({interval(*ends)})" if None not in ends else ""
-    return FigureTile(key, label, value, words, missing=finite(report.get(key)) is None, text=DEFINITIONS.get(key, ""))
+    missing, text = finite(report.get(key)) is None, DEFINITIONS.get(key, "")
+    return FigureTile(key, label, value, words, missing, text, "" if None in ends else interval(*ends))
 
 
 def _sections(report: Report) -> dict[str, dict[str, str]]:

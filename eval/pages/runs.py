@@ -120,6 +120,10 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
     if len(front) > 1:
         ax.step(*zip(*front, strict=True), where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front")
     ax.margins(0.12)
+    budgets = [x for x, _ in points.values()]
+    if max(budgets) - min(budgets) < 0.04 * max(budgets):
+        # A single budget: without margins its noise would fill the axis.
+        ax.set_xlim(0.9 * min(budgets), 1.1 * max(budgets))
     for values, axis, name in (
         ([x for x, _ in points.values()], ax.xaxis, "x"),
         (_tall(points, runs, key), ax.yaxis, "y"),

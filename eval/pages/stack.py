@@ -13,6 +13,8 @@ from .tables import Column, EntryRow, FigureTile, figure_cell
 Report = dict[str, Any]
 # Characters that fit next to a plot's axis.
 LABEL = 16
+# Two plots stand side by side.
+WIDTH_INCHES = 470 / 72
 
 COLUMNS = (
     Column(
@@ -92,7 +94,7 @@ def render_stack(report: Report) -> str:
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
     heading = f"{report['kind']}, {report['layers']} layers"
-    size = (FIGURE_INCHES[0], max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
+    size = (WIDTH_INCHES, max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
     return document(
         "stack.html",
         heading,

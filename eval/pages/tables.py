@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 class FigureTile(NamedTuple):
-    """A key figure: entry of the result, label, value, the note below it, and its definition."""
+    """A key figure: entry of the result, label, value, the note below it, its definition, and its 95% interval."""
 
     key: str
     label: str
@@ -39,6 +39,7 @@ class FigureTile(NamedTuple):
     note: str
     missing: bool = False
     text: str = ""
+    interval: str = ""
 
 
 class EntryRow(NamedTuple):

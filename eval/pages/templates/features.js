@@ -172,8 +172,8 @@ function reveal(i) {
   list();
   const row = document.querySelector(`#rows tr[data-latent="${i}"]`), box = row.closest('.list');
   row.setAttribute('aria-current', 'true');
-  if (row.offsetTop < box.scrollTop || row.offsetTop + row.offsetHeight > box.scrollTop + box.clientHeight)
-    box.scrollTop = row.offsetTop - box.clientHeight / 2;
+  const at = row.getBoundingClientRect(), around = box.getBoundingClientRect();
+  if (at.top < around.top || at.bottom > Math.min(around.bottom, innerHeight)) box.scrollTop += at.top - around.top - 160;
 }
 function follow() {
   const i = parseInt(location.hash.slice(1), 10);
