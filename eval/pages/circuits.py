@@ -12,7 +12,7 @@ from .circuit_glossary import EXPLANATIONS, explanation
 from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
 from .document import document
 from .drawn_latents import DrawnLatent
-from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, interval, show
+from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show, show_interval
 from .tables import Cell, Column, FigureTile
 
 Row = dict[str, Any]
@@ -163,7 +163,7 @@ def _beside(row: Row, key: str, value: float) -> tuple[str, ...]:
     """Return the small notes below a figure."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
-        return (interval(low, high, " to "),)
+        return (show_interval(low, high, " to "),)
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
         return (f"{share:.0f}%" if share >= 10 else f"{show(share, digits=2)}%",)

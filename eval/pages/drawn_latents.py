@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .examples import FeaturesFiles, feature_address, features_files, read_records, top_tokens
+from .examples import FeaturesFiles, feature_address, features_files, records_of, top_tokens
 
 LATENT_UNIT = re.compile(r"^(?P<hook>.+)/(?P<latent>\d+)(@\d+)?$")
 
@@ -34,7 +34,7 @@ def drawn_latents(page: Path, found: dict[str, Any]) -> dict[tuple[str, str], Dr
         for files in _files(checkpoint, page) if named else ():
             hooks = set(files.about["hooks_in"]) | set(files.about["hooks_out"])
             here = {key: int(match["latent"]) for key, match in named.items() if match["hook"] in hooks}
-            records = read_records(files.records, set(here.values())) if here else {}
+            records = records_of(files.records, set(here.values())) if here else {}
             for key, latent in here.items():
                 if latent in records:
                     known[key] = DrawnLatent(top_tokens(records[latent]), feature_address(files, latent, page))

@@ -68,11 +68,11 @@ def example_latents(files: FeaturesFiles, page: Path) -> list[ExampleLatent]:
                 densities.append((float(density), int(latent)))
     densities.sort()
     places = dict.fromkeys(int(share * len(densities)) for share in QUANTILES if densities)
-    records = read_records(files.records, {densities[place][1] for place in places})
+    records = records_of(files.records, {densities[place][1] for place in places})
     return [_example(records[latent], files.page, page) for _, latent in (densities[place] for place in places)]
 
 
-def read_records(path: Path, latents: set[int]) -> dict[int, dict[str, Any]]:
+def records_of(path: Path, latents: set[int]) -> dict[int, dict[str, Any]]:
     """Return the records of some latents; the other lines are skipped without being parsed."""
     found: dict[int, dict[str, Any]] = {}
     with path.open(encoding="utf-8") as handle:

@@ -32,7 +32,7 @@ def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:
     return f"{number:,.{1 if number % 1 else 0}f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
 
 
-def interval(low: float, high: float, between: str = "\u2013", digits: int = 3) -> str:
+def show_interval(low: float, high: float, between: str = "\u2013", digits: int = 3) -> str:
     """Format the ends of an interval with enough digits to tell them apart and to show its width.
 
     Significant digits are added until the distance of the rounded ends is within a quarter of the exact one.

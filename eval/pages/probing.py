@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from .document import document, encoder_parts
-from .numbers import UNDEFINED, UNMEASURED, finite, interval, show
+from .numbers import UNDEFINED, UNMEASURED, finite, show, show_interval
 from .plots import ACCENT, BAD, MUTED, WARN, PlotCard, plain_log_ticks, plot_card
 from .probing_glossary import SECTIONS, TILES, definition
 from .tables import Cell, Column, EntryRow, FigureTile
@@ -87,7 +87,7 @@ FACTOR_COLUMNS = [
 def _tile(found: Results, key: str, label: str, note: str) -> FigureTile:
     ends = [finite(found.get(f"{key}_{end}")) for end in ("low", "high")]
     words = re.sub(r"{(\w+)}", lambda match: show(found.get(match[1]), UNMEASURED, 3), note)
-    missing, between = finite(found.get(key)) is None, "" if None in ends else interval(*ends)
+    missing, between = finite(found.get(key)) is None, "" if None in ends else show_interval(*ends)
     return FigureTile(key, label, show(found[key], UNDEFINED, 3), words, missing, definition(key), between)
 
 
@@ -125,7 +125,7 @@ def _cell(entries: Row, key: str) -> Cell:
         why = next((entries[name] for name in (f"{key}_why", "absorption_why") if entries.get(name)), "")
         return Cell(UNDEFINED if key in entries else UNMEASURED, None, reason=str(why))
     low, high = (finite(entries.get(f"{key}_{end}")) for end in ("low", "high"))
-    notes = () if low is None or high is None else (interval(low, high, " to "),)
+    notes = () if low is None or high is None else (show_interval(low, high, " to "),)
     return Cell(show(entries[key], digits=3), value, notes)
 
 
@@ -264,6 +264,6 @@ def _entries(found: Results) -> dict[str, list[EntryRow]]:
             continue
         low, high = (finite(found.get(f"{key}_{end}")) for end in ("low", "high"))
         reason = str(found.get(f"{key}_why") or "")
-        text += f" ({interval(low, high)})" if low is not None and high is not None else ""
+        text += f" ({show_interval(low, high)})" if low is not None and high is not None else ""
         sections[SECTIONS[prefix]].append(EntryRow(key, text, definition(key), reason))
     return {title: rows for title, rows in sections.items() if rows}

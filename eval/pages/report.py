@@ -8,7 +8,7 @@ from typing import Any
 from .document import document, encoder_parts
 from .examples import ExampleLatent, is_gapped
 from .glossary import EXPLANATIONS, PROVENANCE
-from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, interval, show
+from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show, show_interval
 from .plots import PLOTS, Curve, Report, plot_card
 from .tables import NOTES, EntryRow, FigureTile
 
@@ -74,7 +74,7 @@ def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
     ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
     missing, text = finite(report.get(key)) is None, DEFINITIONS.get(key, "")
-    return FigureTile(key, label, value, words, missing, text, "" if None in ends else interval(*ends))
+    return FigureTile(key, label, value, words, missing, text, "" if None in ends else show_interval(*ends))
 
 
 def _sections(report: Report) -> dict[str, dict[str, str]]:

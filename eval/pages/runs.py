@@ -12,7 +12,7 @@ from .charts import COLORS, look, seed_spread, swatch
 from .differences import difference_table
 from .document import document, encoder_parts
 from .glossary import EXPLANATIONS
-from .numbers import UNMEASURED, finite, interval, show
+from .numbers import UNMEASURED, finite, show, show_interval
 from .plots import INK, name_points, plain_log_ticks, plot_card
 from .tables import Cell, Column, explained, figure_cell
 
@@ -191,7 +191,7 @@ def _cell(run: Run, key: str, on_front: bool) -> Cell:
     if cell.value is None:
         return cell._replace(reason=run["reasons"].get(key, ""))
     low, high = (finite(run["report"].get(f"{key}_{end}")) for end in ("low", "high"))
-    notes = () if low is None or high is None else (interval(low, high, " to "),)
+    notes = () if low is None or high is None else (show_interval(low, high, " to "),)
     return cell._replace(notes=notes, best="on the Pareto front" if on_front else "")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsary.eval.pages.numbers import interval
+from sparsary.eval.pages.numbers import show_interval
 
 
 @pytest.mark.parametrize(
@@ -19,10 +19,10 @@ from sparsary.eval.pages.numbers import interval
     ],
 )
 def test_ends_of_an_interval_differ_as_they_do(low, high, text):
-    assert interval(low, high) == text
+    assert show_interval(low, high) == text
 
 
 def test_an_interval_s_width_is_kept():
     for width in (1e-2, 3e-4, 7e-6):
-        low, high = (float(end) for end in interval(0.5, 0.5 + width).split("\u2013"))
+        low, high = (float(end) for end in show_interval(0.5, 0.5 + width).split("\u2013"))
         assert high - low == pytest.approx(width, rel=0.25)
