@@ -2,7 +2,7 @@
 
 const data = readData('data'), tokens = data.tokens.map(visible), targets = data.targets.map(visible);
 const KIND = ['latent', 'error', 'token', 'logit'], STEP = 23, GAP = 16, LINE = 22, LOGIT_LINE = 30;
-// Number of edges drawn initially; margins for the names of rows and columns; least width of a column.
+// Number of edges drawn initially, about; margins for the names of rows and columns; least width of a column.
 const FIRST = 60, LEFT = 58, LOW = 70, COLUMN = 34;
 const svg = $('graph');
 const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
@@ -334,7 +334,10 @@ $('out').onclick = () => zoom(0.8);
 $('fit').onclick = fit;
 $('search').oninput = search;
 slider.oninput = () => { revealed = []; choose(); paint(); };
-slider.value = edges.length > 1 ? Math.min(100, 100 * Math.log(FIRST) / Math.log(edges.length)) : 100;
+// As many edges as leave FIRST of them once the graph is pruned.
+let first = Math.min(FIRST, edges.length);
+while (first < edges.length && pruned(first).length < FIRST) first = Math.min(edges.length, first + 10);
+slider.value = edges.length > 1 ? 100 * Math.log(first) / Math.log(edges.length) : 100;
 new ResizeObserver(() => { arrange(); if (own) place(); else fit(); paint(); }).observe(svg);
 choose();
 select(null);
