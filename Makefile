@@ -29,7 +29,7 @@ check: install
 
 # The documentation site, in build/docs. A warning is an error; nothing is loaded from the network when it is read.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 .venv/docs: .venv/installed
 	$(PIP) install --quiet --constraint constraints.txt --group docs

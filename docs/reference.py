@@ -7,7 +7,6 @@ names from ``sparsary.__all__``. Nothing is written into the repository. ``mkdoc
 import inspect
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -52,18 +51,22 @@ API = {
 }
 # Names that a reference to a page of its own, or to nothing, serves better.
 NOT_IN_API = {"ENCODERS", "__version__", *LAYERS}
-# mkdocstrings reads a copy of the package, because the repository's root is the package and also holds tests and environments.
-_copy = tempfile.TemporaryDirectory(prefix="sparsary-docs-")
 
 
 @event_priority(100)
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Copy the package and point mkdocstrings to the copy, before it reads its settings."""
-    package = Path(_copy.name, "sparsary")
+    """Copy the package beside the site and point mkdocstrings to the copy, before it reads its settings.
+
+    The repository's root is the package itself, and also holds tests and environments that must not be searched.
+    """
+    source = Path(config.site_dir).with_name("docs-source")
+    shutil.rmtree(source, ignore_errors=True)
     for layer in LAYERS:
-        shutil.copytree(ROOT / layer, package / layer, ignore=_not_python, dirs_exist_ok=True)
-    shutil.copy(ROOT / "__init__.py", package)
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_copy.name]
+        shutil.copytree(ROOT / layer, source / "sparsary" / layer, ignore=_not_python)
+    shutil.copy(ROOT / "__init__.py", source / "sparsary")
+    handler = config.plugins["mkdocstrings"].config.handlers["python"]
+    handler["paths"] = [str(source)]
+    handler["options"]["extensions"] = [str(ROOT / "docs" / "doctests.py")]
     return config
 
 
@@ -142,7 +145,7 @@ def _parts(annotation: Any) -> Iterator[type]:
 
 def _table(section: type[Section]) -> list[str]:
     """Return a table of a section's keys; sections within it have a table of their own."""
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         parts = _nested(field.annotation)
         description = (field.description or "").strip()
@@ -186,13 +189,13 @@ def type_words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return " or ".join(f"`{_yaml(value)}`" for value in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(type_words(part) for part in arguments))
-    if origin is tuple and Ellipsis in arguments:
-        return f"list of {_plural(type_words(arguments[0]))}"
-    if origin is tuple:
-        return f"list of {len(arguments)}: {', '.join(type_words(part) for part in arguments)}"
+        # Every integer is a number.
+        parts = [part for part in arguments if part is not int or float not in arguments]
+        return " or ".join(dict.fromkeys(type_words(part) for part in parts))
+    if origin is tuple and Ellipsis not in arguments:
+        return f"[{', '.join(type_words(part) for part in arguments)}]"
     if origin is dict:
-        return "mapping" if arguments[1] is Any else f"mapping to {_plural(type_words(arguments[1]))}"
+        return "mapping" if arguments[1] is Any else f"mapping of names to {_plural(type_words(arguments[1]))}"
     if origin is not None:
         return f"list of {_plural(type_words(arguments[0]))}"
     words = {int: "integer", float: "number", bool: "`true` or `false`", str: "text", NoneType: "`null`"}
@@ -206,13 +209,12 @@ def _plural(words: str) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    found = []
+    found = {}
     for constraint in metadata:
         for each in (constraint, *getattr(constraint, "metadata", ())):
-            for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
-                if getattr(each, name, None) is not None:
-                    found.append(f"{sign} {getattr(each, name):g}")
-    return "".join(f" {bound}" for bound in dict.fromkeys(found))
+            found |= {name: getattr(each, name) for name in ("ge", "gt", "le", "lt") if getattr(each, name, None) is not None}
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return "".join(f"{' and' * (i > 0)} {signs[name]} {bound:g}" for i, (name, bound) in enumerate(found.items()))
 
 
 def encoders_page() -> str:
@@ -226,8 +228,8 @@ def encoders_page() -> str:
         "[Encoders compared](../families.md).",
     ]
     for name, encoder in ENCODERS.items():
-        text, described = _docstring(encoder)
-        lines += ["", f"## `{name}`", "", text, "", "| argument | type | default | |", "|---|---|---|---|"]
+        text, described = documented(encoder)
+        lines += ["", f"## `{name}`", "", text, "", "| argument | type | default | meaning |", "|---|---|---|---|"]
         for argument, parameter in encoder.parameters_of().items():
             required = parameter.default is parameter.empty
             default = "required" if required else f"`{_yaml(parameter.default)}`"
@@ -235,10 +237,10 @@ def encoders_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _docstring(documented: type) -> tuple[str, dict[str, str]]:
+def documented(documented_class: type) -> tuple[str, dict[str, str]]:
     """Return the text of a docstring without its arguments, and the descriptions of these, in Markdown."""
     text, arguments = [], {}
-    parsed = griffe.Docstring(inspect.getdoc(documented) or "").parse("google", warnings=False)
+    parsed = griffe.Docstring(inspect.getdoc(documented_class) or "").parse("google", warnings=False)
     for part in parsed:
         if part.kind is griffe.DocstringSectionKind.text:
             text.append(part.value)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = ("sae", "transcoders", "training", "eval")
 TOPS = (*LAYERS, "tests", "recipes", "docs")
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 CODE = [path for top in (*LAYERS, "tests", "docs") for path in (ROOT / top).rglob("*.py")] + [*ROOT.glob("*.py")]
 # A path from the root, wherever it stands; as an argument of a command or in backticks.
 PATH = re.compile(rf"(?<![\w/.-])((?:{'|'.join(TOPS)})/[\w./-]*\w)")
