@@ -270,15 +270,19 @@ def cli_page() -> str:
 
 def _command(name: str, command: Any, level: int) -> list[str]:
     context = command.context_class(command, info_name=name)
-    usage = " ".join([name, *command.collect_usage_pieces(context)])
-    lines = ["", f"{'#' * level} `{name}`", "", _sentences(command.help), "", "```text", usage, "```"]
-    for title, kind in (("Arguments", "argument"), ("Options", "option")):
-        found = [parameter for parameter in command.params if parameter.param_type_name == kind and not parameter.hidden]
-        rows = [record for parameter in found if (record := parameter.get_help_record(context)) is not None]
-        if rows:
-            lines += ["", f"| {title.lower()} | |", "|---|---|"]
-            lines += [_row(f"`{left}`", _sentences(text)) for left, text in rows]
+    shown = {kind: [each for each in command.params if each.param_type_name == kind] for kind in ("argument", "option")}
+    usage = " ".join([name, *map(_argument, shown["argument"]), "[OPTIONS]" if shown["option"] else ""])
+    lines = ["", f"{'#' * level} `{name}`", "", _sentences(command.help), "", "```text", usage.strip(), "```"]
+    rows = [(_argument(each), each.help) for each in shown["argument"]]
+    rows += [record for each in shown["option"] if (record := each.get_help_record(context)) is not None]
+    if rows:
+        lines += ["", "| argument or option | meaning |", "|---|---|"]
+        lines += [_row(f"`{left}`", _sentences(text)) for left, text in rows]
     return lines
+
+
+def _argument(parameter: Any) -> str:
+    return parameter.metavar or parameter.name.upper()
 
 
 def _sentences(text: str | None) -> str:
@@ -291,6 +295,8 @@ def api_page(title: str, about: str, names: str) -> str:
     lines = [f"# {title}", "", about]
     for name in names.split():
         lines += ["", f"::: sparsary.{name}", "    options:", f'      heading: "sparsary.{name}"', f'      toc_label: "{name}"']
+        # Their bases have no entry of their own; those of SAE and others do.
+        lines += [f"      inherited_members: {str(name in ('SparseDictionary', 'LanguageModel')).lower()}"]
     return "\n".join(lines) + "\n"
 
 
