@@ -100,6 +100,7 @@ function head(i, latent) {
     const term = make('div', 'label', DEFINITIONS[name] ? make('abbr', '', name) : name);
     if (DEFINITIONS[name]) term.firstChild.title = DEFINITIONS[name];
     const node = make('div', '', term, make('b', '', number(value)));
+    node.title = note || '';
     if (note && value !== null) node.append(make('div', 'note', note));
     return node;
   };
