@@ -1,4 +1,4 @@
-"""Train, load and evaluate sparse dictionaries (SAEs, transcoders, cross-layer transcoders) of language-model activations."""
+"""Train, evaluate and load sparse dictionaries (SAEs, transcoders, cross-layer transcoders) of language-model activations."""
 
 import importlib
 import io
@@ -148,6 +148,9 @@ def command_line() -> "typer.Typer":
     @app.callback()
     def _options(
         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, with any command.")] = False,
+        version: Annotated[
+            bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
     ) -> None:
         pass
 
@@ -157,12 +160,23 @@ def command_line() -> "typer.Typer":
     return app
 
 
+def _show_version(wanted: bool) -> None:
+    import typer
+
+    if wanted:
+        typer.echo(f"sparsary {sys.modules[__name__].__version__}")
+        raise typer.Exit
+
+
 def main() -> None:
     """Run the console script. Every error ends with one message: status 2 if the user can fix it, else 1 and a log file."""
     # Read when torch is first loaded. By default OpenMP threads keep spinning after a matrix product and slow down whatever
     # follows: reading, compiled kernels, other processes. Harvest and training took two to four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Imported lazily: programs that use the package do not need it.
+    from .training.console import StandardErrorHandler
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardErrorHandler()])
     # Hides log lines of these libraries on requests and caches.
     for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)

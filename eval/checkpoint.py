@@ -99,7 +99,9 @@ class LoadedCheckpoint:
             ValueError: If the dictionary is a single file, whose folder may hold unrelated files.
         """
         if not self.directory.is_dir():
-            raise ValueError(f"--out: required, because {self.name} is no folder in which results could be written.")
+            raise ValueError(
+                f"--out: required, because {self.name} is not a local directory, so results cannot be written there."
+            )
         return self.directory
 
     def completed(self, text: bool = True) -> "LoadedCheckpoint":
@@ -209,8 +211,8 @@ def complete(
         override(found, key, value)
     if not found["model"].get("id"):
         raise ValueError(
-            f"{where}: this dictionary was trained on tensors, not on a model, or its files do not say on which. Name the "
-            "model: --model ID. Or give held-out activations: sparsary.evaluate(directory, activations=x)."
+            f"{where}: expected a language model, but this dictionary was trained on tensors, or its files name none. Give "
+            "one: --model ID. Or give held-out activations: sparsary.evaluate(directory, activations=x)."
         )
     _complete_hooks(found, options, where)
     if reads_text:
@@ -235,8 +237,8 @@ def _complete_hooks(found: Provenance, options: CheckpointOptions, where: str) -
     reads, writes = (to_module(name, architecture(found["model"]["id"])) if name else None for name in names)
     if reads is None or writes is None:
         raise ValueError(
-            f"{where}: hook: expected a module path with a side, because the files do not say which hook the dictionary is "
-            f"for, got {options.hook!r}. Give it, for example --hook transformer.h.2:out."
+            f"{where}: hook: expected a module path with a side, because the files do not record the dictionary's "
+            f"hook, got {options.hook!r}. Give it, for example --hook transformer.h.2:out."
         )
     found |= {"hooks_in": [reads], "hooks_out": [writes]} | ({"hook": reads} if reads == writes else {})
 
@@ -251,7 +253,7 @@ def _complete_source(found: Provenance, options: CheckpointOptions, where: str, 
         assumed.append("text: the embedded corpus")
     elif "source" not in text:
         raise ValueError(
-            f"{where}: text: expected a text to judge on, which these files do not name. Give it: --text FILE (.txt, .jsonl or "
+            f"{where}: text: expected text to evaluate on, but these files name none. Give one: --text FILE (.txt, .jsonl or "
             ".parquet)."
         )
 
@@ -333,7 +335,7 @@ def _on_text(opened: LoadedCheckpoint, tokens: int) -> Iterator[tuple[str, Spars
         if (x.shape[1], y.shape[1]) != (dictionary.d_in, dictionary.d_out):
             raise ValueError(
                 f"{', '.join(reads)}: expected a width of {dictionary.d_in}, the dictionary's d_in, got {x.shape[1]} from "
-                f"{where.model.id}. This dictionary belongs to another model or hook."
+                f"{where.model.id}. This dictionary was trained on another model or hook."
             )
         yield writes[0], dictionary, x, None if reads == writes else y
 
@@ -359,7 +361,7 @@ def folders(checkpoints: Sequence[str], out: str | None) -> list[str | None]:
     """
     twice = [checkpoint for checkpoint in checkpoints if checkpoints.count(checkpoint) > 1]
     if twice:
-        raise ValueError(f"{twice[0]}: expected checkpoints that differ, got it twice. Leave one out.")
+        raise ValueError(f"{twice[0]}: expected distinct checkpoints, got it twice. Remove one.")
     if out is None or len(checkpoints) == 1:
         return [out] * len(checkpoints)
     names = short_names(checkpoints)

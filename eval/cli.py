@@ -1,5 +1,6 @@
 """Commands that evaluate, compare, convert and describe dictionaries."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..training.cli import TrustRemoteCode, recipe_overrides
-from ..training.console import print_fields, print_table, show_progress
+from ..training.console import print_fields, print_table
 
 if TYPE_CHECKING:
     from ..transcoders.load import CheckpointOptions
 
+log = logging.getLogger(__name__)
 app = typer.Typer()
 # Options for metadata that third-party files may lack, and for choosing among several dictionaries.
 Format = Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Format of the files; default: detected.")]
@@ -49,6 +51,8 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**arguments: Any) -> None:
+        # Before the imports below, which take seconds.
+        log.info("%s: loading %s", command.__name__.strip("_"), _sources(arguments))
         from ..training.recipe import parse_overrides
         from ..transcoders.load import CheckpointOptions
 
@@ -64,6 +68,12 @@ def _reads_dictionaries(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = Signature([*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
     return run
+
+
+def _sources(arguments: dict[str, Any]) -> str:
+    """Return the checkpoints among a command's arguments."""
+    given = next(arguments[name] for name in ("checkpoints", "checkpoint", "path") if name in arguments)
+    return given if isinstance(given, str) else ", ".join(given)
 
 
 @app.command("eval")
@@ -114,17 +124,8 @@ def _eval(
     fitted |= {"ridge": ridge[0] if len(ridge) == 1 else ridge} if ridge else {}
     options = options if pursuit is not None else replace(options, k=k)
     metric_options = {"linear_error": fitted | ({"authors": True} if authors else {}), "error_cost": fitted}
-    with show_progress("eval") as progress:
-        reports = evaluate_all(
-            checkpoints,
-            outs,
-            tokens,
-            InferenceMode(oracle, pursuit, k if pursuit is not None else None),
-            not no_cache,
-            progress,
-            options,
-            metric_options,
-        )
+    mode = InferenceMode(oracle, pursuit, k if pursuit is not None else None)
+    reports = evaluate_all(checkpoints, outs, tokens, mode, not no_cache, options, metric_options)
     for report in reports:
         print_fields(report_summary(report))
         print(f"report: {report['report_path']}")
@@ -151,13 +152,12 @@ def _features(
     options: "CheckpointOptions",
 ) -> None:
     """Describe every latent on held-out documents; write features.jsonl, and features.html to browse and search."""
-    from .features.run import DEFAULT_TOKENS, Explainer, features, features_summary
+    from .features.run import Explainer, features, features_summary
 
     if address is not None and explainer is None:
         raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
     asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
-    with show_progress("features") as progress:
-        about = features(checkpoint, out, tokens, progress=progress(tokens or DEFAULT_TOKENS), explainer=asked, options=options)
+    about = features(checkpoint, out, tokens, explainer=asked, options=options)
     print_fields(features_summary(about))
     print(f"page: {about['page_path']}")
 
@@ -225,14 +225,20 @@ def _circuits(
     """Find circuits of latents on prompt pairs, and compare them with neurons, heads and random features: circuits.html."""
     if prompt is not None:
         from .attribution_graphs.run import attribution_graph
+        from .attribution_graphs.summary import graph_summary, graph_tables
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
         facts = attribution_graph(checkpoints[0], prompt, out, options=options)
-        print_fields([(key.replace("_", " "), str(value)) for key, value in facts.items()])
+        print_fields(graph_summary(facts))
+        for head, rows in graph_tables(facts):
+            print()
+            print_table(head, rows)
+        print(f"\nresults: {facts['json_path']}")
+        print(f"page: {facts['page_path']}")
         return
     from .checkpoint import with_grids_members
-    from .circuits.benchmark import CircuitSettings, best_rows, circuits, n_steps
+    from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
     checkpoints = with_grids_members(checkpoints)
     chosen = {"tasks": tuple(task) if task else None, "methods": tuple(method) if method else None}
@@ -244,8 +250,7 @@ def _circuits(
         edges=edges,
         **{key: value for key, value in chosen.items() if value is not None},
     )
-    with show_progress("circuits") as progress:
-        found = circuits(checkpoints, settings, out, progress(n_steps(len(checkpoints), settings)), options)
+    found = circuits(checkpoints, settings, out, options)
     print_table(*best_rows(found))
     print(f"results: {found['path']}")
     print(f"page: {found['page_path']}")
@@ -277,14 +282,14 @@ def _compare(
     ] = None,
 ) -> None:
     """Compare runs, or train and evaluate recipes over one store; write comparison.json and comparison.html."""
+    log.info("compare: loading %s", ", ".join(arguments))
     from .compare.run import compare, comparison_summary
 
     # Not an override if it exists as a path: names of grid members contain `=`.
     named = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
     overrides = recipe_overrides([argument for argument in arguments if argument not in named], None)
     trusted = bool(trust_remote_code)
-    with show_progress("compare") as progress:
-        comparison = compare(named, overrides, seeds, out, tokens, not no_cache, progress, trusted, against, match_l0)
+    comparison = compare(named, overrides, seeds, out, tokens, not no_cache, trusted, against, match_l0)
     for head, *rows in comparison_summary(comparison):
         print_table(head, rows)
         print()
@@ -313,6 +318,7 @@ def _convert(
     text: Annotated[list[str] | None, typer.Option(help="Text file for --calibrate; repeatable.")] = None,
 ) -> None:
     """Convert a dictionary between sparsary and the formats of other libraries."""
+    log.info("convert: loading %s", source)
     from ..transcoders.convert import convert
     from ..transcoders.load import CheckpointOptions
     from .checkpoint import open_checkpoint, thresholds_of
@@ -348,7 +354,7 @@ def _info(
     doubts = []
     for hook, found in about.sanity(tokens).items():
         figures = (
-            f"fvu {found.fvu:.4f}   l0 {found.l0:.2f}   outputs / targets {found.norm_ratio:.3f}   cosine {found.cosine:.3f}"
+            f"fvu {found.fvu:.4g}   l0 {found.l0:.4g}   outputs / targets {found.norm_ratio:.3g}   cosine {found.cosine:.4g}"
         )
         fields = [(hook, f"{figures}   on {found.tokens:,} tokens"), *(("wrong?", doubt) for doubt in found.warnings)]
         print_fields(fields)
@@ -365,6 +371,7 @@ def _render(
     ],
 ) -> None:
     """Render pages from their JSON files, for example after an update of sparsary."""
+    log.info("render: loading %s", ", ".join(files))
     from .pages.render import render_file
 
     for file in files:

@@ -188,7 +188,7 @@ def text_batches(
         if kept_tokens == 0 and seen >= FRUITLESS_CONTEXTS:
             # Text may be endless: give up if no token is ever kept.
             raise ValueError(
-                f"text: expected tokens to judge on, got none in {seen} contexts: all are special or excluded. Lower "
+                f"text: expected tokens to evaluate on, got none in {seen} contexts: all are special or excluded. Lower "
                 "harvest.exclude_leading, raise text.context_length, or give other text."
             )
         if kept_tokens >= tokens:

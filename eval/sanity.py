@@ -49,7 +49,7 @@ def sanity(
         ValueError: If there are fewer than two tokens, all are equal, or a transcoder has no targets.
     """
     if y is None and dictionary.arguments()["kind"] != "sae":
-        raise ValueError("y: expected what the transcoder is to predict, got none.")
+        raise ValueError("y: expected the transcoder's targets, got none.")
     y = x if y is None else y
     if len(x) < 2:
         raise ValueError(f"x: expected at least 2 tokens, got {len(x)}.")

@@ -31,7 +31,7 @@ class WriteError(OSError):
     """
 
     def __init__(self, path: str | Path, reason: str, remedy: str, safe: str = "What was there before is unchanged."):
-        super().__init__(f"{path}: could not be written ({reason}). {safe} {remedy}; then the same command goes on.")
+        super().__init__(f"{path}: could not be written ({reason}). {safe} {remedy}; then the same command continues.")
         self.path, self.reason, self.remedy = path, reason, remedy
 
     def keeping(self, safe: str) -> "WriteError":
@@ -75,7 +75,7 @@ def operating_system_message(error: OSError) -> str:
         return " ".join(str(error).split()) or type(error).__name__
     files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     remedy = REMEDIES.get(error.errno)
-    return f"{files}: {_reason(error)}.".removeprefix(": ") + (f" {remedy}; then the same command goes on." if remedy else "")
+    return f"{files}: {_reason(error)}.".removeprefix(": ") + (f" {remedy}; then the same command continues." if remedy else "")
 
 
 def _reason(error: OSError) -> str:

@@ -93,7 +93,7 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: expected text in UTF-8, got other bytes ({error.reason} at byte {error.start}). Save it as UTF-8 (iconv "
+            f"{path}: expected UTF-8 text, got other bytes ({error.reason} at byte {error.start}). Save it as UTF-8 (iconv "
             "-f LATIN1 -t UTF-8, if it is Latin-1)."
         ) from None
 
@@ -112,9 +112,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: expected this file, found nothing there.") from None
+        raise ValueError(f"{path}: expected this file, found none.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
+        raise ValueError(f"{path}: expected JSON, got invalid JSON ({error}). The file is damaged.") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str]) -> str:
@@ -163,9 +163,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
-        raise ValueError(f"{path}: expected this file, found nothing there.") from None
+        raise ValueError(f"{path}: expected this file, found none.") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got a damaged or foreign one ({error}).") from None
+        raise ValueError(f"{path}: expected a safetensors file, got a damaged file or another format ({error}).") from None
 
 
 def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,8 @@ def local_directory(path_or_id: str, revision: str | None = None) -> Path:
         # Offline, unknown, or private: for any client error, the message must name what was requested.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{path_or_id}: no such directory, and the hub repository of that name could not be had ({reason})."
+            f"{path_or_id}: expected a directory or a Hugging Face Hub repository, but the download failed ({reason}). "
+            "Check the name and the connection."
         ) from None
 
 
@@ -67,7 +68,7 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{repo_id}: could not be uploaded to ({type(error).__name__}: {reason}). Log in with `hf auth login` or HF_TOKEN, "
-            "as somebody who may write there, check the name (OWNER/NAME) and the connection, and call it again."
+            "with write access to it, check the name (OWNER/NAME) and the connection, and call it again."
         ) from error
     return commit.repo_url if isinstance(commit.repo_url, str) else str(commit.repo_url)
 

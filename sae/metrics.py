@@ -37,7 +37,7 @@ class RunningFvu:
     def value(self) -> Float[Tensor, ""]:
         total = self.moments.squared_deviation()
         if not total > 0:
-            raise ValueError("y: expected rows that differ, got no variance at all. Give more than one distinct token.")
+            raise ValueError("y: expected rows that differ, got zero variance. Give more than one distinct token.")
         return self.error / total
 
 

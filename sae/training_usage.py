@@ -81,9 +81,9 @@ def load_training_usage(directory: Path, about: Mapping[str, int] | None, n_late
         silent_for = tensors["silent_for"]
         written = {key: int(metadata[key]) for key in ("dead_after_tokens", "tokens")}
     except (ValueError, KeyError) as error:
-        log.warning("%s: the latents' silence in training is not known (%s). Nothing else depends on it.", path, error)
+        log.warning("%s: dead latents in training are not known (%s). No other figure is affected.", path, error)
         return None
     if silent_for.shape != (n_latents,) or silent_for.dtype != torch.long or written != dict(about):
-        log.warning("%s: of another state of this training than the weights: a save was interrupted. Left aside.", path)
+        log.warning("%s: saved at another step than the weights: a save was interrupted. The file is ignored.", path)
         return None
     return TrainingUsage(silent_for, **written)

@@ -58,6 +58,8 @@ def test_harvest_train_eval_info(command, recipe_values, write_recipe, caplog):
     judged = command("eval", out, "--out", out + "/judged")
     assert judged.returncode == 0, judged.stderr
     assert "recovered" in judged.stdout
+    assert "topk, k 5 " in judged.stdout
+    assert '{"' not in judged.stdout
     assert json.loads((Path(out) / "judged" / "report.json").read_text())["fvu"] < 0.6
     for path, word in ((out, "matches"), (store, "0 damaged")):
         described = command("info", path)
@@ -85,7 +87,7 @@ def test_a_grid_is_planned_and_trained_member_by_member(command, recipe_values, 
     trained = command("train", path)
     assert trained.returncode == 0, trained.stderr
     for k in (2, 3):
-        assert f"Judge it with: sparsary eval {recipe_values['out_dir']}/k={k}" in trained.stdout
+        assert f"Evaluate it with: sparsary eval {recipe_values['out_dir']}/k={k}" in trained.stdout
     assert command("info", f"{recipe_values['out_dir']}/k=3").returncode == 0
 
 
@@ -357,8 +359,61 @@ def test_the_console_script_runs_as_a_process_of_its_own(tmp_path):
     run = [sys.executable, "-m", "sparsary", "train", str(tmp_path / "none.yaml")]
     failed = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("sparsary: ")
-    assert "none.yaml: expected a recipe file" in failed.stderr
+    first, last = failed.stderr.splitlines()
+    assert first == f"train: loading recipe {tmp_path / 'none.yaml'}"
+    assert last.startswith("sparsary: ")
+    assert "none.yaml: expected a recipe file" in last
+
+
+FIRST_LINE = """
+import io, sys
+
+class Watched(io.StringIO):
+    def write(self, text):
+        if text.strip() and not self.getvalue():
+            print(text.strip(), "|", *sorted({"torch", "transformers", "numpy", "scipy"} & sys.modules.keys()), flush=True)
+        return super().write(text)
+
+sys.stderr = Watched()
+sys.argv = ["sparsary", *ARGUMENTS]
+import sparsary
+sparsary.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train none.yaml", "train: loading recipe none.yaml"),
+        ("harvest none.yaml lr=1", "harvest: loading recipe none.yaml"),
+        ("eval none/a none/b", "eval: loading none/a, none/b"),
+        ("compare none/a none/b", "compare: loading none/a, none/b"),
+        ("render none.json", "render: loading none.json"),
+        ("bench step --shape none", "bench step: loading torch"),
+    ],
+)
+def test_the_first_line_is_written_before_torch_is_imported(arguments, line):
+    script = FIRST_LINE.replace("*ARGUMENTS", f"*{arguments.split()}")
+    # The import that comes next is refused: it would take seconds.
+    script = "import sys; sys.modules['torch'] = None\n" + script.replace('{"torch", ', "{")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.stdout == f"{line} |\n", run.stderr
+
+
+@pytest.mark.parametrize("name", ["features", "probe", "circuits", "info", "convert"])
+def test_every_command_starts_with_a_line(command, caplog, name, tmp_path):
+    caplog.set_level(logging.INFO)
+    source = str(tmp_path / "none")
+    failed = command(name, source, *([str(tmp_path / "new")] if name == "convert" else []))
+    assert failed.returncode == 2
+    assert caplog.messages[0] == f"{name}: loading {source}"
+
+
+def test_the_version_is_shown_without_torch():
+    run = "import sys; sys.argv = ['sparsary', '--version']; import sparsary\ntry: sparsary.main()\nexcept SystemExit: pass\n"
+    run += "print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert shown == f"sparsary {sparsary.__version__}\nFalse\n"
 
 
 def test_help_is_quick_and_lists_the_commands(command):
@@ -386,7 +441,10 @@ def test_probe_writes_flat_results_and_names_its_tasks(command, tmp_path):
     tasks = [part for task in ("sparse_probing", "tpp", "absorption") for part in ("--task", task)]
     judged = command("probe", out, *tasks, "--labels", str(tmp_path / "words.jsonl"))
     assert judged.returncode == 0, judged.stderr
-    assert "sparse probing" in judged.stdout
+    assert re.search(r"sparse probing accuracy +top 1 +top 2 +top 5 .*all\n", judged.stdout)
+    assert re.search(r"\nlatents +[01]", judged.stdout)
+    assert re.search(r"absorption +labels +fraction +full +latents\n", judged.stdout)
+    assert not re.search(r"\d\.\d{7}", judged.stdout)
     found = json.loads((Path(out) / "probing" / "probing.json").read_text())
     assert found["probing_version"] == 1
     assert found["sparse_probing_llm_test_accuracy"] == 1

@@ -50,7 +50,7 @@ class BadRows:
         if self.first is None:
             self.first = where, remedy
             if self.section.on_bad_row == "skip":
-                log.warning("%s. Left out or mended, as others like it will be; the number is told at the end.", where)
+                log.warning("%s. Excluded or repaired, like further ones; their number is logged at the end.", where)
         if self.bad > self._limit * max(self.rows, self.least):
             self.refuse()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..sae import SparseDictionary
 from .activations.stream import ActivationStream
 from .shortfalls import Shortfall, shortfall
+from .stages import stage
 
 
 def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, batch_tokens: int) -> list[Shortfall]:
@@ -21,10 +22,13 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
     seen = 0
 
     def counted() -> Iterator[Float[Tensor, "tokens d_in"]]:
+        # The generator starts only if the encoder has something to calibrate.
         nonlocal seen
-        for x in inputs(stream, tokens, batch_tokens, dictionary.device):
-            seen += len(x)
-            yield x
+        with stage("calibration", tokens) as shown:
+            for x in inputs(stream, tokens, batch_tokens, dictionary.device):
+                seen += len(x)
+                yield x
+                shown.update(seen)
 
     if not dictionary.calibrate(counted()):
         return []
@@ -33,7 +37,7 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
 
 def calibration_shortfall(tokens: int, have: int) -> list[Shortfall]:
     """Return the shortfall of a calibration on ``tokens`` tokens of which ``have`` are available."""
-    return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds rest on all the training tokens there are")
+    return shortfall("calibration_tokens", tokens, have, "tokens", "thresholds are calibrated on all available training tokens")
 
 
 def inputs(

@@ -109,15 +109,17 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
     if not (directory / STATE_FILE).exists():
         ours = (LOCK_FILE, METRICS_FILE, WANDB_FOLDER)
         if not saved.exists() and any(path.name not in ours for path in directory.iterdir()):
-            raise ValueError(f"out_dir: {directory} is not empty and holds no run of sparsary. Choose another out_dir.")
+            raise ValueError(
+                f"out_dir: {directory}: expected an empty directory or a run, got other files. Choose another out_dir."
+            )
         return None
     old = check_recipe(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)), str(saved))
     changed = run_changes(directory, old, recipe, content)
     if changed:
         raise ValueError(
-            f"out_dir: {directory} holds another run; these differ:\n  "
+            f"out_dir: {directory}: expected a run of this recipe, got another run; these keys differ:\n  "
             + "\n  ".join(changed)
-            + "\nChoose another out_dir, delete this one, or take back the changes to continue it."
+            + "\nChoose another out_dir, delete this one, or revert the changes to continue it."
         )
     if old.tokens != recipe.tokens and recipe.phases:
         _require_same_phase(directory, old, recipe)
@@ -132,7 +134,7 @@ def _require_same_phase(directory: Path, old: Recipe, recipe: Recipe) -> None:
     if past[0] != past[1]:
         raise ValueError(
             f"tokens: {directory} is at step {step}, in phase {past[0]}, which begins at step "
-            f"{phase_starts(recipe)[past[0] - 1]} of {recipe.tokens:,} tokens. Train it anew in another out_dir, or keep "
+            f"{phase_starts(recipe)[past[0] - 1]} of {recipe.tokens:,} tokens. Train from scratch in another out_dir, or keep "
             f"tokens: {old.tokens}."
         )
 
@@ -151,8 +153,8 @@ def run_changes(directory: Path, old: Recipe, new: Recipe, current: Callable[[],
     if recorded is None:
         if provenance.get("model") is not None:
             log.warning(
-                "%s: this run was begun before contents were recorded, so that only names can be compared: a model or text "
-                "that has changed under its name goes unnoticed.",
+                "%s: this run was started by a version that recorded no hashes of model and text: a change of either under "
+                "the same name is not detected.",
                 directory,
             )
         return keys

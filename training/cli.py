@@ -1,11 +1,13 @@
 """Command line of training: ``sparsary harvest`` and ``sparsary train``."""
 
+import logging
 from typing import Annotated, Any
 
 import typer
 
-from .console import print_fields, print_table, show_progress
+from .console import print_fields, print_table
 
+log = logging.getLogger(__name__)
 app = typer.Typer()
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")]
 TrustRemoteCode = Annotated[
@@ -29,10 +31,10 @@ def recipe_overrides(arguments: list[str] | None, trust_remote_code: bool | None
 @app.command("harvest")
 def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code: TrustRemoteCode = None) -> None:
     """Cache the activations that a recipe asks for; an interrupted harvest resumes."""
+    log.info("harvest: loading recipe %s", recipe)
     from .run import harvest
 
-    with show_progress("harvest") as progress:
-        store = harvest(recipe, progress, **recipe_overrides(overrides, trust_remote_code))
+    store = harvest(recipe, **recipe_overrides(overrides, trust_remote_code))
     print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
 
@@ -43,6 +45,7 @@ def _hooks(
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """List the hooks of a model: the names that recipes take, with widths and sites. Weights are not loaded."""
+    log.info("hooks: loading the configuration of %s", model)
     from .recipe import ModelSection
     from .resolve_hooks import ModelOutline
 
@@ -68,6 +71,7 @@ def _train(
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Harvest if needed, then train, all members of a grid together; the same command resumes an interrupted run."""
+    log.info("train: loading recipe %s", recipe)
     from .preflight import grid_lines, preflight_all
     from .recipe.grid import load_grid
     from .resolve_hooks import resolve_recipes
@@ -79,8 +83,7 @@ def _train(
     print_fields(grid_lines(grid, members, plans))
     if dry_run:
         return
-    with show_progress("harvest") as progress:
-        directories = train_all(members, progress=progress(members[0].recipe.harvest.tokens or 0), plans=plans)
+    directories = train_all(members, plans=plans)
     trusted = " --trust-remote-code" if members[0].recipe.model.trust_remote_code else ""
     for directory in directories:
-        print(f"{directory}: done. Judge it with: sparsary eval {directory}{trusted}")
+        print(f"{directory}: done. Evaluate it with: sparsary eval {directory}{trusted}")

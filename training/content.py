@@ -304,7 +304,7 @@ def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str
     if section.source == "hub" and before.get("commit"):
         commit = dataset_commit(section)
         if commit is None:
-            log.warning("text: %s: the hub does not say its commit, so nothing tells if it changed.", section.dataset)
+            log.warning("text: %s: the Hugging Face Hub gives no commit, so changes to it cannot be detected.", section.dataset)
             return None
         if commit == before["commit"]:
             return []
@@ -318,7 +318,7 @@ def text_problems(recorded: Mapping[str, Any], section: TextSection) -> list[str
         now = text_record(section, before["documents"])
     except ValueError as error:
         # Not an error: a complete store or run does not need its text any more.
-        log.warning("text: cannot be read, so nothing tells if it changed (%s)", error)
+        log.warning("text: cannot be read, so changes to it cannot be detected (%s)", error)
         return None
     if now["sha256"] == before["sha256"]:
         return []

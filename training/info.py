@@ -75,7 +75,7 @@ def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list
     lines = [
         (
             "activation store",
-            f"{store.directory}  {'complete' if manifest['complete'] else 'interrupted: harvest again to go on'}",
+            f"{store.directory}  {'complete' if manifest['complete'] else 'interrupted: harvest again to continue'}",
         ),
         ("model", f"{manifest['model']['id']}  {manifest['model']['dtype']}"),
         ("text", f"{manifest['text']['source']}, contexts of {manifest['text']['context_length']} tokens"),

@@ -95,6 +95,7 @@ def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator
 def record(member: TrainedMember, terms: Terms, stream: ActivationStream) -> list[str]:
     """Log and save what is due after a step; return the errors that keep the member from continuing."""
     state, cfg = member.state, member.recipe
+    member.report.advance(state.tokens)
     try:
         if state.step % cfg.log_every == 0 or member.done:
             state.require_finite(cfg.out_dir)

@@ -11,7 +11,8 @@ import torch
 
 from ..sae.batch_encoder import BatchWide
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS
+from ..sae.encoders import build_encoder
+from ..sae.penalised import Penalised
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
 from .activations.model import RemoteCodeRefused, resolve_device
@@ -271,13 +272,15 @@ def recipe_shortfalls(recipe: Recipe) -> list[Shortfall]:
     most = max(shares, default=1.0)
     # If warm-up overlaps the decay or lasts for the whole run, the rate turns back before it reaches its peak.
     warmed = shares.index(most) + 1 if most < 1 else recipe.lr_warmup_steps
-    found = shortfall("lr_warmup_steps", recipe.lr_warmup_steps, warmed, "steps", f"the rate gets to {most:.1%} of lr")
+    found = shortfall(
+        "lr_warmup_steps", recipe.lr_warmup_steps, warmed, "steps", f"the learning rate reaches only {most:.1%} of lr"
+    )
     found += shortfall(
         "dead_after_tokens",
         recipe.dead_after_tokens,
         steps * recipe.batch_tokens,
         "tokens",
-        "no latent can count as dead, and AuxK, which revives them, stays off",
+        "no latent is ever counted as dead, so AuxK stays inactive",
     )
     if recipe.auxk_latents is not None and recipe.auxk_weight:
         found += shortfall("auxk_latents", recipe.auxk_latents, n_latents, "latents", "the dictionary has no more")
@@ -298,7 +301,7 @@ def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
     if recipe.harvest.store is not None and (existing is not None or held is not None):
         held = held if existing is None else existing.tokens("train") + existing.tokens("heldout")
         assert held is not None
-        found += shortfall("harvest.tokens", recipe.harvest.tokens or 0, held, "tokens", "the text holds no more")
+        found += shortfall("harvest.tokens", recipe.harvest.tokens or 0, held, "tokens", "the text is shorter")
     if have is not None and _calibrates(recipe):
         found += calibration_shortfall(calibrated_on(recipe), have)
     judged = None if size is None or not recipe.harvest.heldout else size.estimate(size.heldout)
@@ -309,20 +312,22 @@ def _falls_short(recipe: Recipe, plan: TrainingPlan) -> list[Shortfall]:
 
 def repeated(tokens: int, have: int) -> str:
     """Return the consequence of training on more tokens than there are, as text."""
-    return f"there are no more, so they are read again: each is trained on {tokens / max(have, 1):.1f} times"
+    return f"the tokens are repeated: each is trained on {tokens / max(have, 1):.1f} times"
 
 
 def _judged_on(size: TextSize) -> str:
     one = "the text is one document (see text.separator)" if size.whole and size.documents == 1 else "its documents are too few"
     if size.heldout:
-        return "sparsary eval judges on what is held out; raise harvest.heldout, or give longer text"
-    return f"{one}: sparsary eval has nothing to judge on; raise harvest.heldout, give more documents, or judge with --text"
+        return "sparsary eval uses held-out documents; raise harvest.heldout, or give longer text"
+    return f"{one}: sparsary eval has no held-out text; raise harvest.heldout, give more documents, or evaluate with --text"
 
 
 def _calibrates(recipe: Recipe) -> bool:
     """Return True if thresholds are calibrated on training tokens at the end of the run."""
     last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
-    return recipe.dictionary.joint or issubclass(ENCODERS[last["name"]], BatchWide)
+    encoder = build_encoder(last)
+    penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
+    return recipe.dictionary.joint or isinstance(encoder, BatchWide) or penalised
 
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
@@ -358,7 +363,7 @@ def require_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPl
             parameters = sum(plan.parameters for plan in plans)
             raise ValueError(
                 f"memory: training needs about {_bytes(needed)} on {where}, {_bytes(weights)} of them for {parameters:,} "
-                f"parameters and what the optimizer keeps; {_bytes(free)} are free. {_remedies(recipes)}."
+                f"parameters and optimizer state; {_bytes(free)} are free. {_remedies(recipes)}."
             )
 
 

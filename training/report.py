@@ -1,4 +1,4 @@
-"""Training logs: JSON lines, a progress bar on a terminal and, on request, Weights & Biases. Only this file imports wandb."""
+"""Training logs: JSON lines, the progress of a run and, on request, Weights & Biases. Only this file imports wandb."""
 
 import io
 import json
@@ -10,14 +10,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ..sae.errors import writing
 from ..sae.extras import needs
 from ..sae.files import json_number
 from .objective import Terms
 from .recipe import Recipe
+from .stages import Stage
 from .state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,24 +29,33 @@ class TrainingLog:
     """Log of one run, called every ``log_every`` steps.
 
     Each call appends a line to ``metrics.jsonl``; a resumed run first truncates the file to its length in the saved state.
-    ``progress`` is the terminal's progress bar, shared by all runs of the process.
     """
 
-    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int, progress: Progress):
+    # Set by `start`. The benchmark's steps run without.
+    stage: Stage | None = None
+
+    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int):
         self.path = directory / METRICS_FILE
         with writing(self.path):
             self.path.touch()
             with self.path.open("r+b") as handle:
                 handle.truncate(keep_bytes)
             self.handle = self.path.open("a", encoding="utf-8")
-        self.total = recipe.tokens
-        self.tokens_before = tokens_before
+        self.total, self.tokens_before = recipe.tokens, tokens_before
         self.started = time.perf_counter()
         self.last = (self.started, tokens_before)
         self.latest: dict[str, Any] = {}
-        self.progress, self.name = progress, directory.name
-        self.task = progress.add_task(self.name, total=recipe.tokens, completed=tokens_before, stats="")
+        self.name = directory.name
         self.wandb = _start_wandb(recipe, directory) if recipe.wandb else None
+
+    def start(self) -> None:
+        """Show the run's progress from now on."""
+        self.stage = Stage(f"training {self.name}", self.total, done=self.tokens_before)
+
+    def advance(self, tokens: int) -> None:
+        """Record the number of tokens trained on, after every step."""
+        if self.stage is not None:
+            self.stage.update(tokens)
 
     def __call__(self, state: TrainState, terms: Terms, lr: float, waited_seconds: float) -> None:
         now = time.perf_counter()
@@ -66,10 +73,10 @@ class TrainingLog:
         self.latest = row
         with writing(self.path):
             self.handle.write(json.dumps(row) + "\n")
-        stats = f"fvu {row['fvu']:.4f}  l0 {row['l0']:.1f}  dead {row['dead']:.3f}  {speed:,.0f} tokens/s"
-        self.progress.update(self.task, completed=state.tokens, stats=stats)
-        if not self.progress.console.is_terminal:
-            log.info("%s: %d of %d tokens  %s", self.name, state.tokens, self.total, stats)
+        if self.stage is not None:
+            self.stage.update(state.tokens, f"fvu {row['fvu']:.4g}  l0 {row['l0']:.4g}  dead {row['dead']:.3g}")
+            if state.tokens >= self.total:
+                self.stage.close()
         if (run := self.wandb) is not None:
             self._tell_wandb(lambda: run.log(row, step=state.step))
 
@@ -79,7 +86,12 @@ class TrainingLog:
             tell()
         except Exception as error:  # noqa: BLE001 - wandb's own errors, its service's and the connection's
             reason = " ".join(str(error).split())[:300]
-            log.warning("wandb: the run goes on without it (%s: %s); all is in %s.", type(error).__name__, reason, self.path)
+            log.warning(
+                "wandb: logging to it failed, the run continues without it (%s: %s); all is in %s.",
+                type(error).__name__,
+                reason,
+                self.path,
+            )
             self.wandb = None
 
     def flush(self) -> int:
@@ -89,18 +101,13 @@ class TrainingLog:
             return self.handle.tell()
 
     def close(self) -> None:
+        if self.stage is not None:
+            self.stage.close(failed=self.stage.done < self.total)
         # Lines lost here belong to no saved state, and the error that ended the run gives the reason.
         with suppress(OSError):
             self.handle.close()
         if self.wandb is not None:
             self._tell_wandb(self.wandb.finish)
-
-
-def progress_bar() -> Progress:
-    """Return a context manager: one progress bar per run on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[stats]}"))
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def require_wandb(recipe: Recipe) -> None:
@@ -123,7 +130,7 @@ def require_wandb(recipe: Recipe) -> None:
             logged_in = wandb.login(**quietly, verify=True)
     except Exception as error:  # noqa: BLE001 - wandb's own errors, the connection's, the library's for requests
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"wandb: the server takes no login from here ({reason}). {remedy}") from None
+        raise ValueError(f"wandb: the server rejected the login ({reason}). {remedy}") from None
     # If the environment disables wandb but the recipe enables it, a failed login here is not conclusive.
     if not logged_in and from_environment in ("online", "run", "shared"):
         raise ValueError(f"wandb: not logged in. {remedy}")
@@ -156,5 +163,5 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"wandb: the run could not be started ({type(error).__name__}: {reason}). Check the login and the connection, set "
-            "wandb.mode: offline, or leave wandb out; what was harvested is kept, the same command goes on."
+            "wandb.mode: offline, or leave wandb out; harvested activations are kept, and the same command continues."
         ) from error

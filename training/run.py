@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rich.progress import Progress
 from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
@@ -42,7 +41,7 @@ from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
 from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
-from .report import TrainingLog, progress_bar
+from .report import TrainingLog
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
@@ -53,9 +52,7 @@ log = logging.getLogger(__name__)
 NAMES_OF_HOOKS = {"hook", "hook_in", "hook_out", "layer", "layers", "site"}
 
 
-def run_harvest(
-    member: ResolvedRecipe, progress: Callable[[int], None] = lambda tokens: None, plan: TrainingPlan | None = None
-) -> ActivationStore:
+def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
     """Fill the recipe's activation store, or check a complete one. Any member of a grid will do, because they share the store.
 
     Args:
@@ -66,7 +63,10 @@ def run_harvest(
     """
     recipe = member.recipe
     if recipe.harvest.store is None:
-        raise ValueError("harvest.store: null streams from the model and stores nothing. Give a directory to harvest into.")
+        raise ValueError(
+            "harvest.store: expected a directory to harvest into, got null, which streams from the model and stores "
+            "nothing. Set harvest.store."
+        )
     # Checks sizes and identity, but not memory: training may run on a larger machine.
     plan = plan or plan_all([member])[0]
     if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
@@ -74,15 +74,10 @@ def run_harvest(
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest_activations(member.outline.loaded(), recipe.text, recipe.harvest, progress)
+    return harvest_activations(member.outline.loaded(), recipe.text, recipe.harvest)
 
 
-def harvest(
-    recipe: RecipeSource,
-    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda tokens: None,
-    /,
-    **overrides: RecipeValue,
-) -> ActivationStore:
+def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:
     """Cache the activations that a recipe file asks for, and return their store. An interrupted harvest resumes.
 
     Members of a grid share one store. For example::
@@ -92,14 +87,12 @@ def harvest(
 
     Args:
         recipe: YAML file.
-        progress: Called with the number of tokens to harvest; returns a function that is called with the number done.
         overrides: As in ``train``.
 
     Raises:
         ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
-    member = resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0]
-    return run_harvest(member, progress(member.recipe.harvest.tokens or 0))
+    return run_harvest(resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0])
 
 
 def train(
@@ -151,20 +144,14 @@ def _dotted(overrides: Mapping[str, RecipeValue]) -> dict[str, RecipeValue]:
     return {key.replace("__", "."): value for key, value in overrides.items()}
 
 
-def train_recipe(
-    recipe: ResolvedRecipe,
-    activations: Activations | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
-    plan: TrainingPlan | None = None,
-) -> Path:
+def train_recipe(recipe: ResolvedRecipe, activations: Activations | None = None, plan: TrainingPlan | None = None) -> Path:
     """Train one recipe, or resume it, and return ``out_dir``; see ``train_all``."""
-    return train_all([recipe], activations, progress, None if plan is None else [plan])[0]
+    return train_all([recipe], activations, None if plan is None else [plan])[0]
 
 
 def train_all(
     members: Sequence[ResolvedRecipe],
     activations: Activations | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
     plans: Sequence[TrainingPlan] | None = None,
 ) -> list[Path]:
     """Train recipes together, or resume them, and return their ``out_dir``s.
@@ -177,7 +164,6 @@ def train_all(
             ``DataLoader`` or generator), of pairs with the loss gradients (for transcoders, with the targets), or of mappings
             with ``x``, ``target`` (for transcoders) and ``grad``. The recipe's ``model``, ``text``, ``harvest`` and hooks are
             then only labels.
-        progress: Called with the number of harvested tokens.
         plans: Result of ``preflight_all`` for these recipes; computed here if ``None`` and there are no ``activations``.
 
     Raises:
@@ -192,7 +178,9 @@ def train_all(
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
         if (above / RECIPE_FILE).exists():
-            raise ValueError(f"out_dir: {above} holds a run of its own, and would hold a grid's. Choose another out_dir.")
+            raise ValueError(
+                f"out_dir: {above}: expected a directory for a grid, got one of a single run. Choose another out_dir."
+            )
     with ExitStack() as stack:
         contents = [None if activations is not None else member.content for member in members]
         earlier = {
@@ -201,7 +189,7 @@ def train_all(
         }
         known = [tuple(recipe_shortfalls(recipe)) for recipe in recipes] if plans is None else [p.shortfalls for p in plans]
         _tell([Path(recipe.out_dir).name for recipe in recipes], known)
-        together = stack.enter_context(open_streams(members, activations, progress, plans))
+        together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
         _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
     return [Path(recipe.out_dir) for recipe in recipes]
@@ -211,7 +199,6 @@ def train_all(
 def open_streams(
     members: Sequence[ResolvedRecipe],
     activations: Activations | None,
-    progress: Callable[[int], None],
     plans: Sequence[TrainingPlan] | None,
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
     """Yield the recipes' batch streams, each with the recipes that share it; harvest first if they read from a store."""
@@ -240,7 +227,7 @@ def open_streams(
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0]) for group in groups]
         else:
-            store = run_harvest(members[0], progress, plans[0] if plans else None)
+            store = run_harvest(members[0], plans[0] if plans else None)
             if first.harvest.verify:
                 store.verify()
             streams = [_store_stream(store, group, stack) for group in groups]
@@ -291,11 +278,12 @@ def _train(
     )
     stop = StopRequest()
     with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar())
-        groups = [_group(stream, recipes, earlier, accelerator, bar, stack) for stream, recipes in together]
+        groups = [_group(stream, recipes, earlier, accelerator, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
         for member in (member for group in groups for member in group.members):
             member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])
+            if not member.done:
+                member.report.start()
         try:
             with stop.signals_deferred(), doing(f"training {first.out_dir}"):
                 train_loop(groups, accelerator, stop)
@@ -323,7 +311,7 @@ def _train(
                 # Always saved: a kill may have come between the last state and its dictionary.
                 member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
-        log.warning("Left out of training, or mended: %s.", skipped)
+        log.warning("Excluded from training, or repaired: %s.", skipped)
 
 
 @contextmanager
@@ -334,7 +322,7 @@ def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
     except WriteError as error:
         steps = sorted({member.state.saved_step for group in groups for member in group.members})
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-        raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state was saved before.") from None
+        raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state had been saved.") from None
 
 
 def _passes(member: TrainedMember, stream: ActivationStream) -> list[Shortfall]:
@@ -374,7 +362,6 @@ def _group(
     recipes: list[Recipe],
     earlier: Mapping[str, Recipe],
     accelerator: Accelerator,
-    bar: Progress,
     stack: ExitStack,
 ) -> Group:
     """Build all members over one stream, and move it to where the first unfinished member resumes."""
@@ -384,7 +371,7 @@ def _group(
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
-            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, bar)
+            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator)
         stack.callback(member.report.close)
         members.append(member)
     state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
@@ -394,7 +381,7 @@ def _group(
 
 
 def _member(
-    recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator, bar: Progress
+    recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
@@ -420,7 +407,7 @@ def _member(
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     objective, wrapped = accelerator.prepare(objective, optimizer)
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, bar)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
@@ -434,8 +421,8 @@ def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
     last = lr_share(earlier, state.step - 1) if state.step else 0.0
     moved = ["phases"] * bool(recipe.phases) + ["schedules"] * bool(recipe.schedules)
     return (
-        f" It is made longer: {recipe.tokens:,} tokens, {earlier.tokens:,} before. lr, {last:.1%} of its peak so far, "
-        f"goes on at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
+        f" tokens was raised from {earlier.tokens:,} to {recipe.tokens:,}. lr, {last:.1%} of its peak so far, "
+        f"continues at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
         + "".join(f"; {name} are shares of the longer run from here on" for name in moved)
         + "."
     )

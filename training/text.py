@@ -247,7 +247,7 @@ def _hub_documents(section: TextSection, bad: BadTexts) -> Iterator[str]:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ValueError(
                 f"{section.dataset}: row {number} could not be read ({reason}). What was harvested or saved is kept; the same "
-                "command goes on."
+                "command continues."
             ) from None
         if row is None:
             return
@@ -267,7 +267,8 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
     except Exception as error:  # noqa: BLE001
         # Whatever the Hub client raises (offline, unknown id, no access), the remedy is the same.
         raise ValueError(
-            f"text.dataset: {arguments[0]!r} could not be had ({type(error).__name__}: {error}). Check the id and the "
+            f"text.dataset: {arguments[0]!r} could not be downloaded from the Hugging Face Hub ({type(error).__name__}: "
+            f"{error}). Check the id and the "
             "connection, or set text.source: files, or embedded with model.id: embedded."
         ) from None
 

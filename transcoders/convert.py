@@ -161,7 +161,7 @@ def _change(before: SparseDictionary, after: SparseDictionary) -> float:
 def require_empty(target: Path) -> None:
     """Raise ``ValueError`` unless the path does not exist or is an empty folder."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: expected no such folder, or an empty one, got one that holds files. Name another.")
+        raise ValueError(f"{target}: expected no such folder, or an empty one, got one that holds files. Choose another.")
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def _require_unsaid(directory: Path, options: CheckpointOptions) -> None:
     """Raise ``ValueError`` for options that sparsary checkpoints always record themselves."""
     for name in ("k", "scale", "threshold"):
         if getattr(options, name) is not None:
-            raise ValueError(f"{name}: expected none with {directory}, which says it itself, got {getattr(options, name)}.")
+            raise ValueError(f"{name}: expected none, because {directory} records it, got {getattr(options, name)}.")
 
 
 def _completed(provenance: Provenance, options: CheckpointOptions) -> Provenance:
@@ -251,7 +251,7 @@ def doubts_of_files(provenance: Mapping[str, Any]) -> list[str]:
         tokens, steps = provenance.get("training_tokens", 0), provenance.get("training_steps", 0)
         found.append(
             f"saved in the middle of its training, after {steps:,} steps and {tokens:,} tokens: thresholds are not calibrated, "
-            "and the training may go on"
+            "and training may not be finished"
         )
     return found
 

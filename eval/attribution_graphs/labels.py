@@ -19,6 +19,7 @@ from ...sae.sparse_code import SparseCode, group_by_latent
 from ...training.activations.contexts import context_batches
 from ...training.bad_rows import BadTokens
 from ...training.recipe import HarvestSection, TextSection
+from ...training.stages import stage
 from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, Limits
 from ..features.run import RECORDS_FILE
 from .replacement_model import Replacement
@@ -66,12 +67,14 @@ def read_heldout(
         return {}
     collector = Collector(len(numbers), LIMITS)
     bad = BadTokens(harvest)
-    for some in context_batches(model, text, harvest, BATCH_CONTEXTS, heldout=True):
-        batch, rows = some.finite_activations(model, tuple(hooks.values()), bad)
-        codes = {layer: replacement.encode(layer, rows[hook]) for layer, hook in hooks.items()}
-        collector.update(batch, _only(codes, numbers))
-        if collector.tokens >= tokens:
-            break
+    with stage("top contexts", tokens) as shown:
+        for some in context_batches(model, text, harvest, BATCH_CONTEXTS, heldout=True):
+            batch, rows = some.finite_activations(model, tuple(hooks.values()), bad)
+            codes = {layer: replacement.encode(layer, rows[hook]) for layer, hook in hooks.items()}
+            collector.update(batch, _only(codes, numbers))
+            shown.update(collector.tokens)
+            if collector.tokens >= tokens:
+                break
     found = collector.result()
     notes = {}
     for latent, number in numbers.items():

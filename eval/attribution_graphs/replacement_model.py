@@ -189,8 +189,8 @@ def _require_fitting(anatomy: Architecture, layer: int, member: _Member) -> None
     kind = dictionary.arguments()["kind"]
     if not isinstance(dictionary, Transcoder | CrossLayerTranscoder):
         raise ValueError(
-            f"dictionaries: layer {layer}: expected a transcoder, got a dictionary of kind {kind!r}, which only puts a tensor "
-            "into other words. Train one with dictionary.kind: transcoder."
+            f"dictionaries: layer {layer}: expected a transcoder, got a dictionary of kind {kind!r}, which reconstructs its "
+            "own input. Train one with dictionary.kind: transcoder."
         )
     site = dictionary.sites[member.site]
     widths = site.reads.stop - site.reads.start, site.writes.stop - site.writes.start
@@ -204,5 +204,5 @@ def _require_fitting(anatomy: Architecture, layer: int, member: _Member) -> None
     if dictionary.blocks[member.site].weights.b_enc is None:
         raise ValueError(
             f"dictionaries: layer {layer}: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, "
-            "which chooses latents one after another, so that none is a linear function of its input. Use topk, for one."
+            "which selects latents sequentially, so they are not linear functions of its input. Use topk, for example."
         )

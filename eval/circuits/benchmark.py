@@ -6,7 +6,7 @@ rows.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ...sae.files import json_number, write_json
 from ...sae.suggestions import require_choice
 from ...training.activations.model import LanguageModel
 from ...training.shortfalls import Shortfall, shortfall
+from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import with_grids_members
 from ..pages.render import render_file
@@ -105,7 +106,9 @@ class CircuitSettings:
             for value in asked:
                 require_choice(name, value, known)
         if self.pairs < 4:
-            raise ValueError(f"--pairs: expected at least 4, half to choose circuits and half to judge them, got {self.pairs}.")
+            raise ValueError(
+                f"--pairs: expected at least 4, half to discover circuits and half to evaluate them, got {self.pairs}."
+            )
 
 
 DEFAULT_SETTINGS = CircuitSettings()
@@ -115,7 +118,6 @@ def circuits(
     checkpoints: str | Path | Sequence[str | Path],
     settings: CircuitSettings = DEFAULT_SETTINGS,
     out: str | Path | None = None,
-    progress: Callable[[int], None] | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
     """Discover circuits on prompt pairs, evaluate them, and write ``circuits.json`` and ``circuits.html``.
@@ -132,7 +134,6 @@ def circuits(
 
     Args:
         out: Output directory, by default ``circuits`` in the first checkpoint's results directory.
-        progress: Called with the number of steps done, out of ``n_steps``.
 
     Returns:
         The content of ``circuits.json``, with ``path`` and ``page_path``.
@@ -157,24 +158,27 @@ def circuits(
         "curves": [],
         "circuits": [],
     }
-    done, edge_files = 0, {}
-    for task in settings.tasks:
-        work = _Task(model, task, settings)
-        _tell(found, shortfall("--pairs", settings.pairs, work.n_pairs, "pairs", f"{task} has no more; intervals are wider"))
-        for dictionaries in several:
-            rows, doubts = prompt_fit(model, dictionaries, work.judged_on)
-            found["prompts"] += rows
-            _tell(found, doubts)
-        families: dict[str, Space] = {**spaces(model, several, work.chosen_on.clean, settings.seed)}
-        if settings.edges:
-            families["edges"] = EdgeSpace(model)
-        for family, space in families.items():
-            for name in settings.methods:
-                work.judge(family, space, name, found)
-                done += 1
-                if progress is not None:
-                    progress(done)
-        edge_files |= work.edge_files
+    edge_files: dict[str, Row] = {}
+    with stage("circuits", n_steps(len(names), settings), "steps") as shown:
+        for task in settings.tasks:
+            work = _Task(model, task, settings)
+            _tell(
+                found,
+                shortfall("--pairs", settings.pairs, work.n_pairs, "pairs", f"{task} has no more pairs; intervals are wider"),
+            )
+            for dictionaries in several:
+                rows, doubts = prompt_fit(model, dictionaries, work.judged_on)
+                found["prompts"] += rows
+                _tell(found, doubts)
+            families: dict[str, Space] = {**spaces(model, several, work.chosen_on.clean, settings.seed)}
+            if settings.edges:
+                families["edges"] = EdgeSpace(model)
+            for family, space in families.items():
+                for name in settings.methods:
+                    shown.update(shown.done, f"{task}: {name} on {family}")
+                    work.judge(family, space, name, found)
+                    shown.update(shown.done + 1)
+            edge_files |= work.edge_files
     directory = Path(out) if out is not None else several[0].opened.results / "circuits"
     directory.mkdir(parents=True, exist_ok=True)
     found |= {"edge_files": list(edge_files)} if edge_files else {}
@@ -195,7 +199,7 @@ def _tell(found: Row, shortfalls: Sequence[Shortfall]) -> None:
 
 
 def n_steps(checkpoints: int, settings: CircuitSettings) -> int:
-    """Return the number of progress steps that ``circuits`` reports."""
+    """Return the number of unit sets to rank, over all tasks and methods."""
     return (FAMILIES_EACH * checkpoints + BASELINES + settings.edges) * len(settings.tasks) * len(settings.methods)
 
 

@@ -63,8 +63,8 @@ def open_dictionaries(checkpoint: str, options: CheckpointOptions = NO_OPTIONS) 
     one_site = {hook: dictionary for hook, dictionary in found.items() if isinstance(dictionary, OneSiteDictionary)}
     if len(one_site) < len(found):
         raise ValueError(
-            f"{checkpoint}: expected dictionaries that write at one hook each, got a cross-layer one. Its circuits are "
-            "attribution graphs: give --prompt TEXT."
+            f"{checkpoint}: expected dictionaries with one output hook each, got a cross-layer transcoder. Use an "
+            "attribution graph instead: --prompt TEXT."
         )
     reads = {hook: hooks_of_provenance(provenance)[0][0] for hook, provenance in provenances.items()}
     for dictionary in one_site.values():
@@ -81,7 +81,7 @@ def open_model(several: list[ComparedCheckpoint]) -> LanguageModel:
     ids = {found.name: found.model.id for found in several}
     if len(set(ids.values())) > 1:
         listed = ", ".join(f"{name} ({model})" for name, model in ids.items())
-        raise ValueError(f"CHECKPOINT: expected dictionaries of one model, got {listed}. Judge them one model at a time.")
+        raise ValueError(f"CHECKPOINT: expected dictionaries of one model, got {listed}. Evaluate one model at a time.")
     return load_model(several[0].model)
 
 

@@ -23,7 +23,7 @@ from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
 from ..pages.recipes import COLUMNS, is_oracle
 from ..pages.render import render_file
-from ..report.evaluate import Progress, evaluate, unseen
+from ..report.evaluate import evaluate
 from ..result import Report
 from .families import compared
 from .groups import Point, RunGroup
@@ -43,7 +43,6 @@ def compare_recipes(
     overrides: Mapping[str, RecipeValue] | None = None,
     seeds: int = 3,
     out: str | Path = "runs/comparison",
-    progress: Progress = unseen,
     against: str | None = None,
     match_l0: float | None = None,
 ) -> Report:
@@ -74,7 +73,7 @@ def compare_recipes(
     # One plan per recipe: its seeds need the same resources.
     plans = {name: preflight(run) for name, run in dict(pending).items()}
     for name, run in [(name, run) for name, run in pending if run.recipe.harvest.store is not None][:1]:
-        run_harvest(run, progress(run.recipe.harvest.tokens or 0), plans[name])
+        run_harvest(run, plans[name])
     for done, (name, run) in enumerate(pending):
         log.info("%s: run %d of %d", run.recipe.out_dir, done + 1, len(pending))
         _run(run, plans[name])
@@ -104,7 +103,7 @@ def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -
         for path in files:
             if paths.setdefault(path.stem, path).resolve() != path.resolve():
                 raise ValueError(
-                    f"{path}: expected file names that differ, got {paths[path.stem]} too, and runs are named by them. "
+                    f"{path}: expected distinct file names, as runs are named after them, got {paths[path.stem]} too. "
                     "Rename one."
                 )
     if not paths:
@@ -131,9 +130,9 @@ def require_comparable(families: Mapping[str, ResolvedRecipe]) -> None:
     if problems:
         key = problems[0].split(":")[0]
         raise ValueError(
-            "compare: expected recipes over one store, that differ in the dictionary and its training only, got\n  "
+            "compare: expected recipes over one store that differ only in the dictionary and its training, got\n  "
             + "\n  ".join(problems)
-            + f"\nMake them equal, for all at once with {key}=VALUE on the command line, or compare them apart."
+            + f"\nMake them equal, for all recipes with {key}=VALUE on the command line, or compare them separately."
         )
 
 
@@ -153,9 +152,9 @@ def is_complete(recipe: Recipe, content: Callable[[], Content] | None = None) ->
     changed = run_changes(directory, saved, recipe, content)
     if changed:
         raise ValueError(
-            f"{directory}: expected an earlier run of this recipe, got another's; these differ:\n  "
+            f"{directory}: expected an earlier run of this recipe, got another run; these keys differ:\n  "
             + "\n  ".join(changed)
-            + "\nChoose another --out, delete this directory, or take back the changes."
+            + "\nChoose another --out, delete this directory, or revert the changes."
         )
     if saved.eval_tokens != recipe.eval_tokens or not all((directory / name).exists() for name in (CONFIG_FILE, REPORT_FILE)):
         return False
@@ -186,7 +185,8 @@ def collect_run_groups(
         if report.get("tokens") != reference.get("tokens"):
             raise ValueError(
                 f"{path / REPORT_FILE}: tokens: expected {show(reference.get('tokens'))} as in {first / REPORT_FILE}, got "
-                f"{show(report.get('tokens'))}; judged so, they do not compare. Delete the wrong one and repeat the command."
+                f"{show(report.get('tokens'))}. Figures on different numbers of tokens are not comparable: delete one "
+                "report and repeat the command."
             )
     groups = [
         RunGroup(name, tuple(_point(path, seed, reports[path]) for seed, path in enumerate(paths)))

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...transcoders.load import CheckpointOptions, RecipeValue
-from ..report.evaluate import Progress, unseen
 from ..result import Report
 from .families import differences_summary
 from .recipes import compare_recipes, recipes_summary
@@ -18,7 +17,6 @@ def compare(
     out: str | Path = "runs/comparison",
     tokens: int | None = None,
     cache: bool = True,
-    progress: Progress = unseen,
     trust_remote_code: bool = False,
     against: str | None = None,
     match_l0: float | None = None,
@@ -52,11 +50,11 @@ def compare(
         if tokens is not None or not cache:
             raise ValueError("compare: --tokens and --no-cache: expected runs, got recipes. Override eval_tokens=N instead.")
         allowed = {"model.trust_remote_code": True} if trust_remote_code else {}
-        return compare_recipes(sources, {**(overrides or {}), **allowed}, seeds, out, progress, against, match_l0)
+        return compare_recipes(sources, {**(overrides or {}), **allowed}, seeds, out, against, match_l0)
     if overrides:
-        raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, which are trained already.")
+        raise ValueError(f"{next(iter(overrides))}: expected no recipe keys with runs, because they are already trained.")
     options = CheckpointOptions(trust_remote_code=trust_remote_code)
-    return compare_runs(runs, out, tokens, cache, progress, options, against, match_l0)
+    return compare_runs(runs, out, tokens, cache, options, against, match_l0)
 
 
 def comparison_summary(comparison: Report) -> list[list[list[str]]]:

@@ -14,7 +14,7 @@ from ..pages.numbers import finite, show
 from ..pages.recipes import PER_TOKEN
 from ..pages.render import render_file
 from ..pages.runs import COLUMNS
-from ..report.evaluate import Progress, evaluate_all, unseen
+from ..report.evaluate import evaluate_all
 from ..result import Report
 from .families import compared
 from .groups import Point, RunGroup
@@ -40,8 +40,8 @@ def runs_among(arguments: Sequence[str | Path]) -> list[Path] | None:
         return None
     if others:
         raise ValueError(
-            f"{others[0]}: expected a directory with {CONFIG_FILE} or {REPORT_FILE}, as the other arguments are, found "
-            "neither. Give runs only, or recipes only."
+            f"{others[0]}: expected a directory with {CONFIG_FILE} or {REPORT_FILE}, as the other arguments are, got "
+            "neither. Give only runs, or only recipes."
         )
     return list(dict.fromkeys(run for runs in found for run in runs))
 
@@ -62,7 +62,6 @@ def compare_runs(
     out: str | Path = "runs/comparison",
     tokens: int | None = None,
     cache: bool = True,
-    progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
     against: str | None = None,
     match_l0: float | None = None,
@@ -85,9 +84,9 @@ def compare_runs(
     wanted = [run for run in runs if tokens is not None or not (run / REPORT_FILE).exists() or is_stale(run)]
     bare = [run for run in wanted if not (run / CONFIG_FILE).exists()]
     if bare:
-        raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to judge, found a report alone. Leave it out.")
+        raise ValueError(f"{bare[0]}: --tokens: expected a checkpoint to evaluate, got only a report. Omit --tokens.")
     if wanted:
-        evaluate_all(wanted, tokens=tokens, cache=cache, progress=progress, options=options)
+        evaluate_all(wanted, tokens=tokens, cache=cache, options=options)
     comparison = collect_runs(runs, against, match_l0)
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "comparison.json", comparison)

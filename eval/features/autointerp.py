@@ -180,7 +180,7 @@ def _score(result: Result, name: str, system: str, items: list[tuple[str, bool]]
     negatives = counts["true_negatives"] + counts["false_positives"]
     result.details[name] = {**counts, "discarded": discarded}
     if not positives or not negatives:
-        result.reasons[name] = f"{discarded} of {questions} answers were of no use"
+        result.reasons[name] = f"{discarded} of {questions} answers could not be parsed"
         return None
     claimed = counts["true_positives"] + counts["false_positives"]
     recall, specificity = counts["true_positives"] / positives, counts["true_negatives"] / negatives

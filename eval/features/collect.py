@@ -18,6 +18,7 @@ from ...training.activations.contexts import ContextBatch, context_batches
 from ...training.activations.model import LanguageModel
 from ...training.bad_rows import BadTexts, BadTokens
 from ...training.recipe import HarvestSection, TextSection
+from ...training.stages import Stage
 
 BATCH_CONTEXTS = 32
 # Histogram bins of activations: four per octave, from 2^-16 to 2^16; values outside are counted in the outermost bins.
@@ -433,9 +434,12 @@ def collect_features(
     dictionary: SparseDictionary,
     batches_of_text: Iterable[tuple[ContextBatch, SparseCode]],
     limits: Limits | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    shown: Stage | None = None,
 ) -> Collected:
     """Collect the statistics of a dictionary in ``eval()`` mode over batches of text.
+
+    Args:
+        shown: Stage that is updated with the number of tokens read.
 
     Raises:
         ValueError: If the text holds no token.
@@ -443,5 +447,6 @@ def collect_features(
     collector = Collector(dictionary.n_latents, limits)
     for batch, code in batches_of_text:
         collector.update(batch, code)
-        progress(collector.tokens)
+        if shown is not None:
+            shown.update(collector.tokens)
     return collector.result()

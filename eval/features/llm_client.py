@@ -169,7 +169,7 @@ class Endpoint(Chat):
                 wait *= 2
         raise ValueError(
             f"--explainer: {self.url} could not be reached, {self.retries + 1} times ({problem}). Check that the server runs; "
-            "answers so far are kept, the same command goes on."
+            "answers so far are kept, and the same command continues."
         )
 
     def _keep_apart(self) -> None:

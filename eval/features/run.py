@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,12 @@ from ...training.activations.model import LanguageModel, RemoteCodeRefused, load
 from ...training.bad_rows import counted
 from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.shortfalls import shortfall
+from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from ..heldout import DEFAULT_TOKENS, told_shortfalls
+from ..pages.document import encoder_words
 from ..pages.render import render_file
 from ..result import Report
 from .autointerp import Evidence, evidence, score_explanations
@@ -66,7 +68,7 @@ class Explainer:
                 return LocalChat(load_model(ModelSection(id=self.model)))
             except RemoteCodeRefused:
                 raise ValueError(
-                    f"--explainer: {self.model!r} needs Python code that its repository brings, which is not run here. Serve "
+                    f"--explainer: {self.model!r} needs Python code from its repository, which is not run here. Serve "
                     "the model with another program, and give its --address."
                 ) from None
         return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
@@ -77,7 +79,6 @@ def features(
     out: str | Path | None = None,
     tokens: int | None = None,
     limits: Limits | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
     explainer: Explainer | None = None,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> Report:
@@ -87,7 +88,6 @@ def features(
         out: Directory of the files. Default: ``features`` in the checkpoint's directory.
         tokens: Number of held-out tokens to read. Default: 200,000.
         limits: How many contexts and tokens are kept.
-        progress: Called with the number of tokens read so far.
         explainer: Language model that explains some latents, once everything else is written.
         options: Model, text and hooks that the checkpoint does not record.
 
@@ -109,7 +109,7 @@ def features(
         if chat is not None:
             # Fail before the long pass over the text.
             chat.require_ready()
-        described, about = described_checkpoint(opened, tokens, limits, progress)
+        described, about = described_checkpoint(opened, tokens, limits)
         written = write_features(directory, about, described.records())
         if explainer is None or chat is None:
             return written
@@ -143,8 +143,11 @@ def explain_some(described: Described, chat: Chat, count: int) -> dict[int, dict
         else:
             shown[latent] = found
     latents = list(shown)
-    for latent in latents[:: max(1, -(-len(latents) // count))]:
-        explanations[latent] = score_explanations(shown[latent], chat, chat).entries()
+    asked = latents[:: max(1, -(-len(latents) // count))]
+    with stage("explanations", len(asked), "latents") as explaining:
+        for done, latent in enumerate(asked):
+            explanations[latent] = score_explanations(shown[latent], chat, chat).entries()
+            explaining.update(done + 1)
     return explanations
 
 
@@ -152,7 +155,6 @@ def described_checkpoint(
     opened: LoadedCheckpoint,
     tokens: int | None = None,
     limits: Limits | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Described, dict[str, Any]]:
     """Return the descriptions of a checkpoint's latents, and their provenance for ``features.json``."""
     member, *others = opened.members
@@ -169,15 +171,16 @@ def described_checkpoint(
     harvest = HarvestSection(hooks=reads, tokens=1, **provenance["harvest"])
     source = FeatureText(model, text, harvest, reads)
     wanted = tokens or DEFAULT_TOKENS
-    collected = collect_features(dictionary, source.batches(dictionary, wanted), limits, progress)
+    with stage("features", wanted) as shown:
+        collected = collect_features(dictionary, source.batches(dictionary, wanted), limits, shown)
     words = token_texts(model.tokenizer, len(model.tokenizer))
     seed = text.seed if text.source == "embedded" else None
     lens = unembedding(dictionary, model, provenance)
     described = describe_latents(collected, dictionary.atoms, words, lens, seed)
     left_out = source.bad_texts.until(None) + source.bad_tokens.found
     if left_out:
-        log.warning("Left out, or mended: %s.", counted(left_out))
-    lacking = shortfall("tokens", wanted, collected.tokens, "held-out tokens", "examples and scores rest on all there are")
+        log.warning("Excluded or repaired: %s.", counted(left_out))
+    lacking = shortfall("tokens", wanted, collected.tokens, "held-out tokens", "examples and scores use all of them")
     about = {
         "schema_version": SCHEMA_VERSION,
         "checkpoint": opened.name,
@@ -235,7 +238,7 @@ def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: t
 def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the main figures as pairs of name and value, for the console."""
     lines = [
-        ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {about['encoder']}"),
+        ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {encoder_words(about['encoder'])}"),
         ("read", f"{about['tokens']:,} held-out tokens of {about['documents']:,} documents"),
         ("latents", f"{about['n_latents']:,}, of which {about['dead']:,} fired nowhere"),
     ]
@@ -249,7 +252,7 @@ def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "asked",
-                f"{about['questions']:,} questions, {about['malformed_answers']:,} answers of no use   "
+                f"{about['questions']:,} questions, {about['malformed_answers']:,} unparsable answers   "
                 f"{about['explainer_requests']:,} requests, {about['explainer_cached']:,} from the cache   "
                 f"{about['explainer_prompt_tokens'] + about['explainer_completion_tokens']:,} tokens",
             )

@@ -31,13 +31,13 @@ class InferenceMode:
 
     def require_valid(self, dictionary: SparseDictionary) -> None:
         if self.oracle and not dictionary.encoder.needs_gradient:
-            raise ValueError("--oracle: expected a dictionary that chooses by gradients (gradient_topk). Leave it out.")
+            raise ValueError("--oracle: expected a gradient_topk dictionary. Omit --oracle.")
         if self.pursuit is not None:
             require_choice("--pursuit", self.pursuit, PURSUITS)
         if (self.pursuit is None) != (self.k is None) or (self.k is not None and self.k < 1):
             raise ValueError(f"--k: expected a number of latents above 0 together with --pursuit, and only then, got {self.k}.")
         if self.oracle and self.pursuit is not None:
-            raise ValueError("--oracle: expected either it or --pursuit, got both.")
+            raise ValueError("--oracle: expected --oracle or --pursuit, got both.")
 
     def describe(self) -> str:
         if self.oracle:

@@ -81,7 +81,7 @@ class ModelOutputs:
             good &= torch.isfinite(x).all(-1)
         found = int((given.kept & ~good).sum())
         where = f"{', '.join(self.hooks)}: expected finite activations, got NaN or infinite ones from {self.model.id}"
-        self._bad.count(int(given.kept.sum()), found, where, "Judge it in model.dtype: float32 or bfloat16.")
+        self._bad.count(int(given.kept.sum()), found, where, "Evaluate it with model.dtype: float32 or bfloat16.")
         if not found:
             return given
         whole = ~(given.kept & ~good).any(1, keepdim=True)

@@ -59,6 +59,12 @@ def encoder_parts(text: Any) -> tuple[str, str]:
     return name, ", ".join(f"{key} = {value}" for key, value in entries.items())
 
 
+def encoder_words(text: Any) -> str:
+    """Describe an encoder for the terminal, from a report's JSON text: ``topk, k 16``."""
+    name, arguments = encoder_parts(text)
+    return ", ".join([name, *filter(None, [arguments.replace(" = ", " ")])])
+
+
 def _source(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 

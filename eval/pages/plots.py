@@ -269,7 +269,7 @@ def _svg(figure: Figure, palette: Palette) -> tuple[str, Markup]:
 
 def plain_log_ticks(axis: Axis) -> None:
     """Label a logarithmic axis with plain round numbers, at least three where its range has them. Call after drawing."""
-    low, high = sorted(axis.axes.get_xlim() if axis.axis_name == "x" else axis.axes.get_ylim())
+    low, high = sorted(axis.get_view_interval())
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(1, 10)):
         ticks = [tick for e in exponents for step in steps if low <= (tick := step * 10.0**e) <= high]
@@ -282,7 +282,7 @@ def plain_log_ticks(axis: Axis) -> None:
 
 def name_points(ax: Axes, points: dict[str, tuple[str, float, float]]) -> None:
     """Write names next to points, keyed by the id of the text; a name that fits nowhere without overlap is left out."""
-    figure = ax.get_figure()
+    figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     at = {key: ax.transData.transform((x, y)) for key, (_, x, y) in points.items()}

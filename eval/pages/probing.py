@@ -85,9 +85,9 @@ FACTOR_COLUMNS = [
 
 
 def _tile(found: Results, key: str, label: str, note: str) -> FigureTile:
-    ends = [finite(found.get(f"{key}_{end}")) for end in ("low", "high")]
+    low, high = (finite(found.get(f"{key}_{end}")) for end in ("low", "high"))
     words = re.sub(r"{(\w+)}", lambda match: show(found.get(match[1]), UNMEASURED, 3), note)
-    missing, between = finite(found.get(key)) is None, "" if None in ends else show_interval(*ends)
+    missing, between = finite(found.get(key)) is None, "" if low is None or high is None else show_interval(low, high)
     return FigureTile(key, label, show(found[key], UNDEFINED, 3), words, missing, definition(key), between)
 
 
@@ -215,8 +215,9 @@ def _accuracies(ax: Axes, found: Results) -> str | None:
         if not ks:
             continue
         ends = [[finite(found.get(f"{key.format(k)}_{end}")) for k in ks] for end in ("low", "high")]
-        if all(None not in row for row in ends):
-            ax.fill_between(ks, *ends, color=color, alpha=0.18, linewidth=0)
+        low, high = ([end for end in row if end is not None] for row in ends)
+        if len(low) == len(high) == len(ks):
+            ax.fill_between(ks, low, high, color=color, alpha=0.18, linewidth=0)
         ax.plot(ks, values, color=color, marker="o", markersize=4.5, linewidth=1.8, label=f"k {label}")
         words.append(f"{label} " + ", ".join(f"{show(v, digits=3)} at k {k}" for k, v in zip(ks, values, strict=True)))
         whole = finite(found.get(f"sparse_probing_{kind}_test_accuracy"))

@@ -103,13 +103,13 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         ValueError: If the file does not exist, or a line is not JSON.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: expected this file, found nothing there.")
+        raise ValueError(f"{path}: expected this file, found none.")
     with path.open(encoding="utf-8") as handle:
         for number, line in enumerate(handle, 1):
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number}: expected JSON, got something else ({error}).") from None
+                raise ValueError(f"{path}: line {number}: expected JSON, got invalid JSON ({error}).") from None
 
 
 def _report(path: Path, report: dict[str, Any]) -> str:
@@ -135,7 +135,7 @@ def _graph_data(path: Path) -> dict[str, Any]:
     """Return the content of ``graph-page.json``, which is ``path`` or beside it."""
     beside = path if path.stem.endswith(GRAPH_PAGE) else path.with_name(f"{path.stem}{GRAPH_PAGE}.json")
     if not beside.is_file():
-        raise ValueError(f"{path}: expected {beside.name} beside it, which holds what the page shows. Make the graph again.")
+        raise ValueError(f"{path}: expected {beside.name} beside it, which holds the page's data. Recompute the graph.")
     return read_json(beside)
 
 

@@ -72,9 +72,9 @@ def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     value = show(report[key]) if key in report else UNMEASURED
     # A note that quotes other entries is dropped if the figure itself is missing.
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
-    ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
+    low, high = (finite(report.get(f"{key}_{end}")) for end in ("low", "high"))
     missing, text = finite(report.get(key)) is None, DEFINITIONS.get(key, "")
-    return FigureTile(key, label, value, words, missing, text, "" if None in ends else show_interval(*ends))
+    return FigureTile(key, label, value, words, missing, text, "" if low is None or high is None else show_interval(low, high))
 
 
 def _sections(report: Report) -> dict[str, dict[str, str]]:

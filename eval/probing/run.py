@@ -1,7 +1,6 @@
 """Probing tasks of ``sparsary probe``: latents scored against known properties of the text, and the result files."""
 
 import json
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...sae.files import write_json, write_text
 from ...sae.suggestions import require_choice
+from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import open_checkpoint
 from ..pages.render import render_file
@@ -30,8 +30,6 @@ PROBING_VERSION = 1
 TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
 # Tasks that read ``labels``; the other two use the embedded corpus or generated prompts.
 LABELLED = ("sparse_probing", "scr", "tpp", "absorption")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -119,17 +117,19 @@ def probe(
         "absorption": lambda: _benchmark("absorption", _absorption(subject, data, texts, tokens, seed), subject, found),
     }
     target.mkdir(parents=True, exist_ok=True)
-    for task in wanted:
-        log.info("%s ...", task)
-        try:
-            report |= runs[task]()
-        except ValueError as error:
-            if tasks:
-                raise
-            report |= {f"{task}_done": False, f"{task}_why": str(error)}
-            found.lines.append((task, f"left out: {error}"))
-        else:
-            report[f"{task}_done"] = True
+    with stage("probing", len(wanted), "tasks") as shown:
+        for done, task in enumerate(wanted):
+            shown.update(done, task)
+            try:
+                report |= runs[task]()
+            except ValueError as error:
+                if tasks:
+                    raise
+                report |= {f"{task}_done": False, f"{task}_why": str(error)}
+                found.lines.append((task, f"skipped: {error}"))
+            else:
+                report[f"{task}_done"] = True
+        shown.update(len(wanted), "")
     write_json(found.path, report)
     render_file(found.path)
     return found
@@ -171,7 +171,8 @@ def _absorption(
 def _benchmark(name: str, task: SaebenchResult, subject: ProbeTarget, found: ProbingResults) -> dict[str, Any]:
     result = result_file(subject, found.report["checkpoint"], name, task)
     write_json(found.path.parent / f"{name}.json", result)
-    found.lines += task.lines
+    found.tables.append(task.table)
+    found.lines += task.notes
     return task.summary
 
 

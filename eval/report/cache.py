@@ -78,7 +78,7 @@ class Beside:
                 return None
             return GroupResult(dict(found["entries"]), dict(found["reasons"]), found.get("sums"))
         except (ValueError, KeyError, TypeError):
-            log.warning("%s: damaged, measured again.", path)
+            log.warning("%s: damaged; its metrics are recomputed.", path)
             return None
 
     def put(self, group: type[MetricGroup], options: MetricOptions, found: GroupResult, documents: int | None) -> None:
@@ -86,7 +86,7 @@ class Beside:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.path(group, options), found._asdict() | {"text": self._text_record(documents)})
         except OSError as error:
-            log.warning("%s: nothing can be kept here (%s); the next evaluation starts anew.", self.folder, error)
+            log.warning("%s: results cannot be cached here (%s); the next evaluation recomputes them.", self.folder, error)
 
     def _text_record(self, documents: int | None) -> Content:
         if documents not in self._records:

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.bad_rows import counted
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
+from ...training.stages import Stage, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, with_grids_members
@@ -42,17 +43,10 @@ from .stack import evaluate_opened
 
 # Options of metric groups, by the groups' names.
 MetricOptions = Mapping[str, Mapping[str, object]]
-# Takes the total number of tokens; returns a callback that takes the number done so far.
-Progress = Callable[[int], Callable[[int], None]]
 
 NO_USAGE = "the checkpoint does not hold its latents' silence in training (usage.safetensors)"
 
 log = logging.getLogger(__name__)
-
-
-def unseen(total: int) -> Callable[[int], None]:
-    """Return a progress callback that does nothing."""
-    return lambda tokens: None
 
 
 def evaluate(
@@ -62,7 +56,6 @@ def evaluate(
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
-    progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
     metric_options: MetricOptions | None = None,
 ) -> Report:
@@ -98,10 +91,10 @@ def evaluate(
     if opened.in_place_together and (activations is not None or selection != DEFAULT_INFERENCE):
         raise ValueError(f"{checkpoint}: expected one checkpoint for --oracle, --pursuit or activations, got a stack.")
     if activations is None:
-        return evaluate_loaded([opened], [out], tokens, selection, cache, progress, metric_options)[0]
+        return evaluate_loaded([opened], [out], tokens, selection, cache, metric_options)[0]
     found = _candidate(opened, out, selection)
     if selection.oracle:
-        raise ValueError("--oracle: needs the model, not activations alone.")
+        raise ValueError("--oracle: expected a language model, got only activations.")
     x, y = _rows_of(activations, found.dictionary)
     return _written(found, evaluate_tensor(found.dictionary, x, selection, y))
 
@@ -117,7 +110,7 @@ def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Te
         activations = {"x": activations["x"], "target": activations["y"]}
     rows = TensorStream(activations, 1, targets).sample(sys.maxsize)
     if not len(rows.x):
-        raise ValueError("activations: expected finite numbers, got none: in every token there is one that is not.")
+        raise ValueError("activations: expected finite numbers, got none: every token has a value that is not finite.")
     return rows.x, rows.target
 
 
@@ -127,7 +120,6 @@ def evaluate_all(
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
-    progress: Progress = unseen,
     options: CheckpointOptions = NO_OPTIONS,
     metric_options: MetricOptions | None = None,
 ) -> list[Report]:
@@ -150,7 +142,7 @@ def evaluate_all(
     if outs is None:
         checkpoints = with_grids_members(list(map(str, checkpoints)))
     opened = [open_checkpoint(checkpoint, options) for checkpoint in checkpoints]
-    return evaluate_loaded(opened, outs, tokens, selection, cache, progress, metric_options)
+    return evaluate_loaded(opened, outs, tokens, selection, cache, metric_options)
 
 
 def evaluate_loaded(
@@ -159,7 +151,6 @@ def evaluate_loaded(
     tokens: int | None = None,
     selection: InferenceMode = DEFAULT_INFERENCE,
     cache: bool = True,
-    progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
 ) -> list[Report]:
     """Evaluate checkpoints that are already open, as ``evaluate_all`` does."""
@@ -186,9 +177,7 @@ def evaluate_loaded(
     reports: dict[int, Report] = {}
     for candidates in together.values():
         wanted = wanted_tokens(candidates[0].source, tokens)
-        for candidate, results in zip(
-            candidates, evaluate_on_model(candidates, wanted, cache, progress, metric_options), strict=True
-        ):
+        for candidate, results in zip(candidates, evaluate_on_model(candidates, wanted, cache, metric_options), strict=True):
             sums = [result.sums for result in results if result.sums is not None]
             reports[id(candidate)] = _written(candidate, _merged(results), sums)
     found = iter(reports[id(candidate)] for candidate in alone)
@@ -373,7 +362,6 @@ def evaluate_on_model(
     candidates: Sequence[Candidate],
     tokens: int,
     cache: bool = True,
-    progress: Progress = unseen,
     metric_options: MetricOptions | None = None,
 ) -> list[list[GroupResult]]:
     """Return the results of all metric groups for each candidate; candidates must share model, text and number of tokens.
@@ -407,10 +395,11 @@ def evaluate_on_model(
                     [group(replace(setting, options=told[group.name])) for group in GROUPS if group.name not in entries],
                 )
             )
-        documents = _run([judge for judge in judges if judge.groups], halves, progress(tokens))
+        with stage("evaluation", tokens) as shown:
+            documents = _run([judge for judge in judges if judge.groups], halves, shown)
         if found := where.bad_texts.until(None) + where.bad_tokens.found:
             skipped = [GroupResult({"skipped": [f"evaluation: {counted(found)}"]}, {})]
-            log.warning("Left out of the evaluation, or mended: %s.", counted(found))
+            log.warning("Excluded from the evaluation, or repaired: %s.", counted(found))
         for judge, entries, store in zip(judges, known, kept, strict=True):
             for group in judge.groups:
                 settled_entries = settled(group.report())
@@ -420,7 +409,7 @@ def evaluate_on_model(
     return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
 
 
-def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) -> int | None:
+def _run(judges: list[_Judge], halves: Halves, shown: Stage) -> int | None:
     """Feed the text to every group: one half of the documents to fit on, then the other half to score.
 
     Return the number of documents read, or ``None`` if the text was read to its end.
@@ -435,7 +424,7 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
             view = DictionaryOutputs(judge.setting, passage)
             for group in judge.groups:
                 group.fit(view)
-        progress(min(halves.fitted, tokens // 2))
+        shown.update(min(halves.fitted, tokens // 2))
     for piece in halves.score():
         passage = ModelOutputs(model, piece, hooks, with_logits=reads_model, bad=bad)
         for judge in judges:
@@ -443,8 +432,8 @@ def _run(judges: list[_Judge], halves: Halves, progress: Callable[[int], None]) 
             for group in judge.groups:
                 group.score(view)
         cursor = piece.cursor
-        progress(min(tokens // 2 + halves.scored, tokens - 1))
-    progress(tokens)
+        shown.update(min(tokens // 2 + halves.scored, tokens - 1))
+    shown.update(tokens)
     return cursor.document + (cursor.offset > 0) if halves.scored >= tokens - tokens // 2 else None
 
 

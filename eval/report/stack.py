@@ -16,6 +16,7 @@ from ...sae.metrics import Moments
 from ...sae.training_usage import TrainingUsage
 from ...training.activations.model import LanguageModel
 from ...training.activations.splice import Insertion, TokenPlace, latents_at, model_spliced
+from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
@@ -30,6 +31,7 @@ from ..heldout import (
 )
 from ..metrics.downstream import SPLICES, Downstream, ablations
 from ..metrics.reconstruction import Reconstruction
+from ..pages.document import encoder_words
 from ..pages.numbers import dead_words, show
 from ..pages.render import render_file
 from ..pages.stack import short
@@ -94,8 +96,9 @@ def _of_one_training(opened: LoadedCheckpoint) -> list[dict[str, Any]]:
         different = [hook for hook, source in zip(hooks, sources, strict=True) if source.get(key) != sources[0].get(key)]
         if different:
             raise ValueError(
-                f"{opened.directory}: {key}: expected dictionaries trained on the same, but {', '.join(different)} differ from "
-                f"{hooks[0]}. Judge them one by one."
+                f"{opened.directory}: {key}: expected dictionaries trained on the same {key}, but {', '.join(different)} "
+                "differ from "
+                f"{hooks[0]}. Evaluate them one by one."
             )
     return sources
 
@@ -150,24 +153,27 @@ def judge_stack(insertions: list[Insertion], source: dict[str, Any], tokens: int
         insertion.dictionary.to(model.device)
     means: dict[str, Moments] = {}
     halves, documents, fitted_documents = where.halves(tokens), set(), set()
-    for piece in halves.fit():
-        for hook, y in model.activations(piece.token_ids, tuple(dict.fromkeys(hooks_out))).items():
-            means.setdefault(hook, Moments(y.shape[-1], model.device)).update(y[piece.kept].float())
-        fitted_documents |= piece.documents
-    centres = {hook: moments.mean.float() for hook, moments in means.items()}
-    widths = [site.writes.stop - site.writes.start for site in sites]
-    counts = [latents_at(insertions[layer.place[0]].dictionary, layer.place[1]) for layer in layers]
-    found = [Reconstruction(width, count, model.device) for width, count in zip(widths, counts, strict=True)]
-    alone = [name for layer in range(len(layers)) for name in _alone(layer)]
-    downstream = Downstream(model, [*SPLICES, *alone])
-    for piece in halves.score():
-        clean_logits, seen = logits_and_activations(model, piece.token_ids, (*hooks_in, *hooks_out))
-        rows = {hook: x[piece.kept].float() for hook, x in seen.items()}
-        for layer, code, y_hat, record in zip(layers, *_reconstructed(insertions, layers, rows), found, strict=True):
-            record.update(rows[layer.hook_out], y_hat, code)
-        variants = dict(_variants(model, insertions, layers, piece, centres))
-        downstream.update(piece.token_ids, piece.counted, clean_logits, variants)
-        documents |= piece.documents
+    with stage("evaluation", tokens) as shown:
+        for piece in halves.fit():
+            for hook, y in model.activations(piece.token_ids, tuple(dict.fromkeys(hooks_out))).items():
+                means.setdefault(hook, Moments(y.shape[-1], model.device)).update(y[piece.kept].float())
+            fitted_documents |= piece.documents
+            shown.update(min(halves.fitted, tokens // 2))
+        centres = {hook: moments.mean.float() for hook, moments in means.items()}
+        widths = [site.writes.stop - site.writes.start for site in sites]
+        counts = [latents_at(insertions[layer.place[0]].dictionary, layer.place[1]) for layer in layers]
+        found = [Reconstruction(width, count, model.device) for width, count in zip(widths, counts, strict=True)]
+        alone = [name for layer in range(len(layers)) for name in _alone(layer)]
+        downstream = Downstream(model, [*SPLICES, *alone])
+        for piece in halves.score():
+            clean_logits, seen = logits_and_activations(model, piece.token_ids, (*hooks_in, *hooks_out))
+            rows = {hook: x[piece.kept].float() for hook, x in seen.items()}
+            for layer, code, y_hat, record in zip(layers, *_reconstructed(insertions, layers, rows), found, strict=True):
+                record.update(rows[layer.hook_out], y_hat, code)
+            variants = dict(_variants(model, insertions, layers, piece, centres))
+            downstream.update(piece.token_ids, piece.counted, clean_logits, variants)
+            documents |= piece.documents
+            shown.update(min(tokens // 2 + halves.scored, tokens))
     used = {"tokens_asked": tokens, "documents_shared": len(documents & fitted_documents), "documents": len(documents)}
     return used | _entries(layers, found, downstream)
 
@@ -248,8 +254,11 @@ def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         *((short(hook), values) for hook, values in each),
     ]
     return [
-        ("stack", f"{report['kind']}, {report['layers']} layers  {report['encoder']}  {report['n_latents']:,} latents"),
+        (
+            "stack",
+            f"{report['kind']}, {report['layers']} layers  {encoder_words(report['encoder'])}  {report['n_latents']:,} latents",
+        ),
         ("fvu", f"{show(report['fvu_layer_mean'])}   mean over layers, on {report['tokens']:,} held-out tokens"),
-        ("l0", f"{report['l0_total']:.2f}   all layers together   {dead_words(report)}"),
+        ("l0", f"{show(report['l0_total'])}   all layers together   {dead_words(report)}"),
         *((name, "".join(f"{value:>{width}}" for value in values)) for name, values in rows),
     ]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ..pages.numbers import dead_words
+from ..pages.document import encoder_words
+from ..pages.numbers import dead_words, show
 from .stack import stack_summary
 
 
@@ -13,18 +14,19 @@ def report_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         (
             "dictionary",
-            f"{report['kind']} {report['d_in']} -> {report['n_latents']}  {report['encoder']}  {report['hook'] or ''}",
+            f"{report['kind']} {report['d_in']} -> {report['n_latents']}  {encoder_words(report['encoder'])}  "
+            + (report["hook"] or ""),
         ),
         ("selection", report["selection"]),
         (
             "fvu",
-            f"{_number(report['fvu'])}   "
-            + (f"affine map {_number(report['fvu_affine'])}   " if "fvu_affine" in report else "")
-            + f"cosine {_number(report['cosine'])}   on {report['tokens']:,} held-out tokens",
+            f"{show(report['fvu'])}   "
+            + (f"affine map {show(report['fvu_affine'])}   " if "fvu_affine" in report else "")
+            + f"cosine {show(report['cosine'])}   on {report['tokens']:,} held-out tokens",
         ),
         (
             "l0",
-            f"{report['l0_mean']:.2f}   median {report['l0_median']:.0f}   10 to 90 %: "
+            f"{show(report['l0_mean'])}   median {report['l0_median']:.0f}   10 to 90 %: "
             f"{report['l0_p10']:.0f}-{report['l0_p90']:.0f}",
         ),
         ("latents", f"{dead_words(report)}   dense {report['dense_fraction']:.2%}"),
@@ -33,27 +35,23 @@ def report_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         names = ("clean", "spliced", "zero", "mean", "resample")
         ends = [report[f"ce_increase_{end}"] for end in ("low", "high")]
         lines += [
-            ("cross-entropy", "   ".join(f"{name} {_number(report[f'ce_{name}'])}" for name in names)),
+            ("cross-entropy", "   ".join(f"{name} {show(report[f'ce_{name}'])}" for name in names)),
             (
                 "increase",
-                f"{_number(report['ce_increase'])}"
-                + (f"   95 % interval {_number(ends[0])} to {_number(ends[1])}" if None not in ends else ""),
+                f"{show(report['ce_increase'])}"
+                + (f"   95 % interval {show(ends[0])} to {show(ends[1])}" if None not in ends else ""),
             ),
             (
                 "recovered",
-                f"{_number(report['ce_recovered_zero'])} of zero   {_number(report['ce_recovered_mean'])} of mean ablation",
+                f"{show(report['ce_recovered_zero'])} of zero   {show(report['ce_recovered_mean'])} of mean ablation",
             ),
-            ("KL", f"{_number(report['kl_spliced'])}   same top token {_number(report['top1_agreement'])}"),
+            ("KL", f"{show(report['kl_spliced'])}   same top token {show(report['top1_agreement'])}"),
         ]
     lines.append(
         (
             "dark matter",
-            f"fvu total {_number(report['fvu_total'])}   nonlinear {_number(report['fvu_nonlinear'])}   linear share of the "
-            f"error {_number(report['linear_error_share'])}   norm R2 {_number(report['err_norm_r2'])}",
+            f"fvu total {show(report['fvu_total'])}   nonlinear {show(report['fvu_nonlinear'])}   linear share of the "
+            f"error {show(report['linear_error_share'])}   norm R2 {show(report['err_norm_r2'])}",
         )
     )
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"

@@ -116,7 +116,7 @@ class Connections:
         """
         above = upper if head is None else head[0]
         if lower >= above:
-            raise ValueError(f"lower: expected a layer before {above}, which is to read it, got {lower}.")
+            raise ValueError(f"lower: expected a layer before {above}, which reads it, got {lower}.")
         return self.writing(lower) @ self.reading_through(upper, latents, head).T
 
     @torch.no_grad()

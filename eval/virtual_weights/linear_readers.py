@@ -26,8 +26,8 @@ def readers(dictionary: OneSiteDictionary, latents: Int[Tensor, " latents"] | No
     weights, scale = dictionary.weights, dictionary.in_scale
     if weights.b_enc is None:
         raise ValueError(
-            f"dictionary: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, which chooses "
-            "latents one after another. Nothing it chooses is a linear function of its input."
+            f"dictionary: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, which selects "
+            "latents sequentially, so they are not linear functions of its input."
         )
     if dictionary.row_norm is not None:
         raise ValueError(

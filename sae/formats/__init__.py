@@ -118,7 +118,7 @@ def detect(source: SourceFiles, format: str | None = None) -> tuple[Format, str]
     found = {name: words for name, f in wanted.items() if (words := f.detect(source)) is not None}
     if len(found) > 1:
         reasons = "; ".join(f"{name} ({words})" for name, words in found.items())
-        raise ValueError(f"{source}: the files may be of several formats: {reasons}. Say which: format=NAME, or --from NAME.")
+        raise ValueError(f"{source}: the files may be of several formats: {reasons}. Choose one: format=NAME, or --from NAME.")
     return next(((FORMATS[name], words) for name, words in found.items()), None)
 
 
@@ -214,7 +214,7 @@ def is_for(n: CanonicalSAE | CanonicalCrossLayer, hook: str) -> bool:
 
 def _of_hook(n: CanonicalSAE | CanonicalCrossLayer, hook: str | None) -> CanonicalSAE | CanonicalCrossLayer:
     if hook is not None and hook_of(n) is not None and not is_for(n, hook):
-        raise ValueError(f"hook: expected {hook_of(n)}, which this dictionary is for, got {hook!r}.")
+        raise ValueError(f"hook: expected {hook_of(n)}, the hook of this dictionary, got {hook!r}.")
     return n
 
 

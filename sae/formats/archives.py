@@ -76,7 +76,7 @@ def _require_torch_zip(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError) as error:
         raise ValueError(
             f"{path}: expected a torch file (an archive, as torch writes since 1.6), got a damaged or older one ({error}). "
-            "Load it where you trust it and save it again."
+            "If you trust it, load it with torch and save it again."
         ) from None
     if any(part.file_size != part.compress_size for part in parts) or sum(p.file_size for p in parts) > path.stat().st_size:
         raise ValueError(f"{path}: expected an archive of uncompressed parts, as torch writes, got one that unpacks to more.")
@@ -116,7 +116,7 @@ def npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], z
                     dtype, shape, header = _npy_header(member)
                     size = dtype.itemsize * int(np.prod([int(side) for side in shape], dtype=object))
                 if dtype.hasobject or dtype.kind not in "fiub":
-                    raise ValueError(f"{key}: expected numbers, got {dtype}. Objects are never unpickled here")
+                    raise ValueError(f"{key}: expected numbers, got {dtype}. Objects are not unpickled")
                 if header + size != info.file_size or info.file_size > MOST_COMPRESSION * max(info.compress_size, 1024):
                     raise ValueError(f"{key}: expected {size} bytes for {shape}, the archive has {info.file_size - header}")
                 if info.compress_size > path.stat().st_size:
@@ -124,7 +124,9 @@ def npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], z
                 found[key] = (dtype, shape, info)
     except (zipfile.BadZipFile, zlib.error, OSError, struct.error, ValueError, EOFError, RuntimeError) as error:
         # RuntimeError: an encrypted member, or an unknown compression.
-        raise ValueError(f"{path}: expected an npz archive of numbers, got a damaged or foreign one ({error}).") from None
+        raise ValueError(
+            f"{path}: expected an npz archive of numbers, got a damaged file or another format ({error})."
+        ) from None
     return found
 
 

@@ -65,7 +65,7 @@ def _dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Ten
     require_keys(where, tensors, FOUR)
     unknown = sorted(set(tensors) - {*FOUR, *LOGS, *BUFFERS})
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join((*FOUR, LOGS[0]))}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join((*FOUR, LOGS[0]))}, got also {', '.join(unknown)}.")
     width, latents = cfg.get("act_size"), cfg.get("dict_size")
     for key, size in (("act_size", width), ("dict_size", latents)):
         if not isinstance(size, int):

@@ -126,7 +126,7 @@ def _transcoder(source: SourceFiles, name: str, config: Mapping[str, Any], optio
     require_keys(where, tensors, FOUR)
     unknown = sorted(set(tensors) - {*FOUR, THRESHOLD, "W_skip"})
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(FOUR)}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(FOUR)}, got also {', '.join(unknown)}.")
     latents, width = (tensors[key].numel() for key in ("b_enc", "b_dec"))
     sizes = {"W_enc": (latents, None), "W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,)}
     for key, size in (sizes | {THRESHOLD: (latents,), "W_skip": (width, None)}).items():
@@ -157,7 +157,7 @@ def _activation_fn(where: object, config: Mapping[str, Any], threshold: Tensor |
         raise ValueError(f"{where}: activation: expected topk, jumprelu or relu in {CONFIG}, got {named!r}.")
     ranked = named == "topk" or k is not None
     if (ranked and threshold is not None) or (named == "jumprelu" and threshold is None) or (named == "relu" and ranked):
-        raise ValueError(f"{where}: activation {named or 'not named'}, k {k}, and {THRESHOLD} contradict one another.")
+        raise ValueError(f"{where}: activation {named or 'not named'}, k {k}, and {THRESHOLD} contradict each other.")
     if ranked:
         return ActivationFn("topk_raw", k=config.get("k") if k is None else k)
     return ActivationFn("relu") if threshold is None else ActivationFn("threshold", threshold=not_negative(where, threshold))

@@ -115,7 +115,7 @@ def _pursuit(n: CanonicalSAE) -> dict[str, Any]:
         # Preferred: compiled, and differentiable through all steps.
         return {"name": "matching_pursuit", "k": gate.k, "tolerance": gate.tolerance}
     if gate.tolerance:
-        raise ValueError("W_dec: expected atoms of norm 1 of a pursuit that stops by a share of the input's norm.")
+        raise ValueError("W_dec: expected a unit-norm decoder, as matching pursuit stops at a share of the input's norm.")
     rules = {"residual_norm": gate.residual_norm, "stop_on_repeat": gate.stop_on_repeat}
     return {"name": "residual_pursuit", "max_steps": gate.k} | rules
 

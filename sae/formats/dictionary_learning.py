@@ -189,7 +189,7 @@ def _dictionary(
     require_keys(where, tensors, keys)
     unknown = sorted(set(tensors) - {*keys, *BUFFERS})
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(keys)} of {kind}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(keys)} of {kind}, got also {', '.join(unknown)}.")
     linear = "encoder.weight" in keys
     W_enc, W_dec = ("encoder.weight", "decoder.weight") if linear else ("W_enc", "W_dec")
     b_enc = next(name for name in ("encoder.bias", "b_enc", "gate_bias") if name in keys)
@@ -241,7 +241,9 @@ def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
     if isinstance(k, float) and k.is_integer():
         k = int(k)
     if said is not None and said != k:
-        raise ValueError(f"{where}: k: {k} in the tensors, {said!r} in {CONFIG}: one of them is wrong. Say which: k=NUMBER.")
+        raise ValueError(
+            f"{where}: k: {k} in the tensors, {said!r} in {CONFIG}: one of them is wrong. Give the right one: k=NUMBER."
+        )
     return k
 
 

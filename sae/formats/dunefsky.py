@@ -73,7 +73,7 @@ def _dictionary(where: object, tensors: Mapping[str, Tensor]) -> CanonicalSAE:
     require_keys(where, tensors, KEYS)
     unknown = sorted(set(tensors) - set(KEYS))
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got also {', '.join(unknown)}.")
     latents, d_in, d_out = (tensors[name].numel() for name in ("b_enc", "b_dec", "b_dec_out"))
     sizes = {"W_enc": (d_in, latents), "W_dec": (latents, d_out), "b_enc": (latents,), "b_dec": (d_in,), "b_dec_out": (d_out,)}
     for name, size in sizes.items():

@@ -138,7 +138,7 @@ class SourceFiles:
         base = self._base
         path = base if base.is_file() and name == base.name else base / name
         if not path.is_file():
-            raise ValueError(f"{path}: expected this file, found nothing there.")
+            raise ValueError(f"{path}: expected this file, found none.")
         real, allowed = path.resolve(), [self.root.resolve() if self.root.is_dir() else self.root.resolve().parent]
         # The Hugging Face cache stores files under their hashes and symlinks to them.
         allowed += [p.parent / "blobs" for p in self.root.absolute().parents if p.name == "snapshots"]
@@ -156,7 +156,7 @@ class SourceFiles:
         try:
             return json.loads(_text(path), object_pairs_hook=_once)
         except (json.JSONDecodeError, RecursionError, _TwiceError) as error:
-            raise ValueError(f"{path}: expected JSON, got something else ({error}). The file is damaged.") from None
+            raise ValueError(f"{path}: expected JSON, got invalid JSON ({error}). The file is damaged.") from None
 
     def config(self, name: str) -> dict[str, Any]:
         """Parse a JSON or YAML file that contains a mapping.
@@ -183,7 +183,7 @@ class SourceFiles:
         try:
             return YAML(typ="safe", pure=True).load(_text(path))
         except (YAMLError, RecursionError) as error:
-            raise ValueError(f"{path}: expected YAML, got something else ({' '.join(str(error).split())}).") from None
+            raise ValueError(f"{path}: expected YAML, got invalid YAML ({' '.join(str(error).split())}).") from None
 
     def headers(self, name: str) -> dict[str, Header]:
         """Return the header of each tensor in a file; keys of nested dictionaries in torch files are joined by dots.
@@ -261,7 +261,9 @@ class HubSource(SourceFiles):
             return _recorded(Path(hf_hub_download(self.repo_id, name, revision=self.revision)))
         except Exception as error:  # noqa: BLE001
             # The client raises many types (offline, unknown, private); all of them become one error that names the file.
-            raise ValueError(f"{self.repo_id}/{name}: could not be had from the hub ({one_line(error)}).") from None
+            raise ValueError(
+                f"{self.repo_id}/{name}: could not be downloaded from the Hugging Face Hub ({one_line(error)})."
+            ) from None
 
 
 def hub_files(repo_id: str, revision: str | None) -> list[str]:
@@ -279,7 +281,10 @@ def hub_files(repo_id: str, revision: str | None) -> list[str]:
     try:
         cached = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except Exception:  # noqa: BLE001
-        raise ValueError(f"{repo_id}: the hub repository of that name could not be had ({reason}).") from None
+        raise ValueError(
+            f"{repo_id}: expected a directory or a Hugging Face Hub repository, but the download failed ({reason}). "
+            "Check the name and the connection."
+        ) from None
     return list(SourceFiles(cached).files)
 
 
@@ -304,7 +309,7 @@ def safetensors_headers(path: Path) -> dict[str, Header]:
             dtypes = {key: str(piece.get_dtype()) for key, piece in slices.items()}
             return {k: Header(names.get(dtypes[k], dtypes[k]), tuple(s.get_shape())) for k, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got a damaged or foreign one ({error}).") from None
+        raise ValueError(f"{path}: expected a safetensors file, got a damaged file or another format ({error}).") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,7 +317,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _TwiceError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise _TwiceError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
 
 
@@ -330,4 +335,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8, got something else ({error}). The file is damaged.") from None
+        raise ValueError(f"{path}: expected UTF-8 text, got other bytes ({error}). The file is damaged.") from None

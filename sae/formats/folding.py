@@ -60,7 +60,7 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
     """
     if n.gate.name == "pursuit" or (n.gate.name in COMPARING and n.gate.name != "threshold" and not n.gate.by_norm):
         raise ValueError(
-            f"fold_norms: {n.gate.name} chooses other latents once atoms have norm 1. Leave the norms as they are."
+            f"fold_norms: {n.gate.name} selects other latents after decoder directions are scaled to unit norm. Keep the norms."
         )
     assert n.W_enc is not None
     assert n.b_enc is not None
@@ -68,7 +68,7 @@ def fold_norms(n: CanonicalSAE) -> CanonicalSAE:
     # With by_norm, a latent with a zero decoder direction ranks as zero: its encoder row becomes zero too.
     dead = norms == 0
     if bool(dead.any()) and not n.gate.by_norm:
-        raise ValueError("fold_norms: expected atoms that are not zero, got some that are. Dead latents cannot be normed.")
+        raise ValueError("fold_norms: expected nonzero decoder directions, got zeros. They cannot be scaled to unit norm.")
     gate = n.gate
     if gate.threshold is not None and not gate.by_norm:
         gate = replace(gate, threshold=gate.threshold * norms)
@@ -119,7 +119,7 @@ def fold_scale_in(n: CanonicalSAE) -> CanonicalSAE:
         assert n.W_enc is not None
         return n.noting(note, W_enc=wide(n.W_enc) * s, b_in=b_in, scale_in=1.0)
     if n.W_enc is not None or n.kind != "sae":
-        raise ValueError("fold_scale_in: expected a pursuit of an autoencoder's atoms, got one of a transcoder.")
+        raise ValueError("fold_scale_in: expected a matching-pursuit autoencoder, got a transcoder.")
     gate = replace(n.gate, residual_norm=n.gate.residual_norm / s)
     # The codes are divided by s, so scale_out must be too.
     return n.noting(note, b_in=b_in, b_out=wide(n.b_out) / s, gate=gate, scale_in=1.0, scale_out=n.scale_out / s)
@@ -133,7 +133,9 @@ def fold_scale_out(n: CanonicalSAE) -> CanonicalSAE:
     if n.row_norm is not None and n.kind == "sae":
         raise ValueError("fold_scale_out: expected a fixed scale without a per-token normalisation to undo, got both.")
     if n.gate.name == "pursuit":
-        raise ValueError("fold_scale_out: a pursuit's atoms are its encoder; what it reads would change.")
+        raise ValueError(
+            "fold_scale_out: the encoder and decoder of matching pursuit are tied, so the encoder would change too."
+        )
     gate = n.gate
     if gate.by_norm and gate.threshold is not None:
         # Decoder norms are divided by s, so norm-weighted pre-activations are too.
@@ -152,7 +154,7 @@ def fold_b_in(n: CanonicalSAE) -> CanonicalSAE:
     if n.W_enc is None or n.b_enc is None:
         if not bool(n.b_in.any()):
             return n.noting("input bias of zero dropped", b_in=None)
-        raise ValueError("fold_b_in: a pursuit has no encoder bias that an input bias could go into.")
+        raise ValueError("fold_b_in: matching pursuit has no encoder bias to fold an input bias into.")
     return _recentred(n, -wide(n.b_in)).noting("input bias folded into the encoder bias", b_in=None)
 
 
@@ -176,7 +178,7 @@ def fold_b_out_in(n: CanonicalSAE) -> CanonicalSAE:
 def _recentred(n: CanonicalSAE, shift: Float[Tensor, " d_in"]) -> CanonicalSAE:
     """Return a copy whose encoder biases act as if its input were ``x + shift``."""
     if n.W_enc is None or n.b_enc is None:
-        raise ValueError("fold: a pursuit has no encoder bias that an input bias could go into.")
+        raise ValueError("fold: matching pursuit has no encoder bias to fold an input bias into.")
     b_enc, gate = wide(n.b_enc) + wide(n.W_enc) @ shift, n.gate
     # Gated magnitudes use W_enc x' without b_enc. Part of x' now moves into b_enc, so b_mag must compensate.
     if gate.name == "gated":

@@ -99,7 +99,7 @@ def _dictionary(where: object, tensors: Mapping[str, Tensor], kind: str) -> Cano
     require_keys(where, found, KEYS)
     unknown = sorted(set(found) - {*KEYS, AFFINE})
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got also {', '.join(unknown)}.")
     latents = found["b_enc"].shape[0] if found["b_enc"].ndim else 0
     require_shape(where, "W_enc, its latents last", tuple(found["w_enc"].shape), (None, latents))
     require_shape(where, "threshold", tuple(found["threshold"].shape), (latents,))

@@ -83,7 +83,7 @@ def _dictionary(where: object, config: Mapping[str, Any], tensors: Mapping[str, 
     require_keys(where, tensors, KEYS)
     unknown = sorted(set(tensors) - set(KEYS))
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(KEYS)}, got also {', '.join(unknown)}.")
     d_model, d_sae = config.get("d_model"), config.get("d_sae")
     for key, size in (("d_model", d_model), ("d_sae", d_sae)):
         if size is not None and not isinstance(size, int):
@@ -148,7 +148,7 @@ def _activation_fn(where: object, config: Mapping[str, Any], options: ReadOption
         )
     level = config.get("jump_relu_threshold") if options.threshold is None else options.threshold
     if not isinstance(level, (int, float)) or isinstance(level, bool):
-        raise ValueError(f"{where}: jump_relu_threshold: expected a number, got {level!r}. Give it: threshold=NUMBER.")
+        raise ValueError(f"{where}: jump_relu_threshold: expected a number, got {level!r}. Give it as threshold=NUMBER.")
     # The threshold applies to p times the raw decoder norm; decoder norms in the file are scale_out times larger.
     return ActivationFn("threshold", threshold=torch.tensor(level * scale_out), by_norm=True)
 

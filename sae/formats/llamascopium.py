@@ -59,7 +59,7 @@ class Llamascopium(Format):
         if weights is None and source.named(SHARDED):
             raise ValueError(
                 f"{source}: the weights are sharded (.dcp), which only torch's distributed reader opens, and it unpickles an "
-                "index. Where you trust it, write one file with the library: "
+                "index. If you trust it, convert it to one file with the library: "
                 "SparseDictionary.from_pretrained(FOLDER).save_checkpoint('sae_weights.safetensors')."
             )
         weights = weights or WEIGHTS[0]
@@ -68,7 +68,7 @@ class Llamascopium(Format):
         if kind == "clt":
             return _cross_layer(where, config, tensors, words, options)
         if kind not in ("sae", "transcoder"):
-            raise ValueError(f"{where}: sae_type: expected sae, transcoder or clt, got {kind!r}, which is not held here.")
+            raise ValueError(f"{where}: sae_type: expected sae, transcoder or clt, got {kind!r}, which is not supported.")
         return one(where, config, tensors, words, options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
@@ -171,7 +171,7 @@ def _require_known(where: object, tensors: Mapping[str, Tensor], known: tuple[st
     """Raise ``ValueError`` if there are unknown tensors, or required ones are missing."""
     unknown = sorted(key for key in tensors if key not in known and not key.startswith(NORM))
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(known)}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(known)}, got also {', '.join(unknown)}.")
     require_keys(where, tensors, tuple(name for name in known if name != LOG_THRESHOLD))
 
 
@@ -184,7 +184,7 @@ def _activation_fn(where: object, config: Mapping[str, Any], logs: Tensor | None
         return ActivationFn("topk", k=config.get("top_k") if options.k is None else options.k, by_norm=by_norm)
     if name == "jumprelu":
         if logs is None:
-            raise ValueError(f"{where}: {LOG_THRESHOLD}: expected it of act_fn jumprelu, found none.")
+            raise ValueError(f"{where}: {LOG_THRESHOLD}: required with act_fn jumprelu, found none.")
         return ActivationFn(
             "threshold", threshold=logs.to(torch.promote_types(logs.dtype, torch.float32)).exp(), by_norm=by_norm
         )

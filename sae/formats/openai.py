@@ -51,7 +51,7 @@ class OpenAI(TorchFiles):
         absent = [] if tied else [key for key in ("encoder.weight", "decoder.weight") if key not in tensors]
         unknown = sorted(set(tensors) - {*BIASES, *STATISTICS, *MATRICES})
         if unknown:
-            raise ValueError(f"{where}: expected {', '.join((*BIASES, *MATRICES))}, got {', '.join(unknown)} besides.")
+            raise ValueError(f"{where}: expected {', '.join((*BIASES, *MATRICES))}, got also {', '.join(unknown)}.")
         require_shape(where, "encoder.weight", tuple(W_enc.shape), (latents, width))
         require_shape(where, "decoder.weight", tuple(W_dec.T.shape), (width, latents))
         if tied:

@@ -112,7 +112,7 @@ def saelens_dictionary(
     require_keys(where, tensors, names)
     unknown = sorted(set(tensors) - set(names))
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(names)} of {architecture}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(names)} of {architecture}, got also {', '.join(unknown)}.")
     kind = "sae" if architecture in AUTOENCODERS else "transcoder"
     require_keys(where, cfg, ("d_in", "d_sae"))
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
@@ -165,7 +165,7 @@ def _activation_fn(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, 
         if not level > 0:
             raise ValueError(
                 f"{where}: topk_threshold: expected the threshold that training has measured, got {level}. "
-                "Give it: threshold=NUMBER."
+                "Give it as threshold=NUMBER."
             )
         return ActivationFn("threshold", threshold=torch.tensor(level), by_norm=cfg.get("rescale_acts_by_decoder_norm", True))
     k = cfg.get("k") if options.k is None else options.k

@@ -238,7 +238,7 @@ def named(where: object, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, 
             require_keys(where, tensors, (NAMES[ours][0],))
     unknown = sorted(set(tensors) - {theirs for theirs, _ in found.values()})
     if unknown:
-        raise ValueError(f"{where}: expected {', '.join(n[0] for n in NAMES.values())}, got {', '.join(unknown)} besides.")
+        raise ValueError(f"{where}: expected {', '.join(n[0] for n in NAMES.values())}, got also {', '.join(unknown)}.")
     return found
 
 

@@ -34,7 +34,8 @@ def check(n: CanonicalSAE, where: object) -> list[str]:
     dead = int((norms <= DEAD * norms.median()).sum())
     if dead == n.n_latents:
         raise ValueError(
-            f"{where}: W_dec: expected atoms, got zeros alone. The file was saved before anything was loaded into it."
+            f"{where}: W_dec: expected nonzero decoder directions, got only zeros. The file was saved before weights "
+            "were loaded."
         )
     if dead:
         warnings.append(f"{dead} of {n.n_latents} atoms are zero: these latents write nothing")
@@ -83,7 +84,7 @@ def check_gate(n: CanonicalSAE, where: object) -> None:
     """Raise ``ValueError`` if the activation function lacks k or a threshold, or k or a scale is invalid."""
     gate = n.gate
     if gate.name == "threshold" and gate.threshold is None:
-        raise ValueError(f"{where}: threshold: expected one, found none. Give it: threshold=NUMBER.")
+        raise ValueError(f"{where}: threshold: expected one, found none. Give it as threshold=NUMBER.")
     if gate.name in ("topk", "topk_raw", "abs_topk", "group_max", "pursuit"):
         if gate.k is None:
             raise ValueError(f"{where}: k: expected the number of latents per token, found none. Give it: k=NUMBER.")

@@ -25,7 +25,7 @@ def has_numba() -> bool:
     except ImportError as error:
         # An installed numba may be incompatible with the installed numpy.
         if find_spec("numba") is not None:
-            log.warning("numba cannot be used (%s). Everything works without it, slower.", error)
+            log.warning("numba cannot be used (%s). torch code is used instead, which is slower.", error)
         return False
     return True
 

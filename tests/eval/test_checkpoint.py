@@ -161,14 +161,14 @@ def test_a_report_lists_what_was_taken_for_granted_and_doubts(trained, tmp_path)
 @pytest.mark.parametrize(
     ("about", "given", "says"),
     [
-        ({}, CheckpointOptions(), r"trained on tensors, not on a model, or .*--model ID"),
+        ({}, CheckpointOptions(), r"trained on tensors, or .*--model ID"),
         (
             {"model": {"id": "m"}},
             CheckpointOptions(),
             r"hook: expected a module path with a side.*got None.*--hook transformer.h.2:out",
         ),
         ({"model": {"id": "m"}}, CheckpointOptions(hook="nowhere"), r"hook: expected a module path with a side.*got 'nowhere'"),
-        ({"model": {"id": "m"}, "hook": "a.b:out"}, CheckpointOptions(), r"text: expected a text to judge on.*--text FILE"),
+        ({"model": {"id": "m"}, "hook": "a.b:out"}, CheckpointOptions(), r"text: expected text to evaluate on.*--text FILE"),
         (
             {"model": {"id": "m"}, "hook": "a.b:out"},
             CheckpointOptions(settings={"recipe.lr": 1}),
@@ -204,7 +204,7 @@ def test_what_is_said_counts_and_the_rest_is_a_recipe_s():
 
 def test_ours_say_everything_themselves(trained, tmp_path):
     convert(trained / "right", tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"k: expected none with .*, which says it itself, got 3"):
+    with pytest.raises(ValueError, match=r"k: expected none, because .* records it, got 3"):
         evaluate_all([str(tmp_path / "ours")], options=CheckpointOptions(k=3))
 
 
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_model_runs(train
     with pytest.raises(ValueError, match=r"--out: required, because .*right cannot be written to"):
         evaluate(str(trained / "right"))
     file = replace(open_checkpoint(str(trained / "right")), directory=trained / "right" / "cfg.json")
-    with pytest.raises(ValueError, match=r"--out: required, because .* is no folder"):
+    with pytest.raises(ValueError, match=r"--out: required, because .* is not a local directory"):
         evaluate_loaded([file])
 
 

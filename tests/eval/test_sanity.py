@@ -71,7 +71,7 @@ def test_an_l0_far_from_the_published_one_is_said(at_home):
 
 def test_a_transcoder_needs_its_targets():
     transcoder = Transcoder(5, 3, 11, build_encoder({"name": "topk", "k": 2})).eval()
-    with pytest.raises(ValueError, match="y: expected what the transcoder is to predict"):
+    with pytest.raises(ValueError, match="y: expected the transcoder's targets"):
         sanity(transcoder, torch.randn(9, 5))
     assert sanity(transcoder, torch.randn(9, 5), torch.randn(9, 3)).l0 <= 2
 

@@ -102,7 +102,7 @@ def test_a_pickle_is_not_opened(checkpoint):
             return (pytest.fail, ("a pickle was executed",))
 
     (checkpoint / "dictionary.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="damaged or foreign"):
+    with pytest.raises(ValueError, match="damaged file or another format"):
         load_dictionary(checkpoint)
 
 

@@ -37,7 +37,9 @@ def test_a_hub_id_that_cannot_be_had_says_both_things_looked_for(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"someone/some-sae: no such directory, and the hub repository .* \(no network\)"):
+    with pytest.raises(
+        ValueError, match=r"someone/some-sae: expected a directory or a Hugging Face Hub repository, .* \(no network\)"
+    ):
         sparsary.load("someone/some-sae")
 
 
@@ -122,5 +124,5 @@ def test_several_of_ours_are_uploaded_together(build_format, tmp_path):
     assert len(found) == 8
     assert {name.rpartition("/")[2] for name in found} == {"dictionary.json", "dictionary.safetensors"}
     (tmp_path / "theirs" / "layer_2.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="damaged or foreign"):
+    with pytest.raises(ValueError, match="damaged file or another format"):
         files_of(tmp_path / "theirs")

@@ -28,7 +28,7 @@ def test_running_equals_whole_also_far_from_the_origin():
 
 
 def test_no_variance_is_an_error():
-    with pytest.raises(ValueError, match="no variance"):
+    with pytest.raises(ValueError, match="zero variance"):
         fvu(torch.ones(4, 2), torch.zeros(4, 2))
 
 

@@ -277,17 +277,18 @@ def test_a_store_goes_by_content(values, write_recipe, model_dir, text_file, tmp
         (lambda: edit_json(again / "tokenizer_config.json", eos_token="<pad>"), "tokenizer: it changed"),
     ):
         change()
-        with pytest.raises(ValueError, match=f"(?s)made for something else.*{words}"):
+        with pytest.raises(ValueError, match=f"(?s)expected a store of this recipe, got one made with other settings.*{words}"):
             check(path, model__id=str(again))
     write_texts(text_file, ["another beginning", *TEXTS])
     with pytest.raises(
-        ValueError, match=r"(?s)made for something else.*text: the first \d+ documents of .*text\.jsonl changed"
+        ValueError,
+        match=r"(?s)expected a store of this recipe, .*text: the first \d+ documents of .*text\.jsonl changed",
     ):
         check(path)
     # A complete store does without its text.
     text_file.unlink()
     check(path)
-    assert "cannot be read, so nothing tells" in caplog.text
+    assert "cannot be read, so changes to it cannot be detected" in caplog.text
 
     # Before contents were recorded: used, with a remark.
     manifest = json.loads((store.directory / "manifest.json").read_text())
@@ -295,7 +296,7 @@ def test_a_store_goes_by_content(values, write_recipe, model_dir, text_file, tmp
     (store.directory / "manifest.json").write_text(json.dumps(manifest))
     caplog.clear()
     check(path)
-    assert "only names can be compared" in caplog.text
+    assert "recorded no hashes of model and text" in caplog.text
     with pytest.raises(ValueError, match=r"model\.id"):
         check(path, model__id=str(again))
 
@@ -333,7 +334,9 @@ def test_a_run_and_what_is_measured_of_it_go_by_content(values, write_recipe, mo
 
     cached = {file.name: file.stat().st_mtime_ns for file in (out / "eval_cache").iterdir()}
     write_texts(text_file, [TEXTS[0] + " more", *TEXTS[1:]])
-    with pytest.raises(ValueError, match=r"(?s)holds another run; these differ:.*text: the first"):
+    with pytest.raises(
+        ValueError, match=r"(?s)expected a run of this recipe, got another run; these keys differ:.*text: the first"
+    ):
         train(path)
     report = evaluate(out)
     assert [doubt[:15] for doubt in report["doubts"] if doubt.startswith("text")] == ["text: the first"]
@@ -342,7 +345,9 @@ def test_a_run_and_what_is_measured_of_it_go_by_content(values, write_recipe, mo
 
     write_texts(text_file, TEXTS)
     change_weight(model_dir)
-    with pytest.raises(ValueError, match=r"(?s)holds another run; these differ:.*model: its weights changed"):
+    with pytest.raises(
+        ValueError, match=r"(?s)expected a run of this recipe, got another run; these keys differ:.*model: its weights changed"
+    ):
         train(path)
     fresh = resolve_recipe(load_recipe(path))
     with pytest.raises(ValueError, match="its weights changed"):
@@ -367,7 +372,7 @@ def test_a_run_and_what_is_measured_of_it_go_by_content(values, write_recipe, mo
     (out / "dictionary.json").write_text(json.dumps(config))
     caplog.clear()
     train(path)
-    assert "only names can be compared" in caplog.text
+    assert "recorded no hashes of model and text" in caplog.text
 
 
 def test_a_model_of_the_hub_goes_by_the_commit_it_resolves_to(tmp_path, monkeypatch):

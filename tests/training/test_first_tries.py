@@ -55,9 +55,9 @@ def values(recipe_values, tmp_path):
         (("out_dir", "text.jsonl/run"), r"out_dir: text\.jsonl/run cannot be written \(Not a directory\)"),
         (("out_dir", "n" * 300), r"out_dir: n+ cannot be written \(File name too long\)"),
         (("harvest.store", "text.jsonl"), r"harvest\.store: text\.jsonl cannot be written \(Not a directory\)"),
-        (("harvest.store", "thesis"), r"harvest\.store: thesis is not empty and not a store"),
-        (("out_dir", "thesis"), r"out_dir: thesis is not empty and holds no run"),
-        (("model.id", "no/model"), r"model\.id: 'no/model' could not be had"),
+        (("harvest.store", "thesis"), r"harvest\.store: thesis expected an empty directory or a store"),
+        (("out_dir", "thesis"), r"out_dir: thesis expected an empty directory or a run"),
+        (("model.id", "no/model"), r"model\.id: 'no/model' could not be loaded"),
     ],
     ids=lambda change: str(change)[:50],
 )
@@ -148,7 +148,7 @@ def test_a_finished_run_is_made_longer(values, caplog, live):
     before = final(first)
     with caplog.at_level(logging.INFO):
         assert train_recipe(resolved(values | {"tokens": 2020})) == first
-    assert "at step 10. It is made longer: 2,020 tokens, 1,010 before. lr, 50.0% of its peak so far, goes on at" in caplog.text
+    assert "at step 10. tokens was raised from 1,010 to 2,020. lr, 50.0% of its peak so far, continues at" in caplog.text
     provenance = read_json(first / "dictionary.json")["provenance"]
     assert (provenance["training_tokens"], provenance["training_steps"]) == (2020, 20)
     assert provenance["lengthened"] == [[10, 1010]]
@@ -174,7 +174,9 @@ def test_an_interrupted_run_that_is_made_longer_is_the_longer_run(values, stoppe
 def test_a_run_past_a_phase_that_would_begin_later_is_not_made_longer(values):
     values["phases"] = [{"start": 0.5, "encoder": {"name": "topk", "k": 3}}]
     train_recipe(resolved(values))
-    with pytest.raises(ValueError, match=r"in phase 1, which begins at step 15 of 3,030 tokens\. Train it anew in another"):
+    with pytest.raises(
+        ValueError, match=r"in phase 1, which begins at step 15 of 3,030 tokens\. Train from scratch in another"
+    ):
         train_recipe(resolved(values | {"tokens": 3030}))
     # What was refused has changed nothing.
     train_recipe(resolved(values))

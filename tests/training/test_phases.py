@@ -489,7 +489,9 @@ def test_a_phase_that_would_never_begin_is_refused(recipe_values, starts):
 
 
 def test_free_and_unit_atoms_do_not_blend(recipe_values):
-    with pytest.raises(ValueError, match=r"phases\.0\.blend: expected 0 between free and unit atoms"):
+    with pytest.raises(
+        ValueError, match=r"phases\.0\.blend: expected 0 between encoders with free and with unit-norm decoders"
+    ):
         check_recipe(recipe_values | phases({"start": 0.5, "blend": 0.1, "encoder": {"name": "relu"}}), "recipe")
 
 

@@ -127,7 +127,9 @@ def test_a_repository_s_code_is_refused_whatever_is_answered(planted, parts):
         # Transformers has one for this kind of model.
         load_model(section)
     else:
-        with pytest.raises(RemoteCodeRefused, match=r"needs Python code .* not run unasked.* model\.trust_remote_code: true"):
+        with pytest.raises(
+            RemoteCodeRefused, match=r"needs Python code .* not run by default.* model\.trust_remote_code: true"
+        ):
             load_model(section)
     for use in (skeleton, section_content):
         # Not all of the model is looked at here.
@@ -146,7 +148,7 @@ def test_code_beside_a_model_that_transformers_knows_is_not_needed(planted):
 def test_code_named_in_another_repository_is_refused(planted):
     model_id, mark = planted("AutoConfig")
     edit(Path(model_id) / "config.json", auto_map={"AutoConfig": "somebody/else--planted.PlantedConfig"})
-    with pytest.raises(RemoteCodeRefused, match="not run unasked"):
+    with pytest.raises(RemoteCodeRefused, match="not run by default"):
         skeleton(ModelSection(id=model_id))
     assert not mark.exists()
 
@@ -217,7 +219,7 @@ def test_no_command_trusts_what_a_checkpoint_says(malicious, command, monkeypatc
     with pytest.raises(SystemExit) as ended:
         sparsary.main()
     assert ended.value.code
-    assert "not run unasked" in capsys.readouterr().err
+    assert "not run by default" in capsys.readouterr().err
     assert not mark.exists()
 
 

@@ -204,7 +204,7 @@ def test_an_out_dir_of_another_run_is_refused(values):
 def test_an_out_dir_with_other_things_is_refused(values):
     Path(values["out_dir"]).mkdir()
     (Path(values["out_dir"]) / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with pytest.raises(ValueError, match="expected an empty directory or a run"):
         run(values)
 
 
@@ -324,7 +324,7 @@ def test_a_full_disk_while_saving_keeps_the_last_state(values, monkeypatch):
 
     monkeypatch.setattr(files, "_memory", full)
     message = (
-        r"run/\S+: could not be written \(No space left on device\)\. The state of step \d+ is kept\. Free space .* goes on"
+        r"run/\S+: could not be written \(No space left on device\)\. The state of step \d+ is kept\. Free space .* continues"
     )
     with pytest.raises(OSError, match=message) as ended:
         run(values)
@@ -368,7 +368,7 @@ def test_whatever_cannot_be_written_is_named_with_what_is_kept(values, monkeypat
     text = str(ended.value)
     assert text.startswith(values["out_dir"])
     assert os.strerror(number) in text
-    assert "goes on" in text
+    assert "continues" in text
     assert "Errno" not in text
     if where == "metrics":
         assert names[where] in text
@@ -397,7 +397,7 @@ def test_bad_tokens_are_in_the_provenance_also_of_a_run_that_was_stopped(values,
         return train_recipe(resolve_recipe(check_recipe(changed, "recipe")), tensors)
 
     whole = trained(values["out_dir"])
-    assert "Left out of training, or mended: tokens whose activations are not finite: 3." in caplog.text
+    assert "Excluded from training, or repaired: tokens whose activations are not finite: 3." in caplog.text
     said = json.loads((whole / "dictionary.json").read_text())["provenance"]["skipped"]
     assert said == {"tokens whose activations are not finite": 3}
     steps = iter(range(10**6))
@@ -441,7 +441,7 @@ class PlayedWandb:
     ("environment", "recipe", "login", "refused"),
     [
         ("online", None, False, "wandb: not logged in. Run `wandb login`"),
-        ("online", None, RuntimeError("key is\n wrong"), r"takes no login from here (key is wrong). Run `wandb login`"),
+        ("online", None, RuntimeError("key is\n wrong"), r"rejected the login (key is wrong). Run `wandb login`"),
         ("online", None, ConnectionError("no route"), "(no route)"),
         ("online", "online", False, "not logged in"),
         ("online", None, True, None),

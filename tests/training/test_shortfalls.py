@@ -67,7 +67,7 @@ def test_a_recipe_that_asks_for_more_than_its_run_has_says_so(recipe_values, cha
     assert keys(found) == expected
     if "lr_warmup_steps" in expected:
         had, asked = expected["lr_warmup_steps"]
-        assert f"the rate gets to {had / asked:.1%} of lr" in str(found[0])
+        assert f"the learning rate reaches only {had / asked:.1%} of lr" in str(found[0])
 
 
 def test_without_held_out_documents_nothing_can_be_judged(recipe_values):
@@ -123,7 +123,7 @@ def test_a_text_that_is_read_again_is_logged_and_kept(with_text, caplog, objecti
     size = preflight(resolved(values, tokens=7070, out_dir=values["out_dir"] + "x")).text
     provenance = read_json(directory / "dictionary.json")["provenance"]
     assert keys(recorded(provenance)) == {"tokens": (size.train, 7070)}
-    assert f"tokens: {size.train:,} of 7,070 tokens asked for: there are no more, so they are read again" in caplog.text
+    assert f"tokens: {size.train:,} of 7,070 tokens asked for: the tokens are repeated" in caplog.text
     before = (directory / "dictionary.json").read_text()
     # A finished run is done over from its end.
     train_recipe(member)
@@ -141,9 +141,12 @@ def test_tensors_that_are_passed_over_again_are_logged_and_kept(recipe_values, c
     assert "each is trained on 3.0 times" in caplog.text
 
 
-def test_calibration_on_fewer_tokens_than_asked_for_is_logged_and_kept(with_text, caplog):
+@pytest.mark.parametrize(
+    "encoder", [{"name": "batch_topk", "k": 5}, {"name": "jumprelu", "target_l0": 5}], ids=["batch", "penalty"]
+)
+def test_calibration_on_fewer_tokens_than_asked_for_is_logged_and_kept(with_text, caplog, encoder):
     values = with_text(60)
-    values["dictionary"]["encoder"] = {"name": "batch_topk", "k": 5}
+    values["dictionary"]["encoder"] = encoder
     with caplog.at_level(logging.WARNING):
         directory = train_recipe(resolved(values, calibration_tokens=20_000, eval_tokens=100))
     found = recorded(read_json(directory / "dictionary.json")["provenance"])

@@ -246,7 +246,7 @@ def test_a_data_set_that_breaks_off_is_named_with_its_row(monkeypatch):
         raise ConnectionResetError("peer gone")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken())
-    with pytest.raises(ValueError, match=r"some/set: row 1 could not be read \(ConnectionResetError: peer gone\).*goes on"):
+    with pytest.raises(ValueError, match=r"some/set: row 1 could not be read \(ConnectionResetError: peer gone\).*continues"):
         read(TextSection(source="hub", dataset="some/set"))
 
 
@@ -257,7 +257,9 @@ def test_a_dataset_that_cannot_be_had_names_the_alternatives(embedded_model, mon
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"'some/set' could not be had .*no network.*embedded"):
+    with pytest.raises(
+        ValueError, match=r"'some/set' could not be downloaded from the Hugging Face Hub .*no network.*embedded"
+    ):
         list(contexts(TextSection(source="hub", dataset="some/set"), embedded_model.tokenizer))
 
 

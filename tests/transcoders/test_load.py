@@ -39,7 +39,7 @@ def test_options_say_what_arguments_say_and_arguments_come_first(tmp_path):
 
 
 def test_what_is_asked_for_must_be_what_is_there():
-    with pytest.raises(ValueError, match=r"hook: expected transformer.h.3:out, which this dictionary is for, got .*h.4:out"):
+    with pytest.raises(ValueError, match=r"hook: expected transformer.h.3:out, the hook of this dictionary, got .*h.4:out"):
         sparsary.load(str(GOLDEN / "topk-none"), hook="transformer.h.4:out")
     with pytest.raises(ValueError, match=r"format: expected one of .*saelens.*, got 'saelense'. Did you mean 'saelens'?"):
         sparsary.load(str(GOLDEN / "topk-none"), format="saelense")

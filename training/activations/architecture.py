@@ -143,7 +143,7 @@ class Architecture:
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         if kind not in READERS:
             raise ValueError(
-                f"model.id: {model.id} is of the architecture {kind!r}, whose attention cannot be taken apart here. Expected "
+                f"model.id: {model.id} is of the architecture {kind!r}, whose attention is not supported here. Expected "
                 f"one of {', '.join(READERS)}."
             )
         self.model, self._read = model, READERS[kind]

@@ -5,7 +5,6 @@ After an interruption, the same call resumes after the last complete shard.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..bad_rows import NOT_FINITE, BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import LOCK_FILE, locked
 from ..recipe import HarvestSection, ModelSection, TextSection
+from ..stages import stage
 from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
 from .contexts import ContextBatch, context_batches
@@ -164,7 +164,7 @@ class Identity:
         ]
         if problems:
             raise ValueError(
-                f"{store.directory}: this store was made for something else:\n  "
+                f"{store.directory}: expected a store of this recipe, got one made with other settings:\n  "
                 + "\n  ".join(problems)
                 + "\nSet harvest.store to a new directory, or delete this one; then run: sparsary harvest RECIPE"
             )
@@ -175,8 +175,8 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
     recorded = store.manifest.get("content")
     if recorded is None:
         log.warning(
-            "%s: made before contents were recorded, so that only names can be compared: a model or text that has changed "
-            "under its name goes unnoticed.",
+            "%s: made by a version that recorded no hashes of model and text: a change of either under the same name "
+            "is not detected.",
             store.directory,
         )
         recorded = {"model": {"commit": store.manifest["model"].get("revision")}}
@@ -225,12 +225,8 @@ def harvest_activations(
     model: LanguageModel,
     text: TextSection,
     section: HarvestSection,
-    progress: Callable[[int], None] = lambda tokens: None,
 ) -> ActivationStore:
     """Fill ``section.store`` up to ``section.tokens`` stored tokens and return it.
-
-    Args:
-        progress: Callback, called with the number of tokens stored so far.
 
     Raises:
         ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, or more
@@ -242,7 +238,7 @@ def harvest_activations(
         store = _open_or_create(Path(section.store), model, text, section)
         try:
             with doing(f"harvesting into {section.store}"):
-                _fill(store, model, text, section, progress)
+                _fill(store, model, text, section)
         except WriteError as error:
             # Reread from disk, because the manifest in memory may list the shard that failed.
             kept = ActivationStore.open(store.directory)
@@ -250,9 +246,7 @@ def harvest_activations(
     return store
 
 
-def _fill(
-    store: ActivationStore, model: LanguageModel, text: TextSection, section: HarvestSection, progress: Callable[[int], None]
-) -> None:
+def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, section: HarvestSection) -> None:
     """Harvest from where the store ends up to ``section.tokens``."""
     assert section.tokens is not None
     hooks = tuple(store.manifest["hooks"])
@@ -267,7 +261,7 @@ def _fill(
     # A dataset stays at one commit for the whole harvest.
     text = pinned(text)
     digest = TextDigest(text)
-    with _Writer(store, section) as writer:
+    with _Writer(store, section) as writer, stage("harvest", section.tokens, done=min(stored, section.tokens)) as shown:
         if stored < section.tokens:
             for batch in context_batches(model, text, section, section.batch_contexts, cursor, bad=texts, reading=digest.add):
                 splits = rows_of(model, batch, section, hooks, memory)
@@ -278,7 +272,7 @@ def _fill(
                 full = enough or pending >= section.shard_tokens
                 left_out = texts.until(cursor.document) + tokens.found
                 writer.put(rows, (cursor, left_out, digest.up_to(cursor)) if full else None)
-                progress(min(stored + pending, section.tokens))
+                shown.update(min(stored + pending, section.tokens))
                 if full:
                     stored, pending = stored + pending, 0
                 if enough:
@@ -287,15 +281,16 @@ def _fill(
                 if pending:
                     writer.put({}, (cursor, texts.until(cursor.document) + tokens.found, digest.up_to(cursor)))
                 stored += pending
-                log.warning("The text ended after %d of %d tokens; the store holds all of it.", stored, section.tokens)
+                log.warning("The text has only %d of the %d tokens; the store holds all of them.", stored, section.tokens)
         if stored == 0:
             raise ValueError(
-                "text: no token was left to store. Give longer text, or lower text.context_length or harvest.exclude_leading."
+                "text: expected tokens to store, got none. Give longer text, or lower text.context_length or "
+                "harvest.exclude_leading."
             )
         writer.finish()
         digest.remember()
     if skipped := store.manifest.get("skipped"):
-        log.warning("%s: left out or mended: %s.", store.directory, counted(skipped))
+        log.warning("%s: excluded or repaired: %s.", store.directory, counted(skipped))
 
 
 def require_store_folder(directory: Path) -> None:
@@ -303,7 +298,9 @@ def require_store_folder(directory: Path) -> None:
     if (directory / MANIFEST_FILE).exists() or not directory.is_dir():
         return
     if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
-        raise ValueError(f"harvest.store: {directory} is not empty and not a store. Choose a new directory.")
+        raise ValueError(
+            f"harvest.store: {directory}: expected an empty directory or a store, got other files. Choose a new directory."
+        )
 
 
 def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, section: HarvestSection) -> ActivationStore:

@@ -91,7 +91,7 @@ class Buffers:
 def require_tokens(found: int) -> int:
     """Return the number of training tokens in a whole text; raise ``ValueError`` if there are none."""
     if not found:
-        raise ValueError("text: no token is left to train on. Give longer text, or lower text.context_length.")
+        raise ValueError("text: expected tokens to train on, got none. Give longer text, or lower text.context_length.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
 from .sites import hooks_with_sites
 from .splice import generate, model_spliced
 from .weightless import weightless
+
+log = logging.getLogger(__name__)
 
 
 class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
@@ -175,9 +178,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"model.device: {name!r} is not available here ({str(error).splitlines()[0]}). Use auto or cpu."
-        ) from None
+        raise ValueError(f"model.device: {name!r} is not available ({str(error).splitlines()[0]}). Use auto or cpu.") from None
     return device
 
 
@@ -189,6 +190,7 @@ def load_model(section: ModelSection) -> LanguageModel:
         ValueError: If it cannot be loaded; the message names the offline alternative.
     """
     device = resolve_device(section.device)
+    log.info("loading model %s", section.id)
     _, model_class = _causal_config(section)
     tokenizer = load_tokenizer(section)
     with _explained(section):
@@ -330,8 +332,9 @@ def _asked(section: ModelSection) -> Iterator[None]:
         if "trust_remote_code" not in str(error) or section.trust_remote_code:
             raise
         raise RemoteCodeRefused(
-            f"model.id: {section.id!r} needs Python code that its repository brings, which is not run unasked: it could do "
-            "whatever you can on this machine. Read it; to allow it, set model.trust_remote_code: true (on the command line: "
+            f"model.id: {section.id!r} needs Python code from its repository, which is not run by default: it could do "
+            "anything that you can do on this machine. Read it; to allow it, set model.trust_remote_code: true (on the "
+            "command line: "
             "--trust-remote-code)."
         ) from None
 
@@ -346,7 +349,7 @@ def _explained(section: ModelSection) -> Iterator[None]:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"model.id: {section.id!r} could not be had ({reason}). Give a local directory with config.json, "
+            f"model.id: {section.id!r} could not be loaded ({reason}). Give a local directory with config.json, "
             "model.safetensors and tokenizer files, or use model.id: embedded, which needs no network."
         ) from None
 

@@ -375,7 +375,7 @@ class _ShardTensor:
                 found = preadv(descriptor, [view[i * size : (i + 1) * size]], start + row * size)
             except OSError as error:
                 raise ValueError(
-                    f"{self.path}: row {row} could not be read ({error.strerror}). Check the disk; the same command goes on."
+                    f"{self.path}: row {row} could not be read ({error.strerror}). Check the disk; the same command continues."
                 ) from None
             if found != size:
                 raise ValueError(

@@ -137,8 +137,8 @@ def _connected(module: nn.Module, blocks: list[BlockPaths]) -> list[BlockPaths]:
         assert flow.marks, "it runs without gradients"
     except Exception as error:  # noqa: BLE001 - models raise anything
         log.warning(
-            "dictionary.site: %s could not be run to see how its parts are connected (%s: %s): attention and MLP are told by "
-            "their names, and nothing between them is offered.",
+            "dictionary.site: %s could not be run to see how its parts are connected (%s: %s): attention and MLP are "
+            "identified by name, and no site between them is offered.",
             type(module).__name__,
             type(error).__name__,
             error,

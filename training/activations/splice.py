@@ -109,7 +109,7 @@ class Intervention:
         if isinstance(self.positions, str):
             if self.positions == "new" and prompt is None:
                 raise ValueError(
-                    "positions: 'new' are those behind a prompt, so only generate has them. Give a list or a mask."
+                    "positions: 'new' means positions after a prompt, which only generate has. Give a list or a mask."
                 )
             chosen[:, prompt if self.positions == "new" else 0 :] = True
             return chosen
@@ -153,8 +153,8 @@ class Splice:
             for hook in (insertion.hooks_out[site] for site in insertion.sites):
                 if hook in writers:
                     raise ValueError(
-                        f"{hook}: insertions {writers[hook]} and {index} both replace it. Leave one of them out; of a grid's "
-                        "dictionaries for one hook, take one."
+                        f"{hook}: insertions {writers[hook]} and {index} both replace it. Remove one of them; of a grid's "
+                        "dictionaries for one hook, use one."
                     )
                 writers[hook] = index
             there = {tensor.device for tensor in insertion.dictionary.state_dict().values()}
@@ -191,7 +191,7 @@ class Splice:
             for site in insertion.sites:
                 if (index, site) not in self._written:
                     raise ValueError(
-                        f"{insertion.hooks_out[site]}: insertion {index} was not put in place: the model never ran this "
+                        f"{insertion.hooks_out[site]}: insertion {index} was not spliced in: the model never ran this "
                         "module. Choose a hook that is part of its forward pass."
                     )
 
@@ -247,7 +247,7 @@ class Splice:
         if code is None:
             code = insertion.dictionary.encode_at(site, rows)
         elif code.n_tokens != rows.shape[0]:
-            raise ValueError(f"codes: {place}: expected {rows.shape[0]} tokens, those that are replaced, got {code.n_tokens}.")
+            raise ValueError(f"codes: {place}: expected {rows.shape[0]} tokens, as many as are replaced, got {code.n_tokens}.")
         code = _keeping_gradient(code)
         self._inputs[place], self._unedited[place] = rows, code
         self.codes[place] = self._edited(place, code, x.shape[0], x.shape[1])
@@ -260,7 +260,7 @@ class Splice:
             kept = self._mask(contexts, positions)
             if kept is not None and not isinstance(edit.positions, str) and bool((where & ~kept.cpu()).any()):
                 missed = (where & ~kept.cpu()).any(0).nonzero().flatten().tolist()
-                raise ValueError(f"positions: expected ones that kept has, for others are not replaced, got {missed}.")
+                raise ValueError(f"positions: expected positions in kept, because only those are replaced, got {missed}.")
             chosen = self._rows(where.to(code.values.device).unsqueeze(-1))
             latents = torch.tensor(list(edit.latents), device=code.latents.device)
             before = code.columns(latents)
@@ -292,7 +292,8 @@ class Splice:
         for earlier in range(site + 1):
             if (index, earlier) not in codes:
                 raise ValueError(
-                    f"{insertion.hooks_out[site]}: insertion {index} is to write here before the model comes to what it reads, "
+                    f"{insertion.hooks_out[site]}: insertion {index} would write here before the model reaches the hook "
+                    "that it reads, "
                     f"{insertion.hooks_in[earlier]}. Choose hooks in the model's order."
                 )
         read = [codes[index, earlier] for earlier in range(site + 1)]

@@ -1,15 +1,18 @@
 """Command line of ``sparsary bench``, one subcommand per benchmark."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import print_table, show_progress
+from ..console import print_table
 
 if TYPE_CHECKING:
     from .comparison import BenchPlan, StepShape
 
+log = logging.getLogger(__name__)
 app = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
 BenchKeys = Annotated[
     list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys of our steps: accumulate=2.")
@@ -54,16 +57,15 @@ def _bench_step(
     json: BenchJson = None,
 ) -> None:
     """Compare a training step with its encoder matrix product and with other libraries' steps, in alternating processes."""
+    log.info("bench step: loading torch")
+    from ..stages import stage
     from .comparison import GROWTH, QUICK_GROWTH, STEP_FAMILIES, STEP_SHAPE, bench_slopes, bench_steps, rounds_of
 
     names = family or ["topk"]
     plan = _bench_plan(overrides, shape, STEP_SHAPE, names, STEP_FAMILIES, variant, rounds, threads, peers, peer, quick)
-    with show_progress("bench") as progress:
-        if slopes:
-            growth = QUICK_GROWTH if quick else GROWTH
-            report = bench_slopes(plan, growth, progress(rounds_of(plan, growth)))
-        else:
-            report = bench_steps(plan, progress(rounds_of(plan)))
+    growth = (QUICK_GROWTH if quick else GROWTH) if slopes else None
+    with stage("bench step", rounds_of(plan, growth), "rounds") as shown:
+        report = bench_steps(plan, shown.update) if growth is None else bench_slopes(plan, growth, shown.update)
     _bench_report("step", report, json)
 
 
@@ -81,12 +83,14 @@ def _bench_pursuit(
     json: BenchJson = None,
 ) -> None:
     """Compare matching pursuit training steps, and inference with other pursuit algorithms, in the same way as `step`."""
+    log.info("bench pursuit: loading torch")
+    from ..stages import stage
     from .comparison import PURSUIT_FAMILIES, PURSUIT_SHAPE, bench_steps, rounds_of
 
     names = family or ["matching_pursuit", "gradient_pursuit"]
     plan = _bench_plan(overrides, shape, PURSUIT_SHAPE, names, PURSUIT_FAMILIES, variant, rounds, threads, peers, peer, quick)
-    with show_progress("bench") as progress:
-        report = bench_steps(plan, progress(rounds_of(plan)))
+    with stage("bench pursuit", rounds_of(plan), "rounds") as shown:
+        report = bench_steps(plan, shown.update)
     _bench_report("pursuit", report, json)
 
 
@@ -98,10 +102,13 @@ def _bench_stream(
     json: BenchJson = None,
 ) -> None:
     """Measure the read speed of activation stores in the page cache, in GB/s of float32, for every store dtype."""
+    log.info("bench stream: loading torch")
     from .data import bench_stream
 
-    report = bench_stream(width, 8192, 256, 2, 3) if quick else bench_stream(width, repeats=rounds)
-    _bench_report("stream", report, json)
+    measured = _measured(
+        "stream", lambda: bench_stream(width, 8192, 256, 2, 3) if quick else bench_stream(width, repeats=rounds)
+    )
+    _bench_report("stream", measured, json)
 
 
 @app.command("harvest")
@@ -112,9 +119,11 @@ def _bench_harvest(
     json: BenchJson = None,
 ) -> None:
     """Compare a harvest of the embedded model with its forward passes alone on the same contexts, in turn."""
+    log.info("bench harvest: loading torch")
     from .data import bench_harvest
 
-    _bench_report("harvest", bench_harvest(tokens=2000 if quick else 50_000, dtype=dtype, repeats=rounds), json)
+    tokens = 2000 if quick else 50_000
+    _bench_report("harvest", _measured("harvest", lambda: bench_harvest(tokens=tokens, dtype=dtype, repeats=rounds)), json)
 
 
 @app.command("loading")
@@ -124,9 +133,11 @@ def _bench_loading(
     json: BenchJson = None,
 ) -> None:
     """Measure time and memory to load a 16k x 2304 dictionary in other libraries' formats, relative to reading its bytes."""
+    log.info("bench loading: loading torch")
     from .loading import bench_loading
 
-    _bench_report("loading", bench_loading(64, 32, 1) if quick else bench_loading(rounds=rounds), json)
+    measured = _measured("loading", lambda: bench_loading(64, 32, 1) if quick else bench_loading(rounds=rounds))
+    _bench_report("loading", measured, json)
 
 
 @app.command("grid")
@@ -137,10 +148,11 @@ def _bench_grid(
     json: BenchJson = None,
 ) -> None:
     """Compare training several dictionaries on one activation stream with training one, in turn, for several shapes."""
+    log.info("bench grid: loading torch")
     from .grid import SHAPES, bench_grid
 
     shapes = dict([*SHAPES.items()][:1]) if quick else SHAPES
-    _bench_report("grid", bench_grid(members, rounds, shapes), json)
+    _bench_report("grid", _measured("grid", lambda: bench_grid(members, rounds, shapes)), json)
 
 
 @app.command("gpu")
@@ -151,10 +163,11 @@ def _bench_gpu(
     json: BenchJson = None,
 ) -> None:
     """Measure a TopK training step on a CUDA GPU in bf16, relative to its encoder matrix product."""
+    log.info("bench gpu: loading torch")
     from .comparison import parse_shape
     from .gpu import bench_gpu_step
 
-    _bench_report("gpu", bench_gpu_step(*parse_shape(shape)), json)
+    _bench_report("gpu", _measured("gpu", lambda: bench_gpu_step(*parse_shape(shape))), json)
 
 
 def _bench_plan(
@@ -185,6 +198,16 @@ def _bench_plan(
         peers_python=peers_python(peers),
         libraries=require_choices("--peer", peer or LIBRARIES, LIBRARIES),
     )
+
+
+def _measured(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a benchmark that reports no rounds, as one stage."""
+    from ..stages import stage
+
+    with stage(f"bench {name}", 1, "benchmarks") as shown:
+        report = measure()
+        shown.update(1)
+    return report
 
 
 def _bench_report(name: str, report: dict[str, Any], json: str | None) -> None:

@@ -81,7 +81,7 @@ def recipe_of(task: BenchTask) -> Recipe:
     }
     for key, value in task.overrides.items():
         if key in TAKEN:
-            raise ValueError(f"{where}: {key}: expected {TAKEN[key]} to say it, got {value!r}.")
+            raise ValueError(f"{where}: {key}: expected the value from {TAKEN[key]}, got {value!r}.")
         override(values, key, value)
     recipe = check_recipe(values, where)
     if recipe.objective == "kl":

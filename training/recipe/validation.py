@@ -281,7 +281,10 @@ def _check_training(recipe: Recipe) -> list[str]:
     free = [not ENCODERS[spec["name"]].unit_atoms for _, spec in specs if spec.get("name") in ENCODERS]
     for i, phase in enumerate(recipe.phases):
         if phase.blend and len(free) == len(specs) and free[i] != free[i + 1]:
-            problems.append(f"phases.{i}.blend: expected 0 between free and unit atoms (relu and others), got {phase.blend}.")
+            problems.append(
+                f"phases.{i}.blend: expected 0 between encoders with free and with unit-norm decoders (relu and others), "
+                f"got {phase.blend}."
+            )
     tied = {ENCODERS[spec["name"]].tied for _, spec in specs if spec.get("name") in ENCODERS}
     if len(tied) > 1:
         problems.append("phases: an encoder with tied weights (matching_pursuit) cannot share a run with one without.")

@@ -77,7 +77,7 @@ class Certified(Method):
         seed: int = 0,
     ):
         if size is not None and threshold is not None:
-            raise ValueError("size: expected it or threshold, got both. One of them says which units a circuit has.")
+            raise ValueError("size: expected size or threshold, got both. Give one of them.")
         for name, value, low in (("p_del", p_del, 0.0), ("tau", tau, 0.5), ("alpha", alpha, 0.0)):
             if not low < value < 1.0:
                 raise ValueError(f"{name}: expected a number between {low:g} and 1, got {value}.")

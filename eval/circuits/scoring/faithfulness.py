@@ -225,7 +225,7 @@ def stability(scores: UnitScores, size: int, ranking: str = "signed", draws: int
         ValueError: If the method gives no per-pair scores.
     """
     if scores.per_pair is None:
-        raise ValueError("stability: expected scores of every pair, got their mean only. Discover on resampled pairs instead.")
+        raise ValueError("stability: expected per-pair scores, got only their mean. Discover on resampled pairs instead.")
     n, generator = len(scores.per_pair), torch.Generator().manual_seed(seed)
     own = circuit_members(ranked(scores, ranking), size)
     found = []

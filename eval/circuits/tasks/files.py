@@ -94,7 +94,7 @@ def write_pairs(pairs: PromptPairs, path: str | Path, model: LanguageModel) -> N
 
 def _records(path: Path) -> Iterator[FileLine]:
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file of pairs, got none there. Give the path of a .jsonl, .json or .csv file.")
+        raise ValueError(f"{path}: expected a file of pairs, found none. Give the path of a .jsonl, .json or .csv file.")
     text = read_text(path)
     if path.suffix == ".csv":
         rows = csv.DictReader(text.splitlines(keepends=True))
@@ -113,7 +113,7 @@ def _prompts(path: Path, text: str) -> list:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got something else ({error}). One record per line is .jsonl.") from None
+        raise ValueError(f"{path}: expected JSON, got invalid JSON ({error}). One record per line is .jsonl.") from None
     prompts = content.get("prompts") if isinstance(content, Mapping) else None
     if not isinstance(prompts, list):
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from ...pages.numbers import show
 from ..absorption import absorbed
 from ..datasets import Pooled, embedded_tokens, halves
 from ..factors import LEAST_PROBE_F1, labels_of
@@ -73,13 +74,10 @@ def absorption(
     own = {key: value for key, value in mean.items() if LESS_BIAS not in key}
     details = [{key: value for key, value in row.items() if key != "why" and LESS_BIAS not in key} for row in scored]
     config = {"random_seed": seed, "model_name": subject.model.id, "min_GT_probe_f1": LEAST_PROBE_F1}
-    shown = "undefined" if not scored else f"fraction {mean['mean_absorption_fraction_score']:.3f}"
-    shown += (
-        ""
-        if not scored
-        else f"   full {mean['mean_full_absorption_score']:.3f}   latents {mean['mean_num_split_features']:.2f}"
-    )
-    return SaebenchResult(summary, {"mean": own}, details, config, [("absorption", f"{shown}   of {len(scored)} labels")])
+    columns = {"fraction": "absorption_fraction_score", "full": "full_absorption_score", "latents": "num_split_features"}
+    cells = [show(mean.get(f"mean_{key}") if scored else None, digits=3) for key in columns.values()]
+    table = (["absorption", "labels", *columns], [["mean over labels", str(len(scored)), *cells]])
+    return SaebenchResult(summary, {"mean": own}, details, config, table)
 
 
 def _absorption_row(

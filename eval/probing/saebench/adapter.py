@@ -52,9 +52,7 @@ def transformer_lens_hook(hook: str, model: str | None = None) -> tuple[int, str
     # The name of a local model may mislead; fall back to the names of its blocks.
     name = to_transformer_lens(hook, model) or to_transformer_lens(hook)
     if name is None:
-        raise ValueError(
-            f"{hook}: expected a place in a model that TransformerLens has a name for. Give hook_layer and hook_name."
-        )
+        raise ValueError(f"{hook}: expected a hook that TransformerLens has a name for. Give hook_layer and hook_name.")
     return layer_of(name) or 0, name
 
 
@@ -77,7 +75,7 @@ class SaeBenchAdapter(nn.Module):
     ):
         super().__init__()
         if not isinstance(dictionary, OneSiteDictionary) or dictionary.d_in != dictionary.d_out:
-            raise ValueError("dictionary: expected one that maps an activation to itself; SAEBench knows no others.")
+            raise ValueError("dictionary: expected an SAE, as SAEBench evaluates no other kinds.")
         if hook_layer is None or hook_name is None:
             hook_layer, hook_name = transformer_lens_hook(hook, model_name)
         # In a tuple, so that it is no submodule and a change of dtype does not reach it.

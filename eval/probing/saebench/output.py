@@ -22,13 +22,14 @@ PENALTY = 0.1
 
 @dataclass(frozen=True)
 class SaebenchResult:
-    """Results of a task: a flat summary, the contents of SAEBench's result file, and lines for the terminal."""
+    """Results of a task: a flat summary, the contents of SAEBench's result file, and a table and notes for the terminal."""
 
     summary: dict[str, Any]
     metrics: dict[str, dict[str, Any]]
     details: list[dict[str, Any]]
     config: dict[str, Any]
-    lines: list[tuple[str, str]]
+    table: tuple[list[str], list[list[str]]]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 def result_file(subject: ProbeTarget, checkpoint: str, eval_type: str, task: SaebenchResult) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from ...pages.numbers import show
 from ..datasets import Pooled
 from ..probes import LinearProbe, logistic
 from ..subject import ProbeTarget, latent_writes
@@ -91,11 +92,11 @@ def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
         "scr_datasets": len(usable),
         "scr_warning": UNRELIABLE,
     }
-    shown = "   ".join(f"{n} {summary[f'scr_metric_threshold_{n}']:.3f}" for n in _counts(len(writes))[:5])
+    counts = _counts(len(writes))[:5]
+    cells = [show(summary[f"scr_metric_threshold_{n}"], digits=3) for n in counts]
+    table = (["SCR, latents ablated", *map(str, counts)], [["share recovered", *cells]])
     config = _interventions_config(subject, usable, seed, True)
-    return SaebenchResult(
-        summary, metrics, details, config, [("SCR", f"share recovered, latents silenced: {shown}"), ("SCR, doubt", UNRELIABLE)]
-    )
+    return SaebenchResult(summary, metrics, details, config, table, (("SCR, doubt", UNRELIABLE),))
 
 
 def _two(values: np.ndarray) -> bool:
@@ -177,12 +178,8 @@ def tpp(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
         details.append({"dataset_name": one.name} | {key: float(np.mean(values)) for key, values in found.items()})
     metrics = {"tpp_metrics": _means(details)}
     summary = metrics["tpp_metrics"] | {"tpp_datasets": len(usable), "tpp_warning": UNRELIABLE}
-    shown = "   ".join(f"{n} {summary[f'tpp_threshold_{n}_total_metric']:.3f}" for n in _counts(len(writes))[:5])
+    counts = _counts(len(writes))[:5]
+    cells = [show(summary[f"tpp_threshold_{n}_total_metric"], digits=3) for n in counts]
+    table = (["TPP, latents ablated", *map(str, counts)], [["own accuracy lost - others'", *cells]])
     config = _interventions_config(subject, usable, seed, False)
-    return SaebenchResult(
-        summary,
-        metrics,
-        details,
-        config,
-        [("TPP", f"own loss less others', latents silenced: {shown}"), ("TPP, doubt", UNRELIABLE)],
-    )
+    return SaebenchResult(summary, metrics, details, config, table, (("TPP, doubt", UNRELIABLE),))

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ...bootstrap import bootstrap_mean
+from ...pages.numbers import show
 from ..datasets import Pooled
 from ..probes import ProbeInputs, logistic
 from ..subject import ProbeTarget
@@ -52,14 +53,12 @@ def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> S
         # The interval is of the mean over texts, shifted to the mean over data sets.
         summary |= {f"sparse_probing_{key}_low": value + spread.low - spread.mean}
         summary |= {f"sparse_probing_{key}_high": value + spread.high - spread.mean}
-    lines = []
-    for side, name in (("sae", "latents"), ("llm", "dimensions")):
-        found = metrics[side]
-        cells = [
-            f"{k} {found[f'{side}_top_{k}_test_accuracy']:.3f}" for k in K_VALUES if f"{side}_top_{k}_test_accuracy" in found
-        ]
-        cells.append(f"all {found[f'{side}_test_accuracy']:.3f}")
-        lines.append(("sparse probing", f"accuracy of {name}: {'   '.join(cells)}"))
+    keys = {f"top {k}": f"top_{k}_test_accuracy" for k in K_VALUES} | {"all": "test_accuracy"}
+    keys = {head: key for head, key in keys.items() if f"sae_{key}" in metrics["sae"] or f"llm_{key}" in metrics["llm"]}
+    rows = [
+        [name, *(show(metrics[side].get(f"{side}_{key}"), "-", digits=3) for key in keys.values())]
+        for side, name in (("sae", "latents"), ("llm", "dimensions"))
+    ]
     config = {
         "random_seed": seed,
         "dataset_names": [one.name for one in data],
@@ -69,7 +68,7 @@ def sparse_probing(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> S
         "model_name": subject.model.id,
         "k_values": list(K_VALUES),
     }
-    return SaebenchResult(summary, metrics, details, config, lines)
+    return SaebenchResult(summary, metrics, details, config, (["sparse probing accuracy", *keys], rows))
 
 
 def _largest_difference(columns: ProbeInputs, y: np.ndarray) -> np.ndarray:

@@ -312,7 +312,7 @@ def test_which_files_are_recipes(recipes, recipe_values, tmp_path):
     assert list(load_families([str(recipes)], {})) == ["narrow", "wide", "wide-more"]
     twin = tmp_path / "wide.yaml"
     twin.write_text(json.dumps(recipe_values))
-    with pytest.raises(ValueError, match=r"wide.yaml: expected file names that differ, got .*Rename one"):
+    with pytest.raises(ValueError, match=r"wide.yaml: expected distinct file names, .*Rename one"):
         load_families([str(recipes), str(twin)], {})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: expected a directory with recipes"):
@@ -468,7 +468,7 @@ def test_many_families_keep_looks_and_colours_apart(judged):
 def test_the_command_prints_the_table_and_the_page(monkeypatch, capsys, judged):
     given = {}
 
-    def instead(recipes, overrides, seeds, out, progress, against, match_l0):
+    def instead(recipes, overrides, seeds, out, against, match_l0):
         given.update(recipes=recipes, overrides=overrides, seeds=seeds, out=out)
         return collect_run_groups({"[narrow]": [judged("narrow", 0)]}) | {"page_path": "there/comparison.html"}
 

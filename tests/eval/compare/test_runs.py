@@ -94,7 +94,7 @@ def test_what_makes_figures_incomparable_is_said(runs):
 def test_other_reports_and_too_few_runs_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match=r"expected at least two runs, got 1\. For one alone: sparsary eval"):
         compare_runs(runs[:1], str(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"small: --tokens: expected a checkpoint to judge"):
+    with pytest.raises(ValueError, match=r"small: --tokens: expected a checkpoint to evaluate"):
         compare_runs(runs, str(tmp_path / "out"), tokens=100)
     (runs[0] / "report.json").write_text(json.dumps({"stack_report_version": 1, "fvu_layer_mean": 0.5}))
     with pytest.raises(ValueError, match=r"report.json: fvu: expected the report of one dictionary"):

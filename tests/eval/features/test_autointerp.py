@@ -88,7 +88,7 @@ def test_answers_of_another_form_are_discarded_and_counted(shown, serving):
         result = score_explanations(shown, chat, chat)
     assert (result.detection, result.fuzzing) == (None, None)
     assert (result.malformed, result.questions) == (10, 11)
-    assert result.reasons["detection"] == "5 of 5 answers were of no use"
+    assert result.reasons["detection"] == "5 of 5 answers could not be parsed"
 
 
 @pytest.mark.parametrize("body", [b"<html>", {"choices": []}, {"choices": [{"message": {"content": None}}]}, [], 3])

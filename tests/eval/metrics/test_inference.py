@@ -60,7 +60,7 @@ def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path):
         (InferenceMode(pursuit="gradient_pursuit"), "--k: expected a number"),
         (InferenceMode(k=3), "--k: expected a number"),
         (InferenceMode(pursuit="gradient_pursuit", k=0), "--k: expected a number"),
-        (InferenceMode(oracle=True, pursuit="gradient_pursuit", k=3), "expected either it or --pursuit"),
+        (InferenceMode(oracle=True, pursuit="gradient_pursuit", k=3), "expected --oracle or --pursuit"),
     ],
 )
 def test_selections_that_make_no_sense_are_refused(gradient_run, tmp_path, selection, message):
@@ -75,7 +75,7 @@ def test_an_unusual_report_does_not_replace_the_usual_one(gradient_run):
 
 def test_an_oracle_needs_an_encoder_that_reads_gradients(tmp_path):
     SAE(5, 13, ENCODERS["topk"](k=2)).save(tmp_path)
-    with pytest.raises(ValueError, match="--oracle: expected a dictionary that chooses by gradients"):
+    with pytest.raises(ValueError, match="--oracle: expected a gradient_topk dictionary"):
         evaluate(str(tmp_path), str(tmp_path / "o"), torch.randn(9, 5), selection=InferenceMode(oracle=True))
 
 

@@ -19,6 +19,7 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
+from sparsary.training.stages import Stage
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,7 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
     assert folders(["runs/a"], "out") == ["out"]
     assert folders(["runs/a", "runs/b"], "out") == ["out/a", "out/b"]
     assert folders(["one/seed-0", "two/seed-0"], "out") == ["out/one-seed-0", "out/two-seed-0"]
-    with pytest.raises(ValueError, match=r"runs/a: expected checkpoints that differ"):
+    with pytest.raises(ValueError, match=r"runs/a: expected distinct checkpoints"):
         folders(["runs/a", "runs/a"], "out")
 
 
@@ -239,7 +240,7 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
     seen.clear()
     assert figures(evaluate(path, str(tmp_path / "5"), tokens=600)) == figures(first)
     assert seen
-    assert "damaged, measured again" in caplog.text
+    assert "damaged; its metrics are recomputed" in caplog.text
     assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
 
 
@@ -266,16 +267,19 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
     monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
-    told = []
+    told, update = [], Stage.update
 
-    def progress(total):
-        told.append(total)
-        return told.append
+    def recorded(stage, done, stats=None):
+        told.append((stage.name, stage.total, done))
+        update(stage, done, stats)
 
-    evaluate(rivals[1], str(tmp_path), tokens=700, progress=progress)
-    assert told[0] == told[-1] == 700
-    assert told[1:] == sorted(told[1:])
-    assert len(told) > 4
+    monkeypatch.setattr(Stage, "update", recorded)
+    evaluate(rivals[1], str(tmp_path), tokens=700)
+    assert {entry[:2] for entry in told} == {("evaluation", 700)}
+    done = [entry[2] for entry in told]
+    assert done == sorted(done)
+    assert done[-1] == 700
+    assert len(done) > 3
 
 
 def saved_like(checkpoint, directory, dictionary, **changes):
@@ -317,7 +321,7 @@ def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeyp
 
     monkeypatch.setattr(LanguageModel, "activations", overflowing)
     with pytest.raises(
-        ValueError, match=r"transformer.h.2:out: expected finite activations, .* Judge it in model.dtype: float"
+        ValueError, match=r"transformer.h.2:out: expected finite activations, .* Evaluate it with model.dtype: float"
     ):
         evaluate(rivals[0], str(tmp_path), tokens=600, cache=False)
 
@@ -349,7 +353,7 @@ def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(checkpoi
     assert spoiled
     (line,) = report["skipped"]
     assert line.startswith("evaluation: tokens whose activations are not finite: ")
-    assert "Left out of the evaluation" in caplog.text
+    assert "Excluded from the evaluation" in caplog.text
     assert "skipped" not in plain
     assert all(np.isfinite(value) for value in report.values() if isinstance(value, float))
     assert report["fvu"] == pytest.approx(plain["fvu"], rel=0.5)

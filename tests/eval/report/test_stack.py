@@ -200,7 +200,9 @@ def test_what_does_not_fit_together_is_refused(linear, tmp_path):
         evaluate(str(tmp_path))
     other = SOURCE | {"hooks_in": READS[1:2], "hooks_out": WRITES[1:2], "harvest": {"exclude_leading": 3}}
     linear[1].save(tmp_path / "b", other)
-    with pytest.raises(ValueError, match=r"harvest: expected dictionaries trained on the same, but transformer\.h\.1\.mlp:out"):
+    with pytest.raises(
+        ValueError, match=r"harvest: expected dictionaries trained on the same harvest, but transformer\.h\.1\.mlp:out"
+    ):
         evaluate(str(tmp_path))
     save(Transcoder(128, 96, 67, topk()), tmp_path / "b", READS[1:2], WRITES[1:2])
     with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp:out: expected width 96, the dictionary's d_out, got 128"):
@@ -266,5 +268,5 @@ def test_the_page_shows_every_figure(report):
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     lines = report_summary(report)
     assert lines[0] == ("stack", lines[0][1])
-    assert len(lines) == 8 + 4
+    assert len(lines) == 9 + 4
     assert lines[-1][0] == "transformer.h.3.mlp"

@@ -112,7 +112,7 @@ def test_a_stack_s_transcoders_are_found_by_layer(tiny_model):
 
 def test_what_does_not_reach_or_does_not_fit_is_refused(circuit):
     weights, anatomy = circuit.weights, circuit.anatomy
-    with pytest.raises(ValueError, match=r"lower: expected a layer before 1, which is to read it, got 1"):
+    with pytest.raises(ValueError, match=r"lower: expected a layer before 1, which reads it, got 1"):
         weights.between(1, 1)
     with pytest.raises(ValueError, match=r"lower: expected a layer before 1, .*got 1"):
         weights.between(1, 2, head=(1, 0))

@@ -279,7 +279,9 @@ def test_sizes_that_a_file_does_not_have_are_not_allocated(tmp_path):
     shutil.copytree(GOLDEN / "set_relu", tmp_path / "a")
     header = json.dumps({"W_enc": {"dtype": "F32", "shape": [1 << 30, 1 << 10], "data_offsets": [0, 1 << 42]}}).encode()
     (tmp_path / "a" / "layer_1.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ValueError, match=r"layer_1.safetensors: expected a safetensors file, got a damaged or foreign one"):
+    with pytest.raises(
+        ValueError, match=r"layer_1.safetensors: expected a safetensors file, got a damaged file or another format"
+    ):
         read_dictionary(tmp_path / "a")
 
 
@@ -298,7 +300,7 @@ def test_a_list_of_files_may_name_local_ones(tmp_path, assert_same_tensors):
         ("['hf://google/gemma-scope/a.npz', 'hf://b/c/d']", "2 files are in other repositories: hf://google/gemma-scope/a.npz"),
         ("['../../secret.safetensors']", "expected a path within it, got '../../secret.safetensors'"),
         ("[/etc/passwd]", "expected a path within it, got '/etc/passwd'"),
-        ("[none.safetensors]", "expected this file, found nothing there"),
+        ("[none.safetensors]", "expected this file, found none"),
         ("[1, 2]", "expected a list of paths"),
         ("[]", "expected a list of paths"),
     ):
@@ -344,7 +346,7 @@ def test_damaged_tensors_are_named(file, changes, says, tmp_path):
     [
         ("set_relu", "layer_1.safetensors", "all layers from 0, got layers 0, 2"),
         ("across_relu", "W_enc_1.safetensors", "all layers from 0, got layers 0, 2"),
-        ("across_relu", "W_dec_2.safetensors", "W_dec_2.safetensors: expected this file, found nothing"),
+        ("across_relu", "W_dec_2.safetensors", "W_dec_2.safetensors: expected this file, found none"),
     ],
 )
 def test_missing_layers_are_named(case, missing, says, tmp_path):
@@ -360,7 +362,7 @@ def test_missing_layers_are_named(case, missing, says, tmp_path):
         ("model_kind: crosscoder", "model_kind: expected transcoder_set or cross_layer_transcoder, got 'crosscoder'"),
         ("model_kind: transcoder_set\nactivation: swish", "activation: expected topk, jumprelu or relu"),
         ("model_kind: transcoder_set\nactivation: topk", "k: expected the number of latents per token, found none"),
-        ("model_kind: transcoder_set\nactivation: jump_relu", "contradict one another"),
+        ("model_kind: transcoder_set\nactivation: jump_relu", "contradict each other"),
         ("model_kind: !!python/object/apply:os.system ['touch x']", "expected YAML"),
         ("model_kind: [transcoder_set", "expected YAML"),
     ],

@@ -141,7 +141,7 @@ def test_a_threshold_never_measured_is_refused_until_given(tmp_path):
         ({"dict_class": ["AutoEncoder"]}, r"dict_class: expected one of .* got \['AutoEncoder'\]"),
         ({"activation_dim": 9}, "activation_dim: expected 8, which the tensors have, got 9"),
         ({"dict_size": 10**12}, "dict_size: expected 24, which the tensors have, got 1000000000000"),
-        ({"k": 7}, "k: 5 in the tensors, 7 in config.json: one of them is wrong. Say which: k=NUMBER"),
+        ({"k": 7}, "k: 5 in the tensors, 7 in config.json: one of them is wrong. Give the right one: k=NUMBER"),
     ],
 )
 def test_damaged_configurations_are_named(changes, says, tmp_path):
@@ -171,7 +171,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ("AutoEncoderTopK", {"k": torch.tensor(2.5)}, "k: 2.5 in the tensors, 5 in config.json"),
         ("BatchTopKSAE", {"threshold": torch.zeros(24)}, r"threshold: expected shape \(\), got \(24,\)"),
         ("GatedAutoEncoder", {"r_mag": torch.zeros(8)}, r"r_mag: expected shape \(24\), got \(8,\)"),
-        ("JumpReluAutoEncoder", {"W_dec": torch.zeros(24, 8)}, "W_dec: expected atoms, got zeros alone"),
+        ("JumpReluAutoEncoder", {"W_dec": torch.zeros(24, 8)}, "W_dec: expected nonzero decoder directions, got only zeros"),
     ],
 )
 def test_damaged_tensors_are_named(case, tensors, says, tmp_path):

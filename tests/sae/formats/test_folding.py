@@ -205,7 +205,7 @@ def test_what_ranks_by_norm_is_built_so_that_it_does(gate):
 
 def test_folds_that_would_change_something_are_refused():
     for gate in ("topk", "topk_raw", "abs_topk", "group_max", "pursuit"):
-        with pytest.raises(ValueError, match=f"fold_norms: {gate} chooses other latents"):
+        with pytest.raises(ValueError, match=f"fold_norms: {gate} selects other latents"):
             fold_norms(neutral(gate))
     with pytest.raises(ValueError, match="expected thresholds by norm, got relu"):
         fold_norm_into_threshold(neutral("relu"))
@@ -213,18 +213,18 @@ def test_folds_that_would_change_something_are_refused():
         fold_scale_in(replace(neutral("relu", "layer_norm"), scale_in=2.0))
     with pytest.raises(ValueError, match="without a per-token normalisation to undo"):
         fold_scale_out(replace(neutral("relu", "layer_norm"), scale_out=2.0))
-    with pytest.raises(ValueError, match="a pursuit has no encoder bias"):
+    with pytest.raises(ValueError, match="matching pursuit has no encoder bias"):
         fold_b_in(neutral("pursuit"))
     for wrong in (neutral("relu", "scaled"), neutral("relu", "layer_norm"), neutral("relu", kind="transcoder")):
         with pytest.raises(ValueError, match="fold_b_out_in: expected an autoencoder without scales"):
             fold_b_out_in(wrong)
-    with pytest.raises(ValueError, match="atoms are its encoder"):
+    with pytest.raises(ValueError, match="the encoder would change too"):
         fold_scale_out(neutral("pursuit", "scaled"))
     with pytest.raises(ValueError, match="expected a plain autoencoder"):
         fold_whitening(neutral("relu", "scaled"), torch.zeros(D), torch.eye(D), torch.eye(D))
     dead = neutral("relu")
     dead.W_dec[0] = 0
-    with pytest.raises(ValueError, match="expected atoms that are not zero"):
+    with pytest.raises(ValueError, match="expected nonzero decoder directions"):
         fold_norms(dead)
 
 
@@ -243,5 +243,5 @@ def test_an_atom_of_zero_ranks_as_nothing_by_norm():
     n = replace(n, W_dec=W_dec)
     folded = fold_norms(n)
     torch.testing.assert_close(forward(folded, x)[1], forward(n, x)[1])
-    with pytest.raises(ValueError, match="expected atoms that are not zero"):
+    with pytest.raises(ValueError, match="expected nonzero decoder directions"):
         fold_norms(replace(n, gate=ActivationFn("relu")))

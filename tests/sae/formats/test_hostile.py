@@ -140,7 +140,7 @@ def linked(folder, sentinel):
 
 EVERYWHERE = (truncated, emptied, lacking, cut, flat, not_a_number, infinite, whole_numbers, pickled, linked)
 # What a damage may be called.
-SAYS = r"expected|missing|damaged|cannot|Say which"
+SAYS = r"expected|missing|damaged|cannot|Choose one"
 
 
 @pytest.fixture

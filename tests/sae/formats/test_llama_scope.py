@@ -176,5 +176,5 @@ def test_what_a_file_lacks_may_be_given(tmp_path):
     d = read_dictionary(folder, options=ReadOptions(threshold=LEVEL)).dictionary
     near(d(torch.from_numpy(x)), reference(found, x, NORM_IN, jumprelu)[1])
     (folder / "checkpoints" / "final.safetensors").unlink()
-    with pytest.raises(ValueError, match="expected this file, found nothing there"):
+    with pytest.raises(ValueError, match="expected this file, found none"):
         read_dictionary(folder, "llama_scope")

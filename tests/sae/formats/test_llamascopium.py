@@ -239,7 +239,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({LOG: None}, "expected it of act_fn jumprelu, found none"),
+        ({LOG: None}, "required with act_fn jumprelu, found none"),
         ({"b_D": None}, "b_D missing among"),
         ({"W_E": torch.zeros(LATENTS, D)}, r"W_E, its latents last: expected shape \(8, 24\), got \(24, 8\)"),
         ({"W_D": torch.zeros(D, LATENTS)}, r"W_D, its latents first: expected shape \(24, 8\), got \(8, 24\)"),

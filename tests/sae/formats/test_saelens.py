@@ -188,7 +188,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
 def test_a_folder_without_weights_says_so(tmp_path):
     folder = copied("topk-none", tmp_path)
     (folder / "sae_weights.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"sae_weights\.safetensors: expected this file, found nothing there"):
+    with pytest.raises(ValueError, match=r"sae_weights\.safetensors: expected this file, found none"):
         read_dictionary(folder)
 
 
@@ -221,7 +221,7 @@ def test_a_threshold_never_measured_is_refused(tmp_path):
     folder = copied("batchtopk_training", tmp_path)
     weights = load_file(folder / "sae_weights.safetensors") | {"topk_threshold": torch.zeros((), dtype=torch.float64)}
     save_file(weights, folder / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match=r"topk_threshold: .* got 0.0. Give it: threshold=NUMBER"):
+    with pytest.raises(ValueError, match=r"topk_threshold: .* got 0.0. Give it as threshold=NUMBER"):
         read_dictionary(folder)
 
 

@@ -170,7 +170,11 @@ def test_of_a_repository_only_what_is_asked_for_is_fetched(tmp_path):
             {"decoder.weight": torch.zeros(LATENTS, D)},
             r"decoder.weight: expected shape \(8, 24\), got \(24, 8\)",
         ),
-        ("deepseek_r1", {"decoder.weight": torch.zeros(D, LATENTS)}, "W_dec: expected atoms, got zeros alone"),
+        (
+            "deepseek_r1",
+            {"decoder.weight": torch.zeros(D, LATENTS)},
+            "W_dec: expected nonzero decoder directions, got only zeros",
+        ),
         ("qwen_scope", {"W_dec": torch.zeros(LATENTS, D)}, r"W_dec, latents last in these files: expected shape \(8, 24\)"),
         ("qwen_scope", {"b_enc": torch.zeros(LATENTS, dtype=torch.int32)}, "b_enc: expected floating-point numbers"),
         ("hook_z", {"W_enc": torch.zeros(LATENTS, D)}, r"W_enc: expected shape \(8, 24\), got \(24, 8\)"),

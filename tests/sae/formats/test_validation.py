@@ -42,7 +42,7 @@ def test_what_is_sound_has_no_warnings():
         ({"gate": ActivationFn("topk", k=0)}, "k: expected a whole number from 1, got 0"),
         ({"gate": ActivationFn("topk", k=2.5)}, "k: expected a whole number from 1, got 2.5"),
         ({"gate": ActivationFn("abs_topk", k=25)}, "k: expected at most the 24 latents there are, got 25"),
-        ({"gate": ActivationFn("threshold")}, "threshold: expected one, found none. Give it: threshold=NUMBER"),
+        ({"gate": ActivationFn("threshold")}, "threshold: expected one, found none. Give it as threshold=NUMBER"),
         ({"gate": ActivationFn("threshold", threshold=torch.ones(5))}, r"threshold: expected shape \(24\), got \(5,\)"),
         (
             {"gate": ActivationFn("threshold", threshold=torch.tensor(torch.nan))},
@@ -50,7 +50,7 @@ def test_what_is_sound_has_no_warnings():
         ),
         ({"scale_in": 0.0}, "scale_in: expected a number above 0, got 0.0"),
         ({"scale_out": float("nan")}, "scale_out: expected a number above 0, got nan"),
-        ({"W_dec": torch.zeros(LATENTS, D)}, "W_dec: expected atoms, got zeros alone"),
+        ({"W_dec": torch.zeros(LATENTS, D)}, "W_dec: expected nonzero decoder directions, got only zeros"),
     ],
 )
 def test_what_cannot_be_used_is_named(changes, says):
@@ -117,7 +117,7 @@ def test_files_that_may_be_of_two_formats_are_an_error_that_lists_both(monkeypat
     )
     monkeypatch.setitem(FORMATS, "other", Other())
     with pytest.raises(
-        ValueError, match=r"several formats: saelens \(cfg.json with .*\); other \(it likes everything\)\. Say which"
+        ValueError, match=r"several formats: saelens \(cfg.json with .*\); other \(it likes everything\)\. Choose one"
     ):
         detect(SourceFiles(tmp_path))
     chosen = detect(SourceFiles(tmp_path), "saelens")

@@ -172,15 +172,15 @@ def test_a_model_that_cannot_be_had_names_the_embedded_one(tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     for model_id in (str(tmp_path / "empty"), "nobody/no-such-model-here"):
-        with pytest.raises(ValueError, match=r"could not be had .*embedded, which needs no network"):
+        with pytest.raises(ValueError, match=r"could not be loaded .*embedded, which needs no network"):
             load_model(ModelSection(id=model_id))
-        with pytest.raises(ValueError, match=r"could not be had"):
+        with pytest.raises(ValueError, match=r"could not be loaded"):
             skeleton(ModelSection(id=model_id))
 
 
 def test_a_device_that_is_not_there_is_refused():
     assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match=r"model\.device: 'cuda:77' is not available here"):
+    with pytest.raises(ValueError, match=r"model\.device: 'cuda:77' is not available"):
         resolve_device("cuda:77")
 
 

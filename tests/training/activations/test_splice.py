@@ -363,7 +363,7 @@ def sae_at(hook_in, hook_out=None, width=12):
             {},
             r"transformer\.h\.1\.mlp:out: insertions 0 and 1 both replace it",
         ),
-        ([sae_at("transformer.h.1.mlp:out", "transformer.h.1.mlp:in")], {}, "before the model comes to what it reads"),
+        ([sae_at("transformer.h.1.mlp:out", "transformer.h.1.mlp:in")], {}, "before the model reaches the hook that it reads"),
         ([sae_at("transformer.h.1.mlp:in", "transformer.h.1.mlp.c_fc:out")], {}, "expected width 12, .*, got 48"),
         ([sae_at("transformer.wte:in")], {}, r"\(contexts, positions, width\) of 2 contexts and 7 positions, got \(2, 7\)"),
         ([sae_at("transformer.h.1:out")], {"kept": torch.ones(2, 6) > 0}, r"kept: expected a mask .* = \(2, 7\)"),
@@ -378,7 +378,7 @@ def test_what_cannot_be_put_in_place_is_refused(gpt2, insertions, arguments, mes
 def test_a_module_that_never_runs_is_named(gpt2):
     gpt2.module.idle = torch.nn.Linear(12, 12)
     with (
-        pytest.raises(ValueError, match=r"idle:out: insertion 0 was not put in place"),
+        pytest.raises(ValueError, match=r"idle:out: insertion 0 was not spliced in"),
         model_spliced(gpt2, [sae_at("idle:out")]),
     ):
         gpt2.logits(torch.randint(0, VOCABULARY, (2, 7)))

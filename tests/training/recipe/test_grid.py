@@ -309,11 +309,11 @@ def test_a_finished_member_stays_calibrated_while_others_go_on(values, rows, sto
 
 def test_a_grid_is_not_put_into_a_run_nor_beside_strange_files(values, rows):
     train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
-    with pytest.raises(ValueError, match="holds a run of its own"):
+    with pytest.raises(ValueError, match="expected a directory for a grid"):
         train_all(resolve_recipes(members(values, {"lr": [1e-3, 2e-3]})), rows)
     shutil.rmtree(values["out_dir"])
     train_all(resolve_recipes(members(values, {"lr": [1e-3, 2e-3]})), rows)
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with pytest.raises(ValueError, match="expected an empty directory or a run"):
         train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
     with pytest.raises(ValueError, match=r"lr=0\.001 holds another run"):
         train_all(resolve_recipes(members(values | {"seed": 5}, {"lr": [1e-3, 2e-3]})), rows)

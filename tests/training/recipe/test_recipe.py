@@ -117,7 +117,7 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path, recipe_values):
     path.write_text("\ufeff" + json.dumps(recipe_values), encoding="utf-8")
     assert load_recipe(path) == check_recipe(recipe_values, "recipe")
     path.write_bytes("seed: 1 # é".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"recipe\.yaml: expected text in UTF-8, got other bytes"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml: expected UTF-8 text, got other bytes"):
         load_recipe(path)
 
 

@@ -149,7 +149,7 @@ def test_what_is_in_a_known_circuit_is_certified_and_nothing_else(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 2, "threshold": 0.1}, "size: expected it or threshold"),
+        ({"size": 2, "threshold": 0.1}, "size: expected size or threshold"),
         ({"tau": 0.4}, "tau: expected a number between 0.5 and 1, got 0.4"),
         ({"p_del": 1.0}, "p_del: expected a number between 0 and 1"),
         ({"threshold": -0.1}, "subsamples, threshold: expected"),

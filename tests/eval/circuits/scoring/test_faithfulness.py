@@ -258,7 +258,7 @@ def test_stability_is_of_circuits_of_resampled_pairs():
     unlike = scores_of(noise.mean(0), noise)
     assert 0.1 < stability(unlike, 4) < 0.8
     assert stability(unlike, 40) == 1.0
-    with pytest.raises(ValueError, match="stability: expected scores of every pair"):
+    with pytest.raises(ValueError, match="stability: expected per-pair scores"):
         stability(scores_of([1.0]), 1)
 
 

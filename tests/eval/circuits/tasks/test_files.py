@@ -40,7 +40,7 @@ def test_files_of_editors_are_read(embedded_model, write, name):
     path = write("\ufeff" + line, name=name)
     assert torch.equal(read_pairs(path, embedded_model).clean, plain.clean)
     path.write_bytes(line.replace("Mary", "Zoé").encode("latin-1"))
-    with pytest.raises(ValueError, match="expected text in UTF-8, got other bytes"):
+    with pytest.raises(ValueError, match="expected UTF-8 text, got other bytes"):
         read_pairs(path, embedded_model)
 
 
@@ -163,7 +163,7 @@ def test_ten_offenders_are_listed_and_the_others_counted(embedded_model, write):
 
 
 def test_files_that_give_nothing_are_refused(embedded_model, write, tmp_path):
-    with pytest.raises(ValueError, match=r"none.jsonl: expected a file of pairs, got none there"):
+    with pytest.raises(ValueError, match=r"none.jsonl: expected a file of pairs, found none"):
         make_pairs(str(tmp_path / "none.jsonl"), embedded_model)
     with pytest.raises(ValueError, match=r"expected pairs, got an empty file"):
         read_pairs(write(""), embedded_model)

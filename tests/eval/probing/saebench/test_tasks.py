@@ -136,7 +136,7 @@ def test_scr_and_tpp_carry_their_doubt(subject):
     found = scr(subject, [planted(subject, labels, spurious)]), tpp(subject, [planted(subject, ["a", "b", "c"] * 60)])
     for name, task in zip(("scr", "tpp"), found, strict=True):
         assert "arXiv:2605.18229" in task.summary[f"{name}_warning"]
-        assert any("arXiv:2605.18229" in words for _, words in task.lines)
+        assert any("arXiv:2605.18229" in words for _, words in task.notes)
 
 
 def test_the_same_seed_gives_the_same_and_files_are_saebench_s(subject):
@@ -228,9 +228,7 @@ def test_labelled_files_of_editors_are_read(tmp_path):
     path.write_text('\ufeff{"text": "a\u2028b", "label": 1}\n{"text": "b", "label": 0}\n', encoding="utf-8")
     assert read_labelled(path).texts == ["a\u2028b", "b"]
     path.write_bytes('{"text": "é", "label": 1}'.encode("latin-1"))
-    with pytest.raises(
-        ValueError, match=r"reviews\.jsonl: expected text in UTF-8, got other bytes .* at byte 10\)\. Save it as"
-    ):
+    with pytest.raises(ValueError, match=r"reviews\.jsonl: expected UTF-8 text, got other bytes .* at byte 10\)\. Save it as"):
         read_labelled(path)
 
 
@@ -299,5 +297,5 @@ def test_hooks_have_transformer_lens_names():
             assert (layer, to_module(found, name)) == (5, hook), place
             assert transformer_lens_hook(hook)[0] == transformer_lens_hook(hook, "/models/llama-like/gpt2")[0] == 5
     assert transformer_lens_hook("transformer.wte:out") == (0, "hook_embed")
-    with pytest.raises(ValueError, match="expected one that maps an activation to itself"):
+    with pytest.raises(ValueError, match="expected an SAE"):
         SaeBenchAdapter(Transcoder(5, 7, 11, build_encoder({"name": "topk", "k": 2}), False), "gpt2", "transformer.h.3:out")

@@ -1,0 +1,197 @@
+"""Progress of a command's stages (harvest, training, evaluation, ...): bars on a terminal, log lines elsewhere."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+# Seconds between the log lines of a stage, where standard error is not a terminal.
+LOG_SECONDS = 60.0
+# Columns below which the bar itself is left out, so that the figures fit.
+WIDE = 100
+
+log = logging.getLogger(__name__)
+
+
+class Stage:
+    """One stage of a command: the amount done, the rate and the time left.
+
+    On a terminal a stage is a progress bar. If standard error is not a terminal, it is logged: a line at the start, one per
+    minute, and one at the end. The rate and the time left count from the end of the first step, which may include one-time
+    work such as the compilation of kernels.
+
+    Args:
+        name: Shown in front, for example ``harvest``.
+        total: Amount to do.
+        unit: Plural noun for the amounts.
+        done: Amount done before, by an interrupted run; it does not count for the rate.
+
+    >>> stage = Stage("harvest", 2000)
+    >>> stage.update(500)
+    >>> stage.figures().split("  ")[:2]
+    ['25 %', '500 of 2,000 tokens']
+    >>> stage.close()
+    """
+
+    def __init__(self, name: str, total: int, unit: str = "tokens", done: int = 0):
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self.stats = ""
+        self.begun = self.first = self.latest = (time.perf_counter(), done)
+        self.updates = 0
+        self.closed = False
+        DISPLAY.open(self)
+
+    def update(self, done: int, stats: str | None = None) -> None:
+        """Record the amount done so far, and optionally further figures to show."""
+        self.done, self.stats = done, self.stats if stats is None else stats
+        if done > self.latest[1]:
+            self.latest = (time.perf_counter(), done)
+            self.first = self.first if self.updates else self.latest
+            self.updates += 1
+
+    def rate(self) -> float | None:
+        """Return the amount per second since the first step; since the start if there was one step only."""
+        since = self.first if self.updates > 1 else self.begun
+        seconds, done = (now - then for now, then in zip(self.latest, since, strict=True))
+        return done / max(seconds, 1e-9) if done else None
+
+    def figures(self) -> str:
+        """Return the share done, the amounts, the rate, the time left and the further figures."""
+        share = f"{self.done / self.total:.0%}".replace("%", " %") if self.total else ""
+        parts = [share, f"{self.done:,} of {self.total:,} {self.unit}"]
+        if rate := self.rate():
+            parts.append(f"{rounded(rate)} {self.unit}/s")
+            if self.done < self.total:
+                parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return "  ".join(part for part in (*parts, self.stats) if part)
+
+    def close(self, failed: bool = False) -> None:
+        """End the stage and log its amount and time. A failed one is logged only if it did something."""
+        if self.closed:
+            return
+        self.closed = True
+        DISPLAY.close(self)
+        seconds = time.perf_counter() - self.begun[0]
+        done = self.done - self.begun[1]
+        if failed:
+            log.info("%s: stopped at %s of %s %s.", self.name, f"{self.done:,}", f"{self.total:,}", self.unit)
+            return
+        rate = f", {rounded(done / seconds)} {self.unit}/s" if done and seconds else ""
+        stats = f"  {self.stats}" if self.stats else ""
+        log.info("%s: %s %s in %s%s%s", self.name, f"{done:,}", self.unit, duration(seconds), rate, stats)
+
+
+@contextmanager
+def stage(name: str, total: int, unit: str = "tokens", done: int = 0) -> Iterator[Stage]:
+    """Show a block of work as a stage, which the block updates."""
+    shown = Stage(name, total, unit, done)
+    try:
+        yield shown
+    except BaseException as error:
+        # A generator that is no longer needed ends its stage without failure.
+        shown.close(failed=not isinstance(error, GeneratorExit))
+        raise
+    shown.close()
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["stage"].figures(), no_wrap=True, overflow="ellipsis")
+
+
+class _Display:
+    """All open stages of the process: the terminal has one live display, and a log one thread that writes every minute."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.bars: dict[Stage, TaskID | None] = {}
+        self.progress: Progress | None = None
+        self.stopped = threading.Event()
+
+    def open(self, shown: Stage) -> None:
+        with self.lock:
+            if on_terminal():
+                if self.progress is None:
+                    self.progress = _progress()
+                    self.progress.start()
+                self.bars[shown] = self.progress.add_task(shown.name, total=shown.total, completed=shown.done, stage=shown)
+                return
+            if not self.bars and log.isEnabledFor(logging.INFO):
+                self.stopped = threading.Event()
+                threading.Thread(target=self._log_every_minute, args=(self.stopped,), daemon=True).start()
+            self.bars[shown] = None
+        log.info("%s: %s %s", shown.name, f"{shown.total - shown.done:,}", shown.unit)
+
+    def close(self, shown: Stage) -> None:
+        with self.lock:
+            bar = self.bars.pop(shown)
+            if self.progress is not None and bar is not None:
+                self.progress.remove_task(bar)
+            if not self.bars:
+                self.stopped.set()
+                if self.progress is not None:
+                    self.progress.stop()
+                    self.progress = None
+
+    def log_open(self) -> None:
+        """Log one line per open stage."""
+        with self.lock:
+            shown = list(self.bars)
+        for each in shown:
+            log.info("%s: %s", each.name, each.figures())
+
+    def _log_every_minute(self, stopped: threading.Event) -> None:
+        while not stopped.wait(LOG_SECONDS):
+            self.log_open()
+
+
+class _Bar(ProgressColumn):
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console, self.bar = console, BarColumn(bar_width=20)
+
+    def render(self, task: Task) -> RenderableType:
+        task.completed = task.fields["stage"].done
+        return self.bar.render(task) if self.console.width >= WIDE else Text("")
+
+
+def on_terminal() -> bool:
+    """Return True if progress bars can be shown on standard error."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(TextColumn("{task.description}"), _Bar(console), _Figures(), console=console, transient=True)
+
+
+def rounded(value: float) -> str:
+    """Format a positive number with three significant digits and thousands separators.
+
+    >>> rounded(61234.5), rounded(0.012345)
+    ('61,200', '0.0123')
+    """
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Format a duration with its two largest units.
+
+    >>> duration(0.41), duration(17), duration(144), duration(7500)
+    ('0.4 s', '17 s', '2 min 24 s', '2 h 05 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, whole = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {whole:02} s" if minutes else f"{whole} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+DISPLAY = _Display()
