@@ -59,7 +59,7 @@ def with_features(run):
 
 def navigation(path):
     (found,) = re.findall(r'<nav class="pages".*?</nav>', path.read_text(encoding="utf-8"), re.DOTALL)
-    return dict(re.findall(r'<a href="(.*?)">(.*?)</a>', found)), re.findall(r"<code>(.*?)</code>", found)
+    return dict(re.findall(r'<a href="(.*?)">(.*?)</a>', found)), re.findall(r"<kbd>(.*?)</kbd>", found)
 
 
 def test_a_page_names_the_command_and_the_recipe(run):
