@@ -15,7 +15,7 @@ from ..sae.extras import needs
 from ..sae.files import json_number
 from .objective import Terms
 from .recipe import Recipe
-from .stages import Stage
+from .stages import StageProgress
 from .state import TrainState
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,7 +32,7 @@ class TrainingLog:
     """
 
     # Set by `start`. The benchmark's steps run without.
-    stage: Stage | None = None
+    stage: StageProgress | None = None
 
     def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int):
         self.path = directory / METRICS_FILE
@@ -50,7 +50,7 @@ class TrainingLog:
 
     def start(self) -> None:
         """Show the run's progress from now on."""
-        self.stage = Stage(f"training {self.name}", self.total, done=self.tokens_before)
+        self.stage = StageProgress(f"training {self.name}", self.total, done=self.tokens_before)
 
     def advance(self, tokens: int) -> None:
         """Record the number of tokens trained on, after every step."""

@@ -19,7 +19,7 @@ WIDE = 100
 log = logging.getLogger(__name__)
 
 
-class Stage:
+class StageProgress:
     """One stage of a command: the amount done, the rate and the time left.
 
     On a terminal a stage is a progress bar. If standard error is not a terminal, it is logged: a line at the start, one per
@@ -32,7 +32,7 @@ class Stage:
         unit: Plural noun for the amounts.
         done: Amount done before, by an interrupted run; it does not count for the rate.
 
-    >>> stage = Stage("harvest", 2000)
+    >>> stage = StageProgress("harvest", 2000)
     >>> stage.update(500)
     >>> stage.figures().split("  ")[:2]
     ['25 %', '500 of 2,000 tokens']
@@ -88,9 +88,9 @@ class Stage:
 
 
 @contextmanager
-def stage(name: str, total: int, unit: str = "tokens", done: int = 0) -> Iterator[Stage]:
+def stage(name: str, total: int, unit: str = "tokens", done: int = 0) -> Iterator[StageProgress]:
     """Show a block of work as a stage, which the block updates."""
-    shown = Stage(name, total, unit, done)
+    shown = StageProgress(name, total, unit, done)
     try:
         yield shown
     except BaseException as error:
@@ -110,11 +110,11 @@ class _Display:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.bars: dict[Stage, TaskID | None] = {}
+        self.bars: dict[StageProgress, TaskID | None] = {}
         self.progress: Progress | None = None
         self.stopped = threading.Event()
 
-    def open(self, shown: Stage) -> None:
+    def open(self, shown: StageProgress) -> None:
         with self.lock:
             if on_terminal():
                 if self.progress is None:
@@ -128,7 +128,7 @@ class _Display:
             self.bars[shown] = None
         log.info("%s: %s %s", shown.name, f"{shown.total - shown.done:,}", shown.unit)
 
-    def close(self, shown: Stage) -> None:
+    def close(self, shown: StageProgress) -> None:
         with self.lock:
             bar = self.bars.pop(shown)
             if self.progress is not None and bar is not None:

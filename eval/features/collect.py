@@ -18,7 +18,7 @@ from ...training.activations.contexts import ContextBatch, context_batches
 from ...training.activations.model import LanguageModel
 from ...training.bad_rows import BadTexts, BadTokens
 from ...training.recipe import HarvestSection, TextSection
-from ...training.stages import Stage
+from ...training.stages import StageProgress
 
 BATCH_CONTEXTS = 32
 # Histogram bins of activations: four per octave, from 2^-16 to 2^16; values outside are counted in the outermost bins.
@@ -434,12 +434,12 @@ def collect_features(
     dictionary: SparseDictionary,
     batches_of_text: Iterable[tuple[ContextBatch, SparseCode]],
     limits: Limits | None = None,
-    shown: Stage | None = None,
+    shown: StageProgress | None = None,
 ) -> Collected:
     """Collect the statistics of a dictionary in ``eval()`` mode over batches of text.
 
     Args:
-        shown: Stage that is updated with the number of tokens read.
+        shown: StageProgress that is updated with the number of tokens read.
 
     Raises:
         ValueError: If the text holds no token.

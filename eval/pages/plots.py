@@ -182,11 +182,12 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     named = (finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
     mean, median, p10, p90 = (math.nan if value is None else value for value in named)
     span = f"10\u201390%: {show(p10)}\u2013{show(p90)}"
-    if math.isfinite(p90 - p10):
+    # Undefined ones have no mark, and would make the legend wider than the plot.
+    if not math.isnan(p10 + p90):
         ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
-    for name, value, style in (("median", median, (INK, "--")), ("mean", mean, (WARN, "-"))):
-        if math.isfinite(value):
-            ax.axvline(value, color=style[0], linewidth=1.4, linestyle=style[1], label=f"{name} {show(value)}")
+    for value, name, line in ((median, "median", (INK, 1.2, "--")), (mean, "mean", (WARN, 1.6, "-"))):
+        if not math.isnan(value):
+            ax.axvline(value, color=line[0], linewidth=line[1], linestyle=line[2], label=f"{name} {show(value)}")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1.1)
     return f"Latents firing on a token: mean {show(mean)}, median {show(median)}, {span} of the tokens, at most {high}."

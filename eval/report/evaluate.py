@@ -23,7 +23,7 @@ from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.bad_rows import counted
 from ...training.recipe import TextSection
 from ...training.report import METRICS_FILE
-from ...training.stages import Stage, stage
+from ...training.stages import StageProgress, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, LoadedDictionary, open_checkpoint, with_grids_members
@@ -409,7 +409,7 @@ def evaluate_on_model(
     return [[entries[group.name] for group in GROUPS] + skipped for entries in known]
 
 
-def _run(judges: list[_Judge], halves: Halves, shown: Stage) -> int | None:
+def _run(judges: list[_Judge], halves: Halves, shown: StageProgress) -> int | None:
     """Feed the text to every group: one half of the documents to fit on, then the other half to score.
 
     Return the number of documents read, or ``None`` if the text was read to its end.

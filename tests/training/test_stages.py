@@ -8,7 +8,7 @@ import pytest
 
 from sparsary.training import stages
 from sparsary.training.console import StandardErrorHandler
-from sparsary.training.stages import DISPLAY, Stage, duration, rounded, stage
+from sparsary.training.stages import DISPLAY, StageProgress, duration, rounded, stage
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 
 def test_rate_and_time_left_count_from_the_first_step(clock):
-    shown = Stage("training topk", 10_000, done=2_000)
+    shown = StageProgress("training topk", 10_000, done=2_000)
     assert shown.figures() == "20 %  2,000 of 10,000 tokens"
     # The first step compiles kernels: 30 seconds.
     clock[0] += 30

@@ -19,7 +19,7 @@ from sparsary.sae import ENCODERS, SAE
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
-from sparsary.training.stages import Stage
+from sparsary.training.stages import StageProgress
 
 
 @pytest.fixture(scope="module")
@@ -267,13 +267,13 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
 
 def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
     monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
-    told, update = [], Stage.update
+    told, update = [], StageProgress.update
 
     def recorded(stage, done, stats=None):
         told.append((stage.name, stage.total, done))
         update(stage, done, stats)
 
-    monkeypatch.setattr(Stage, "update", recorded)
+    monkeypatch.setattr(StageProgress, "update", recorded)
     evaluate(rivals[1], str(tmp_path), tokens=700)
     assert {entry[:2] for entry in told} == {("evaluation", 700)}
     done = [entry[2] for entry in told]
