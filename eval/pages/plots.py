@@ -178,7 +178,7 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
         ax.set(xlim=(low - 4.5, low + 4.5), ylim=(0, bars[0] * 1.2))
         ax.text(low, bars[0] * 1.02, f"every token: {low}", ha="center", va="bottom")
         return f"Exactly {low} latents fire on every one of {show(int(counts.sum()))} tokens."
-    # matplotlib skips NaN, and `show` prints it as undefined.
+    # `show` prints NaN as undefined; such lines are not drawn.
     named = (finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
     mean, median, p10, p90 = (math.nan if value is None else value for value in named)
     span = f"10\u201390%: {show(p10)}\u2013{show(p90)}"
@@ -189,7 +189,7 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
         if not math.isnan(value):
             ax.axvline(value, color=line[0], linewidth=line[1], linestyle=line[2], label=f"{name} {show(value)}")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.1)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1.1)
     return f"Latents firing on a token: mean {show(mean)}, median {show(median)}, {span} of the tokens, at most {high}."
 
 

@@ -66,9 +66,7 @@ def render_file(path: str | Path) -> Path:
     kind = next((kind for kind in KINDS if isinstance(found, dict) and kind.entries <= found.keys()), None)
     if kind is None:
         names = "report.json, comparison.json, circuits.json, features.json, features.jsonl, graph.json or probing.json"
-        raise ValueError(
-            f"{path}: expected a result that has a page ({names}), got other JSON. Give a file that a command wrote."
-        )
+        raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
         text = kind.render(source, found)
     except (LookupError, TypeError, AttributeError) as error:
