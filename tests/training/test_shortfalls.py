@@ -90,7 +90,7 @@ def test_a_plan_knows_how_much_text_there_is(with_text):
     assert f"60 documents: {plan.text.train:,} tokens to train on, {plan.text.heldout:,} held out" in dict(shown)["text holds"]
     told = [words for name, words in shown if name == "less than asked"]
     assert len(told) == 2
-    assert "read again" in told[0]
+    assert "the tokens are repeated" in told[0]
 
 
 def test_of_a_long_text_the_rest_is_estimated(with_text, monkeypatch):
