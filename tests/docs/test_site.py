@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -93,6 +94,12 @@ def test_the_site_builds_without_warnings_and_dead_links(reference, tmp_path):
     # A signature and a docstring, which mkdocstrings read from the source.
     assert 'id="sparsary.load"' in text
     assert "top_latents" in text
+
+
+def test_no_page_is_listed_twice():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    listed = re.findall(r"[\w/]+\.md", nav)
+    assert sorted(listed) == sorted(set(listed))
 
 
 def test_examples_of_docstrings_become_code(reference):
