@@ -5,7 +5,7 @@ PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
 TESTS = .venv/bin/pytest -m "not gpu and not network and not parity and not bench"
 
-.PHONY: demo test portable install check peers clean
+.PHONY: demo test portable install check docs peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
@@ -26,6 +26,14 @@ check: install
 	.venv/bin/ruff check
 	.venv/bin/pyright
 	@if test -x .venv/bin/oxlint; then .venv/bin/oxlint --deny-warnings eval/pages/templates; else echo 'oxlint is not installed: the scripts of pages were not checked'; fi
+
+# The documentation site, in build/docs. A warning is an error; nothing is loaded from the network when it is read.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(PIP) install --quiet --constraint constraints.txt --group docs
+	touch $@
 
 install: .venv/installed
 

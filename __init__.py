@@ -1,4 +1,4 @@
-"""Train, load and evaluate sparse dictionaries (SAEs, transcoders, cross-layer transcoders) of language-model activations."""
+"""Train, evaluate and load sparse dictionaries (SAEs, transcoders, cross-layer transcoders) of language-model activations."""
 
 import importlib
 import io

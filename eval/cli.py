@@ -182,7 +182,7 @@ def _probe(
     *,
     options: "CheckpointOptions",
 ) -> None:
-    """Evaluate latents against ground-truth labels of the text; write probing.json and SAEBench result files."""
+    """Evaluate latents against ground-truth labels of the text; write probing.json, probing.html and SAEBench result files."""
     from .probing.run import probe
 
     found = probe(checkpoint, task, labels, out, tokens, seed, options)
@@ -191,7 +191,7 @@ def _probe(
         print()
     if found.lines:
         print_fields(found.lines)
-    print(f"results: {found.path}")
+    print(f"results: {found.path}\npage: {found.path.with_suffix('.html')}")
 
 
 @app.command("circuits")

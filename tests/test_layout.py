@@ -225,8 +225,9 @@ def folders():
     return {str(path.parent.relative_to(ROOT)) for name in LAYERS for path in (ROOT / name).rglob("*.py")}
 
 
-def test_the_readme_s_map_is_the_tree():
-    block = re.search(r"## The map\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S).group(1)
+def test_the_folders_of_the_architecture_page_are_the_tree():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = re.search(r"## Folders\n.*?```\n(.*?)```", page, re.S).group(1)
     mapped = [line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()]
     assert len(mapped) == len(set(mapped))
     missing = folders() | {"tests", "recipes", "docs"}

@@ -11,7 +11,8 @@ import torch
 
 from ..sae.batch_encoder import BatchWide
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS
+from ..sae.encoders import build_encoder
+from ..sae.penalised import Penalised
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
 from .activations.model import RemoteCodeRefused, resolve_device
@@ -324,7 +325,9 @@ def _judged_on(size: TextSize) -> str:
 def _calibrates(recipe: Recipe) -> bool:
     """Return True if thresholds are calibrated on training tokens at the end of the run."""
     last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
-    return recipe.dictionary.joint or issubclass(ENCODERS[last["name"]], BatchWide)
+    encoder = build_encoder(last)
+    penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
+    return recipe.dictionary.joint or isinstance(encoder, BatchWide) or penalised
 
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:

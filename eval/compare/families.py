@@ -1,7 +1,7 @@
 """Families, the JSON form of run groups in a comparison: means, ranges and intervals of their figures, and the best ones."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...sae.suggestions import require_choice
@@ -91,7 +91,7 @@ def _at_l0(group: RunGroup) -> str:
     return f"{group.name} ({statistics.fmean(measured):.4g})" if measured else f"{group.name} (no l0)"
 
 
-def summarize(name: str, reports: Sequence[Report], columns: Sequence[Column]) -> dict[str, Any]:
+def summarize(name: str, reports: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> dict[str, Any]:
     """Return one family: its common entries, and the mean, minimum, maximum and values of every figure.
 
     Undefined values (``None`` or NaN) stay ``None`` among the values and are left out of the mean. A figure that no report has

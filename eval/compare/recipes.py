@@ -82,7 +82,7 @@ def compare_recipes(
         {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live, against, match_l0
     )
     write_json(Path(out) / "comparison.json", comparison)
-    return Report(comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}, comparison["families"])
+    return Report(comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}, comparison.get("families"))
 
 
 def load_families(recipes: Iterable[str | Path], overrides: Mapping[str, Any]) -> dict[str, Recipe]:

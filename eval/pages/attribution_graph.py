@@ -7,6 +7,14 @@ from .numbers import show
 from .tables import FigureTile
 
 Graph = dict[str, Any]
+DEFINITIONS = {
+    "replacement_score": "Influence starts at the logits and is propagated back along the edges; this is the fraction that "
+    "ends in tokens rather than error nodes. 1 if the transcoders reconstruct the MLPs exactly.",
+    "completeness_score": "Fraction of the edges into a node, by magnitude, that do not come from errors; mean over nodes, "
+    "weighted by influence. 1 is best.",
+    "kl_last": "KL divergence from the model's prediction of the next token to that of the model with transcoders in "
+    "place of the MLPs, without error nodes.",
+}
 
 
 def render_graph(graph: Graph) -> str:
@@ -31,14 +39,14 @@ def _tiles(graph: Graph) -> list[FigureTile]:
         ("replacement_score", "replacement score", "fraction of influence that comes from tokens, not errors"),
         ("completeness_score", "completeness score", "fraction of edge weight that does not come from errors"),
     ]
-    tiles = [FigureTile(key, label, show(graph[key]), note) for key, label, note in figures]
+    tiles = [FigureTile(key, label, show(graph[key]), note, text=DEFINITIONS[key]) for key, label, note in figures]
     for kind in ("nodes", "edges"):
         kept = f"{show(len(graph[kind]))} of {show(graph[f'n_{kind}_all'])}"
-        tiles.append(FigureTile(kind, f"{kind} shown", kept, "the most influential ones"))
+        tiles.append(FigureTile(kind, f"{kind} kept", kept, "the most influential ones; fewer are drawn at first"))
     if graph["latents_left_out"]:
         note = f"of influence comes from {show(graph['latents_left_out'])} unexpanded latents"
         tiles.append(FigureTile("left_out_share", "not expanded", show(graph["left_out_share"]), note))
     if graph["kl_last"] is not None:
         note = "nats, next token, with MLPs replaced by latents without errors"
-        tiles.append(FigureTile("kl_last", "KL", show(graph["kl_last"]), note))
+        tiles.append(FigureTile("kl_last", "KL", show(graph["kl_last"]), note, text=DEFINITIONS["kl_last"]))
     return tiles

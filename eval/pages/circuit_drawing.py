@@ -5,21 +5,22 @@ The page's script shows the details of a node on hover or keyboard focus; withou
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ...sae.files import natural_order
+from .drawn_latents import DrawnLatent
 from .numbers import show
 
 Row = dict[str, Any]
 # In CSS pixels at full width.
-WIDTH, GUTTER, NODE_WIDTH, NODE_HEIGHT = 960, 132, 46, 22
-STEP, LINE, BETWEEN = 52, 42, 76
+WIDTH, GUTTER, NODE_WIDTH, NODE_HEIGHT = 960, 132, 62, 34
+STEP, LINE, BETWEEN = 68, 54, 76
 PER_LINE = (WIDTH - GUTTER) // STEP - 1
 SWEEPS = 8
 # Number of edges drawn initially, and number of edges listed per node and direction.
 SHOWN, LISTED = 60, 5
-LONGEST_LABEL = 6
+LONGEST_LABEL, LONGEST_TOKEN = 6, 9
 # Outline of an error node: a hexagon of the nodes' size.
 HEXAGON = " ".join(
     f"{x:g},{y:g}"
@@ -28,6 +29,7 @@ HEXAGON = " ".join(
         *((NODE_WIDTH / 2, 0), (NODE_WIDTH / 2 - 7, NODE_HEIGHT / 2), (7 - NODE_WIDTH / 2, NODE_HEIGHT / 2)),
     )
 )
+UNKNOWN = DrawnLatent([], "")
 # Receiver of the edges that lead directly to the metric.
 METRIC = "metric"
 
@@ -54,7 +56,10 @@ class DrawnEdge(NamedTuple):
 
 
 class DrawnNode(NamedTuple):
-    """A unit: position, style, and its strongest edges in and out as names and weights; ``corners`` is set for error nodes."""
+    """A unit: position, style, and its strongest edges in and out as names and weights; ``corners`` is set for error nodes.
+
+    Latents whose features are known have the tokens they fire on, the first of them as ``token``, and an address.
+    """
 
     name: str
     label: str
@@ -68,6 +73,9 @@ class DrawnNode(NamedTuple):
     opacity: str
     into: list[tuple[str, str]]
     out: list[tuple[str, str]]
+    token: str = ""
+    tokens: str = ""
+    href: str = ""
 
 
 class HookLabel(NamedTuple):
@@ -130,8 +138,13 @@ def with_metric(circuit: Row) -> Row:
     return circuit | {"units": [*circuit["units"], {"name": METRIC, "group": METRIC, "score": None}]}
 
 
-def draw_circuit(circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: str) -> CircuitDrawing:
-    """Lay out a circuit: node positions, edge curves, and the texts of the drawing and its table."""
+def draw_circuit(
+    circuit: Row, hooks: Sequence[str], identifier: str, title: str, note: str, latents: Mapping[str, DrawnLatent]
+) -> CircuitDrawing:
+    """Lay out a circuit: node positions, edge curves, and the texts of the drawing and its table.
+
+    ``latents`` says of units, by name, what is known of them.
+    """
     circuit = with_metric(circuit)
     groups = ordered_groups(circuit, hooks)
     places, height = layout(circuit, groups)
@@ -147,7 +160,7 @@ def draw_circuit(circuit: Row, hooks: Sequence[str], identifier: str, title: str
         f"{height:.0f}",
         [_label(group, number, places) for number, group in enumerate(groups) if group != METRIC],
         [_edge(edge, rank, places, largest) for rank, edge in enumerate(edges)],
-        [_node(unit, places, strongest, edges) for unit in circuit["units"]],
+        [_node(unit, places, strongest, edges, latents.get(unit["name"], UNKNOWN)) for unit in circuit["units"]],
         min(SHOWN, len(edges)),
     )
 
@@ -156,6 +169,13 @@ def short_name(unit: Row) -> str:
     """Return the text in the node: the latent's number, or the end of another unit's name."""
     end = str(unit["name"]).removeprefix(f"{unit['group']}/")
     return end if len(end) <= LONGEST_LABEL + 1 else end[:LONGEST_LABEL] + "\u2026"
+
+
+def _short_token(token: str) -> str:
+    text = token.strip() or token.replace(" ", "\u2423").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    if not any(map(str.isalnum, text)):
+        return f"\u201c{text[: LONGEST_TOKEN - 2]}\u201d"
+    return text if len(text) <= LONGEST_TOKEN else text[: LONGEST_TOKEN - 1] + "\u2026"
 
 
 def is_error(unit: Row) -> bool:
@@ -211,7 +231,7 @@ def _edge(edge: Row, rank: int, places: dict[str, Place], largest: float) -> Dra
     )
 
 
-def _node(unit: Row, places: dict[str, Place], strongest: float, edges: list[Row]) -> DrawnNode:
+def _node(unit: Row, places: dict[str, Place], strongest: float, edges: list[Row], latent: DrawnLatent) -> DrawnNode:
     at, score, name = places[unit["name"]], unit["score"], unit["name"]
     said = "" if score is None else signed(score)
     kind = "output" if score is None else "plus" if score >= 0 else "minus"
@@ -232,6 +252,9 @@ def _node(unit: Row, places: dict[str, Place], strongest: float, edges: list[Row
         f"{0.08 + 0.42 * abs(score or 0) / strongest:.2f}",
         into,
         out,
+        _short_token(latent.tokens[0]) if latent.tokens else "",
+        " \u00b7 ".join(token.strip() or token for token in latent.tokens),
+        latent.href,
     )
 
 

@@ -3,6 +3,7 @@
 The URL fragment holds the view's state, so that a view can be shared: ``#method=attribution&q=latents&sort=-cpr``.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from .charts import COLORS
@@ -10,10 +11,17 @@ from .circuit_drawing import CircuitDrawing, draw_circuit
 from .circuit_glossary import EXPLANATIONS, explanation
 from .circuit_plots import LEVEL, PANELS, family_labels, panel, sample
 from .document import document
-from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
+from .drawn_latents import DrawnLatent
+from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show, show_interval
 from .tables import Cell, Column, FigureTile
 
 Row = dict[str, Any]
+# Family and unit name -> what is known of the latent.
+Latents = Mapping[tuple[str, str], DrawnLatent]
+NO_FEATURES = (
+    " Nodes show top tokens and link to features after: sparsary features {checkpoint} (each dictionary of a folder by itself) "
+    "and sparsary render circuits.json."
+)
 
 COLUMNS = (
     Column("CPR", "cpr", max),
@@ -43,8 +51,11 @@ REASONS = {
 }
 
 
-def render_circuits(found: Row) -> str:
-    """Render ``circuits.json`` as a page. Equal input gives equal bytes."""
+def render_circuits(found: Row, latents: Latents | None = None) -> str:
+    """Render ``circuits.json`` as a page. Equal input gives equal bytes.
+
+    ``latents`` says of the drawn units, by family and name, what is known of them.
+    """
     rows: list[Row] = found["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -74,18 +85,25 @@ def render_circuits(found: Row) -> str:
         dictionaries={name: f"{_count(len(hooks), 'hook')}: {', '.join(hooks)}" for name, hooks in found["hooks"].items()},
         methods=methods,
         families=[{"name": name, "label": label, "line": sample(index)} for index, (name, label) in enumerate(labels.items())],
-        columns=[column._replace(title=explanation(column.key)) for column in COLUMNS],
-        sections=[_section(found, task, index, methods, labels) for index, task in enumerate(tasks)],
+        sections=[_section(found, task, index, methods, labels, latents or {}) for index, task in enumerate(tasks)],
         known=_known(rows, tasks, labels),
         notes={title: _notes(entries) for title, entries in EXPLANATIONS.items()},
     )
 
 
-def _section(found: Row, task: str, index: int, methods: list[str], labels: dict[str, str]) -> Row:
+def _section(found: Row, task: str, index: int, methods: list[str], labels: dict[str, str], latents: Latents) -> Row:
     rows = [row for row in found["rows"] if row["task"] == task]
-    best = {column.key: _best(rows, column) for column in COLUMNS}
+    # Files of older versions lack some figures.
+    columns = [column for column in COLUMNS if any(column.key in row for row in rows)]
+    best = {column.key: _best(rows, column) for column in columns}
     return {
         "task": task,
+        "columns": [column._replace(title=explanation(column.key)) for column in columns],
+        "families": [
+            {"number": number, "label": label, "line": sample(number)}
+            for number, (name, label) in enumerate(labels.items())
+            if any(row["family"] == name for row in rows)
+        ],
         "tiles": _tiles(rows, labels),
         "plots": {method: [panel(found, task, method, key, list(labels)) for key in PANELS] for method in methods},
         "rows": [
@@ -97,7 +115,9 @@ def _section(found: Row, task: str, index: int, methods: list[str], labels: dict
             }
             for row in rows
         ],
-        "circuits": {method: _circuits(found, task, method, f"{index}-{at}", labels) for at, method in enumerate(methods)},
+        "circuits": {
+            method: _circuits(found, task, method, f"{index}-{at}", labels, latents) for at, method in enumerate(methods)
+        },
     }
 
 
@@ -117,7 +137,9 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[FigureTile]:
         ("metric_corrupted", "corrupted", f"{metric}; corruption: {corruption}"),
         ("pairs", "pairs", "for evaluation; others find the circuits"),
     )
-    tiles = [FigureTile(key, label, show(first.get(key), UNMEASURED, 3), note) for key, label, note in figures]
+    tiles = [
+        FigureTile(key, label, show(first.get(key), UNMEASURED, 3), note, text=explanation(key)) for key, label, note in figures
+    ]
     for key, label, better in (("nodes_80", "smallest circuit of 0.8", min), ("cpr", "best CPR", max)):
         known = [(value, row) for row in rows if (value := finite(row.get(key))) is not None]
         value, note = UNDEFINED, "no circuit reaches it"
@@ -125,7 +147,7 @@ def _tiles(rows: list[Row], labels: dict[str, str]) -> list[FigureTile]:
             best, row = better(known, key=lambda pair: pair[0])
             value = show(int(best) if key == "nodes_80" else best, digits=3)
             note = f"{'nodes: ' * (key == 'nodes_80')}{labels[row['family']]}, {row['method']}"
-        tiles.append(FigureTile(key, label, value, note))
+        tiles.append(FigureTile(key, label, value, note, text=explanation(key)))
     return tiles
 
 
@@ -141,7 +163,7 @@ def _beside(row: Row, key: str, value: float) -> tuple[str, ...]:
     """Return the small notes below a figure."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
-        return (" to ".join(show(end, digits=3 if abs(end) >= 0.1 else 2) for end in (low, high)),)
+        return (show_interval(low, high, " to "),)
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
         return (f"{share:.0f}%" if share >= 10 else f"{show(share, digits=2)}%",)
@@ -159,13 +181,15 @@ def _best(rows: list[Row], column: Column) -> float | None:
     return column.better(values) if column.better is not None and len(set(values)) > 1 else None
 
 
-def _circuits(found: Row, task: str, method: str, prefix: str, labels: dict[str, str]) -> list[CircuitDrawing]:
+def _circuits(
+    found: Row, task: str, method: str, prefix: str, labels: dict[str, str], latents: Latents
+) -> list[CircuitDrawing]:
     """Return the drawings of a method's circuits."""
     own = [entry for entry in found["circuits"] if (entry["task"], entry["method"]) == (task, method)]
-    return [_circuit(found, entry, f"{prefix}-{number}", labels) for number, entry in enumerate(own)]
+    return [_circuit(found, entry, f"{prefix}-{number}", labels, latents) for number, entry in enumerate(own)]
 
 
-def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) -> CircuitDrawing:
+def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str], latents: Latents) -> CircuitDrawing:
     hooks = next((own for name, own in found["hooks"].items() if entry["family"].startswith(f"{name}: ")), [])
     sizes = [
         row.get("nodes_80") for row in found["rows"] if all(row[key] == entry[key] for key in ("task", "family", "method"))
@@ -177,7 +201,9 @@ def _circuit(found: Row, entry: Row, identifier: str, labels: dict[str, str]) ->
         f"bottom; shading: score. Lines: {explanation('weight').removeprefix('Edge: ')}"
     )
     title = f"Circuit \u00b7 {entry['task']} \u00b7 {entry['method']} \u00b7 {labels.get(entry['family'], entry['family'])}"
-    return draw_circuit(entry, hooks, identifier, title, note)
+    known = {name: latent for (family, name), latent in latents.items() if family == entry["family"]}
+    note += "" if known or not hooks else NO_FEATURES.format(checkpoint=entry["family"].rpartition(": ")[0])
+    return draw_circuit(entry, hooks, identifier, title, note, known)
 
 
 def _known(rows: list[Row], tasks: list[str], labels: dict[str, str]) -> Row:

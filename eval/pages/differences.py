@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .numbers import show
+from .numbers import show, show_interval
 from .tables import Column
 
 
@@ -53,7 +53,7 @@ def _cell(row: Mapping[str, Any]) -> DifferenceCell:
     sign = "+" if row["difference"] > 0 else ""
     notes = []
     if row["low"] is not None:
-        notes.append(f"{show(row['low'], digits=3)} to {show(row['high'], digits=3)}")
+        notes.append(show_interval(row["low"], row["high"], " to "))
         notes.append(f"detects {show(row['detectable'], digits=2)} or more")
     if row["seed_sd"] is not None:
         notes.append(f"seed sd {show(row['seed_sd'], digits=2)}")

@@ -26,6 +26,14 @@ SCORES = {
     "logit_lens": "AUROC of its direct effect on the next token's logit, positions where it fires against positions where it "
     "does not. 0.5 is chance.",
 }
+# Label of a figure in the detail view -> definition.
+DEFINITIONS = {
+    "density": "Fraction of tokens on which the latent fires (firing density).",
+    "firings": "Number of tokens on which the latent fires.",
+    "max activation": "Largest activation on the evaluated text.",
+    "mean activation": "Mean activation over the tokens on which it fires.",
+    **{key.replace("_f1", " F1").replace("_", " "): text for key, text in SCORES.items()},
+}
 
 
 def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> str:
@@ -55,10 +63,10 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
             "encoder": f"{name} {arguments}".strip(),
             "checkpoint": about.get("checkpoint"),
-            "doubts": "; ".join(about.get("doubts") or ()) or None,
+            **({"doubts": "; ".join(about["doubts"])} if about.get("doubts") else {}),
         },
         scores=SCORES,
-        settings={"chunk": CHUNK_LATENTS, "gapped": not words.spaced},
+        settings={"chunk": CHUNK_LATENTS, "gapped": not words.spaced, "definitions": DEFINITIONS},
         packed={"index": _packed(index), "words": _packed(list(words.numbers))}
         | {f"chunk-{number}": chunk for number, chunk in enumerate(chunks)},
     )

@@ -30,3 +30,18 @@ def show(value: Any, none: str = UNDEFINED, digits: int = 4) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{number:,.{1 if number % 1 else 0}f}" if abs(number) >= 1000 else f"{number:.{digits}g}"
+
+
+def show_interval(low: float, high: float, between: str = "\u2013", digits: int = 3) -> str:
+    """Format the ends of an interval with enough digits to tell them apart and to show its width.
+
+    Significant digits are added until the distance of the rounded ends is within a quarter of the exact one.
+    """
+    low, high = float(low), float(high)
+    ends = [show(end, digits=digits) for end in (low, high)]
+    for more in range(digits + 1, 12):
+        width = float(ends[1].replace(",", "")) - float(ends[0].replace(",", ""))
+        if abs(width - (high - low)) <= abs(high - low) / 4:
+            break
+        ends = [show(end, digits=more) for end in (low, high)]
+    return (" to " if low < 0 else between).join(ends).replace("-", "\u2212")

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from .glossary import DENSE
 from .numbers import finite, show
@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     # matplotlib's bundled font measures the text, so the layout is the same on every machine.
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
+    "font.size": 12,
     # Names may contain dollar signs.
     "text.parse_math": False,
     "text.color": INK,
@@ -58,12 +58,14 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 11.5,
     "legend.handlelength": 1.4,
 }
 # A card is about 350 CSS pixels wide on desktops and phones; at one SVG unit per pixel, text keeps its size.
-FIGURE_INCHES = (350 / 72, 225 / 72)
+FIGURE_INCHES = (350 / 72, 255 / 72)
 CURVE_POINTS = 300
+LOG_TICKS = 7
+LONGEST_NAME, NAME_POINTS = 26, 10.5
 L0_BARS = 60
 
 
@@ -80,7 +82,7 @@ def fvu_curve(ax: Axes, report: Report, curve: Curve) -> str | None:
     span = max(values) / min(values) if min(values) > 0 else 0
     if span > 10:
         ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis, span)
+        plain_log_ticks(ax.yaxis)
     ax.set_ylabel("fvu, log scale" if span > 10 else "fvu")
     ax.legend(loc="upper right")
     return words
@@ -176,14 +178,18 @@ def l0_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
         ax.set(xlim=(low - 4.5, low + 4.5), ylim=(0, bars[0] * 1.2))
         ax.text(low, bars[0] * 1.02, f"every token: {low}", ha="center", va="bottom")
         return f"Exactly {low} latents fire on every one of {show(int(counts.sum()))} tokens."
-    # matplotlib skips NaN, and `show` prints it as undefined.
+    # `show` prints NaN as undefined; such lines are not drawn.
     named = (finite(report.get(f"l0_{key}")) for key in ("mean", "median", "p10", "p90"))
     mean, median, p10, p90 = (math.nan if value is None else value for value in named)
     span = f"10\u201390%: {show(p10)}\u2013{show(p90)}"
-    ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
-    ax.axvline(median, color=INK, linewidth=1.2, linestyle="--", label=f"median {show(median)}")
-    ax.axvline(mean, color=WARN, linewidth=1.6, label=f"mean {show(mean)}")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.1)
+    # Undefined ones have no mark, and would make the legend wider than the plot.
+    if not math.isnan(p10 + p90):
+        ax.axvspan(p10 - 0.5, p90 + 0.5, color=SOFT, zorder=0, linewidth=0, label=span)
+    for value, name, line in ((median, "median", (INK, 1.2, "--")), (mean, "mean", (WARN, 1.6, "-"))):
+        if not math.isnan(value):
+            ax.axvline(value, color=line[0], linewidth=line[1], linestyle=line[2], label=f"{name} {show(value)}")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=1.1)
     return f"Latents firing on a token: mean {show(mean)}, median {show(median)}, {span} of the tokens, at most {high}."
 
 
@@ -265,11 +271,45 @@ def _svg(figure: Figure, palette: Palette) -> tuple[str, Markup]:
     return view_box, Markup(svg.replace("'DejaVu Sans', sans-serif", "inherit"))
 
 
-def plain_log_ticks(axis: Axis, span: float) -> None:
-    """Label a logarithmic axis with plain round numbers; ``span`` is the ratio of its ends."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 1000 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain round numbers, at least three where its range has them. Call after drawing."""
+    low, high = sorted(axis.get_view_interval())
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), range(1, 10)):
+        ticks = [tick for e in exponents for step in steps if low <= (tick := step * 10.0**e) <= high]
+        if len(ticks) >= 3:
+            break
+    axis.set_major_locator(FixedLocator(ticks[:: 1 + (len(ticks) - 1) // LOG_TICKS]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.set_minor_locator(NullLocator())
+
+
+def name_points(ax: Axes, points: dict[str, tuple[str, float, float]]) -> None:
+    """Write names next to points, keyed by the id of the text; a name that fits nowhere without overlap is left out."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    at = {key: ax.transData.transform((x, y)) for key, (_, x, y) in points.items()}
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
+    frame = ax.get_window_extent()
+    for key, (name, x, y) in points.items():
+        text = name if len(name) <= LONGEST_NAME else f"\u2026{name[1 - LONGEST_NAME :]}"
+        # DejaVu's mean width; the reader's font is narrower.
+        wide, (left, low) = 0.58 * NAME_POINTS * len(text) * figure.dpi / 72, at[key]
+        for dx, dy, anchor in ((7, -4, 0), (-7, -4, 1), (0, 8, 0.5), (0, -16, 0.5), (7, 8, 0), (-7, 8, 1), (7, -16, 0)):
+            x0, y0 = left + dx * figure.dpi / 72 - anchor * wide, low + dy * figure.dpi / 72
+            box = (x0, y0, x0 + wide, y0 + NAME_POINTS * figure.dpi / 72)
+            inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                align = {0: "left", 1: "right", 0.5: "center"}[anchor]
+                label = ax.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=align, fontsize=NAME_POINTS)
+                label.set_gid(key)
+                break
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _short(count: float) -> str:

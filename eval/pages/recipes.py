@@ -3,6 +3,7 @@
 import math
 import statistics
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from .charts import COLORS, look, seed_spread, swatch
 from .differences import difference_table, off_target_words
 from .document import document, encoder_parts
 from .numbers import UNDEFINED, UNMEASURED, finite, show
-from .plots import INK, MUTED, plain_log_ticks, plot_card
+from .plots import INK, MUTED, name_points, plain_log_ticks, plot_card
 from .tables import Cell, Column, explained
 
 Family = dict[str, Any]
@@ -34,10 +35,10 @@ COLUMNS = (
     Column("tokens/s", "tokens_per_second", max),
 )
 WIDTH_INCHES = 430 / 72
-SCATTER_INCHES, LEGEND_ROW_INCHES = 275 / 72, 16 / 72
+SCATTER_INCHES, LEGEND_ROW_INCHES = 290 / 72, 19 / 72
 # Heights of a family's row (a gap plus the lines of its name) and of the axis below the rows.
-ROW_INCHES, LINE_INCHES, AXIS_INCHES = 9 / 72, 12 / 72, 45 / 72
-NAME_WIDTH = 24
+ROW_INCHES, LINE_INCHES, AXIS_INCHES = 10 / 72, 15 / 72, 52 / 72
+NAME_WIDTH = 20
 DAGGER = "\u2020 Hollow: latents not selected per token."
 LEGEND = (
     "Large: mean over seeds. Small: lowest\u2013highest seed. Shaded: best mean of the column among run groups at the common "
@@ -53,8 +54,8 @@ REMARK = (
 )
 
 
-def render_recipes(comparison: Comparison) -> str:
-    """Render a comparison of recipes as a page. Equal input gives equal bytes."""
+def render_recipes(comparison: Comparison, report_of: Callable[[str], str | None] = lambda directory: None) -> str:
+    """Render a comparison of recipes as a page; ``report_of`` maps directories to the addresses of their reports."""
     families = comparison["families"]
     oracle = any(map(is_oracle, families))
     trained = sorted({family["training_tokens"] or 0 for family in families})
@@ -82,7 +83,10 @@ def render_recipes(comparison: Comparison) -> str:
         things="Run groups",
         example="fvu<0.1, dead<0.05",
         columns=explained(COLUMNS),
-        rows=[_row(family, index, comparison, len(trained) > 1) for index, family in enumerate(families)],
+        rows=[
+            _row(family, index, comparison, len(trained) > 1) | _links(family, report_of)
+            for index, family in enumerate(families)
+        ],
         tested=difference_table(comparison, COLUMNS),
         legend=LEGEND,
         plots=[
@@ -165,6 +169,15 @@ def _row(family: Family, index: int, comparison: Comparison, say_tokens: bool) -
     }
 
 
+def _links(family: Family, report_of: Callable[[str], str | None]) -> dict[str, Any]:
+    """Return the addresses of a family's reports: that of the only run, or one per seed."""
+    directories = family.get("directories") or []
+    seeds = family.get("seeds") or range(len(directories))
+    found = [(f"seed {seed}", href) for seed, name in zip(seeds, directories, strict=False) if (href := report_of(name))]
+    alone = len(directories) == 1 and len(found) == 1
+    return {"href": found[0][1] if alone else None, "more": [] if alone else found}
+
+
 def _cell(entry: dict[str, Any] | None, decimals: int, is_best: bool) -> Cell:
     mean = None if entry is None else finite(entry["mean"])
     if entry is None or mean is None:
@@ -197,6 +210,7 @@ def _span(values: list[int]) -> str:
 def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | None:
     words: list[str] = []
     points: list[tuple[float, float]] = []
+    named: dict[str, tuple[str, float, float]] = {}
     for index, family in enumerate(families):
         figures = family["figures"]
         if key not in figures or "l0_mean" not in figures:
@@ -207,6 +221,7 @@ def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | No
             continue
         ax.scatter([x for x, _ in known], [y for _, y in known], label=_name(family), **_points(index, family))
         points += known
+        named[f"name-{key}-{index}"] = (_name(family), *known[0])
         words.append(f"{_name(family)} {show(figures[key]['mean'])} at l0 {show(figures['l0_mean']['mean'])}")
     if not points:
         return None
@@ -214,18 +229,19 @@ def _scatter(ax: Axes, families: list[Family], key: str, label: str) -> str | No
     log_x, log_y = seed_spread(xs) > 4, seed_spread(ys) > 10
     if log_x:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, seed_spread(xs))
+        plain_log_ticks(ax.xaxis)
     elif max(xs) - min(xs) < 0.04 * max(xs):
         # A single budget: without margins its noise would fill the axis.
         ax.set_xlim(0.9 * min(xs), 1.1 * max(xs))
     if log_y:
         ax.set_yscale("log")
-        plain_log_ticks(ax.yaxis, seed_spread(ys))
+        plain_log_ticks(ax.yaxis)
     ax.set(xlabel="l0, log scale" if log_x else "l0", ylabel=f"{label}, log scale" if log_y else label)
     ax.grid(visible=True)
     figure = ax.get_figure()
     assert figure is not None
     figure.legend(loc="outside lower center", ncols=_legend_columns(families), columnspacing=1.2, handletextpad=0.3)
+    name_points(ax, named)
     return f"{label} against l0, means: {', '.join(words)}."
 
 
@@ -243,7 +259,7 @@ def _strip(ax: Axes, families: list[Family], key: str, label: str) -> str | None
             ax.text(0.01, row, _undrawn(entry), va="center", color=MUTED, transform=ax.get_yaxis_transform())
     if seed_spread(known) > 10:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, seed_spread(known))
+        plain_log_ticks(ax.xaxis)
         label += ", log scale"
     else:
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -308,7 +324,7 @@ def _name(family: Family) -> str:
 
 def _legend_columns(families: list[Family]) -> int:
     longest = max(len(_name(family)) for family in families)
-    return 3 if longest <= 16 else 2 if longest <= 27 else 1
+    return 3 if longest <= 13 else 2 if longest <= 22 else 1
 
 
 def _scatter_height(families: list[Family]) -> float:

@@ -4,11 +4,16 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from ...sae.files import read_json, write_text
 from .attribution_graph import render_graph
 from .circuits import render_circuits
+from .drawn_latents import drawn_latents
+from .examples import example_latents, features_files
 from .features import render_features
+from .links import enter_in_others, found_page, page_links, run_directories, with_links
+from .probing import render_probing
 from .recipes import render_recipes
 from .report import render_report
 from .runs import render_runs
@@ -19,10 +24,14 @@ GRAPH_PAGE = "-page"
 
 
 class ResultKind(NamedTuple):
-    """A kind of result: the entries that identify it, the command that writes it, and its renderer."""
+    """A kind of result: the entries that identify it, the command that writes it, the page's label, and its renderer.
+
+    The renderer's first argument is the path of the JSON file, which names the page too.
+    """
 
     entries: frozenset[str]
     command: str
+    label: str
     render: Callable[[Path, dict[str, Any]], str]
 
 
@@ -31,8 +40,11 @@ def render_file(path: str | Path) -> Path:
 
     Args:
         path: ``report.json`` (of a dictionary or a stack), ``comparison.json``, ``circuits.json``, ``features.json`` or
-            ``features.jsonl``, ``graph.json``; other names work too. Related files in the same folder are read as well:
-            a run's ``metrics.jsonl``, the other file of features, a graph's ``graph-page.json``.
+            ``features.jsonl``, ``graph.json``, ``probing.json``; other names work too. Related files of the run are read as
+            well: its ``metrics.jsonl``, the files of features, a graph's ``graph-page.json``, probing's ``factors.jsonl``.
+
+    The page links to the other pages of the run, which are made to link to it; a report beside new features is rendered again
+    to show example latents.
 
     Returns:
         The page's path: the same name, ending in ``.html``.
@@ -53,7 +65,7 @@ def render_file(path: str | Path) -> Path:
     found = read_json(source)
     kind = next((kind for kind in KINDS if isinstance(found, dict) and kind.entries <= found.keys()), None)
     if kind is None:
-        names = "report.json, comparison.json, circuits.json, features.json, features.jsonl or graph.json"
+        names = "report.json, comparison.json, circuits.json, features.json, features.jsonl, graph.json or probing.json"
         raise ValueError(f"{path}: expected the JSON of a command that writes a page ({names}), got other JSON.")
     try:
         text = kind.render(source, found)
@@ -61,8 +73,20 @@ def render_file(path: str | Path) -> Path:
         message = f"{path}: expected what {kind.command} writes, got a file without some of it ({error!r}). Run it again."
         raise ValueError(message) from error
     page = source.with_name(source.stem.removesuffix(GRAPH_PAGE) + ".html")
-    write_text(page, text)
+    about = _graph_data(source) if kind.label == "graph" else found
+    write_text(page, with_links(text, kind.label, page, about))
+    enter_in_others(kind.label, page, about)
+    if kind.label == "features":
+        _refresh_report(page, found)
     return page
+
+
+def _refresh_report(features: Path, about: dict[str, Any]) -> None:
+    """Render the report of the features' dictionary again, now that there are latents to show."""
+    for link in page_links("features", features, about):
+        report = (features.parent / unquote(link.href)).with_suffix(".json")
+        if link.label == "report" and report.is_file() and "n_latents" in read_json(report):
+            render_file(report)
 
 
 def _main_file(path: Path) -> Path:
@@ -87,10 +111,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _report(path: Path, report: dict[str, Any]) -> str:
-    """Render a report, with the training curve if the run's log is next to it or in the checkpoint's folder."""
-    folders = (path.parent, Path(str(report.get("checkpoint"))))
+    """Render a report, with the training curve and example latents if their files are next to it or in the checkpoint."""
+    folders = run_directories(path, report)
     logs = [folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()]
-    return render_report(report, _curve(logs[0]) if logs else [])
+    files = features_files(folders, report.get("n_latents"))
+    return render_report(report, _curve(logs[0]) if logs else [], example_latents(files, path) if files else [])
 
 
 def _curve(path: Path) -> list[dict[str, Any]]:
@@ -104,27 +129,65 @@ def _curve(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _graph(path: Path, graph: dict[str, Any]) -> str:
-    beside = path.with_name(f"{path.stem}{GRAPH_PAGE}.json")
+def _graph_data(path: Path) -> dict[str, Any]:
+    """Return the content of ``graph-page.json``, which is ``path`` or beside it."""
+    beside = path if path.stem.endswith(GRAPH_PAGE) else path.with_name(f"{path.stem}{GRAPH_PAGE}.json")
     if not beside.is_file():
         raise ValueError(f"{path}: expected {beside.name} beside it, which holds the page's data. Recompute the graph.")
-    return render_graph(read_json(beside))
+    return read_json(beside)
+
+
+def _probing(path: Path, found: dict[str, Any]) -> str:
+    """Render probing results, with the rows of every factor if their file is there."""
+    rows = path.with_name("factors.jsonl")
+    features = found_page(str(found.get("checkpoint")), "features", path)
+    return render_probing(found, list(_lines(rows)) if rows.is_file() else [], features)
+
+
+def _circuits(path: Path, found: dict[str, Any]) -> str:
+    """Render circuits, with the top tokens of their latents from the files of features of the checkpoints."""
+    return render_circuits(found, drawn_latents(path, found))
+
+
+def _reports(path: Path) -> Callable[[str], str | None]:
+    """Return the function from a run's directory to the address of its report."""
+    return lambda directory: found_page(directory, "report", path)
 
 
 # The first kind whose entries a file has wins.
 KINDS = (
-    ResultKind(frozenset({"stack_report_version"}), "sparsary eval", lambda path, found: render_stack(found)),
-    ResultKind(frozenset({"report_version"}), "sparsary eval", _report),
-    ResultKind(frozenset({"runs_version"}), "sparsary compare", lambda path, found: render_runs(found)),
-    ResultKind(frozenset({"comparison_version"}), "sparsary compare", lambda path, found: render_recipes(found)),
-    ResultKind(frozenset({"rows", "curves", "circuits"}), "sparsary circuits", lambda path, found: render_circuits(found)),
+    ResultKind(frozenset({"stack_report_version"}), "sparsary eval", "report", lambda path, found: render_stack(found)),
+    ResultKind(frozenset({"report_version"}), "sparsary eval", "report", _report),
+    ResultKind(
+        frozenset({"runs_version"}),
+        "sparsary compare",
+        "comparison",
+        lambda path, found: render_runs(found, _reports(path)),
+    ),
+    ResultKind(
+        frozenset({"comparison_version"}),
+        "sparsary compare",
+        "comparison",
+        lambda path, found: render_recipes(found, _reports(path)),
+    ),
+    ResultKind(frozenset({"rows", "curves", "circuits"}), "sparsary circuits", "circuits", _circuits),
     ResultKind(
         frozenset({"schema_version", "n_latents", "hooks_in", "sampled_tokens"}),
         "sparsary features",
+        "features",
         lambda path, found: render_features(found, _lines(path.with_suffix(".jsonl"))),
     ),
-    ResultKind(frozenset({"metadata", "qParams", "nodes", "links"}), "sparsary circuits --prompt", _graph),
     ResultKind(
-        frozenset({"page_version", "nodes", "edges"}), "sparsary circuits --prompt", lambda path, found: render_graph(found)
+        frozenset({"metadata", "qParams", "nodes", "links"}),
+        "sparsary circuits --prompt",
+        "graph",
+        lambda path, found: render_graph(_graph_data(path)),
     ),
+    ResultKind(
+        frozenset({"page_version", "nodes", "edges"}),
+        "sparsary circuits --prompt",
+        "graph",
+        lambda path, found: render_graph(found),
+    ),
+    ResultKind(frozenset({"probing_version"}), "sparsary probe", "probing", _probing),
 )

@@ -1,17 +1,20 @@
 """Page of a dictionary's report, without scripts."""
 
 import re
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from .document import document, encoder_parts
+from .examples import ExampleLatent, is_gapped
 from .glossary import EXPLANATIONS, PROVENANCE
-from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show
+from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show, show_interval
 from .plots import PLOTS, Curve, Report, plot_card
-from .tables import EntryRow, FigureTile
+from .tables import NOTES, EntryRow, FigureTile
 
 
-def render_report(report: Report, curve: Curve) -> str:
-    """Render a report with the training ``curve`` (lines of ``metrics.jsonl``; may be empty).
+def render_report(report: Report, curve: Curve, examples: Sequence[ExampleLatent] = ()) -> str:
+    """Render a report with the training ``curve`` (lines of ``metrics.jsonl``; may be empty) and example latents.
 
     Absent entries read "not measured", entries of ``None`` "undefined". Equal input gives equal bytes.
     """
@@ -39,6 +42,9 @@ def render_report(report: Report, curve: Curve) -> str:
         facts=facts,
         tiles=[_tile(report, *entry) for entry in KEY_FIGURES],
         plots=[plot_card(name, note, lambda ax, draw=draw: draw(ax, report, curve)) for name, note, draw in PLOTS],
+        examples=examples,
+        gapped=is_gapped(token.text for example in examples for tokens in example.contexts for token in tokens),
+        features_command=shlex.join(["sparsary", "features", str(report.get("checkpoint") or "CHECKPOINT")]),
         sections={title: _rows(report, title, texts) for title, texts in _sections(report).items()},
     )
 
@@ -55,6 +61,8 @@ KEY_FIGURES = (
     ("linear error share", "linear_error_share", "of the squared error"),
 )
 
+DEFINITIONS = {key: text for entries in EXPLANATIONS.values() for key, text in entries.items()} | NOTES
+
 
 def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     if key == "fvu" and "fvu_affine" in report:
@@ -64,9 +72,9 @@ def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:
     value = show(report[key]) if key in report else UNMEASURED
     # A note that quotes other entries is dropped if the figure itself is missing.
     words = re.sub(r"{(\w+)}", lambda match: show(report.get(match[1])), note) if key in report or "{" not in note else ""
-    ends = [finite(report.get(f"{key}_{end}")) for end in ("low", "high")]
-    words += f" ({show(ends[0], digits=3)}\u2013{show(ends[1], digits=3)})" if None not in ends else ""
-    return FigureTile(key, label, value, words, missing=finite(report.get(key)) is None)
+    low, high = (finite(report.get(f"{key}_{end}")) for end in ("low", "high"))
+    missing, text = finite(report.get(key)) is None, DEFINITIONS.get(key, "")
+    return FigureTile(key, label, value, words, missing, text, "" if low is None or high is None else show_interval(low, high))
 
 
 def _sections(report: Report) -> dict[str, dict[str, str]]:

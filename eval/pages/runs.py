@@ -3,6 +3,7 @@
 The URL fragment holds the view's state, so that a view can be shared: ``#q=topk l0<40&sort=fvu``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,8 +12,8 @@ from .charts import COLORS, look, seed_spread, swatch
 from .differences import difference_table
 from .document import document, encoder_parts
 from .glossary import EXPLANATIONS
-from .numbers import UNMEASURED, finite, show
-from .plots import INK, plain_log_ticks, plot_card
+from .numbers import UNMEASURED, finite, show, show_interval
+from .plots import INK, name_points, plain_log_ticks, plot_card
 from .tables import Cell, Column, explained, figure_cell
 
 Run = dict[str, Any]
@@ -41,8 +42,8 @@ REMARK = (
 )
 
 
-def render_runs(comparison: dict[str, Any]) -> str:
-    """Render the result of ``collect_runs`` as a page. Equal input gives equal bytes."""
+def render_runs(comparison: dict[str, Any], report_of: Callable[[str], str | None] = lambda directory: None) -> str:
+    """Render the result of ``collect_runs`` as a page; ``report_of`` maps directories to the addresses of their reports."""
     runs: list[Run] = comparison["runs"]
     order = sorted(range(len(runs)), key=lambda index: _rank(runs[index]))
     families = list(dict.fromkeys(family_of(run) for run in runs))
@@ -64,7 +65,7 @@ def render_runs(comparison: dict[str, Any]) -> str:
         things="Runs",
         example="l0<40, fvu>0.1",
         columns=explained(COLUMNS),
-        rows=[_row(runs[index], index, families, comparison["pareto"]) for index in order],
+        rows=[_row(runs[index], index, families, comparison["pareto"], report_of) for index in order],
         tested=difference_table(comparison, COLUMNS),
         legend=LEGEND,
         plots=[
@@ -91,7 +92,7 @@ def family_of(run: Run) -> str:
 
 
 def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[str, Any], key: str) -> str | None:
-    """Draw one point per run with its interval, a line through each family's points, and the Pareto front."""
+    """Draw one named point per run with its interval, lines through runs of one family and budget, and the Pareto front."""
     points = {
         index: (x, y)
         for index, run in enumerate(runs)
@@ -102,8 +103,10 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
     for number, family in enumerate(families):
         color, marker = look(number)
         own = sorted((index for index in points if family_of(runs[index]) == family), key=lambda index: points[index])
-        if own:
-            ax.plot(*zip(*(points[index] for index in own), strict=True), color=color, linewidth=1, alpha=0.45)
+        # Runs of unequal training are not a sweep over sparsity.
+        for budget in dict.fromkeys(runs[index]["report"].get("training_tokens") for index in own):
+            swept = [points[index] for index in own if runs[index]["report"].get("training_tokens") == budget]
+            ax.plot(*zip(*swept, strict=True), color=color, linewidth=1, alpha=0.45)
         for place, index in enumerate(own):
             x, y = points[index]
             low, high = (finite(runs[index]["report"].get(f"{key}_{end}")) for end in ("low", "high"))
@@ -114,19 +117,28 @@ def against_l0(ax: Axes, runs: list[Run], families: list[str], comparison: dict[
             dot.set_gid(f"point-{key}-{index}")
     by_name = {run["name"]: index for index, run in enumerate(runs)}
     front = [points[by_name[name]] for name in comparison["pareto"][key]]
-    ax.step(*zip(*front, strict=True), where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front")
+    if len(front) > 1:
+        ax.step(*zip(*front, strict=True), where="post", color=INK, linewidth=1, linestyle=":", label="Pareto front")
+    ax.margins(0.12)
+    budgets = [x for x, _ in points.values()]
+    if max(budgets) - min(budgets) < 0.04 * max(budgets):
+        # A single budget: without margins its noise would fill the axis.
+        ax.set_xlim(0.9 * min(budgets), 1.1 * max(budgets))
     for values, axis, name in (
         ([x for x, _ in points.values()], ax.xaxis, "x"),
         (_tall(points, runs, key), ax.yaxis, "y"),
     ):
         if seed_spread(values) > 4:
             getattr(ax, f"set_{name}scale")("log")
-            plain_log_ticks(axis, seed_spread(values))
+            plain_log_ticks(axis)
     ax.set(xlabel="l0", ylabel=_explained_label(key))
     ax.grid(visible=True)
     figure = ax.get_figure()
     assert figure is not None
-    figure.legend(loc="outside lower center", ncols=2, columnspacing=1.2, handletextpad=0.3)
+    figure.legend(
+        loc="outside lower center", ncols=1 if max(map(len, families)) > 24 else 2, columnspacing=1.2, handletextpad=0.3
+    )
+    name_points(ax, {f"name-{key}-{index}": (runs[index]["name"], *point) for index, point in points.items()})
     words = ", ".join(
         f"{runs[index]['name']} {show(y, digits=3)} at l0 {show(x, digits=3)}" for index, (x, y) in points.items()
     )
@@ -154,7 +166,9 @@ def _shared(runs: list[Run], key: str) -> str:
     return values[0] + " tokens" * (key == "tokens") if len(values) == 1 else f"{len(values)} different"
 
 
-def _row(run: Run, index: int, families: list[str], fronts: dict[str, list[str]]) -> dict[str, Any]:
+def _row(
+    run: Run, index: int, families: list[str], fronts: dict[str, list[str]], report_of: Callable[[str], str | None]
+) -> dict[str, Any]:
     report = run["report"]
     name, arguments = encoder_parts(report.get("encoder"))
     words = [f"{name} {report.get('kind') or ''}".strip(), arguments, f"{show(report.get('n_latents'))} latents"]
@@ -163,6 +177,8 @@ def _row(run: Run, index: int, families: list[str], fronts: dict[str, list[str]]
     return {
         "number": index,
         "name": run["name"],
+        "href": report_of(run["directory"]),
+        "more": [],
         "marker": swatch(families.index(family_of(run))),
         "badge": "" if selection == "per token" else str(selection),
         "words": " \u00b7 ".join(word for word in words if word),
@@ -175,8 +191,8 @@ def _cell(run: Run, key: str, on_front: bool) -> Cell:
     if cell.value is None:
         return cell._replace(reason=run["reasons"].get(key, ""))
     low, high = (finite(run["report"].get(f"{key}_{end}")) for end in ("low", "high"))
-    interval = () if low is None or high is None else (f"{show(low, digits=3)} to {show(high, digits=3)}",)
-    return cell._replace(notes=interval, best="on the Pareto front" if on_front else "")
+    notes = () if low is None or high is None else (show_interval(low, high, " to "),)
+    return cell._replace(notes=notes, best="on the Pareto front" if on_front else "")
 
 
 def _entries(keys: list[str], runs: list[Run]) -> dict[str, list[str]]:

@@ -13,6 +13,8 @@ from .tables import Column, EntryRow, FigureTile, figure_cell
 Report = dict[str, Any]
 # Characters that fit next to a plot's axis.
 LABEL = 16
+# Two plots stand side by side.
+WIDTH_INCHES = 470 / 72
 
 COLUMNS = (
     Column(
@@ -92,7 +94,7 @@ def render_stack(report: Report) -> str:
     name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
     heading = f"{report['kind']}, {report['layers']} layers"
-    size = (FIGURE_INCHES[0], max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
+    size = (WIDTH_INCHES, max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
     return document(
         "stack.html",
         heading,
@@ -110,7 +112,10 @@ def render_stack(report: Report) -> str:
             "git commit": None if commit is None else str(commit)[:12],
             **({"doubts": "; ".join(report["doubts"])} if report.get("doubts") else {}),
         },
-        tiles=[FigureTile(key, label, show(report[key]), _filled(note, report)) for label, key, note in TILES],
+        tiles=[
+            FigureTile(key, label, show(report[key]), _filled(note, report), text=EXPLANATIONS[key])
+            for label, key, note in TILES
+        ],
         columns=COLUMNS,
         layers=[
             (short(hook), [figure_cell({column.key: report[column.key][number]}, column.key) for column in COLUMNS])
@@ -138,7 +143,6 @@ def _costs(ax: Axes, report: Report) -> str:
     bars = (("spliced", ACCENT), ("mean", WARN), ("zero", BAD))
     clean, words = report["ce_clean"], []
     smallest = 1e-4
-    span = 1000.0
     for name, color in bars:
         costs = [ce - clean for ce in (*report[f"layer_ce_{name}"], report[f"ce_{name}"])]
         # Costs of zero or below do not fit on a logarithmic axis; their numbers are in the table.
@@ -148,10 +152,9 @@ def _costs(ax: Axes, report: Report) -> str:
         words.append(
             f"{_variant(name)}: " + ", ".join(f"{label} {show(cost)}" for label, cost in zip(names, costs, strict=True))
         )
-        span = max(span, max(costs) / smallest)
     ax.set_yticks(range(len(names)), names)
-    ax.set(xscale="log", xlabel="increase of cross-entropy, nats", ylim=(len(names) - 0.5, -0.5))
-    plain_log_ticks(ax.xaxis, span)
+    ax.set(xscale="log", xlabel="increase of cross-entropy, nats, log scale", ylim=(len(names) - 0.5, -0.5))
+    plain_log_ticks(ax.xaxis)
     ax.axhline(len(names) - 1.5, color=MUTED, linewidth=0.8)
     ax.grid(visible=True, axis="both")
     ax.tick_params(axis="y", length=0)

@@ -31,13 +31,15 @@ class Cell(NamedTuple):
 
 
 class FigureTile(NamedTuple):
-    """A key figure: entry of the result, label, value and the note below it."""
+    """A key figure: entry of the result, label, value, the note below it, its definition, and its 95% interval."""
 
     key: str
     label: str
     value: str
     note: str
     missing: bool = False
+    text: str = ""
+    interval: str = ""
 
 
 class EntryRow(NamedTuple):

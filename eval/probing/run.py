@@ -11,6 +11,7 @@ from ...sae.suggestions import require_choice
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import open_checkpoint
+from ..pages.render import render_file
 from ..result import Report
 from . import factors
 from .datasets import Pooled, pool, read_labelled
@@ -60,7 +61,7 @@ def probe(
     seed: int = 0,
     options: CheckpointOptions = NO_OPTIONS,
 ) -> ProbingResults:
-    """Run probing tasks on a checkpoint and write ``probing.json`` and one result file per task.
+    """Run probing tasks on a checkpoint; write ``probing.json``, ``probing.html`` and one result file per task.
 
     Args:
         tasks: Names from ``TASKS``. Default: every task that can run; the report gives the reason for each one left out.
@@ -130,6 +131,7 @@ def probe(
                 report[f"{task}_done"] = True
         shown.update(len(wanted), "")
     write_json(found.path, report)
+    render_file(found.path)
     return found
 
 

@@ -38,6 +38,11 @@ class FeatureChoice(BatchWide):
     run, re-ranking every 50 batches, or fitting the law to measured densities all stayed within 4 % of that. A batch of 2048
     tokens does not contain exactly each latent's share of tokens, but the budget enforces it; thresholds do not, and
     reconstruct 5 % better. Source: Ayonrinde 2024, arXiv:2411.02124.
+
+    Args:
+        k: Active latents per token, on average over a batch.
+        budget: Distribution of the budget over latents.
+        rerank_every: Training batches between two updates of the ranks.
     """
 
     thresholds: Float[Tensor, " n_latents"]

@@ -17,6 +17,12 @@ class Gated(Penalised):
     The penalty applies to the rectified gate, so it does not shrink the values. To keep the gate meaningful, its own values
     must reconstruct the target with a decoder that this term does not update. ``sparsity``, ``target_l0``, and ``ramp`` work as
     in ``relu``. Source: Rajamanoharan et al. 2024, arXiv:2404.16014.
+
+    Args:
+        sparsity: Weight of the penalty, in units of FVU; with a target, its initial value.
+        target_l0: Target mean L0 per token; ``None`` keeps the weight fixed.
+        ramp: Fraction of the run over which the weight rises from 0.
+        pre_act_loss: Weight of the auxiliary loss on dead latents, in units of FVU.
     """
 
     betas = (0.0, 0.999)

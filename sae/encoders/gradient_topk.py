@@ -25,6 +25,11 @@ class GradientTopK(Encoder):
     Without a gradient the encoder is plain TopK, which is how it is used and evaluated after training. If a gradient is passed
     in eval mode, selection uses it ("oracle"): such metrics see the very loss they measure. Source: Olmo et al. 2024,
     arXiv:2411.10397; the form of the score follows the paper's description, the normalization is specific to sparsary.
+
+    Args:
+        k: Active latents per token.
+        beta: Weight of the gradient in the score; 0 is plain TopK. A recipe may schedule it.
+        normalize: Scale of the gradient: unit norm per token, or as it is.
     """
 
     needs_gradient = True

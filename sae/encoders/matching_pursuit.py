@@ -17,6 +17,10 @@ class MatchingPursuit(Encoder):
     once its residual's norm is at most ``tolerance`` times the input's. ``k`` and ``tolerance`` may be changed on a trained
     dictionary, and its error falls with every further step. ``k`` counts steps: with repeats the L0 is smaller. Source: Costa
     et al. 2025, arXiv:2506.03093.
+
+    Args:
+        k: Steps of the pursuit per token.
+        tolerance: Residual norm, as a fraction of the input's, at which a token stops early.
     """
 
     tied = True

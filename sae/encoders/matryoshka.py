@@ -13,6 +13,10 @@ class Matryoshka(MutualLevel):
 
     ``shares`` are the prefix widths as fractions of the dictionary, ascending, the last one 1. Source: Bussmann et al. 2025,
     arXiv:2503.17547.
+
+    Args:
+        k: Active latents per token, on average over a batch.
+        shares: Widths of the nested dictionaries, as fractions of all latents.
     """
 
     def __init__(self, k: int, shares: Sequence[float] = SHARES):

@@ -20,6 +20,12 @@ class ReLU(Penalised):
     that many latents fire per token; the schedule then depends on the data, which a comparison must state. The weight rises
     over the first ``ramp`` of the run, so that latents are fitted before they are penalized. Source: the April 2024 update of
     Anthropic's Transformer Circuits thread.
+
+    Args:
+        sparsity: Weight of the penalty, in units of FVU; with a target, its initial value.
+        target_l0: Target mean L0 per token; ``None`` keeps the weight fixed.
+        ramp: Fraction of the run over which the weight rises from 0.
+        pre_act_loss: Weight of the auxiliary loss on dead latents, in units of FVU.
     """
 
     unit_atoms = False

@@ -13,6 +13,9 @@ class TopK(Encoder):
 
     Only kept entries get gradients. A token with fewer than ``k`` positive pre-activations has fewer than ``k`` active latents.
     Source: Gao et al. 2024, arXiv:2406.04093.
+
+    Args:
+        k: Active latents per token.
     """
 
     can_screen = True

@@ -7,6 +7,7 @@ entries at once, because waiting for a single row would leave memory bandwidth i
 """
 
 # Triton's annotations allow sums to be tuples.
+# pyright: reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = ("sae", "transcoders", "training", "eval")
 TOPS = (*LAYERS, "tests", "recipes", "docs")
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 CODE = [path for top in (*LAYERS, "tests", "docs") for path in (ROOT / top).rglob("*.py")] + [*ROOT.glob("*.py")]
 # A path from the root, wherever it stands; as an argument of a command or in backticks.
 PATH = re.compile(rf"(?<![\w/.-])((?:{'|'.join(TOPS)})/[\w./-]*\w)")
@@ -54,6 +54,38 @@ def test_what_a_page_names_is_there(path):
     # History keeps its old names.
     text = path.read_text(encoding="utf-8") if path.name != "CHANGELOG.md" else ""
     assert gone(text) == []
+
+
+def dead_links(path):
+    """Return the relative links of a page that lead to no file, or to no heading of one."""
+    found = []
+    # Code has brackets before parentheses too.
+    text = re.sub(r"(?ms)^```.*?^```$|`[^`\n]*`", "", path.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        # docs/reference.py makes these when the site is built, which checks links to them.
+        made = "reference" in Path(name).parts
+        if made or re.match(r"https?:|mailto:", link) or (target.exists() and (not heading or heading in headings(target))):
+            continue
+        found.append(link)
+    return found
+
+
+def headings(path):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    lines = re.findall(r"(?m)^#+ (.*)$", path.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(path):
+    assert dead_links(path) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "a.md").write_text("# One, two\n[a](b.md) [b](#one-two) [c](a.md#three) [d](https://nowhere.invalid)")
+    assert dead_links(tmp_path / "a.md") == ["b.md", "a.md#three"]
 
 
 def test_what_docstrings_and_recipes_name_is_there():

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import typer
 
 import sparsary
 from sparsary.sae import ENCODERS, SAE
+from sparsary.training.embedded import MODEL_DIR
 from sparsary.training.recipe import check_recipe, override, parse_yaml
 from sparsary.training.recipe.grid import check_grid
 from sparsary.transcoders import Transcoder
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What needs a network or another library: names and arguments are checked, and nothing is run.
 WORDS = r"(time )?(sparsary|python|make|pip) "
-NOT_RUN = ("owner/repository", "SaeBenchAdapter")
+NOT_RUN = ("owner/repository", "SaeBenchAdapter", "to_pandas")
 
 
 def blocks(kind):
@@ -31,7 +33,7 @@ def blocks(kind):
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             if match.group(1) == kind:
                 line = text[: match.start()].count("\n") + 1
-                found.append(pytest.param(match.group(2), id=f"{page.name}:{line}"))
+                found.append(pytest.param(match.group(2), id=f"{page.relative_to(ROOT)}:{line}"))
     return found
 
 
@@ -46,6 +48,8 @@ def prepared(tmp_path, monkeypatch):
         hooks = {f"hooks_{side}": [f"transformer.h.{layer}.mlp:{side}"] for side in ("in", "out")}
         folder = tmp_path / "runs/transcoders/embedded/stack" / f"layer={layer}"
         Transcoder(128, 128, 150, ENCODERS["topk"](k=4)).save(folder, about | hooks)
+    # The reader's own model.
+    shutil.copytree(MODEL_DIR, tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
 
 
@@ -80,7 +84,7 @@ def check_names(tree):
 def commands():
     """Return every command line of the pages, in blocks and in backticks."""
     found = []
-    for block in blocks(""):
+    for block in [*blocks(""), *blocks("bash")]:
         lines = block.values[0].replace("\\\n", " ").splitlines()
         found += [pytest.param(line, id=f"{block.id} {line[:40]}") for line in lines if re.match(WORDS, line)]
     for page in PAGES:

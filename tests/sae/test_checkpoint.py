@@ -176,7 +176,7 @@ def test_activations_of_every_kind_are_encoded_and_decoded(kind, mapping):
 
 
 @pytest.mark.parametrize(
-    "given", [np.zeros((3, 4)), "text", [["a"]], np.zeros((2, 3, 5)), np.zeros(5), None, np.zeros((3, 5), "c8")]
+    "given", [np.zeros((3, 4)), "text", [["a"]], np.zeros((2, 3, 4)), np.zeros(5), None, np.zeros((3, 5), "c8")]
 )
 def test_what_is_no_activations_is_one_message(given):
     d = SAE(5, 13, ENCODERS["topk"](k=3))

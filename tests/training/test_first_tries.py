@@ -55,8 +55,8 @@ def values(recipe_values, tmp_path):
         (("out_dir", "text.jsonl/run"), r"out_dir: text\.jsonl/run cannot be written \(Not a directory\)"),
         (("out_dir", "n" * 300), r"out_dir: n+ cannot be written \(File name too long\)"),
         (("harvest.store", "text.jsonl"), r"harvest\.store: text\.jsonl cannot be written \(Not a directory\)"),
-        (("harvest.store", "thesis"), r"harvest\.store: thesis expected an empty directory or a store"),
-        (("out_dir", "thesis"), r"out_dir: thesis expected an empty directory or a run"),
+        (("harvest.store", "thesis"), r"harvest\.store: thesis: expected an empty directory or a store"),
+        (("out_dir", "thesis"), r"out_dir: thesis: expected an empty directory or a run"),
         (("model.id", "no/model"), r"model\.id: 'no/model' could not be loaded"),
     ],
     ids=lambda change: str(change)[:50],
@@ -84,7 +84,7 @@ def test_a_dry_run_says_everything_at_once(values):
 
 def test_a_dry_run_finds_another_run_in_out_dir(values):
     train_recipe(resolved(values))
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="got another run"):
         preflight(resolved(values | {"lr": 2e-3}))
 
 
@@ -129,7 +129,7 @@ def test_a_run_without_a_step_is_taken_over(values, monkeypatch):
     assert (Path(values["out_dir"]) / "recipe.yaml").exists()
     directory = train_recipe(resolved(values | {"lr": 2e-3}))
     assert "lr: 0.002" in (directory / "recipe.yaml").read_text()
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="got another run"):
         train_recipe(resolved(values))
 
 

@@ -195,7 +195,7 @@ def test_wandb_offline_gets_every_line(values, monkeypatch):
 
 def test_an_out_dir_of_another_run_is_refused(values):
     run(values)
-    with pytest.raises(ValueError, match="holds another run") as caught:
+    with pytest.raises(ValueError, match="got another run") as caught:
         run(values, lr=5e-4)
     assert "lr: 0.001 there, 0.0005 here" in str(caught.value)
     assert "Choose another out_dir" in str(caught.value)

@@ -90,7 +90,7 @@ def test_a_plan_knows_how_much_text_there_is(with_text):
     assert f"60 documents: {plan.text.train:,} tokens to train on, {plan.text.heldout:,} held out" in dict(shown)["text holds"]
     told = [words for name, words in shown if name == "less than asked"]
     assert len(told) == 2
-    assert "read again" in told[0]
+    assert "the tokens are repeated" in told[0]
 
 
 def test_of_a_long_text_the_rest_is_estimated(with_text, monkeypatch):
@@ -141,9 +141,12 @@ def test_tensors_that_are_passed_over_again_are_logged_and_kept(recipe_values, c
     assert "each is trained on 3.0 times" in caplog.text
 
 
-def test_calibration_on_fewer_tokens_than_asked_for_is_logged_and_kept(with_text, caplog):
+@pytest.mark.parametrize(
+    "encoder", [{"name": "batch_topk", "k": 5}, {"name": "jumprelu", "target_l0": 5}], ids=["batch", "penalty"]
+)
+def test_calibration_on_fewer_tokens_than_asked_for_is_logged_and_kept(with_text, caplog, encoder):
     values = with_text(60)
-    values["dictionary"]["encoder"] = {"name": "batch_topk", "k": 5}
+    values["dictionary"]["encoder"] = encoder
     with caplog.at_level(logging.WARNING):
         directory = train_recipe(resolved(values, calibration_tokens=20_000, eval_tokens=100))
     found = recorded(read_json(directory / "dictionary.json")["provenance"])

@@ -34,7 +34,7 @@ def test_options_say_what_arguments_say_and_arguments_come_first(tmp_path):
     with pytest.raises(ValueError, match=r"hook: expected transformer.h.3:out, .*got .*h.4:out"):
         sparsary.load(GOLDEN, hook="transformer.h.4:out", options=options)
     SAE(5, 7, build_encoder({"name": "topk", "k": 2})).save(tmp_path, {})
-    with pytest.raises(ValueError, match=r"^k: expected none .*got 3"):
+    with pytest.raises(ValueError, match=r"^k: expected none, .*got 3"):
         sparsary.load(tmp_path, options=CheckpointOptions(k=3))
 
 

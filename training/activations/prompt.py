@@ -64,7 +64,8 @@ def latent_edits(steer: Iterable[Steered] = (), ablate: Iterable[Ablated] = ()) 
     insertions: list[Insertion] = []
     edits: list[Intervention] = []
     places: dict[int, int] = {}
-    wanted = [("steer", tuple(entry), 3) for entry in steer] + [("ablate", tuple(entry), 2) for entry in ablate]
+    wanted: list[tuple[str, tuple[Any, ...], int]] = [("steer", tuple(entry), 3) for entry in steer]
+    wanted += [("ablate", tuple(entry), 2) for entry in ablate]
     for name, entry, length in wanted:
         if len(entry) != length or not isinstance(entry[0], SparseDictionary):
             form = "(dictionary, latent, amount)" if name == "steer" else "(dictionary, latent)"

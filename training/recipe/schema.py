@@ -71,8 +71,8 @@ class ModelSection(Section):
     """Language model whose activations are studied."""
 
     id: str = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision the model runs in")
     device: str = Field(default="auto", description="'auto' uses a GPU if there is one")
     trust_remote_code: bool = Field(
         default=False,
@@ -83,16 +83,19 @@ class ModelSection(Section):
 class TextSection(Section):
     """Source of the documents, and their division into contexts."""
 
-    source: Literal["embedded", "files", "hub"] = "embedded"
+    source: Literal["embedded", "files", "hub"] = Field(
+        default="embedded",
+        description="embedded: the generated corpus of the embedded model; files: local files; hub: a Hugging Face dataset",
+    )
     files: Names = Field(default=(), description="source files: paths of .txt, .jsonl or .parquet files, read in this order")
     dataset: str | None = Field(default=None, description="source hub: id of a Hugging Face dataset, which is streamed")
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    dataset_revision: str | None = None
+    dataset_config: str | None = Field(default=None, description="source hub: configuration of the dataset")
+    dataset_split: str = Field(default="train", description="source hub: split of the dataset")
+    dataset_revision: str | None = Field(default=None, description="source hub: branch, tag or commit; null: the main branch")
     column: str = Field(default="text", description="column or JSON key that holds the text")
     separator: str = Field(default="\n\n", description="separator of documents in a .txt file")
     seed: int = Field(default=1, description="source embedded: seed of the generated corpus")
-    context_length: Annotated[int, Field(ge=2)] = 128
+    context_length: Annotated[int, Field(ge=2)] = Field(default=128, description="tokens per context, BOS included")
     bos: Literal["context", "document", "none"] = Field(
         default="context",
         description="beginning-of-sequence token; context: before every document and at the start of every context; document: "
@@ -117,11 +120,13 @@ class HarvestSection(Section):
     )
     tokens: Positive | None = Field(default=None, description="with a store: tokens to store, including held-out ones")
     store: str | None = Field(default=None, description="directory of the activation store; null: stream from the model")
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        default="float32", description="precision of the stored activations; int8 has one scale per block of dimensions"
+    )
     block: Positive = Field(default=64, description="int8: number of neighboring dimensions that share a scale")
     gradients: bool = Field(default=False, description="also store the gradient of the next-token loss at every hook")
-    batch_contexts: Positive = 32
-    shard_tokens: Positive = 131_072
+    batch_contexts: Positive = Field(default=32, description="contexts per forward pass of the model")
+    shard_tokens: Positive = Field(default=131_072, description="tokens per file of the store")
     heldout: Share = Field(default=0.05, description="share of documents held out for evaluation")
     exclude_special: bool = Field(default=True, description="leave out BOS, EOS and padding: their norms dwarf all others")
     exclude_leading: Annotated[int, Field(ge=0)] = Field(
@@ -138,7 +143,11 @@ class HarvestSection(Section):
 class DictionarySection(Section):
     """Dictionary to train, and its hooks: given directly, or by ``layer`` and ``site``."""
 
-    kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = "sae"
+    kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = Field(
+        default="sae",
+        description="sae: reconstructs its own input; transcoder: predicts a module's output from its input; "
+        "cross_layer_transcoder: predicts the outputs of a layer's MLP and of all later ones",
+    )
     hook: str | None = Field(default=None, description="sae: hook to read and reconstruct")
     hook_in: Hooks = Field(
         default=None, description="transcoder: hook to read; cross_layer_transcoder: a list, one hook per layer"
@@ -204,8 +213,8 @@ Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)
 class WandbSection(Section):
     """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
-    project: str
-    name: str | None = None
+    project: str = Field(description="W&B project")
+    name: str | None = Field(default=None, description="name of the W&B run; null: chosen by W&B")
     mode: Literal["online", "offline", "disabled"] | None = Field(
         default=None, description="null: WANDB_MODE from the environment, else online"
     )
@@ -219,13 +228,13 @@ class Recipe(Section):
     harvest: HarvestSection = HarvestSection()
     dictionary: DictionarySection
     tokens: Positive = Field(description="number of training tokens; more than the store holds means several passes")
-    batch_tokens: Positive = 2048
+    batch_tokens: Positive = Field(default=2048, description="tokens per training step")
     accumulate: Positive = Field(default=1, description="number of micro-batches per batch, to save memory")
     lr: Rate = Field(
         default=1e-3,
         description="peak learning rate; auto: 2e-4 x sqrt(16384 / n_latents) (rule: Gao et al. 2024; constant: sparsify)",
     )
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 100
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = Field(default=100, description="steps over which lr rises from 0")
     lr_decay: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.2, description="share of the run, at its end, over which lr decays to 0"
     )
@@ -286,11 +295,11 @@ class Recipe(Section):
     precision: Literal["auto", "float32", "bf16"] = Field(
         default="auto", description="auto: bf16 autocast on a GPU that supports it, else float32"
     )
-    seed: int = 0
-    out_dir: str
+    seed: int = Field(default=0, description="seed of the initial weights and of the order of tokens")
+    out_dir: str = Field(description="directory of the run: checkpoint, saved state and logs")
     log_every: Positive = Field(default=50, description="steps between two lines of the log")
     save_every: Positive = Field(default=1000, description="steps between two saved states")
-    wandb: WandbSection | None = None
+    wandb: WandbSection | None = Field(default=None, description="log to Weights & Biases as well; null: do not")
     eval_tokens: Positive = Field(default=200_000, description="number of held-out tokens that `sparsary eval` uses")
 
 

@@ -1,9 +1,9 @@
 // Drawing of the graph, with hover, search and keyboard navigation.
 
 const data = readData('data'), tokens = data.tokens.map(visible), targets = data.targets.map(visible);
-const KIND = ['latent', 'error', 'token', 'logit'], CAP = 7, STEP = 23, GAP = 16, LINE = 22;
-// Number of edges drawn initially; margins for the names of rows and columns.
-const FIRST = 220, LEFT = 58, LOW = 70;
+const KIND = ['latent', 'error', 'token', 'logit'], STEP = 23, GAP = 16, LINE = 22, LOGIT_LINE = 30;
+// Number of edges drawn initially, about; margins for the names of rows and columns; least width of a column.
+const FIRST = 60, LEFT = 58, LOW = 70, COLUMN = 34;
 const svg = $('graph');
 const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
   ({id, kind: KIND[kind], layer, position, index, share, value, total, constant, into: [], from: []}));
@@ -14,6 +14,7 @@ const note = node => node.kind === 'latent' ? data.notes[node.layer + '.' + node
 const row = node => node.kind === 'token' ? 0 : node.kind === 'logit' ? data.layers + 1 : node.layer + 1;
 const rowName = at => at === 0 ? 'embed' : at === data.layers + 1 ? 'logits' : 'layer ' + (at - 1);
 let view = {x: 0, y: 0, k: 1}, selected = null, hovered = null, matches = null, moved = false, own = false;
+let drawn = [], shown = new Set(), revealed = [];
 
 const signed = value => (value > 0 ? '+' : value < 0 ? '\u2212' : '') + number(Math.abs(value));
 const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * value).toPrecision(2)) + '%';
@@ -26,56 +27,21 @@ function name(node) {
   return 'logit of \u201c' + targets[node.index] + '\u201d';
 }
 
-// Nodes of one layer and position are placed in lines, in descending order of influence.
-const cells = new Map(), rows = data.layers + 2, lines = Array(rows).fill(1);
-for (const node of nodes) {
-  const key = row(node) + ' ' + node.position;
-  if (!cells.has(key)) cells.set(key, []);
-  cells.get(key).push(node);
-}
+const rows = data.layers + 2, LOGITS = rows - 1;
 // Logit nodes contain their tokens.
 const WORD = Math.max(44, Math.min(170, 18 + 9 * Math.max(...targets.map(text => Math.min(18, text.trim().length)))));
-const cap = at => at === data.layers + 1 ? 10 : CAP;
-const widths = tokens.map((token, position) => {
-  let most = 1;
-  for (let at = 0; at < rows; at++) {
-    const cell = cells.get(at + ' ' + position) || [];
-    cell.sort((a, b) => b.share - a.share || a.id - b.id);
-    const wide = at === data.layers + 1 ? (WORD + 6) / STEP : 1;
-    most = Math.max(most, wide * Math.min(cell.length, cap(at)));
-    lines[at] = Math.max(lines[at], Math.ceil(cell.length / cap(at)));
-  }
-  return most * STEP + GAP;
-});
-const lefts = [], bottoms = [];
-widths.reduce((sum, width) => (lefts.push(sum), sum + width), 0);
-const width = lefts[lefts.length - 1] + widths[widths.length - 1];
-// Row distance at which the graph fills the frame vertically when it does so horizontally.
-const frameBox = svg.getBoundingClientRect(), filled = lines.reduce((sum, count) => sum + count * LINE, 20);
-const wanted = width * (frameBox.height - LOW - 8) / Math.max(200, frameBox.width - LEFT - 16);
-const apart = Math.min(170, Math.max(44, (wanted - filled) / (rows - 1)));
-lines.reduce((sum, count) => (bottoms.push(sum), sum + count * LINE + apart), 0);
-const height = bottoms[rows - 1] + lines[rows - 1] * LINE + 20;
 const most = Math.max(...nodes.filter(n => n.kind === 'latent').map(n => n.share), 1e-9);
-for (const node of nodes) {
-  const at = row(node), cell = cells.get(at + ' ' + node.position), rank = cell.indexOf(node), many = cap(at);
-  const inLine = Math.min(many, cell.length - many * Math.floor(rank / many));
-  const gap = node.kind === 'logit' ? WORD + 6 : STEP;
-  node.x = lefts[node.position] + widths[node.position] / 2 + gap * (rank % many - (inLine - 1) / 2);
-  node.y = height - bottoms[at] - LINE * Math.floor(rank / many) - 14;
-  node.r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
-}
+// Nodes shrink less than distances when the graph is zoomed out, so that words stay readable.
+const glyph = k => Math.min(1.3, Math.max(0.8, k));
+let lefts = [], widths = [], middles = [], width = 1, height = 1;
 
 // Bands and edges are below nodes; row and column names stay at the border when the graph is moved.
 const moving = draw('g', {}, svg), bands = draw('g', {}, moving), wires = draw('g', {'class': 'wires'}, moving);
 const dots = draw('g', {}, moving), frame = draw('g', {'class': 'frame'}, svg);
-for (let at = 0; at < rows; at++) {
-  const top = height - bottoms[at] - lines[at] * LINE - 12;
-  draw('rect', {x: -4000, y: top, width: width + 8000, height: lines[at] * LINE + 20, 'class': 'band'}, bands);
-}
 for (const node of nodes) {
-  const shape = draw('g', {transform: 'translate(' + node.x + ',' + node.y + ')', 'class': 'node ' + node.kind}, dots);
-  const r = node.r, full = (0.35 + 0.65 * Math.sqrt(Math.min(1, node.share / most))).toFixed(3);
+  const shape = draw('g', {'class': 'node ' + node.kind}, dots);
+  const r = 3.5 + 7 * Math.sqrt(Math.min(1, node.share / most));
+  const full = (0.35 + 0.65 * Math.sqrt(Math.min(1, node.share / most))).toFixed(3);
   if (node.kind === 'latent') draw('circle', {r, 'fill-opacity': full, 'class': 'latent'}, shape);
   if (node.kind === 'error') draw('path', {d: `M0 ${-r}L${r} 0 0 ${r} ${-r} 0Z`, 'class': 'error'}, shape);
   if (node.kind === 'token') draw('rect', {x: -6, y: -6, width: 12, height: 12, 'class': 'token'}, shape);
@@ -90,9 +56,69 @@ for (const node of nodes) {
   shape.addEventListener('pointerleave', () => { hovered = null; if (!selected) detail(null); paint(); });
   shape.addEventListener('click', event => { if (!moved) { select(node); event.stopPropagation(); } });
 }
-const rowNames = bottoms.map((_, at) => draw('text', {'class': 'row'}, frame, rowName(at)));
+const rowNames = Array.from({length: rows}, (_, at) => draw('text', {'class': 'row'}, frame, rowName(at)));
 const floor = draw('rect', {x: 0, width: 1e5, height: 200, 'class': 'floor'}, frame);
 const columnNames = tokens.map(token => draw('text', {'class': 'column'}, frame, short(token.trim() || '\u2423', 11)));
+
+// The strongest edges, less those of latents and errors that lead nowhere, or latents that nothing leads to.
+function pruned(count) {
+  let some = edges.slice(0, count), before = -1;
+  while (some.length !== before) {
+    before = some.length;
+    const sources = new Set(some.map(edge => edge.source)), ends = new Set(some.map(edge => edge.target));
+    some = some.filter(({source, target}) => (target.kind === 'logit' || sources.has(target)) &&
+      (source.kind !== 'latent' || ends.has(source)));
+  }
+  return some;
+}
+// Places the nodes that are shown: those of one layer and position in lines, in descending order of influence.
+function arrange() {
+  const box = svg.getBoundingClientRect(), cap = box.width < 560 ? 4 : 7, cells = new Map(), lines = Array(rows).fill(1);
+  const roomX = Math.max(200, box.width - LEFT - 16), roomY = Math.max(200, box.height - LOW - 8);
+  for (const node of nodes) {
+    node.shape.toggleAttribute('hidden', !shown.has(node));
+    if (!shown.has(node)) continue;
+    const key = row(node) === LOGITS ? LOGITS : row(node) + ' ' + node.position;
+    if (!cells.has(key)) cells.set(key, []);
+    cells.get(key).push(node);
+  }
+  for (const cell of cells.values()) cell.sort((a, b) => b.share - a.share || a.id - b.id);
+  widths = tokens.map((_, position) => {
+    let widest = 1;
+    for (let at = 0; at < LOGITS; at++) {
+      const cell = cells.get(at + ' ' + position) || [];
+      widest = Math.max(widest, Math.min(cell.length, cap));
+      lines[at] = Math.max(lines[at], Math.ceil(cell.length / cap));
+    }
+    return Math.max(COLUMN, widest * STEP + GAP);
+  });
+  lefts = [];
+  width = widths.reduce((sum, wide) => { lefts.push(sum); return sum + wide; }, 0);
+  // All logits are at the last position; their row takes as much of the width as it needs once the graph is fitted.
+  const k = Math.min(1.5, roomX / width), grown = glyph(k) / k, pitch = (WORD + 6) * grown;
+  const logits = cells.get(LOGITS) || [], perLine = Math.max(1, Math.min(logits.length, Math.floor(width / pitch)));
+  lines[LOGITS] = Math.max(1, Math.ceil(logits.length / perLine));
+  const tall = lines.map((count, at) => at === LOGITS ? count * LOGIT_LINE * grown : count * LINE);
+  const filled = tall.reduce((sum, part) => sum + part, 20);
+  const apart = Math.min(190, Math.max(34, (roomY / k - filled) / (rows - 1)));
+  const bottoms = [];
+  tall.reduce((sum, part) => { bottoms.push(sum); return sum + part + apart; }, 0);
+  height = bottoms[LOGITS] + tall[LOGITS] + 20;
+  middles = tall.map((part, at) => height - bottoms[at] - part / 2 - 3);
+  bands.replaceChildren(...tall.map((part, at) =>
+    draw('rect', {x: -8000, y: middles[at] - part / 2 - 8, width: width + 16000, height: part + 16, 'class': 'band'})));
+  for (const [key, cell] of cells) {
+    const isLogits = key === LOGITS, many = isLogits ? perLine : cap, across = isLogits ? pitch : STEP;
+    const line = isLogits ? LOGIT_LINE * grown : LINE, at = row(cell[0]), position = cell[0].position;
+    cell.forEach((node, rank) => {
+      const inLine = Math.min(many, cell.length - many * Math.floor(rank / many)), half = across * (inLine - 1) / 2;
+      const middle = lefts[position] + widths[position] / 2, edge = half + across / 2;
+      const center = isLogits ? Math.max(edge, Math.min(width - edge, middle)) : middle;
+      node.x = center + across * (rank % many) - half;
+      node.y = height - bottoms[at] - line * (Math.floor(rank / many) + 0.5) - 3;
+    });
+  }
+}
 
 const strongest = edges.length ? edges[0].size : 1;
 const slider = $('count');
@@ -104,16 +130,17 @@ function wire(edge, strong) {
     d: `M${a.x} ${a.y}C${a.x} ${a.y - bend} ${b.x} ${b.y + bend} ${b.x} ${b.y}`,
     'stroke-width': thick.toFixed(2),
     'stroke-opacity': strong ? 0.85 : (0.14 + 0.5 * Math.sqrt(edge.size / strongest)).toFixed(3),
-    'class': edge.weight > 0 ? 'up' : 'down',
+    'class': edge.weight > 0 ? 'up' : 'down', 'vector-effect': 'non-scaling-stroke',
   }, wires);
 }
 function paint() {
-  const focus = hovered || selected, count = toCount(+slider.value);
+  const focus = hovered || selected;
   wires.replaceChildren();
+  const beside = focus && [...focus.into, ...focus.from].filter(edge => shown.has(edge.source) && shown.has(edge.target));
   if (focus) {
-    for (const edge of [...focus.into, ...focus.from].sort((a, b) => a.share - b.share)) wire(edge, true);
+    for (const edge of beside.sort((a, b) => a.share - b.share)) wire(edge, true);
   } else {
-    for (const edge of edges.slice(0, count).reverse()) wire(edge, false);
+    for (const edge of [...drawn].reverse()) wire(edge, false);
   }
   const near = focus && new Set([focus, ...focus.into.map(e => e.source), ...focus.from.map(e => e.target)]);
   for (const node of nodes) {
@@ -122,20 +149,37 @@ function paint() {
     node.shape.classList.toggle('chosen', node === selected);
     node.shape.classList.toggle('found', Boolean(matches) && matches.has(node));
   }
-  $('drawn').textContent = focus ? (focus.into.length + focus.from.length) + ' edges of this node'
-    : count + ' strongest of ' + edges.length + ' drawn';
+  $('drawn').textContent = focus ? `${beside.length} of ${focus.into.length + focus.from.length} edges of this node`
+    : `${drawn.length} of ${edges.length} edges, ${shown.size} of ${nodes.length} nodes`;
+}
+// Chooses what is drawn: the pruned graph, and nodes that were searched for or selected.
+function choose() {
+  drawn = pruned(toCount(+slider.value));
+  const kept = drawn.flatMap(edge => [edge.source, edge.target]);
+  const always = nodes.filter(node => node.kind === 'token' || (node.kind === 'logit' && node.index === 0));
+  shown = new Set([...kept, ...always, ...revealed, ...(matches || [])]);
+  arrange();
+  if (own) place(); else fit();
 }
 function place() {
-  const box = svg.getBoundingClientRect(), base = box.height - 64;
+  const box = svg.getBoundingClientRect(), base = box.height - 64, size = glyph(view.k) / view.k;
   moving.setAttribute('transform', `translate(${view.x},${view.y}) scale(${view.k})`);
+  for (const node of shown) node.shape.setAttribute('transform', `translate(${node.x},${node.y}) scale(${size})`);
   rowNames.forEach((text, at) => {
     text.setAttribute('x', 8);
-    text.setAttribute('y', view.y + view.k * (height - bottoms[at] - (lines[at] - 1) * LINE / 2 - 14) + 4);
+    text.setAttribute('y', view.y + view.k * middles[at] + 4);
   });
   floor.setAttribute('y', base);
+  const xs = tokens.map((_, at) => view.x + view.k * (lefts[at] + widths[at] / 2));
+  const apart = Math.min(...xs.slice(1).map((x, at) => x - xs[at]), 1e3);
+  // Names are steeper the closer they are; where even vertical ones would overlap, some are left out.
+  const turn = apart >= 22 ? -38 : -90;
+  let last = -Infinity;
   columnNames.forEach((text, at) => {
-    const x = view.x + view.k * (lefts[at] + widths[at] / 2);
-    text.setAttribute('transform', `translate(${x + 4},${base + 14}) rotate(-38)`);
+    const fits = xs[at] - last >= (turn === -90 ? 13 : 20);
+    text.toggleAttribute('hidden', !fits);
+    if (fits) last = xs[at];
+    text.setAttribute('transform', `translate(${xs[at] + 4},${base + 14}) rotate(${turn})`);
   });
 }
 function fit() {
@@ -213,10 +257,10 @@ function detail(node) {
   for (const [key, value] of facts) list.append(make('div', '', make('dt', '', key), make('dd', '', value)));
   const parts = [make('h2', '', name(node)), known && known.label ? make('p', 'said', known.label) : null, list];
   if (node.total !== null) {
-    const shown = node.into.reduce((sum, edge) => sum + edge.weight, 0);
+    const listed = node.into.reduce((sum, edge) => sum + edge.weight, 0);
     const what = node.kind === 'logit' ? 'Logit minus the mean or the foil: ' : 'Pre-activation: ';
-    const hidden = signed(node.total - node.constant - shown);
-    parts.push(make('p', 'note', `${what}${number(node.total)} = edges shown ${signed(shown)}, edges not shown ${hidden}, `
+    const hidden = signed(node.total - node.constant - listed);
+    parts.push(make('p', 'note', `${what}${number(node.total)} = edges kept ${signed(listed)}, other edges ${hidden}, `
       + `constant ${signed(node.constant)}.`));
   }
   if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.map(visible).join(' \u00b7 ')),
@@ -232,6 +276,7 @@ function detail(node) {
 }
 function select(node) {
   selected = node;
+  if (node && !shown.has(node)) { revealed.push(node); choose(); }
   if (node) show(node);
   detail(node);
   paint();
@@ -243,13 +288,14 @@ function search() {
   const found = nodes.filter(node => [name(node), ...said(node)].join(' ').toLowerCase().includes(text));
   matches = text ? new Set(found.sort((a, b) => b.share - a.share)) : null;
   selected = null;
+  choose();
   detail(null);
   paint();
 }
 function step(dx, dy) {
-  if (!selected) return select(nodes.reduce((best, node) => node.share > best.share ? node : best, nodes[0]));
+  if (!selected) return select([...shown].reduce((best, node) => node.share > best.share ? node : best));
   let best = null, least = Infinity;
-  for (const node of nodes) {
+  for (const node of shown) {
     const x = node.x - selected.x, y = node.y - selected.y;
     const along = x * dx + y * dy, aside = Math.abs(x * dy) + Math.abs(y * dx);
     if (node === selected || along <= 0.5) continue;
@@ -287,9 +333,12 @@ $('in').onclick = () => zoom(1.25);
 $('out').onclick = () => zoom(0.8);
 $('fit').onclick = fit;
 $('search').oninput = search;
-slider.oninput = paint;
-slider.value = edges.length > 1 ? Math.min(100, 100 * Math.log(FIRST) / Math.log(edges.length)) : 100;
-new ResizeObserver(() => own ? place() : fit()).observe(svg);
+slider.oninput = () => { revealed = []; choose(); paint(); };
+// As many edges as leave FIRST of them once the graph is pruned.
+let first = Math.min(FIRST, edges.length);
+while (first < edges.length && pruned(first).length < FIRST) first = Math.min(edges.length, first + 10);
+slider.value = edges.length > 1 ? 100 * Math.log(first) / Math.log(edges.length) : 100;
+new ResizeObserver(() => { arrange(); if (own) place(); else fit(); paint(); }).observe(svg);
+choose();
 select(null);
-fit();
 document.body.dataset.ready = 'yes';

@@ -12,6 +12,7 @@ function show() {
   const method = radios.find(radio => radio.checked)?.value, off = new Set(offFamilies());
   for (const part of all("div[data-method]")) part.hidden = part.dataset.method !== method;
   for (const mark of marks) mark.style.display = off.has(familyOf(mark)) ? "none" : "";
+  for (const entry of all(".legend [data-family]")) entry.hidden = off.has(entry.dataset.family);
 }
 function keep(view) {
   const method = radios.findIndex(radio => radio.checked), off = offFamilies();
@@ -63,7 +64,10 @@ for (const figure of all("figure.circuit")) {
       other.classList.toggle("near", near.has(other.dataset.name));
     }
     if (node === null) { detail.replaceChildren(...empty); return; }
+    const link = make("a", "", "feature");
+    link.href = node.dataset.href || "";
     detail.replaceChildren(make("h3", "", name), make("p", "", node.dataset.score && "score " + node.dataset.score),
+      node.dataset.tokens ? make("p", "", "fires on " + node.dataset.tokens) : "", node.dataset.href ? link : "",
       make("h4", "", "strongest edges in"), strongest(edges, "to", "from", name),
       make("h4", "", "strongest edges out"), strongest(edges, "from", "to", name));
   };
@@ -82,9 +86,13 @@ for (const figure of all("figure.circuit")) {
       nodes.forEach(other => other.setAttribute("tabindex", other === node ? 0 : -1));
       pick(pinned = node);
     });
-    node.addEventListener("blur", () => { pinned = null; pick(null); });
+    // The details stay while their link has the focus.
+    node.addEventListener("blur", event => { if (!detail.contains(event.relatedTarget)) { pinned = null; pick(null); } });
+    const open = () => { if (node.dataset.href) location.href = node.dataset.href; };
+    node.addEventListener("dblclick", open);
     node.addEventListener("keydown", event => {
       if (event.key === "Escape") node.blur();
+      if (event.key === "Enter") open();
       const next = moves[event.key]?.(node);
       if (next) { event.preventDefault(); next.focus(); }
     });

@@ -94,9 +94,12 @@ function card(title, className, ...children) {
 }
 const none = text => make('p', 'none', text || 'undefined');
 
+const DEFINITIONS = settings.definitions;
 function head(i, latent) {
   const figure = (name, value, note) => {
-    const node = make('div', '', make('div', 'label', name), make('b', '', number(value)));
+    const term = make('div', 'label', DEFINITIONS[name] ? make('abbr', '', name) : name);
+    if (DEFINITIONS[name]) term.firstChild.title = DEFINITIONS[name];
+    const node = make('div', '', term, make('b', '', number(value)));
     node.title = note || '';
     if (note && value !== null) node.append(make('div', 'note', note));
     return node;
@@ -159,9 +162,24 @@ async function show(i) {
   document.body.dataset.shown = i;
   document.body.dataset.milliseconds = (performance.now() - began).toFixed(1);
 }
+// Turns to the list's page of a latent; a latent that the search leaves out ends the search.
+function reveal(i) {
+  if (!order.includes(i)) {
+    $('search').value = '';
+    if (index.density[i] === 0) $('dead').checked = true;
+    search();
+  }
+  page = Math.floor(order.indexOf(i) / PAGE);
+  list();
+  const row = document.querySelector(`#rows tr[data-latent="${i}"]`), box = row.closest('.list');
+  row.setAttribute('aria-current', 'true');
+  const at = row.getBoundingClientRect(), around = box.getBoundingClientRect();
+  if (at.top < around.top || at.bottom > Math.min(around.bottom, innerHeight)) box.scrollTop += at.top - around.top - 160;
+}
 function follow() {
   const i = parseInt(location.hash.slice(1), 10);
   if (!(i >= 0 && i < index.density.length)) return;
+  reveal(i);
   // On narrow screens the details are below the list.
   show(i).then(() => { if (innerWidth <= 900) $('detail').scrollIntoView(); });
 }

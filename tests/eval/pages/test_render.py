@@ -43,6 +43,7 @@ RESULTS = [
         "Circuits of embedded",
     ),
     ("features.json", ABOUT, "1 latents"),
+    ("probing.json", {"probing_version": 1, "seed": 0}, "Probing of"),
 ]
 
 
@@ -71,7 +72,7 @@ def test_each_result_is_known_by_its_entries(tmp_path, name, result, words):
 
 def test_a_report_has_the_curve_of_the_log_beside_it(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(render, "render_report", lambda report, curve: seen.append(curve) or render_report(report, curve))
+    monkeypatch.setattr(render, "render_report", lambda report, curve, _: seen.append(curve) or render_report(report, curve))
     run, out = tmp_path / "run", tmp_path / "out"
     for folder in (run, out):
         folder.mkdir()

@@ -268,5 +268,5 @@ def test_the_page_shows_every_figure(report):
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
     lines = report_summary(report)
     assert lines[0] == ("stack", lines[0][1])
-    assert len(lines) == 9 + 4
+    assert len(lines) == 8 + 4
     assert lines[-1][0] == "transformer.h.3.mlp"

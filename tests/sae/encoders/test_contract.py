@@ -158,8 +158,8 @@ def test_too_many_latents_asked_for_names_key_value_and_range():
 
 
 def test_wrong_width_is_an_error_that_says_what_to_do(sae):
-    with pytest.raises(ValueError, match=r"x: expected \(tokens, 11\), got \(2, 3, 11\)"):
-        sae.encode(torch.randn(2, 3, D))
+    with pytest.raises(ValueError, match=r"x: expected \(tokens, 11\), got \(6, 10\)"):
+        sae.encode(torch.randn(2, 3, D - 1))
 
 
 def test_repeated_latents_add_up():

@@ -117,7 +117,7 @@ def test_a_choice_over_the_batch_needs_a_threshold(tmp_path):
         ({}, {"b_enc": None}, "b_enc missing among W_dec, W_enc, b_dec"),
         ({}, {"b_dec": torch.full((D,), torch.nan)}, "b_in: expected finite numbers, got nan"),
         ({}, {"log_threshold": torch.zeros(3)}, r"log_threshold: expected shape \(24\), got \(3,\)"),
-        ({}, {"W_other": torch.zeros(3)}, "got W_other besides"),
+        ({}, {"W_other": torch.zeros(3)}, "got also W_other"),
     ],
 )
 def test_damaged_folders_are_named(config, changes, says, tmp_path):

@@ -315,7 +315,7 @@ def test_a_list_of_files_may_name_local_ones(tmp_path, assert_same_tensors):
         ("layer_1", {"W_enc": torch.zeros(D, LATENTS)}, r"W_enc: expected shape \(24, any\), got \(8, 24\)"),
         ("layer_1", {"W_dec": torch.zeros(D, LATENTS)}, r"W_dec: expected shape \(24, 8\), got \(8, 24\)"),
         ("layer_1", {"b_dec": None}, "b_dec missing among W_dec, W_enc, b_enc"),
-        ("layer_1", {"W_extra": torch.zeros(2)}, "got W_extra besides"),
+        ("layer_1", {"W_extra": torch.zeros(2)}, "got also W_extra"),
         ("layer_1", {"b_enc": torch.full((LATENTS,), torch.nan)}, "b_enc: expected finite numbers, got nan"),
         ("layer_1", {"b_enc": torch.zeros(LATENTS, dtype=torch.long)}, "b_enc: expected floating-point numbers"),
         ("layer_1", {"activation_function.threshold": torch.zeros(3)}, r"expected shape \(24\), got \(3,\)"),

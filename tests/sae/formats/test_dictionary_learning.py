@@ -158,7 +158,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ("JumpReluAutoEncoder", {"threshold": torch.zeros(23)}, r"threshold: expected shape \(24\), got \(23,\)"),
         ("AutoEncoder", {"bias": torch.full((8,), torch.nan)}, r"b_in: expected finite numbers, got nan at \[0\]"),
         ("AutoEncoder", {"bias": None}, "bias missing among decoder.weight, encoder.bias, encoder.weight"),
-        ("AutoEncoder", {"b_dec": torch.zeros(8)}, "of AutoEncoder, got b_dec besides"),
+        ("AutoEncoder", {"b_dec": torch.zeros(8)}, "of AutoEncoder, got also b_dec"),
         ("AutoEncoder", {"encoder.bias": torch.zeros(24, dtype=torch.int64)}, "b_enc: expected floating-point numbers"),
         (
             "AutoEncoder",

@@ -105,7 +105,7 @@ def test_pickled_objects_are_refused_with_the_way_to_convert_them(tmp_path):
         ({"W_dec": torch.zeros(D_OUT, LATENTS)}, r"W_dec: expected shape \(24, 5\), got \(5, 24\)"),
         ({"b_enc": torch.full((LATENTS,), torch.nan)}, "b_enc: expected finite numbers, got nan"),
         ({"b_dec_out": torch.zeros(D_OUT, dtype=torch.int32)}, "b_out: expected floating-point numbers"),
-        ({"extra": torch.zeros(1)}, "got extra besides"),
+        ({"extra": torch.zeros(1)}, "got also extra"),
         ({"W_enc": torch.zeros(1).expand(D, LATENTS)}, "a false claim of size"),
     ],
 )

@@ -239,7 +239,7 @@ class Bomb:
         ({"b_dec": np.full(D, np.nan, np.float32)}, "b_out: expected finite numbers, got nan"),
         ({"b_enc": np.zeros(LATENTS, np.int64)}, "b_enc: expected floating-point numbers, got torch.int64"),
         ({"b_enc": np.float32(3)}, r"expected shape \(any, 0\)"),
-        ({"extra": np.zeros(2)}, "got extra besides"),
+        ({"extra": np.zeros(2)}, "got also extra"),
     ],
 )
 def test_damaged_archives_are_named(changes, says, tmp_path):

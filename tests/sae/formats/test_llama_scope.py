@@ -158,7 +158,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ({"encoder.weight": torch.zeros(D, LATENTS)}, r"encoder.weight: expected shape \(24, 8\), got \(8, 24\)"),
         ({"decoder.weight": torch.zeros(LATENTS, D)}, r"decoder.weight: expected shape \(8, 24\), got \(24, 8\)"),
         ({"decoder.bias": torch.full((D,), torch.inf)}, "b_out: expected finite numbers, got inf"),
-        ({"encoder_glu.weight": torch.zeros(2)}, "got encoder_glu.weight besides"),
+        ({"encoder_glu.weight": torch.zeros(2)}, "got also encoder_glu.weight"),
     ],
 )
 def test_damaged_tensors_are_named(changes, says, tmp_path):

@@ -244,7 +244,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ({"W_E": torch.zeros(LATENTS, D)}, r"W_E, its latents last: expected shape \(8, 24\), got \(24, 8\)"),
         ({"W_D": torch.zeros(D, LATENTS)}, r"W_D, its latents first: expected shape \(24, 8\), got \(8, 24\)"),
         ({LOG: torch.full((LATENTS,), 200.0)}, "threshold: expected finite numbers, got inf"),
-        ({"W_E_glu": torch.zeros(2)}, "got W_E_glu besides"),
+        ({"W_E_glu": torch.zeros(2)}, "got also W_E_glu"),
         ({f"dataset_average_activation_norm.{SITE}": torch.tensor(torch.nan)}, "expected a number above 0, got nan"),
         ({f"dataset_average_activation_norm.{SITE}": torch.ones(2)}, r"expected shape \(\), got \(2,\)"),
     ],

@@ -113,7 +113,7 @@ def test_a_folder_of_layers_is_read_by_file(tmp_path):
         ({"encoder.weight": None, "decoder.weight": None}, "encoder.weight, decoder.weight missing among"),
         ({"latent_bias": torch.full((LATENTS,), torch.nan)}, "b_enc: expected finite numbers, got nan"),
         ({"pre_bias": torch.zeros(1, D)}, r"pre_bias: expected shape \(8\), got \(1, 8\)"),
-        ({"b_dec": torch.zeros(D)}, "got b_dec besides"),
+        ({"b_dec": torch.zeros(D)}, "got also b_dec"),
     ],
 )
 def test_damaged_files_are_named(changes, says, tmp_path):

@@ -159,7 +159,7 @@ def copied(case, tmp_path, **changes):
         ({"threshold": torch.full((24,), torch.nan)}, r"threshold: expected finite numbers, got nan at \[0\]"),
         ({"b_enc": torch.zeros(24, dtype=torch.int32)}, "b_enc: expected floating-point numbers, got torch.int32"),
         ({"b_enc": None}, "b_enc missing among W_dec, W_enc, b_dec, threshold"),
-        ({"W_skip": torch.zeros(8, 8)}, "of jumprelu, got W_skip besides"),
+        ({"W_skip": torch.zeros(8, 8)}, "of jumprelu, got also W_skip"),
     ],
 )
 def test_damaged_tensors_are_named(damage, says, tmp_path):

@@ -192,7 +192,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ({"encoder.bias": torch.full((24,), torch.inf)}, "b_enc: expected finite numbers, got inf"),
         ({"b_dec": torch.zeros(8, dtype=torch.int32)}, "b_in: expected floating-point|b_out: expected floating-point"),
         ({"W_skip": torch.zeros(8, 8)}, "skip_connection: False in cfg.json, but W_skip is there"),
-        ({"gate": torch.zeros(8)}, "got gate besides"),
+        ({"gate": torch.zeros(8)}, "got also gate"),
     ],
 )
 def test_damaged_tensors_are_named(tensors, says, tmp_path):

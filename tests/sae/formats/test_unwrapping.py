@@ -113,7 +113,7 @@ def test_nested_state_dictionaries_are_unpacked(kind, nest, tmp_path):
 def test_other_tensors_beside_a_container_are_named_not_dropped(tmp_path):
     case = "dictionary_learning/AutoEncoderTopK"
     nest = lambda t: {"state_dict": t, "input_mean": torch.ones(3)}  # noqa: E731
-    with pytest.raises(ValueError, match="input_mean besides"):
+    with pytest.raises(ValueError, match="got also input_mean"):
         read_dictionary(rewritten(case, tmp_path / "x", str, nest))
 
 

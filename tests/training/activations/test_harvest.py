@@ -222,15 +222,17 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
         time.sleep(0.3)
         return write_tensors(*arguments)
 
-    def stop(tokens):
+    def stop(_shown, tokens):
         # By now another shard's rows are waiting.
         if tokens > 2000:
             stopping.set()
             raise KeyboardInterrupt
 
     monkeypatch.setattr(harvest_module, "write_tensors", slow)
-    with pytest.raises(KeyboardInterrupt):
-        harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"), stop)
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsary.training.stages.StageProgress.update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"))
     broken = ActivationStore.open(tmp_path / "parts")
     assert {shard["unit"] for shard in broken.manifest["shards"]} == {0}
     assert not list((tmp_path / "parts").glob(".*.partial"))

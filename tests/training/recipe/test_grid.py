@@ -315,7 +315,7 @@ def test_a_grid_is_not_put_into_a_run_nor_beside_strange_files(values, rows):
     train_all(resolve_recipes(members(values, {"lr": [1e-3, 2e-3]})), rows)
     with pytest.raises(ValueError, match="expected an empty directory or a run"):
         train_recipe(resolve_recipe(check_recipe(values, "recipe")), rows)
-    with pytest.raises(ValueError, match=r"lr=0\.001 holds another run"):
+    with pytest.raises(ValueError, match=r"lr=0\.001: expected a run of this recipe, got another run"):
         train_all(resolve_recipes(members(values | {"seed": 5}, {"lr": [1e-3, 2e-3]})), rows)
 
 

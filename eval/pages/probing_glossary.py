@@ -1,0 +1,115 @@
+"""Definitions of probing results: tiles of the page, and the meaning of every entry by the pattern of its name."""
+
+import re
+
+# Prefix of entries -> title of their section.
+SECTIONS = {
+    "factors_": "Factors",
+    "supervised_": "Supervised features of indirect-object identification",
+    "sparse_probing_": "Sparse probing",
+    "scr_": "Spurious correlation removal",
+    "tpp_": "Targeted probe perturbation",
+    "absorption_": "Absorption",
+    "": "Dictionary and data",
+}
+# Entry, label, and the note below the number; braces name other entries.
+TILES = (
+    ("factors_latent_f1", "best latent F1", "mean over {factors_count} factors; a linear probe has {factors_probe_f1}"),
+    ("factors_latent_found_08", "factors found", "fraction with a latent of F1 0.8 or more"),
+    ("factors_absorption_fraction", "absorption", "mean over {factors_absorption_count} factors"),
+    ("supervised_all_latents_sufficiency", "sufficiency", "of reconstructions, indirect-object task"),
+    ("supervised_all_latents_necessity", "necessity", "of reconstructions, indirect-object task"),
+    (
+        "sparse_probing_sae_top_1_test_accuracy",
+        "sparse probing, k = 1",
+        "one dimension has {sparse_probing_llm_top_1_test_accuracy}",
+    ),
+    ("sparse_probing_sae_test_accuracy", "probe on all latents", "on the activation {sparse_probing_llm_test_accuracy}"),
+    ("scr_metric_threshold_10", "SCR, 10 latents", "part of the gap that is closed"),
+    ("tpp_threshold_10_total_metric", "TPP, 10 latents", "intended less unintended drop"),
+    ("absorption_mean_absorption_fraction_score", "absorption score", "mean over labels, as in SAEBench"),
+)
+# Patterns of names, the first that matches counts.
+PATTERNS = (
+    (r"factors_(?:\w+_)?count", "Number of factors of this kind."),
+    (r"factors_chance_f1", "F1 of a detector that always says yes, mean over factors."),
+    (r"factors_gap_f1", "F1 of the linear probe minus that of the best latent, mean over factors."),
+    (r"factors_latent_firing_f1", "F1 of the best latent that detects by firing alone (activation above 0)."),
+    (
+        r"factors_(?:\w+_)?latent_f1",
+        "F1 of the latent that detects a factor best, mean over factors. Latent, sign and threshold are "
+        "chosen on half of the documents and scored on the other half.",
+    ),
+    (r"factors_(?:\w+_)?probe_f1", "F1 of a linear probe on the activation: what is linearly readable, and the ceiling."),
+    (r"factors_(?:\w+_)?neuron_f1", "F1 of the best MLP neuron, chosen in the same way."),
+    (r"factors_(?:\w+_)?dimension_f1", "F1 of the best dimension of the activation, chosen in the same way."),
+    (r"factors_\w+_auroc", "Area under the ROC curve of the chosen detector; 0.5 is chance."),
+    (r"factors_\w+_found_08", "Fraction of factors with an F1 of 0.8 or more."),
+    (
+        r"factors_split",
+        "Feature splitting: mean number of latents whose firings together detect a factor, each adding 0.03 of F1.",
+    ),
+    (
+        r"factors_absorption_fraction",
+        "Fraction of a factor's probe direction that other latents carry where its own are silent, "
+        "mean over factors with a probe F1 of 0.6 or more.",
+    ),
+    (r"factors_full_absorption", "Fraction of tokens of a factor where one other latent stands in for its silent own latents."),
+    (
+        r"supervised_\w+_sufficiency",
+        "Logit difference that is left with reconstructions in place of the activation, as a fraction: 1 "
+        "is all of it, 0 is mean ablation.",
+    ),
+    (
+        r"supervised_\w+_necessity",
+        "Logit difference that is lost when the reconstruction is subtracted, as a fraction: 1 is as much "
+        "as mean ablation loses.",
+    ),
+    (
+        r"supervised_edit_\w+",
+        "Fraction of prompts on which the edit makes the model predict what the counterfactual prompt does.",
+    ),
+    (r"supervised_\w+_union_f1", "F1 of up to ten latents together."),
+    (r"supervised_\w+_f1", "F1 of the best latent for a value of the attribute at this position, mean over values."),
+    (r"supervised_\w+_split", "Number of latents that together detect a value, mean over values."),
+    (r"supervised_\w+_detected", "Fraction of values with an F1 of 0.5 or more."),
+    (r"supervised_\w+_latents_interpreted", "Number of latents with an F1 of 0.8 or more for a value."),
+    (r"supervised_\w+_pos_latents", "Number of latents that fire for one order of the names nine times in ten."),
+    (r"supervised_\w+_variance_share", "Fraction of the activation's variance that the attribute explains."),
+    (r"supervised_\w+_effect", "Effect of the attribute's supervised feature on the logit difference."),
+    (
+        r"supervised_\w+_occluded",
+        "True if the attribute matters to the model, is outweighed by a larger one, and fewer of its values are detected.",
+    ),
+    (
+        r"sparse_probing_sae_top_\d+_test_accuracy",
+        "Accuracy of a probe on this many latents, mean over data sets; chance is 0.5.",
+    ),
+    (r"sparse_probing_llm_top_\d+_test_accuracy", "Accuracy of a probe on this many dimensions of the activation."),
+    (r"sparse_probing_sae_test_accuracy", "Accuracy of a probe on all latents."),
+    (r"sparse_probing_llm_test_accuracy", "Accuracy of a probe on the activation itself."),
+    (
+        r"scr_\w*metric_threshold_\d+",
+        "Fraction of a biased probe's loss of accuracy that ablating this many latents of the spurious "
+        "label restores; 1 is best.",
+    ),
+    (r"scr_dir\d_\w+", "The same in one direction: with label and spurious label exchanged in the second."),
+    (r"tpp_\w+_total_metric", "Intended less unintended drop in accuracy; more is better."),
+    (r"tpp_\w+_intended_diff_only", "Drop in accuracy of a class's own probe when this many of its latents are ablated."),
+    (r"tpp_\w+_unintended_diff_only", "Drop in accuracy of the other classes' probes."),
+    (
+        r"absorption_\w+fraction\w*",
+        "Fraction of a label's direction carried by other latents where its own are silent (Chanin et al. 2024); 0 is best.",
+    ),
+    (r"absorption_\w+full\w*", "Fraction of a label's tokens on which another latent replaces its own; 0 is best."),
+    (r"\w+_warning", "A later study of these metrics (arXiv:2605.18229) found them unreliable."),
+    (r"\w+_done", "True if the task ran."),
+    (r"\w+_why", "Reason why the task did not run."),
+    (r"seed", "Random seed of splits, prompts and resampling."),
+    (r"labels", "File of labelled text; none stands for the embedded corpus."),
+)
+
+
+def definition(key: str) -> str:
+    """Return the definition of an entry; empty if its name says all."""
+    return next((text for pattern, text in PATTERNS if re.fullmatch(pattern, key)), "")

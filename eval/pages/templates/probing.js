@@ -1,0 +1,3 @@
+// Sorting and filtering of the tables.
+
+startTables();
