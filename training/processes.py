@@ -167,6 +167,6 @@ def _last_seen(rank: int) -> str:
     return f"at step {step}, {max(0, round(time.time() - float(then)))} s ago"
 
 
-def _store() -> dist.Store:
+def _store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """Return the key-value store of the process group, which outlives a rank."""
     return dist.distributed_c10d._get_default_store()

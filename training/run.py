@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -438,7 +438,7 @@ def _member(
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer.
-    objective = accelerator.prepare_model(objective, evaluation_mode=True)
+    objective = cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer)
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, dictionary.ranks)
     report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=dictionary.ranks.rank == 0)
