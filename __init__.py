@@ -212,12 +212,12 @@ def main() -> None:
 @contextmanager
 def _as_one_of_several() -> Iterator[None]:
     """Join the other processes of the run; all but the first are silent."""
-    from .training.processes import join, leave
+    from .training.processes import leave, own_ranks
 
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger().setLevel(logging.ERROR)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    join()
+    own_ranks()
     yield
     leave()
 

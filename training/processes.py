@@ -33,7 +33,7 @@ def own_rank() -> int:
 
 
 @cache
-def join() -> Ranks:
+def own_ranks() -> Ranks:
     """Return the ranks of this run, joining their process group at the first call; without a launcher, this process alone.
 
     Raises:
@@ -63,7 +63,7 @@ def leave() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    join.cache_clear()
+    own_ranks.cache_clear()
 
 
 def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:

@@ -40,7 +40,7 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .processes import from_first, join, require_agreement
+from .processes import from_first, own_ranks, require_agreement
 from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog
@@ -172,7 +172,7 @@ def train_all(
         ValueError: For every error that the user can fix; the message says how.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
-    recipes, ranks = [member.recipe for member in members], join()
+    recipes, ranks = [member.recipe for member in members], own_ranks()
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
     require_same_run_on_all(ranks, recipes)
     if activations is None:
@@ -208,7 +208,7 @@ def open_streams(
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
     """Yield the recipes' batch streams, each with the recipes that share it; harvest first if they read from a store."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
-    ranks = join()
+    ranks = own_ranks()
     for member in members:
         # A user's tensors depend on neither hooks nor seeds.
         recipe = member.recipe
@@ -302,7 +302,7 @@ def _train(
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision=_precision(first, device), gradient_accumulation_steps=first.accumulate
     )
-    ranks = join()
+    ranks = own_ranks()
     stop = StopRequest(ranks.largest)
     with ExitStack() as stack:
         groups = [_group(stream, recipes, earlier, accelerator, stack) for stream, recipes in together]
@@ -420,7 +420,7 @@ def _member(
     if earlier is None:
         moments = (start.moments, start.target_moments)
         initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
-    dictionary.ranks = join()
+    dictionary.ranks = own_ranks()
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
