@@ -191,6 +191,7 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
                         writer.put({}, _record(unit, writer, texts, digest, left_out, tokens))
                 writer.finish(units.end.unit)
                 done = Progress.of(store.manifest, section.tokens)
+                shown.update(min(done.kept, section.tokens))
         if units.text_ended and done.stored < section.tokens:
             log.warning("The text has only %d of the %d tokens; the store holds all of them.", done.stored, section.tokens)
         if done.stored == 0:
