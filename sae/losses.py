@@ -49,7 +49,10 @@ def auxk(
         # All dead latents take part, so there is no selection and no sparsity to exploit.
         guess = pre_activations(x, dead_weights).relu() @ dead_weights.W_dec
     else:
-        code = largest_per_token(scorer(x, dead_weights).tiles(), min(k_aux, rows.numel()))
+        if rows.numel():
+            code = largest_per_token(scorer(x, dead_weights).tiles(), min(k_aux, rows.numel()))
+        else:
+            code = SparseCode.from_rows(rows.expand(len(x), 0), x.new_empty(len(x), 0))
         code = code if shards.size == 1 else _largest_of_dead(code, k_aux, shards)
         guess = decode(with_gradient(code, x, dead_weights).relu(), dead_weights.W_dec)
     residual = shards.reduced(guess) - error
