@@ -90,7 +90,7 @@ def _separates(x: Tensor, end: Tensor, starts: Iterable[Tensor]) -> bool:
     starts = list(starts)
     begun = {start.grad_fn for start in starts} - {None}
     known: set[Any] = {x.grad_fn, None}
-    left = [end.grad_fn]
+    left: list[Any] = [end.grad_fn]
     while left:
         node = left.pop()
         if node in known:
