@@ -23,6 +23,16 @@ def document_numbers(document_ids: Int[Tensor, "contexts positions"]) -> Int[Ten
     return nn.functional.pad(torch.where(predicts, begins.long().cumsum(1) - 1, -1), (0, 1), value=-1)
 
 
+def contexts_of_equal_passes(numbers: Int[Tensor, "contexts positions"]) -> list[Int[Tensor, " _"]]:
+    """Return the contexts by their number of documents, so that none takes the passes of a fuller one.
+
+    >>> [rows.tolist() for rows in contexts_of_equal_passes(torch.tensor([[0, -1, 1], [0, 0, 0], [0, 0, -1]]))]
+    [[1, 2], [0]]
+    """
+    last = numbers.amax(1)
+    return [(last == number).nonzero().flatten() for number in last.unique()]
+
+
 def document_gradients(
     losses: Float[Tensor, "contexts predictions"],
     local: Float[Tensor, "contexts positions width"],
@@ -32,7 +42,7 @@ def document_gradients(
     """Return the gradient of each document's summed losses with respect to its own positions of every tensor in ``seen``.
 
     Attention reaches across documents, so a backward pass serves one document of every context: there are as many passes as
-    documents in the fullest context. They begin at ``local``, which is passed to once for all documents.
+    documents in the fullest context. They start at ``local``, which is passed to once for all documents.
 
     Args:
         local: Tensor that every path from ``seen`` to the losses leads through, and of which each position has its own loss:

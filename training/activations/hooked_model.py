@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .document_gradients import UnembeddingInput, document_gradients, document_numbers
+from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 
 
@@ -83,11 +83,27 @@ class HookedModel:
         """Return the tensor at every hook and the gradient of the next-token loss with respect to it.
 
         The loss is summed over the predictions within a token's own document, so its gradient depends neither on other
-        contexts of the batch nor on documents packed after it. There are as many backward passes as documents in the fullest
-        context. Without ``document_ids`` every context is one document.
+        contexts of the batch nor on documents packed after it. Every context takes as many backward passes as it has
+        documents. Without ``document_ids`` every context is one document.
         """
-        if document_ids is None:
-            document_ids = torch.zeros_like(token_ids)
+        numbers = document_numbers(torch.zeros_like(token_ids) if document_ids is None else document_ids)
+        of_all: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for rows in contexts_of_equal_passes(numbers):
+            whole = len(rows) == len(token_ids)
+            some = self._with_gradients(token_ids if whole else token_ids[rows], hooks, numbers if whole else numbers[rows])
+            if whole:
+                return some
+            for found, total in zip(some, of_all, strict=True):
+                for hook, x in found.items():
+                    total.setdefault(hook, x.new_zeros(len(token_ids), *x.shape[1:]))[rows] = x
+        return of_all
+
+    def _with_gradients(
+        self,
+        token_ids: Int[Tensor, "contexts positions"],
+        hooks: tuple[str, ...],
+        numbers: Int[Tensor, "contexts positions"],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         seen: dict[str, Tensor] = {}
 
         def leaf(hook: str) -> Callable[[Tensor], Tensor]:
@@ -105,7 +121,7 @@ class HookedModel:
             logits = self.module(input_ids=token_ids, use_cache=False).logits
             losses = next_token_loss(logits, token_ids)
             found = list(seen.values())
-            gradients = document_gradients(losses, unembedding.local(logits, found), found, document_numbers(document_ids))
+            gradients = document_gradients(losses, unembedding.local(logits, found), found, numbers)
         values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
         return values, self._in_order(dict(zip(seen, gradients, strict=True)), hooks)
 

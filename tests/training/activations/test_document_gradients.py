@@ -69,22 +69,30 @@ def test_gradients_equal_those_of_one_document_at_a_time(tiny_model, token_ids, 
         assert float(expected[hook][:2].abs().amax()) > 1e-3
 
 
-def test_there_are_as_many_passes_as_documents_in_the_fullest_context(tiny_model, token_ids):
+def test_a_context_takes_as_many_passes_as_it_has_documents(tiny_model, token_ids):
     """And one through the unembedding; documents of one token and padding take none."""
     model = tiny_model("gpt2")
     passes = {"block": 0, "unembedding": 0}
 
     def count(name):
-        def hook(*_):
-            passes[name] += 1
+        def hook(_module, _gradients, out):
+            passes[name] += len(out[0])
 
         return hook
 
     for name, module in (("block", model.module.transformer.h[2]), ("unembedding", model.module.lm_head)):
         module.register_full_backward_hook(count(name))
     model.activations_and_gradients(token_ids, ("transformer.h.1:out",), DOCUMENTS)
-    assert int(document_numbers(DOCUMENTS).max()) == 3
-    assert passes == {"block": 4, "unembedding": 1}
+    assert (document_numbers(DOCUMENTS).amax(1) + 1).tolist() == [4, 1, 2, 3]
+    assert passes == {"block": 4 + 1 + 2 + 3, "unembedding": 4}
+
+
+def test_values_are_those_of_a_pass_without_gradients(tiny_model, token_ids):
+    model, hooks = tiny_model("llama"), ("model.layers.2:out", "model.layers.0.mlp:in")
+    values, gradients = model.activations_and_gradients(token_ids, hooks, DOCUMENTS)
+    assert tuple(values) == tuple(gradients) == hooks
+    for hook, expected in model.activations(token_ids, hooks).items():
+        torch.testing.assert_close(values[hook], expected)
 
 
 def test_a_loss_that_is_not_finite_stays_in_its_document(tiny_model, token_ids):
@@ -93,14 +101,14 @@ def test_a_loss_that_is_not_finite_stays_in_its_document(tiny_model, token_ids):
 
     def broken(x):
         x = x.clone()
-        x[0, 5] = x[0, 5] + torch.nan
+        x[:, 5] = x[:, 5] + torch.nan
         return x
 
     with model.replacing("lm_head:in", broken):
         _, found = model.activations_and_gradients(token_ids, (hook,), DOCUMENTS)
     good = torch.isfinite(found[hook]).all(-1)
-    assert (DOCUMENTS[~good] == 5).all()
-    assert not good[0, 4:6].any()
+    assert (DOCUMENTS == DOCUMENTS[:, 5:6])[~good].all()
+    assert not good[:, 5].any()
     torch.testing.assert_close(found[hook][good], expected[hook][good])
 
 
