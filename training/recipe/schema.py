@@ -262,7 +262,7 @@ class Recipe(Section):
     )
     optimizer: Literal["auto", "plain"] = Field(
         default="auto",
-        description="auto: Adam fused with sparse gradients, if there are kernels, no accumulation and one process; plain: "
+        description="auto: Adam fused with sparse gradients, if there are kernels and no accumulation; plain: "
         "materialized gradients and torch's Adam. Both are the same step up to rounding",
     )
     objective: Literal["reconstruction", "kl"] = Field(
