@@ -83,8 +83,8 @@ def mesh(latents: int = 1) -> Mesh:
     world = own_ranks()
     if world.size % latents:
         raise ValueError(
-            f"distributed.latents: expected a divisor of the {world.size} processes, got {latents}. Start a multiple of {latents} "
-            "processes, or change it."
+            f"distributed.latents: expected a divisor of the {world.size} processes, got {latents}. Start a multiple of it, or "
+            "change it."
         )
     if latents == 1:
         return Mesh(world, world, UNDIVIDED)

@@ -438,7 +438,9 @@ def _member(
         moments = (start.moments, start.target_moments)
         initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
     ranks = mesh(recipe.distributed.latents)
-    require_divisible(whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size)
+    require_divisible(
+        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
+    )
     dictionary = own_part(whole, ranks.shards)
     dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.

@@ -314,7 +314,6 @@ class Recipe(Section):
     log_every: Positive = Field(default=50, description="steps between two lines of the log")
     save_every: Positive = Field(default=1000, description="steps between two saved states")
     distributed: DistributedSection = DistributedSection()
-    distributed: DistributedSection = DistributedSection()
     wandb: WandbSection | None = Field(default=None, description="log to Weights & Biases as well; null: do not")
     eval_tokens: Positive = Field(default=200_000, description="number of held-out tokens that `sparsary eval` uses")
 
