@@ -14,6 +14,7 @@ from ..sae.dictionary import CONFIG_FILE
 from ..sae.files import remove_partial_files, write_text
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
+from .divided import whole_dictionary
 from .locks import LOCK_FILE, locked
 from .phases import Phases, phase_starts
 from .processes import Mesh, mesh
@@ -67,9 +68,14 @@ class Checkpoints:
         """Write the loadable checkpoint.
 
         Its provenance records the training progress, whether the run is calibrated (``finished``), the number of rows left
-        out or repaired, the shortfalls, and the content digests of model and text.
+        out or repaired, the shortfalls, and the content digests of model and text. All shards of the latents take part.
         """
-        dictionary.training_usage = state.training_usage
+        if self.ranks.batch.rank:
+            return
+        usage, dictionary = state.training_usage(), whole_dictionary(dictionary)
+        if self.ranks.shards.rank:
+            return
+        dictionary.training_usage = usage
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
         found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
         reached |= {key: value for key, value in found.items() if value}

@@ -47,6 +47,8 @@ def own_part(whole: SparseDictionary, shards: Shards) -> SparseDictionary:
 
 def own_tensors(tensors: dict[str, Tensor], n_latents: int, shards: Shards) -> dict[str, Tensor]:
     """Return the tensors with the rows of this rank's latents only, of those tensors that have one row per latent."""
+    if shards.size == 1:
+        return tensors
     return {
         name: shards.part(tensor).clone() if per_latent(name, tensor, n_latents) else tensor for name, tensor in tensors.items()
     }
@@ -60,9 +62,10 @@ def whole_tensors(tensors: dict[str, Tensor], n_latents: int, shards: Shards) ->
     """
     if shards.size == 1:
         return tensors
+    # In one order on all ranks, whatever the order of the optimizer's entries.
     return {
         name: torch.cat([part.cpu() for part in shards.gather(tensor)]) if per_latent(name, tensor, n_latents) else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in sorted(tensors.items())
     }
 
 

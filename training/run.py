@@ -346,17 +346,16 @@ def _train(
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
-                # Every rank reads the same tokens and gets the same thresholds.
-                member.dictionary.ranks = ALONE
+                # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
                 dictionary = whole_dictionary(member.dictionary)
+                dictionary.ranks = ALONE
                 found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # Always saved: a kill may have come between the last state and its dictionary.
-                if ranks.rank == 0:
-                    member.checkpoints.save_dictionary(member.state, dictionary, group.stream, finished=True)
+                member.checkpoints.save_dictionary(member.state, dictionary, group.stream, finished=True)
     ranks.wait()
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
@@ -455,7 +454,7 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
