@@ -68,6 +68,8 @@ def execute(path: Path, folder: Path = EXECUTED) -> NotebookNode:
 
     notebook = jupytext.read(path)
     begun = time.perf_counter()
+    # tqdm asks for widgets, which a page cannot show.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     with tempfile.TemporaryDirectory() as directory:
         resources = {"metadata": {"path": directory}}
         NotebookClient(notebook, timeout=TIMEOUT_SECONDS, kernel_name="python3", resources=resources).execute()

@@ -52,12 +52,12 @@ report
 #
 # ## Trace one prediction
 #
-# The graph starts at the logits of the likeliest next tokens and goes back along everything that adds to them, to the
-# tokens of the prompt. What carries little of it is left out. Point at a node to see what it is: for a latent,
-# contexts it fires on and words it makes more likely.
+# The graph starts at a logit, or at the difference of two: here that of 60, a right answer, and 40, a wrong one. It
+# goes back along everything that adds to it, to the tokens of the prompt. What carries little of it is left out.
+# Point at a node to see what it is: for a latent, contexts it fires on and words it makes more likely.
 
 # %%
-graph = sparsary.attribution_graph(stack, prompt, out="graph", context_tokens=6_000)
+graph = sparsary.attribution_graph(stack, prompt, out="graph", answer="60", foil="40", context_tokens=6_000)
 graph
 
 # %% [markdown]
@@ -65,7 +65,7 @@ graph
 # table, here the latents with most influence:
 
 # %%
-latents = graph.to_pandas().query("kind == 'latent'")
+latents = graph.to_pandas().query("kind == 'latent'").astype({"layer": int, "latent": int})
 latents[["layer", "latent", "token", "influence", "value", "label"]].head(10)
 
 # %% [markdown]
@@ -94,8 +94,8 @@ def at(layer, side="out"):
 
 ablated, control = [], []
 for layer, latents_of_layer in chosen.groupby("layer")["latent"]:
-    transcoder, taken = transcoders[at(int(layer))], [int(latent) for latent in latents_of_layer]
-    firing = transcoder.encode(model.activations(prompt, at(int(layer), "in"))[1:]).latents.unique().tolist()
+    transcoder, taken = transcoders[at(layer)], latents_of_layer.tolist()
+    firing = transcoder.encode(model.activations(prompt, at(layer, "in"))[1:]).latents.unique().tolist()
     others = [latent for latent in firing if latent not in taken]
     ablated.append((transcoder, taken))
     control.append((transcoder, others[: len(taken)]))
@@ -114,7 +114,7 @@ pd.DataFrame(
 
 # %% [markdown]
 # With attention patterns and norms held at their values, the model does what the edges say. Let free, they respond,
-# and a graph of one prompt says less about it: trust a graph as far as its interventions go.
+# and the agreement is lower: trust a graph as far as its interventions go.
 #
 # ## Next
 #

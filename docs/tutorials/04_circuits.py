@@ -7,6 +7,9 @@
 
 # %%
 
+import matplotlib.pyplot as plt
+import pandas as pd
+
 import sparsary
 from sparsary.training.embedded.corpus import task_prompts
 

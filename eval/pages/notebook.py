@@ -11,6 +11,7 @@ from . import attribution_graph, circuits, probing, recipes, report, runs, stack
 from .circuit_plots import family_labels
 from .document import ENVIRONMENT, TEMPLATES, encoder_parts
 from .examples import ExampleLatent, example_of, is_gapped, records_at_quantiles
+from .links import NAVIGATION
 from .numbers import UNDEFINED, show
 from .tables import Column, FigureTile
 
@@ -19,7 +20,7 @@ Found = Mapping[str, Any]
 SHOWN = 40
 # Pages above this size are linked and not embedded: every display of one is stored in the notebook.
 EMBEDDED_BYTES = 3_000_000
-EMBEDDED_HEIGHT = 640
+EMBEDDED_HEIGHT = 900
 
 
 class CellOutput(NamedTuple):
@@ -56,7 +57,8 @@ def _rendered(output: CellOutput, page: Path | None = None, doubts: Iterable[str
         doubts="; ".join(doubts),
         gapped=is_gapped(token.text for example in output.examples for tokens in example.contexts for token in tokens),
         page=page,
-        content=read_text(page) if embedded and page is not None else "",
+        # Its links lead to files beside it, which are not beside the notebook.
+        content=NAVIGATION.sub("", read_text(page)) if embedded and page is not None else "",
         height=EMBEDDED_HEIGHT,
         # A file of this package, which cannot close its element.
         style=Markup((TEMPLATES / "notebook.css").read_text(encoding="utf-8")),

@@ -94,7 +94,7 @@ def test_features_show_latents_and_single_ones_are_found(tmp_path):
 
 def test_circuits_are_a_table_with_the_page_below(tmp_path):
     page = tmp_path / "circuits.html"
-    page.write_text(f'<!DOCTYPE html><p title="a">{EVIL}</p>')
+    page.write_text(f'<!DOCTYPE html><nav class="pages"><a href="report.html">report</a></nav><p title="a">{EVIL}</p>')
     html = Report(CIRCUITS | {"page_path": str(page)})._repr_html_()
     head, *rows = cells(html)
     assert head == ["unit set", "method", "CPR", "CMD", "nodes 50%", "nodes 80%", "r exact", "of"]
@@ -103,6 +103,8 @@ def test_circuits_are_a_table_with_the_page_below(tmp_path):
         ["neurons", "attribution", "-", "-", "-", "-", "-", "128"],
     ]
     assert "<iframe" in html
+    # Nothing lies beside the notebook.
+    assert "report.html" not in html
     # The page is an attribute's text: it runs in a frame of its own.
     assert 'srcdoc="&lt;!DOCTYPE html&gt;' in html
     assert safe(html)
