@@ -21,7 +21,7 @@ from ..pages.render import render_file
 from ..result import Report
 from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
-from .interventions import EFFECTS, PLACES, intervene, most_influential, with_interventions
+from .interventions import EFFECTS, PLACES, compare_replacement, intervene, most_influential
 from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
 from .local_replacement_model import LocalReplacement
 from .page_data import DATA_FILE, node_rows, page_data
@@ -222,7 +222,7 @@ def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned) -> 
         "replacement_score": scores.replacement,
         "completeness_score": scores.completeness,
         "error_shares": graph.error_shares().tolist(),
-        **asdict(with_interventions(local)),
+        **asdict(compare_replacement(local)),
     }
     shown = pruned.nodes[graph.latents].nonzero()[:, 0]
     sources = most_influential(graph, INTERVENTIONS)

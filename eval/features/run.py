@@ -14,13 +14,14 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json
 from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.bad_rows import counted
-from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...training.recipe import ModelSection, TextSection
 from ...training.shortfalls import shortfall
 from ...training.stages import stage
+from ...training.text import require_text
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
-from ..heldout import DEFAULT_TOKENS, told_shortfalls
+from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
 from ..pages.render import render_file
 from ..result import Features
@@ -106,6 +107,9 @@ def features(
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
     opened = open_checkpoint(checkpoint, options).completed()
     directory = Path(out) if out is not None else opened.results / "features"
+    if explainer is not None:
+        # Before the explainer, which may be a model to load.
+        require_text(TextSection.model_validate(opened.members[0].provenance["text"]))
     with nullcontext() if explainer is None else closing(explainer.chat(directory / ANSWERS)) as chat:
         if chat is not None:
             # Fail before the long pass over the text.
@@ -165,12 +169,11 @@ def described_checkpoint(
     dictionary, provenance = member.dictionary, member.provenance
     arguments = dictionary.arguments()
     reads, writes = hooks_of_provenance(provenance)
-    model = load_model(ModelSection.model_validate(provenance["model"]))
+    where = eval_data(provenance, reads)
+    model, text = where.model, where.text
     _require_widths(dictionary, model, reads)
     dictionary = dictionary.to(model.device)
-    text = TextSection.model_validate(provenance["text"])
-    harvest = HarvestSection(hooks=reads, tokens=1, **provenance["harvest"])
-    source = FeatureText(model, text, harvest, reads)
+    source = FeatureText(model, text, where.exclusions, reads)
     wanted = tokens or DEFAULT_TOKENS
     with stage("features", wanted) as shown:
         collected = collect_features(dictionary, source.batches(dictionary, wanted), limits, shown)
