@@ -111,9 +111,7 @@ def test_circuits(notebook):
     assert rows["sae: errors kept"]["accuracy"] == 1
     assert rows["sae: errors kept"]["exact_pearson"] > 0.9
     assert len(found["ax"].get_legend_handles_labels()[1]) == 4
-    accuracies = found["accuracies"]
-    assert accuracies["the model"] > 0.9
-    assert accuracies["without the first ten"] < accuracies["without the last ten"]
+    assert len(found["units"]) > 10
 
 
 def test_dark_matter(notebook):

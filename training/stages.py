@@ -228,7 +228,7 @@ def notebook_cell() -> int | None:
     # The kernel has imported IPython; a program that has not is not in a notebook.
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
-    return shell.execution_count if hasattr(shell, "kernel") else None
+    return None if shell is None or not hasattr(shell, "kernel") else shell.execution_count
 
 
 def _progress() -> Progress:

@@ -6,12 +6,10 @@
 # the task alone, and is that better than what neurons, heads or random directions give?
 
 # %%
-
 import matplotlib.pyplot as plt
 import pandas as pd
 
 import sparsary
-from sparsary.training.embedded.corpus import task_prompts
 
 model = sparsary.LanguageModel.from_pretrained("embedded")
 model.generate("When Mary and John got a ring at the store , John gave a coin to", max_new_tokens=1)
@@ -70,32 +68,15 @@ _ = ax.axhline(0.8, color="gray", linestyle=":")
 _ = ax.legend()
 
 # %% [markdown]
-# ## Take the circuit's latents away
-#
-# The drawing above lists the units of the circuit. The converse test needs no benchmark: on new prompts, how often is
-# the model right without the ten latents of largest score, and without ten latents of the circuit's lower end?
+# The units of the drawn circuit, by their score: the part of the difference between the names that goes through them.
 
 # %%
 units = pd.DataFrame(found["circuits"][0]["units"])
-units = units[~units["name"].str.endswith("error")]
-ranked = [int(name.rpartition("/")[2]) for name in units.sort_values("score", key=abs, ascending=False)["name"]]
-prompts = task_prompts("indirect_object", 20, seed=7)
-d = sparsary.load(run)
+units.nlargest(10, "score")[["name", "score"]].round(3)
 
-
-def accuracy(latents):
-    """Return the share of prompts that the model completes with the right name, without some latents."""
-    edits = [(d, latents)] if latents else []
-    said = [model.generate(" ".join(one.words), ablate=edits, max_new_tokens=1).split()[-1] for one in prompts]
-    return sum(word in one.answers for word, one in zip(said, prompts, strict=True)) / len(prompts)
-
-
-accuracies = {
-    "the model": accuracy([]),
-    "without the first ten": accuracy(ranked[:10]),
-    "without the last ten": accuracy(ranked[-10:]),
-}
-pd.Series(accuracies, name="share of right names").to_frame()
+# %% [markdown]
+# `error` is what the dictionary misses. If it is among the largest, train longer or take more latents before you
+# interpret the rest.
 
 # %% [markdown]
 # ## Next
