@@ -24,7 +24,7 @@ from .graph import AttributionGraph, graph_of
 from .interventions import EFFECTS, PLACES, compare_replacement, intervene, most_influential
 from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
 from .local_replacement_model import LocalReplacement
-from .page_data import DATA_FILE, page_data
+from .page_data import DATA_FILE, node_rows, page_data
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
 from .replacement_model import Replacement, layers_of, require_model
 
@@ -70,6 +70,7 @@ def attribution_graph(
 
         facts = attribution_graph("runs/transcoders", "The capital of France is", answer=" Paris")
         print(facts["replacement_score"], facts["page_path"])
+        facts.to_pandas()  # the kept nodes, the most influential first
 
     Args:
         checkpoint: A directory of transcoder checkpoints, a cross-layer transcoder, or a single transcoder; or loaded ones.
@@ -102,8 +103,9 @@ def attribution_graph(
     target = Path(out) if out is not None else opened.source.results / "graph"
     facts = _facts(local, graph, pruned)
     path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
-    page = _written_page(path, page_data(graph, pruned, labels, facts))
-    return Report(facts | {"json_path": str(path), "page_path": str(page)})
+    data = page_data(graph, pruned, labels, facts)
+    page = _written_page(path, data)
+    return Report(facts | {"json_path": str(path), "page_path": str(page)}, node_rows(data))
 
 
 def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabels | None = None) -> None:

@@ -24,7 +24,7 @@ from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
 from ..pages.render import render_file
-from ..result import Report
+from ..result import Features
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
 from .llm_client import Chat, Endpoint, LocalChat
@@ -82,7 +82,7 @@ def features(
     limits: Limits | None = None,
     explainer: Explainer | None = None,
     options: CheckpointOptions = NO_OPTIONS,
-) -> Report:
+) -> Features:
     """Describe every latent of a checkpoint on held-out text; write three files and return the content of ``features.json``.
 
     Args:
@@ -101,6 +101,7 @@ def features(
 
         about = sparsary.features("runs/topk", tokens=100_000)
         about["dead"], about["page_path"]
+        about.records_of([17, 40])  # contexts of two latents
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
@@ -209,7 +210,7 @@ def described_checkpoint(
     return described, about
 
 
-def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Report:
+def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Features:
     """Write the three files, each atomically, and return the content of ``features.json``; ``records`` are read once."""
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
@@ -225,7 +226,7 @@ def write_features(directory: Path, about: dict[str, Any], records: Iterable[Fea
     for name, known in values.items():
         about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
     write_json(directory / ABOUT_FILE, about)
-    return Report(about | {"page_path": str(render_file(directory / ABOUT_FILE))}, directory / RECORDS_FILE)
+    return Features(about | {"page_path": str(render_file(directory / ABOUT_FILE))}, directory / RECORDS_FILE)
 
 
 def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: tuple[str, ...]) -> None:

@@ -54,6 +54,9 @@ class ProbingResults:
         """Return the report as a table of one row. Needs pandas."""
         return self.report.to_pandas()
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
 
 def probe(
     checkpoint: str | Path,
