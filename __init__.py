@@ -8,7 +8,8 @@ import shlex
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .eval.pages.render import render_file as render
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
-    from .eval.result import Report
+    from .eval.result import Features, Report
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
     from .training.activations.model import LanguageModel
@@ -47,6 +48,7 @@ __all__ = [
     "CrossLayerTranscoder",
     "Encoder",
     "Explainer",
+    "Features",
     "InferenceMode",
     "LanguageModel",
     "ProbingResults",
@@ -97,7 +99,7 @@ _HOMES = {
     "eval.pages.render": "render",
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",
-    "eval.result": "Report",
+    "eval.result": "Features Report",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -187,19 +189,38 @@ def main() -> None:
     # Characters that the terminal cannot encode are printed as escapes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    others = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        status, message = _run()
+        with _as_one_of_several() if others else nullcontext():
+            status, message = _run()
         if sys.stdout is not None:
             sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it ends in one line
         status, message = _ended(error)
         if debug:
             traceback.print_exception(error)
+        if others:
+            from .training.processes import told_by_one_rank
+
+            status, message = told_by_one_rank(status, message, error)
     if message and sys.stderr is not None:
         # Without a reader of standard error, the exit status suffices.
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
     sys.exit(status)
+
+
+@contextmanager
+def _as_one_of_several() -> Iterator[None]:
+    """Join the other processes of the run; all but the first are silent."""
+    from .training.processes import leave, own_ranks
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        logging.getLogger().setLevel(logging.ERROR)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
+    own_ranks()
+    yield
+    leave()
 
 
 def _run() -> tuple[int, str]:

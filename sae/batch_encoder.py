@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch_selection import between
 from .encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
 from .sparse_code import AuxTerms, SparseCode
-from .tiled_scores import Scorer, above, largest_of_batch
+from .tiled_scores import Scorer, above, largest_of_batch, smallest_of
 
 # Averaging window of the running threshold, in batches.
 LEVEL_BATCHES = 20
@@ -45,7 +45,7 @@ class BatchWide(Encoder, ABC):
             return with_gradient(above(scores.tiles(), self.known_threshold(), *scores.shape), x, weights).relu()
         found = self.select(scores)
         if len(x):
-            self._observe(found, len(x))
+            self._observe(found, scores.batch_tokens)
         code = with_gradient(found.code, x, weights).relu()
         return SparseCode(code.latents, code.values, code.starts, AuxTerms(prefixes=self.prefixes()))
 
@@ -129,13 +129,13 @@ class MutualLevel(BatchWide, ABC):
         pass
 
     def select(self, scores: Scorer) -> Selected:
-        code, self._cut = largest_of_batch(scores, len(scores.x) * self.k, self._cut)
-        if not len(code.values):
+        code, self._cut = largest_of_batch(scores, scores.batch_tokens * self.k, self._cut)
+        if not len(scores.x):
             return Selected(code, None, None)
         # Selected entries are those above the level.
         demand = torch.zeros(len(scores.W), device=code.values.device)
         demand.index_add_(0, code.latents, (code.values > 0).float())
-        return Selected(code, code.values.amin().clamp_min(0).float(), demand)
+        return Selected(code, smallest_of(code, scores.ranks).clamp_min(0).float(), scores.ranks.sum(demand))
 
     def threshold(self) -> Float[Tensor, "..."] | None:
         return self.level if int(self.batches) else None

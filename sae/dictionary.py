@@ -19,6 +19,7 @@ from .inspection import Inspection
 from .metrics import Moments
 from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
+from .ranks import ALONE
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
@@ -94,6 +95,8 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         self.encoder = encoder
         # Set by the trainer, used only in training, never saved.
         self.screen: Screen | None = None
+        # Processes that share a training batch; set by the trainer, used only in training.
+        self.ranks = ALONE
         # Set by the trainer and saved with the checkpoint.
         self.training_usage: TrainingUsage | None = None
         self.provenance: dict[str, Any] = {}
@@ -474,7 +477,9 @@ class OneSiteDictionary(SparseDictionary, ABC):
     def weights(self) -> Weights:
         """Weights that the encoder may read."""
         screen = self.screen if self.training else None
-        return Weights(self.W_dec if self.W_enc is None else self.W_enc, self.b_enc, self.W_dec, screen, self.shift)
+        ranks = self.ranks if self.training else ALONE
+        W_enc = self.W_dec if self.W_enc is None else self.W_enc
+        return Weights(W_enc, self.b_enc, self.W_dec, screen, self.shift, ranks=ranks)
 
     @property
     def blocks(self) -> list[LatentBlock]:

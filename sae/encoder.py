@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .ranks import ALONE, Ranks
 from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import entries, some_rows
@@ -32,6 +33,8 @@ class Weights:
     shift: Float[Tensor, " d_in"] | None = None
     # Output columns per site, if latents write to several sites.
     site_width: int | None = None
+    # Processes that share a training batch.
+    ranks: Ranks = ALONE
 
     @property
     def unit(self) -> int:
@@ -42,7 +45,8 @@ class Weights:
         """Return the weights of some latents, which must be distinct."""
         W_enc = some_rows(self.W_enc, latents)
         W_dec = W_enc if self.W_dec is self.W_enc else some_rows(self.W_dec, latents)
-        return Weights(W_enc, None if self.b_enc is None else self.b_enc[latents], W_dec, site_width=self.site_width)
+        b_enc = None if self.b_enc is None else self.b_enc[latents]
+        return Weights(W_enc, b_enc, W_dec, site_width=self.site_width, ranks=self.ranks)
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
@@ -52,7 +56,7 @@ def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[
 
 def scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
     """Return the pre-activations, without gradient and tile by tile, for selection: most of them are discarded."""
-    return Scorer(*castable(x, weights.W_enc, weights.b_enc))
+    return Scorer(*castable(x, weights.W_enc, weights.b_enc), ranks=weights.ranks)
 
 
 def full_scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:

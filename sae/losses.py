@@ -40,7 +40,7 @@ def auxk(
     rows = dead.nonzero().squeeze(-1)
     if rows.numel() == 0:
         return error.new_zeros(())
-    x, error = x.detach(), error.detach()
+    x, error, ranks = x.detach(), error.detach(), weights.ranks
     dead_weights = weights.rows(rows)
     if rows.numel() <= k_aux:
         # All dead latents take part, so there is no selection and no sparsity to exploit.
@@ -49,9 +49,10 @@ def auxk(
         code = largest_per_token(scorer(x, dead_weights).tiles(), k_aux)
         guess = decode(with_gradient(code, x, dead_weights).relu(), dead_weights.W_dec)
     residual = guess - error
-    spread = (error - error.mean(0)).pow(2).sum()
+    spread = (error - ranks.mean(error.mean(0))).pow(2).sum()
     # The clamp prevents 0/0 after a perfect reconstruction.
-    loss = residual.pow(2).sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    # The mean over ranks of these quotients is that of the sums over the whole batch.
+    loss = residual.pow(2).sum() / ranks.mean(spread).clamp_min(torch.finfo(spread.dtype).tiny)
     # With few dead latents the term cannot become small, so its weight shrinks with their number.
     return loss * min(rows.numel() / k_aux, 1.0)
 

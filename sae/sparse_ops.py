@@ -154,7 +154,7 @@ def _to_matrix(
 ) -> Tensor | None:
     """Return the dense gradient of a matrix from a code's entries, or append it to a ``SparseGrad`` and return ``None``."""
     if ledger is None or _crowded(latents, starts, like):
-        return _spread(values, rows, latents, starts, like)
+        return spread(values, rows, latents, starts, like)
     code = SparseCode(latents, values.to(like.dtype), starts)
     ledger.products.append(Product(code, rows.to(like.dtype).contiguous()))
     return None
@@ -171,7 +171,7 @@ def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Te
     return F.embedding_bag(latents, rows, starts, mode="sum", per_sample_weights=values)
 
 
-def _spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor) -> Tensor:
+def spread(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor, like: Tensor) -> Tensor:
     """Return per latent the sum of its tokens' rows weighted by the entries: (n_latents, d), like ``like``."""
     values, rows = values.to(like.dtype).contiguous(), rows.to(like.dtype).contiguous()
     tokens, n_latents = starts.shape[0], like.shape[0]

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .batch_selection import SLACK, largest_cells, largest_columns
 from .kernels import selection
+from .ranks import ALONE, Ranks, largest_of_all
 from .sparse_code import SparseCode, group_by_latent
 from .sparse_ops import dots
 
@@ -37,11 +38,18 @@ class Scorer:
     b: Float[Tensor, " n_latents"] | None
     # Tile shape of another scorer that is iterated in parallel.
     plan: tuple[int, int] | None = None
+    # Processes that hold the other tokens of the batch.
+    ranks: Ranks = ALONE
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of tokens and latents."""
         return len(self.x), len(self.W)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Number of tokens of all ranks."""
+        return len(self.x) * self.ranks.size
 
     @property
     def tile_shape(self) -> tuple[int, int]:
@@ -176,10 +184,11 @@ def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> t
 
     The count is exact; ties go to the lower token, then the lower latent. Scores above ``cut``, a guess, are ranked exactly; if
     there are too few, a second guess comes from a sample of tokens, and after that every tile is ranked. The result does not
-    depend on the guess.
+    depend on the guess. If the batch is spread over ranks, the budget is the whole batch's, and each rank gets its own part:
+    they exchange counts only (``ranks.largest_of_all``).
     """
-    tokens, n_latents = len(scorer.x), len(scorer.W)
-    budget = min(budget, tokens * n_latents)
+    (tokens, n_latents), ranks = scorer.shape, scorer.ranks
+    budget = min(budget, scorer.batch_tokens * n_latents)
     # A guess requires counting the scores above it, for which an accelerator would have to synchronize.
     guesses = (lambda: cut, lambda: level_of_batch(scorer, budget, SLACK)) if scorer.x.device.type == "cpu" and budget else ()
     for guess in guesses:
@@ -187,13 +196,20 @@ def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> t
         if limit is None:
             continue
         pool = above(scorer.tiles(), torch.tensor(limit, dtype=scorer.x.dtype), tokens, n_latents)
-        if len(pool.values) >= budget:
-            kept = pool.where(_largest(pool.values, budget))
+        passed = ranks.total(len(pool.values))
+        if passed >= budget:
+            kept = pool.where(_largest(pool.values, budget, ranks))
             # Move toward the smallest kept score if far too many pass, and away from it if barely enough do.
-            share, smallest = len(pool.values) / budget, float(kept.values.min())
+            share, smallest = passed / budget, float(smallest_of(kept, ranks))
             move = 0.5 if share > 2 * SLACK - 1 else -0.5 if share < (SLACK + 1) / 2 else 0.0
             return kept, limit + (smallest - limit) * move
-    return _ranked(scorer, budget), None
+    found = _ranked(scorer, min(budget, tokens * n_latents))
+    return found if ranks.size == 1 else found.where(_largest(found.values, budget, ranks)), None
+
+
+def smallest_of(code: SparseCode, ranks: Ranks) -> Float[Tensor, ""]:
+    """Return the smallest value of a code that is spread over ranks; infinity if it is empty."""
+    return ranks.least(code.values.amin() if len(code.values) else code.values.new_full((), torch.inf))
 
 
 def _ranked(scorer: Scorer, budget: int) -> SparseCode:
@@ -206,7 +222,7 @@ def _ranked(scorer: Scorer, budget: int) -> SparseCode:
         values = torch.cat([values, tile.scores.reshape(-1)[best]])
         cells = torch.cat([cells, (best // width + tile.token) * n_latents + tile.first + best % width])
         order = cells.argsort()
-        order = order[_largest(values[order], budget)] if len(order) > budget else order
+        order = order[_largest(values[order], budget, ALONE)] if len(order) > budget else order
         values, cells = values[order], cells[order]
     return SparseCode.from_cells(cells, values, tokens, n_latents)
 
@@ -214,15 +230,20 @@ def _ranked(scorer: Scorer, budget: int) -> SparseCode:
 @torch.no_grad()
 def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
     """Estimate, from some of its tokens, the score that ``slack`` times the budget of a batch exceeds."""
-    some = scorer.x[:: max(1, len(scorer.x) // SAMPLE_TOKENS)]
-    rank = max(1, int(budget * len(some) / len(scorer.x) * slack))
+    stride, ranks = max(1, scorer.batch_tokens // SAMPLE_TOKENS), scorer.ranks
+    # The same tokens of the batch, however many ranks hold it.
+    own = scorer.x[-ranks.rank * len(scorer.x) % stride :: stride]
+    some = own if ranks.size == 1 else torch.cat(ranks.gather_rows(own))
+    rank = max(1, int(budget * len(some) / scorer.batch_tokens * slack))
     sample = Scorer(some, scorer.W, scorer.b)
     best = torch.cat([t.scores.reshape(-1).topk(min(rank, t.scores.numel()), sorted=False).values for t in sample.tiles()])
     return float(best.topk(min(rank, len(best)), sorted=False).values.amin())
 
 
-def _largest(values: Float[Tensor, " n"], budget: int) -> Tensor:
-    """Return a mask of the ``budget`` largest values; the first win ties."""
+def _largest(values: Float[Tensor, " n"], budget: int, ranks: Ranks) -> Tensor:
+    """Return a mask of the ``budget`` largest values of all ranks; the first win ties."""
+    if ranks.size > 1:
+        return largest_of_all(values, budget, ranks)
     smallest = values.topk(budget, sorted=False).values.amin()
     over, equal = values > smallest, values == smallest
     spare = budget - over.sum()
@@ -242,19 +263,41 @@ class PerLatent:
 def largest_per_latent(scorer: Scorer, room: Int[Tensor, " n_latents"], level: float | None = None) -> PerLatent:
     """Return each latent's ``room[i]`` largest scores; a room beyond the number of tokens takes every token.
 
-    Latents ascend within a token. The smallest score of a latent with room 0 is infinite.
+    Latents ascend within a token. The smallest score of a latent with room 0 is infinite. If the batch is spread over ranks,
+    rooms are the whole batch's, each rank gets its own part of the code, and the other results are of all ranks; the ranks
+    exchange their candidates' scores.
     """
-    tokens = len(scorer.x)
-    room = room.clamp(max=tokens)
+    tokens, ranks = len(scorer.x), scorer.ranks
+    # A rank may hold all of a latent's largest scores.
+    here = room.clamp(max=tokens)
     values, token, over = [], [], []
     for tile in scorer.tiles_by_latent():
-        found = largest_columns(tile.scores, room[tile.first : tile.first + len(tile.scores)])
+        found = largest_columns(tile.scores, here[tile.first : tile.first + len(tile.scores)])
         values.append(found[0])
         token.append(found[1])
         if level is not None:
             over.append((tile.scores > level).sum(1).float())
-    value = torch.cat(values)
-    latents = torch.repeat_interleave(torch.arange(len(room), device=room.device), room, output_size=len(value))
+    value, place = torch.cat(values), torch.cat(token)
+    latents = torch.repeat_interleave(torch.arange(len(room), device=room.device), here, output_size=len(value))
+    if ranks.size > 1:
+        kept = _largest_of_ranks(value, latents, room, ranks)
+        value, place, latents = value[kept], place[kept], latents[kept]
     smallest = value.new_full((len(room),), torch.inf).scatter_reduce_(0, latents, value, "amin")
-    firsts, order = group_by_latent(torch.cat(token), tokens)
-    return PerLatent(SparseCode(latents[order], value[order], firsts[:-1]), smallest, torch.cat(over) if over else None)
+    firsts, order = group_by_latent(place, tokens)
+    code = SparseCode(latents[order], value[order], firsts[:-1])
+    return PerLatent(code, ranks.least(smallest), ranks.sum(torch.cat(over)) if over else None)
+
+
+def _largest_of_ranks(
+    values: Float[Tensor, " n"], latents: Int[Tensor, " n"], room: Int[Tensor, " n_latents"], ranks: Ranks
+) -> Bool[Tensor, " n"]:
+    """Return a mask of the candidates, equally many per latent on every rank, that are their latent's largest of all ranks."""
+    everywhere, latent = torch.cat(ranks.gather(values)), latents.repeat(ranks.size)
+    # Descending within a latent; stable sorts, so that lower ranks win ties.
+    order = everywhere.argsort(descending=True, stable=True)
+    order = order[latent[order].argsort(stable=True)]
+    counts = torch.bincount(latent, minlength=len(room))
+    within = torch.arange(len(latent), device=latent.device) - (counts.cumsum(0) - counts)[latent[order]]
+    kept = torch.zeros_like(latent, dtype=torch.bool)
+    kept[order] = within < room[latent[order]]
+    return kept[ranks.rank * len(values) : (ranks.rank + 1) * len(values)]

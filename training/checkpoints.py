@@ -12,6 +12,7 @@ from ..sae import SparseDictionary
 from ..sae.checkpoint import read_config
 from ..sae.dictionary import CONFIG_FILE
 from ..sae.files import remove_partial_files, write_text
+from ..sae.ranks import ALONE, Ranks
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
 from .locks import LOCK_FILE, locked
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Writer of training states and dictionaries to ``out_dir``."""
 
-    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases):
-        self.directory = directory
+    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases, ranks: Ranks = ALONE):
+        self.directory, self.ranks = directory, ranks
         self.provenance = provenance
         self.phases = phases
         self.shortfalls: tuple[Shortfall, ...] = ()
@@ -46,9 +47,17 @@ class Checkpoints:
     ) -> None:
         """Save the training state, then the dictionary.
 
-        If the process is killed in between, the resumed run saves the dictionary again at its end.
+        If the process is killed in between, the resumed run saves the dictionary again at its end. Of several ranks the first
+        writes, after all have compared their weights.
+
+        Raises:
+            ValueError: If the ranks' weights differ.
         """
         state.require_finite(self.directory)
+        self._require_equal_weights(dictionary, state.step)
+        if self.ranks.rank:
+            state.saved_step = state.step
+            return
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
         self.save_dictionary(state, dictionary, stream)
 
@@ -65,6 +74,21 @@ class Checkpoints:
         found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
         reached |= {key: value for key, value in found.items() if value}
         dictionary.save(self.directory, self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]})
+
+    def _require_equal_weights(self, dictionary: SparseDictionary, step: int) -> None:
+        if self.ranks.size == 1:
+            return
+        # Sums of the weights' bits, which wrap around.
+        sums = [parameter.detach().contiguous().view(torch.int32).sum() for parameter in dictionary.parameters()]
+        digests = torch.stack(self.ranks.gather(torch.stack(sums)))
+        usual = digests.mode(0).values
+        other = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, usual)]
+        if other:
+            raise ValueError(
+                f"{self.directory}: expected equal weights on all ranks, got others on rank {', '.join(map(str, other))} at "
+                f"step {step}. Its memory or its arithmetic is faulty, or its libraries differ. The state of the last save is "
+                "kept; the same command continues."
+            )
 
     def _content(self, stream: ActivationStream) -> Content | None:
         """Return the content of model and text, with the longest text record: a run resumed near its end reads less text."""

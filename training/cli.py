@@ -1,6 +1,7 @@
 """Command line of training: ``sparsary harvest`` and ``sparsary train``."""
 
 import logging
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,25 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys to override.")]
+
+
+Processes = Annotated[
+    int,
+    typer.Option("--processes", help="Number of processes on this machine that share the work. Several nodes: use torchrun."),
+]
+
+
+def launch_again(processes: int) -> int:
+    """Run this command in several processes and return the exit status."""
+    from .launch import launch
+
+    arguments, rest = [], iter(sys.argv[1:])
+    for argument in rest:
+        if argument == "--processes":
+            next(rest, None)
+        elif not argument.startswith("--processes="):
+            arguments.append(argument)
+    return launch(processes, arguments)
 
 
 def recipe_overrides(arguments: list[str] | None, trust_remote_code: bool | None) -> dict[str, Any]:
@@ -69,8 +89,11 @@ def _train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print the plan and exit.")] = False,
     trust_remote_code: TrustRemoteCode = None,
+    processes: Processes = 1,
 ) -> None:
     """Harvest if needed, then train, all members of a grid together; the same command resumes an interrupted run."""
+    if processes != 1:
+        raise typer.Exit(launch_again(processes))
     log.info("train: loading recipe %s", recipe)
     from .preflight import grid_lines, preflight_all
     from .recipe.grid import load_grid

@@ -57,7 +57,8 @@ class FusedAdam(DictionaryAdam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Project, clip, update and renormalize, as ``DictionaryAdam.step`` does."""
+        """Sum over ranks, project, clip, update and renormalize, as ``DictionaryAdam.step`` does."""
+        self.exchange(self.param_groups[0]["params"], self.ledgers)
         kernels = backend(self.dictionary.in_scale)
         assert kernels is not None
         pending = self._pending()
@@ -122,7 +123,7 @@ class FusedAdam(DictionaryAdam):
         return AdamStep(beta1, beta2, group["lr"] / (1 - beta1**taken), 1 / math.sqrt(1 - beta2**taken), group["eps"])
 
 
-def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe, processes: int = 1) -> DictionaryAdam:
+def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe) -> DictionaryAdam:
     """Return the fused optimizer if the recipe allows it, kernels exist, and nothing else must see the gradients first."""
-    fits = backend(dictionary.in_scale) is not None and recipe.accumulate == 1 and processes == 1
+    fits = backend(dictionary.in_scale) is not None and recipe.accumulate == 1
     return (FusedAdam if recipe.optimizer == "auto" and fits else DictionaryAdam)(dictionary, phases, recipe)

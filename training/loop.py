@@ -10,6 +10,7 @@ from .activations.stream import ActivationBatch, ActivationStream
 from .checkpoints import Checkpoints
 from .objective import Objective, Terms, combine
 from .optim import Schedule
+from .processes import beat
 from .recipe import Recipe
 from .report import TrainingLog
 from .signals import StopRequest
@@ -88,7 +89,8 @@ def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator
     optimizer.step()
     optimizer.zero_grad()
     terms = combine(pieces)
-    state.advance(batch.x.shape[0], terms)
+    state.advance(batch.x.shape[0] * member.dictionary.ranks.size, terms)
+    beat(state.step)
     return terms
 
 

@@ -66,7 +66,7 @@ class Divergence:
 class Objective(nn.Module):
     """Training loss: the main term, the terms that the encoder asks for, and the auxiliary loss.
 
-    A module, so that data-parallel wrappers see its forward pass. The main term is the reconstruction error as FVU. Its
+    The main term is the reconstruction error as FVU. Its
     ``variance`` is the dictionary's ``error_scale``: for one site the targets' mean squared distance from their mean, in raw
     units; for several, the values that make the error the mean of the sites' FVUs. With ``divergence`` the main term is the
     KL divergence of the model's predictions, plus ``reconstruction_weight`` times the reconstruction error.
@@ -106,7 +106,18 @@ class Objective(nn.Module):
         for term in extra.values():
             loss = loss + term
         named["loss"] = loss.detach()
-        return loss, Terms(named, code.firings(d.n_latents))
+        # Gradients are summed over ranks, each of which has an equal part of the batch.
+        return loss / d.ranks.size, self.of_all_ranks(named, code.firings(d.n_latents))
+
+    def of_all_ranks(self, named: dict[str, Float[Tensor, ""]], firings: Int[Tensor, " n_latents"]) -> Terms:
+        """Return the terms of the whole batch from those of this rank's part."""
+        ranks = self.dictionary.ranks
+        if ranks.size == 1:
+            return Terms(named, firings)
+        # One message: counts are exact in float32 below 16 million.
+        total = ranks.sum(torch.cat([torch.stack(list(named.values())).float(), firings.float()]))
+        means = total[: len(named)] / ranks.size
+        return Terms(dict(zip(named, means.unbind(), strict=True)), total[len(named) :].long())
 
     def extra(
         self,

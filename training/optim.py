@@ -4,6 +4,7 @@ import torch
 
 from ..sae import SparseDictionary
 from ..sae.sparse_grad import drop_ledger
+from .gradient_exchange import GradientExchange
 from .phases import Phases
 from .recipe import Recipe, peak_lr, total_steps
 
@@ -22,9 +23,11 @@ class DictionaryAdam(torch.optim.Adam):
         betas = dictionary.encoder.betas if recipe.betas == "auto" else recipe.betas
         super().__init__(parameters, lr=peak_lr(recipe), betas=betas, eps=ADAM_EPS, fused=True)
         self.dictionary, self.grad_clip = dictionary, recipe.grad_clip
+        self.exchange = GradientExchange(dictionary.ranks)
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Project, clip, update, renormalize."""
+        """Sum gradients over ranks, project, clip, update, renormalize."""
+        self.exchange(self.param_groups[0]["params"], {})
         # Before clipping: the radial part of a decoder row's gradient is discarded and must not count toward the norm.
         self.dictionary.project_grad()
         if self.grad_clip is not None:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
@@ -29,24 +30,28 @@ class TrainingLog:
     """Log of one run, called every ``log_every`` steps.
 
     Each call appends a line to ``metrics.jsonl``; a resumed run first truncates the file to its length in the saved state.
+
+    Args:
+        written: False for the ranks of a run whose figures another rank logs.
     """
 
     # Set by `start`. The benchmark's steps run without.
     stage: StageProgress | None = None
 
-    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int):
-        self.path = directory / METRICS_FILE
+    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int, written: bool = True):
+        self.path = directory / METRICS_FILE if written else Path(os.devnull)
         with writing(self.path):
-            self.path.touch()
-            with self.path.open("r+b") as handle:
-                handle.truncate(keep_bytes)
+            if written:
+                self.path.touch()
+                with self.path.open("r+b") as handle:
+                    handle.truncate(keep_bytes)
             self.handle = self.path.open("a", encoding="utf-8")
         self.total, self.tokens_before = recipe.tokens, tokens_before
         self.started = time.perf_counter()
         self.last = (self.started, tokens_before)
         self.latest: dict[str, Any] = {}
         self.name = directory.name
-        self.wandb = _start_wandb(recipe, directory) if recipe.wandb else None
+        self.wandb = _start_wandb(recipe, directory) if recipe.wandb and written else None
 
     def start(self) -> None:
         """Show the run's progress from now on."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS
 from ..sae.errors import WriteError, doing
 from ..sae.metrics import Moments
+from ..sae.ranks import ALONE, Ranks
 from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
 from .activations.harvest import harvest_activations
@@ -26,7 +27,7 @@ from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import LanguageModel, resolve_device
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
-from .activations.stream import ActivationBatch, ActivationStream
+from .activations.stream import ActivationBatch, ActivationStream, BatchPart
 from .activations.tensor_stream import Activations, TensorStream
 from .bad_rows import counted
 from .calibrate import finish
@@ -34,12 +35,14 @@ from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .content import pinned
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
+from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, read_values
+from .processes import from_first, own_ranks, require_agreement
+from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
@@ -50,6 +53,7 @@ from .state import Randomness, TrainState
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
 NAMES_OF_HOOKS = {"hook", "hook_in", "hook_out", "layer", "layers", "site"}
+ONE_RUN = OneRun()
 
 
 def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
@@ -167,11 +171,24 @@ def train_all(
         plans: Result of ``preflight_all`` for these recipes; computed here if ``None`` and there are no ``activations``.
 
     Raises:
-        ValueError: For every error that the user can fix; the message says how.
+        ValueError: For every error that the user can fix; the message says how. One is a second run in the same process.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
-    recipes = [member.recipe for member in members]
+    recipes, ranks = [member.recipe for member in members], own_ranks()
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
+    with ONE_RUN.training(recipes[0].out_dir):
+        require_same_run_on_all(ranks, recipes)
+        _train_all(members, recipes, activations, plans, ranks)
+    return [Path(recipe.out_dir) for recipe in recipes]
+
+
+def _train_all(
+    members: Sequence[ResolvedRecipe],
+    recipes: Sequence[Recipe],
+    activations: Activations | None,
+    plans: Sequence[TrainingPlan] | None,
+    ranks: Ranks,
+) -> None:
     if activations is None:
         plans = preflight_all(members) if plans is None else plans
     elif any(recipe.objective == "kl" for recipe in recipes):
@@ -183,16 +200,17 @@ def train_all(
             )
     with ExitStack() as stack:
         contents = [None if activations is not None else member.content for member in members]
+        # The first rank's alone: the others write nothing.
+        claims = zip(recipes, contents, strict=True) if ranks.rank == 0 else ()
         earlier = {
-            recipe.out_dir: stack.enter_context(claimed(Path(recipe.out_dir), recipe, content))
-            for recipe, content in zip(recipes, contents, strict=True)
+            recipe.out_dir: stack.enter_context(claimed(Path(recipe.out_dir), recipe, content)) for recipe, content in claims
         }
+        earlier = from_first(ranks, earlier)
         known = [tuple(recipe_shortfalls(recipe)) for recipe in recipes] if plans is None else [p.shortfalls for p in plans]
         _tell([Path(recipe.out_dir).name for recipe in recipes], known)
         together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
         _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
-    return [Path(recipe.out_dir) for recipe in recipes]
 
 
 @contextmanager
@@ -203,12 +221,14 @@ def open_streams(
 ) -> Iterator[list[tuple[ActivationStream, list[Recipe]]]]:
     """Yield the recipes' batch streams, each with the recipes that share it; harvest first if they read from a store."""
     together: dict[tuple[Any, ...], list[Recipe]] = {}
+    ranks = own_ranks()
     for member in members:
         # A user's tensors depend on neither hooks nor seeds.
         recipe = member.recipe
         key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
         together.setdefault(key, []).append(recipe)
     groups, first = list(together.values()), members[0].recipe
+    parts = [BatchPart(ranks.rank, ranks.size, group[0].accumulate) for group in groups]
     with ExitStack() as stack:
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
@@ -217,39 +237,58 @@ def open_streams(
                     f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
                 )
             streams: list[ActivationStream] = [
-                TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest)
-                for group in groups
+                TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest, part)
+                for group, part in zip(groups, parts, strict=True)
             ]
         elif first.harvest.store is None:
             model = members[0].outline.loaded()
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
-            streams = [_live_stream(buffers, group[0]) for group in groups]
+            streams = [_live_stream(buffers, group[0], part) for group, part in zip(groups, parts, strict=True)]
         else:
+            # One rank harvests, the others read what it stored.
+            if ranks.rank == 0:
+                run_harvest(members[0], plans[0] if plans else None)
+            ranks.wait()
             store = run_harvest(members[0], plans[0] if plans else None)
-            if first.harvest.verify:
+            if first.harvest.verify and ranks.rank == 0:
                 store.verify()
-            streams = [_store_stream(store, group, stack) for group in groups]
+            streams = [_store_stream(store, group, stack, part) for group, part in zip(groups, parts, strict=True)]
         for stream in streams:
             stack.callback(stream.close)
         yield list(zip(streams, groups, strict=True))
 
 
-def _live_stream(buffers: Buffers, recipe: Recipe) -> ActivationStream:
+def _live_stream(buffers: Buffers, recipe: Recipe, part: BatchPart) -> ActivationStream:
     section = recipe.dictionary
     moments = calibrated_on(recipe)
-    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments)
+    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part)
     return ContextStream(rows) if recipe.objective == "kl" else rows
 
 
-def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack) -> ActivationStream:
+def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack, part: BatchPart) -> ActivationStream:
     recipe = group[0]
     gradients = any(needs_gradient(each) for each in group)
     section, size, seed = recipe.dictionary, recipe.batch_tokens, recipe.seed
-    stream = StoreStream(store, section.hooks_in, size, seed, hooks_out=section.hooks_out, gradients=gradients)
+    stream = StoreStream(store, section.hooks_in, size, seed, hooks_out=section.hooks_out, gradients=gradients, part=part)
     stack.callback(stream.release)
     return stream
+
+
+def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
+    """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
+    code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
+    require_agreement(ranks, {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code})
+    for recipe in recipes if ranks.size > 1 else ():
+        parts = ranks.size * recipe.accumulate
+        if recipe.batch_tokens % parts:
+            raise ValueError(
+                f"batch_tokens: expected a multiple of {parts} ({ranks.size} processes x accumulate {recipe.accumulate}), got "
+                f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
+            )
+        if recipe.harvest.store is None and recipe.objective == "kl":
+            raise ValueError("objective: kl trains in one process, got several. Start it without a launcher.")
 
 
 def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
@@ -276,7 +315,8 @@ def _train(
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision=_precision(first, device), gradient_accumulation_steps=first.accumulate
     )
-    stop = StopRequest()
+    ranks = own_ranks()
+    stop = StopRequest(ranks.largest)
     with ExitStack() as stack:
         groups = [_group(stream, recipes, earlier, accelerator, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
@@ -303,13 +343,17 @@ def _train(
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
+                # Every rank reads the same tokens and gets the same thresholds.
+                member.dictionary.ranks = ALONE
                 found = finish(member.dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # Always saved: a kill may have come between the last state and its dictionary.
-                member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
+                if ranks.rank == 0:
+                    member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
+    ranks.wait()
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
 
@@ -389,6 +433,7 @@ def _member(
     if earlier is None:
         moments = (start.moments, start.target_moments)
         initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
+    dictionary.ranks = own_ranks()
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
@@ -400,14 +445,16 @@ def _member(
     phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
-    optimizer = build_optimizer(dictionary, phases, recipe, accelerator.num_processes)
+    optimizer = build_optimizer(dictionary, phases, recipe)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
-    objective, wrapped = accelerator.prepare(objective, optimizer)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens)
+    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer.
+    objective = cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
+    wrapped = accelerator.prepare_optimizer(optimizer)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, dictionary.ranks)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=dictionary.ranks.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,20 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class StopRequest:
-    """Stop flag of a run, set by SIGINT and SIGTERM."""
+    """Stop flag of a run, set by SIGINT and SIGTERM.
 
-    def __init__(self) -> None:
+    Args:
+        agree: Returns the largest signal number of all processes, given this one's, or 0.
+    """
+
+    def __init__(self, agree: Callable[[int], int] = int) -> None:
         self.signal_number: int | None = None
+        self.agree = agree
 
     @property
     def requested(self) -> bool:
+        """Return True if this process, or with ``agree`` any process of the run, got a signal; all ask in the same step."""
+        self.signal_number = self.agree(self.signal_number or 0) or None
         return self.signal_number is not None
 
     @contextmanager

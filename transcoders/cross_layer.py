@@ -16,6 +16,7 @@ from ..sae.dictionary import LatentBlock, SparseDictionary, calibrate_cuts, requ
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.penalised import Penalised
+from ..sae.ranks import ALONE, largest_of_all
 from ..sae.sparse_code import AuxTerms, Revival, SparseCode, group_by_latent
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
@@ -136,7 +137,7 @@ class CrossLayerTranscoder(SparseDictionary):
     @property
     def blocks(self) -> list[LatentBlock]:
         here, sites = self.n_latents // self.n_layers, self.sites
-        matrices = zip(self.W_enc, self.b_enc, self.W_dec, strict=True)
+        matrices, ranks = zip(self.W_enc, self.b_enc, self.W_dec, strict=True), self.ranks if self.training else ALONE
         return [
             LatentBlock(
                 slice(i * here, (i + 1) * here),
@@ -144,7 +145,7 @@ class CrossLayerTranscoder(SparseDictionary):
                 slice(site.writes.start, self.d_out),
                 # No shift: it is a constant here, and its shortcut would stop gradients that flow through the model into the
                 # inputs.
-                Weights(W_enc, b_enc, W_dec, site_width=self.d_out // self.n_layers),
+                Weights(W_enc, b_enc, W_dec, site_width=self.d_out // self.n_layers, ranks=ranks),
             )
             for i, (site, (W_enc, b_enc, W_dec)) in enumerate(zip(sites, matrices, strict=True))
         ]
@@ -220,16 +221,21 @@ class CrossLayerTranscoder(SparseDictionary):
     def _strongest(self, x: Float[Tensor, "tokens d_in"]) -> list[SparseCode]:
         """Return each layer's part of the batch's strongest pairs."""
         scorers = [scorer(x[:, block.reads], block.weights) for block in self.blocks]
-        budget = len(x) * self.budget
+        budget, ranks = len(x) * self.ranks.size * self.budget, self.ranks
         candidates = self._candidates(scorers, budget)
         values = torch.cat([code.values for code in candidates])
-        best = values.topk(min(budget, len(values)), sorted=False)
-        kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, best.indices, True)
-        if len(best.values):
-            smallest = best.values.amin()
+        if ranks.size > 1:
+            kept = largest_of_all(values, budget, ranks)
+        else:
+            best = values.topk(min(budget, len(values)), sorted=False).indices
+            kept = torch.zeros_like(values, dtype=torch.bool).index_fill_(0, best, True)
+        if budget:
+            smallest = ranks.least(
+                torch.where(kept, values, torch.inf).amin() if len(values) else values.new_full((), torch.inf)
+            )
             self._observe(smallest)
             # Keep the number of candidates between 1.2 and 1.5 times the budget.
-            share = len(values) / budget
+            share = ranks.total(len(values)) / budget
             self._slack *= 1.5 if share < 1.2 else 0.7 if share > 1.5 else 1.0
             self._cut = float(smallest) - self._slack
         parts = kept.split([len(code.values) for code in candidates])
@@ -242,9 +248,10 @@ class CrossLayerTranscoder(SparseDictionary):
         """Return at least the ``budget`` largest scores: those above a guessed level, or if too few, each layer's largest."""
         if self._cut is not None:
             found = [above(s.tiles(), torch.tensor(self._cut, device=s.x.device), *s.shape) for s in scorers]
-            if sum(len(code.values) for code in found) >= budget:
+            if self.ranks.total(sum(len(code.values) for code in found)) >= budget:
                 return found
-        return [largest_of_batch(s, budget)[0] for s in scorers]
+        # Each rank's own largest: the selection among all ranks is the caller's.
+        return [largest_of_batch(replace(s, ranks=ALONE), budget)[0] for s in scorers]
 
     @torch.no_grad()
     def _observe(self, smallest: Float[Tensor, ""]) -> None:
@@ -258,7 +265,7 @@ class CrossLayerTranscoder(SparseDictionary):
         encoders = [encoder for encoder in self.encoders if isinstance(encoder, Penalised)]
         if not encoders or encoders[0].target_l0 is None:
             return code
-        l0 = (code.values != 0).sum() / (code.n_tokens * self.n_layers)
+        l0 = self.ranks.mean((code.values != 0).sum() / (code.n_tokens * self.n_layers))
         wanted, rests = encoders[0].target_l0, encoders[0].rising
         pushes = [controller.steer(l0, wanted, rests) for encoder in encoders for controller in encoder.controllers]
         penalties = {name: penalty * pushes[0] for name, penalty in code.requests.penalties.items()}

@@ -75,7 +75,7 @@ class FeatureChoice(BatchWide):
         return self.thresholds if int(self.own_batches) else None
 
     def select(self, scores: Scorer) -> Selected:
-        tokens, n_latents = scores.shape
+        tokens, n_latents = scores.batch_tokens, len(scores.W)
         if tokens == 0:
             none = torch.empty(0, dtype=torch.long, device=scores.x.device)
             return Selected(SparseCode(none, scores.x.new_empty(0), none), None, None)

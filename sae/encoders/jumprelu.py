@@ -1,5 +1,6 @@
 """JumpReLU: every latent has a learned threshold below which it does not fire."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from ..encoder import Weights, require_argument, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
 from ..sparse_ops import per_entry
-from ..tiled_scores import Scorer, above, largest_of_batch
+from ..tiled_scores import Scorer, above, largest_of_batch, smallest_of
 
 # Thresholds are exp(PACE * log_threshold), so Adam's relative steps on them are PACE times those on weights.
 PACE = 10.0
@@ -104,7 +105,7 @@ class JumpReLU(Penalised):
     ) -> SparseCode:
         tokens = x.shape[0]
         if self.training and tokens and self.target_l0 is not None and (self.progress < THINNING or not int(self.started)):
-            self._thin_out(scorer(x, weights), tokens)
+            self._thin_out(scorer(x, weights))
         # Entries just below the threshold have value zero but contribute to its gradient.
         margin = self.bandwidth / 2 if self.training else 0.0
         theta = self.thresholds()
@@ -126,7 +127,7 @@ class JumpReLU(Penalised):
 
     def _charge(self, code: SparseCode, fires: Float[Tensor, " nnz"], weights: Weights) -> Float[Tensor, ""]:
         """Return the sparsity penalty of a training batch."""
-        l0 = fires.sum() / code.n_tokens
+        l0 = weights.ranks.whole(fires.sum() / code.n_tokens)
         if self.penalty == "square":
             assert self.target_l0 is not None
             return self.weight_now() * (l0 / self.target_l0 - 1).pow(2)
@@ -144,16 +145,17 @@ class JumpReLU(Penalised):
         return None if self.target_l0 is None else self.target_l0 * (1 + (max(self.start, 1.0) - 1) * early)
 
     @torch.no_grad()
-    def _thin_out(self, scores: Scorer, tokens: int) -> None:
+    def _thin_out(self, scores: Scorer) -> None:
         """Raise thresholds to enforce the maximum L0; the first batch sets one threshold for all latents."""
         assert self.most_now is not None
+        tokens = scores.batch_tokens
         budget = min(round(tokens * self.most_now), tokens * len(scores.W))
         if not int(self.started):
-            level = largest_of_batch(scores, budget)[0].values.amin()
+            level = smallest_of(largest_of_batch(scores, budget)[0], scores.ranks)
             self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
             self.started.fill_(1)
             return
-        by = largest_of_batch(self._margins(scores), budget)[0].values.amin()
+        by = smallest_of(largest_of_batch(self._margins(scores), budget)[0], scores.ranks)
         if float(by) > 0:
             self.log_threshold.copy_((self.thresholds() + by).log() / PACE)
 
@@ -166,7 +168,7 @@ class JumpReLU(Penalised):
 
     def _margins(self, scores: Scorer) -> Scorer:
         below = -self.thresholds().detach().to(scores.W)
-        return Scorer(scores.x, scores.W, below if scores.b is None else scores.b + below)
+        return replace(scores, b=below if scores.b is None else scores.b + below)
 
     @torch.no_grad()
     def raise_cuts(self, by: float, weights: Weights) -> None:

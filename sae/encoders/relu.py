@@ -50,7 +50,7 @@ class ReLU(Penalised):
             return code
         norms = weights.W_dec.norm(dim=-1)
         measure = (code.values * per_entry(norms, code.latents)).sum() / (tokens * weights.unit)
-        l0 = torch.tensor(len(code.values) / tokens, device=x.device)
+        l0 = weights.ranks.mean(torch.tensor(len(code.values) / tokens, device=x.device))
         penalties = {"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)}
         return SparseCode(
             code.latents, code.values, code.starts, AuxTerms(penalties=penalties, revival=self.revival(x.new_zeros(n_latents)))

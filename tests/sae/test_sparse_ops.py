@@ -207,7 +207,7 @@ def test_low_precision_takes_the_pieces(monkeypatch):
 
 def test_no_gradient_is_computed_that_nobody_wants(monkeypatch):
     latents, starts = ordinary()
-    monkeypatch.setattr(ops, "_spread", None)
+    monkeypatch.setattr(ops, "spread", None)
     values = torch.randn(len(latents), requires_grad=True)
     decode(SparseCode(latents, values, starts), torch.randn(LATENTS, D)).sum().backward()
     assert values.grad is not None

@@ -268,10 +268,10 @@ def test_states_that_are_loaded_again_are_gone_on_from(build):
 def test_the_fused_step_is_taken_where_nobody_else_needs_the_gradients(build, recipe_values, monkeypatch):
     needs_kernels()
 
-    def chosen(processes=1, dtype=torch.float32, **changes):
+    def chosen(dtype=torch.float32, **changes):
         run = build(DictionaryAdam, "topk", dtype)
         recipe = check_recipe(recipe_values | changes, "recipe")
-        optimizer = build_optimizer(run.dictionary, run.phases, recipe, processes)
+        optimizer = build_optimizer(run.dictionary, run.phases, recipe)
         assert (ledger_of(run.dictionary.W_dec) is None) == (type(optimizer) is DictionaryAdam)
         return type(optimizer)
 
@@ -279,7 +279,6 @@ def test_the_fused_step_is_taken_where_nobody_else_needs_the_gradients(build, re
     assert chosen(dtype=torch.float64) is FusedAdam
     assert chosen(optimizer="plain") is DictionaryAdam
     assert chosen(batch_tokens=102, accumulate=2) is DictionaryAdam
-    assert chosen(processes=2) is DictionaryAdam
     assert chosen(dtype=torch.bfloat16) is DictionaryAdam
     monkeypatch.setattr("sparsary.training.fused_adam.backend", lambda *tensors: None)
     assert chosen() is DictionaryAdam

@@ -402,7 +402,7 @@ def test_bad_tokens_are_in_the_provenance_also_of_a_run_that_was_stopped(values,
     assert said == {"tokens whose activations are not finite": 3}
     steps = iter(range(10**6))
     monkeypatch.setattr(StopRequest, "signal_number", 15, raising=False)
-    monkeypatch.setattr(StopRequest, "__init__", lambda self: None)
+    monkeypatch.setattr(StopRequest, "__init__", lambda self, agree: None)
     monkeypatch.setattr(StopRequest, "requested", property(lambda self: next(steps) >= 12))
     with pytest.raises(Stopped):
         trained(values["out_dir"] + "-part")

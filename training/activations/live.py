@@ -19,7 +19,7 @@ from . import harvest
 from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
 from .model import LanguageModel
 from .shuffle import permute
-from .stream import ActivationBatch, ActivationStream, side_by_side
+from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart, side_by_side
 
 
 class Buffers:
@@ -118,7 +118,7 @@ class LiveStream(ActivationStream):
     Shuffling is limited to a buffer. A resume recomputes only the buffer it stopped in. Tokens of a buffer that do not fill a
     batch are dropped; the text restarts when it ends. Streams may share ``source``. Samples come from the beginning of the
     text and from as many buffers as they need; the moments and the sample that initialize a run use at most ``start_tokens``
-    tokens, or one buffer if that is more.
+    tokens, or one buffer if that is more. Of several ranks, each runs the model on the whole text.
     """
 
     def __init__(
@@ -129,8 +129,9 @@ class LiveStream(ActivationStream):
         seed: int,
         hooks_out: tuple[str, ...] = (),
         start_tokens: int = 0,
+        part: BatchPart = WHOLE,
     ):
-        super().__init__(batch_tokens)
+        super().__init__(batch_tokens, part)
         section = source.section
         if section.live_buffer_tokens < batch_tokens:
             raise ValueError(
@@ -163,8 +164,9 @@ class LiveStream(ActivationStream):
             if begin + batches > start:
                 order = torch.from_numpy(permute(np.arange(len(rows)), len(rows), self.seed * 1_000_003 + number))
                 shuffled = rows.select(order)
+                own = torch.from_numpy(self.part.places(self.batch_tokens))
                 for i in range(max(start - begin, 0), batches):
-                    part = shuffled.select(torch.arange(i * self.batch_tokens, (i + 1) * self.batch_tokens))
+                    part = shuffled.select(own + i * self.batch_tokens)
                     grad = self._columns(part, "grad", self.hooks_out) if self.section.gradients else None
                     # Counted with the first batch: a resume within the buffer has counted them already.
                     yield replace(self._sides(part), grad=grad, labels=part.labels, skipped=Counter() if i else skipped)

@@ -13,7 +13,7 @@ from ..content import Content
 from .buffer_pool import Memory
 from .shards import GRADIENT_KIND, LABELS, ActivationStore, ColumnReader, RowReader
 from .shuffle import permute
-from .stream import ActivationBatch, ActivationStream
+from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart
 
 # Batches read at once: enough for sorted reads to pay off, few enough for their memory not to matter.
 WINDOW_BATCHES = 4
@@ -37,8 +37,9 @@ class StoreStream(ActivationStream):
         hooks_out: tuple[str, ...] = (),
         labels: bool = False,
         gradients: bool = False,
+        part: BatchPart = WHOLE,
     ):
-        super().__init__(batch_tokens)
+        super().__init__(batch_tokens, part)
         self.store, self.seed = store, seed
         # Counted by the harvest. Values in a store that are not finite were damaged later.
         self.skipped = Counter(store.manifest.get("skipped", {}))
@@ -66,10 +67,12 @@ class StoreStream(ActivationStream):
             )
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
-        size = self.batch_tokens
+        own = self.part.places(self.batch_tokens)
+        size = len(own)
         memory = {role: Memory(*reader.empty(WINDOW_BATCHES * size).shape) for role, reader in self.rows.items()}
         for window in itertools.count(start, WINDOW_BATCHES):
-            rows = self.order(window * size, WINDOW_BATCHES * size)
+            places = np.arange(window, window + WINDOW_BATCHES)[:, None] * self.batch_tokens + own
+            rows = self.rows_at(places.reshape(-1))
             read = {role: self._read(role, rows, memory[role].take()) for role in self.rows}
             labels = {name: reader.gather(rows) for name, reader in self.labels.items()}
             for i in range(WINDOW_BATCHES):
@@ -79,12 +82,14 @@ class StoreStream(ActivationStream):
 
     def order(self, start: int, count: int) -> np.ndarray:
         """Return the row numbers of tokens ``start`` to ``start + count`` of the endless stream."""
-        parts = []
-        for number in range(start // self.n, (start + count - 1) // self.n + 1):
-            begin = number * self.n
-            within = np.arange(max(start - begin, 0), min(start + count - begin, self.n))
-            parts.append(permute(within, self.n, self.seed * 1_000_003 + number))
-        return np.concatenate(parts)
+        return self.rows_at(np.arange(start, start + count))
+
+    def rows_at(self, places: np.ndarray) -> np.ndarray:
+        """Return the row numbers at ascending places of the endless stream."""
+        bounds = np.arange(places[0] // self.n, places[-1] // self.n + 1)
+        parts = np.split(places, np.searchsorted(places, bounds[1:] * self.n))
+        passes = zip(bounds.tolist(), parts, strict=True)
+        return np.concatenate([permute(part - i * self.n, self.n, self.seed * 1_000_003 + i) for i, part in passes])
 
     def _read(self, role: str, rows: np.ndarray, out: np.ndarray) -> Tensor:
         if not self.rows[role].read(rows, out):

@@ -10,9 +10,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -86,11 +87,44 @@ def moments_of(rows: Float[Tensor, "tokens d"]) -> Moments:
     return moments
 
 
-class ActivationStream(ABC):
-    """Iterator over batches; ``position()`` is all that a resume needs. ``skipped`` counts the bad rows met so far."""
+@dataclass(frozen=True)
+class BatchPart:
+    """Rows of every batch that one rank trains on: an equal, consecutive part of each of the batch's ``pieces``.
 
-    def __init__(self, batch_tokens: int):
-        self.batch_tokens = batch_tokens
+    Micro-batches of all ranks together are then those of a single process.
+
+    >>> BatchPart(rank=1, ranks=2, pieces=2).places(8)
+    array([2, 3, 6, 7])
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    pieces: int = 1
+
+    def places(self, tokens: int) -> np.ndarray:
+        """Return the rows of a batch of ``tokens`` rows."""
+        return np.arange(tokens).reshape(self.pieces, self.ranks, -1)[:, self.rank].reshape(-1)
+
+    def of(self, batch: ActivationBatch) -> ActivationBatch:
+        """Return this rank's part of a whole batch."""
+        if self.ranks == 1:
+            return batch
+        return replace(batch.rows(torch.from_numpy(self.places(len(batch.x)))), skipped=batch.skipped)
+
+
+WHOLE = BatchPart()
+
+
+class ActivationStream(ABC):
+    """Iterator over batches; ``position()`` is all that a resume needs. ``skipped`` counts the bad rows met so far.
+
+    Args:
+        batch_tokens: Tokens per training step, of all ranks.
+        part: Part of every batch that the stream yields.
+    """
+
+    def __init__(self, batch_tokens: int, part: BatchPart = WHOLE):
+        self.batch_tokens, self.part = batch_tokens, part
         self.batches = 0
         self.skipped: Counter[str] = Counter()
         self.waited_seconds = 0.0
@@ -100,7 +134,7 @@ class ActivationStream(ABC):
 
     @abstractmethod
     def produce(self, start: int) -> Iterator[ActivationBatch]:
-        """Yield batches from number ``start`` on; runs in the background thread."""
+        """Yield this rank's part of the batches from number ``start`` on; runs in the background thread."""
 
     @abstractmethod
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:

@@ -14,7 +14,7 @@ from ...sae.metrics import Moments
 from ...sae.rows import as_rows
 from ..bad_rows import NOT_FINITE, BadTokens
 from ..recipe import HarvestSection
-from .stream import ActivationBatch, ActivationStream, moments_of
+from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart, moments_of
 
 MOMENT_TOKENS = 32_768
 NAMES = ("x", "target", "grad")
@@ -43,8 +43,15 @@ class TensorStream(ActivationStream):
     the limits in ``section``.
     """
 
-    def __init__(self, tensors: Activations, batch_tokens: int, targets: bool = False, section: HarvestSection = DEFAULTS):
-        super().__init__(batch_tokens)
+    def __init__(
+        self,
+        tensors: Activations,
+        batch_tokens: int,
+        targets: bool = False,
+        section: HarvestSection = DEFAULTS,
+        part: BatchPart = WHOLE,
+    ):
+        super().__init__(batch_tokens, part)
         self.tensors, self.targets, self.section = _items(tensors), targets, section
         self.once = isinstance(self.tensors, Iterator)
         # Items that `sample` took from an iterator: training must still receive them.
@@ -61,6 +68,9 @@ class TensorStream(ActivationStream):
         self._pass_tokens = position.get("distinct", self._pass_tokens)
 
     def produce(self, start: int) -> Iterator[ActivationBatch]:
+        return map(self.part.of, self._whole_batches(start))
+
+    def _whole_batches(self, start: int) -> Iterator[ActivationBatch]:
         skip, size = start * self.batch_tokens, self.batch_tokens
         carried: ActivationBatch | None = None
         skipped: Counter[str] = Counter()

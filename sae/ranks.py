@@ -1,0 +1,163 @@
+"""Ranks: the processes that share the work on a training batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+# Sums of more bytes than this take the group's own all-reduce, whose traffic per rank does not grow with the number of ranks.
+GATHERED_BYTES = 1 << 20
+DIGIT_BITS = 8
+
+
+class RanksLostError(RuntimeError):
+    """Raised when other ranks do not answer: they ended, hang, or lost their connection."""
+
+
+class Ranks:
+    """Processes that each hold an equal part of a batch; by default this process alone, with the whole batch.
+
+    All methods are collective: every rank calls them in the same order with tensors of the same shape. Results are the same on
+    all ranks, bit for bit, because every rank adds the same numbers in the order of the ranks. ``sent_bytes`` counts the bytes
+    that this rank has sent.
+
+    >>> import torch
+    >>> alone = Ranks()
+    >>> alone.size, alone.rank, alone.mean(torch.tensor(3.0))
+    (1, 0, tensor(3.))
+
+    Args:
+        group: Process group of ``torch.distributed``.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.sent_bytes = 0
+
+    def gather(self, own: Shaped[Tensor, "*shape"]) -> list[Tensor]:
+        """Return the tensor of every rank, in the order of the ranks; shapes must be equal."""
+        if self.size == 1:
+            return [own]
+        own = own.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with naming_lost_ranks():
+            dist.all_gather(parts, own, group=self.group)
+        self.sent_bytes += own.numel() * own.element_size() * (self.size - 1)
+        return parts
+
+    def gather_rows(self, own: Shaped[Tensor, "rows *width"], counts: Sequence[int] | None = None) -> list[Tensor]:
+        """Return the tensor of every rank; the number of rows may differ.
+
+        Args:
+            counts: Number of rows of every rank, if known; otherwise the ranks exchange them.
+        """
+        if self.size == 1:
+            return [own]
+        if counts is None:
+            counts = [int(count) for count in self.gather(torch.tensor(len(own), device=own.device))]
+        most = max(counts)
+        padded = own.detach() if len(own) == most else torch.cat([own.detach(), own.new_zeros(most - len(own), *own.shape[1:])])
+        return [part[:count] for part, count in zip(self.gather(padded), counts, strict=True)]
+
+    def sum(self, own: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Return the sum over ranks; gradients do not flow through it."""
+        if self.size == 1:
+            return own
+        bytes_ = own.numel() * own.element_size()
+        if bytes_ * self.size <= GATHERED_BYTES:
+            return torch.stack(self.gather(own)).sum(0, dtype=own.dtype)
+        total = own.detach().clone(memory_format=torch.contiguous_format)
+        with naming_lost_ranks():
+            dist.all_reduce(total, group=self.group)
+        self.sent_bytes += 2 * bytes_ * (self.size - 1) // self.size
+        return total
+
+    def mean(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the mean over ranks; gradients do not flow through it."""
+        return own if self.size == 1 else self.sum(own) / self.size
+
+    def whole(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the mean over ranks with the gradient of this rank's part.
+
+        A function of it, averaged over ranks, has the gradient of the function of the whole batch's mean.
+        """
+        return own if self.size == 1 else own + (self.mean(own) - own).detach()
+
+    def least(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the minimum over ranks."""
+        return own if self.size == 1 else torch.stack(self.gather(own)).amin(0)
+
+    def total(self, count: int) -> int:
+        """Return the sum of every rank's count, on the host."""
+        return count if self.size == 1 else int(self.sum(torch.tensor(count, device=self._device())))
+
+    def largest(self, own: int) -> int:
+        """Return the largest of every rank's number, on the host."""
+        return own if self.size == 1 else max(int(each) for each in self.gather(torch.tensor(own, device=self._device())))
+
+    def wait(self) -> None:
+        """Wait until all ranks have come here."""
+        self.total(0)
+
+    def _device(self) -> torch.device:
+        """Return the device of tensors that the group's backend sends."""
+        return (
+            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+        )
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn an error of the process group into a ``RanksLostError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RanksLostError(" ".join(str(error).split())[:200]) from error
+
+
+@torch.no_grad()
+def largest_of_all(values: Float[Tensor, " n"], budget: int, ranks: Ranks) -> Bool[Tensor, " n"]:
+    """Return a mask of the local values among the ``budget`` largest of all ranks; lower ranks win ties, then the first.
+
+    The smallest value kept is found digit by digit: every rank counts its values by their next eight bits, and the sums of
+    these counts say in which bin the budget ends. Communication: 2 KB per eight bits of the values' type, however many values
+    there are, which may differ between ranks.
+    """
+    keys = ordered_keys(values)
+    bits = 8 * values.element_size()
+    prefix = torch.zeros((), dtype=torch.long, device=values.device)
+    left = torch.tensor(budget, dtype=torch.long, device=values.device)
+    for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
+        here = (keys >> (shift + DIGIT_BITS)) == prefix
+        digits = (keys >> shift) & ((1 << DIGIT_BITS) - 1)
+        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.long, device=values.device).index_add_(0, digits, here.long())
+        # Values with this digit or a larger one, from the largest digit down.
+        from_top = ranks.sum(counts).flip(0).cumsum(0)
+        place = (from_top < left).sum().clamp_max(len(from_top) - 1)
+        left = left - torch.where(place > 0, from_top[place - 1], 0)
+        prefix = (prefix << DIGIT_BITS) | (len(from_top) - 1 - place)
+    over, equal = keys > prefix, keys == prefix
+    if ranks.size > 1:
+        tied = torch.stack(ranks.gather(equal.sum()))
+        left = left - tied[: ranks.rank].sum()
+    return over | (equal & (equal.cumsum(0) <= left))
+
+
+def ordered_keys(values: Float[Tensor, " n"]) -> Tensor:
+    """Return non-negative integers in the order of floating-point values; NaN is above infinity, as in ``torch.topk``."""
+    bits = 8 * values.element_size()
+    if bits == 64:
+        raise ValueError("values: expected 32 bits or fewer, got float64. Train in float32 on several processes.")
+    # -0.0 equals 0.0, and a NaN may have a sign.
+    values = torch.where(values.isnan(), torch.nan, values + 0.0)
+    raw = values.view({16: torch.int16, 32: torch.int32}[bits]).long() & ((1 << bits) - 1)
+    negative = raw >> (bits - 1) == 1
+    return torch.where(negative, ((1 << bits) - 1) ^ raw, raw | (1 << (bits - 1)))

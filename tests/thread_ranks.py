@@ -1,0 +1,55 @@
+"""Ranks that are threads of one process, for tests of what ranks compute together."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from sparsary.sae.ranks import Ranks
+
+
+class ThreadRanks(Ranks):
+    """Rank of a group of threads; every collective meets at a barrier."""
+
+    def __init__(self, rank, board, barrier):
+        super().__init__()
+        self.rank, self.size = rank, barrier.parties
+        self.board, self.barrier = board, barrier
+
+    def gather(self, own):
+        if self.size == 1:
+            return [own]
+        self.board[self.rank] = own.detach().clone()
+        self.barrier.wait()
+        shapes = {(tuple(part.shape), part.dtype) for part in self.board}
+        assert len(shapes) == 1, f"ranks gather different tensors: {shapes}"
+        parts = [part.clone() for part in self.board]
+        self.barrier.wait()
+        self.sent_bytes += own.numel() * own.element_size() * (self.size - 1)
+        return parts
+
+    def sum(self, own):
+        return own if self.size == 1 else torch.stack(self.gather(own)).sum(0, dtype=own.dtype)
+
+    def _device(self):
+        return torch.device("cpu")
+
+
+def on_ranks(size, function):
+    """Return ``function(ranks)`` of every rank. A rank that fails ends the others."""
+    board, barrier = [None] * size, threading.Barrier(size, timeout=60)
+
+    def run(rank):
+        try:
+            return function(ThreadRanks(rank, board, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        jobs = [pool.submit(run, rank) for rank in range(size)]
+        errors = [job.exception() for job in jobs]
+    found = [error for error in errors if error is not None and not isinstance(error, threading.BrokenBarrierError)]
+    if found or any(errors):
+        raise (found or [error for error in errors if error])[0]
+    return [job.result() for job in jobs]

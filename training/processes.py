@@ -1,0 +1,172 @@
+"""Processes of a distributed run: joining the group that a launcher started, and telling which rank failed.
+
+Any launcher of torch will do: ``torchrun``, ``accelerate launch``, or ``sparsary train --processes``, which calls torch's own.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..sae.ranks import ALONE, Ranks, RanksLostError, naming_lost_ranks
+
+T = TypeVar("T")
+# A collective that a rank does not reach within this time ends the run.
+TIMEOUT = timedelta(seconds=float(os.environ.get("SPARSARY_RANKS_TIMEOUT", "600")))
+# How long a rank that lost the others waits to learn which of them are alive.
+ROLL_CALL_SECONDS = 3.0
+
+
+def launched() -> bool:
+    """Return True if a launcher started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def own_rank() -> int:
+    """Return the rank that a launcher gave to this process; 0 without one."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0
+
+
+@cache
+def own_ranks() -> Ranks:
+    """Return the ranks of this run, joining their process group at the first call; without a launcher, this process alone.
+
+    Raises:
+        RanksLostError: If other ranks do not join in time.
+    """
+    if not launched():
+        return ALONE
+    if not dist.is_initialized():
+        # Numbers on GPUs go through NCCL, counts on the host through gloo.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise RanksLostError(
+                f"rank {own_rank()} of {os.environ['WORLD_SIZE']} could not join the others within "
+                f"{TIMEOUT.total_seconds():.0f} s ({said}). Check that every process was started and reaches "
+                f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}."
+            ) from None
+    assert dist.group.WORLD is not None
+    return Ranks(dist.group.WORLD)
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    own_ranks.cache_clear()
+
+
+def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` on every rank, naming the ranks that differ, unless all ranks have the same facts.
+
+    Args:
+        facts: Text by the name it has in the message, such as a recipe or a version.
+    """
+    if ranks.size == 1:
+        return
+    everywhere: list[Mapping[str, str]] = [{} for _ in range(ranks.size)]
+    with naming_lost_ranks():
+        dist.all_gather_object(everywhere, dict(facts), group=ranks.group)
+    problems = []
+    for name in facts:
+        values = [each.get(name, "") for each in everywhere]
+        other = [rank for rank, value in enumerate(values) if value != values[0]]
+        if other:
+            rank = other[0]
+            mine, theirs = _difference(values[0], values[rank])
+            problems.append(f"{name} of rank {', '.join(map(str, other))} differs from rank 0's: {theirs}, not {mine}")
+    if problems:
+        raise ValueError(
+            "ranks: expected the same recipe, code and store in all processes: " + "; ".join(problems) + ". Start all of them "
+            "with the same command, in the same installation."
+        )
+
+
+def from_first(ranks: Ranks, value: T) -> T:
+    """Return rank 0's value on every rank; it must be picklable."""
+    if ranks.size == 1:
+        return value
+    shared = [value]
+    with naming_lost_ranks():
+        dist.broadcast_object_list(shared, src=0, group=ranks.group)
+    return shared[0]
+
+
+def _difference(first: str, other: str) -> tuple[str, str]:
+    """Return the first lines in which two texts differ."""
+    pairs = zip(first.splitlines() or [""], other.splitlines() or [""], strict=False)
+    mine, theirs = next(((a, b) for a, b in pairs if a != b), (first[:80], other[:80]))
+    return mine.strip() or "nothing", theirs.strip() or "nothing"
+
+
+def beat(step: int) -> None:
+    """Record that this rank has reached a step, for the message about a rank that stops answering."""
+    if dist.is_initialized():
+        _store().set(f"sparsary/step/{dist.get_rank()}", f"{step} {time.time():.0f}")
+
+
+def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[int, str]:
+    """Return the exit status of this rank and the message that it prints about an error: one of all ranks prints.
+
+    A rank that fails because others are gone waits to learn which. The ranks end with the status of the first to fail.
+    """
+    if not dist.is_initialized():
+        # All ranks make the same mistake before they meet.
+        return status, message if own_rank() == 0 or isinstance(error, RanksLostError) else ""
+    try:
+        if isinstance(error, RanksLostError):
+            return _lost(error)
+        if _store().add("sparsary/failures", 1) > 1:
+            return status, ""
+        _store().set("sparsary/status", str(status))
+    except RuntimeError:
+        # The store is gone with the rank, or the node, that held it.
+        return status, message
+    return status, message if own_rank() == 0 else message.replace("sparsary: ", f"sparsary: rank {own_rank()}: ", 1)
+
+
+def _lost(error: RanksLostError) -> tuple[int, str]:
+    """Return the status and message about ranks that ended or hang, without a message if they or another rank tell it."""
+    store, rank, size = _store(), dist.get_rank(), dist.get_world_size()
+    store.set(f"sparsary/here/{rank}", "1")
+    deadline = time.monotonic() + ROLL_CALL_SECONDS
+    while True:
+        here = [other for other in range(size) if store.check([f"sparsary/here/{other}"])]
+        if store.check(["sparsary/status"]):
+            return int(store.get("sparsary/status")), ""
+        if len(here) == size or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    if rank != min(here):
+        return 1, ""
+    missing = [other for other in range(size) if other not in here]
+    if not missing:
+        return 1, f"sparsary: the connection between the ranks failed ({error}). The same command continues from the last save."
+    seen = [_last_seen(other) for other in missing]
+    return 1, (
+        f"sparsary: rank {', '.join(map(str, missing))} of {size} ended or does not answer (last seen {'; '.join(seen)}). "
+        "What was saved is kept; the same command continues."
+    )
+
+
+def _last_seen(rank: int) -> str:
+    store, key = _store(), f"sparsary/step/{rank}"
+    if not store.check([key]):
+        return "before the first step"
+    step, then = store.get(key).decode().split()
+    return f"at step {step}, {max(0, round(time.time() - float(then)))} s ago"
+
+
+def _store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """Return the key-value store of the process group, which outlives a rank."""
+    return dist.distributed_c10d._get_default_store()
