@@ -15,9 +15,8 @@ from ..sae.sparse_code import SparseCode
 from ..sae.sparse_grad import Product, SparseGrad
 from ..sae.sparse_ops import spread
 
-
-# Entries cost more than their bytes: every rank adds up those of all ranks, where of dense matrices each adds up its own. Measured
-# with docs/studies/exchange.py, two processes on one machine: 1.2 times as slow at 0.55 of the bytes, 3 times as fast at 0.14.
+# Entries cost more than their bytes: every rank adds up those of all ranks, while it computes a dense matrix from its own. By
+# docs/studies/exchange.py, two processes on one machine: 1.2 times as slow at 0.55 of the bytes, 3 times as fast at 0.14.
 ENTRY_WORK = 2.0
 
 
