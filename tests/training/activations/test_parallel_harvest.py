@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from sparsary.sae.files import sha256
 from sparsary.training.activations.harvest import harvest_activations, require_shared_store
 from sparsary.training.activations.model import load_model
 from sparsary.training.activations.shards import ActivationStore
@@ -327,39 +326,44 @@ def start(recipe, tokens, size):
     ]
 
 
-def test_processes_harvest_what_one_does_and_one_may_be_killed(tmp_path):
+def test_processes_harvest_what_one_does_and_one_may_be_killed(models, tmp_path):
+    settings = section(tmp_path / "s", tokens=16_000, shard_tokens=2000)
+    values = {
+        "model": {"id": "embedded", "device": "cpu"},
+        "text": {"context_length": 32},
+        "dictionary": {"hook": HOOK, "n_latents": 256, "encoder": {"name": "topk", "k": 8}},
+        "harvest": {key: getattr(settings, key) for key in ("store", "shard_tokens", "batch_contexts", "exclude_leading")},
+        "out_dir": str(tmp_path / "out"),
+        "tokens": 4000,
+    }
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        json.dumps(
-            {
-                "model": {"id": "embedded", "device": "cpu"},
-                "text": {"context_length": 32},
-                "dictionary": {"hook": HOOK, "n_latents": 256, "encoder": {"name": "topk", "k": 8}},
-                "harvest": {"store": str(tmp_path / "s"), "tokens": 100, "shard_tokens": 4000, "heldout": 0.2},
-                "out_dir": str(tmp_path / "out"),
-                "tokens": 10_000,
-            }
-        )
-    )
-    several = start(recipe, 60_000, 2)
-    while not list((tmp_path / "s").glob("*-00003.safetensors")):
-        assert several[0].poll() is None, several[0].communicate()[1]
-        time.sleep(0.05)
-    several[1].send_signal(signal.SIGKILL)
-    told = several[0].communicate(timeout=120)[1]
-    several[1].communicate()
-    assert several[0].returncode == 1
-    assert "rank 1 of 2 ended" in told
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*-0000[01].safetensors")}
-    for process in start(recipe, 60_000, 2):
-        assert process.communicate(timeout=120)
-        assert process.returncode == 0
+    recipe.write_text(json.dumps(values | {"harvest": values["harvest"] | {"heldout": 0.2}}))
+    several = start(recipe, settings.tokens, 2)
+    try:
+        while not list((tmp_path / "s").glob("*-00001.safetensors")):
+            assert several[0].poll() is None, several[0].communicate()[1]
+            time.sleep(0.02)
+        several[1].send_signal(signal.SIGKILL)
+        told = several[0].communicate(timeout=120)[1]
+        assert several[0].returncode == 1
+        assert "rank 1 of 2 ended" in told
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").glob("*-00000.safetensors")}
+        several += start(recipe, settings.tokens, 2)
+        for process in several[2:]:
+            errors = process.communicate(timeout=240)[1]
+            assert process.returncode == 0, errors
+    finally:
+        for process in several:
+            process.kill()
+            process.communicate()
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    shutil.move(tmp_path / "s", tmp_path / "several")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sparsary", "harvest", str(recipe), "harvest.tokens=60000"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert ActivationStore.open(tmp_path / "several").manifest == ActivationStore.open(tmp_path / "s").manifest
-    for path in (tmp_path / "s").glob("*.safetensors"):
-        assert sha256(path) == sha256(tmp_path / "several" / path.name)
-    assert torch.isfinite(ActivationStore.open(tmp_path / "s").moments(HOOK).mean).all()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = harvest_activations(models[0], TEXT, settings.model_copy(update={"store": str(tmp_path / "alone")}))
+    finally:
+        torch.set_num_threads(threads)
+    store = ActivationStore.open(tmp_path / "s")
+    assert store.manifest["shards"] == alone.manifest["shards"]
+    assert store.manifest["hooks"] == alone.manifest["hooks"]
+    assert store.problems() == []
