@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..sae.batch_encoder import BatchWide
@@ -21,6 +20,7 @@ from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
 from .initialize import SAMPLE_TOKENS
 from .locks import existing_parent, require_writable
+from .memory import free_bytes
 from .optim import lr_share
 from .recipe import Recipe, calibrated_on, total_steps
 from .recipe.grid import Grid, told_together
@@ -377,13 +377,6 @@ def _remedies(members: Sequence[ResolvedRecipe]) -> str:
     if len(recipes) > 1:
         ways.append("train fewer members at once")
     return ", or ".join(ways)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size: TextSize | None) -> TrainingPlan:
