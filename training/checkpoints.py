@@ -66,7 +66,7 @@ class Checkpoints:
         stream: ActivationStream,
         report: TrainingLog,
     ) -> None:
-        """Save the training state, then the dictionary of the same step. ``state.saved_step`` follows when the state is written.
+        """Save the training state, then its dictionary. ``state.saved_step`` follows when the state is written.
 
         If the process is killed in between, the resumed run saves the dictionary again at its end. Of several ranks the first
         writes, after all have compared their weights.

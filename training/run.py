@@ -417,7 +417,10 @@ def _group(
     """Build all members over one stream, and move it to where the first unfinished member resumes."""
     # For user iterables that generate random tensors.
     torch.manual_seed(recipes[0].seed)
-    start = Start(stream, stream.start_sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
+    # A resumed run takes from the sample only its width. Other sources than a store may draw random numbers for it.
+    resumed = isinstance(stream, StoreStream) and all(recipe.out_dir in earlier for recipe in recipes)
+    sample = stream.start_sample(1 if resumed else SAMPLE_TOKENS)
+    start = Start(stream, sample, stream.moments(), stream.target_moments(), {})
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
@@ -461,9 +464,9 @@ def _member(
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
-    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer.
-    objective = cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
-    wrapped = accelerator.prepare_optimizer(optimizer)
+    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
+    objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
+    wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, dictionary.ranks, writer)
     report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=dictionary.ranks.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
