@@ -14,12 +14,12 @@ from ..sae import SparseDictionary
 from ..sae.checkpoint import read_config
 from ..sae.dictionary import CONFIG_FILE, write_dictionary
 from ..sae.files import remove_partial_files, write_text
-from ..sae.ranks import ALONE, Ranks
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
 from .locks import LOCK_FILE, locked
 from .phases import Phases, phase_starts
+from .processes import Mesh, mesh
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, WANDB_FOLDER, TrainingLog
 from .shortfalls import ENTRY, Shortfall
@@ -46,10 +46,10 @@ class Checkpoints:
         directory: Path,
         provenance: dict[str, Any],
         phases: Phases,
-        ranks: Ranks = ALONE,
+        ranks: Mesh | None = None,
         writer: Executor | None = None,
     ):
-        self.directory, self.ranks = directory, ranks
+        self.directory, self.ranks = directory, ranks or mesh()
         self.provenance = provenance
         self.phases = phases
         self.writer = writer
@@ -78,12 +78,17 @@ class Checkpoints:
         self.require_finite(state)
         self.wait()
         self._require_equal_weights(dictionary, state.step)
-        contents = state.contents(dictionary, self.phases, optimizer, stream, report.flush())
-        if self.ranks.rank:
+        if self.ranks.batch.rank:
             state.saved_step = state.step
             return
-        dictionary.training_usage = usage = state.training_usage
+        # All shards of the latents take part; the first has the whole tensors, and writes them.
+        contents = state.contents(dictionary, self.phases, optimizer, stream, report.flush())
+        dictionary.training_usage = usage = state.training_usage()
+        if self.ranks.shards.rank:
+            state.saved_step = state.step
+            return
         config = dictionary.config(self._provenance_of(state, stream, finished=False))
+        config["dictionary"]["n_latents"] = dictionary.n_latents * self.ranks.shards.size
         if self.writer is None or not self._snapshot.fits(contents.tensors):
             self._write(state, contents, config, usage)
         else:
@@ -124,9 +129,15 @@ class Checkpoints:
             self.wait()
 
     def save_finished(self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream) -> None:
-        """Write the loadable checkpoint of a calibrated dictionary."""
+        """Write the loadable checkpoint of a whole, calibrated dictionary, on the first rank."""
         self.wait()
-        dictionary.training_usage = state.training_usage
+        if self.ranks.batch.rank:
+            return
+        # All shards of the latents take part.
+        usage = state.training_usage()
+        if self.ranks.shards.rank:
+            return
+        dictionary.training_usage = usage
         dictionary.save(self.directory, self._provenance_of(state, stream, finished=True))
 
     def _provenance_of(self, state: TrainState, stream: ActivationStream, finished: bool) -> dict[str, Any]:
@@ -141,11 +152,12 @@ class Checkpoints:
         return self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]}
 
     def _require_equal_weights(self, dictionary: SparseDictionary, step: int) -> None:
-        if self.ranks.size == 1:
+        ranks = self.ranks.batch
+        if ranks.size == 1:
             return
         # Sums of the weights' bits, which wrap around.
         sums = [parameter.detach().contiguous().view(torch.int32).sum() for parameter in dictionary.parameters()]
-        digests = torch.stack(self.ranks.gather(torch.stack(sums)))
+        digests = torch.stack(ranks.gather(torch.stack(sums)))
         usual = digests.mode(0).values
         other = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, usual)]
         if other:

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS
+from ..sae.encoders import ENCODERS, build_encoder
 from ..sae.errors import WriteError, doing
 from ..sae.metrics import Moments
 from ..sae.ranks import ALONE, Ranks
@@ -34,6 +34,7 @@ from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .content import pinned
+from .divided import own_part, require_divisible, whole_dictionary
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .locks import OneRun
@@ -42,7 +43,7 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .processes import from_first, own_ranks, require_agreement
+from .processes import from_first, mesh, own_ranks, require_agreement
 from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog
@@ -229,7 +230,8 @@ def open_streams(
         key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
         together.setdefault(key, []).append(recipe)
     groups, first = list(together.values()), members[0].recipe
-    parts = [BatchPart(ranks.rank, ranks.size, group[0].accumulate) for group in groups]
+    batch = mesh(first.distributed.latents).batch
+    parts = [BatchPart(batch.rank, batch.size, group[0].accumulate) for group in groups]
     with ExitStack() as stack:
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
@@ -282,10 +284,11 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
     require_agreement(ranks, {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code})
     for recipe in recipes if ranks.size > 1 else ():
-        parts = ranks.size * recipe.accumulate
+        parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if recipe.batch_tokens % parts:
             raise ValueError(
-                f"batch_tokens: expected a multiple of {parts} ({ranks.size} processes x accumulate {recipe.accumulate}), got "
+                f"batch_tokens: expected a multiple of {parts} ({parts // recipe.accumulate} parts of a batch x accumulate "
+                f"{recipe.accumulate}), got "
                 f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
             )
         if recipe.harvest.store is None and recipe.objective == "kl":
@@ -346,16 +349,16 @@ def _train(
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
-                # Every rank reads the same tokens and gets the same thresholds.
-                member.dictionary.ranks = ALONE
-                found = finish(member.dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
+                # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
+                dictionary = whole_dictionary(member.dictionary)
+                dictionary.ranks = ALONE
+                found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # Always saved: a kill may have come between the last state and its dictionary.
-                if ranks.rank == 0:
-                    member.checkpoints.save_finished(member.state, member.dictionary, group.stream)
+                member.checkpoints.save_finished(member.state, dictionary, group.stream)
     ranks.wait()
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
@@ -443,11 +446,16 @@ def _member(
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
-    dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
+    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
     if earlier is None:
         moments = (start.moments, start.target_moments)
-        initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
-    dictionary.ranks = own_ranks()
+        initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
+    ranks = mesh(recipe.distributed.latents)
+    require_divisible(
+        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
+    )
+    dictionary = own_part(whole, ranks.shards)
+    dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
@@ -460,15 +468,15 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
     objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, dictionary.ranks, writer)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=dictionary.ranks.rank == 0)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ..sae import SparseDictionary
 from ..sae.files import read_tensors, require_finite, write_tensors
+from ..sae.ranks import UNDIVIDED, Shards
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
+from .divided import own_tensors, whole_tensors
 from .objective import LatentUsage, Terms
 from .phases import Phases, density_half_life
 
@@ -59,8 +61,15 @@ class TrainState:
     ``silent_for`` is the number of tokens since each latent last fired, ``density`` the running share of tokens it fires on.
     """
 
-    def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device, randomness: Randomness):
-        self.randomness = randomness
+    def __init__(
+        self,
+        n_latents: int,
+        dead_after_tokens: int,
+        device: torch.device,
+        randomness: Randomness,
+        shards: Shards = UNDIVIDED,
+    ):
+        self.randomness, self.shards = randomness, shards
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
@@ -80,10 +89,13 @@ class TrainState:
     def usage(self) -> LatentUsage:
         return LatentUsage(self.dead, self.density)
 
-    @property
+    def dead_share(self) -> float:
+        """Return the share of all shards' latents that are dead."""
+        return float(self.shards.mean(self.dead.double().mean()))
+
     def training_usage(self) -> TrainingUsage:
-        """Latent usage, as stored in checkpoints."""
-        return TrainingUsage(self.silent_for.cpu(), self.dead_after_tokens, self.tokens)
+        """Return the usage of all shards' latents, as stored in checkpoints."""
+        return TrainingUsage(torch.cat(self.shards.gather(self.silent_for)).cpu(), self.dead_after_tokens, self.tokens)
 
     def advance(self, tokens: int, terms: Terms) -> None:
         """Count one step, without synchronizing with the device."""
@@ -124,7 +136,10 @@ class TrainState:
         return StateContents(self.tensors(dictionary, phases, optimizer), counters, active)
 
     def tensors(self, dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Return all tensors of the state, by the name they are saved under; ``restore_tensors`` puts them back."""
+        """Return all tensors of the state, by the name they are saved under; ``restore_tensors`` puts them back.
+
+        They have the latents of all shards, which all take part.
+        """
         tensors: dict[str, Tensor] = {}
         for part, module in _parts(dictionary, phases).items():
             tensors |= {f"{part}/{name}": t for name, t in _own(module.state_dict()).items()}
@@ -134,7 +149,8 @@ class TrainState:
         if dictionary.screen is not None:
             tensors |= {f"screen/{name}": value for name, value in dictionary.screen.state().items()}
         tensors["silent_for"], tensors["density"] = self.silent_for, self.density
-        return tensors | {f"random/{device}": values for device, values in self.randomness.own.items()}
+        tensors |= {f"random/{device}": values for device, values in self.randomness.own.items()}
+        return whole_tensors(tensors, dictionary.n_latents, dictionary.shards)
 
     def restore(
         self,
@@ -169,7 +185,7 @@ class TrainState:
         return counters["metrics_bytes"]
 
     def restore_tensors(
-        self, tensors: Mapping[str, Tensor], dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer
+        self, tensors: dict[str, Tensor], dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer
     ) -> None:
         """Put back what ``tensors`` returned.
 
@@ -177,6 +193,8 @@ class TrainState:
             KeyError: If a tensor is missing or not expected.
             RuntimeError: If a tensor has another shape.
         """
+        shards = dictionary.shards
+        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards)
         for part, module in _parts(dictionary, phases).items():
             own = _below(f"{part}/", tensors)
             if own.keys() != _own(module.state_dict()).keys():

@@ -214,6 +214,16 @@ class PhaseSection(Section):
 Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)], ...], Field(strict=False, min_length=1)]
 
 
+class DistributedSection(Section):
+    """Division of the work among the processes of a run; how many there are is the launcher's choice."""
+
+    latents: Positive = Field(
+        default=1,
+        description="number of processes that divide the latents among them, for dictionaries that do not fit one device; the "
+        "rest of the processes divide the batch",
+    )
+
+
 class WandbSection(Section):
     """Logging to Weights & Biases, in addition to metrics.jsonl."""
 
@@ -303,6 +313,7 @@ class Recipe(Section):
     out_dir: Place = Field(description="directory of the run: checkpoint, saved state and logs")
     log_every: Positive = Field(default=50, description="steps between two lines of the log")
     save_every: Positive = Field(default=1000, description="steps between two saved states")
+    distributed: DistributedSection = DistributedSection()
     wandb: WandbSection | None = Field(default=None, description="log to Weights & Biases as well; null: do not")
     eval_tokens: Positive = Field(default=200_000, description="number of held-out tokens that `sparsary eval` uses")
 

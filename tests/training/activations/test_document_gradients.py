@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stays_in_its_document(tiny_model, token_ids):
     with model.replacing("lm_head:in", broken):
         _, found = model.activations_and_gradients(token_ids, (hook,), DOCUMENTS)
     good = torch.isfinite(found[hook]).all(-1)
-    assert (DOCUMENTS == DOCUMENTS[:, 5:6])[~good].all()
+    assert (DOCUMENTS[:, 5:6] == DOCUMENTS)[~good].all()
     assert not good[:, 5].any()
     torch.testing.assert_close(found[hook][good], expected[hook][good])
 
