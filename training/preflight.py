@@ -16,6 +16,7 @@ from ..sae.penalised import Penalised
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
 from .activations.model import RemoteCodeRefused, resolve_device
+from .activations.placement import require_quantization
 from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
@@ -94,7 +95,7 @@ class TrainingPlan:
         store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({_bytes(self.disk_bytes)} to write)"
         reach = "the whole store" if not live else "one buffer"
         return [
-            ("model", f"{recipe.model.id}  {recipe.model.dtype}"),
+            ("model", f"{recipe.model.id}  {recipe.model.dtype}{_quantized(recipe)}"),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
             *([] if self.text is None else [("text holds", self.text.words())]),
             (
@@ -164,6 +165,10 @@ def _bytes(n: int | float) -> str:
     return f"{n:.1f} TB"
 
 
+def _quantized(recipe: Recipe) -> str:
+    return "" if recipe.model.quantization is None else f", {recipe.model.quantization}"
+
+
 def preflight(recipe: ResolvedRecipe) -> TrainingPlan:
     """Run ``preflight_all`` on one recipe."""
     return preflight_all([recipe])[0]
@@ -203,6 +208,7 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
 def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) -> list[TrainingPlan]:
     """Plan recipes that train together, without checking their memory."""
     first = recipes[0]
+    require_quantization(first.recipe.model)
     widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
     if unfit := first.outline.text_problems(first.recipe.text):
         raise ValueError("\n".join(unfit))

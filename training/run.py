@@ -76,7 +76,10 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest_activations(member.outline.loaded(), recipe.text, recipe.harvest)
+    # Gradients come from the loss, at the model's end.
+    outline, hooks = member.outline, recipe.harvest.hooks
+    model = outline.loaded() if recipe.harvest.gradients else outline.loaded_for(hooks)
+    return harvest_activations(model, recipe.text, recipe.harvest)
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:
@@ -228,8 +231,10 @@ def open_streams(
                 for group, part in zip(groups, parts, strict=True)
             ]
         elif first.harvest.store is None:
-            model = members[0].outline.loaded()
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
+            outline = members[0].outline
+            whole = first.harvest.gradients or any(member.recipe.objective == "kl" for member in members)
+            model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0], part) for group, part in zip(groups, parts, strict=True)]
