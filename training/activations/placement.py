@@ -23,8 +23,8 @@ def require_quantization(section: ModelSection) -> None:
         raise ValueError(f"{needs}; it is not installed. Run: pip install '{BITSANDBYTES}', or set model.quantization: null.")
     try:
         # transformers' own check.
-        from transformers.integrations import validate_bnb_backend_availability
-        from transformers.utils import is_bitsandbytes_available
+        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
+        from transformers.utils.import_utils import is_bitsandbytes_available
 
         if not is_bitsandbytes_available():
             raise RuntimeError("its version is too old")

@@ -43,6 +43,12 @@ class Placed(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.autograd.grad:
+            # Each gradient is where its input is, wherever that of the loss is.
+            inputs = args[1] if isinstance(args[1], (tuple, list)) else [args[1]]
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **kwargs or {})
+            return tuple(None if g is None else placed(g, x.place) for g, x in zip(found, inputs, strict=True))
         places = {x.place for x in tree_leaves((args, kwargs)) if isinstance(x, Placed)}
         assert len(places) < 2, f"tensors on several devices in {func}"
         result = super().__torch_function__(func, types, args, kwargs or {})
@@ -66,6 +72,9 @@ class Spread(nn.Module):
 
     def get_input_embeddings(self):
         return self.wte
+
+    def get_output_embeddings(self):
+        return self.head
 
     def forward(self, input_ids, use_cache=False):
         x = self.wte(input_ids)
