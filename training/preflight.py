@@ -17,6 +17,7 @@ from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
 from .activations.model import RemoteCodeRefused, resolve_device
 from .activations.placement import require_quantization
+from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
@@ -258,9 +259,12 @@ def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
     for key, folder in (("harvest.store", store), *(("out_dir", member.recipe.out_dir) for member in members)):
         try:
             if folder is not None:
-                require_writable(Path(folder), key)
                 if key == "harvest.store":
-                    require_store_folder(Path(folder))
+                    place = store_place(members[0].recipe.harvest)
+                    place.require_writable()
+                    require_store_folder(place.directory)
+                else:
+                    require_writable(Path(folder), key)
         except ValueError as error:
             found.append(str(error))
     for member in members if not found else ():
@@ -338,9 +342,13 @@ def _calibrates(recipe: Recipe) -> bool:
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
     """Return the recipe's store if it holds shards and, with ``complete``, only if it is complete."""
-    if recipe.harvest.store is None or not (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
+    if recipe.harvest.store is None:
         return None
-    store = ActivationStore.open(recipe.harvest.store)
+    place = store_place(recipe.harvest)
+    place.look()
+    if not (place.directory / MANIFEST_FILE).exists():
+        return None
+    store = ActivationStore.open(place.directory)
     return store if store.manifest["shards"] and (store.manifest["complete"] or not complete) else None
 
 
@@ -457,7 +465,7 @@ def _step_bytes(recipe: Recipe, row: int) -> int:
 def _require_disk(recipe: Recipe, needed: int) -> None:
     if recipe.harvest.store is None:
         return
-    folder = existing_parent(Path(recipe.harvest.store))
+    folder = existing_parent(store_place(recipe.harvest).directory)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

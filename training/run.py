@@ -25,6 +25,7 @@ from ..transcoders.load import RecipeValue
 from .activations.harvest import harvest_activations
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import LanguageModel, resolve_device
+from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream, BatchPart
@@ -74,15 +75,18 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         )
     # Checks sizes and identity, but not memory: training may run on a larger machine.
     plan = plan or plan_all([member])[0]
-    if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
-        store = ActivationStore.open(recipe.harvest.store)
+    place = store_place(recipe.harvest)
+    place.fetch()
+    if (place.directory / MANIFEST_FILE).exists():
+        store = ActivationStore.open(place.directory)
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
     # Gradients come from the loss, at the model's end.
     outline, hooks = member.outline, recipe.harvest.hooks
     model = outline.loaded() if recipe.harvest.gradients else outline.loaded_for(hooks)
-    return harvest_activations(model, recipe.text, recipe.harvest)
+    with place.publishing():
+        return harvest_activations(model, recipe.text, recipe.harvest.model_copy(update={"store": str(place.directory)}))
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:

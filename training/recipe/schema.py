@@ -137,7 +137,14 @@ class HarvestSection(Section):
         description="module paths with a side, e.g. transformer.h.2:out; default: the hooks of the recipe's dictionaries",
     )
     tokens: Positive | None = Field(default=None, description="with a store: tokens to store, including held-out ones")
-    store: Place | None = Field(default=None, description="directory of the activation store; null: stream from the model")
+    store: Place | None = Field(
+        default=None,
+        description="directory of the activation store, or its URL for fsspec, e.g. s3://bucket/store; null: stream from the model",
+    )
+    cache_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="store on a URL: largest size of all copies of such stores in the cache, in GB; null: as the disk allows",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32", description="precision of the stored activations; int8 has one scale per block of dimensions"
     )
