@@ -139,7 +139,7 @@ class HarvestSection(Section):
     tokens: Positive | None = Field(default=None, description="with a store: tokens to store, including held-out ones")
     store: Place | None = Field(
         default=None,
-        description="directory of the activation store, or its URL for fsspec, e.g. s3://bucket/store; null: stream from the model",
+        description="directory of the activation store, or a URL for fsspec (s3://bucket/store); null: stream from the model",
     )
     cache_gb: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,

@@ -1,5 +1,6 @@
 """Stores on fsspec URLs: uploaded, downloaded, verified, refused, and removed from the cache."""
 
+import json
 import uuid
 
 import fsspec
@@ -81,7 +82,7 @@ def test_the_manifest_is_uploaded_after_the_shards_that_it_lists(url, tmp_path, 
 
     def checked(self, path, value, **options):
         if path.endswith(MANIFEST_FILE):
-            listed = __import__("json").loads(value)["shards"]
+            listed = json.loads(value)["shards"]
             assert all(fs.size(f"{root}/{shard['name']}") == shard["bytes"] for shard in listed)
             seen.append(len(listed))
         return own(self, path, value, **options)
