@@ -1,6 +1,7 @@
 """Language models: loading, and what one asks them about a text. The only file that imports transformers."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -18,13 +19,15 @@ from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 from .hooked_model import HookedModel, next_token_loss
 from .partial_model import class_without, unneeded_modules
-from .placement import quantization_options, require_quantization
+from .placement import quantization_options
 from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
 from .sites import hooks_with_sites
 from .splice import generate, model_spliced
 from .weightless import weightless
 
 log = logging.getLogger(__name__)
+# The oldest version that transformers takes.
+BITSANDBYTES = "bitsandbytes>=0.46.1"
 
 
 class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
@@ -262,6 +265,30 @@ def _loaded(section: ModelSection, model_class: Any, **options: Any) -> Language
     revision = _commit(section) or section.revision
     module = module if "device_map" in options else module.to(device)
     return LanguageModel(module, tokenizer, section.id, revision, section)
+
+
+def require_quantization(section: ModelSection) -> None:
+    """Raise ``ValueError`` if ``model.quantization`` needs a package or device that is missing."""
+    if section.quantization is None:
+        return
+    needs = f"model.quantization: {section.quantization} needs the package bitsandbytes, and a GPU or CPU that it supports"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{needs}; it is not installed. Run: pip install '{BITSANDBYTES}', or set model.quantization: null.")
+    try:
+        # transformers' own check.
+        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
+        from transformers.utils.import_utils import is_bitsandbytes_available
+
+        if not is_bitsandbytes_available():
+            raise RuntimeError("its version is too old")
+        validate_bnb_backend_availability(raise_exception=True)
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{needs} ({reason}). Run: pip install -U '{BITSANDBYTES}', or set model.quantization: null."
+        ) from None
+    # It repeats in every layer that inputs are cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def load_tokenizer(section: ModelSection) -> Any:

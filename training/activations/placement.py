@@ -1,7 +1,5 @@
 """Devices and number format of a model's weights: spread over devices by accelerate, quantized by bitsandbytes."""
 
-import importlib.util
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,33 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import ModelSection
-
-# The oldest version that transformers takes.
-BITSANDBYTES = "bitsandbytes>=0.46.1"
-
-
-def require_quantization(section: ModelSection) -> None:
-    """Raise ``ValueError`` if ``model.quantization`` needs a package or device that is missing."""
-    if section.quantization is None:
-        return
-    needs = f"model.quantization: {section.quantization} needs the package bitsandbytes, and a GPU or CPU that it supports"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{needs}; it is not installed. Run: pip install '{BITSANDBYTES}', or set model.quantization: null.")
-    try:
-        # transformers' own check.
-        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
-        from transformers.utils.import_utils import is_bitsandbytes_available
-
-        if not is_bitsandbytes_available():
-            raise RuntimeError("its version is too old")
-        validate_bnb_backend_availability(raise_exception=True)
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{needs} ({reason}). Run: pip install -U '{BITSANDBYTES}', or set model.quantization: null."
-        ) from None
-    # It repeats in every layer that inputs are cast to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantization_options(section: ModelSection) -> dict[str, Any]:
