@@ -24,6 +24,7 @@ from torch import Tensor
 from ...sae.files import DTYPES, read_json, sha256
 from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
+from ...sae.ranks import ALONE, Ranks
 
 FORMAT = "sparsary-store"
 FORMAT_VERSION = 1
@@ -184,11 +185,15 @@ class ActivationStore:
                 "Choose a new harvest.store and run: sparsary harvest RECIPE"
             )
 
-    def problems(self) -> list[str]:
-        """Return one line for every shard that is missing or differs from its checksum."""
+    def problems(self, rank: int = 0, ranks: int = 1) -> list[str]:
+        """Return one line for every shard that is missing or differs from its checksum.
+
+        Args:
+            rank, ranks: Check only every ``ranks``-th shard, from number ``rank`` on.
+        """
         # Hashing leaves Python's lock to others.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return [problem for problem in pool.map(self._problem, self.manifest["shards"]) if problem]
+            return [problem for problem in pool.map(self._problem, self.manifest["shards"][rank::ranks]) if problem]
 
     def _problem(self, shard: dict[str, Any]) -> str:
         """Return a line if a shard is missing or differs from its checksum, else an empty string."""
@@ -201,10 +206,14 @@ class ActivationStore:
             return f"{path}: contents differ from the checksum in {MANIFEST_FILE}: damaged."
         return ""
 
-    def verify(self) -> None:
-        """Raise ``ValueError`` naming every damaged shard."""
-        problems = self.problems()
-        if problems:
+    def verify(self, ranks: Ranks = ALONE) -> None:
+        """Raise ``ValueError`` naming every damaged shard.
+
+        Args:
+            ranks: Processes that each check a part of the shards; all of them raise.
+        """
+        parts = ranks.gather_objects(self.problems(ranks.rank, ranks.size))
+        if problems := sorted(line for part in parts for line in part):
             raise ValueError("\n".join([*problems, "Delete the store's directory and harvest again."]))
 
 
