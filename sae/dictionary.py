@@ -384,7 +384,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
             OSError: If the folder cannot be written; existing files stay unchanged.
         """
         provenance = self.provenance if provenance is None else provenance
-        write_dictionary(directory, self.state_dict(), self.config(provenance), self.training_usage)
+        write_dictionary_files(directory, self.state_dict(), self.config(provenance), self.training_usage)
 
     def config(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """Return the contents of ``dictionary.json``, without the checksum of the weights."""
@@ -397,7 +397,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         return config if self.training_usage is None else config | {"training_usage": self.training_usage.about}
 
 
-def write_dictionary(
+def write_dictionary_files(
     directory: str | Path, tensors: Mapping[str, Tensor], config: dict[str, Any], usage: TrainingUsage | None
 ) -> None:
     """Write the files of a checkpoint, as ``SparseDictionary.save`` does.

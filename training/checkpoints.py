@@ -12,7 +12,7 @@ import torch
 
 from ..sae import SparseDictionary
 from ..sae.checkpoint import read_config
-from ..sae.dictionary import CONFIG_FILE, write_dictionary
+from ..sae.dictionary import CONFIG_FILE, write_dictionary_files
 from ..sae.files import remove_partial_files, write_text
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
@@ -99,7 +99,7 @@ class Checkpoints:
         self._snapshot.wait()
         contents.write(self.directory)
         state.saved_step = contents.counters["step"]
-        write_dictionary(self.directory, contents.dictionary_tensors, config, usage)
+        write_dictionary_files(self.directory, contents.dictionary_tensors, config, usage)
 
     def wait(self) -> None:
         """Wait until the last save is written.

@@ -192,7 +192,7 @@ def test_a_write_that_fails_ends_the_run_with_the_step_that_is_kept(recipe, monk
 
 
 def test_a_dictionary_that_is_not_written_leaves_the_state_of_its_step(recipe, monkeypatch):
-    real, times = run_module.Checkpoints._write.__globals__["write_dictionary"], []
+    real, times = run_module.Checkpoints._write.__globals__["write_dictionary_files"], []
 
     def full(directory, *contents):
         times.append(directory)
@@ -201,7 +201,7 @@ def test_a_dictionary_that_is_not_written_leaves_the_state_of_its_step(recipe, m
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(directory, *contents)
 
-    monkeypatch.setitem(run_module.Checkpoints._write.__globals__, "write_dictionary", full)
+    monkeypatch.setitem(run_module.Checkpoints._write.__globals__, "write_dictionary_files", full)
     with pytest.raises(errors.WriteError, match=r"dictionary\.safetensors: .* The state of step 6 is kept\."):
         train(recipe, rows())
     assert state_of(recipe["out_dir"])[0]["step"] == 6
