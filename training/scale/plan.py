@@ -55,8 +55,14 @@ _OPTIONS = {
 }
 
 
-def plan_run(recipes: Sequence[Recipe], devices: int, device: Device, given: Given) -> RunPrediction:
+def plan_run(
+    recipes: Sequence[Recipe], devices: int, device: Device, given: Given, threads: int | None = None
+) -> RunPrediction:
     """Predict the run of recipes that train together on so many devices.
+
+    Args:
+        given: Figures for a language model that cannot be loaded.
+        threads: Threads of a process on a CPU; as many as ``--processes`` gives it if ``None``.
 
     Raises:
         ValueError: For every error that the user can fix; the message says how.
@@ -67,7 +73,7 @@ def plan_run(recipes: Sequence[Recipe], devices: int, device: Device, given: Giv
     run = run_sizes(recipes, given)
     on_gpu = device.flops is not None or resolve_device(recipes[0].model.device).type == "cuda"
     run = replace(run, half=recipes[0].precision == "bf16" or (recipes[0].precision == "auto" and on_gpu))
-    machine = _measured(recipes, devices, run, given) if device.flops is None else given_machine(device, run.half)
+    machine = _measured(recipes, devices, run, given, threads) if device.flops is None else given_machine(device, run.half)
     return predict(run, _with_links(machine, device), devices)
 
 
@@ -95,9 +101,11 @@ def _with_links(machine: Machine, device: Device) -> Machine:
     return replace(machine, near=near, far=far, memory_bytes=memory)
 
 
-def _measured(recipes: Sequence[Recipe], devices: int, run: RunSizes, given: Given) -> Machine:
+def _measured(recipes: Sequence[Recipe], devices: int, run: RunSizes, given: Given, threads: int | None) -> Machine:
     recipe, widths = named_recipes(recipes[:1], given)[0]
     task = probe_task(recipe, widths, run, devices, given.l0)
+    if threads is not None:
+        task = replace(task, threads=threads)
     log.info(
         "plan: measuring steps of %d and %d tokens at %d latents in %d process%s",
         task.few,

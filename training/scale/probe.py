@@ -1,7 +1,8 @@
 """Probe of this machine: the phases of the recipe's own step, the encoder product, and messages between processes.
 
 Processes run at the same time, as in training, so that they share caches and memory bandwidth. Every figure is the least of
-several rounds: other load on the machine only adds to it.
+several rounds. On a CPU phases are timed by the processor time of the process, divided by its threads, so that other load on the
+machine hardly counts; messages, which are waiting, by the clock.
 """
 
 import os
@@ -212,12 +213,19 @@ def _measure(task: ProbeTask, ranks: Ranks | None) -> Measured:
     return Measured(**phases, small=small, large=large, rounds=rounds - 1)
 
 
-def _keep_least(seconds: dict[tuple[str, int], float], key: tuple[str, int], phase: Callable[[], object], device: torch.device):
+def _keep_least(
+    seconds: dict[tuple[str, int], float], key: tuple[str, int], phase: Callable[[], object], device: torch.device
+) -> None:
     _finish(device)
-    began = time.perf_counter()
+    began = _busy_seconds(device)
     phase()
     _finish(device)
-    seconds[key] = min(time.perf_counter() - began, seconds.get(key, float("inf")))
+    seconds[key] = min(_busy_seconds(device) - began, seconds.get(key, float("inf")))
+
+
+def _busy_seconds(device: torch.device) -> float:
+    """Return the clock of the phases: processor time for each thread, and on an accelerator the time of day."""
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 
 
 def _finish(device: torch.device) -> None:
