@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from sparsary.sae.ranks import Ranks
+from sparsary.sae.ranks import Ranks, Shards
 
 
 class ThreadRanks(Ranks):
@@ -33,6 +33,32 @@ class ThreadRanks(Ranks):
 
     def _device(self):
         return torch.device("cpu")
+
+
+class ThreadShards(ThreadRanks, Shards):
+    """Shard of the latents, by threads."""
+
+    def __init__(self, rank, board, barrier, world=None):
+        ThreadRanks.__init__(self, rank, board, barrier)
+        self.world = world or self
+
+
+def on_mesh(parts, shards, function):
+    """Return ``function(ranks, shards)`` of every rank of a mesh, in the order of the world's ranks."""
+    boards = {("part", p): [None] * shards for p in range(parts)} | {("shard", s): [None] * parts for s in range(shards)}
+    barriers = {key: threading.Barrier(len(board), timeout=60) for key, board in boards.items()}
+
+    def run(world):
+        part, shard = divmod(world.rank, shards)
+        ranks = ThreadRanks(part, boards["shard", shard], barriers["shard", shard])
+        try:
+            return function(ranks, ThreadShards(shard, boards["part", part], barriers["part", part], world))
+        except BaseException:
+            for barrier in barriers.values():
+                barrier.abort()
+            raise
+
+    return on_ranks(parts * shards, run)
 
 
 def on_ranks(size, function):

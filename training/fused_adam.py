@@ -12,7 +12,7 @@ from ..sae import SparseDictionary
 from ..sae.kernels import AdamStep, Kernels, RowGrad, backend
 from ..sae.sparse_code import ByLatent
 from ..sae.sparse_grad import SparseGrad, keep_ledger
-from .optim import DictionaryAdam
+from .optim import DictionaryAdam, norm_over_shards
 from .phases import Phases
 from .recipe import Recipe
 
@@ -99,9 +99,9 @@ class FusedAdam(DictionaryAdam):
         device = self.dictionary.device
         if self.grad_clip is None:
             return torch.ones((), device=device)
-        squares = [kernels.squared_norms(part.weights, part.unit, part.gradient).sum() for part in pending]
-        squares += [p.grad.pow(2).sum() for p in others if p.grad is not None]
-        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=device)
+        squares = {part.weights: kernels.squared_norms(part.weights, part.unit, part.gradient).sum() for part in pending}
+        squares |= {p: p.grad.pow(2).sum() for p in others if p.grad is not None}
+        norm = norm_over_shards(self.dictionary, squares)
         return (self.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
 
     def _state(self, weights: Tensor) -> dict[str, Tensor]:

@@ -6,14 +6,16 @@ Any launcher of torch will do: ``torchrun``, ``accelerate launch``, or ``sparsar
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from ..sae.ranks import ALONE, Ranks, RanksLostError, naming_lost_ranks
+from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards, naming_lost_ranks
 
 T = TypeVar("T")
 # A collective that a rank does not reach within this time ends the run.
@@ -59,11 +61,46 @@ def own_ranks() -> Ranks:
     return Ranks(dist.group.WORLD)
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run, and two divisions of them: parts of the batch, and shards of the latents.
+
+    Rank ``i`` of ``N`` has shard ``i % latents`` and part ``i // latents`` of every batch.
+    """
+
+    world: Ranks
+    batch: Ranks
+    shards: Shards
+
+
+@cache
+def mesh(latents: int = 1) -> Mesh:
+    """Return the division of this run's ranks into parts of the batch and ``latents`` shards.
+
+    Raises:
+        ValueError: If the number of ranks is not a multiple of the shards.
+    """
+    world = own_ranks()
+    if world.size % latents:
+        raise ValueError(
+            f"distributed.latents: expected a divisor of the {world.size} processes, got {latents}. Start a multiple of it, or "
+            "change it."
+        )
+    if latents == 1:
+        return Mesh(world, world, UNDIVIDED)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    grid = init_device_mesh(device, (world.size // latents, latents), mesh_dim_names=("batch", "latents"))
+    # A group of one process needs no messages.
+    batch = Ranks(grid.get_group("batch")) if world.size > latents else ALONE
+    return Mesh(world, batch, Shards(grid.get_group("latents"), world))
+
+
 def leave() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
     own_ranks.cache_clear()
+    mesh.cache_clear()
 
 
 def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:

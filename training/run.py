@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS
+from ..sae.encoders import ENCODERS, build_encoder
 from ..sae.errors import WriteError, doing
 from ..sae.metrics import Moments
 from ..sae.ranks import ALONE, Ranks
@@ -33,14 +33,16 @@ from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .content import pinned
+from .divided import own_part, require_divisible, whole_dictionary
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
+from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .processes import from_first, own_ranks, require_agreement
+from .processes import from_first, mesh, own_ranks, require_agreement
 from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog
@@ -52,6 +54,7 @@ from .state import Randomness, TrainState
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
 NAMES_OF_HOOKS = {"hook", "hook_in", "hook_out", "layer", "layers", "site"}
+ONE_RUN = OneRun()
 
 
 def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
@@ -169,12 +172,24 @@ def train_all(
         plans: Result of ``preflight_all`` for these recipes; computed here if ``None`` and there are no ``activations``.
 
     Raises:
-        ValueError: For every error that the user can fix; the message says how.
+        ValueError: For every error that the user can fix; the message says how. One is a second run in the same process.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
     recipes, ranks = [member.recipe for member in members], own_ranks()
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
-    require_same_run_on_all(ranks, recipes)
+    with ONE_RUN.training(recipes[0].out_dir):
+        require_same_run_on_all(ranks, recipes)
+        _train_all(members, recipes, activations, plans, ranks)
+    return [Path(recipe.out_dir) for recipe in recipes]
+
+
+def _train_all(
+    members: Sequence[ResolvedRecipe],
+    recipes: Sequence[Recipe],
+    activations: Activations | None,
+    plans: Sequence[TrainingPlan] | None,
+    ranks: Ranks,
+) -> None:
     if activations is None:
         plans = preflight_all(members) if plans is None else plans
     elif any(recipe.objective == "kl" for recipe in recipes):
@@ -197,7 +212,6 @@ def train_all(
         together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
         _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
-    return [Path(recipe.out_dir) for recipe in recipes]
 
 
 @contextmanager
@@ -215,7 +229,8 @@ def open_streams(
         key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
         together.setdefault(key, []).append(recipe)
     groups, first = list(together.values()), members[0].recipe
-    parts = [BatchPart(ranks.rank, ranks.size, group[0].accumulate) for group in groups]
+    batch = mesh(first.distributed.latents).batch
+    parts = [BatchPart(batch.rank, batch.size, group[0].accumulate) for group in groups]
     with ExitStack() as stack:
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
@@ -268,10 +283,11 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
     require_agreement(ranks, {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code})
     for recipe in recipes if ranks.size > 1 else ():
-        parts = ranks.size * recipe.accumulate
+        parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if recipe.batch_tokens % parts:
             raise ValueError(
-                f"batch_tokens: expected a multiple of {parts} ({ranks.size} processes x accumulate {recipe.accumulate}), got "
+                f"batch_tokens: expected a multiple of {parts} ({parts // recipe.accumulate} parts of a batch x accumulate "
+                f"{recipe.accumulate}), got "
                 f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
             )
         if recipe.harvest.store is None and recipe.objective == "kl":
@@ -330,16 +346,16 @@ def _train(
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
-                # Every rank reads the same tokens and gets the same thresholds.
-                member.dictionary.ranks = ALONE
-                found = finish(member.dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
+                # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
+                dictionary = whole_dictionary(member.dictionary)
+                dictionary.ranks = ALONE
+                found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # Always saved: a kill may have come between the last state and its dictionary.
-                if ranks.rank == 0:
-                    member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
+                member.checkpoints.save_dictionary(member.state, dictionary, group.stream, finished=True)
     ranks.wait()
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
@@ -416,11 +432,16 @@ def _member(
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
-    dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
+    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
     if earlier is None:
         moments = (start.moments, start.target_moments)
-        initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
-    dictionary.ranks = own_ranks()
+        initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
+    ranks = mesh(recipe.distributed.latents)
+    require_divisible(
+        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
+    )
+    dictionary = own_part(whole, ranks.shards)
+    dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
@@ -433,15 +454,15 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer.
     objective = cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, dictionary.ranks)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=dictionary.ranks.rank == 0)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
