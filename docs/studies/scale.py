@@ -10,6 +10,7 @@ rounds, of the slowest process. The load is the system's average over a minute.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -70,7 +71,7 @@ def train(shape: Shape, steps: int, folder: str) -> None:
     loop.step = marked
     x = torch.randn(4 * shape.tokens, shape.d, generator=torch.Generator().manual_seed(0))
     sparsary.train(shape.recipe(steps, f"{folder}/run"), x)
-    pairs = list(zip(marks, marks[1:], strict=False))[WARM_UP:]
+    pairs = list(itertools.pairwise(marks))[WARM_UP:]
     seconds = [[after[i] - before[i] for before, after in pairs] for i in range(2)]
     Path(folder, f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seconds))
 

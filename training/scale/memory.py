@@ -58,7 +58,8 @@ def device_memory(run: RunSizes, mesh: Mesh, on_cpu: bool) -> DeviceMemory:
         # It runs whole on every rank.
         model=run.model.parameters * run.model.bytes_per_number if run.live and run.model is not None else 0,
         queued=QUEUED_BATCHES * own * sum(4 * row + LABEL_BYTES for row in run.row_numbers),
-        snapshot=12 * numbers,
+        # Whole tensors go to files, in the memory of the rank that writes.
+        snapshot=12 * run.parameters,
     )
 
 

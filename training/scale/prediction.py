@@ -115,7 +115,9 @@ def fields_of(found: RunPrediction) -> list[tuple[str, str]]:
         assert best.seconds is not None
         assert best.memory is not None
         seconds, memory, latents = best.seconds, best.memory, best.mesh.latents
-        recipe_key = f"  (distributed: {{latents: {latents}}})" if latents > 1 else ""
+        recipe_key = f"  (distributed.latents={latents})" if latents > 1 else ""
+        if latents != run.latents:
+            recipe_key += f"; the recipe has distributed.latents {run.latents}"
         shown += [
             ("mesh", f"{best.mesh}: {best.mesh.data} along data, {latents} along latents{recipe_key}"),
             (

@@ -1,8 +1,8 @@
 """Probe of this machine: the phases of the recipe's own step, the encoder product, and messages between processes.
 
 Processes run at the same time, as in training, so that they share caches and memory bandwidth. Every figure is the least of
-several rounds. On a CPU phases are timed by the processor time of the process, divided by its threads, so that other load on the
-machine hardly counts; messages, which are waiting, by the clock.
+several rounds. On a CPU phases are timed by the processor time of the process, divided by its threads, so that other load on
+the machine hardly counts; messages, which are waiting, by the clock.
 """
 
 import os

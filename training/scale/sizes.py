@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from ...sae import SparseDictionary
 from ...sae.batch_encoder import BatchWide
 from ...sae.checkpoint import build_dictionary
 from ...sae.encoders import build_encoder
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ..activations.sites import n_layers
+from ..divided import require_divisible
 from ..recipe import DictionarySection, Recipe
 from ..resolve_hooks import ModelOutline, ResolvedRecipe, dictionary_arguments, resolve_recipes
 
@@ -98,6 +100,8 @@ class RunSizes:
     stored_bytes_per_token: float
     # Tokens that the model reads for each that is trained on.
     read_per_token: float
+    # Ranks that divide the latents, as the recipe has it.
+    latents: int = 1
 
     @property
     def parameters(self) -> int:
@@ -154,17 +158,20 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
         budgeted="k" in spec,
         batch_wide=wide or joint,
         passes=int(spec["k"]) if dictionary.tied else 1,
-        unsplittable=_unsplittable(recipe, dictionary.tied),
+        unsplittable=_unsplittable(recipe, dictionary),
     )
 
 
-def _unsplittable(recipe: Recipe, tied: bool) -> str:
-    """Return why a recipe's latents cannot be split over ranks; empty if they can."""
-    name = recipe.dictionary.encoder["name"]
-    if tied:
-        return f"{name} chooses each latent from the residual of those before, of all ranks"
+def _unsplittable(recipe: Recipe, dictionary: SparseDictionary) -> str:
+    """Return why a recipe's latents cannot be divided among ranks; empty if they can."""
     if recipe.objective == "kl":
         return "objective kl runs in one process"
+    encoders = [dictionary.encoder, *(build_encoder(phase.encoder) for phase in recipe.phases)]
+    try:
+        # As many ranks as latents: a number that divides them.
+        require_divisible(dictionary, encoders, dictionary.n_latents)
+    except ValueError as error:
+        return str(error).removeprefix("distributed.latents: expected 1 for ").rsplit(", got ", 1)[0]
     return ""
 
 
@@ -202,6 +209,7 @@ def run_sizes(recipes: Sequence[Recipe], given: Given) -> RunSizes:
         # 16 bytes label a token.
         stored_bytes_per_token=16 + stored * sum(every.values()),
         read_per_token=context / max(1, context - first.harvest.exclude_leading),
+        latents=first.distributed.latents,
     )
 
 
