@@ -16,6 +16,9 @@ ROW_PASSES = 6
 UPDATE_PASSES = 6
 # Collectives of a step without those of each matrix: presence and sum of other gradients, sizes, latents, starts, terms.
 MESSAGES = 6
+# Collectives between ranks that share tokens, beside those of candidates: partial reconstructions, L0, dead latents, the
+# gradient of the pre-encoder bias, the gradient's norm.
+SHARD_MESSAGES = 5
 # Counts by digit, and their ties (``ranks.largest_of_all``).
 SELECTION_MESSAGES, SELECTION_BYTES = 6, 4 * 2048
 # Named scalars summed over ranks with the firings.
@@ -134,9 +137,12 @@ def latents_traffic(sizes: DictionarySizes, tokens: int, ranks: int) -> Traffic:
     if ranks == 1:
         return Traffic()
     candidates = sum(round(tokens * block.active) for block in sizes.blocks) if sizes.budgeted else 0
-    received = (ranks - 1) * 4 * candidates + 2 * (ranks - 1) * 4 * tokens * sizes.d_out // ranks
+    # The gradient of the pre-encoder bias is summed too.
+    received = (
+        (ranks - 1) * 4 * candidates + summed_bytes(4 * tokens * sizes.d_out, ranks) + summed_bytes(4 * sizes.d_in, ranks)
+    )
     gathers = len(sizes.blocks) if sizes.budgeted else 0
-    return Traffic((ranks - 1) * (gathers + 2), received)
+    return Traffic((ranks - 1) * (gathers + SHARD_MESSAGES), received)
 
 
 def summed_bytes(size: int, ranks: int) -> int:

@@ -5,6 +5,7 @@ several rounds. On a CPU phases are timed by the processor time of the process, 
 the machine hardly counts; messages, which are waiting, by the clock.
 """
 
+import logging
 import os
 import tempfile
 import time
@@ -150,6 +151,8 @@ def measure(task: ProbeTask) -> Measured:
         monitor_interval=0.2,
         start_method="spawn",
     )
+    # A failing process tells its own error; the launcher's table of them adds nothing.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(task.threads)
     try:
@@ -335,18 +338,17 @@ def measured_machine(task: ProbeTask, run: RunSizes, found: Measured, devices: i
     sizes = sizes_of(task.recipe.model_copy(update={"dictionary": section}), task.widths, task.l0)
     on_cpu = resolve_device(task.recipe.model.device).type == "cpu"
     one = forward_work(sizes, 1)
-    product = found.product.line(task.few, task.many)[1]
+    product = found.product.many / task.many
     # Selection is what encoding takes beyond the product; the rest of forward and backward what both take beyond encoding.
     encode = Phase(*(max(a, b) for a, b in ((found.encode.few, found.product.few), (found.encode.many, found.product.many))))
     rest = Phase(max(0.0, found.passes.few - encode.few), max(0.0, found.passes.many - encode.many))
     encode_constant, encode_slope = encode.line(task.few, task.many)
     rest_constant, rest_slope = rest.line(task.few, task.many)
     update_constant, update_slope = found.update.line(task.few, task.many)
-    product = min(product, encode_slope)
     change = update_work(sizes, 1, run, dense=not run.fused)
     costs = Costs(
         mac=product / one.macs,
-        score=(encode_slope - product) / one.scores,
+        score=max(0.0, encode_slope - product) / one.scores,
         row_number=rest_slope / one.row_numbers,
         entry_number=update_slope / max(1, change.entry_numbers),
         update_number=update_constant / change.update_numbers,
