@@ -10,9 +10,10 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import psutil
 import torch
@@ -84,13 +85,15 @@ class Measured:
     large: float
     rounds: int
 
-    def slower(self, other: "Measured") -> "Measured":
-        """Return the larger figure of two processes, phase by phase: ranks wait for the slowest."""
-        merged = {
-            name: Phase(*(max(getattr(getattr(each, name), size) for each in (self, other)) for size in ("few", "many")))
-            for name in PHASES
-        }
-        return replace(self, **merged, small=max(self.small, other.small), large=max(self.large, other.large))
+
+def mean_of(found: Sequence[Measured]) -> Measured:
+    """Return the mean of the figures of processes, which do the same and differ by other load only."""
+    phases = {}
+    for name in PHASES:
+        few, many = ([getattr(getattr(each, name), size) for each in found] for size in ("few", "many"))
+        phases[name] = Phase(fmean(few), fmean(many))
+    small, large = fmean(each.small for each in found), fmean(each.large for each in found)
+    return Measured(**phases, small=small, large=large, rounds=min(each.rounds for each in found))
 
 
 def probe_task(recipe: Recipe, widths: dict[str, int], run: RunSizes, devices: int, l0: float | None) -> ProbeTask:
@@ -127,7 +130,7 @@ def usable_cores() -> int:
 
 
 def measure(task: ProbeTask) -> Measured:
-    """Run a probe in its processes and return the slowest's figures.
+    """Run a probe in its processes and return their mean figures.
 
     Raises:
         RuntimeError: If a process fails.
@@ -163,10 +166,7 @@ def measure(task: ProbeTask) -> Measured:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-    slowest, *others = found.values()
-    for other in others:
-        slowest = slowest.slower(other)
-    return slowest
+    return mean_of(list(found.values()))
 
 
 def _probe_rank(task: ProbeTask) -> Measured:
