@@ -57,6 +57,7 @@ class ProbeTask:
     l0: float | None
     processes: int
     threads: int
+    rounds: int
     meeting: str = ""
 
 
@@ -121,7 +122,9 @@ def probe_task(recipe: Recipe, widths: dict[str, int], run: RunSizes, devices: i
     n_latents = max(min(least, sizes.least_split), round(sizes.least_split / shrink))
     many = max(least_tokens, min(many, int(MOST_MACS / max(1, macs_per_token / shrink))))
     few = max(1, min(many // max(2, devices), many // 2))
-    return ProbeTask(recipe, widths, n_latents, few, many, l0, processes, max(1, cores // devices) if on_cpu else cores)
+    return ProbeTask(
+        recipe, widths, n_latents, few, many, l0, processes, max(1, cores // devices) if on_cpu else cores, MOST_ROUNDS
+    )
 
 
 def usable_cores() -> int:
@@ -193,7 +196,7 @@ def _measure(task: ProbeTask, ranks: Ranks | None) -> Measured:
     step = ProbedStep(task, device)
     seconds: dict[tuple[str, int], float] = {}
     began, rounds = time.perf_counter(), 0
-    while rounds < MOST_ROUNDS:
+    while rounds < task.rounds:
         for tokens in (task.few, task.many):
             for name, phase in step.phases(tokens):
                 _keep_least(seconds, (name, tokens), phase, device)

@@ -28,6 +28,12 @@ def command(monkeypatch, capfd):
 
 
 @pytest.fixture
+def brief(monkeypatch):
+    """Few rounds of the probe: these tests see that it measures, not what."""
+    monkeypatch.setattr("sparsary.training.scale.probe.MOST_ROUNDS", 3)
+
+
+@pytest.fixture
 def path(tmp_path):
     text = """
 model: {id: some-lab/model-of-8b}
@@ -55,7 +61,7 @@ def test_plan_of_a_model_that_is_not_here(command, path, tmp_path):
     assert written["best"] in [[each["data"], each["latents"]] for each in written["meshes"]]
 
 
-def test_plan_measures_this_machine_on_the_model_it_names(command, tmp_path):
+def test_plan_measures_this_machine_on_the_model_it_names(command, brief, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(
         "harvest: {store: null}\n"
@@ -72,8 +78,7 @@ def test_plan_measures_this_machine_on_the_model_it_names(command, tmp_path):
     assert mesh["memory"]["model"] > 0
 
 
-@pytest.mark.slow
-def test_plan_measures_processes_together(command, path, tmp_path):
+def test_plan_measures_processes_together(command, brief, path, tmp_path):
     small = ("dictionary.n_latents=1024", "batch_tokens=512", "model.device=cpu", "--d-model", 64)
     status, _, err = command("plan", path, *small, "--devices", 2, "--json", tmp_path / "plan.json")
     assert status == 0, err
