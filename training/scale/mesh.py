@@ -14,8 +14,9 @@ from .sizes import DictionarySizes, RunSizes, split
 ROW_PASSES = 6
 # Weights and two moments, read and written.
 UPDATE_PASSES = 6
-# Collectives of a step without those of each matrix: presence and sum of other gradients, sizes, latents, starts, terms.
-MESSAGES = 6
+# Collectives of a step without those of each matrix: presence and sum of other gradients, sizes, latents, starts, terms, and a
+# request to stop.
+MESSAGES = 7
 # Collectives between ranks that share tokens, beside those of candidates: partial reconstructions, L0, dead latents, the
 # gradient of the pre-encoder bias, the gradient's norm.
 SHARD_MESSAGES = 5
@@ -80,14 +81,15 @@ def forward_work(sizes: DictionarySizes, tokens: int) -> Work:
     return Work(macs, scores, rows + ROW_PASSES * tokens * (sizes.d_in + sizes.d_out), dictionaries=1)
 
 
-def update_work(sizes: DictionarySizes, tokens: int, run: RunSizes, dense: bool) -> Work:
+def update_work(sizes: DictionarySizes, tokens: int, run: RunSizes, dense: bool, ranks: int = 1) -> Work:
     """Return the work of the optimizer with gradients of ``tokens`` tokens, the whole batch's.
 
     Args:
         dense: True if gradients are materialized, which moves them four more times.
+        ranks: Number of ranks along ``data``, which share the summing of norms.
     """
     # Clipping sums the gradient rows once more.
-    passes = 2 if run.clipped else 1
+    passes = 1 + 1 / ranks if run.clipped else 1
     entries = sum(round(passes * tokens * block.active * sum(block.widths)) for block in sizes.blocks)
     matrices = UPDATE_PASSES + (4 if dense else 0)
     return Work(entry_numbers=entries, update_numbers=matrices * sizes.parameters)
@@ -122,6 +124,7 @@ def data_traffic(sizes: DictionarySizes, tokens: int, ranks: int, run: RunSizes)
     matrices = sum(len(block.widths) for block in sizes.blocks)
     # Of entries, values and rows are sent for each matrix, places once for each encoder.
     messages = MESSAGES + (matrices if as_matrices else 2 * matrices + 2 * (len(sizes.blocks) - 1))
+    messages += matrices if run.clipped and run.fused else 0
     small = summed_bytes(4 * sizes.other_numbers, ranks) + summed_bytes(4 * (sizes.n_latents + NAMED_TERMS), ranks)
     if sizes.batch_wide:
         messages, small = messages + SELECTION_MESSAGES, small + (ranks - 1) * SELECTION_BYTES
@@ -170,7 +173,7 @@ def rank_step(run: RunSizes, mesh: Mesh) -> RankStep:
         dense = prefers_dense(part, own, mesh.data, run)
         found = RankStep(
             found.forward + forward_work(part, own),
-            found.update + update_work(part, run.batch_tokens, run, dense),
+            found.update + update_work(part, run.batch_tokens, run, dense, mesh.data),
             found.data + data_traffic(part, own, mesh.data, run),
             found.latents + latents_traffic(whole, own, mesh.latents),
             found.dense or dense,

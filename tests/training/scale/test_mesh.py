@@ -71,6 +71,8 @@ def test_forward_and_update_work_by_hand():
     # Rows of two matrices, read for the norm and for the update.
     assert change.entry_numbers == 2 * 10 * 8 * 128
     assert update_work(dictionary, 10, replace(run, clipped=False), dense=False).entry_numbers == 10 * 8 * 128
+    # Four ranks share the norm, and each makes the whole update.
+    assert update_work(dictionary, 10, run, dense=False, ranks=4).entry_numbers == 10 * 8 * 128 * 5 / 4
     assert update_work(dictionary, 10, run, dense=True).update_numbers == 10 * dictionary.parameters
 
 
