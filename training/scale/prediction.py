@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..stages import duration
+from ..stages import duration, rounded
 from .machine import Machine, StepSeconds, step_seconds
 from .memory import DeviceMemory, device_memory
 from .mesh import Mesh, RankStep, meshes, rank_step, refusal
@@ -100,12 +100,12 @@ def fields_of(found: RunPrediction) -> list[tuple[str, str]]:
     """Return a prediction for display, as pairs of a name and a value."""
     run, machine, best = found.run, found.machine, found.best
     costs = machine.costs
-    rates = f"product {2 / costs.mac / 1e12:.3g} TFLOP/s, update {4 / costs.update_number / 1e9:.3g} GB/s" if costs.mac else ""
-    links = (
-        f", link {machine.near.bandwidth / 1e9:.3g} GB/s and {machine.near.latency * 1e6:.3g} us" if found.devices > 1 else ""
-    )
+    rates = f"product {rounded(2 / costs.mac / 1e12)} TFLOP/s, update {rounded(4 / costs.update_number / 1e9)} GB/s"
+    links = ""
+    if found.devices > 1:
+        links = f", link {rounded(machine.near.bandwidth / 1e9)} GB/s and {rounded(machine.near.latency * 1e6)} us"
     if found.devices > machine.devices_per_node:
-        links += f", between nodes {machine.far.bandwidth / 1e9:.3g} GB/s"
+        links += f", between nodes {rounded(machine.far.bandwidth / 1e9)} GB/s"
     shown = [
         ("dictionary", _dictionary_words(run)),
         ("machine", machine.about),
@@ -221,7 +221,8 @@ def as_json(found: RunPrediction) -> dict[str, Any]:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.3g} ms" if seconds < 10 else f"{seconds:,.3g} s"
+    """Format seconds, below one second in milliseconds, with three significant digits."""
+    return f"{rounded(seconds * 1000)} ms" if seconds < 0.9995 else f"{rounded(seconds)} s"
 
 
 def size_words(size: float) -> str:

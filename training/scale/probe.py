@@ -354,7 +354,7 @@ def measured_machine(task: ProbeTask, run: RunSizes, found: Measured, devices: i
         score=max(0.0, encode_slope - product) / one.scores,
         row_number=rest_slope / one.row_numbers,
         entry_number=update_slope / max(1, change.entry_numbers),
-        update_number=update_constant / change.update_numbers,
+        update_number=max(update_constant, 1e-9) / change.update_numbers,
         step=encode_constant + rest_constant,
     )
     cores, crowd = usable_cores(), 1.0
