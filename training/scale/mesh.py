@@ -8,6 +8,7 @@ all of whose parts run one after another: computation and communication do not o
 from dataclasses import dataclass, fields
 
 from ...sae.ranks import GATHERED_BYTES
+from ..gradient_exchange import ExchangedBytes
 from .sizes import DictionarySizes, RunSizes, split
 
 # Passes over inputs and outputs in forward and backward: normalization, error, loss, their gradients.
@@ -98,7 +99,7 @@ def update_work(sizes: DictionarySizes, tokens: int, run: RunSizes, dense: bool,
 def exchange_bytes(sizes: DictionarySizes, tokens: int, ranks: int) -> tuple[int, int]:
     """Return the bytes that a rank receives for matrices' gradients, as entries and as dense matrices.
 
-    These are the sums of ``gradient_exchange.Cost``. ``tokens`` are those of one rank.
+    These are the sums of ``gradient_exchange.ExchangedBytes``. ``tokens`` are those of one rank.
     """
     sparse = dense = 0
     for block in sizes.blocks:
@@ -110,9 +111,8 @@ def exchange_bytes(sizes: DictionarySizes, tokens: int, ranks: int) -> tuple[int
 
 
 def prefers_dense(sizes: DictionarySizes, tokens: int, ranks: int, run: RunSizes) -> bool:
-    """Return True if ranks sum dense gradients: where that costs fewer bytes, or the optimizer has no others."""
-    sparse, dense = exchange_bytes(sizes, tokens, ranks)
-    return not run.fused or (ranks > 1 and dense < sparse)
+    """Return True if ranks sum dense gradients: as ``gradient_exchange`` chooses, or because the optimizer has no others."""
+    return not run.fused or (ranks > 1 and ExchangedBytes(*exchange_bytes(sizes, tokens, ranks)).prefers_dense)
 
 
 def data_traffic(sizes: DictionarySizes, tokens: int, ranks: int, run: RunSizes) -> Traffic:

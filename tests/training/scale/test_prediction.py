@@ -79,6 +79,17 @@ def test_the_best_mesh_fits_and_is_the_fastest_that_does():
     assert [row[-1] for row in table_of(small)].count("best") == 1
 
 
+def test_the_fastest_mesh_is_passed_over_if_it_needs_more_than_there_is():
+    run = run_sizes([recipe(n_latents=1 << 16)], Given(d_model=1024))
+    # Updates cost nothing and messages between nodes little: dividing only the tokens is fastest.
+    quick = machine(costs=Costs(1e-12, 1e-9, 1e-12, 0.0, 1e-20, 0.0), near=Link(1e-3, 1e15), far=Link(0.0, 1e15))
+    free = predict(run, quick, 8).best
+    assert free.mesh == Mesh(8)
+    short = predict(run, replace(quick, memory_bytes=free.memory.device - 1), 8)
+    assert short.best.mesh.latents > 1
+    assert short.best.step_seconds > free.step_seconds
+
+
 def test_if_nothing_fits_the_least_memory_is_told():
     run = run_sizes([recipe(n_latents=1 << 20)], Given(d_model=4096))
     found = predict(run, machine(memory_bytes=10**9), 4)
