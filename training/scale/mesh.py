@@ -15,9 +15,8 @@ from .sizes import DictionarySizes, RunSizes, split
 ROW_PASSES = 6
 # Weights and two moments, read and written.
 UPDATE_PASSES = 6
-# Collectives of a step without those of each matrix: presence and sum of other gradients, sizes, latents, starts, terms, and a
-# request to stop.
-MESSAGES = 7
+# Collectives of a step without those of matrices: presence and sum of other gradients, sizes, terms, and a request to stop.
+MESSAGES = 5
 # Collectives between ranks that share tokens, beside those of candidates: partial reconstructions, L0, dead latents, the
 # gradient of the pre-encoder bias, the gradient's norm.
 SHARD_MESSAGES = 5
@@ -122,13 +121,15 @@ def data_traffic(sizes: DictionarySizes, tokens: int, ranks: int, run: RunSizes)
     sparse, dense = exchange_bytes(sizes, tokens, ranks)
     as_matrices = prefers_dense(sizes, tokens, ranks, run)
     matrices = sum(len(block.widths) for block in sizes.blocks)
-    # Of entries, values and rows are sent for each matrix, places once for each encoder.
-    messages = MESSAGES + (matrices if as_matrices else 2 * matrices + 2 * (len(sizes.blocks) - 1))
+    # Of entries, values and rows are sent for each matrix, latents and starts once for each encoder.
+    messages = MESSAGES + (matrices if as_matrices else 2 * matrices + 2 * len(sizes.blocks))
     messages += matrices if run.clipped and run.fused else 0
     small = summed_bytes(4 * sizes.other_numbers, ranks) + summed_bytes(4 * (sizes.n_latents + NAMED_TERMS), ranks)
     if sizes.batch_wide:
         messages, small = messages + SELECTION_MESSAGES, small + (ranks - 1) * SELECTION_BYTES
-    rounds = messages * (ranks - 1) + (matrices * (ranks - 1) if as_matrices else 0)
+    # An all-reduce of a large matrix goes around twice.
+    twice = sum(4 * block.n_latents * width * ranks > GATHERED_BYTES for block in sizes.blocks for width in block.widths)
+    rounds = (messages + (twice if as_matrices else 0)) * (ranks - 1)
     return Traffic(rounds, (dense if as_matrices else sparse) + small)
 
 
