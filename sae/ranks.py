@@ -1,8 +1,9 @@
 """Ranks: the processes that share the work on a training batch."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 # Sums of more bytes than this take the group's own all-reduce, whose traffic per rank does not grow with the number of ranks.
 GATHERED_BYTES = 1 << 20
 DIGIT_BITS = 8
+T = TypeVar("T")
 
 
 class RanksLostError(RuntimeError):
@@ -39,6 +41,7 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0
+        self._sending: deque[tuple[Tensor, dist.Work]] = deque()
 
     def gather(self, own: Shaped[Tensor, "*shape"]) -> list[Tensor]:
         """Return the tensor of every rank, in the order of the ranks; shapes must be equal."""
@@ -112,6 +115,43 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all ranks have come here."""
         self.total(0)
+
+    def gather_objects(self, own: T) -> list[T]:
+        """Return the picklable object of every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        with naming_lost_ranks():
+            dist.all_gather_object(found, own, group=self.group)
+        return found
+
+    def from_first(self, own: T) -> T:
+        """Return the first rank's picklable object on every rank."""
+        if self.size == 1:
+            return own
+        shared = [own]
+        with naming_lost_ranks():
+            dist.broadcast_object_list(shared, group_src=0, group=self.group)
+        return shared[0]
+
+    def pass_on(self, numbers: Sequence[int]) -> None:
+        """Send integers to the next rank, the last rank to the first, without waiting until they are received."""
+        sent = torch.tensor(numbers, device=self._device())
+        with naming_lost_ranks():
+            work = dist.isend(sent, group_dst=(self.rank + 1) % self.size, group=self.group)
+        assert work is not None
+        # A tensor must exist until it is sent.
+        self._sending.append((sent, work))
+        while self._sending[0][1].is_completed() and len(self._sending) > 1:
+            self._sending.popleft()
+        self.sent_bytes += sent.nbytes
+
+    def passed_on(self, count: int) -> list[int]:
+        """Return the next ``count`` integers that the previous rank passed on; wait for them."""
+        received = torch.empty(count, dtype=torch.long, device=self._device())
+        with naming_lost_ranks():
+            dist.recv(received, group_src=(self.rank - 1) % self.size, group=self.group)
+        return received.tolist()
 
     def _device(self) -> torch.device:
         """Return the device of tensors that the group's backend sends."""

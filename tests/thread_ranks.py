@@ -1,5 +1,7 @@
 """Ranks that are threads of one process, for tests of what ranks compute together."""
 
+import copy
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,10 +13,10 @@ from sparsary.sae.ranks import Ranks, Shards
 class ThreadRanks(Ranks):
     """Rank of a group of threads; every collective meets at a barrier."""
 
-    def __init__(self, rank, board, barrier):
+    def __init__(self, rank, board, barrier, letters=None):
         super().__init__()
         self.rank, self.size = rank, barrier.parties
-        self.board, self.barrier = board, barrier
+        self.board, self.barrier, self.letters = board, barrier, letters
 
     def gather(self, own):
         if self.size == 1:
@@ -30,6 +32,32 @@ class ThreadRanks(Ranks):
 
     def sum(self, own):
         return own if self.size == 1 else torch.stack(self.gather(own)).sum(0, dtype=own.dtype)
+
+    def gather_objects(self, own):
+        if self.size == 1:
+            return [own]
+        self.board[self.rank] = own
+        self.barrier.wait()
+        parts = copy.deepcopy(self.board)
+        self.barrier.wait()
+        return parts
+
+    def from_first(self, own):
+        return self.gather_objects(own)[0]
+
+    def pass_on(self, numbers):
+        self.letters[(self.rank + 1) % self.size].put(list(numbers))
+
+    def passed_on(self, count):
+        while True:
+            try:
+                numbers = self.letters[self.rank].get(timeout=0.2)
+            except queue.Empty:
+                if self.barrier.broken:
+                    raise threading.BrokenBarrierError from None
+                continue
+            assert len(numbers) == count
+            return numbers
 
     def _device(self):
         return torch.device("cpu")
@@ -64,10 +92,11 @@ def on_mesh(parts, shards, function):
 def on_ranks(size, function):
     """Return ``function(ranks)`` of every rank. A rank that fails ends the others."""
     board, barrier = [None] * size, threading.Barrier(size, timeout=60)
+    letters = [queue.SimpleQueue() for _ in range(size)]
 
     def run(rank):
         try:
-            return function(ThreadRanks(rank, board, barrier))
+            return function(ThreadRanks(rank, board, barrier, letters))
         except BaseException:
             barrier.abort()
             raise

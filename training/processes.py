@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards, naming_lost_ranks
+from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards
 
 T = TypeVar("T")
 # A collective that a rank does not reach within this time ends the run.
@@ -111,9 +111,7 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """
     if ranks.size == 1:
         return
-    everywhere: list[Mapping[str, str]] = [{} for _ in range(ranks.size)]
-    with naming_lost_ranks():
-        dist.all_gather_object(everywhere, dict(facts), group=ranks.group)
+    everywhere = ranks.gather_objects(dict(facts))
     problems = []
     for name in facts:
         values = [each.get(name, "") for each in everywhere]
@@ -131,12 +129,7 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
 def from_first(ranks: Ranks, value: T) -> T:
     """Return rank 0's value on every rank; it must be picklable."""
-    if ranks.size == 1:
-        return value
-    shared = [value]
-    with naming_lost_ranks():
-        dist.broadcast_object_list(shared, src=0, group=ranks.group)
-    return shared[0]
+    return ranks.from_first(value)
 
 
 def _difference(first: str, other: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import logging
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -22,9 +22,10 @@ from ..sae.metrics import Moments
 from ..sae.ranks import ALONE, Ranks
 from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
-from .activations.harvest import harvest_activations
+from .activations.harvest import harvest_activations, require_shared_store
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import LanguageModel, resolve_device
+from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream, BatchPart
@@ -60,6 +61,8 @@ ONE_RUN = OneRun()
 def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
     """Fill the recipe's activation store, or check a complete one. Any member of a grid will do, because they share the store.
 
+    The ranks of this run share the work.
+
     Args:
         plan: Existing plan of the recipe; made here if ``None``.
 
@@ -74,18 +77,27 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         )
     # Checks sizes and identity, but not memory: training may run on a larger machine.
     plan = plan or plan_all([member])[0]
-    if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
-        store = ActivationStore.open(recipe.harvest.store)
+    place, ranks = store_place(recipe.harvest), own_ranks()
+    place.fetch()
+    require_shared_store(ranks, place.directory)
+    if (place.directory / MANIFEST_FILE).exists():
+        store = ActivationStore.open(place.directory)
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest_activations(member.outline.loaded(), recipe.text, recipe.harvest)
+    # Gradients come from the loss, at the model's end.
+    outline, hooks = member.outline, recipe.harvest.hooks
+    model = outline.loaded() if recipe.harvest.gradients else outline.loaded_for(hooks)
+    local = recipe.harvest.model_copy(update={"store": str(place.directory)})
+    # The first rank uploads the shards of all.
+    with place.publishing() if ranks.rank == 0 else nullcontext():
+        return harvest_activations(model, recipe.text, local, ranks)
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:
     """Cache the activations that a recipe file asks for, and return their store. An interrupted harvest resumes.
 
-    Members of a grid share one store. For example::
+    Members of a grid share one store. Processes started by ``torchrun`` share the work; all of them return. For example::
 
         store = sparsary.harvest("recipe.yaml", harvest__tokens=20_000, harvest__store="activations")
         print(store.tokens("train"), store.tokens("heldout"))
@@ -97,7 +109,9 @@ def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStor
     Raises:
         ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
-    return run_harvest(resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0])
+    grid = load_grid(recipe, _dotted(overrides))
+    require_agreement(own_ranks(), _same_on_all(grid.recipes))
+    return run_harvest(resolve_recipes(grid.recipes)[0])
 
 
 def train(
@@ -243,19 +257,17 @@ def open_streams(
                 for group, part in zip(groups, parts, strict=True)
             ]
         elif first.harvest.store is None:
-            model = members[0].outline.loaded()
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
+            outline = members[0].outline
+            whole = first.harvest.gradients or any(member.recipe.objective == "kl" for member in members)
+            model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0], part) for group, part in zip(groups, parts, strict=True)]
         else:
-            # One rank harvests, the others read what it stored.
-            if ranks.rank == 0:
-                run_harvest(members[0], plans[0] if plans else None)
-            ranks.wait()
             store = run_harvest(members[0], plans[0] if plans else None)
-            if first.harvest.verify and ranks.rank == 0:
-                store.verify()
+            if first.harvest.verify:
+                store.verify(ranks)
             streams = [_store_stream(store, group, stack, part) for group, part in zip(groups, parts, strict=True)]
         for stream in streams:
             stack.callback(stream.close)
@@ -280,8 +292,7 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack,
 
 def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
-    code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
-    require_agreement(ranks, {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code})
+    require_agreement(ranks, _same_on_all(recipes))
     for recipe in recipes if ranks.size > 1 else ():
         parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if recipe.batch_tokens % parts:
@@ -292,6 +303,12 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
             )
         if recipe.harvest.store is None and recipe.objective == "kl":
             raise ValueError("objective: kl trains in one process, got several. Start it without a launcher.")
+
+
+def _same_on_all(recipes: Sequence[Recipe]) -> dict[str, str]:
+    """Return what must be the same on all ranks, by its name in messages."""
+    code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
+    return {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code}
 
 
 def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:

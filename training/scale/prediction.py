@@ -69,7 +69,8 @@ def predict(run: RunSizes, machine: Machine, devices: int) -> RunPrediction:
         machine=machine,
         devices=devices,
         tried=tuple(_predict(run, machine, mesh) for mesh in meshes(devices)),
-        harvest_seconds=0.0 if run.live else model_seconds(run, machine, run.harvest_tokens),
+        # Devices divide the shards of a store.
+        harvest_seconds=0.0 if run.live else model_seconds(run, machine, run.harvest_tokens) / devices,
         store_bytes=0 if run.live else round(run.harvest_tokens * run.stored_bytes_per_token),
         # Saved state and dictionary, and the state that replaces the one before.
         checkpoint_bytes=(12 + 4 + 12) * run.parameters,
@@ -136,7 +137,7 @@ def fields_of(found: RunPrediction) -> list[tuple[str, str]]:
             (
                 "tokens",
                 f"{short(found.tokens_per_day(best))} a day; {short(run.tokens)} in {duration(found.run_seconds(best))}"
-                + (f", of which harvest {duration(found.harvest_seconds)} on one device" if found.harvest_seconds else ""),
+                + (f", of which harvest {duration(found.harvest_seconds)}" if found.harvest_seconds else ""),
             ),
         ]
     shown.append(

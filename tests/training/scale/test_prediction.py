@@ -114,6 +114,7 @@ def test_tokens_duration_and_disk():
     assert found.tokens_per_day(best) == pytest.approx(86_400 * 4096 / best.step_seconds)
     # Three of six layers run to reach the hook of the third.
     assert found.harvest_seconds == pytest.approx(10**6 * 0.5 * 10**6 * 1e-12)
+    assert predict(run, machine(), 4).harvest_seconds == pytest.approx(found.harvest_seconds / 4)
     assert found.run_seconds(best) == pytest.approx(found.harvest_seconds + 244_141 * best.step_seconds)
     assert found.store_bytes == 10**6 * (4 * 64 + 16)
     assert found.checkpoint_bytes == 28 * run.parameters
@@ -148,9 +149,11 @@ def test_sixteen_million_latents_and_a_hundred_billion_tokens():
 
 
 def test_a_measured_machine_predicts_the_step_that_was_measured():
-    settings, given = recipe(), Given(d_model=64)
+    settings, given = recipe(n_latents=65_536), Given(d_model=64)
     run = run_sizes([settings], given)
-    task = replace(probe_task(settings, {HOOK: 64}, run, 2, None), n_latents=4096, few=1024, many=4096, processes=2, threads=1)
+    task = replace(
+        probe_task(settings, {HOOK: 64}, run, 2, None), n_latents=65_536, few=1024, many=4096, processes=2, threads=1
+    )
     phases = {
         "product": Phase(0.010, 0.040),
         "encode": Phase(0.021, 0.081),
