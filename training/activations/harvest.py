@@ -100,6 +100,7 @@ def _nested(values: Any, path: tuple[str, ...]) -> Any:
 def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSection) -> Identity:
     """Return the part of the identity that is known without loading the model."""
     entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
+    entries["model", "quantization"] = model.quantization
     # The handling of bad rows decides whether a harvest fails, not what it stores.
     read = text.model_dump(mode="json", exclude={"on_bad_row", "max_bad_share"})
     entries |= {("text", key): value for key, value in read.items()}
@@ -260,8 +261,7 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
     store = ActivationStore.open(directory) if (directory / MANIFEST_FILE).exists() else None
     # An empty store, left by a failed harvest, may be overwritten.
     if store is not None and store.manifest["shards"]:
-        dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
-        names = recipe_identity(ModelSection(id=model.id, dtype=dtype), text, section)  # pyright: ignore[reportArgumentType]
+        names = recipe_identity(ModelSection(id=model.id, **model.precision), text, section)
         more = model_identity(model, section.hooks)
         Identity(names.entries | more.entries, section.hooks).check(store, model.content(), text)
         remove_partial_files(directory)
@@ -274,11 +274,10 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
 
 def _new_manifest(model: LanguageModel, text: TextSection, section: HarvestSection) -> dict[str, Any]:
     statistics = {"count": 0, "mean": [], "deviation": [], "rounding_fvu": 0.0}
-    dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model": {"id": model.id, "revision": model.revision, "dtype": dtype},
+        "model": {"id": model.id, "revision": model.revision, **model.precision},
         "tokenizer_sha256": tokenizer_digest(model.tokenizer),
         "content": model.content() | {"text": {"documents": 0, "sha256": ""}},
         "text": text.model_dump(mode="json"),
