@@ -190,6 +190,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     others = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
+        if others:
+            _require_shared_work()
         with _as_one_of_several() if others else nullcontext():
             status, message = _run()
         if sys.stdout is not None:
@@ -206,7 +208,20 @@ def main() -> None:
         # Without a reader of standard error, the exit status suffices.
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
+            if told := os.environ.get("SPARSARY_TOLD"):
+                # The launcher adds nothing to it.
+                Path(told).touch()
     sys.exit(status)
+
+
+def _require_shared_work() -> None:
+    """Raise ``ValueError`` if a launcher started several processes of a command that works in one."""
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    if command not in SHARED_COMMANDS | {""}:
+        raise ValueError(
+            f"{command}: expected one process, got {os.environ['WORLD_SIZE']} from a launcher, which "
+            f"{' and '.join(sorted(SHARED_COMMANDS))} share. Start it without one: sparsary {shlex.join(sys.argv[1:])}"
+        )
 
 
 @contextmanager
@@ -250,8 +265,11 @@ def _ended(error: BaseException) -> tuple[int, str]:
     try:
         # Imported lazily: it loads torch, and `--help` must stay fast.
         from .sae.errors import WriteError, operating_system_message
+        from .sae.ranks import RanksLostError
     except Exception:  # noqa: BLE001 - an installation that is broken: the error is about to be told
         return 1, _unforeseen(error)
+    if isinstance(error, RanksLostError):
+        return 1, f"sparsary: {error}"
     if isinstance(error, WriteError):
         return 2, f"sparsary: {error} It was: {shlex.join(['sparsary', *sys.argv[1:]])}"
     if isinstance(error, OSError) and not isinstance(error, ValueError):
@@ -261,6 +279,8 @@ def _ended(error: BaseException) -> tuple[int, str]:
     return 2 if isinstance(error, ValueError) else 1, _unforeseen(error)
 
 
+# Commands that several processes can share.
+SHARED_COMMANDS = {"harvest", "train"}
 INTERRUPTED = "Stopped. What was complete is saved; the same command continues."
 
 
