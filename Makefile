@@ -5,7 +5,7 @@ PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
 TESTS = .venv/bin/pytest -m "not gpu and not network and not parity and not bench"
 
-.PHONY: demo test portable install check docs peers clean
+.PHONY: demo test portable install check tutorials docs peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
@@ -27,8 +27,12 @@ check: install
 	.venv/bin/pyright
 	@if test -x .venv/bin/oxlint; then .venv/bin/oxlint --deny-warnings eval/pages/templates; else echo 'oxlint is not installed: the scripts of pages were not checked'; fi
 
+# The tutorials, each run only if its text has changed; their outputs are in build/tutorials.
+tutorials: .venv/docs
+	.venv/bin/python docs/notebooks.py
+
 # The documentation site, in build/docs. A warning is an error; nothing is loaded from the network when it is read.
-docs: .venv/docs
+docs: tutorials
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 .venv/docs: .venv/installed

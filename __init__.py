@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .eval.pages.render import render_file as render
     from .eval.probing.run import ProbingResults, probe
     from .eval.report.evaluate import evaluate, evaluate_all
-    from .eval.result import Report
+    from .eval.result import Features, Report
     from .sae import ENCODERS, SAE, Encoder, SparseCode, SparseDictionary
     from .sae.hub import push_to_hub
     from .training.activations.model import LanguageModel
@@ -48,6 +48,7 @@ __all__ = [
     "CrossLayerTranscoder",
     "Encoder",
     "Explainer",
+    "Features",
     "InferenceMode",
     "LanguageModel",
     "ProbingResults",
@@ -98,7 +99,7 @@ _HOMES = {
     "eval.pages.render": "render",
     "eval.probing.run": "ProbingResults probe",
     "eval.report.evaluate": "evaluate evaluate_all",
-    "eval.result": "Report",
+    "eval.result": "Features Report",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -17,7 +17,7 @@ from ..training.activations.model import LanguageModel, load_model
 from ..training.bad_rows import BadTexts, BadTokens
 from ..training.recipe import HarvestSection, ModelSection, TextSection
 from ..training.shortfalls import Shortfall, recorded, shortfall, shortfalls_together
-from ..training.text import Cursor
+from ..training.text import Cursor, require_text
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +158,11 @@ def eval_data(provenance: dict[str, Any], hooks: Sequence[str]) -> EvalData:
     """Load the model and text on which to evaluate a dictionary trained at these hooks.
 
     Raises:
-        ValueError: If the model cannot be loaded, or the contexts or tokenizer do not fit it.
+        ValueError: If the text or the model cannot be loaded, or the contexts or tokenizer do not fit the model.
     """
     text = TextSection.model_validate(provenance["text"])
+    # Before the model, which takes longer.
+    require_text(text)
     exclusions = HarvestSection(hooks=tuple(dict.fromkeys(hooks)), tokens=1, **provenance["harvest"])
     model = load_model(ModelSection.model_validate(provenance["model"]))
     problems = [*context_problems(model, text.context_length), *tokenizer_problems(model, model.tokenizer, text)]

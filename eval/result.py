@@ -1,19 +1,19 @@
-"""Results of evaluations: entries of a JSON file as a dictionary, with a data frame and the page that shows them."""
+"""Results of evaluations: entries of a JSON file as a dictionary, with a data frame, a page, and a form for notebooks."""
 
-import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..sae.extras import needs
 from ..sae.files import read_text
+from .pages.examples import records_of
+from .pages.notebook import cell_html, latents_html
 
 if TYPE_CHECKING:
     import pandas
-
-# Entries of notebooks' tables.
-SHOWN = 40
 
 
 class Report(dict[str, Any]):
@@ -54,7 +54,7 @@ class Report(dict[str, Any]):
         return read_text(self.page)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """Return a table: a row for each latent, circuit or run where there are several, else one row of the scalar entries.
+        """Return a table: a row for each latent, circuit, node or run where there are several, else one of the scalar entries.
 
         Nested entries have dotted columns. Needs pandas.
         """
@@ -68,13 +68,39 @@ class Report(dict[str, Any]):
         return pandas.json_normalize([dict(row) for row in rows])
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><td>{html.escape(key)}</td><td>{_cell(value)}</td></tr>" for key, value in self._scalars())
-        return f"<table>{cells}</table>"
-
-    def _scalars(self) -> list[tuple[str, Any]]:
-        shown = [(key, value) for key, value in self.items() if type(value) in (int, float, str)]
-        return shown[:SHOWN]
+        return cell_html(self)
 
 
-def _cell(value: float | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(f"{value:,}" if isinstance(value, int) else value[:120])
+class LatentRecords(list[dict[str, Any]]):
+    """Records of latents, as lines of ``features.jsonl``; a notebook shows their figures and strongest contexts."""
+
+    def __repr__(self) -> str:
+        return f"LatentRecords(latents {', '.join(str(record['latent']) for record in self)})"
+
+    def _repr_html_(self) -> str:
+        return latents_html(self)
+
+
+class Features(Report):
+    """Content of ``features.json``, with the records of single latents behind it.
+
+    >>> features = Features({"n_latents": 3}, [{"latent": latent, "density": 0.1} for latent in range(3)])
+    >>> features.records_of([2, 0])
+    LatentRecords(latents 2, 0)
+    """
+
+    def records_of(self, latents: int | Sequence[int]) -> LatentRecords:
+        """Return the records of latents, in the order asked for: contexts, neighbours, logit effects and scores.
+
+        Raises:
+            ValueError: If there is no such latent.
+        """
+        wanted = [int(latent) for latent in np.atleast_1d(np.asarray(latents, dtype=np.int64))]
+        if isinstance(self._rows, Path):
+            found = records_of(self._rows, set(wanted))
+        else:
+            found = {row["latent"]: dict(row) for row in self._rows or () if row["latent"] in wanted}
+        missing = [latent for latent in wanted if latent not in found]
+        if missing:
+            raise ValueError(f"latents: expected 0 to {self['n_latents'] - 1}, got {', '.join(map(str, missing))}.")
+        return LatentRecords(found[latent] for latent in wanted)

@@ -38,6 +38,16 @@ DTYPES = {
 CHUNK_BYTES = 1 << 18
 
 
+def at_home(path: str) -> str:
+    """Return a path with a leading ``~`` replaced by the home directory, as shells do.
+
+    >>> at_home("runs/~topk")
+    'runs/~topk'
+    """
+    # Unlike pathlib's, it leaves names of unknown users alone.
+    return os.path.expanduser(path)
+
+
 def natural_order(name: str) -> list[int | str]:
     """Return a sort key that puts layer 10 after layer 9.
 

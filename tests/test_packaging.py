@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCE_OF = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+EXAMPLE = re.compile(r"(?m)^ *>>> (?!.*\+SKIP)")
+EXAMPLES = [name for name, path in SOURCE_OF.items() if EXAMPLE.search(path.read_text(encoding="utf-8"))]
 # Modules that Windows, or macOS, does not have.
 POSIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
 
@@ -272,11 +275,13 @@ def test_every_public_name_is_there():
     assert sparsary.load.__module__ == "sparsary.transcoders.load"
 
 
-@pytest.mark.parametrize("name", ["sae.extras", "transcoders.convert", "transcoders.load"])
-def test_examples_of_public_functions_run(name):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = doctest.testmod(importlib.import_module(f"sparsary.{name}"))
-    assert found.attempted
     assert not found.failed
+    # Otherwise doctest found fewer than there are, because a decorator hides them.
+    assert found.attempted == len(EXAMPLE.findall(SOURCE_OF[name].read_text(encoding="utf-8")))
 
 
 def test_importing_needs_no_posix():

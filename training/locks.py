@@ -1,13 +1,56 @@
-"""Locks of folders that one process at a time may write to."""
+"""Locks of folders that one process at a time may write to, and of a process that one run at a time may train in."""
 
+import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The run that trains in a process: its directory, and the name of its thread."""
+
+    out_dir: str
+    thread: str
+
+
+class OneRun:
+    """Process-wide lock of the run that is training. A second run is refused, and never waits.
+
+    accelerate and torch's random generators have one state per process, so that runs in two threads would change each other's
+    precision, gradient accumulation and random numbers.
+    """
+
+    def __init__(self) -> None:
+        # By process, because a fork copies the entry, but not the thread that would remove it.
+        self._runs: dict[int, _Run] = {}
+
+    @contextmanager
+    def training(self, out_dir: str) -> Iterator[None]:
+        """Hold the lock while the context is open.
+
+        Raises:
+            ValueError: If another run of this process holds it.
+        """
+        own = _Run(out_dir, threading.current_thread().name)
+        # Atomic, also among threads.
+        other = self._runs.setdefault(os.getpid(), own)
+        if other is not own:
+            raise ValueError(
+                f"{out_dir}: expected one run at a time in a process, got a second while {other.out_dir} trains in thread "
+                f"{other.thread}. Wait for it, train both as one recipe with a grid, or start another process."
+            )
+        try:
+            yield
+        finally:
+            del self._runs[os.getpid()]
 
 
 @contextmanager

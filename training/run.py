@@ -35,6 +35,7 @@ from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .content import pinned
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
+from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
@@ -52,6 +53,7 @@ from .state import Randomness, TrainState
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
 NAMES_OF_HOOKS = {"hook", "hook_in", "hook_out", "layer", "layers", "site"}
+ONE_RUN = OneRun()
 
 
 def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
@@ -169,12 +171,24 @@ def train_all(
         plans: Result of ``preflight_all`` for these recipes; computed here if ``None`` and there are no ``activations``.
 
     Raises:
-        ValueError: For every error that the user can fix; the message says how.
+        ValueError: For every error that the user can fix; the message says how. One is a second run in the same process.
         Stopped: If SIGINT or SIGTERM ended the run; its state is saved.
     """
     recipes, ranks = [member.recipe for member in members], own_ranks()
     assert not unshared({recipe.out_dir: recipe for recipe in recipes})
-    require_same_run_on_all(ranks, recipes)
+    with ONE_RUN.training(recipes[0].out_dir):
+        require_same_run_on_all(ranks, recipes)
+        _train_all(members, recipes, activations, plans, ranks)
+    return [Path(recipe.out_dir) for recipe in recipes]
+
+
+def _train_all(
+    members: Sequence[ResolvedRecipe],
+    recipes: Sequence[Recipe],
+    activations: Activations | None,
+    plans: Sequence[TrainingPlan] | None,
+    ranks: Ranks,
+) -> None:
     if activations is None:
         plans = preflight_all(members) if plans is None else plans
     elif any(recipe.objective == "kl" for recipe in recipes):
@@ -197,7 +211,6 @@ def train_all(
         together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
         _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
-    return [Path(recipe.out_dir) for recipe in recipes]
 
 
 @contextmanager

@@ -1,11 +1,13 @@
-"""Progress of a command's stages (harvest, training, evaluation, ...): bars on a terminal, log lines elsewhere."""
+"""Progress of a command's stages (harvest, training, evaluation, ...): bars on a terminal or in a notebook, else log lines."""
 
+import importlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -15,6 +17,10 @@ from rich.text import Text
 LOG_SECONDS = 60.0
 # Columns below which the bar itself is left out, so that the figures fit.
 WIDE = 100
+# A notebook's output is updated no more often than this, in seconds, and shows this many finished stages of a cell.
+NOTEBOOK_SECONDS = 0.3
+NOTEBOOK_LINES = 10
+BAR, FULL, EMPTY = 20, "\u2501", "\u2500"
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +28,9 @@ log = logging.getLogger(__name__)
 class StageProgress:
     """One stage of a command: the amount done, the rate and the time left.
 
-    On a terminal a stage is a progress bar. If standard error is not a terminal, it is logged: a line at the start, one per
-    minute, and one at the end. The rate and the time left count from the end of the first step, which may include one-time
-    work such as the compilation of kernels.
+    On a terminal a stage is a progress bar. In a notebook all stages of a cell share one output: a bar for each open stage, a
+    line for each finished one. Elsewhere a stage is logged: a line at the start, one per minute, and one at the end. The rate
+    and the time left count from the end of the first step, which may include one-time work such as the compilation of kernels.
 
     Args:
         name: Shown in front, for example ``harvest``.
@@ -54,6 +60,7 @@ class StageProgress:
             self.latest = (time.perf_counter(), done)
             self.first = self.first if self.updates else self.latest
             self.updates += 1
+        DISPLAY.refresh()
 
     def rate(self) -> float | None:
         """Return the amount per second since the first step; since the start if there was one step only."""
@@ -76,15 +83,18 @@ class StageProgress:
         if self.closed:
             return
         self.closed = True
-        DISPLAY.close(self)
+        outcome = self._outcome(failed)
+        DISPLAY.close(self, outcome)
+        log.info("%s", outcome)
+
+    def _outcome(self, failed: bool) -> str:
+        if failed:
+            return f"{self.name}: stopped at {self.done:,} of {self.total:,} {self.unit}."
         seconds = time.perf_counter() - self.begun[0]
         done = self.done - self.begun[1]
-        if failed:
-            log.info("%s: stopped at %s of %s %s.", self.name, f"{self.done:,}", f"{self.total:,}", self.unit)
-            return
         rate = f", {rounded(done / seconds)} {self.unit}/s" if done and seconds else ""
         stats = f"  {self.stats}" if self.stats else ""
-        log.info("%s: %s %s in %s%s%s", self.name, f"{done:,}", self.unit, duration(seconds), rate, stats)
+        return f"{self.name}: {done:,} {self.unit} in {duration(seconds)}{rate}{stats}"
 
 
 @contextmanager
@@ -105,13 +115,44 @@ class _Figures(ProgressColumn):
         return Text(task.fields["stage"].figures(), no_wrap=True, overflow="ellipsis")
 
 
+class _CellOutput:
+    """Output of one notebook cell, updated in place: its finished stages, the latest last, and a bar for each open one."""
+
+    def __init__(self, cell: int):
+        self.cell = cell
+        self.finished: list[str] = []
+        self.updated = -NOTEBOOK_SECONDS
+        # Plain text: it also reads well where HTML is not shown, as in a notebook's diff.
+        self.handle: Any = importlib.import_module("IPython.display").display({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(self, stages: Iterable[StageProgress], now: bool = True) -> None:
+        """Update the output; unless ``now``, only if the last update is long enough ago."""
+        seconds = time.perf_counter()
+        if not now and seconds - self.updated < NOTEBOOK_SECONDS:
+            return
+        self.updated = seconds
+        left_out = len(self.finished) - NOTEBOOK_LINES
+        earlier = [f"... {left_out} earlier stages"] if left_out > 0 else []
+        lines = [*earlier, *self.finished[-NOTEBOOK_LINES:], *map(_with_bar, stages)]
+        self.handle.update({"text/plain": "\n".join(lines)}, raw=True)
+
+
+def _with_bar(shown: StageProgress) -> str:
+    full = round(BAR * min(1.0, shown.done / shown.total)) if shown.total else 0
+    return f"{shown.name}  {FULL * full}{EMPTY * (BAR - full)}  {shown.figures()}"
+
+
 class _Display:
-    """All open stages of the process: the terminal has one live display, and a log one thread that writes every minute."""
+    """All open stages of the process.
+
+    A terminal has one live display, a notebook's cell one output, and a log one thread that writes every minute.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.bars: dict[StageProgress, TaskID | None] = {}
         self.progress: Progress | None = None
+        self.output: _CellOutput | None = None
         self.stopped = threading.Event()
 
     def open(self, shown: StageProgress) -> None:
@@ -122,15 +163,31 @@ class _Display:
                     self.progress.start()
                 self.bars[shown] = self.progress.add_task(shown.name, total=shown.total, completed=shown.done, stage=shown)
                 return
+            if (cell := notebook_cell()) is not None:
+                self.bars[shown] = None
+                if self.output is None or self.output.cell != cell:
+                    self.output = _CellOutput(cell)
+                self.output.show(self.bars)
+                return
+            self.output = None
             if not self.bars and log.isEnabledFor(logging.INFO):
                 self.stopped = threading.Event()
                 threading.Thread(target=self._log_every_minute, args=(self.stopped,), daemon=True).start()
             self.bars[shown] = None
         log.info("%s: %s %s", shown.name, f"{shown.total - shown.done:,}", shown.unit)
 
-    def close(self, shown: StageProgress) -> None:
+    def refresh(self) -> None:
+        """Update the output of a notebook's cell; terminals and logs are updated by threads."""
+        if self.output is not None:
+            with self.lock:
+                self.output.show(self.bars, now=False)
+
+    def close(self, shown: StageProgress, outcome: str) -> None:
         with self.lock:
             bar = self.bars.pop(shown)
+            if self.output is not None:
+                self.output.finished.append(outcome)
+                self.output.show(self.bars)
             if self.progress is not None and bar is not None:
                 self.progress.remove_task(bar)
             if not self.bars:
@@ -164,6 +221,14 @@ class _Bar(ProgressColumn):
 def on_terminal() -> bool:
     """Return True if progress bars can be shown on standard error."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def notebook_cell() -> int | None:
+    """Return the number of the notebook cell that is running; ``None`` outside a Jupyter kernel."""
+    # The kernel has imported IPython; a program that has not is not in a notebook.
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return None if shell is None or not hasattr(shell, "kernel") else shell.execution_count
 
 
 def _progress() -> Progress:

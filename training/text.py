@@ -7,7 +7,7 @@ split the same way.
 import codecs
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -19,6 +19,8 @@ from .embedded import corpus
 from .recipe import TextSection
 
 TOKENIZE_AT_ONCE = 256
+
+Reader = Callable[[Path, TextSection, BadTexts], Iterator[str]]
 
 
 class Cursor(NamedTuple):
@@ -148,17 +150,29 @@ def documents(
     bad.end()
 
 
+def require_text(section: TextSection) -> None:
+    """Read the first document of a text, so that a text that cannot be loaded is reported before anything slow is done.
+
+    Raises:
+        ValueError: If a file or dataset cannot be loaded.
+    """
+    if section.source != "embedded":
+        next(documents(section, 0, lambda _: True), None)
+
+
 def _all_files(section: TextSection, bad: BadTexts) -> Iterator[str]:
-    for name in section.files:
-        yield from _file_documents(Path(name), section, bad)
-
-
-def _file_documents(path: Path, section: TextSection, bad: BadTexts) -> Iterator[str]:
     readers = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}
-    if path.suffix not in readers:
-        raise ValueError(f"text.files: expected {', '.join(readers)}, got {path}.")
-    if not path.is_file():
-        raise ValueError(f"text.files: {path} does not exist. Give an existing path, or set text.source: embedded.")
+    # All files before the first is read: reading may take hours.
+    for path in map(Path, section.files):
+        if path.suffix not in readers:
+            raise ValueError(f"text.files: expected {', '.join(readers)}, got {path}.")
+        if not path.is_file():
+            raise ValueError(f"text.files: {path} does not exist. Give an existing path, or set text.source: embedded.")
+    for path in map(Path, section.files):
+        yield from _file_documents(path, section, bad, readers)
+
+
+def _file_documents(path: Path, section: TextSection, bad: BadTexts, readers: Mapping[str, Reader]) -> Iterator[str]:
     try:
         yield from readers[path.suffix](path, section, bad)
     except OSError as error:

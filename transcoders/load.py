@@ -10,6 +10,7 @@ import torch
 
 from ..sae.checkpoint import load_dictionary, read_config
 from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE, SparseDictionary
+from ..sae.files import at_home
 from ..sae.formats import ReadOptions, read_dictionary
 from ..sae.formats.files import HubSource, SourceFiles, recording
 from ..sae.formats.hooks import to_module
@@ -78,7 +79,7 @@ class CheckpointOptions:
         """Options used by readers of other libraries' files."""
         return ReadOptions(self.hook, self.scale, self.k, self.threshold, self.model, self.subtract_b_dec)
 
-    def updated(self, **named: str | None) -> "CheckpointOptions":
+    def updated(self, **named: str | float | None) -> "CheckpointOptions":
         """Return a copy with the given options replaced, except those that are ``None``."""
         return replace(self, **{name: value for name, value in named.items() if value is not None})
 
@@ -142,6 +143,9 @@ def load(
     hook: str | None = None,
     format: str | None = None,  # noqa: A002
     subfolder: str | None = None,
+    k: int | None = None,
+    scale: float | None = None,
+    threshold: float | None = None,
     dtype: str = "float32",
     options: CheckpointOptions = NO_OPTIONS,
 ) -> SparseDictionary | Stack:
@@ -157,14 +161,16 @@ def load(
     Args:
         path: Checkpoint directory, file, or Hugging Face repository id.
         device: Device of the tensors.
-        revision: Overrides the same field of ``options``, as do ``hook``, ``format`` and ``subfolder``.
+        revision: Overrides the same field of ``options``, as do ``hook``, ``format``, ``subfolder``, ``k``, ``scale`` and
+            ``threshold``.
         dtype: Precision in which other libraries' dictionaries compute; ``auto`` is that of their files.
         options: Facts that the files do not record.
 
     Raises:
         ValueError: If there is no dictionary, it is damaged, or there are several with unknown hooks.
     """
-    options = options.updated(revision=revision, hook=hook, format=format, subfolder=subfolder)
+    named = {"hook": hook, "format": format, "subfolder": subfolder, "k": k, "scale": scale, "threshold": threshold}
+    options = options.updated(revision=revision, **named)
     found = find(path, options, device, dtype)
     if len(found.dictionaries) == 1 and not found.stacked:
         return next(iter(found.dictionaries.values()))
@@ -190,7 +196,7 @@ def find(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-    directory, source = _places(str(path), options.revision, options.subfolder)
+    directory, source = _places(at_home(str(path)), options.revision, options.subfolder)
     if options.format is None and (source is None or (directory / CONFIG_FILE).exists() or (directory / WEIGHTS_FILE).exists()):
         # Also if nothing is there: the error then describes a checkpoint.
         _require_unsaid(directory, options)

@@ -18,7 +18,7 @@ import torch
 from results import write_results
 
 from sparsary.eval.attribution_graphs.graph import graph_of
-from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, with_interventions
+from sparsary.eval.attribution_graphs.interventions import EFFECTS, compare_replacement, intervene, most_influential
 from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
 from sparsary.eval.attribution_graphs.run import open_graph_target
 from sparsary.training.recipe import TextSection
@@ -35,7 +35,7 @@ def study(checkpoint: str, prompts: int, length: int, taken_out: int) -> list[di
     for context in contexts(TextSection(source="embedded", context_length=128), opened.model.tokenizer, heldout=0.05):
         local = LocalReplacement(replacement, torch.from_numpy(context.token_ids[:length]).long(), 1)
         graph = graph_of(local)
-        scores, pruned, alone = graph.scores(), graph.prune(), with_interventions(local)
+        scores, pruned, alone = graph.scores(), graph.prune(), compare_replacement(local)
         kept = pruned.nodes[: len(graph.active)].nonzero()[:, 0]
         found = intervene(local, graph, most_influential(graph, taken_out), kept)
         row = {

@@ -5,8 +5,9 @@
 Models with hand-written weights compute with named directions. As built, these are neurons; after a random rotation, no
 neuron is one of them. On both, circuits are discovered by attribution patching of neurons of the residual stream after every
 block, the planted directions themselves (both signs, as a dictionary), latents of an SAE trained on the stream (errors
-ablated), and random features. Compared are the nodes for 80 % faithfulness and CMD; for latents also the ROC AUC of their
-scores, where positives are latents that write mostly into planted directions with an exact effect. Writes
+ablated), and random features. Half of the pairs choose the circuits, the other half judge them; of these, every other pair
+sizes the circuit of 80 % faithfulness, and the rest measure its faithfulness. Compared are also CMD and, for latents, the ROC
+AUC of their scores, where positives are latents that write mostly into planted directions with an exact effect. Writes
 docs/results/known-features.json and prints the table of docs/circuits.md.
 """
 
@@ -24,7 +25,7 @@ from scipy.stats import t
 from sparsary.eval.circuits.compared_units import neurons
 from sparsary.eval.circuits.known import KNOWN, Known, rotated
 from sparsary.eval.circuits.methods import METHODS
-from sparsary.eval.circuits.scoring.faithfulness import Trials, curve, ranked, smallest_size
+from sparsary.eval.circuits.scoring.faithfulness import MEASURED_ON, SIZED_ON, Trials, curve, ranked, smallest_size
 from sparsary.eval.circuits.scoring.roc import roc_auc
 from sparsary.eval.circuits.units.ablation import ablation_values
 from sparsary.eval.circuits.units.nodes import Latents, NodeSpace
@@ -40,6 +41,7 @@ MODELS = ("induction", "reverse", "fraction", "clock")
 MOSTLY = 0.5
 EFFECT = 1e-3
 LEVEL = 0.8
+PAIRS = 96
 
 
 class Prompts:
@@ -94,11 +96,14 @@ def learned(known: Known, hook: str, seed: int, tokens: int) -> SAE:
 
 def measured(space: NodeSpace, known: Known) -> dict[str, Any]:
     """Return the nodes for 80 % faithfulness and CMD, by attribution patching under resampling."""
-    scores = METHODS["attribution"]().discover(space, known.pairs)
-    order = ranked(scores, "absolute")
-    trials = Trials(space, known.pairs, ablation_values(space, "resample", known.pairs))
+    half = len(known.pairs) // 2
+    chosen_on, judged_on = known.pairs.take(slice(0, half)), known.pairs.take(slice(half, len(known.pairs)))
+    order = ranked(METHODS["attribution"]().discover(space, chosen_on), "absolute")
+    trials = Trials(space, judged_on, ablation_values(space, "resample", chosen_on))
     along = curve(trials, order, range(space.size + 1), complements=())
-    return {"units": space.size, "nodes_80": smallest_size(trials, order, LEVEL, along), "cmd": along.cmd()}
+    size = smallest_size(trials, order, LEVEL, along, SIZED_ON)
+    held = None if size is None else float(along.of_pairs(MEASURED_ON).at([size]).faithfulness()[0])
+    return {"units": space.size, "nodes_80": size, "faithfulness_80": held, "cmd": along.cmd()}
 
 
 def matched_auc(space: NodeSpace, truth: NodeSpace, known: Known) -> float:
@@ -125,7 +130,7 @@ def matched_auc(space: NodeSpace, truth: NodeSpace, known: Known) -> float:
 def study(name: str, seed: int, tokens: int) -> list[dict[str, Any]]:
     """Return the rows of one model and seed, as built and rotated."""
     rows = []
-    built = KNOWN[name](n_pairs=48, seed=seed)
+    built = KNOWN[name](n_pairs=PAIRS, seed=seed)
     for known, basis in ((built, "as built"), (rotated(built, seed), "rotated")):
         hooks = [f"h.{layer}:out" for layer in range(known.config.n_layers)]
         saes = {hook: learned(known, hook, seed, tokens) for hook in hooks}
@@ -172,10 +177,10 @@ def main() -> None:
     ]
     path = Path("docs/results/known-features.json")
     write_results(path, {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]})
-    print("| model | basis | family | units | nodes for 80 % | CMD | AUC of latents |")
+    print("| model | basis | family | units | nodes for 80 % | faithfulness on other pairs | CMD | AUC of latents |")
     for key in dict.fromkeys((row["model"], row["basis"], row["family"]) for row in rows):
         own = [row for row in rows if (row["model"], row["basis"], row["family"]) == key]
-        cells = [shown([row.get(name) for row in own]) for name in ("nodes_80", "cmd", "auc")]
+        cells = [shown([row.get(name) for row in own]) for name in ("nodes_80", "faithfulness_80", "cmd", "auc")]
         print(f"| {' | '.join(key)} | {own[0]['units']} | {' | '.join(cells)} |")
 
 

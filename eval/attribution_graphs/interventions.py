@@ -143,7 +143,7 @@ class Replaced:
 
 
 @torch.no_grad()
-def with_interventions(local: LocalReplacement) -> Replaced:
+def compare_replacement(local: LocalReplacement) -> Replaced:
     """Compare the replacement model, without errors, with the original model; MLPs without a transcoder stay."""
     model, first = local.anatomy.model, local.exclude_leading
     with model_spliced(model, local.replacement.insertions(), kept=kept_positions(local, 1)):

@@ -62,6 +62,20 @@ def page_data(
     }
 
 
+def node_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the kept nodes of ``page_data`` as rows of a table, the most influential first.
+
+    ``value`` is a latent's activation or a logit's probability, ``influence`` the share of the logits' influence through it.
+    """
+    rows = []
+    for kind, layer, position, place, influence, value, *_ in data["nodes"]:
+        row = {"kind": KINDS[kind], "layer": layer, "latent": place if KINDS[kind] == "latent" else None, "position": position}
+        row |= {"token": data["tokens"][position], "influence": influence, "value": value}
+        label = data["targets"][place] if KINDS[kind] == "logit" else data["notes"].get(f"{layer}.{place}", {}).get("label")
+        rows.append(row | {"label": label or ""})
+    return sorted(rows, key=lambda row: -row["influence"])
+
+
 def _node(graph: AttributionGraph, number: int, share: float) -> list[Any]:
     """Return kind, layer, position, index, share of influence, value or probability, total and constant."""
     node, value = graph.node(number), None

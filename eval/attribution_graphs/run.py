@@ -21,10 +21,10 @@ from ..pages.render import render_file
 from ..result import Report
 from .export import GraphLabels, as_json, write_graph
 from .graph import AttributionGraph, graph_of
-from .interventions import EFFECTS, PLACES, intervene, most_influential, with_interventions
+from .interventions import EFFECTS, PLACES, compare_replacement, intervene, most_influential
 from .labels import Latent, Note, latents_of, read_heldout, read_records, with_promoted
 from .local_replacement_model import LocalReplacement
-from .page_data import DATA_FILE, page_data
+from .page_data import DATA_FILE, node_rows, page_data
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
 from .replacement_model import Replacement, layers_of, require_model
 
@@ -70,6 +70,7 @@ def attribution_graph(
 
         facts = attribution_graph("runs/transcoders", "The capital of France is", answer=" Paris")
         print(facts["replacement_score"], facts["page_path"])
+        facts.to_pandas()  # the kept nodes, the most influential first
 
     Args:
         checkpoint: A directory of transcoder checkpoints, a cross-layer transcoder, or a single transcoder; or loaded ones.
@@ -102,8 +103,9 @@ def attribution_graph(
     target = Path(out) if out is not None else opened.source.results / "graph"
     facts = _facts(local, graph, pruned)
     path = write_graph(target, as_json(graph, pruned, labels, node_threshold, edge_threshold), notes)
-    page = _written_page(path, page_data(graph, pruned, labels, facts))
-    return Report(facts | {"json_path": str(path), "page_path": str(page)})
+    data = page_data(graph, pruned, labels, facts)
+    page = _written_page(path, data)
+    return Report(facts | {"json_path": str(path), "page_path": str(page)}, node_rows(data))
 
 
 def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabels | None = None) -> None:
@@ -220,7 +222,7 @@ def _facts(local: LocalReplacement, graph: AttributionGraph, pruned: Pruned) -> 
         "replacement_score": scores.replacement,
         "completeness_score": scores.completeness,
         "error_shares": graph.error_shares().tolist(),
-        **asdict(with_interventions(local)),
+        **asdict(compare_replacement(local)),
     }
     shown = pruned.nodes[graph.latents].nonzero()[:, 0]
     sources = most_influential(graph, INTERVENTIONS)

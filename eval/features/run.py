@@ -14,16 +14,17 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.files import replacing, write_json
 from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.bad_rows import counted
-from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...training.recipe import ModelSection, TextSection
 from ...training.shortfalls import shortfall
 from ...training.stages import stage
+from ...training.text import require_text
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
-from ..heldout import DEFAULT_TOKENS, told_shortfalls
+from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
 from ..pages.render import render_file
-from ..result import Report
+from ..result import Features
 from .autointerp import Evidence, evidence, score_explanations
 from .collect import FeatureText, Limits, collect_features
 from .llm_client import Chat, Endpoint, LocalChat
@@ -81,7 +82,7 @@ def features(
     limits: Limits | None = None,
     explainer: Explainer | None = None,
     options: CheckpointOptions = NO_OPTIONS,
-) -> Report:
+) -> Features:
     """Describe every latent of a checkpoint on held-out text; write three files and return the content of ``features.json``.
 
     Args:
@@ -100,11 +101,15 @@ def features(
 
         about = sparsary.features("runs/topk", tokens=100_000)
         about["dead"], about["page_path"]
+        about.records_of([17, 40])  # contexts of two latents
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
     opened = open_checkpoint(checkpoint, options).completed()
     directory = Path(out) if out is not None else opened.results / "features"
+    if explainer is not None:
+        # Before the explainer, which may be a model to load.
+        require_text(TextSection.model_validate(opened.members[0].provenance["text"]))
     with nullcontext() if explainer is None else closing(explainer.chat(directory / ANSWERS)) as chat:
         if chat is not None:
             # Fail before the long pass over the text.
@@ -164,12 +169,11 @@ def described_checkpoint(
     dictionary, provenance = member.dictionary, member.provenance
     arguments = dictionary.arguments()
     reads, writes = hooks_of_provenance(provenance)
-    model = load_model(ModelSection.model_validate(provenance["model"]))
+    where = eval_data(provenance, reads)
+    model, text = where.model, where.text
     _require_widths(dictionary, model, reads)
     dictionary = dictionary.to(model.device)
-    text = TextSection.model_validate(provenance["text"])
-    harvest = HarvestSection(hooks=reads, tokens=1, **provenance["harvest"])
-    source = FeatureText(model, text, harvest, reads)
+    source = FeatureText(model, text, where.exclusions, reads)
     wanted = tokens or DEFAULT_TOKENS
     with stage("features", wanted) as shown:
         collected = collect_features(dictionary, source.batches(dictionary, wanted), limits, shown)
@@ -206,7 +210,7 @@ def described_checkpoint(
     return described, about
 
 
-def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Report:
+def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Features:
     """Write the three files, each atomically, and return the content of ``features.json``; ``records`` are read once."""
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, list[float]] = {name: [] for name in SCORES}
@@ -222,7 +226,7 @@ def write_features(directory: Path, about: dict[str, Any], records: Iterable[Fea
     for name, known in values.items():
         about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
     write_json(directory / ABOUT_FILE, about)
-    return Report(about | {"page_path": str(render_file(directory / ABOUT_FILE))}, directory / RECORDS_FILE)
+    return Features(about | {"page_path": str(render_file(directory / ABOUT_FILE))}, directory / RECORDS_FILE)
 
 
 def _require_widths(dictionary: SparseDictionary, model: LanguageModel, reads: tuple[str, ...]) -> None:

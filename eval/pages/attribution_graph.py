@@ -27,14 +27,15 @@ def render_graph(graph: Graph) -> str:
         ("page.js", "attribution_graph.js"),
         command="attribution graph",
         facts={"model": graph["model"], "transcoders": graph["transcoders"], "explained": ", ".join(likeliest)},
-        tiles=_tiles(graph),
+        tiles=graph_tiles(graph),
         graph=graph,
         gapped=not any(token[:1].isspace() for token in graph["tokens"]),
         errors=", ".join(f"{layer}: {share:.1%}" for layer, share in enumerate(graph["error_shares"])),
     )
 
 
-def _tiles(graph: Graph) -> list[FigureTile]:
+def graph_tiles(graph: Graph) -> list[FigureTile]:
+    """Return the key figures of a graph, from ``graph-page.json``."""
     figures = [
         ("replacement_score", "replacement score", "fraction of influence that comes from tokens, not errors"),
         ("completeness_score", "completeness score", "fraction of edge weight that does not come from errors"),

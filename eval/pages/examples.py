@@ -35,6 +35,7 @@ class ExampleLatent(NamedTuple):
     tokens: list[str]
     words: str
     contexts: list[list[ContextToken]]
+    promoted: list[str]
 
 
 class FeaturesFiles(NamedTuple):
@@ -59,8 +60,15 @@ def features_files(directories: Iterable[Path], n_latents: int | None = None) ->
 
 def example_latents(files: FeaturesFiles, page: Path) -> list[ExampleLatent]:
     """Return latents at fixed quantiles of firing density; ``page`` is the page that links to them."""
+    return [
+        example_of(record, feature_address(files, record["latent"], page)) for record in records_at_quantiles(files.records)
+    ]
+
+
+def records_at_quantiles(path: Path) -> list[dict[str, Any]]:
+    """Return the records of the latents at ``QUANTILES`` of firing density, the rarest first."""
     densities = []
-    with files.records.open(encoding="utf-8") as handle:
+    with path.open(encoding="utf-8") as handle:
         for line in handle:
             found = FIGURES.search(line[:300])
             latent, density = found.groups() if found else (lambda r: (r["latent"], r["density"]))(json.loads(line))
@@ -68,8 +76,8 @@ def example_latents(files: FeaturesFiles, page: Path) -> list[ExampleLatent]:
                 densities.append((float(density), int(latent)))
     densities.sort()
     places = dict.fromkeys(int(share * len(densities)) for share in QUANTILES if densities)
-    records = records_of(files.records, {densities[place][1] for place in places})
-    return [_example(records[latent], files.page, page) for _, latent in (densities[place] for place in places)]
+    records = records_of(path, {densities[place][1] for place in places})
+    return [records[latent] for _, latent in (densities[place] for place in places)]
 
 
 def records_of(path: Path, latents: set[int]) -> dict[int, dict[str, Any]]:
@@ -100,12 +108,13 @@ def feature_address(files: FeaturesFiles, latent: int, page: Path) -> str:
     return f"{address(files.page, page)}#{latent}" if files.page.is_file() else ""
 
 
-def _example(record: dict[str, Any], features: Path, page: Path) -> ExampleLatent:
+def example_of(record: dict[str, Any], href: str = "") -> ExampleLatent:
+    """Return a record of ``features.jsonl`` with its strongest contexts; ``href`` is the address of its entry."""
     top = record["max_activation"] or 1.0
     contexts = [_context(example, top) for example in record["top"][:CONTEXTS]]
     words = (record["explanation"] or {}).get("text") or (record["details"].get("predicate_f1") or {}).get("predicate") or ""
-    href = f"{address(features, page)}#{record['latent']}" if features.is_file() else ""
-    return ExampleLatent(record["latent"], href, record["density"], top, top_tokens(record), words, contexts)
+    promoted = [entry["token"] for entry in (record.get("logits") or {}).get("promoted", ())[:TOKENS]]
+    return ExampleLatent(record["latent"], href, record["density"], top, top_tokens(record), words, contexts, promoted)
 
 
 def _context(example: dict[str, Any], top: float) -> list[ContextToken]:

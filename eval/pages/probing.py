@@ -60,11 +60,11 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
             "labels": found.get("labels") or "embedded corpus",
             "seed": found.get("seed"),
         },
-        tiles=[_tile(found, *entry) for entry in TILES if entry[0] in found],
+        tiles=probing_tiles(found),
         plots=[card for card in _plots(found) if card.drawing is not None],
         left_out={task.replace("_", " "): found.get(f"{task}_why") for task in TASKS if found.get(f"{task}_done") is False},
         warnings=[found[key] for key in ("scr_warning", "tpp_warning") if found.get(key)],
-        families=_families(found),
+        families=factor_families(found),
         factor_columns=FACTOR_COLUMNS,
         factors=[_factor(row, features) for row in factors],
         sufficiency=_sufficiency(found),
@@ -84,6 +84,11 @@ FACTOR_COLUMNS = [
 ]
 
 
+def probing_tiles(found: Results) -> list[FigureTile]:
+    """Return the key figures of the tasks that ran."""
+    return [_tile(found, *entry) for entry in TILES if entry[0] in found]
+
+
 def _tile(found: Results, key: str, label: str, note: str) -> FigureTile:
     low, high = (finite(found.get(f"{key}_{end}")) for end in ("low", "high"))
     words = re.sub(r"{(\w+)}", lambda match: show(found.get(match[1]), UNMEASURED, 3), note)
@@ -91,7 +96,7 @@ def _tile(found: Results, key: str, label: str, note: str) -> FigureTile:
     return FigureTile(key, label, show(found[key], UNDEFINED, 3), words, missing, definition(key), between)
 
 
-def _families(found: Results) -> Row:
+def factor_families(found: Results) -> Row:
     """Return the table of mean F1 by kind of factor."""
     names = [match[1] for key in found if (match := re.fullmatch(r"factors_(\w+)_latent_f1", key))]
     rows = [

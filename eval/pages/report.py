@@ -40,7 +40,7 @@ def render_report(report: Report, curve: Curve, examples: Sequence[ExampleLatent
         heading=f"{name} {kind or 'dictionary'}".strip(),
         shape=f"{shape} \u00b7 {arguments}" if arguments else shape,
         facts=facts,
-        tiles=[_tile(report, *entry) for entry in KEY_FIGURES],
+        tiles=report_tiles(report),
         plots=[plot_card(name, note, lambda ax, draw=draw: draw(ax, report, curve)) for name, note, draw in PLOTS],
         examples=examples,
         gapped=is_gapped(token.text for example in examples for tokens in example.contexts for token in tokens),
@@ -62,6 +62,11 @@ KEY_FIGURES = (
 )
 
 DEFINITIONS = {key: text for entries in EXPLANATIONS.values() for key, text in entries.items()} | NOTES
+
+
+def report_tiles(report: Report) -> list[FigureTile]:
+    """Return the key figures of a report."""
+    return [_tile(report, *entry) for entry in KEY_FIGURES]
 
 
 def _tile(report: Report, label: str, key: str, note: str) -> FigureTile:

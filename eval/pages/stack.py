@@ -112,10 +112,7 @@ def render_stack(report: Report) -> str:
             "git commit": None if commit is None else str(commit)[:12],
             **({"doubts": "; ".join(report["doubts"])} if report.get("doubts") else {}),
         },
-        tiles=[
-            FigureTile(key, label, show(report[key]), _filled(note, report), text=EXPLANATIONS[key])
-            for label, key, note in TILES
-        ],
+        tiles=stack_tiles(report),
         columns=COLUMNS,
         layers=[
             (short(hook), [figure_cell({column.key: report[column.key][number]}, column.key) for column in COLUMNS])
@@ -125,6 +122,13 @@ def render_stack(report: Report) -> str:
         plots=[plot_card(title, note, lambda ax, draw=draw: draw(ax, report), size) for title, note, draw in PLOTS],
         entries=[EntryRow(key, show(report[key], digits=6), text) for key, text in EXPLANATIONS.items() if key in report],
     )
+
+
+def stack_tiles(report: Report) -> list[FigureTile]:
+    """Return the key figures of a stack's report."""
+    return [
+        FigureTile(key, label, show(report[key]), _filled(note, report), text=EXPLANATIONS[key]) for label, key, note in TILES
+    ]
 
 
 def _filled(note: str, report: Report) -> str:

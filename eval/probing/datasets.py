@@ -44,10 +44,7 @@ def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> 
         ValueError: If the dictionary was not trained on the embedded corpus.
     """
     if not subject.embedded:
-        raise ValueError(
-            f"--task: the factors behind {subject.model.id} on {subject.text.source} text are not known. This needs a "
-            "dictionary trained on the embedded model and corpus; give labelled text with --labels FILE instead."
-        )
+        raise no_factors(subject.model.id, subject.text.source)
     model, hook = subject.model, subject.hook
     neuron = neuron_hook(model, hook) if neurons else None
     hooks = (hook,) if neuron is None else (hook, neuron)
@@ -69,6 +66,14 @@ def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> 
     if not factors:
         raise ValueError("text: no held-out document was found. Train with harvest.heldout above 0.")
     return Tokens(np.concatenate(xs), np.concatenate(ns) if ns else None, np.concatenate(documents), factors)
+
+
+def no_factors(model: str, text: str) -> ValueError:
+    """Return the error for a model and a source of text whose factors are not known."""
+    return ValueError(
+        f"--task: the factors behind {model} on {text} text are not known. This needs a dictionary trained on the embedded "
+        "model and corpus; give labelled text with --labels FILE instead."
+    )
 
 
 @dataclass(frozen=True)

@@ -8,28 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from ...sae.files import write_json, write_text
 from ...sae.suggestions import require_choice
+from ...training.activations.model import load_model
+from ...training.recipe import ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import open_checkpoint
 from ..pages.render import render_file
 from ..result import Report
 from . import factors
-from .datasets import Pooled, pool, read_labelled
+from .datasets import Labelled, Pooled, no_factors, pool, read_labelled
 from .ioi import score as supervised
 from .saebench.absorption import ABSORPTION_TOKENS, absorption
 from .saebench.datasets import embedded_data
 from .saebench.output import SaebenchResult, result_file
 from .saebench.scr_tpp import scr, tpp
 from .saebench.sparse_probing import sparse_probing
-from .subject import ProbeTarget, open_probe_target
+from .subject import ProbeTarget, factors_known, probe_source, probe_target
 
 if TYPE_CHECKING:
     import pandas
 
 PROBING_VERSION = 1
 TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
-# Tasks that read ``labels``; the other two use the embedded corpus or generated prompts.
+# Tasks that read ``labels``; of the other two one uses the embedded corpus, one generated prompts.
 LABELLED = ("sparse_probing", "scr", "tpp", "absorption")
+NO_LABELS = "--labels: expected a JSONL file of labelled text: only the embedded corpus comes with labels of its own."
 
 
 @dataclass
@@ -50,6 +53,9 @@ class ProbingResults:
     def to_pandas(self) -> "pandas.DataFrame":
         """Return the report as a table of one row. Needs pandas."""
         return self.report.to_pandas()
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def probe(
@@ -80,9 +86,12 @@ def probe(
     wanted = require_tasks(tasks)
     data = None if labels is None else read_labelled(labels)
     opened = open_checkpoint(checkpoint, options)
-    subject = open_probe_target(opened)
+    dictionary, source = probe_source(opened)
+    if tasks and not factors_known(source):
+        # Before the model, which takes longer.
+        _require_labels(wanted, data, source)
+    subject = probe_target(dictionary, load_model(ModelSection.model_validate(source["model"])), source)
     target = Path(out) if out is not None else opened.results / "probing"
-    dictionary = subject.dictionary
     report = Report(
         {
             "probing_version": PROBING_VERSION,
@@ -101,9 +110,7 @@ def probe(
     def texts() -> list[Pooled]:
         if not pooled:
             if data is None and not subject.embedded:
-                raise ValueError(
-                    "--labels: expected a JSONL file of labelled text: only the embedded corpus comes with labels of its own."
-                )
+                raise ValueError(NO_LABELS)
             some = [data] if data is not None else embedded_data(seed)
             pooled.extend(pool(subject, one) for one in some)
         return pooled
@@ -145,6 +152,15 @@ def require_tasks(tasks: Iterable[str] | None) -> tuple[str, ...]:
     for task in wanted:
         require_choice("--task", task, TASKS)
     return tuple(task for task in TASKS if task in wanted)
+
+
+def _require_labels(tasks: Iterable[str], data: Labelled | None, source: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if one of the tasks needs labels of texts or tokens that nobody knows."""
+    for task in tasks:
+        if task == "factors":
+            raise no_factors(source["model"]["id"], TextSection.model_validate(source["text"]).source)
+        if task in LABELLED and data is None:
+            raise ValueError(NO_LABELS)
 
 
 def _factors(subject: ProbeTarget, tokens: int | None, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:

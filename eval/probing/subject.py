@@ -9,11 +9,10 @@ from scipy import sparse
 from torch import Tensor
 
 from ...sae import SparseCode, SparseDictionary
-from ...training.activations.model import LanguageModel, load_model
-from ...training.recipe import HarvestSection, ModelSection, TextSection
-from ...transcoders.load import NO_OPTIONS, CheckpointOptions
+from ...training.activations.model import LanguageModel
+from ...training.recipe import HarvestSection, TextSection
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, open_checkpoint
+from ..checkpoint import LoadedCheckpoint
 from ..sanity import ROWS_AT_ONCE
 
 
@@ -31,7 +30,7 @@ class ProbeTarget:
     @property
     def embedded(self) -> bool:
         """True on the embedded model and corpus, where the factors behind every token are known."""
-        return self.text.source == "embedded" and self.model.id == "embedded"
+        return factors_known(self.provenance)
 
     @property
     def in_place(self) -> bool:
@@ -51,19 +50,23 @@ class ProbeTarget:
             )
 
 
-def open_probe_target(checkpoint: str | LoadedCheckpoint, options: CheckpointOptions = NO_OPTIONS) -> ProbeTarget:
-    """Load a checkpoint and its language model, and check that their widths match.
+def probe_source(opened: LoadedCheckpoint) -> tuple[SparseDictionary, dict[str, Any]]:
+    """Return the dictionary of a checkpoint, and its provenance with all that is needed to run the model.
 
     Raises:
-        ValueError: If either cannot be loaded, or the dictionary's width differs from the hook's.
+        ValueError: If the model or hook is unknown, or there are several hooks.
     """
-    opened = open_checkpoint(checkpoint, options) if isinstance(checkpoint, str) else checkpoint
-    opened = opened.completed()
+    # The embedded corpus is the only training text that probing reads: others need not be there, nor be compared.
+    embedded = (opened.members[0].provenance.get("text") or {}).get("source") == "embedded"
+    opened = opened.completed(text=embedded or bool(opened.options.text))
     if opened.in_place_together:
         raise ValueError(f"{opened.name}: expected a dictionary of one hook, got one of several. Name one: --hook HOOK.")
-    source = opened.members[0].provenance
-    model = load_model(ModelSection.model_validate(source["model"]))
-    return probe_target(opened.members[0].dictionary, model, source)
+    return opened.members[0].dictionary, opened.members[0].provenance
+
+
+def factors_known(source: dict[str, Any]) -> bool:
+    """Return True for the provenance of a dictionary of the embedded model and corpus, whose factors are known."""
+    return TextSection.model_validate(source["text"]).source == "embedded" and source["model"]["id"] == "embedded"
 
 
 def probe_target(dictionary: SparseDictionary, model: LanguageModel, source: dict[str, Any]) -> ProbeTarget:

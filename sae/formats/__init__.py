@@ -98,7 +98,8 @@ class ReadDictionaries:
         """
         if len(self.dictionaries) != 1:
             raise ValueError(
-                f"hook: expected one of {', '.join(self.dictionaries)}, because there are several. Give hook=HOOK."
+                f"hook: expected one of {', '.join(self.dictionaries)}, because there are several. Give hook=HOOK, or "
+                "--hook HOOK."
             )
         return next(iter(self.dictionaries.values()))
 
@@ -174,7 +175,8 @@ def read_canonical(source: SourceFiles, format: str | None = None, options: Read
     if len(found) > 1 and source.remote:
         names = ", ".join(place[0].inside for place in found[:SHOWN])
         raise ValueError(
-            f"{source}: {len(found)} dictionaries: {names}{', ...' if len(found) > SHOWN else ''}. Give subfolder=NAME."
+            f"{source}: {len(found)} dictionaries: {names}{', ...' if len(found) > SHOWN else ''}. Give subfolder=NAME, "
+            "or --subfolder NAME."
         )
     results = [_checked(where, _read(where, f, options), f"{f.title}: {words}") for where, f, words in found]
     if len(results) == 1 and not isinstance(results[0], dict):

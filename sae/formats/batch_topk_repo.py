@@ -121,7 +121,8 @@ def _chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
             found = "none" if level is None else f"{level.reshape(-1).tolist()[:3]}"
             raise ValueError(
                 f"{where}: threshold: expected one above 0, because {kind} chooses over a whole batch, on which the code of a "
-                f"token may not depend here; got {found}. Measure the smallest activation kept per batch: threshold=NUMBER."
+                f"token may not depend here; got {found}. Measure the smallest activation kept per batch: threshold=NUMBER, "
+                "or --threshold NUMBER."
             )
         return ActivationFn(
             "threshold", threshold=level.reshape(()), k=cfg["top_k"] if isinstance(cfg.get("top_k"), int) else None

@@ -237,7 +237,7 @@ def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, A
         raise ValueError(
             f"{where}: the {joint['k']} n_layers latents of a token that write most are chosen among all layers together, and "
             "a layer cannot wait for later ones while the model runs on what it writes. A threshold measured on data stands "
-            "in for it: threshold=NUMBER."
+            "in for it: threshold=NUMBER, or --threshold NUMBER."
         )
     level = torch.tensor(options.threshold)
     if norm is None:

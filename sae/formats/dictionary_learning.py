@@ -164,7 +164,7 @@ def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
     if (options.k is None) == (options.threshold is None):
         raise ValueError(
             f"{where}: the tensors may be those of {' or '.join(found)}, and no {CONFIG} says which. Give k=NUMBER for the "
-            "former or threshold=NUMBER for the latter."
+            "former or threshold=NUMBER for the latter (--k NUMBER, --threshold NUMBER)."
         )
     return found[0] if options.threshold is None else found[1]
 
@@ -242,7 +242,8 @@ def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
         k = int(k)
     if said is not None and said != k:
         raise ValueError(
-            f"{where}: k: {k} in the tensors, {said!r} in {CONFIG}: one of them is wrong. Give the right one: k=NUMBER."
+            f"{where}: k: {k} in the tensors, {said!r} in {CONFIG}: one of them is wrong. Give the right one: k=NUMBER, or "
+            "--k NUMBER."
         )
     return k
 
@@ -262,7 +263,8 @@ def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: Read
         found = "none" if level is None else f"{float(level):g}, which stands for none"
         raise ValueError(
             f"{where}: threshold: expected the one that training has measured, got {found}. Without it the code of a token "
-            "depends on its batch. Measure the smallest activation kept per batch, and give it: threshold=NUMBER."
+            "depends on its batch. Measure the smallest activation kept per batch, and give it: threshold=NUMBER, or "
+            "--threshold NUMBER."
         )
     return level
 

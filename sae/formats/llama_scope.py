@@ -148,7 +148,10 @@ def _activation_fn(where: object, config: Mapping[str, Any], options: ReadOption
         )
     level = config.get("jump_relu_threshold") if options.threshold is None else options.threshold
     if not isinstance(level, (int, float)) or isinstance(level, bool):
-        raise ValueError(f"{where}: jump_relu_threshold: expected a number, got {level!r}. Give it as threshold=NUMBER.")
+        raise ValueError(
+            f"{where}: jump_relu_threshold: expected a number, got {level!r}. Give it as threshold=NUMBER, or "
+            "--threshold NUMBER."
+        )
     # The threshold applies to p times the raw decoder norm; decoder norms in the file are scale_out times larger.
     return ActivationFn("threshold", threshold=torch.tensor(level * scale_out), by_norm=True)
 

@@ -191,7 +191,8 @@ def _activation_fn(where: object, config: Mapping[str, Any], logs: Tensor | None
     if name in SHARED:
         if options.threshold is None:
             raise ValueError(
-                f"{where}: act_fn {name}: {SHARED[name]}. A threshold measured on data stands in for it: threshold=NUMBER."
+                f"{where}: act_fn {name}: {SHARED[name]}. A threshold measured on data stands in for it: threshold=NUMBER, "
+                "or --threshold NUMBER."
             )
         return ActivationFn("threshold", threshold=torch.tensor(options.threshold), by_norm=by_norm)
     raise ValueError(f"{where}: act_fn: expected relu, topk, jumprelu, {', '.join(SHARED)}, got {name!r}.")

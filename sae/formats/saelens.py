@@ -165,7 +165,7 @@ def _activation_fn(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, 
         if not level > 0:
             raise ValueError(
                 f"{where}: topk_threshold: expected the threshold that training has measured, got {level}. "
-                "Give it as threshold=NUMBER."
+                "Give it as threshold=NUMBER, or --threshold NUMBER."
             )
         return ActivationFn("threshold", threshold=torch.tensor(level), by_norm=cfg.get("rescale_acts_by_decoder_norm", True))
     k = cfg.get("k") if options.k is None else options.k
@@ -186,7 +186,8 @@ def normalise_weights(source: SourceFiles, cfg: Mapping[str, Any], n: CanonicalS
         if not isinstance(scale, (int, float)) or not scale > 0:
             raise ValueError(
                 f"{source.path(CONFIG)}: normalize_activations: {how}: expected the factor that inputs were multiplied by, in "
-                f"{SCALER} beside it, found none. Weights are in scaled units, so it is needed. Give it: scale=NUMBER."
+                f"{SCALER} beside it, found none. Weights are in scaled units, so it is needed. Give it: scale=NUMBER, or "
+                "--scale NUMBER."
             )
         return n.noting(f"inputs times {scale:.6g}, outputs divided by it", scale_in=float(scale), scale_out=float(scale))
     if how == WHITENED:

@@ -97,7 +97,9 @@ class QwenScope(TorchFiles):
         if k is None and said is not None:
             k, warnings = int(said.group(1)), (f"k {said.group(1)} is from the name {source}: no file says it",)
         if k is None:
-            raise ValueError(f"{where}: k: expected the number of latents per token, which no file says. Give it: k=NUMBER.")
+            raise ValueError(
+                f"{where}: k: expected the number of latents per token, which no file says. Give it: k=NUMBER, or --k NUMBER."
+            )
         n = CanonicalSAE(
             "sae",
             W_enc,

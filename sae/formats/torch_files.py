@@ -77,7 +77,9 @@ class TorchFiles(Format):
         if picked:
             return {str(options.hook): self.one(source, picked[0], replace(options, hook=None))}
         if source.remote:
-            raise ValueError(f"hook: expected one of {', '.join(names[:20])}, of {len(names)} files. Give hook=FILE.")
+            raise ValueError(
+                f"hook: expected one of {', '.join(names[:20])}, of {len(names)} files. Give hook=FILE, or --hook FILE."
+            )
         read = {name: self.one(source, name, replace(options, hook=None)) for name in names}
         return {(n.provenance.get("hooks_out") or [Path(name).stem])[0]: n for name, n in read.items()}
 

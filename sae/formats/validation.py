@@ -84,12 +84,14 @@ def check_gate(n: CanonicalSAE, where: object) -> None:
     """Raise ``ValueError`` if the activation function lacks k or a threshold, or k or a scale is invalid."""
     gate = n.gate
     if gate.name == "threshold" and gate.threshold is None:
-        raise ValueError(f"{where}: threshold: expected one, found none. Give it as threshold=NUMBER.")
+        raise ValueError(f"{where}: threshold: expected one, found none. Give it as threshold=NUMBER, or --threshold NUMBER.")
     if gate.name in ("topk", "topk_raw", "abs_topk", "group_max", "pursuit"):
         if gate.k is None:
-            raise ValueError(f"{where}: k: expected the number of latents per token, found none. Give it: k=NUMBER.")
+            raise ValueError(
+                f"{where}: k: expected the number of latents per token, found none. Give it: k=NUMBER, or --k NUMBER."
+            )
         if not isinstance(gate.k, int) or isinstance(gate.k, bool) or gate.k < 1:
-            raise ValueError(f"{where}: k: expected a whole number from 1, got {gate.k!r}.")
+            raise ValueError(f"{where}: k: expected a whole number from 1, got {gate.k!r}. Give it: k=NUMBER, or --k NUMBER.")
         if gate.name != "pursuit" and gate.k > n.n_latents:
             raise ValueError(f"{where}: k: expected at most the {n.n_latents} latents there are, got {gate.k}.")
     for name, scale in (("scale_in", n.scale_in), ("scale_out", n.scale_out)):

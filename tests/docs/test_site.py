@@ -75,7 +75,7 @@ def test_faults_are_found(tmp_path):
 
 @pytest.fixture(scope="module")
 def reference():
-    for name in ("mkdocs", "material", "mkdocstrings"):
+    for name in ("mkdocs", "material", "mkdocstrings", "jupytext", "nbconvert"):
         pytest.importorskip(name, reason=f"needs {name}, which `make docs` installs")
     spec = importlib.util.spec_from_file_location("docs_reference", ROOT / "docs" / "reference.py")
     module = importlib.util.module_from_spec(spec)

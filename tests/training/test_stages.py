@@ -2,7 +2,9 @@
 
 import io
 import logging
+import sys
 import threading
+import types
 
 import pytest
 
@@ -122,3 +124,71 @@ def test_a_terminal_gets_one_live_display_and_log_lines_stay_whole(monkeypatch, 
 def test_numbers_are_short():
     assert [rounded(value) for value in (1234567.8, 100.4, 99.96, 0.00123456)] == ["1,230,000", "100", "100", "0.00123"]
     assert [duration(seconds) for seconds in (59.6, 3599.6, 86400)] == ["1 min 00 s", "1 h 00 min", "24 h 00 min"]
+
+
+class Cell:
+    """What a kernel's IPython offers: the number of the running cell, and displays that are updated."""
+
+    def __init__(self, monkeypatch):
+        self.outputs, self.updates = [], 0
+        self.shell = types.SimpleNamespace(kernel=None, execution_count=1)
+        ipython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+        ipython.get_ipython, display.display = lambda: self.shell, self.display
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        monkeypatch.setitem(sys.modules, "IPython.display", display)
+
+    def display(self, data, raw, display_id):
+        at = len(self.outputs)
+        self.outputs.append(data["text/plain"])
+        return types.SimpleNamespace(update=lambda data, raw: self.update(at, data["text/plain"]))
+
+    def update(self, at, text):
+        self.outputs[at] = text
+        self.updates += 1
+
+
+def test_a_notebook_s_cell_has_one_output_for_all_its_stages(monkeypatch, clock, caplog):
+    cell = Cell(monkeypatch)
+    caplog.set_level(logging.INFO)
+    with stage("harvest", 1000) as shown:
+        assert cell.outputs == [f"harvest  {20 * '─'}  0 %  0 of 1,000 tokens"]
+        clock[0] += 1
+        for done in range(1, 501):
+            # A notebook would be flooded with 500 updates.
+            shown.update(done)
+        assert cell.updates == 2
+        assert cell.outputs == [f"harvest  {20 * '─'}  0 %  1 of 1,000 tokens  1 tokens/s  16 min 39 s left"]
+        clock[0] += 1
+        shown.update(500)
+        assert cell.outputs[0].startswith(f"harvest  {10 * '━'}{10 * '─'}  50 %  500 of 1,000 tokens")
+    with stage("training", 10) as shown:
+        assert cell.outputs[0].splitlines()[0] == "harvest: 500 tokens in 2.0 s, 250 tokens/s"
+        assert cell.outputs[0].splitlines()[1].startswith("training  ─")
+    assert len(cell.outputs) == 1
+    # Log lines are for those who ask for them: the end of a stage, as on a terminal.
+    assert [line.split(":")[0] for line in caplog.messages] == ["harvest", "training"]
+    cell.shell.execution_count = 2
+    with stage("evaluation", 5):
+        pass
+    assert cell.outputs[1] == "evaluation: 0 tokens in 0.0 s"
+
+
+def test_many_stages_of_a_cell_stay_short(monkeypatch, clock):
+    cell = Cell(monkeypatch)
+    for number in range(25):
+        with stage(f"run {number}", 5):
+            pass
+    lines = cell.outputs[0].splitlines()
+    assert lines[0] == "... 15 earlier stages"
+    assert lines[-1] == "run 24: 0 tokens in 0.0 s"
+    assert len(lines) == 11
+
+
+def test_a_program_that_imports_ipython_is_no_notebook(monkeypatch, caplog):
+    cell = Cell(monkeypatch)
+    cell.shell = None
+    caplog.set_level(logging.INFO)
+    with stage("harvest", 5):
+        pass
+    assert cell.outputs == []
+    assert caplog.messages[0] == "harvest: 5 tokens"

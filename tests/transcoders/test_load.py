@@ -129,3 +129,29 @@ def test_without_network_the_cache_is_asked(hub, monkeypatch, tmp_path):
         huggingface_hub, "hf_hub_download", lambda repo_id, name, revision=None: str(tmp_path / "snapshot" / name)
     )
     assert sparsary.load("someone/saes").n_latents == 24
+
+
+def test_a_path_may_begin_at_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    SAE(5, 11, build_encoder({"name": "topk", "k": 3})).save(tmp_path / "ours", {"hook": "h.0:out", "model": {"id": "m"}})
+    assert sparsary.load("~/ours").n_latents == 11
+    with pytest.raises(ValueError, match="none: expected a checkpoint directory"):
+        sparsary.load("~/none")
+
+
+def test_what_a_message_asks_for_can_be_given_as_it_is_written(tmp_path):
+    """``Give it: k=NUMBER``: to ``load`` itself, and over a value in the files that is no number of latents."""
+    torch.manual_seed(0)
+    SAE(5, 11, build_encoder({"name": "topk", "k": 3})).save(tmp_path / "ours", {"hook": "h.0:out", "model": {"id": "m"}})
+    sparsary.convert(tmp_path / "ours", tmp_path / "theirs", "saelens")
+    x = torch.randn(7, 5)
+    expected = sparsary.load(tmp_path / "ours")(x)
+    path = tmp_path / "theirs" / "cfg.json"
+    config = json.loads(path.read_text())
+    for wrong in (None, 3.5, "3"):
+        path.write_text(
+            json.dumps({key: value for key, value in config.items() if key != "k"} | ({"k": wrong} if wrong else {}))
+        )
+        with pytest.raises(ValueError, match=r"Give it: k=NUMBER, or --k NUMBER"):
+            sparsary.load(tmp_path / "theirs")
+        torch.testing.assert_close(sparsary.load(tmp_path / "theirs", k=3)(x), expected)

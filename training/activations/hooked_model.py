@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
 
 
@@ -82,11 +83,27 @@ class HookedModel:
         """Return the tensor at every hook and the gradient of the next-token loss with respect to it.
 
         The loss is summed over the predictions within a token's own document, so its gradient depends neither on other
-        contexts of the batch nor on documents packed after it. Attention reaches across documents, so each document of a
-        context takes a backward pass. Without ``document_ids`` every context is one document.
+        contexts of the batch nor on documents packed after it. Every context takes as many backward passes as it has
+        documents. Without ``document_ids`` every context is one document.
         """
-        if document_ids is None:
-            document_ids = torch.zeros_like(token_ids)
+        numbers = document_numbers(torch.zeros_like(token_ids) if document_ids is None else document_ids)
+        of_all: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        for rows in contexts_of_equal_passes(numbers):
+            whole = len(rows) == len(token_ids)
+            some = self._with_gradients(token_ids if whole else token_ids[rows], hooks, numbers if whole else numbers[rows])
+            if whole:
+                return some
+            for found, total in zip(some, of_all, strict=True):
+                for hook, x in found.items():
+                    total.setdefault(hook, x.new_zeros(len(token_ids), *x.shape[1:]))[rows] = x
+        return of_all
+
+    def _with_gradients(
+        self,
+        token_ids: Int[Tensor, "contexts positions"],
+        hooks: tuple[str, ...],
+        numbers: Int[Tensor, "contexts positions"],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         seen: dict[str, Tensor] = {}
 
         def leaf(hook: str) -> Callable[[Tensor], Tensor]:
@@ -99,26 +116,14 @@ class HookedModel:
 
             return reader
 
-        with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}):
+        unembedding = UnembeddingInput(self.module)
+        with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}), unembedding.watched():
             logits = self.module(input_ids=token_ids, use_cache=False).logits
             losses = next_token_loss(logits, token_ids)
-            starts = document_ids[:, 1:] != document_ids[:, :-1]
-            # Padding belongs to no document.
-            within = ~starts & (document_ids[:, :-1] >= 0)
-            # Index, within its context, of the document of every position.
-            place = nn.functional.pad(starts.long().cumsum(1), (1, 0))
-            gradients = {hook: torch.zeros_like(x) for hook, x in seen.items()}
-            last = int(place.max())
-            for number in range(last + 1):
-                own = (losses * (within & (place[:, :-1] == number))).sum()
-                # A hook that is not on the path to the loss has gradient zero.
-                found = torch.autograd.grad(own, list(seen.values()), retain_graph=number < last, allow_unused=True)
-                for hook, gradient in zip(seen, found, strict=True):
-                    if gradient is not None:
-                        here = (place == number).unsqueeze(-1)
-                        gradients[hook] = torch.where(here, gradient, gradients[hook])
+            found = list(seen.values())
+            gradients = document_gradients(losses, unembedding.local(logits, found), found, numbers)
         values = {hook: x.detach() for hook, x in self._in_order(seen, hooks).items()}
-        return values, self._in_order(gradients, hooks)
+        return values, self._in_order(dict(zip(seen, gradients, strict=True)), hooks)
 
     def run(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
         """Return the logits; gradients flow to tensors that hooks put in."""

@@ -5,7 +5,9 @@ Types are never coerced, and unknown keys are errors. Checks that involve severa
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+
+from ...sae.files import at_home
 
 
 class Section(BaseModel):
@@ -15,6 +17,8 @@ class Section(BaseModel):
 
 
 # YAML has lists where a frozen section has tuples.
+Place = Annotated[str, AfterValidator(at_home)]
+Places = Annotated[tuple[Place, ...], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -70,7 +74,7 @@ Layers = Annotated[Literal["all"] | tuple[int, ...] | None, PlainValidator(_laye
 class ModelSection(Section):
     """Language model whose activations are studied."""
 
-    id: str = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
+    id: Place = Field(default="embedded", description="'embedded', a Hugging Face model id, or a local directory")
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision the model runs in")
     device: str = Field(default="auto", description="'auto' uses a GPU if there is one")
@@ -87,7 +91,7 @@ class TextSection(Section):
         default="embedded",
         description="embedded: the generated corpus of the embedded model; files: local files; hub: a Hugging Face dataset",
     )
-    files: Names = Field(default=(), description="source files: paths of .txt, .jsonl or .parquet files, read in this order")
+    files: Places = Field(default=(), description="source files: paths of .txt, .jsonl or .parquet files, read in this order")
     dataset: str | None = Field(default=None, description="source hub: id of a Hugging Face dataset, which is streamed")
     dataset_config: str | None = Field(default=None, description="source hub: configuration of the dataset")
     dataset_split: str = Field(default="train", description="source hub: split of the dataset")
@@ -119,7 +123,7 @@ class HarvestSection(Section):
         description="module paths with a side, e.g. transformer.h.2:out; default: the hooks of the recipe's dictionaries",
     )
     tokens: Positive | None = Field(default=None, description="with a store: tokens to store, including held-out ones")
-    store: str | None = Field(default=None, description="directory of the activation store; null: stream from the model")
+    store: Place | None = Field(default=None, description="directory of the activation store; null: stream from the model")
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32", description="precision of the stored activations; int8 has one scale per block of dimensions"
     )
@@ -296,7 +300,7 @@ class Recipe(Section):
         default="auto", description="auto: bf16 autocast on a GPU that supports it, else float32"
     )
     seed: int = Field(default=0, description="seed of the initial weights and of the order of tokens")
-    out_dir: str = Field(description="directory of the run: checkpoint, saved state and logs")
+    out_dir: Place = Field(description="directory of the run: checkpoint, saved state and logs")
     log_every: Positive = Field(default=50, description="steps between two lines of the log")
     save_every: Positive = Field(default=1000, description="steps between two saved states")
     wandb: WandbSection | None = Field(default=None, description="log to Weights & Biases as well; null: do not")

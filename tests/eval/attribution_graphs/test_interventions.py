@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.graph import graph_of
-from sparsary.eval.attribution_graphs.interventions import EFFECTS, intervene, most_influential, predict, with_interventions
+from sparsary.eval.attribution_graphs.interventions import EFFECTS, compare_replacement, intervene, most_influential, predict
 from sparsary.eval.attribution_graphs.local_replacement_model import LocalReplacement
 from sparsary.eval.attribution_graphs.replacement_model import Replacement
 from sparsary.eval.circuits.known import KNOWN
@@ -187,10 +187,10 @@ def test_mlps_without_a_transcoder_are_held_for_direct_effects(tiny_model, rando
 
 def test_what_latents_alone_make_of_the_prompt(tiny_model, random_transcoders):
     anatomy = Architecture(tiny_model("gpt2"))
-    perfect = with_interventions(LocalReplacement(Replacement(anatomy, rectified(anatomy, 1.0)), prompt(), 1))
+    perfect = compare_replacement(LocalReplacement(Replacement(anatomy, rectified(anatomy, 1.0)), prompt(), 1))
     assert perfect.kl_mean == pytest.approx(0.0, abs=1e-6)
     assert (perfect.top1_last, perfect.top1_share) == (True, 1.0)
-    poor = with_interventions(LocalReplacement(Replacement(anatomy, random_transcoders(12)), prompt(), 1))
+    poor = compare_replacement(LocalReplacement(Replacement(anatomy, random_transcoders(12)), prompt(), 1))
     assert poor.kl_last > 1e-2
     assert poor.kl_mean > 1e-2
 

@@ -121,6 +121,17 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path, recipe_values):
         load_recipe(path)
 
 
+def test_paths_may_begin_at_the_home_directory(recipe_values, monkeypatch):
+    """Shells expand ``~`` neither in a recipe nor behind ``out_dir=``; it would be a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe_values["model"] = {"id": "~/gpt2"}
+    recipe_values["text"] = {"source": "files", "files": ["~/a.txt", "/data/~b.txt"]}
+    recipe_values["harvest"]["store"] = "~/acts"
+    recipe = check_recipe(recipe_values | {"out_dir": "~/runs/a"}, "recipe")
+    assert (recipe.model.id, recipe.out_dir, recipe.harvest.store) == ("/home/me/gpt2", "/home/me/runs/a", "/home/me/acts")
+    assert recipe.text.files == ("/home/me/a.txt", "/data/~b.txt")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml: expected a recipe file"):
         load_recipe(tmp_path / "none.yaml")
