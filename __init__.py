@@ -175,6 +175,8 @@ def main() -> None:
     # Read when torch is first loaded. By default OpenMP threads keep spinning after a matrix product and slow down whatever
     # follows: reading, compiled kernels, other processes. Harvest and training took two to four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Lost connections between processes are told in one line; torch's own warnings print its stack, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported lazily: programs that use the package do not need it.
     from .training.console import StandardErrorHandler
 
@@ -191,8 +193,6 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     others = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        if others:
-            _require_shared_work()
         with _as_one_of_several() if others else nullcontext():
             status, message = _run()
         if sys.stdout is not None:
@@ -220,8 +220,9 @@ def _require_shared_work() -> None:
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     if command not in SHARED_COMMANDS | {""}:
         raise ValueError(
-            f"{command}: expected one process, got {os.environ['WORLD_SIZE']} from a launcher, which "
-            f"{' and '.join(sorted(SHARED_COMMANDS))} share. Start it without one: sparsary {shlex.join(sys.argv[1:])}"
+            f"{command}: expected one process, got {os.environ['WORLD_SIZE']} from a launcher; only "
+            f"{' and '.join(sorted(SHARED_COMMANDS))} share their work. Start it without one: "
+            f"sparsary {shlex.join(sys.argv[1:])}"
         )
 
 
@@ -234,6 +235,8 @@ def _as_one_of_several() -> Iterator[None]:
         logging.getLogger().setLevel(logging.ERROR)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     own_ranks()
+    # Known earlier, but only ranks that have met can agree on which of them tells.
+    _require_shared_work()
     yield
     leave()
 

@@ -391,7 +391,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         }
         if self.training_usage is not None:
             config["training_usage"] = self.training_usage.about
-        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)})
+        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)}, sealed=True)
         if self.training_usage is not None:
             self.training_usage.save(directory)
         digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}

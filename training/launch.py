@@ -22,7 +22,8 @@ def launch(processes: int, arguments: list[str]) -> int:
 
     Raises:
         ValueError: If there are fewer GPUs than processes.
-        SystemExit: With a message, if a rank ended and none told why.
+        SystemExit: With a message, if a rank ended and none told why; without one, if a signal stopped the run and a rank
+            told so.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -40,7 +41,10 @@ def launch(processes: int, arguments: list[str]) -> int:
     # A launcher that is told to stop waits this long for the ranks to save.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     # Each process tells its own error; the launcher's table of them adds nothing.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        # torch gives each of its loggers a level of its own.
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -63,6 +67,8 @@ def launch(processes: int, arguments: list[str]) -> int:
             # As a shell reports the death by a signal.
             return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         except SignalException as stopped:
+            if told.exists():
+                raise SystemExit(128 + int(stopped.sigval)) from None
             return 128 + int(stopped.sigval)
     return 0
 

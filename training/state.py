@@ -129,7 +129,7 @@ class TrainState:
             "metrics_bytes": metrics_bytes,
             "lengthened": self.lengthened,
         }
-        write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)})
+        write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)}, sealed=True)
         self.saved_step = self.step
 
     def restore(
@@ -150,7 +150,7 @@ class TrainState:
         path = directory / STATE_FILE
         tensors, metadata = read_tensors(path)
         try:
-            counters: dict[str, Any] = json.loads(metadata["counters"])
+            counters = _counters(metadata)
             for part, module in _parts(dictionary, phases).items():
                 own = _below(f"{part}/", tensors)
                 require_finite(path, own)
@@ -172,7 +172,7 @@ class TrainState:
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
-        except (KeyError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
         phases.select(dictionary, max(self.step - 1, 0))
@@ -189,9 +189,22 @@ def saved_step(directory: Path) -> int:
     path = directory / STATE_FILE
     try:
         with safe_open(path, "pt") as handle:
-            return int(json.loads((handle.metadata() or {})["counters"])["step"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            return _counters(handle.metadata() or {})["step"]
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected the state of a run ({error}). Delete the out_dir to start over.") from None
+
+
+def _counters(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the counters in a state's metadata.
+
+    Raises:
+        KeyError, TypeError, RecursionError, json.JSONDecodeError: If they are missing or of another type.
+    """
+    counters = json.loads(metadata["counters"])
+    for key in ("step", "tokens", "metrics_bytes"):
+        if not isinstance(counters[key], int) or counters[key] < 0:
+            raise TypeError(f"{key}: {str(counters[key])[:80]}")
+    return counters
 
 
 def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:

@@ -77,7 +77,7 @@ def unclear(attempt: Attempt, several: bool = False) -> str:
         return f"{len(lines)} messages"
     if "log: " in lines[0] and "nobody foresaw" not in lines[0] and "MemoryError" not in lines[0]:
         return f"an error nobody foresaw: {lines[0][:300]}"
-    if unexpected := [status for status in attempt.statuses if status not in TOLD and (status or 0) >= 0 and status != 3]:
+    if unexpected := [status for status in attempt.statuses if status is not None and status >= 0 and status not in TOLD | {3}]:
         return f"exit status {unexpected}"
     return ""
 
@@ -161,12 +161,11 @@ def _damage_run(name: str) -> None:
 
 def difference_but(damaged: str, run: Path, right: Path) -> str:
     """Return how a run differs from the right one; what stood in a damaged log is not known."""
-    found = difference(run, right) if damaged != "metrics.jsonl" else _tensors_differ(run, right)
-    return found
+    return difference(run, right) if damaged != "metrics.jsonl" else _tensors_differ(run, right)
 
 
 def _tensors_differ(run: Path, right: Path) -> str:
-    with mock.patch("runs.figures", lambda _run: []):
+    with mock.patch("runs.figures", return_value=[]):
         return difference(run, right)
 
 
@@ -226,31 +225,25 @@ def _on_disk(workshop: Workshop, folder: Path, generator: random.Random, what: s
         if work == "resume":
             workshop.copy(workshop.halfway[1], run)
         before = step_of(run)
-        call, differs = {
-            "train": (lambda: workshop.command(workshop.train(run)), lambda: difference(run, workshop.right[1])),
-            "resume": (lambda: workshop.command(workshop.train(run)), lambda: difference(run, workshop.right[1])),
-            "harvest": (lambda: workshop.command(workshop.harvest(store)), lambda: store_difference(store, workshop.store)),
-            "eval": (
-                lambda: workshop.evaluate(workshop.right[1], report),
-                lambda: report_difference(report, workshop.report),
-            ),
+        arguments, differs = {
+            "train": (workshop.train(run), lambda: difference(run, workshop.right[1])),
+            "resume": (workshop.train(run), lambda: difference(run, workshop.right[1])),
+            "harvest": (workshop.harvest(store), lambda: store_difference(store, workshop.store)),
+            "eval": (workshop.evaluation(workshop.right[1], report), lambda: report_difference(report, workshop.report)),
         }[work]
-        # The recipe lies on the disk, too.
-        workshop.train(run)
-        workshop.harvest(store)
         used = sum(path.stat().st_blocks * 512 for path in disk.folder.rglob("*"))
         if what == "full disk":
             need = {"train": 600_000, "resume": 400_000, "harvest": 900_000, "eval": 300_000}[work]
             disk.limit(used + generator.randrange(4096, need))
-            first = call()
+            first = workshop.command(arguments)
         else:
             disk.read_only(True)
-            first = call()
+            first = workshop.command(arguments)
             disk.read_only(False)
         disk.limit(64 << 20)
         if step_of(run) < before:
             return Outcome(LOST, f"the state of step {before} is gone")
-        return settled(first, differs, call)
+        return settled(first, differs, lambda: workshop.command(arguments))
 
 
 def _disks(what: str, work: str) -> None:
@@ -282,13 +275,13 @@ def _ended_at_a_step(what: str, size: int) -> None:
             return Outcome(WRONG, f"other ranks hang: {first}")
         if what in ("terminate", "interrupt") and step_of(run) != step:
             return Outcome(LOST, f"stopped at step {step}, saved {step_of(run)}: {first}")
-        # Saved every five steps.
-        if step_of(run) < step // RECIPE["save_every"] * RECIPE["save_every"]:
+        # The fault comes before the save of its own step.
+        if step_of(run) < (step - 1) // RECIPE["save_every"] * RECIPE["save_every"]:
             return Outcome(LOST, f"at step {step} the state was of step {step_of(run)}")
         silent = size == 1 and what in ("kill", "leave_early")
-        if not first.succeeded and size > 1 and what in ("kill", "hang", "sleep", "leave_early"):
-            if f"rank {sabotage.rank} of {size} ended or does not answer" not in first.message:
-                return Outcome(WRONG, f"rank {sabotage.rank} is not named: {first.message[-600:]}")
+        must_name = not first.succeeded and size > 1 and what in ("kill", "hang", "sleep", "leave_early")
+        if must_name and f"rank {sabotage.rank} of {size} ended or does not answer" not in first.message:
+            return Outcome(WRONG, f"rank {sabotage.rank} is not named: {first.message[-600:]}")
         return settled(first, lambda: difference(run, workshop.right[size]), lambda: workshop.ranks(arguments, size), silent)
 
     named = {"kill": "SIGKILL", "hang": "hanging rank", "sleep": "hanging rank", "terminate": "SIGTERM", "interrupt": "SIGINT"}
@@ -373,7 +366,8 @@ def _nan_from_model(workshop: Workshop, folder: Path, generator: random.Random) 
 
     def spoiled(model: Any, ids: Any, hooks: Any) -> Any:
         values = real(model, ids, hooks)
-        if not done:
+        # Of a whole batch; the width is found on a shorter input.
+        if not done and len(ids) == RECIPE["harvest"]["batch_contexts"]:
             done.append(True)
             for x in values.values():
                 # Leading tokens are excluded anyway.

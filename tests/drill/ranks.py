@@ -163,9 +163,13 @@ class RankServer:
         os.environ["SPARSARY_RANKS_TIMEOUT"] = RANKS_TIMEOUT
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self.processes = multiprocessing.get_context("forkserver")
-        # Whatever the caller has imported so far, which after a run of its own is all that a rank needs.
+        self.started = False
+
+    def _preload(self) -> None:
+        """Let the fork server import, once, what the caller has imported: after a run of its own, all that a rank needs."""
         libraries = ("torch", "transformers", "numba", "accelerate", "sparsary", "rich", "pyarrow", "typer")
         self.processes.set_forkserver_preload([name for name in list(sys.modules) if name.partition(".")[0] in libraries])
+        self.started = True
 
     def run(
         self,
@@ -185,6 +189,8 @@ class RankServer:
         """
         import torch.distributed as dist
 
+        if not self.started:
+            self._preload()
         size, begun = len(arguments), time.monotonic()
         store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), False) if size > 1 else None
         outputs = [folder / f"rank{rank}.txt" for rank in range(size)]

@@ -103,7 +103,10 @@ def store_difference(store: Path, right: Path) -> str:
     if shards_of(store) != shards_of(right):
         return "shards"
     found, wanted = (json.loads((each / "manifest.json").read_text()) for each in (store, right))
-    return "" if found == wanted else "manifest.json"
+    other = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key) and key != "checksum"]
+    return (
+        f"manifest.json: {', '.join(f'{key}: {found.get(key)}, not {wanted.get(key)}'[:300] for key in other)}" if other else ""
+    )
 
 
 def report_difference(report: Path, right: Path) -> str:

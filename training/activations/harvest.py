@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...sae.errors import WriteError, doing
-from ...sae.files import remove_partial_files, write_json, write_tensors
+from ...sae.files import remove_partial_files, write_tensors
 from ...sae.kernels.parallel import has_numba
 from ..bad_rows import NOT_FINITE, BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
@@ -25,8 +25,9 @@ from ..stages import stage
 from ..text import Cursor, are_heldout
 from .buffer_pool import Memory
 from .contexts import ContextBatch, context_batches
+from .manifest import FORMAT, FORMAT_VERSION, MANIFEST_FILE, write_manifest
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, ActivationStore, encode, gradient_dtype
+from .shards import GRADIENT_KIND, ActivationStore, encode, gradient_dtype
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
         return store
     require_store_folder(directory)
     store = ActivationStore(directory, _new_manifest(model, text, section))
-    write_json(directory / MANIFEST_FILE, store.manifest)
+    write_manifest(directory, store.manifest)
     return store
 
 
@@ -390,7 +391,7 @@ class _Writer:
             self._ahead.popleft().result()
         if not self.store.manifest["complete"]:
             self.store.manifest["complete"] = True
-            write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
+            write_manifest(self.store.directory, self.store.manifest)
 
     def _take(self, rows: dict[str, HarvestedRows], end: tuple[Cursor, Counter[str], Content] | None) -> None:
         # Nothing is stored after a failure: a resume starts where the last complete shard ends.
@@ -448,7 +449,7 @@ class _Writer:
             manifest["content"]["text"] = read
         if skipped:
             manifest["skipped"] = dict(skipped)
-        write_json(self.store.directory / MANIFEST_FILE, manifest)
+        write_manifest(self.store.directory, manifest)
 
 
 def _moments(rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
