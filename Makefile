@@ -3,9 +3,10 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
-TESTS = .venv/bin/pytest -m "not gpu and not network and not parity and not bench"
+ALL_TESTS = not gpu and not network and not parity and not bench
+TESTS = .venv/bin/pytest -m "$(ALL_TESTS) and not long"
 
-.PHONY: demo test portable install check tutorials docs peers clean
+.PHONY: demo test test-all portable install check tutorials docs peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
@@ -13,6 +14,10 @@ demo: install
 
 test: install check
 	$(TESTS)
+
+# The sweeps too: every architecture and format, and runs killed again and again.
+test-all: install check
+	.venv/bin/pytest -m "$(ALL_TESTS)"
 
 # The same tests as on other machines: the oldest instructions that the libraries know, AVX2 and two threads, and products
 # summed in another order.

@@ -39,7 +39,10 @@ from .sanity import Sanity, sanity
 SECTIONS = {"model": ModelSection, "text": TextSection, "harvest": HarvestSection}
 log = logging.getLogger(__name__)
 # Settings that change how model and text are read, not which model or text it is.
-CUTTING_KEYS = ("model.dtype", "model.device", "model.trust_remote_code", "text.context_length", "text.bos", "text.packing")
+CUTTING_KEYS = (
+    *(f"model.{key}" for key in ("dtype", "quantization", "device", "device_map", "truncate", "trust_remote_code")),
+    *("text.context_length", "text.bos", "text.packing"),
+)
 # Held-out share where the training documents are unknown: all documents are held out.
 EVERY_DOCUMENT = math.nextafter(1.0, 0.0)
 

@@ -135,7 +135,7 @@ class MutualLevel(BatchWide, ABC):
         # Selected entries are those above the level.
         demand = torch.zeros(len(scores.W), device=code.values.device)
         demand.index_add_(0, code.latents, (code.values > 0).float())
-        return Selected(code, smallest_of(code, scores.ranks).clamp_min(0).float(), scores.ranks.sum(demand))
+        return Selected(code, smallest_of(code, scores.selecting).clamp_min(0).float(), scores.ranks.sum(demand))
 
     def threshold(self) -> Float[Tensor, "..."] | None:
         return self.level if int(self.batches) else None

@@ -19,7 +19,7 @@ from .inspection import Inspection
 from .metrics import Moments
 from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
-from .ranks import ALONE
+from .ranks import ALONE, UNDIVIDED
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
@@ -97,6 +97,8 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         self.screen: Screen | None = None
         # Processes that share a training batch; set by the trainer, used only in training.
         self.ranks = ALONE
+        # Processes that hold the other latents of the same dictionary, of which this one has ``n_latents``.
+        self.shards = UNDIVIDED
         # Set by the trainer and saved with the checkpoint.
         self.training_usage: TrainingUsage | None = None
         self.provenance: dict[str, Any] = {}
@@ -254,7 +256,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         x = x.flatten(0, -2) if x is not None and x.ndim > 2 else x
         # Adding to slices in place would copy the whole gradient for every block.
         written = [self._padded(decode(part, block.weights.W_dec), block.writes) for block, part in self._parts(code)]
-        total = written[0] if len(written) == 1 else torch.stack(written).sum(0)
+        total = self.shards.reduced(written[0] if len(written) == 1 else torch.stack(written).sum(0))
         # Fused, because this tensor is as large as the batch.
         y_hat = torch.addcmul(self.bypass(x) * self.out_scale, total, self.out_scale)
         return y_hat.unflatten(0, code.batch_shape) if code.batch_shape else y_hat
@@ -479,7 +481,8 @@ class OneSiteDictionary(SparseDictionary, ABC):
         screen = self.screen if self.training else None
         ranks = self.ranks if self.training else ALONE
         W_enc = self.W_dec if self.W_enc is None else self.W_enc
-        return Weights(W_enc, self.b_enc, self.W_dec, screen, self.shift, ranks=ranks)
+        shift = None if self.shift is None else self.shards.shared(self.shift)
+        return Weights(W_enc, self.b_enc, self.W_dec, screen, shift, ranks=ranks, shards=self.shards)
 
     @property
     def blocks(self) -> list[LatentBlock]:

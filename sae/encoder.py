@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .ranks import ALONE, Ranks
+from .ranks import ALONE, UNDIVIDED, Ranks, Shards, largest_of_shards
 from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import entries, some_rows
@@ -33,8 +33,9 @@ class Weights:
     shift: Float[Tensor, " d_in"] | None = None
     # Output columns per site, if latents write to several sites.
     site_width: int | None = None
-    # Processes that share a training batch.
+    # Processes that share a training batch, and those that hold the other latents.
     ranks: Ranks = ALONE
+    shards: Shards = UNDIVIDED
 
     @property
     def unit(self) -> int:
@@ -46,7 +47,7 @@ class Weights:
         W_enc = some_rows(self.W_enc, latents)
         W_dec = W_enc if self.W_dec is self.W_enc else some_rows(self.W_dec, latents)
         b_enc = None if self.b_enc is None else self.b_enc[latents]
-        return Weights(W_enc, b_enc, W_dec, site_width=self.site_width, ranks=self.ranks)
+        return Weights(W_enc, b_enc, W_dec, site_width=self.site_width, ranks=self.ranks, shards=self.shards)
 
 
 def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[Tensor, "tokens n_latents"]:
@@ -56,7 +57,7 @@ def pre_activations(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Float[
 
 def scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
     """Return the pre-activations, without gradient and tile by tile, for selection: most of them are discarded."""
-    return Scorer(*castable(x, weights.W_enc, weights.b_enc), ranks=weights.ranks)
+    return Scorer(*castable(x, weights.W_enc, weights.b_enc), ranks=weights.ranks, shards=weights.shards)
 
 
 def full_scorer(x: Float[Tensor, "tokens d_in"], weights: Weights) -> Scorer:
@@ -72,6 +73,14 @@ def castable(x: Tensor, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor, Te
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), W.to(dtype), None if b is None else b.to(dtype)
     return x, W, b
+
+
+def of_all_shards(found: SparseCode, k: int, shards: Shards) -> SparseCode:
+    """Return the entries of ``largest_per_token`` that are among the ``k`` largest of all shards' latents."""
+    if shards.size == 1:
+        return found
+    values = found.values.view(found.n_tokens, -1)
+    return found.where(largest_of_shards(values, k, shards).view(-1))
 
 
 def with_gradient(code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: Weights) -> SparseCode:
@@ -106,6 +115,8 @@ class Encoder(nn.Module, ABC):
     needs_gradient: ClassVar[bool] = False
     # Adam's betas, from the paper or its authors' code.
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    # Reason why the latents cannot be divided among processes; an empty string if they can.
+    undivided: ClassVar[str] = ""
     # Supports approximate top-k (``screen``).
     can_screen: ClassVar[bool] = False
 
@@ -113,6 +124,8 @@ class Encoder(nn.Module, ABC):
         super().__init__()
         # Minimum number of tokens in a training batch.
         self.smallest_batch = 1
+        # Number of processes that divide the latents among them, set by the trainer.
+        self.n_shards = 1
         # Set by the trainer at every step: fraction completed of the steps that use this encoder.
         self.progress = 1.0
 

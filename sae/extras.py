@@ -8,6 +8,7 @@ OPTIONAL = {
     "accelerate": ("accelerate", "train"),
     "datasets": ("datasets", "train"),
     "filelock": ("filelock", "train"),
+    "fsspec": ("fsspec", "train"),
     "numba": ("numba", "train"),
     "psutil": ("psutil", "train"),
     "pyarrow": ("pyarrow", "train"),

@@ -6,6 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .encoder import Weights, pre_activations, scorer, with_gradient
+from .ranks import Shards, largest_of_shards
+from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .tiled_scores import largest_per_token
 from .zipf import underused
@@ -37,24 +39,37 @@ def auxk(
     ``x`` is centered and ``error`` is ``y - y_hat``; both are detached, so only encoder and decoder rows of dead latents
     receive gradients. The loss is zero without dead latents. Source: Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
-    rows = dead.nonzero().squeeze(-1)
-    if rows.numel() == 0:
+    rows, ranks, shards = dead.nonzero().squeeze(-1), weights.ranks, weights.shards
+    count = shards.total(rows.numel())
+    if count == 0:
         return error.new_zeros(())
-    x, error, ranks = x.detach(), error.detach(), weights.ranks
+    x, error = x.detach(), error.detach()
     dead_weights = weights.rows(rows)
-    if rows.numel() <= k_aux:
+    if count <= k_aux:
         # All dead latents take part, so there is no selection and no sparsity to exploit.
         guess = pre_activations(x, dead_weights).relu() @ dead_weights.W_dec
     else:
-        code = largest_per_token(scorer(x, dead_weights).tiles(), k_aux)
+        if rows.numel():
+            code = largest_per_token(scorer(x, dead_weights).tiles(), min(k_aux, rows.numel()))
+        else:
+            code = SparseCode.from_rows(rows.expand(len(x), 0), x.new_empty(len(x), 0))
+        code = code if shards.size == 1 else _largest_of_dead(code, k_aux, shards)
         guess = decode(with_gradient(code, x, dead_weights).relu(), dead_weights.W_dec)
-    residual = guess - error
+    residual = shards.reduced(guess) - error
     spread = (error - ranks.mean(error.mean(0))).pow(2).sum()
     # The clamp prevents 0/0 after a perfect reconstruction.
     # The mean over ranks of these quotients is that of the sums over the whole batch.
     loss = residual.pow(2).sum() / ranks.mean(spread).clamp_min(torch.finfo(spread.dtype).tiny)
     # With few dead latents the term cannot become small, so its weight shrinks with their number.
-    return loss * min(rows.numel() / k_aux, 1.0)
+    return loss * min(count / k_aux, 1.0)
+
+
+def _largest_of_dead(code: SparseCode, k_aux: int, shards: Shards) -> SparseCode:
+    """Return the entries of a shard's dead latents that are among the ``k_aux`` largest of all shards' dead latents."""
+    values = code.values.view(code.n_tokens, -1)
+    padding = values.new_full((len(values), shards.largest(values.shape[1]) - values.shape[1]), -torch.inf)
+    kept = largest_of_shards(torch.cat([values, padding], dim=1), k_aux, shards)
+    return code.where(kept[:, : values.shape[1]].reshape(-1))
 
 
 def pre_activation_loss(
@@ -69,12 +84,12 @@ def pre_activation_loss(
     Its gradient lowers thresholds and raises pre-activations of dead latents and reaches nothing else; ``x`` and decoder norms
     are constants. Source: the January 2025 update of Anthropic's Transformer Circuits thread.
     """
-    rows = dead.nonzero().squeeze(-1)
-    if rows.numel() == 0 or len(x) == 0:
+    rows, shards = dead.nonzero().squeeze(-1), weights.shards
+    if len(x) == 0 or shards.total(rows.numel()) == 0:
         return x.new_zeros(())
     some = weights.rows(rows)
     below = (thresholds.index_select(0, rows) - pre_activations(x.detach(), some)).relu()
-    return (below.sum(0) @ some.W_dec.detach().norm(dim=-1)) / (len(x) * weights.unit)
+    return shards.reduced((below.sum(0) @ some.W_dec.detach().norm(dim=-1)) / (len(x) * weights.unit))
 
 
 def aux_zipf(

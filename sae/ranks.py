@@ -1,7 +1,9 @@
 """Ranks: the processes that share the work on a training batch."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor
 # Sums of more bytes than this take the group's own all-reduce, whose traffic per rank does not grow with the number of ranks.
 GATHERED_BYTES = 1 << 20
 DIGIT_BITS = 8
+T = TypeVar("T")
 
 
 class RanksLostError(RuntimeError):
@@ -38,6 +41,7 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent_bytes = 0
+        self._sending: deque[tuple[Tensor, dist.Work]] = deque()
 
     def gather(self, own: Shaped[Tensor, "*shape"]) -> list[Tensor]:
         """Return the tensor of every rank, in the order of the ranks; shapes must be equal."""
@@ -88,6 +92,14 @@ class Ranks:
         """
         return own if self.size == 1 else own + (self.mean(own) - own).detach()
 
+    def reduced(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the sum over ranks of their contributions, each of which gets the sum's gradient."""
+        return own if self.size == 1 else _Reduced.apply(own, self)  # pyright: ignore[reportReturnType]
+
+    def shared(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the tensor itself, equal on all ranks; its gradient is the sum of those of all ranks' uses."""
+        return own if self.size == 1 else _Shared.apply(own, self)  # pyright: ignore[reportReturnType]
+
     def least(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the minimum over ranks."""
         return own if self.size == 1 else torch.stack(self.gather(own)).amin(0)
@@ -104,6 +116,43 @@ class Ranks:
         """Wait until all ranks have come here."""
         self.total(0)
 
+    def gather_objects(self, own: T) -> list[T]:
+        """Return the picklable object of every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        with naming_lost_ranks():
+            dist.all_gather_object(found, own, group=self.group)
+        return found
+
+    def from_first(self, own: T) -> T:
+        """Return the first rank's picklable object on every rank."""
+        if self.size == 1:
+            return own
+        shared = [own]
+        with naming_lost_ranks():
+            dist.broadcast_object_list(shared, group_src=0, group=self.group)
+        return shared[0]
+
+    def pass_on(self, numbers: Sequence[int]) -> None:
+        """Send integers to the next rank, the last rank to the first, without waiting until they are received."""
+        sent = torch.tensor(numbers, device=self._device())
+        with naming_lost_ranks():
+            work = dist.isend(sent, group_dst=(self.rank + 1) % self.size, group=self.group)
+        assert work is not None
+        # A tensor must exist until it is sent.
+        self._sending.append((sent, work))
+        while self._sending[0][1].is_completed() and len(self._sending) > 1:
+            self._sending.popleft()
+        self.sent_bytes += sent.nbytes
+
+    def passed_on(self, count: int) -> list[int]:
+        """Return the next ``count`` integers that the previous rank passed on; wait for them."""
+        received = torch.empty(count, dtype=torch.long, device=self._device())
+        with naming_lost_ranks():
+            dist.recv(received, group_src=(self.rank - 1) % self.size, group=self.group)
+        return received.tolist()
+
     def _device(self) -> torch.device:
         """Return the device of tensors that the group's backend sends."""
         return (
@@ -111,7 +160,50 @@ class Ranks:
         )
 
 
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.sum(own)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return own.view_as(own)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.sum(grads[0]), None
+
+
+class Shards(Ranks):
+    """Ranks that hold equal numbers of a dictionary's latents, in order, and work on the same tokens.
+
+    Args:
+        group: Process group of ``torch.distributed``.
+        world: All ranks of the run: those of all shards and all parts of the batch.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, world: Ranks | None = None):
+        super().__init__(group)
+        self.world = world or Ranks()
+
+    def selecting(self, ranks: Ranks) -> Ranks:
+        """Return the ranks that choose together from a batch that is spread over ``ranks``."""
+        return ranks if self.size == 1 else self.world
+
+    def part(self, rows: Shaped[Tensor, "n_latents *width"]) -> Shaped[Tensor, "some *width"]:
+        """Return this rank's rows of a tensor with one row per latent of the whole dictionary."""
+        return rows if self.size == 1 else rows.chunk(self.size)[self.rank]
+
+
 ALONE = Ranks()
+UNDIVIDED = Shards()
 
 
 @contextmanager
@@ -149,6 +241,22 @@ def largest_of_all(values: Float[Tensor, " n"], budget: int, ranks: Ranks) -> Bo
         tied = torch.stack(ranks.gather(equal.sum()))
         left = left - tied[: ranks.rank].sum()
     return over | (equal & (equal.cumsum(0) <= left))
+
+
+@torch.no_grad()
+def largest_of_shards(values: Float[Tensor, "tokens some"], k: int, shards: Ranks) -> Bool[Tensor, "tokens some"]:
+    """Return a mask of each token's candidates that are among its ``k`` largest of all shards; lower shards win ties.
+
+    Every shard passes its own ``k`` largest, or all its latents if there are fewer. Communication: these values.
+    """
+    everywhere = shards.gather(values)
+    most = torch.cat(everywhere, dim=1)
+    smallest = most.topk(min(k, most.shape[1]), dim=1, sorted=False).values.amin(1, keepdim=True)
+    over, equal = values > smallest, values == smallest
+    left = k - (most > smallest).sum(1, keepdim=True)
+    before = sum((each == smallest).sum(1, keepdim=True) for each in everywhere[: shards.rank])
+    # A NaN exceeds nothing; it stays, so that the loss shows it.
+    return over | (equal & (equal.cumsum(1) + before <= left)) | values.isnan()
 
 
 def ordered_keys(values: Float[Tensor, " n"]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .batch_selection import SLACK, largest_cells, largest_columns
 from .kernels import selection
-from .ranks import ALONE, Ranks, largest_of_all
+from .ranks import ALONE, UNDIVIDED, Ranks, Shards, largest_of_all
 from .sparse_code import SparseCode, group_by_latent
 from .sparse_ops import dots
 
@@ -38,8 +38,9 @@ class Scorer:
     b: Float[Tensor, " n_latents"] | None
     # Tile shape of another scorer that is iterated in parallel.
     plan: tuple[int, int] | None = None
-    # Processes that hold the other tokens of the batch.
+    # Processes that hold the other tokens of the batch, and the other latents.
     ranks: Ranks = ALONE
+    shards: Shards = UNDIVIDED
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,6 +51,16 @@ class Scorer:
     def batch_tokens(self) -> int:
         """Number of tokens of all ranks."""
         return len(self.x) * self.ranks.size
+
+    @property
+    def all_latents(self) -> int:
+        """Number of latents of all shards."""
+        return len(self.W) * self.shards.size
+
+    @property
+    def selecting(self) -> Ranks:
+        """Ranks that choose from the batch together."""
+        return self.shards.selecting(self.ranks)
 
     @property
     def tile_shape(self) -> tuple[int, int]:
@@ -187,8 +198,8 @@ def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> t
     depend on the guess. If the batch is spread over ranks, the budget is the whole batch's, and each rank gets its own part:
     they exchange counts only (``ranks.largest_of_all``).
     """
-    (tokens, n_latents), ranks = scorer.shape, scorer.ranks
-    budget = min(budget, scorer.batch_tokens * n_latents)
+    (tokens, n_latents), ranks = scorer.shape, scorer.selecting
+    budget = min(budget, scorer.batch_tokens * scorer.all_latents)
     # A guess requires counting the scores above it, for which an accelerator would have to synchronize.
     guesses = (lambda: cut, lambda: level_of_batch(scorer, budget, SLACK)) if scorer.x.device.type == "cpu" and budget else ()
     for guess in guesses:
@@ -237,6 +248,7 @@ def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
     rank = max(1, int(budget * len(some) / scorer.batch_tokens * slack))
     sample = Scorer(some, scorer.W, scorer.b)
     best = torch.cat([t.scores.reshape(-1).topk(min(rank, t.scores.numel()), sorted=False).values for t in sample.tiles()])
+    best = torch.cat(scorer.shards.gather(best))
     return float(best.topk(min(rank, len(best)), sorted=False).values.amin())
 
 

@@ -60,6 +60,10 @@ install_import_hook(checked, "beartype.beartype")
 THREADS = os.environ.get("SPARSARY_TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = THREADS
 
+# No test asks the hub, nor does a process that one starts: without a network, a model that is not there takes a minute of
+# attempts. huggingface_hub reads this when it is imported. Tests marked `network` are run with HF_HUB_OFFLINE=0.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
@@ -91,8 +95,19 @@ def load_beside():
 
 def slow_entries(text):
     """Return the entries of ``slow.txt``, each with a pattern of the test ids it covers: a file, a test or one id."""
-    entries = [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [line.removeprefix("long") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    entries = [line.split(maxsplit=1)[1].strip() for line in lines]
     return {entry: re.compile(re.escape(entry).replace(r"\*", ".*") + r"(::.*|\[.*)?") for entry in entries}
+
+
+def long_entries(text):
+    """Return those entries of ``slow.txt`` whose lines begin with ``long``."""
+    return slow_entries("\n".join(line for line in text.splitlines() if line.startswith("long")))
+
+
+def any_of(entries):
+    """Return one pattern of the test ids that any of the entries covers."""
+    return re.compile("|".join(pattern.pattern for pattern in entries.values()) or r"(?!)")
 
 
 def stale_entries(entries, ids):
@@ -106,11 +121,14 @@ def stale_entries(entries, ids):
 # Runs before pytest selects by mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    entries = slow_entries(SLOW.read_text(encoding="utf-8"))
-    slow = re.compile("|".join(pattern.pattern for pattern in entries.values()))
+    text = SLOW.read_text(encoding="utf-8")
+    entries = slow_entries(text)
+    slow, long = any_of(entries), any_of(long_entries(text))
     for item in items:
         if slow.fullmatch(item.nodeid):
             item.add_marker(pytest.mark.slow)
+        if long.fullmatch(item.nodeid):
+            item.add_marker(pytest.mark.long)
     # If single tests were requested, the others of their files are missing, but not stale.
     whole = not config.getoption("lf", False) and not any("::" in str(argument) for argument in config.args)
     # A test reports them, because workers of pytest-xdist have no other way to do so.
@@ -178,8 +196,31 @@ def encoder_arguments():
     }
 
 
+@pytest.fixture(scope="session")
+def outlined_once():
+    """Build the embedded model without weights once for all recipes: building it is a third of a small run's time.
+
+    Only where recipes are resolved. Tests of ``skeleton`` itself call the original, and other models are built every time.
+    """
+    from sparsary.training import resolve_hooks
+
+    build, built = resolve_hooks.skeleton, {}
+
+    def skeleton(section):
+        if section.id != "embedded":
+            return build(section)
+        key = section.model_dump_json()
+        if key not in built:
+            built[key] = build(section)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve_hooks, "skeleton", skeleton)
+        yield
+
+
 @pytest.fixture
-def recipe_values(tmp_path):
+def recipe_values(tmp_path, outlined_once):
     """Return the values of a recipe that runs in seconds: 6,000 tokens of the embedded model, 30 steps."""
     return {
         "text": {"context_length": 32},

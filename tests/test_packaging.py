@@ -132,10 +132,13 @@ def test_an_editable_install_runs_from_anywhere(checkout, tmp_path):
         pytest.skip("setuptools is not installed")
     python = environment(tmp_path / "environment")
     pip(python, "install", "--no-build-isolation", "--editable", checkout)
+    # The command in the same process: with -c, the folder is looked through first, as it is with -m.
+    code = "import runpy, sparsary; from sparsary.sae import SAE; print(sparsary.__file__); "
+    code += "runpy.run_module('sparsary', run_name='__main__', alter_sys=True)"
     for folder in (checkout, checkout / "training", Path(checkout.anchor)):
-        found = run([python, "-c", "import sparsary; from sparsary.sae import SAE; print(sparsary.__file__)"], folder)
-        assert Path(found.strip()) == checkout / "__init__.py"
-        assert "harvest" in run([python, "-m", "sparsary", "--help"], folder)
+        found, _, said = run([python, "-c", code, "--help"], folder).partition("\n")
+        assert Path(found) == checkout / "__init__.py"
+        assert "harvest" in said
     bare = subprocess.run([python, "-c", "import sae"], cwd=checkout, capture_output=True, text=True, check=False)
     assert "write `from sparsary.sae import ...`" in bare.stderr
     (checkout / "tests" / "sae" / "test_one.py").write_text(

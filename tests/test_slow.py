@@ -35,11 +35,20 @@ def test_lines_of_files_that_are_gone_are_stale_and_of_files_not_collected_are_n
     assert reading.stale_entries(entries, IDS) == ["tests/no_such_file.py"]
 
 
+def test_lines_that_begin_with_long_are_those_make_test_leaves_out(reading):
+    text = "# long ago\n 3.2 tests/test_cli.py::test_a\nlong 40 tests/test_cli.py::test_b[topk-*]\n"
+    assert list(reading.slow_entries(text)) == ["tests/test_cli.py::test_a", "tests/test_cli.py::test_b[topk-*]"]
+    entries = reading.long_entries(text)
+    assert [name for name in IDS if reading.any_of(entries).fullmatch(name)] == IDS[1:2]
+    assert not reading.any_of({}).fullmatch(IDS[0])
+
+
 def test_every_line_matches_a_test(stale_slow):
     assert not stale_slow, "tests/slow.txt: these lines match no test. Remove or correct them."
 
 
-def test_the_mark_is_set_by_the_list_alone():
-    # The words are put together here so that this file does not find itself; conftest.py sets the mark.
+def test_the_marks_are_set_by_the_list_alone():
+    # The words are put together here so that this file does not find itself; conftest.py sets the marks.
     paths = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__).with_name("conftest.py")]
-    assert [str(path) for path in paths if "mark." + "slow" in path.read_text(encoding="utf-8")] == []
+    marks = "mark." + "slow", "mark." + "long"
+    assert [str(path) for path in paths if any(mark in path.read_text(encoding="utf-8") for mark in marks)] == []

@@ -12,11 +12,12 @@ from ..sae import SparseDictionary
 from ..sae.checkpoint import read_config
 from ..sae.dictionary import CONFIG_FILE
 from ..sae.files import read_text, remove_partial_files, write_text
-from ..sae.ranks import ALONE, Ranks
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
+from .divided import whole_dictionary
 from .locks import LOCK_FILE, locked
 from .phases import Phases, phase_starts
+from .processes import Mesh, mesh
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, WANDB_FOLDER, TrainingLog
 from .shortfalls import ENTRY, Shortfall
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Writer of training states and dictionaries to ``out_dir``."""
 
-    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases, ranks: Ranks = ALONE):
-        self.directory, self.ranks = directory, ranks
+    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases, ranks: Mesh | None = None):
+        self.directory, self.ranks = directory, ranks or mesh()
         self.provenance = provenance
         self.phases = phases
         self.shortfalls: tuple[Shortfall, ...] = ()
@@ -55,7 +56,7 @@ class Checkpoints:
         """
         state.require_finite(self.directory)
         self._require_equal_weights(dictionary, state.step)
-        if self.ranks.rank:
+        if self.ranks.batch.rank:
             state.saved_step = state.step
             return
         state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
@@ -67,20 +68,26 @@ class Checkpoints:
         """Write the loadable checkpoint.
 
         Its provenance records the training progress, whether the run is calibrated (``finished``), the number of rows left
-        out or repaired, the shortfalls, and the content digests of model and text.
+        out or repaired, the shortfalls, and the content digests of model and text. All shards of the latents take part.
         """
-        dictionary.training_usage = state.training_usage
+        if self.ranks.batch.rank:
+            return
+        usage, dictionary = state.training_usage(), whole_dictionary(dictionary)
+        if self.ranks.shards.rank:
+            return
+        dictionary.training_usage = usage
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
         found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
         reached |= {key: value for key, value in found.items() if value}
         dictionary.save(self.directory, self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]})
 
     def _require_equal_weights(self, dictionary: SparseDictionary, step: int) -> None:
-        if self.ranks.size == 1:
+        ranks = self.ranks.batch
+        if ranks.size == 1:
             return
         # Sums of the weights' bits, which wrap around.
         sums = [parameter.detach().contiguous().view(torch.int32).sum() for parameter in dictionary.parameters()]
-        digests = torch.stack(self.ranks.gather(torch.stack(sums)))
+        digests = torch.stack(ranks.gather(torch.stack(sums)))
         usual = digests.mode(0).values
         other = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, usual)]
         if other:

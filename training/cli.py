@@ -49,8 +49,15 @@ def recipe_overrides(arguments: list[str] | None, trust_remote_code: bool | None
 
 
 @app.command("harvest")
-def _harvest(recipe: RecipePath, overrides: Overrides = None, trust_remote_code: TrustRemoteCode = None) -> None:
-    """Cache the activations that a recipe asks for; an interrupted harvest resumes."""
+def _harvest(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    trust_remote_code: TrustRemoteCode = None,
+    processes: Processes = 1,
+) -> None:
+    """Cache the activations that a recipe asks for; an interrupted harvest resumes, also with another number of processes."""
+    if processes != 1:
+        raise typer.Exit(launch_again(processes))
     log.info("harvest: loading recipe %s", recipe)
     from .run import harvest
 

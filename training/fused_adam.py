@@ -12,7 +12,7 @@ from ..sae import SparseDictionary
 from ..sae.kernels import AdamStep, Kernels, RowGrad, backend
 from ..sae.sparse_code import ByLatent
 from ..sae.sparse_grad import SparseGrad, keep_ledger
-from .optim import DictionaryAdam
+from .optim import DictionaryAdam, norm_over_shards
 from .phases import Phases
 from .recipe import Recipe
 
@@ -99,10 +99,17 @@ class FusedAdam(DictionaryAdam):
         device = self.dictionary.device
         if self.grad_clip is None:
             return torch.ones((), device=device)
-        squares = [kernels.squared_norms(part.weights, part.unit, part.gradient).sum() for part in pending]
-        squares += [p.grad.pow(2).sum() for p in others if p.grad is not None]
-        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=device)
+        squares = {part.weights: self._squared_norm(kernels, part) for part in pending}
+        squares |= {p: p.grad.pow(2).sum() for p in others if p.grad is not None}
+        norm = norm_over_shards(self.dictionary, squares)
         return (self.grad_clip / (norm + CLIP_EPS)).clamp(max=1.0)
+
+    def _squared_norm(self, kernels: Kernels, part: Pending) -> Float[Tensor, ""]:
+        """Return the squared norm of a matrix's gradient; each rank of the batch sums an equal part of the rows."""
+        ranks, (n_latents, _) = self.dictionary.ranks, part.weights.shape
+        first, last = (n_latents * i // ranks.size for i in (ranks.rank, ranks.rank + 1))
+        own = part.gradient._replace(firsts=part.gradient.firsts[first : last + 1], dense_of=part.gradient.dense_of[first:last])
+        return ranks.sum(kernels.squared_norms(part.weights[first:last], part.unit, own).sum())
 
     def _state(self, weights: Tensor) -> dict[str, Tensor]:
         """Return a matrix's Adam state, created as torch does, and count the step."""

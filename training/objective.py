@@ -94,7 +94,7 @@ class Objective(nn.Module):
         code = d.encode(batch.x, batch.grad)
         y_hat = d.decode(code, batch.x)
         fvu = normalized_mse(y, y_hat, self.variance)
-        named = {"fvu": fvu.detach(), "l0": (code.values != 0).sum() / max(code.n_tokens, 1)}
+        named = {"fvu": fvu.detach(), "l0": d.shards.sum((code.values != 0).sum()) / max(code.n_tokens, 1)}
         for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
             named["screen_recall"] = screen.recall
         judged = self.prefixes(code, batch.x) if code.requests.prefixes else [y_hat]
@@ -131,7 +131,7 @@ class Objective(nn.Module):
         d, requests = self.dictionary, code.requests
         terms = dict(requests.penalties)
         if requests.frozen is not None:
-            guess = (decode(requests.frozen, d.atoms.detach()) + d.bypass(batch.x).detach()) * d.out_scale
+            guess = (d.shards.reduced(decode(requests.frozen, d.atoms.detach())) + d.bypass(batch.x).detach()) * d.out_scale
             terms["frozen"] = normalized_mse(y, guess, self.variance)
         if requests.revival is not None:
             seen, thresholds = d.normalised(batch.x), requests.revival.thresholds
@@ -140,7 +140,7 @@ class Objective(nn.Module):
                 for block in d.blocks
             ]
             terms["pre_act"] = requests.revival.weight * torch.stack(below).mean()
-        if self.aux.weight > 0 and not self.aux.tau and not bool(usage.dead.any()):
+        if self.aux.weight > 0 and not self.aux.tau and not d.shards.total(int(usage.dead.any())):
             terms["aux"] = y_hat.new_zeros(())
         elif self.aux.weight > 0:
             error = (y - y_hat) / d.out_scale
@@ -165,9 +165,10 @@ class Objective(nn.Module):
         """Return the reconstruction from each prefix of the latents, the full one last; every entry is decoded once."""
         d = self.dictionary
         guesses, partial, below = [], d.bypass(x).expand(len(x), d.d_out), 0
+        latents = code.latents + d.shards.rank * d.n_latents
         for width in code.requests.prefixes:
-            group = code.where((code.latents >= below) & (code.latents < width))
-            partial = partial + decode(group, d.atoms)
+            group = code.where((latents >= below) & (latents < width))
+            partial = partial + d.shards.reduced(decode(group, d.atoms))
             guesses.append(partial * d.out_scale)
             below = width
         return guesses

@@ -1,9 +1,13 @@
 """Optimizer and learning-rate schedule."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.sparse_grad import drop_ledger
+from .divided import per_latent
 from .gradient_exchange import GradientExchange
 from .phases import Phases
 from .recipe import Recipe, peak_lr, total_steps
@@ -31,10 +35,32 @@ class DictionaryAdam(torch.optim.Adam):
         # Before clipping: the radial part of a decoder row's gradient is discarded and must not count toward the norm.
         self.dictionary.project_grad()
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.grad_clip)
+            clip_gradients(self.dictionary, self.grad_clip)
         super().step()
         # After the update: the next forward pass must see a unit-norm decoder.
         self.dictionary.renormalize()
+
+
+def clip_gradients(dictionary: SparseDictionary, largest: float) -> None:
+    """Scale the gradients so that their norm, over the latents of all shards, is at most ``largest``."""
+    if dictionary.shards.size == 1:
+        torch.nn.utils.clip_grad_norm_(dictionary.parameters(), largest)
+        return
+    squares = {p: p.grad.pow(2).sum() for p in dictionary.parameters() if p.grad is not None}
+    torch.nn.utils.clip_grads_with_norm_(squares.keys(), largest, norm_over_shards(dictionary, squares))
+
+
+def norm_over_shards(dictionary: SparseDictionary, squares: Mapping[Tensor, Tensor]) -> Tensor:
+    """Return the norm of a gradient from the sums of squares of its parameters; shared parameters are counted once."""
+    if not squares:
+        return torch.zeros((), device=dictionary.device)
+    if dictionary.shards.size == 1:
+        return torch.stack(list(squares.values())).sum().sqrt()
+    names = {parameter: name for name, parameter in dictionary.named_parameters()}
+    zero = torch.zeros((), device=dictionary.device)
+    own = sum((s for p, s in squares.items() if per_latent(names[p], p, dictionary.n_latents)), zero)
+    shared = sum((s for p, s in squares.items() if not per_latent(names[p], p, dictionary.n_latents)), zero)
+    return (dictionary.shards.sum(own) + shared).sqrt()
 
 
 def lr_share(recipe: Recipe, step: int) -> float:

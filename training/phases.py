@@ -38,6 +38,7 @@ class Phases(nn.Module):
             encoder.prepare(dictionary.n_latents)
         self.encoders = nn.ModuleList([dictionary.encoder, *later])
         for encoder in self.encoders:
+            cast(Encoder, encoder).n_shards = dictionary.shards.size
             if isinstance(encoder, BatchWide):
                 encoder.density_half_life = density_half_life(recipe.dead_after_tokens)
         # Integer arguments, to which scheduled values are rounded.

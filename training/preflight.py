@@ -15,7 +15,8 @@ from ..sae.encoders import build_encoder
 from ..sae.penalised import Penalised
 from ..sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_CPU
 from .activations.harvest import recipe_identity, require_store_folder
-from .activations.model import RemoteCodeRefused, resolve_device
+from .activations.model import RemoteCodeRefused, require_quantization, resolve_device
+from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore, gradient_dtype
 from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
@@ -94,7 +95,7 @@ class TrainingPlan:
         store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({_bytes(self.disk_bytes)} to write)"
         reach = "the whole store" if not live else "one buffer"
         return [
-            ("model", f"{recipe.model.id}  {recipe.model.dtype}"),
+            ("model", f"{recipe.model.id}  {recipe.model.dtype}{_quantized(recipe)}"),
             ("text", f"{recipe.text.source}, contexts of {recipe.text.context_length} tokens, bos: {recipe.text.bos}"),
             *([] if self.text is None else [("text holds", self.text.words())]),
             (
@@ -164,6 +165,10 @@ def _bytes(n: int | float) -> str:
     return f"{n:.1f} TB"
 
 
+def _quantized(recipe: Recipe) -> str:
+    return "" if recipe.model.quantization is None else f", {recipe.model.quantization}"
+
+
 def preflight(recipe: ResolvedRecipe) -> TrainingPlan:
     """Run ``preflight_all`` on one recipe."""
     return preflight_all([recipe])[0]
@@ -203,6 +208,7 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
 def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) -> list[TrainingPlan]:
     """Plan recipes that train together, without checking their memory."""
     first = recipes[0]
+    require_quantization(first.recipe.model)
     widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
     if unfit := first.outline.text_problems(first.recipe.text):
         raise ValueError("\n".join(unfit))
@@ -252,9 +258,12 @@ def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
     for key, folder in (("harvest.store", store), *(("out_dir", member.recipe.out_dir) for member in members)):
         try:
             if folder is not None:
-                require_writable(Path(folder), key)
                 if key == "harvest.store":
-                    require_store_folder(Path(folder))
+                    place = store_place(members[0].recipe.harvest)
+                    place.require_writable()
+                    require_store_folder(place.directory)
+                else:
+                    require_writable(Path(folder), key)
         except ValueError as error:
             found.append(str(error))
     for member in members if not found else ():
@@ -332,9 +341,13 @@ def _calibrates(recipe: Recipe) -> bool:
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
     """Return the recipe's store if it holds shards and, with ``complete``, only if it is complete."""
-    if recipe.harvest.store is None or not (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
+    if recipe.harvest.store is None:
         return None
-    store = ActivationStore.open(recipe.harvest.store)
+    place = store_place(recipe.harvest)
+    place.look()
+    if not (place.directory / MANIFEST_FILE).exists():
+        return None
+    store = ActivationStore.open(place.directory)
     return store if store.manifest["shards"] and (store.manifest["complete"] or not complete) else None
 
 
@@ -451,7 +464,7 @@ def _step_bytes(recipe: Recipe, row: int) -> int:
 def _require_disk(recipe: Recipe, needed: int) -> None:
     if recipe.harvest.store is None:
         return
-    folder = existing_parent(Path(recipe.harvest.store))
+    folder = existing_parent(store_place(recipe.harvest).directory)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

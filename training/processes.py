@@ -6,16 +6,18 @@ Any launcher of torch will do: ``torchrun``, ``accelerate launch``, or ``sparsar
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ..sae.ranks import ALONE, Ranks, RanksLostError, naming_lost_ranks
+from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards, naming_lost_ranks
 
 T = TypeVar("T")
 # A collective that a rank does not reach within this time ends the run.
@@ -64,11 +66,46 @@ def own_ranks() -> Ranks:
     return Ranks(dist.group.WORLD)
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run, and two divisions of them: parts of the batch, and shards of the latents.
+
+    Rank ``i`` of ``N`` has shard ``i % latents`` and part ``i // latents`` of every batch.
+    """
+
+    world: Ranks
+    batch: Ranks
+    shards: Shards
+
+
+@cache
+def mesh(latents: int = 1) -> Mesh:
+    """Return the division of this run's ranks into parts of the batch and ``latents`` shards.
+
+    Raises:
+        ValueError: If the number of ranks is not a multiple of the shards.
+    """
+    world = own_ranks()
+    if world.size % latents:
+        raise ValueError(
+            f"distributed.latents: expected a divisor of the {world.size} processes, got {latents}. Start a multiple of it, or "
+            "change it."
+        )
+    if latents == 1:
+        return Mesh(world, world, UNDIVIDED)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    grid = init_device_mesh(device, (world.size // latents, latents), mesh_dim_names=("batch", "latents"))
+    # A group of one process needs no messages.
+    batch = Ranks(grid.get_group("batch")) if world.size > latents else ALONE
+    return Mesh(world, batch, Shards(grid.get_group("latents"), world))
+
+
 def leave() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
     own_ranks.cache_clear()
+    mesh.cache_clear()
 
 
 def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
@@ -79,9 +116,7 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
     """
     if ranks.size == 1:
         return
-    everywhere: list[Mapping[str, str]] = [{} for _ in range(ranks.size)]
-    with naming_lost_ranks():
-        dist.all_gather_object(everywhere, dict(facts), group=ranks.group)
+    everywhere = ranks.gather_objects(dict(facts))
     problems = []
     for name in facts:
         values = [each.get(name, "") for each in everywhere]
@@ -99,12 +134,7 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
 def from_first(ranks: Ranks, value: T) -> T:
     """Return rank 0's value on every rank; it must be picklable."""
-    if ranks.size == 1:
-        return value
-    shared = [value]
-    with naming_lost_ranks():
-        dist.broadcast_object_list(shared, src=0, group=ranks.group)
-    return shared[0]
+    return ranks.from_first(value)
 
 
 def _difference(first: str, other: str) -> tuple[str, str]:

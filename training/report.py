@@ -65,7 +65,7 @@ class TrainingLog:
         speed = (state.tokens - self.last[1]) / max(now - self.last[0], 1e-9)
         self.last = (now, state.tokens)
         row = {name: json_number(float(value)) for name, value in terms.named.items()}
-        row["dead"] = float(state.dead.double().mean())
+        row["dead"] = state.dead_share()
         row |= {
             "step": state.step,
             "tokens": state.tokens,

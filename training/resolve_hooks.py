@@ -10,7 +10,7 @@ from typing import Any
 from ..sae.files import natural_order
 from .activations.hidden_states import HookError
 from .activations.limits import context_problems, tokenizer_problems, untrained_positions
-from .activations.model import LanguageModel, load_model, load_tokenizer, section_content, skeleton
+from .activations.model import LanguageModel, load_model, load_model_for, load_tokenizer, section_content, skeleton
 from .activations.prompt import HookInfo
 from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks, sites_of
 from .content import Content
@@ -51,6 +51,10 @@ class ModelOutline:
     def loaded(self) -> LanguageModel:
         """Return the model with its weights: the one in memory if there is one."""
         return load_model(self.section) if self._given is None else self._given
+
+    def loaded_for(self, hooks: tuple[str, ...]) -> LanguageModel:
+        """Return a model that gives the activations at these hooks, and possibly nothing else; as ``loaded`` in memory."""
+        return load_model_for(self.section, hooks, self.model) if self._given is None else self._given
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -3,7 +3,7 @@
 import logging
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -16,15 +16,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS
+from ..sae.encoders import ENCODERS, build_encoder
 from ..sae.errors import WriteError, doing
 from ..sae.metrics import Moments
 from ..sae.ranks import ALONE, Ranks
 from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
-from .activations.harvest import harvest_activations
+from .activations.harvest import harvest_activations, require_shared_store
 from .activations.live import Buffers, ContextStream, LiveStream
 from .activations.model import LanguageModel, resolve_device
+from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream, BatchPart
@@ -33,6 +34,7 @@ from .bad_rows import counted
 from .calibrate import finish
 from .checkpoints import RECIPE_FILE, Checkpoints, claimed
 from .content import pinned
+from .divided import own_part, require_divisible, whole_dictionary
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .locks import OneRun
@@ -41,7 +43,7 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .processes import from_first, own_ranks, require_agreement
+from .processes import from_first, mesh, own_ranks, require_agreement
 from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog
@@ -59,6 +61,8 @@ ONE_RUN = OneRun()
 def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> ActivationStore:
     """Fill the recipe's activation store, or check a complete one. Any member of a grid will do, because they share the store.
 
+    The ranks of this run share the work.
+
     Args:
         plan: Existing plan of the recipe; made here if ``None``.
 
@@ -73,18 +77,27 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         )
     # Checks sizes and identity, but not memory: training may run on a larger machine.
     plan = plan or plan_all([member])[0]
-    if (Path(recipe.harvest.store) / MANIFEST_FILE).exists():
-        store = ActivationStore.open(recipe.harvest.store)
+    place, ranks = store_place(recipe.harvest), own_ranks()
+    place.fetch()
+    require_shared_store(ranks, place.directory)
+    if (place.directory / MANIFEST_FILE).exists():
+        store = ActivationStore.open(place.directory)
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
             return store
-    return harvest_activations(member.outline.loaded(), recipe.text, recipe.harvest)
+    # Gradients come from the loss, at the model's end.
+    outline, hooks = member.outline, recipe.harvest.hooks
+    model = outline.loaded() if recipe.harvest.gradients else outline.loaded_for(hooks)
+    local = recipe.harvest.model_copy(update={"store": str(place.directory)})
+    # The first rank uploads the shards of all.
+    with place.publishing() if ranks.rank == 0 else nullcontext():
+        return harvest_activations(model, recipe.text, local, ranks)
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:
     """Cache the activations that a recipe file asks for, and return their store. An interrupted harvest resumes.
 
-    Members of a grid share one store. For example::
+    Members of a grid share one store. Processes started by ``torchrun`` share the work; all of them return. For example::
 
         store = sparsary.harvest("recipe.yaml", harvest__tokens=20_000, harvest__store="activations")
         print(store.tokens("train"), store.tokens("heldout"))
@@ -96,7 +109,9 @@ def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStor
     Raises:
         ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
-    return run_harvest(resolve_recipes(load_grid(recipe, _dotted(overrides)).recipes)[0])
+    grid = load_grid(recipe, _dotted(overrides))
+    require_agreement(own_ranks(), _same_on_all(grid.recipes))
+    return run_harvest(resolve_recipes(grid.recipes)[0])
 
 
 def train(
@@ -228,7 +243,8 @@ def open_streams(
         key = member.stream_key if activations is None else (recipe.batch_tokens, recipe.dictionary.kind != "sae")
         together.setdefault(key, []).append(recipe)
     groups, first = list(together.values()), members[0].recipe
-    parts = [BatchPart(ranks.rank, ranks.size, group[0].accumulate) for group in groups]
+    batch = mesh(first.distributed.latents).batch
+    parts = [BatchPart(batch.rank, batch.size, group[0].accumulate) for group in groups]
     with ExitStack() as stack:
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
@@ -241,19 +257,17 @@ def open_streams(
                 for group, part in zip(groups, parts, strict=True)
             ]
         elif first.harvest.store is None:
-            model = members[0].outline.loaded()
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
+            outline = members[0].outline
+            whole = first.harvest.gradients or any(member.recipe.objective == "kl" for member in members)
+            model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
             streams = [_live_stream(buffers, group[0], part) for group, part in zip(groups, parts, strict=True)]
         else:
-            # One rank harvests, the others read what it stored.
-            if ranks.rank == 0:
-                run_harvest(members[0], plans[0] if plans else None)
-            ranks.wait()
             store = run_harvest(members[0], plans[0] if plans else None)
-            if first.harvest.verify and ranks.rank == 0:
-                store.verify()
+            if first.harvest.verify:
+                store.verify(ranks)
             streams = [_store_stream(store, group, stack, part) for group, part in zip(groups, parts, strict=True)]
         for stream in streams:
             stack.callback(stream.close)
@@ -278,17 +292,23 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack,
 
 def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
-    code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
-    require_agreement(ranks, {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code})
+    require_agreement(ranks, _same_on_all(recipes))
     for recipe in recipes if ranks.size > 1 else ():
-        parts = ranks.size * recipe.accumulate
+        parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if recipe.batch_tokens % parts:
             raise ValueError(
-                f"batch_tokens: expected a multiple of {parts} ({ranks.size} processes x accumulate {recipe.accumulate}), got "
+                f"batch_tokens: expected a multiple of {parts} ({parts // recipe.accumulate} parts of a batch x accumulate "
+                f"{recipe.accumulate}), got "
                 f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
             )
         if recipe.harvest.store is None and recipe.objective == "kl":
             raise ValueError("objective: kl trains in one process, got several. Start it without a launcher.")
+
+
+def _same_on_all(recipes: Sequence[Recipe]) -> dict[str, str]:
+    """Return what must be the same on all ranks, by its name in messages."""
+    code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
+    return {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code}
 
 
 def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
@@ -343,16 +363,16 @@ def _train(
         for member in group.members:
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
-                # Every rank reads the same tokens and gets the same thresholds.
-                member.dictionary.ranks = ALONE
-                found = finish(member.dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
+                # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
+                dictionary = whole_dictionary(member.dictionary)
+                dictionary.ranks = ALONE
+                found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # Always saved: a kill may have come between the last state and its dictionary.
-                if ranks.rank == 0:
-                    member.checkpoints.save_dictionary(member.state, member.dictionary, group.stream, finished=True)
+                member.checkpoints.save_dictionary(member.state, dictionary, group.stream, finished=True)
     ranks.wait()
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
@@ -429,11 +449,16 @@ def _member(
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
-    dictionary = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
+    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
     if earlier is None:
         moments = (start.moments, start.target_moments)
-        initialize(dictionary, start.sample, *moments, section.normalize, section.init, start.medians)
-    dictionary.ranks = own_ranks()
+        initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
+    ranks = mesh(recipe.distributed.latents)
+    require_divisible(
+        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
+    )
+    dictionary = own_part(whole, ranks.shards)
+    dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
@@ -446,15 +471,15 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness)
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer.
     objective = cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, dictionary.ranks)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=dictionary.ranks.rank == 0)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks)
+    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..sae import SparseDictionary
 from ..sae.files import read_tensors, require_finite, write_tensors
+from ..sae.ranks import UNDIVIDED, Shards
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
+from .divided import own_tensors, whole_tensors
 from .objective import LatentUsage, Terms
 from .phases import Phases, density_half_life
 
@@ -57,8 +59,15 @@ class TrainState:
     ``silent_for`` is the number of tokens since each latent last fired, ``density`` the running share of tokens it fires on.
     """
 
-    def __init__(self, n_latents: int, dead_after_tokens: int, device: torch.device, randomness: Randomness):
-        self.randomness = randomness
+    def __init__(
+        self,
+        n_latents: int,
+        dead_after_tokens: int,
+        device: torch.device,
+        randomness: Randomness,
+        shards: Shards = UNDIVIDED,
+    ):
+        self.randomness, self.shards = randomness, shards
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
@@ -78,10 +87,13 @@ class TrainState:
     def usage(self) -> LatentUsage:
         return LatentUsage(self.dead, self.density)
 
-    @property
+    def dead_share(self) -> float:
+        """Return the share of all shards' latents that are dead."""
+        return float(self.shards.mean(self.dead.double().mean()))
+
     def training_usage(self) -> TrainingUsage:
-        """Latent usage, as stored in checkpoints."""
-        return TrainingUsage(self.silent_for.cpu(), self.dead_after_tokens, self.tokens)
+        """Return the usage of all shards' latents, as stored in checkpoints."""
+        return TrainingUsage(torch.cat(self.shards.gather(self.silent_for)).cpu(), self.dead_after_tokens, self.tokens)
 
     def advance(self, tokens: int, terms: Terms) -> None:
         """Count one step, without synchronizing with the device."""
@@ -110,7 +122,11 @@ class TrainState:
         stream: ActivationStream,
         metrics_bytes: int,
     ) -> None:
-        """Replace the saved state. If it cannot be written, raise ``OSError`` and keep the old one."""
+        """Replace the saved state, which has the latents of all shards; the first one writes.
+
+        Raises:
+            OSError: If it cannot be written; the old one is kept.
+        """
         tensors: dict[str, Tensor] = {}
         for part, module in _parts(dictionary, phases).items():
             tensors |= {f"{part}/{name}": t for name, t in _own(module.state_dict()).items()}
@@ -129,7 +145,9 @@ class TrainState:
             "metrics_bytes": metrics_bytes,
             "lengthened": self.lengthened,
         }
-        write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)}, sealed=True)
+        tensors = whole_tensors(tensors, dictionary.n_latents, dictionary.shards)
+        if dictionary.shards.rank == 0:
+            write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)}, sealed=True)
         self.saved_step = self.step
 
     def restore(
@@ -149,6 +167,8 @@ class TrainState:
         """
         path = directory / STATE_FILE
         tensors, metadata = read_tensors(path)
+        shards = dictionary.shards
+        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards)
         try:
             counters = _counters(metadata)
             for part, module in _parts(dictionary, phases).items():

@@ -102,7 +102,7 @@ def content_of(weights: str, config: dict[str, Any], selection: str, tokens: int
         "weights": weights,
         "dictionary": config["dictionary"],
         "hooks": [source.get(key) for key in ("hook", "hooks_in", "hooks_out")],
-        "model": section.model_dump(mode="json", exclude={"device", "trust_remote_code"}),
+        "model": section.model_dump(mode="json", exclude={"device", "device_map", "trust_remote_code", "truncate"}),
         "content": section_content(section),
         "text": source["text"],
         "harvest": source["harvest"],

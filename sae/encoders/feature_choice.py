@@ -45,6 +45,7 @@ class FeatureChoice(BatchWide):
         rerank_every: Training batches between two updates of the ranks.
     """
 
+    undivided = "its budgets follow the rank of every latent among all"
     thresholds: Float[Tensor, " n_latents"]
     rank: Int[Tensor, " n_latents"]
     law: Float[Tensor, "2"]

@@ -48,8 +48,8 @@ class Gated(Penalised):
         code = SparseCode(latents, magnitudes, open_.starts)
         if not self.training or tokens == 0:
             return code
-        measure = gate.sum() / (tokens * weights.unit)
-        l0 = weights.ranks.mean((magnitudes.detach() > 0).sum() / tokens)
+        measure = weights.shards.reduced(gate.sum() / (tokens * weights.unit))
+        l0 = weights.ranks.mean(weights.shards.sum((magnitudes.detach() > 0).sum() / tokens))
         requests = AuxTerms(
             penalties={"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)},
             frozen=SparseCode(code.latents, gate, code.starts),

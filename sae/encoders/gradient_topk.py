@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..encoder import Encoder, Weights, castable, require_argument, require_k, scorer, with_gradient
+from ..encoder import Encoder, Weights, castable, of_all_shards, require_argument, require_k, scorer, with_gradient
 from ..sparse_code import SparseCode
 from ..tiled_scores import Scorer, Tile, largest_per_token, pick
 
@@ -48,11 +48,11 @@ class GradientTopK(Encoder):
                 "grad: a gradient SAE trains on activations with gradients, got none. Set harvest.gradients: true and "
                 "harvest again: sparsary harvest RECIPE"
             )
-        pre_acts = scorer(x, weights)
+        pre_acts, k = scorer(x, weights), min(self.k, len(weights.W_enc))
         if grad is None or self.beta == 0:
-            code = largest_per_token(pre_acts.tiles(), self.k)
+            code = of_all_shards(largest_per_token(pre_acts.tiles(), k), self.k, weights.shards)
         else:
-            chosen = largest_per_token(self.tiles(pre_acts, weights, grad), self.k)
+            chosen = of_all_shards(largest_per_token(self.tiles(pre_acts, weights, grad), k), self.k, weights.shards)
             # Scores that are NaN select arbitrary latents, so their values become NaN rather than pass for a selection.
             values = pick(pre_acts, chosen).masked_fill(chosen.values.isnan(), torch.nan)
             code = SparseCode(chosen.latents, values, chosen.starts)

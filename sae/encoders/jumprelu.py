@@ -127,13 +127,13 @@ class JumpReLU(Penalised):
 
     def _charge(self, code: SparseCode, fires: Float[Tensor, " nnz"], weights: Weights) -> Float[Tensor, ""]:
         """Return the sparsity penalty of a training batch."""
-        l0 = weights.ranks.whole(fires.sum() / code.n_tokens)
+        l0 = weights.ranks.whole(weights.shards.reduced(fires.sum() / code.n_tokens))
         if self.penalty == "square":
             assert self.target_l0 is not None
             return self.weight_now() * (l0 / self.target_l0 - 1).pow(2)
         if self.penalty == "tanh":
             norms = per_entry(weights.W_dec.norm(dim=-1), code.latents)
-            measure = (self.steepness * code.values * norms).tanh().sum() / code.n_tokens
+            measure = weights.shards.reduced((self.steepness * code.values * norms).tanh().sum() / code.n_tokens)
         else:
             measure = l0
         return self.steering(measure / weights.unit, self.weight_now(), l0, self.target_l0, self.rising)
@@ -149,13 +149,13 @@ class JumpReLU(Penalised):
         """Raise thresholds to enforce the maximum L0; the first batch sets one threshold for all latents."""
         assert self.most_now is not None
         tokens = scores.batch_tokens
-        budget = min(round(tokens * self.most_now), tokens * len(scores.W))
+        budget = min(round(tokens * self.most_now), tokens * scores.all_latents)
         if not int(self.started):
-            level = smallest_of(largest_of_batch(scores, budget)[0], scores.ranks)
+            level = smallest_of(largest_of_batch(scores, budget)[0], scores.selecting)
             self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
             self.started.fill_(1)
             return
-        by = smallest_of(largest_of_batch(self._margins(scores), budget)[0], scores.ranks)
+        by = smallest_of(largest_of_batch(self._margins(scores), budget)[0], scores.selecting)
         if float(by) > 0:
             self.log_threshold.copy_((self.thresholds() + by).log() / PACE)
 

@@ -33,4 +33,4 @@ class Matryoshka(MutualLevel):
         self._n_latents = n_latents
 
     def prefixes(self) -> tuple[int, ...]:
-        return tuple(max(1, round(share * self._n_latents)) for share in self.shares)
+        return tuple(max(1, round(share * self._n_latents * self.n_shards)) for share in self.shares)

@@ -49,8 +49,8 @@ class ReLU(Penalised):
         if not self.training or tokens == 0:
             return code
         norms = weights.W_dec.norm(dim=-1)
-        measure = (code.values * per_entry(norms, code.latents)).sum() / (tokens * weights.unit)
-        l0 = weights.ranks.mean(torch.tensor(len(code.values) / tokens, device=x.device))
+        measure = weights.shards.reduced((code.values * per_entry(norms, code.latents)).sum() / (tokens * weights.unit))
+        l0 = weights.ranks.mean(weights.shards.sum(torch.tensor(len(code.values) / tokens, device=x.device)))
         penalties = {"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)}
         return SparseCode(
             code.latents, code.values, code.starts, AuxTerms(penalties=penalties, revival=self.revival(x.new_zeros(n_latents)))

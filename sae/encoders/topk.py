@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from ..encoder import Encoder, Weights, full_scorer, require_argument, require_k, scorer, with_gradient
+from ..encoder import Encoder, Weights, full_scorer, of_all_shards, require_argument, require_k, scorer, with_gradient
 from ..sparse_code import SparseCode
 from ..tiled_scores import largest_per_token
 
@@ -29,10 +29,10 @@ class TopK(Encoder):
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         if weights.screen is None:
-            found = largest_per_token(scorer(x, weights).tiles(), self.k)
+            found = largest_per_token(scorer(x, weights).tiles(), min(self.k, len(weights.W_enc)))
         else:
-            found = weights.screen.largest_per_token(full_scorer(x, weights), self.k)
-        return with_gradient(found, x, weights).relu()
+            found = weights.screen.largest_per_token(full_scorer(x, weights), min(self.k, len(weights.W_enc)))
+        return with_gradient(of_all_shards(found, self.k, weights.shards), x, weights).relu()
 
     def prepare(self, n_latents: int) -> None:
         require_k(self.k, n_latents)

@@ -27,6 +27,10 @@ SPECS = [
 ]
 
 
+def name(spec):
+    return "-".join(map(str, spec.values()))
+
+
 @pytest.fixture
 def on_ranks(load_beside):
     return load_beside("thread_ranks").on_ranks
@@ -132,7 +136,7 @@ def test_auxk_of_the_ranks_is_that_of_the_batch(on_ranks, size, k_aux):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
+@pytest.mark.parametrize("spec", SPECS, ids=name)
 def test_codes_and_gradients_are_those_of_the_whole_batch(on_ranks, spec, size):
     """Three training batches, so that running statistics, thresholds and penalty weights take part."""
     torch.manual_seed(5)

@@ -63,7 +63,6 @@ def values(recipe_values, tmp_path):
 )
 def test_a_dry_run_says_what_would_go_wrong(values, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     values |= {"model": {}, "tokens": 5000}

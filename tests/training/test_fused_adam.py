@@ -22,7 +22,7 @@ from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
 from sparsary.training.state import Randomness, TrainState
 
-TOKENS, D, LATENTS, STEPS = 37, 19, 67, 7
+TOKENS, D, LATENTS, STEPS = 37, 19, 67, 5
 
 
 def needs_kernels():

@@ -562,13 +562,14 @@ def test_signals_save_first(values, write_recipe, number):
     assert f"step {saved // 101};" in output
 
 
-def test_eight_kills_end_bit_equal_to_none(values, write_recipe, tmp_path):
+@pytest.mark.parametrize("kills", [2, 8])
+def test_kills_end_bit_equal_to_none(values, write_recipe, tmp_path, kills):
     """SIGKILL at random moments, saves included; the same run again each time; the same weights at the end."""
     import multiprocessing
     import random
 
-    # At most four saves between two kills, however fast the machine: no run is over before the eighth.
-    values |= {"tokens": 101 * 300, "save_every": 7, "log_every": 13}
+    # At most four saves between two kills, however fast the machine: no run is over before the last of them.
+    values |= {"tokens": 101 * 38 * kills, "save_every": 7, "log_every": 13}
     values["dictionary"]["n_latents"] = 509
     whole = run(values, out_dir=str(tmp_path / "whole"))
     path, directory = write_recipe(values), Path(values["out_dir"])
@@ -576,7 +577,7 @@ def test_eight_kills_end_bit_equal_to_none(values, write_recipe, tmp_path):
     processes, generator, saved = multiprocessing.get_context("forkserver"), random.Random(0), 0
     libraries = ("torch", "transformers", "numba", "sparsary")
     processes.set_forkserver_preload([name for name in list(sys.modules) if name.partition(".")[0] in libraries])
-    for _ in range(8):
+    for _ in range(kills):
         process = processes.Process(target=train, args=(path,))
         process.start()
         times = []

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .model import LanguageModel
+from .placement import is_spread
 from .sites import find_block, n_layers
 
 RECORDED = ("resid_pre", "resid_mid", "attn_heads", "attn_out", "mlp_in", "mlp_out")
@@ -145,6 +146,12 @@ class Architecture:
             raise ValueError(
                 f"model.id: {model.id} is of the architecture {kind!r}, whose attention is not supported here. Expected "
                 f"one of {', '.join(READERS)}."
+            )
+        if is_spread(module) or getattr(module, "is_quantized", False):
+            raise ValueError(
+                f"model.id: {model.id}: expected whole weights on one device, which attribution reads, got "
+                f"{'weights on several devices' if is_spread(module) else 'quantized weights'}. Set model.device_map and "
+                "model.quantization to null."
             )
         self.model, self._read = model, READERS[kind]
         self.blocks = [find_block(module, layer) for layer in range(n_layers(module))]

@@ -3,7 +3,7 @@
 Harvests, live streams, evaluations on held-out text and latent probing all read their text through this module.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bad_rows import BadTexts, BadTokens
 from ..recipe import HarvestSection, TextSection
-from ..text import BEGINNING, Context, Cursor, contexts
+from ..text import BEGINNING, TOKENIZE_AT_ONCE, Context, Cursor, Documents, contexts, packed
 from .hooked_model import embedding_rows
 from .model import LanguageModel
 
@@ -104,9 +104,24 @@ def context_batches(
     Raises:
         ValueError: If the text cannot be read, or contains a token that the model has no embedding for.
     """
+    read = contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading)
+    return batched(read, model, section, size)
+
+
+def batched(
+    read: Iterable[Context],
+    model: LanguageModel,
+    section: HarvestSection,
+    size: int,
+) -> Iterator[ContextBatch]:
+    """Yield contexts in batches of ``size``; the last batch may be smaller.
+
+    Raises:
+        ValueError: If they contain a token that the model has no embedding for.
+    """
     special, rows = special_tokens(model), embedding_rows(model.module)
     pending: list[Context] = []
-    for context in contexts(text, model.tokenizer, start, section.heldout if heldout else None, bad, reading):
+    for context in read:
         if rows is not None and context.token_ids.max() >= rows:
             place = int(context.token_ids.argmax())
             raise ValueError(
@@ -119,6 +134,43 @@ def context_batches(
             pending = []
     if pending:
         yield stack_contexts(pending, special, section)
+
+
+class ContextReader:
+    """Batches of contexts of a text, from any place on that is not before the last one.
+
+    Args:
+        start: First place.
+        bad: Counter of rows of the text that cannot be read.
+        reading: Callback, called with the number and text of every document that is read or skipped.
+        at_once: Documents tokenized together, and so read ahead.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        text: TextSection,
+        section: HarvestSection,
+        start: Cursor,
+        bad: BadTexts | None = None,
+        reading: Callable[[int, str], None] | None = None,
+        at_once: int = TOKENIZE_AT_ONCE,
+    ):
+        self.model, self.text, self.section, self.at_once = model, text, section, at_once
+        self._documents = Documents(text, start.document, bad, reading)
+        self._place: Cursor | None = None
+        self._batches: Iterator[ContextBatch] = iter(())
+
+    def batches(self, start: Cursor) -> Iterator[ContextBatch]:
+        """Yield the batches from ``start`` on; what has been tokenized is not tokenized again if the last ones ended there."""
+        self._documents.forget(start.document)
+        if start != self._place:
+            numbered = self._documents.since(start.document)
+            read = packed(numbered, self.text, self.model.tokenizer, start.offset, self.at_once)
+            self._batches = batched(read, self.model, self.section, self.section.batch_contexts)
+        for batch in self._batches:
+            self._place = batch.cursor
+            yield batch
 
 
 def special_tokens(model: LanguageModel) -> frozenset[int]:

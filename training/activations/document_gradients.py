@@ -57,7 +57,7 @@ def document_gradients(
     for number in range(last + 1):
         here = (numbers == number).unsqueeze(-1)
         # Not a product, in which zero times a loss that is not finite would spread to other documents.
-        own = torch.where(here, of_all, 0)
+        own = torch.where(here.to(of_all.device), of_all, 0)
         # A tensor that the losses do not depend on has gradient zero.
         found = torch.autograd.grad(local, seen, own, retain_graph=number < last, allow_unused=True)
         for total, gradient in zip(gradients, found, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .document_gradients import UnembeddingInput, contexts_of_equal_passes, document_gradients, document_numbers
 from .hidden_states import HookError, PassLayout, path_in, path_in_arguments, tensor_at, with_tensor
+from .placement import input_device, is_spread, on_device
 
 
 class EnoughSeen(Exception):  # noqa: N818 - not an error
@@ -34,7 +35,8 @@ class HookedModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        """Device of token ids, and of the tensors that hooks read and replace, wherever the module that they are of runs."""
+        return input_device(self.module)
 
     def widths(self, hooks: tuple[str, ...]) -> dict[str, int]:
         """Return the width of the tensor at each hook.
@@ -118,7 +120,7 @@ class HookedModel:
 
         unembedding = UnembeddingInput(self.module)
         with torch.enable_grad(), self.hooked({hook: leaf(hook) for hook in hooks}), unembedding.watched():
-            logits = self.module(input_ids=token_ids, use_cache=False).logits
+            logits = self.module(input_ids=token_ids, use_cache=False).logits.to(token_ids.device)
             losses = next_token_loss(logits, token_ids)
             found = list(seen.values())
             gradients = document_gradients(losses, unembedding.local(logits, found), found, numbers)
@@ -129,7 +131,7 @@ class HookedModel:
         """Return the logits; gradients flow to tensors that hooks put in."""
         # Under the lock, because another thread's hooks would see this pass too.
         with self._lock:
-            return self.module(input_ids=token_ids, use_cache=False).logits
+            return self.module(input_ids=token_ids, use_cache=False).logits.to(token_ids.device)
 
     @torch.no_grad()
     def logits(self, token_ids: Int[Tensor, "contexts positions"]) -> Float[Tensor, "contexts positions vocabulary"]:
@@ -152,16 +154,18 @@ class HookedModel:
     def hooked(self, readers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
         """Context manager that calls each reader with the tensor at its hook; a tensor it returns replaces the original.
 
-        Readers see a single tensor ``(contexts, positions, width)``, even if the module flattens tokens, puts positions
-        first, or nests the tensor in a tuple, list, mapping or dataclass.
+        Readers see a single tensor ``(contexts, positions, width)`` on the model's ``device``, even if the module flattens
+        tokens, puts positions first, runs on another device, or nests the tensor in a tuple, list, mapping or dataclass.
 
         Raises:
             HookError: If a hook does not exist; while the model runs, if a module holds nothing of that shape.
         """
         with self._lock, ExitStack() as stack:
             stack.callback(self.module.register_forward_pre_hook(self._layout.begin, with_kwargs=True).remove)
+            spread, device = is_spread(self.module), self.device
             for hook, reader in readers.items():
                 module, side = self.find(hook)
+                reader = on_device(device, reader) if spread else reader
                 handle = attach(module, side, hook, self._layout.reading(hook, reader))
                 stack.callback(handle.remove)
             yield

@@ -15,8 +15,8 @@ from ..bad_rows import NOT_FINITE, BadTexts, BadTokens
 from ..content import Content, TextDigest
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
-from . import harvest
 from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
+from .harvested_rows import HarvestedRows, rows_of, usable_rows
 from .model import LanguageModel
 from .shuffle import permute
 from .stream import WHOLE, ActivationBatch, ActivationStream, BatchPart, side_by_side
@@ -37,7 +37,7 @@ class Buffers:
         self._model_content: Content | None = None
         self.texts = BadTexts(text)
         self.text_tokens = 0
-        self._kept: dict[Cursor, tuple[harvest.HarvestedRows, Cursor]] = {}
+        self._kept: dict[Cursor, tuple[HarvestedRows, Cursor]] = {}
         self._making = self._from(BEGINNING)
         self._stands_at: Cursor | None = BEGINNING
         self._lock = threading.Lock()
@@ -48,7 +48,7 @@ class Buffers:
             self._model_content = self.model.content()
         return self._model_content | {"text": (digest or self.digest).up_to(cursor)}
 
-    def after(self, cursor: Cursor) -> tuple[harvest.HarvestedRows, Cursor]:
+    def after(self, cursor: Cursor) -> tuple[HarvestedRows, Cursor]:
         """Return the buffer that begins at ``cursor``, and the cursor after it."""
         # A thread that needs a buffer being computed waits for it.
         with self._lock:
@@ -64,9 +64,9 @@ class Buffers:
                 self._stands_at = self._kept[cursor][1]
             return self._kept[cursor]
 
-    def _from(self, cursor: Cursor) -> Iterator[tuple[harvest.HarvestedRows, Cursor]]:
+    def _from(self, cursor: Cursor) -> Iterator[tuple[HarvestedRows, Cursor]]:
         """Yield buffers from a cursor on, endlessly."""
-        pieces: list[harvest.HarvestedRows] = []
+        pieces: list[HarvestedRows] = []
         while True:
             found = 0
             for batch in context_batches(
@@ -78,10 +78,10 @@ class Buffers:
                 bad=self.texts,
                 reading=self.digest.add,
             ):
-                pieces.append(harvest.rows_of(self.model, batch, self.section, self.hooks)["train"])
+                pieces.append(rows_of(self.model, batch, self.section, self.hooks)["train"])
                 found += len(pieces[-1])
                 if sum(map(len, pieces)) >= self.section.live_buffer_tokens:
-                    yield harvest.HarvestedRows.join(pieces), batch.cursor
+                    yield HarvestedRows.join(pieces), batch.cursor
                     pieces = []
             if cursor == BEGINNING:
                 self.text_tokens = require_tokens(found)
@@ -157,7 +157,7 @@ class LiveStream(ActivationStream):
             # A text that restarts repeats its bad rows: only new ones count.
             skipped, known = found - known, known | found
             bad = tokens.bad
-            rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), tokens, "harvest")
+            rows = usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), tokens, "harvest")
             skipped += Counter({NOT_FINITE: tokens.bad - bad})
             batches = len(rows) // self.batch_tokens
             self.buffers[begin + batches] = (number + 1, cursor)
@@ -189,11 +189,11 @@ class LiveStream(ActivationStream):
         self.buffers = {position["begin"]: (position["buffer"], Cursor(*position["cursor"]))}
         self.source.text_tokens = position.get("distinct", self.source.text_tokens)
 
-    def _sides(self, rows: harvest.HarvestedRows) -> ActivationBatch:
+    def _sides(self, rows: HarvestedRows) -> ActivationBatch:
         x = self._columns(rows, "x", self.hooks_in)
         return ActivationBatch(x, self._columns(rows, "x", self.hooks_out) if self.hooks_out != self.hooks_in else None)
 
-    def _columns(self, rows: harvest.HarvestedRows, kind: str, hooks: tuple[str, ...]) -> Tensor:
+    def _columns(self, rows: HarvestedRows, kind: str, hooks: tuple[str, ...]) -> Tensor:
         return side_by_side([rows.tensors[f"{kind}:{hook}"] for hook in hooks])
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
@@ -220,7 +220,7 @@ class LiveStream(ActivationStream):
     def _sampled_from(self, number: int, begin: int, cursor: Cursor) -> _Sampled:
         rows, cursor = self.source.after(cursor)
         # Bad tokens are counted when training reads them.
-        rows = harvest.usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
+        rows = usable_rows(rows.at((*self.hooks_in, *self.hooks_out)), BadTokens(self.section), "harvest")
         # A buffer may hold the end of the text and again its beginning, which earlier buffers held.
         new = min(len(rows), self.source.text_tokens - begin) if self.source.text_tokens else len(rows)
         # Negative buffer numbers give orders that training never uses.

@@ -1,6 +1,7 @@
 """Language models: loading, and what one asks them about a text. The only file that imports transformers."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,16 @@ from ..content import Content, folder_content, model_folder
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 from .hooked_model import HookedModel, next_token_loss
+from .partial_model import class_without, unneeded_modules
+from .placement import quantization_options
 from .prompt import Ablated, HookInfo, Steered, TextActivations, latent_edits
 from .sites import hooks_with_sites
 from .splice import generate, model_spliced
 from .weightless import weightless
 
 log = logging.getLogger(__name__)
+# The oldest version that transformers takes.
+BITSANDBYTES = "bitsandbytes>=0.46.1"
 
 
 class RemoteCodeRefused(ValueError):  # noqa: N818 - says what happened
@@ -39,6 +44,14 @@ class LanguageModel(HookedModel):
         self.tokenizer = tokenizer
         self.revision = revision
         self.section = section
+
+    @property
+    def precision(self) -> dict[str, Any]:
+        """Number format of the weights, as the recipe section has it: ``dtype`` and, if they are quantized, how."""
+        if self.section is None:
+            return {"dtype": str(next(self.module.parameters()).dtype).removeprefix("torch.")}
+        quantized = self.section.quantization
+        return {"dtype": self.section.dtype} | ({} if quantized is None else {"quantization": quantized})
 
     def content(self) -> Content:
         """Return identifiers of model and tokenizer: file digests or commit, or a digest of the parameters if not loaded."""
@@ -189,10 +202,57 @@ def load_model(section: ModelSection) -> LanguageModel:
         RemoteCodeRefused: If it needs code from its repository, and ``trust_remote_code`` is not set.
         ValueError: If it cannot be loaded; the message names the offline alternative.
     """
-    device = resolve_device(section.device)
     log.info("loading model %s", section.id)
     _, model_class = _causal_config(section)
+    return _loaded(section, model_class)
+
+
+def load_model_for(section: ModelSection, hooks: tuple[str, ...], outline: LanguageModel) -> LanguageModel:
+    """Load what reading activations at these hooks runs, without later blocks; the whole model where that cannot be done.
+
+    Args:
+        outline: The ``skeleton`` of the same model, which tells the modules that run.
+
+    Raises:
+        RemoteCodeRefused, ValueError: As ``load_model``.
+    """
+    if section.truncate == "never" or outline.section is not None:
+        return load_model(section)
+    try:
+        left_out = unneeded_modules(outline, hooks)
+        if not left_out:
+            return load_model(section)
+        config, _ = _causal_config(section)
+        found: Any = type(outline.module)
+        if getattr(config, "sub_configs", {}).get("text_config") is found.config_class:
+            # A text model saved as part of a larger one, as transformers' own auto class reads it.
+            config = config.get_text_config()
+        log.info("loading model %s without %s", section.id, _span(left_out))
+        model = _loaded(section, class_without(found, left_out), config=config)
+        # The first pass fails if the model's code needs what was left out.
+        model.widths(hooks)
+    except Exception as error:  # noqa: BLE001 - whatever a model's code raises
+        log.warning(
+            "%s: the part that %s needs could not be loaded by itself (%s: %s): loading the whole model.",
+            *(section.id, ", ".join(hooks), type(error).__name__, " ".join(str(error).split())[:200]),
+        )
+        return load_model(section)
+    return model
+
+
+def _span(paths: tuple[str, ...]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
+
+
+def _loaded(section: ModelSection, model_class: Any, **options: Any) -> LanguageModel:
+    device = resolve_device(section.device)
+    require_quantization(section)
     tokenizer = load_tokenizer(section)
+    if section.quantization is not None:
+        options["quantization_config"] = _transformers().BitsAndBytesConfig(**quantization_options(section))
+    if section.device_map is not None or section.quantization is not None:
+        # Quantized weights cannot be moved later.
+        options["device_map"] = section.device_map or {"": device}
     with _explained(section):
         module = model_class.from_pretrained(
             _source(section),
@@ -200,9 +260,35 @@ def load_model(section: ModelSection) -> LanguageModel:
             dtype=getattr(torch, section.dtype),
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
+            **options,
         )
     revision = _commit(section) or section.revision
-    return LanguageModel(module.to(device), tokenizer, section.id, revision, section)
+    module = module if "device_map" in options else module.to(device)
+    return LanguageModel(module, tokenizer, section.id, revision, section)
+
+
+def require_quantization(section: ModelSection) -> None:
+    """Raise ``ValueError`` if ``model.quantization`` needs a package or device that is missing."""
+    if section.quantization is None:
+        return
+    needs = f"model.quantization: {section.quantization} needs the package bitsandbytes, and a GPU or CPU that it supports"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{needs}; it is not installed. Run: pip install '{BITSANDBYTES}', or set model.quantization: null.")
+    try:
+        # transformers' own check.
+        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
+        from transformers.utils.import_utils import is_bitsandbytes_available
+
+        if not is_bitsandbytes_available():
+            raise RuntimeError("its version is too old")
+        validate_bnb_backend_availability(raise_exception=True)
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{needs} ({reason}). Run: pip install -U '{BITSANDBYTES}', or set model.quantization: null."
+        ) from None
+    # It repeats in every layer that inputs are cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def load_tokenizer(section: ModelSection) -> Any:

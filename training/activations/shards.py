@@ -24,6 +24,7 @@ from torch import Tensor
 from ...sae.files import DTYPES, sha256
 from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
+from ...sae.ranks import ALONE, Ranks
 from .manifest import MANIFEST_FILE, read_manifest
 
 LABELS = ("token", "document", "position", "offset")
@@ -172,10 +173,14 @@ class ActivationStore:
                 "Choose a new harvest.store and run: sparsary harvest RECIPE"
             )
 
-    def problems(self) -> list[str]:
-        """Return one line for every shard that is missing or differs from its checksum."""
+    def problems(self, rank: int = 0, ranks: int = 1) -> list[str]:
+        """Return one line for every shard that is missing or differs from its checksum.
+
+        Args:
+            rank, ranks: Check only every ``ranks``-th shard, from number ``rank`` on.
+        """
         found = []
-        for shard in self.manifest["shards"]:
+        for shard in self.manifest["shards"][rank::ranks]:
             path = self.directory / shard["name"]
             if not path.is_file():
                 found.append(f"{path}: missing.")
@@ -185,10 +190,14 @@ class ActivationStore:
                 found.append(f"{path}: contents differ from the checksum in {MANIFEST_FILE}: damaged.")
         return found
 
-    def verify(self) -> None:
-        """Raise ``ValueError`` naming every damaged shard."""
-        problems = self.problems()
-        if problems:
+    def verify(self, ranks: Ranks = ALONE) -> None:
+        """Raise ``ValueError`` naming every damaged shard.
+
+        Args:
+            ranks: Processes that each check a part of the shards; all of them raise.
+        """
+        parts = ranks.gather_objects(self.problems(ranks.rank, ranks.size))
+        if problems := sorted(line for part in parts for line in part):
             raise ValueError("\n".join([*problems, "Delete the store's directory and harvest again."]))
 
 

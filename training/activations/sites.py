@@ -75,7 +75,7 @@ class BlockPaths:
 
 def n_layers(module: nn.Module) -> int:
     """Return the number of blocks of the model."""
-    return len(_block_paths(module))
+    return len(block_paths(module))
 
 
 def find_block(module: nn.Module, layer: int) -> BlockPaths:
@@ -84,7 +84,7 @@ def find_block(module: nn.Module, layer: int) -> BlockPaths:
     Raises:
         ValueError: If the model has no such block.
     """
-    paths = _block_paths(module)
+    paths = block_paths(module)
     if not 0 <= layer < len(paths):
         raise ValueError(
             f"dictionary.layer: expected 0 to {len(paths) - 1}, as the model has {len(paths)} blocks, got {layer}."
@@ -272,7 +272,12 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
     raise ValueError(f"dictionary.site: {site!r}: {choices}; {reason}.")
 
 
-def _block_paths(module: nn.Module) -> list[str]:
+def block_paths(module: nn.Module) -> list[str]:
+    """Return the module paths of the model's blocks, in order.
+
+    Raises:
+        ValueError: If no list of as many blocks as the configuration says is found.
+    """
     config = getattr(module, "config", None)
     # For multimodal models, the configuration of the text model.
     config = getattr(config, "get_text_config", lambda: config)()

@@ -56,7 +56,9 @@ RecipeSource = str | Path | Mapping[str, Any]
 
 # Keys that may differ when a run is resumed, because they do not affect its results.
 FREE_ON_RESUME = (
-    *("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks", "model.trust_remote_code"),
+    *("out_dir", "log_every", "save_every", "wandb", "eval_tokens", "harvest.hooks", "harvest.cache_gb"),
+    *("model.trust_remote_code", "model.device_map", "model.truncate"),
+    "distributed",
     *(f"{section}.{key}" for section in ("text", "harvest") for key in ("on_bad_row", "max_bad_share")),
 )
 

@@ -18,7 +18,7 @@ from typing import Any
 from . import Recipe, RecipeSource, check_recipe, flat_keys, override, read_values
 
 # Keys, or whole sections, that belong to the stream, model or accelerator that all members share.
-SHARED = ("model", "text", "harvest", "precision", "accumulate")
+SHARED = ("model", "text", "harvest", "precision", "accumulate", "distributed")
 # Longer names of members' directories do not fit every file system.
 NAME_LENGTH = 120
 

@@ -78,6 +78,20 @@ class ModelSection(Section):
     revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision the model runs in")
     device: str = Field(default="auto", description="'auto' uses a GPU if there is one")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        default=None,
+        description="how accelerate spreads a model over several GPUs, and over main memory and disk where they are too small; "
+        "null: all of it on device, which the dictionary is on in any case",
+    )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None,
+        description="load weights in 8 bits (LLM.int8) or 4 (NF4), with bitsandbytes; the activations are then those of the "
+        "quantized model, and stores and results are kept apart from those of the original. null: as dtype says",
+    )
+    truncate: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto: where only activations are read, load no blocks after the last hook; never: always the whole model",
+    )
     trust_remote_code: bool = Field(
         default=False,
         description="run Python code from the model's repository; it has your permissions on this machine, so read it first",
@@ -123,7 +137,14 @@ class HarvestSection(Section):
         description="module paths with a side, e.g. transformer.h.2:out; default: the hooks of the recipe's dictionaries",
     )
     tokens: Positive | None = Field(default=None, description="with a store: tokens to store, including held-out ones")
-    store: Place | None = Field(default=None, description="directory of the activation store; null: stream from the model")
+    store: Place | None = Field(
+        default=None,
+        description="directory of the activation store, or a URL for fsspec (s3://bucket/store); null: stream from the model",
+    )
+    cache_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="store on a URL: largest size of all copies of such stores in the cache, in GB; null: as the disk allows",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32", description="precision of the stored activations; int8 has one scale per block of dimensions"
     )
@@ -212,6 +233,16 @@ class PhaseSection(Section):
 
 # [[share of the run, value], ...]
 Knots = Annotated[tuple[Annotated[tuple[float, int | float], Field(strict=False)], ...], Field(strict=False, min_length=1)]
+
+
+class DistributedSection(Section):
+    """Division of the work among the processes of a run; how many there are is the launcher's choice."""
+
+    latents: Positive = Field(
+        default=1,
+        description="number of processes that divide the latents among them, for dictionaries that do not fit one device; the "
+        "rest of the processes divide the batch",
+    )
 
 
 class WandbSection(Section):
@@ -303,6 +334,7 @@ class Recipe(Section):
     out_dir: Place = Field(description="directory of the run: checkpoint, saved state and logs")
     log_every: Positive = Field(default=50, description="steps between two lines of the log")
     save_every: Positive = Field(default=1000, description="steps between two saved states")
+    distributed: DistributedSection = DistributedSection()
     wandb: WandbSection | None = Field(default=None, description="log to Weights & Biases as well; null: do not")
     eval_tokens: Positive = Field(default=200_000, description="number of held-out tokens that `sparsary eval` uses")
 

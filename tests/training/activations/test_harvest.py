@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsary.sae.files import sha256, write_tensors
-from sparsary.training.activations import harvest as harvest_module
 from sparsary.training.activations import shards as shards_module
+from sparsary.training.activations import store_writer as writer_module
 from sparsary.training.activations.harvest import harvest_activations
 from sparsary.training.activations.shards import ActivationStore, RowReader, dequantize, encode, quantize_rows
 from sparsary.training.activations.store_stream import StoreStream
@@ -170,7 +170,7 @@ def test_int8_refuses_what_float16_scales_cannot_hold():
 def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_path, monkeypatch):
     whole = harvest_activations(embedded_model, TEXT, section(tmp_path / "whole"))
     written = 0
-    write = harvest_module.write_tensors
+    write = writer_module.write_tensors
 
     def dying(*arguments):
         nonlocal written
@@ -179,13 +179,13 @@ def test_an_interrupted_harvest_ends_as_if_never_stopped(embedded_model, tmp_pat
             raise KeyboardInterrupt
         return write(*arguments)
 
-    monkeypatch.setattr(harvest_module, "write_tensors", dying)
+    monkeypatch.setattr(writer_module, "write_tensors", dying)
     with pytest.raises(KeyboardInterrupt):
         harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"))
     broken = ActivationStore.open(tmp_path / "parts")
     assert not broken.manifest["complete"]
     assert broken.problems() == []
-    monkeypatch.setattr(harvest_module, "write_tensors", write)
+    monkeypatch.setattr(writer_module, "write_tensors", write)
     parts = harvest_activations(embedded_model, TEXT, section(tmp_path / "parts"))
     assert parts.manifest == whole.manifest
 
@@ -202,14 +202,14 @@ def test_nothing_is_stored_after_a_shard_that_failed(embedded_model, tmp_path, m
             raise OSError(f"{path}: could not be written (the disk is gone).")
         return write_tensors(path, *arguments)
 
-    monkeypatch.setattr(harvest_module, "write_tensors", failing)
+    monkeypatch.setattr(writer_module, "write_tensors", failing)
     with pytest.raises(OSError, match=r"train-00001\.safetensors: could not be written \(the disk is gone\)"):
         harvest_activations(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8"))
     assert len(written) == 3
     broken = ActivationStore.open(tmp_path / "parts")
     assert [shard["unit"] for shard in broken.manifest["shards"]] == [0, 0]
     assert broken.problems() == []
-    monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
+    monkeypatch.setattr(writer_module, "write_tensors", write_tensors)
     assert harvest_activations(embedded_model, TEXT, section(tmp_path / "parts", dtype="int8")).manifest == whole.manifest
 
 
@@ -228,7 +228,7 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
             stopping.set()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(harvest_module, "write_tensors", slow)
+    monkeypatch.setattr(writer_module, "write_tensors", slow)
     with monkeypatch.context() as patch:
         patch.setattr("sparsary.training.stages.StageProgress.update", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -237,7 +237,7 @@ def test_a_harvest_stopped_while_it_writes_completes_that_shard(embedded_model, 
     assert {shard["unit"] for shard in broken.manifest["shards"]} == {0}
     assert not list((tmp_path / "parts").glob(".*.partial"))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sparsary-harvest")]
-    monkeypatch.setattr(harvest_module, "write_tensors", write_tensors)
+    monkeypatch.setattr(writer_module, "write_tensors", write_tensors)
     assert harvest_activations(embedded_model, TEXT, section(tmp_path / "parts")).manifest == whole.manifest
 
 
@@ -267,19 +267,19 @@ def test_rows_are_stored_alike_with_and_without_the_compiler(dtype, monkeypatch)
         rows[7, :32] = torch.arange(32) * 2.0
         rows[7, 1:31] = (torch.arange(30) - 14.5) * quantize_rows(rows[7:8], 32)[1][0, 0].float()
     fast = encode(rows, dtype, 32)
-    mean, deviation = harvest_module._moments(rows)
-    lost = harvest_module._squared_difference(rows, fast[2].clamp(-3e38, 3e38))
-    for module in (harvest_module, shards_module):
+    mean, deviation = writer_module._moments(rows)
+    lost = writer_module._squared_difference(rows, fast[2].clamp(-3e38, 3e38))
+    for module in (writer_module, shards_module):
         monkeypatch.setattr(module, "has_numba", lambda: False)
     plain = encode(rows, dtype, 32)
     for ours, theirs in zip(fast, plain, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or (torch.equal(ours, theirs) and ours.dtype == theirs.dtype)
     assert fast[0].dtype == getattr(torch, dtype)
-    mean_plain, deviation_plain = harvest_module._moments(rows)
+    mean_plain, deviation_plain = writer_module._moments(rows)
     np.testing.assert_allclose(mean, mean_plain, rtol=1e-12)
     np.testing.assert_allclose(deviation, deviation_plain, rtol=1e-12)
-    assert lost == pytest.approx(harvest_module._squared_difference(rows, plain[2].clamp(-3e38, 3e38)), rel=1e-12)
+    assert lost == pytest.approx(writer_module._squared_difference(rows, plain[2].clamp(-3e38, 3e38)), rel=1e-12)
 
 
 def test_more_tokens_can_be_added_later(embedded_model, tmp_path):

@@ -41,8 +41,25 @@ def kinds_of_blocks(module):
     return list(found.values())
 
 
-@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# Of each kind of block some: parallel and sequential, encoders' and decoders', experts, hybrids, state spaces, layers that read
+# pictures. The others are a sweep of their own.
+SAMPLE = set(
+    "bart bert bloom deepseek_v3 falcon falcon_h1 gemma2 gpt2 gpt_neox gpt_oss inkling2_text jamba llama mamba mixtral mllama "
+    "olmo2 phi qwen3_5 rwkv".split()
+)
+
+
+@pytest.mark.parametrize("kind", sorted(SAMPLE & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}))
 def test_sites_are_where_interventions_say(load_beside, kind):
+    sites_are_where_interventions_say(load_beside, kind)
+
+
+@pytest.mark.parametrize("kind", sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - SAMPLE))
+def test_sites_of_every_other_architecture(load_beside, kind):
+    sites_are_where_interventions_say(load_beside, kind)
+
+
+def sites_are_where_interventions_say(load_beside, kind):
     tiny = load_beside("tiny_models")
     why = tiny.IMPOSSIBLE.get(kind) or ELSEWHERE.get(kind)
     if why is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sparsary
 from sparsary.sae import ENCODERS, SAE, load_dictionary
 from sparsary.training import loop as loop_module
-from sparsary.training.activations import harvest
+from sparsary.training.activations import live
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.bench.grid import GridShape, bench_grid
 from sparsary.training.checkpoints import Checkpoints
@@ -146,13 +146,13 @@ def test_a_live_model_runs_once_for_all_hooks_and_seeds(values, monkeypatch):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": False}
     # Moments rest on the first buffer, which is kept; more of it every stream would read for itself.
     values["calibration_tokens"] = 100
-    rows_of, seen = harvest.rows_of, []
+    rows_of, seen = live.rows_of, []
 
     def counted(model, batch, section, hooks):
         seen.append(tuple(batch.cursor))
         return rows_of(model, batch, section, hooks)
 
-    monkeypatch.setattr(harvest, "rows_of", counted)
+    monkeypatch.setattr(live, "rows_of", counted)
     train_all(resolve_recipes(members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]})))
     assert len(seen) == len(set(seen))
 

@@ -1,0 +1,75 @@
+"""Latents divided among ranks compute what the whole dictionary does."""
+
+import pytest
+import torch
+
+from sparsary.sae import SAE
+from sparsary.sae.encoders import ENCODERS, build_encoder
+from sparsary.training.activations.stream import ActivationBatch
+from sparsary.training.divided import own_part, whole_tensors
+from sparsary.training.objective import AuxSettings, LatentUsage, Objective
+
+TOKENS, D = 36, 11
+SPECS = [
+    {"name": "topk", "k": 3},
+    {"name": "mutual_choice", "k": 3},
+    {"name": "batch_topk", "k": 3},
+    {"name": "matryoshka", "k": 3},
+    {"name": "gradient_topk", "k": 3, "beta": 2},
+    {"name": "relu", "target_l0": 3},
+    {"name": "gated", "target_l0": 3},
+    {"name": "jumprelu", "target_l0": 3},
+    {"name": "jumprelu", "target_l0": 3, "penalty": "tanh"},
+]
+
+
+@pytest.fixture
+def on_mesh(load_beside):
+    return load_beside("thread_ranks").on_mesh
+
+
+def part(tensor, ranks):
+    return tensor.chunk(ranks.size)[ranks.rank]
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (2, 2)], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, spec, mesh):
+    """Codes, reconstructions, gradients and statistics, with dead latents and every auxiliary loss."""
+    torch.manual_seed(5)
+    n = 32
+    start = SAE(D, n, build_encoder(spec)).state_dict()
+    batches = [(torch.randn(TOKENS, D), torch.randn(TOKENS, D)) for _ in range(3)]
+    dead = torch.rand(n) < 0.4
+
+    def run(ranks, shards):
+        whole = SAE(D, n, build_encoder(spec))
+        whole.load_state_dict(start)
+        sae = own_part(whole, shards)
+        sae.ranks, sae.encoder.n_shards = ranks, shards.size
+        sae.train()
+        sae.encoder.progress = 0.5
+        objective = Objective(sae, 7.0, AuxSettings(0.3, 5))
+        usage = LatentUsage(shards.part(dead), torch.zeros(sae.n_latents).double())
+        for x, grad in batches:
+            sae.zero_grad()
+            loss, terms = objective(ActivationBatch(part(x, ranks), grad=part(grad, ranks)), usage)
+            loss.backward()
+        grads = {name: ranks.sum(p.grad) for name, p in sae.named_parameters()}
+        tensors = whole_tensors(grads | dict(sae.encoder.named_buffers(prefix="encoder")), sae.n_latents, shards)
+        firings = torch.cat(shards.gather(terms.firings))
+        return terms.named, firings, {name: tensor.clone() for name, tensor in tensors.items()}
+
+    ((named, firings, tensors),) = on_mesh(1, 1, run)
+    for own_named, own_firings, own_tensors in on_mesh(*mesh, run):
+        assert torch.equal(own_firings, firings)
+        for have, wanted in ((own_named, named), (own_tensors, tensors)):
+            assert have.keys() == wanted.keys()
+            for key, value in wanted.items():
+                torch.testing.assert_close(
+                    have[key], value, rtol=1e-4, atol=1e-5, check_dtype=False, msg=lambda text, key=key: f"{key}: {text}"
+                )
+
+
+def test_every_trainable_encoder_is_divided_or_says_why_not():
+    assert {name for name, encoder in ENCODERS.items() if encoder.undivided} == {"feature_choice", "matching_pursuit"}

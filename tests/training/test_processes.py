@@ -1,0 +1,103 @@
+"""Runs of several processes, started by torch's launcher, against runs of one."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsary
+
+WORKER = Path(__file__).with_name("train_on_ranks.py")
+STEPS = 30
+ENCODERS = [
+    {"name": "topk", "k": 3},
+    {"name": "mutual_choice", "k": 3},
+    {"name": "feature_choice", "k": 3, "rerank_every": 5},
+    {"name": "matryoshka", "k": 3},
+    {"name": "gradient_topk", "k": 3, "beta": 2},
+    {"name": "relu", "target_l0": 3},
+    {"name": "gated", "target_l0": 3},
+    {"name": "jumprelu", "target_l0": 3},
+    {"name": "matching_pursuit", "k": 3},
+]
+DIVIDED = [encoder for encoder in ENCODERS if encoder["name"] not in ("feature_choice", "matching_pursuit")]
+
+
+def recipe(encoder, latents=1, **changes):
+    return {
+        "harvest": {"gradients": True},
+        "dictionary": {"n_latents": 32, "encoder": encoder, "hook": "a:out"},
+        "tokens": 48 * STEPS,
+        "batch_tokens": 48,
+        "dead_after_tokens": 300,
+        "auxk_latents": 4,
+        "log_every": 5,
+        "save_every": 10,
+        "distributed": {"latents": latents},
+    } | changes
+
+
+def on_ranks(processes, directory, recipes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(WORKER)]
+    done = subprocess.run([*command, str(directory), *map(json.dumps, recipes)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [directory / str(number) for number in range(len(recipes))]
+
+
+@pytest.fixture(scope="module")
+def activations():
+    spec = importlib.util.spec_from_file_location("train_on_ranks", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.activations()
+
+
+@pytest.fixture(scope="module")
+def alone(activations, tmp_path_factory):
+    """Runs of one process, by encoder."""
+    directory = tmp_path_factory.mktemp("alone")
+    return {
+        encoder["name"]: sparsary.train(recipe(encoder), [activations], out_dir=str(directory / encoder["name"]))
+        for encoder in ENCODERS
+    }
+
+
+def assert_same_run(one, other):
+    """The weights agree to float32 rounding, and the log says the same."""
+    first, second = (sparsary.load(directory).state_dict() for directory in (one, other))
+    for name, tensor in first.items():
+        # Adam divides by the root of squared gradients: rounding is a share of a step, not of the weight.
+        torch.testing.assert_close(
+            second[name], tensor, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{other}: {name}: {text}"
+        )
+    logs = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one, other)]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]]
+    for mine, theirs in zip(*logs, strict=True):
+        for key in ("fvu", "l0", "dead", "loss"):
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(("processes", "latents"), [(2, 1), (2, 2), (4, 2)])
+def test_several_processes_train_as_one(alone, tmp_path, processes, latents):
+    """Every save compares the ranks' weights bit by bit, so that the run would have ended if they differed."""
+    encoders = ENCODERS if latents == 1 else DIVIDED
+    found = on_ranks(processes, tmp_path, [recipe(encoder, latents) for encoder in encoders])
+    for encoder, directory in zip(encoders, found, strict=True):
+        assert_same_run(alone[encoder["name"]], directory)
+
+
+def test_a_run_continues_on_another_mesh(alone, activations, tmp_path):
+    encoder = ENCODERS[0]
+    # The schedule is that of the whole run, whose second half is added afterwards.
+    half = recipe(encoder, tokens=48 * STEPS // 2, lr_decay=0.0, lr_warmup_steps=0)
+    whole = half | {"tokens": 48 * STEPS}
+    one = sparsary.train(whole, [activations], out_dir=str(tmp_path / "one"))
+    (two,) = on_ranks(2, tmp_path / "two", [half | {"distributed": {"latents": 2}}])
+    on_ranks(2, tmp_path / "two", [whole])
+    assert_same_run(one, two)
+    (three,) = on_ranks(2, tmp_path / "three", [half])
+    assert_same_run(one, sparsary.train(whole, [activations], out_dir=str(three)))

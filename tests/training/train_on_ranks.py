@@ -1,0 +1,28 @@
+"""Started by torchrun in test_processes.py: trains small dictionaries of all families on random activations.
+
+Usage: train_on_ranks.py DIRECTORY RECIPE...
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import sparsary
+
+D, ROWS = 13, 480
+
+
+def activations():
+    """Return activations of a planted dictionary with their gradients, the same on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    atoms = torch.randn(40, D, generator=generator)
+    codes = torch.rand(ROWS, 40, generator=generator) * (torch.rand(ROWS, 40, generator=generator) < 0.1)
+    return codes @ atoms + 0.05 * torch.randn(ROWS, D, generator=generator), torch.randn(ROWS, D, generator=generator)
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    for number, text in enumerate(sys.argv[2:]):
+        sparsary.train(json.loads(text), [activations()], out_dir=str(directory / str(number)))
