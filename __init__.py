@@ -143,6 +143,7 @@ def command_line() -> "typer.Typer":
     from .eval.cli import app as evaluation
     from .training.bench.cli import app as bench
     from .training.cli import app as training_
+    from .training.scale.cli import app as scale
 
     app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -157,6 +158,7 @@ def command_line() -> "typer.Typer":
         pass
 
     app.add_typer(training_)
+    app.add_typer(scale)
     app.add_typer(evaluation)
     app.add_typer(bench, name="bench")
     return app

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .batch_encoder import BatchWide
 from .encoder import Encoder, Weights, scorer
-from .files import sha256, write_json, write_tensors
+from .files import write_json, write_tensors
 from .inspection import Inspection
 from .metrics import Moments
 from .penalised import Penalised, cut_for
@@ -383,21 +383,36 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         Raises:
             OSError: If the folder cannot be written; existing files stay unchanged.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        provenance = self.provenance if provenance is None else provenance
+        write_dictionary_files(directory, self.state_dict(), self.config(provenance), self.training_usage)
+
+    def config(self, provenance: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of ``dictionary.json``, without the checksum of the weights."""
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "dictionary": self.arguments(),
-            "provenance": self.provenance if provenance is None else provenance,
+            "provenance": provenance,
         }
-        if self.training_usage is not None:
-            config["training_usage"] = self.training_usage.about
-        write_tensors(directory / WEIGHTS_FILE, self.state_dict(), {"config": json.dumps(config)}, sealed=True)
-        if self.training_usage is not None:
-            self.training_usage.save(directory)
-        digest = {"weights_sha256": sha256(directory / WEIGHTS_FILE)}
-        write_json(directory / CONFIG_FILE, config | digest)
+        return config if self.training_usage is None else config | {"training_usage": self.training_usage.about}
+
+
+def write_dictionary_files(
+    directory: str | Path, tensors: Mapping[str, Tensor], config: dict[str, Any], usage: TrainingUsage | None
+) -> None:
+    """Write the files of a checkpoint, as ``SparseDictionary.save`` does.
+
+    Args:
+        tensors: ``state_dict()`` of the dictionary, or a copy of it.
+        config: Its ``config()``.
+        usage: Its ``training_usage``.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    digest = write_tensors(directory / WEIGHTS_FILE, tensors, {"config": json.dumps(config)}, sealed=True)
+    if usage is not None:
+        usage.save(directory)
+    write_json(directory / CONFIG_FILE, config | {"weights_sha256": digest})
 
 
 def required_input(x: Tensor | None, because: str) -> Tensor:

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,19 @@ import torch
 
 from ..sae import SparseDictionary
 from ..sae.checkpoint import read_config
-from ..sae.dictionary import CONFIG_FILE
+from ..sae.dictionary import CONFIG_FILE, write_dictionary_files
 from ..sae.files import read_text, remove_partial_files, write_text
+from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
-from .divided import whole_dictionary
 from .locks import LOCK_FILE, locked
 from .phases import Phases, phase_starts
 from .processes import Mesh, mesh
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, WANDB_FOLDER, TrainingLog
 from .shortfalls import ENTRY, Shortfall
-from .state import STATE_FILE, TrainState, saved_step
+from .snapshot import Snapshot
+from .state import STATE_FILE, StateContents, TrainState, saved_step
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -29,13 +32,30 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Writer of training states and dictionaries to ``out_dir``."""
+    """Training states and dictionaries of a run, written to ``out_dir`` while training continues.
 
-    def __init__(self, directory: Path, provenance: dict[str, Any], phases: Phases, ranks: Mesh | None = None):
+    A save copies all tensors and leaves the writing to ``writer``; the next one waits for it. Errors of writing are raised by
+    the next call of any method but ``close``.
+
+    Args:
+        writer: Thread that writes the copies. ``None`` writes during the save, as does a copy that does not fit in memory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        provenance: dict[str, Any],
+        phases: Phases,
+        ranks: Mesh | None = None,
+        writer: Executor | None = None,
+    ):
         self.directory, self.ranks = directory, ranks or mesh()
         self.provenance = provenance
         self.phases = phases
+        self.writer = writer
         self.shortfalls: tuple[Shortfall, ...] = ()
+        self._snapshot = Snapshot()
+        self._writing: Future[None] | None = None
         self._recorded: Content | None = None
 
     def save(
@@ -46,40 +66,90 @@ class Checkpoints:
         stream: ActivationStream,
         report: TrainingLog,
     ) -> None:
-        """Save the training state, then the dictionary.
+        """Save the training state, then its dictionary. ``state.saved_step`` follows when the state is written.
 
         If the process is killed in between, the resumed run saves the dictionary again at its end. Of several ranks the first
         writes, after all have compared their weights.
 
         Raises:
             ValueError: If the ranks' weights differ.
+            WriteError: If the previous save failed.
         """
-        state.require_finite(self.directory)
+        self.require_finite(state)
+        self.wait()
         self._require_equal_weights(dictionary, state.step)
         if self.ranks.batch.rank:
             state.saved_step = state.step
             return
-        state.save(self.directory, dictionary, self.phases, optimizer, stream, report.flush())
-        self.save_dictionary(state, dictionary, stream)
+        # All shards of the latents take part; the first has the whole tensors, and writes them.
+        contents = state.contents(dictionary, self.phases, optimizer, stream, report.flush())
+        dictionary.training_usage = usage = state.training_usage()
+        if self.ranks.shards.rank:
+            state.saved_step = state.step
+            return
+        config = dictionary.config(self._provenance_of(state, stream, finished=False))
+        config["dictionary"]["n_latents"] = dictionary.n_latents * self.ranks.shards.size
+        if self.writer is None or not self._snapshot.fits(contents.tensors):
+            self._write(state, contents, config, usage)
+        else:
+            contents = replace(contents, tensors=self._snapshot.take(contents.tensors))
+            self._writing = self.writer.submit(self._write, state, contents, config, usage)
 
-    def save_dictionary(
-        self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream, finished: bool = False
-    ) -> None:
-        """Write the loadable checkpoint.
+    def _write(self, state: TrainState, contents: StateContents, config: dict[str, Any], usage: TrainingUsage) -> None:
+        self._snapshot.wait()
+        contents.write(self.directory)
+        state.saved_step = contents.counters["step"]
+        write_dictionary_files(self.directory, contents.dictionary_tensors, config, usage)
 
-        Its provenance records the training progress, whether the run is calibrated (``finished``), the number of rows left
-        out or repaired, the shortfalls, and the content digests of model and text. All shards of the latents take part.
+    def wait(self) -> None:
+        """Wait until the last save is written.
+
+        Raises:
+            WriteError: If it could not be.
         """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def require_written(self) -> None:
+        """Raise the error of the last save, if it has failed already."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def require_finite(self, state: TrainState) -> None:
+        """Raise ``NotFinite`` if the loss was not finite in any step so far."""
+        if not bool(state.finite):
+            # The message says which step is saved.
+            self.wait()
+            state.require_finite(self.directory)
+
+    def close(self) -> None:
+        """Wait until the last save is written, or has failed: another error has ended the run."""
+        with suppress(Exception):
+            self.wait()
+
+    def save_finished(self, state: TrainState, dictionary: SparseDictionary, stream: ActivationStream) -> None:
+        """Write the loadable checkpoint of a whole, calibrated dictionary, on the first rank."""
+        self.wait()
         if self.ranks.batch.rank:
             return
-        usage, dictionary = state.training_usage(), whole_dictionary(dictionary)
+        # All shards of the latents take part.
+        usage = state.training_usage()
         if self.ranks.shards.rank:
             return
         dictionary.training_usage = usage
+        dictionary.save(self.directory, self._provenance_of(state, stream, finished=True))
+
+    def _provenance_of(self, state: TrainState, stream: ActivationStream, finished: bool) -> dict[str, Any]:
+        """Return the provenance of a dictionary.
+
+        Besides the recipe it records the training progress, whether the run is calibrated (``finished``), the number of rows
+        left out or repaired, the shortfalls, and the content digests of model and text.
+        """
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
         found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
         reached |= {key: value for key, value in found.items() if value}
-        dictionary.save(self.directory, self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]})
+        return self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]}
 
     def _require_equal_weights(self, dictionary: SparseDictionary, step: int) -> None:
         ranks = self.ranks.batch

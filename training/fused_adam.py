@@ -73,7 +73,7 @@ class FusedAdam(DictionaryAdam):
         for parameter in others:
             assert parameter.grad is not None
             parameter.grad.mul_(factor)
-        torch.optim.Adam.step(self)
+        self.plain_step()
 
     def _pending(self) -> list[Pending]:
         """Return the matrices that have a gradient. Encoder and decoder share the code, which is grouped by latent once."""

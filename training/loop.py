@@ -98,9 +98,10 @@ def record(member: TrainedMember, terms: Terms, stream: ActivationStream) -> lis
     """Log and save what is due after a step; return the errors that keep the member from continuing."""
     state, cfg = member.state, member.recipe
     member.report.advance(state.tokens)
+    member.checkpoints.require_written()
     try:
         if state.step % cfg.log_every == 0 or member.done:
-            state.require_finite(cfg.out_dir)
+            member.checkpoints.require_finite(state)
             member.report(state, terms, member.schedule.lr(state.step - 1), stream.waited_seconds)
         if state.step % cfg.save_every == 0 or member.done:
             save_members(member, stream)
@@ -114,11 +115,14 @@ def save_members(member: TrainedMember, stream: ActivationStream) -> None:
 
 
 def save_moved(groups: list[Group]) -> None:
-    """Save every member that has advanced since its last save, except those with a non-finite loss.
+    """Save every member that has advanced since its last save, except those with a non-finite loss; wait for all saves.
 
     Members ahead of the stream are skipped: they have not advanced, and the stream is not at their position.
     """
     for group in groups:
         for member in group.in_step:
+            member.checkpoints.wait()
             if member.state.step != member.state.saved_step and bool(member.state.finite):
                 save_members(member, group.stream)
+    for member in (member for group in groups for member in group.members):
+        member.checkpoints.wait()

@@ -1,6 +1,8 @@
 """Optimizer and learning-rate schedule."""
 
 from collections.abc import Mapping
+from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ ADAM_EPS = 6.25e-10
 
 
 class DictionaryAdam(torch.optim.Adam):
-    """Adam with a unit-norm decoder. Its ``step`` does everything between the gradient and the next forward pass."""
+    """Adam with a unit-norm decoder. Its ``step`` does everything between the gradient and the next forward pass.
+
+    torch's methods are called without their decorators for ``torch.compile``, which would import the compiler at the first
+    call: that takes longer than torch itself, and nothing here is compiled by it.
+    """
 
     def __init__(self, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
         parameters = list(dict.fromkeys([*dictionary.parameters(), *phases.parameters()]))
@@ -36,9 +42,23 @@ class DictionaryAdam(torch.optim.Adam):
         self.dictionary.project_grad()
         if self.grad_clip is not None:
             clip_gradients(self.dictionary, self.grad_clip)
-        super().step()
+        self.plain_step()
         # After the update: the next forward pass must see a unit-norm decoder.
         self.dictionary.renormalize()
+
+    @torch.no_grad()
+    def plain_step(self) -> None:
+        """Update the parameters that have a gradient, as torch's Adam does."""
+        unwrap(torch.optim.Adam.step)(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        unwrap(torch.optim.Adam.zero_grad)(self, set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        unwrap(torch.optim.Adam.load_state_dict)(self, state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        unwrap(torch.optim.Adam.add_param_group)(self, param_group)
 
 
 def clip_gradients(dictionary: SparseDictionary, largest: float) -> None:

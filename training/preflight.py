@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..sae.batch_encoder import BatchWide
@@ -22,6 +21,7 @@ from .calibrate import calibration_shortfall
 from .checkpoints import require_same_run
 from .initialize import SAMPLE_TOKENS
 from .locks import existing_parent, require_writable
+from .memory import free_bytes
 from .optim import lr_share
 from .recipe import Recipe, calibrated_on, total_steps
 from .recipe.grid import Grid, told_together
@@ -37,6 +37,9 @@ LABEL_BYTES = 16
 @dataclass(frozen=True)
 class TrainingPlan:
     """Estimated sizes of a run, in tokens, bytes and steps.
+
+    ``snapshot_bytes`` is the copy of the state, in main memory, that is written while training continues; where it does not fit
+    (``waits_for_saves``), training waits until a state is written.
 
     ``widths`` holds the width of every hook. At ``assumed`` hooks the width, and sizes that follow from it, are guesses: the
     model's code reveals them only when it runs. ``training_tokens`` counts the tokens of the store, or of a streamed text;
@@ -58,6 +61,8 @@ class TrainingPlan:
     shuffle_tokens: int
     text: TextSize | None = None
     shortfalls: tuple[Shortfall, ...] = ()
+    snapshot_bytes: int = 0
+    waits_for_saves: bool = False
 
     @property
     def working_bytes(self) -> int:
@@ -85,6 +90,7 @@ class TrainingPlan:
             ("objective", recipe.objective),
             ("training", self.training_words(recipe)),
             ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
+            ("saving", saving_words([self])),
             ("output", recipe.out_dir),
             *[("less than asked", str(found)) for found in self.shortfalls],
         ]
@@ -143,6 +149,7 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
         *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
         ("memory", f"about {_bytes(memory)} for training, beside the model's own"),
+        ("saving", saving_words(plans)),
         ("output", f"{grid.out_dir}, a directory for each member"),
         *[("less than asked", line) for line in shortfall_lines(grid.names, plans)],
     ]
@@ -151,6 +158,14 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
 def shortfall_lines(names: Sequence[str], plans: Sequence[TrainingPlan]) -> list[str]:
     """Return the shortfalls of plans: once if all share them, else under each member's name."""
     return told_together({name: list(map(str, plan.shortfalls)) for name, plan in zip(names, plans, strict=True)}, len(plans))
+
+
+def saving_words(plans: Sequence[TrainingPlan]) -> str:
+    """Return whether training waits for its saves, and the size of the copy that is saved, as text."""
+    size = _bytes(sum(plan.snapshot_bytes for plan in plans))
+    if any(plan.waits_for_saves for plan in plans):
+        return f"training waits for each save, because a copy of its state ({size} more) does not fit in memory"
+    return f"while training continues, from a copy of its state: {size} more"
 
 
 def _words(encoder: dict[str, Any]) -> str:
@@ -200,6 +215,7 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     # Guessed sizes are no reason to refuse a run.
     if not any(plan.assumed for plan in plans):
         require_memory(recipes, plans)
+        plans = [replace(plan, waits_for_saves=not snapshots_fit(recipes, plans)) for plan in plans]
     # All members of a grid log to the same place.
     require_wandb(recipes[0].recipe)
     return plans
@@ -209,10 +225,12 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
     """Plan recipes that train together, without checking their memory."""
     first = recipes[0]
     require_quantization(first.recipe.model)
-    widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
-    if unfit := first.outline.text_problems(first.recipe.text):
-        raise ValueError("\n".join(unfit))
-    _require_same_store(first)
+    widths, assumed = _stored_widths(first), frozenset[str]()
+    if widths is None:
+        widths, assumed = first.widths, frozenset(first.outline.assumed & first.widths.keys())
+        if unfit := first.outline.text_problems(first.recipe.text):
+            raise ValueError("\n".join(unfit))
+        _require_same_store(first)
     plans, problems = [], {}
     for recipe in (member.recipe for member in recipes):
         try:
@@ -223,6 +241,23 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
     if problems:
         raise ValueError("\n".join(told_together(problems, len(recipes))))
     return plans
+
+
+def _stored_widths(member: ResolvedRecipe) -> dict[str, int] | None:
+    """Return the width of every hook in a complete store of the same model and text; ``None`` if there is no such store.
+
+    The harvest has shown that the model has these hooks and takes these contexts, so that it need not be built again: that
+    takes most of the time in which a run resumes.
+    """
+    recipe, store = member.recipe, _existing(member.recipe, complete=True)
+    if store is None or store.manifest.get("content") is None:
+        return None
+    try:
+        recipe_identity(recipe.model, recipe.text, recipe.harvest).check(store, member.outline.content, recipe.text)
+    except ValueError:
+        # Reported after what the model shows to be wrong.
+        return None
+    return {hook: store.width(hook) for hook in recipe.harvest.hooks}
 
 
 def _require_same_store(member: ResolvedRecipe) -> None:
@@ -362,22 +397,32 @@ def _streams(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -
 
 def require_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> None:
     """Raise ``ValueError``, with sizes, if training needs more memory than is free on its device."""
-    device, cpu = resolve_device(recipes[0].recipe.model.device), torch.device("cpu")
-    weights = sum(plan.weights_bytes for plan in plans)
-    if device.type == "cpu":
-        needs = {cpu: memory_together(recipes, plans)}
-    else:
-        # Batches are queued, and dictionaries initialized, in main memory.
-        starts = max(plan.start_bytes + 4 * plan.parameters for plan in plans)
-        needs = {device: weights + max(plan.step_bytes for plan in plans), cpu: starts + _streams(recipes, plans)}
-    for where, needed in needs.items():
+    for where, needed in memory_needs(recipes, plans).items():
         free = free_bytes(where)
         if needed > free:
             parameters = sum(plan.parameters for plan in plans)
+            weights = sum(plan.weights_bytes for plan in plans)
             raise ValueError(
                 f"memory: training needs about {_bytes(needed)} on {where}, {_bytes(weights)} of them for {parameters:,} "
                 f"parameters and optimizer state; {_bytes(free)} are free. {_remedies(recipes)}."
             )
+
+
+def memory_needs(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> dict[torch.device, int]:
+    """Return the bytes that training needs on its device and in main memory, without the copies that are saved."""
+    device, cpu = resolve_device(recipes[0].recipe.model.device), torch.device("cpu")
+    if device.type == "cpu":
+        return {cpu: memory_together(recipes, plans)}
+    # Batches are queued, and dictionaries initialized, in main memory.
+    starts = max(plan.start_bytes + 4 * plan.parameters for plan in plans)
+    weights = sum(plan.weights_bytes for plan in plans)
+    return {device: weights + max(plan.step_bytes for plan in plans), cpu: starts + _streams(recipes, plans)}
+
+
+def snapshots_fit(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPlan]) -> bool:
+    """Return True if main memory also has room for the copies of the states that are saved while training continues."""
+    cpu = torch.device("cpu")
+    return memory_needs(recipes, plans)[cpu] + sum(plan.snapshot_bytes for plan in plans) <= free_bytes(cpu)
 
 
 def _remedies(members: Sequence[ResolvedRecipe]) -> str:
@@ -390,13 +435,6 @@ def _remedies(members: Sequence[ResolvedRecipe]) -> str:
     if len(recipes) > 1:
         ways.append("train fewer members at once")
     return ", or ".join(ways)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size: TextSize | None) -> TrainingPlan:
@@ -446,6 +484,8 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
         disk_bytes=disk,
         shuffle_tokens=harvest.live_buffer_tokens if live else training,
         text=size,
+        # Weights, moments, and two counters of each latent.
+        snapshot_bytes=12 * parameters + 16 * dictionary.n_latents,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -338,7 +339,9 @@ def _train(
     ranks = own_ranks()
     stop = StopRequest(ranks.largest)
     with ExitStack() as stack:
-        groups = [_group(stream, recipes, earlier, accelerator, stack) for stream, recipes in together]
+        # One thread, which has ended when this block is left, however it is.
+        writer = stack.enter_context(ThreadPoolExecutor(1, "sparsary-save"))
+        groups = [_group(stream, recipes, earlier, accelerator, writer, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
         for member in (member for group in groups for member in group.members):
             member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])
@@ -372,7 +375,7 @@ def _train(
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
                 # Always saved: a kill may have come between the last state and its dictionary.
-                member.checkpoints.save_dictionary(member.state, dictionary, group.stream, finished=True)
+                member.checkpoints.save_finished(member.state, dictionary, group.stream)
     ranks.wait()
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
@@ -384,6 +387,8 @@ def _telling_what_is_kept(groups: Sequence[Group]) -> Iterator[None]:
     try:
         yield
     except WriteError as error:
+        for member in (member for group in groups for member in group.members):
+            member.checkpoints.close()
         steps = sorted({member.state.saved_step for group in groups for member in group.members})
         span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         raise error.keeping(f"The state of {span} is kept." if steps[-1] else "No state had been saved.") from None
@@ -426,16 +431,20 @@ def _group(
     recipes: list[Recipe],
     earlier: Mapping[str, Recipe],
     accelerator: Accelerator,
+    writer: Executor,
     stack: ExitStack,
 ) -> Group:
     """Build all members over one stream, and move it to where the first unfinished member resumes."""
     # For user iterables that generate random tensors.
     torch.manual_seed(recipes[0].seed)
-    start = Start(stream, stream.start_sample(SAMPLE_TOKENS), stream.moments(), stream.target_moments(), {})
+    # A resumed run takes from the sample only its width. Other sources than a store may draw random numbers for it.
+    resumed = isinstance(stream, StoreStream) and all(recipe.out_dir in earlier for recipe in recipes)
+    sample = stream.start_sample(1 if resumed else SAMPLE_TOKENS)
+    start = Start(stream, sample, stream.moments(), stream.target_moments(), {})
     members = []
     for recipe in recipes:
         with Randomness(recipe.seed) as randomness:
-            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator)
+            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, writer)
         stack.callback(member.report.close)
         members.append(member)
     state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
@@ -445,7 +454,12 @@ def _group(
 
 
 def _member(
-    recipe: Recipe, start: Start, earlier: Recipe | None, randomness: Randomness, accelerator: Accelerator
+    recipe: Recipe,
+    start: Start,
+    earlier: Recipe | None,
+    randomness: Randomness,
+    accelerator: Accelerator,
+    writer: Executor,
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
@@ -475,10 +489,10 @@ def _member(
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
-    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer.
-    objective = cast(Objective, accelerator.prepare_model(objective, evaluation_mode=True))
-    wrapped = accelerator.prepare_optimizer(optimizer)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks)
+    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
+    objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
+    wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
     report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()

@@ -68,15 +68,27 @@ class StageProgress:
         seconds, done = (now - then for now, then in zip(self.latest, since, strict=True))
         return done / max(seconds, 1e-9) if done else None
 
-    def figures(self) -> str:
-        """Return the share done, the amounts, the rate, the time left and the further figures."""
+    def figures(self, columns: int | None = None) -> str:
+        """Return the share done, the amounts, the rate, the time left and the further figures.
+
+        Args:
+            columns: Room there is; amounts, then the rate, are left out if they do not fit.
+        """
         share = f"{self.done / self.total:.0%}".replace("%", " %") if self.total else ""
-        parts = [share, f"{self.done:,} of {self.total:,} {self.unit}"]
-        if rate := self.rate():
-            parts.append(f"{rounded(rate)} {self.unit}/s")
+        amounts, rate, left = f"{self.done:,} of {self.total:,} {self.unit}", "", ""
+        if per_second := self.rate():
+            rate = f"{rounded(per_second)} {self.unit}/s"
             if self.done < self.total:
-                parts.append(f"{duration((self.total - self.done) / rate)} left")
-        return "  ".join(part for part in (*parts, self.stats) if part)
+                left = f"{duration((self.total - self.done) / per_second)} left"
+        lines = (
+            "  ".join(part for part in parts if part)
+            for parts in ((share, amounts, rate, left, self.stats), (share, rate, left, self.stats), (share, left, self.stats))
+        )
+        shortest = ""
+        for shortest in lines:
+            if columns is None or len(shortest) <= columns:
+                break
+        return shortest
 
     def close(self, failed: bool = False) -> None:
         """End the stage and log its amount and time. A failed one is logged only if it did something."""
@@ -111,8 +123,14 @@ def stage(name: str, total: int, unit: str = "tokens", done: int = 0) -> Iterato
 
 
 class _Figures(ProgressColumn):
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+
     def render(self, task: Task) -> Text:
-        return Text(task.fields["stage"].figures(), no_wrap=True, overflow="ellipsis")
+        # What the name and the bar, if there is one, leave.
+        room = self.console.width - len(task.description) - 2 - (22 if self.console.width >= WIDE else 0)
+        return Text(task.fields["stage"].figures(room), no_wrap=True, overflow="ellipsis")
 
 
 class _CellOutput:
@@ -233,7 +251,7 @@ def notebook_cell() -> int | None:
 
 def _progress() -> Progress:
     console = Console(stderr=True)
-    return Progress(TextColumn("{task.description}"), _Bar(console), _Figures(), console=console, transient=True)
+    return Progress(TextColumn("{task.description}"), _Bar(console), _Figures(console), console=console, transient=True)
 
 
 def rounded(value: float) -> str:

@@ -5,6 +5,8 @@
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +115,30 @@ class TrainState:
                 f"step {self.saved_step} is kept. Lower lr, raise lr_warmup_steps or set precision: float32, in a new out_dir."
             )
 
-    def save(
+    def contents(
         self,
-        directory: Path,
         dictionary: SparseDictionary,
         phases: Phases,
         optimizer: torch.optim.Optimizer,
         stream: ActivationStream,
         metrics_bytes: int,
-    ) -> None:
-        """Replace the saved state, which has the latents of all shards; the first one writes.
+    ) -> "StateContents":
+        """Return what a state of this step consists of; the tensors are those of the run, which the next step changes."""
+        active = next(number for number, encoder in enumerate(phases.encoders) if encoder is dictionary.encoder)
+        counters = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "tokens": self.tokens,
+            "stream": stream.position(),
+            "metrics_bytes": metrics_bytes,
+            "lengthened": self.lengthened,
+        }
+        return StateContents(self.tensors(dictionary, phases, optimizer), counters, active)
 
-        Raises:
-            OSError: If it cannot be written; the old one is kept.
+    def tensors(self, dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Return all tensors of the state, by the name they are saved under; ``restore_tensors`` puts them back.
+
+        They have the latents of all shards, which all take part.
         """
         tensors: dict[str, Tensor] = {}
         for part, module in _parts(dictionary, phases).items():
@@ -137,18 +150,7 @@ class TrainState:
             tensors |= {f"screen/{name}": value for name, value in dictionary.screen.state().items()}
         tensors["silent_for"], tensors["density"] = self.silent_for, self.density
         tensors |= {f"random/{device}": values for device, values in self.randomness.own.items()}
-        counters = {
-            "format_version": FORMAT_VERSION,
-            "step": self.step,
-            "tokens": self.tokens,
-            "stream": stream.position(),
-            "metrics_bytes": metrics_bytes,
-            "lengthened": self.lengthened,
-        }
-        tensors = whole_tensors(tensors, dictionary.n_latents, dictionary.shards)
-        if dictionary.shards.rank == 0:
-            write_tensors(directory / STATE_FILE, tensors, {"counters": json.dumps(counters)}, sealed=True)
-        self.saved_step = self.step
+        return whole_tensors(tensors, dictionary.n_latents, dictionary.shards)
 
     def restore(
         self,
@@ -157,7 +159,7 @@ class TrainState:
         phases: Phases,
         optimizer: torch.optim.Optimizer,
     ) -> int:
-        """Restore everything that ``save`` stored, and return the length of ``metrics.jsonl`` at that time.
+        """Restore everything that a state contains, and return the length of ``metrics.jsonl`` at that time.
 
         The stream is shared with other runs, so only its position is kept, in ``stream_position``. Random-generator states
         are set in torch's current generators, which are the run's own while its ``Randomness`` is entered.
@@ -167,27 +169,10 @@ class TrainState:
         """
         path = directory / STATE_FILE
         tensors, metadata = read_tensors(path)
-        shards = dictionary.shards
-        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards)
         try:
             counters = _counters(metadata)
-            for part, module in _parts(dictionary, phases).items():
-                own = _below(f"{part}/", tensors)
-                require_finite(path, own)
-                if own.keys() != _own(module.state_dict()).keys():
-                    raise KeyError(f"{part}: {sorted(own)}")
-                module.load_state_dict(own, strict=False)
-                for name, parameter in _own(dict(module.named_parameters())).items():
-                    saved = _below(f"optimizer/{part}/{name}/", tensors)
-                    # Adam keeps its step counter on the CPU unless it is fused on a GPU; it goes where the weights are.
-                    # A parameter without a gradient so far has no state.
-                    if saved:
-                        optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
-            if dictionary.screen is not None:
-                dictionary.screen.restore(_below("screen/", tensors))
-            self.silent_for = tensors["silent_for"].to(self.silent_for.device)
-            self.density = tensors["density"].to(self.density.device)
-            _set_random_state(_below("random/", tensors))
+            require_finite(path, {name: t for name, t in tensors.items() if name.startswith(("dictionary/", "encoder-"))})
+            self.restore_tensors(tensors, dictionary, phases, optimizer)
             self.step, self.tokens = counters["step"], counters["tokens"]
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
@@ -198,6 +183,57 @@ class TrainState:
         phases.select(dictionary, max(self.step - 1, 0))
         self.saved_step = self.step
         return counters["metrics_bytes"]
+
+    def restore_tensors(
+        self, tensors: dict[str, Tensor], dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Put back what ``tensors`` returned.
+
+        Raises:
+            KeyError: If a tensor is missing or not expected.
+            RuntimeError: If a tensor has another shape.
+        """
+        shards = dictionary.shards
+        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards)
+        for part, module in _parts(dictionary, phases).items():
+            own = _below(f"{part}/", tensors)
+            if own.keys() != _own(module.state_dict()).keys():
+                raise KeyError(f"{part}: {sorted(own)}")
+            module.load_state_dict(own, strict=False)
+            for name, parameter in _own(dict(module.named_parameters())).items():
+                saved = _below(f"optimizer/{part}/{name}/", tensors)
+                # Adam keeps its step counter on the CPU unless it is fused on a GPU; it goes where the weights are.
+                # A parameter without a gradient so far has no state.
+                if saved:
+                    optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in saved.items()}
+        if dictionary.screen is not None:
+            dictionary.screen.restore(_below("screen/", tensors))
+        self.silent_for = tensors["silent_for"].to(self.silent_for.device)
+        self.density = tensors["density"].to(self.density.device)
+        _set_random_state(_below("random/", tensors))
+
+
+@dataclass(frozen=True)
+class StateContents:
+    """Tensors and counters of one step of a run, as ``state.safetensors`` holds them.
+
+    Args:
+        active: Number of the encoder that is in the dictionary.
+    """
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, Any]
+    active: int
+
+    @property
+    def dictionary_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the dictionary's ``state_dict()``."""
+        encoder = {f"encoder.{name}": t for name, t in _below(f"encoder-{self.active}/", self.tensors).items()}
+        return _below("dictionary/", self.tensors) | encoder
+
+    def write(self, directory: Path) -> None:
+        """Replace the saved state. If it cannot be written, raise ``WriteError`` and keep the old one."""
+        write_tensors(directory / STATE_FILE, self.tensors, {"counters": json.dumps(self.counters)}, sealed=True)
 
 
 def saved_step(directory: Path) -> int:
@@ -237,7 +273,7 @@ def _own(named: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if not name.startswith("encoder.")}
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 

@@ -14,7 +14,7 @@ import typer
 import sparsary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.training.embedded import MODEL_DIR
-from sparsary.training.recipe import check_recipe, override, parse_yaml
+from sparsary.training.recipe import override, parse_yaml
 from sparsary.training.recipe.grid import check_grid
 from sparsary.transcoders import Transcoder
 
@@ -135,7 +135,7 @@ def test_a_recipe_is_valid(text, recipe_values):
         # Several ways to say one thing, each on a line.
         documents = [parse_yaml(line, "page") for line in text.splitlines()]
     if "out_dir" in documents[0]:
-        check_recipe(documents[0], "page")
+        check_grid(documents[0], "page")
         return
     for part in documents:
         values = {**recipe_values, "harvest": {"store": None}, "batch_tokens": 101}

@@ -227,7 +227,7 @@ def test_a_checkpoint_of_one_goes_on_under_the_other(build, tmp_path, name, firs
         begun.step(number)
     state = TrainState(LATENTS, 500, torch.device("cpu"), Randomness(0))
     state.step = 3
-    state.save(tmp_path, begun.dictionary, begun.phases, begun.optimizer, no_stream(), 0)
+    state.contents(begun.dictionary, begun.phases, begun.optimizer, no_stream(), 0).write(tmp_path)
     resumed = build(second, name)
     with torch.no_grad():
         resumed.dictionary.W_dec.zero_()

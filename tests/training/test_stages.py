@@ -37,6 +37,9 @@ def test_rate_and_time_left_count_from_the_first_step(clock):
     shown.update(5_000, "fvu 0.1")
     assert shown.rate() == 1000
     assert shown.figures() == "50 %  5,000 of 10,000 tokens  1,000 tokens/s  5.0 s left  fvu 0.1"
+    # Where there is less room, what training says of itself stays.
+    assert shown.figures(60) == "50 %  1,000 tokens/s  5.0 s left  fvu 0.1"
+    assert shown.figures(30) == "50 %  5.0 s left  fvu 0.1"
     shown.close()
     shown.close()
     assert not DISPLAY.bars

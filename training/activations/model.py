@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ...sae.errors import doing
-from ..content import Content, folder_content, model_folder
+from ..content import Content, folder_content, model_folder, remembered
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
 from .hooked_model import HookedModel, next_token_loss
@@ -26,6 +27,8 @@ from .splice import generate, model_spliced
 from .weightless import weightless
 
 log = logging.getLogger(__name__)
+# Files of a model's folder that do not affect its tokenizer.
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 # The oldest version that transformers takes.
 BITSANDBYTES = "bitsandbytes>=0.46.1"
 
@@ -369,15 +372,25 @@ def section_content(section: ModelSection) -> Content:
     Raises:
         ValueError: If its tokenizer or configuration cannot be loaded.
     """
+
+    # Digest of the tokenizer itself, because its files contain much that does not affect text.
+    def digest() -> str:
+        return tokenizer_content(load_tokenizer(section))
+
+    folder = model_folder(section)
+    if folder is not None:
+        # Cached, because loading it imports transformers, which takes longer than the rest of a resumed run's start.
+        read = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in WEIGHTS_SUFFIXES)
+        code = " with code" if section.trust_remote_code else ""
+        name = f"tokenizer {folder.resolve()} transformers {metadata.version('transformers')}{code}"
+        return {"model": _source_content(section, None), "tokenizer": remembered(name, read, digest)}
     with _explained(section):
-        # Digest of the tokenizer itself, because its files contain much that does not affect text.
-        tokenizer = load_tokenizer(section)
-        if model_folder(section) is None:
-            # Resolves the revision to a commit of the Hub.
-            _transformers().AutoConfig.from_pretrained(
-                _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
-            )
-    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer_content(tokenizer)}
+        tokenizer = digest()
+        # Resolves the revision to a commit of the Hub.
+        _transformers().AutoConfig.from_pretrained(
+            _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer}
 
 
 def _source_content(section: ModelSection, commit: str | None) -> Content:

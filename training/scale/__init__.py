@@ -1,0 +1,1 @@
+"""Prediction of a run's step time, memory, disk and duration on any number of devices: ``sparsary plan``."""
