@@ -26,6 +26,15 @@ portable: install
 	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 SPARSARY_TEST_THREADS=2 $(TESTS)
 	SPARSARY_TEST_PRODUCTS=reordered $(TESTS)
 
+# At least 300 injected faults, in one process and in two; a real full disk needs root, which may mount one in memory.
+drill: install
+	.venv/bin/python tests/drill/drill.py --faults $(or $(FAULTS),300) --seed $(or $(SEED),0)
+
+# Damaged files for every reader, far more than the tests take, in a new order each time; then by coverage if atheris is there.
+fuzz: install
+	SPARSARY_FUZZ_EXAMPLES=$(or $(EXAMPLES),5000) .venv/bin/pytest -n 2 --dist load --timeout 7200 -m "slow or not slow" tests/fuzz
+	@if .venv/bin/python -c 'import atheris' 2>/dev/null; then for name in recipe manifest shard checkpoint metrics; do .venv/bin/python tests/fuzz/atheris_fuzz.py $$name -max_total_time=300 || exit 1; done; else echo 'atheris is not installed: no fuzzing by coverage'; fi
+
 check: install
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check

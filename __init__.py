@@ -177,6 +177,8 @@ def main() -> None:
     # Read when torch is first loaded. By default OpenMP threads keep spinning after a matrix product and slow down whatever
     # follows: reading, compiled kernels, other processes. Harvest and training took two to four times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Lost connections between processes are told in one line; torch's own warnings print its stack, too.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Imported lazily: programs that use the package do not need it.
     from .training.console import StandardErrorHandler
 
@@ -209,7 +211,21 @@ def main() -> None:
         # Without a reader of standard error, the exit status suffices.
         with suppress(OSError):
             sys.stderr.write(f"{message}\n")
+            if told := os.environ.get("SPARSARY_TOLD"):
+                # The launcher adds nothing to it.
+                Path(told).touch()
     sys.exit(status)
+
+
+def _require_shared_work() -> None:
+    """Raise ``ValueError`` if a launcher started several processes of a command that works in one."""
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    if command not in SHARED_COMMANDS | {""}:
+        raise ValueError(
+            f"{command}: expected one process, got {os.environ['WORLD_SIZE']} from a launcher; only "
+            f"{' and '.join(sorted(SHARED_COMMANDS))} share their work. Start it without one: "
+            f"sparsary {shlex.join(sys.argv[1:])}"
+        )
 
 
 @contextmanager
@@ -221,6 +237,8 @@ def _as_one_of_several() -> Iterator[None]:
         logging.getLogger().setLevel(logging.ERROR)
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     own_ranks()
+    # Known earlier, but only ranks that have met can agree on which of them tells.
+    _require_shared_work()
     yield
     leave()
 
@@ -253,8 +271,11 @@ def _ended(error: BaseException) -> tuple[int, str]:
     try:
         # Imported lazily: it loads torch, and `--help` must stay fast.
         from .sae.errors import WriteError, operating_system_message
+        from .sae.ranks import RanksLostError
     except Exception:  # noqa: BLE001 - an installation that is broken: the error is about to be told
         return 1, _unforeseen(error)
+    if isinstance(error, RanksLostError):
+        return 1, f"sparsary: {error}"
     if isinstance(error, WriteError):
         return 2, f"sparsary: {error} It was: {shlex.join(['sparsary', *sys.argv[1:]])}"
     if isinstance(error, OSError) and not isinstance(error, ValueError):
@@ -264,6 +285,8 @@ def _ended(error: BaseException) -> tuple[int, str]:
     return 2 if isinstance(error, ValueError) else 1, _unforeseen(error)
 
 
+# Commands that several processes can share.
+SHARED_COMMANDS = {"harvest", "train"}
 INTERRUPTED = "Stopped. What was complete is saved; the same command continues."
 
 

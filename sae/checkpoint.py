@@ -26,6 +26,9 @@ KINDS = {
     "cross_layer_transcoder": "transcoders.cross_layer:CrossLayerTranscoder",
 }
 
+# Entries of the provenance that are mappings, or null.
+SECTIONS = ("model", "text", "harvest", "recipe", "content", "skipped", "converted")
+
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +68,27 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{path}: format_version: expected {FORMAT_VERSION}, got {config.get('format_version')!r}. "
             "Install the version of sparsary that wrote it."
         )
+    _require_entries(path, config)
     return config
+
+
+def _require_entries(path: Path, config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless the entries that readers rely on have the types they are written with."""
+    usage = {"dead_after_tokens": int, "tokens": int}
+    wanted: dict[str, tuple[Any, type | tuple[type, ...]]] = {
+        "dictionary": (config.get("dictionary"), dict),
+        "provenance": (config.get("provenance"), (dict, type(None))),
+        "training_usage": (config.get("training_usage"), (dict, type(None))),
+    }
+    if isinstance(config.get("dictionary"), dict):
+        types = {"kind": str, "d_in": int, "n_latents": int, "encoder": dict}
+        wanted |= {f"dictionary.{key}": (config["dictionary"].get(key), kind) for key, kind in types.items()}
+    for section, types in (("provenance", dict.fromkeys(SECTIONS, (dict, type(None)))), ("training_usage", usage)):
+        if isinstance(config.get(section), dict):
+            wanted |= {f"{section}.{key}": (config[section].get(key), kind) for key, kind in types.items()}
+    for name, (value, kind) in wanted.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{path}: {name}: unexpected {type(value).__name__} {str(value)[:80]!r}. The file is damaged.")
 
 
 def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -> SparseDictionary:
@@ -85,7 +108,12 @@ def load_dictionary(directory: str | Path, device: str | torch.device = "cpu") -
     config = read_config(directory)
     path = directory / WEIGHTS_FILE
     tensors, metadata = read_tensors(path)
-    own = json.loads(metadata.get("config", "null"))
+    try:
+        own = json.loads(metadata.get("config", "null"))
+        if own is not None:
+            _require_entries(path, own)
+    except (json.JSONDecodeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: config: expected the contents of {CONFIG_FILE} ({error}). The file is damaged.") from None
     if own is not None and own != {key: value for key, value in config.items() if key != "weights_sha256"}:
         log.warning("%s differs from the copy inside %s, which is used: a save was interrupted.", CONFIG_FILE, path)
         config = own

@@ -409,7 +409,7 @@ def write_dictionary_files(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    digest = write_tensors(directory / WEIGHTS_FILE, tensors, {"config": json.dumps(config)})
+    digest = write_tensors(directory / WEIGHTS_FILE, tensors, {"config": json.dumps(config)}, sealed=True)
     if usage is not None:
         usage.save(directory)
     write_json(directory / CONFIG_FILE, config | {"weights_sha256": digest})

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Metadata entry with the CRC-32 of a file in which it is blank: it finds bits that the disk or a copy flipped.
+SEAL, BLANK_SEAL = "crc32", "00000000"
 # Bytes hashed and written at a time, few enough to stay in the processor's cache in between.
 CHUNK_BYTES = 1 << 18
 
@@ -125,17 +128,26 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: expected this file, found none.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON, got invalid JSON ({error}). The file is damaged.") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected JSON, got brackets nested hundreds deep. The file is damaged.") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str]) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], metadata: Mapping[str, str], sealed: bool = False
+) -> str:
     """Write one safetensors file atomically and return its sha256.
 
     Several tensors under one name are concatenated along the first axis. The bytes equal those of
     ``safetensors.torch.save_file``, but are hashed while being written, and Python's lock is released meanwhile.
 
+    Args:
+        sealed: Add a checksum of the file to its metadata, which ``read_tensors`` checks.
+
     Raises:
         WriteError: If it could not be written; the previous file is unchanged.
     """
+    if sealed:
+        metadata = dict(metadata) | {SEAL: BLANK_SEAL}
     parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
     names = sorted(parts, key=lambda name: (list(DTYPES.values()).index(parts[name][0].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -150,6 +162,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], 
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with replacing(path) as temporary, temporary.open("wb") as handle:
+        if sealed:
+            checksum = zlib.crc32(text)
+            for part in (part for name in names for part in parts[name]):
+                checksum = zlib.crc32(_memory(part), checksum)
+            text = text.replace(_seal(BLANK_SEAL), _seal(f"{checksum:08x}"), 1)
         data = (_memory(part) for name in names for part in parts[name])
         for piece in itertools.chain([len(text).to_bytes(8, "little"), text], data):
             for begin in range(0, len(piece), CHUNK_BYTES):
@@ -157,6 +174,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], 
                 digest.update(chunk)
                 handle.write(chunk)
     return digest.hexdigest()
+
+
+def _seal(checksum: str) -> bytes:
+    """Return the header's entry of a checksum."""
+    return f'"{SEAL}":"{checksum}"'.encode()
+
+
+def _require_seal(path: Path, checksum: str) -> None:
+    """Raise ``ValueError`` if a file does not have the CRC-32 in its header, which is taken with that entry blank."""
+    with path.open("rb") as handle:
+        header = handle.read(int.from_bytes(handle.read(8), "little"))
+        found = zlib.crc32(header.replace(_seal(checksum), _seal(BLANK_SEAL), 1))
+        while chunk := handle.read(CHUNK_BYTES):
+            found = zlib.crc32(chunk, found)
+    if f"{found:08x}" != checksum:
+        raise ValueError(
+            f"{path}: expected the checksum {checksum} in its header, got {found:08x}: the file is damaged. Restore it from a "
+            "backup, or make it again."
+        )
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -167,11 +203,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors of a file, and its metadata.
 
     Raises:
-        ValueError: If the file is missing, truncated, or not safetensors.
+        ValueError: If the file is missing, truncated, or not safetensors, or its checksum differs from that in its header.
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+            metadata = handle.metadata() or {}
+            if SEAL in metadata:
+                _require_seal(path, metadata[SEAL])
+            return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path}: expected this file, found none.") from None
     except (SafetensorError, OSError) as error:

@@ -62,7 +62,7 @@ class TrainingUsage:
     def save(self, directory: Path) -> None:
         """Write ``usage.safetensors`` atomically."""
         metadata = {key: str(value) for key, value in self.about.items()}
-        write_tensors(directory / USAGE_FILE, {"silent_for": self.silent_for.long()}, metadata)
+        write_tensors(directory / USAGE_FILE, {"silent_for": self.silent_for.long()}, metadata, sealed=True)
 
 
 def load_training_usage(directory: Path, about: Mapping[str, int] | None, n_latents: int) -> TrainingUsage | None:

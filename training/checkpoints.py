@@ -13,7 +13,7 @@ import torch
 from ..sae import SparseDictionary
 from ..sae.checkpoint import read_config
 from ..sae.dictionary import CONFIG_FILE, write_dictionary_files
-from ..sae.files import remove_partial_files, write_text
+from ..sae.files import read_text, remove_partial_files, write_text
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
@@ -214,7 +214,7 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
                 f"out_dir: {directory}: expected an empty directory or a run, got other files. Choose another out_dir."
             )
         return None
-    old = check_recipe(parse_yaml(saved.read_text(encoding="utf-8"), str(saved)), str(saved))
+    old = check_recipe(parse_yaml(read_text(saved), str(saved)), str(saved))
     changed = run_changes(directory, old, recipe, content)
     if changed:
         raise ValueError(

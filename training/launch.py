@@ -2,8 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
+import tempfile
 import uuid
+from pathlib import Path
+
+# Path of a file that a rank makes when it prints the message that ends the run; without one, the launcher tells.
+TOLD_VARIABLE = "SPARSARY_TOLD"
 
 
 def launch(processes: int, arguments: list[str]) -> int:
@@ -16,6 +22,8 @@ def launch(processes: int, arguments: list[str]) -> int:
 
     Raises:
         ValueError: If there are fewer GPUs than processes.
+        SystemExit: With a message, if a rank ended and none told why; without one, if a signal stopped the run and a rank
+            told so.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -30,8 +38,13 @@ def launch(processes: int, arguments: list[str]) -> int:
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # A launcher that is told to stop waits this long for the ranks to save.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     # Each process tells its own error; the launcher's table of them adds nothing.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        # torch gives each of its loggers a level of its own.
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -42,10 +55,26 @@ def launch(processes: int, arguments: list[str]) -> int:
         max_restarts=0,
         monitor_interval=0.2,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "sparsary", *arguments)
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
-    except SignalException as signal:
-        return 128 + int(signal.sigval)
+    with tempfile.TemporaryDirectory(prefix="sparsary-") as folder:
+        told = Path(folder) / "told"
+        os.environ[TOLD_VARIABLE] = str(told)
+        try:
+            elastic_launch(config, sys.executable)("-m", "sparsary", *arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if not told.exists():
+                raise SystemExit(_ended(rank, processes, failure.exitcode)) from None
+            # As a shell reports the death by a signal.
+            return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        except SignalException as stopped:
+            if told.exists():
+                raise SystemExit(128 + int(stopped.sigval)) from None
+            return 128 + int(stopped.sigval)
     return 0
+
+
+def _ended(rank: int, processes: int, status: int) -> str:
+    """Return the message on a rank that ended before any rank could tell why."""
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}, without a message"
+    memory = " The system ends processes like this when memory runs out." if status == -signal.SIGKILL else ""
+    return f"sparsary: rank {rank} of {processes} ended {how}.{memory} What was saved is kept; the same command continues."

@@ -14,8 +14,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards
+from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards, naming_lost_ranks
 
 T = TypeVar("T")
 # A collective that a rank does not reach within this time ends the run.
@@ -49,7 +51,10 @@ def own_ranks() -> Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            # A launcher that restarts the ranks may offer the same store again, with the addresses of those that ended.
+            store = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:200]
             raise RanksLostError(
@@ -142,7 +147,8 @@ def _difference(first: str, other: str) -> tuple[str, str]:
 def beat(step: int) -> None:
     """Record that this rank has reached a step, for the message about a rank that stops answering."""
     if dist.is_initialized():
-        _store().set(f"sparsary/step/{dist.get_rank()}", f"{step} {time.time():.0f}")
+        with naming_lost_ranks():
+            _store().set(f"sparsary/step/{dist.get_rank()}", f"{step} {time.time():.0f}")
 
 
 def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[int, str]:
@@ -160,7 +166,12 @@ def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[i
             return status, ""
         _store().set("sparsary/status", str(status))
     except RuntimeError:
-        # The store is gone with the rank, or the node, that held it.
+        # The store is gone with the launcher, the rank or the node that held it.
+        if isinstance(error, RanksLostError):
+            message = (
+                f"sparsary: rank {own_rank()}: the launcher, or the rank that connected all others, has ended. What was saved "
+                "is kept; the same command continues."
+            )
         return status, message
     return status, message if own_rank() == 0 else message.replace("sparsary: ", f"sparsary: rank {own_rank()}: ", 1)
 

@@ -42,9 +42,7 @@ class TrainingLog:
         self.path = directory / METRICS_FILE if written else Path(os.devnull)
         with writing(self.path):
             if written:
-                self.path.touch()
-                with self.path.open("r+b") as handle:
-                    handle.truncate(keep_bytes)
+                _cut(self.path, keep_bytes)
             self.handle = self.path.open("a", encoding="utf-8")
         self.total, self.tokens_before = recipe.tokens, tokens_before
         self.started = time.perf_counter()
@@ -139,6 +137,19 @@ def require_wandb(recipe: Recipe) -> None:
     # If the environment disables wandb but the recipe enables it, a failed login here is not conclusive.
     if not logged_in and from_environment in ("online", "run", "shared"):
         raise ValueError(f"wandb: not logged in. {remedy}")
+
+
+def _cut(path: Path, bytes_: int) -> None:
+    """Shorten a file of lines to a length, or to the whole lines before it if the file was damaged meanwhile."""
+    path.touch()
+    with path.open("r+b") as handle:
+        found = handle.read(bytes_)
+        whole = found.rfind(b"\n") + 1
+        if whole < bytes_:
+            log.warning(
+                "%s: expected %d bytes of whole lines, got %d: lines were lost since the last save.", path, bytes_, whole
+            )
+        handle.truncate(whole)
 
 
 def _wandb() -> Any:

@@ -170,14 +170,14 @@ class TrainState:
         path = directory / STATE_FILE
         tensors, metadata = read_tensors(path)
         try:
-            counters: dict[str, Any] = json.loads(metadata["counters"])
+            counters = _counters(metadata)
             require_finite(path, {name: t for name, t in tensors.items() if name.startswith(("dictionary/", "encoder-"))})
             self.restore_tensors(tensors, dictionary, phases, optimizer)
             self.step, self.tokens = counters["step"], counters["tokens"]
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
-        except (KeyError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
         phases.select(dictionary, max(self.step - 1, 0))
@@ -233,7 +233,7 @@ class StateContents:
 
     def write(self, directory: Path) -> None:
         """Replace the saved state. If it cannot be written, raise ``WriteError`` and keep the old one."""
-        write_tensors(directory / STATE_FILE, self.tensors, {"counters": json.dumps(self.counters)})
+        write_tensors(directory / STATE_FILE, self.tensors, {"counters": json.dumps(self.counters)}, sealed=True)
 
 
 def saved_step(directory: Path) -> int:
@@ -245,9 +245,22 @@ def saved_step(directory: Path) -> int:
     path = directory / STATE_FILE
     try:
         with safe_open(path, "pt") as handle:
-            return int(json.loads((handle.metadata() or {})["counters"])["step"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            return _counters(handle.metadata() or {})["step"]
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected the state of a run ({error}). Delete the out_dir to start over.") from None
+
+
+def _counters(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the counters in a state's metadata.
+
+    Raises:
+        KeyError, TypeError, RecursionError, json.JSONDecodeError: If they are missing or of another type.
+    """
+    counters = json.loads(metadata["counters"])
+    for key in ("step", "tokens", "metrics_bytes"):
+        if not isinstance(counters[key], int) or counters[key] < 0:
+            raise TypeError(f"{key}: {str(counters[key])[:80]}")
+    return counters
 
 
 def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:

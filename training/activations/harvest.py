@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...sae.errors import WriteError, doing
-from ...sae.files import remove_partial_files, sha256, write_json
+from ...sae.files import remove_partial_files, sha256
 from ...sae.ranks import ALONE, Ranks
 from ..bad_rows import BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
@@ -23,8 +23,9 @@ from .buffer_pool import Memory
 from .contexts import ContextReader
 from .harvest_units import Turn, Unit, UnitQueue
 from .harvested_rows import LARGEST, rows_of, usable_rows
+from .manifest import FORMAT, FORMAT_VERSION, MANIFEST_FILE, write_manifest
 from .model import LanguageModel, tokenizer_digest
-from .shards import FORMAT, FORMAT_VERSION, GRADIENT_KIND, MANIFEST_FILE, ActivationStore
+from .shards import GRADIENT_KIND, ActivationStore
 from .store_writer import SHARED_SECONDS, Progress, StoreWriter, UnitRecord
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,7 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
         return store
     require_store_folder(directory)
     store = ActivationStore(directory, _new_manifest(model, text, section))
-    write_json(directory / MANIFEST_FILE, store.manifest)
+    write_manifest(directory, store.manifest)
     return store
 
 

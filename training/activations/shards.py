@@ -10,6 +10,7 @@ manifest, which is replaced in the same way.
 
 import bisect
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,14 +22,12 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from ...sae.files import DTYPES, read_json, sha256
+from ...sae.files import DTYPES, sha256
 from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
 from ...sae.ranks import ALONE, Ranks
+from .manifest import MANIFEST_FILE, read_manifest
 
-FORMAT = "sparsary-store"
-FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
 LABELS = ("token", "document", "position", "offset")
 # Definition of the stored gradients, recorded in the manifest.
 GRADIENT_KIND = {
@@ -136,17 +135,7 @@ class ActivationStore:
         Raises:
             ValueError: If there is none, or its manifest is damaged or of another version.
         """
-        path = Path(directory) / MANIFEST_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"{directory}: expected an activation store, found no {MANIFEST_FILE}. Make one with `sparsary harvest`."
-            )
-        manifest = read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError(f"{path}: format: expected {FORMAT!r}. This is not an activation store.")
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{path}: format_version: expected {FORMAT_VERSION}, got {manifest.get('format_version')!r}.")
-        return cls(Path(directory), manifest)
+        return cls(Path(directory), read_manifest(Path(directory)))
 
     def tokens(self, split: str) -> int:
         """Return the number of stored tokens of a split."""
@@ -228,9 +217,28 @@ class RowReader:
         self.name = name
         self.block: int = store.manifest["block"]
         self.shards = [_ShardTensor(store.directory / shard["name"], name) for shard in store.shards(split)]
+        for shard in self.shards:
+            first = self.shards[0]
+            if (shard.dtype, shard.row_shape) != (first.dtype, first.row_shape):
+                raise ValueError(
+                    f"{shard.path}: {name}: expected rows of {first.dtype} {first.row_shape}, as in {first.path.name}, got "
+                    f"{shard.dtype} {shard.row_shape}. Delete the store and harvest again."
+                )
         quantized = bool(self.shards) and self.shards[0].dtype == torch.int8
         self.scales = RowReader(store, split, f"scale:{name}") if quantized else None
+        if self.scales is not None:
+            self._require_scales(self.scales)
         self.ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
+
+    def _require_scales(self, scales: "RowReader") -> None:
+        """Raise ``ValueError`` unless every int8 row has a float16 scale for each of its blocks."""
+        for shard, scale in zip(self.shards, scales.shards, strict=True):
+            wanted = [-(-width // self.block) for width in shard.row_shape]
+            if (scale.dtype, scale.rows, scale.row_shape) != (torch.float16, shard.rows, wanted) or len(wanted) != 1:
+                raise ValueError(
+                    f"{shard.path}: {scales.name}: expected float16 {[shard.rows, *wanted]}, got {scale.dtype} "
+                    f"{[scale.rows, *scale.row_shape]}. Delete the store and harvest again."
+                )
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.shards else 0
@@ -335,17 +343,29 @@ class _ShardTensor:
     """Location of one tensor in a safetensors file."""
 
     def __init__(self, path: Path, name: str):
-        self.path = path
+        self.path, self.descriptor = path, -1
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
-            header_bytes = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
-            entry = json.loads(os.pread(self.descriptor, header_bytes, 8))[name]
-        except (OSError, ValueError, KeyError, OverflowError) as error:
+            self._read_header(name)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            self.close()
             raise ValueError(f"{path}: expected a shard with the tensor {name!r} ({type(error).__name__}: {error}).") from None
+
+    def _read_header(self, name: str) -> None:
+        """Read where the tensor lies. Compiled code relies on it, so nothing in it is taken on trust."""
+        header_bytes = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        if header_bytes > os.fstat(self.descriptor).st_size:
+            raise ValueError("the header is longer than the file")
+        entry = json.loads(os.pread(self.descriptor, header_bytes, 8))[name]
         start, end = entry["data_offsets"]
         self.dtype = DTYPES[entry["dtype"]]
         self.rows, *self.row_shape = entry["shape"]
-        self.row_bytes = (end - start) // max(self.rows, 1)
+        sizes = (start, end, self.rows, *self.row_shape)
+        if not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in sizes) or len(self.row_shape) > 1:
+            raise ValueError(f"shape {entry['shape']} at {entry['data_offsets']}")
+        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        if self.rows * self.row_bytes != end - start:
+            raise ValueError(f"{self.dtype} {entry['shape']} in {end - start} bytes")
         self.start = 8 + header_bytes + start
 
     def read(self, rows: np.ndarray, places: np.ndarray, out: np.ndarray, scales: np.ndarray | None, block: int) -> bool:

@@ -25,7 +25,8 @@ from ..bad_rows import NOT_FINITE, BadTokens
 from ..content import Content
 from ..recipe import HarvestSection
 from .harvested_rows import LARGEST, SPLITS, HarvestedRows
-from .shards import MANIFEST_FILE, ActivationStore, encode, gradient_dtype
+from .manifest import write_manifest
+from .shards import ActivationStore, encode, gradient_dtype
 
 # Batches queued for the writer, so that the model keeps running while a shard is synced.
 BATCHES_AHEAD = 8
@@ -193,7 +194,7 @@ class StoreWriter:
         if not self.store.manifest["complete"]:
             self.store.manifest["complete"] = True
             if self.ranks.rank == 0:
-                write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
+                write_manifest(self.store.directory, self.store.manifest)
 
     def _take(self, rows: dict[str, HarvestedRows], end: UnitRecord | None) -> None:
         # Nothing is stored after a failure.
@@ -258,7 +259,7 @@ class StoreWriter:
                 return units
             self._require_few_left_out(record)
             _join(self.store.manifest, record)
-            write_json(self.store.directory / MANIFEST_FILE, self.store.manifest)
+            write_manifest(self.store.directory, self.store.manifest)
             (self.store.directory / record.path).unlink(missing_ok=True)
             units += 1
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from ...sae.files import write_json, write_tensors
+from ...sae.files import write_tensors
 from ..activations.contexts import context_batches
 from ..activations.harvest import harvest_activations
+from ..activations.manifest import FORMAT, FORMAT_VERSION, write_manifest
 from ..activations.model import load_model
-from ..activations.shards import FORMAT, FORMAT_VERSION, LABELS, MANIFEST_FILE, ActivationStore, encode
+from ..activations.shards import LABELS, ActivationStore, encode
 from ..activations.store_stream import WINDOW_BATCHES, StoreStream
 from ..recipe import HarvestSection, ModelSection, TextSection
 
@@ -43,7 +44,8 @@ def synthetic_store(
     # Reading needs no statistics.
     hooks = {SYNTHETIC_HOOK: {"width": width, "count": 0}}
     head = {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": dtype, "block": block, "gradients": None}
-    write_json(directory / MANIFEST_FILE, head | {"hooks": hooks, "shards": shards})
+    head |= {"model": {"id": "none"}, "cursor": [0, 0], "complete": True}
+    write_manifest(directory, head | {"hooks": hooks, "shards": shards})
     return ActivationStore.open(directory)
 
 

@@ -129,6 +129,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise ValueError(f"{where}: expected YAML ({' '.join(str(error).split())}).") from None
+    except RecursionError:
+        raise ValueError(f"{where}: expected YAML nested a few levels deep, got hundreds.") from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

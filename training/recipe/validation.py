@@ -30,7 +30,8 @@ def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def check_encoder(spec: dict[str, Any], key: str) -> list[str]:
     name = spec.get("name")
-    if name not in ENCODERS:
+    # Any YAML value, also one that cannot be looked up, such as a list.
+    if not isinstance(name, str) or name not in ENCODERS:
         if name is None:
             return [f"{key}.name: required, but missing. Choose one of {', '.join(ENCODERS)}."]
         return [f"{key}.name: expected one of {', '.join(ENCODERS)}, got {name!r}.{did_you_mean(str(name), ENCODERS)}"]
@@ -253,11 +254,13 @@ def _check_training(recipe: Recipe) -> list[str]:
             problems += _check_variants(recipe, key, spec)
     if recipe.dictionary.kind == "cross_layer_transcoder":
         problems += _check_cross_layer(recipe)
-    names = {spec["name"] for _, spec in specs if spec.get("name") in ENCODERS}
+    # Names that cannot be looked up, such as lists, have been reported.
+    specs = [(key, spec) for key, spec in specs if isinstance(spec.get("name"), str)]
+    names = {spec["name"] for _, spec in specs if spec["name"] in ENCODERS}
     if recipe.screen != "none" and not any(ENCODERS[name].can_screen for name in names):
         able = ", ".join(name for name, encoder in ENCODERS.items() if encoder.can_screen)
         problems.append(f"screen: expected none, because only {able} can screen, got {recipe.screen!r}.")
-    arguments = {name for _, spec in specs if spec.get("name") in ENCODERS for name in ENCODERS[spec["name"]].parameters_of()}
+    arguments = {name for _, spec in specs if spec["name"] in ENCODERS for name in ENCODERS[spec["name"]].parameters_of()}
     for name, knots in recipe.schedules.items():
         if name not in arguments:
             problems.append(f"schedules.{name}: no encoder of this recipe has that argument.{did_you_mean(name, arguments)}")

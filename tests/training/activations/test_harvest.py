@@ -333,7 +333,8 @@ def test_a_store_of_another_model_is_refused(copy, embedded_model, key, value, m
 
 
 def test_a_store_of_another_width_is_refused(copy, embedded_model):
-    copy.manifest["hooks"][HOOK]["width"] = 64
+    held = copy.manifest["hooks"][HOOK]
+    held |= {"width": 64, "mean": held["mean"][:64], "deviation": held["deviation"][:64]}
     (copy.directory / "manifest.json").write_text(json.dumps(copy.manifest))
     with pytest.raises(ValueError, match="width: 64 in the store, 128 in the recipe"):
         harvest_activations(embedded_model, TEXT, section(copy.directory, hooks=(HOOK,), gradients=True))

@@ -12,11 +12,9 @@ from safetensors.torch import save_file
 from sparsary.training.activations import shards as shards_module
 from sparsary.training.activations import shuffle as shuffle_module
 from sparsary.training.activations.buffer_pool import Memory
+from sparsary.training.activations.manifest import FORMAT, FORMAT_VERSION, MANIFEST_FILE
 from sparsary.training.activations.shards import (
-    FORMAT,
-    FORMAT_VERSION,
     LABELS,
-    MANIFEST_FILE,
     ActivationStore,
     RowReader,
     dequantize,
@@ -44,8 +42,10 @@ def make_store(directory, width, dtype, sizes=SIZES):
             expected.append(tensors["x:h"].float())
         name = f"train-{number:05d}.safetensors"
         save_file(tensors, directory / name)
-        shards.append({"name": name, "split": "train", "tokens": tokens})
+        size = (directory / name).stat().st_size
+        shards.append({"name": name, "split": "train", "unit": number, "tokens": tokens, "bytes": size, "sha256": ""})
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "gradients": None, "block": BLOCK, "shards": shards}
+    manifest |= {"model": {"id": "none"}, "cursor": [0, 0], "complete": True}
     manifest["hooks"] = {"h": {"width": width, "count": 0}}
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest))
     return ActivationStore.open(directory), torch.cat(expected)

@@ -1,0 +1,23 @@
+"""The reduced fault drill: twenty faults in one process and a few in two; ``make drill`` injects three hundred."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRILL = Path(__file__).with_name("drill.py")
+
+
+@pytest.mark.parametrize("options", [["--faults", "16", "--one-process"], ["--faults", "4", "--only", "train 2"]])
+def test_nothing_is_lost_or_wrong(options):
+    command = [sys.executable, str(DRILL), "--seed", "1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, total = (line for line in done.stdout.splitlines() if line.startswith("all "))
+    injected, right, clear, lost, wrong = map(int, re.findall(r"\d+", total))
+    assert injected == int(options[1]) == right + clear
+    assert (lost, wrong) == (0, 0)
