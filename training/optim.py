@@ -70,13 +70,13 @@ def clip_gradients(dictionary: SparseDictionary, largest: float) -> None:
     torch.nn.utils.clip_grads_with_norm_(squares.keys(), largest, norm_over_shards(dictionary, squares))
 
 
-def norm_over_shards(dictionary: SparseDictionary, squares: Mapping[Tensor, Tensor]) -> Tensor:
+def norm_over_shards(dictionary: SparseDictionary, squares: Mapping[Any, Tensor]) -> Tensor:
     """Return the norm of a gradient from the sums of squares of its parameters; shared parameters are counted once."""
     if not squares:
         return torch.zeros((), device=dictionary.device)
     if dictionary.shards.size == 1:
         return torch.stack(list(squares.values())).sum().sqrt()
-    names = {parameter: name for name, parameter in dictionary.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in dictionary.named_parameters()}
     zero = torch.zeros((), device=dictionary.device)
     own = sum((s for p, s in squares.items() if per_latent(names[p], p, dictionary.n_latents)), zero)
     shared = sum((s for p, s in squares.items() if not per_latent(names[p], p, dictionary.n_latents)), zero)
