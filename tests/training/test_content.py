@@ -15,6 +15,7 @@ from sparsary.eval.compare.runs import is_stale
 from sparsary.sae.dictionary import WEIGHTS_FILE
 from sparsary.sae.files import sha256
 from sparsary.training import content
+from sparsary.training.activations.manifest import read_manifest, write_manifest
 from sparsary.training.activations.model import load_model, section_content
 from sparsary.training.content import (
     TextDigest,
@@ -291,9 +292,9 @@ def test_a_store_goes_by_content(values, write_recipe, model_dir, text_file, tmp
     assert "cannot be read, so changes to it cannot be detected" in caplog.text
 
     # Before contents were recorded: used, with a remark.
-    manifest = json.loads((store.directory / "manifest.json").read_text())
+    manifest = read_manifest(store.directory)
     del manifest["content"]
-    (store.directory / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(store.directory, manifest)
     caplog.clear()
     check(path)
     assert "recorded no hashes of model and text" in caplog.text

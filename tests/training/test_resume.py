@@ -10,6 +10,7 @@ import torch
 
 from sparsary.sae.checkpoint import build_dictionary
 from sparsary.training import resolve_hooks
+from sparsary.training.activations.manifest import read_manifest, write_manifest
 from sparsary.training.optim import DictionaryAdam
 from sparsary.training.phases import Phases
 from sparsary.training.preflight import preflight
@@ -53,13 +54,13 @@ def built(values, monkeypatch):
 
 
 def test_only_a_complete_store_of_known_content_stands_for_the_model(harvested, monkeypatch):
-    path = Path(harvested["harvest"]["store"]) / "manifest.json"
-    manifest = json.loads(path.read_text())
+    store = Path(harvested["harvest"]["store"])
+    manifest = read_manifest(store)
     assert built(harvested, monkeypatch) == 0
     for changed in ({"complete": False}, {"content": None}):
-        path.write_text(json.dumps(manifest | changed))
+        write_manifest(store, manifest | changed)
         assert built(harvested, monkeypatch) == 1
-    path.write_text(json.dumps(manifest))
+    write_manifest(store, manifest)
     with pytest.raises(ValueError, match=r"there is no module|no such hook|transformer\.h\.9"):
         preflight(
             resolve_recipe(

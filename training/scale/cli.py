@@ -40,7 +40,7 @@ def _plan(
     from ...sae.files import write_json
     from ..recipe.grid import load_grid
     from .plan import Device, plan_run
-    from .prediction import HEAD, as_json, fields_of, require_fit, table_of
+    from .prediction import HEAD, fields_of, plan_as_json, require_fit, table_of
     from .sizes import Given
 
     grid = load_grid(recipe, recipe_overrides(overrides, None))
@@ -58,7 +58,7 @@ def _plan(
     print_fields([("recipe", recipe), *fields_of(found)])
     print_table(HEAD, table_of(found))
     if json is not None:
-        write_json(Path(json), as_json(found))
+        write_json(Path(json), plan_as_json(found))
     require_fit(found)
 
 

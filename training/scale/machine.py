@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .mesh import Mesh, RankStep, Traffic, Work
+from .mesh import MeshShape, RankStep, Traffic, Work
 
 # Assumed for connections if figures of a device are given without them: a network card of 200 Gbit/s for each device.
 LINK_BANDWIDTH, LINK_LATENCY = 25e9, 20e-6
@@ -68,7 +68,7 @@ class Machine:
     shares_memory: bool = False
     crowd: float = 1.0
 
-    def link(self, mesh: Mesh, axis: str) -> Link:
+    def link(self, mesh: MeshShape, axis: str) -> Link:
         """Return the slowest connection of an axis. Ranks that share tokens are neighbours, within a node if they fit."""
         span = mesh.latents if axis == "latents" else mesh.devices
         return self.near if span <= self.devices_per_node else self.far
@@ -88,7 +88,7 @@ class StepSeconds:
         return self.forward + self.update + self.exchange + self.model
 
 
-def step_seconds(machine: Machine, mesh: Mesh, step: RankStep, model: float = 0.0) -> StepSeconds:
+def step_seconds(machine: Machine, mesh: MeshShape, step: RankStep, model: float = 0.0) -> StepSeconds:
     """Return the seconds of a step; ``model`` are those in which the language model computes the batch."""
     exchange = machine.link(mesh, "data").seconds(step.data) + machine.link(mesh, "latents").seconds(step.latents)
     parts = (machine.costs.of(step.forward), machine.costs.of(step.update), exchange, model)

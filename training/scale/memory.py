@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ...sae.tiled_scores import LEAST_WIDTH, TILE_NUMBERS_ACCELERATOR, TILE_NUMBERS_CPU
 from ..initialize import SAMPLE_TOKENS
-from .mesh import Mesh, prefers_dense
+from .mesh import MeshShape, prefers_dense
 from .sizes import DictionarySizes, RunSizes, split
 
 # Queued batches are read ahead, shuffled and copied: about twelve are in memory.
@@ -40,7 +40,7 @@ class DeviceMemory:
         return self.device + self.host
 
 
-def device_memory(run: RunSizes, mesh: Mesh, on_cpu: bool) -> DeviceMemory:
+def device_memory(run: RunSizes, mesh: MeshShape, on_cpu: bool) -> DeviceMemory:
     """Return the memory of one rank.
 
     Args:

@@ -27,7 +27,7 @@ NAMED_TERMS = 4
 
 
 @dataclass(frozen=True)
-class Mesh:
+class MeshShape:
     """Numbers of ranks along the two axes."""
 
     data: int
@@ -165,7 +165,7 @@ class RankStep:
     dense: bool
 
 
-def rank_step(run: RunSizes, mesh: Mesh) -> RankStep:
+def rank_step(run: RunSizes, mesh: MeshShape) -> RankStep:
     """Return the step of one rank; members of a grid take theirs one after another."""
     own = run.batch_tokens // mesh.data
     found = RankStep(Work(), Work(), Traffic(), Traffic(), False)
@@ -182,12 +182,12 @@ def rank_step(run: RunSizes, mesh: Mesh) -> RankStep:
     return found
 
 
-def meshes(devices: int) -> list[Mesh]:
+def meshes(devices: int) -> list[MeshShape]:
     """Return all meshes of so many devices, the one with all latents on every rank first."""
-    return [Mesh(devices // latents, latents) for latents in range(1, devices + 1) if devices % latents == 0]
+    return [MeshShape(devices // latents, latents) for latents in range(1, devices + 1) if devices % latents == 0]
 
 
-def refusal(run: RunSizes, mesh: Mesh) -> str:
+def refusal(run: RunSizes, mesh: MeshShape) -> str:
     """Return why a run cannot be divided by a mesh; empty if it can."""
     if run.batch_tokens % (mesh.data * run.accumulate):
         pieces = f" in {run.accumulate} micro-batches" if run.accumulate > 1 else ""

@@ -9,8 +9,8 @@ import torch
 from ..activations.model import resolve_device
 from ..recipe import Recipe
 from .machine import LINK_BANDWIDTH, LINK_LATENCY, Link, Machine, given_costs
-from .prediction import RunPrediction, predict
-from .probe import measure, measured_machine, probe_task
+from .prediction import RunPrediction, predict_run
+from .probe import measured_machine, probe_machine, probe_task
 from .sizes import Given, RunSizes, named_recipes, run_sizes
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def plan_run(
     on_gpu = device.flops is not None or resolve_device(recipes[0].model.device).type == "cuda"
     run = replace(run, half=recipes[0].precision == "bf16" or (recipes[0].precision == "auto" and on_gpu))
     machine = _measured(recipes, devices, run, given, threads) if device.flops is None else given_machine(device, run.half)
-    return predict(run, _with_links(machine, device), devices)
+    return predict_run(run, _with_links(machine, device), devices)
 
 
 def given_machine(device: Device, half: bool) -> Machine:
@@ -116,6 +116,6 @@ def _measured(recipes: Sequence[Recipe], devices: int, run: RunSizes, given: Giv
     )
     threads = torch.get_num_threads()
     try:
-        return measured_machine(task, run, measure(task), devices)
+        return measured_machine(task, run, probe_machine(task), devices)
     finally:
         torch.set_num_threads(threads)

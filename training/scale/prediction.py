@@ -6,7 +6,7 @@ from typing import Any
 from ..stages import duration, rounded
 from .machine import Machine, StepSeconds, step_seconds
 from .memory import DeviceMemory, device_memory
-from .mesh import Mesh, RankStep, meshes, rank_step, refusal
+from .mesh import MeshShape, RankStep, meshes, rank_step, refusal
 from .sizes import RunSizes
 
 DAY = 86_400
@@ -16,7 +16,7 @@ DAY = 86_400
 class MeshPrediction:
     """Prediction for one mesh; ``refused`` says why it is not possible, and is empty if it is."""
 
-    mesh: Mesh
+    mesh: MeshShape
     refused: str
     memory: DeviceMemory | None = None
     step: RankStep | None = None
@@ -56,7 +56,7 @@ class RunPrediction:
         return self.harvest_seconds + self.steps * mesh.step_seconds
 
 
-def predict(run: RunSizes, machine: Machine, devices: int) -> RunPrediction:
+def predict_run(run: RunSizes, machine: Machine, devices: int) -> RunPrediction:
     """Predict a run on so many devices.
 
     Raises:
@@ -77,7 +77,7 @@ def predict(run: RunSizes, machine: Machine, devices: int) -> RunPrediction:
     )
 
 
-def _predict(run: RunSizes, machine: Machine, mesh: Mesh) -> MeshPrediction:
+def _predict(run: RunSizes, machine: Machine, mesh: MeshShape) -> MeshPrediction:
     if refused := refusal(run, mesh):
         return MeshPrediction(mesh, refused)
     memory, step = device_memory(run, mesh, machine.shares_memory), rank_step(run, mesh)
@@ -136,7 +136,8 @@ def fields_of(found: RunPrediction) -> list[tuple[str, str]]:
             ),
             (
                 "tokens",
-                f"{short(found.tokens_per_day(best))} a day; {short(run.tokens)} in {duration(found.run_seconds(best))}"
+                f"{short_number(found.tokens_per_day(best))} a day; {short_number(run.tokens)} in "
+                f"{duration(found.run_seconds(best))}"
                 + (f", of which harvest {duration(found.harvest_seconds)}" if found.harvest_seconds else ""),
             ),
         ]
@@ -194,7 +195,7 @@ def require_fit(found: RunPrediction) -> None:
     )
 
 
-def as_json(found: RunPrediction) -> dict[str, Any]:
+def plan_as_json(found: RunPrediction) -> dict[str, Any]:
     """Return a prediction as JSON values, in bytes and seconds."""
     best = found.best
     return {
@@ -239,10 +240,10 @@ def size_words(size: float) -> str:
     raise AssertionError
 
 
-def short(number: float) -> str:
+def short_number(number: float) -> str:
     """Format a count with three significant digits.
 
-    >>> short(2_500_000_000), short(640)
+    >>> short_number(2_500_000_000), short_number(640)
     ('2.5 billion', '640')
     """
     for name, size in (("trillion", 1e12), ("billion", 1e9), ("million", 1e6)):

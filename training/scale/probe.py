@@ -75,7 +75,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ProbedCosts:
     """Seconds of one process: phases of the step, and messages to one neighbour of ``SMALL_MESSAGE`` and ``LARGE_MESSAGE``."""
 
     product: Phase
@@ -87,14 +87,14 @@ class Measured:
     rounds: int
 
 
-def mean_of(found: Sequence[Measured]) -> Measured:
+def mean_of(found: Sequence[ProbedCosts]) -> ProbedCosts:
     """Return the mean of the figures of processes, which do the same and differ by other load only."""
     phases = {}
     for name in PHASES:
         few, many = ([getattr(getattr(each, name), size) for each in found] for size in ("few", "many"))
         phases[name] = Phase(fmean(few), fmean(many))
     small, large = fmean(each.small for each in found), fmean(each.large for each in found)
-    return Measured(**phases, small=small, large=large, rounds=min(each.rounds for each in found))
+    return ProbedCosts(**phases, small=small, large=large, rounds=min(each.rounds for each in found))
 
 
 def probe_task(recipe: Recipe, widths: dict[str, int], run: RunSizes, devices: int, l0: float | None) -> ProbeTask:
@@ -132,7 +132,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure(task: ProbeTask) -> Measured:
+def probe_machine(task: ProbeTask) -> ProbedCosts:
     """Run a probe in its processes and return their mean figures.
 
     Raises:
@@ -172,7 +172,7 @@ def measure(task: ProbeTask) -> Measured:
     return mean_of(list(found.values()))
 
 
-def _probe_rank(task: ProbeTask) -> Measured:
+def _probe_rank(task: ProbeTask) -> ProbedCosts:
     """Measure in one of several processes."""
     rank = int(os.environ["RANK"])
     if torch.cuda.is_available():
@@ -190,7 +190,7 @@ def _probe_rank(task: ProbeTask) -> Measured:
         dist.destroy_process_group()
 
 
-def _measure(task: ProbeTask, ranks: Ranks | None) -> Measured:
+def _measure(task: ProbeTask, ranks: Ranks | None) -> ProbedCosts:
     torch.set_num_threads(task.threads)
     device = resolve_device(task.recipe.model.device)
     step = ProbedStep(task, device)
@@ -216,7 +216,7 @@ def _measure(task: ProbeTask, ranks: Ranks | None) -> Measured:
         rest = ranks.size - 1
         small, large = (_message_seconds(ranks, size, device) / rest for size in (SMALL_MESSAGE, LARGE_MESSAGE))
     phases = {name: Phase(seconds[name, task.few], seconds[name, task.many]) for name in PHASES}
-    return Measured(**phases, small=small, large=large, rounds=rounds - 1)
+    return ProbedCosts(**phases, small=small, large=large, rounds=rounds - 1)
 
 
 def _keep_least(
@@ -331,7 +331,7 @@ class ProbedStep:
                     torch.mm(x[:, block.reads], W[first : first + width].T)
 
 
-def measured_machine(task: ProbeTask, run: RunSizes, found: Measured, devices: int) -> Machine:
+def measured_machine(task: ProbeTask, run: RunSizes, found: ProbedCosts, devices: int) -> Machine:
     """Return this machine as the probe found it, for so many processes or GPUs.
 
     Args:

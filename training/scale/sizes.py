@@ -268,16 +268,16 @@ def _model_sizes(members: Sequence[ResolvedRecipe], given: Given) -> ModelSizes 
         layers = n_layers(module)
     if parameters is None:
         return None
-    found = [layer_of(hook) for member in members for hook in member.recipe.dictionary.all_hooks]
+    found = [hook_layer(hook) for member in members for hook in member.recipe.dictionary.all_hooks]
     last = max((layer for layer in found if layer is not None), default=None)
     share = 1.0 if last is None or layers is None else min(1.0, (last + 1) / layers)
     return ModelSizes(parameters, share, MODEL_BYTES[section.dtype])
 
 
-def layer_of(hook: str) -> int | None:
+def hook_layer(hook: str) -> int | None:
     """Return the number of the block in a hook's path; ``None`` if there is none.
 
-    >>> layer_of("transformer.h.2.mlp:out"), layer_of("embedding:out")
+    >>> hook_layer("transformer.h.2.mlp:out"), hook_layer("embedding:out")
     (2, None)
     """
     numbers = [part for part in hook.split(":")[0].split(".") if part.isdigit()]

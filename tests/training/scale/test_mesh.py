@@ -15,7 +15,7 @@ from sparsary.training.phases import Phases
 from sparsary.training.recipe import check_recipe
 from sparsary.training.scale.memory import device_memory, gradient_bytes, working_bytes
 from sparsary.training.scale.mesh import (
-    Mesh,
+    MeshShape,
     data_traffic,
     exchange_bytes,
     forward_work,
@@ -115,7 +115,7 @@ def measured_step(load_beside):
     return measure
 
 
-@pytest.mark.parametrize("mesh", [Mesh(2), Mesh(4), Mesh(1, 2), Mesh(2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [MeshShape(2), MeshShape(4), MeshShape(1, 2), MeshShape(2, 2)], ids=str)
 def test_messages_are_those_that_a_step_sends(measured_step, mesh):
     settings = recipe()
     step = rank_step(sizes(), mesh)
@@ -173,16 +173,16 @@ def test_meshes_are_all_divisions_of_the_devices():
 @pytest.mark.parametrize(
     ("changes", "mesh", "words"),
     [
-        ({"batch_tokens": 250}, Mesh(4), "batch_tokens 250 is not a multiple of 4 ranks"),
-        ({"accumulate": 4}, Mesh(128), "in 4 micro-batches"),
-        ({}, Mesh(1, 3), "n_latents 512 is not a multiple of 3 ranks"),
-        ({"d_encoder": {"name": "matching_pursuit", "k": 4}}, Mesh(1, 2), "every latent it chooses"),
-        ({"d_encoder": {"name": "feature_choice", "k": 4}}, Mesh(2, 2), "its budgets follow"),
+        ({"batch_tokens": 250}, MeshShape(4), "batch_tokens 250 is not a multiple of 4 ranks"),
+        ({"accumulate": 4}, MeshShape(128), "in 4 micro-batches"),
+        ({}, MeshShape(1, 3), "n_latents 512 is not a multiple of 3 ranks"),
+        ({"d_encoder": {"name": "matching_pursuit", "k": 4}}, MeshShape(1, 2), "every latent it chooses"),
+        ({"d_encoder": {"name": "feature_choice", "k": 4}}, MeshShape(2, 2), "its budgets follow"),
     ],
 )
 def test_a_mesh_that_cannot_divide_the_run_says_why(changes, mesh, words):
     assert words in refusal(sizes(**changes), mesh)
-    assert refusal(sizes(), Mesh(4, 2)) == ""
+    assert refusal(sizes(), MeshShape(4, 2)) == ""
 
 
 def test_latents_of_a_cross_layer_transcoder_are_not_divided():
@@ -192,13 +192,13 @@ def test_latents_of_a_cross_layer_transcoder_are_not_divided():
     # A decoder for each pair of a layer and itself or a later one.
     assert sum(block.d_out for block in dictionary.blocks) == 16 * 15
     assert sum(block.matrix_numbers for block in dictionary.blocks) == 64 * 16 * (5 + 15)
-    assert refusal(run, Mesh(4)) == ""
-    assert "cross-layer transcoder" in refusal(run, Mesh(2, 2))
+    assert refusal(run, MeshShape(4)) == ""
+    assert "cross-layer transcoder" in refusal(run, MeshShape(2, 2))
 
 
 def test_memory_by_hand():
     run = sizes()
-    memory = device_memory(run, Mesh(2), on_cpu=False)
+    memory = device_memory(run, MeshShape(2), on_cpu=False)
     parameters = run.parameters
     assert memory.weights == 12 * parameters
     # Positions (two of 8 bytes) and values (4 for each matrix) of 256 x 8 entries, rows of 256 tokens.
@@ -215,17 +215,17 @@ def test_a_streamed_model_is_whole_on_every_rank_and_a_stored_one_on_none():
     given = Given(d_model=64, parameters=1000, layers=4)
     streamed = run_sizes([recipe()], given)
     stored = run_sizes([recipe(harvest={"hooks": [HOOK], "store": "there", "tokens": 1000})], given)
-    assert device_memory(streamed, Mesh(8), on_cpu=False).model == 4000
-    assert device_memory(stored, Mesh(8), on_cpu=False).model == 0
+    assert device_memory(streamed, MeshShape(8), on_cpu=False).model == 4000
+    assert device_memory(stored, MeshShape(8), on_cpu=False).model == 0
 
 
 @pytest.mark.parametrize("n_latents", [2048, 131_072, 1 << 24])
 def test_more_ranks_never_need_more_memory_on_each(n_latents):
     run, counts = wide(n_latents), (1, 2, 4, 8, 64)
     for on_cpu in (False, True):
-        found = {(d, s): device_memory(run, Mesh(d, s), on_cpu) for d in counts for s in counts}
+        found = {(d, s): device_memory(run, MeshShape(d, s), on_cpu) for d in counts for s in counts}
         for (d, s), memory in found.items():
             larger = [found[pair].all for pair in found if pair[0] >= d and pair[1] >= s]
             assert max(larger) <= memory.all
-    alone, divided = device_memory(run, Mesh(1), False), device_memory(run, Mesh(1, 64), False)
+    alone, divided = device_memory(run, MeshShape(1), False), device_memory(run, MeshShape(1, 64), False)
     assert divided.weights < alone.weights / 60

@@ -6,10 +6,10 @@ import pytest
 
 from sparsary.training.recipe import check_recipe
 from sparsary.training.scale.machine import Costs, Link, Machine, step_seconds
-from sparsary.training.scale.mesh import Mesh, Traffic, rank_step
+from sparsary.training.scale.mesh import MeshShape, Traffic, rank_step
 from sparsary.training.scale.plan import Device, plan_run
-from sparsary.training.scale.prediction import as_json, predict, require_fit, table_of
-from sparsary.training.scale.probe import LARGE_MESSAGE, SMALL_MESSAGE, Measured, Phase, measured_machine, probe_task
+from sparsary.training.scale.prediction import plan_as_json, predict_run, require_fit, table_of
+from sparsary.training.scale.probe import LARGE_MESSAGE, SMALL_MESSAGE, Phase, ProbedCosts, measured_machine, probe_task
 from sparsary.training.scale.sizes import Given, run_sizes
 
 HOOK = "layers.2:out"
@@ -35,26 +35,26 @@ def machine(**changes):
 
 def test_a_step_takes_the_sum_of_its_parts():
     run = run_sizes([recipe(n_latents=64)], Given(d_model=32))
-    step, made_up = rank_step(run, Mesh(1)), machine()
+    step, made_up = rank_step(run, MeshShape(1)), machine()
     costs = made_up.costs
     forward = 4096 * (64 * 32 * costs.mac + 64 * costs.score) + 4096 * (2 * 16 * 32 + 6 * 64) * costs.row_number + 1e-3
     # Two matrices of 64 x 32, b_enc of 64 and b_dec of 32 numbers.
     update = 2 * 4096 * 16 * 64 * costs.entry_number + 6 * (2 * 64 * 32 + 64 + 32) * costs.update_number
-    seconds = step_seconds(made_up, Mesh(1), step)
+    seconds = step_seconds(made_up, MeshShape(1), step)
     assert seconds.forward == pytest.approx(forward)
     assert seconds.update == pytest.approx(update)
     assert seconds.exchange == 0
-    crowded = step_seconds(replace(made_up, crowd=2.0), Mesh(1), step)
+    crowded = step_seconds(replace(made_up, crowd=2.0), MeshShape(1), step)
     assert crowded.total == pytest.approx(2 * seconds.total)
 
 
 def test_messages_take_latency_and_bandwidth_of_the_slowest_connection():
     made_up = machine()
     assert made_up.near.seconds(Traffic(3, 10**6)) == pytest.approx(3e-5 + 1e-3)
-    assert made_up.link(Mesh(4), "data") is made_up.near
-    assert made_up.link(Mesh(4, 2), "data") is made_up.far
-    assert made_up.link(Mesh(4, 2), "latents") is made_up.near
-    assert made_up.link(Mesh(1, 8), "latents") is made_up.far
+    assert made_up.link(MeshShape(4), "data") is made_up.near
+    assert made_up.link(MeshShape(4, 2), "data") is made_up.far
+    assert made_up.link(MeshShape(4, 2), "latents") is made_up.near
+    assert made_up.link(MeshShape(1, 8), "latents") is made_up.far
 
 
 def test_given_figures_predict_the_encoder_product():
@@ -69,11 +69,11 @@ def test_given_figures_predict_the_encoder_product():
 def test_the_best_mesh_fits_and_is_the_fastest_that_does():
     run = run_sizes([recipe(n_latents=1 << 20)], Given(d_model=4096))
     for memory in (20e9, 60e9, 100e9, 1e12):
-        found = predict(run, machine(memory_bytes=int(memory)), 8)
+        found = predict_run(run, machine(memory_bytes=int(memory)), 8)
         assert found.best.memory.device <= memory
         others = [each for each in found.tried if not each.refused]
         assert found.best.step_seconds == min(each.step_seconds for each in others)
-    small = predict(run, machine(memory_bytes=int(20e9)), 8)
+    small = predict_run(run, machine(memory_bytes=int(20e9)), 8)
     assert small.best.mesh.latents == 8
     assert "needs" in small.tried[0].refused
     assert [row[-1] for row in table_of(small)].count("best") == 1
@@ -83,16 +83,16 @@ def test_the_fastest_mesh_is_passed_over_if_it_needs_more_than_there_is():
     run = run_sizes([recipe(n_latents=1 << 16)], Given(d_model=1024))
     # Updates cost nothing and messages between nodes little: dividing only the tokens is fastest.
     quick = machine(costs=Costs(1e-12, 1e-9, 1e-12, 0.0, 1e-20, 0.0), near=Link(1e-3, 1e15), far=Link(0.0, 1e15))
-    free = predict(run, quick, 8).best
-    assert free.mesh == Mesh(8)
-    short = predict(run, replace(quick, memory_bytes=free.memory.device - 1), 8)
+    free = predict_run(run, quick, 8).best
+    assert free.mesh == MeshShape(8)
+    short = predict_run(run, replace(quick, memory_bytes=free.memory.device - 1), 8)
     assert short.best.mesh.latents > 1
     assert short.best.step_seconds > free.step_seconds
 
 
 def test_if_nothing_fits_the_least_memory_is_told():
     run = run_sizes([recipe(n_latents=1 << 20)], Given(d_model=4096))
-    found = predict(run, machine(memory_bytes=10**9), 4)
+    found = predict_run(run, machine(memory_bytes=10**9), 4)
     assert found.best is None
     with pytest.raises(ValueError, match=r"expected enough memory on 4, got 1 GB each, of at least .* GB"):
         require_fit(found)
@@ -101,20 +101,20 @@ def test_if_nothing_fits_the_least_memory_is_told():
 def test_a_number_of_devices_that_divides_nothing_is_refused():
     run = run_sizes([recipe(n_latents=4096)], Given(d_model=64))
     with pytest.raises(ValueError, match="4096 is not a multiple of 3"):
-        require_fit(predict(run, machine(), 3))
+        require_fit(predict_run(run, machine(), 3))
     with pytest.raises(ValueError, match="expected at least 1, got 0"):
-        predict(run, machine(), 0)
+        predict_run(run, machine(), 0)
 
 
 def test_tokens_duration_and_disk():
     given = Given(d_model=64, parameters=10**6, layers=6)
     run = run_sizes([recipe()], given)
-    found = predict(run, machine(), 1)
+    found = predict_run(run, machine(), 1)
     best = found.best
     assert found.tokens_per_day(best) == pytest.approx(86_400 * 4096 / best.step_seconds)
     # Three of six layers run to reach the hook of the third.
     assert found.harvest_seconds == pytest.approx(10**6 * 0.5 * 10**6 * 1e-12)
-    assert predict(run, machine(), 4).harvest_seconds == pytest.approx(found.harvest_seconds / 4)
+    assert predict_run(run, machine(), 4).harvest_seconds == pytest.approx(found.harvest_seconds / 4)
     assert found.run_seconds(best) == pytest.approx(found.harvest_seconds + 244_141 * best.step_seconds)
     assert found.store_bytes == 10**6 * (4 * 64 + 16)
     assert found.checkpoint_bytes == 28 * run.parameters
@@ -124,14 +124,14 @@ def test_a_streamed_model_adds_its_time_to_every_step_whatever_the_ranks():
     given = Given(d_model=64, parameters=10**9, layers=6)
     run = run_sizes([recipe(harvest={"hooks": [HOOK]})], given)
     for devices in (1, 4):
-        best = predict(run, machine(), devices).best
+        best = predict_run(run, machine(), devices).best
         assert best.seconds.model == pytest.approx(10**9 * 0.5 * 4096 * 128 / 120 * 1e-12, rel=1e-3)
-    assert predict(run, machine(), 1).harvest_seconds == 0
+    assert predict_run(run, machine(), 1).harvest_seconds == 0
 
 
 def test_members_of_a_grid_add_their_weights_and_steps():
     one, three = (run_sizes([recipe()] * count, Given(d_model=64)) for count in (1, 3))
-    alone, together = predict(one, machine(), 2).best, predict(three, machine(), 2).best
+    alone, together = predict_run(one, machine(), 2).best, predict_run(three, machine(), 2).best
     assert together.memory.weights == 3 * alone.memory.weights
     assert together.memory.working == alone.memory.working
     assert together.step_seconds == pytest.approx(3 * alone.step_seconds)
@@ -145,7 +145,7 @@ def test_sixteen_million_latents_and_a_hundred_billion_tokens():
     assert best.memory.device <= 141e9
     assert found.steps == 1_525_879
     assert 0 < best.step_seconds < 3600
-    assert as_json(found)["best"] == [best.mesh.data, best.mesh.latents]
+    assert plan_as_json(found)["best"] == [best.mesh.data, best.mesh.latents]
 
 
 def test_a_measured_machine_predicts_the_step_that_was_measured():
@@ -160,12 +160,12 @@ def test_a_measured_machine_predicts_the_step_that_was_measured():
         "passes": Phase(0.030, 0.111),
         "update": Phase(0.012, 0.018),
     }
-    found = Measured(**phases, small=1e-4, large=1e-4 + (LARGE_MESSAGE - SMALL_MESSAGE) / 1e9, rounds=5)
+    found = ProbedCosts(**phases, small=1e-4, large=1e-4 + (LARGE_MESSAGE - SMALL_MESSAGE) / 1e9, rounds=5)
     made = measured_machine(task, run, found, 2)
-    whole = step_seconds(made, Mesh(1), rank_step(run, Mesh(1)))
+    whole = step_seconds(made, MeshShape(1), rank_step(run, MeshShape(1)))
     assert whole.forward == pytest.approx(made.crowd * 0.111)
     assert whole.update == pytest.approx(made.crowd * 0.018)
-    quarter = step_seconds(made, Mesh(4), rank_step(run, Mesh(4)))
+    quarter = step_seconds(made, MeshShape(4), rank_step(run, MeshShape(4)))
     assert quarter.forward == pytest.approx(made.crowd * 0.030)
     # Every rank makes the whole batch's update, and a quarter of the norm's sums: half of what grows with the tokens.
     grows = 0.008
@@ -182,7 +182,7 @@ def test_processes_beyond_the_cores_share_them(monkeypatch):
     for devices, crowd in ((1, 1.0), (2, 1.0), (4, 2.0), (8, 4.0)):
         task = probe_task(settings, {HOOK: 64}, run, devices, None)
         assert task.processes == min(devices, 2)
-        assert measured_machine(task, run, Measured(**phases, small=1e-4, large=1e-2, rounds=3), devices).crowd == crowd
+        assert measured_machine(task, run, ProbedCosts(**phases, small=1e-4, large=1e-2, rounds=3), devices).crowd == crowd
 
 
 def test_a_recipe_too_large_for_the_probe_is_probed_in_part():
