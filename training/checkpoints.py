@@ -17,7 +17,7 @@ from ..sae.files import read_text, remove_partial_files, write_text
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .content import Content, model_problems, text_problems
-from .locks import LOCK_FILE, locked
+from .locks import locked
 from .phases import Phases, phase_starts
 from .processes import Mesh, mesh
 from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
@@ -208,8 +208,9 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
     if not directory.exists():
         return None
     if not (directory / STATE_FILE).exists():
-        ours = (LOCK_FILE, METRICS_FILE, WANDB_FOLDER)
-        if not saved.exists() and any(path.name not in ours for path in directory.iterdir()):
+        # Hidden files are those of other ranks, which look at the folder at the same time: locks, partial files, probes.
+        ours = (RECIPE_FILE, METRICS_FILE, WANDB_FOLDER)
+        if not saved.exists() and any(path.name not in ours and path.name[0] != "." for path in directory.iterdir()):
             raise ValueError(
                 f"out_dir: {directory}: expected an empty directory or a run, got other files. Choose another out_dir."
             )

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import sparsary
+from sparsary.training.checkpoints import require_same_run
+from sparsary.training.recipe import check_recipe
 
 WORKER = Path(__file__).with_name("train_on_ranks.py")
 STEPS = 30
@@ -101,3 +103,15 @@ def test_a_run_continues_on_another_mesh(alone, activations, tmp_path):
     assert_same_run(one, two)
     (three,) = on_ranks(2, tmp_path / "three", [half])
     assert_same_run(one, sparsary.train(whole, [activations], out_dir=str(three)))
+
+
+def test_what_another_rank_is_about_to_write_is_no_other_run(tmp_path):
+    """Ranks look at the folder while the first one locks it and writes the recipe; a kill leaves such files behind."""
+    new = check_recipe(recipe(ENCODERS[0], out_dir=str(tmp_path)), "recipe")
+    for name in (".lock", ".recipe.yaml.12-ab.partial", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / ".sparsary-probe").mkdir()
+    assert require_same_run(tmp_path, new) is None
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="got other files"):
+        require_same_run(tmp_path, new)

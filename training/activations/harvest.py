@@ -15,7 +15,7 @@ from ...sae.files import remove_partial_files, sha256
 from ...sae.ranks import ALONE, Ranks
 from ..bad_rows import BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
-from ..locks import LOCK_FILE, locked
+from ..locks import locked
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..stages import stage
 from ..text import TOKENIZE_AT_ONCE, Cursor
@@ -231,7 +231,8 @@ def require_store_folder(directory: Path) -> None:
     """Raise ``ValueError`` if a folder contains anything other than a store."""
     if (directory / MANIFEST_FILE).exists() or not directory.is_dir():
         return
-    if any(path.name != LOCK_FILE and not path.name.endswith(".partial") for path in directory.iterdir()):
+    # Hidden files are those of other ranks: locks, partial files, probes of what can be written.
+    if any(path.name[0] != "." for path in directory.iterdir()):
         raise ValueError(
             f"harvest.store: {directory}: expected an empty directory or a store, got other files. Choose a new directory."
         )
