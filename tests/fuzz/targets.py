@@ -1,4 +1,4 @@
-"""What is fuzzed: readers of files, each with valid files to damage; and the damage.
+"""Fuzzing targets: readers of files, each with valid files to damage, and the damage.
 
 A reader must return, or raise a ``ValueError`` of this package, whatever the bytes are: no other exception, no hang, no memory
 beyond ``MEMORY_BYTES``. ``atheris_fuzz.py`` and ``test_fuzz.py`` share this file.

@@ -1,4 +1,4 @@
-"""What fuzzing found, each as a test of its own."""
+"""Regression tests of the faults that fuzzing found."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What ranks select and sum together equals what one process does with the whole batch."""
+"""Selections and sums over ranks equal those of one process with the whole batch."""
 
 import pytest
 import torch

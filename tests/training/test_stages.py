@@ -130,7 +130,7 @@ def test_numbers_are_short():
 
 
 class Cell:
-    """What a kernel's IPython offers: the number of the running cell, and displays that are updated."""
+    """Interface of a kernel's IPython: the number of the running cell, and displays that are updated."""
 
     def __init__(self, monkeypatch):
         self.outputs, self.updates = [], 0

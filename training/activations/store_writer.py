@@ -89,7 +89,7 @@ def store_digest(manifest: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a manifest says of the text that is stored.
+    """Part of a manifest about the stored text.
 
     Args:
         units: Number of units.

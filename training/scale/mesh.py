@@ -156,7 +156,7 @@ def summed_bytes(size: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class RankStep:
-    """What one rank does in a step on a mesh."""
+    """Work of one rank in a step on a mesh."""
 
     forward: Work
     update: Work

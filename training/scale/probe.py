@@ -47,7 +47,7 @@ LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 3, 40, 20.0
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """What one process measures: a recipe with named hooks at ``n_latents`` (per layer) and two numbers of tokens."""
+    """Task of one probing process: a recipe with named hooks at ``n_latents`` (per layer) and two numbers of tokens."""
 
     recipe: Recipe
     widths: dict[str, int]
