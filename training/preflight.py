@@ -23,8 +23,9 @@ from .initialize import SAMPLE_TOKENS
 from .locks import existing_parent, require_writable
 from .memory import free_bytes
 from .optim import lr_share
-from .recipe import Recipe, calibrated_on, total_steps
+from .recipe import PhaseSection, Recipe, calibrated_on, total_steps
 from .recipe.grid import Grid, told_together
+from .recipe.validation import with_budget
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 from .shortfalls import Shortfall, shortfall, shortfalls_together
@@ -79,14 +80,12 @@ class TrainingPlan:
         return [
             *self.source_lines(recipe),
             ("dictionary", f"{'sae ' if recipe.dictionary.kind == 'sae' else ''}{self.dictionary_words(recipe)}"),
-            *[
-                (f"from {phase.start:.0%}", f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run")
-                for phase in recipe.phases
-            ],
+            *[(f"from {phase.start:.0%}", _phase_words(phase)) for phase in recipe.phases],
             *[
                 (f"{name} moves", ", ".join(f"{value} at {share:.0%}" for share, value in knots))
                 for name, knots in recipe.schedules.items()
             ],
+            *([] if member.source is None else [("start", member.source.words(recipe.dictionary))]),
             ("objective", recipe.objective),
             ("training", self.training_words(recipe)),
             ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
@@ -128,7 +127,7 @@ class TrainingPlan:
         elif section.kind == "cross_layer_transcoder":
             chosen = "over all layers" if section.joint else "in each layer"
             sizes = f"cross_layer_transcoder of {len(section.hooks_in)} layers, each {sizes} -> {d_out}, chosen {chosen}"
-        return f"{sizes}, {_words(section.encoder)}, {self.parameters:,} parameters"
+        return f"{sizes}, {_words(section.known_encoder)}, {self.parameters:,} parameters"
 
     def training_words(self, recipe: Recipe) -> str:
         passes = "" if self.passes is None else f", {self.passes:.1f} passes over the training split"
@@ -146,6 +145,11 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
     return [
         *plans[0].source_lines(recipes[0].recipe),
         *[(name, plan.dictionary_words(recipe)) for name, recipe, plan in members],
+        *[
+            (f"{name} starts", member.source.words(member.recipe.dictionary))
+            for name, member in zip(grid.names, recipes, strict=True)
+            if member.source is not None
+        ],
         *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
         ("memory", f"about {_bytes(memory)} for training, beside the model's own"),
@@ -170,6 +174,14 @@ def saving_words(plans: Sequence[TrainingPlan]) -> str:
 
 def _words(encoder: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" if key != "name" else str(value) for key, value in encoder.items())
+
+
+def _phase_words(phase: PhaseSection) -> str:
+    """Return what a phase changes, as text."""
+    words = [] if phase.encoder is None else [f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run"]
+    words += [] if phase.objective is None else [f"objective {phase.objective}"]
+    words += [] if phase.reconstruction_weight is None else [f"reconstruction_weight {phase.reconstruction_weight}"]
+    return ", ".join(words)
 
 
 def _bytes(n: int | float) -> str:
@@ -232,8 +244,11 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
             raise ValueError("\n".join(unfit))
         _require_same_store(first)
     plans, problems = [], {}
-    for recipe in (member.recipe for member in recipes):
+    for member in recipes:
+        recipe = member.recipe
         try:
+            if member.source is not None and not assumed:
+                member.source.require_fit(recipe.dictionary, widths)
             plan = _plan(recipe, widths, assumed, size)
             plans.append(replace(plan, shortfalls=shortfalls_together(_falls_short(recipe, plan))))
         except ValueError as error:
@@ -311,7 +326,7 @@ def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
 
 def recipe_shortfalls(recipe: Recipe) -> list[Shortfall]:
     """Return the shortfalls that follow from the recipe's numbers alone, whatever its activations."""
-    steps, n_latents = total_steps(recipe), recipe.dictionary.n_latents
+    steps, n_latents = total_steps(recipe), recipe.dictionary.known_n_latents
     shares = [lr_share(recipe, step) for step in range(min(steps, recipe.lr_warmup_steps))]
     most = max(shares, default=1.0)
     # If warm-up overlaps the decay or lasts for the whole run, the rate turns back before it reaches its peak.
@@ -368,8 +383,7 @@ def _judged_on(size: TextSize) -> str:
 
 def _calibrates(recipe: Recipe) -> bool:
     """Return True if thresholds are calibrated on training tokens at the end of the run."""
-    last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
-    encoder = build_encoder(last)
+    encoder = build_encoder(with_budget(recipe.encoders[-1]))
     penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
     return recipe.dictionary.joint or isinstance(encoder, BatchWide) or penalised
 
@@ -491,9 +505,9 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
 
 def _step_bytes(recipe: Recipe, row: int) -> int:
     """Return the peak bytes of a step: scores (one tile or all) and about four copies of inputs and outputs."""
-    tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.n_latents
+    tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.known_n_latents
     # Without a budget, about half of the latents may be active at first.
-    budgeted = "k" in recipe.dictionary.encoder
+    budgeted = "k" in with_budget(recipe.dictionary.known_encoder)
     scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
     if not budgeted:
         # Layers are encoded one after another, and all codes are kept.

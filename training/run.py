@@ -19,6 +19,7 @@ from torch import Tensor
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS, build_encoder
 from ..sae.errors import WriteError, doing
+from ..sae.files import write_text
 from ..sae.metrics import Moments
 from ..sae.ranks import ALONE, Ranks
 from ..sae.screen import Screen
@@ -52,6 +53,7 @@ from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
 from .state import Randomness, TrainState
+from .warm_start import after_training, warm_start
 
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
@@ -207,7 +209,7 @@ def _train_all(
 ) -> None:
     if activations is None:
         plans = preflight_all(members) if plans is None else plans
-    elif any(recipe.objective == "kl" for recipe in recipes):
+    elif any(recipe.uses_kl for recipe in recipes):
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
         if (above / RECIPE_FILE).exists():
@@ -260,7 +262,7 @@ def open_streams(
         elif first.harvest.store is None:
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             outline = members[0].outline
-            whole = first.harvest.gradients or any(member.recipe.objective == "kl" for member in members)
+            whole = first.harvest.gradients or any(member.recipe.uses_kl for member in members)
             model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
@@ -279,7 +281,7 @@ def _live_stream(buffers: Buffers, recipe: Recipe, part: BatchPart) -> Activatio
     section = recipe.dictionary
     moments = calibrated_on(recipe)
     rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part)
-    return ContextStream(rows) if recipe.objective == "kl" else rows
+    return ContextStream(rows) if recipe.uses_kl else rows
 
 
 def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack, part: BatchPart) -> ActivationStream:
@@ -302,7 +304,7 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
                 f"{recipe.accumulate}), got "
                 f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
             )
-        if recipe.harvest.store is None and recipe.objective == "kl":
+        if recipe.harvest.store is None and recipe.uses_kl:
             raise ValueError("objective: kl trains in one process, got several. Start it without a launcher.")
 
 
@@ -371,6 +373,8 @@ def _train(
                 dictionary.ranks = ALONE
                 found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
+                if member.state.start is not None:
+                    member.state.start = after_training(dictionary, member.state.start, group.stream, member.recipe)
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)
@@ -463,38 +467,42 @@ def _member(
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
-    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
-    if earlier is None:
-        moments = (start.moments, start.target_moments)
+    moments, warm = (start.moments, start.target_moments), None
+    if earlier is None and section.start is not None:
+        warm = warm_start(recipe, start.widths(section), stream, start.sample, moments)
+        recipe = warm.recipe
+    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section))) if warm is None else warm.dictionary
+    if earlier is None and warm is None:
         initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
     ranks = mesh(recipe.distributed.latents)
-    require_divisible(
-        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
-    )
+    require_divisible(whole, [whole.encoder, *map(build_encoder, recipe.encoders[1:])], ranks.shards.size)
     dictionary = own_part(whole, ranks.shards)
     dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
-    weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
+    phases = Phases(dictionary, recipe).to(accelerator.device)
+    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, phases.weights(0)).to(
         accelerator.device
     )
-    phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
+    state.start = None if warm is None else warm.record
     keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
+    schedule = Schedule(optimizer, dictionary, phases, recipe, objective)
     objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    if warm is not None and ranks.world.rank == 0:
+        # With the budget that was measured. A resume takes it from there.
+        write_text(directory / RECIPE_FILE, dump_recipe(recipe))
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
     report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
-    schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
 
@@ -516,8 +524,7 @@ def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
 
 def needs_gradient(recipe: Recipe) -> bool:
     """Return True if an encoder of the run selects latents by the loss gradient."""
-    specs = [recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)]
-    return any(ENCODERS[spec["name"]].needs_gradient for spec in specs)
+    return any(ENCODERS[spec["name"]].needs_gradient for spec in recipe.encoders)
 
 
 def _precision(recipe: Recipe, device: torch.device) -> str:

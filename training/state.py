@@ -75,6 +75,8 @@ class TrainState:
         self.saved_step = 0
         # [step, tokens]: the step at which the run was lengthened, and its token budget before.
         self.lengthened: list[list[int]] = []
+        # Record of the dictionary that a warm start began with, for the checkpoint.
+        self.start: dict[str, Any] | None = None
         self.stream_position: dict[str, Any] | None = None
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.density: Float[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.float64, device=device)
@@ -132,7 +134,7 @@ class TrainState:
             "stream": stream.position(),
             "metrics_bytes": metrics_bytes,
             "lengthened": self.lengthened,
-        }
+        } | ({} if self.start is None else {"start": self.start})
         return StateContents(self.tensors(dictionary, phases, optimizer), counters, active)
 
     def tensors(self, dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -177,6 +179,7 @@ class TrainState:
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
+            self.start = counters.get("start")
         except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None

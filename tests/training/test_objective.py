@@ -17,7 +17,7 @@ from sparsary.training.activations.live import Buffers, ContextStream, LiveStrea
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.activations.stream import ActivationBatch
-from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
+from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, LossWeights, Objective, Terms, combine
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train_recipe
@@ -214,7 +214,7 @@ def test_the_objective_adds_divergence_and_weighted_reconstruction(embedded_mode
     sae = SAE(128, 67, ENCODERS["topk"](k=5))
     divergence, aux = Divergence(embedded_model, HOOK), AuxSettings(0.0, 3)
     for weight in (0.0, 0.7):
-        loss, terms = Objective(sae, torch.tensor(11.0), aux, divergence, weight)(batch, usage(67))
+        loss, terms = Objective(sae, torch.tensor(11.0), aux, divergence, LossWeights(weight, 1.0))(batch, usage(67))
         fvu = (sae(batch.x) - batch.x).pow(2).sum(-1).mean() / 11
         torch.testing.assert_close(terms.named["kl"], divergence(batch, sae(batch.x)).detach())
         torch.testing.assert_close(terms.named["fvu"], fvu.detach())
@@ -226,7 +226,7 @@ def test_every_prefix_is_judged_by_the_model(embedded_model, batch):
     torch.manual_seed(2)
     sae = SAE(128, 67, ENCODERS["matryoshka"](k=5, shares=[0.5, 1.0]))
     divergence = Divergence(embedded_model, HOOK)
-    loss, _ = Objective(sae, torch.tensor(11.0), AuxSettings(0.0, 3), divergence, 0.0)(batch, usage(67))
+    loss, _ = Objective(sae, torch.tensor(11.0), AuxSettings(0.0, 3), divergence, LossWeights(0.0, 1.0))(batch, usage(67))
     dense = sae.encode(batch.x).to_dense(67)
     kls = [divergence(batch, dense[:, :width] @ sae.W_dec[:width] + sae.b_dec) for width in (34, 67)]
     torch.testing.assert_close(loss, sum(kls) / 2)

@@ -14,6 +14,7 @@ from ...transcoders.cross_layer import CrossLayerTranscoder
 from ..activations.sites import n_layers
 from ..divided import require_divisible
 from ..recipe import DictionarySection, Recipe
+from ..recipe.validation import with_budget
 from ..resolve_hooks import ModelOutline, ResolvedRecipe, dictionary_arguments, resolve_recipes
 
 # Bytes of the parameters of a language model.
@@ -141,7 +142,7 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
     """
     with torch.device("meta"):
         dictionary = build_dictionary(dictionary_arguments(recipe, widths))
-    spec = recipe.dictionary.encoder
+    spec = with_budget(recipe.dictionary.known_encoder)
     blocks = []
     for block in dictionary.blocks:
         W_enc, W_dec = block.weights.W_enc, block.weights.W_dec
@@ -164,9 +165,9 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
 
 def _unsplittable(recipe: Recipe, dictionary: SparseDictionary) -> str:
     """Return why a recipe's latents cannot be divided among ranks; empty if they can."""
-    if recipe.objective == "kl":
+    if recipe.uses_kl:
         return "objective kl runs in one process"
-    encoders = [dictionary.encoder, *(build_encoder(phase.encoder) for phase in recipe.phases)]
+    encoders = [dictionary.encoder, *map(build_encoder, recipe.encoders[1:])]
     try:
         # As many ranks as latents: a number that divides them.
         require_divisible(dictionary, encoders, dictionary.n_latents)
