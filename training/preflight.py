@@ -1,5 +1,6 @@
 """Preflight: checks and resource estimates of a recipe, or of all members of its grid, before any work."""
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .text_size import TextSize, measure_text
 
+log = logging.getLogger(__name__)
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
 
@@ -85,7 +87,7 @@ class TrainingPlan:
                 (f"{name} moves", ", ".join(f"{value} at {share:.0%}" for share, value in knots))
                 for name, knots in recipe.schedules.items()
             ],
-            *([] if member.source is None else [("start", member.source.words(recipe.dictionary))]),
+            *_start_lines(member),
             ("objective", recipe.objective),
             ("training", self.training_words(recipe)),
             ("memory", f"about {_bytes(self.memory_bytes)} for training, beside the model's own"),
@@ -146,9 +148,9 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
         *plans[0].source_lines(recipes[0].recipe),
         *[(name, plan.dictionary_words(recipe)) for name, recipe, plan in members],
         *[
-            (f"{name} starts", member.source.words(member.recipe.dictionary))
+            (f"{name}: {key}", words)
             for name, member in zip(grid.names, recipes, strict=True)
-            if member.source is not None
+            for key, words in _start_lines(member)
         ],
         *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
@@ -174,6 +176,17 @@ def saving_words(plans: Sequence[TrainingPlan]) -> str:
 
 def _words(encoder: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" if key != "name" else str(value) for key, value in encoder.items())
+
+
+def _start_lines(member: ResolvedRecipe) -> list[tuple[str, str]]:
+    """Return what a warm start takes over, and in what the recipe differs from the start's own records."""
+    if member.source is None:
+        return []
+    differences = member.source.differences(member.recipe)
+    return [
+        ("start", member.source.words(member.recipe.dictionary)),
+        *[("doubtful", "; ".join(differences))] * bool(differences),
+    ]
 
 
 def _phase_words(phase: PhaseSection) -> str:
@@ -228,6 +241,9 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     if not any(plan.assumed for plan in plans):
         require_memory(recipes, plans)
         plans = [replace(plan, waits_for_saves=not snapshots_fit(recipes, plans)) for plan in plans]
+    for member in recipes:
+        for line in [] if member.source is None else member.source.differences(member.recipe):
+            log.warning("%s: %s.", member.recipe.out_dir, line)
     # All members of a grid log to the same place.
     require_wandb(recipes[0].recipe)
     return plans

@@ -285,7 +285,7 @@ class TakeOver:
         resizes = self.dictionary.n_latents != self.source.n_latents
         budget = encoder_spec(self.dictionary.encoder).get("k") != encoder_spec(self.source.encoder).get("k")
         if not exact or (isinstance(self.dictionary.encoder, BatchWide) and (budget or resizes)):
-            self.dictionary.calibrate(self.sample.x.split(ROWS))
+            self.dictionary.calibrate(iter(self.sample.x.split(ROWS)))
 
     def _ranks_alike(self, latents: list[Latents]) -> bool:
         """Return True if both encoders rank by the same rule, and the order of values is kept."""
@@ -303,7 +303,8 @@ class TakeOver:
         independent = isinstance(d.encoder, (*PER_LATENT, ReLU)) and all(each.cut is not None for each in self.own)
         self.uniform = _equal(torch.cat(factors))
         # A pursuit's values have the units of its inputs, and the epsilon of a row norm those of the activations.
-        kept = source.row_norm is not None or (self.pursuit and source.arguments()["kind"] != "sae")
+        one_scale = source.arguments()["kind"] == "sae" and bool(source.in_scale == source.out_scale)
+        kept = source.row_norm is not None or (self.pursuit and not one_scale)
         if kept or (not independent and not self.uniform):
             mine = [each.W_dec.norm(dim=1) for each in self.own]
             if kept or _equal(torch.cat(mine)):

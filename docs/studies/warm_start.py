@@ -27,7 +27,7 @@ HOOK = "transformer.h.2:out"
 
 
 def drift(d: int, angle: float, scale: float, seed: int = 0) -> Tensor:
-    """Return the matrix that turns every plane of a random basis by ``angle`` and scales by ``scale``; "random": any rotation."""
+    """Return the matrix that turns every plane of a random basis by ``angle`` and scales; infinity is a random rotation."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
     if math.isinf(angle):
