@@ -21,15 +21,16 @@ from ..compare.statistics import decide, difference, sd_of, uncertainty
 from ..pages.differences import verdict_words
 from .planted import PLANTED, Planted
 from .published import load_planted
-from .recovery import recovery_of, update_recovery
-from .synth_sae_bench import SYNTH, references
+from .synth_sae_bench import SYNTH, judge_streamed, references
 
 HOOK = "planted:out"
 # Metric, and whether a higher one is better. Differences in them are tested together.
 TESTED = {"latent_f1": True, "mcc": True, "fvu": False}
 SHOWN = (*TESTED, "latent_precision", "latent_recall", "l0", "dead_fraction")
-# Tokens of a sample that is scored at a time.
-SCORED_TOKENS = 2048
+# Training draws from seeds of 0 and more.
+SCORED_SEED = -1
+# Samples behind the mean number of features on a token.
+COUNTED = 8192
 # Recipe keys with an option or a meaning of their own.
 TAKEN = {"dictionary.n_latents": "--n-latents", "tokens": "--samples", "seed": "--seeds", "out_dir": "--out"}
 
@@ -85,7 +86,7 @@ def truth_set(name: str) -> TruthSet:
 
 def _true_l0(planted: Planted) -> int:
     """Return the nearest integer, at least 1, to the mean number of features on a token."""
-    return max(1, round(float((planted.sample(SCORED_TOKENS * 4, 0).coefficients > 0).sum(-1).float().mean())))
+    return max(1, round(float((planted.sample(COUNTED, SCORED_SEED).coefficients > 0).sum(-1).float().mean())))
 
 
 class Samples:
@@ -96,7 +97,6 @@ class Samples:
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         for number in range(self.batches):
-            # Scoring draws from seeds below zero.
             sample = self.planted.sample(self.batch_tokens, self.seed * 10_000_000 + number)
             yield sample.x if sample.grad is None else (sample.x, sample.grad)
 
@@ -186,7 +186,7 @@ def bench_truth(
                 place = folder / data.name.replace("/", "_") / arm.name.replace("/", "_") / f"seed-{seed}"
                 recipe = resolve_recipe(check_recipe(arm.recipe(data, seed, place), arm.name))
                 train_recipe(recipe, Samples(planted, recipe.recipe.tokens, recipe.recipe.batch_tokens, seed))
-                runs[arm.name].append(_scored(place, planted, scored_tokens))
+                runs[arm.name].append(judge_streamed(load_dictionary(place), planted, scored_tokens, SCORED_SEED))
                 told(sum(map(len, runs.values())))
     budgets = {recipe_name: recipe.tokens for recipe_name, recipe in zip(names, checked, strict=True)}
     return {
@@ -197,16 +197,8 @@ def bench_truth(
         "scored_tokens": scored_tokens,
         "arms": {name: {"samples": budgets[name], "runs": runs[name]} for name in names},
         "differences": _differences(runs, data.k),
-        "baselines": references(data.planted(0), data.n_latents, data.k, min(scored_tokens, 8192), -1),
+        "baselines": references(data.planted(0), data.n_latents, data.k, min(scored_tokens, COUNTED), SCORED_SEED),
     }
-
-
-def _scored(directory: Path, planted: Planted, tokens: int) -> dict[str, float]:
-    dictionary = load_dictionary(directory)
-    recovery = recovery_of(planted, dictionary)
-    for number in range(-(-tokens // SCORED_TOKENS)):
-        update_recovery(recovery, dictionary, planted.sample(SCORED_TOKENS, -1 - number))
-    return recovery.report()
 
 
 def _differences(runs: Mapping[str, list[dict[str, float]]], k: int) -> list[dict[str, Any]]:
