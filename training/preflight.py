@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..sae.batch_encoder import BatchWide
+from ..sae.batch_encoder import Calibrated
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import build_encoder
 from ..sae.penalised import Penalised
@@ -401,7 +401,8 @@ def _calibrates(recipe: Recipe) -> bool:
     """Return True if thresholds are calibrated on training tokens at the end of the run."""
     encoder = build_encoder(with_budget(recipe.encoders[-1]))
     penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
-    return recipe.dictionary.joint or isinstance(encoder, BatchWide) or penalised
+    budgeted = isinstance(encoder, Calibrated) and encoder.has_thresholds
+    return recipe.dictionary.joint or budgeted or penalised
 
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:

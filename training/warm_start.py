@@ -16,13 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..sae import Encoder, SparseDictionary
-from ..sae.batch_encoder import BatchWide, MutualLevel
+from ..sae.batch_encoder import BatchWide, Calibrated, MutualLevel
 from ..sae.checkpoint import build_dictionary
 from ..sae.dictionary import LatentBlock
 from ..sae.encoders import encoder_spec
 from ..sae.encoders.feature_choice import FeatureChoice
 from ..sae.encoders.gated import Gated
 from ..sae.encoders.jumprelu import LEAST, PACE, JumpReLU
+from ..sae.encoders.lista import Lista
 from ..sae.encoders.relu import ReLU
 from ..sae.encoders.threshold import Threshold
 from ..sae.metrics import Moments, RunningFvu
@@ -252,6 +253,16 @@ class Usage:
         return Usage(firings, len(x), sum(smallest) / max(len(smallest), 1))
 
 
+@dataclass(frozen=True)
+class SampleRows:
+    """Rows of a sample in pieces, which can be passed over several times."""
+
+    x: Float[Tensor, "tokens d_in"]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
+        return iter(self.x.split(ROWS))
+
+
 class TakeOver:
     """Construction of a run's ``dictionary`` from that of its start; ``changes`` lists what it does not keep."""
 
@@ -284,8 +295,8 @@ class TakeOver:
         self._install(resized)
         resizes = self.dictionary.n_latents != self.source.n_latents
         budget = encoder_spec(self.dictionary.encoder).get("k") != encoder_spec(self.source.encoder).get("k")
-        if not exact or (isinstance(self.dictionary.encoder, BatchWide) and (budget or resizes)):
-            self.dictionary.calibrate(iter(self.sample.x.split(ROWS)))
+        if not exact or (isinstance(self.dictionary.encoder, Calibrated) and (budget or resizes)):
+            self.dictionary.calibrate(SampleRows(self.sample.x))
 
     def _ranks_alike(self, latents: list[Latents]) -> bool:
         """Return True if both encoders rank by the same rule, and the order of values is kept."""
@@ -326,7 +337,8 @@ class TakeOver:
                 b_enc = torch.zeros(len(W_enc), dtype=W_enc.dtype)
             latents = replace(latents, W_enc=W_enc, b_enc=b_enc, W_dec=latents.W_dec * fall)
             found.append(latents.scaled(norms))
-        self.smallest = self.usage.smallest * float(torch.cat(factors).mean())
+        self.factor = float(torch.cat(factors).mean())
+        self.smallest = self.usage.smallest * self.factor
         return found
 
     def _norms(self) -> list[Float[Tensor, " n_latents"]]:
@@ -417,6 +429,9 @@ class TakeOver:
         for block, encoder, old, own in zip(d.blocks, encoders_of(d), encoders_of(self.source), latents, strict=True):
             if type(encoder) is type(old):
                 _inherit(encoder, old, same_width)
+                if isinstance(encoder, Lista) and encoder.has_thresholds:
+                    # Every correction has the units of the inputs, as values do.
+                    encoder.levels.mul_(self.factor)
             W_enc, b_enc = own.W_enc, own.b_enc
             if isinstance(encoder, Gated):
                 gain = torch.ones(len(W_enc), dtype=W_enc.dtype) if own.gain is None else own.gain

@@ -136,8 +136,15 @@ def test_ranking_of_unequal_norms_is_reported_as_a_change(build_format, tmp_path
     assert ["norms are not equal" in line for line in found.record["changes"]] == [True]
 
 
-@pytest.mark.parametrize("kind", ["sae", "transcoder"])
-@pytest.mark.parametrize("name", sorted(ENCODERS))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in sorted(ENCODERS)
+        for kind in ("sae", "transcoder")
+        if kind == "sae" or not ENCODERS[name].for_saes
+    ],
+)
 def test_every_encoder_is_taken_over_unchanged(name, kind, encoder_arguments, tmp_path):
     encoder = build_encoder({"name": name, **encoder_arguments[name]})
     sizes = (D, N, encoder) if kind == "sae" else (D, D_OUT, N, encoder, True)
@@ -246,29 +253,18 @@ def test_more_latents_fire_as_often_as_the_others(name, origin, encoder_argument
 
 
 def test_new_latents_point_along_the_errors(tmp_path):
-    """All activations beyond one subspace are error: new latents point there, and old ones do not."""
-    x = X.clone()
-    x[:, D // 2 :] *= 0.1
-    old = randomized(SAE(D, N, ENCODERS["topk"](k=8)))
+    old = SAE(D, D, ENCODERS["topk"](k=D // 2))
     with torch.no_grad():
-        # Reconstructs the second half of the dimensions as 0, and the first about right.
-        old.W_dec[:, D // 2 :] = 0
-        old.W_dec.copy_(
-            F.normalize(torch.eye(D)[:8].repeat(5, 1) * torch.cat([torch.ones(20), -torch.ones(20)])[:, None], dim=-1)
-        )
-        old.W_enc.copy_(old.W_dec)
-        old.in_scale.fill_(1.0)
-        old.out_scale.fill_(1.0)
-        for bias in (old.b_enc, old.b_dec):
-            bias.zero_()
+        # Reconstructs the first half of the dimensions, and the second as 0.
+        half = torch.eye(D)[: D // 2]
+        old.W_dec.copy_(torch.cat([half, -half]))
+        old.copy_atoms_to_encoder()
     saved(old, tmp_path / "old")
-    found = begun(tmp_path, str(tmp_path / "old"), x=X, n_latents=N + 9)
-    new = found.dictionary.W_dec[N:].detach()
-    with torch.no_grad():
-        errors = X - old(X)
-    share = errors[:, D // 2 :].pow(2).sum() / errors.pow(2).sum()
-    assert float(new[:, D // 2 :].pow(2).sum(1).mean()) == pytest.approx(float(share), abs=0.15)
-    assert float(share) > 0.8
+    found = begun(tmp_path, str(tmp_path / "old"), n_latents=D + 9)
+    new = found.dictionary.W_dec[D:].detach()
+    # The rest is the noise that separates duplicates.
+    assert float(new[:, D // 2 :].pow(2).sum(1).min()) > 0.95
+    assert found.record["before"]["fvu"] < found.record["as_read"]["fvu"]
 
 
 # Whole runs.
@@ -441,9 +437,9 @@ def stream_of_the_model(embedded_model, tmp_path):
 
 
 def test_a_drifted_dictionary_recovers_on_a_twentieth_of_the_budget(stream_of_the_model, tmp_path):
-    """The embedded model's residual stream turns by 0.9 radians in every plane and grows threefold."""
+    """The embedded model's residual stream turns by 0.6 radians in every plane and grows threefold."""
     rows, heldout = stream_of_the_model
-    A = drift(128, 0.9, 3.0)
+    A = drift(128, 0.6, 3.0)
     tokens, section = 400_000, {"hook": HOOK, "n_latents": 256, "encoder": {"name": "topk", "k": 16}, "init": "random"}
 
     def judged(name, x, y, tokens, section, **changes):
