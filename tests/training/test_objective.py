@@ -289,6 +289,21 @@ def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_p
     assert load_dictionary(whole).n_latents == 67
 
 
+def test_a_phase_switches_the_objective_and_keeps_the_encoder(end_to_end, tmp_path, stopped_after):
+    later = [{"start": 0.5, "objective": "kl"}, {"start": 0.8, "reconstruction_weight": 0.5, "lr_factor": 0.1}]
+    end_to_end |= {"objective": "reconstruction", "phases": later}
+    whole = train_recipe(resolve_recipe(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe")))
+    lines = metrics(whole)
+    assert ["kl" in line for line in lines] == [False] * 5 + [True] * 5
+    for number, line in enumerate(lines):
+        wanted = line["fvu"] if number < 5 else line["kl"] + (0.5 * line["fvu"] if number >= 8 else 0.0)
+        assert line["loss"] == pytest.approx(wanted + line["aux"], rel=1e-5)
+    recipe = check_recipe(end_to_end | {"out_dir": str(tmp_path / "parts")}, "recipe")
+    with stopped_after(6):
+        train_recipe(resolve_recipe(recipe))
+    assert_equal_files(whole, train_recipe(resolve_recipe(recipe)))
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
@@ -301,6 +316,16 @@ def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_p
         (None, {"batch_tokens": 100, "accumulate": 4}, "accumulate: expected 1 with objective kl, got 4. Lower batch_tokens"),
         (None, {"objective": "kll"}, "objective: expected 'reconstruction' or 'kl', got 'kll'."),
         (None, {"reconstruction_weight": -1.0}, "reconstruction_weight: expected greater than or equal to 0"),
+        (
+            None,
+            {"phases": [{"start": 0.5}]},
+            "phases.0: expected an encoder, an objective or a reconstruction_weight, got none.",
+        ),
+        (
+            None,
+            {"phases": [{"start": 0.5, "objective": "reconstruction", "blend": 0.1}]},
+            "phases.0.blend: expected 0 without an encoder, got 0.1.",
+        ),
     ],
 )
 def test_what_end_to_end_training_cannot_do_is_refused(end_to_end, section, changes, message):

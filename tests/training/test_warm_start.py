@@ -11,6 +11,7 @@ import sparsary
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.metrics import fvu
+from sparsary.training.activations.live import Buffers, LiveStream
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.activations.tensor_stream import TensorStream
 from sparsary.training.preflight import preflight
@@ -60,7 +61,7 @@ def randomized(dictionary, unit=True):
 def saved(dictionary, folder, sample=None, hooks=None):
     """Calibrate a dictionary where its encoder has anything to calibrate on, and save it."""
     if sample is not None:
-        dictionary.eval().calibrate(iter(sample.split(500)))
+        dictionary.eval().calibrate(sample.split(500))
     dictionary.eval().save(folder, hooks or {"hook": "a:out"})
     return dictionary
 
@@ -362,6 +363,41 @@ def test_a_missing_budget_is_what_was_measured(run, tmp_path):
     assert sparsary.load(new).encoder.k == k
 
 
+def test_a_run_on_a_model_is_judged_on_held_out_tokens_and_its_report_shows_it(recipe_values, tmp_path):
+    old = sparsary.train(recipe_values | {"out_dir": str(tmp_path / "old")})
+    section = {"hook": HOOK, "start": str(old), "n_latents": 90}
+    recipe_values["harvest"] |= {"heldout": 0.3}
+    new = {}
+    for name, harvest in (("store", {"store": str(tmp_path / "other")}), ("live", {"store": None, "live_buffer_tokens": 900})):
+        changes = {"harvest": recipe_values["harvest"] | harvest, "dictionary": section, "out_dir": str(tmp_path / name)}
+        new[name] = sparsary.train(recipe_values | changes)
+        record = provenance(new[name])["start"]
+        assert record["judged_on"] == "held-out"
+        assert record["judged_tokens"] > 1000
+        # The sample decides about new latents; before them it is what was read.
+        assert record["as_read"]["fvu"] == pytest.approx(0.5, abs=0.49)
+    report = sparsary.evaluate(new["store"], str(tmp_path / "report"), tokens=900, cache=False)
+    record = provenance(new["store"])["start"]
+    assert report["start"] == str(old)
+    assert report["fvu_before_training"] == record["before"]["fvu"]
+    assert report["l0_after_training"] == record["after"]["l0"]
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert f"fvu {record['before']['fvu']:.3g}, after it fvu {record['after']['fvu']:.3g}" in page
+
+
+def test_held_out_rows_of_a_stream_are_those_of_a_store(recipe_values, embedded_model):
+    recipe_values["harvest"] |= {"heldout": 0.3, "live_buffer_tokens": 900}
+    recipe = resolve_recipe(check_recipe(recipe_values, "recipe")).recipe
+    store = sparsary.harvest(recipe_values)
+    stored = StoreStream(store, (HOOK,), 100, 0).heldout(10**6).x
+    live = LiveStream(Buffers(embedded_model, recipe.text, recipe.harvest, (HOOK,)), (HOOK,), 100, 0).heldout(700).x
+    assert len(live) == 700
+    assert float(torch.cdist(live, stored).amin(1).max()) < 1e-3
+    again = StoreStream(store, (HOOK,), 100, 0).heldout(700).x
+    assert len(again) == 700
+    assert float(torch.cdist(again, StoreStream(store, (HOOK,), 100, 0).sample(10**6).x).amin(1).min()) > 1e-3
+
+
 # Before the run.
 
 
@@ -375,8 +411,8 @@ def test_a_plan_says_what_is_taken_over(recipe_values, tmp_path):
     member = resolve_recipe(check_recipe(recipe_values | start, "recipe"))
     lines = dict(preflight(member).lines(member))
     assert lines["start"] == (
-        f"{tmp_path / 'old'} (dictionary.json of sparsary): sae, 40 latents, relu; 27 latents from errors added; now topk, k of "
-        "the l0 on the initial sample"
+        f"{tmp_path / 'old'} (dictionary.json of sparsary): sae, 40 latents, relu; 27 latents from errors added; "
+        "now topk, k of the l0 on the initial sample"
     )
     assert "the start reads transformer.h.1:out, the recipe transformer.h.2:out" in lines["doubtful"]
     assert "the start is of model gpt2, the recipe of embedded" in lines["doubtful"]
@@ -396,9 +432,7 @@ def test_what_does_not_fit_is_refused_in_one_message(recipe_values, tmp_path):
     )
     transcoder = randomized(Transcoder(128, 128, N, ENCODERS["topk"](k=3)))
     saved(transcoder, tmp_path / "maps", hooks={"hooks_in": ["a:in"], "hooks_out": ["a:out"]})
-    refused(
-        r"maps is a transcoder, the recipe's dictionary is a sae. Set dictionary.kind: transcoder", start=str(tmp_path / "maps")
-    )
+    refused(r"is a transcoder, the recipe's dictionary is a sae. Set dictionary.kind: transcoder", start=str(tmp_path / "maps"))
     refused(r"dictionary.start: .*nowhere", start=str(tmp_path / "nowhere"))
     signed = build_encoder({"name": "group_max", "k": 4})
     saved(randomized(SAE(128, N, signed)), tmp_path / "groups")
