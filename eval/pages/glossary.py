@@ -18,7 +18,7 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
         "model": "Language model that produced the activations.",
         "text": "Corpus. Only documents held out from training are evaluated.",
         "training_tokens": "Number of training tokens; repeated tokens count every time.",
-        "start": "Dictionary that training began with (warm start). Present only if there was one, like the next six.",
+        "start": "Dictionary that training began with (warm start). Present only then, as the next six.",
         "fvu_before_training": "fvu of the dictionary before the first training step, measured by the training run.",
         "l0_before_training": "Mean number of active latents per token before the first training step, on the same tokens.",
         "fvu_after_training": "fvu after training, on the same tokens as before. Compare with fvu_before_training, not with fvu.",

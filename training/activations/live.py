@@ -214,9 +214,8 @@ class LiveStream(ActivationStream):
         if not section.heldout:
             return None
         found: list[ActivationBatch] = []
-        hooks = (*self.hooks_in, *self.hooks_out)
         for batch in context_batches(source.model, source.text, section, section.batch_contexts, heldout=True):
-            rows = rows_of(source.model, batch, section, hooks)["heldout"]
+            rows = rows_of(source.model, batch, section, source.hooks)["heldout"].at((*self.hooks_in, *self.hooks_out))
             found.append(self._sides(usable_rows(rows, BadTokens(section), "harvest")))
             if sum(len(each.x) for each in found) >= tokens:
                 break
