@@ -1,7 +1,8 @@
 """Predictions of `sparsary plan` beside measured runs in 1, 2 and 4 processes.
 
     .venv/bin/python docs/studies/scale.py [--shape 2048x256x8192x16] [--processes 1 2 4] [--rounds 3] [--json FILE]
-    .venv/bin/python docs/studies/scale.py --shape 2048x256x8192x16 --shape 2048x512x4096x32 --rounds 2 --probe-rounds 6 --steps 20
+    .venv/bin/python docs/studies/scale.py --shape 2048x256x8192x16 --shape 2048x512x4096x32 \\
+        --rounds 2 --probe-rounds 6 --steps 20
 
 The second command takes about four minutes on two idle cores.
 
