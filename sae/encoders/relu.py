@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..encoder import Weights, scorer, with_gradient
+from ..dense_encoding import positive
+from ..encoder import Weights, crowded, dense_inputs, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
-from ..sparse_ops import per_entry
+from ..sparse_ops import per_entry, row_norms
 from ..tiled_scores import Scorer, above
 
 
@@ -44,17 +45,26 @@ class ReLU(Penalised):
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
+        if self.training and crowded(x, weights, x.new_zeros(()))[0]:
+            found = positive(dense_inputs(x, weights))
+            measure = found.mass @ row_norms(weights.W_dec)
+            return found.code.requesting(self._requests(measure, found.code.fired.sum() / tokens, x, weights))
         code = above(scorer(x, weights).tiles(), x.new_zeros(()), tokens, n_latents)
         code = with_gradient(code, x, weights)
         if not self.training or tokens == 0:
             return code
-        norms = weights.W_dec.norm(dim=-1)
-        measure = weights.shards.reduced((code.values * per_entry(norms, code.latents)).sum() / (tokens * weights.unit))
-        l0 = weights.ranks.mean(weights.shards.sum(torch.tensor(len(code.values) / tokens, device=x.device)))
-        penalties = {"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)}
-        return SparseCode(
-            code.latents, code.values, code.starts, AuxTerms(penalties=penalties, revival=self.revival(x.new_zeros(n_latents)))
-        )
+        measure = (code.values * per_entry(row_norms(weights.W_dec), code.latents)).sum()
+        l0 = torch.tensor(len(code.values) / tokens, device=x.device)
+        return code.requesting(self._requests(measure, l0, x, weights))
+
+    def _requests(
+        self, measure: Float[Tensor, ""], l0: Float[Tensor, ""], x: Float[Tensor, "tokens d_in"], weights: Weights
+    ) -> AuxTerms:
+        """Return the terms of a training batch, from its sum of values weighted by norms and its L0."""
+        measure = weights.shards.reduced(measure / (len(x) * weights.unit))
+        l0 = weights.ranks.mean(weights.shards.sum(l0))
+        penalty = self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)
+        return AuxTerms(penalties={"sparsity": penalty}, revival=self.revival(x.new_zeros(len(weights.W_enc))))
 
     def prepare_cuts(self, n_latents: int) -> None:
         pass
