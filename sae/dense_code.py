@@ -1,8 +1,8 @@
 """Dense codes: codes of a training batch in which so many latents fire that dense products are faster than entries.
 
 A dense code holds the value of every latent on every token, most of them nonzero. Forward and backward passes are matrix
-products and in-place passes over memory that is kept from step to step. The largest tensor is the code; its gradient exists only
-in tiles: decoding does not compute it but leaves the two factors of it (``Owed``) for the encoder's backward pass.
+products and in-place passes over memory that is kept from step to step. The largest tensor is the code; its gradient exists
+only in tiles: decoding does not compute it but leaves its two factors (``Owed``) for the encoder's backward pass.
 """
 
 from collections.abc import Iterator
