@@ -116,6 +116,9 @@ class JumpReLU(Penalised):
         # Entries just below the threshold have value zero but contribute to its gradient.
         margin, theta = self.bandwidth / 2, self.thresholds().detach()
         many_near, many_firing = crowded(x, weights, theta - margin, theta)
+        if thinning:
+            # Ranks choose what exceeds the maximum together, so they have to take the same path.
+            many_firing = scores.selecting.largest(int(many_firing)) > 0
         # The gradient of tanh at 0 would have to reach all pre-activations in the window as well.
         if many_firing or (many_near and self.penalty != "tanh"):
             code, fired = self._dense(x, weights, scores, thinning, many_firing)
