@@ -48,8 +48,8 @@ class SparseGrad:
         """Return the memory of ``whole``, and 1 if it holds a gradient to add to, 0 if it is uninitialized."""
         if self.whole is not None:
             return self.whole, 1
-        self.whole = kept_memory.take(*like.shape, like)
-        return self.whole, 0
+        self.whole = whole = kept_memory.take(like.shape[0], like.shape[1], like)
+        return whole, 0
 
     def product(self, like: Float[Tensor, "n_latents d"]) -> Product:
         """Return all products as one, with their tokens concatenated."""

@@ -82,7 +82,7 @@ class _Fired(torch.autograd.Function):
 @torch.no_grad()
 def window(scores: Float[Tensor, "tokens n_latents"], theta: Float[Tensor, " n_latents"], bandwidth: float) -> Window:
     """Return the window of pre-activations around thresholds."""
-    near, cuts = kept_memory.take(*scores.shape, scores, torch.bool), theta.detach()
+    near, cuts = kept_memory.take(scores.shape[0], scores.shape[1], scores, torch.bool), theta.detach()
     counts = torch.empty_like(cuts)
     for some in columns_of(scores):
         room = kept_memory.take(len(scores), some.stop - some.start, scores)

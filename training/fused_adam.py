@@ -138,7 +138,7 @@ class FusedAdam(DictionaryAdam):
 def _summed(kernels: Kernels, gradient: RowGrad, like: Tensor) -> RowGrad:
     """Return a gradient with its entries summed, so that the norm and the update need not do it each."""
     firsts, tokens, values, rows, dense_of, dense = gradient
-    whole = kernels.spread(firsts, tokens, values, rows, kept_memory.take(*like.shape, like))
+    whole = kernels.spread(firsts, tokens, values, rows, kept_memory.take(like.shape[0], like.shape[1], like))
     if len(dense) == len(like):
         whole += dense
     elif len(dense):
