@@ -23,19 +23,35 @@ ranked = njit(nogil=True, fastmath=FAST | {"nnan"}, error_model="numpy")
 
 @compiled
 def _add_weighted(first, last, places, values, rows, total):
-    """Add the rows at ``places[first]`` to ``places[last - 1]``, weighted by their values, to ``total``."""
-    d, e, zero = len(total), first, rows.dtype.type(0)
-    # Four rows per pass over ``total``, which is otherwise read and written as often as rows are read.
-    while e + 4 <= last:
-        v0, v1, v2, v3 = values[e], values[e + 1], values[e + 2], values[e + 3]
-        if v0 != zero or v1 != zero or v2 != zero or v3 != zero:
-            r0, r1, r2, r3 = rows[places[e]], rows[places[e + 1]], rows[places[e + 2]], rows[places[e + 3]]
+    """Add to ``total`` the rows at ``places[first]`` to ``places[last - 1]``, weighted; rows of zero values are not read.
+
+    Four rows per pass over ``total``, which is otherwise read and written as often as rows are read, and several rows are on
+    their way from memory at once. The order of the sum is that of the entries.
+    """
+    d, e = len(total), first
+    while e < last:
+        one = two = three = four = count = 0
+        while e < last and count < 4:
+            if values[e] != 0:
+                if count == 0:
+                    one = e
+                elif count == 1:
+                    two = e
+                elif count == 2:
+                    three = e
+                else:
+                    four = e
+                count += 1
+            e += 1
+        if count == 4:
+            v0, v1, v2, v3 = values[one], values[two], values[three], values[four]
+            r0, r1, r2, r3 = rows[places[one]], rows[places[two]], rows[places[three]], rows[places[four]]
             for c in range(d):
-                total[c] += v0 * r0[c] + v1 * r1[c] + v2 * r2[c] + v3 * r3[c]
-        e += 4
-    for q in range(e, last):
-        value, row = values[q], rows[places[q]]
-        if value != zero:
+                total[c] = total[c] + v0 * r0[c] + v1 * r1[c] + v2 * r2[c] + v3 * r3[c]
+            continue
+        for q in range(count):
+            at = one if q == 0 else two if q == 1 else three
+            value, row = values[at], rows[places[at]]
             for c in range(d):
                 total[c] += value * row[c]
 
