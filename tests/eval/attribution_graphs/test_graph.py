@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_refused(tiny_model, random_transcoders):
         build_graph(model, Stack({"a": SAE(12, 19, relu)}, {"a": provenance(0, site="out")}), ids)
     with pytest.raises(ValueError, match=r"layer 1: expected a transcoder, got a dictionary of kind 'sae'"):
         build_graph(model, {1: SAE(12, 19, relu).double().eval()}, ids)
-    with pytest.raises(ValueError, match=r"layer 0: expected one from 12 to 12.*got 11 to 12"):
+    with pytest.raises(ValueError, match=r"layer 0: expected d_in = d_out = 12.*got 11 and 12"):
         build_graph(model, {0: Transcoder(11, 12, 19, relu).eval()}, ids)
     with pytest.raises(ValueError, match=r"expected a cross-layer transcoder.* got one dictionary of kind 'transcoder'. Give"):
         build_graph(model, good[0], ids)

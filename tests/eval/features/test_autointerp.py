@@ -200,7 +200,7 @@ def test_an_endpoint_is_met_before_the_features_are_collected(serving, monkeypat
             monkeypatch.delenv("OPENAI_API_KEY", raising=False)
             refused = Endpoint("https://there", "m", key)
             refused._client = httpx.Client(transport=transport)
-            with pytest.raises(ValueError, match=rf"refuses the key \(status {status}: bad key\).*{said}"):
+            with pytest.raises(ValueError, match=rf"rejects the API key \(status {status}: bad key\).*{said}"):
                 refused.require_ready()
             refused.close()
     # What was answered before needs no server.

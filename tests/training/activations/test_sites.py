@@ -152,5 +152,5 @@ def test_a_model_whose_mlp_cannot_be_located_says_what_its_block_holds():
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ValueError, match=r"dictionary\.layer: no list of .* blocks was found in Linear"):
+    with pytest.raises(ValueError, match=r"dictionary\.layer: expected a module list of .* blocks in Linear, found none"):
         n_layers(nn.Linear(3, 3))
