@@ -158,7 +158,7 @@ def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     assert torch.equal(stack[MLPS[4]].W_dec, load_dictionary(directories[1]).W_dec)
     lines, problems = describe_files(grid.out_dir)
     assert [name for name, _ in lines] == ["checkpoints", "layer=0", "layer=2", "layer=3"]
-    assert f"transcoder 128 -> 67 -> 128, name topk, k 5  {MLPS[4]} -> {MLPS[5]}  checksum matches" == dict(lines)["layer=2"]
+    assert f"transcoder 128 -> 67 -> 128, topk, k 5  {MLPS[4]} -> {MLPS[5]}  checksum matches" == dict(lines)["layer=2"]
     assert not problems
     # The same recipe as it was written, with layers, finds itself finished.
     before = [(path / "dictionary.safetensors").stat().st_mtime_ns for path in directories]

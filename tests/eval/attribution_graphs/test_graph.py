@@ -295,13 +295,13 @@ def test_what_does_not_fit_is_refused(tiny_model, random_transcoders):
     pursuit = Transcoder(12, 12, 19, ENCODERS["matching_pursuit"](k=2)).double().eval()
     with pytest.raises(ValueError, match=r"encoder with pre-activations, got MatchingPursuit"):
         build_graph(model, {0: pursuit}, ids)
-    with pytest.raises(ValueError, match=r"training mode"):
+    with pytest.raises(ValueError, match=r"expected eval mode"):
         build_graph(model, {0: Transcoder(12, 12, 19, relu).double().train()}, ids)
     with pytest.raises(ValueError, match=r"expected layers 0 to 2, got 5"):
         build_graph(model, {5: good[0]}, ids)
     with pytest.raises(ValueError, match=r"at least one layer, got none"):
         build_graph(model, {}, ids)
-    with pytest.raises(ValueError, match=r"layers: expected 2 ascending ones"):
+    with pytest.raises(ValueError, match=r"layers: expected 2 ascending layers"):
         build_graph(model, cross_layer(12, layers=2), ids)
 
 

@@ -86,9 +86,7 @@ def test_scaling_factors_that_were_not_used_are_refused(legacy):
 
 def test_pickles_are_not_opened(tmp_path):
     (tmp_path / "sae.pkl.gz").write_bytes(b"anything")
-    with pytest.raises(
-        ValueError, match=r"got pickled objects \(sae.pkl.gz\), as version 1 wrote, which are never loaded"
-    ):
+    with pytest.raises(ValueError, match=r"got pickled objects \(sae.pkl.gz\), as version 1 wrote, which are never loaded"):
         read_dictionary(tmp_path, format="saelens_legacy")
 
 

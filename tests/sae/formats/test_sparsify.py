@@ -174,7 +174,7 @@ def test_signed_latents_of_old_versions_keep_their_sign(tmp_path):
         ({"d_in": None}, "d_in: expected a whole number in cfg.json, got None"),
         ({"num_latents": 10**13}, r"encoder.weight: expected shape \(10000000000000, 8\), got \(24, 8\)"),
         ({"num_latents": None, "expansion_factor": None, "normalize_decoder": True}, "num_latents: expected a whole number"),
-        ({"skip_connection": True}, "skip_connection: True in cfg.json, but W_skip is missing"),
+        ({"skip_connection": True}, "skip_connection: True in cfg.json contradicts the file, which has no W_skip"),
     ],
 )
 def test_damaged_configurations_are_named(changes, says, tmp_path):
@@ -191,7 +191,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ({"decoder.weight": torch.zeros(24, 8)}, "expected one of W_dec, decoder.weight, got W_dec and decoder.weight"),
         ({"encoder.bias": torch.full((24,), torch.inf)}, "b_enc: expected finite numbers, got inf"),
         ({"b_dec": torch.zeros(8, dtype=torch.int32)}, "b_in: expected floating-point|b_out: expected floating-point"),
-        ({"W_skip": torch.zeros(8, 8)}, "skip_connection: False in cfg.json, but W_skip is there"),
+        ({"W_skip": torch.zeros(8, 8)}, "skip_connection: False in cfg.json contradicts the file, which has W_skip"),
         ({"gate": torch.zeros(8)}, "got also gate"),
     ],
 )
