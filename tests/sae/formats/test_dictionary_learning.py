@@ -130,7 +130,7 @@ def test_a_threshold_never_measured_is_refused_until_given(tmp_path):
     given = read_dictionary(folder, options=ReadOptions(threshold=0.6)).dictionary
     torch.testing.assert_close(given(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
     folder = changed("MatryoshkaBatchTopKSAE", tmp_path, tensors={"threshold": None})
-    with pytest.raises(ValueError, match="that training has measured, got none"):
+    with pytest.raises(ValueError, match="threshold measured in training, got none"):
         read_dictionary(folder)
 
 
@@ -331,7 +331,7 @@ def test_what_it_cannot_hold_is_refused_with_a_reason(tmp_path):
         (made({"name": "signed_topk", "k": 3, "by": "size"}), "Use --to saelens, which has abstopk"),
         (made({"name": "group_max", "k": 19}), "there is no equivalent. Use --to sparsify"),
         (made({"name": "matching_pursuit", "k": 3}), "it has no matching pursuit. Use --to saelens"),
-        (SAE(7, 19, topk, row_norm="layer_norm").eval(), "it has no layer_norm of each token"),
+        (SAE(7, 19, topk, row_norm="layer_norm").eval(), "row_norm: expected null, as the library has none, got layer_norm"),
     ):
         with pytest.raises(ValueError, match=reason):
             write_dictionary(d, tmp_path / "out", "dictionary_learning")

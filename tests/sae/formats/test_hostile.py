@@ -246,7 +246,7 @@ def changed(folder, **values):
         ("llama_scope", {"act_fn": "dream"}, "expected"),
         ("llama_scope", {"jump_relu_threshold": "high"}, "expected"),
         ("llamascopium", {"sae_type": "lorsa"}, "sae_type: expected"),
-        ("llamascopium", {"act_fn": "batchtopk"}, "depends on the other tokens"),
+        ("llamascopium", {"act_fn": "batchtopk"}, "depend on the other tokens"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
 )

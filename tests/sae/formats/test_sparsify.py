@@ -255,7 +255,7 @@ def test_what_sparsify_cannot_hold_is_refused_with_a_reason(tmp_path):
         (SAE(8, 24, build_encoder({"name": "gated"})), "gated: it has no gated encoder"),
         (SAE(8, 24, build_encoder({"name": "signed_topk", "k": 3})), "topk_raw: its topk applies relu"),
         (SAE(8, 24, build_encoder({"name": "matching_pursuit", "k": 3})), "it has no matching pursuit"),
-        (SAE(8, 24, topk, row_norm="layer_norm"), "it has no layer_norm of each token"),
+        (SAE(8, 24, topk, row_norm="layer_norm"), "row_norm: expected null, as the library has none, got layer_norm"),
         (Transcoder(8, 8, 24, relu), "Use --to circuit_tracer"),
         (Transcoder(8, 5, 24, topk), "expected d_out = d_in = 8, .* got d_out = 5"),
         (CrossLayerTranscoder(2, 8, 8, 26, relu), "no cross-layer transcoders that it can load"),
