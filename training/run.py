@@ -293,8 +293,10 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack,
 
 def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
+    if ranks.size == 1:
+        return
     require_agreement(ranks, _same_on_all(recipes))
-    for recipe in recipes if ranks.size > 1 else ():
+    for recipe in recipes:
         parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if recipe.batch_tokens % parts:
             raise ValueError(
