@@ -474,8 +474,8 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
         passes=None if live else recipe.tokens / training,
         training_tokens=text if live else training,
         parameters=parameters,
-        # Weights, Adam's two moments and, unless fused, gradients.
-        weights_bytes=(12 if fused else 16) * parameters,
+        # Weights, Adam's two moments and, unless fused, gradients; averaged weights if they are kept.
+        weights_bytes=((12 if fused else 16) + (4 if recipe.weight_average else 0)) * parameters,
         step_bytes=_step_bytes(recipe, dictionary.d_in + dictionary.d_out),
         # The sample, raw and normalized, and the workspace of the geometric median.
         start_bytes=3 * 4 * row * min(SAMPLE_TOKENS, harvest.live_buffer_tokens if live else training),

@@ -41,7 +41,7 @@ from .initialize import SAMPLE_TOKENS, initialize
 from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
-from .optim import Schedule, lr_share
+from .optim import Schedule, averages, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
 from .processes import from_first, mesh, own_ranks, require_agreement
@@ -370,7 +370,7 @@ def _train(
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
                 # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
-                dictionary = whole_dictionary(member.dictionary)
+                dictionary = whole_dictionary(member.dictionary, averages(member.dictionary, member.optimizer))
                 dictionary.ranks = ALONE
                 found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
@@ -478,7 +478,8 @@ def _member(
     dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
-    aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(

@@ -288,6 +288,13 @@ def _check_training(recipe: Recipe) -> list[str]:
                 f"phases.{i}.blend: expected 0 between encoders with free and with unit-norm decoders (relu and others), "
                 f"got {phase.blend}."
             )
+    if recipe.dictionary.aligned and (recipe.dictionary.kind != "sae" or any(ENCODERS[name].tied for name in names)):
+        problems.append(
+            "dictionary.aligned: expected it with kind sae and an encoder with its own weights, because it fixes the products "
+            "of encoder rows and decoder directions. Leave it out."
+        )
+    if recipe.weight_average and recipe.phases:
+        problems.append(f"weight_average: expected 0 with phases, which may rescale weights, got {recipe.weight_average}.")
     tied = {ENCODERS[spec["name"]].tied for _, spec in specs if spec.get("name") in ENCODERS}
     if len(tied) > 1:
         problems.append("phases: an encoder with tied weights (matching_pursuit) cannot share a run with one without.")
