@@ -15,6 +15,7 @@ from sparsary.transcoders import Transcoder
 TOKENS, D, D_OUT, LATENTS = 23, 7, 5, 31
 FAMILIES = {
     "relu": {"sparsity": 0.3},
+    "relu-log": {"sparsity": 0.3, "penalty_form": "log"},
     "relu-steered": {"sparsity": 0.3, "target_l0": 5},
     "gated": {"sparsity": 0.3},
     "jumprelu": {"target_l0": 9, "bandwidth": 0.7, "start": 1.0},
