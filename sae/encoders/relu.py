@@ -94,7 +94,7 @@ class ReLU(Penalised):
         weights.b_enc.sub_(by)
 
 
-def charge(m: Float[Tensor, " nnz"], form: str) -> Float[Tensor, " nnz"]:
+def charge(m: Float[Tensor, "*entries"], form: str) -> Float[Tensor, "*entries"]:
     """Return the penalty of every active latent; ``m`` are values times decoder norms."""
     if form == "log":
         return (m / EPS).log1p() / math.log1p(1 / EPS)
