@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.checkpoint import build_dictionary
-from ..sae.dictionary import OneSiteDictionary
+from ..sae.one_site import OneSiteDictionary
 from ..sae.ranks import Shards
 
 # Tensors of a dictionary with one row per latent, whatever the last part of a name says of them (Adam's moments).

@@ -51,7 +51,7 @@ from .report import TrainingLog
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
-from .state import Randomness, TrainState
+from .state import Logged, Randomness, TrainState
 
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
@@ -486,14 +486,15 @@ def _member(
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
-    keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
+    state.budget = recipe.tokens
+    logged = Logged() if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
     objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
+    report = TrainingLog(recipe, directory, logged, state.tokens, written=ranks.world.rank == 0)
     schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)

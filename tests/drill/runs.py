@@ -121,7 +121,18 @@ def report_difference(report: Path, right: Path) -> str:
 def _results(report: Any) -> Any:
     """Return a report without what depends on the time and the place."""
     if isinstance(report, dict):
-        left_out = ("seconds", "checkpoint", "date", "time", "command", "hardware", "started", "out_dir", "report_path")
+        left_out = (
+            "seconds",
+            "checkpoint",
+            "date",
+            "time",
+            "command",
+            "hardware",
+            "started",
+            "out_dir",
+            "report_path",
+            "checksum",
+        )
         return {key: _results(value) for key, value in report.items() if key not in left_out}
     return [_results(each) for each in report] if isinstance(report, list) else report
 

@@ -13,6 +13,7 @@ from sparsary.training.activations.manifest import write_manifest
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import check_recipe, parse_yaml
 from sparsary.training.report import TrainingLog
+from sparsary.training.state import Logged
 
 HOOK = "transformer.h.2:out"
 
@@ -170,7 +171,7 @@ def test_a_log_that_lost_lines_is_continued_without_zeros(recipe_values, tmp_pat
     """The file was lengthened to the recorded size, with zeros."""
     line = '{"step": 1}\n'
     (tmp_path / "metrics.jsonl").write_text((2 * line)[:kept])
-    log = TrainingLog(check_recipe(recipe_values, "recipe"), tmp_path, 24, 0)
+    log = TrainingLog(check_recipe(recipe_values, "recipe"), tmp_path, Logged(24), 0)
     log.handle.write('{"step": 3}\n')
     log.flush()
     log.handle.close()

@@ -238,7 +238,7 @@ class StoreWriter:
             mean, deviation = moments.mean.tolist(), moments.deviation.tolist()
             record.hooks[hook] = {"count": moments.count, "mean": mean, "deviation": deviation, "lost": self._lost[hook]}
         if self.ranks.rank or record.unit != Progress.of(self.store.manifest, 0).units:
-            write_json(self.store.directory / record.path, asdict(record))
+            write_json(self.store.directory / record.path, asdict(record), sealed=True)
         if self.ranks.rank == 0:
             self.join_units(record)
 
