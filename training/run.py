@@ -44,7 +44,7 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .processes import from_first, mesh, own_ranks, require_agreement
+from .processes import from_first, mesh, own_ranks, patient_ranks, require_agreement
 from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
 from .report import TrainingLog
@@ -92,7 +92,7 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
     local = recipe.harvest.model_copy(update={"store": str(place.directory)})
     # The first rank uploads the shards of all.
     with place.publishing() if ranks.rank == 0 else nullcontext():
-        return harvest_activations(model, recipe.text, local, ranks)
+        return harvest_activations(model, recipe.text, local, patient_ranks())
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:
@@ -358,7 +358,7 @@ def _train(
             ) from None
     unfinished = [member.state.step for group in groups for member in group.members if not member.done]
     if stop.signal_number is not None and unfinished:
-        raise Stopped(stop.signal_number, min(unfinished))
+        raise Stopped(stop.signal_number, f"at step {min(unfinished)}; everything is saved.")
     for group in groups:
         # Stops prefetching, because calibration reads from the same source.
         group.stream.close()

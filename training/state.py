@@ -261,12 +261,14 @@ def saved_step(directory: Path) -> int:
 
 
 def saved_budget(directory: Path) -> int | None:
-    """Return the number of tokens that a saved run was to train on; ``None`` if an earlier version wrote it.
+    """Return the number of tokens that a saved run was to train on; ``None`` if an earlier version wrote the state.
 
-    Raises:
-        ValueError: If the file is damaged.
+    A damaged file has none either: ``restore`` names the damage.
     """
-    found = _saved_counters(directory).get("budget")
+    try:
+        found = _saved_counters(directory).get("budget")
+    except ValueError:
+        return None
     return found if isinstance(found, int) else None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ...sae.ranks import Ranks
+from ..attention import Attention
 from ..recipe import HarvestSection
 from ..text import Cursor
 from .contexts import ContextBatch, ContextReader
@@ -51,9 +52,13 @@ class Unit:
                 return
         self.text_ended = True
 
-    def read(self) -> None:
+    def read(self, attention: Attention) -> None:
         """Read all batches and keep them."""
-        self.batches = iter(list(self.batches))
+        batches = []
+        for batch in self.batches:
+            attention.beat(f"reading the text of unit {self.turn.unit}")
+            batches.append(batch)
+        self.batches = iter(batches)
 
     def after(self, target: int) -> Turn:
         """Return the place behind the unit."""
@@ -70,9 +75,15 @@ class UnitQueue:
     """
 
     def __init__(
-        self, reader: ContextReader, section: HarvestSection, ranks: Ranks, complete: Mapping[int, UnitRecord] | None = None
+        self,
+        reader: ContextReader,
+        section: HarvestSection,
+        ranks: Ranks,
+        attention: Attention,
+        complete: Mapping[int, UnitRecord] | None = None,
     ):
         self.reader, self.section, self.ranks, self.complete = reader, section, ranks, complete or {}
+        self.attention = attention
         self.end = Turn(0, 0, 0, 0)
 
     @property
@@ -94,7 +105,7 @@ class UnitQueue:
                 yield unit
                 turn = unit.after(target)
                 continue
-            unit.read()
+            unit.read(self.attention)
             turn = unit.after(target)
             ranks.pass_on(turn)
             yield unit
@@ -104,7 +115,7 @@ class UnitQueue:
 
     def _next(self) -> Turn:
         """Wait for the previous rank, and tell the next one of the end if it does not know."""
-        turn = Turn(*self.ranks.passed_on(len(Turn._fields)))
+        turn = Turn(*self.attention.wait(lambda: self.ranks.passed_on(len(Turn._fields))))
         if 0 < turn.told < self.ranks.size - 1:
             self.ranks.pass_on(turn._replace(told=turn.told + 1))
         return turn

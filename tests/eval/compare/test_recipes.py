@@ -204,7 +204,9 @@ def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path,
     narrow = str(recipes / "narrow.yaml")
     live = {"harvest.store": None, "harvest.live_buffer_tokens": 600}
     judge = compare_module.evaluate
-    monkeypatch.setattr(compare_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Stopped(15, 30)))
+    monkeypatch.setattr(
+        compare_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Stopped(15, "at step 30; everything is saved."))
+    )
     with pytest.raises(Stopped):
         compare_recipes([narrow], live, seeds=1, out=str(out))
     # Trained, not judged; and a report of some earlier state of the run does not count.
