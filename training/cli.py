@@ -102,10 +102,11 @@ def _train(
     if processes != 1:
         raise typer.Exit(launch_again(processes))
     log.info("train: loading recipe %s", recipe)
-    from .preflight import grid_lines, preflight_all
+    from .preflight import preflight_all
     from .recipe.grid import load_grid
     from .resolve_hooks import resolve_recipes
     from .run import train_all
+    from .training_plan import grid_lines
 
     grid = load_grid(recipe, recipe_overrides(overrides, trust_remote_code))
     members = resolve_recipes(grid.recipes)

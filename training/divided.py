@@ -1,16 +1,17 @@
-"""Latents of a dictionary divided among ranks: a rank's part of a dictionary, and whole tensors for the files of a run.
+"""Work divided among ranks: what can be divided, a rank's part of a dictionary, and whole tensors for the files of a run.
 
 Files hold whole tensors, so that a run continues on any number of ranks and any program can load them. The rank that writes,
 and every rank while a dictionary is initialized, needs memory of the host for the whole dictionary.
 """
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.checkpoint import build_dictionary
+from ..sae.encoder import Encoder
 from ..sae.one_site import OneSiteDictionary
 from ..sae.ranks import Shards
 
@@ -18,21 +19,40 @@ from ..sae.ranks import Shards
 MATRICES = ("W_enc", "b_enc", "W_dec")
 
 
-def require_divisible(dictionary: SparseDictionary, encoders: list[Any], latents: int) -> None:
+def require_divisible(dictionary: SparseDictionary, encoders: list[Encoder], latents: int) -> None:
     """Raise ``ValueError``, with the reason, unless the latents of a dictionary can be divided among that many ranks."""
     if latents == 1:
         return
     key = "distributed.latents"
-    if not isinstance(dictionary, OneSiteDictionary):
-        raise ValueError(f"{key}: expected 1 for a cross-layer transcoder, whose layers are not divided, got {latents}.")
-    for encoder in encoders:
-        if encoder.undivided:
-            name = type(encoder).__name__
-            raise ValueError(f"{key}: expected 1 for {name}, because {encoder.undivided}, got {latents}.")
-    if dictionary.n_latents % latents:
+    if reason := undivided_latents(dictionary, encoders):
+        raise ValueError(f"{key}: expected 1 for {reason}, got {latents}.")
+    if not divides_latents(dictionary.n_latents, latents):
         raise ValueError(
             f"{key}: expected a divisor of dictionary.n_latents = {dictionary.n_latents}, got {latents}. Change either."
         )
+
+
+def undivided_latents(dictionary: SparseDictionary, encoders: Iterable[Encoder]) -> str:
+    """Return why a dictionary with these encoders stays whole, whatever the number of ranks; empty if it can be divided."""
+    if not isinstance(dictionary, OneSiteDictionary):
+        return "a cross-layer transcoder, whose layers are not divided"
+    refusals = (f"{type(encoder).__name__}, because {encoder.undivided}" for encoder in encoders if encoder.undivided)
+    return next(refusals, "")
+
+
+def divides_latents(n_latents: int, ranks: int) -> bool:
+    """Return True if so many ranks can hold equal parts of the latents."""
+    return n_latents % ranks == 0
+
+
+def divides_batch(batch_tokens: int, ranks: int, accumulate: int) -> bool:
+    """Return True if so many ranks can have equal parts of every micro-batch."""
+    return batch_tokens % (ranks * accumulate) == 0
+
+
+def undivided_objective(objective: str) -> str:
+    """Return why several processes cannot train on an objective; empty if they can."""
+    return "kl trains in one process" if objective == "kl" else ""
 
 
 def own_part(whole: SparseDictionary, shards: Shards) -> SparseDictionary:

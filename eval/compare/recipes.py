@@ -12,11 +12,12 @@ from ...sae.files import read_json, write_json
 from ...sae.suggestions import require_choice
 from ...training.checkpoints import RECIPE_FILE, run_changes
 from ...training.content import Content
-from ...training.preflight import TrainingPlan, preflight
+from ...training.preflight import preflight
 from ...training.recipe import Recipe, load_recipe
 from ...training.report import METRICS_FILE, check_log
 from ...training.resolve_hooks import ResolvedRecipe, resolve_recipes
 from ...training.run import run_harvest, train_recipe
+from ...training.training_plan import TrainingPlan
 from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
