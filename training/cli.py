@@ -62,7 +62,7 @@ def _harvest(
     from .run import harvest
 
     store = harvest(recipe, **recipe_overrides(overrides, trust_remote_code))
-    print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
+    print(f"{store.address}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
 
 @app.command("hooks")

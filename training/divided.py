@@ -4,38 +4,37 @@ Files hold whole tensors, so that a run continues on any number of ranks and any
 and every rank while a dictionary is initialized, needs memory of the host for the whole dictionary.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoder import Encoder
-from ..sae.one_site import OneSiteDictionary
+from ..sae.encoders import build_encoder
 from ..sae.ranks import Shards
+from .recipe import Recipe
 
 # Tensors of a dictionary with one row per latent, whatever the last part of a name says of them (Adam's moments).
 MATRICES = ("W_enc", "b_enc", "W_dec")
 
 
-def require_divisible(dictionary: SparseDictionary, encoders: list[Encoder], latents: int) -> None:
-    """Raise ``ValueError``, with the reason, unless the latents of a dictionary can be divided among that many ranks."""
+def require_divisible(recipe: Recipe) -> None:
+    """Raise ``ValueError``, with the reason, unless a recipe's latents can be divided as it wants."""
+    latents, n_latents = recipe.distributed.latents, recipe.dictionary.n_latents
     if latents == 1:
         return
-    key = "distributed.latents"
-    if reason := undivided_latents(dictionary, encoders):
-        raise ValueError(f"{key}: expected 1 for {reason}, got {latents}.")
-    if not divides_latents(dictionary.n_latents, latents):
+    if reason := undivided_latents(recipe):
+        raise ValueError(f"distributed.latents: expected 1 for {reason}, got {latents}.")
+    if not divides_latents(n_latents, latents):
         raise ValueError(
-            f"{key}: expected a divisor of dictionary.n_latents = {dictionary.n_latents}, got {latents}. Change either."
+            f"distributed.latents: expected a divisor of dictionary.n_latents = {n_latents}, got {latents}. Change either."
         )
 
 
-def undivided_latents(dictionary: SparseDictionary, encoders: Iterable[Encoder]) -> str:
-    """Return why a dictionary with these encoders stays whole, whatever the number of ranks; empty if it can be divided."""
-    if not isinstance(dictionary, OneSiteDictionary):
+def undivided_latents(recipe: Recipe) -> str:
+    """Return why a recipe's dictionary stays whole, whatever the number of ranks; empty if its latents can be divided."""
+    if recipe.dictionary.kind == "cross_layer_transcoder":
         return "a cross-layer transcoder, whose layers are not divided"
+    encoders = [build_encoder(spec) for spec in (recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases))]
     refusals = (f"{type(encoder).__name__}, because {encoder.undivided}" for encoder in encoders if encoder.undivided)
     return next(refusals, "")
 

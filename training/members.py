@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS, build_encoder
+from ..sae.encoders import ENCODERS
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
 from .activations.live import ContextStream
@@ -21,7 +21,7 @@ from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
 from .activations.tensor_stream import TensorStream
 from .checkpoints import Checkpoints
-from .divided import own_part, require_divisible
+from .divided import own_part
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
 from .loop import Group, TrainedMember
@@ -106,9 +106,6 @@ def _member(
         moments = (start.moments, start.target_moments)
         initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
     ranks = mesh(recipe.distributed.latents)
-    require_divisible(
-        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
-    )
     dictionary = own_part(whole, ranks.shards)
     dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.

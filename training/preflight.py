@@ -244,8 +244,8 @@ def require_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPl
             parameters = sum(plan.parameters for plan in plans)
             weights = sum(plan.weights_bytes for plan in plans)
             raise ValueError(
-                f"memory: training needs about {size_words(needed)} on {where}, {size_words(weights)} of them for {parameters:,} "
-                f"parameters and optimizer state; {size_words(free)} are free. {_remedies(recipes)}."
+                f"memory: training needs about {size_words(needed)} on {where}, {size_words(weights)} of them for "
+                f"{parameters:,} parameters and optimizer state; {size_words(free)} are free. {_remedies(recipes)}."
             )
 
 

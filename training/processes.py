@@ -214,6 +214,7 @@ def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[i
             return status, ""
         _store().set("sparsary/status", str(status))
         _store().set(HEED, "0")
+        _outlast_others()
     except RuntimeError:
         # The store is gone with the launcher, the rank or the node that held it.
         if isinstance(error, RanksLostError):
@@ -223,6 +224,15 @@ def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[i
             )
         return status, message
     return status, message if own_rank() == 0 else message.replace("sparsary: ", f"sparsary: rank {own_rank()}: ", 1)
+
+
+def _outlast_others() -> None:
+    """Wait until the other ranks have asked whether to tell the same mistake, if this one holds the ranks' store."""
+    if own_rank() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    deadline = time.monotonic() + ROLL_CALL_SECONDS
+    while _store().add("sparsary/failures", 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _lost(error: RanksLostError) -> tuple[int, str]:

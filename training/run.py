@@ -71,14 +71,19 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         store = ActivationStore.open(place.directory)
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
-            return store
+            return _named(store, recipe)
     # Gradients come from the loss, at the model's end.
     outline, hooks = member.outline, recipe.harvest.hooks
     model = outline.loaded() if recipe.harvest.gradients else outline.loaded_for(hooks)
     local = recipe.harvest.model_copy(update={"store": str(place.directory)})
     # The first rank uploads the shards of all.
     with place.publishing() if ranks.rank == 0 else nullcontext():
-        return harvest_activations(model, recipe.text, local, patient_ranks())
+        return _named(harvest_activations(model, recipe.text, local, patient_ranks()), recipe)
+
+
+def _named(store: ActivationStore, recipe: Recipe) -> ActivationStore:
+    """Return a store under the address that its recipe gives it."""
+    return ActivationStore(store.directory, store.manifest, recipe.harvest.store)
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:

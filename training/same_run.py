@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..sae.ranks import Ranks
-from .divided import divides_batch, undivided_objective
+from .divided import divides_batch, require_divisible, undivided_objective
 from .processes import mesh, require_agreement
 from .recipe import Recipe, dump_recipe
 from .versions import git_commit, own_version
@@ -15,6 +15,7 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
     require_agreement(ranks, same_on_all(recipes))
     for recipe in recipes if ranks.size > 1 else ():
+        require_divisible(recipe)
         parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if not divides_batch(recipe.batch_tokens, parts // recipe.accumulate, recipe.accumulate):
             raise ValueError(

@@ -10,17 +10,6 @@ from sparsary.training.divided import own_part, whole_tensors
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
 TOKENS, D = 36, 11
-SPECS = [
-    {"name": "topk", "k": 3},
-    {"name": "mutual_choice", "k": 3},
-    {"name": "batch_topk", "k": 3},
-    {"name": "matryoshka", "k": 3},
-    {"name": "gradient_topk", "k": 3, "beta": 2},
-    {"name": "relu", "target_l0": 3},
-    {"name": "gated", "target_l0": 3},
-    {"name": "jumprelu", "target_l0": 3},
-    {"name": "jumprelu", "target_l0": 3, "penalty": "tanh"},
-]
 
 
 @pytest.fixture
@@ -33,17 +22,16 @@ def part(tensor, ranks):
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (2, 2)], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
-def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, spec, mesh):
+def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, divided_spec, mesh):
     """Codes, reconstructions, gradients and statistics, with dead latents and every auxiliary loss."""
     torch.manual_seed(5)
     n = 32
-    start = SAE(D, n, build_encoder(spec)).state_dict()
+    start = SAE(D, n, build_encoder(divided_spec)).state_dict()
     batches = [(torch.randn(TOKENS, D), torch.randn(TOKENS, D)) for _ in range(3)]
     dead = torch.rand(n) < 0.4
 
     def run(ranks, shards):
-        whole = SAE(D, n, build_encoder(spec))
+        whole = SAE(D, n, build_encoder(divided_spec))
         whole.load_state_dict(start)
         sae = own_part(whole, shards)
         sae.ranks, sae.encoder.n_shards = ranks, shards.size
@@ -71,5 +59,5 @@ def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, spec, me
                 )
 
 
-def test_every_trainable_encoder_is_divided_or_says_why_not():
-    assert {name for name, encoder in ENCODERS.items() if encoder.undivided} == {"feature_choice", "matching_pursuit"}
+def test_every_trainable_encoder_is_divided_or_says_why_not(encoder_specs):
+    assert {name for name, encoder in ENCODERS.items() if encoder.undivided} == set(encoder_specs.UNDIVIDED)

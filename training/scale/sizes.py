@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ...sae import SparseDictionary
 from ...sae.batch_encoder import BatchWide
 from ...sae.checkpoint import build_dictionary
 from ...sae.encoders import build_encoder
@@ -158,15 +157,15 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
         budgeted="k" in spec,
         batch_wide=wide or joint,
         passes=int(spec["k"]) if dictionary.tied else 1,
-        unsplittable=_unsplittable(recipe, dictionary),
+        unsplittable=_unsplittable(recipe),
     )
 
 
-def _unsplittable(recipe: Recipe, dictionary: SparseDictionary) -> str:
+def _unsplittable(recipe: Recipe) -> str:
     """Return why a recipe's latents cannot be divided among ranks; empty if they can."""
     if reason := undivided_objective(recipe.objective):
         return f"objective: {reason}"
-    return undivided_latents(dictionary, [dictionary.encoder, *(build_encoder(phase.encoder) for phase in recipe.phases)])
+    return undivided_latents(recipe)
 
 
 def run_sizes(recipes: Sequence[Recipe], given: Given) -> RunSizes:
