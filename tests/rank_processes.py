@@ -17,7 +17,8 @@ def run_ranks(size, script, values):
     """Run a script in so many processes that form one run, and return their exit statuses.
 
     Args:
-        values: Global names of the script; ``environment`` and ``rank`` are added.
+        values: Global names of the script; ``environment`` and ``rank`` are added. ``hanging`` is a rank that is killed as soon
+            as all others have ended.
     """
     context = multiprocessing.get_context("forkserver")
     # Processes that need not import anew what this one has imported.
@@ -32,6 +33,11 @@ def run_ranks(size, script, values):
         given = values | {"environment": environment, "rank": rank}
         started.append(context.Process(target=exec, args=(BEGIN + script, given)))
         started[-1].start()
-    for process in started:
-        process.join()
+    # One that hangs on purpose ends when the others have.
+    for rank, process in enumerate(started):
+        if rank != values.get("hanging"):
+            process.join()
+    if "hanging" in values:
+        started[values["hanging"]].kill()
+        started[values["hanging"]].join()
     return [process.exitcode for process in started]
