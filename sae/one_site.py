@@ -1,20 +1,31 @@
 """Common base of dictionaries with one encoder matrix and one decoder matrix."""
 
 from abc import ABC
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .batch_encoder import BatchWide
+from .batch_encoder import Calibrated
 from .dictionary import LatentBlock, SparseDictionary
-from .encoder import Encoder, Weights, scorer
+from .encoder import Encoder, Weights
 from .ranks import ALONE
 from .sparse_code import SparseCode
 from .thresholds import calibrate_cuts
+
+
+@dataclass(frozen=True)
+class NormalisedInputs:
+    """Raw inputs as a dictionary's encoder sees them; they can be passed over as often as the raw ones."""
+
+    dictionary: SparseDictionary
+    raw: Iterable[Float[Tensor, "tokens d_in"]]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
+        return map(self.dictionary.normalised, self.raw)
 
 
 class OneSiteDictionary(SparseDictionary, ABC):
@@ -66,7 +77,8 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if isinstance(self.encoder, BatchWide):
-            self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
-            return True
+        if isinstance(self.encoder, Calibrated):
+            if self.encoder.has_thresholds:
+                self.encoder.calibrate_on(NormalisedInputs(self, inputs), self.weights)
+            return self.encoder.has_thresholds
         return calibrate_cuts([self.encoder], self, inputs)

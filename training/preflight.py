@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..sae.batch_encoder import BatchWide
+from ..sae.batch_encoder import Calibrated
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import build_encoder
 from ..sae.penalised import Penalised
@@ -28,7 +28,7 @@ from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .text_size import TextSize, measure_text
-from .training_plan import TrainingPlan, memory_together, size_words, stream_memory
+from .training_plan import TrainingPlan, byte_words, memory_together, stream_memory
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
@@ -221,7 +221,8 @@ def _calibrates(recipe: Recipe) -> bool:
     last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
     encoder = build_encoder(last)
     penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
-    return recipe.dictionary.joint or isinstance(encoder, BatchWide) or penalised
+    budgeted = isinstance(encoder, Calibrated) and encoder.has_thresholds
+    return recipe.dictionary.joint or budgeted or penalised
 
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:
@@ -244,8 +245,8 @@ def require_memory(recipes: Sequence[ResolvedRecipe], plans: Sequence[TrainingPl
             parameters = sum(plan.parameters for plan in plans)
             weights = sum(plan.weights_bytes for plan in plans)
             raise ValueError(
-                f"memory: training needs about {size_words(needed)} on {where}, {size_words(weights)} of them for "
-                f"{parameters:,} parameters and optimizer state; {size_words(free)} are free. {_remedies(recipes)}."
+                f"memory: training needs about {byte_words(needed)} on {where}, {byte_words(weights)} of them for "
+                f"{parameters:,} parameters and optimizer state; {byte_words(free)} are free. {_remedies(recipes)}."
             )
 
 
@@ -349,6 +350,6 @@ def _require_disk(recipe: Recipe, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"harvest.store: {recipe.harvest.store} needs about {size_words(needed)}, {size_words(free)} are free. "
+            f"harvest.store: {recipe.harvest.store} needs about {byte_words(needed)}, {byte_words(free)} are free. "
             "Lower harvest.tokens, use harvest.dtype: int8, or choose another disk."
         )

@@ -190,7 +190,7 @@ def heed(signal_number: int | None) -> int | None:
 def patient_ranks() -> Ranks:
     """Return the ranks of this run in a group whose collectives wait without a limit, for work on parts of their own.
 
-    ``attention.Attention`` says how long a rank may make no progress. All ranks call this together.
+    ``watch.Watch`` says how long a rank may make no progress. All ranks call this together.
     """
     if not dist.is_initialized():
         return own_ranks()

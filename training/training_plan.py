@@ -66,7 +66,7 @@ class TrainingPlan:
             ],
             ("objective", recipe.objective),
             ("training", self.training_words(recipe)),
-            ("memory", f"about {size_words(self.memory_bytes)} for training, beside the model's own"),
+            ("memory", f"about {byte_words(self.memory_bytes)} for training, beside the model's own"),
             ("saving", saving_words([self])),
             ("output", recipe.out_dir),
             *[("less than asked", str(found)) for found in self.shortfalls],
@@ -75,7 +75,7 @@ class TrainingPlan:
     def source_lines(self, recipe: Recipe) -> list[tuple[str, str]]:
         """Return the lines about the source of the activations, which all members of a grid share."""
         live = recipe.harvest.store is None
-        store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({size_words(self.disk_bytes)} to write)"
+        store = "none: straight from the model" if live else f"{recipe.harvest.store}  ({byte_words(self.disk_bytes)} to write)"
         reach = "the whole store" if not live else "one buffer"
         return [
             ("model", f"{recipe.model.id}  {recipe.model.dtype}{_quantized(recipe)}"),
@@ -125,7 +125,7 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
         *[(name, plan.dictionary_words(recipe)) for name, recipe, plan in members],
         *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
-        ("memory", f"about {size_words(memory)} for training, beside the model's own"),
+        ("memory", f"about {byte_words(memory)} for training, beside the model's own"),
         ("saving", saving_words(plans)),
         ("output", f"{grid.out_dir}, a directory for each member"),
         *[("less than asked", line) for line in shortfall_lines(grid.names, plans)],
@@ -139,7 +139,7 @@ def shortfall_lines(names: Sequence[str], plans: Sequence[TrainingPlan]) -> list
 
 def saving_words(plans: Sequence[TrainingPlan]) -> str:
     """Return whether training waits for its saves, and the size of the copy that is saved, as text."""
-    size = size_words(sum(plan.snapshot_bytes for plan in plans))
+    size = byte_words(sum(plan.snapshot_bytes for plan in plans))
     if any(plan.waits_for_saves for plan in plans):
         return f"training waits for each save, because a copy of its state ({size} more) does not fit in memory"
     return f"while training continues, from a copy of its state: {size} more"
@@ -149,7 +149,7 @@ def _words(encoder: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" if key != "name" else str(value) for key, value in encoder.items())
 
 
-def size_words(n: int | float) -> str:
+def byte_words(n: int | float) -> str:
     """Return a number of bytes as text."""
     for unit in ("B", "KB", "MB", "GB"):
         if n < 1000:

@@ -13,7 +13,6 @@ from typing import Any
 from ...sae.errors import WriteError, doing
 from ...sae.files import remove_partial_files, sha256
 from ...sae.ranks import ALONE, Ranks
-from ..attention import Attention
 from ..bad_rows import BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import locked
@@ -21,6 +20,7 @@ from ..recipe import HarvestSection, ModelSection, TextSection
 from ..signals import StopRequest
 from ..stages import stage
 from ..text import TOKENIZE_AT_ONCE, Cursor
+from ..watch import Watch
 from .buffer_pool import Memory
 from .contexts import ContextReader
 from .harvest_units import Turn, Unit, UnitQueue
@@ -172,13 +172,11 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
     at_once = TOKENIZE_AT_ONCE if ranks.size == 1 else TOKENIZE_AT_ONCE_IN_TURN
     stop = StopRequest()
     with stop.signals_deferred(), StoreWriter(store, section, ranks) as writer:
-        attention = Attention(
-            stop, lambda: f"in the harvest; {writer.kept_tokens():,} of {section.tokens:,} tokens are stored."
-        )
+        watch = Watch(stop, lambda: f"in the harvest; {writer.kept_tokens():,} of {section.tokens:,} tokens are stored.")
         complete = writer.take_over()
         done = Progress.of(store.manifest, section.tokens)
         reader = ContextReader(model, text, section, Cursor(*store.manifest["cursor"]), texts, digest.add, at_once)
-        units = UnitQueue(reader, section, ranks, attention, complete)
+        units = UnitQueue(reader, section, ranks, watch, complete)
         with stage("harvest", section.tokens, done=min(done.kept, section.tokens)) as shown:
             while done.stored < section.tokens and not units.text_ended:
                 tokens.bad = done.kept - done.stored
@@ -188,7 +186,7 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
                     # counts all of them when it joins the units.
                     tokens.rows, before, left_out = unit.turn.kept, tokens.bad, []
                     for batch in unit.batches:
-                        attention.beat(f"harvesting unit {unit.turn.unit}")
+                        watch.beat(f"harvesting unit {unit.turn.unit}")
                         rows = {}
                         for split, part in rows_of(model, batch, section, hooks, memory).items():
                             bad = tokens.bad
@@ -199,7 +197,7 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
                         shown.update(min(tokens.rows, section.tokens))
                     if unit.kept and not unit.stored:
                         writer.put({}, _record(unit, writer, texts, digest, left_out, tokens))
-                writer.finish(units.end.unit, attention)
+                writer.finish(units.end.unit, watch)
                 done = Progress.of(store.manifest, section.tokens)
                 shown.update(min(done.kept, section.tokens))
         if units.text_ended and done.stored < section.tokens:

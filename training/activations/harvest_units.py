@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ...sae.ranks import Ranks
-from ..attention import Attention
 from ..recipe import HarvestSection
 from ..text import Cursor
+from ..watch import Watch
 from .contexts import ContextBatch, ContextReader
 from .store_writer import UnitRecord
 
@@ -52,11 +52,11 @@ class Unit:
                 return
         self.text_ended = True
 
-    def read(self, attention: Attention) -> None:
+    def read(self, watch: Watch) -> None:
         """Read all batches and keep them."""
         batches = []
         for batch in self.batches:
-            attention.beat(f"reading the text of unit {self.turn.unit}")
+            watch.beat(f"reading the text of unit {self.turn.unit}")
             batches.append(batch)
         self.batches = iter(batches)
 
@@ -79,11 +79,11 @@ class UnitQueue:
         reader: ContextReader,
         section: HarvestSection,
         ranks: Ranks,
-        attention: Attention,
+        watch: Watch,
         complete: Mapping[int, UnitRecord] | None = None,
     ):
         self.reader, self.section, self.ranks, self.complete = reader, section, ranks, complete or {}
-        self.attention = attention
+        self.watch = watch
         self.end = Turn(0, 0, 0, 0)
 
     @property
@@ -105,7 +105,7 @@ class UnitQueue:
                 yield unit
                 turn = unit.after(target)
                 continue
-            unit.read(self.attention)
+            unit.read(self.watch)
             turn = unit.after(target)
             ranks.pass_on(turn)
             yield unit
@@ -115,7 +115,7 @@ class UnitQueue:
 
     def _next(self) -> Turn:
         """Wait for the previous rank, and tell the next one of the end if it does not know."""
-        turn = Turn(*self.attention.wait(lambda: self.ranks.passed_on(len(Turn._fields))))
+        turn = Turn(*self.watch.wait(lambda: self.ranks.passed_on(len(Turn._fields))))
         if 0 < turn.told < self.ranks.size - 1:
             self.ranks.pass_on(turn._replace(told=turn.told + 1))
         return turn

@@ -21,10 +21,10 @@ from ...sae.files import read_json, write_json, write_tensors
 from ...sae.kernels.parallel import has_numba
 from ...sae.metrics import Moments
 from ...sae.ranks import Ranks
-from ..attention import Attention
 from ..bad_rows import NOT_FINITE, BadTokens
 from ..content import Content
 from ..recipe import HarvestSection
+from ..watch import Watch
 from .harvested_rows import LARGEST, SPLITS, HarvestedRows
 from .manifest import read_manifest, write_manifest
 from .shards import ActivationStore, encode, gradient_dtype
@@ -166,19 +166,19 @@ class StoreWriter:
             self._ahead.popleft().result()
         self._ahead.append(self._thread.submit(self._take, rows, end))
 
-    def finish(self, units: int, attention: Attention) -> None:
+    def finish(self, units: int, watch: Watch) -> None:
         """Wait until all ranks have stored their units, and give all of them the manifest.
 
         Args:
             units: Number of units of the store.
-            attention: This rank's, to the others that it waits for.
+            watch: This rank's, to the others that it waits for.
 
         Raises:
             ValueError: If the first rank does not see another rank's unit.
         """
         while self._ahead:
             self._ahead.popleft().result()
-        attention.wait(self.ranks.wait)
+        watch.wait(self.ranks.wait)
         if self.ranks.rank == 0:
             deadline = time.monotonic() + SHARED_SECONDS
             while self.join_units() < units:
@@ -188,7 +188,7 @@ class StoreWriter:
                         f"harvest.store: {self.store.directory}: expected {record_name(unit)} of rank {unit % self.ranks.size} "
                         "there, found none. Choose a folder that all nodes share."
                     )
-                attention.beat("joining the units")
+                watch.beat("joining the units")
                 time.sleep(0.1)
         self.store.manifest = self.ranks.from_first(self.store.manifest)
 

@@ -14,9 +14,9 @@ os.dup2(handle, 1)
 sys.stdout = sys.stderr = open(2, "w", closefd=False)
 import sparsary
 from datetime import timedelta
-from sparsary.training import attention
+from sparsary.training import watch
 from sparsary.training.activations import harvest
-attention.TIMEOUT = timedelta(seconds=20 if what == "hang" else 600)
+watch.TIMEOUT = timedelta(seconds=20 if what == "hang" else 600)
 real, calls = harvest.rows_of, []
 def rows_of(*arguments):
     calls.append(1)

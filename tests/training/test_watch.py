@@ -7,9 +7,9 @@ import pytest
 import torch.distributed as dist
 
 from sparsary.sae.ranks import RanksLostError
-from sparsary.training import attention, processes
-from sparsary.training.attention import Attention
+from sparsary.training import processes, watch
 from sparsary.training.signals import Stopped, StopRequest
+from sparsary.training.watch import Watch
 
 
 @pytest.fixture
@@ -19,14 +19,14 @@ def store(monkeypatch):
     monkeypatch.setattr(processes, "_store", lambda: found)
     for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
         monkeypatch.setattr(dist, name, lambda value=value: value)
-    monkeypatch.setattr(attention, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(attention, "WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 0.0)
     return found
 
 
 @pytest.fixture
 def own():
-    return Attention(StopRequest(), lambda: "in the test; all is kept.")
+    return Watch(StopRequest(), lambda: "in the test; all is kept.")
 
 
 def test_a_signal_of_this_rank_stops_it_and_is_told(store, own):
@@ -61,11 +61,11 @@ def test_what_a_rank_did_last_is_known(store, own):
 
 
 def test_a_rank_that_makes_no_progress_is_lost(store, own, monkeypatch):
-    monkeypatch.setattr(attention, "TIMEOUT", timedelta(seconds=0))
+    monkeypatch.setattr(watch, "TIMEOUT", timedelta(seconds=0))
     # Never more than three times this: a rank that was held up itself says nothing about the others.
-    monkeypatch.setattr(attention, "WATCH_SECONDS", 1e-9)
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 1e-9)
     clock = iter(range(100))
-    monkeypatch.setattr(attention.time, "monotonic", lambda: 2e-9 * next(clock))
+    monkeypatch.setattr(watch.time, "monotonic", lambda: 2e-9 * next(clock))
     own._looked = 0.0
     for step in range(5):
         store.set("sparsary/beat/1", f"0 step {step}")
@@ -75,10 +75,10 @@ def test_a_rank_that_makes_no_progress_is_lost(store, own, monkeypatch):
 
 
 def test_a_rank_that_was_held_up_accuses_nobody(store, own, monkeypatch):
-    monkeypatch.setattr(attention, "TIMEOUT", timedelta(seconds=5))
-    monkeypatch.setattr(attention, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(watch, "TIMEOUT", timedelta(seconds=5))
+    monkeypatch.setattr(watch, "WATCH_SECONDS", 1.0)
     now = [0.0]
-    monkeypatch.setattr(attention.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
     own._looked = 0.0
     for now[0] in (2.0, 900.0, 902.0, 904.0):
         own.beat("unit 4")

@@ -1,4 +1,4 @@
-"""Attention of ranks to each other while each works on a part of its own: signals, requests to stop, ranks that hang.
+"""Watch of ranks to each other while each works on a part of its own: signals, requests to stop, ranks that hang.
 
 Ranks in step with each other, as in training, learn all this from their collectives.
 """
@@ -20,8 +20,8 @@ T = TypeVar("T")
 POLL_SECONDS, WATCH_SECONDS = 0.1, 1.0
 
 
-class Attention:
-    """Attention of this rank to signals, and to the other ranks of its process group if it has joined one.
+class Watch:
+    """Watch of this rank to signals, and to the other ranks of its process group if it has joined one.
 
     Args:
         stop: Signals of this process.
