@@ -204,7 +204,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
             grad = self._tensor(grad, "grad") * self.out_scale
             grad = grad.flatten(0, -2) if shape else grad
         code = self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
-        return replace(code, batch_shape=tuple(shape)) if shape else code
+        return code.shaped(tuple(shape)) if shape else code
 
     def encode_at(self, site: int, x: Rows) -> SparseCode:
         """Return the code of one site's raw activations ``(tokens, width)``, with latents numbered from 0.

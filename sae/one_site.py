@@ -58,7 +58,9 @@ class OneSiteDictionary(SparseDictionary, ABC):
         ranks = self.ranks if self.training else ALONE
         W_enc = self.W_dec if self.W_enc is None else self.W_enc
         shift = None if self.shift is None else self.shards.shared(self.shift)
-        return Weights(W_enc, self.b_enc, self.W_dec, screen, shift, ranks=ranks, shards=self.shards)
+        # The row norm is undone entry by entry.
+        may_be_dense = self.training and self.row_norm is None
+        return Weights(W_enc, self.b_enc, self.W_dec, screen, shift, ranks=ranks, shards=self.shards, may_be_dense=may_be_dense)
 
     @property
     def blocks(self) -> list[LatentBlock]:

@@ -1,13 +1,14 @@
 """SparseCode: active latents of every token, with their values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .kernels import cpu_kernels
+from .threshold_window import Window
 
 
 def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[Tensor, " ends"]:
@@ -46,18 +47,28 @@ class Revival:
 
 
 @dataclass(frozen=True)
+class Wider:
+    """Second code of the same tokens, with more latents, whose reconstruction is trained too, and the weight of its error."""
+
+    weight: float
+    code: "SparseCode"
+
+
+@dataclass(frozen=True)
 class AuxTerms:
     """Auxiliary loss terms that an encoder adds in training; decoding ignores them.
 
     ``penalties`` are scalars in units of FVU. ``prefixes`` are widths: for each width ``n``, the reconstruction from the first
     ``n`` latents alone is trained as well. ``frozen`` is a second code of the same tokens, trained to reconstruct the target
-    without updating the decoder. ``revival`` applies to latents that training counts as dead.
+    without updating the decoder. ``revival`` applies to latents that training counts as dead. The reconstruction of ``wider``
+    is trained as well.
     """
 
     penalties: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     prefixes: tuple[int, ...] = ()
     frozen: "SparseCode | None" = None
     revival: Revival | None = None
+    wider: Wider | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ class SparseCode:
     requests: AuxTerms = field(default_factory=AuxTerms)
     # Set by ``encode`` for inputs of more than two axes, (batch, position): the shape in which the tokens stood.
     batch_shape: tuple[int, ...] = ()
+    # Latents that do not fire but train their thresholds, if they are too many to be entries.
+    window: Window | None = None
 
     def __getitem__(self, token: int | tuple[int, ...]) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
         """Return the firing latents of one token and their values, the largest first.
@@ -134,6 +147,14 @@ class SparseCode:
     @property
     def n_tokens(self) -> int:
         return self.starts.shape[0]
+
+    def requesting(self, requests: AuxTerms) -> "SparseCode":
+        """Return the code with other auxiliary loss terms."""
+        return replace(self, requests=requests)
+
+    def shaped(self, batch_shape: tuple[int, ...]) -> "SparseCode":
+        """Return the code with the shape in which its tokens stood."""
+        return replace(self, batch_shape=batch_shape)
 
     def entries_per_token(self) -> Int[Tensor, " tokens"]:
         """Return the number of entries of each token, including zeros."""

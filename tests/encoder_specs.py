@@ -11,6 +11,8 @@ TRAINED = (
     {"name": "lista", "k": 3, "budget": "token"},
     {"name": "lista", "k": 3, "select": "soft"},
     {"name": "lista", "k": 3, "budget": "token", "select": "soft"},
+    {"name": "multi_topk", "k": 2},
+    {"name": "signed_topk", "k": 3, "by": "size"},
     {"name": "gradient_topk", "k": 3, "beta": 2},
     {"name": "relu", "target_l0": 3},
     {"name": "gated", "target_l0": 3},
@@ -21,6 +23,9 @@ TRAINED = (
 # Those whose latents are not divided among ranks; each says why.
 UNDIVIDED = ("feature_choice", "matching_pursuit")
 DIVIDED = tuple(spec for spec in TRAINED if spec["name"] not in UNDIVIDED)
+
+# Those whose whole runs by processes are compared; threads compare the steps of all.
+STARTED = tuple(spec for spec in TRAINED if spec["name"] not in ("lista", "multi_topk", "signed_topk"))
 
 
 def spec_id(spec):

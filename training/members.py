@@ -59,7 +59,7 @@ class Start:
         for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
             width, rest = divmod(rows.shape[1], len(hooks))
             if rest:
-                raise ValueError(f"{name}: expected a width that {len(hooks)} layers share equally, got {rows.shape[1]}.")
+                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} layers, got {rows.shape[1]}.")
             found |= dict.fromkeys(hooks, width)
         return found
 
@@ -110,7 +110,8 @@ def _member(
     dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
-    aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(

@@ -29,6 +29,7 @@ from .divided import whole_dictionary
 from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .members import build_group, needs_gradient, precision_of
+from .optim import averages
 from .preflight import plan_all, preflight_all, recipe_shortfalls, repeated
 from .processes import from_first, mesh, own_ranks, patient_ranks, require_agreement
 from .recipe import Recipe, RecipeSource, calibrated_on, read_values
@@ -241,8 +242,9 @@ def open_streams(
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
                 raise ValueError(
-                    "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
-                    f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
+                    "activations: expected a list for recipes of several batch_tokens "
+                    f"({', '.join(str(group[0].batch_tokens) for group in groups)}), got an iterator. Give a list, or use one "
+                    "batch_tokens."
                 )
             streams: list[ActivationStream] = [
                 TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest, part)
@@ -337,7 +339,7 @@ def _train(
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
                 # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
-                dictionary = whole_dictionary(member.dictionary)
+                dictionary = whole_dictionary(member.dictionary, averages(member.dictionary, member.optimizer))
                 dictionary.ranks = ALONE
                 found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found

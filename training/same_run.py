@@ -13,8 +13,10 @@ from .versions import git_commit, own_version
 
 def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
+    if ranks.size == 1:
+        return
     require_agreement(ranks, same_on_all(recipes))
-    for recipe in recipes if ranks.size > 1 else ():
+    for recipe in recipes:
         require_divisible(recipe)
         parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if not divides_batch(recipe.batch_tokens, parts // recipe.accumulate, recipe.accumulate):

@@ -16,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..sae import SparseDictionary
+from ..sae.break_even import known_break_evens, restore_break_evens
 from ..sae.files import read_tensors, require_finite, write_tensors
 from ..sae.ranks import UNDIVIDED, Shards
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .divided import own_tensors, whole_tensors
 from .objective import LatentUsage, Terms
+from .optim import AVERAGE
 from .phases import Phases, density_half_life
 
 STATE_FILE = "state.safetensors"
@@ -96,7 +98,7 @@ class TrainState:
 
     @property
     def usage(self) -> LatentUsage:
-        return LatentUsage(self.dead, self.density)
+        return LatentUsage(self.dead, self.density, self.step)
 
     def dead_share(self) -> float:
         """Return the share of all shards' latents that are dead."""
@@ -147,6 +149,8 @@ class TrainState:
             "metrics_crc32": logged.crc32,
             "budget": self.budget,
             "lengthened": self.lengthened,
+            # A resumed run takes the same paths; measured again, they might differ.
+            "break_evens": known_break_evens(),
         }
         return StateContents(self.tensors(dictionary, phases, optimizer), counters, active)
 
@@ -192,6 +196,7 @@ class TrainState:
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
+            restore_break_evens(_break_evens(counters))
         except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
@@ -242,9 +247,13 @@ class StateContents:
 
     @property
     def dictionary_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the dictionary's ``state_dict()``."""
-        encoder = {f"encoder.{name}": t for name, t in _below(f"encoder-{self.active}/", self.tensors).items()}
-        return _below("dictionary/", self.tensors) | encoder
+        """Tensors of the dictionary's ``state_dict()``, with averaged weights if they are kept."""
+        found = {}
+        for part, prefix in (("dictionary", ""), (f"encoder-{self.active}", "encoder.")):
+            averages = _below(f"optimizer/{part}/", self.tensors)
+            for name, tensor in _below(f"{part}/", self.tensors).items():
+                found[f"{prefix}{name}"] = averages.get(f"{name}/{AVERAGE}", tensor)
+        return found
 
     def write(self, directory: Path) -> None:
         """Replace the saved state. If it cannot be written, raise ``WriteError`` and keep the old one."""
@@ -306,6 +315,18 @@ def _counters(metadata: dict[str, str]) -> dict[str, Any]:
         if not isinstance(counters[key], int) or counters[key] < 0:
             raise TypeError(f"{key}: {str(counters[key])[:80]}")
     return counters
+
+
+def _break_evens(counters: dict[str, Any]) -> dict[str, float]:
+    """Return the measured densities in a state's counters; states of earlier versions have none.
+
+    Raises:
+        TypeError: If they are not shares by name.
+    """
+    found = counters.get("break_evens", {})
+    if not isinstance(found, dict) or not all(isinstance(share, float) and 0 < share <= 1 for share in found.values()):
+        raise TypeError(f"break_evens: {str(found)[:80]}")
+    return found
 
 
 def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:
