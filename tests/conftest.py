@@ -1,6 +1,9 @@
 """Shared fixtures, and run-time checks of every shape annotation during tests."""
 
 import ast
+import dataclasses
+import functools
+import gc
 import importlib.util
 import json
 import os
@@ -13,7 +16,11 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from jaxtyping import _import_hook, install_import_hook
+from beartype import beartype
+from jaxtyping import _import_hook, install_import_hook, jaxtyped
+
+# Collecting makes millions of objects that stay; looking for garbage among them again and again is a sixth of its time.
+gc.disable()
 
 # Runs before sparsary is imported, because functions are wrapped when their module is loaded. The corpus is left out: it
 # calls small functions millions of times and contains no tensors.
@@ -31,6 +38,34 @@ def shaped(annotations):
     return any(isinstance(node, ast.Name) and node.id in SHAPED for node in nodes)
 
 
+# Calls of a function that are checked in each test. Later ones, in a loop of training steps, would find no more and take a
+# quarter of the tests' time.
+CHECKED_CALLS = 8
+# The number of the current test.
+TEST = 0
+
+
+def checked_at_first(part):
+    """Check the shapes of a function, or of a dataclass' fields, in its first calls of every test."""
+    if isinstance(part, type):
+        if dataclasses.is_dataclass(part) and "__init__" in vars(part):
+            part.__init__ = checked_at_first(part.__init__)
+        return part
+    checked, test, left = jaxtyped(part, typechecker=beartype), 0, CHECKED_CALLS
+
+    @functools.wraps(part)
+    def call(*arguments, **options):
+        nonlocal test, left
+        if test != TEST:
+            test, left = TEST, CHECKED_CALLS
+        if left <= 0:
+            return part(*arguments, **options)
+        left -= 1
+        return checked(*arguments, **options)
+
+    return call
+
+
 class ShapeChecks(_import_hook.JaxtypingTransformer):
     """Wraps what has shapes in its annotations, and no functions within functions: those would be wrapped at every call.
 
@@ -40,20 +75,25 @@ class ShapeChecks(_import_hook.JaxtypingTransformer):
     def visit_FunctionDef(self, node):  # noqa: N802 - the visitor's name
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         if shaped([node.returns, *(argument.annotation for argument in arguments)]):
-            decorator = self._typechecker.get_ast()
-            node.decorator_list.append(ast.copy_location(decorator, node))
+            node.decorator_list.append(self.decorator(node))
         return node
 
     def visit_ClassDef(self, node):  # noqa: N802
         if node.decorator_list and shaped([field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]):
-            node.decorator_list.insert(0, ast.copy_location(self._typechecker.get_ast(), node))
+            node.decorator_list.insert(0, self.decorator(node))
         return self.generic_visit(node) or node
 
+    def decorator(self, node):
+        # The hook imports jaxtyping into every module that it loads.
+        return ast.copy_location(ast.parse("jaxtyping._import_hook.checked_at_first", mode="eval").body, node)
 
+
+_import_hook.checked_at_first = checked_at_first
 _import_hook.JaxtypingTransformer = ShapeChecks
 parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
 checked = [f"sparsary.{part}" for part in parts]
-install_import_hook(checked, "beartype.beartype")
+# The name is part of the name of the bytecode's file.
+install_import_hook(checked, "jaxtyping._import_hook.checked_at_first")
 
 # One thread each, because two workers share two cores. Processes that tests start inherit it: other thread counts round
 # differently, and runs are compared bit for bit. `make portable` uses two.
@@ -116,6 +156,18 @@ def stale_entries(entries, ids):
     known = [entry for entry, pattern in entries.items() if any(map(pattern.fullmatch, ids))]
     gone = [entry for entry in entries if not (SLOW.parents[1] / entry.split("::")[0]).is_file()]
     return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    global TEST
+    TEST += 1
 
 
 # Runs before pytest selects by mark.

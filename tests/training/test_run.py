@@ -101,6 +101,8 @@ class StopAt:
 
 @pytest.mark.parametrize("live", [False, True])
 def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, monkeypatch, live):
+    steps = [5, 10, 15] if live else [5, 10, 15, 20, 25, 30]
+    values["tokens"] = 101 * steps[-1]
     if live:
         values["harvest"] = values["harvest"] | {"store": None, "live_buffer_tokens": 900}
     whole = run(values, out_dir=str(tmp_path / "whole"))
@@ -112,7 +114,7 @@ def test_stopped_and_continued_is_bit_equal_to_not_stopped(values, tmp_path, mon
         monkeypatch.undo()
     parts = run(values, out_dir=str(tmp_path / "parts"))
     assert_equal_runs(whole, parts)
-    assert [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()] == [5, 10, 15, 20, 25, 30]
+    assert [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()] == steps
 
 
 def test_a_finished_run_is_finished(values):
@@ -562,7 +564,7 @@ def test_signals_save_first(values, write_recipe, number):
     assert f"step {saved // 101};" in output
 
 
-@pytest.mark.parametrize("kills", [2, 8])
+@pytest.mark.parametrize("kills", [1, 8])
 def test_kills_end_bit_equal_to_none(values, write_recipe, tmp_path, kills):
     """SIGKILL at random moments, saves included; the same run again each time; the same weights at the end."""
     import multiprocessing

@@ -44,6 +44,12 @@ def report(checkpoint):
     return evaluate(str(checkpoint))
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """Leave out the drawing of pages: of evaluations this small, it is the larger part."""
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+
+
 def test_the_report_is_flat_finite_json(checkpoint, report):
     saved = json.loads((checkpoint / "report.json").read_text())
     assert saved == {key: value for key, value in report.items() if key != "report_path"}
@@ -96,7 +102,7 @@ def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
     assert (tmp_path / "elsewhere" / "report.json").exists()
 
 
-def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
+def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch, no_page):
     from sparsary.eval import heldout
 
     seen = []
@@ -110,7 +116,7 @@ def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score
             yield piece
 
     monkeypatch.setattr(heldout, "text_batches", spy)
-    evaluate(str(checkpoint), str(checkpoint / "x"), cache=False)
+    evaluate(str(checkpoint), str(checkpoint / "x"), tokens=1500, cache=False)
     fitted, scored = seen
     assert fitted
     assert scored
@@ -186,13 +192,13 @@ def passes(monkeypatch):
     return seen
 
 
-def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path):
+def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path, no_page):
     everyone = [str(checkpoint), *rivals]
     seen = passes(monkeypatch)
-    alone = [evaluate(path, str(tmp_path / f"{i}"), tokens=1500, cache=False) for i, path in enumerate(everyone)]
+    alone = [evaluate(path, str(tmp_path / f"{i}"), tokens=700, cache=False) for i, path in enumerate(everyone)]
     apart = len(seen)
     seen.clear()
-    together = evaluate_all(everyone, folders(everyone, str(tmp_path / "all")), 1500, cache=False)
+    together = evaluate_all(everyone, folders(everyone, str(tmp_path / "all")), 700, cache=False)
     assert [figures(report) for report in together] == [figures(report) for report in alone]
     # Alone: one pass per piece to fit; clean, spliced, three ablations and two parts of the error to score. Together the third
     # needs its own ablations for its hook; the second its splice and the parts.
@@ -211,10 +217,9 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
         folders(["runs/a", "runs/a"], "out")
 
 
-def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
+def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog, no_page):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
@@ -326,7 +331,9 @@ def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeyp
         evaluate(rivals[0], str(tmp_path), tokens=600, cache=False)
 
 
-def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(checkpoint, rivals, monkeypatch, tmp_path, caplog):
+def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(
+    checkpoint, rivals, monkeypatch, tmp_path, caplog, no_page
+):
     """A run that trained on such a model can be judged; whole contexts go, because nothing after such a token is finite."""
     from sparsary.training.activations.model import LanguageModel
 
@@ -368,11 +375,16 @@ GIVEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def judged_rows(checkpoint, tmp_path_factory):
+    """Rows for the checkpoint, and the report of their tensor."""
+    x = torch.randn(300, sparsary.load(str(checkpoint)).d_in, generator=torch.Generator().manual_seed(0))
+    return x, evaluate(str(checkpoint), str(tmp_path_factory.mktemp("rows")), activations=x)
+
+
 @pytest.mark.parametrize("kind", GIVEN)
-def test_activations_in_whatever_holds_them_are_judged(checkpoint, tmp_path, kind):
-    d = sparsary.load(str(checkpoint))
-    x = torch.randn(300, d.d_in)
-    expected = evaluate(str(checkpoint), str(tmp_path / "a"), activations=x)
+def test_activations_in_whatever_holds_them_are_judged(checkpoint, judged_rows, tmp_path, kind, no_page):
+    x, expected = judged_rows
     found = evaluate(str(checkpoint), str(tmp_path / "b"), activations=GIVEN[kind](x))
     assert found["fvu"] == pytest.approx(expected["fvu"], rel=1e-5)
     assert found["tokens"] == expected["tokens"]
