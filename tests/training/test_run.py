@@ -551,6 +551,25 @@ def wait_for_state(directory, alive, after=0):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_this_process_saves_first(values, monkeypatch, number):
+    flush = run_module.TrainingLog.flush
+
+    def interrupted(self):
+        flush(self)
+        if self.latest["step"] == 10:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(run_module.TrainingLog, "flush", interrupted)
+    with pytest.raises(Stopped) as stopped:
+        run(values, save_every=100)
+    assert stopped.value.signal_number == number
+    saved = json.loads((Path(values["out_dir"]) / "dictionary.json").read_text())["provenance"]["training_tokens"]
+    assert 10 <= saved // 101 < 30
+    monkeypatch.undo()
+    assert_equal_runs(run(values), run(values, out_dir=values["out_dir"] + "-whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_first(values, write_recipe, number):
     values |= {"tokens": 2_000_000, "save_every": 50}
     process = spawn(write_recipe(values))
@@ -570,8 +589,8 @@ def test_kills_end_bit_equal_to_none(values, write_recipe, tmp_path, kills):
     import multiprocessing
     import random
 
-    # At most four saves between two kills, however fast the machine: no run is over before the last of them.
-    values |= {"tokens": 101 * 38 * kills, "save_every": 7, "log_every": 13}
+    # At most four saves between two kills, however fast the machine: no run is over before the last of them, nor soon after.
+    values |= {"tokens": 101 * (28 * kills + 40), "save_every": 7, "log_every": 13}
     values["dictionary"]["n_latents"] = 509
     whole = run(values, out_dir=str(tmp_path / "whole"))
     path, directory = write_recipe(values), Path(values["out_dir"])
