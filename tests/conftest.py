@@ -1,6 +1,7 @@
 """Shared fixtures, and run-time checks of every shape annotation during tests."""
 
 import ast
+import collections
 import dataclasses
 import functools
 import gc
@@ -150,12 +151,39 @@ def any_of(entries):
     return re.compile("|".join(pattern.pattern for pattern in entries.values()) or r"(?!)")
 
 
+def seconds_by_file(text):
+    """Return the seconds of each file's lines in ``slow.txt``, less those that begin with ``long``."""
+    seconds = collections.Counter()
+    for line in text.splitlines():
+        if line.strip() and not line.startswith(("#", "long")):
+            number, entry = line.split(maxsplit=1)
+            seconds[entry.split("::")[0].strip()] += float(number)
+    return seconds
+
+
+def left_out(expression, text):
+    """Return the files of which nothing is run where marks are selected by ``expression``: they need not be imported."""
+    words = expression.split()
+    parts = {part.strip() for part in expression.split(" and ")}
+    if "or" in words or "(" in expression:
+        return set()
+    files = slow_entries(text) if "not slow" in parts else long_entries(text) if "not long" in parts else {}
+    return {entry for entry in files if "::" not in entry}
+
+
 def stale_entries(entries, ids):
     """Return the entries that match no test: their file is gone, or was collected in full without such a test."""
     collected = {name.split("::")[0] for name in ids}
     known = [entry for entry, pattern in entries.items() if any(map(pattern.fullmatch, ids))]
     gone = [entry for entry in entries if not (SLOW.parents[1] / entry.split("::")[0]).is_file()]
     return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
+
+
+def pytest_ignore_collect(collection_path, config):
+    # Files that were asked for by name are collected all the same.
+    files = left_out(config.getoption("markexpr"), SLOW.read_text(encoding="utf-8"))
+    path = collection_path.as_posix()
+    return True if any(path.endswith(f"/{file}") for file in files) else None
 
 
 def pytest_collection_finish():
@@ -174,6 +202,9 @@ def pytest_runtest_setup():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     text = SLOW.read_text(encoding="utf-8")
+    # The longest files first, so that no worker begins one when the others end.
+    seconds = seconds_by_file(text)
+    items.sort(key=lambda item: -seconds[item.nodeid.split("::")[0]])
     entries = slow_entries(text)
     slow, long = any_of(entries), any_of(long_entries(text))
     for item in items:
@@ -357,6 +388,12 @@ def stopped_after():
                 yield
 
     return stopped
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    """Leave out the drawing of reports' pages: of evaluations this small, it is the larger part."""
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def test_a_text_of_one_document_is_told_before_it_is_trained_on(with_text):
 
 @pytest.mark.parametrize("objective", ["reconstruction", "kl"])
 def test_a_text_that_is_read_again_is_logged_and_kept(with_text, caplog, objective):
-    values = with_text(30) | {"objective": objective}
+    values = with_text(60) | {"objective": objective}
     member = resolved(values, tokens=3535, eval_tokens=100)
     with caplog.at_level(logging.WARNING):
         directory = train_recipe(member)

@@ -44,12 +44,6 @@ def report(checkpoint):
     return evaluate(str(checkpoint))
 
 
-@pytest.fixture
-def no_page(monkeypatch):
-    """Leave out the drawing of pages: of evaluations this small, it is the larger part."""
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
-
-
 def test_the_report_is_flat_finite_json(checkpoint, report):
     saved = json.loads((checkpoint / "report.json").read_text())
     assert saved == {key: value for key, value in report.items() if key != "report_path"}

@@ -134,7 +134,7 @@ def test_a_stack_is_judged_whole_and_by_layer(stack, report):
     assert report["training_tokens"] == 12_345
 
 
-def test_a_layer_alone_is_what_its_own_report_says(stack, report):
+def test_a_layer_alone_is_what_its_own_report_says(stack, report, no_page):
     for layer in (0, 3):
         alone = evaluate(str(stack / f"layer={layer}"))
         for key, other in (("fvu", "fvu"), ("ce_spliced", "ce_spliced"), ("ce_zero", "ce_zero"), ("ce_mean", "ce_mean")):
@@ -144,7 +144,7 @@ def test_a_layer_alone_is_what_its_own_report_says(stack, report):
         assert report["ce_clean"] == alone["ce_clean"]
 
 
-def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack, tmp_path):
+def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack, tmp_path, no_page):
     """Without skips, for it has none: its latents are those of per-layer transcoders."""
     clt = CrossLayerTranscoder(4, 512, 512, 4 * 67, topk()).eval()
     with torch.no_grad():
