@@ -111,7 +111,8 @@ def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStor
         ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
     grid = load_grid(recipe, _dotted(overrides))
-    require_agreement(own_ranks(), _same_on_all(grid.recipes))
+    if own_ranks().size > 1:
+        require_agreement(own_ranks(), _same_on_all(grid.recipes))
     return run_harvest(resolve_recipes(grid.recipes)[0])
 
 
@@ -293,8 +294,10 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack,
 
 def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
     """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
+    if ranks.size == 1:
+        return
     require_agreement(ranks, _same_on_all(recipes))
-    for recipe in recipes if ranks.size > 1 else ():
+    for recipe in recipes:
         parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
         if recipe.batch_tokens % parts:
             raise ValueError(
