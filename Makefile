@@ -3,6 +3,9 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
+# Kept beside the sources, as usual: otherwise every process that a test starts compiles them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 ALL_TESTS = not gpu and not network and not parity and not bench
 TESTS = .venv/bin/pytest -m "$(ALL_TESTS) and not long"
 

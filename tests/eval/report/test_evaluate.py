@@ -67,7 +67,7 @@ def test_the_figures_hang_together(report):
     assert "fvu" in dict(report_summary(report))
 
 
-def test_the_sums_by_document_hold_the_report_s_figures(checkpoint, report, tmp_path):
+def test_the_sums_by_document_hold_the_report_s_figures(checkpoint, report, tmp_path, no_page):
     sums = read_sums(checkpoint)
     assert len(sums["documents"]) == report["documents"]
     for key, statistic in STATISTICS.items():
@@ -90,7 +90,7 @@ def test_the_report_says_who_was_dead_when_training_ended(checkpoint, report):
     assert len(report["recipe_digest"]) == 16
 
 
-def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
+def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path, no_page):
     again = evaluate(str(checkpoint), str(tmp_path / "elsewhere"))
     assert {k: v for k, v in again.items() if k != "report_path"} == {k: v for k, v in report.items() if k != "report_path"}
     assert (tmp_path / "elsewhere" / "report.json").exists()
@@ -117,7 +117,7 @@ def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score
     assert not fitted & scored
 
 
-def test_tensors_are_judged_without_a_model(tmp_path):
+def test_tensors_are_judged_without_a_model(tmp_path, no_page):
     torch.manual_seed(0)
     SAE(6, 23, ENCODERS["topk"](k=4)).save(tmp_path / "d")
     with pytest.raises(ValueError, match=r"activations=x"):
@@ -243,10 +243,9 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
     assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
 
 
-def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
+def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path, no_page):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     seen = []
 
     class Curious(suite.GROUPS[2]):
@@ -264,8 +263,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
         evaluate_all([rivals[0]], metric_options={"curius": {}})
 
 
-def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path, no_page):
     told, update = [], StageProgress.update
 
     def recorded(stage, done, stats=None):
@@ -384,7 +382,7 @@ def test_activations_in_whatever_holds_them_are_judged(checkpoint, judged_rows, 
     assert found["tokens"] == expected["tokens"]
 
 
-def test_few_documents_are_shared_by_the_halves_or_have_no_interval(checkpoint, tmp_path):
+def test_few_documents_are_shared_by_the_halves_or_have_no_interval(checkpoint, tmp_path, no_page):
     config = json.loads((checkpoint / "dictionary.json").read_text())
     file = tmp_path / "t.txt"
     changes = {
@@ -408,8 +406,7 @@ def test_every_entry_of_a_report_is_explained(report):
     assert {key for key in report if key != "report_path"} <= known
 
 
-def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path, no_page):
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -421,8 +418,7 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
     assert printed.count("report: ") == 2
 
 
-def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path, no_page):
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []

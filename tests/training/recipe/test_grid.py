@@ -232,9 +232,9 @@ def test_members_that_stand_at_different_steps_meet_again(values, tmp_path, monk
     """Killed between the saves of two members, twice; the ones ahead wait, also when a stop comes in between."""
     if live:
         values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900}
-    recipes = members(values, [{"lr": 1e-3}, {"lr": 2e-3}, {"lr": 1e-3, "seed": 1}])
+    recipes = members(values, {"lr": [1e-3, 2e-3], "seed": [0, 1]})
     save = Checkpoints.save
-    for left in (2, 2):
+    for left in (3, 3):
         calls = []
 
         def dying(self, *arguments, left=left, calls=calls):
