@@ -364,6 +364,25 @@ def count_calls(monkeypatch):
     return count
 
 
+@pytest.fixture
+def files_of_at_most():
+    """Return a context in which this process can write no file past a size, as if the disk were full there."""
+    # A module that Windows does not have.
+    import resource
+
+    @contextmanager
+    def limited(size):
+        # Python ignores the signal that comes with it.
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
 class _StopAfter:
     """Replacement for ``StopRequest.requested`` that is true after a number of steps."""
 

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import resource
 import shutil
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -482,18 +480,7 @@ def test_a_store_that_another_process_fills_is_refused(embedded_model, tmp_path)
         harvest_activations(embedded_model, TEXT, section(tmp_path / "s"))
 
 
-@contextmanager
-def files_of_at_most(size):
-    """Let this process write no file past a size, as if the disk were full there; Python ignores the signal."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path):
+def test_a_full_disk_keeps_what_was_complete(embedded_model, tmp_path, files_of_at_most):
     """Small shards fit, a large one does not: the store keeps the small ones, and a later call goes on from there."""
     small = harvest_activations(embedded_model, TEXT, section(tmp_path / "s", tokens=1500))
     held = len(small.manifest["shards"])

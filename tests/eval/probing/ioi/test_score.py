@@ -131,7 +131,7 @@ def judged(exact):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "EDIT_SIZES", (2, 6, 256))
         patch.setattr(supervised, "CROSS_SECTIONS", {"end": (3,), "names": (0, 1)})
-        return score_supervised(exact, n_names=12, fit_prompts=300, scored_prompts=48, edit_prompts=16)
+        return score_supervised(exact, n_names=12, fit_prompts=200, scored_prompts=32, edit_prompts=12)
 
 
 def test_a_dictionary_without_error_is_sufficient_and_necessary(judged):
