@@ -141,7 +141,7 @@ def command_line() -> "typer.Typer":
     import typer
 
     from .eval.cli import app as evaluation
-    from .training.bench.cli import app as bench
+    from .eval.synthetic.cli import app as bench
     from .training.cli import app as training_
     from .training.scale.cli import app as scale
 

@@ -1,5 +1,6 @@
-"""BatchWide: encoders that select over a whole batch in training and by threshold afterwards."""
+"""Encoders with thresholds that are calibrated, and those that select over a whole batch in training."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,30 @@ from .tiled_scores import Scorer, above, largest_of_batch, smallest_of
 
 # Averaging window of the running threshold, in batches.
 LEVEL_BATCHES = 20
+NO_THRESHOLD = "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
 
 
-class BatchWide(Encoder, ABC):
+class Calibrated(Encoder, ABC):
+    """Base class of encoders whose thresholds of eval mode are calibrated on training tokens at the end of a run."""
+
+    @property
+    @abstractmethod
+    def has_thresholds(self) -> bool:
+        """Return True if these arguments leave thresholds to calibrate."""
+
+    @abstractmethod
+    def calibrate_on(self, inputs: Iterable[Float[Tensor, "tokens d_in"]], weights: Weights) -> None:
+        """Set the thresholds, so that they keep as many latents of these inputs as training would.
+
+        Args:
+            inputs: Normalized, centered inputs in batches. Encoders that select several times pass over them as often.
+
+        Raises:
+            ValueError: If there are no tokens.
+        """
+
+
+class BatchWide(Calibrated, ABC):
     """Base class of encoders that keep ``tokens x k`` pairs of a batch in training and apply a threshold in eval mode.
 
     ``level`` is the running mean of the smallest score among the ``tokens x k`` largest pairs of a batch, ``density`` the
@@ -56,6 +78,13 @@ class BatchWide(Encoder, ABC):
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self.prepare_selection(n_latents)
 
+    @property
+    def has_thresholds(self) -> bool:
+        return True
+
+    def calibrate_on(self, inputs: Iterable[Float[Tensor, "tokens d_in"]], weights: Weights) -> None:
+        self.calibrate(scorer(x, weights) for x in inputs)
+
     @abstractmethod
     def prepare_selection(self, n_latents: int) -> None:
         """Create the subclass's own per-latent state."""
@@ -88,9 +117,7 @@ class BatchWide(Encoder, ABC):
         """
         threshold = self.threshold()
         if threshold is None:
-            raise ValueError(
-                "encoder: no threshold is known before the first training batch. Train the dictionary, or load a trained one."
-            )
+            raise ValueError(NO_THRESHOLD)
         return threshold
 
     @torch.no_grad()
@@ -142,13 +169,23 @@ class MutualLevel(BatchWide, ABC):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Scorer]) -> None:
-        # A pool of twice every batch's budget contains the overall budget unless batches differ wildly.
-        pools, tokens = [], 0
-        for scores in batches:
-            tokens += len(scores.x)
-            pools.append(largest_of_batch(scores, 2 * len(scores.x) * self.k)[0].values.cpu())
-        if not tokens:
-            raise ValueError("encoder: expected tokens to calibrate the threshold on, got none.")
-        pool = cast(Tensor, torch.cat(pools)).sort(descending=True).values
-        self.level.fill_(between(pool, tokens * self.k))
+        self.level.fill_(level_for(batches, self.k))
         self.batches.clamp_(min=1)
+
+
+@torch.no_grad()
+def level_for(batches: Iterable[Scorer], per_token: int | float) -> float:
+    """Return the score that ``per_token`` scores per token exceed, on average over all batches.
+
+    Raises:
+        ValueError: If there are no tokens.
+    """
+    # A pool of twice every batch's budget contains the overall budget unless batches differ wildly.
+    pools, tokens = [], 0
+    for scores in batches:
+        tokens += len(scores.x)
+        pools.append(largest_of_batch(scores, math.ceil(2 * len(scores.x) * per_token))[0].values.cpu())
+    if not tokens:
+        raise ValueError("encoder: expected tokens to calibrate the threshold on, got none.")
+    pool = cast(Tensor, torch.cat(pools)).sort(descending=True).values
+    return between(pool, round(tokens * per_token))

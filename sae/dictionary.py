@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .batch_encoder import BatchWide
+from .batch_encoder import Calibrated
 from .encoder import Encoder, Weights, scorer
 from .files import write_json, write_tensors
 from .inspection import Inspection
@@ -467,6 +467,17 @@ def calibrate_cuts(
     return True
 
 
+@dataclass(frozen=True)
+class NormalisedInputs:
+    """Raw inputs as a dictionary's encoder sees them; they can be passed over as often as the raw ones."""
+
+    dictionary: SparseDictionary
+    raw: Iterable[Float[Tensor, "tokens d_in"]]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
+        return map(self.dictionary.normalised, self.raw)
+
+
 class OneSiteDictionary(SparseDictionary, ABC):
     """Dictionary with one encoder matrix and one decoder matrix: the common base of SAEs and transcoders.
 
@@ -516,7 +527,8 @@ class OneSiteDictionary(SparseDictionary, ABC):
 
     @torch.no_grad()
     def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if isinstance(self.encoder, BatchWide):
-            self.encoder.calibrate(scorer(self.normalised(x), self.weights) for x in inputs)
-            return True
+        if isinstance(self.encoder, Calibrated):
+            if self.encoder.has_thresholds:
+                self.encoder.calibrate_on(NormalisedInputs(self, inputs), self.weights)
+            return self.encoder.has_thresholds
         return calibrate_cuts([self.encoder], self, inputs)

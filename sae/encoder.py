@@ -117,6 +117,10 @@ class Encoder(nn.Module, ABC):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     # Reason why the latents cannot be divided among processes; an empty string if they can.
     undivided: ClassVar[str] = ""
+    # A latent's value is linear in the input wherever it fires: row ``i`` of W_enc is what latent ``i`` reads.
+    linear: ClassVar[bool] = True
+    # Reason why only SAEs, which reconstruct their own input, can have it; an empty string if all dictionaries can.
+    for_saes: ClassVar[str] = ""
     # Supports approximate top-k (``screen``).
     can_screen: ClassVar[bool] = False
 

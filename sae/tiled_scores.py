@@ -41,6 +41,8 @@ class Scorer:
     # Processes that hold the other tokens of the batch, and the other latents.
     ranks: Ranks = ALONE
     shards: Shards = UNDIVIDED
+    # Values added to the scores of its entries, in tiles by token. Samples leave them out.
+    plus: SparseCode | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,7 +90,16 @@ class Scorer:
                     torch.mm(x, rows.T, out=scores)
                 else:
                     torch.addmm(self.b[first : first + width], x, rows.T, out=scores)
+                self._add_entries_(scores, token, first)
                 yield Tile(first, scores, token)
+
+    def _add_entries_(self, scores: Tensor, token: int, first: int) -> None:
+        if self.plus is None:
+            return
+        tokens, latents = self.plus.token_ids() - token, self.plus.latents - first
+        inside = (tokens >= 0) & (tokens < scores.shape[0]) & (latents >= 0) & (latents < scores.shape[1])
+        cells = tokens[inside] * scores.shape[1] + latents[inside]
+        scores.view(-1).index_add_(0, cells, self.plus.values[inside].to(scores.dtype))
 
     @torch.no_grad()
     def tiles_by_latent(self) -> Iterator["Tile"]:

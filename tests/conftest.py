@@ -267,6 +267,7 @@ def encoder_arguments():
         "matching_pursuit": {"k": 3, "tolerance": 0.0},
         "batch_topk": {"k": 3},
         "matryoshka": {"k": 3, "shares": [0.25, 0.5, 1.0]},
+        "lista": {"k": 3, "steps": 1, "eta": 0.3, "budget": "batch", "select": "hard"},
         "relu": {"sparsity": 0.1, "target_l0": 3, "ramp": 0.1, "pre_act_loss": 0.03},
         "jumprelu": {
             "target_l0": 3,

@@ -19,20 +19,26 @@ def finish(dictionary: SparseDictionary, stream: ActivationStream, tokens: int, 
     """
     if not dictionary.encoder.unit_atoms:
         dictionary.fold_norms()
-    seen = 0
-
-    def counted() -> Iterator[Float[Tensor, "tokens d_in"]]:
-        # The generator starts only if the encoder has something to calibrate.
-        nonlocal seen
-        with stage("calibration", tokens) as shown:
-            for x in inputs(stream, tokens, batch_tokens, dictionary.device):
-                seen += len(x)
-                yield x
-                shown.update(seen)
-
-    if not dictionary.calibrate(counted()):
+    counted = CountedInputs(stream, tokens, batch_tokens, dictionary.device)
+    if not dictionary.calibrate(counted):
         return []
-    return calibration_shortfall(tokens, seen)
+    return calibration_shortfall(tokens, counted.seen)
+
+
+class CountedInputs:
+    """Training inputs in batches, shown as a stage whenever they are passed over; ``seen`` counts the tokens of a pass."""
+
+    def __init__(self, stream: ActivationStream, tokens: int, batch_tokens: int, device: torch.device):
+        self.stream, self.tokens, self.batch_tokens, self.device = stream, tokens, batch_tokens, device
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
+        self.seen = 0
+        with stage("calibration", self.tokens) as shown:
+            for x in inputs(self.stream, self.tokens, self.batch_tokens, self.device):
+                self.seen += len(x)
+                yield x
+                shown.update(self.seen)
 
 
 def calibration_shortfall(tokens: int, have: int) -> list[Shortfall]:

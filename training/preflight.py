@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..sae.batch_encoder import BatchWide
+from ..sae.batch_encoder import Calibrated
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import build_encoder
 from ..sae.penalised import Penalised
@@ -371,7 +371,8 @@ def _calibrates(recipe: Recipe) -> bool:
     last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
     encoder = build_encoder(last)
     penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
-    return recipe.dictionary.joint or isinstance(encoder, BatchWide) or penalised
+    budgeted = isinstance(encoder, Calibrated) and encoder.has_thresholds
+    return recipe.dictionary.joint or budgeted or penalised
 
 
 def _existing(recipe: Recipe, complete: bool = False) -> ActivationStore | None:

@@ -37,6 +37,9 @@ class Transcoder(OneSiteDictionary):
     def __init__(
         self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, skip: bool = False, row_norm: str | None = None
     ):
+        if encoder.for_saes:
+            name = encoder_spec(encoder)["name"]
+            raise ValueError(f"dictionary.kind: expected sae with encoder {name}, because {encoder.for_saes}, got transcoder.")
         super().__init__(d_in, d_out, n_latents, encoder, row_norm)
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in)) if skip else None
         self.register_buffer("in_centre", torch.zeros(d_in))

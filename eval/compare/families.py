@@ -10,6 +10,7 @@ from ..pages.numbers import finite, show
 from ..pages.recipes import PER_TOKEN, is_oracle
 from ..pages.tables import Column
 from ..result import Report
+from .fronts import areas, fronts
 from .groups import (
     L0_TOLERANCE,
     RunGroup,
@@ -47,8 +48,9 @@ def compared(
     Raises:
         ValueError: If there is no family of that name, or no sweep that has an l0 on either side of ``match_l0``.
     """
+    before = groups
     if match_l0 is not None:
-        before, groups = groups, matched(groups, match_l0, columns)
+        groups = matched(groups, match_l0, columns)
         if not any(group.between for group in groups):
             raise ValueError(
                 f"--match-l0: expected a sweep, recipes that differ in the encoder's budget only, with an l0 below and one "
@@ -61,6 +63,7 @@ def compared(
     require_choice("--against", against, [summary["name"] for summary in summaries])
     target = common_l0(groups, against, match_l0)
     covariance = document_covariance(groups, keys)
+    swept = fronts(before, columns, covariance if groups is before else document_covariance(before, keys))
     families = [
         summary
         | {
@@ -82,6 +85,8 @@ def compared(
         "document_covariance": covariance,
         "reseed_noise": reseed_noise(families, keys),
         "best": best(families, columns),
+        "fronts": swept,
+        "areas": areas(before, swept, against),
     }
     return found | {"differences": family_differences(found, [column for column in columns if column.key not in UNTESTED])}
 

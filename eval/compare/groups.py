@@ -7,7 +7,7 @@ common l0, linearly in log l0 and, where both values are positive, in the log of
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,25 +93,34 @@ def matched(groups: Sequence[RunGroup], l0: float, columns: Sequence[Column]) ->
     A sweep consists of groups that differ only in their encoders' budgets. Each seed is interpolated separately between its two
     neighbors in l0. Seeds without a neighbor on either side are dropped; a sweep without any remaining seed is left as it is.
     """
+    found: list[RunGroup] = []
+    for members in swept(groups):
+        points = [point for point in _seeds_at(members, l0, columns) if point is not None] if len(members) > 1 else []
+        if points:
+            taken = {group.name for group in (*groups, *found)} - {member.name for member in members}
+            used = {path for point in points for path, _ in point.parts}
+            between = [m.name for m in members if used & {path for point in m.points for path, _ in point.parts}]
+            found.append(RunGroup(sweep_name(members, taken), tuple(points), tuple(between)))
+        else:
+            found += members
+    return found
+
+
+def swept(groups: Sequence[RunGroup]) -> list[list[RunGroup]]:
+    """Return the groups, those that differ only in their encoders' budgets together."""
     sweeps: dict[str, list[RunGroup]] = {}
     for group in groups:
         report = group.points[0].report
         spec = {key: value for key, value in encoder_spec_of(report).items() if key not in BUDGETS}
         about = [spec, *(report.get(key) for key in ("kind", "n_latents", "training_tokens", "selection", "hook"))]
         sweeps.setdefault(json.dumps(about, sort_keys=True, default=str), []).append(group)
-    found: list[RunGroup] = []
-    for members in sweeps.values():
-        points = [point for point in _seeds_at(members, l0, columns) if point is not None] if len(members) > 1 else []
-        if points:
-            name = encoder_spec_of(points[0].report).get("name") or members[0].name
-            taken = {group.name for group in (*groups, *found)} - {member.name for member in members}
-            name = name if name not in taken else "+".join(member.name for member in members)
-            used = {path for point in points for path, _ in point.parts}
-            between = [m.name for m in members if used & {path for point in m.points for path, _ in point.parts}]
-            found.append(RunGroup(str(name), tuple(points), tuple(between)))
-        else:
-            found += members
-    return found
+    return list(sweeps.values())
+
+
+def sweep_name(members: Sequence[RunGroup], taken: Container[str]) -> str:
+    """Return the name of the encoder, or those of all members if it is taken."""
+    name = str(encoder_spec_of(members[0].points[0].report).get("name") or members[0].name)
+    return name if name not in taken else "+".join(member.name for member in members)
 
 
 def _seeds_at(members: Sequence[RunGroup], l0: float, columns: Sequence[Column]) -> list[Point | None]:

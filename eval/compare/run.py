@@ -6,6 +6,7 @@ from pathlib import Path
 from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..result import Report
 from .families import differences_summary
+from .fronts import areas_summary
 from .recipes import compare_recipes, recipes_summary
 from .runs import compare_runs, runs_among, runs_summary
 
@@ -58,7 +59,6 @@ def compare(
 
 
 def comparison_summary(comparison: Report) -> list[list[list[str]]]:
-    """Return the tables for a terminal, each with a header: one row per run or recipe, then one per difference, if any."""
+    """Return the tables for a terminal, each with a header: one of runs or recipes, then those of differences and areas."""
     table = runs_summary(comparison) if "runs" in comparison else recipes_summary(comparison)
-    tested = differences_summary(comparison)
-    return [table, tested] if len(tested) > 1 else [table]
+    return [table, *(rows for rows in (differences_summary(comparison), areas_summary(comparison)) if len(rows) > 1)]

@@ -120,6 +120,7 @@ def difference(
     documents: tuple[float, int] | None,
     paired: bool,
     resolution: float = 0.0,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Return the difference between two groups' means of a figure, with its interval and uncorrected p-values.
 
@@ -131,10 +132,11 @@ def difference(
         paired: True if both groups have the same seeds in the same order.
         resolution: Step size of the figure's values. Seeds may agree merely because of rounding, so their standard deviation is
             taken to be at least that of the rounding error.
+        margin: The smallest difference that counts as relevant; that of ``margin_of`` if not given.
     """
     least = resolution / math.sqrt(12)
     mean = statistics.fmean(values) - statistics.fmean(reference)
-    margin = margin_of(key, statistics.fmean(reference))
+    margin = margin_of(key, statistics.fmean(reference)) if margin is None else margin
     if paired:
         sd = max(least, sd_of([a - b for a, b in zip(values, reference, strict=True)]))
         found = uncertainty([(sd, len(values))], documents)

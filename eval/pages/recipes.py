@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from .charts import COLORS, look, seed_spread, swatch
 from .differences import difference_table, off_target_words
 from .document import document, encoder_parts
+from .fronts import LEGEND as AREAS_LEGEND
+from .fronts import area_rows, front_cards
 from .numbers import UNDEFINED, UNMEASURED, finite, show
 from .plots import INK, MUTED, name_points, plain_log_ticks, plot_card
 from .tables import Cell, Column, explained
@@ -88,6 +90,8 @@ def render_recipes(comparison: Comparison, report_of: Callable[[str], str | None
             for index, family in enumerate(families)
         ],
         tested=difference_table(comparison, COLUMNS),
+        areas=area_rows(comparison),
+        areas_legend=AREAS_LEGEND,
         legend=LEGEND,
         plots=[
             plot_card(
@@ -98,7 +102,8 @@ def render_recipes(comparison: Comparison, report_of: Callable[[str], str | None
                 COLORS,
             )
             for title, note, draw, height in PLOTS
-        ],
+        ]
+        + front_cards(comparison),
         sections={},
         remarks=[ORACLE, REMARK] if oracle else [REMARK],
     )

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from .charts import COLORS, look, seed_spread, swatch
 from .differences import difference_table
 from .document import document, encoder_parts
+from .fronts import LEGEND as AREAS_LEGEND
+from .fronts import area_rows, front_cards
 from .glossary import EXPLANATIONS
 from .numbers import UNMEASURED, finite, show, show_interval
 from .plots import INK, name_points, plain_log_ticks, plot_card
@@ -67,11 +69,14 @@ def render_runs(comparison: dict[str, Any], report_of: Callable[[str], str | Non
         columns=explained(COLUMNS),
         rows=[_row(runs[index], index, families, comparison["pareto"], report_of) for index in order],
         tested=difference_table(comparison, COLUMNS),
+        areas=area_rows(comparison),
+        areas_legend=AREAS_LEGEND,
         legend=LEGEND,
         plots=[
             plot_card(title, note, lambda ax, key=key: against_l0(ax, runs, families, comparison, key), SIZE, COLORS)
             for key, title, note in PLOTS
-        ],
+        ]
+        + front_cards(comparison),
         sections={title: entries for title, texts in EXPLANATIONS.items() if (entries := _entries(list(texts), runs))},
         remarks=[REMARK, *_interpolated(comparison)],
     )

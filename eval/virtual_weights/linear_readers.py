@@ -21,10 +21,10 @@ def readers(dictionary: OneSiteDictionary, latents: Int[Tensor, " latents"] | No
     """Return the encoder directions of latents (default: all), with input scale, pre-encoder bias and encoder bias folded in.
 
     Raises:
-        ValueError: If the encoder has no pre-activations (matching pursuit), or a latent is out of range.
+        ValueError: If the encoder's values are not linear in its input (matching pursuit, lista), or a latent is out of range.
     """
     weights, scale = dictionary.weights, dictionary.in_scale
-    if weights.b_enc is None:
+    if weights.b_enc is None or not dictionary.encoder.linear:
         raise ValueError(
             f"dictionary: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, which selects "
             "latents sequentially, so they are not linear functions of its input."

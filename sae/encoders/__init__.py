@@ -18,6 +18,7 @@ from .gated import Gated
 from .gradient_topk import GradientTopK
 from .group_max import GroupMax
 from .jumprelu import JumpReLU
+from .lista import Lista
 from .matching_pursuit import MatchingPursuit
 from .matryoshka import Matryoshka
 from .mutual_choice import MutualChoice
@@ -35,6 +36,7 @@ ENCODERS: dict[str, type[Encoder]] = {
     "matching_pursuit": MatchingPursuit,
     "batch_topk": BatchTopK,
     "matryoshka": Matryoshka,
+    "lista": Lista,
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,

@@ -24,6 +24,7 @@ class MatchingPursuit(Encoder):
     """
 
     tied = True
+    linear = False
     undivided = "every latent it chooses changes the scores of all others for the next"
 
     def __init__(self, k: int, tolerance: int | float = 0.0):

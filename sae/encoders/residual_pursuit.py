@@ -18,6 +18,7 @@ class ResidualPursuit(Encoder):
     """
 
     tied = True
+    linear = False
 
     def __init__(self, max_steps: int, residual_norm: int | float = 0.0, stop_on_repeat: bool = True):
         super().__init__()

@@ -297,6 +297,12 @@ def _residual_pursuit(encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ..
     return ActivationFn("pursuit", k=encoder.max_steps, **rules), ()
 
 
+def _lista(_encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
+    raise ValueError(
+        "lista: no other format has an encoder that corrects its selection by the error. Keep the checkpoint as it is saved."
+    )
+
+
 # Encoder name -> its activation function in eval mode.
 GATE_OF: dict[str, Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]] = {
     "topk": _plain("topk", "k"),
@@ -308,6 +314,7 @@ GATE_OF: dict[str, Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]] =
     "matryoshka": _threshold("matryoshka as the threshold of eval mode"),
     "mutual_choice": _threshold("mutual choice as the threshold of eval mode"),
     "feature_choice": _threshold("feature choice as the thresholds of eval mode"),
+    "lista": _lista,
     "matching_pursuit": _plain("pursuit", "k", "tolerance"),
     "threshold": _own_threshold,
     "signed_topk": _signed,

@@ -47,6 +47,8 @@ def made(family, arguments, kind):
 def outcome(family, arguments, name, folder):
     """What writing does: a word as the page has it."""
     kind = "transcoder" if name == "circuit_tracer" else "sae"
+    if kind == "transcoder" and ENCODERS[family].for_saes:
+        return "refused"
     d = made(family, arguments, kind)
     hook = ("transformer.h.0.mlp:in", "transformer.h.0.mlp:out") if kind == "transcoder" else ("transformer.h.0:out",) * 2
     about = {"model": {"id": "openai-community/gpt2"}, "hooks_in": [hook[0]], "hooks_out": [hook[1]]}

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class TensorStream(ActivationStream):
         self.once = isinstance(self.tensors, Iterator)
         # Items that `sample` took from an iterator: training must still receive them.
         self._head: list[dict[str, Tensor]] = []
+        # Where the last sample of an iterable ended: the item, and those after it.
+        self._sampled_to: _Sampled | None = None
+        self._sampling: Iterator[tuple[int, dict[str, Tensor]]] = iter(())
         self._widths: dict[str, int] = {}
         self._pass_tokens = 0
 
@@ -171,16 +174,15 @@ class TensorStream(ActivationStream):
         return ActivationBatch(named["x"], named.get("target"), named.get("grad"))
 
     def sample(self, tokens: int, skip: int = 0) -> ActivationBatch:
-        # Once training has begun, only the items kept aside from an iterator can be sampled: training needs the rest.
-        head = not self.once or self.batches == 0
         found: list[ActivationBatch] = []
-        seen = 0
-        for number, item in enumerate(self._sampled(skip + tokens) if head else self._head):
+        seen, items = self._from(skip, tokens)
+        for number, item in items:
             size = item["x"].shape[0]
             if seen + size > skip:
                 # Bad tokens are counted when training reads them.
                 batch = self._checked(item, number, BadTokens(self.section))
                 found.append(batch.rows(slice(max(skip - seen, 0), skip + tokens - seen)))
+            self._sampled_to = _Sampled(seen, number, item)
             seen += size
             if seen >= skip + tokens:
                 break
@@ -189,11 +191,19 @@ class TensorStream(ActivationStream):
         together = ActivationBatch.join(found) if found else self.sample(1).rows(slice(0))
         return ActivationBatch(together.x, together.target)
 
+    def _from(self, skip: int, tokens: int) -> tuple[int, Iterator[tuple[int, dict[str, Tensor]]]]:
+        """Return numbered items and the tokens before them; consecutive samples read an iterable once, not from its start."""
+        if self.once:
+            # Once training has begun, only the items kept aside can be sampled: training needs the rest.
+            return 0, enumerate(self._sampled(skip + tokens) if self.batches == 0 else self._head)
+        last = self._sampled_to
+        if last is not None and last.before <= skip:
+            return last.before, itertools.chain([(last.number, last.item)], self._sampling)
+        self._sampling = enumerate(map(self._named, self.tensors, itertools.count()))
+        return 0, self._sampling
+
     def _sampled(self, tokens: int) -> Iterator[dict[str, Tensor]]:
-        """Yield items from the beginning; items taken from an iterator are kept aside for training."""
-        if not self.once:
-            yield from map(self._named, self.tensors, itertools.count())
-            return
+        """Yield an iterator's items from the beginning; they are kept aside for training."""
         have = sum(item["x"].shape[0] for item in self._head)
         source = iter(self.tensors)
         while have < tokens and (item := next(source, None)) is not None:
@@ -207,6 +217,14 @@ class TensorStream(ActivationStream):
     def target_moments(self) -> Moments:
         sample = self.sample(MOMENT_TOKENS)
         return moments_of(sample.x if sample.target is None else sample.target)
+
+
+class _Sampled(NamedTuple):
+    """The last item that was sampled from, its number, and the tokens before it."""
+
+    before: int
+    number: int
+    item: dict[str, Tensor]
 
 
 class _Slices:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .comparison import BenchPlan, StepShape
 
 log = logging.getLogger(__name__)
-app = typer.Typer(help="Measure speed, as ratios within one run.", no_args_is_help=True)
+app = typer.Typer(help="Measure speed, as ratios within one run, and recovery of known features.", no_args_is_help=True)
 BenchKeys = Annotated[
     list[str] | None, typer.Argument(metavar="[key.sub=value ...]", help="Recipe keys of our steps: accumulate=2.")
 ]

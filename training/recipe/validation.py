@@ -317,6 +317,9 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
                         f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Give at least "
                         f"{encoder.smallest_batch} tokens a batch (divided by accumulate), raise k, or lower n_latents."
                     ]
+                if encoder.for_saes and where == key and recipe.dictionary.kind == "transcoder":
+                    because = f"because {encoder.for_saes}, got transcoder."
+                    found.append(f"dictionary.kind: expected sae with encoder {case['name']}, {because}")
                 if encoder.needs_gradient and where == key and recipe.objective == "kl":
                     found.append(f"objective: {case['name']} needs gradients, which the batches of objective kl do not hold.")
                 elif encoder.needs_gradient and where == key and not recipe.harvest.gradients:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...sae import SparseDictionary
-from ...sae.batch_encoder import BatchWide
+from ...sae.batch_encoder import Calibrated
 from ...sae.checkpoint import build_dictionary
 from ...sae.encoders import build_encoder
 from ...transcoders.cross_layer import CrossLayerTranscoder
@@ -148,7 +148,8 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
         active = active_per_token(spec, W_enc.shape[0], l0)
         blocks.append(BlockSizes(W_enc.shape[0], W_enc.shape[1], W_dec.shape[1], active, W_enc is W_dec))
     total = sum(parameter.numel() for parameter in dictionary.parameters())
-    wide = isinstance(build_encoder(spec), BatchWide)
+    encoder = build_encoder(spec)
+    wide = isinstance(encoder, Calibrated) and encoder.has_thresholds
     joint = isinstance(dictionary, CrossLayerTranscoder) and dictionary.chooses_jointly
     return DictionarySizes(
         blocks=tuple(blocks),

@@ -11,12 +11,13 @@ from ....sae import SAE
 from ....sae.batch_encoder import MutualLevel
 from ....sae.batch_selection import between
 from ....sae.dictionary import OneSiteDictionary
-from ....sae.encoder import Encoder, scorer
+from ....sae.encoder import Encoder, Weights, scorer
 from ....sae.encoders.feature_choice import FeatureChoice
 from ....sae.encoders.gated import Gated
 from ....sae.encoders.gradient_topk import GradientTopK
 from ....sae.encoders.group_max import GroupMax
 from ....sae.encoders.jumprelu import PACE, JumpReLU
+from ....sae.encoders.lista import Lista
 from ....sae.encoders.matching_pursuit import MatchingPursuit
 from ....sae.encoders.relu import ReLU
 from ....sae.encoders.residual_pursuit import ResidualPursuit
@@ -57,7 +58,7 @@ def random_like(dictionary: OneSiteDictionary, x: Float[Tensor, "tokens d_in"], 
         copied.W_enc.copy_(copied.W_dec if isinstance(copied, SAE) else _directions(copied.W_enc, generator))
     if copied.b_enc is not None:
         copied.b_enc.zero_()
-    _match(copied.encoder, copied.b_enc, scorer(copied.normalised(x), copied.weights), fired)
+    _match(copied.encoder, copied.b_enc, copied.normalised(x), copied.weights, fired)
     return copied
 
 
@@ -65,10 +66,15 @@ def _directions(like: Float[Tensor, "n d"], generator: torch.Generator) -> Float
     return F.normalize(torch.randn(like.shape, generator=generator), dim=-1).to(like)
 
 
-def _match(encoder: Encoder, b_enc: Tensor | None, scores: Scorer, fired: Int[Tensor, " n_latents"]) -> None:
+def _match(encoder: Encoder, b_enc: Tensor | None, x: Tensor, weights: Weights, fired: Int[Tensor, " n_latents"]) -> None:
     """Set the thresholds so that latents fire as often on these inputs."""
     if isinstance(encoder, COUNTED):
         return
+    if isinstance(encoder, Lista):
+        if encoder.has_thresholds:
+            encoder.fit_levels([x], weights, int(fired.sum()) / len(x))
+        return
+    scores = scorer(x, weights)
     if isinstance(encoder, MutualLevel):
         count = int(fired.sum())
         encoder.level.fill_(between(largest_of_batch(scores, count + 1)[0].values.sort(descending=True).values, count))

@@ -34,7 +34,7 @@ REPORT = {
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch):
     """Plots take seconds, and have tests of their own."""
-    for name in ("runs", "recipes"):
+    for name in ("runs", "recipes", "fronts"):
         monkeypatch.setattr(f"sparsary.eval.pages.{name}.PLOTS", ())
 
 

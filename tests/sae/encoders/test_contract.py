@@ -64,7 +64,9 @@ def test_values_are_not_negative_and_latents_are_in_range(sae, x):
 def test_decode_equals_the_dense_product(sae, x):
     code = sae.encode(x)
     dense = (code.to_dense(LATENTS) @ sae.W_dec + sae.b_dec) * sae.out_scale
-    torch.testing.assert_close(sae.decode(code), dense, rtol=1e-5, atol=1e-4)
+    # Large terms may cancel, and leave the rounding of their sum.
+    terms = (code.to_dense(LATENTS) @ sae.W_dec.abs()).detach().amax() if len(x) else 0.0
+    torch.testing.assert_close(sae.decode(code), dense, rtol=1e-5, atol=max(1e-4, 1e-6 * float(terms)))
 
 
 def test_gradients_equal_the_dense_route(sae, x):

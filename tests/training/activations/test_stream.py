@@ -554,6 +554,28 @@ def counting(tokens, start_tokens=0):
     return LiveStream(Counting(tokens), ("h",), 10, 0, start_tokens=start_tokens)
 
 
+def test_samples_one_after_the_other_read_an_iterable_once():
+    class Counted:
+        def __init__(self):
+            self.read = 0
+
+        def __iter__(self):
+            for number in range(50):
+                self.read += 1
+                yield torch.full((3, 2), float(number)) + torch.arange(3)[:, None] / 10
+
+    items = Counted()
+    stream = TensorStream(items, 4)
+    rows = torch.cat([stream.sample(4, start).x for start in range(0, 100, 4)])
+    assert torch.equal(rows, torch.cat(list(Counted()))[:100])
+    assert items.read == 34
+    # Backward, it begins anew; beyond the end there is nothing, and sampling still goes on.
+    assert torch.equal(stream.sample(2, 1).x, rows[1:3])
+    assert len(stream.sample(4, 148).x) == 2
+    assert len(stream.sample(4, 150).x) == len(stream.sample(4, 200).x) == 0
+    assert torch.equal(stream.sample(4).x, rows[:4])
+
+
 def test_a_sample_reads_as_many_buffers_as_it_needs():
     stream = counting(10_000)
     places = stream.sample(250).x[:, 0]
