@@ -68,6 +68,15 @@ class Ranks:
         padded = own.detach() if len(own) == most else torch.cat([own.detach(), own.new_zeros(most - len(own), *own.shape[1:])])
         return [part[:count] for part, count in zip(self.gather(padded), counts, strict=True)]
 
+    def gather_into(self, room: Shaped[Tensor, "all *width"], own: Shaped[Tensor, "rows *width"]) -> None:
+        """Write the tensors of all ranks, of equal shapes, one after another into ``room``: no copies, and no new memory."""
+        own = own.detach().contiguous()
+        # all_gather_into_tensor is its name before torch 2.13.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with naming_lost_ranks():
+            gather(room, own, group=self.group)
+        self.sent_bytes += own.numel() * own.element_size() * (self.size - 1)
+
     def sum(self, own: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Return the sum over ranks; gradients do not flow through it."""
         if self.size == 1:

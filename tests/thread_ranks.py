@@ -30,6 +30,9 @@ class ThreadRanks(Ranks):
         self.sent_bytes += own.numel() * own.element_size() * (self.size - 1)
         return parts
 
+    def gather_into(self, room, own):
+        torch.cat(self.gather(own), out=room)
+
     def sum(self, own):
         return own if self.size == 1 else torch.stack(self.gather(own)).sum(0, dtype=own.dtype)
 

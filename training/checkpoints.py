@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
                 f"out_dir: {directory}: expected an empty directory or a run, got other files. Choose another out_dir."
             )
         return None
-    old = check_recipe(parse_yaml(read_text(saved), str(saved)), str(saved))
+    old = _recipe_of(read_text(saved), str(saved))
     changed = run_changes(directory, old, recipe, content)
     if changed:
         raise ValueError(
@@ -226,6 +227,12 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
     if old.tokens != recipe.tokens and recipe.phases:
         _require_same_phase(directory, old, recipe)
     return old
+
+
+@lru_cache(maxsize=64)
+def _recipe_of(text: str, where: str) -> Recipe:
+    """Return the recipe of a saved run; a run is checked by its plan and again when it starts, and YAML takes a while."""
+    return check_recipe(parse_yaml(text, where), where)
 
 
 def _require_same_phase(directory: Path, old: Recipe, recipe: Recipe) -> None:

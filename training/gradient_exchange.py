@@ -45,6 +45,7 @@ class GradientExchange:
     def __init__(self, ranks: Ranks, dense: bool | None = None):
         self.ranks, self.dense = ranks, dense
         self.last: ExchangedBytes | None = None
+        self._rooms: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, parameters: list[Tensor], ledgers: dict[Tensor, SparseGrad]) -> None:
@@ -126,23 +127,38 @@ class GradientExchange:
         self, ledgers: dict[Tensor, SparseGrad], products: dict[Tensor, Product], sizes: Tensor, firsts: list[int]
     ) -> None:
         """Gather the entries of all ranks, in the order of the ranks, which is that of the batch's tokens."""
-        places: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        places: dict[int, tuple[Tensor, Tensor]] = {}
         for i, ((matrix, ledger), first) in enumerate(zip(ledgers.items(), firsts, strict=True)):
             code, rows = products[matrix].code, products[matrix].rows
             tokens, entries, dense_rows = (column.tolist() for column in sizes[:, i, :3].unbind(1))
             if any(entries):
                 if first not in places:
-                    latents = self.ranks.gather_rows(code.latents.int(), entries)
-                    starts = self.ranks.gather_rows(code.starts.int(), tokens)
-                    places[first] = [(a.long(), b.long()) for a, b in zip(latents, starts, strict=True)]
-                values = self.ranks.gather_rows(code.values, entries)
-                everywhere = self.ranks.gather_rows(rows, tokens)
-                ledger.products = [
-                    Product(SparseCode(latents, value, starts), part)
-                    for (latents, starts), value, part in zip(places[first], values, everywhere, strict=True)
-                ]
+                    places[first] = self._places(code, entries, tokens)
+                latents, starts = places[first]
+                values = torch.cat(self.ranks.gather_rows(code.values, entries))
+                ledger.products = [Product(SparseCode(latents, values, starts), self._rows(matrix, rows, tokens))]
             if any(dense_rows):
                 dense_of, gradients = ledger.dense(matrix)
                 # All ranks have the same dead latents, so their rows agree.
                 latents = (dense_of >= 0).nonzero().squeeze(1)
                 ledger.rows = [(latents, self.ranks.sum(gradients[dense_of[latents]]))]
+
+    def _places(self, code: SparseCode, entries: list[int], tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the latents of all ranks' entries, and the first entry of each token."""
+        latents = self.ranks.gather_rows(code.latents.int(), entries)
+        before = [sum(entries[:rank]) for rank in range(self.ranks.size)]
+        starts = self.ranks.gather_rows(code.starts.int(), tokens)
+        return torch.cat(latents).long(), torch.cat([part.long() + b for part, b in zip(starts, before, strict=True)])
+
+    def _rows(self, matrix: Tensor, own: Tensor, tokens: list[int]) -> Tensor:
+        """Return the rows of all ranks' tokens, valid until the next exchange.
+
+        They are most of what is exchanged. Their memory is kept: obtaining it anew takes longer than filling it.
+        """
+        if min(tokens) < max(tokens):
+            return torch.cat(self.ranks.gather_rows(own, tokens))
+        shape, room = (sum(tokens), *own.shape[1:]), self._rooms.get(matrix)
+        if room is None or (*room.shape,) != shape or room.dtype != own.dtype:
+            room = self._rooms[matrix] = own.new_empty(shape)
+        self.ranks.gather_into(room, own)
+        return room

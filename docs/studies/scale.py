@@ -1,6 +1,10 @@
 """Predictions of `sparsary plan` beside measured runs in 1, 2 and 4 processes.
 
     .venv/bin/python docs/studies/scale.py [--shape 2048x256x8192x16] [--processes 1 2 4] [--rounds 3] [--json FILE]
+    .venv/bin/python docs/studies/scale.py --shape 2048x256x8192x16 --shape 2048x512x4096x32 \\
+        --rounds 2 --probe-rounds 6 --steps 20
+
+The second command takes about four minutes on two idle cores.
 
 A run trains TopK on random activations, an equal global batch whatever the number of processes, one thread each. For every
 shape and number of processes, in turn, the plan is made and the run measured. The table has milliseconds of a step: processor
@@ -28,6 +32,7 @@ import torch
 import sparsary
 from sparsary.training import loop
 from sparsary.training.recipe import check_recipe
+from sparsary.training.scale import probe
 from sparsary.training.scale.plan import Device, plan_run
 from sparsary.training.scale.sizes import Given
 
@@ -76,17 +81,23 @@ def train(shape: Shape, steps: int, folder: str) -> None:
     Path(folder, f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seconds))
 
 
-def measured(name: str, processes: int, steps: int) -> tuple[float, float]:
-    """Return the least seconds of a step, by the clock and of the processor, of the slowest process of a run."""
+def seconds_of_steps(name: str, processes: int, threads: int, steps: int) -> list[tuple[list[float], list[float]]]:
+    """Train in so many processes; return every rank's seconds of its steps, by the clock and of the processor."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         worker = [__file__, "--worker", folder, "--shape", name, "--steps", str(steps)]
         command = [sys.executable, *(launcher if processes > 1 else []), *worker]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stderr=subprocess.DEVNULL)
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
     assert len(found) == processes
-    clock, processor = ([min(seconds[i]) for seconds in found] for i in range(2))
-    return max(clock), max(processor)
+    return [(clock, processor) for clock, processor in found]
+
+
+def measured(name: str, processes: int, steps: int) -> tuple[float, float]:
+    """Return the least seconds of a step, by the clock and of the processor, of the slowest process of a run."""
+    ranks = seconds_of_steps(name, processes, 1, steps)
+    clock, processor = (max(min(seconds[i]) for seconds in ranks) for i in range(2))
+    return clock, processor
 
 
 def predicted(shape: Shape, processes: int) -> dict[str, float]:
@@ -104,6 +115,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--probe-rounds", type=int, default=probe.MOST_ROUNDS, help="rounds of the plan's probe, at most")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -111,6 +123,7 @@ def main() -> None:
     if options.worker:
         train(next(iter(shapes.values())), options.steps, options.worker)
         return
+    probe.MOST_ROUNDS = options.probe_rounds
     runs: list[dict[str, Any]] = []
     for name, shape in shapes.items():
         found: dict[int, list[dict[str, float]]] = {processes: [] for processes in options.processes}

@@ -47,7 +47,7 @@ class Setting:
             second = code(90 + rank)
         for ledger, each in zip(self.ledgers.values(), (first, second), strict=True):
             rows = torch.randn(TOKENS, D, generator=generator)
-            ledger.products = [Product(each, rows)]
+            ledger.products = [] if kind == "a rank without tokens" and rank == 1 else [Product(each, rows)]
         if kind == "dead latents":
             # The same latents on all ranks.
             ledger.rows = [(torch.tensor([2, 11]), torch.randn(2, D, generator=generator))]
@@ -66,7 +66,7 @@ class Setting:
         return found
 
 
-KINDS = ["one code", "codes of their own", "a rank without entries", "dead latents", "a dense rank"]
+KINDS = ["one code", "codes of their own", "a rank without entries", "a rank without tokens", "dead latents", "a dense rank"]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -87,6 +87,25 @@ def test_the_sum_is_that_of_all_ranks(on_ranks, size, way, kind):
             assert torch.equal(have, first)
         assert torch.equal(bias, torch.full((3,), sum(range(size)) * 1.0))
         assert torch.equal(rare, torch.ones(2))
+
+
+def test_every_step_exchanges_rows_of_its_own(on_ranks):
+    steps = [[Setting(10 * step + rank, "one code").ledgers.values() for rank in range(2)] for step in range(2)]
+    terms = [[[ledger.products[0] for ledger in ledgers] for ledgers in ranks] for ranks in steps]
+
+    def exchange(ranks):
+        own, found = Setting(0, "one code"), []
+        exchange = GradientExchange(ranks, dense=False)
+        for step in terms:
+            for ledger, product in zip(own.ledgers.values(), step[ranks.rank], strict=True):
+                ledger.products = [product]
+            exchange(own.matrices, own.ledgers)
+            found.append(own.gradients())
+        return found
+
+    wanted = [[dense(a) + dense(b) for a, b in zip(*step, strict=True)] for step in terms]
+    for found in on_ranks(2, exchange):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_parameter_without_a_gradient_keeps_none(on_ranks):
