@@ -119,6 +119,8 @@ class Encoder(nn.Module, ABC):
     undivided: ClassVar[str] = ""
     # A latent's value is linear in the input wherever it fires: row ``i`` of W_enc is what latent ``i`` reads.
     linear: ClassVar[bool] = True
+    # Values may be negative.
+    signed: ClassVar[bool] = False
     # Reason why only SAEs, which reconstruct their own input, can have it; an empty string if all dictionaries can.
     for_saes: ClassVar[str] = ""
     # Supports approximate top-k (``screen``).

@@ -1,5 +1,7 @@
 """Training losses: pure functions of tensors in normalized units."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -11,6 +13,9 @@ from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .tiled_scores import largest_per_token
 from .zipf import underused
+
+# Latents among which the nearest is looked for.
+OVERLAP_GROUP = 1024
 
 
 def normalized_mse(
@@ -70,6 +75,29 @@ def _largest_of_dead(code: SparseCode, k_aux: int, shards: Shards) -> SparseCode
     padding = values.new_full((len(values), shards.largest(values.shape[1]) - values.shape[1]), -torch.inf)
     kept = largest_of_shards(torch.cat([values, padding], dim=1), k_aux, shards)
     return code.where(kept[:, : values.shape[1]].reshape(-1))
+
+
+def overlap(atoms: Float[Tensor, "n_latents d_out"], step: int, shards: Shards) -> Float[Tensor, ""]:
+    """Return the mean over latents of the squared cosine with the nearest of some other decoder directions.
+
+    ``step`` draws a partition of the latents into groups of about ``OVERLAP_GROUP``; the others are those of the same group, so
+    the cost is proportional to the number of latents. Latents of different shards share no group. Gradients reach both
+    directions of a pair. Source: the orthogonality penalty of OrtSAE, Korznikov et al. 2025, arXiv:2509.22033; group size and
+    squared cosine, which also charges opposite directions, are specific to sparsary.
+    """
+    n_latents = len(atoms)
+    if n_latents < 2:
+        return atoms.new_zeros(())
+    # Not from torch's own generator: dictionaries that train together share it.
+    order = torch.randperm(n_latents, generator=torch.Generator().manual_seed(step)).to(atoms.device)
+    nearest = torch.empty_like(order)
+    with torch.no_grad():
+        unit = F.normalize(atoms, dim=-1)
+        for group in order.tensor_split(math.ceil(n_latents / OVERLAP_GROUP)):
+            rows = unit[group]
+            nearest[group] = group[(rows @ rows.T).abs_().fill_diagonal_(-1.0).argmax(1)]
+    found = F.cosine_similarity(atoms, atoms.index_select(0, nearest), dim=-1).pow(2).sum()
+    return shards.reduced(found / (n_latents * shards.size))
 
 
 def pre_activation_loss(

@@ -46,18 +46,28 @@ class Revival:
 
 
 @dataclass(frozen=True)
+class Wider:
+    """Second code of the same tokens, with more latents, whose reconstruction is trained too, and the weight of its error."""
+
+    weight: float
+    code: "SparseCode"
+
+
+@dataclass(frozen=True)
 class AuxTerms:
     """Auxiliary loss terms that an encoder adds in training; decoding ignores them.
 
     ``penalties`` are scalars in units of FVU. ``prefixes`` are widths: for each width ``n``, the reconstruction from the first
     ``n`` latents alone is trained as well. ``frozen`` is a second code of the same tokens, trained to reconstruct the target
-    without updating the decoder. ``revival`` applies to latents that training counts as dead.
+    without updating the decoder. ``revival`` applies to latents that training counts as dead. The reconstruction of ``wider``
+    is trained as well.
     """
 
     penalties: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
     prefixes: tuple[int, ...] = ()
     frozen: "SparseCode | None" = None
     revival: Revival | None = None
+    wider: Wider | None = None
 
 
 @dataclass(frozen=True)

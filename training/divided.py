@@ -4,6 +4,7 @@ Files hold whole tensors, so that a run continues on any number of ranks and any
 and every rank while a dictionary is initialized, needs memory of the host for the whole dictionary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,11 +78,17 @@ def per_latent(name: str, tensor: Tensor, n_latents: int) -> bool:
     return parts[0] in ("silent_for", "density") or any(part in MATRICES or part.startswith("encoder") for part in parts)
 
 
-def whole_dictionary(part: SparseDictionary) -> SparseDictionary:
-    """Return the whole dictionary, on the host, from this rank's part of it. All shards take part."""
-    if part.shards.size == 1:
+def whole_dictionary(part: SparseDictionary, instead: Mapping[str, Tensor] | None = None) -> SparseDictionary:
+    """Return the whole dictionary, on the host, from this rank's part of it. All shards take part.
+
+    Args:
+        instead: Tensors that replace those of the same name, which the part keeps.
+    """
+    if part.shards.size == 1 and not instead:
         return part
     whole = build_dictionary(part.arguments() | {"n_latents": part.n_latents * part.shards.size})
-    whole.load_state_dict(whole_tensors(part.state_dict(), part.n_latents, part.shards))
+    tensors = part.state_dict() | dict(instead or {})
+    whole.load_state_dict(whole_tensors(tensors, part.n_latents, part.shards))
+    whole.to(part.device if part.shards.size == 1 else "cpu")
     whole.provenance = part.provenance
     return whole.train(part.training)

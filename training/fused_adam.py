@@ -74,6 +74,7 @@ class FusedAdam(DictionaryAdam):
             assert parameter.grad is not None
             parameter.grad.mul_(factor)
         self.plain_step()
+        self.settle()
 
     def _pending(self) -> list[Pending]:
         """Return the matrices that have a gradient. Encoder and decoder share the code, which is grouped by latent once."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..sae import SparseCode, SparseDictionary
-from ..sae.losses import aux_zipf, normalized_mse, pre_activation_loss
+from ..sae.losses import aux_zipf, normalized_mse, overlap, pre_activation_loss
 from ..sae.sparse_ops import decode
 from .activations.model import LanguageModel
 from .activations.stream import ActivationBatch
@@ -23,20 +23,25 @@ class Terms:
 
 @dataclass(frozen=True)
 class LatentUsage:
-    """Latent usage so far: which latents are dead, and the running share of tokens on which each fires."""
+    """Latent usage after a number of steps: which latents are dead, and the running share of tokens on which each fires."""
 
     dead: Bool[Tensor, " n_latents"]
     density: Float[Tensor, " n_latents"]
+    step: int = 0
 
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Settings of AuxK. ``tau`` above 0 adds latents that fire less than ``tau`` times as often as a Zipf law predicts."""
+    """Settings of AuxK. ``tau`` above 0 adds latents that fire less than ``tau`` times as often as a Zipf law predicts.
+
+    ``orthogonality`` is the weight of the penalty on overlapping decoder directions.
+    """
 
     weight: float
     latents: int
     tau: float = 0.0
     absolute: bool = False
+    orthogonality: float = 0.0
 
 
 class Divergence:
@@ -133,6 +138,9 @@ class Objective(nn.Module):
         if requests.frozen is not None:
             guess = (d.shards.reduced(decode(requests.frozen, d.atoms.detach())) + d.bypass(batch.x).detach()) * d.out_scale
             terms["frozen"] = normalized_mse(y, guess, self.variance)
+        if requests.wider is not None:
+            guess = d.decode(requests.wider.code, batch.x)
+            terms["wider"] = requests.wider.weight * normalized_mse(y, guess, self.variance)
         if requests.revival is not None:
             seen, thresholds = d.normalised(batch.x), requests.revival.thresholds
             below = [
@@ -140,6 +148,9 @@ class Objective(nn.Module):
                 for block in d.blocks
             ]
             terms["pre_act"] = requests.revival.weight * torch.stack(below).mean()
+        if self.aux.orthogonality:
+            parts = [overlap(block.weights.W_dec, usage.step, d.shards) for block in d.blocks]
+            terms["overlap"] = self.aux.orthogonality * torch.stack(parts).mean()
         if self.aux.weight > 0 and not self.aux.tau and not d.shards.total(int(usage.dead.any())):
             terms["aux"] = y_hat.new_zeros(())
         elif self.aux.weight > 0:

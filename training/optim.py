@@ -5,6 +5,7 @@ from inspect import unwrap
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sae import SparseDictionary
@@ -16,6 +17,8 @@ from .recipe import Recipe, peak_lr, total_steps
 
 # Gao et al. 2024: gradients of rarely active latents are small, and Adam's default of 1e-8 would swamp them.
 ADAM_EPS = 6.25e-10
+# Key of a parameter's running mean in the optimizer's state, which saved states hold.
+AVERAGE = "average"
 
 
 class DictionaryAdam(torch.optim.Adam):
@@ -33,6 +36,12 @@ class DictionaryAdam(torch.optim.Adam):
         betas = dictionary.encoder.betas if recipe.betas == "auto" else recipe.betas
         super().__init__(parameters, lr=peak_lr(recipe), betas=betas, eps=ADAM_EPS, fused=True)
         self.dictionary, self.grad_clip = dictionary, recipe.grad_clip
+        self.aligned, self.decay = recipe.dictionary.aligned, recipe.weight_average
+        # Steps so far, known after the first; read from the state of a resumed run.
+        self._steps: int | None = None
+        if self.aligned:
+            for block in dictionary.blocks:
+                align_(block.weights.W_enc, block.weights.W_dec)
         self.exchange = GradientExchange(dictionary.ranks)
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -45,6 +54,32 @@ class DictionaryAdam(torch.optim.Adam):
         self.plain_step()
         # After the update: the next forward pass must see a unit-norm decoder.
         self.dictionary.renormalize()
+        self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Align the encoder after an update, then move the averages of the weights."""
+        blocks = [block.weights for block in self.dictionary.blocks]
+        if self.aligned:
+            for weights in blocks:
+                align_(weights.W_enc, weights.W_dec)
+        if not self.decay:
+            return
+        kept = {p: self.state[p] for p in self.param_groups[0]["params"] if self.state[p]}
+        self._steps = max(int(state["step"]) for state in kept.values()) if self._steps is None else self._steps + 1
+        # A plain mean over the first steps, an exponential one afterwards.
+        share = max(1 - self.decay, 1 / max(self._steps, 1))
+        for parameter, state in kept.items():
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(parameter, share)
+            else:
+                state[AVERAGE] = parameter.detach().clone()
+        for weights in blocks:
+            atoms = kept[weights.W_dec][AVERAGE] if weights.W_dec in kept else None
+            if atoms is not None and self.dictionary.encoder.unit_atoms:
+                F.normalize(atoms, dim=-1, out=atoms)
+            if atoms is not None and self.aligned and weights.W_enc in kept:
+                align_(kept[weights.W_enc][AVERAGE], atoms)
 
     @torch.no_grad()
     def plain_step(self) -> None:
@@ -59,6 +94,19 @@ class DictionaryAdam(torch.optim.Adam):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         unwrap(torch.optim.Adam.add_param_group)(self, param_group)
+
+
+@torch.no_grad()
+def align_(W_enc: Tensor, W_dec: Tensor) -> None:
+    """Move encoder rows by the least that makes their products with their decoder directions 1."""
+    short = 1 - (W_enc * W_dec).sum(-1, keepdim=True)
+    W_enc.addcmul_(short / W_dec.pow(2).sum(-1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny), W_dec)
+
+
+def averages(dictionary: SparseDictionary, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the averaged weights of a dictionary by name; nothing if none are kept."""
+    named = {name: optimizer.state.get(parameter, {}) for name, parameter in dictionary.named_parameters()}
+    return {name: state[AVERAGE] for name, state in named.items() if AVERAGE in state}
 
 
 def clip_gradients(dictionary: SparseDictionary, largest: float) -> None:

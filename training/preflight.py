@@ -280,8 +280,8 @@ def _text_size(member: ResolvedRecipe) -> TextSize | None:
         raise
     if size.whole and not size.train:
         raise ValueError(
-            f"text: no token is left to train on: in contexts of {recipe.text.context_length} tokens, {size.documents} "
-            f"document{'s' * (size.documents != 1)}, of which {size.heldout_documents} held out, hold none that counts. Give "
+            f"text: expected tokens to train on, got none from {size.documents} document{'s' * (size.documents != 1)} "
+            f"({size.heldout_documents} held out) in contexts of {recipe.text.context_length} tokens. Give "
             "longer text, or lower text.context_length, harvest.heldout or harvest.exclude_leading."
         )
     return size
@@ -474,8 +474,8 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
         passes=None if live else recipe.tokens / training,
         training_tokens=text if live else training,
         parameters=parameters,
-        # Weights, Adam's two moments and, unless fused, gradients.
-        weights_bytes=(12 if fused else 16) * parameters,
+        # Weights, Adam's two moments and, unless fused, gradients; averaged weights if they are kept.
+        weights_bytes=((12 if fused else 16) + (4 if recipe.weight_average else 0)) * parameters,
         step_bytes=_step_bytes(recipe, dictionary.d_in + dictionary.d_out),
         # The sample, raw and normalized, and the workspace of the geometric median.
         start_bytes=3 * 4 * row * min(SAMPLE_TOKENS, harvest.live_buffer_tokens if live else training),

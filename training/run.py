@@ -41,7 +41,7 @@ from .initialize import SAMPLE_TOKENS, initialize
 from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .objective import AuxSettings, Divergence, Objective
-from .optim import Schedule, lr_share
+from .optim import Schedule, averages, lr_share
 from .phases import Phases
 from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
 from .processes import from_first, mesh, own_ranks, require_agreement
@@ -251,8 +251,9 @@ def open_streams(
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
                 raise ValueError(
-                    "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
-                    f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
+                    "activations: expected a list for recipes of several batch_tokens "
+                    f"({', '.join(str(group[0].batch_tokens) for group in groups)}), got an iterator. Give a list, or use one "
+                    "batch_tokens."
                 )
             streams: list[ActivationStream] = [
                 TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest, part)
@@ -370,7 +371,7 @@ def _train(
             with _telling_what_is_kept(groups), doing(f"calibrating {member.recipe.out_dir}"):
                 # Only the loadable dictionary is calibrated; the saved state stays as training left it.
                 # Every rank has the whole dictionary, reads the same tokens and gets the same thresholds.
-                dictionary = whole_dictionary(member.dictionary)
+                dictionary = whole_dictionary(member.dictionary, averages(member.dictionary, member.optimizer))
                 dictionary.ranks = ALONE
                 found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
@@ -424,7 +425,7 @@ class Start:
         for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
             width, rest = divmod(rows.shape[1], len(hooks))
             if rest:
-                raise ValueError(f"{name}: expected a width that {len(hooks)} layers share equally, got {rows.shape[1]}.")
+                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} layers, got {rows.shape[1]}.")
             found |= dict.fromkeys(hooks, width)
         return found
 
@@ -478,7 +479,8 @@ def _member(
     dictionary.ranks = ranks.batch
     # The default is half the width of one output hook.
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
-    aux = AuxSettings(recipe.auxk_weight, auxk_latents, recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
     weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
     objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(

@@ -22,6 +22,7 @@ from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
 from .divided import own_tensors, whole_tensors
 from .objective import LatentUsage, Terms
+from .optim import AVERAGE
 from .phases import Phases, density_half_life
 
 STATE_FILE = "state.safetensors"
@@ -87,7 +88,7 @@ class TrainState:
 
     @property
     def usage(self) -> LatentUsage:
-        return LatentUsage(self.dead, self.density)
+        return LatentUsage(self.dead, self.density, self.step)
 
     def dead_share(self) -> float:
         """Return the share of all shards' latents that are dead."""
@@ -227,9 +228,13 @@ class StateContents:
 
     @property
     def dictionary_tensors(self) -> dict[str, Tensor]:
-        """Tensors of the dictionary's ``state_dict()``."""
-        encoder = {f"encoder.{name}": t for name, t in _below(f"encoder-{self.active}/", self.tensors).items()}
-        return _below("dictionary/", self.tensors) | encoder
+        """Tensors of the dictionary's ``state_dict()``, with averaged weights if they are kept."""
+        found = {}
+        for part, prefix in (("dictionary", ""), (f"encoder-{self.active}", "encoder.")):
+            averages = _below(f"optimizer/{part}/", self.tensors)
+            for name, tensor in _below(f"{part}/", self.tensors).items():
+                found[f"{prefix}{name}"] = averages.get(f"{name}/{AVERAGE}", tensor)
+        return found
 
     def write(self, directory: Path) -> None:
         """Replace the saved state. If it cannot be written, raise ``WriteError`` and keep the old one."""

@@ -21,6 +21,7 @@ from .jumprelu import JumpReLU
 from .lista import Lista
 from .matching_pursuit import MatchingPursuit
 from .matryoshka import Matryoshka
+from .multi_topk import MultiTopK
 from .mutual_choice import MutualChoice
 from .relu import ReLU
 from .residual_pursuit import ResidualPursuit
@@ -37,6 +38,8 @@ ENCODERS: dict[str, type[Encoder]] = {
     "batch_topk": BatchTopK,
     "matryoshka": Matryoshka,
     "lista": Lista,
+    "multi_topk": MultiTopK,
+    "signed_topk": SignedTopK,
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,
@@ -44,7 +47,6 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 LOADED_ENCODERS: dict[str, type[Encoder]] = {
     "threshold": Threshold,
-    "signed_topk": SignedTopK,
     "group_max": GroupMax,
     "residual_pursuit": ResidualPursuit,
 }

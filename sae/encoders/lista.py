@@ -33,8 +33,8 @@ class Lista(Calibrated):
     threshold is a constant for the gradient.
 
     Sources: Gregor and LeCun 2010 for the unrolled iteration; for its form with the budget of BatchTopK, one step and eta 0.3,
-    the LISTA-Matryoshka of Chanin 2026. Train with ``k`` falling from a larger one (``schedules: {k: [[0, 40], [0.6, 16]]}``):
-    on planted data that is most of what is gained.
+    the LISTA-Matryoshka of Chanin 2026, where ``k`` falls from a larger one (``schedules: {k: [[0, 40], [0.6, 16]]}``). On the
+    embedded model that raised the error (fvu 0.0255 without it, 0.0293 with it).
 
     Args:
         k: Active latents per token; on average over a batch with ``budget: batch``.

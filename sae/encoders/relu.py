@@ -1,4 +1,7 @@
-"""ReLU with an L1 penalty on its values."""
+"""ReLU with a penalty on its values: L1, logarithm, or square root."""
+
+import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,9 +13,16 @@ from ..sparse_code import AuxTerms, SparseCode
 from ..sparse_ops import per_entry
 from ..tiled_scores import Scorer, above
 
+# Value, in normalized units, below which the concave penalties are nearly linear.
+EPS = 0.1
+
 
 class ReLU(Penalised):
-    """Encoder that keeps every positive pre-activation, with an L1 penalty on values weighted by decoder norm.
+    """Encoder that keeps every positive pre-activation, with a penalty on values weighted by decoder norm.
+
+    The L1 penalty charges large values most, and so shrinks them. The concave penalties approach a charge per active latent:
+    with ``m`` a value times its decoder norm, ``log`` is ``log(1 + m / eps) / log(1 + 1 / eps)``, and ``sqrt`` is ``sqrt(m +
+    eps) - sqrt(eps)``, with eps 0.1; the first is 1 at ``m = 1``, as L1 is.
 
     The norm makes the penalty invariant to rescaling a latent, so decoder norms need no constraint; they are folded to unit
     norm, together with the values, when training ends. The sum over latents is divided by the width of one site, which gives
@@ -26,6 +36,7 @@ class ReLU(Penalised):
         target_l0: Target mean L0 per token; ``None`` keeps the weight fixed.
         ramp: Fraction of the run over which the weight rises from 0.
         pre_act_loss: Weight of the auxiliary loss on dead latents, in units of FVU.
+        penalty_form: Charge for a value.
     """
 
     unit_atoms = False
@@ -36,8 +47,10 @@ class ReLU(Penalised):
         target_l0: int | float | None = None,
         ramp: int | float = 0.1,
         pre_act_loss: int | float = 0.03,
+        penalty_form: Literal["l1", "log", "sqrt"] = "l1",
     ):
         super().__init__(sparsity, target_l0, ramp, pre_act_loss)
+        self.penalty_form = penalty_form
         self.penalty = SparsityPenalty()
 
     def forward(
@@ -49,7 +62,8 @@ class ReLU(Penalised):
         if not self.training or tokens == 0:
             return code
         norms = weights.W_dec.norm(dim=-1)
-        measure = weights.shards.reduced((code.values * per_entry(norms, code.latents)).sum() / (tokens * weights.unit))
+        charged = charge(code.values * per_entry(norms, code.latents), self.penalty_form)
+        measure = weights.shards.reduced(charged.sum() / (tokens * weights.unit))
         l0 = weights.ranks.mean(weights.shards.sum(torch.tensor(len(code.values) / tokens, device=x.device)))
         penalties = {"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)}
         return SparseCode(
@@ -66,3 +80,10 @@ class ReLU(Penalised):
     def raise_cuts(self, by: float, weights: Weights) -> None:
         assert weights.b_enc is not None
         weights.b_enc.sub_(by)
+
+
+def charge(m: Float[Tensor, " nnz"], form: str) -> Float[Tensor, " nnz"]:
+    """Return the penalty of every active latent; ``m`` are values times decoder norms."""
+    if form == "log":
+        return (m / EPS).log1p() / math.log1p(1 / EPS)
+    return (m + EPS).sqrt() - math.sqrt(EPS) if form == "sqrt" else m

@@ -1,4 +1,4 @@
-"""Signed TopK: a fixed number of latents per token, with negative values allowed. For loaded dictionaries, not for training."""
+"""Signed TopK: a fixed number of latents per token, with negative values allowed."""
 
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..encoder import Encoder, Weights, require_argument, require_k, scorer, with_gradient
+from ..encoder import Encoder, Weights, of_all_shards, require_argument, require_k, scorer, with_gradient
 from ..sparse_code import SparseCode
 from ..tiled_scores import Tile, largest_per_token, pick
 
@@ -16,10 +16,15 @@ class SignedTopK(Encoder):
     """Encoder that keeps the k largest pre-activations of every token, with their signs.
 
     ``by: value`` ranks by value, which is ``topk`` without the ReLU, as in circuit-tracer's transcoders. ``by: size`` ranks by
-    absolute value, so that a latent represents a direction and its opposite: AbsTopK, arXiv:2510.00404.
+    absolute value, so that a latent represents a direction and its opposite: AbsTopK, arXiv:2510.00404. AuxK revives dead
+    latents by their positive side.
+
+    Args:
+        k: Active latents per token.
+        by: Rank of the pre-activations: value, or absolute value.
     """
 
-    unit_atoms = False
+    signed = True
 
     def __init__(self, k: int, by: Literal["value", "size"] = "value"):
         super().__init__()
@@ -29,10 +34,11 @@ class SignedTopK(Encoder):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
-        scores = scorer(x, weights)
+        scores, k = scorer(x, weights), min(self.k, len(weights.W_enc))
+        tiles = scores.tiles() if self.by == "value" else _sizes(scores.tiles())
+        found = of_all_shards(largest_per_token(tiles, k), self.k, weights.shards)
         if self.by == "value":
-            return with_gradient(largest_per_token(scores.tiles(), self.k), x, weights)
-        found = largest_per_token(_sizes(scores.tiles()), self.k)
+            return with_gradient(found, x, weights)
         return with_gradient(SparseCode(found.latents, pick(scores, found), found.starts), x, weights)
 
     def prepare(self, n_latents: int) -> None:

@@ -306,6 +306,7 @@ def _lista(_encoder: Any, _: int) -> tuple[ActivationFn, tuple[str, ...]]:
 # Encoder name -> its activation function in eval mode.
 GATE_OF: dict[str, Callable[[Any, int], tuple[ActivationFn, tuple[str, ...]]]] = {
     "topk": _plain("topk", "k"),
+    "multi_topk": _plain("topk", "k"),
     "gradient_topk": _gradient_topk,
     "relu": _plain("relu"),
     "gated": _gated,

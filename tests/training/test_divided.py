@@ -19,6 +19,8 @@ SPECS = [
     {"name": "lista", "k": 3, "budget": "token"},
     {"name": "lista", "k": 3, "select": "soft"},
     {"name": "lista", "k": 3, "budget": "token", "select": "soft"},
+    {"name": "multi_topk", "k": 2},
+    {"name": "signed_topk", "k": 3, "by": "size"},
     {"name": "gradient_topk", "k": 3, "beta": 2},
     {"name": "relu", "target_l0": 3},
     {"name": "gated", "target_l0": 3},

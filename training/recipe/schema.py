@@ -192,6 +192,16 @@ class DictionarySection(Section):
     normalize: Literal["scale", "none"] = Field(
         default="scale", description="scale: divide by one constant, so that the variance per dimension is 1"
     )
+    aligned: bool = Field(
+        default=False,
+        description="sae: keep the product of every encoder row with its decoder direction at 1 (arXiv:2605.18629): after each "
+        "step, encoder rows are moved by the least that makes it so",
+    )
+    orthogonality: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="weight of a penalty on overlapping decoder directions (OrtSAE, arXiv:2509.22033): the mean squared cosine "
+        "of each with the nearest of 1024 others, drawn at every step; costs half an encoder product at 2048 tokens",
+    )
     init: Literal["data", "random"] = Field(
         default="data", description="initial decoder directions; data: centered activations; random: isotropic"
     )
@@ -281,6 +291,11 @@ class Recipe(Section):
         default=0.003,
         description="maximum gradient norm; null: no clipping. The loss is an FVU, so 0.003 clips nearly every step: Adam then "
         "sees gradients of equal norm, and the large ones at the start do not slow the rest of the run",
+    )
+    weight_average: Share = Field(
+        default=0.0,
+        description="above 0 the checkpoint holds an exponential mean of the weights with this decay per step, e.g. 0.999; "
+        "the training itself is unchanged",
     )
     screen: Literal["none", "int8"] = Field(
         default="none",

@@ -288,6 +288,13 @@ def _check_training(recipe: Recipe) -> list[str]:
                 f"phases.{i}.blend: expected 0 between encoders with free and with unit-norm decoders (relu and others), "
                 f"got {phase.blend}."
             )
+    if recipe.dictionary.aligned and (recipe.dictionary.kind != "sae" or any(ENCODERS[name].tied for name in names)):
+        problems.append(
+            "dictionary.aligned: expected it with kind sae and an encoder with its own weights, because it fixes the products "
+            "of encoder rows and decoder directions. Leave it out."
+        )
+    if recipe.weight_average and recipe.phases:
+        problems.append(f"weight_average: expected 0 with phases, which may rescale weights, got {recipe.weight_average}.")
     tied = {ENCODERS[spec["name"]].tied for _, spec in specs if spec.get("name") in ENCODERS}
     if len(tied) > 1:
         problems.append("phases: an encoder with tied weights (matching_pursuit) cannot share a run with one without.")
@@ -313,9 +320,9 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
             else:
                 if encoder.smallest_batch > pool:
                     found = [
-                        f"batch_tokens: {case['name']} gives every latent a match: {pool} tokens x k {case['k']} = "
-                        f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Give at least "
-                        f"{encoder.smallest_batch} tokens a batch (divided by accumulate), raise k, or lower n_latents."
+                        f"batch_tokens: {case['name']} needs one match per latent, got {pool} tokens x k {case['k']} = "
+                        f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Set batch_tokens / accumulate "
+                        f"to at least {encoder.smallest_batch}, raise k, or lower n_latents."
                     ]
                 if encoder.for_saes and where == key and recipe.dictionary.kind == "transcoder":
                     because = f"because {encoder.for_saes}, got transcoder."

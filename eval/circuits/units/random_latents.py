@@ -19,6 +19,7 @@ from ....sae.encoders.group_max import GroupMax
 from ....sae.encoders.jumprelu import PACE, JumpReLU
 from ....sae.encoders.lista import Lista
 from ....sae.encoders.matching_pursuit import MatchingPursuit
+from ....sae.encoders.multi_topk import MultiTopK
 from ....sae.encoders.relu import ReLU
 from ....sae.encoders.residual_pursuit import ResidualPursuit
 from ....sae.encoders.signed_topk import SignedTopK
@@ -33,7 +34,7 @@ MARGIN = 1e-3
 
 
 # Encoders with a fixed (maximum) number of active latents, for any decoder directions.
-COUNTED = (TopK, GradientTopK, MatchingPursuit, SignedTopK, GroupMax, ResidualPursuit)
+COUNTED = (TopK, MultiTopK, GradientTopK, MatchingPursuit, SignedTopK, GroupMax, ResidualPursuit)
 
 
 @torch.no_grad()
@@ -104,8 +105,8 @@ def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, "
         b_enc.sub_(thresholds)
     else:
         raise ValueError(
-            f"random_like: the l0 of the encoder {type(encoder).__name__} cannot be matched here. Say in "
-            "eval/circuits/units/random_latents.py what makes its latents fire."
+            f"random_like: expected an encoder whose l0 can be matched, got {type(encoder).__name__}. Add it to "
+            "eval/circuits/units/random_latents.py."
         )
 
 

@@ -9,18 +9,19 @@ from sparsary.sae.encoders import ENCODERS, LOADED_ENCODERS, build_encoder, enco
 D, LATENTS, TOKENS = 11, 30, 13
 ARGUMENTS = {
     "threshold": {},
-    "signed_topk": {"k": 3, "by": "value"},
     "group_max": {"k": 5},
     "residual_pursuit": {"max_steps": 4, "residual_norm": 0.5, "stop_on_repeat": True},
 }
-CASES = [*ARGUMENTS.items(), ("signed_topk", {"k": 3, "by": "size"})]
+# Trained too, but with negative values.
+SIGNED = [("signed_topk", {"k": 3, "by": by}) for by in ("value", "size")]
+CASES = [*ARGUMENTS.items(), *SIGNED]
 
 
 @pytest.fixture(params=range(len(CASES)), ids=[f"{name}{i}" for i, (name, _) in enumerate(CASES)])
 def sae(request):
     name, arguments = CASES[request.param]
     torch.manual_seed(3)
-    sae = SAE(D, LATENTS, LOADED_ENCODERS[name](**arguments))
+    sae = SAE(D, LATENTS, (ENCODERS | LOADED_ENCODERS)[name](**arguments))
     with torch.no_grad():
         if sae.W_enc is not None:
             sae.W_enc.add_(0.1 * torch.randn(LATENTS, D))
@@ -81,7 +82,7 @@ def test_saved_then_loaded_is_bit_equal(sae, tmp_path, assert_same_tensors):
 def test_largest_by_size_may_be_negative_and_by_value_too():
     x = torch.tensor([[-3.0, 1.0, 2.0, -0.5]])
     for by, expected in (("value", [0, 1, 2, 0]), ("size", [-3, 0, 2, 0])):
-        sae = SAE(4, 4, LOADED_ENCODERS["signed_topk"](k=2, by=by)).eval()
+        sae = SAE(4, 4, ENCODERS["signed_topk"](k=2, by=by)).eval()
         with torch.no_grad():
             sae.W_enc.copy_(torch.eye(4))
         assert sae.encode(x).to_dense(4).tolist() == [expected]
