@@ -20,7 +20,7 @@ import pytest
 from beartype import beartype
 from jaxtyping import _import_hook, install_import_hook, jaxtyped
 
-# Collecting makes millions of objects that stay; looking for garbage among them again and again is a sixth of its time.
+# Collecting makes millions of objects that stay: it is of no use to look for garbage among them again and again.
 gc.disable()
 
 # Runs before sparsary is imported, because functions are wrapped when their module is loaded. The corpus is left out: it
