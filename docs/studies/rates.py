@@ -30,11 +30,13 @@ FAMILIES = ("topk", "jumprelu", "gated")
 FIGURES = ("fvu", "dead_fraction")
 
 
-def variants(family: str, path: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
+def variants(family: str, path: Path, autos: list[str], rates: list[float]) -> dict[str, dict[str, Any]]:
     """Return the changes to a recipe by the name of the run group; the recipe as it is comes first."""
     recipe = load_recipe(path)
-    found: dict[str, dict[str, Any]] = {family: {}, f"{family}-lr_auto": {"lr": "auto"}}
-    if build_encoder(recipe.dictionary.encoder).betas != recipe.betas:
+    found: dict[str, dict[str, Any]] = {family: {}}
+    if "lr" in autos:
+        found[f"{family}-lr_auto"] = {"lr": "auto"}
+    if "betas" in autos and build_encoder(recipe.dictionary.encoder).betas != recipe.betas:
         found[f"{family}-betas_auto"] = {"betas": "auto"}
     return found | {f"{family}-lr_{rate:g}": {"lr": rate} for rate in rates}
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("name", choices=("embedded", "stories3M"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--family", action="append", help=f"repeatable; by default {', '.join(FAMILIES)}")
+    parser.add_argument("--auto", action="append", choices=("lr", "betas"), help="repeatable; by default both")
     parser.add_argument("--lr", action="append", type=float, default=[], help="a further learning rate; repeatable")
     options = parser.parse_args()
     out = Path("runs/rates") / options.name
@@ -52,7 +55,7 @@ def main() -> None:
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for family in options.family or FAMILIES:
         path = Path("recipes") / options.name / f"{family}.yaml"
-        groups[family] = variants(family, path, options.lr)
+        groups[family] = variants(family, path, options.auto or ["lr", "betas"], options.lr)
         for name, changes in groups[family].items():
             # JSON is YAML too. No encoder here reads gradients.
             harvest = {"store": str(out / "activations"), "gradients": False}

@@ -132,7 +132,7 @@ def test_a_shape_s_report_and_table(fake):
     assert theirs["memory_over_output"] == 2.0
     table = comparison.tables({"bench": "step", "shapes": [found], "settings": {"rounds": 3}})[0]
     assert table.title == "17 tokens, d 7, 23 latents, k 3; medians of 3 rounds"
-    assert table.rows[2] == ["sparsify", "topk", "8.000", "5.33", "2.00", "0", "2.00"]
+    assert table.rows[2] == ["sparsify", "topk", "8.000", "5.33", "2.00", "0", "2.00", "", ""]
 
 
 def test_slopes_are_exponents():
