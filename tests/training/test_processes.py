@@ -1,5 +1,6 @@
 """Runs of several processes, started by torch's launcher, against runs of one."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -15,6 +16,8 @@ from sparsary.training.recipe import check_recipe
 
 WORKER = Path(__file__).with_name("train_on_ranks.py")
 STEPS = 30
+# One of each way to choose latents: by token, over the batch, by gradients, by thresholds.
+FEW = ("topk", "mutual_choice", "gradient_topk", "jumprelu")
 
 
 def recipe(encoder, latents=1, **changes):
@@ -48,14 +51,14 @@ def activations():
 
 @pytest.fixture(scope="module")
 def alone(activations, encoder_specs, tmp_path_factory):
-    """Runs of one process, by encoder."""
-    directory = tmp_path_factory.mktemp("alone")
-    return {
-        encoder_specs.spec_id(spec): sparsary.train(
-            recipe(spec), [activations], out_dir=str(directory / encoder_specs.spec_id(spec))
-        )
-        for spec in encoder_specs.STARTED
-    }
+    """Return a function that trains the encoder of a test id in one process, once."""
+    directory, specs = tmp_path_factory.mktemp("alone"), {encoder_specs.spec_id(spec): spec for spec in encoder_specs.STARTED}
+
+    @functools.cache
+    def train(name):
+        return sparsary.train(recipe(specs[name]), [activations], out_dir=str(directory / name))
+
+    return train
 
 
 def assert_same_run(one, other):
@@ -73,16 +76,21 @@ def assert_same_run(one, other):
             assert theirs[key] == pytest.approx(mine[key], rel=1e-4), key
 
 
-@pytest.mark.parametrize(("processes", "latents"), [(2, 1), (2, 2), (4, 2)])
-def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, processes, latents):
+@pytest.mark.parametrize(
+    ("processes", "latents", "names"),
+    [(2, 1, FEW), (2, 1, None), (2, 2, None), (4, 2, None)],
+    ids=["two, few", "two", "two for the latents", "four"],
+)
+def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, processes, latents, names):
     """Every save compares the ranks' weights bit by bit, so that the run would have ended if they differed."""
     specs = [spec for spec in encoder_specs.STARTED if latents == 1 or spec in encoder_specs.DIVIDED]
+    specs = [spec for spec in specs if names is None or spec["name"] in names]
     found = on_ranks(processes, tmp_path, [recipe(spec, latents) for spec in specs])
     for spec, directory in zip(specs, found, strict=True):
-        assert_same_run(alone[encoder_specs.spec_id(spec)], directory)
+        assert_same_run(alone(encoder_specs.spec_id(spec)), directory)
 
 
-def test_a_run_continues_on_another_mesh(alone, activations, tmp_path):
+def test_a_run_continues_on_another_mesh(activations, tmp_path):
     encoder = {"name": "topk", "k": 3}
     # The schedule is that of the whole run, whose second half is added afterwards.
     half = recipe(encoder, tokens=48 * STEPS // 2, lr_decay=0.0, lr_warmup_steps=0)
