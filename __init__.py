@@ -186,6 +186,8 @@ def main() -> None:
     # Hides log lines of these libraries on requests and caches.
     for name in ("httpx", "urllib3", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It prints its warnings itself.
+    logging.getLogger("huggingface_hub").propagate = False
     debug = "--debug" in sys.argv
     sys.argv[:] = [argument for argument in sys.argv if argument != "--debug"]
     # A log line that cannot be written, for example to a closed pipe, must not print a traceback.
@@ -250,6 +252,12 @@ def _run() -> tuple[int, str]:
     return status, INTERRUPTED if status == 130 else ""
 
 
+def _help_command(error: BaseException) -> str:
+    """Return the command line that shows the help of the command with the usage error."""
+    context = getattr(error, "ctx", None)
+    return f"{getattr(context, 'command_path', None) or 'sparsary'} --help"
+
+
 def _ended(error: BaseException) -> tuple[int, str]:
     """Return the exit status and the message for an error."""
     from .training.signals import Stopped
@@ -267,7 +275,8 @@ def _ended(error: BaseException) -> tuple[int, str]:
         return 2, missing
     if type(error).__module__.split(".")[0] in ("typer", "click"):
         said = getattr(error, "format_message", lambda: str(error))()
-        return 2, f"sparsary: {said} Try: sparsary --help"
+        said = said if said.endswith((".", "?")) else f"{said}."
+        return 2, f"sparsary: {said} Try: {_help_command(error)}"
     try:
         # Imported lazily: it loads torch, and `--help` must stay fast.
         from .sae.errors import WriteError, operating_system_message

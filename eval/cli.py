@@ -155,7 +155,9 @@ def _features(
     from .features.run import Explainer, features, features_summary
 
     if address is not None and explainer is None:
-        raise ValueError("--explainer: required with --address: the name by which the endpoint knows the model.")
+        raise ValueError(
+            "--explainer: expected the model's name at the endpoint with --address, got none. Give --explainer NAME."
+        )
     asked = None if explainer is None else Explainer(explainer, address, explain, key_env, requests_per_minute)
     about = features(checkpoint, out, tokens, explainer=asked, options=options)
     print_fields(features_summary(about))

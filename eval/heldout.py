@@ -134,7 +134,7 @@ class Halves:
             self.scored_from = piece.cursor if self.within else Cursor(piece.cursor.document + 1, 0)
         if not self.fitted:
             raise ValueError(
-                "text: no held-out document was found. Raise harvest.heldout, give longer text, or name another: --text FILE."
+                "text: expected held-out documents, got none. Raise harvest.heldout, or give longer or other text: --text FILE."
             )
 
     def score(self) -> Iterator[TextBatch]:
@@ -149,8 +149,8 @@ class Halves:
             yield piece
         if not self.scored:
             raise ValueError(
-                f"text: the held-out documents hold only {self.fitted} tokens, not the {self.asked} asked for, and none was "
-                "left to score. Raise harvest.heldout, give longer text, or name another: --text FILE."
+                f"text: expected {self.asked} held-out tokens, got {self.fitted}, and none was left to score. Raise "
+                "harvest.heldout, give longer text, or name another: --text FILE."
             )
 
 

@@ -62,7 +62,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise ValueError(f"{directory}: expected a checkpoint directory, found none. Train one with `sparsary train RECIPE`.")
     config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: expected {FORMAT!r}. This is not a sparsary dictionary.")
+        raise ValueError(f"{path}: expected a sparsary dictionary, with format {FORMAT!r}, got other JSON.")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format_version: expected {FORMAT_VERSION}, got {config.get('format_version')!r}. "

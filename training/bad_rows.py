@@ -66,7 +66,7 @@ class BadRows:
         if self.section.on_bad_row == "skip":
             share = f"{self.bad:,} of {self.rows:,} rows are bad, above {self.key}.max_bad_share = {self._limit:g}. "
         else:
-            share, remedy = "", f"{remedy} Or set {self.key}.on_bad_row: skip, which leaves such rows out and counts them."
+            share, remedy = "", f"{remedy} Or set {self.key}.on_bad_row: skip, which excludes such rows and counts them."
         raise ValueError(f"{where}. {share}{remedy}")
 
 

@@ -1,5 +1,6 @@
 """Description of a checkpoint, a stack of checkpoints or an activation store, with verified checksums."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def describe_files(path: str, options: CheckpointOptions = NO_OPTIONS) -> tuple[
         return _describe_checkpoint(directory)
     if is_stack(directory):
         return _describe_members(directory)
+    if directory.is_absolute() and not directory.exists():
+        raise ValueError(f"{path}: expected a checkpoint, an activation store or another library's dictionary, found none.")
     try:
         return _describe_foreign(path, options), []
     except ValueError as error:
@@ -45,7 +48,7 @@ def _describe_foreign(path: str, options: CheckpointOptions) -> list[tuple[str, 
     lines: list[tuple[str, str]] = []
     for name, dictionary in found.dictionaries.items():
         source, arguments = found.provenances[name], dictionary.arguments()
-        encoder = ", ".join(f"{key} {value}" for key, value in arguments["encoder"].items())
+        encoder = _encoder(arguments["encoder"])
         text = source.get("text") or {}
         lines += [
             ("dictionary", f"{_sizes(arguments)}, {encoder}"),
@@ -80,7 +83,7 @@ def _describe_store(store: ActivationStore) -> tuple[list[tuple[str, str]], list
         ("model", f"{manifest['model']['id']}  {manifest['model']['dtype']}"),
         ("text", f"{manifest['text']['source']}, contexts of {manifest['text']['context_length']} tokens"),
         ("tokens", f"{store.tokens('train'):,} training, {store.tokens('heldout'):,} held-out, stored as {manifest['dtype']}"),
-        ("excluded", f"special tokens: {manifest['exclude']['special']}, leading positions: {manifest['exclude']['leading']}"),
+        ("excluded", _excluded(manifest["exclude"]["special"], manifest["exclude"]["leading"])),
     ]
     for hook, entry in manifest["hooks"].items():
         variance = store.moments(hook).variance() / entry["width"]
@@ -99,7 +102,7 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
     config = read_config(directory)
     dictionary = load_dictionary(directory)
     source = config["provenance"]
-    arguments = ", ".join(f"{key} {value}" for key, value in config["dictionary"]["encoder"].items())
+    arguments = _encoder(config["dictionary"]["encoder"])
     matches = sha256(directory / WEIGHTS_FILE) == config.get("weights_sha256")
     lines = [
         ("dictionary", f"{_sizes(config['dictionary'])}, {arguments}"),
@@ -118,11 +121,21 @@ def _describe_checkpoint(directory: Path) -> tuple[list[tuple[str, str]], list[s
     return lines, [] if matches else [damage]
 
 
+def _encoder(arguments: Mapping[str, Any]) -> str:
+    """Describe an encoder: ``topk, k 16``."""
+    return ", ".join([str(arguments["name"]), *(f"{key} {value}" for key, value in arguments.items() if key != "name")])
+
+
+def _excluded(special: bool, leading: int) -> str:
+    parts = ["special tokens"] * bool(special) + [f"the first {leading} positions of every context"] * bool(leading)
+    return " and ".join(parts) or "nothing"
+
+
 def _origin(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """Return how a dictionary was trained, or what it was converted from and how."""
     converted = provenance.get("converted")
     if converted is None:
-        made = f"sparsary {provenance.get('sparsary_version')}, commit {provenance.get('git_commit')}"
+        made = f"sparsary {provenance.get('sparsary_version')}, commit {str(provenance.get('git_commit') or 'unknown')[:12]}"
         doubts = [("doubt", word) for word in doubts_of_files(provenance)]
         return [("trained on", f"{provenance.get('training_tokens', 0):,} tokens"), ("made by", made), *doubts]
     lines = [("read as", converted["evidence"]), *(("folded or renamed", word) for word in converted["done"])]

@@ -65,7 +65,7 @@ def initialize(
                 where = f" of site {number}" if len(dictionary.sites) > 1 else ""
                 raise ValueError(
                     f"{name}{where}: expected variance above 0, got {variance} over {measured.count} tokens. "
-                    "Is the hook constant?"
+                    "Choose a hook whose activations vary."
                 )
             if normalize == "scale":
                 # A scalar for one site, else one value per column.

@@ -280,8 +280,8 @@ def _text_size(member: ResolvedRecipe) -> TextSize | None:
         raise
     if size.whole and not size.train:
         raise ValueError(
-            f"text: no token is left to train on: in contexts of {recipe.text.context_length} tokens, {size.documents} "
-            f"document{'s' * (size.documents != 1)}, of which {size.heldout_documents} held out, hold none that counts. Give "
+            f"text: expected tokens to train on, got none from {size.documents} document{'s' * (size.documents != 1)} "
+            f"({size.heldout_documents} held out) in contexts of {recipe.text.context_length} tokens. Give "
             "longer text, or lower text.context_length, harvest.heldout or harvest.exclude_leading."
         )
     return size

@@ -197,8 +197,10 @@ def _named(section: DictionarySection, model: LanguageModel) -> DictionarySectio
     two_sided = section.kind != "sae"
     if two_sided != (section.site in TWO_SIDED):
         choices = ", ".join(site for site in sites_of(model.module) if (site in TWO_SIDED) == two_sided)
-        does = "reads one tensor and predicts another" if two_sided else "reconstructs one tensor"
-        raise ValueError(f"dictionary.site: kind {section.kind} {does}: expected one of {choices}, got {section.site!r}.")
+        does = "predicts one tensor from another" if two_sided else "reconstructs one tensor"
+        raise ValueError(
+            f"dictionary.site: expected one of {choices}, because kind {section.kind} {does}, got {section.site!r}."
+        )
     reads, writes = (tuple(side) for side in zip(*pairs, strict=True))
     hooks: dict[str, Any] = {"hook_in": reads, "hook_out": writes}
     if section.kind == "sae":

@@ -250,8 +250,9 @@ def open_streams(
         if activations is not None:
             if len(groups) > 1 and isinstance(activations, Iterator):
                 raise ValueError(
-                    "activations: an iterator gives batches of one size only, the recipes want batch_tokens "
-                    f"{', '.join(str(group[0].batch_tokens) for group in groups)}. Give a list, or one batch_tokens."
+                    "activations: expected a list for recipes of several batch_tokens "
+                    f"({', '.join(str(group[0].batch_tokens) for group in groups)}), got an iterator. Give a list, or use one "
+                    "batch_tokens."
                 )
             streams: list[ActivationStream] = [
                 TensorStream(activations, group[0].batch_tokens, group[0].dictionary.kind != "sae", first.harvest, part)
@@ -423,7 +424,7 @@ class Start:
         for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
             width, rest = divmod(rows.shape[1], len(hooks))
             if rest:
-                raise ValueError(f"{name}: expected a width that {len(hooks)} layers share equally, got {rows.shape[1]}.")
+                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} layers, got {rows.shape[1]}.")
             found |= dict.fromkeys(hooks, width)
         return found
 

@@ -17,6 +17,8 @@ from rich.text import Text
 LOG_SECONDS = 60.0
 # Columns below which the bar itself is left out, so that the figures fit.
 WIDE = 100
+# Units a second below which the time of one unit is shown instead.
+SLOWEST_RATE = 0.2
 # A notebook's output is updated no more often than this, in seconds, and shows this many finished stages of a cell.
 NOTEBOOK_SECONDS = 0.3
 NOTEBOOK_LINES = 10
@@ -77,7 +79,7 @@ class StageProgress:
         share = f"{self.done / self.total:.0%}".replace("%", " %") if self.total else ""
         amounts, rate, left = f"{self.done:,} of {self.total:,} {self.unit}", "", ""
         if per_second := self.rate():
-            rate = f"{rounded(per_second)} {self.unit}/s"
+            rate = self._speed(per_second)
             if self.done < self.total:
                 left = f"{duration((self.total - self.done) / per_second)} left"
         lines = (
@@ -99,12 +101,19 @@ class StageProgress:
         DISPLAY.close(self, outcome)
         log.info("%s", outcome)
 
+    def _speed(self, per_second: float) -> str:
+        """Return the rate in words: units a second, or the time of one unit that takes seconds."""
+        slow = per_second < SLOWEST_RATE
+        return (
+            f"{duration(1 / per_second)} per {self.unit.removesuffix('s')}" if slow else f"{rounded(per_second)} {self.unit}/s"
+        )
+
     def _outcome(self, failed: bool) -> str:
         if failed:
             return f"{self.name}: stopped at {self.done:,} of {self.total:,} {self.unit}."
         seconds = time.perf_counter() - self.begun[0]
         done = self.done - self.begun[1]
-        rate = f", {rounded(done / seconds)} {self.unit}/s" if done and seconds else ""
+        rate = f", {self._speed(done / seconds)}" if done and seconds else ""
         stats = f"  {self.stats}" if self.stats else ""
         return f"{self.name}: {done:,} {self.unit} in {duration(seconds)}{rate}{stats}"
 

@@ -95,7 +95,7 @@ def convert(
         except ValueError as error:
             raise ValueError(f"--to: {str(error).replace('expected one of', f'expected one of {OURS},')}") from None
     if to == OURS and dtype not in ("float32", "auto"):
-        raise ValueError(f"--dtype: expected float32, which our checkpoints are of, got {dtype!r}.")
+        raise ValueError(f"--dtype: expected float32, the dtype of sparsary checkpoints, got {dtype!r}.")
     dtype = "float32" if to == OURS else dtype
     target = Path(destination)
     require_empty(target)

@@ -71,7 +71,7 @@ def main() -> None:
     first, seen = first_activations(dict(sorted(runs.items())), tuple(options.text), options.tokens)
     windows = [window for window in WINDOWS if window < seen] + [seen]
     shares = {name: [float((firsts >= window).double().mean()) for window in windows] for name, firsts in first.items()}
-    print("| family | " + " | ".join(f"{window:,} tokens" for window in windows) + " |\n|" + "---|" * (1 + len(windows)))
+    print("| encoder | " + " | ".join(f"{window:,} tokens" for window in windows) + " |\n|" + "---|" * (1 + len(windows)))
     for family in sorted({name.split("/")[0] for name in shares}):
         seeds = [row for name, row in shares.items() if name.split("/")[0] == family]
         cells = [_cell([row[place] for row in seeds]) for place in range(len(windows))]

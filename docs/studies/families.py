@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FIGURES = (
-    ("cross-entropy +", "ce_increase", ".4f"),
+    ("CE increase", "ce_increase", ".4f"),
     ("KL", "kl_spliced", ".4f"),
     ("l0", "l0_mean", ".2f"),
     ("dead, scored", "dead_fraction", ".1%"),
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path)
     families = json.loads(parser.parse_args().comparison.read_text(encoding="utf-8"))["families"]
-    print("| family | fvu | " + " | ".join(label for label, _, _ in FIGURES) + " |\n|" + "---|" * (2 + len(FIGURES)))
+    print("| encoder | fvu | " + " | ".join(label for label, _, _ in FIGURES) + " |\n|" + "---|" * (2 + len(FIGURES)))
     for family in sorted(families, key=lambda family: family["figures"]["fvu"]["mean"]):
         fvu = family["figures"]["fvu"]
         cells = [f"{fvu['mean']:.4f} ({fvu['low']:.4f}-{fvu['high']:.4f})"]

@@ -1,6 +1,7 @@
 """Feature circuits with ground truth: recovery of circuits by SAE latents when the residual stream is rotated.
 
     python docs/studies/known_features.py [--seeds 3]
+    python docs/studies/known_features.py --tables
 
 Models with hand-written weights compute with named directions. As built, these are neurons; after a random rotation, no
 neuron is one of them. On both, circuits are discovered by attribution patching of neurons of the residual stream after every
@@ -8,10 +9,11 @@ block, the planted directions themselves (both signs, as a dictionary), latents 
 ablated), and random features. Half of the pairs choose the circuits, the other half judge them; of these, every other pair
 sizes the circuit of 80 % faithfulness, and the rest measure its faithfulness. Compared are also CMD and, for latents, the ROC
 AUC of their scores, where positives are latents that write mostly into planted directions with an exact effect. Writes
-docs/results/known-features.json and prints the table of docs/circuits.md.
+docs/results/known-features.json and prints the tables of docs/circuits.md; --tables prints them from that file.
 """
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -154,16 +156,37 @@ def study(name: str, seed: int, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def shown(values: list[float | None]) -> str:
+def shown(values: list[float | None], none: str = "-", signed: bool = False) -> str:
+    """Return the mean and half of the 95 % interval (Student's t) of the known values, and how many these are."""
     reached = [float(value) for value in values if value is not None and not math.isnan(value)]
     if not reached:
-        return "never"
+        return none
     mean = statistics.mean(reached)
-    half = (
-        float(t.ppf(0.975, len(reached) - 1)) * statistics.stdev(reached) / math.sqrt(len(reached)) if len(reached) > 1 else 0
-    )
-    text = f"{mean:.3g} +- {half:.2g}"
+    text = f"{mean:{'+' if signed else ''}.3g}"
+    if len(reached) > 1:
+        text += f" +- {float(t.ppf(0.975, len(reached) - 1)) * statistics.stdev(reached) / math.sqrt(len(reached)):.2g}"
     return text if len(reached) == len(values) else f"{text} ({len(reached)} of {len(values)})"
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Print the means over seeds, and the differences of latents to neurons, which share seed and pairs."""
+    print("| model | basis | family | units | nodes for 80 % | faithfulness on other pairs | CMD | AUC of latents |")
+    for key in dict.fromkeys((row["model"], row["basis"], row["family"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["basis"], row["family"]) == key]
+        cells = [shown([row["nodes_80"] for row in own], "never")]
+        cells += [shown([row.get(name) for row in own]) for name in ("faithfulness_80", "cmd", "auc")]
+        print(f"| {' | '.join(key)} | {own[0]['units']} | {' | '.join(cells)} |")
+    print("\n| model | basis | nodes for 80 %, latents less neurons | CMD, latents less neurons |")
+    for key in dict.fromkeys((row["model"], row["basis"]) for row in rows):
+        latents, coordinates = (
+            {row["seed"]: row for row in rows if (row["model"], row["basis"], row["family"]) == (*key, family)}
+            for family in ("SAE latents", "neurons")
+        )
+        cells = []
+        for name in ("nodes_80", "cmd"):
+            both = [(row[name], coordinates[seed][name]) for seed, row in latents.items()]
+            cells.append(shown([None if None in pair else pair[0] - pair[1] for pair in both], signed=True))
+        print(f"| {' | '.join(key)} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -171,17 +194,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument("--tables", action="store_true", help="print the tables of the last run")
     options = parser.parse_args()
-    rows = [
-        row for name in options.model or MODELS for seed in range(options.seeds) for row in study(name, seed, options.tokens)
-    ]
     path = Path("docs/results/known-features.json")
-    write_results(path, {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]})
-    print("| model | basis | family | units | nodes for 80 % | faithfulness on other pairs | CMD | AUC of latents |")
-    for key in dict.fromkeys((row["model"], row["basis"], row["family"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["basis"], row["family"]) == key]
-        cells = [shown([row.get(name) for row in own]) for name in ("nodes_80", "faithfulness_80", "cmd", "auc")]
-        print(f"| {' | '.join(key)} | {own[0]['units']} | {' | '.join(cells)} |")
+    if not options.tables:
+        models, seeds = options.model or MODELS, range(options.seeds)
+        rows = [row for name in models for seed in seeds for row in study(name, seed, options.tokens)]
+        write_results(path, {"rows": [{key: None if value != value else value for key, value in row.items()} for row in rows]})
+    print_tables(json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def _targets(local: LocalReplacement, answer: int | None, foil: int | None) -> t
         if token is not None and not 0 <= token < len(logits):
             raise ValueError(f"{name}: expected a token id of 0 to {len(logits) - 1}, got {token}.")
     if foil is not None and answer is None:
-        raise ValueError("foil: expected an answer to compare with, got none. Give answer too.")
+        raise ValueError("foil: expected an answer beside the foil, got none. Give answer too.")
     probabilities = logits.softmax(-1)
     if answer is not None:
         return (Target(answer, foil, float(probabilities[answer]), 1.0),)

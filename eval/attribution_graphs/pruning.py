@@ -93,7 +93,7 @@ def prune(
     """
     for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"{name}: expected 0 to 1, a share of all influence, got {threshold}.")
+            raise ValueError(f"{name}: expected a fraction of all influence, 0 to 1, got {threshold}.")
     reached = influence(adjacency, weights)
     nodes = reached >= _cut(reached, node_threshold)
     optional = len(adjacency) - n_kept

@@ -140,7 +140,7 @@ def _sites_by_layer(
     chosen = list(range(anatomy.n_layers)) if layers is None else list(layers)
     if len(chosen) != dictionary.n_layers or chosen != sorted(set(chosen)):
         raise ValueError(
-            f"layers: expected {dictionary.n_layers} ascending ones, as the cross-layer transcoder has, got {chosen}. "
+            f"layers: expected {dictionary.n_layers} ascending layers, those of the cross-layer transcoder, got {chosen}. "
             "Give the layers it was trained on."
         )
     return {layer: _Member(dictionary, 0, site) for site, layer in enumerate(chosen)}
@@ -160,7 +160,7 @@ def require_model(anatomy: Architecture, provenance: Mapping[str, object]) -> No
     model = provenance.get("model")
     trained_on = model.get("id") if isinstance(model, Mapping) else None
     if trained_on is not None and trained_on != anatomy.model.id:
-        raise ValueError(f"dictionaries: expected ones trained on {anatomy.model.id}, got one trained on {trained_on}.")
+        raise ValueError(f"dictionaries: expected dictionaries trained on {anatomy.model.id}, got one trained on {trained_on}.")
 
 
 def layers_of(anatomy: Architecture, provenance: Mapping[str, object]) -> tuple[int, ...]:
@@ -196,11 +196,13 @@ def _require_fitting(anatomy: Architecture, layer: int, member: _Member) -> None
     widths = site.reads.stop - site.reads.start, site.writes.stop - site.writes.start
     if widths != (anatomy.d_model, anatomy.d_model):
         raise ValueError(
-            f"dictionaries: layer {layer}: expected one from {anatomy.d_model} to {anatomy.d_model}, as the MLPs of "
-            f"{anatomy.model.id} read and write, got {widths[0]} to {widths[1]}."
+            f"dictionaries: layer {layer}: expected d_in = d_out = {anatomy.d_model}, the width of {anatomy.model.id}, got "
+            f"{widths[0]} and {widths[1]}."
         )
     if dictionary.training:
-        raise ValueError(f"dictionaries: layer {layer} is in training mode, where codes depend on the batch. Call eval().")
+        raise ValueError(
+            f"dictionaries: layer {layer}: expected eval mode, as codes depend on the batch in training. Call eval()."
+        )
     if dictionary.blocks[member.site].weights.b_enc is None:
         raise ValueError(
             f"dictionaries: layer {layer}: expected an encoder with pre-activations, got {type(dictionary.encoder).__name__}, "

@@ -299,7 +299,7 @@ def _asked(
     if not all(values):
         if strict:
             raise ValueError(
-                f"claim: {key}: expected a figure that {claim['family']} and {against} both have, got none of one."
+                f"claim: {key}: expected this figure for both {claim['family']} and {against}, got it for one at most."
             )
         return None
     seeds = [each.get("seeds") for each in (family, rival)]

@@ -248,7 +248,7 @@ class Collector:
     def result(self) -> Collected:
         """Return the statistics. Raises ``ValueError`` if there was no token."""
         if not self.tokens:
-            raise ValueError("text: no held-out token was found. Raise harvest.heldout, or give longer text.")
+            raise ValueError("text: expected held-out tokens, got none. Raise harvest.heldout, or give longer text.")
         tokens, _, documents, keys = self.background.ranked()
         there = keys[0] > -np.inf
         hashes = np.take_along_axis(self.background.hashes, np.argsort(-self.background.keys, axis=1, kind="stable"), axis=1)[0]

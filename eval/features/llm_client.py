@@ -128,8 +128,8 @@ class Endpoint(Chat):
         response = self._asked("GET", "models")
         if response.status_code in (401, 403):
             raise ValueError(
-                f"--explainer: {self.url} refuses the key (status {response.status_code}: {response.text[:200]}). It is read "
-                f"from the environment variable {self._key_env}; --key-env names another."
+                f"--explainer: {self.url} rejects the API key (status {response.status_code}: {response.text[:200]}). It is "
+                f"read from the environment variable {self._key_env}; --key-env names another."
             )
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Endpoint(Chat):
         response = self._asked("POST", "chat/completions", body)
         if response.status_code != 200:
             problem = f"status {response.status_code}: {response.text[:200]}"
-            raise ValueError(f"--explainer: {self.url} refuses ({problem}). Check address, model name and key.")
+            raise ValueError(f"--explainer: {self.url} rejects the request ({problem}). Check address, model name and key.")
         return _json(response)
 
     def _asked(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -168,8 +168,8 @@ class Endpoint(Chat):
                 self._sleep(min(LONGEST_WAIT_SECONDS, _seconds(asked, wait)))
                 wait *= 2
         raise ValueError(
-            f"--explainer: {self.url} could not be reached, {self.retries + 1} times ({problem}). Check that the server runs; "
-            "answers so far are kept, and the same command continues."
+            f"--explainer: {self.url} could not be reached in {self.retries + 1} attempts ({problem}). Check that the server "
+            "runs. Earlier answers are kept, and the same command continues."
         )
 
     def _keep_apart(self) -> None:

@@ -89,7 +89,7 @@ def _own_tokens(sample: TokenSample, words: Sequence[str]) -> dict[str, np.ndarr
         for index in np.argsort(-counts, kind="stable")[:NAMED_TOKENS].tolist():
             if values[index] >= 0:
                 places = order[begins[index] : begins[index] + counts[index]]
-                found[f"{label} {words[int(values[index])]!r} ({values[index]})"] = places
+                found[f"{label} {words[int(values[index])]!r} (id {values[index]})"] = places
     return found
 
 

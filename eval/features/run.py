@@ -69,8 +69,8 @@ class Explainer:
                 return LocalChat(load_model(ModelSection(id=self.model)))
             except RemoteCodeRefused:
                 raise ValueError(
-                    f"--explainer: {self.model!r} needs Python code from its repository, which is not run here. Serve "
-                    "the model with another program, and give its --address."
+                    f"--explainer: {self.model!r} needs Python code from its repository, which is not supported here. "
+                    "Serve the model with another program, and give its --address."
                 ) from None
         return Endpoint(self.address, self.model, self.key_env, cache, self.requests_per_minute)
 
@@ -165,7 +165,9 @@ def described_checkpoint(
     member, *others = opened.members
     if others:
         hooks = ", ".join(hooks_of_provenance(member.provenance)[1][0] for member in opened.members)
-        raise ValueError(f"{opened.name}: expected one dictionary, got those of {hooks}. Give --hook HOOK, or name its folder.")
+        raise ValueError(
+            f"{opened.name}: expected one dictionary, got {len(opened.members)}, of {hooks}. Give --hook HOOK, or one folder."
+        )
     dictionary, provenance = member.dictionary, member.provenance
     arguments = dictionary.arguments()
     reads, writes = hooks_of_provenance(provenance)
@@ -198,6 +200,7 @@ def described_checkpoint(
         "hooks_out": list(writes),
         "text": text.source,
         "tokens": collected.tokens,
+        "tokens_asked": wanted,
         "documents": collected.documents,
         "sampled_tokens": len(collected.token_sample.tokens),
         "predicates": len(described.known.names),
@@ -244,11 +247,11 @@ def features_summary(about: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("dictionary", f"{about['kind']} {about['d_in']} -> {about['n_latents']}  {encoder_words(about['encoder'])}"),
         ("read", f"{about['tokens']:,} held-out tokens of {about['documents']:,} documents"),
-        ("latents", f"{about['n_latents']:,}, of which {about['dead']:,} fired nowhere"),
+        ("latents", f"{about['n_latents']:,}, {about['dead']:,} of them dead on these tokens"),
     ]
     for name in SCORES:
         value = about[f"{name}_median"]
-        words = "undefined" if value is None else f"median {value:.3f} of {about[f'{name}_latents']:,} latents"
+        words = "undefined" if value is None else f"median {value:.3f} over {about[f'{name}_latents']:,} latents"
         lines.append((name.replace("_", " "), words))
     if "explainer" in about:
         scores = "   ".join(f"{name} {_shown(about[f'{name}_median'])}" for name in ("detection", "fuzzing"))

@@ -35,7 +35,7 @@ class InferenceMode:
         if self.pursuit is not None:
             require_choice("--pursuit", self.pursuit, PURSUITS)
         if (self.pursuit is None) != (self.k is None) or (self.k is not None and self.k < 1):
-            raise ValueError(f"--k: expected a number of latents above 0 together with --pursuit, and only then, got {self.k}.")
+            raise ValueError(f"--k: expected a number of latents above 0 with --pursuit, and none without it, got {self.k}.")
         if self.oracle and self.pursuit is not None:
             raise ValueError("--oracle: expected --oracle or --pursuit, got both.")
 

@@ -163,14 +163,14 @@ def _beside(row: Row, key: str, value: float) -> tuple[str, ...]:
     """Return the small notes below a figure."""
     low, high = (finite(row.get(f"{key}_{end}")) for end in ("low", "high"))
     if low is not None and high is not None:
-        return (show_interval(low, high, " to "),)
+        return (show_interval(low, high),)
     if key.startswith("nodes_") and row.get("units"):
         share = 100 * value / row["units"]
         return (f"{share:.0f}%" if share >= 10 else f"{show(share, digits=2)}%",)
     said = {
         "faithfulness_all": f"empty {show(row.get('metric_empty'), UNMEASURED, 3)}",
         "exact_pearson": f"rank {show(row.get('exact_spearman'), digits=2)}",
-        "forwards": f"+ {show(row.get('backwards'))} backward",
+        "forwards": f"+{show(row.get('backwards'))} back",
     }
     return (said[key],) if key in said else ()
 

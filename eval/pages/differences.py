@@ -53,8 +53,8 @@ def _cell(row: Mapping[str, Any]) -> DifferenceCell:
     sign = "+" if row["difference"] > 0 else ""
     notes = []
     if row["low"] is not None:
-        notes.append(show_interval(row["low"], row["high"], " to "))
-        notes.append(f"detects {show(row['detectable'], digits=2)} or more")
+        notes.append(show_interval(row["low"], row["high"]))
+        notes.append(f"detects \u2265 {show(row['detectable'], digits=2)}")
     if row["seed_sd"] is not None:
         notes.append(f"seed sd {show(row['seed_sd'], digits=2)}")
     kind = row["verdict"] if row["verdict"] in ("better", "worse", "equivalent") else "open"

@@ -59,10 +59,19 @@ def encoder_parts(text: Any) -> tuple[str, str]:
     return name, ", ".join(f"{key} = {value}" for key, value in entries.items())
 
 
+def encoder_label(text: Any) -> str:
+    """Describe an encoder on pages, from a report's JSON text: ``topk, k = 16``."""
+    return ", ".join(filter(None, encoder_parts(text)))
+
+
+def kind_label(kind: Any) -> str:
+    """Return the name of a dictionary's kind in prose: ``SAE`` for ``sae``; "dictionary" if it is not known."""
+    return {"sae": "SAE", "cross_layer_transcoder": "cross-layer transcoder"}.get(kind, str(kind or "dictionary"))
+
+
 def encoder_words(text: Any) -> str:
     """Describe an encoder for the terminal, from a report's JSON text: ``topk, k 16``."""
-    name, arguments = encoder_parts(text)
-    return ", ".join([name, *filter(None, [arguments.replace(" = ", " ")])])
+    return encoder_label(text).replace(" = ", " ")
 
 
 def _source(name: str) -> str:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .document import document, encoder_parts
+from .document import document, encoder_label
 from .numbers import show
 
 FeatureEntry = dict[str, Any]
@@ -47,7 +47,6 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
         for record in some:
             _enter(index, record, words)
         chunks.append(_packed([_compact(record, words) for record in some]))
-    name, arguments = encoder_parts(about.get("encoder"))
     hooks = " \u2192 ".join(dict.fromkeys([", ".join(about.get("hooks_in") or ()), ", ".join(about.get("hooks_out") or ())]))
     return document(
         "features.html",
@@ -61,7 +60,7 @@ def render_features(about: dict[str, Any], records: Iterable[FeatureEntry]) -> s
             "hook": hooks or None,
             "text": about.get("text"),
             "evaluated on": f"{show(about.get('tokens'))} held-out tokens of {show(about.get('documents'))} documents",
-            "encoder": f"{name} {arguments}".strip(),
+            "encoder": encoder_label(about.get("encoder")),
             "checkpoint": about.get("checkpoint"),
             **({"doubts": "; ".join(about["doubts"])} if about.get("doubts") else {}),
         },

@@ -7,11 +7,11 @@ EXPLANATIONS: dict[str, dict[str, str]] = {
     PROVENANCE: {
         "report_version": "Version of the report's format. An entry whose definition changes gets a new name.",
         "checkpoint": "Path the dictionary was loaded from.",
-        "kind": "An sae reconstructs its own input; a transcoder predicts the output of a module from its input. The "
-        "activation to be reconstructed is called the target; for an sae it is the input.",
+        "kind": "An SAE reconstructs its own input; a transcoder predicts the output of a module from its input. The "
+        "activation to be reconstructed is called the target; for an SAE it is the input.",
         "encoder": "Encoder variant and its arguments.",
         "d_in": "Width of the input activation.",
-        "d_out": "Width of the output; equals d_in for an sae.",
+        "d_out": "Width of the output; equals d_in for an SAE.",
         "n_latents": "Number of latents (learned units).",
         "selection": "Inference mode of the evaluation, i.e. how active latents are selected; 'per token' is the normal mode.",
         "hook": "Module path and side of the activation that the dictionary was trained on; both activations of a transcoder.",

@@ -108,7 +108,7 @@ def command(label: str, result: Mapping[str, Any]) -> str:
     checkpoint = result.get("checkpoint")
     if label in ("report", "features", "probing") and checkpoint:
         words += [{"report": "eval", "features": "features", "probing": "probe"}[label], checkpoint]
-        tokens = result.get("tokens_asked") if label == "report" else None
+        tokens = result.get("tokens_asked")
         words += ["--tokens", tokens] if tokens else []
         words += ["--labels", result["labels"]] if result.get("labels") else []
     elif label == "circuits" and result.get("checkpoints"):

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from ...sae.files import read_json, read_text
 from . import attribution_graph, circuits, probing, recipes, report, runs, stack
 from .circuit_plots import family_labels
-from .document import ENVIRONMENT, TEMPLATES, encoder_parts
+from .document import ENVIRONMENT, TEMPLATES, encoder_label, encoder_parts, kind_label
 from .examples import ExampleLatent, example_of, is_gapped, records_at_quantiles
 from .links import NAVIGATION
 from .numbers import UNDEFINED, show
@@ -69,7 +69,7 @@ def _report(found: Found) -> CellOutput:
     name, arguments = encoder_parts(found.get("encoder"))
     shape = f"{show(found.get('d_in'))} \u2192 {show(found.get('n_latents'))} latents"
     words = (shape, arguments, found.get("hook"), f"{show(found.get('tokens'))} held-out tokens")
-    heading = f"{name} {found.get('kind') or 'dictionary'}".strip()
+    heading = f"{name} {kind_label(found.get('kind'))}".strip()
     return CellOutput(heading, " \u00b7 ".join(filter(None, words)), report.report_tiles(dict(found)))
 
 
@@ -137,8 +137,7 @@ def _recipes(found: Found) -> CellOutput:
 
 
 def _probing(found: Found) -> CellOutput:
-    name, arguments = encoder_parts(found.get("encoder"))
-    shape = " \u00b7 ".join(filter(None, (f"{name} {arguments}".strip(), found.get("hook"))))
+    shape = " \u00b7 ".join(filter(None, (encoder_label(found.get("encoder")), found.get("hook"))))
     table = probing.factor_families(dict(found))
     rows = [[label, *(cell.text for cell in cells)] for label, cells in table["rows"]]
     heading = f"Probing of {show(found['n_latents'])} latents"

@@ -44,4 +44,10 @@ def show_interval(low: float, high: float, between: str = "\u2013", digits: int 
         if abs(width - (high - low)) <= abs(high - low) / 4:
             break
         ends = [show(end, digits=more) for end in (low, high)]
+    # Equal numbers of decimals, as many as three digits of the width take: 0.0109 to 0.0130, 0.0008 to 0.0925.
+    if not any("e" in end for end in ends):
+        decimals = max(len(end.partition(".")[2]) for end in ends)
+        if high > low:
+            decimals = min(decimals, max(0, 2 - math.floor(math.log10(high - low))))
+        ends = [f"{end:,.{decimals}f}" if end else "0" for end in (low, high)]
     return (" to " if low < 0 else between).join(ends).replace("-", "\u2212")

@@ -140,13 +140,13 @@ def _density_histogram(ax: Axes, report: Report, curve: Curve) -> str | None:
     low = math.floor(edges[filled[0]]) if len(filled) else -1
     # A tall bar of dead latents would flatten the rest, so it is cut; its label gives the count.
     top = 1.3 * max(float(counts.max()), 1.0)
-    at, height = low - 0.6, min(dead or 0, 0.86 * top)
+    at, height = low - 0.75, min(dead or 0, 0.86 * top)
     ax.bar(centers, counts, np.diff(edges) * 0.92, color=[WARN if center > threshold else ACCENT for center in centers])
     ax.bar(at, height, 0.5, color=BAD)
     ax.text(at, height + 0.015 * top, show(dead) + " \u2191" * ((dead or 0) > height), ha="center", va="bottom")
     ax.axvline(threshold, color=MUTED, linestyle="--", linewidth=1)
     ax.text(threshold + 0.06, 0.98 * top, f"dense:\n{show(dense)}", va="top")
-    ax.set(xlim=(low - 1, 0), ylim=(0, top), ylabel="latents", xlabel="log10 of firing density")
+    ax.set(xlim=(low - 1.15, 0), ylim=(0, top), ylabel="latents", xlabel="log10 of firing density")
     ticks = range(low, 1)
     ax.set_xticks([at, *ticks], ["dead", *(f"{tick}".replace("-", "\u2212") for tick in ticks)])
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))

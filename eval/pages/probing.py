@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from .document import document, encoder_parts
+from .document import document, encoder_label
 from .numbers import UNDEFINED, UNMEASURED, finite, show, show_interval
-from .plots import ACCENT, BAD, MUTED, WARN, PlotCard, plain_log_ticks, plot_card
+from .plots import ACCENT, BAD, INK, MUTED, WARN, PlotCard, plain_log_ticks, plot_card
 from .probing_glossary import SECTIONS, TILES, definition
 from .tables import Cell, Column, EntryRow, FigureTile
 
@@ -33,6 +33,12 @@ SUFFICIENCY = re.compile(r"supervised_(end|s2|names|all)_(\w+)_sufficiency")
 EDIT = re.compile(r"supervised_edit_(io|s|pos)_(end|s2|names|all)_(\w+)")
 TASKS = ("factors", "supervised", "sparse_probing", "scr", "tpp", "absorption")
 INCHES = (350 / 72, 270 / 72)
+# SCR and TPP: labels of the lines by a part of their keys, and of the vertical axes.
+SCORE = "score"
+LINES = {"metric": SCORE, "total_metric": SCORE, "dir1": "spurious latents ablated", "dir2": "label latents ablated"}
+LINES |= {"intended_diff_only": "own probe", "unintended_diff_only": "other probes"}
+AXES = {"scr": "fraction of the gap closed", "tpp": "accuracy lost"}
+COLORS = (MUTED, ACCENT, WARN, BAD)
 
 
 def render_probing(found: Results, factors: list[Row], features: str | None = None) -> str:
@@ -42,7 +48,6 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
         factors: Lines of ``factors.jsonl``; may be empty.
         features: Address of the features page, to which latents link.
     """
-    name, arguments = encoder_parts(found.get("encoder"))
     done = [task for task in TASKS if found.get(f"{task}_done")]
     return document(
         "probing.html",
@@ -55,7 +60,7 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
         facts={
             "model": found.get("model"),
             "hook": found.get("hook"),
-            "encoder": f"{name} {arguments}".strip(),
+            "encoder": encoder_label(found.get("encoder")),
             "checkpoint": found.get("checkpoint"),
             "labels": found.get("labels") or "embedded corpus",
             "seed": found.get("seed"),
@@ -63,7 +68,7 @@ def render_probing(found: Results, factors: list[Row], features: str | None = No
         tiles=probing_tiles(found),
         plots=[card for card in _plots(found) if card.drawing is not None],
         left_out={task.replace("_", " "): found.get(f"{task}_why") for task in TASKS if found.get(f"{task}_done") is False},
-        warnings=[found[key] for key in ("scr_warning", "tpp_warning") if found.get(key)],
+        warnings=dict.fromkeys(found[key] for key in ("scr_warning", "tpp_warning") if found.get(key)),
         families=factor_families(found),
         factor_columns=FACTOR_COLUMNS,
         factors=[_factor(row, features) for row in factors],
@@ -160,7 +165,13 @@ def _edits(found: Results) -> Row:
         why = found.get(f"supervised_edit_{attribute}_{place}_why")
         cells = [_cell(found, f"supervised_edit_{attribute}_{place}_{way}") for way in ways]
         rows.append({"name": ATTRIBUTES[attribute], "place": PLACES[place], "why": why, "cells": cells})
-    return {"ways": [Column(way.replace("_", " "), way, None) for way in ways], "rows": rows}
+    for name in ATTRIBUTES.values():
+        own = [row for row in rows if row["name"] == name]
+        if len(own) > 1 and own[0]["why"] and len({row["why"] for row in own}) == 1:
+            rows = [row for row in rows if row["name"] != name or row is own[0]]
+            own[0]["place"] = "any"
+    labels = (re.sub(r"^latents_(\d+)$", r"\1 latents", way).replace("_", " ") for way in ways)
+    return {"ways": [Column(label, way, None) for label, way in zip(labels, ways, strict=True)], "rows": rows}
 
 
 def _plots(found: Results) -> Iterable[PlotCard]:
@@ -180,9 +191,9 @@ def _plots(found: Results) -> Iterable[PlotCard]:
         (
             "tpp",
             "Targeted probe perturbation",
-            "Drop in accuracy when a class's latents are ablated: own probe (intended) and others.",
+            "Drop in accuracy when a class's latents are ablated. Score: own probe less other probes.",
         ),
-        ("scr", "Spurious correlation removal", "Part of the gap that ablating latents of the spurious label closes."),
+        ("scr", "Spurious correlation removal", "Fraction of a biased probe's accuracy gap that ablation closes."),
     ):
         yield plot_card(title, note, lambda ax, task=task: _thresholds(ax, found, task), INCHES)
 
@@ -196,8 +207,8 @@ def _bars(ax: Axes, found: Results) -> str | None:
         low, high = (finite(found.get(f"factors_{key}_f1_{end}")) for end in ("low", "high"))
         ax.barh(row, value, height=0.6, color=color)
         if low is not None and high is not None:
-            ax.plot([low, high], [row, row], color="#1f2937", linewidth=1.4)
-        ax.text(max(value, high or value) + 0.015, row, show(value, digits=3), va="center")
+            ax.errorbar(value, row, xerr=[[value - low], [high - value]], color=INK, linewidth=1.2, capsize=4)
+        ax.text(max(value, high or value) + 0.025, row, show(value, digits=3), va="center")
     chance = finite(found.get("factors_chance_f1"))
     if chance is not None:
         ax.axvline(chance, color=MUTED, linestyle="--", linewidth=1, label=f"chance {show(chance, digits=2)}")
@@ -242,16 +253,21 @@ def _thresholds(ax: Axes, found: Results, task: str) -> str | None:
     for key, value in found.items():
         match = re.fullmatch(rf"{task}_(?:(\w+)_)?threshold_(\d+)(?:_(\w+))?", key)
         if match and finite(value) is not None and not key.endswith(("_low", "_high")):
-            label = " ".join(part for part in (match[1], match[3]) if part).replace("_", " ").removesuffix(" only")
-            lines.setdefault(label, []).append((int(match[2]), float(value)))
+            part = "_".join(part for part in (match[1], match[3]) if part)
+            lines.setdefault(LINES.get(part, part.replace("_", " ")), []).append((int(match[2]), float(value)))
     if not lines:
         return None
-    for (label, points), color in zip(lines.items(), (ACCENT, WARN, BAD, MUTED), strict=False):
-        ax.plot(*zip(*sorted(points), strict=True), color=color, marker="o", markersize=4.5, linewidth=1.8, label=label)
-    ax.set(xscale="log", xlabel="latents ablated, log scale", ylabel=task.upper())
+    # The score may equal one of the others, so it is drawn below them and wider.
+    for (label, points), color in zip(sorted(lines.items(), key=lambda line: line[0] != SCORE), COLORS, strict=False):
+        size, width = (7, 4.5) if label == SCORE else (4.5, 1.8)
+        ax.plot(*zip(*sorted(points), strict=True), color=color, marker="o", markersize=size, linewidth=width, label=label)
+    ax.set(xscale="log", xlabel="latents ablated, log scale", ylabel=AXES[task])
     plain_log_ticks(ax.xaxis)
     ax.grid(visible=True)
-    ax.legend(loc="best")
+    low, high = ax.get_ylim()
+    # Room for the legend above the lines.
+    ax.set_ylim(low, high + 0.16 * len(lines) * (high - low))
+    ax.legend(loc="upper left")
     said = (
         f"{label} " + ", ".join(f"{show(y, digits=3)} at {x}" for x, y in sorted(points)) for label, points in lines.items()
     )

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from .document import document, encoder_parts
+from .document import document, encoder_label, encoder_parts, kind_label
 from .examples import ExampleLatent, is_gapped
 from .glossary import EXPLANATIONS, PROVENANCE
 from .numbers import UNDEFINED, UNMEASURED, UNRECORDED, finite, show, show_interval
@@ -35,9 +35,9 @@ def render_report(report: Report, curve: Curve, examples: Sequence[ExampleLatent
         shape += f" \u2192 {show(report['d_out'])}"
     return document(
         "report.html",
-        " \u00b7 ".join(str(part) for part in (name, kind, report.get("hook")) if part) or "dictionary",
+        " \u00b7 ".join(str(part) for part in (name, kind_label(kind), report.get("hook")) if part),
         command="report",
-        heading=f"{name} {kind or 'dictionary'}".strip(),
+        heading=f"{name} {kind_label(kind)}".strip(),
         shape=f"{shape} \u00b7 {arguments}" if arguments else shape,
         facts=facts,
         tiles=report_tiles(report),
@@ -92,10 +92,14 @@ def _sections(report: Report) -> dict[str, dict[str, str]]:
 def _rows(report: Report, title: str, explanations: dict[str, str]) -> list[EntryRow]:
     none, reasons = UNRECORDED if title == PROVENANCE else UNDEFINED, report.get("reasons") or {}
     return [
-        EntryRow(key, show(report[key], none, digits=6), text, str(reasons.get(key) or ""))
+        EntryRow(key, _entry(report, key, none), text, str(reasons.get(key) or ""))
         for key, text in explanations.items()
         if key in report and _is_scalar(report[key])
     ]
+
+
+def _entry(report: Report, key: str, none: str) -> str:
+    return encoder_label(report[key]) if key == "encoder" else show(report[key], none, digits=6)
 
 
 def _is_scalar(value: Any) -> bool:

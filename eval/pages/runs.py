@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from .charts import COLORS, look, seed_spread, swatch
 from .differences import difference_table
-from .document import document, encoder_parts
+from .document import document, encoder_parts, kind_label
 from .fronts import LEGEND as AREAS_LEGEND
 from .fronts import area_rows, front_cards
 from .glossary import EXPLANATIONS
@@ -92,7 +92,11 @@ def _interpolated(comparison: dict[str, Any]) -> list[str]:
 def family_of(run: Run) -> str:
     """Return the family of a run: runs that differ only in sparsity budget or seed share one, and are drawn alike."""
     report = run["report"]
-    words = [encoder_parts(report.get("encoder"))[0], report.get("kind"), f"{show(report.get('n_latents'))} latents"]
+    words = [
+        encoder_parts(report.get("encoder"))[0],
+        kind_label(report.get("kind")),
+        f"{show(report.get('n_latents'))} latents",
+    ]
     return " ".join(str(word) for word in words if word)
 
 
@@ -176,7 +180,7 @@ def _row(
 ) -> dict[str, Any]:
     report = run["report"]
     name, arguments = encoder_parts(report.get("encoder"))
-    words = [f"{name} {report.get('kind') or ''}".strip(), arguments, f"{show(report.get('n_latents'))} latents"]
+    words = [f"{name} {kind_label(report.get('kind'))}".strip(), arguments, f"{show(report.get('n_latents'))} latents"]
     words += [f"{show(report['training_tokens'])} tokens"] if report.get("training_tokens") else []
     selection = report.get("selection", "per token")
     return {

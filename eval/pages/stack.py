@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .document import document, encoder_parts
+from .document import document, encoder_label, kind_label
 from .numbers import show
 from .plots import ACCENT, BAD, FIGURE_INCHES, INK, MUTED, WARN, plain_log_ticks, plot_card
 from .tables import Column, EntryRow, FigureTile, figure_cell
@@ -91,9 +91,8 @@ TILES = (
 
 def render_stack(report: Report) -> str:
     """Render the report of a stack as a page. Equal input gives equal bytes."""
-    name, arguments = encoder_parts(report["encoder"])
     trained, commit = report["training_tokens"], report["git_commit"]
-    heading = f"{report['kind']}, {report['layers']} layers"
+    heading = f"{kind_label(report['kind'])}, {report['layers']} layers"
     size = (WIDTH_INCHES, max(FIGURE_INCHES[1], 0.32 * (report["layers"] + 4)))
     return document(
         "stack.html",
@@ -106,7 +105,7 @@ def render_stack(report: Report) -> str:
         facts={
             "model": report["model"],
             "text": report["text"],
-            "encoder": f"{name} {arguments}".strip(),
+            "encoder": encoder_label(report["encoder"]),
             "trained on": None if trained is None else f"{show(trained)} tokens",
             "evaluated on": f"{show(report['tokens'])} tokens, {show(report['documents'])} documents",
             "git commit": None if commit is None else str(commit)[:12],

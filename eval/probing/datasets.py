@@ -64,7 +64,7 @@ def embedded_tokens(subject: ProbeTarget, tokens: int, neurons: bool = True) -> 
         if len(factors) >= tokens:
             break
     if not factors:
-        raise ValueError("text: no held-out document was found. Train with harvest.heldout above 0.")
+        raise ValueError("text: expected held-out documents, got none. Train with harvest.heldout above 0.")
     return Tokens(np.concatenate(xs), np.concatenate(ns) if ns else None, np.concatenate(documents), factors)
 
 
@@ -154,7 +154,7 @@ def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -
     rows = [[*bos, *ids][:length] for ids in encoded]
     valid = [number for number, row in enumerate(rows) if any(token not in special for token in row)]
     if not valid:
-        raise ValueError(f"{data.name}: no text has a valid token for {subject.model.id}. Is it empty, or in another language?")
+        raise ValueError(f"{data.name}: expected texts with valid tokens for {subject.model.id}, got none. Give other text.")
     d, n_latents = subject.dictionary.d_in, subject.dictionary.n_latents
     x, codes, counts = np.zeros((len(valid), d), np.float32), [], np.zeros(len(valid), np.int64)
     for batch in _by_length(valid, rows):

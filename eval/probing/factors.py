@@ -126,8 +126,8 @@ def score_factors(
     labels = labels_of(known.factors, fitted, least)
     if not labels.names:
         raise ValueError(
-            f"--tokens: {len(known.factors)} tokens hold no factor {least} times in either half of the documents. "
-            f"Raise --tokens, for example to {DEFAULT_TOKENS}."
+            f"--tokens: expected a factor that occurs {least} times in each half of the documents, got none in "
+            f"{len(known.factors)} tokens. Raise --tokens, for example to {DEFAULT_TOKENS}."
         )
     owners = np.unique(known.documents[~fitted], return_inverse=True)[1]
     y_fit, y = labels.values[fitted], labels.values[~fitted]

@@ -249,8 +249,8 @@ def stack_summary(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("all layers at once", ["clean", "spliced", "mean", "zero"]),
         ("cross-entropy", [show(report[f"ce_{name}"]) for name in ("clean", *variants)]),
         ("KL", ["0", *(show(report[f"kl_{name}"]) for name in variants)]),
-        ("same top token", ["100.00%", *(f"{report[key]:.2%}" for key in agreements)]),
-        ("each layer alone", ["fvu", "l0", "ce", "ce mean", "KL", "top-1"]),
+        ("same top token", ["1", *(show(report[key]) for key in agreements)]),
+        ("each layer alone", ["fvu", "l0", "ce", "ce mean", "KL", "same top"]),
         *((short(hook), values) for hook, values in each),
     ]
     return [

@@ -63,6 +63,6 @@ def by_source(
 def _by_head(rows: Float[Tensor, "rows width"], n_heads: int) -> Float[Tensor, "rows n_heads d_head"]:
     if rows.shape[1] % n_heads:
         raise ValueError(
-            f"dictionary: a width of {rows.shape[1]} does not fall into {n_heads} heads. Use one trained at site attn_heads."
+            f"dictionary: expected a width divisible by {n_heads} heads, got {rows.shape[1]}. Use one of site attn_heads."
         )
     return rows.unflatten(1, (n_heads, -1))

@@ -42,7 +42,9 @@ def transcoders_by_layer(anatomy: Architecture, stack: Stack) -> dict[int, Trans
         if layer is not None and dictionary.arguments()["kind"] == "transcoder":
             found[layer] = dictionary
     if not found:
-        raise ValueError("stack: expected transcoders trained at site mlp of this model, found none.")
+        raise ValueError(
+            "stack: expected transcoders trained at site mlp of this model, got none. Train one with dictionary.site: mlp."
+        )
     return dict(sorted(found.items()))
 
 
@@ -61,12 +63,12 @@ class Connections:
                 raise ValueError(f"transcoders: expected layers 0 to {anatomy.n_layers - 1}, got {layer}.")
             if (transcoder.d_in, transcoder.d_out) != (anatomy.d_model, anatomy.d_model):
                 raise ValueError(
-                    f"transcoders: layer {layer}: expected one from {anatomy.d_model} to {anatomy.d_model}, as the model's "
-                    f"MLPs read and write, got {transcoder.d_in} to {transcoder.d_out}."
+                    f"transcoders: layer {layer}: expected d_in = d_out = {anatomy.d_model}, the model's width, got "
+                    f"{transcoder.d_in} and {transcoder.d_out}."
                 )
             if transcoder.training:
                 raise ValueError(
-                    f"transcoders: layer {layer} is in training mode, where codes depend on the batch. Call eval()."
+                    f"transcoders: layer {layer}: expected eval mode, as codes depend on the batch in training. Call eval()."
                 )
         self.anatomy, self.transcoders = anatomy, dict(transcoders)
 

@@ -31,8 +31,8 @@ def readers(dictionary: OneSiteDictionary, latents: Int[Tensor, " latents"] | No
         )
     if dictionary.row_norm is not None:
         raise ValueError(
-            f"dictionary: expected one that reads raw activations, got one behind a {dictionary.row_norm} of each token, whose "
-            "pre-activations are no linear function of them."
+            f"dictionary: expected row_norm null, got {dictionary.row_norm}, after which pre-activations are not linear in the "
+            "activations."
         )
     if latents is not None and latents.numel() and not 0 <= int(latents.min()) <= int(latents.max()) < dictionary.n_latents:
         raise ValueError(

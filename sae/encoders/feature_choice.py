@@ -105,8 +105,8 @@ class FeatureChoice(BatchWide):
         """
         if tokens * self.k < n_latents:
             raise ValueError(
-                f"batch_tokens: feature choice gives every latent a match: {tokens} tokens x k {self.k} = {tokens * self.k} "
-                f"matches for {n_latents} latents. Give at least {-(-n_latents // self.k)} tokens a batch, or raise k."
+                f"batch_tokens: expected at least one match per latent, got {tokens} tokens x k {self.k} = {tokens * self.k} "
+                f"matches for {n_latents} latents. Set batch_tokens to at least {-(-n_latents // self.k)}, or raise k."
             )
         return _budgets_by_rank(n_latents, *self.law.tolist(), tokens * self.k, tokens).to(self.rank.device)[self.rank]
 

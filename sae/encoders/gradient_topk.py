@@ -45,8 +45,8 @@ class GradientTopK(Encoder):
     ) -> SparseCode:
         if grad is None and self.training:
             raise ValueError(
-                "grad: a gradient SAE trains on activations with gradients, got none. Set harvest.gradients: true and "
-                "harvest again: sparsary harvest RECIPE"
+                "grad: expected the gradients of the activations, which gradient_topk trains on, got none. Set "
+                "harvest.gradients: true and harvest again: sparsary harvest RECIPE"
             )
         pre_acts, k = scorer(x, weights), min(self.k, len(weights.W_enc))
         if grad is None or self.beta == 0:

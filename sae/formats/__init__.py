@@ -201,8 +201,8 @@ def _read(where: SourceFiles, f: Format, options: ReadOptions) -> Read:
     except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         # Readers check likely mistakes, but a file can hold any type, such as a list instead of a name.
         raise ValueError(
-            f"{where}: expected values of {f.title}'s own types, got others ({type(error).__name__}: {error}). Look into the "
-            "configuration."
+            f"{where}: expected values of the types that {f.title} writes, got others ({type(error).__name__}: {error}). Check "
+            "the configuration file."
         ) from error
 
 
@@ -282,7 +282,7 @@ def write_dictionaries(
     for hook, dictionary in dictionaries.items():
         n = from_dictionary(dictionary, provenances[hook]) if isinstance(dictionary, SparseDictionary) else dictionary
         if isinstance(n, CanonicalCrossLayer):
-            raise ValueError(f"{hook}: expected a dictionary of one hook, got a cross-layer transcoder. Write it alone.")
+            raise ValueError(f"{hook}: expected a dictionary of one hook, got a cross-layer transcoder. Convert it by itself.")
         members[hook] = n.noting(*_renamed_model(n))
     f = known(format)
     if isinstance(f, SetFormat):

@@ -34,7 +34,7 @@ def read_torch(path: Path) -> dict[str, Any]:
         unsafe = "weights_only" in str(error) or "Unsupported" in str(error) or "GLOBAL" in str(error)
         what = "pickled Python objects, which are never loaded here" if unsafe else "a damaged file"
         fix = (
-            " Where you trust it, save its tensors alone with the library that wrote it: "
+            " If you trust it, save its tensors alone with the library that wrote it: "
             "safetensors.torch.save_file(torch.load(FILE)['state_dict'], 'weights.safetensors')."
             if unsafe
             else ""
@@ -62,9 +62,7 @@ def _plain(tensor: Tensor, name: str, path: Path) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise ValueError(f"{path}: {name}: expected a plain tensor, got a {tensor.layout} one on {tensor.device}.")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(
-            f"{path}: {name}: expected {tuple(tensor.shape)} numbers, got fewer in the file: a false claim of size."
-        )
+        raise ValueError(f"{path}: {name}: expected {tuple(tensor.shape)} numbers, got fewer in the file. The file is damaged.")
     return tensor
 
 
@@ -120,7 +118,7 @@ def npz_members(path: Path) -> dict[str, tuple[np.dtype[Any], tuple[int, ...], z
                 if header + size != info.file_size or info.file_size > MOST_COMPRESSION * max(info.compress_size, 1024):
                     raise ValueError(f"{key}: expected {size} bytes for {shape}, the archive has {info.file_size - header}")
                 if info.compress_size > path.stat().st_size:
-                    raise ValueError(f"{key}: expected no more than the file has")
+                    raise ValueError(f"{key}: expected at most the size of the file, got {info.compress_size} bytes")
                 found[key] = (dtype, shape, info)
     except (zipfile.BadZipFile, zlib.error, OSError, struct.error, ValueError, EOFError, RuntimeError) as error:
         # RuntimeError: an encrypted member, or an unknown compression.

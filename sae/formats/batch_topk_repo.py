@@ -57,7 +57,7 @@ class BatchTopKRepository(Format):
         )
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        raise ValueError(f"batch_topk: these files are read only. {INSTEAD}.")
+        raise ValueError(f"batch_topk: read-only format. {INSTEAD}.")
 
 
 def _dictionary(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], options: ReadOptions) -> CanonicalSAE:
@@ -120,9 +120,9 @@ def _chosen(where: object, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
         if level is None or level.numel() != 1 or not float(level) > 0:
             found = "none" if level is None else f"{level.reshape(-1).tolist()[:3]}"
             raise ValueError(
-                f"{where}: threshold: expected one above 0, because {kind} chooses over a whole batch, on which the code of a "
-                f"token may not depend here; got {found}. Measure the smallest activation kept per batch: threshold=NUMBER, "
-                "or --threshold NUMBER."
+                f"{where}: threshold: expected a number above 0, got {found}. {kind} selects latents over a whole batch, but "
+                "inference encodes every token by itself. Measure the smallest activation kept per batch, and give it: "
+                "threshold=NUMBER, or --threshold NUMBER."
             )
         return ActivationFn(
             "threshold", threshold=level.reshape(()), k=cfg["top_k"] if isinstance(cfg.get("top_k"), int) else None

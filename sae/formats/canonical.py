@@ -143,7 +143,9 @@ def forward(
         ValueError: For pursuit encoders, which have no pre-activations.
     """
     if n.W_enc is None or n.b_enc is None:
-        raise ValueError("forward: expected a gate with pre-activations, got a pursuit. Build the dictionary and call that.")
+        raise ValueError(
+            "forward: expected a gate with pre-activations, got a pursuit. Build the dictionary and call its encode."
+        )
     n = widened(n, x.dtype)
     W_enc, b_enc = n.W_enc, n.b_enc
     assert W_enc is not None

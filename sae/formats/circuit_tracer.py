@@ -102,8 +102,8 @@ def _layer_files(source: SourceFiles, config: Mapping[str, Any]) -> list[str]:
         some = ", ".join(elsewhere[:SHOWN])
         raise ValueError(
             f"{source.path(CONFIG)}: transcoders: {len(elsewhere)} files are in other repositories: {some}"
-            f"{', ...' if len(elsewhere) > SHOWN else ''}. Fetch them (hf download REPOSITORY FILE --local-dir FOLDER), put "
-            "their paths below this folder into the list, and load that; or load one from its own repository."
+            f"{', ...' if len(elsewhere) > SHOWN else ''}. Download them (hf download REPOSITORY FILE --local-dir FOLDER) and "
+            "list their paths below this folder instead; or load one from its own repository."
         )
     return named
 
@@ -198,7 +198,9 @@ def layer_of_several(source: SourceFiles, i: int, count: int, joint: Mapping[str
     where = source.path(names[0])
     tensors = {**source.tensors(names[0]), **source.tensors(names[1])}
     if any(key.startswith("W_skip") for key in tensors):
-        raise ValueError(f"{where}: W_skip: circuit-tracer itself does not run cross-layer transcoders with a skip path.")
+        raise ValueError(
+            f"{where}: W_skip: expected no skip path, which circuit-tracer does not support across layers, got one."
+        )
     W_enc, W_dec, b_enc, b_dec, threshold, norm = (
         tensors.pop(f"{key}_{i}", None) for key in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_dec_norm")
     )
@@ -235,9 +237,9 @@ def joint_gate(where: object, i: int, norm: Tensor | None, joint: Mapping[str, A
     """
     if options.threshold is None:
         raise ValueError(
-            f"{where}: the {joint['k']} n_layers latents of a token that write most are chosen among all layers together, and "
-            "a layer cannot wait for later ones while the model runs on what it writes. A threshold measured on data stands "
-            "in for it: threshold=NUMBER, or --threshold NUMBER."
+            f"{where}: threshold: expected a number, got none. This transcoder keeps {joint['k']} latents per layer and token, "
+            "chosen among all layers at once, which is impossible while the model runs layer by layer on the reconstructions. "
+            "Measure an equivalent threshold on data, and give it: threshold=NUMBER, or --threshold NUMBER."
         )
     level = torch.tensor(options.threshold)
     if norm is None:

@@ -26,10 +26,10 @@ RANKED = (
     "--calibrate TOKENS, or thresholds={hook: number}"
 )
 REFUSED = {
-    "gated": "it has no gate with weights of its own. No threshold says the same",
-    "pursuit": "it encodes by one product. A pursuit's steps depend on one another",
-    "group_max": "it has nothing like it. Write sparsify",
-    "abs_topk": "its topk ranks by value, not by size. Keep it in our own format",
+    "gated": "it has no gate with separate weights, and no threshold is equivalent",
+    "pursuit": "it encodes by one matrix product, a pursuit by several steps",
+    "group_max": "there is no equivalent. Use --to sparsify",
+    "abs_topk": "its topk ranks by value, not by absolute value. Keep sparsary's format",
     "topk": RANKED,
     "topk_raw": RANKED,
 }
@@ -61,11 +61,11 @@ def write_across_layers(n: CanonicalCrossLayer, directory: Path) -> None:
     for layer in n.layers:
         if layer.gate.name not in ("relu", "threshold"):
             raise ValueError(
-                f"circuit_tracer: {layer.gate.name}: across layers it has relu and jumprelu only, and no threshold chooses k "
-                "latents of every token. Train it with jumprelu, or with joint: true, whose eval mode is a threshold."
+                f"circuit_tracer: expected relu or jumprelu in a cross-layer transcoder, got {layer.gate.name}, which no "
+                "threshold can replace. Train with jumprelu, or with joint: true, which uses a threshold in eval mode."
             )
         if layer.W_skip is not None or layer.row_norm is not None:
-            raise ValueError("circuit_tracer: across layers it has neither skip paths nor per-token normalisation.")
+            raise ValueError("circuit_tracer: expected a cross-layer transcoder without skip path and row_norm, got one with.")
         require_square(layer, layer.b_out.shape[0])
     hooks = zip(*(n.provenance.get(key) or [None] * len(n.layers) for key in ("hooks_in", "hooks_out")), strict=True)
     about = [{**n.provenance, "hooks_in": [reads], "hooks_out": [writes]} for reads, writes in hooks]
@@ -94,8 +94,8 @@ def in_order(members: Sequence[CanonicalSAE]) -> list[CanonicalSAE]:
     numbers = [layer_of((n.provenance.get("hooks_out") or [None])[0]) for n in members]
     if sorted(numbers, key=str) != sorted(range(len(members)), key=str):
         raise ValueError(
-            f"circuit_tracer: expected a transcoder for each layer from 0, got layers {', '.join(map(str, numbers))}. Its "
-            "graphs need all of them: train a grid over layers."
+            f"circuit_tracer: expected a transcoder for each layer from 0, got layers {', '.join(map(str, numbers))}. "
+            "Attribution graphs need every layer: train a grid over layers."
         )
     return [n for _, n in sorted(zip(numbers, members, strict=True), key=lambda pair: pair[0] or 0)]
 
@@ -103,13 +103,15 @@ def in_order(members: Sequence[CanonicalSAE]) -> list[CanonicalSAE]:
 def _transcoder(n: CanonicalSAE, layer: int) -> CanonicalSAE:
     """Return an equivalent form that circuit-tracer supports, with everything folded into the weights."""
     if n.kind != "transcoder":
-        raise ValueError(f"circuit_tracer: expected transcoders, got an autoencoder at layer {layer}. Write saelens.")
+        raise ValueError(f"circuit_tracer: expected transcoders, got an autoencoder at layer {layer}. Use --to saelens.")
     if n.gate.name in REFUSED:
-        raise ValueError(f"circuit_tracer: {n.gate.name}: {REFUSED[n.gate.name]}.")
+        raise ValueError(f"circuit_tracer: cannot represent {n.gate.name}: {REFUSED[n.gate.name]}.")
     require_square(n, n.d_out)
     if n.row_norm is not None:
         if n.row_norm != "constant_norm" or _places(n)[0] is None or n.scaled or n.W_skip is not None:
-            raise ValueError(f"circuit_tracer: row_norm {n.row_norm}: it has none but a model's own norm in front.")
+            raise ValueError(
+                f"circuit_tracer: row_norm: expected null, or the model's own norm in front of the hook, got {n.row_norm}."
+            )
         # The written hook is then the normalized activations, so the encoder needs no norm.
         n = replace(n, row_norm=None)
     n = fold_all(n)
@@ -119,7 +121,7 @@ def _transcoder(n: CanonicalSAE, layer: int) -> CanonicalSAE:
 def require_square(n: CanonicalSAE, d_out: int) -> None:
     """Raise ``ValueError`` unless input and output widths are equal, as circuit-tracer requires."""
     if n.d_in != d_out:
-        raise ValueError(f"circuit_tracer: expected outputs as wide as inputs, {n.d_in}, got {d_out}: it has one width.")
+        raise ValueError(f"circuit_tracer: expected d_out = d_in = {n.d_in}, as the format has one width, got d_out = {d_out}.")
 
 
 def tensors_of(n: CanonicalSAE) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ def configuration(layers: Sequence[CanonicalSAE], kind: str) -> dict[str, Any]:
     reads, writes = next(iter(found))
     if len(found) > 1 or reads is None or writes is None:
         raise ValueError(
-            "circuit_tracer: expected inputs and outputs at one place of every layer, which TransformerLens has a name for, "
+            "circuit_tracer: expected the same hooks in every layer, with names in TransformerLens, "
             f"got {'; '.join(' -> '.join(map(str, pair)) for pair in sorted(found, key=str))}."
         )
     first = layers[0].provenance

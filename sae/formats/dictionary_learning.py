@@ -94,7 +94,7 @@ class DictionaryLearning(Format):
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         if isinstance(n, CanonicalCrossLayer) or n.kind != "sae":
-            raise ValueError("dictionary_learning: its dictionaries map a place to itself. Write sparsify or saelens.")
+            raise ValueError("dictionary_learning: expected an SAE, got a transcoder. Use --to sparsify or saelens.")
         kind, trainer, tensors = _written(n)
         reads, _ = hooks_from_files(n)
         module, side = (reads or ":out").rsplit(":", 1)
@@ -152,7 +152,7 @@ def class_of(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
     """
     named = trainer.get("dict_class")
     if named == "IdentityDict":
-        raise ValueError(f"{where}: IdentityDict: it is its input and has no tensors. There is nothing to load.")
+        raise ValueError(f"{where}: dict_class: IdentityDict returns its input and has no weights. There is nothing to load.")
     if named is not None:
         return require_choice(f"{where}: dict_class", named, CLASSES)
     found = classes_of(tensors)
@@ -201,7 +201,7 @@ def _dictionary(
     require_shape(where, W_dec, tuple(tensors[W_dec].shape), (width, latents) if linear else (latents, width))
     for field, size in (("activation_dim", width), ("dict_size", latents)):
         if trainer.get(field, size) != size:
-            raise ValueError(f"{where}: {field}: expected {size}, which the tensors have, got {trainer[field]!r} in {CONFIG}.")
+            raise ValueError(f"{where}: {field}: expected {size}, as in the weights, got {trainer[field]!r} in {CONFIG}.")
     subtracts = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     return CanonicalSAE(
         kind="sae",
@@ -242,8 +242,8 @@ def chosen_k(where: object, trainer: Mapping[str, Any], tensors: Mapping[str, Te
         k = int(k)
     if said is not None and said != k:
         raise ValueError(
-            f"{where}: k: {k} in the tensors, {said!r} in {CONFIG}: one of them is wrong. Give the right one: k=NUMBER, or "
-            "--k NUMBER."
+            f"{where}: k: expected the same number in weights and {CONFIG}, got {k} and {said!r}. Give the correct one: "
+            "k=NUMBER, or --k NUMBER."
         )
     return k
 
@@ -260,9 +260,9 @@ def chosen_threshold(where: object, tensors: Mapping[str, Tensor], options: Read
     if level is not None:
         require_shape(where, "threshold", tuple(level.shape), ())
     if level is None or level < 0:
-        found = "none" if level is None else f"{float(level):g}, which stands for none"
+        found = "none" if level is None else f"{float(level):g}, which means that none was measured"
         raise ValueError(
-            f"{where}: threshold: expected the one that training has measured, got {found}. Without it the code of a token "
+            f"{where}: threshold: expected the threshold measured in training, got {found}. Without it the code of a token "
             "depends on its batch. Measure the smallest activation kept per batch, and give it: threshold=NUMBER, or "
             "--threshold NUMBER."
         )
@@ -288,15 +288,17 @@ def _written(n: CanonicalSAE) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         ValueError: If the library cannot represent the dictionary.
     """
     reasons = {
-        "topk_raw": "its topk has a rectifier. Write circuit_tracer",
-        "abs_topk": "its topk has a rectifier. Write saelens, which has abstopk",
-        "group_max": "it has nothing like it. Write sparsify",
-        "pursuit": "it has no pursuits. Write saelens",
+        "topk_raw": "its topk applies relu. Use --to circuit_tracer",
+        "abs_topk": "its topk applies relu. Use --to saelens, which has abstopk",
+        "group_max": "there is no equivalent. Use --to sparsify",
+        "pursuit": "it has no matching pursuit. Use --to saelens",
     }
     if n.gate.name in reasons:
-        raise ValueError(f"dictionary_learning: {n.gate.name}: {reasons[n.gate.name]}.")
+        raise ValueError(f"dictionary_learning: cannot represent {n.gate.name}: {reasons[n.gate.name]}.")
     if n.row_norm is not None:
-        raise ValueError(f"dictionary_learning: it has no {n.row_norm} of each token. Write saelens, which has.")
+        raise ValueError(
+            f"dictionary_learning: row_norm: expected null, as the library has none, got {n.row_norm}. Use --to saelens."
+        )
     k = n.gate.k or source_config(n, "dictionary_learning").get("trainer", {}).get("k")
     n = fold_all(n)
     if n.gate.by_norm or (n.gate.name == "relu" and bool(((norms_of(n.W_dec) - 1).abs() > 1e-6).any())):

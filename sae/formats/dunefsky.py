@@ -18,7 +18,7 @@ from .origin import origin, reading_before_norm, with_origin
 KEYS = ("W_enc", "b_enc", "W_dec", "b_dec", "b_dec_out")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
 CONVERT = (
-    "Where you trust it, convert it in a process of its own, with their code on the path: "
+    "If you trust it, convert it in a separate process, with the authors' code on the path: "
     "d = torch.load(FILE, weights_only=False); torch.save({'state_dict': d['state_dict'], 'cfg': {'hook_point': "
     "d['cfg'].hook_point, 'out_hook_point': d['cfg'].out_hook_point, 'model_name': d['cfg'].model_name}}, NEW)."
 )
@@ -56,7 +56,7 @@ class Dunefsky(Format):
         return with_origin(n, provenance, warnings, "W_enc transposed", "b_dec is the input bias, b_dec_out the output's")
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        raise ValueError("dunefsky: read only: their files are pickles of their own classes. Write circuit_tracer or saelens.")
+        raise ValueError("dunefsky: read-only format: its files are pickled objects. Use --to circuit_tracer or saelens.")
 
 
 def _files_of(source: SourceFiles) -> list[str]:

@@ -72,9 +72,7 @@ class GemmaScope(Format):
         return _cross_layer(source, config, options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        raise ValueError(
-            "gemma_scope: a layout for two releases, read only. Write saelens or circuit_tracer, which tools take."
-        )
+        raise ValueError("gemma_scope: read-only format, the layout of two releases. Use --to saelens or circuit_tracer.")
 
 
 def npz_of(source: SourceFiles) -> str | None:
@@ -159,8 +157,8 @@ def second_release(source: SourceFiles, name: str, config: dict[str, Any], optio
     n = _dictionary(where, source.tensors(name), "transcoder")
     if n.W_dec.ndim == 3:
         raise ValueError(
-            f"{where}: one layer of a cross-layer set of {n.W_dec.shape[1]}: expected the folder with a file for each. "
-            "Its decoders to later layers, summed into one, would reconstruct nothing."
+            f"{where}: expected a transcoder of one layer, got one layer of a cross-layer transcoder of {n.W_dec.shape[1]}. "
+            "Load the folder that has a file for each layer."
         )
     if reads == writes and n.W_skip is None and n.d_in == n.d_out:
         n = replace(n, kind="sae")
@@ -212,7 +210,7 @@ def _cross_layer(source: SourceFiles, config: dict[str, Any], options: ReadOptio
     if not files or numbers != list(range(len(files))):
         raise ValueError(
             f"{source}: expected one file for each layer from 0, got layers {', '.join(map(str, numbers)) or 'none'}. "
-            "Fetch the rest, or load one set of several from a folder of its own."
+            "Download the missing files, or move each set of files to a folder of its own."
         )
     layers, dropped = [], 0
     for i, name in enumerate(files):

@@ -54,7 +54,7 @@ class LlamaScope(Format):
         return with_origin(n, provenance, warnings, "decoder transposed", f"the model taken to be {model}")
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        raise ValueError("llama_scope: a layout for one release, read only. Write saelens, which its users' tools take.")
+        raise ValueError("llama_scope: read-only format, the layout of one release. Use --to saelens.")
 
 
 def kind_of(where: object, config: Mapping[str, Any]) -> str:
@@ -66,8 +66,8 @@ def kind_of(where: object, config: Mapping[str, Any]) -> str:
     require_keys(where, config, ("hook_point_in", "hook_point_out"))
     if config.get("use_glu_encoder"):
         raise ValueError(
-            f"{where}: use_glu_encoder: each pre-activation is multiplied by the sigmoid of another product; nothing here is. "
-            "It cannot be loaded."
+            f"{where}: use_glu_encoder: expected false, got true: encoders with a gated linear unit are not supported. It "
+            "cannot be loaded."
         )
     for key in ("hook_point_in", "hook_point_out"):
         if not isinstance(config[key], str):
@@ -113,14 +113,14 @@ def scales(where: object, config: Mapping[str, Any], d_in: int, d_out: int) -> t
         return 1.0, 1.0
     if how != "dataset-wise":
         raise ValueError(
-            f"{where}: norm_activation: expected dataset-wise, inference or, of an autoencoder, token-wise, got {how!r}, whose "
-            "outputs are in units of norms that only the data has. It cannot be loaded."
+            f"{where}: norm_activation: expected dataset-wise, inference or, for an SAE, token-wise, got {how!r}, which "
+            "scales outputs by norms that inference does not know. It cannot be loaded."
         )
     means = config.get("dataset_average_activation_norm")
     if not isinstance(means, Mapping) or not {"in", "out"} <= means.keys():
         raise ValueError(
             f"{where}: dataset_average_activation_norm: expected the mean norms in and out, got {means!r}. Weights are in "
-            "units of them, so they are needed: put them into the configuration."
+            "units of these norms. Add them to the configuration."
         )
     return scale_of(where, "in", means["in"], d_in), scale_of(where, "out", means["out"], d_out)
 
@@ -143,8 +143,8 @@ def _activation_fn(where: object, config: Mapping[str, Any], options: ReadOption
         raise ValueError(f"{where}: act_fn: expected jumprelu, topk or relu, got {name!r}.")
     if not by_norm:
         raise ValueError(
-            f"{where}: sparsity_include_decoder_norm: expected true with jumprelu, got {by_norm!r}: no release has it, and in "
-            "what units its threshold would be is not known."
+            f"{where}: sparsity_include_decoder_norm: expected true with jumprelu, got {by_norm!r}. No release has this, and "
+            "the units of its threshold are not known. It cannot be loaded."
         )
     level = config.get("jump_relu_threshold") if options.threshold is None else options.threshold
     if not isinstance(level, (int, float)) or isinstance(level, bool):

@@ -35,9 +35,9 @@ EARLIER = {
 }
 # Activation functions that depend on other tokens or layers -> why they need a fixed threshold.
 SHARED = {
-    "batchtopk": "which of a token's latents fire depends on the other tokens of its batch",
-    "layertopk": "all layers' latents of a token are chosen together, and a layer cannot wait for later ones",
-    "batchlayertopk": "which latents fire depends on the other tokens of the batch and on later layers",
+    "batchtopk": "the active latents of a token depend on the other tokens of its batch",
+    "layertopk": "the active latents of a layer depend on later layers",
+    "batchlayertopk": "the active latents depend on the other tokens of the batch and on later layers",
 }
 
 
@@ -73,7 +73,7 @@ class Llamascopium(Format):
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         raise ValueError(
-            "llamascopium: read only. It reads SAELens's files too: write saelens, or, across layers, circuit_tracer."
+            "llamascopium: read-only format. The library also reads --to saelens; for cross-layer ones use --to circuit_tracer."
         )
 
 
@@ -191,8 +191,8 @@ def _activation_fn(where: object, config: Mapping[str, Any], logs: Tensor | None
     if name in SHARED:
         if options.threshold is None:
             raise ValueError(
-                f"{where}: act_fn {name}: {SHARED[name]}. A threshold measured on data stands in for it: threshold=NUMBER, "
-                "or --threshold NUMBER."
+                f"{where}: act_fn: {name} needs a threshold for inference, because {SHARED[name]}. Measure one on data, and "
+                "give it: threshold=NUMBER, or --threshold NUMBER."
             )
         return ActivationFn("threshold", threshold=torch.tensor(options.threshold), by_norm=by_norm)
     raise ValueError(f"{where}: act_fn: expected relu, topk, jumprelu, {', '.join(SHARED)}, got {name!r}.")
@@ -213,8 +213,8 @@ def _normalised(
         return n.noting("norm_activation token-wise is row_norm constant_norm", row_norm="constant_norm"), []
     if how != "dataset-wise":
         raise ValueError(
-            f"{where}: norm_activation: expected dataset-wise, inference or, of an autoencoder, token-wise, got {how!r}, whose "
-            "factors are those of other tokens, or of outputs that only the data has. It cannot be loaded."
+            f"{where}: norm_activation: expected dataset-wise, inference or, for an SAE, token-wise, got {how!r}, which "
+            "scales by norms that inference does not know. It cannot be loaded."
         )
     width = n.b_out.shape[0] if n.b_out.ndim else 0
     norms = (mean_norm(where, config, tensors, hook, side) for hook, side in zip(hooks, ("in", "out"), strict=True))

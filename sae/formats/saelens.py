@@ -71,7 +71,7 @@ class SAELens(Format):
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         if isinstance(n, CanonicalCrossLayer):
-            raise ValueError("saelens: it has no cross-layer transcoders. Write circuit_tracer, which has.")
+            raise ValueError("saelens: the format has no cross-layer transcoders. Use --to circuit_tracer.")
         cfg, tensors = _written(n)
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / WEIGHTS, tensors, {})
@@ -98,8 +98,8 @@ def saelens_dictionary(
     known = AUTOENCODERS | TRANSCODERS
     if architecture == "temporal":
         raise ValueError(
-            f"{where}: temporal: its code of a token depends on the tokens before it, by attention over the whole sequence; a "
-            "dictionary here codes every token by itself. It cannot be loaded."
+            f"{where}: architecture: temporal attends to earlier tokens, but dictionaries encode every token by itself. It "
+            "cannot be loaded."
         )
     if architecture not in known:
         raise ValueError(f"{where}: architecture: expected one of {', '.join(known)}, got {architecture!r}.")
@@ -127,7 +127,7 @@ def saelens_dictionary(
     subtracts = cfg.get("apply_b_dec_to_input", kind == "sae")
     if kind == "transcoder" and subtracts:
         raise ValueError(
-            f"{where}: apply_b_dec_to_input: expected false of a transcoder, whose b_dec is of the output, got true."
+            f"{where}: apply_b_dec_to_input: expected false for a transcoder, whose b_dec is an output bias, got true."
         )
     pursuit, b_dec = architecture == "matching_pursuit", tensors["b_dec"]
     return CanonicalSAE(
@@ -185,9 +185,8 @@ def normalise_weights(source: SourceFiles, cfg: Mapping[str, Any], n: CanonicalS
             scale = source.config(SCALER).get("scaling_factor")
         if not isinstance(scale, (int, float)) or not scale > 0:
             raise ValueError(
-                f"{source.path(CONFIG)}: normalize_activations: {how}: expected the factor that inputs were multiplied by, in "
-                f"{SCALER} beside it, found none. Weights are in scaled units, so it is needed. Give it: scale=NUMBER, or "
-                "--scale NUMBER."
+                f"{source.path(CONFIG)}: normalize_activations: {how}: expected the input scale factor in {SCALER} beside it, "
+                "found none. Weights are in scaled units. Give the factor: scale=NUMBER, or --scale NUMBER."
             )
         return n.noting(f"inputs times {scale:.6g}, outputs divided by it", scale_in=float(scale), scale_out=float(scale))
     if how == WHITENED:
@@ -284,7 +283,7 @@ def _written(n: CanonicalSAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _prepared(n: CanonicalSAE) -> CanonicalSAE:
     """Return an equivalent form that SAELens supports, with scales folded and unsupported biases folded."""
     if n.row_norm is not None and n.scaled:
-        raise ValueError("saelens: it has no fixed scale beside a per-token normalisation. Keep it in our own format.")
+        raise ValueError("saelens: the format has no fixed scale together with row_norm. Keep sparsary's format.")
     if n.row_norm in (None, CENTRED):
         n = fold_all(n)
     elif n.gate.by_norm:
@@ -300,7 +299,7 @@ def _transcoder_name(gate: ActivationFn, skip: bool) -> str:
     names = {"relu": "transcoder", "threshold": "jumprelu_transcoder"}
     if gate.name not in names:
         raise ValueError(
-            f"saelens: it has transcoders with relu and jumprelu only, not {gate.name}. Write circuit_tracer or sparsify."
+            f"saelens: expected a transcoder with relu or jumprelu, got {gate.name}. Use --to circuit_tracer or sparsify."
         )
     return names[gate.name].replace("transcoder", "skip_transcoder") if skip else names[gate.name]
 
@@ -317,16 +316,18 @@ def _autoencoder(n: CanonicalSAE) -> dict[str, Any]:
         return {"architecture": names[gate.name]}
     if gate.name == "pursuit" and gate.tolerance == 0 and n.W_enc is None:
         if n.b_in is None and bool(n.b_out.any()):
-            raise ValueError("saelens: a pursuit whose bias is added but not subtracted has no counterpart there.")
+            raise ValueError(
+                "saelens: a pursuit with an output bias but no input bias has no equivalent. Keep sparsary's format."
+            )
         stop = {"residual_threshold": gate.residual_norm, "stop_on_duplicate_support": gate.stop_on_repeat}
         return {"architecture": "matching_pursuit", "max_iterations": gate.k} | stop
     reasons = {
-        "pursuit": "its pursuits are of an autoencoder's atoms and stop at a fixed norm of the residual, not at a share of the "
-        "input's. Set tolerance to 0",
-        "topk_raw": "its topk has a rectifier, and abstopk ranks by size. Write circuit_tracer",
-        "group_max": "it has nothing like it. Write sparsify",
+        "pursuit": "its matching pursuit is for SAEs and stops at a fixed norm of the residual, not at a share of the "
+        "input's norm. Set tolerance to 0",
+        "topk_raw": "its topk applies relu, and abstopk ranks by absolute value. Use --to circuit_tracer",
+        "group_max": "there is no equivalent. Use --to sparsify",
     }
-    raise ValueError(f"saelens: {gate.name}: {reasons[gate.name]}.")
+    raise ValueError(f"saelens: cannot represent {gate.name}: {reasons[gate.name]}.")
 
 
 def metadata(n: CanonicalSAE) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class SAELensLegacy(Format):
         return with_metadata(n.noting("W_enc transposed", *words), cfg, found, options)
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        raise ValueError("saelens_legacy: old layouts are read only. Write saelens, which every version of 6 reads.")
+        raise ValueError("saelens_legacy: read-only format. Use --to saelens, which SAELens 6 reads.")
 
 
 def upgraded(where: object, old: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
@@ -105,11 +105,11 @@ def _chosen(where: object, cfg: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     architecture = cfg.get("architecture") or "standard"
     if activation == "topk" or architecture == "topk":
         if architecture not in ("standard", "topk"):
-            raise ValueError(f"{where}: activation topk of architecture {architecture}: version 6 has nothing like it.")
+            raise ValueError(f"{where}: activation topk with architecture {architecture}: not supported. It cannot be loaded.")
         k = arguments.get("k", cfg.get("k"))
         return "topk", {"k": k}
     if activation != "relu":
-        extra = ", which squashes what relu leaves; nothing here does" if activation.startswith("tanh") else ""
+        extra = ", which applies tanh to the rectified values and is not supported" if activation.startswith("tanh") else ""
         raise ValueError(
             f"{where}: activation function: expected relu or topk, got {activation!r}{extra}. It cannot be loaded."
         )
@@ -141,8 +141,8 @@ def factors(where: object, cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -
         return None
     if not used:
         raise ValueError(
-            f"{where}: scaling factors of latents that are not 1, while {CONFIG} says finetuning_scaling_factor false: one of "
-            "them is wrong. Set it to true in the file if they were in use, or take the tensor out."
+            f"{where}: expected scaling factors of 1, as {CONFIG} has finetuning_scaling_factor: false, got others. Set it to "
+            "true in the file if the factors were in use, or remove the tensor."
         )
     return found[0]
 
@@ -152,6 +152,6 @@ def raise_for_pickles(source: SourceFiles) -> None:
     pickles = [name for name in source.files if name.endswith((".pkl", ".pkl.gz", *TORCH_SUFFIXES))]
     what = f"pickled objects ({', '.join(pickles)}), as version 1 wrote," if pickles else "no configuration"
     raise ValueError(
-        f"{source}: expected {CONFIG} and {WEIGHTS}, got {what} which are never loaded here. Where you trust them, convert "
-        "them in a process of their own with the SAELens that wrote them: SAE.load_from_pretrained(FILE).save_model(FOLDER)."
+        f"{source}: expected {CONFIG} and {WEIGHTS}, got {what} which are never loaded. If you trust them, convert them "
+        "in a separate process with the version of SAELens that wrote them: SAE.load_from_pretrained(FILE).save_model(FOLDER)."
     )

@@ -139,9 +139,7 @@ class HookZ(TorchFiles):
         latents, width = _sizes(where, b_enc, b_dec)
         for key, size in (("act_size", width), ("dict_size", latents)):
             if cfg.get(key, size) != size:
-                raise ValueError(
-                    f"{where}: {key}: expected {size}, which the tensors have, got {cfg[key]!r} in its configuration."
-                )
+                raise ValueError(f"{where}: {key}: expected {size}, as in the weights, got {cfg[key]!r} in the configuration.")
         require_shape(where, "W_enc", tuple(W_enc.shape), (width, latents))
         require_shape(where, "W_dec", tuple(W_dec.shape), (latents, width))
         extra = sorted(set(tensors) - set(PLAIN))

@@ -73,7 +73,7 @@ class Sparsify(SetFormat):
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
         if isinstance(n, CanonicalCrossLayer):
-            raise ValueError("sparsify: it has no cross-layer transcoders that it could load. Write circuit_tracer, which has.")
+            raise ValueError("sparsify: the format has no cross-layer transcoders that it can load. Use --to circuit_tracer.")
         self.write_set({"": n}, directory)
 
     def write_set(self, members: Mapping[str, CanonicalSAE], directory: Path) -> None:
@@ -109,8 +109,8 @@ def _folder(n: CanonicalSAE) -> str:
         earlier = re.fullmatch(r"(.*\.)(\d+):in", writes)
         if earlier is None or earlier.group(2) == "0":
             raise ValueError(
-                f"sparsify: {writes}: it gives autoencoders the output of the module that a folder is named after, and no "
-                "module gives out this input. Write saelens or dictionary_learning."
+                f"sparsify: {writes}: expected the output of a module, which the format names folders after, got an input. Use "
+                "--to saelens or dictionary_learning."
             )
         # A block's input is the previous block's output.
         writes = f"{earlier.group(1)}{int(earlier.group(2)) - 1}:out"
@@ -196,8 +196,10 @@ def _dictionary(
     if skip is not None:
         require_shape(where, "W_skip", tuple(skip.shape), (d_in, d_in))
     if cfg.get("skip_connection", skip is not None) != (skip is not None):
-        there = "is missing" if skip is None else "is there"
-        raise ValueError(f"{where}: skip_connection: {cfg['skip_connection']} in {CONFIG}, but W_skip {there}.")
+        there = "no W_skip" if skip is None else "W_skip"
+        raise ValueError(
+            f"{where}: skip_connection: {cfg['skip_connection']} in {CONFIG} contradicts the file, which has {there}."
+        )
     nested = run.get("sae")
     # Earlier versions set transcode for the whole run.
     whole = run.get("transcode", nested.get("transcode") if isinstance(nested, dict) else None)
@@ -256,8 +258,8 @@ def rows(
         return tensor, None
     if latents == width:
         raise ValueError(
-            f"{where}: {name}: expected {NAMES[ours][0]}; {name} does not say which way it lies, and a square matrix cannot. "
-            f"Rename it {NAMES[ours][0]} in the file, latents first."
+            f"{where}: {name}: expected {NAMES[ours][0]}, because the orientation of a square {name} is ambiguous. "
+            f"Rename it to {NAMES[ours][0]} in the file, with latents as rows."
         )
     if tuple(tensor.shape) == (width, latents):
         return tensor.T, f"{name} transposed to {ours}"
@@ -285,19 +287,19 @@ def _prepared(n: CanonicalSAE) -> CanonicalSAE:
     """
     reasons = {
         "relu": "it keeps the same number of latents for every token",
-        "threshold": "it keeps the same number of latents for every token, in training and after",
-        "gated": "it has no gates",
-        "topk_raw": "its topk has a rectifier",
-        "abs_topk": "it has no signed latents any more",
-        "pursuit": "it has no pursuits",
+        "threshold": "it keeps the same number of latents for every token",
+        "gated": "it has no gated encoder",
+        "topk_raw": "its topk applies relu",
+        "abs_topk": "it no longer has signed latents",
+        "pursuit": "it has no matching pursuit",
     }
     if n.gate.name in reasons:
         instead = "dictionary_learning or saelens" if n.kind == "sae" else "circuit_tracer"
-        raise ValueError(f"sparsify: {n.gate.name}: {reasons[n.gate.name]}. Write {instead}.")
+        raise ValueError(f"sparsify: cannot represent {n.gate.name}: {reasons[n.gate.name]}. Use --to {instead}.")
     if n.row_norm is not None:
-        raise ValueError(f"sparsify: it has no {n.row_norm} of each token. Write saelens, which has.")
+        raise ValueError(f"sparsify: row_norm: expected null, as the library has none, got {n.row_norm}. Use --to saelens.")
     if n.d_in != n.d_out:
-        raise ValueError(f"sparsify: its transcoders are as wide at the output as at the input, not {n.d_in} and {n.d_out}.")
+        raise ValueError(f"sparsify: expected d_out = d_in = {n.d_in}, as the format has one width, got d_out = {n.d_out}.")
     n = fold_all(n)
     if n.gate.by_norm:
         n = fold_norms(n)

@@ -20,7 +20,7 @@ from .files import TORCH_SUFFIXES, SourceFiles
 # A folder with one of these files belongs to a format with a configuration.
 CONFIGS = ("cfg.json", "config.json", "config.yaml", "hyperparams.json", "conf.yaml")
 # Formats of published releases are read-only: no tool looks for other dictionaries in them.
-INSTEAD = "Write saelens, which most tools read"
+INSTEAD = "Use --to saelens, which most tools read"
 
 
 def torch_names(source: SourceFiles) -> list[str]:
@@ -84,4 +84,4 @@ class TorchFiles(Format):
         return {(n.provenance.get("hooks_out") or [Path(name).stem])[0]: n for name, n in read.items()}
 
     def write(self, n: CanonicalSAE | CanonicalCrossLayer, directory: Path) -> None:
-        raise ValueError(f"{self.name}: these files are read only. {INSTEAD}.")
+        raise ValueError(f"{self.name}: read-only format. {INSTEAD}.")

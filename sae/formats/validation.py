@@ -134,8 +134,8 @@ def check_orientation(n: CanonicalSAE, where: object) -> None:
     as_read, swapped = _cosine(n.W_enc, n.W_dec), _cosine(n.W_enc.T, n.W_dec)
     if as_read < UNRELATED and swapped > RELATED:
         raise ValueError(
-            f"{where}: swapped orientation: rows of encoder and decoder have a mean cosine of {as_read:.3f}, of {swapped:.3f} "
-            "if one of the matrices is transposed. The file was written transposed: transpose W_enc or W_dec in it."
+            f"{where}: W_enc and W_dec: swapped orientation: the mean cosine of their rows is {as_read:.3f}, but {swapped:.3f} "
+            "if one of them is transposed. Transpose W_enc or W_dec in the file."
         )
 
 

@@ -84,7 +84,7 @@ def test_one_long_document_before_a_short_one_is_cut(data, tmp_path):
 
 
 def test_without_held_out_documents_the_remedies_are_named(data):
-    with pytest.raises(ValueError, match=r"no held-out document was found\. Raise harvest\.heldout.* --text FILE"):
+    with pytest.raises(ValueError, match=r"expected held-out documents, got none\. Raise harvest\.heldout.* --text FILE"):
         read(data(20, heldout=1e-9).halves(1000))
 
 

@@ -73,8 +73,8 @@ def test_truncated_weights_are_named(checkpoint, keep):
     [
         ("", "expected JSON"),
         ("{", "expected JSON"),
-        ("[]", "not a sparsary dictionary"),
-        ('{"format": "other"}', "not a sparsary dictionary"),
+        ("[]", "expected a sparsary dictionary"),
+        ('{"format": "other"}', "expected a sparsary dictionary"),
         ('{"format": "sparsary-dictionary", "format_version": 99}', "format_version: expected 1, got 99"),
     ],
 )

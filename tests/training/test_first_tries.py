@@ -49,7 +49,10 @@ def values(recipe_values, tmp_path):
         (("text.files", ["nowhere.jsonl"]), r"text\.files: nowhere\.jsonl does not exist"),
         (("text.column", "words"), r"text\.jsonl:1: expected a JSON object with the key 'words'"),
         (("text.files", ["text.csv"]), r"text\.files: expected \.txt, \.jsonl, \.parquet, got text\.csv"),
-        (("text.context_length", 10_000), "no token is left to train on: in contexts of 10000 tokens, 60 documents, of which"),
+        (
+            ("text.context_length", 10_000),
+            r"expected tokens to train on, got none from 60 documents \(\d+ held out\) in contexts of 10000 tokens",
+        ),
         (("batch_tokens", 5000), r"batch_tokens: expected at most the \d+ training tokens of the store, got 5000"),
         (("out_dir", "/proc/nowhere/run"), r"out_dir: /proc/nowhere/run cannot be written"),
         (("out_dir", "text.jsonl/run"), r"out_dir: text\.jsonl/run cannot be written \(Not a directory\)"),

@@ -416,16 +416,16 @@ def schedule(**knots):
         (phases({"encoder": GRADIENT}), "got false. Set it, choose a new harvest.store, and run: sparsary harvest RECIPE"),
         (
             phases({"encoder": FEATURE}) | {"batch_tokens": 6},
-            "batch_tokens: feature_choice gives every latent a match: 6 tokens x k 7 = 42 matches for 67 latents. Give at "
-            "least 10 tokens a batch (divided by accumulate), raise k, or lower n_latents.",
+            "batch_tokens: feature_choice needs one match per latent, got 6 tokens x k 7 = 42 matches for 67 "
+            "latents. Set batch_tokens / accumulate to at least 10, raise k, or lower n_latents.",
         ),
         (
             phases({"encoder": FEATURE}) | {"batch_tokens": 100, "accumulate": 20},
-            "batch_tokens: feature_choice gives every latent a match: 5 tokens x k 7 = 35 matches for 67 latents.",
+            "batch_tokens: feature_choice needs one match per latent, got 5 tokens x k 7 = 35 matches for 67 latents.",
         ),
         (
             phases({"encoder": FEATURE}) | schedule(k=[[0.0, 7], [1.0, 2]]) | {"batch_tokens": 11},
-            "schedules.k.1: batch_tokens: feature_choice gives every latent a match: 11 tokens x k 2 = 22 matches",
+            "schedules.k.1: batch_tokens: feature_choice needs one match per latent, got 11 tokens x k 2 = 22 matches",
         ),
         (schedule(kk=[[0.0, 3]]), "schedules.kk: no encoder of this recipe has that argument. Did you mean 'k'?"),
         (schedule(beta=[[0.0, 3.0]]), "schedules.beta: no encoder of this recipe has that argument."),

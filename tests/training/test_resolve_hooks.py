@@ -79,12 +79,12 @@ def test_the_model_is_built_once_for_all_members(values, monkeypatch):
     ("changes", "message"),
     [
         ({"layer": 4}, "dictionary.layer: expected 0 to 3, as the model has 4 blocks, got 4."),
-        ({"site": "mpl"}, "dictionary.site: 'mpl' is no site; this architecture has resid_pre, "),
+        ({"site": "mpl"}, "dictionary.site: expected one of resid_pre, "),
         (
             {"site": "mlp_out"},
-            "dictionary.site: kind transcoder reads one tensor and predicts another: expected one of mlp, got 'mlp_out'.",
+            "dictionary.site: expected one of mlp, because kind transcoder predicts one tensor from another, got 'mlp_out'.",
         ),
-        ({"kind": "sae"}, "dictionary.site: kind sae reconstructs one tensor: expected one of resid_pre, "),
+        ({"kind": "sae"}, "dictionary.site: expected one of resid_pre, "),
         ({"kind": "cross_layer_transcoder", "layer": None, "layers": [0, 7]}, "dictionary.layer: expected 0 to 3"),
     ],
     ids=["layer", "site", "one-sided", "two-sided", "layers"],

@@ -26,6 +26,14 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_unit_that_takes_minutes_is_shown_by_its_time(clock):
+    shown = StageProgress("probing", 6, "tasks")
+    clock[0] += 150
+    shown.update(1)
+    assert shown.figures() == "17 %  1 of 6 tasks  2 min 30 s per task  12 min 30 s left"
+    shown.close()
+
+
 def test_rate_and_time_left_count_from_the_first_step(clock):
     shown = StageProgress("training topk", 10_000, done=2_000)
     assert shown.figures() == "20 %  2,000 of 10,000 tokens"

@@ -158,7 +158,7 @@ def test_a_grid_over_layers_is_a_stack_over_one_harvest(values, tmp_path):
     assert torch.equal(stack[MLPS[4]].W_dec, load_dictionary(directories[1]).W_dec)
     lines, problems = describe_files(grid.out_dir)
     assert [name for name, _ in lines] == ["checkpoints", "layer=0", "layer=2", "layer=3"]
-    assert f"transcoder 128 -> 67 -> 128, name topk, k 5  {MLPS[4]} -> {MLPS[5]}  checksum matches" == dict(lines)["layer=2"]
+    assert f"transcoder 128 -> 67 -> 128, topk, k 5  {MLPS[4]} -> {MLPS[5]}  checksum matches" == dict(lines)["layer=2"]
     assert not problems
     # The same recipe as it was written, with layers, finds itself finished.
     before = [(path / "dictionary.safetensors").stat().st_mtime_ns for path in directories]
@@ -259,7 +259,7 @@ def test_gradients_of_tensors_are_those_at_the_output(values, pairs):
 
 def test_layers_of_tensors_stand_side_by_side(values, pairs):
     values["dictionary"] = cross_layer()
-    with pytest.raises(ValueError, match=r"activations: expected a width that 4 layers share equally, got 19\."):
+    with pytest.raises(ValueError, match=r"activations: expected a width divisible by the 4 layers, got 19\."):
         train_recipe(resolve_recipe(check_recipe(values, "recipe")), pairs)
     wide = [{"x": pair["x"][:, :16], "target": pair["target"][:, :12]} for pair in pairs]
     dictionary = load_dictionary(
@@ -274,7 +274,7 @@ def test_layers_of_tensors_stand_side_by_side(values, pairs):
         (
             "transcoder",
             lambda pair: pair["x"],
-            r"targets: tensor 0: a transcoder needs them, got activations only\. Give \{\"x",
+            r"targets: tensor 0: expected targets for a transcoder, got activations only\. Give \{\"x",
         ),
         ("sae", lambda pair: pair, r"targets: tensor 0: expected none, because an SAE reconstructs x"),
         (
@@ -282,7 +282,7 @@ def test_layers_of_tensors_stand_side_by_side(values, pairs):
             lambda pair: pair | {"target": pair["target"][:7]},
             r"expected \(tokens, d_out\) of 500 tokens, got \(7, 13\)",
         ),
-        ("transcoder", lambda pair: pair | {"y": pair["x"]}, r"expected x, target and grad, .*got \['x', 'target', 'y'\]"),
+        ("transcoder", lambda pair: pair | {"y": pair["x"]}, r"expected x, and target and grad .*got \['x', 'target', 'y'\]"),
         (
             "transcoder",
             lambda pair: pair | {"grad": pair["x"]},

@@ -144,12 +144,12 @@ class Architecture:
         kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         if kind not in READERS:
             raise ValueError(
-                f"model.id: {model.id} is of the architecture {kind!r}, whose attention is not supported here. Expected "
-                f"one of {', '.join(READERS)}."
+                f"model.id: expected an architecture whose attention is supported ({', '.join(READERS)}), got {kind!r} "
+                f"({model.id})."
             )
         if is_spread(module) or getattr(module, "is_quantized", False):
             raise ValueError(
-                f"model.id: {model.id}: expected whole weights on one device, which attribution reads, got "
+                f"model.id: {model.id}: expected unquantized weights on one device, as attribution requires, got "
                 f"{'weights on several devices' if is_spread(module) else 'quantized weights'}. Set model.device_map and "
                 "model.quantization to null."
             )

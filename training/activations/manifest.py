@@ -73,9 +73,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: expected {FORMAT!r}. This is not an activation store.")
+        raise ValueError(f"{path}: expected an activation store, with format {FORMAT!r}, got other JSON.")
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version: expected {FORMAT_VERSION}, got {str(manifest.get('format_version'))[:40]}.")
+        raise ValueError(
+            f"{path}: format_version: expected {FORMAT_VERSION}, got {str(manifest.get('format_version'))[:40]}. Harvest again."
+        )
     # Stores of earlier versions have none.
     checksum = manifest.pop(CHECKSUM, None)
     if problem := _problem(manifest) or ("" if checksum in (None, _checksum(manifest)) else "differs from its checksum"):

@@ -227,9 +227,9 @@ class RemotePlace(StorePlace):
         if whole > limit or missing > free:
             room = f"harvest.cache_gb is {self.cache_gb:g}" if whole > limit else f"{free / 1e9:.1f} GB are free"
             raise _StoreUrlError(
-                f"harvest.store: {self.url} takes {whole / 1e9:.3g} GB in {self.directory.parent}, but {room}: training reads "
-                "rows of all shards at once, so that the cache must hold the store. Make room, or move the cache with "
-                "SPARSARY_CACHE."
+                f"harvest.store: {self.url} takes {whole / 1e9:.3g} GB in {self.directory.parent}, but {room}. Training "
+                "reads rows of all shards, so the cache must hold the whole store. Raise harvest.cache_gb, free some disk, or "
+                "move the cache with SPARSARY_CACHE."
             )
 
     @contextmanager

@@ -252,9 +252,9 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
     hooks = block.sites()
     if site in hooks:
         return hooks[site]
-    choices = f"this architecture has {', '.join(hooks)}"
+    choices = f"expected one of {', '.join(hooks)} for this architecture, got {site!r}"
     if site not in SITES:
-        raise ValueError(f"dictionary.site: {site!r} is no site; {choices}.{did_you_mean(site, hooks)}")
+        raise ValueError(f"dictionary.site: {choices}.{did_you_mean(site, hooks)}")
     if block.mlp is not None and block.parallel and site == "resid_mid":
         reason = "attention and MLP of a block read the same stream, so nothing lies between them"
     elif block.mlp is not None and site == "resid_mid":
@@ -269,7 +269,7 @@ def site_hooks(module: nn.Module, layer: int, site: str) -> tuple[str, str]:
             f"the {part} could not be located in {block.path}, whose modules are {inside}. Give hook_in and hook_out "
             "(for an SAE: hook) by hand, as MODULE_PATH:in or MODULE_PATH:out"
         )
-    raise ValueError(f"dictionary.site: {site!r}: {choices}; {reason}.")
+    raise ValueError(f"dictionary.site: {choices}: {reason}.")
 
 
 def block_paths(module: nn.Module) -> list[str]:
@@ -289,8 +289,8 @@ def block_paths(module: nn.Module) -> list[str]:
             outermost = min(lists, key=lambda name: (re.search("text|language|decoder", name) is None, name.count(".")))
             return [f"{outermost}.{index}" for index in range(count)]
     raise ValueError(
-        f"dictionary.layer: no list of {' or '.join(map(str, dict.fromkeys(counts))) or 'config.num_hidden_layers'} blocks was "
-        f"found in {type(module).__name__}. Give hook_in and hook_out (for an SAE: hook) by hand."
+        f"dictionary.layer: expected a module list of {' or '.join(map(str, dict.fromkeys(counts))) or 'num_hidden_layers'} "
+        f"blocks in {type(module).__name__}, found none. Give hook_in and hook_out (for an SAE: hook) by hand."
     )
 
 

@@ -247,7 +247,9 @@ class Splice:
         if code is None:
             code = insertion.dictionary.encode_at(site, rows)
         elif code.n_tokens != rows.shape[0]:
-            raise ValueError(f"codes: {place}: expected {rows.shape[0]} tokens, as many as are replaced, got {code.n_tokens}.")
+            raise ValueError(
+                f"codes: {place}: expected {rows.shape[0]} tokens, the number that is replaced, got {code.n_tokens}."
+            )
         code = _keeping_gradient(code)
         self._inputs[place], self._unedited[place] = rows, code
         self.codes[place] = self._edited(place, code, x.shape[0], x.shape[1])
@@ -260,7 +262,7 @@ class Splice:
             kept = self._mask(contexts, positions)
             if kept is not None and not isinstance(edit.positions, str) and bool((where & ~kept.cpu()).any()):
                 missed = (where & ~kept.cpu()).any(0).nonzero().flatten().tolist()
-                raise ValueError(f"positions: expected positions in kept, because only those are replaced, got {missed}.")
+                raise ValueError(f"positions: expected positions that are replaced (kept), got {missed}.")
             chosen = self._rows(where.to(code.values.device).unsqueeze(-1))
             latents = torch.tensor(list(edit.latents), device=code.latents.device)
             before = code.columns(latents)

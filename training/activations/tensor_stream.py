@@ -132,10 +132,10 @@ class TensorStream(ActivationStream):
             entries = {"x": item}
         if "x" not in entries or entries.keys() - set(NAMES):
             got = list(item) if isinstance(item, Mapping) else f"{len(entries)} parts"
-            raise ValueError(f"activations: {where}: expected x, target and grad, the last two if needed, got {got}.")
+            raise ValueError(f"activations: {where}: expected x, and target and grad if needed, got {got}.")
         if self.targets and "target" not in entries:
             raise ValueError(
-                f'targets: {where}: a transcoder needs them, got activations only. Give {{"x": ..., "target": ...}}.'
+                f'targets: {where}: expected targets for a transcoder, got activations only. Give {{"x": ..., "target": ...}}.'
             )
         if not self.targets and "target" in entries:
             raise ValueError(

@@ -128,7 +128,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
-        raise ValueError(f"{where}: expected YAML ({' '.join(str(error).split())}).") from None
+        raise ValueError(f"{where}: expected YAML, got invalid YAML ({' '.join(str(error).split())}).") from None
     except RecursionError:
         raise ValueError(f"{where}: expected YAML nested a few levels deep, got hundreds.") from None
 
@@ -151,7 +151,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         nested = values.setdefault(parent, {})
         if not isinstance(nested, dict):
-            raise ValueError(f"{key}: {parent} is not a section but {nested!r}.")
+            raise ValueError(f"{key}: expected {parent} to be a section, got {nested!r}.")
         values = nested
     values[last] = value
 

@@ -320,9 +320,9 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
             else:
                 if encoder.smallest_batch > pool:
                     found = [
-                        f"batch_tokens: {case['name']} gives every latent a match: {pool} tokens x k {case['k']} = "
-                        f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Give at least "
-                        f"{encoder.smallest_batch} tokens a batch (divided by accumulate), raise k, or lower n_latents."
+                        f"batch_tokens: {case['name']} needs one match per latent, got {pool} tokens x k {case['k']} = "
+                        f"{pool * case['k']} matches for {recipe.dictionary.n_latents} latents. Set batch_tokens / accumulate "
+                        f"to at least {encoder.smallest_batch}, raise k, or lower n_latents."
                     ]
                 if encoder.for_saes and where == key and recipe.dictionary.kind == "transcoder":
                     because = f"because {encoder.for_saes}, got transcoder."

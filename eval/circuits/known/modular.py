@@ -99,7 +99,7 @@ def _check(p: int, order: list[int]) -> None:
     if p < 3 or any(p % d == 0 for d in range(2, math.isqrt(p) + 1)):
         raise ValueError(f"p: expected an odd prime, got {p}.")
     if len(set(order)) < len(order) or any(not 1 <= k <= p // 2 for k in order):
-        raise ValueError(f"frequencies, unused: expected different numbers from 1 to {p // 2} (half of p), got {order}.")
+        raise ValueError(f"frequencies, unused: expected distinct numbers from 1 to {p // 2} (half of p), got {order}.")
 
 
 def _pairs(p: int, n_pairs: int, seed: int) -> PromptPairs:

@@ -82,9 +82,7 @@ class Certified(Method):
             if not low < value < 1.0:
                 raise ValueError(f"{name}: expected a number between {low:g} and 1, got {value}.")
         if subsamples < 1 or (threshold or 0.0) < 0.0:
-            raise ValueError(
-                f"subsamples, threshold: expected at least 1 and no negative number, got {subsamples} and {threshold}."
-            )
+            raise ValueError(f"subsamples, threshold: expected at least 1 and at least 0, got {subsamples} and {threshold}.")
         self.base, self.size, self.threshold, self.ranking = base or AttributionPatching(), size, threshold, ranking
         self.subsamples, self.p_del, self.tau, self.alpha = subsamples, p_del, tau, alpha
         self.simultaneous, self.seed = simultaneous, seed

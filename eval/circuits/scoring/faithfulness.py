@@ -52,9 +52,9 @@ class FaithfulnessCurve:
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
         if abs(difference.mean()) <= NOISE * error or difference.mean() == 0:
             raise ValueError(
-                f"faithfulness: the model's metric, {self.full.mean():.3g}, less that with everything ablated, "
-                f"{self.empty.mean():.3g}, is within noise of 0 (standard error {error:.2g}, {len(difference)} pairs). "
-                "Expected a task that the model does and the ablation breaks. Give more pairs, another corruption or ablation."
+                f"faithfulness: expected a task that the model performs and the ablation breaks, got a metric of "
+                f"{self.full.mean():.3g} for the model and {self.empty.mean():.3g} with everything ablated, equal within noise "
+                f"(standard error {error:.2g}, {len(difference)} pairs). Give more pairs, another corruption or ablation."
             )
 
     def faithfulness(self, weights: np.ndarray | None = None) -> Float[np.ndarray, " sizes"]:

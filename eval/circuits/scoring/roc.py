@@ -59,5 +59,5 @@ def _finite(scores: Tensor, truth: Tensor) -> Tensor:
     if not 0 < inside < len(truth):
         raise ValueError(f"truth: expected units in the circuit and others, got {inside} in it of {len(truth)}.")
     if scores.isnan().any():
-        raise ValueError(f"scores: expected numbers, got {int(scores.isnan().sum())} of {len(scores)} that are none.")
+        raise ValueError(f"scores: expected numbers, got NaN in {int(scores.isnan().sum())} of {len(scores)}.")
     return scores.double().cpu().clamp(-1e300, 1e300)

@@ -68,7 +68,7 @@ def make_pairs(
     if str(name).endswith(FILES):
         return read_pairs(name, model, n, seed, corruption, metric, one_length=one_length)
     if n is None:
-        raise ValueError("n: expected a number of pairs, got None, which means all of a file. Give one.")
+        raise ValueError("n: expected a number of pairs, got None, which is for files only. Give a number.")
     require_choice("split", split, SPLITS)
     variant = _task(str(name), model).variant(model)
     assert variant is not None

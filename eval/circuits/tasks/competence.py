@@ -56,9 +56,9 @@ class Competence:
         """Raise ``ValueError`` if the difference, which faithfulness divides by, is within noise."""
         if self.noise:
             raise ValueError(
-                f"{self.task}: expected {self.metric} to differ between clean prompts and {self.corruption}, as faithfulness "
-                f"divides by the difference, which is noise here: got {self}. Choose another corruption, more pairs, or a task "
-                "the model does."
+                f"{self.task}: expected {self.metric} to differ between clean prompts and {self.corruption}, because "
+                f"faithfulness divides by it; got {self}, equal within noise. Choose another corruption, more pairs "
+                "or a task that the model performs."
             )
 
     def __str__(self) -> str:

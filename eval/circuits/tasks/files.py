@@ -139,7 +139,7 @@ def _example(record: Mapping[str, Any], reader: PromptEncoder) -> Example:
     """Return a checked record as token ids; ``ValueError`` describes any mistake in it."""
     clean, corrupted = (_prompt_ids(record, key, reader) for key in ("clean", "corrupted"))
     if len(clean) != len(corrupted):
-        raise ValueError(f"clean has {len(clean)} tokens, corrupted {len(corrupted)}; they must have as many")
+        raise ValueError(f"clean has {len(clean)} tokens, corrupted {len(corrupted)}; expected equal numbers")
     asked = record.get("questions") or [record]
     if not isinstance(asked, list) or not all(isinstance(one, Mapping) for one in asked):
         raise ValueError(f"questions is {asked!r}; expected a list of objects with position, answers and foils")
@@ -149,7 +149,7 @@ def _example(record: Mapping[str, Any], reader: PromptEncoder) -> Example:
         raise ValueError(f"roles is {roles!r}; expected an object of names and positions")
     bad = {role: at for role, at in roles.items() if not (isinstance(at, int) and 0 <= at < len(clean))}
     if bad:
-        raise ValueError(f"roles are at {bad}, which are no positions of a prompt of {len(clean)} tokens")
+        raise ValueError(f"roles are at {bad}; expected positions 0 to {len(clean) - 1}")
     return Example(clean, corrupted, questions, dict(roles))
 
 
@@ -191,14 +191,14 @@ def _several(asked: Mapping[str, Any], key: str) -> list:
 def _token(answer: Any, before: str | None, reader: PromptEncoder) -> int:
     if isinstance(answer, str):
         if before is None:
-            raise ValueError(f"{answer!r} continues token ids that are no text; give its token id")
+            raise ValueError(f"{answer!r} is text after a prompt of token ids; give its token id")
         return reader.following(before, answer)
     return _known(answer, reader)
 
 
 def _known(token: Any, reader: PromptEncoder) -> int:
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < reader.vocabulary:
-        raise ValueError(f"{token!r} is no token id of this model; expected 0 to {reader.vocabulary - 1}")
+        raise ValueError(f"{token!r} is not a token id of this model; expected 0 to {reader.vocabulary - 1}")
     return token
 
 

@@ -82,8 +82,8 @@ class PromptPairs:
                 f"{length} ({int((self.lengths == length).sum())})" for length in self.lengths.unique().tolist()
             )
             raise ValueError(
-                f"{self.task}: {what} needs prompts of one length, as a position means nothing otherwise; got lengths (and how "
-                f"many pairs have each) {lengths}. Give pairs of one length, or do not tell positions apart."
+                f"{self.task}: {what} needs prompts of one length, so that positions correspond; got lengths (with numbers of "
+                f"pairs) {lengths}. Give pairs of one length, or pool positions."
             )
 
     def take(self, rows: slice | Sequence[int] | Tensor) -> "PromptPairs":

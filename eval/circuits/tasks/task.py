@@ -83,7 +83,8 @@ def distinct(examples: Iterator[Example], n: int, task: str) -> list[Example]:
             break
     if len(found) < n:
         raise ValueError(
-            f"n: {task} has only about {len(found)} different pairs here, got n = {n}. Ask for fewer, or split='all'."
+            f"n: expected at most about {len(found)}, the distinct pairs of {task} for this model, got {n}. Lower n, or use "
+            "split='all'."
         )
     return list(found.values())
 

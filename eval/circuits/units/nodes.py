@@ -128,11 +128,13 @@ class Latents(Part):
         require_choice("errors", errors, ERRORS)
         if len(dictionary.sites) > 1:
             raise ValueError(
-                f"{name}: expected a dictionary that writes at one hook, got a cross-layer one. Its circuits are attribution "
-                "graphs: sparsary circuits CHECKPOINT --prompt TEXT."
+                f"{name}: expected a dictionary that writes at one hook, got a cross-layer one. Compute an attribution "
+                "graph instead: sparsary circuits CHECKPOINT --prompt TEXT."
             )
         if dictionary.training:
-            raise ValueError(f"{name}: the dictionary is in training mode, where codes depend on the batch. Call eval().")
+            raise ValueError(
+                f"{name}: expected a dictionary in eval mode, as codes depend on the batch in training. Call eval()."
+            )
         self.dictionary, self.errors = dictionary, errors
         with torch.no_grad():
             # Decoder directions in raw units.
@@ -198,7 +200,7 @@ class NodeSpace(Space):
         super().__init__(model)
         require_choice("positions", positions, POSITIONS)
         if (positions == "each") != (n_positions is not None):
-            raise ValueError("n_positions: expected the length of all prompts with positions 'each', and only then.")
+            raise ValueError("n_positions: expected the length of all prompts if positions is 'each', else None.")
         self.parts, self.copies = list(parts), n_positions or 1
         self._require_valid()
         self.hooks = tuple(dict.fromkeys(hook for part in parts for hook in (part.hook_in, part.hook_out)))
@@ -219,7 +221,7 @@ class NodeSpace(Space):
             if widths[part.hook_out] != part.width:
                 raise ValueError(
                     f"{part.name}: expected the width at {part.hook_out} of {self.model.id}, {widths[part.hook_out]}, got a "
-                    f"dictionary that writes {part.width}. It is one of another model or hook."
+                    f"dictionary of {part.width} outputs, from another model or hook."
                 )
 
     def names(self) -> list[str]:

@@ -105,8 +105,8 @@ def _set_thresholds(encoder: Encoder, b_enc: Tensor, thresholds: Float[Tensor, "
         b_enc.sub_(thresholds)
     else:
         raise ValueError(
-            f"random_like: the l0 of the encoder {type(encoder).__name__} cannot be matched here. Say in "
-            "eval/circuits/units/random_latents.py what makes its latents fire."
+            f"random_like: expected an encoder whose l0 can be matched, got {type(encoder).__name__}. Add it to "
+            "eval/circuits/units/random_latents.py."
         )
 
 

@@ -45,7 +45,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         ridges = [self.ridge] if isinstance(self.ridge, int | float) else list(self.ridge)
         if not ridges or any(not 0 <= ridge < float("inf") for ridge in ridges):
-            raise ValueError(f"ridge: expected a number from 0 on, or several to choose among, got {self.ridge!r}.")
+            raise ValueError(f"ridge: expected a number of at least 0, or a list of them, got {self.ridge!r}.")
 
 
 USUAL = FitOptions()
@@ -74,7 +74,9 @@ class LinearFit:
         """Add a batch. ``documents``, the document index of each token, is needed only to choose among ridges."""
         if documents is None:
             if len(self.folds.parts) > 1:
-                raise ValueError("ridge: expected documents to choose among several by, got none. Give one ridge.")
+                raise ValueError(
+                    "ridge: expected documents for cross-validation among several ridges, got none. Give one ridge."
+                )
             documents = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         self.folds.update(x, _with_norms(error), documents)
 

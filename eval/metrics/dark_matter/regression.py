@@ -105,8 +105,8 @@ class FoldedRegression:
         filled = [part for part in self.parts if part.tokens]
         if len(filled) < 2:
             raise ValueError(
-                "ridge: expected documents to choose among several by, got tokens of one document, or of numbers that agree "
-                f"modulo {len(self.parts)}. Give one ridge, or more documents."
+                "ridge: expected several documents for cross-validation, got one, or numbers that agree modulo "
+                f"{len(self.parts)}. Give one ridge, or more documents."
             )
         left = dict.fromkeys(ridges, 0.0)
         for part in filled:

@@ -224,7 +224,7 @@ def fit_width_law(widths: Sequence[int | float], fvus: Sequence[int | float]) ->
         ValueError: If there are fewer than four distinct widths (any three points fit exactly), or an fvu is not positive.
     """
     if len(set(widths)) < 4 or len(widths) != len(fvus):
-        raise ValueError(f"widths: expected at least 4 that differ, and an fvu for each, got {len(set(widths))}.")
+        raise ValueError(f"widths: expected at least 4 distinct widths, and an fvu for each, got {len(set(widths))}.")
     scale, values = np.asarray(widths, dtype=np.float64) / min(widths), np.asarray(fvus, dtype=np.float64)
     if not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"fvus: expected numbers above 0, got {list(fvus)}.")

@@ -3,7 +3,7 @@
 const data = readData('data'), tokens = data.tokens.map(visible), targets = data.targets.map(visible);
 const KIND = ['latent', 'error', 'token', 'logit'], STEP = 23, GAP = 16, LINE = 22, LOGIT_LINE = 30;
 // Number of edges drawn initially, about; margins for the names of rows and columns; least width of a column.
-const FIRST = 60, LEFT = 58, LOW = 70, COLUMN = 34;
+const FIRST = 60, LISTED = 12, LEFT = 58, LOW = 70, COLUMN = 34;
 const svg = $('graph');
 const nodes = data.nodes.map(([kind, layer, position, index, share, value, total, constant], id) =>
   ({id, kind: KIND[kind], layer, position, index, share, value, total, constant, into: [], from: []}));
@@ -21,7 +21,7 @@ const percent = value => (100 * value >= 10 ? Math.round(100 * value) : +(100 * 
 const short = (text, length) => text.length > length ? text.slice(0, length - 1) + '\u2026' : text;
 function name(node) {
   const at = ' \u00b7 \u201c' + tokens[node.position].trim() + '\u201d ' + node.position;
-  if (node.kind === 'latent') return 'latent ' + node.layer + '.' + node.index + at;
+  if (node.kind === 'latent') return 'latent ' + node.layer + '/' + node.index + at;
   if (node.kind === 'error') return 'error of layer ' + node.layer + at;
   if (node.kind === 'token') return 'token \u201c' + tokens[node.position] + '\u201d at ' + node.position;
   return 'logit of \u201c' + targets[node.index] + '\u201d';
@@ -60,9 +60,16 @@ const rowNames = Array.from({length: rows}, (_, at) => draw('text', {'class': 'r
 const floor = draw('rect', {x: 0, width: 1e5, height: 200, 'class': 'floor'}, frame);
 const columnNames = tokens.map(token => draw('text', {'class': 'column'}, frame, short(token.trim() || '\u2423', 11)));
 
-// The strongest edges, less those of latents and errors that lead nowhere, or latents that nothing leads to.
+// The most influential latents, and the strongest path through each of them from a token or an error to a logit.
+const listed = nodes.filter(n => n.kind === 'latent').sort((a, b) => b.share - a.share).slice(0, LISTED), paths = new Set();
+const heaviest = list => list.reduce((best, edge) => edge.size > best.size ? edge : best);
+for (const node of listed) {
+  for (let at = node; at.kind === 'latent' && at.into.length; at = heaviest(at.into).source) paths.add(heaviest(at.into));
+  for (let at = node; at.from.length; at = heaviest(at.from).target) paths.add(heaviest(at.from));
+}
+// Those paths and the strongest edges, less the edges of latents and errors that lead nowhere, or latents without inputs.
 function pruned(count) {
-  let some = edges.slice(0, count), before = -1;
+  let some = edges.filter((edge, at) => at < count || (count > 0 && paths.has(edge))), before = -1;
   while (some.length !== before) {
     before = some.length;
     const sources = new Set(some.map(edge => edge.source)), ends = new Set(some.map(edge => edge.target));
@@ -164,7 +171,10 @@ function choose() {
 function place() {
   const box = svg.getBoundingClientRect(), base = box.height - 64, size = glyph(view.k) / view.k;
   moving.setAttribute('transform', `translate(${view.x},${view.y}) scale(${view.k})`);
-  for (const node of shown) node.shape.setAttribute('transform', `translate(${node.x},${node.y}) scale(${size})`);
+  // Without words, the others may be smaller, so that neighbors do not cover each other.
+  const bare = Math.min(size, Math.max(0.6, view.k) / view.k);
+  for (const node of shown) node.shape.setAttribute('transform',
+    `translate(${node.x},${node.y}) scale(${node.kind === 'logit' ? size : bare})`);
   rowNames.forEach((text, at) => {
     text.setAttribute('x', 8);
     text.setAttribute('y', view.y + view.k * middles[at] + 4);
@@ -239,8 +249,7 @@ const gapped = !Object.values(data.notes).some(entry => entry.windows.some(([wor
 function detail(node) {
   const panel = $('detail');
   if (!node) {
-    const top = nodes.filter(n => n.kind === 'latent').sort((a, b) => b.share - a.share).slice(0, 12);
-    const list = matches ? [...matches].slice(0, 40) : top, items = make('ol', 'plain');
+    const list = matches ? [...matches].slice(0, 40) : listed, items = make('ol', 'plain');
     for (const one of list) {
       items.append(make('li', '', make('span', 'who', ...labelled(one)), make('span', 'weight', percent(one.share))));
     }

@@ -139,7 +139,7 @@ async function show(i) {
     make('p', 'note', 'Bins are equal on a logarithmic scale.')));
   parts.push(card('Tokens it fires on', '', latent.tokens.length ? listed(latent.tokens, token) : none('none'),
     make('p', 'note', 'Fraction of its summed activation.')));
-  parts.push(card('Direct effect on logits', '', latent.logits ? make('div', 'pair',
+  parts.push(card('Direct effect on logits', 'effect', latent.logits ? make('div', 'pair',
     make('div', '', make('h3', '', 'promoted'), listed(latent.logits[0], token)),
     make('div', '', make('h3', '', 'suppressed'), listed(latent.logits[1], token))) : none(latent.reasons.logits)));
   const near = make('div', 'pair four');

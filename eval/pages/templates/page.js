@@ -22,4 +22,5 @@ function draw(tag, attributes, parent, text) {
 
 const visible = token => token.replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5");
 const number = value => value === null || value === undefined ? "\u2013" :
-  Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
+  Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") :
+    value !== 0 && Math.abs(value) < 1e-4 ? Number(value.toPrecision(3)).toExponential() : String(Number(value.toPrecision(3)));

@@ -344,21 +344,18 @@ def _occlusion(
 
 
 def supervised_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and rows of the terminal's table, one row per cross-section."""
+    """Return the header and rows of the terminal's table, one column per cross-section."""
 
-    def cell(key: str) -> str:
-        value = report.get(f"supervised_{key}")
-        return "-" if value is None else f"{value:.2f}"
+    def row(label: str, key: str) -> list[str]:
+        values = (report.get(f"supervised_{key.format(section)}") for section in CROSS_SECTIONS)
+        return [label, *("-" if value is None else f"{value:.2f}" for value in values)]
 
     lines = []
-    for section in CROSS_SECTIONS:
-        cells = [
-            cell(f"{section}_{name}_{key}") for key in ("sufficiency", "necessity") for name in ("latents", "mean_features")
-        ]
-        for attribute in ("io", "pos"):
-            edits = ("no_edit", f"latents_{EDIT_SIZES[0]}", f"latents_{EDIT_SIZES[-1]}", "mean_features")
-            cells.append(" / ".join(cell(f"edit_{attribute}_{section}_{name}") for name in edits))
-        lines.append([section, *cells])
-    sizes = f"none / {EDIT_SIZES[0]} / {EDIT_SIZES[-1]} latents / supervised"
-    head = ["IOI at", "sufficient", "supervised", "necessary", "supervised", f"IO edit: {sizes}", f"Pos edit: {sizes}"]
-    return head, lines
+    for figure in ("sufficiency", "necessity"):
+        lines.append(row(f"{figure} of the reconstruction", f"{{}}_latents_{figure}"))
+        lines.append(row(f"{figure} of supervised features", f"{{}}_mean_features_{figure}"))
+    ways = {"no edit": "no_edit", "supervised feature": "mean_features"}
+    ways |= {f"{n} latents": f"latents_{n}" for n in (EDIT_SIZES[0], EDIT_SIZES[-1])}
+    for name, attribute in (("IO name", "io"), ("order", "pos")):
+        lines += [row(f"{name} edited: {label}", f"edit_{attribute}_{{}}_{way}") for label, way in ways.items()]
+    return ["IOI, activations at", *CROSS_SECTIONS], lines

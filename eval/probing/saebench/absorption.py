@@ -41,7 +41,9 @@ def absorption(
         labels = labels_of(known.factors, fitted)
         some = [i for i, family in enumerate(labels.families) if family in ABSORBABLE]
         if not some:
-            raise ValueError(f"--tokens: {tokens} tokens hold none of the labels often enough. Raise --tokens.")
+            raise ValueError(
+                f"--tokens: expected a label that occurs often enough, got none in {tokens} tokens. Raise --tokens."
+            )
         codes = sparse_codes(subject, known.x)
         rows = [_absorption_row(subject, known.x, codes, labels.values[:, i], fitted, labels.names[i], seed) for i in some]
     for one in data or []:

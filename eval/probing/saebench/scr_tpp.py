@@ -59,8 +59,8 @@ def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
         split = split_texts(one, groups, seed)
         if len(split.classes) < 4:
             raise ValueError(
-                f"{one.name}: expected {LEAST_TEXTS} texts or more of all four pairs of label and spurious, got them of "
-                f"{', '.join(split.classes)} only."
+                f"{one.name}: expected at least {LEAST_TEXTS} texts for each of the four pairs of label and spurious, got them "
+                f"for {', '.join(split.classes)} only."
             )
         truth = {"label": one.labels == sorted(set(one.labels.tolist()))[0]}
         truth["spurious"] = one.spurious == sorted(set(one.spurious.tolist()))[0]
@@ -94,7 +94,7 @@ def scr(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
     }
     counts = _counts(len(writes))[:5]
     cells = [show(summary[f"scr_metric_threshold_{n}"], digits=3) for n in counts]
-    table = (["SCR, latents ablated", *map(str, counts)], [["share recovered", *cells]])
+    table = (["SCR, latents ablated", *map(str, counts)], [["fraction of the gap closed", *cells]])
     config = _interventions_config(subject, usable, seed, True)
     return SaebenchResult(summary, metrics, details, config, table, (("SCR, doubt", UNRELIABLE),))
 
@@ -180,6 +180,6 @@ def tpp(subject: ProbeTarget, data: list[Pooled], seed: int = 0) -> SaebenchResu
     summary = metrics["tpp_metrics"] | {"tpp_datasets": len(usable), "tpp_warning": UNRELIABLE}
     counts = _counts(len(writes))[:5]
     cells = [show(summary[f"tpp_threshold_{n}_total_metric"], digits=3) for n in counts]
-    table = (["TPP, latents ablated", *map(str, counts)], [["own accuracy lost - others'", *cells]])
+    table = (["TPP, latents ablated", *map(str, counts)], [["accuracy lost, own - other probes", *cells]])
     config = _interventions_config(subject, usable, seed, False)
     return SaebenchResult(summary, metrics, details, config, table, (("TPP, doubt", UNRELIABLE),))

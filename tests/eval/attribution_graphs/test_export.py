@@ -190,8 +190,8 @@ def test_the_browser_walks_the_graph_by_keyboard(tmp_path, html, width):
     found = json.loads(title.replace("&amp;", "&"))
     assert found["first"] == found["none"] == ""
     assert found["best"].startswith("logit of")
-    assert found["below"].startswith("latent 1.3")
+    assert found["below"].startswith("latent 1/3")
     assert "Inputs" in found["detail"]
     assert found["drawn"] >= 4
-    assert found["matches"] == [f"latent 0.7 \u00b7 \u201c{EVIL}\u201d 1"]
+    assert found["matches"] == [f"latent 0/7 \u00b7 \u201c{EVIL}\u201d 1"]
     assert (found["zoomed"], found["fitted"], found["images"], found["wide"]) == (True, True, 0, True)

@@ -288,20 +288,20 @@ def test_what_does_not_fit_is_refused(tiny_model, random_transcoders):
         build_graph(model, Stack({"a": SAE(12, 19, relu)}, {"a": provenance(0, site="out")}), ids)
     with pytest.raises(ValueError, match=r"layer 1: expected a transcoder, got a dictionary of kind 'sae'"):
         build_graph(model, {1: SAE(12, 19, relu).double().eval()}, ids)
-    with pytest.raises(ValueError, match=r"layer 0: expected one from 12 to 12.*got 11 to 12"):
+    with pytest.raises(ValueError, match=r"layer 0: expected d_in = d_out = 12.*got 11 and 12"):
         build_graph(model, {0: Transcoder(11, 12, 19, relu).eval()}, ids)
     with pytest.raises(ValueError, match=r"expected a cross-layer transcoder.* got one dictionary of kind 'transcoder'. Give"):
         build_graph(model, good[0], ids)
     pursuit = Transcoder(12, 12, 19, ENCODERS["matching_pursuit"](k=2)).double().eval()
     with pytest.raises(ValueError, match=r"encoder with pre-activations, got MatchingPursuit"):
         build_graph(model, {0: pursuit}, ids)
-    with pytest.raises(ValueError, match=r"training mode"):
+    with pytest.raises(ValueError, match=r"expected eval mode"):
         build_graph(model, {0: Transcoder(12, 12, 19, relu).double().train()}, ids)
     with pytest.raises(ValueError, match=r"expected layers 0 to 2, got 5"):
         build_graph(model, {5: good[0]}, ids)
     with pytest.raises(ValueError, match=r"at least one layer, got none"):
         build_graph(model, {}, ids)
-    with pytest.raises(ValueError, match=r"layers: expected 2 ascending ones"):
+    with pytest.raises(ValueError, match=r"layers: expected 2 ascending layers"):
         build_graph(model, cross_layer(12, layers=2), ids)
 
 

@@ -140,7 +140,7 @@ def test_cumulative_shares_run_from_the_most_influential_node_to_all():
 
 def test_thresholds_beyond_their_range_are_refused():
     adjacency, weights = tensors()
-    with pytest.raises(ValueError, match=r"node_threshold: expected 0 to 1, a share of all influence, got 1.5"):
+    with pytest.raises(ValueError, match=r"node_threshold: expected a fraction of all influence, 0 to 1, got 1.5"):
         prune(adjacency, weights, 3, 4, node_threshold=1.5)
-    with pytest.raises(ValueError, match=r"edge_threshold: expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"edge_threshold: expected a fraction of all influence, 0 to 1"):
         prune(adjacency, weights, 3, 4, edge_threshold=-0.1)

@@ -112,7 +112,7 @@ def test_a_refusal_is_said_at_once_and_the_key_is_sent(monkeypatch, serving):
     with (
         serving(lambda _request: (401, {"error": "bad key"}, {})) as (url, stub),
         endpoint(url, key_env="MY_KEY") as (chat, waits),
-        pytest.raises(ValueError, match=r"refuses \(status 401.*bad key"),
+        pytest.raises(ValueError, match=r"rejects the request \(status 401.*bad key"),
     ):
         chat.answer("s", "p")
     assert waits == []
@@ -122,7 +122,7 @@ def test_a_refusal_is_said_at_once_and_the_key_is_sent(monkeypatch, serving):
 def test_a_server_that_is_not_there_is_a_clear_error(serving):
     with serving(lambda _request: saying("")) as (url, _):
         pass
-    with endpoint(url, retries=2) as (chat, waits), pytest.raises(ValueError, match="could not be reached, 3 times"):
+    with endpoint(url, retries=2) as (chat, waits), pytest.raises(ValueError, match="could not be reached in 3 attempts"):
         chat.answer("s", "p")
     assert waits == [1.0, 2.0]
     with pytest.raises(ValueError, match="begins with http"):
@@ -187,7 +187,7 @@ def test_an_endpoint_is_met_before_the_features_are_collected(serving, monkeypat
         assert (stub.requests, chat.usage) == ([], LlmUsage())
     waits = []
     nobody = Endpoint(url, "m", retries=2, sleep=waits.append)
-    with pytest.raises(ValueError, match=r"could not be reached, 3 times \(ConnectError"):
+    with pytest.raises(ValueError, match=r"could not be reached in 3 attempts \(ConnectError"):
         nobody.require_ready()
     nobody.close()
     assert len(waits) == 2
@@ -200,7 +200,7 @@ def test_an_endpoint_is_met_before_the_features_are_collected(serving, monkeypat
             monkeypatch.delenv("OPENAI_API_KEY", raising=False)
             refused = Endpoint("https://there", "m", key)
             refused._client = httpx.Client(transport=transport)
-            with pytest.raises(ValueError, match=rf"refuses the key \(status {status}: bad key\).*{said}"):
+            with pytest.raises(ValueError, match=rf"rejects the API key \(status {status}: bad key\).*{said}"):
                 refused.require_ready()
             refused.close()
     # What was answered before needs no server.

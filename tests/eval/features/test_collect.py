@@ -150,7 +150,7 @@ def test_background_says_which_latents_fire_in_a_window():
 
 def test_no_token_is_an_error():
     ids, documents, offsets, kept, dense = random_batches()
-    with pytest.raises(ValueError, match="no held-out token"):
+    with pytest.raises(ValueError, match="expected held-out tokens, got none"):
         collected((ids, documents, offsets, np.zeros_like(kept), dense))
 
 

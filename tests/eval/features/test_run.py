@@ -131,7 +131,7 @@ def test_text_without_a_heldout_token_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("one two")
     text = TextSection(source="files", files=(str(tmp_path / "text.txt"),), context_length=32).model_dump(mode="json")
     SAE(128, N, ENCODERS["topk"](k=5)).save(tmp_path / "sae", provenance(text=text))
-    with pytest.raises(ValueError, match="no held-out token was found"):
+    with pytest.raises(ValueError, match="expected held-out tokens, got none"):
         features(str(tmp_path / "sae"))
 
 
@@ -211,7 +211,7 @@ def test_the_command_line_explains_some_latents(checkpoint, tmp_path, monkeypatc
     assert 0 <= explained[0]["explanation"]["detection"] <= 1
     assert all(record["reasons"]["explanation"] for record in records if not record["explanation"])
     code, said = command("--tokens", "3000", "--address", url)
-    assert (code, "--explainer: required with --address" in said.err) == (2, True)
+    assert (code, "--explainer: expected the model's name at the endpoint with --address" in said.err) == (2, True)
 
 
 def test_an_unreachable_explainer_is_met_before_the_text_is_read(checkpoint, tmp_path, monkeypatch, serving):

@@ -49,9 +49,9 @@ def test_a_latent_that_is_a_predicate_is_recognised(sample):
         ],
     )
     names = [None if score.details is None else score.details["predicate"] for score in found]
-    assert names[0] == "token ' word0' (7)"
-    assert names[1] == "after token ',' (2)"
-    assert names[2] == "before token ' word2' (9)"
+    assert names[0] == "token ' word0' (id 7)"
+    assert names[1] == "after token ',' (id 2)"
+    assert names[2] == "before token ' word2' (id 9)"
     assert names[3] == "among the first 4 of the document"
     assert "17" in names[4] or names[4] == "is a number"
     assert [score.value for score in found[:5]] == pytest.approx([1, 1, 1, 1, 1])

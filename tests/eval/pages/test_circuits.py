@@ -14,6 +14,7 @@ from sparsary.eval.pages.circuit_drawing import layout, ordered_groups
 from sparsary.eval.pages.circuit_glossary import circuit_markdown, explanation
 from sparsary.eval.pages.circuit_plots import family_labels, panel
 from sparsary.eval.pages.circuits import COLUMNS, render_circuits
+from sparsary.eval.pages.numbers import show_interval
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHECKPOINT = "runs/circuits/topk/seed-0"
@@ -70,7 +71,7 @@ def add(found, task, family, method, shape, slower, rng):
     }
     row |= {"forwards": 8 if method != "random" else 0, "backwards": 4 if method != "random" else 0, "seconds": 0.412}
     if task == "greater-than" and "random, errors ablated" in family:
-        found["rows"].append(row | {"refused": "faithfulness: the model's metric, 3.41, is within noise of 0."})
+        found["rows"].append(row | {"refused": "faithfulness: expected a task that the model performs, got noise."})
         return
     sizes = sorted({0, *(round(size) for size in np.geomspace(1, units, 4 * math.ceil(math.log10(units)) + 1))})
     x = np.array(sizes) / min(half * slower, units / 3)
@@ -180,12 +181,12 @@ def test_cells_show_figures_intervals_and_what_is_missing(found, html):
     )
     row = next(row for row in found["rows"] if row["family"].endswith(": errors ablated") and row["method"] == "relevance")
     assert f'data-value="{row["cpr"]!r}"' in cells["cpr"]
-    assert f"{row['cpr_low']:.3g} to {row['cpr_high']:.3g}" in cells["cpr"]
+    assert show_interval(row["cpr_low"], row["cpr_high"]) in cells["cpr"]
     assert row["nodes_90"] is None
     assert "never" in cells["nodes_90"]
     assert 'data-value=""' in cells["nodes_90"]
     assert "does not score pair by pair" in cells["stability"]
-    assert "+ 4 back" in cells["forwards"]
+    assert "+4 back" in cells["forwards"]
 
 
 def test_the_best_of_a_column_is_marked_once_per_task_and_equals_are_not(found, html):
@@ -204,7 +205,7 @@ def test_the_best_of_a_column_is_marked_once_per_task_and_equals_are_not(found, 
 def test_a_refused_row_says_why_and_its_curve_is_absent(html):
     cells = table(html, "greater-than")["random features, errors ablated", "random"]
     assert len(cells) == 1
-    assert "is within noise of 0." in cells[0]
+    assert "performs, got noise." in cells[0]
     lines = parts(html, r'id="(line-faithfulness-greater.than-attribution-\d)"')
     assert lines == [f"line-faithfulness-greater.than-attribution-{index}" for index in range(8) if index != 4]
 

@@ -59,7 +59,7 @@ def safe(html):
 
 def test_a_report_shows_its_key_figures_and_doubts():
     html = Report(REPORT)._repr_html_()
-    assert "<strong>topk sae</strong>" in html
+    assert "<strong>topk SAE</strong>" in html
     assert "20,011 held-out tokens" in html
     tiles = dict(
         re.findall(r'<div class="note">(?:<abbr [^>]*>)?([\w ]+)(?:</abbr>)?</div><div class="value">(.*?)</div>', html)

@@ -93,7 +93,7 @@ def test_a_report_has_the_curve_of_the_log_beside_it(tmp_path, monkeypatch):
         ("report.json", "{", r"report.json: expected JSON, got invalid JSON"),
         ("report.json", "[]", r"expected the JSON of a command that writes a page \(report.json, .*got other JSON"),
         ("cfg.json", '{"d_in": 5}', r"cfg.json: expected the JSON of a command"),
-        ("report.json", '{"stack_report_version": 1}', r"expected what sparsary eval writes, .*'encoder'.*Run it again"),
+        ("report.json", '{"stack_report_version": 1}', r"expected what sparsary eval writes, .*training_tokens.*Run it again"),
         ("features.json", json.dumps(ABOUT), r"features.jsonl: expected this file, found none"),
         ("graph.json", '{"metadata": 0, "qParams": 0, "nodes": 0, "links": 0}', r"expected graph-page.json beside it"),
     ],

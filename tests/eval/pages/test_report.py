@@ -149,6 +149,8 @@ def test_every_scalar_has_a_row_with_value_and_explanation(page: Page, key: str)
         assert float(value) == pytest.approx(shown, rel=1e-5)
     elif not isinstance(shown, bool) and isinstance(shown, int):
         assert int(value.replace(",", "")) == shown
+    elif key == "encoder":
+        assert value == "mutual_choice, budget = 37"
     else:
         assert value == ("yes" if shown is True else shown)
     assert explanation in [text for entries in EXPLANATIONS.values() for text in entries.values()]
@@ -176,7 +178,7 @@ def test_a_transcoder_s_report_names_both_hooks_and_the_affine_floor():
 
 def test_header_names_the_run(page: Page):
     for words in (
-        "mutual_choice sae",
+        "mutual_choice SAE",
         "127 \u2192 1,021 latents",
         "budget = 37",
         "301f96c4d2aa",

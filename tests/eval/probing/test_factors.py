@@ -146,7 +146,7 @@ def test_names_and_labels_of_factors():
 def test_too_few_tokens_and_unknown_text_are_refused(subject):
     few = embedded_tokens(subject, 1)
     few = few.where(np.arange(len(few.factors)) < 40)
-    with pytest.raises(ValueError, match=r"tokens hold no factor 30 times .* Raise --tokens"):
+    with pytest.raises(ValueError, match=r"expected a factor that occurs 30 times .* Raise --tokens"):
         score_factors(few, sparse.csc_array((40, 67)), None, None)
     files = probe_target(subject.dictionary, subject.model, SOURCE | {"text": {"source": "files", "files": ["a.txt"]}})
     with pytest.raises(ValueError, match="give labelled text with --labels FILE"):

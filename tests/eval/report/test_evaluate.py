@@ -150,7 +150,7 @@ def test_without_heldout_documents_there_is_nothing_to_judge_on(checkpoint, tmp_
     from sparsary.sae import load_dictionary
 
     load_dictionary(checkpoint).save(tmp_path / "d", config["provenance"])
-    with pytest.raises(ValueError, match=r"no held-out document was found\. Raise harvest\.heldout"):
+    with pytest.raises(ValueError, match=r"expected held-out documents, got none\. Raise harvest\.heldout"):
         evaluate(str(tmp_path / "d"))
 
 

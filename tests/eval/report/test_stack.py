@@ -223,7 +223,7 @@ def test_targets_are_judged_without_a_model(tmp_path):
     with torch.no_grad():
         expected = (y[300:] - dictionary.eval()(x[300:])).pow(2).sum() / (y[300:] - y[300:].mean(0)).pow(2).sum()
     assert found["fvu"] == pytest.approx(float(expected), rel=1e-5)
-    with pytest.raises(ValueError, match="targets: tensor 0: a transcoder needs them"):
+    with pytest.raises(ValueError, match="targets: tensor 0: expected targets for a transcoder"):
         evaluate(str(tmp_path), activations=x)
     with pytest.raises(ValueError, match=r"activations: y: expected \(600, 5\), got \(600, 4\)"):
         evaluate(str(tmp_path), activations=(x, y[:, :4]))

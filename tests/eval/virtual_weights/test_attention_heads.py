@@ -94,5 +94,5 @@ def test_what_has_no_linear_reading_or_no_heads_is_refused():
         readers(SAE(12, 23, ENCODERS["matching_pursuit"](k=2)))
     with pytest.raises(ValueError, match=r"latents: expected 0 to 22, got 3 to 23"):
         readers(build(12), torch.tensor([3, 23]))
-    with pytest.raises(ValueError, match=r"a width of 12 does not fall into 5 heads.*attn_heads"):
+    with pytest.raises(ValueError, match=r"expected a width divisible by 5 heads, got 12.*attn_heads"):
         head_shares(build(12), 5)

@@ -106,7 +106,7 @@ def test_a_stack_s_transcoders_are_found_by_layer(tiny_model):
     assert list(found) == [0, 2]
     assert found[2] is members[site_hooks(module, 2, "mlp")[1]]
     out = site_hooks(module, 1, "mlp_out")[1]
-    with pytest.raises(ValueError, match=r"stack: expected transcoders trained at site mlp of this model, found none"):
+    with pytest.raises(ValueError, match=r"stack: expected transcoders trained at site mlp of this model, got none"):
         transcoders_by_layer(anatomy, Stack({out: members[out]}, {out: provenances[out]}))
 
 
@@ -123,7 +123,7 @@ def test_what_does_not_reach_or_does_not_fit_is_refused(circuit):
         weights.mean_attributions(2, 7, [])
     with pytest.raises(ValueError, match=r"transcoders: expected layers 0 to 2, got 3"):
         Connections(anatomy, {3: weights.transcoders[0]})
-    with pytest.raises(ValueError, match=r"layer 0: expected one from \d+ to \d+, .*got 11 to 12"):
+    with pytest.raises(ValueError, match=r"layer 0: expected d_in = d_out = \d+, .*got 11 and 12"):
         Connections(anatomy, {0: Transcoder(11, 12, 19, ENCODERS["topk"](k=2))})
-    with pytest.raises(ValueError, match=r"layer 1 is in training mode"):
+    with pytest.raises(ValueError, match=r"layer 1: expected eval mode"):
         Connections(anatomy, {1: Transcoder(anatomy.d_model, anatomy.d_model, 19, ENCODERS["topk"](k=2))})

@@ -104,8 +104,8 @@ def test_a_batch_too_small_for_every_latent_is_refused_with_the_arithmetic():
     assert made.smallest_batch == 5
     made(torch.randn(5, D), weights())
     message = (
-        r"batch_tokens: feature choice gives every latent a match: 4 tokens x k 3 = 12 matches for 13 latents\. "
-        r"Give at least 5 tokens a batch, or raise k\."
+        r"batch_tokens: expected at least one match per latent, got 4 tokens x k 3 = 12 matches for 13 latents\. "
+        r"Set batch_tokens to at least 5, or raise k\."
     )
     with pytest.raises(ValueError, match=message):
         made(torch.randn(4, D), weights())

@@ -98,7 +98,7 @@ def test_switches_of_old_versions(tmp_path):
 
 def test_a_choice_over_the_batch_needs_a_threshold(tmp_path):
     for level in (None, torch.tensor(-1.0), torch.tensor(0.0), torch.ones(LATENTS)):
-        with pytest.raises(ValueError, match=r"batchtopk chooses over a whole batch.* threshold=NUMBER"):
+        with pytest.raises(ValueError, match=r"batchtopk selects latents over a whole batch.* threshold=NUMBER"):
             read_dictionary(saved(tmp_path, tensors(threshold=level), sae_type="batchtopk"))
     state, x = tensors(), torch.randn(9, D)
     d = read_dictionary(saved(tmp_path, state, sae_type="batchtopk"), options=ReadOptions(threshold=0.4)).dictionary
@@ -128,7 +128,7 @@ def test_damaged_folders_are_named(config, changes, says, tmp_path):
 def test_files_are_needed_and_never_written(tmp_path):
     folder = saved(tmp_path, tensors())
     d = read_dictionary(folder).dictionary
-    with pytest.raises(ValueError, match="batch_topk: these files are read only"):
+    with pytest.raises(ValueError, match="batch_topk: read-only format"):
         write_dictionary(d, tmp_path / "out", "batch_topk")
     (folder / "sae.pt").rename(folder / "a.pt")
     assert read_dictionary(folder).dictionary.n_latents == LATENTS

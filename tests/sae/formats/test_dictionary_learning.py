@@ -122,26 +122,28 @@ def test_early_files_have_k_in_the_configuration_alone(tmp_path):
 
 def test_a_threshold_never_measured_is_refused_until_given(tmp_path):
     folder = changed("BatchTopKSAE", tmp_path, tensors={"threshold": torch.tensor(-1.0)})
-    with pytest.raises(ValueError, match=r"threshold: .* got -1, which stands for none.* give it: threshold=NUMBER"):
+    with pytest.raises(
+        ValueError, match=r"threshold: .* got -1, which means that none was measured.* give it: threshold=NUMBER"
+    ):
         read_dictionary(folder)
     expected = load_file(folder / "expected.safetensors")
     given = read_dictionary(folder, options=ReadOptions(threshold=0.6)).dictionary
     torch.testing.assert_close(given(expected["x"]), expected["y"], rtol=1e-5, atol=1e-5)
     folder = changed("MatryoshkaBatchTopKSAE", tmp_path, tensors={"threshold": None})
-    with pytest.raises(ValueError, match="that training has measured, got none"):
+    with pytest.raises(ValueError, match="threshold measured in training, got none"):
         read_dictionary(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dict_class": "IdentityDict"}, "IdentityDict: it is its input and has no tensors"),
+        ({"dict_class": "IdentityDict"}, "IdentityDict returns its input and has no weights"),
         ({"dict_class": "AutoEncoderTopk"}, "dict_class: expected one of AutoEncoder, .* Did you mean 'AutoEncoderTopK'"),
         ({"dict_class": "GatedAutoEncoder"}, "decoder_bias, r_mag, gate_bias, mag_bias missing among"),
         ({"dict_class": ["AutoEncoder"]}, r"dict_class: expected one of .* got \['AutoEncoder'\]"),
-        ({"activation_dim": 9}, "activation_dim: expected 8, which the tensors have, got 9"),
-        ({"dict_size": 10**12}, "dict_size: expected 24, which the tensors have, got 1000000000000"),
-        ({"k": 7}, "k: 5 in the tensors, 7 in config.json: one of them is wrong. Give the right one: k=NUMBER"),
+        ({"activation_dim": 9}, "activation_dim: expected 8, as in the weights, got 9"),
+        ({"dict_size": 10**12}, "dict_size: expected 24, as in the weights, got 1000000000000"),
+        ({"k": 7}, "k: expected the same number in weights and config.json, got 5 and 7. Give the correct one: k=NUMBER"),
     ],
 )
 def test_damaged_configurations_are_named(changes, says, tmp_path):
@@ -166,9 +168,9 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
             "W_dec: expected floating-point numbers",
         ),
         ("AutoEncoder", {"decoder.weight": torch.ones(8, 24).to_sparse()}, "decoder.weight: expected a plain tensor"),
-        ("AutoEncoder", {"encoder.bias": torch.zeros(1).expand(10**9)}, "encoder.bias: .* a false claim of size"),
+        ("AutoEncoder", {"encoder.bias": torch.zeros(1).expand(10**9)}, "encoder.bias: .* The file is damaged"),
         ("AutoEncoderTopK", {"k": torch.tensor([5, 5])}, r"k: expected shape \(\), got \(2,\)"),
-        ("AutoEncoderTopK", {"k": torch.tensor(2.5)}, "k: 2.5 in the tensors, 5 in config.json"),
+        ("AutoEncoderTopK", {"k": torch.tensor(2.5)}, "k: expected the same number in weights and config.json, got 2.5 and 5"),
         ("BatchTopKSAE", {"threshold": torch.zeros(24)}, r"threshold: expected shape \(\), got \(24,\)"),
         ("GatedAutoEncoder", {"r_mag": torch.zeros(8)}, r"r_mag: expected shape \(24\), got \(8,\)"),
         ("JumpReluAutoEncoder", {"W_dec": torch.zeros(24, 8)}, "W_dec: expected nonzero decoder directions, got only zeros"),
@@ -323,13 +325,13 @@ def test_every_family_has_a_counterpart(family, subtracts, tmp_path):
 def test_what_it_cannot_hold_is_refused_with_a_reason(tmp_path):
     topk = build_encoder({"name": "topk", "k": 3})
     for d, reason in (
-        (Transcoder(7, 5, 19, topk).eval(), "map a place to itself. Write sparsify"),
-        (CrossLayerTranscoder(2, 8, 8, 26, build_encoder({"name": "relu"})).eval(), "map a place to itself"),
-        (made({"name": "signed_topk", "k": 3}), "its topk has a rectifier. Write circuit_tracer"),
-        (made({"name": "signed_topk", "k": 3, "by": "size"}), "Write saelens, which has abstopk"),
-        (made({"name": "group_max", "k": 19}), "nothing like it. Write sparsify"),
-        (made({"name": "matching_pursuit", "k": 3}), "it has no pursuits. Write saelens"),
-        (SAE(7, 19, topk, row_norm="layer_norm").eval(), "it has no layer_norm of each token"),
+        (Transcoder(7, 5, 19, topk).eval(), "expected an SAE, got a transcoder. Use --to sparsify"),
+        (CrossLayerTranscoder(2, 8, 8, 26, build_encoder({"name": "relu"})).eval(), "expected an SAE, got a transcoder"),
+        (made({"name": "signed_topk", "k": 3}), "its topk applies relu. Use --to circuit_tracer"),
+        (made({"name": "signed_topk", "k": 3, "by": "size"}), "Use --to saelens, which has abstopk"),
+        (made({"name": "group_max", "k": 19}), "there is no equivalent. Use --to sparsify"),
+        (made({"name": "matching_pursuit", "k": 3}), "it has no matching pursuit. Use --to saelens"),
+        (SAE(7, 19, topk, row_norm="layer_norm").eval(), "row_norm: expected null, as the library has none, got layer_norm"),
     ):
         with pytest.raises(ValueError, match=reason):
             write_dictionary(d, tmp_path / "out", "dictionary_learning")

@@ -165,7 +165,7 @@ def test_torch_files_that_unpack_to_more_are_refused(tmp_path):
 
 def test_tensors_of_a_torch_file_that_claim_more_than_they_have_are_refused(tmp_path):
     torch.save({"W": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "claim.pt")
-    with pytest.raises(ValueError, match="got fewer in the file: a false claim of size"):
+    with pytest.raises(ValueError, match=r"got fewer in the file\. The file is damaged"):
         read_torch(tmp_path / "claim.pt")
     torch.save({"W": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
     with pytest.raises(ValueError, match=r"expected (a plain tensor|tensors)"):

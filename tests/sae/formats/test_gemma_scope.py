@@ -180,7 +180,7 @@ def test_one_across_layers_is_its_equation(padding, affine, tmp_path):
     again = load_dictionary(tmp_path / "ours")
     torch.testing.assert_close(again(torch.from_numpy(beside)), d(torch.from_numpy(beside)), rtol=1e-5, atol=1e-5)
     if affine:
-        with pytest.raises(ValueError, match="across layers it has neither skip paths"):
+        with pytest.raises(ValueError, match="expected a cross-layer transcoder without skip path"):
             write_dictionary(again, tmp_path / "b", "circuit_tracer", loaded.provenance)
     assert loaded.provenance["hooks_in"][2] == "model.layers.2.pre_feedforward_layernorm:out"
 
@@ -273,7 +273,7 @@ def test_damaged_files_of_the_second_release_are_named(tmp_path):
         [
             ({"affine_skip_connection": np.zeros((D_OUT, D), np.float32)}, {}, r"expected shape \(8, 5\), got \(5, 8\)"),
             ({}, {"architecture": "topk"}, "architecture: expected jump_relu, got 'topk'"),
-            (parameters(D_OUT, 0, (LAYERS,)), {}, "one layer of a cross-layer set of 3"),
+            (parameters(D_OUT, 0, (LAYERS,)), {}, "one layer of a cross-layer transcoder of 3"),
         ]
     ):
         folder = second(tmp_path / str(number), parameters(D_OUT) | changes, config)
@@ -299,5 +299,5 @@ def test_missing_and_misshapen_layers_of_one_across_layers_are_named(tmp_path):
 
 def test_it_is_not_written(tmp_path):
     d = read_dictionary(archive(tmp_path / "a", parameters())).dictionary
-    with pytest.raises(ValueError, match=r"read only\. Write saelens or circuit_tracer"):
+    with pytest.raises(ValueError, match=r"read-only format, .* Use --to saelens or circuit_tracer"):
         write_dictionary(d, tmp_path / "b", "gemma_scope")

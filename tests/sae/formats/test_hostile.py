@@ -229,7 +229,7 @@ def changed(folder, **values):
     ("name", "values", "says"),
     [
         ("saelens", {"architecture": "telepathy"}, "architecture: expected one of .*got 'telepathy'"),
-        ("saelens", {"architecture": "temporal"}, "temporal: its code of a token depends"),
+        ("saelens", {"architecture": "temporal"}, "temporal attends to earlier tokens"),
         ("saelens", {"d_in": "16"}, "d_in: expected a whole number"),
         ("saelens", {"d_in": 10**15}, "W_enc: expected shape"),
         ("saelens", {"k": -3}, "k: expected a whole number from 1, got -3"),
@@ -237,7 +237,7 @@ def changed(folder, **values):
         ("saelens", {"k": 10**9}, "k: expected at most the 40 latents"),
         ("saelens", {"k": None}, "k: expected the number of latents per token"),
         ("saelens", {"normalize_activations": "magic"}, "normalize_activations: expected one of"),
-        ("saelens", {"normalize_activations": "expected_average_only_in"}, "Give it: scale=NUMBER"),
+        ("saelens", {"normalize_activations": "expected_average_only_in"}, "Give the factor: scale=NUMBER"),
         ("saelens", {"architecture": ["topk"]}, "expected"),
         ("saelens", {"metadata": ["x"]}, "expected"),
         ("saelens_legacy", {"activation_fn_str": "tanh-relu"}, "activation function: expected relu or topk"),
@@ -246,7 +246,7 @@ def changed(folder, **values):
         ("llama_scope", {"act_fn": "dream"}, "expected"),
         ("llama_scope", {"jump_relu_threshold": "high"}, "expected"),
         ("llamascopium", {"sae_type": "lorsa"}, "sae_type: expected"),
-        ("llamascopium", {"act_fn": "batchtopk"}, "depends on the other tokens"),
+        ("llamascopium", {"act_fn": "batchtopk"}, "depend on the other tokens"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
 )

@@ -139,7 +139,7 @@ def test_it_is_told_by_its_files(tmp_path):
         ({"dataset_average_activation_norm": {"in": 3}}, "expected the mean norms in and out, got {'in': 3}"),
         ({"dataset_average_activation_norm": {"in": 0, "out": 1}}, "in: expected a number above 0, got 0"),
         ({"norm_activation": "batch-wise"}, "norm_activation: expected dataset-wise, inference"),
-        ({"use_glu_encoder": True}, "use_glu_encoder: each pre-activation is multiplied"),
+        ({"use_glu_encoder": True}, "use_glu_encoder: expected false, got true"),
         ({"hook_point_in": 5}, "hook_point_in: expected a hook's name, got 5"),
         ({"d_sae": 99}, r"encoder.weight: expected shape \(99, 8\), got \(24, 8\)"),
         ({"d_model": "8"}, "d_model: expected a whole number, got '8'"),

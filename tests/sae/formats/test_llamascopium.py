@@ -222,10 +222,10 @@ def test_weights_in_shards_are_refused_with_the_way_out(tmp_path):
     ("changes", "says"),
     [
         ({"sae_type": "lorsa"}, "sae_type: expected sae, transcoder or clt, got 'lorsa'"),
-        ({"use_glu_encoder": True}, "use_glu_encoder: each pre-activation is multiplied"),
+        ({"use_glu_encoder": True}, "use_glu_encoder: expected false, got true"),
         ({"act_fn": "swish"}, "act_fn: expected relu, topk, jumprelu, batchtopk"),
         ({"norm_activation": "batch-wise"}, "norm_activation: expected dataset-wise"),
-        ({"hook_point_out": MLP[1], "norm_activation": "token-wise"}, "outputs that only the data has"),
+        ({"hook_point_out": MLP[1], "norm_activation": "token-wise"}, "norms that inference does not know"),
         ({"hook_point_in": "blocks.1.hook_resid_post"}, "blocks.1.hook_resid_post: expected a number above 0, got None"),
         ({"d_model": 9}, r"W_E, its latents last: expected shape \(9, 24\), got \(8, 24\)"),
         ({"act_fn": "topk", "top_k": 99}, "k: expected at most the 24 latents there are, got 99"),

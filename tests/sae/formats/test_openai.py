@@ -130,7 +130,7 @@ def test_a_truncated_file_is_named(tmp_path):
 
 def test_they_are_read_only(tmp_path):
     d = read_dictionary(saved(tmp_path, state())).dictionary
-    with pytest.raises(ValueError, match=r"openai: these files are read only. Write saelens"):
+    with pytest.raises(ValueError, match=r"openai: read-only format. Use --to saelens"):
         write_dictionary(d, tmp_path / "out", "openai")
     write_dictionary(d, tmp_path / "out", "saelens")
     x = torch.randn(9, D)

@@ -99,7 +99,7 @@ def test_centring_survives_our_checkpoint_and_the_way_back(tmp_path):
     about = json.loads((tmp_path / "again" / "cfg.json").read_text())
     assert about["metadata"]["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
     assert about["normalize_activations"] == "none"
-    with pytest.raises(ValueError, match=r"it has no centred of each token\. Write saelens"):
+    with pytest.raises(ValueError, match=r"as the library has none, got centred\. Use --to saelens"):
         write_dictionary(d, tmp_path / "out", "dictionary_learning")
 
 

@@ -129,11 +129,11 @@ def test_what_saelens_cannot_hold_is_refused_with_a_reason(tmp_path):
     for d, reason in (
         (
             made({"name": "topk", "k": 3}, "transcoder"),
-            "transcoders with relu and jumprelu only, not topk. Write circuit_tracer",
+            "expected a transcoder with relu or jumprelu, got topk. Use --to circuit_tracer",
         ),
         (made({"name": "matching_pursuit", "k": 3, "tolerance": 0.1}), "Set tolerance to 0"),
-        (made({"name": "signed_topk", "k": 3}), "its topk has a rectifier"),
-        (made({"name": "group_max", "k": 19}), "nothing like it. Write sparsify"),
+        (made({"name": "signed_topk", "k": 3}), "its topk applies relu"),
+        (made({"name": "group_max", "k": 19}), "there is no equivalent. Use --to sparsify"),
         (CrossLayerTranscoder(2, 8, 8, 26, build_encoder({"name": "relu"})).eval(), "no cross-layer transcoders"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -228,14 +228,14 @@ def test_a_threshold_never_measured_is_refused(tmp_path):
 def test_unknown_architectures_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"architecture: expected one of standard, topk, .* got 'crosscoder'"):
         read_dictionary(copied("standard-none", tmp_path, architecture="crosscoder"))
-    with pytest.raises(ValueError, match="attention over the whole sequence"):
+    with pytest.raises(ValueError, match="attends to earlier tokens"):
         read_dictionary(copied("topk-none", tmp_path, architecture="temporal"))
     with pytest.raises(ValueError, match=r"normalize_activations: expected one of none, .* got 'batch'"):
         read_dictionary(copied("gated-none", tmp_path, normalize_activations="batch"))
 
 
 def test_a_transcoder_does_not_subtract_its_output_bias(tmp_path):
-    with pytest.raises(ValueError, match="expected false of a transcoder"):
+    with pytest.raises(ValueError, match="expected false for a transcoder"):
         read_dictionary(copied("transcoder-none", tmp_path, apply_b_dec_to_input=True))
 
 

@@ -46,7 +46,7 @@ def test_either_spelling_of_topk_is_topk(name, legacy):
 
 
 def test_what_is_not_known_is_no_relu(legacy):
-    with pytest.raises(ValueError, match=r"activation function: expected relu or topk, got 'tanh-relu', which squashes"):
+    with pytest.raises(ValueError, match=r"activation function: expected relu or topk, got 'tanh-relu', which applies tanh"):
         read_dictionary(legacy(activation_fn_str="tanh-relu"))
 
 
@@ -61,7 +61,7 @@ def test_topk_without_k_is_refused(legacy):
 
 
 def test_a_flag_for_normalisation_means_the_expected_average(legacy):
-    with pytest.raises(ValueError, match=r"expected_average_only_in: expected the factor"):
+    with pytest.raises(ValueError, match=r"expected_average_only_in: expected the input scale factor"):
         read_dictionary(legacy(normalize_activations=True))
 
 
@@ -80,18 +80,16 @@ def test_scaling_factors_of_one_are_dropped(legacy, assert_same_tensors):
 
 
 def test_scaling_factors_that_were_not_used_are_refused(legacy):
-    with pytest.raises(ValueError, match=r"not 1, while cfg.json says finetuning_scaling_factor false"):
+    with pytest.raises(ValueError, match=r"expected scaling factors of 1, as cfg.json has finetuning_scaling_factor: false"):
         read_dictionary(legacy(tensors={"scaling_factor": torch.rand(24)}))
 
 
 def test_pickles_are_not_opened(tmp_path):
     (tmp_path / "sae.pkl.gz").write_bytes(b"anything")
-    with pytest.raises(
-        ValueError, match=r"got pickled objects \(sae.pkl.gz\), as version 1 wrote, which are never loaded here"
-    ):
+    with pytest.raises(ValueError, match=r"got pickled objects \(sae.pkl.gz\), as version 1 wrote, which are never loaded"):
         read_dictionary(tmp_path, format="saelens_legacy")
 
 
 def test_old_layouts_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"read only\. Write saelens"):
+    with pytest.raises(ValueError, match=r"read-only format\. Use --to saelens"):
         write_dictionary(read_dictionary(GOLDEN / "legacy_bare").dictionary, tmp_path, "saelens_legacy")

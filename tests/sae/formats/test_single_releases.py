@@ -179,7 +179,7 @@ def test_of_a_repository_only_what_is_asked_for_is_fetched(tmp_path):
         ("qwen_scope", {"b_enc": torch.zeros(LATENTS, dtype=torch.int32)}, "b_enc: expected floating-point numbers"),
         ("hook_z", {"W_enc": torch.zeros(LATENTS, D)}, r"W_enc: expected shape \(8, 24\), got \(24, 8\)"),
         ("hook_z", {"b_dec": None}, "b_dec missing among W_dec, W_enc, b_enc, l1_coeff"),
-        ("hook_z", {"b_dec": torch.zeros(9)}, "act_size: expected 9, which the tensors have, got 8"),
+        ("hook_z", {"b_dec": torch.zeros(9)}, "act_size: expected 9, as in the weights, got 8"),
     ],
 )
 def test_damaged_files_are_named(kind, changes, says, tmp_path):
@@ -221,7 +221,7 @@ def test_no_pickled_object_is_built(kind, tmp_path):
 def test_they_are_read_only(tmp_path):
     d = read_dictionary(saved(tmp_path, "goodfire")).dictionary
     for kind in FILES:
-        with pytest.raises(ValueError, match=f"{kind}: these files are read only. Write saelens"):
+        with pytest.raises(ValueError, match=f"{kind}: read-only format. Use --to saelens"):
             write_dictionary(d, tmp_path / "out", kind)
 
 

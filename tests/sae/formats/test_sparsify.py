@@ -123,7 +123,7 @@ def test_old_names_are_read_by_their_shapes(turned, tmp_path):
 def test_a_square_matrix_of_an_old_name_is_refused(tmp_path):
     square = {"W_dec": None, "decoder.weight": torch.eye(8), "encoder.weight": torch.eye(8), "encoder.bias": torch.zeros(8)}
     folder = copied("topk/layers.3", tmp_path, {"num_latents": 8}, square)
-    with pytest.raises(ValueError, match=r"decoder.weight does not say which way it lies, and a square matrix cannot"):
+    with pytest.raises(ValueError, match=r"the orientation of a square decoder.weight is ambiguous"):
         read_dictionary(folder)
 
 
@@ -174,7 +174,7 @@ def test_signed_latents_of_old_versions_keep_their_sign(tmp_path):
         ({"d_in": None}, "d_in: expected a whole number in cfg.json, got None"),
         ({"num_latents": 10**13}, r"encoder.weight: expected shape \(10000000000000, 8\), got \(24, 8\)"),
         ({"num_latents": None, "expansion_factor": None, "normalize_decoder": True}, "num_latents: expected a whole number"),
-        ({"skip_connection": True}, "skip_connection: True in cfg.json, but W_skip is missing"),
+        ({"skip_connection": True}, "skip_connection: True in cfg.json contradicts the file, which has no W_skip"),
     ],
 )
 def test_damaged_configurations_are_named(changes, says, tmp_path):
@@ -191,7 +191,7 @@ def test_damaged_configurations_are_named(changes, says, tmp_path):
         ({"decoder.weight": torch.zeros(24, 8)}, "expected one of W_dec, decoder.weight, got W_dec and decoder.weight"),
         ({"encoder.bias": torch.full((24,), torch.inf)}, "b_enc: expected finite numbers, got inf"),
         ({"b_dec": torch.zeros(8, dtype=torch.int32)}, "b_in: expected floating-point|b_out: expected floating-point"),
-        ({"W_skip": torch.zeros(8, 8)}, "skip_connection: False in cfg.json, but W_skip is there"),
+        ({"W_skip": torch.zeros(8, 8)}, "skip_connection: False in cfg.json contradicts the file, which has W_skip"),
         ({"gate": torch.zeros(8)}, "got also gate"),
     ],
 )
@@ -247,15 +247,18 @@ def test_transcoders_have_one_too(tmp_path):
 def test_what_sparsify_cannot_hold_is_refused_with_a_reason(tmp_path):
     relu, topk = build_encoder({"name": "relu"}), build_encoder({"name": "topk", "k": 3})
     for d, reason in (
-        (SAE(8, 24, relu), "relu: it keeps the same number of latents for every token. Write dictionary_learning or saelens"),
+        (
+            SAE(8, 24, relu),
+            "relu: it keeps the same number of latents for every token. Use --to dictionary_learning or saelens",
+        ),
         (SAE(8, 24, build_encoder({"name": "threshold"})), "threshold: it keeps the same number"),
-        (SAE(8, 24, build_encoder({"name": "gated"})), "gated: it has no gates"),
-        (SAE(8, 24, build_encoder({"name": "signed_topk", "k": 3})), "topk_raw: its topk has a rectifier"),
-        (SAE(8, 24, build_encoder({"name": "matching_pursuit", "k": 3})), "it has no pursuits"),
-        (SAE(8, 24, topk, row_norm="layer_norm"), "it has no layer_norm of each token"),
-        (Transcoder(8, 8, 24, relu), "Write circuit_tracer"),
-        (Transcoder(8, 5, 24, topk), "as wide at the output as at the input, not 8 and 5"),
-        (CrossLayerTranscoder(2, 8, 8, 26, relu), "no cross-layer transcoders that it could load"),
+        (SAE(8, 24, build_encoder({"name": "gated"})), "gated: it has no gated encoder"),
+        (SAE(8, 24, build_encoder({"name": "signed_topk", "k": 3})), "topk_raw: its topk applies relu"),
+        (SAE(8, 24, build_encoder({"name": "matching_pursuit", "k": 3})), "it has no matching pursuit"),
+        (SAE(8, 24, topk, row_norm="layer_norm"), "row_norm: expected null, as the library has none, got layer_norm"),
+        (Transcoder(8, 8, 24, relu), "Use --to circuit_tracer"),
+        (Transcoder(8, 5, 24, topk), "expected d_out = d_in = 8, .* got d_out = 5"),
+        (CrossLayerTranscoder(2, 8, 8, 26, relu), "no cross-layer transcoders that it can load"),
     ):
         with pytest.raises(ValueError, match=reason):
             write_dictionary(d.eval(), tmp_path / "out", "sparsify")

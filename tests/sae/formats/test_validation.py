@@ -83,7 +83,7 @@ def test_a_square_matrix_the_wrong_way_is_found(name):
     given = neutral(latents=D)
     assert check(given, "here") == []
     swapped = replace(given, **{name: getattr(given, name).T.contiguous()})
-    with pytest.raises(ValueError, match=r"swapped orientation: .* if one of the matrices is transposed"):
+    with pytest.raises(ValueError, match=r"swapped orientation: .* if one of them is transposed"):
         check(swapped, "here")
     # Of a transcoder the same says nothing.
     assert check(replace(swapped, kind="transcoder"), "here") == []

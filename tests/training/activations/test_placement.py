@@ -232,5 +232,5 @@ def test_quantized_activations_are_near_the_model_s(kind, largest, embedded_mode
     assert model_identity(model, (hook,)).entries["hooks", hook, "width"] == 128
     _, gradients = model.activations_and_gradients(ids, (hook,))
     assert gradients[hook].isfinite().all()
-    with pytest.raises(ValueError, match=r"expected whole weights on one device, .* got quantized weights"):
+    with pytest.raises(ValueError, match=r"expected unquantized weights on one device, .* got quantized weights"):
         Architecture(model)

@@ -144,7 +144,7 @@ def test_copies_used_longest_ago_are_removed_and_a_store_too_large_is_refused(tm
     run_harvest(member(tmp_path, urls[1], cache_gb=1.5 * size))
     assert not stores[0].directory.exists()
     assert stores[1].directory.exists()
-    with pytest.raises(ValueError, match=r"GB in .*, but harvest\.cache_gb is .*the cache must hold the store"):
+    with pytest.raises(ValueError, match=r"GB in .*, but harvest\.cache_gb is .*the cache must hold the whole store"):
         run_harvest(member(tmp_path, urls[1], cache_gb=0.5 * size))
 
 

@@ -121,7 +121,7 @@ def test_positions_count_from_the_context_s_start_when_some_are_not_kept(gpt2, i
     amounts = torch.zeros(2, 7, 3)
     amounts[:, 4] = 2.0
     torch.testing.assert_close(found, with_atoms(gpt2, ids, sae, latents, amounts), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"positions: expected positions in kept, .* got \[5\]"):
+    with pytest.raises(ValueError, match=r"positions: expected positions that are replaced .* got \[5\]"):
         logits_of(gpt2, ids, insertion, Intervention("add", latents, 2.0, positions=[4, 5]), kept=kept)
 
 

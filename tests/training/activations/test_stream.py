@@ -393,7 +393,7 @@ def test_pairs_are_gradients_or_targets_in_whatever_holds_two(pair, targets):
         (torch.utils.data.TensorDataset(ROWS), r"expected \(tokens, d_in\), got \(6,\)\. Give tokens in batches: DataLoader"),
         ([(ROWS, torch.arange(40))], r"gradients: tensor 0: expected \(tokens, d_in\) of 40 tokens, got \(40,\)"),
         ([(ROWS,) * 4], r"expected \(tokens, d_in\), got \(4, 40, 6\)"),
-        ([{"a": ROWS, "b": ROWS}], r"expected x, target and grad, the last two if needed, got \['a', 'b'\]"),
+        ([{"a": ROWS, "b": ROWS}], r"expected x, and target and grad if needed, got \['a', 'b'\]"),
         ([], r"expected at least one tensor"),
         ([ROWS, ROWS[:, :3]], r"activations: tensor 1: expected width 6, as before, got 3"),
     ],

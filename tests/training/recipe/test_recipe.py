@@ -108,7 +108,7 @@ def test_overrides_are_typed_like_the_file(recipe_values, write_recipe):
         load_recipe(path, parse_overrides(["lrr=1"]))
     with pytest.raises(ValueError, match=r"key\.sub=value"):
         parse_overrides(["lr"])
-    with pytest.raises(ValueError, match="tokens is not a section"):
+    with pytest.raises(ValueError, match="expected tokens to be a section"):
         load_recipe(path, {"tokens.x": 1})
 
 

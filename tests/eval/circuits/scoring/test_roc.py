@@ -58,5 +58,5 @@ def test_extremes():
 def test_what_has_no_area_is_refused():
     with pytest.raises(ValueError, match="truth: expected units in the circuit and others, got 0 in it of 3"):
         roc_auc(torch.zeros(3), torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="scores: expected numbers, got 1 of 3 that are none"):
+    with pytest.raises(ValueError, match="scores: expected numbers, got NaN in 1 of 3"):
         average_precision(torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([True, False, True]))

@@ -197,5 +197,7 @@ def test_what_does_not_exist_is_refused(embedded_model, name, arguments, message
 
 def test_more_pairs_than_there_are_is_refused(embedded_model, monkeypatch):
     monkeypatch.setattr("sparsary.eval.circuits.tasks.task.REPEATS", 5)
-    with pytest.raises(ValueError, match=r"n: agreement_simple has only about .* different pairs here, got n = 5000"):
+    with pytest.raises(
+        ValueError, match=r"n: expected at most about .* distinct pairs of agreement_simple for this model, got 5000"
+    ):
         make_pairs("agreement_simple", embedded_model, n=5000)

@@ -127,13 +127,13 @@ def test_several_questions_at_named_places(embedded_model, write):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"corrupted": "Mary went"}, "clean has 5 tokens, corrupted 3; they must have as many"),
+        ({"corrupted": "Mary went"}, "clean has 5 tokens, corrupted 3; expected equal numbers"),
         ({"answers": [" to the"]}, "' to the' is not one token after 'Mary and Paul went': it gives to the"),
         ({"answers": ["to"]}, r"'to' is not one token .*is a leading space missing"),
         ({"foils": [" to"]}, "the same token is among the answers"),
         ({"answers": []}, "has no answers"),
         ({"answers": {"a": 1}}, "answers is {'a': 1}; expected a list"),
-        ({"answers": [10**6]}, r"1000000 is no token id of this model; expected 0 to \d+"),
+        ({"answers": [10**6]}, r"1000000 is not a token id of this model; expected 0 to \d+"),
         ({"clean": ""}, "clean is ''; expected text, or a list of token ids"),
         ({"clean": "Mary Zebedee"}, "'Mary Zebedee' has words the tokenizer does not know"),
         ({"clean": None}, "has no clean or clean_prefix, only clean, corrupted, answers, foils"),

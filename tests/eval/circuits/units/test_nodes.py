@@ -288,6 +288,6 @@ def test_prompts_of_another_length_have_other_units(model, pairs, parts):
 
 def test_a_dictionary_in_training_mode_is_refused(sae):
     trained = SAE(12, 23, ENCODERS["topk"](k=4)).train()
-    with pytest.raises(ValueError, match="x: the dictionary is in training mode"):
+    with pytest.raises(ValueError, match="x: expected a dictionary in eval mode"):
         Latents("x", trained, "here", "here")
     assert Latents("x", sae, "here", "here").n_units == 24

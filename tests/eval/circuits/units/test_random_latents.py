@@ -78,5 +78,5 @@ def test_what_it_cannot_match_is_refused(trained):
         def prepare(self, n_latents):
             pass
 
-    with pytest.raises(ValueError, match="encoder Other cannot be matched"):
+    with pytest.raises(ValueError, match="whose l0 can be matched, got Other"):
         random_like(SAE(5, 7, Other()).eval(), torch.randn(11, 5))

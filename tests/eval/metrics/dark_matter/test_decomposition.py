@@ -221,13 +221,13 @@ def test_the_chosen_ridge_is_the_one_of_an_explicit_search():
 
 def test_one_document_cannot_choose_among_ridges():
     fit = LinearFit(3, 2, options=FitOptions(ridge=(0.1, 1.0)))
-    with pytest.raises(ValueError, match="expected documents to choose among several by, got none"):
+    with pytest.raises(ValueError, match="expected documents for cross-validation among several ridges, got none"):
         fit.update(torch.randn(5, 3), torch.randn(5, 2))
     fit.update(torch.randn(5, 3), torch.randn(5, 2), torch.full((5,), 17))
-    with pytest.raises(ValueError, match=r"tokens of one document.*Give one ridge, or more documents"):
+    with pytest.raises(ValueError, match=r"several documents for cross-validation.*Give one ridge, or more documents"):
         fit.solve()
     for ridge in (-1.0, (), (0.1, float("nan"))):
-        with pytest.raises(ValueError, match="ridge: expected a number from 0 on"):
+        with pytest.raises(ValueError, match="ridge: expected a number of at least 0"):
             FitOptions(ridge=ridge)
 
 

@@ -204,7 +204,7 @@ def test_the_width_law_is_recovered(c, a, m):
 
 
 def test_a_law_of_too_few_widths_is_refused():
-    with pytest.raises(ValueError, match="expected at least 4 that differ, and an fvu for each, got 3"):
+    with pytest.raises(ValueError, match="expected at least 4 distinct widths, and an fvu for each, got 3"):
         fit_width_law([1, 2, 4], [3.0, 2.0, 1.0])
     with pytest.raises(ValueError, match="fvus: expected numbers above 0"):
         fit_width_law([1, 2, 4, 8], [3.0, 2.0, 1.0, float("nan")])
