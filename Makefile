@@ -3,16 +3,23 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 PEERS_PIP = .venv-peers/bin/python -m pip --disable-pip-version-check
 
+# Kept beside the sources, as usual: otherwise every process that a test starts compiles them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 ALL_TESTS = not gpu and not network and not parity and not bench
 TESTS = .venv/bin/pytest -m "$(ALL_TESTS) and not long"
 
-.PHONY: demo test test-all portable install check tutorials docs peers clean
+.PHONY: demo test sampled test-all portable install check lint types tutorials docs peers clean
 
 demo: install
 	.venv/bin/sparsary train recipes/quickstart.yaml
 	.venv/bin/sparsary eval runs/quickstart
 
-test: install check
+# pyright, which keeps one core busy for a minute, runs beside the tests; what it finds fails the command as well.
+test: install lint
+	@$(MAKE) --no-print-directory -j 2 types sampled
+
+sampled: install
 	$(TESTS)
 
 # The sweeps too: every architecture and format, and runs killed again and again.
@@ -35,10 +42,14 @@ fuzz: install
 	SPARSARY_FUZZ_EXAMPLES=$(or $(EXAMPLES),5000) .venv/bin/pytest -n 2 --dist load --timeout 7200 -m "slow or not slow" tests/fuzz
 	@if .venv/bin/python -c 'import atheris' 2>/dev/null; then for name in recipe manifest shard checkpoint metrics; do .venv/bin/python tests/fuzz/atheris_fuzz.py $$name -max_total_time=300 || exit 1; done; else echo 'atheris is not installed: no fuzzing by coverage'; fi
 
-check: install
+check: lint types
+
+types: install
+	.venv/bin/pyright
+
+lint: install
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
-	.venv/bin/pyright
 	@if test -x .venv/bin/oxlint; then .venv/bin/oxlint --deny-warnings eval/pages/templates; else echo 'oxlint is not installed: the scripts of pages were not checked'; fi
 
 # The tutorials, each run only if its text has changed; their outputs are in build/tutorials.

@@ -212,7 +212,7 @@ class SparseDictionary(Inspection, nn.Module, ABC):
             grad = self._tensor(grad, "grad") * self.out_scale
             grad = grad.flatten(0, -2) if shape else grad
         code = self._in_output_units(self.code_of(self.normalised(x), grad, x.requires_grad), x)
-        return replace(code, batch_shape=tuple(shape)) if shape else code
+        return code.shaped(tuple(shape)) if shape else code
 
     def encode_at(self, site: int, x: Rows) -> SparseCode:
         """Return the code of one site's raw activations ``(tokens, width)``, with latents numbered from 0.
@@ -508,7 +508,9 @@ class OneSiteDictionary(SparseDictionary, ABC):
         ranks = self.ranks if self.training else ALONE
         W_enc = self.W_dec if self.W_enc is None else self.W_enc
         shift = None if self.shift is None else self.shards.shared(self.shift)
-        return Weights(W_enc, self.b_enc, self.W_dec, screen, shift, ranks=ranks, shards=self.shards)
+        # The row norm is undone entry by entry.
+        may_be_dense = self.training and self.row_norm is None
+        return Weights(W_enc, self.b_enc, self.W_dec, screen, shift, ranks=ranks, shards=self.shards, may_be_dense=may_be_dense)
 
     @property
     def blocks(self) -> list[LatentBlock]:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .dense_code import DenseInputs
+from .kept_memory import kept_memory
 from .ranks import ALONE, UNDIVIDED, Ranks, Shards, largest_of_shards
 from .screen import Screen
 from .sparse_code import SparseCode
-from .sparse_ops import entries, some_rows
+from .sparse_ops import are_crowded, entries, some_rows
 from .tiled_scores import Scorer
 
 
@@ -36,6 +38,8 @@ class Weights:
     # Processes that share a training batch, and those that hold the other latents.
     ranks: Ranks = ALONE
     shards: Shards = UNDIVIDED
+    # Codes of many entries may be ``DenseCode``s.
+    may_be_dense: bool = False
 
     @property
     def unit(self) -> int:
@@ -87,6 +91,21 @@ def with_gradient(code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: We
     """Return a code from a scorer with its values made differentiable in ``x`` and the weights."""
     values = entries(x, weights.W_enc, weights.b_enc, code.values, code.latents, code.starts, weights.shift)
     return SparseCode(code.latents, values, code.starts, code.requests)
+
+
+def crowded(x: Float[Tensor, "tokens d_in"], weights: Weights, *cuts: Float[Tensor, "..."]) -> tuple[bool, ...]:
+    """Return for each cut True if so many pre-activations exceed it that a dense code is faster, and allowed."""
+    if not weights.may_be_dense:
+        return (False,) * len(cuts)
+    found = tuple(are_crowded(x, weights.W_enc, weights.b_enc, cuts))
+    if not any(found):
+        kept_memory.free_idle()
+    return found
+
+
+def dense_inputs(x: Float[Tensor, "tokens d_in"], weights: Weights) -> DenseInputs:
+    """Return what the pre-activations of a dense code are made of."""
+    return DenseInputs(x, weights.W_enc, weights.b_enc, weights.shift)
 
 
 class Encoder(nn.Module, ABC):

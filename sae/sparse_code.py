@@ -1,13 +1,14 @@
 """SparseCode: active latents of every token, with their values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .kernels import cpu_kernels
+from .threshold_window import Window
 
 
 def bounds(latents: Int[Tensor, " nnz"], starts: Int[Tensor, " tokens"]) -> Int[Tensor, " ends"]:
@@ -89,6 +90,8 @@ class SparseCode:
     requests: AuxTerms = field(default_factory=AuxTerms)
     # Set by ``encode`` for inputs of more than two axes, (batch, position): the shape in which the tokens stood.
     batch_shape: tuple[int, ...] = ()
+    # Latents that do not fire but train their thresholds, if they are too many to be entries.
+    window: Window | None = None
 
     def __getitem__(self, token: int | tuple[int, ...]) -> tuple[Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
         """Return the firing latents of one token and their values, the largest first.
@@ -144,6 +147,14 @@ class SparseCode:
     @property
     def n_tokens(self) -> int:
         return self.starts.shape[0]
+
+    def requesting(self, requests: AuxTerms) -> "SparseCode":
+        """Return the code with other auxiliary loss terms."""
+        return replace(self, requests=requests)
+
+    def shaped(self, batch_shape: tuple[int, ...]) -> "SparseCode":
+        """Return the code with the shape in which its tokens stood."""
+        return replace(self, batch_shape=batch_shape)
 
     def entries_per_token(self) -> Int[Tensor, " tokens"]:
         """Return the number of entries of each token, including zeros."""

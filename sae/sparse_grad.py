@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .kept_memory import kept_memory
 from .sparse_code import SparseCode
 
 
@@ -25,14 +26,30 @@ class Product:
 
 @dataclass
 class SparseGrad:
-    """Terms accumulated by backward passes since the last ``clear``: products, and dense gradients of some rows."""
+    """Terms accumulated by backward passes since the last ``clear``.
+
+    They are products, dense gradients of some rows, and ``whole``, the dense gradient from codes that are not sparse.
+    """
 
     products: list[Product] = field(default_factory=list)
     rows: list[tuple[Int[Tensor, " some"], Float[Tensor, "some d"]]] = field(default_factory=list)
+    whole: Float[Tensor, "n_latents d"] | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.products and not self.rows and self.whole is None
 
     def clear(self) -> None:
         self.products.clear()
         self.rows.clear()
+        self.whole = None
+
+    def open_whole(self, like: Float[Tensor, "n_latents d"]) -> tuple[Float[Tensor, "n_latents d"], int]:
+        """Return the memory of ``whole``, and 1 if it holds a gradient to add to, 0 if it is uninitialized."""
+        if self.whole is not None:
+            return self.whole, 1
+        self.whole = whole = kept_memory.take(like.shape[0], like.shape[1], like)
+        return whole, 0
 
     def product(self, like: Float[Tensor, "n_latents d"]) -> Product:
         """Return all products as one, with their tokens concatenated."""
@@ -52,6 +69,14 @@ class SparseGrad:
     def dense(self, like: Float[Tensor, "n_latents d"]) -> tuple[Int[Tensor, " n_latents"], Float[Tensor, "some d"]]:
         """Return each latent's index into the dense gradient rows, or -1, and those rows; ``like.grad`` is included."""
         n_latents = like.shape[0]
+        if self.whole is not None:
+            if like.grad is not None:
+                self.whole += like.grad
+                like.grad = None
+            for latents, gradients in self.rows:
+                self.whole.index_add_(0, latents, gradients)
+            self.rows.clear()
+            return torch.arange(n_latents, device=like.device), self.whole
         if like.grad is not None:
             whole = like.grad
             for latents, gradients in self.rows:

@@ -7,6 +7,7 @@ matrices, or in chunks where CSR is missing (no MKL, low precision). All are tes
 """
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .break_even import break_even
+from .dense_code import DenseCode
+from .kept_memory import kept_memory
 from .kernels import backend
 from .sparse_code import SparseCode, bounds
 from .sparse_grad import Product, SparseGrad, ledger_of
+from .threshold_window import Window, columns_of
 
-# Above one entry in sixteen the dense product is faster, measured on two CPU cores for widths 1024 to 12288; encoders without a
-# budget begin with half of the latents active. Small codes are not worth the check.
-DENSE_SHARE = 1 / 16
+# Codes with fewer entries never take dense products: they are not worth the check.
 DENSE_ENTRIES = 1 << 18
+# Trial that finds the density above which dense products are faster: one entry in so many, and tokens.
+TRIAL_EVERY = 16
+TRIAL_TOKENS = 128
+# Tokens, and latents, of the sample that estimates a density.
+SAMPLE = 512
 
 
 def decode(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[Tensor, "tokens d_out"]:
@@ -30,9 +38,11 @@ def decode(code: SparseCode, atoms: Float[Tensor, "n_latents d_out"]) -> Float[T
 
     Codes with many entries use a dense product. Differentiable in ``atoms`` and in ``code.values``.
     """
+    if isinstance(code, DenseCode):
+        return code.decode(atoms)
     # Under autocast the values have lower precision than the decoder.
-    values = code.values.to(atoms.dtype)
-    return _Decode.apply(values, atoms, code.latents, code.starts, ledger_of(atoms))  # pyright: ignore[reportReturnType]
+    values, theta = code.values.to(atoms.dtype), None if code.window is None else code.window.theta
+    return _Decode.apply(values, atoms, code.latents, code.starts, ledger_of(atoms), theta, code.window)  # pyright: ignore[reportReturnType]
 
 
 def entries(
@@ -80,6 +90,11 @@ def per_entry(values: Float[Tensor, " n_latents"], latents: Int[Tensor, " nnz"])
     return values.index_select(0, latents)
 
 
+def row_norms(W: Float[Tensor, "n_latents d"]) -> Float[Tensor, " n_latents"]:
+    """Return the norm of every row; its gradient goes to the matrix's ``SparseGrad`` if it has one."""
+    return _RowNorms.apply(W, ledger_of(W))  # pyright: ignore[reportReturnType]
+
+
 def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) -> Float[Tensor, "some d"]:
     """Return ``W[latents]`` for distinct latents; the gradient goes to the matrix's ``SparseGrad`` if it has one."""
     return _SomeRows.apply(W, latents, ledger_of(W))  # pyright: ignore[reportReturnType]
@@ -87,18 +102,36 @@ def some_rows(W: Float[Tensor, "n_latents d"], latents: Int[Tensor, " some"]) ->
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, atoms: Tensor, latents: Tensor, starts: Tensor, ledger: SparseGrad | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        atoms: Tensor,
+        latents: Tensor,
+        starts: Tensor,
+        ledger: SparseGrad | None,
+        theta: Tensor | None,
+        window: Window | None,
+    ) -> Tensor:
         ctx.save_for_backward(values, atoms, latents, starts)
-        ctx.ledger = ledger
+        ctx.ledger, ctx.window = ledger, window
         return _gather(values, atoms, latents, starts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         values, atoms, latents, starts = ctx.saved_tensors
-        to_values = dots(grads[0], atoms, latents, starts) if ctx.needs_input_grad[0] else None
+        to_values = to_theta = None
+        if ctx.window is not None:
+            # The gradient of all values that a latent might have.
+            every = torch.mm(grads[0], atoms.T, out=kept_memory.take(len(grads[0]), len(atoms), atoms))
+            sums = [ctx.window.sums(every[:, some], some) for some in columns_of(every)]
+            to_theta = ctx.window.to_theta(torch.cat(sums), None)
+            tokens = SparseCode(latents, values, starts).token_ids()
+            to_values = every.view(-1).index_select(0, tokens * len(atoms) + latents)
+        elif ctx.needs_input_grad[0]:
+            to_values = dots(grads[0], atoms, latents, starts)
         to_atoms = _to_matrix(values, grads[0], latents, starts, atoms, ctx.ledger) if ctx.needs_input_grad[1] else None
-        return to_values, to_atoms, None, None, None
+        return to_values, to_atoms, None, None, None, to_theta, None
 
 
 class _Entries(torch.autograd.Function):
@@ -130,6 +163,30 @@ class _Entries(torch.autograd.Function):
             to_b = torch.zeros(W.shape[0], dtype=W.dtype, device=W.device).index_add_(0, latents, grads[0].to(W.dtype))
             to_shift = -(to_b @ W) if wants_shift else None
         return to_x, to_W, to_b if wants_b else None, to_shift, None, None, None, None
+
+
+class _RowNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, ledger: SparseGrad | None) -> Tensor:
+        norms = W.norm(dim=-1)
+        ctx.save_for_backward(W, norms)
+        ctx.ledger = ledger
+        return norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        W, norms = ctx.saved_tensors
+        # As in torch, a row of zeros has the gradient 0.
+        scale = (grads[0] / norms).masked_fill(norms == 0, 0.0)[:, None]
+        if ctx.ledger is None:
+            return W * scale, None
+        whole, begun = ctx.ledger.open_whole(W)
+        if begun:
+            whole.addcmul_(W, scale)
+        else:
+            torch.mul(W, scale, out=whole)
+        return None, None
 
 
 class _SomeRows(torch.autograd.Function):
@@ -165,6 +222,10 @@ def _gather(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Te
     values = values.to(rows.dtype).contiguous()
     if _crowded(latents, starts, rows):
         return SparseCode(latents, values, starts).to_dense(rows.shape[0]) @ rows
+    return _gather_entries(values, rows, latents, starts)
+
+
+def _gather_entries(values: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
     kernels = backend(values, rows)
     if kernels is not None:
         return kernels.decode(bounds(latents, starts), latents, values, rows)
@@ -198,6 +259,11 @@ def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
     left = left.contiguous()
     if _crowded(latents, starts, rows):
         return (left @ rows.T)[code.token_ids(), latents]
+    return _entry_dots(left, rows, latents, starts)
+
+
+def _entry_dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
+    code = SparseCode(latents, torch.empty(latents.shape[0]), starts)
     kernels = backend(left, rows)
     if kernels is not None:
         return kernels.dots(bounds(latents, starts), latents, left, rows)
@@ -215,7 +281,56 @@ def dots(left: Tensor, rows: Tensor, latents: Tensor, starts: Tensor) -> Tensor:
 def _crowded(latents: Tensor, starts: Tensor, rows: Tensor) -> bool:
     """Return True if the code has so many entries that dense products are faster."""
     found = latents.shape[0]
-    return found >= DENSE_ENTRIES and found >= DENSE_SHARE * starts.shape[0] * rows.shape[0]
+    return found >= DENSE_ENTRIES and found >= dense_share(rows) * starts.shape[0] * rows.shape[0]
+
+
+@torch.no_grad()
+def dense_share(rows: Float[Tensor, "n_latents d"]) -> float:
+    """Return the density above which dense products with a matrix like this are faster, measured at first use."""
+    n_latents, d = rows.shape
+    name = f"{rows.device.type} {rows.dtype} {n_latents} {d} {torch.get_num_threads()}"
+
+    def trial() -> tuple[Callable[[], object], Callable[[], object], float]:
+        numbers = torch.Generator().manual_seed(0)
+        matrix, tokens = torch.randn(n_latents, d, generator=numbers).to(rows), TRIAL_TOKENS
+        k = -(-n_latents // TRIAL_EVERY)
+        latents = torch.arange(k) * TRIAL_EVERY + torch.randint(TRIAL_EVERY, (tokens, k), generator=numbers)
+        code = SparseCode.from_rows(
+            latents.clamp_(max=n_latents - 1).to(rows.device), torch.rand(tokens, k, generator=numbers).to(rows)
+        )
+        x, dense = torch.randn(tokens, d, generator=numbers).to(rows), code.to_dense(n_latents)
+        products = torch.empty_like(dense), torch.empty_like(x)
+
+        def by_entries() -> None:
+            _gather_entries(code.values, matrix, code.latents, code.starts)
+            _entry_dots(x, matrix, code.latents, code.starts)
+
+        def by_products() -> None:
+            torch.mm(dense, matrix, out=products[1])
+            torch.mm(x, matrix.T, out=products[0])
+
+        return by_entries, by_products, k / n_latents
+
+    return break_even(name, trial, rows.device)
+
+
+@torch.no_grad()
+def shares_above(
+    x: Float[Tensor, "tokens d_in"], W: Float[Tensor, "n_latents d_in"], b: Tensor | None, cuts: Sequence[Tensor]
+) -> list[float]:
+    """Estimate from some tokens and latents the fractions of all numbers ``W x + b`` that exceed cuts, one per latent."""
+    tokens, latents = (slice(None, None, max(1, size // SAMPLE)) for size in (len(x), len(W)))
+    some = F.linear(x[tokens], W[latents], None if b is None else b[latents])
+    return [float((some > cut.expand(len(W))[latents]).double().mean()) for cut in cuts]
+
+
+def are_crowded(x: Tensor, W: Tensor, b: Tensor | None, cuts: Sequence[Tensor]) -> list[bool]:
+    """Return for each cut True if the scores above it are so many that a dense code is faster; autocast prevents that."""
+    cells = len(x) * len(W)
+    if cells < DENSE_ENTRIES or x.dtype != W.dtype or torch.is_autocast_enabled(x.device.type):
+        return [False] * len(cuts)
+    shares = shares_above(x.detach(), W.detach(), None if b is None else b.detach(), cuts)
+    return [share * cells >= DENSE_ENTRIES and share >= dense_share(W) for share in shares]
 
 
 def _has_csr(rows: Tensor) -> bool:

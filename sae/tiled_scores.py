@@ -220,13 +220,13 @@ def largest_of_batch(scorer: Scorer, budget: int, cut: float | None = None) -> t
         pool = above(scorer.tiles(), torch.tensor(limit, dtype=scorer.x.dtype), tokens, n_latents)
         passed = ranks.total(len(pool.values))
         if passed >= budget:
-            kept = pool.where(_largest(pool.values, budget, ranks))
+            kept = pool.where(largest_values(pool.values, budget, ranks))
             # Move toward the smallest kept score if far too many pass, and away from it if barely enough do.
             share, smallest = passed / budget, float(smallest_of(kept, ranks))
             move = 0.5 if share > 2 * SLACK - 1 else -0.5 if share < (SLACK + 1) / 2 else 0.0
             return kept, limit + (smallest - limit) * move
     found = _ranked(scorer, min(budget, tokens * n_latents))
-    return found if ranks.size == 1 else found.where(_largest(found.values, budget, ranks)), None
+    return found if ranks.size == 1 else found.where(largest_values(found.values, budget, ranks)), None
 
 
 def smallest_of(code: SparseCode, ranks: Ranks) -> Float[Tensor, ""]:
@@ -244,7 +244,7 @@ def _ranked(scorer: Scorer, budget: int) -> SparseCode:
         values = torch.cat([values, tile.scores.reshape(-1)[best]])
         cells = torch.cat([cells, (best // width + tile.token) * n_latents + tile.first + best % width])
         order = cells.argsort()
-        order = order[_largest(values[order], budget, ALONE)] if len(order) > budget else order
+        order = order[largest_values(values[order], budget, ALONE)] if len(order) > budget else order
         values, cells = values[order], cells[order]
     return SparseCode.from_cells(cells, values, tokens, n_latents)
 
@@ -263,7 +263,7 @@ def level_of_batch(scorer: Scorer, budget: int, slack: float = 1.0) -> float:
     return float(best.topk(min(rank, len(best)), sorted=False).values.amin())
 
 
-def _largest(values: Float[Tensor, " n"], budget: int, ranks: Ranks) -> Tensor:
+def largest_values(values: Float[Tensor, " n"], budget: int, ranks: Ranks) -> Tensor:
     """Return a mask of the ``budget`` largest values of all ranks; the first win ties."""
     if ranks.size > 1:
         return largest_of_all(values, budget, ranks)

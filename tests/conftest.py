@@ -1,6 +1,10 @@
 """Shared fixtures, and run-time checks of every shape annotation during tests."""
 
 import ast
+import collections
+import dataclasses
+import functools
+import gc
 import importlib.util
 import json
 import os
@@ -13,7 +17,11 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from jaxtyping import _import_hook, install_import_hook
+from beartype import beartype
+from jaxtyping import _import_hook, install_import_hook, jaxtyped
+
+# Collecting makes millions of objects that stay: it is of no use to look for garbage among them again and again.
+gc.disable()
 
 # Runs before sparsary is imported, because functions are wrapped when their module is loaded. The corpus is left out: it
 # calls small functions millions of times and contains no tensors.
@@ -31,6 +39,34 @@ def shaped(annotations):
     return any(isinstance(node, ast.Name) and node.id in SHAPED for node in nodes)
 
 
+# Calls of a function that are checked in each test. Later ones, in a loop of training steps, would find no more and take a
+# quarter of the tests' time.
+CHECKED_CALLS = 8
+# The number of the current test.
+TEST = 0
+
+
+def checked_at_first(part):
+    """Check the shapes of a function, or of a dataclass' fields, in its first calls of every test."""
+    if isinstance(part, type):
+        if dataclasses.is_dataclass(part) and "__init__" in vars(part):
+            part.__init__ = checked_at_first(part.__init__)
+        return part
+    checked, test, left = jaxtyped(part, typechecker=beartype), 0, CHECKED_CALLS
+
+    @functools.wraps(part)
+    def call(*arguments, **options):
+        nonlocal test, left
+        if test != TEST:
+            test, left = TEST, CHECKED_CALLS
+        if left <= 0:
+            return part(*arguments, **options)
+        left -= 1
+        return checked(*arguments, **options)
+
+    return call
+
+
 class ShapeChecks(_import_hook.JaxtypingTransformer):
     """Wraps what has shapes in its annotations, and no functions within functions: those would be wrapped at every call.
 
@@ -40,20 +76,25 @@ class ShapeChecks(_import_hook.JaxtypingTransformer):
     def visit_FunctionDef(self, node):  # noqa: N802 - the visitor's name
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         if shaped([node.returns, *(argument.annotation for argument in arguments)]):
-            decorator = self._typechecker.get_ast()
-            node.decorator_list.append(ast.copy_location(decorator, node))
+            node.decorator_list.append(self.decorator(node))
         return node
 
     def visit_ClassDef(self, node):  # noqa: N802
         if node.decorator_list and shaped([field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]):
-            node.decorator_list.insert(0, ast.copy_location(self._typechecker.get_ast(), node))
+            node.decorator_list.insert(0, self.decorator(node))
         return self.generic_visit(node) or node
 
+    def decorator(self, node):
+        # The hook imports jaxtyping into every module that it loads.
+        return ast.copy_location(ast.parse("jaxtyping._import_hook.checked_at_first", mode="eval").body, node)
 
+
+_import_hook.checked_at_first = checked_at_first
 _import_hook.JaxtypingTransformer = ShapeChecks
 parts = [*(f"sae.{name}" for name in SAE), "transcoders", "eval", *(f"training.{name}" for name in CHECKED)]
 checked = [f"sparsary.{part}" for part in parts]
-install_import_hook(checked, "beartype.beartype")
+# The name is part of the name of the bytecode's file.
+install_import_hook(checked, "jaxtyping._import_hook.checked_at_first")
 
 # One thread each, because two workers share two cores. Processes that tests start inherit it: other thread counts round
 # differently, and runs are compared bit for bit. `make portable` uses two.
@@ -63,6 +104,9 @@ os.environ["OMP_NUM_THREADS"] = THREADS
 # No test asks the hub, nor does a process that one starts: without a network, a model that is not there takes a minute of
 # attempts. huggingface_hub reads this when it is imported. Tests marked `network` are run with HF_HUB_OFFLINE=0.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# No test cuts the power: what is written needs not reach the disk. Processes that tests start do sync.
+os.fsync = lambda handle: None
 
 import torch  # noqa: E402
 
@@ -110,6 +154,26 @@ def any_of(entries):
     return re.compile("|".join(pattern.pattern for pattern in entries.values()) or r"(?!)")
 
 
+def seconds_by_file(text):
+    """Return the seconds of each file's lines in ``slow.txt``, less those that begin with ``long``."""
+    seconds = collections.Counter()
+    for line in text.splitlines():
+        if line.strip() and not line.startswith(("#", "long")):
+            number, entry = line.split(maxsplit=1)
+            seconds[entry.split("::")[0].strip()] += float(number)
+    return seconds
+
+
+def left_out(expression, text):
+    """Return the files of which nothing is run where marks are selected by ``expression``: they need not be imported."""
+    words = expression.split()
+    parts = {part.strip() for part in expression.split(" and ")}
+    if "or" in words or "(" in expression:
+        return set()
+    files = slow_entries(text) if "not slow" in parts else long_entries(text) if "not long" in parts else {}
+    return {entry for entry in files if "::" not in entry}
+
+
 def stale_entries(entries, ids):
     """Return the entries that match no test: their file is gone, or was collected in full without such a test."""
     collected = {name.split("::")[0] for name in ids}
@@ -118,10 +182,36 @@ def stale_entries(entries, ids):
     return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
 
 
+def pytest_ignore_collect(collection_path, config):
+    # Files that were asked for by name are collected all the same.
+    files = left_out(config.getoption("markexpr"), SLOW.read_text(encoding="utf-8"))
+    path = collection_path.as_posix()
+    return True if any(path.endswith(f"/{file}") for file in files) else None
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    global TEST
+    TEST += 1
+
+
 # Runs before pytest selects by mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     text = SLOW.read_text(encoding="utf-8")
+    # The longest files first, so that no worker begins one when the others end.
+    seconds = seconds_by_file(text)
+    items.sort(key=lambda item: -seconds[item.nodeid.split("::")[0]])
     entries = slow_entries(text)
     slow, long = any_of(entries), any_of(long_entries(text))
     for item in items:
@@ -281,6 +371,25 @@ def count_calls(monkeypatch):
     return count
 
 
+@pytest.fixture
+def files_of_at_most():
+    """Return a context in which this process can write no file past a size, as if the disk were full there."""
+    # A module that Windows does not have.
+    import resource
+
+    @contextmanager
+    def limited(size):
+        # Python ignores the signal that comes with it.
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
 class _StopAfter:
     """Replacement for ``StopRequest.requested`` that is true after a number of steps."""
 
@@ -308,6 +417,12 @@ def stopped_after():
                 yield
 
     return stopped
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    """Leave out the drawing of reports' pages: of evaluations this small, it is the larger part."""
+    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
 
 
 @pytest.fixture(scope="session")

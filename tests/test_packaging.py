@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 import sparsary
 from sparsary.sae.extras import OPTIONAL
+from sparsary.sae.formats import SourceFiles
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("sae", "transcoders", "training", "eval")
@@ -106,25 +107,26 @@ def test_the_wheel_holds_one_package_with_its_data_and_nothing_else(wheel):
 def test_the_wheel_works_beside_a_users_own_modules(installed):
     python, folder = installed
     code = f"""
-import importlib.resources, sys, torch
+import importlib.resources, runpy, sys, torch
 import sparsary, sparsary.eval.cli, sparsary.training.bench.cli
 from sparsary.sae import SAE
 from sparsary.training.recipe import check_recipe
 assert not sparsary.__file__.startswith({str(ROOT)!r}), sparsary.__file__
 assert SAE is sparsary.SAE is sparsary.sae.SAE
-for name in sparsary.__all__:
-    assert getattr(sparsary, name) is not None
 SAE(5, 7, sparsary.ENCODERS["topk"](k=2)).save("saved", {{}})
 d = sparsary.load("saved")
 x = torch.randn(3, 5)
 assert torch.equal(d.decode(d.encode(x), x), d(x))
 assert (importlib.resources.files("sparsary.training.embedded") / "model" / "model.safetensors").is_file()
 print(sparsary.__version__)
+sys.argv[1:] = ["--help"]
+runpy.run_module("sparsary", run_name="__main__", alter_sys=True)
 """
-    assert run([python, "-c", code], folder).strip() == PROJECT["version"]
+    version, _, said = run([python, "-c", code], folder).partition("\n")
+    assert version == PROJECT["version"]
+    assert "harvest" in said
     script = python.parent / ("sparsary.exe" if os.name == "nt" else "sparsary")
-    for command in ([python, "-m", "sparsary"], [script]):
-        assert "harvest" in run([*command, "--help"], folder)
+    assert "harvest" in run([script, "--help"], folder)
 
 
 def test_an_editable_install_runs_from_anywhere(checkout, tmp_path):
@@ -237,14 +239,13 @@ def test_a_command_says_which_extra_it_needs(missing, arguments, says, tmp_path)
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1:]) == (2, "", [says])
 
 
-def test_a_format_that_keeps_yaml_says_which_extra_it_needs(tmp_path):
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "config.yaml").write_text("a: 1\n")
-    done = without(
-        {"ruamel"}, "from sparsary.sae.formats import SourceFiles; SourceFiles('theirs').yaml('config.yaml')", tmp_path
-    )
-    assert done.returncode == 1
-    assert "config.yaml: needs ruamel.yaml: pip install 'sparsary[train]'" in done.stderr
+def test_a_format_that_keeps_yaml_says_which_extra_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    # As if it were not installed.
+    for name in ("ruamel", "ruamel.yaml"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"config\.yaml: needs ruamel\.yaml: pip install 'sparsary\[train\]'"):
+        SourceFiles(str(tmp_path)).yaml("config.yaml")
 
 
 def test_the_extras_are_those_of_the_message():

@@ -43,6 +43,34 @@ def test_lines_that_begin_with_long_are_those_make_test_leaves_out(reading):
     assert not reading.any_of({}).fullmatch(IDS[0])
 
 
+def test_the_longest_files_come_first(reading):
+    lines = (
+        "# seconds",
+        " 3.5 tests/test_a.py::test_a",
+        " 1 tests/test_a.py::test_b[x]",
+        "long 40 tests/test_b.py",
+        " 2 tests/test_b.py",
+    )
+    text = "\n".join(lines)
+    assert reading.seconds_by_file(text) == {"tests/test_a.py": 4.5, "tests/test_b.py": 2}
+
+
+@pytest.mark.parametrize(
+    ("expression", "files"),
+    [
+        ("not slow and not gpu", {"tests/test_a.py", "tests/test_b.py"}),
+        ("not gpu and not long", {"tests/test_b.py"}),
+        ("not gpu", set()),
+        ("slow or not slow", set()),
+        ("not (slow and gpu)", set()),
+        ("", set()),
+    ],
+)
+def test_files_of_which_nothing_is_run_are_not_imported(reading, expression, files):
+    text = " 3.5 tests/test_a.py\n 1 tests/test_c.py::test_b[x]\nlong 40 tests/test_b.py\n"
+    assert reading.left_out(expression, text) == files
+
+
 def test_every_line_matches_a_test(stale_slow):
     assert not stale_slow, "tests/slow.txt: these lines match no test. Remove or correct them."
 

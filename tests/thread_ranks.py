@@ -77,7 +77,7 @@ class ThreadShards(ThreadRanks, Shards):
 def on_mesh(parts, shards, function):
     """Return ``function(ranks, shards)`` of every rank of a mesh, in the order of the world's ranks."""
     boards = {("part", p): [None] * shards for p in range(parts)} | {("shard", s): [None] * parts for s in range(shards)}
-    barriers = {key: threading.Barrier(len(board), timeout=60) for key, board in boards.items()}
+    barriers = {key: threading.Barrier(len(board), timeout=600) for key, board in boards.items()}
 
     def run(world):
         part, shard = divmod(world.rank, shards)
@@ -94,7 +94,7 @@ def on_mesh(parts, shards, function):
 
 def on_ranks(size, function):
     """Return ``function(ranks)`` of every rank. A rank that fails ends the others."""
-    board, barrier = [None] * size, threading.Barrier(size, timeout=60)
+    board, barrier = [None] * size, threading.Barrier(size, timeout=600)
     letters = [queue.SimpleQueue() for _ in range(size)]
 
     def run(rank):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..sae import SparseDictionary
+from ..sae.kept_memory import kept_memory
 from ..sae.kernels import AdamStep, Kernels, RowGrad, backend
 from ..sae.sparse_code import ByLatent
 from ..sae.sparse_grad import SparseGrad, keep_ledger
@@ -18,6 +19,8 @@ from .recipe import Recipe
 
 # torch.nn.utils.clip_grad_norm_ divides by the norm plus this.
 CLIP_EPS = 1e-6
+# With so many entries per latent, a gradient that is read twice is written out: that costs as much as a few rows.
+SUMMED_ENTRIES = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class FusedAdam(DictionaryAdam):
         self.exchange(self.param_groups[0]["params"], self.ledgers)
         kernels = backend(self.dictionary.in_scale)
         assert kernels is not None
-        pending = self._pending()
+        pending = self._pending(kernels)
         others: list[Tensor] = [p for p in self.dictionary.parameters() if p.grad is not None and p not in self.ledgers]
         factor = self._clip(kernels, pending, others)
         for part in pending:
@@ -76,12 +79,12 @@ class FusedAdam(DictionaryAdam):
         self.plain_step()
         self.settle()
 
-    def _pending(self) -> list[Pending]:
+    def _pending(self, kernels: Kernels) -> list[Pending]:
         """Return the matrices that have a gradient. Encoder and decoder share the code, which is grouped by latent once."""
         grouped: dict[tuple[int, ...], ByLatent] = {}
         pending = []
         for weights, ledger in self.ledgers.items():
-            if weights.grad is None and not ledger.products and not ledger.rows:
+            if weights.grad is None and ledger.empty:
                 continue
             product = ledger.product(weights)
             # The sparse gradients keep the codes alive, so distinct codes have distinct addresses.
@@ -91,6 +94,8 @@ class FusedAdam(DictionaryAdam):
             group = grouped[key]
             values = product.code.values[group.order]
             gradient = RowGrad(group.firsts, group.tokens, values, product.rows, *ledger.dense(weights))
+            if self.grad_clip is not None and len(values) >= SUMMED_ENTRIES * len(weights) and weights.device.type == "cpu":
+                gradient = _summed(kernels, gradient, weights)
             unit = weights in self.atoms and self.dictionary.encoder.unit_atoms
             pending.append(Pending(weights, unit, gradient))
         return pending
@@ -129,6 +134,19 @@ class FusedAdam(DictionaryAdam):
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         return AdamStep(beta1, beta2, group["lr"] / (1 - beta1**taken), 1 / math.sqrt(1 - beta2**taken), group["eps"])
+
+
+def _summed(kernels: Kernels, gradient: RowGrad, like: Tensor) -> RowGrad:
+    """Return a gradient with its entries summed, so that the norm and the update need not do it each."""
+    firsts, tokens, values, rows, dense_of, dense = gradient
+    whole = kernels.spread(firsts, tokens, values, rows, kept_memory.take(like.shape[0], like.shape[1], like))
+    if len(dense) == len(like):
+        whole += dense
+    elif len(dense):
+        written = (dense_of >= 0).nonzero().squeeze(1)
+        whole.index_add_(0, written, dense[dense_of[written]])
+    every = torch.arange(len(like), device=like.device)
+    return RowGrad(torch.zeros_like(firsts), tokens[:0], values[:0], rows, every, whole)
 
 
 def build_optimizer(dictionary: SparseDictionary, phases: Phases, recipe: Recipe) -> DictionaryAdam:

@@ -82,7 +82,7 @@ class GradientExchange:
                     len(product.rows),
                     len(product.code.latents),
                     sum(len(part) for part, _ in ledgers[m].rows),
-                    m.grad is not None,
+                    m.grad is not None or ledgers[m].whole is not None,
                     first,
                 ]
                 for (m, product), first in zip(products.items(), map(codes.index, codes), strict=True)
@@ -116,6 +116,8 @@ class GradientExchange:
         for matrix, ledger in ledgers.items():
             product, code = products[matrix], products[matrix].code
             whole = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
+            if ledger.whole is not None:
+                whole = whole + ledger.whole
             if len(code.latents):
                 whole = whole + spread(code.values, product.rows, code.latents, code.starts, matrix)
             for latents, gradients in ledger.rows:

@@ -99,7 +99,8 @@ class Objective(nn.Module):
         code = d.encode(batch.x, batch.grad)
         y_hat = d.decode(code, batch.x)
         fvu = normalized_mse(y, y_hat, self.variance)
-        named = {"fvu": fvu.detach(), "l0": d.shards.sum((code.values != 0).sum()) / max(code.n_tokens, 1)}
+        firings = code.firings(d.n_latents)
+        named = {"fvu": fvu.detach(), "l0": d.shards.sum(firings.sum()) / max(code.n_tokens, 1)}
         for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
             named["screen_recall"] = screen.recall
         judged = self.prefixes(code, batch.x) if code.requests.prefixes else [y_hat]
@@ -112,7 +113,7 @@ class Objective(nn.Module):
             loss = loss + term
         named["loss"] = loss.detach()
         # Gradients are summed over ranks, each of which has an equal part of the batch.
-        return loss / d.ranks.size, self.of_all_ranks(named, code.firings(d.n_latents))
+        return loss / d.ranks.size, self.of_all_ranks(named, firings)
 
     def of_all_ranks(self, named: dict[str, Float[Tensor, ""]], firings: Int[Tensor, " n_latents"]) -> Terms:
         """Return the terms of the whole batch from those of this rank's part."""

@@ -111,7 +111,8 @@ def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStor
         ValueError: If the recipe is invalid or has no store, or the store holds another recipe's activations.
     """
     grid = load_grid(recipe, _dotted(overrides))
-    require_agreement(own_ranks(), _same_on_all(grid.recipes))
+    if own_ranks().size > 1:
+        require_agreement(own_ranks(), _same_on_all(grid.recipes))
     return run_harvest(resolve_recipes(grid.recipes)[0])
 
 

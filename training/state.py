@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..sae import SparseDictionary
+from ..sae.break_even import known_break_evens, restore_break_evens
 from ..sae.files import read_tensors, require_finite, write_tensors
 from ..sae.ranks import UNDIVIDED, Shards
 from ..sae.training_usage import TrainingUsage
@@ -133,6 +134,8 @@ class TrainState:
             "stream": stream.position(),
             "metrics_bytes": metrics_bytes,
             "lengthened": self.lengthened,
+            # A resumed run takes the same paths; measured again, they might differ.
+            "break_evens": known_break_evens(),
         }
         return StateContents(self.tensors(dictionary, phases, optimizer), counters, active)
 
@@ -178,6 +181,7 @@ class TrainState:
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
+            restore_break_evens(_break_evens(counters))
         except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
@@ -266,6 +270,18 @@ def _counters(metadata: dict[str, str]) -> dict[str, Any]:
         if not isinstance(counters[key], int) or counters[key] < 0:
             raise TypeError(f"{key}: {str(counters[key])[:80]}")
     return counters
+
+
+def _break_evens(counters: dict[str, Any]) -> dict[str, float]:
+    """Return the measured densities in a state's counters; states of earlier versions have none.
+
+    Raises:
+        TypeError: If they are not shares by name.
+    """
+    found = counters.get("break_evens", {})
+    if not isinstance(found, dict) or not all(isinstance(share, float) and 0 < share <= 1 for share in found.values()):
+        raise TypeError(f"break_evens: {str(found)[:80]}")
+    return found
 
 
 def _parts(dictionary: SparseDictionary, phases: Phases) -> dict[str, nn.Module]:

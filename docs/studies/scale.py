@@ -64,8 +64,12 @@ class Shape:
         }
 
 
-def train(shape: Shape, steps: int, folder: str) -> None:
-    """Train in one process of several, and write the seconds of its steps: by the clock, and of the processor."""
+def train(shape: Shape, steps: int, folder: str, latents: int) -> None:
+    """Train in one process of several, and write the seconds of its steps: by the clock, and of the processor.
+
+    Args:
+        latents: Number of processes that divide the latents; the others divide the batch.
+    """
     marks: list[tuple[float, float]] = []
     own = loop.step
 
@@ -75,17 +79,19 @@ def train(shape: Shape, steps: int, folder: str) -> None:
 
     loop.step = marked
     x = torch.randn(4 * shape.tokens, shape.d, generator=torch.Generator().manual_seed(0))
-    sparsary.train(shape.recipe(steps, f"{folder}/run"), x)
+    sparsary.train(shape.recipe(steps, f"{folder}/run") | {"distributed": {"latents": latents}}, x)
     pairs = list(itertools.pairwise(marks))[WARM_UP:]
     seconds = [[after[i] - before[i] for before, after in pairs] for i in range(2)]
     Path(folder, f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seconds))
 
 
-def seconds_of_steps(name: str, processes: int, threads: int, steps: int) -> list[tuple[list[float], list[float]]]:
+def seconds_of_steps(
+    name: str, processes: int, threads: int, steps: int, latents: int = 1
+) -> list[tuple[list[float], list[float]]]:
     """Train in so many processes; return every rank's seconds of its steps, by the clock and of the processor."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        worker = [__file__, "--worker", folder, "--shape", name, "--steps", str(steps)]
+        worker = [__file__, "--worker", folder, "--shape", name, "--steps", str(steps), "--latents", str(latents)]
         command = [sys.executable, *(launcher if processes > 1 else []), *worker]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stderr=subprocess.DEVNULL)
         found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
@@ -118,10 +124,11 @@ def main() -> None:
     parser.add_argument("--probe-rounds", type=int, default=probe.MOST_ROUNDS, help="rounds of the plan's probe, at most")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--latents", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shapes = {name: Shape(*map(int, name.split("x"))) for name in options.shape or SHAPES}
     if options.worker:
-        train(next(iter(shapes.values())), options.steps, options.worker)
+        train(next(iter(shapes.values())), options.steps, options.worker, options.latents)
         return
     probe.MOST_ROUNDS = options.probe_rounds
     runs: list[dict[str, Any]] = []

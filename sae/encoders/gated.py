@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..encoder import Weights, scorer, with_gradient
+from ..dense_encoding import gated_positive
+from ..encoder import Weights, crowded, dense_inputs, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
 from ..sparse_ops import per_entry
@@ -41,6 +42,10 @@ class Gated(Penalised):
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
+        if self.training and crowded(x, weights, x.new_zeros(()))[0]:
+            found = gated_positive(dense_inputs(x, weights), self.r_mag, self.b_mag)
+            terms = self._requests(found.gate_mass.sum(), found.code.fired.sum() / tokens, found.gate, x, weights)
+            return found.code.requesting(terms)
         open_ = above(scorer(x, weights).tiles(), x.new_zeros(()), tokens, n_latents)
         gate, latents = with_gradient(open_, x, weights).values, open_.latents
         bias = 0.0 if weights.b_enc is None else per_entry(weights.b_enc, latents)
@@ -48,14 +53,25 @@ class Gated(Penalised):
         code = SparseCode(latents, magnitudes, open_.starts)
         if not self.training or tokens == 0:
             return code
-        measure = weights.shards.reduced(gate.sum() / (tokens * weights.unit))
-        l0 = weights.ranks.mean(weights.shards.sum((magnitudes.detach() > 0).sum() / tokens))
-        requests = AuxTerms(
+        opened = SparseCode(code.latents, gate, code.starts)
+        return code.requesting(self._requests(gate.sum(), (magnitudes.detach() > 0).sum() / tokens, opened, x, weights))
+
+    def _requests(
+        self,
+        measure: Float[Tensor, ""],
+        l0: Float[Tensor, ""],
+        gate: SparseCode,
+        x: Float[Tensor, "tokens d_in"],
+        weights: Weights,
+    ) -> AuxTerms:
+        """Return the terms of a training batch, from the sum of its gate, its L0, and the gate."""
+        measure = weights.shards.reduced(measure / (len(x) * weights.unit))
+        l0 = weights.ranks.mean(weights.shards.sum(l0))
+        return AuxTerms(
             penalties={"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)},
-            frozen=SparseCode(code.latents, gate, code.starts),
-            revival=self.revival(x.new_zeros(n_latents)),
+            frozen=gate,
+            revival=self.revival(x.new_zeros(len(weights.W_enc))),
         )
-        return SparseCode(code.latents, code.values, code.starts, requests)
 
     def prepare_cuts(self, n_latents: int) -> None:
         self.r_mag = nn.Parameter(torch.zeros(n_latents))

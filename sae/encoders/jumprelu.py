@@ -7,11 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..encoder import Weights, require_argument, scorer, with_gradient
+from ..dense_code import DenseCode, kept_scores
+from ..dense_encoding import jumped
+from ..encoder import Weights, crowded, dense_inputs, require_argument, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
-from ..sparse_ops import per_entry
-from ..tiled_scores import Scorer, above, largest_of_batch, smallest_of
+from ..sparse_ops import per_entry, row_norms
+from ..threshold_window import count_above, window
+from ..tiled_scores import Scorer, Tile, above, largest_of_batch, largest_values, smallest_of
 
 # Thresholds are exp(PACE * log_threshold), so Adam's relative steps on them are PACE times those on weights.
 PACE = 10.0
@@ -103,37 +106,79 @@ class JumpReLU(Penalised):
     def forward(
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
-        tokens = x.shape[0]
-        if self.training and tokens and self.target_l0 is not None and (self.progress < THINNING or not int(self.started)):
-            self._thin_out(scorer(x, weights))
+        if not self.training or len(x) == 0:
+            return self._kept(above(scorer(x, weights).tiles(), self.thresholds().detach(), *self._shape(x)), x, weights)[0]
+        scores = scorer(x, weights)
+        thinning = self.target_l0 is not None and (self.progress < THINNING or not int(self.started))
+        if thinning and not int(self.started):
+            self._start(scores)
+            thinning = False
         # Entries just below the threshold have value zero but contribute to its gradient.
-        margin = self.bandwidth / 2 if self.training else 0.0
-        theta = self.thresholds()
-        cut = theta.detach() - margin
-        code = with_gradient(above(scorer(x, weights).tiles(), cut, tokens, len(cut)), x, weights)
-        values, fires = Jump.apply(code.values, per_entry(theta, code.latents), self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
-        code = SparseCode(code.latents, values, code.starts)
-        if not self.training or tokens == 0:
-            return code
+        margin, theta = self.bandwidth / 2, self.thresholds().detach()
+        many_near, many_firing = crowded(x, weights, theta - margin, theta)
+        if thinning:
+            # Ranks choose what exceeds the maximum together, so they have to take the same path.
+            many_firing = scores.selecting.largest(int(many_firing)) > 0
+        # The gradient of tanh at 0 would have to reach all pre-activations in the window as well.
+        if many_firing or (many_near and self.penalty != "tanh"):
+            code, fired = self._dense(x, weights, scores, thinning, many_firing)
+        else:
+            code = above(scores.tiles(), theta - margin, *self._shape(x))
+            if thinning and self._thin_out(code, scores):
+                code = code.where(code.values > per_entry(self.thresholds().detach() - margin, code.latents))
+            code, fired = self._kept(code, x, weights)
         requests = AuxTerms(
-            penalties={"sparsity": self._charge(code, fires, weights)},
-            revival=self.revival(theta),
+            penalties={"sparsity": self._charge(code, fired, weights)},
+            revival=self.revival(self.thresholds()),
         )
-        return SparseCode(code.latents, code.values, code.starts, requests)
+        return code.requesting(requests)
+
+    def _shape(self, x: Float[Tensor, "tokens d_in"]) -> tuple[int, int]:
+        return len(x), len(self.log_threshold)
+
+    def _kept(
+        self, code: SparseCode, x: Float[Tensor, "tokens d_in"], weights: Weights
+    ) -> tuple[SparseCode, Float[Tensor, ""]]:
+        """Return the code of pre-activations, zero below their thresholds, and its number of firing entries."""
+        code = with_gradient(code, x, weights)
+        theta = per_entry(self.thresholds(), code.latents)
+        values, fires = Jump.apply(code.values, theta, self.bandwidth)  # pyright: ignore[reportGeneralTypeIssues]
+        return SparseCode(code.latents, values, code.starts), fires.sum()
+
+    def _dense(
+        self, x: Float[Tensor, "tokens d_in"], weights: Weights, scores: Scorer, thinning: bool, many_firing: bool
+    ) -> tuple[SparseCode, Float[Tensor, ""]]:
+        """Return the same as ``_kept`` if many pre-activations are near their thresholds, or above them."""
+        inputs = dense_inputs(x, weights)
+        every = kept_scores(x, weights.W_enc, weights.b_enc)
+        if many_firing:
+            firing = int(count_above(every, self.thresholds().detach()).sum()) if thinning else 0
+            if thinning and scores.selecting.total(firing) > self._budget(scores):
+                kept = largest_of_batch(self._margins(scores), self._budget(scores))[0]
+                self._raise_by(smallest_of(kept, scores.selecting))
+            code = jumped(inputs, every, window(every, self.thresholds(), self.bandwidth))
+            return code, code.fired.sum()
+        code = above([Tile(0, every, 0)], self.thresholds().detach(), *every.shape)
+        if thinning and self._thin_out(code, scores):
+            code = code.where(code.values > per_entry(self.thresholds().detach(), code.latents))
+        near = window(every, self.thresholds(), self.bandwidth)
+        fired = near.fired(torch.tensor(float(len(code.values)), dtype=x.dtype, device=x.device))
+        return replace(with_gradient(code, x, weights), window=near), fired
 
     def thresholds(self) -> Float[Tensor, " n_latents"]:
         """Return the thresholds of pre-activations, in normalized units."""
         return (PACE * self.log_threshold).exp()
 
-    def _charge(self, code: SparseCode, fires: Float[Tensor, " nnz"], weights: Weights) -> Float[Tensor, ""]:
+    def _charge(self, code: SparseCode, fired: Float[Tensor, ""], weights: Weights) -> Float[Tensor, ""]:
         """Return the sparsity penalty of a training batch."""
-        l0 = weights.ranks.whole(weights.shards.reduced(fires.sum() / code.n_tokens))
+        l0 = weights.ranks.whole(weights.shards.reduced(fired / code.n_tokens))
         if self.penalty == "square":
             assert self.target_l0 is not None
             return self.weight_now() * (l0 / self.target_l0 - 1).pow(2)
         if self.penalty == "tanh":
-            norms = per_entry(weights.W_dec.norm(dim=-1), code.latents)
-            measure = weights.shards.reduced((self.steepness * code.values * norms).tanh().sum() / code.n_tokens)
+            norms = row_norms(weights.W_dec)
+            values = code.matrix * norms if isinstance(code, DenseCode) else code.values * per_entry(norms, code.latents)
+            measure = weights.shards.reduced((self.steepness * values).tanh().sum() / code.n_tokens)
         else:
             measure = l0
         return self.steering(measure / weights.unit, self.weight_now(), l0, self.target_l0, self.rising)
@@ -144,20 +189,33 @@ class JumpReLU(Penalised):
         early = max(0.0, 1 - self.progress / THINNING)
         return None if self.target_l0 is None else self.target_l0 * (1 + (max(self.start, 1.0) - 1) * early)
 
-    @torch.no_grad()
-    def _thin_out(self, scores: Scorer) -> None:
-        """Raise thresholds to enforce the maximum L0; the first batch sets one threshold for all latents."""
+    def _budget(self, scores: Scorer) -> int:
+        """Return the largest number of firing entries in a batch at this point of training."""
         assert self.most_now is not None
-        tokens = scores.batch_tokens
-        budget = min(round(tokens * self.most_now), tokens * scores.all_latents)
-        if not int(self.started):
-            level = smallest_of(largest_of_batch(scores, budget)[0], scores.selecting)
-            self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
-            self.started.fill_(1)
-            return
-        by = smallest_of(largest_of_batch(self._margins(scores), budget)[0], scores.selecting)
-        if float(by) > 0:
-            self.log_threshold.copy_((self.thresholds() + by).log() / PACE)
+        return min(round(scores.batch_tokens * self.most_now), scores.batch_tokens * scores.all_latents)
+
+    @torch.no_grad()
+    def _start(self, scores: Scorer) -> None:
+        """Set one threshold for all latents that the first batch's maximum L0 meets."""
+        level = smallest_of(largest_of_batch(scores, self._budget(scores))[0], scores.selecting)
+        self.log_threshold.fill_(float(level.clamp_min(1e-3).log()) / PACE)
+        self.started.fill_(1)
+
+    @torch.no_grad()
+    def _thin_out(self, code: SparseCode, scores: Scorer) -> bool:
+        """Raise thresholds to enforce the maximum L0 on a code that holds all firing entries; return True if they moved."""
+        ranks, budget = scores.selecting, self._budget(scores)
+        margins = code.values - per_entry(self.thresholds(), code.latents)
+        margins = margins[margins > 0]
+        if ranks.total(len(margins)) <= budget:
+            return False
+        kept = margins[largest_values(margins, budget, ranks)]
+        self._raise_by(ranks.least(kept.amin() if len(kept) else kept.new_full((), torch.inf)))
+        return True
+
+    @torch.no_grad()
+    def _raise_by(self, margin: Float[Tensor, ""]) -> None:
+        self.log_threshold.copy_((self.thresholds() + margin).log() / PACE)
 
     def prepare_cuts(self, n_latents: int) -> None:
         self.log_threshold = nn.Parameter(torch.full((n_latents,), FIRST))

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..encoder import Weights, scorer, with_gradient
+from ..dense_encoding import positive
+from ..encoder import Weights, crowded, dense_inputs, scorer, with_gradient
 from ..penalised import Penalised, SparsityPenalty
 from ..sparse_code import AuxTerms, SparseCode
-from ..sparse_ops import per_entry
+from ..sparse_ops import per_entry, row_norms
 from ..tiled_scores import Scorer, above
 
 # Value, in normalized units, below which the concave penalties are nearly linear.
@@ -57,18 +58,29 @@ class ReLU(Penalised):
         self, x: Float[Tensor, "tokens d_in"], weights: Weights, grad: Float[Tensor, "tokens d_out"] | None = None
     ) -> SparseCode:
         tokens, n_latents = x.shape[0], weights.W_enc.shape[0]
+        if self.training and crowded(x, weights, x.new_zeros(()))[0]:
+            found = positive(dense_inputs(x, weights))
+            norms = row_norms(weights.W_dec)
+            # The sum of L1 needs no gradient as large as the code.
+            linear = self.penalty_form == "l1"
+            measure = found.mass @ norms if linear else charge(found.code.matrix * norms, self.penalty_form).sum()
+            return found.code.requesting(self._requests(measure, found.code.fired.sum() / tokens, x, weights))
         code = above(scorer(x, weights).tiles(), x.new_zeros(()), tokens, n_latents)
         code = with_gradient(code, x, weights)
         if not self.training or tokens == 0:
             return code
-        norms = weights.W_dec.norm(dim=-1)
-        charged = charge(code.values * per_entry(norms, code.latents), self.penalty_form)
-        measure = weights.shards.reduced(charged.sum() / (tokens * weights.unit))
-        l0 = weights.ranks.mean(weights.shards.sum(torch.tensor(len(code.values) / tokens, device=x.device)))
-        penalties = {"sparsity": self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)}
-        return SparseCode(
-            code.latents, code.values, code.starts, AuxTerms(penalties=penalties, revival=self.revival(x.new_zeros(n_latents)))
-        )
+        values = code.values * per_entry(row_norms(weights.W_dec), code.latents)
+        l0 = torch.tensor(len(code.values) / tokens, device=x.device)
+        return code.requesting(self._requests(charge(values, self.penalty_form).sum(), l0, x, weights))
+
+    def _requests(
+        self, measure: Float[Tensor, ""], l0: Float[Tensor, ""], x: Float[Tensor, "tokens d_in"], weights: Weights
+    ) -> AuxTerms:
+        """Return the terms of a training batch, from its charged values and its L0."""
+        measure = weights.shards.reduced(measure / (len(x) * weights.unit))
+        l0 = weights.ranks.mean(weights.shards.sum(l0))
+        penalty = self.penalty(measure, self.weight_now(), l0, self.target_l0, self.rising)
+        return AuxTerms(penalties={"sparsity": penalty}, revival=self.revival(x.new_zeros(len(weights.W_enc))))
 
     def prepare_cuts(self, n_latents: int) -> None:
         pass
@@ -82,7 +94,7 @@ class ReLU(Penalised):
         weights.b_enc.sub_(by)
 
 
-def charge(m: Float[Tensor, " nnz"], form: str) -> Float[Tensor, " nnz"]:
+def charge(m: Float[Tensor, "*entries"], form: str) -> Float[Tensor, "*entries"]:
     """Return the penalty of every active latent; ``m`` are values times decoder norms."""
     if form == "log":
         return (m / EPS).log1p() / math.log1p(1 / EPS)

@@ -70,8 +70,9 @@ class Kernels(ABC):
         tokens: Int[Tensor, " nnz"],
         values: Float[Tensor, " nnz"],
         rows: Float[Tensor, "tokens d"],
+        out: Float[Tensor, "n_latents d"] | None = None,
     ) -> Float[Tensor, "n_latents d"]:
-        """Return per latent the sum of its tokens' rows, weighted by ``values`` in grouped order."""
+        """Return per latent the sum of its tokens' rows, weighted by ``values`` in grouped order; in ``out`` if given."""
 
     @abstractmethod
     def squared_norms(self, weights: Float[Tensor, "n d"], unit: bool, gradient: RowGrad) -> Float[Tensor, " n"]:

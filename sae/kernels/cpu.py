@@ -37,8 +37,8 @@ class CpuKernels(SelectionKernels):
         over_rows(loops.dots_loop, bounds.shape[0] - 1, bounds, latents, left, rows, out, least=LEAST_ROWS)
         return out
 
-    def spread(self, firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        out = rows.new_empty(firsts.shape[0] - 1, rows.shape[1])
+    def spread(self, firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        out = rows.new_empty(firsts.shape[0] - 1, rows.shape[1]) if out is None else out
         over_rows(loops.spread_loop, len(out), firsts, tokens, values, rows, out, least=LEAST_ROWS)
         return out
 

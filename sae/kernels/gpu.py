@@ -34,8 +34,9 @@ class GpuKernels(Kernels):
         _launch(blocks.dots_block, (bounds.shape[0] - 1,), *arguments, **sizes)
         return out
 
-    def spread(self, firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor) -> Tensor:
-        return _sum_segments(firsts, tokens, values, rows, _split(firsts, tokens, values, rows))
+    def spread(self, firsts: Tensor, tokens: Tensor, values: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        found = _sum_segments(firsts, tokens, values, rows, _split(firsts, tokens, values, rows))
+        return found if out is None else out.copy_(found)
 
     def squared_norms(self, weights: Tensor, unit: bool, gradient: RowGrad) -> Tensor:
         out = torch.empty(weights.shape[0], dtype=torch.float32, device=weights.device)

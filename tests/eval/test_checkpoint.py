@@ -23,6 +23,7 @@ ABOUT = ("checkpoint", "report_path", "training_tokens", "git_commit", "weights_
 TOKENS = 600
 STORIES = {"text.context_length": 256, "text.packing": "separate", "harvest.exclude_leading": 0}
 SETTINGS = {"text.context_length": 64, "harvest.exclude_leading": 4}
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ def beside(name):
 
 targets = beside("targets")
 # Examples of each target; `make fuzz` asks for more, in another order each time.
-EXAMPLES = int(os.environ.get("SPARSARY_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("SPARSARY_FUZZ_EXAMPLES", "15"))
 BOUNDED = settings(
     max_examples=EXAMPLES,
     derandomize="SPARSARY_FUZZ_EXAMPLES" not in os.environ,

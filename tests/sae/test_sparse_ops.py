@@ -20,7 +20,7 @@ def route(request, monkeypatch):
     monkeypatch.setattr(ops, "_has_csr", lambda rows: request.param == "csr")
     if request.param == "crowded":
         monkeypatch.setattr(ops, "DENSE_ENTRIES", 0)
-        monkeypatch.setattr(ops, "DENSE_SHARE", 0.0)
+        monkeypatch.setattr(ops, "dense_share", lambda rows: 0.0)
     return request.param
 
 
@@ -183,7 +183,7 @@ def test_a_ledger_holds_what_would_have_been_written(make, what):
 
 def test_crowded_codes_are_written_out_in_spite_of_a_ledger(monkeypatch):
     monkeypatch.setattr(ops, "DENSE_ENTRIES", 0)
-    monkeypatch.setattr(ops, "DENSE_SHARE", 0.0)
+    monkeypatch.setattr(ops, "dense_share", lambda rows: 0.0)
     latents, starts = ordinary()
     W = torch.randn(LATENTS, D, requires_grad=True)
     ledger = keep_ledger(W)

@@ -317,7 +317,7 @@ def test_an_interrupted_harvest_does_not_go_on_in_a_changed_text(values, write_r
     assert recorded == text_record(section, recorded["documents"])
 
 
-def test_a_run_and_what_is_measured_of_it_go_by_content(values, write_recipe, model_dir, text_file, caplog):
+def test_a_run_and_what_is_measured_of_it_go_by_content(values, write_recipe, model_dir, text_file, caplog, no_page):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 1500}
     values |= {"tokens": 2000, "eval_tokens": 400}
     path = write_recipe(values)

@@ -1,5 +1,7 @@
 """Latents divided among ranks compute what the whole dictionary does."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -42,6 +44,42 @@ def part(tensor, ranks):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
 def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, spec, mesh):
     """Codes, reconstructions, gradients and statistics, with dead latents and every auxiliary loss."""
+    compare_with_whole(on_mesh, spec, mesh)
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("progress", [0.1, 0.5])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "relu", "target_l0": 3},
+        {"name": "gated", "target_l0": 3},
+        {"name": "jumprelu", "target_l0": 3, "start": 1.5},
+        {"name": "jumprelu", "penalty": "l0", "target_l0": 3, "start": 1.5},
+    ],
+    ids=lambda spec: "-".join(map(str, spec.values())),
+)
+def test_dense_codes_are_divided_too(on_mesh, spec, mesh, progress, monkeypatch):
+    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_ENTRIES", 1)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.dense_share", lambda rows: 0.0)
+    compare_with_whole(on_mesh, spec, mesh, progress)
+
+
+def test_ranks_with_dense_and_with_sparse_codes_compute_the_same(on_mesh, monkeypatch):
+    """Densities are those of each rank's own tokens; thresholds are raised by all ranks together."""
+    from sparsary.sae import sparse_ops
+
+    monkeypatch.setattr(sparse_ops, "DENSE_ENTRIES", 1)
+    monkeypatch.setattr(sparse_ops, "dense_share", lambda rows: 0.5)
+    for shares in ([1.0, 1.0], [1.0, 0.0]):
+        estimates = itertools.cycle(shares)
+        monkeypatch.setattr(sparse_ops, "shares_above", lambda x, W, b, cuts, e=estimates: [next(e)] * len(cuts))
+        for progress in (0.1, 0.5):
+            compare_with_whole(on_mesh, {"name": "jumprelu", "target_l0": 3, "start": 1.5}, (2, 1), progress)
+    compare_with_whole(on_mesh, {"name": "relu", "target_l0": 3}, (2, 1))
+
+
+def compare_with_whole(on_mesh, spec, mesh, progress=0.5):
     torch.manual_seed(5)
     n = 32
     start = SAE(D, n, build_encoder(spec)).state_dict()
@@ -54,7 +92,7 @@ def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, spec, me
         sae = own_part(whole, shards)
         sae.ranks, sae.encoder.n_shards = ranks, shards.size
         sae.train()
-        sae.encoder.progress = 0.5
+        sae.encoder.progress = progress
         objective = Objective(sae, 7.0, AuxSettings(0.3, 5))
         usage = LatentUsage(shards.part(dead), torch.zeros(sae.n_latents).double())
         for x, grad in batches:

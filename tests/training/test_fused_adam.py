@@ -156,8 +156,31 @@ def test_in_float32_they_agree_to_a_share_of_the_learning_rate(build, name):
 def test_codes_so_full_that_gradients_are_written_out_agree_as_well(build, monkeypatch):
     needs_kernels()
     monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_ENTRIES", 0)
-    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_SHARE", 0.0)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.dense_share", lambda rows: 0.0)
     fused, plain = build(FusedAdam, "relu", dead=9), build(DictionaryAdam, "relu", dead=9)
+    for number in range(3):
+        fused.step(number)
+        plain.step(number)
+    assert_same(fused, plain, EXACT)
+
+
+@pytest.mark.parametrize("name", ["gated", "jumprelu"])
+def test_dense_codes_agree_as_well(build, name, monkeypatch):
+    needs_kernels()
+    monkeypatch.setattr("sparsary.sae.sparse_ops.DENSE_ENTRIES", 1)
+    monkeypatch.setattr("sparsary.sae.sparse_ops.dense_share", lambda rows: 0.0)
+    fused, plain = build(FusedAdam, name, dead=9), build(DictionaryAdam, name, dead=9)
+    for number in range(3):
+        fused.step(number)
+        plain.step(number)
+    assert_same(fused, plain, EXACT)
+
+
+@pytest.mark.parametrize("name", ["topk", "relu"])
+def test_gradients_that_are_summed_once_agree_as_well(build, name, monkeypatch):
+    needs_kernels()
+    monkeypatch.setattr("sparsary.training.fused_adam.SUMMED_ENTRIES", 0)
+    fused, plain = build(FusedAdam, name, dead=9), build(DictionaryAdam, name, dead=9)
     for number in range(3):
         fused.step(number)
         plain.step(number)

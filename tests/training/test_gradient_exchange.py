@@ -53,12 +53,16 @@ class Setting:
             ledger.rows = [(torch.tensor([2, 11]), torch.randn(2, D, generator=generator))]
         if kind == "a dense rank" and rank == 1:
             self.matrices[0].grad = torch.randn(LATENTS, D, generator=generator)
+        if kind == "a dense code on one rank" and rank == 1:
+            for ledger in self.ledgers.values():
+                ledger.products, ledger.whole = [], torch.randn(LATENTS, D, generator=generator)
 
     def gradients(self):
         """Return the whole gradient of each matrix."""
         found = []
         for matrix, ledger in self.ledgers.items():
             total = torch.zeros(LATENTS, D) if matrix.grad is None else matrix.grad.clone()
+            total = total if ledger.whole is None else total + ledger.whole
             total = sum((dense(product) for product in ledger.products), total)
             for latents, rows in ledger.rows:
                 total = total.index_add(0, latents, rows)
@@ -66,7 +70,15 @@ class Setting:
         return found
 
 
-KINDS = ["one code", "codes of their own", "a rank without entries", "a rank without tokens", "dead latents", "a dense rank"]
+KINDS = [
+    "one code",
+    "codes of their own",
+    "a rank without entries",
+    "a rank without tokens",
+    "dead latents",
+    "a dense rank",
+    "a dense code on one rank",
+]
 
 
 @pytest.mark.parametrize("size", [2, 3])

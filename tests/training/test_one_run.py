@@ -25,7 +25,7 @@ class Held:
         for batch in self.rows.split(256):
             yield batch
             self.read.set()
-            assert self.released.wait(60)
+            assert self.released.wait(600)
 
 
 def rows(seed=0):
@@ -41,7 +41,7 @@ def test_a_second_run_in_another_thread_is_refused_and_the_first_is_untouched(tm
     with ThreadPoolExecutor(1, thread_name_prefix="first") as pool:
         first = pool.submit(trained, held, tmp_path / "first")
         try:
-            assert held.read.wait(60)
+            assert held.read.wait(600)
             message = r"second: expected one run at a time in a process, got a second while .*first trains in thread first_0"
             with pytest.raises(ValueError, match=message):
                 trained(rows(1), tmp_path / "second", precision="bf16", accumulate=2)

@@ -1,5 +1,6 @@
 """Runs of several processes, started by torch's launcher, against runs of one."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -27,6 +28,8 @@ ENCODERS = [
     {"name": "matching_pursuit", "k": 3},
 ]
 DIVIDED = [encoder for encoder in ENCODERS if encoder["name"] not in ("feature_choice", "matching_pursuit")]
+# One of each way to choose latents: by token, over the batch, by gradients, by thresholds.
+FEW = [encoder for encoder in ENCODERS if encoder["name"] in ("topk", "mutual_choice", "gradient_topk", "jumprelu")]
 
 
 def recipe(encoder, latents=1, **changes):
@@ -60,12 +63,15 @@ def activations():
 
 @pytest.fixture(scope="module")
 def alone(activations, tmp_path_factory):
-    """Runs of one process, by encoder."""
+    """Return a function that trains an encoder in one process, once."""
     directory = tmp_path_factory.mktemp("alone")
-    return {
-        encoder["name"]: sparsary.train(recipe(encoder), [activations], out_dir=str(directory / encoder["name"]))
-        for encoder in ENCODERS
-    }
+
+    @functools.cache
+    def train(name):
+        (encoder,) = (encoder for encoder in ENCODERS if encoder["name"] == name)
+        return sparsary.train(recipe(encoder), [activations], out_dir=str(directory / name))
+
+    return train
 
 
 def assert_same_run(one, other):
@@ -83,16 +89,19 @@ def assert_same_run(one, other):
             assert theirs[key] == pytest.approx(mine[key], rel=1e-4), key
 
 
-@pytest.mark.parametrize(("processes", "latents"), [(2, 1), (2, 2), (4, 2)])
-def test_several_processes_train_as_one(alone, tmp_path, processes, latents):
+@pytest.mark.parametrize(
+    ("processes", "latents", "encoders"),
+    [(2, 1, FEW), (2, 1, ENCODERS), (2, 2, DIVIDED), (4, 2, DIVIDED)],
+    ids=["two, few", "two", "two for the latents", "four"],
+)
+def test_several_processes_train_as_one(alone, tmp_path, processes, latents, encoders):
     """Every save compares the ranks' weights bit by bit, so that the run would have ended if they differed."""
-    encoders = ENCODERS if latents == 1 else DIVIDED
     found = on_ranks(processes, tmp_path, [recipe(encoder, latents) for encoder in encoders])
     for encoder, directory in zip(encoders, found, strict=True):
-        assert_same_run(alone[encoder["name"]], directory)
+        assert_same_run(alone(encoder["name"]), directory)
 
 
-def test_a_run_continues_on_another_mesh(alone, activations, tmp_path):
+def test_a_run_continues_on_another_mesh(activations, tmp_path):
     encoder = ENCODERS[0]
     # The schedule is that of the whole run, whose second half is added afterwards.
     half = recipe(encoder, tokens=48 * STEPS // 2, lr_decay=0.0, lr_warmup_steps=0)

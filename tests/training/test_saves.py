@@ -150,7 +150,7 @@ def test_training_is_not_held_while_a_state_is_written(recipe, monkeypatch):
     def slow(self, directory):
         seen.append(threading.current_thread().name)
         begun.set()
-        assert stepped.wait(60)
+        assert stepped.wait(600)
         write(self, directory)
 
     def advance(self, tokens, terms):

@@ -117,13 +117,13 @@ def test_a_text_of_one_document_is_told_before_it_is_trained_on(with_text):
 @pytest.mark.parametrize("objective", ["reconstruction", "kl"])
 def test_a_text_that_is_read_again_is_logged_and_kept(with_text, caplog, objective):
     values = with_text(60) | {"objective": objective}
-    member = resolved(values, tokens=7070, eval_tokens=100)
+    member = resolved(values, tokens=3535, eval_tokens=100)
     with caplog.at_level(logging.WARNING):
         directory = train_recipe(member)
-    size = preflight(resolved(values, tokens=7070, out_dir=values["out_dir"] + "x")).text
+    size = preflight(resolved(values, tokens=3535, out_dir=values["out_dir"] + "x")).text
     provenance = read_json(directory / "dictionary.json")["provenance"]
-    assert keys(recorded(provenance)) == {"tokens": (size.train, 7070)}
-    assert f"tokens: {size.train:,} of 7,070 tokens asked for: the tokens are repeated" in caplog.text
+    assert keys(recorded(provenance)) == {"tokens": (size.train, 3535)}
+    assert f"tokens: {size.train:,} of 3,535 tokens asked for: the tokens are repeated" in caplog.text
     before = (directory / "dictionary.json").read_text()
     # A finished run is done over from its end.
     train_recipe(member)

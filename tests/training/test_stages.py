@@ -87,7 +87,7 @@ def test_lines_come_without_updates_too_and_end_with_the_last_stage(monkeypatch)
     stages.log.addHandler(handler)
     try:
         with stage("circuits", 3, "steps"), stage("inner", 2, "tasks"):
-            assert written.wait(60)
+            assert written.wait(600)
     finally:
         stages.log.removeHandler(handler)
     assert "circuits: 0 %  0 of 3 steps" in lines

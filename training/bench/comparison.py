@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...sae.encoders import ENCODERS
+from ...sae.penalised import Penalised
 from ...sae.suggestions import require_choice
 from .environment import environment
 from .rounds import WARMUP_ROUNDS, Competitor, ratio, slope, started, take_turns
@@ -19,6 +20,9 @@ from .worker import BenchTask
 PEERS = {
     "topk": ("sparsify", "sparsify_adam", "saelens", "dictionary_learning", "overcomplete"),
     "mutual_choice": ("saelens", "dictionary_learning"),
+    "relu": ("saelens",),
+    "gated": ("saelens",),
+    "jumprelu": ("saelens",),
     "matching_pursuit": ("saelens", "overcomplete"),
     "gradient_pursuit": ("dictionary_learning",),
 }
@@ -78,6 +82,9 @@ class BenchPlan:
                 tasks.append(BenchTask("sparsary", family, *shape, self.threads, overrides=overrides))
                 if trained:
                     recipe_of(tasks[-1])
+                    # Without a budget a step's cost depends on the L0, which falls as training goes on.
+                    if issubclass(ENCODERS[family], Penalised):
+                        tasks.append(replace(tasks[-1], settled=True))
         return [replace(tasks[0], product=True), *tasks[1:]]
 
     def peers(self, shape: StepShape) -> list[BenchTask]:
@@ -232,6 +239,9 @@ def shape_report(shape: StepShape, competitors: list[Competitor], plan: BenchPla
                 "version": competitor.version,
                 "family": task.family,
                 "variant": variant,
+                "settled": task.settled,
+                "l0": competitor.counted.get("l0"),
+                "entries": competitor.counted.get("entries"),
                 "error": competitor.error,
                 "seconds": steps,
                 "median_seconds": statistics.median(steps) if compared else None,
@@ -281,13 +291,14 @@ def _numbers(values: Mapping[str, Any], above: str = "") -> list[list[str]]:
 
 def _shape_table(found: dict[str, Any], rounds: int) -> Table:
     product = found["product"]["median_seconds"]
-    rows = [["encoder product", "", _seconds(product), "1.00", "", "", ""]]
+    rows = [["encoder product", "", _seconds(product), "1.00", "", "", "", "", ""]]
     notes = []
     for row in found["competitors"]:
         name = " ".join([row["library"], *(f"{key}={value}" for key, value in row["variant"].items())])
         if row["error"] is not None:
             notes.append(f"{name}, {row['family']}: left out: {row['error']}")
             continue
+        name += " settled" if row["settled"] else ""
         memory = row["memory_bytes"]
         rows.append(
             [
@@ -298,11 +309,13 @@ def _shape_table(found: dict[str, Any], rounds: int) -> Table:
                 f"{row['times_ours']:.2f}",
                 "?" if memory is None else str(round(memory / 1e6)),
                 "?" if memory is None else f"{row['memory_over_output']:.2f}",
+                "" if row["l0"] is None else f"{row['l0']:.0f}",
+                "" if row["entries"] is None else f"{row['entries']:.0f}",
             ]
         )
     shape = StepShape(**found["shape"])
     title = f"{shape.tokens} tokens, d {shape.d_in}, {shape.n_latents} latents, k {shape.k}; medians of {rounds} rounds"
-    return Table(title, ["", "family", "seconds", "x product", "x sparsary", "MB", "x output"], rows, notes)
+    return Table(title, ["", "family", "seconds", "x product", "x sparsary", "MB", "x output", "l0", "entries"], rows, notes)
 
 
 def _slope_table(found: dict[str, Any], rounds: int) -> Table:

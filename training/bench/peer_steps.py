@@ -9,9 +9,10 @@ auxiliary loss on dead latents. Steps, in the versions of tests/parity/peers.txt
 - sparsify, ``topk``: ``Trainer.fit``. Decoder normalization, forward, FVU copied to the host, backward, gradients projected
   orthogonal to decoder rows, optimizer, firing counts. ``sparsify`` uses the Trainer's default optimizer, schedule-free sign
   descent; ``sparsify_adam`` uses ``optimizer="adam"``. AuxK is off by default. Neither clips gradients.
-- saelens, ``topk``, ``mutual_choice`` (its BatchTopK), and ``matching_pursuit``: ``SAETrainer.fit``. Dense codes (its
-  default), forward, firing statistics, backward, norm clipped at 1, Adam. Matching pursuit runs at most k iterations without
-  a residual threshold (``residual_threshold=0``); as by default, it may stop when a latent repeats.
+- saelens, ``topk``, ``mutual_choice`` (its BatchTopK), ``relu`` (its standard SAE), ``gated``, ``jumprelu``, and
+  ``matching_pursuit``: ``SAETrainer.fit``. Dense codes (its default), forward, firing statistics, backward, norm clipped at 1,
+  Adam. Matching pursuit runs at most k iterations without a residual threshold (``residual_threshold=0``); as by default, it
+  may stop when a latent repeats.
 - dictionary_learning, ``topk`` and ``mutual_choice`` (its BatchTopK): the trainer's ``update``. Dense codes, forward,
   backward, gradients projected orthogonal to decoder columns, norm clipped at 1, Adam, unit-norm decoder, loss copied to the
   host. ``gradient_pursuit``: ``grad_pursuit`` of a batch with a random unit-norm dictionary (inference).
@@ -129,6 +130,9 @@ def saelens(task: Any, turns: Any) -> None:
     kind, arguments = {
         "topk": ("TopKTrainingSAE", {"k": task.k}),
         "mutual_choice": ("BatchTopKTrainingSAE", {"k": task.k}),
+        "relu": ("StandardTrainingSAE", {}),
+        "gated": ("GatedTrainingSAE", {}),
+        "jumprelu": ("JumpReLUTrainingSAE", {}),
         "matching_pursuit": ("MatchingPursuitTrainingSAE", {"max_iterations": task.k, "residual_threshold": 0.0}),
     }[task.family]
     turns.build_from_here()
@@ -199,7 +203,9 @@ def skip_package_init(package: str) -> None:
 
 PEERS: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     **dict.fromkeys(itertools.product(["topk"], ["sparsify", "sparsify_adam"]), sparsify),
-    **dict.fromkeys(itertools.product(["topk", "mutual_choice", "matching_pursuit"], ["saelens"]), saelens),
+    **dict.fromkeys(
+        itertools.product(["topk", "mutual_choice", "relu", "gated", "jumprelu", "matching_pursuit"], ["saelens"]), saelens
+    ),
     **dict.fromkeys(itertools.product(["topk", "mutual_choice"], ["dictionary_learning"]), dictionary_learning),
     **dict.fromkeys(itertools.product(["topk", "matching_pursuit"], ["overcomplete"]), overcomplete),
     ("gradient_pursuit", "dictionary_learning"): grad_pursuit,

@@ -38,6 +38,8 @@ class Competitor:
         self.seconds: dict[str, list[float]] = {order: [] for order in (["product"] if task.product else []) + ["step"]}
         self.memory_bytes: int | None = None
         self.version: str | None = None
+        # L0 and entries per token of our steps.
+        self.counted: dict[str, float] = {}
         self.error: str | None = None
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `end`
         self._process: subprocess.Popen[str] | None = None
@@ -67,6 +69,7 @@ class Competitor:
         if answer and counted:
             self.seconds[order].append(answer["seconds"])
             self.memory_bytes = answer.get("memory_bytes", self.memory_bytes)
+            self.counted = answer.get("counted") or self.counted
 
     def end(self) -> None:
         """End the process."""

@@ -25,8 +25,10 @@ from ...sae import pursuit
 from ...sae.checkpoint import build_dictionary
 from ...sae.encoders import ENCODERS
 from ...sae.encoders.feature_choice import FeatureChoice
+from ...sae.encoders.jumprelu import JumpReLU
 from ...sae.metrics import Moments
 from ...sae.screen import Screen
+from ...sae.sparse_code import SparseCode
 from ..activations.stream import ActivationBatch, ActivationStream, moments_of
 from ..checkpoints import Checkpoints
 from ..fused_adam import build_optimizer
@@ -41,11 +43,13 @@ from ..resolve_hooks import dictionary_arguments
 from ..signals import StopRequest
 from ..state import Randomness, TrainState
 from .environment import sparsary_version
-from .worker import BATCHES, BenchTask, Turns, held_bytes, random_activations
+from .worker import BATCHES, BenchTask, Turns, activations, held_bytes, planted_directions
 
 HOOK = "activations:out"
 # Long enough that no schedule ends during the measurement.
 STEPS = 1_000_000
+# Steps whose codes are counted: none of them is timed.
+WARMUP_STEPS = 2
 # Encoder arguments without a default.
 ARGUMENTS = {"gradient_topk": {"beta": 27.0}}
 # Pursuit algorithms measured on a fixed dictionary (inference only).
@@ -165,6 +169,40 @@ class BenchRun:
                 self.dictionary.encoder.rerank()
             yield ActivationBatch(rows, grad=grad)
 
+    @torch.no_grad()
+    def settle(self, x: Float[Tensor, "tokens d_in"]) -> None:
+        """Give every latent a direction that the activations ``x`` are made of, and thresholds at which the target L0 fires."""
+        encoder, weights = self.dictionary.encoder, self.dictionary.blocks[0].weights
+        directions = planted_directions(*weights.W_enc.shape)
+        weights.W_enc.copy_(directions)
+        weights.W_dec.copy_(directions)
+        if isinstance(encoder, JumpReLU):
+            encoder.started.fill_(1)
+        self.dictionary.eval()
+        self.dictionary.calibrate([x])
+        self.dictionary.train()
+
+    def count_first(self, steps: int) -> dict[str, float]:
+        """Return figures that the codes of the first steps fill in: mean L0, and entries per token.
+
+        Entries are the latents that take part in a step: those that fire, and those near their thresholds that train them.
+        """
+        counted: dict[str, float] = {}
+
+        def count(module: Any, arguments: Any, code: SparseCode) -> None:
+            entries = len(code.values)
+            if code.window is not None:
+                fired = (code.values - code.window.theta[code.latents]).detach()
+                entries = int(code.window.counts.sum()) + int((fired >= code.window.bandwidth / 2).sum())
+            counted["l0"] = float(code.firings(self.dictionary.n_latents).sum()) / code.n_tokens
+            counted["entries"] = entries / code.n_tokens
+            counted["steps"] = counted.get("steps", 0) + 1
+            if counted["steps"] >= steps:
+                hook.remove()
+
+        hook = self.dictionary.encoder.register_forward_hook(count)
+        return counted
+
     def held_bytes(self) -> int:
         """Return the size of parameters and optimizer state in bytes."""
         return held_bytes([*self.dictionary.parameters(), *self.phases.parameters()], self.optimizer.state)
@@ -172,7 +210,7 @@ class BenchRun:
 
 def sample_of(task: BenchTask, generator: torch.Generator) -> Float[Tensor, "tokens d_in"]:
     """Return enough rows to initialize the decoder."""
-    return random_activations(min(SAMPLE_TOKENS, 2 * task.n_latents), task.d_in, generator)
+    return activations(task, min(SAMPLE_TOKENS, 2 * task.n_latents), generator)
 
 
 def _train(task: BenchTask, turns: Turns) -> None:
@@ -182,20 +220,25 @@ def _train(task: BenchTask, turns: Turns) -> None:
     _compile(task)
     turns.build_from_here()
     run = BenchRun(recipe_of(task), sample_of(task, turns.generator))
+    if task.settled:
+        run.settle(turns.batches[0])
+    counted = run.count_first(WARMUP_STEPS)
     others = (
         {} if buffer is None else {"product": lambda: product(turns.batches[0], run.dictionary.blocks[0].weights.W_enc, buffer)}
     )
-    run.follow(run.batches(turns.steps(run.held_bytes, sparsary_version(), others), gradients))
+    run.follow(run.batches(turns.steps(run.held_bytes, sparsary_version(), others, counted), gradients))
 
 
 def _compile(task: BenchTask) -> None:
     """Run two steps of a quarter of the size, so that compiler memory is not attributed to the step."""
     part = replace(task, tokens=max(1, task.tokens // 4), n_latents=max(task.k, task.n_latents // 4))
     generator = torch.Generator().manual_seed(0)
-    x = [random_activations(part.tokens, part.d_in, generator) for _ in range(2)]
+    x = [activations(part, part.tokens, generator) for _ in range(2)]
     # Sizes too small for the encoder are left to the warm-up.
     with suppress(ValueError):
         run = BenchRun(recipe_of(part), sample_of(part, generator))
+        if part.settled:
+            run.settle(x[0])
         run.follow(run.batches(x, x))
 
 

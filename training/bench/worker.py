@@ -23,7 +23,11 @@ RESET_SLACK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class BenchTask:
-    """Measurement of one process, passed as JSON on the command line; ``overrides`` are recipe keys, for sparsary only."""
+    """Measurement of one process, passed as JSON on the command line.
+
+    ``overrides`` are recipe keys, for sparsary only. With ``settled`` the data are sums of ``k`` of the dictionary's own
+    directions and thresholds are such that ``k`` latents fire, as late in training; otherwise everything is as at its start.
+    """
 
     library: str
     family: str
@@ -34,6 +38,7 @@ class BenchTask:
     threads: int
     product: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
+    settled: bool = False
 
 
 def random_activations(tokens: int, d: int, generator: torch.Generator) -> Tensor:
@@ -42,11 +47,32 @@ def random_activations(tokens: int, d: int, generator: torch.Generator) -> Tenso
     return torch.randn(tokens, d, generator=generator) * (scales * (d / scales.pow(2).sum()).sqrt())
 
 
+def planted_directions(n_latents: int, d: int) -> Tensor:
+    """Return random unit directions, the same ones in every call."""
+    return torch.nn.functional.normalize(torch.randn(n_latents, d, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def planted_activations(tokens: int, directions: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return rows that are sums of ``k`` random directions of exponentially distributed lengths, with a little noise."""
+    n_latents, d = directions.shape
+    chosen = torch.rand(tokens, n_latents, generator=generator).topk(k, dim=1).indices
+    lengths = torch.empty(tokens, k).exponential_(generator=generator) + 0.5
+    rows = torch.zeros(tokens, n_latents).scatter_(1, chosen, lengths) @ directions
+    return rows + torch.randn(tokens, d, generator=generator) * (0.05 * rows.std())
+
+
 def held_bytes(parameters: Iterable[Tensor], state: Mapping[Any, Mapping[str, Any]]) -> int:
     """Return the size of parameters and optimizer state, which persist between steps."""
     moments = [value for entry in state.values() for value in entry.values() if isinstance(value, Tensor)]
     distinct = {id(tensor): tensor for tensor in [*parameters, *moments]}
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
+
+
+def activations(task: BenchTask, tokens: int, generator: torch.Generator) -> Tensor:
+    """Return rows like those that the task's steps train on."""
+    if task.settled:
+        return planted_activations(tokens, planted_directions(task.n_latents, task.d_in), task.k, generator)
+    return random_activations(tokens, task.d_in, generator)
 
 
 class Turns:
@@ -59,7 +85,7 @@ class Turns:
         torch.set_num_threads(task.threads)
         torch.manual_seed(0)
         self.generator = torch.Generator().manual_seed(0)
-        self.batches = [random_activations(task.tokens, task.d_in, self.generator) for _ in range(BATCHES)]
+        self.batches = [activations(task, task.tokens, self.generator) for _ in range(BATCHES)]
         self._before: int | None = None
         self._peak_is_of_steps = False
 
@@ -72,7 +98,11 @@ class Turns:
         self._before = memory_bytes("VmRSS")
 
     def steps(
-        self, held: Callable[[], int], version: str | None = None, others: Mapping[str, Callable[[], object]] | None = None
+        self,
+        held: Callable[[], int],
+        version: str | None = None,
+        others: Mapping[str, Callable[[], object]] | None = None,
+        counted: Mapping[str, float] | None = None,
     ) -> Iterator[Tensor]:
         """Yield a batch for each ordered step; a step lasts until the next batch is requested.
 
@@ -80,6 +110,7 @@ class Turns:
             held: Returns the bytes that persist between steps.
             version: Version of the library, included in the first answer.
             others: Other named operations that may be ordered; they are timed in the same way.
+            counted: Figures that the steps so far have filled in, included in every answer.
         """
         self._answer(version=version)
         for number in itertools.count():
@@ -87,7 +118,7 @@ class Turns:
             started = time.perf_counter()
             yield self.batches[number % BATCHES]
             seconds = time.perf_counter() - started
-            self._answer(seconds=seconds, memory_bytes=self._step_bytes(held))
+            self._answer(seconds=seconds, memory_bytes=self._step_bytes(held), counted=dict(counted or {}))
 
     def _wait(self, others: Mapping[str, Callable[[], object]]) -> None:
         """Execute other orders until a step is ordered."""

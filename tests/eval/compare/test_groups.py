@@ -1,7 +1,7 @@
 """Groups of runs: covariance over documents, l0 off its target, sweeps matched in l0, claims."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -205,7 +205,7 @@ def test_runs_of_a_sweep_are_matched_too(run):
     assert "Interpolated to an l0 of 8: topk between" in render_runs(found)
 
 
-def test_claims_are_data_and_tested_together(run, tmp_path, pytestconfig):
+def test_claims_are_data_and_tested_together(run, tmp_path, pytestconfig, monkeypatch, capsys):
     directories = {"topk": three(run, "topk"), "better": three(run, "better", fvu=0.2), "same": three(run, "same")}
     found = collect_run_groups(directories, against="topk")
     claims = [
@@ -224,8 +224,9 @@ def test_claims_are_data_and_tested_together(run, tmp_path, pytestconfig):
     )
     script = pytestconfig.rootpath / "docs" / "studies" / "claims.py"
     arguments = [str(tmp_path / "comparison.json"), "--claims", str(tmp_path / "claims.json")]
-    said = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True).stdout
-    ends = [line.rsplit("|", 2)[1].strip() for line in said.splitlines()[2:]]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    ends = [line.rsplit("|", 2)[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert ends == ["yes", "yes", "no: the opposite"]
 
 

@@ -44,10 +44,10 @@ def test_a_report_says_how_latents_were_chosen(gradient_run, tmp_path):
     assert json.loads((gradient_run / "report.json").read_text())["selection"] == "per token"
 
 
-def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path):
-    usual = evaluate(str(gradient_run))
+def test_pursuit_takes_the_place_of_the_encoder(gradient_run, tmp_path, no_page):
+    usual = evaluate(str(gradient_run), str(tmp_path / "usual"), tokens=600)
     for name in PURSUITS:
-        found = evaluate(str(gradient_run), str(tmp_path / name), selection=InferenceMode(pursuit=name, k=8))
+        found = evaluate(str(gradient_run), str(tmp_path / name), tokens=600, selection=InferenceMode(pursuit=name, k=8))
         assert name in found["selection"]
         assert found["l0_mean"] <= 8
         assert found["fvu"] < usual["fvu"]

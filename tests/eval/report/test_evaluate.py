@@ -67,7 +67,7 @@ def test_the_figures_hang_together(report):
     assert "fvu" in dict(report_summary(report))
 
 
-def test_the_sums_by_document_hold_the_report_s_figures(checkpoint, report, tmp_path):
+def test_the_sums_by_document_hold_the_report_s_figures(checkpoint, report, tmp_path, no_page):
     sums = read_sums(checkpoint)
     assert len(sums["documents"]) == report["documents"]
     for key, statistic in STATISTICS.items():
@@ -90,13 +90,13 @@ def test_the_report_says_who_was_dead_when_training_ended(checkpoint, report):
     assert len(report["recipe_digest"]) == 16
 
 
-def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path):
+def test_evaluating_twice_gives_the_same(checkpoint, report, tmp_path, no_page):
     again = evaluate(str(checkpoint), str(tmp_path / "elsewhere"))
     assert {k: v for k, v in again.items() if k != "report_path"} == {k: v for k, v in report.items() if k != "report_path"}
     assert (tmp_path / "elsewhere" / "report.json").exists()
 
 
-def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch):
+def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score(checkpoint, monkeypatch, no_page):
     from sparsary.eval import heldout
 
     seen = []
@@ -110,14 +110,14 @@ def test_the_mean_ablation_and_the_regression_use_other_documents_than_the_score
             yield piece
 
     monkeypatch.setattr(heldout, "text_batches", spy)
-    evaluate(str(checkpoint), str(checkpoint / "x"), cache=False)
+    evaluate(str(checkpoint), str(checkpoint / "x"), tokens=1500, cache=False)
     fitted, scored = seen
     assert fitted
     assert scored
     assert not fitted & scored
 
 
-def test_tensors_are_judged_without_a_model(tmp_path):
+def test_tensors_are_judged_without_a_model(tmp_path, no_page):
     torch.manual_seed(0)
     SAE(6, 23, ENCODERS["topk"](k=4)).save(tmp_path / "d")
     with pytest.raises(ValueError, match=r"activations=x"):
@@ -186,13 +186,13 @@ def passes(monkeypatch):
     return seen
 
 
-def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path):
+def test_judged_together_figures_are_those_of_judging_alone(checkpoint, rivals, monkeypatch, tmp_path, no_page):
     everyone = [str(checkpoint), *rivals]
     seen = passes(monkeypatch)
-    alone = [evaluate(path, str(tmp_path / f"{i}"), tokens=1500, cache=False) for i, path in enumerate(everyone)]
+    alone = [evaluate(path, str(tmp_path / f"{i}"), tokens=700, cache=False) for i, path in enumerate(everyone)]
     apart = len(seen)
     seen.clear()
-    together = evaluate_all(everyone, folders(everyone, str(tmp_path / "all")), 1500, cache=False)
+    together = evaluate_all(everyone, folders(everyone, str(tmp_path / "all")), 700, cache=False)
     assert [figures(report) for report in together] == [figures(report) for report in alone]
     # Alone: one pass per piece to fit; clean, spliced, three ablations and two parts of the error to score. Together the third
     # needs its own ablations for its hook; the second its splice and the parts.
@@ -211,10 +211,9 @@ def test_folders_are_named_as_checkpoints_are_as_far_as_needed():
         folders(["runs/a", "runs/a"], "out")
 
 
-def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog):
+def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, caplog, no_page):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     path = rivals[0]
     first = evaluate(path, str(tmp_path / "1"), tokens=600)
     seen = passes(monkeypatch)
@@ -244,10 +243,9 @@ def test_what_was_measured_is_not_measured_again(rivals, monkeypatch, tmp_path, 
     assert evaluate(path, str(tmp_path / "6"), tokens=100)["tokens"] < first["tokens"]
 
 
-def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path):
+def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, tmp_path, no_page):
     from sparsary.eval.report import evaluate as suite
 
-    monkeypatch.setattr(suite, "render_file", lambda path: path.with_suffix(".html"))
     seen = []
 
     class Curious(suite.GROUPS[2]):
@@ -265,8 +263,7 @@ def test_options_reach_their_group_and_are_part_of_the_key(rivals, monkeypatch, 
         evaluate_all([rivals[0]], metric_options={"curius": {}})
 
 
-def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+def test_progress_goes_up_to_the_number_of_tokens(rivals, monkeypatch, tmp_path, no_page):
     told, update = [], StageProgress.update
 
     def recorded(stage, done, stats=None):
@@ -326,7 +323,9 @@ def test_activations_that_are_not_finite_are_refused(checkpoint, rivals, monkeyp
         evaluate(rivals[0], str(tmp_path), tokens=600, cache=False)
 
 
-def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(checkpoint, rivals, monkeypatch, tmp_path, caplog):
+def test_contexts_with_a_token_that_is_not_finite_are_left_out_and_told(
+    checkpoint, rivals, monkeypatch, tmp_path, caplog, no_page
+):
     """A run that trained on such a model can be judged; whole contexts go, because nothing after such a token is finite."""
     from sparsary.training.activations.model import LanguageModel
 
@@ -368,17 +367,22 @@ GIVEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def judged_rows(checkpoint, tmp_path_factory):
+    """Rows for the checkpoint, and the report of their tensor."""
+    x = torch.randn(300, sparsary.load(str(checkpoint)).d_in, generator=torch.Generator().manual_seed(0))
+    return x, evaluate(str(checkpoint), str(tmp_path_factory.mktemp("rows")), activations=x)
+
+
 @pytest.mark.parametrize("kind", GIVEN)
-def test_activations_in_whatever_holds_them_are_judged(checkpoint, tmp_path, kind):
-    d = sparsary.load(str(checkpoint))
-    x = torch.randn(300, d.d_in)
-    expected = evaluate(str(checkpoint), str(tmp_path / "a"), activations=x)
+def test_activations_in_whatever_holds_them_are_judged(checkpoint, judged_rows, tmp_path, kind, no_page):
+    x, expected = judged_rows
     found = evaluate(str(checkpoint), str(tmp_path / "b"), activations=GIVEN[kind](x))
     assert found["fvu"] == pytest.approx(expected["fvu"], rel=1e-5)
     assert found["tokens"] == expected["tokens"]
 
 
-def test_few_documents_are_shared_by_the_halves_or_have_no_interval(checkpoint, tmp_path):
+def test_few_documents_are_shared_by_the_halves_or_have_no_interval(checkpoint, tmp_path, no_page):
     config = json.loads((checkpoint / "dictionary.json").read_text())
     file = tmp_path / "t.txt"
     changes = {
@@ -402,8 +406,7 @@ def test_every_entry_of_a_report_is_explained(report):
     assert {key for key in report if key != "report_path"} <= known
 
 
-def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp_path, no_page):
     arguments = ["eval", *rivals, "--out", str(tmp_path / "out"), "--tokens", "600", "--no-cache"]
     monkeypatch.setattr("sys.argv", ["sparsary", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -415,8 +418,7 @@ def test_the_command_judges_several(checkpoint, rivals, monkeypatch, capsys, tmp
     assert printed.count("report: ") == 2
 
 
-def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsary.eval.report.evaluate.render_file", lambda path: path.with_suffix(".html"))
+def test_the_map_of_the_error_is_fitted_as_the_command_says(checkpoint, monkeypatch, tmp_path, no_page):
     out = str(tmp_path / "out")
     arguments = ["eval", str(checkpoint), "--out", out, "--tokens", "600", "--no-cache"]
     reports = []

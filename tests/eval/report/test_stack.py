@@ -98,7 +98,7 @@ def test_a_transcoder_s_fvu_is_of_its_target_and_stands_beside_the_affine_floor(
     assert "fvu_affine" in (stack / "layer=1" / "report.html").read_text()
 
 
-def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear):
+def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, stack, linear, no_page):
     """The reported cross-entropy is that of a model whose MLP was taken out by hand, positions left out aside."""
     from sparsary.eval.heldout import eval_data
     from sparsary.training.activations.hooked_model import next_token_loss
@@ -134,7 +134,7 @@ def test_a_stack_is_judged_whole_and_by_layer(stack, report):
     assert report["training_tokens"] == 12_345
 
 
-def test_a_layer_alone_is_what_its_own_report_says(stack, report):
+def test_a_layer_alone_is_what_its_own_report_says(stack, report, no_page):
     for layer in (0, 3):
         alone = evaluate(str(stack / f"layer={layer}"))
         for key, other in (("fvu", "fvu"), ("ce_spliced", "ce_spliced"), ("ce_zero", "ce_zero"), ("ce_mean", "ce_mean")):
@@ -144,7 +144,7 @@ def test_a_layer_alone_is_what_its_own_report_says(stack, report):
         assert report["ce_clean"] == alone["ce_clean"]
 
 
-def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack, tmp_path):
+def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack, tmp_path, no_page):
     """Without skips, for it has none: its latents are those of per-layer transcoders."""
     clt = CrossLayerTranscoder(4, 512, 512, 4 * 67, topk()).eval()
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_cross_layer_transcoder_that_is_a_stack_is_judged_as_one(linear, stack
             assert whole[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
-def test_a_stack_of_one_is_the_same_at_once_and_alone(linear, tmp_path):
+def test_a_stack_of_one_is_the_same_at_once_and_alone(linear, tmp_path, no_page):
     save(linear[2], tmp_path / "a", READS[2:3], WRITES[2:3])
     found = evaluate(str(tmp_path), tokens=300)
     for name in ("spliced", "zero", "mean"):
@@ -183,7 +183,7 @@ def test_each_layer_of_a_cross_layer_transcoder_is_reconstructed_from_all_before
     torch.testing.assert_close(torch.cat([code.to_dense(67) for code in codes], dim=1), expected)
 
 
-def test_saes_and_transcoders_may_stand_side_by_side(stack, linear, tmp_path):
+def test_saes_and_transcoders_may_stand_side_by_side(stack, linear, tmp_path, no_page):
     save(linear[1], tmp_path / "a", READS[1:2], WRITES[1:2])
     hook = "transformer.h.2:out"
     sae = SAE(128, 67, topk())
@@ -193,7 +193,7 @@ def test_saes_and_transcoders_may_stand_side_by_side(stack, linear, tmp_path):
     assert found["kind"] == "stack of transcoders and saes"
 
 
-def test_what_does_not_fit_together_is_refused(linear, tmp_path):
+def test_what_does_not_fit_together_is_refused(linear, tmp_path, no_page):
     save(linear[0], tmp_path / "a", READS[:1], WRITES[:1])
     save(linear[1], tmp_path / "b", READS[:1], WRITES[:1])
     with pytest.raises(ValueError, match=r"expected one dictionary for each hook, got a and b"):
@@ -211,7 +211,7 @@ def test_what_does_not_fit_together_is_refused(linear, tmp_path):
         evaluate(str(tmp_path), activations=torch.randn(9, 128))
 
 
-def test_targets_are_judged_without_a_model(tmp_path):
+def test_targets_are_judged_without_a_model(tmp_path, no_page):
     x = torch.randn(600, 7)
     y = x @ torch.randn(7, 5) + 0.5 * torch.randn(600, 5)
     dictionary = Transcoder(7, 5, 23, topk(3))
@@ -232,7 +232,7 @@ def test_targets_are_judged_without_a_model(tmp_path):
         evaluate(str(tmp_path / "sae"), activations=(x, x))
 
 
-def test_the_error_is_regressed_on_what_is_read(tmp_path):
+def test_the_error_is_regressed_on_what_is_read(tmp_path, no_page):
     """Half of a linear map is missing: all of that error is linear in x, though none of it need be in y."""
     x = torch.randn(2000, 7)
     A = torch.randn(5, 7)

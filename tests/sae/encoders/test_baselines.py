@@ -324,7 +324,7 @@ def test_a_dead_jumprelu_latent_comes_back():
         dead[:4] = True
         objective, usage = Objective(sae, 8.0, AuxSettings(1 / 32, 4)), LatentUsage(dead, torch.zeros(12).double())
         optimizer, fired = torch.optim.Adam(sae.parameters(), 3e-3), 0
-        for step in range(300):
+        for step in range(150):
             loss, terms = objective(ActivationBatch(torch.randn(256, 8)), usage)
             optimizer.zero_grad()
             loss.backward()

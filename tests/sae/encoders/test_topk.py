@@ -73,8 +73,8 @@ def test_a_planted_dictionary_is_recovered():
     d, planted = 16, 24
     truth = torch.nn.functional.normalize(torch.randn(planted, d, generator=generator), dim=-1)
     sae = SAE(d, 32, TopK(3))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
-    for _ in range(1500):
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    for _ in range(500):
         strengths = torch.rand(256, planted, generator=generator) + 0.5
         fires = torch.rand(256, planted, generator=generator).topk(3, dim=-1).indices
         x = torch.zeros(256, planted).scatter(1, fires, strengths.gather(1, fires)) @ truth

@@ -220,7 +220,8 @@ def test_among_equal_scores_those_kept_first_stay(dtype):
 def test_one_nan_makes_its_row_nan_wherever_it_stands_and_no_other(width, k, dtype):
     for tile in (width, 70):
         scores = torch.randn(3, width, dtype=dtype)
-        for place in range(width):
+        # In wide rows around every border, and some others.
+        for place in range(width) if width < 200 else sorted({*range(0, width, 7), 69, 70, 71, 139, 141, 511, 512}):
             with_nan = scores.clone()
             with_nan[1, place] = torch.nan
             values, latents = kept(with_nan, min(k, width), tile)

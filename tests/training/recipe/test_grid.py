@@ -129,7 +129,11 @@ def test_a_dictionary_starts_from_its_own_seed(values, rows):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_straight_from_the_model_members_may_differ_in_seed_and_hook(values, tmp_path, gradients):
     values["harvest"] |= {"store": None, "tokens": None, "live_buffer_tokens": 900, "gradients": gradients}
-    recipes = members(values, {"dictionary.hook": values["harvest"]["hooks"], "seed": [0, 1]})
+    first, second = values["harvest"]["hooks"]
+    recipes = members(
+        values | {"tokens": 1515},
+        [{"dictionary.hook": first}, {"dictionary.hook": first, "seed": 1}, {"dictionary.hook": second}],
+    )
     for directory, recipe in zip(train_all(resolve_recipes(recipes)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path), directory)
 
@@ -167,11 +171,11 @@ def test_a_step_draws_no_random_numbers(values, rows, monkeypatch):
         return terms
 
     monkeypatch.setattr(loop_module, "step", watched)
-    train_all(resolve_recipes(members(values, FAMILIES)), rows)
+    train_all(resolve_recipes(members(values | {"tokens": 1010}, FAMILIES)), rows)
 
 
 def test_pieces_of_a_batch_are_the_member_s_own(values, rows, tmp_path):
-    recipes = members(values | {"batch_tokens": 100, "accumulate": 4}, {"lr": [1e-3, 2e-3]})
+    recipes = members(values | {"batch_tokens": 100, "accumulate": 4, "tokens": 1000}, {"lr": [1e-3, 2e-3]})
     for directory, recipe in zip(train_all(resolve_recipes(recipes), rows), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, rows), directory)
 
@@ -185,13 +189,14 @@ def test_a_batch_is_read_once_for_all_that_train_on_it(values, monkeypatch):
 
     run_harvest(resolve_recipe(check_recipe(values, "recipe")))
     monkeypatch.setattr(StoreStream, "rows_at", counted)
-    train_all(resolve_recipes(members(values, {"dictionary.encoder.k": [2, 3, 5], "lr": [1e-3, 2e-3], "seed": [0, 1]})))
+    changes = {"dictionary.encoder.k": [2, 3], "lr": [1e-3, 2e-3], "seed": [0, 1]}
+    train_all(resolve_recipes(members(values | {"tokens": 1515}, changes)))
     assert len(set(seen)) == len(seen)
     assert {seed for _, seed, _ in seen} == {0, 1}
 
 
 def test_an_iterator_serves_all_members(values, rows, tmp_path):
-    recipes = members(values, {"lr": [1e-3, 2e-3], "seed": [0, 1]})
+    recipes = members(values, [{"lr": 1e-3}, {"lr": 2e-3, "seed": 1}])
     endless = [*rows, *rows, *rows]
     for directory, recipe in zip(train_all(resolve_recipes(recipes), iter(endless)), recipes, strict=True):
         assert_equal_runs(alone(recipe, tmp_path, iter(endless)), directory)

@@ -131,7 +131,7 @@ def judged(exact):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "EDIT_SIZES", (2, 6, 256))
         patch.setattr(supervised, "CROSS_SECTIONS", {"end": (3,), "names": (0, 1)})
-        return score_supervised(exact, n_names=12, fit_prompts=300, scored_prompts=48, edit_prompts=16)
+        return score_supervised(exact, n_names=12, fit_prompts=200, scored_prompts=32, edit_prompts=12)
 
 
 def test_a_dictionary_without_error_is_sufficient_and_necessary(judged):
@@ -159,13 +159,14 @@ def test_editing_everything_is_the_true_patch_and_no_edit_is_not(judged):
     assert "changes no prediction" in report["supervised_edit_s_end_why"]
 
 
-def test_latents_that_are_the_attributes_are_found(embedded_model, words):
+def test_latents_that_are_the_attributes_are_found(embedded_model):
     """A dictionary of the mean features at END: one latent for every name that is IO there."""
+    words = PromptWords.of(embedded_model, 8)
     base = probe_target(sae_of(torch.eye(128)), embedded_model, SOURCE)
     prompts = words.prompts(draw_plans(words, 600, 5))
     x = cross_section(base, prompts)[:, 3]
     # Each latent reads whether its name is IO, by least squares, and fires when that is likelier than not.
-    wanted = torch.nn.functional.one_hot(torch.from_numpy(prompts.io), 12).float()
+    wanted = torch.nn.functional.one_hot(torch.from_numpy(prompts.io), 8).float()
     reader = torch.linalg.lstsq(x - x.mean(0), wanted - wanted.mean(0)).solution.T
     dictionary = sae_of(reader)
     with torch.no_grad():
@@ -178,7 +179,7 @@ def test_latents_that_are_the_attributes_are_found(embedded_model, words):
     assert found["supervised_end_io_f1"] > 0.9
     assert found["supervised_end_io_detected"] == 1
     assert found["supervised_end_io_split"] == 1
-    assert found["supervised_end_io_latents_interpreted"] >= 11
+    assert found["supervised_end_io_latents_interpreted"] >= 7
     assert found["supervised_end_s_f1"] < 0.5
 
 
