@@ -19,12 +19,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..sae.checkpoint import read_config
-from ..sae.dictionary import OneSiteDictionary, SparseDictionary
+from ..sae.checkpoint_files import read_config
+from ..sae.dictionary import SparseDictionary
 from ..sae.encoder import full_scorer
 from ..sae.files import sha256
 from ..sae.formats.conversion import gate_of
 from ..sae.formats.hooks import architecture_of, to_module
+from ..sae.one_site import OneSiteDictionary
 from ..sae.tiled_scores import largest_of_batch
 from ..training.activations.model import section_content
 from ..training.content import model_problems, text_problems

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .dictionary import OneSiteDictionary, required_input
+from .dictionary import required_input
 from .encoder import Encoder
 from .encoders import encoder_spec
+from .one_site import OneSiteDictionary
 
 
 class SAE(OneSiteDictionary):

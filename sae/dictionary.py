@@ -1,8 +1,7 @@
 """Base classes of SAEs, transcoders, and cross-layer transcoders."""
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,12 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .batch_encoder import Calibrated
-from .encoder import Encoder, Weights, scorer
-from .files import write_json, write_tensors
+from .checkpoint_files import FORMAT, FORMAT_VERSION, write_dictionary_files
+from .encoder import Encoder, Weights
 from .inspection import Inspection
 from .metrics import Moments
-from .penalised import Penalised, cut_for
 from .pursuit import PURSUITS
 from .ranks import ALONE, UNDIVIDED
 from .row_norm import ROW_NORMS, NormedRows
@@ -26,11 +23,6 @@ from .screen import Screen
 from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .training_usage import TrainingUsage
-
-FORMAT = "sparsary-dictionary"
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "dictionary.safetensors"
-CONFIG_FILE = "dictionary.json"
 
 
 @dataclass(frozen=True)
@@ -397,24 +389,6 @@ class SparseDictionary(Inspection, nn.Module, ABC):
         return config if self.training_usage is None else config | {"training_usage": self.training_usage.about}
 
 
-def write_dictionary_files(
-    directory: str | Path, tensors: Mapping[str, Tensor], config: dict[str, Any], usage: TrainingUsage | None
-) -> None:
-    """Write the files of a checkpoint, as ``SparseDictionary.save`` does.
-
-    Args:
-        tensors: ``state_dict()`` of the dictionary, or a copy of it.
-        config: Its ``config()``.
-        usage: Its ``training_usage``.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    digest = write_tensors(directory / WEIGHTS_FILE, tensors, {"config": json.dumps(config)}, sealed=True)
-    if usage is not None:
-        usage.save(directory)
-    write_json(directory / CONFIG_FILE, config | {"weights_sha256": digest})
-
-
 def required_input(x: Tensor | None, because: str) -> Tensor:
     """Return the raw input that decoding needs.
 
@@ -424,113 +398,3 @@ def required_input(x: Tensor | None, because: str) -> Tensor:
     if x is None:
         raise ValueError(f"x: expected the raw input, because {because}, got none. Call decode(code, x).")
     return x
-
-
-@torch.no_grad()
-def calibrate_cuts(
-    encoders: Sequence[Encoder],
-    dictionary: SparseDictionary,
-    inputs: Iterable[Float[Tensor, "tokens d_in"]],
-    together: bool = False,
-) -> bool:
-    """Shift the thresholds of penalized encoders until raw inputs have the target L0; return False without a target.
-
-    Args:
-        encoders: One per block of the dictionary.
-        dictionary: Dictionary whose weights the encoders read.
-        inputs: Training tokens.
-        together: Shift all thresholds by one number, so that all blocks together meet the target.
-
-    Raises:
-        ValueError: If there are no tokens.
-    """
-    penalised = [encoder for encoder in encoders if isinstance(encoder, Penalised)]
-    target = penalised[0].target_l0 if penalised else None
-    if target is None:
-        return False
-    blocks, tokens = dictionary.blocks, 0
-    pools: list[list[Tensor]] = [[] for _ in blocks]
-    for batch in inputs:
-        x = dictionary.normalised(batch)
-        tokens += len(x)
-        for encoder, block, pool in zip(penalised, blocks, pools, strict=True):
-            pool.append(encoder.largest_margins(scorer(x[:, block.reads], block.weights), block.weights))
-    if not tokens:
-        raise ValueError("encoder: expected tokens to calibrate the thresholds on, got none.")
-    wanted = round(tokens * target)
-    if together:
-        moves = [cut_for(torch.cat([part for pool in pools for part in pool]), wanted * len(blocks))] * len(blocks)
-    else:
-        moves = [cut_for(torch.cat(pool), wanted) for pool in pools]
-    for encoder, block, by in zip(penalised, blocks, moves, strict=True):
-        encoder.raise_cuts(by, block.weights)
-    return True
-
-
-@dataclass(frozen=True)
-class NormalisedInputs:
-    """Raw inputs as a dictionary's encoder sees them; they can be passed over as often as the raw ones."""
-
-    dictionary: SparseDictionary
-    raw: Iterable[Float[Tensor, "tokens d_in"]]
-
-    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
-        return map(self.dictionary.normalised, self.raw)
-
-
-class OneSiteDictionary(SparseDictionary, ABC):
-    """Dictionary with one encoder matrix and one decoder matrix: the common base of SAEs and transcoders.
-
-    Row ``i`` of ``W_enc`` and ``W_dec`` is latent ``i``. With ``tied`` the encoder reads ``W_dec``.
-    """
-
-    def __init__(
-        self, d_in: int, d_out: int, n_latents: int, encoder: Encoder, row_norm: str | None = None, tied: bool = False
-    ):
-        super().__init__(d_in, d_out, n_latents, encoder, row_norm=row_norm)
-        encoder.prepare(n_latents)
-        self.W_enc = None if tied else nn.Parameter(torch.empty(n_latents, d_in))
-        # Pursuits use no encoder bias.
-        self.b_enc = None if encoder.tied else nn.Parameter(torch.zeros(n_latents))
-        self.W_dec = nn.Parameter(torch.empty(n_latents, d_out))
-        self.b_dec = nn.Parameter(torch.zeros(d_out))
-        # Meta tensors hold no data, and initializing them would import torch's compiler.
-        if not self.W_dec.is_meta:
-            nn.init.normal_(self.W_dec)
-            F.normalize(self.W_dec.data, dim=-1, out=self.W_dec.data)
-            if self.W_enc is not None:
-                nn.init.normal_(self.W_enc, std=d_in**-0.5)
-
-    @property
-    def weights(self) -> Weights:
-        """Weights that the encoder may read."""
-        screen = self.screen if self.training else None
-        ranks = self.ranks if self.training else ALONE
-        W_enc = self.W_dec if self.W_enc is None else self.W_enc
-        shift = None if self.shift is None else self.shards.shared(self.shift)
-        # The row norm is undone entry by entry.
-        may_be_dense = self.training and self.row_norm is None
-        return Weights(W_enc, self.b_enc, self.W_dec, screen, shift, ranks=ranks, shards=self.shards, may_be_dense=may_be_dense)
-
-    @property
-    def blocks(self) -> list[LatentBlock]:
-        return [LatentBlock(slice(0, self.n_latents), slice(0, self.d_in), slice(0, self.d_out), self.weights)]
-
-    def code_of(
-        self,
-        x: Float[Tensor, "tokens d"],
-        grad: Float[Tensor, "tokens d_out"] | None = None,
-        through: bool = False,
-        site: int | None = None,
-    ) -> SparseCode:
-        # The shortcut for the pre-encoder bias's gradient stops gradients at ``x``.
-        weights = replace(self.weights, shift=None) if through else self.weights
-        return self.encoder(x, weights, grad)
-
-    @torch.no_grad()
-    def calibrate(self, inputs: Iterable[Float[Tensor, "tokens d_in"]]) -> bool:
-        if isinstance(self.encoder, Calibrated):
-            if self.encoder.has_thresholds:
-                self.encoder.calibrate_on(NormalisedInputs(self, inputs), self.weights)
-            return self.encoder.has_thresholds
-        return calibrate_cuts([self.encoder], self, inputs)

@@ -35,6 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Entry of a JSON file with the CRC-32 of all others.
+CHECKSUM = "checksum"
 # Metadata entry with the CRC-32 of a file in which it is blank: it finds bits that the disk or a copy flipped.
 SEAL, BLANK_SEAL = "crc32", "00000000"
 # Bytes hashed and written at a time, few enough to stay in the processor's cache in between.
@@ -116,12 +118,49 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON; NaN and infinities, which JSON cannot represent, are rejected."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, sealed: bool = False, compact: bool = False) -> None:
+    """Write indented JSON; NaN and infinities, which JSON cannot represent, are rejected.
+
+    Args:
+        sealed: Add the entry ``checksum`` to the mapping, which ``read_json`` checks.
+        compact: Write it on one line, with the characters of other scripts as they are.
+    """
+    style: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")} if compact else {"indent": 2}
+    text = json.dumps(value, allow_nan=False, **style)
+    if sealed:
+        # Of the values as they are read: keys are strings then, and tuples lists.
+        text = json.dumps(dict(value) | {CHECKSUM: json_checksum(json.loads(text))}, **style)
+    write_text(path, text + "\n")
+
+
+def json_checksum(values: Mapping[str, Any]) -> str:
+    """Return the CRC-32 of a mapping's values, however they are laid out in a file."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file, without the checksum of a sealed mapping.
+
+    Raises:
+        ValueError: If the file is missing, is not JSON, or differs from its checksum.
+    """
+    value = read_unsealed_json(path)
+    if isinstance(value, dict) and isinstance(checksum := value.get(CHECKSUM), str):
+        del value[CHECKSUM]
+        if (found := json_checksum(value)) != checksum:
+            raise ValueError(
+                f"{path}: expected the {CHECKSUM} {checksum[:40]!r} that it names, got {found}: the file is damaged, or was "
+                f"edited. Restore it from a backup or make it again; if you edited it, delete its entry {CHECKSUM!r}."
+            )
+    return value
+
+
+def read_unsealed_json(path: Path) -> Any:
+    """Return the contents of a JSON file as they are, with a checksum that is not checked.
+
+    Raises:
+        ValueError: If the file is missing or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -182,17 +221,32 @@ def _seal(checksum: str) -> bytes:
 
 
 def _require_seal(path: Path, checksum: str) -> None:
-    """Raise ``ValueError`` if a file does not have the CRC-32 in its header, which is taken with that entry blank."""
+    """Raise ``ValueError`` if a file does not have the CRC-32 in its header."""
+    if (found := _checksum_of(path, checksum)) != checksum:
+        raise ValueError(
+            f"{path}: expected the checksum {checksum} in its header, got {found}: the file is damaged. Restore it from a "
+            "backup, or make it again."
+        )
+
+
+def _checksum_of(path: Path, checksum: str) -> str:
+    """Return the CRC-32 of a file, taken with the entry of this checksum in its header blank."""
     with path.open("rb") as handle:
         header = handle.read(int.from_bytes(handle.read(8), "little"))
         found = zlib.crc32(header.replace(_seal(checksum), _seal(BLANK_SEAL), 1))
         while chunk := handle.read(CHUNK_BYTES):
             found = zlib.crc32(chunk, found)
-    if f"{found:08x}" != checksum:
-        raise ValueError(
-            f"{path}: expected the checksum {checksum} in its header, got {found:08x}: the file is damaged. Restore it from a "
-            "backup, or make it again."
-        )
+    return f"{found:08x}"
+
+
+def is_whole(path: Path) -> bool:
+    """Return False if a file of tensors differs from the checksum in its header; True for a file without one."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            checksum = (handle.metadata() or {}).get(SEAL)
+        return checksum is None or _checksum_of(path, checksum) == checksum
+    except (SafetensorError, OSError):
+        return False
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -223,6 +277,24 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise ValueError(f"{path}: {name}: expected finite numbers, got {float(tensor[tuple(bad)])} at {bad}.")
+
+
+def file_crc32(path: Path, bytes_: int | None = None) -> str:
+    """Return the CRC-32 of a file, or of its first bytes."""
+    found, left = 0, path.stat().st_size if bytes_ is None else bytes_
+    with path.open("rb") as handle:
+        while left > 0 and (chunk := handle.read(min(CHUNK_BYTES, left))):
+            found, left = zlib.crc32(chunk, found), left - len(chunk)
+    return f"{found:08x}"
+
+
+def require_crc32(path: Path, expected: str | None, beside: str) -> None:
+    """Raise ``ValueError`` if a file differs from the checksum that another one names; without one, do nothing."""
+    if expected is not None and (found := file_crc32(path)) != expected:
+        raise ValueError(
+            f"{path}: expected the checksum {expected}, as {beside} names it, got {found}: the file is damaged, was edited, or "
+            "the command that writes both was interrupted. Run it again, or restore both from a backup."
+        )
 
 
 def sha256(path: Path) -> str:

@@ -3,8 +3,7 @@
 import glob
 from pathlib import Path
 
-from .checkpoint import read_config
-from .dictionary import CONFIG_FILE, WEIGHTS_FILE
+from .checkpoint_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from .formats import SourceFiles, dictionary_places
 from .formats.base import ReadOptions
 from .formats.files import recording

@@ -125,6 +125,7 @@ def beside(name):
 if os.environ.get("SPARSARY_TEST_PRODUCTS") == "reordered":
     REORDERED = beside("other_products").reorder_products()
 
+SPECS = beside("encoder_specs")
 SLOW = Path(__file__).with_name("slow.txt")
 STALE = pytest.StashKey[list[str]]()
 HOOK = "transformer.h.2:out"
@@ -135,6 +136,24 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 def load_beside():
     """Return a function that loads a module of this folder by name."""
     return beside
+
+
+@pytest.fixture(params=SPECS.TRAINED, ids=SPECS.spec_id)
+def trained_spec(request):
+    """Each encoder that trains, as a recipe names it."""
+    return request.param
+
+
+@pytest.fixture(params=SPECS.DIVIDED, ids=SPECS.spec_id)
+def divided_spec(request):
+    """Each encoder whose latents several ranks can hold."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def encoder_specs():
+    """All encoders that train, and those of them that are divided or not."""
+    return SPECS
 
 
 def slow_entries(text):

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ..sae import SparseDictionary
-from ..sae.checkpoint import read_config
-from ..sae.dictionary import CONFIG_FILE, write_dictionary_files
+from ..sae.checkpoint_files import CONFIG_FILE, read_config, write_dictionary_files
 from ..sae.files import read_text, remove_partial_files, write_text
 from ..sae.training_usage import TrainingUsage
 from .activations.stream import ActivationStream
@@ -25,7 +24,7 @@ from .recipe import Recipe, check_recipe, differences, dump_recipe, parse_yaml
 from .report import METRICS_FILE, WANDB_FOLDER, TrainingLog
 from .shortfalls import ENTRY, Shortfall
 from .snapshot import Snapshot
-from .state import STATE_FILE, StateContents, TrainState, saved_step
+from .state import STATE_FILE, StateContents, TrainState, saved_budget, saved_step
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -217,6 +216,9 @@ def require_same_run(directory: Path, recipe: Recipe, content: Callable[[], Cont
             )
         return None
     old = _recipe_of(read_text(saved), str(saved))
+    if (budget := saved_budget(directory)) is not None:
+        # A kill may have come between a longer run's recipe and its first state.
+        old = old.model_copy(update={"tokens": budget})
     changed = run_changes(directory, old, recipe, content)
     if changed:
         raise ValueError(

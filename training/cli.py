@@ -62,7 +62,7 @@ def _harvest(
     from .run import harvest
 
     store = harvest(recipe, **recipe_overrides(overrides, trust_remote_code))
-    print(f"{store.directory}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
+    print(f"{store.address}: {store.tokens('train'):,} training and {store.tokens('heldout'):,} held-out tokens")
 
 
 @app.command("hooks")
@@ -102,10 +102,11 @@ def _train(
     if processes != 1:
         raise typer.Exit(launch_again(processes))
     log.info("train: loading recipe %s", recipe)
-    from .preflight import grid_lines, preflight_all
+    from .preflight import preflight_all
     from .recipe.grid import load_grid
     from .resolve_hooks import resolve_recipes
     from .run import train_all
+    from .training_plan import grid_lines
 
     grid = load_grid(recipe, recipe_overrides(overrides, trust_remote_code))
     members = resolve_recipes(grid.recipes)

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..sae.files import sha256, write_json
+from ..sae.files import read_json, sha256, write_json
 from .embedded import MODEL_DIR
 from .recipe import ModelSection, TextSection
 from .text import Cursor, documents
@@ -81,12 +81,14 @@ def remember(name: str, states: list[list[int]], digest: str) -> None:
     known[name] = {"files": states, "digest": digest}
     with suppress(OSError):
         cache_folder().mkdir(parents=True, exist_ok=True)
-        write_json(cache_folder() / REMEMBERED_FILE, dict(islice(known.items(), max(0, len(known) - REMEMBERED), None)))
+        write_json(
+            cache_folder() / REMEMBERED_FILE, dict(islice(known.items(), max(0, len(known) - REMEMBERED), None)), sealed=True
+        )
 
 
 def _read_remembered() -> dict[str, Any]:
     try:
-        found = json.loads((cache_folder() / REMEMBERED_FILE).read_text(encoding="utf-8"))
+        found = read_json(cache_folder() / REMEMBERED_FILE)
     except (OSError, ValueError):
         return {}
     well_formed = isinstance(found, dict) and all(

@@ -1,39 +1,59 @@
-"""Latents of a dictionary divided among ranks: a rank's part of a dictionary, and whole tensors for the files of a run.
+"""Work divided among ranks: what can be divided, a rank's part of a dictionary, and whole tensors for the files of a run.
 
 Files hold whole tensors, so that a run continues on any number of ranks and any program can load them. The rank that writes,
 and every rank while a dictionary is initialized, needs memory of the host for the whole dictionary.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..sae import SparseDictionary
 from ..sae.checkpoint import build_dictionary
-from ..sae.dictionary import OneSiteDictionary
+from ..sae.encoders import build_encoder
 from ..sae.ranks import Shards
+from .recipe import Recipe
 
 # Tensors of a dictionary with one row per latent, whatever the last part of a name says of them (Adam's moments).
 MATRICES = ("W_enc", "b_enc", "W_dec")
 
 
-def require_divisible(dictionary: SparseDictionary, encoders: list[Any], latents: int) -> None:
-    """Raise ``ValueError``, with the reason, unless the latents of a dictionary can be divided among that many ranks."""
+def require_divisible(recipe: Recipe) -> None:
+    """Raise ``ValueError``, with the reason, unless a recipe's latents can be divided as it wants."""
+    latents, n_latents = recipe.distributed.latents, recipe.dictionary.n_latents
     if latents == 1:
         return
-    key = "distributed.latents"
-    if not isinstance(dictionary, OneSiteDictionary):
-        raise ValueError(f"{key}: expected 1 for a cross-layer transcoder, whose layers are not divided, got {latents}.")
-    for encoder in encoders:
-        if encoder.undivided:
-            name = type(encoder).__name__
-            raise ValueError(f"{key}: expected 1 for {name}, because {encoder.undivided}, got {latents}.")
-    if dictionary.n_latents % latents:
+    if reason := undivided_latents(recipe):
+        raise ValueError(f"distributed.latents: expected 1 for {reason}, got {latents}.")
+    if not divides_latents(n_latents, latents):
         raise ValueError(
-            f"{key}: expected a divisor of dictionary.n_latents = {dictionary.n_latents}, got {latents}. Change either."
+            f"distributed.latents: expected a divisor of dictionary.n_latents = {n_latents}, got {latents}. Change either."
         )
+
+
+def undivided_latents(recipe: Recipe) -> str:
+    """Return why a recipe's dictionary stays whole, whatever the number of ranks; empty if its latents can be divided."""
+    if recipe.dictionary.kind == "cross_layer_transcoder":
+        return "a cross-layer transcoder, whose layers are not divided"
+    encoders = [build_encoder(spec) for spec in (recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases))]
+    refusals = (f"{type(encoder).__name__}, because {encoder.undivided}" for encoder in encoders if encoder.undivided)
+    return next(refusals, "")
+
+
+def divides_latents(n_latents: int, ranks: int) -> bool:
+    """Return True if so many ranks can hold equal parts of the latents."""
+    return n_latents % ranks == 0
+
+
+def divides_batch(batch_tokens: int, ranks: int, accumulate: int) -> bool:
+    """Return True if so many ranks can have equal parts of every micro-batch."""
+    return batch_tokens % (ranks * accumulate) == 0
+
+
+def undivided_objective(objective: str) -> str:
+    """Return why several processes cannot train on an objective; empty if they can."""
+    return "kl trains in one process" if objective == "kl" else ""
 
 
 def own_part(whole: SparseDictionary, shards: Shards) -> SparseDictionary:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..sae.checkpoint import load_dictionary, read_config
-from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
+from ..sae.checkpoint import load_dictionary
+from ..sae.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from ..sae.files import sha256
 from ..sae.training_usage import TrainingUsage
 from ..transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files, find

@@ -90,7 +90,7 @@ def step(member: TrainedMember, batch: ActivationBatch, accelerator: Accelerator
     optimizer.zero_grad()
     terms = combine(pieces)
     state.advance(batch.x.shape[0] * member.dictionary.ranks.size, terms)
-    beat(state.step)
+    beat(f"step {state.step}")
     return terms
 
 

@@ -22,6 +22,8 @@ from ..sae.ranks import ALONE, UNDIVIDED, Ranks, RanksLostError, Shards, naming_
 T = TypeVar("T")
 # A collective that a rank does not reach within this time ends the run.
 TIMEOUT = timedelta(seconds=float(os.environ.get("SPARSARY_RANKS_TIMEOUT", "600")))
+# Keys of the ranks' store: the last beat of each, and the signal that stops all of them, 0 after a failure.
+BEAT, HEED = "sparsary/beat/", "sparsary/heed"
 # How long a rank that lost the others waits to learn which of them are alive.
 ROLL_CALL_SECONDS = 3.0
 
@@ -105,6 +107,7 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     own_ranks.cache_clear()
+    patient_ranks.cache_clear()
     mesh.cache_clear()
 
 
@@ -144,11 +147,56 @@ def _difference(first: str, other: str) -> tuple[str, str]:
     return mine.strip() or "nothing", theirs.strip() or "nothing"
 
 
-def beat(step: int) -> None:
-    """Record that this rank has reached a step, for the message about a rank that stops answering."""
+def beat(place: str) -> None:
+    """Record that this rank has reached a place of its work, for the message about a rank that stops answering."""
     if dist.is_initialized():
         with naming_lost_ranks():
-            _store().set(f"sparsary/step/{dist.get_rank()}", f"{step} {time.time():.0f}")
+            _store().set(f"{BEAT}{dist.get_rank()}", f"{time.time():.0f} {place}")
+
+
+def beats() -> dict[int, str]:
+    """Return the last beat of every other rank; empty text before its first one."""
+    if not dist.is_initialized():
+        return {}
+    others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    with naming_lost_ranks():
+        store = _store()
+        return {rank: store.get(key).decode() if store.check([key := f"{BEAT}{rank}"]) else "" for rank in others}
+
+
+def heed(signal_number: int | None) -> int | None:
+    """Return the signal that stops the run: this rank's, of which it tells the others, or that of another rank.
+
+    For ranks that work on parts of their own, and so meet in no collective for a while.
+
+    Raises:
+        RanksLostError: If another rank has failed, or does not hear from one; this one then tells that it is alive.
+    """
+    if not dist.is_initialized():
+        return signal_number
+    with naming_lost_ranks():
+        store = _store()
+        if signal_number is not None:
+            store.set(HEED, str(signal_number))
+        if not store.check([HEED]):
+            return None
+        number = int(store.get(HEED))
+    if not number:
+        raise RanksLostError("another rank has ended the run")
+    return number
+
+
+@cache
+def patient_ranks() -> Ranks:
+    """Return the ranks of this run in a group whose collectives wait without a limit, for work on parts of their own.
+
+    ``watch.Watch`` says how long a rank may make no progress. All ranks call this together.
+    """
+    if not dist.is_initialized():
+        return own_ranks()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    assert not isinstance(group, int)
+    return Ranks(group)
 
 
 def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[int, str]:
@@ -165,6 +213,8 @@ def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[i
         if _store().add("sparsary/failures", 1) > 1:
             return status, ""
         _store().set("sparsary/status", str(status))
+        _store().set(HEED, "0")
+        _outlast_others()
     except RuntimeError:
         # The store is gone with the launcher, the rank or the node that held it.
         if isinstance(error, RanksLostError):
@@ -176,10 +226,21 @@ def told_by_one_rank(status: int, message: str, error: BaseException) -> tuple[i
     return status, message if own_rank() == 0 else message.replace("sparsary: ", f"sparsary: rank {own_rank()}: ", 1)
 
 
+def _outlast_others() -> None:
+    """Wait until the other ranks have asked whether to tell the same mistake, if this one holds the ranks' store."""
+    if own_rank() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    deadline = time.monotonic() + ROLL_CALL_SECONDS
+    while _store().add("sparsary/failures", 0) < dist.get_world_size() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def _lost(error: RanksLostError) -> tuple[int, str]:
     """Return the status and message about ranks that ended or hang, without a message if they or another rank tell it."""
     store, rank, size = _store(), dist.get_rank(), dist.get_world_size()
     store.set(f"sparsary/here/{rank}", "1")
+    # Ranks that are at work come to the roll call, too.
+    store.set(HEED, "0")
     deadline = time.monotonic() + ROLL_CALL_SECONDS
     while True:
         here = [other for other in range(size) if store.check([f"sparsary/here/{other}"])]
@@ -201,11 +262,11 @@ def _lost(error: RanksLostError) -> tuple[int, str]:
 
 
 def _last_seen(rank: int) -> str:
-    store, key = _store(), f"sparsary/step/{rank}"
+    store, key = _store(), f"{BEAT}{rank}"
     if not store.check([key]):
         return "before the first step"
-    step, then = store.get(key).decode().split()
-    return f"at step {step}, {max(0, round(time.time() - float(then)))} s ago"
+    then, place = store.get(key).decode().split(maxsplit=1)
+    return f"{'at ' * place.startswith('step')}{place}, {max(0, round(time.time() - float(then)))} s ago"
 
 
 def _store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from inspect import signature
@@ -13,15 +14,17 @@ from typing import Any
 
 from ..sae.errors import writing
 from ..sae.extras import needs
-from ..sae.files import json_number
+from ..sae.files import file_crc32, json_number
 from .objective import Terms
 from .recipe import Recipe
 from .stages import StageProgress
-from .state import TrainState
+from .state import Logged, TrainState, saved_log
 
 METRICS_FILE = "metrics.jsonl"
 # wandb's own files in the run's directory.
 WANDB_FOLDER = "wandb"
+
+DAMAGED_LOG = "%s: differs from what the run has logged: damaged or edited. The run's curve and speed may be wrong."
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +35,17 @@ class TrainingLog:
     Each call appends a line to ``metrics.jsonl``; a resumed run first truncates the file to its length in the saved state.
 
     Args:
+        keep: What the file held when the state was saved that the run continues.
         written: False for the ranks of a run whose figures another rank logs.
     """
 
     # Set by `start`. The benchmark's steps run without.
     stage: StageProgress | None = None
 
-    def __init__(self, recipe: Recipe, directory: Path, keep_bytes: int, tokens_before: int, written: bool = True):
+    def __init__(self, recipe: Recipe, directory: Path, keep: Logged, tokens_before: int, written: bool = True):
         self.path = directory / METRICS_FILE if written else Path(os.devnull)
         with writing(self.path):
-            if written:
-                _cut(self.path, keep_bytes)
+            self.crc32 = zlib.crc32(_cut(self.path, keep)) if written else 0
             self.handle = self.path.open("a", encoding="utf-8")
         self.total, self.tokens_before = recipe.tokens, tokens_before
         self.started = time.perf_counter()
@@ -74,8 +77,10 @@ class TrainingLog:
             "data_wait_share": waited_seconds / max(now - self.started, 1e-9),
         }
         self.latest = row
+        line = json.dumps(row) + "\n"
+        self.crc32 = zlib.crc32(line.encode(), self.crc32)
         with writing(self.path):
-            self.handle.write(json.dumps(row) + "\n")
+            self.handle.write(line)
         if self.stage is not None:
             self.stage.update(state.tokens, f"fvu {row['fvu']:.4g}  l0 {row['l0']:.4g}  dead {row['dead']:.3g}")
             if state.tokens >= self.total:
@@ -97,11 +102,11 @@ class TrainingLog:
             )
             self.wandb = None
 
-    def flush(self) -> int:
-        """Flush the lines to disk and return the length of the file in bytes."""
+    def flush(self) -> Logged:
+        """Flush the lines to disk and return what the file holds."""
         with writing(self.path):
             self.handle.flush()
-            return self.handle.tell()
+            return Logged(self.handle.tell(), f"{self.crc32:08x}")
 
     def close(self) -> None:
         if self.stage is not None:
@@ -139,17 +144,32 @@ def require_wandb(recipe: Recipe) -> None:
         raise ValueError(f"wandb: not logged in. {remedy}")
 
 
-def _cut(path: Path, bytes_: int) -> None:
-    """Shorten a file of lines to a length, or to the whole lines before it if the file was damaged meanwhile."""
+def _cut(path: Path, keep: Logged) -> bytes:
+    """Shorten a file of lines to what was saved, or to the whole lines before it if some were lost, and return what is left."""
     path.touch()
     with path.open("r+b") as handle:
-        found = handle.read(bytes_)
+        found = handle.read(keep.bytes)
         whole = found.rfind(b"\n") + 1
-        if whole < bytes_:
+        if whole < keep.bytes:
             log.warning(
-                "%s: expected %d bytes of whole lines, got %d: lines were lost since the last save.", path, bytes_, whole
+                "%s: expected %d bytes of whole lines, got %d: lines were lost since the last save.", path, keep.bytes, whole
             )
+        elif keep.crc32 not in (None, f"{zlib.crc32(found):08x}"):
+            log.warning(DAMAGED_LOG, path)
         handle.truncate(whole)
+    return found[:whole]
+
+
+def check_log(directory: Path) -> None:
+    """Log a warning if a run's ``metrics.jsonl`` differs from what was written until its state was saved."""
+    path = directory / METRICS_FILE
+    try:
+        keep = saved_log(directory)
+        if keep.crc32 not in (None, file_crc32(path, keep.bytes)):
+            log.warning(DAMAGED_LOG, path)
+    except (ValueError, OSError):
+        # Without a state nobody knows what was logged.
+        return
 
 
 def _wandb() -> Any:

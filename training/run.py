@@ -1,27 +1,17 @@
 """Training runs from recipe to finished checkpoint: preflight, harvest, initialization or resume, training, calibration."""
 
 import logging
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
-from ..sae.checkpoint import build_dictionary
-from ..sae.encoders import ENCODERS, build_encoder
 from ..sae.errors import WriteError, doing
-from ..sae.metrics import Moments
 from ..sae.ranks import ALONE, Ranks
-from ..sae.screen import Screen
 from ..transcoders.load import RecipeValue
 from .activations.harvest import harvest_activations, require_shared_store
 from .activations.live import Buffers, ContextStream, LiveStream
@@ -29,29 +19,26 @@ from .activations.model import LanguageModel, resolve_device
 from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore
 from .activations.store_stream import StoreStream
-from .activations.stream import ActivationBatch, ActivationStream, BatchPart
+from .activations.stream import ActivationStream, BatchPart
 from .activations.tensor_stream import Activations, TensorStream
 from .bad_rows import counted
 from .calibrate import finish
-from .checkpoints import RECIPE_FILE, Checkpoints, claimed
+from .checkpoints import RECIPE_FILE, claimed
 from .content import pinned
-from .divided import own_part, require_divisible, whole_dictionary
-from .fused_adam import build_optimizer
-from .initialize import SAMPLE_TOKENS, initialize
+from .divided import whole_dictionary
 from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
-from .objective import AuxSettings, Divergence, Objective
-from .optim import Schedule, averages, lr_share
-from .phases import Phases
-from .preflight import TrainingPlan, plan_all, preflight_all, recipe_shortfalls, repeated
-from .processes import from_first, mesh, own_ranks, require_agreement
-from .recipe import DictionarySection, Recipe, RecipeSource, calibrated_on, dump_recipe, read_values
+from .members import build_group, needs_gradient, precision_of
+from .optim import averages
+from .preflight import plan_all, preflight_all, recipe_shortfalls, repeated
+from .processes import from_first, mesh, own_ranks, patient_ranks, require_agreement
+from .recipe import Recipe, RecipeSource, calibrated_on, read_values
 from .recipe.grid import check_grid, load_grid, told_together, unshared
-from .report import TrainingLog
-from .resolve_hooks import ResolvedRecipe, dictionary_arguments, resolve_recipes
+from .resolve_hooks import ResolvedRecipe, resolve_recipes
+from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
-from .state import Randomness, TrainState
+from .training_plan import TrainingPlan
 
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
@@ -85,14 +72,19 @@ def run_harvest(member: ResolvedRecipe, plan: TrainingPlan | None = None) -> Act
         store = ActivationStore.open(place.directory)
         # The plan checked that the store is this recipe's; if it is complete, the model need not be loaded.
         if store.manifest["complete"] and store.tokens("train") + store.tokens("heldout") >= plan.stored_tokens:
-            return store
+            return _named(store, recipe)
     # Gradients come from the loss, at the model's end.
     outline, hooks = member.outline, recipe.harvest.hooks
     model = outline.loaded() if recipe.harvest.gradients else outline.loaded_for(hooks)
     local = recipe.harvest.model_copy(update={"store": str(place.directory)})
     # The first rank uploads the shards of all.
     with place.publishing() if ranks.rank == 0 else nullcontext():
-        return harvest_activations(model, recipe.text, local, ranks)
+        return _named(harvest_activations(model, recipe.text, local, patient_ranks()), recipe)
+
+
+def _named(store: ActivationStore, recipe: Recipe) -> ActivationStore:
+    """Return a store under the address that its recipe gives it."""
+    return ActivationStore(store.directory, store.manifest, recipe.harvest.store)
 
 
 def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStore:
@@ -112,7 +104,7 @@ def harvest(recipe: RecipeSource, /, **overrides: RecipeValue) -> ActivationStor
     """
     grid = load_grid(recipe, _dotted(overrides))
     if own_ranks().size > 1:
-        require_agreement(own_ranks(), _same_on_all(grid.recipes))
+        require_agreement(own_ranks(), same_on_all(grid.recipes))
     return run_harvest(resolve_recipes(grid.recipes)[0])
 
 
@@ -293,29 +285,6 @@ def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack,
     return stream
 
 
-def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
-    """Raise ``ValueError`` on all ranks unless they run the same recipes and code, which their number can share."""
-    if ranks.size == 1:
-        return
-    require_agreement(ranks, _same_on_all(recipes))
-    for recipe in recipes:
-        parts = mesh(recipe.distributed.latents).batch.size * recipe.accumulate
-        if recipe.batch_tokens % parts:
-            raise ValueError(
-                f"batch_tokens: expected a multiple of {parts} ({parts // recipe.accumulate} parts of a batch x accumulate "
-                f"{recipe.accumulate}), got "
-                f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
-            )
-        if recipe.harvest.store is None and recipe.objective == "kl":
-            raise ValueError("objective: kl trains in one process, got several. Start it without a launcher.")
-
-
-def _same_on_all(recipes: Sequence[Recipe]) -> dict[str, str]:
-    """Return what must be the same on all ranks, by its name in messages."""
-    code = f"sparsary {_version()}, commit {git_commit()}, torch {torch.__version__}"
-    return {"recipe": "\n".join(map(dump_recipe, recipes)), "code": code}
-
-
 def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
     """Log the shortfalls of runs, once if all share them."""
     for line in told_together({name: list(map(str, each)) for name, each in zip(names, found, strict=True)}, len(names)):
@@ -338,14 +307,14 @@ def _train(
     # accelerate keeps one state per process and refuses a second run with another precision.
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=_precision(first, device), gradient_accumulation_steps=first.accumulate
+        cpu=device.type == "cpu", mixed_precision=precision_of(first, device), gradient_accumulation_steps=first.accumulate
     )
     ranks = own_ranks()
     stop = StopRequest(ranks.largest)
     with ExitStack() as stack:
         # One thread, which has ended when this block is left, however it is.
         writer = stack.enter_context(ThreadPoolExecutor(1, "sparsary-save"))
-        groups = [_group(stream, recipes, earlier, accelerator, writer, stack) for stream, recipes in together]
+        groups = [build_group(stream, recipes, earlier, accelerator, writer, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
         for member in (member for group in groups for member in group.members):
             member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])
@@ -362,7 +331,7 @@ def _train(
             ) from None
     unfinished = [member.state.step for group in groups for member in group.members if not member.done]
     if stop.signal_number is not None and unfinished:
-        raise Stopped(stop.signal_number, min(unfinished))
+        raise Stopped(stop.signal_number, f"at step {min(unfinished)}; everything is saved.")
     for group in groups:
         # Stops prefetching, because calibration reads from the same source.
         group.stream.close()
@@ -402,175 +371,3 @@ def _passes(member: TrainedMember, stream: ActivationStream) -> list[Shortfall]:
     """Return a shortfall if a source other than a store had fewer tokens than were trained on."""
     tokens, have = member.recipe.tokens, stream.distinct_tokens
     return shortfall("tokens", tokens, have, "tokens", repeated(tokens, have)) if have else []
-
-
-@dataclass(frozen=True)
-class Start:
-    """Initialization data of the dictionaries over one stream; ``medians`` caches the sample's medians, by side and scale."""
-
-    stream: ActivationStream
-    sample: ActivationBatch
-    moments: Moments
-    target_moments: Moments
-    medians: dict[tuple[str, bytes], Tensor]
-
-    def widths(self, section: DictionarySection) -> dict[str, int]:
-        """Return the width of every hook: a side of the sample concatenates its hooks, which are equally wide.
-
-        Raises:
-            ValueError: If a user's tensors cannot be split into that many hooks.
-        """
-        target = self.sample.x if self.sample.target is None else self.sample.target
-        found = {}
-        for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
-            width, rest = divmod(rows.shape[1], len(hooks))
-            if rest:
-                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} layers, got {rows.shape[1]}.")
-            found |= dict.fromkeys(hooks, width)
-        return found
-
-
-def _group(
-    stream: ActivationStream,
-    recipes: list[Recipe],
-    earlier: Mapping[str, Recipe],
-    accelerator: Accelerator,
-    writer: Executor,
-    stack: ExitStack,
-) -> Group:
-    """Build all members over one stream, and move it to where the first unfinished member resumes."""
-    # For user iterables that generate random tensors.
-    torch.manual_seed(recipes[0].seed)
-    # A resumed run takes from the sample only its width. Other sources than a store may draw random numbers for it.
-    resumed = isinstance(stream, StoreStream) and all(recipe.out_dir in earlier for recipe in recipes)
-    sample = stream.start_sample(1 if resumed else SAMPLE_TOKENS)
-    start = Start(stream, sample, stream.moments(), stream.target_moments(), {})
-    members = []
-    for recipe in recipes:
-        with Randomness(recipe.seed) as randomness:
-            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, writer)
-        stack.callback(member.report.close)
-        members.append(member)
-    state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
-    if state.stream_position is not None:
-        stream.seek(state.stream_position)
-    return Group(stream, members)
-
-
-def _member(
-    recipe: Recipe,
-    start: Start,
-    earlier: Recipe | None,
-    randomness: Randomness,
-    accelerator: Accelerator,
-    writer: Executor,
-) -> TrainedMember:
-    """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
-    directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
-    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
-    if earlier is None:
-        moments = (start.moments, start.target_moments)
-        initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
-    ranks = mesh(recipe.distributed.latents)
-    require_divisible(
-        whole, [whole.encoder, *map(build_encoder, (phase.encoder for phase in recipe.phases))], ranks.shards.size
-    )
-    dictionary = own_part(whole, ranks.shards)
-    dictionary.ranks = ranks.batch
-    # The default is half the width of one output hook.
-    auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
-    zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
-    aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
-    divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
-    weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
-        accelerator.device
-    )
-    phases = Phases(dictionary, recipe).to(accelerator.device)
-    if recipe.screen != "none":
-        dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
-    optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
-    keep_bytes = 0 if earlier is None else state.restore(directory, dictionary, phases, optimizer)
-    if earlier is not None:
-        log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
-    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
-    objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
-    wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
-    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
-    report = TrainingLog(recipe, directory, keep_bytes, state.tokens, written=ranks.world.rank == 0)
-    schedule = Schedule(optimizer, dictionary, phases, recipe)
-    dictionary.train()
-    return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
-
-
-def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
-    """Record that a run was lengthened, and return a message on its schedules; empty if it was not."""
-    if earlier.tokens == recipe.tokens:
-        return ""
-    state.lengthened.append([state.step, earlier.tokens])
-    last = lr_share(earlier, state.step - 1) if state.step else 0.0
-    moved = ["phases"] * bool(recipe.phases) + ["schedules"] * bool(recipe.schedules)
-    return (
-        f" tokens was raised from {earlier.tokens:,} to {recipe.tokens:,}. lr, {last:.1%} of its peak so far, "
-        f"continues at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
-        + "".join(f"; {name} are shares of the longer run from here on" for name in moved)
-        + "."
-    )
-
-
-def needs_gradient(recipe: Recipe) -> bool:
-    """Return True if an encoder of the run selects latents by the loss gradient."""
-    specs = [recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)]
-    return any(ENCODERS[spec["name"]].needs_gradient for spec in specs)
-
-
-def _precision(recipe: Recipe, device: torch.device) -> str:
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    wanted = recipe.precision if recipe.precision != "auto" else ("bf16" if has_bf16 else "float32")
-    return "bf16" if wanted == "bf16" else "no"
-
-
-def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
-    """Return a dictionary's provenance: enough to evaluate it on the same model, hooks and held-out documents."""
-    resolved = recipe.model_dump(mode="json")
-    model = resolved["model"]
-    commit = ((stream.content() or {}).get("model") or {}).get("commit")
-    if isinstance(stream, StoreStream):
-        model = model | {"revision": stream.store.manifest["model"]["revision"]}
-    elif commit is not None:
-        model = model | {"revision": commit}
-    section = recipe.dictionary
-    hooks = {"hooks_in": list(section.hooks_in), "hooks_out": list(section.hooks_out)}
-    return {
-        "model": None if isinstance(stream, TensorStream) else model,
-        **({"hook": section.hook} if section.kind == "sae" else {}),
-        **hooks,
-        "text": resolved["text"],
-        "harvest": {key: resolved["harvest"][key] for key in ("dtype", "heldout", "exclude_special", "exclude_leading")},
-        "recipe": resolved,
-        "sparsary_version": _version(),
-        "git_commit": git_commit(),
-    }
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version("sparsary")
-    except metadata.PackageNotFoundError:
-        return None
-
-
-@cache
-def git_commit() -> str | None:
-    """Return the commit of this source checkout; ``None`` if it is not a checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        tracked = subprocess.run(
-            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=False
-        )
-    except OSError:
-        return None
-    # For a copy installed inside another repository, git would report that repository's commit.
-    return found.stdout.strip() if found.returncode == 0 and tracked.returncode == 0 else None

@@ -8,10 +8,14 @@ from typing import Any
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """Raised when a signal stopped a run early, after its state was saved; the same command resumes it."""
+    """Raised when a signal stopped a run early; the same command resumes it.
 
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"Stopped at step {step}; everything is saved. The same command continues.")
+    Args:
+        kept: Sentence on where the run stopped, and what of it is saved.
+    """
+
+    def __init__(self, signal_number: int, kept: str):
+        super().__init__(f"Stopped {kept} The same command continues.")
         self.signal_number = signal_number
 
 

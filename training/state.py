@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,13 @@ from .phases import Phases, density_half_life
 
 STATE_FILE = "state.safetensors"
 FORMAT_VERSION = 2
+
+
+class Logged(NamedTuple):
+    """Length and CRC-32 of what a run has written to ``metrics.jsonl``; earlier versions kept no checksum."""
+
+    bytes: int = 0
+    crc32: str | None = None
 
 
 class NotFinite(ValueError):  # noqa: N818 - said like this it reads as what happened
@@ -75,6 +82,8 @@ class TrainState:
         self.step = 0
         self.tokens = 0
         self.saved_step = 0
+        # Tokens to train on; set by the trainer.
+        self.budget: int | None = None
         # [step, tokens]: the step at which the run was lengthened, and its token budget before.
         self.lengthened: list[list[int]] = []
         self.stream_position: dict[str, Any] | None = None
@@ -123,16 +132,22 @@ class TrainState:
         phases: Phases,
         optimizer: torch.optim.Optimizer,
         stream: ActivationStream,
-        metrics_bytes: int,
+        logged: Logged,
     ) -> "StateContents":
-        """Return what a state of this step consists of; the tensors are those of the run, which the next step changes."""
+        """Return what a state of this step consists of; the tensors are those of the run, which the next step changes.
+
+        Args:
+            logged: What the run has written to ``metrics.jsonl``.
+        """
         active = next(number for number, encoder in enumerate(phases.encoders) if encoder is dictionary.encoder)
         counters = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "tokens": self.tokens,
             "stream": stream.position(),
-            "metrics_bytes": metrics_bytes,
+            "metrics_bytes": logged.bytes,
+            "metrics_crc32": logged.crc32,
+            "budget": self.budget,
             "lengthened": self.lengthened,
             # A resumed run takes the same paths; measured again, they might differ.
             "break_evens": known_break_evens(),
@@ -162,8 +177,8 @@ class TrainState:
         dictionary: SparseDictionary,
         phases: Phases,
         optimizer: torch.optim.Optimizer,
-    ) -> int:
-        """Restore everything that a state contains, and return the length of ``metrics.jsonl`` at that time.
+    ) -> Logged:
+        """Restore everything that a state contains, and return what ``metrics.jsonl`` held at that time.
 
         The stream is shared with other runs, so only its position is kept, in ``stream_position``. Random-generator states
         are set in torch's current generators, which are the run's own while its ``Randomness`` is entered.
@@ -187,7 +202,7 @@ class TrainState:
             raise ValueError(f"{path}: expected the state of this run ({reason}). Delete the out_dir to start over.") from None
         phases.select(dictionary, max(self.step - 1, 0))
         self.saved_step = self.step
-        return counters["metrics_bytes"]
+        return _logged(counters)
 
     def restore_tensors(
         self, tensors: dict[str, Tensor], dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer
@@ -251,10 +266,40 @@ def saved_step(directory: Path) -> int:
     Raises:
         ValueError: If the file is damaged.
     """
+    return _saved_counters(directory)["step"]
+
+
+def saved_budget(directory: Path) -> int | None:
+    """Return the number of tokens that a saved run was to train on; ``None`` if an earlier version wrote the state.
+
+    A damaged file has none either: ``restore`` names the damage.
+    """
+    try:
+        found = _saved_counters(directory).get("budget")
+    except ValueError:
+        return None
+    return found if isinstance(found, int) else None
+
+
+def saved_log(directory: Path) -> Logged:
+    """Return what ``metrics.jsonl`` held when a run's state was saved.
+
+    Raises:
+        ValueError: If the state's file is damaged or missing.
+    """
+    return _logged(_saved_counters(directory))
+
+
+def _logged(counters: Mapping[str, Any]) -> Logged:
+    crc32 = counters.get("metrics_crc32")
+    return Logged(counters["metrics_bytes"], crc32 if isinstance(crc32, str) else None)
+
+
+def _saved_counters(directory: Path) -> dict[str, Any]:
     path = directory / STATE_FILE
     try:
         with safe_open(path, "pt") as handle:
-            return _counters(handle.metadata() or {})["step"]
+            return _counters(handle.metadata() or {})
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected the state of a run ({error}). Delete the out_dir to start over.") from None
 

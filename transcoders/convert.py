@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ..sae.dictionary import OneSiteDictionary, SparseDictionary
+from ..sae.dictionary import SparseDictionary
 from ..sae.formats import FORMATS, CanonicalSAE, known, write_dictionaries, write_dictionary
 from ..sae.formats.canonical import ActivationFn
 from ..sae.formats.conversion import from_dictionary
+from ..sae.one_site import OneSiteDictionary
 from .load import NO_OPTIONS, CheckpointOptions, FoundDictionaries, Provenance, find
 from .stack import Stack, hooks_of_provenance
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..sae.batch_encoder import LEVEL_BATCHES
 from ..sae.batch_selection import between
-from ..sae.dictionary import LatentBlock, SparseDictionary, calibrate_cuts, required_input
+from ..sae.dictionary import LatentBlock, SparseDictionary, required_input
 from ..sae.encoder import Encoder, Weights, scorer, with_gradient
 from ..sae.encoders import encoder_spec
 from ..sae.penalised import Penalised
 from ..sae.ranks import ALONE, largest_of_all
 from ..sae.sparse_code import AuxTerms, Revival, SparseCode, group_by_latent
+from ..sae.thresholds import calibrate_cuts
 from ..sae.tiled_scores import Scorer, above, largest_of_batch
 
 # Encoders that select latents of one layer and token from pre-activations alone and whose training needs no second code.

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..sae.checkpoint import load_dictionary, read_config
-from ..sae.dictionary import CONFIG_FILE, WEIGHTS_FILE, SparseDictionary
+from ..sae.checkpoint import load_dictionary
+from ..sae.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE, read_config
+from ..sae.dictionary import SparseDictionary
 from ..sae.files import at_home
 from ..sae.formats import ReadOptions, read_dictionary
 from ..sae.formats.files import HubSource, SourceFiles, recording

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..sae.checkpoint import load_dictionary, read_config
-from ..sae.dictionary import CONFIG_FILE, SparseDictionary
+from ..sae.checkpoint import load_dictionary
+from ..sae.checkpoint_files import CONFIG_FILE, read_config
+from ..sae.dictionary import SparseDictionary
 from ..sae.files import natural_order
 from ..sae.inspection import hooks_of_provenance
 

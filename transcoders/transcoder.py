@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..sae.dictionary import OneSiteDictionary, required_input
+from ..sae.dictionary import required_input
 from ..sae.encoder import Encoder
 from ..sae.encoders import encoder_spec
+from ..sae.one_site import OneSiteDictionary
 
 
 class Transcoder(OneSiteDictionary):

@@ -12,7 +12,7 @@ import torch
 
 from sparsary.sae import load_dictionary
 from sparsary.sae.batch_encoder import BatchWide
-from sparsary.sae.checkpoint import read_config
+from sparsary.sae.checkpoint_files import read_config
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import ActivationStore, RowReader
 

@@ -29,7 +29,7 @@ from sparsary.eval.metrics.dark_matter.remedies import PARTS, ErrorParts, parts_
 from sparsary.eval.metrics.dark_matter.widths import Judged, WidthLaw, evaluate_widths, fit_width_law
 from sparsary.eval.pages.plots import ACCENT, BAD, INK, MUTED, STYLE, WARN
 from sparsary.sae import SparseDictionary, load_dictionary
-from sparsary.sae.checkpoint import read_config
+from sparsary.sae.checkpoint_files import read_config
 from sparsary.sae.metrics import RunningFvu
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import Recipe, check_recipe, override, read_values

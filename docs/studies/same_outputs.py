@@ -24,7 +24,7 @@ IGNORED = {
     "report_path",
 }
 # Hash of a file whose header names the commit.
-IGNORED |= {"weights_sha256"}
+IGNORED |= {"weights_sha256", "checksum"}
 
 
 def differences(before: Any, after: Any, where: str = "") -> list[str]:

@@ -5,6 +5,7 @@ text that evaluates only the graph's latents.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,10 @@ from ...training.recipe import HarvestSection, TextSection
 from ...training.stages import stage
 from ..features.collect import BATCH_CONTEXTS, NO_TOKEN, Collector, Limits
 from ..features.run import RECORDS_FILE
+from ..pages.examples import about_records
 from .replacement_model import Replacement
+
+log = logging.getLogger(__name__)
 
 # (layer, index of the latent in that layer).
 Latent = tuple[int, int]
@@ -90,9 +94,18 @@ def read_heldout(
 
 
 def read_records(directory: str | Path, wanted: Mapping[int, Latent]) -> dict[Latent, Note]:
-    """Read notes from a checkpoint's ``features.jsonl``, if it has one; ``wanted`` maps record numbers to latents."""
+    """Read notes from a checkpoint's ``features.jsonl``, if it has one; ``wanted`` maps record numbers to latents.
+
+    Damaged records are left out with a warning.
+    """
     path = Path(directory) / "features" / RECORDS_FILE
     if not path.is_file():
+        return {}
+    try:
+        if path.with_suffix(".json").is_file():
+            about_records(path)
+    except ValueError as error:
+        log.warning("Contexts are searched anew: %s", error)
         return {}
     notes = {}
     with path.open(encoding="utf-8") as lines:

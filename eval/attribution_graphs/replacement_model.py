@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae.dictionary import OneSiteDictionary, SparseDictionary
+from ...sae.dictionary import SparseDictionary
+from ...sae.one_site import OneSiteDictionary
 from ...sae.sparse_code import SparseCode
 from ...training.activations.architecture import Architecture
 from ...training.activations.splice import Insertion, TokenPlace

@@ -1,6 +1,5 @@
 """Attribution graph of a checkpoint on a prompt: ``graph.json`` and ``graph.html``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...sae.files import write_text
+from ...sae.files import write_json
 from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
@@ -121,7 +120,7 @@ def save_graph(graph: AttributionGraph, directory: str | Path, labels: GraphLabe
 
 def _written_page(path: Path, data: Mapping[str, Any]) -> Path:
     """Write the page's data next to the graph, render the page, and return its path."""
-    write_text(path.with_name(DATA_FILE), json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+    write_json(path.with_name(DATA_FILE), data, sealed=True, compact=True)
     return render_file(path)
 
 

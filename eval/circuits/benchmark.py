@@ -185,7 +185,7 @@ def circuits(
     for name, graph in edge_files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         write_json(directory / name, graph)
-    write_json(directory / "circuits.json", found)
+    write_json(directory / "circuits.json", found, sealed=True)
     page = render_file(directory / "circuits.json")
     return Report(found | {"path": str(directory / "circuits.json"), "page_path": str(page)}, found["rows"])
 

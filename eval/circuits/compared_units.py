@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae.dictionary import OneSiteDictionary
+from ...sae.one_site import OneSiteDictionary
 from ...training.activations.model import LanguageModel, load_model
 from ...training.activations.sites import find_block, n_layers, neuron_hook
 from ...training.recipe import ModelSection

@@ -7,17 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...sae.checkpoint import read_config
-from ...sae.dictionary import CONFIG_FILE
+from ...sae.checkpoint_files import CONFIG_FILE, read_config
 from ...sae.files import read_json, write_json
 from ...sae.suggestions import require_choice
 from ...training.checkpoints import RECIPE_FILE, run_changes
 from ...training.content import Content
-from ...training.preflight import TrainingPlan, preflight
+from ...training.preflight import preflight
 from ...training.recipe import Recipe, load_recipe
-from ...training.report import METRICS_FILE
+from ...training.report import METRICS_FILE, check_log
 from ...training.resolve_hooks import ResolvedRecipe, resolve_recipes
 from ...training.run import run_harvest, train_recipe
+from ...training.training_plan import TrainingPlan
 from ...transcoders.load import CheckpointOptions, RecipeValue
 from ..pages.differences import off_target_words
 from ..pages.numbers import finite, show
@@ -81,7 +81,7 @@ def compare_recipes(
     comparison = collect_run_groups(
         {name: [Path(run.recipe.out_dir) for run in members] for name, members in runs.items()}, live, against, match_l0
     )
-    write_json(Path(out) / "comparison.json", comparison)
+    write_json(Path(out) / "comparison.json", comparison, sealed=True)
     return Report(comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}, comparison.get("families"))
 
 
@@ -210,6 +210,7 @@ def collect_run_groups(
 
 
 def _point(path: Path, seed: int, report: Report) -> Point:
+    check_log(path)
     return Point(((path, 1.0),), report | {"tokens_per_second": training_speed(path / METRICS_FILE)}, seed)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...sae.dictionary import CONFIG_FILE, WEIGHTS_FILE
+from ...sae.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from ...sae.files import read_json, sha256, write_json
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import stack_folders
@@ -89,7 +89,7 @@ def compare_runs(
         evaluate_all(wanted, tokens=tokens, cache=cache, options=options)
     comparison = collect_runs(runs, against, match_l0)
     Path(out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(out) / "comparison.json", comparison)
+    write_json(Path(out) / "comparison.json", comparison, sealed=True)
     return Report(comparison | {"page_path": str(render_file(Path(out) / "comparison.json"))}, comparison["runs"])
 
 

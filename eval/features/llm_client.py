@@ -112,7 +112,7 @@ class Endpoint(Chat):
         self._count(reply)
         if file is not None and text:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"request": body, "answer": text})
+            write_json(file, {"request": body, "answer": text}, sealed=True)
         return text
 
     def require_ready(self) -> None:

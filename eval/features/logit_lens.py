@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...sae.dictionary import OneSiteDictionary, SparseDictionary
+from ...sae.dictionary import SparseDictionary
+from ...sae.one_site import OneSiteDictionary
 from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel
 from ...transcoders.stack import hooks_of_provenance

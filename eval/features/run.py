@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...sae.dictionary import SparseDictionary
-from ...sae.files import replacing, write_json
+from ...sae.files import file_crc32, replacing, write_json
 from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.bad_rows import counted
 from ...training.recipe import ModelSection, TextSection
@@ -23,6 +23,7 @@ from ...transcoders.stack import hooks_of_provenance
 from ..checkpoint import LoadedCheckpoint, open_checkpoint
 from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
+from ..pages.examples import RECORDS_DIGEST
 from ..pages.render import render_file
 from ..result import Features
 from .autointerp import Evidence, evidence, score_explanations
@@ -225,10 +226,10 @@ def write_features(directory: Path, about: dict[str, Any], records: Iterable[Fea
             for name, value in record["scores"].items():
                 if value is not None:
                     values[name].append(value)
-    about = about | {"dead": dead}
+    about = about | {"dead": dead, RECORDS_DIGEST: file_crc32(directory / RECORDS_FILE)}
     for name, known in values.items():
         about |= {f"{name}_median": number(np.median(known)) if known else None, f"{name}_latents": len(known)}
-    write_json(directory / ABOUT_FILE, about)
+    write_json(directory / ABOUT_FILE, about, sealed=True)
     return Features(about | {"page_path": str(render_file(directory / ABOUT_FILE))}, directory / RECORDS_FILE)
 
 

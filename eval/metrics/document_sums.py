@@ -53,7 +53,7 @@ def merged_sums(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, np.ndar
 
 def write_sums(directory: Path, sums: Sums) -> None:
     """Write the sums next to a report, atomically."""
-    write_tensors(directory / SUMS_FILE, {name: torch.from_numpy(values) for name, values in sums.items()}, {})
+    write_tensors(directory / SUMS_FILE, {name: torch.from_numpy(values) for name, values in sums.items()}, {}, sealed=True)
 
 
 def read_sums(directory: Path) -> dict[str, np.ndarray] | None:

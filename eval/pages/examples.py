@@ -1,19 +1,24 @@
 """Example latents of a report, read from the ``features.jsonl`` of the same dictionary."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...sae.files import read_json
+from ...sae.files import read_json, require_crc32
 from .links import address
 
+# Entry of features.json: CRC-32 of the records.
+RECORDS_DIGEST = "records_crc32"
 # Examples are the live latents at these quantiles of firing density, so that none is picked by hand.
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 CONTEXTS, TOKENS, BEFORE, AFTER = 3, 5, 14, 8
 FIGURES = re.compile(r'"latent": ?(\d+),.{0,80}?"density": ?([\d.eE+-]+)')
 LATENT = re.compile(r'"latent": ?(\d+),')
+
+log = logging.getLogger(__name__)
 
 
 class ContextToken(NamedTuple):
@@ -47,15 +52,35 @@ class FeaturesFiles(NamedTuple):
 
 
 def features_files(directories: Iterable[Path], n_latents: int | None = None) -> FeaturesFiles | None:
-    """Return the first features files at the directories' default places, if they are of a dictionary of this size."""
+    """Return the first features files at the directories' default places, if they are of a dictionary of this size.
+
+    Damaged ones are left out with a warning: the page of another result does not depend on them.
+    """
     for directory in directories:
         for folder in (directory / "features", directory):
             records = folder / "features.jsonl"
-            if records.is_file() and records.with_suffix(".json").is_file():
-                about = read_json(records.with_suffix(".json"))
-                if n_latents in (None, about.get("n_latents")):
-                    return FeaturesFiles(records, about, records.with_suffix(".html"))
+            if not (records.is_file() and records.with_suffix(".json").is_file()):
+                continue
+            try:
+                about = about_records(records)
+            except ValueError as error:
+                log.warning("No latents are shown: %s", error)
+                continue
+            if n_latents in (None, about.get("n_latents")):
+                return FeaturesFiles(records, about, records.with_suffix(".html"))
     return None
+
+
+def about_records(records: Path) -> dict[str, Any]:
+    """Return the description of a file of records, ``features.json`` beside it.
+
+    Raises:
+        ValueError: If it is missing or damaged, or the records differ from the checksum in it.
+    """
+    beside = records.with_suffix(".json")
+    about = read_json(beside)
+    require_crc32(records, about.get(RECORDS_DIGEST), beside.name)
+    return about
 
 
 def example_latents(files: FeaturesFiles, page: Path) -> list[ExampleLatent]:

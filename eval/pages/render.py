@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from ...sae.files import read_json, write_text
+from ...sae.files import read_json, require_crc32, write_text
 from .attribution_graph import render_graph
 from .circuits import render_circuits
 from .drawn_latents import drawn_latents
-from .examples import example_latents, features_files
+from .examples import about_records, example_latents, features_files
 from .features import render_features
 from .links import enter_in_others, found_page, page_links, run_directories, with_links
 from .probing import render_probing
@@ -19,6 +19,8 @@ from .report import render_report
 from .runs import render_runs
 from .stack import render_stack
 
+# Entry of probing.json: CRC-32 of factors.jsonl.
+FACTORS_DIGEST = "factors_crc32"
 # Suffix of the page's own data file: graph.json has the format of another project and lacks some of it.
 GRAPH_PAGE = "-page"
 
@@ -137,9 +139,19 @@ def _graph_data(path: Path) -> dict[str, Any]:
     return read_json(beside)
 
 
+def _features(path: Path, found: dict[str, Any]) -> str:
+    """Render the records of latents beside their description."""
+    records = path.with_suffix(".jsonl")
+    if records.is_file():
+        about_records(records)
+    return render_features(found, _lines(records))
+
+
 def _probing(path: Path, found: dict[str, Any]) -> str:
     """Render probing results, with the rows of every factor if their file is there."""
     rows = path.with_name("factors.jsonl")
+    if rows.is_file():
+        require_crc32(rows, found.get(FACTORS_DIGEST), path.name)
     features = found_page(str(found.get("checkpoint")), "features", path)
     return render_probing(found, list(_lines(rows)) if rows.is_file() else [], features)
 
@@ -175,7 +187,7 @@ KINDS = (
         frozenset({"schema_version", "n_latents", "hooks_in", "sampled_tokens"}),
         "sparsary features",
         "features",
-        lambda path, found: render_features(found, _lines(path.with_suffix(".jsonl"))),
+        _features,
     ),
     ResultKind(
         frozenset({"metadata", "qParams", "nodes", "links"}),

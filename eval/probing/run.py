@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...sae.files import write_json, write_text
+from ...sae.files import file_crc32, write_json, write_text
 from ...sae.suggestions import require_choice
 from ...training.activations.model import load_model
 from ...training.recipe import ModelSection, TextSection
 from ...training.stages import stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ..checkpoint import open_checkpoint
-from ..pages.render import render_file
+from ..pages.render import FACTORS_DIGEST, render_file
 from ..result import Report
 from . import factors
 from .datasets import Labelled, Pooled, no_factors, pool, read_labelled
@@ -137,7 +137,7 @@ def probe(
             else:
                 report[f"{task}_done"] = True
         shown.update(len(wanted), "")
-    write_json(found.path, report)
+    write_json(found.path, report, sealed=True)
     render_file(found.path)
     return found
 
@@ -167,7 +167,7 @@ def _factors(subject: ProbeTarget, tokens: int | None, seed: int, found: Probing
     report, rows = factors.factor_scores(subject, tokens or factors.DEFAULT_TOKENS, seed)
     _write_lines(target / "factors.jsonl", rows)
     found.tables.append(factors.factors_table(report, rows))
-    return report
+    return report | {FACTORS_DIGEST: file_crc32(target / "factors.jsonl")}
 
 
 def _supervised(subject: ProbeTarget, seed: int, found: ProbingResults, target: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Beside:
     def put(self, group: type[MetricGroup], options: MetricOptions, found: GroupResult, documents: int | None) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.path(group, options), found._asdict() | {"text": self._text_record(documents)})
+            write_json(self.path(group, options), found._asdict() | {"text": self._text_record(documents)}, sealed=True)
         except OSError as error:
             log.warning("%s: results cannot be cached here (%s); the next evaluation recomputes them.", self.folder, error)
 

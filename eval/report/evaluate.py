@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ...sae import SparseDictionary
-from ...sae.dictionary import CONFIG_FILE
+from ...sae.checkpoint_files import CONFIG_FILE
 from ...sae.files import write_json
 from ...sae.rows import as_rows
 from ...sae.training_usage import TrainingUsage
 from ...training.activations.tensor_stream import Activations, TensorStream
 from ...training.bad_rows import counted
 from ...training.recipe import TextSection
-from ...training.report import METRICS_FILE
+from ...training.report import METRICS_FILE, check_log
 from ...training.stages import StageProgress, stage
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions, doubts_of_files
 from ...transcoders.stack import hooks_of_provenance
@@ -267,12 +267,14 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
     report["doubts"] = [*doubts_of_files(source), *doubts, *candidate.opened.changed, *report["doubts"]]
     candidate.out.mkdir(parents=True, exist_ok=True)
     log_of_run = candidate.member.directory / METRICS_FILE
+    if log_of_run.exists() and not candidate.opened.foreign:
+        check_log(candidate.member.directory)
     if log_of_run.exists() and not candidate.opened.foreign and not (candidate.out / CONFIG_FILE).exists():
         # The page reads its training curve from the report's directory.
         shutil.copyfile(log_of_run, candidate.out / METRICS_FILE)
     # Removed first, so that old sums never lie next to a newer report.
     (candidate.out / SUMS_FILE).unlink(missing_ok=True)
-    write_json(candidate.out / "report.json", report)
+    write_json(candidate.out / "report.json", report, sealed=True)
     if sums:
         write_sums(candidate.out, merged_sums(sums))
     return Report(report | {"report_path": str(render_file(candidate.out / "report.json"))})

@@ -80,7 +80,7 @@ def evaluate_opened(opened: LoadedCheckpoint, out: str | Path | None = None, tok
     report |= told_shortfalls(opened.name, sources, eval_shortfalls(*had))
     target = Path(out) if out is not None else opened.results
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "report.json", report)
+    write_json(target / "report.json", report, sealed=True)
     return Report(report | {"report_path": str(render_file(target / "report.json"))})
 
 

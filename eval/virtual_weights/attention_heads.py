@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae.dictionary import OneSiteDictionary
+from ...sae.one_site import OneSiteDictionary
 from ...training.activations.architecture import BlockWeights, LayerTrace
 from .linear_readers import readers
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...sae.dictionary import OneSiteDictionary
+from ...sae.one_site import OneSiteDictionary
 
 
 class Readers(NamedTuple):

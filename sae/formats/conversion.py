@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import KINDS, build_dictionary
-from ..dictionary import OneSiteDictionary, SparseDictionary
+from ..dictionary import SparseDictionary
 from ..encoders import build_encoder, encoder_spec
 from ..encoders.jumprelu import JumpReLU
+from ..one_site import OneSiteDictionary
 from .canonical import ActivationFn, CanonicalCrossLayer, CanonicalSAE
 from .folding import EQUAL, equal_norms, fold_b_in, fold_norm_into_threshold, fold_norms, norms_of, wide
 

@@ -207,8 +207,28 @@ def _damage_checkpoint(name: str) -> None:
     fault(name, "eval")(inject)
 
 
+def _damage_report(name: str) -> None:
+    """Damage a report, or its sums by document, before it is compared with another one."""
+
+    def inject(workshop: Workshop, folder: Path, generator: random.Random) -> Outcome:
+        workshop.copy(workshop.reports, folder)
+        # A report without sums is an earlier version's, and has no intervals.
+        files = ("report.json",) if name == "missing file" else ("report.json", "report.json", "documents.safetensors")
+        path = folder / "a" / generator.choice(files)
+        whole = path.read_bytes()
+        DAMAGE[name](path, generator)
+        first = workshop.compare(folder)
+        path.write_bytes(whole)
+        differs = lambda: report_difference(folder / "comparison", workshop.reports / "comparison", "comparison.json")  # noqa: E731
+        outcome = settled(first, differs, lambda: workshop.compare(folder))
+        return Outcome(outcome.word, outcome.why and f"{path.name}: {outcome.why}")
+
+    fault(name, "compare")(inject)
+
+
 for _name in DAMAGE:
     _damage_run(_name)
+    _damage_report(_name)
     _damage_store(_name)
     _damage_checkpoint(_name)
 _damage_store("missing file", 2)
@@ -325,6 +345,33 @@ def _killed_while_writing(work: str, size: int = 1) -> None:
 for _work in ("train", "resume", "harvest", "eval"):
     _killed_while_writing(_work)
 _killed_while_writing("train", 2)
+
+
+def _ended_in_harvest(what: str, size: int) -> None:
+    """End or stop one rank when it runs a batch of text; then harvest again."""
+
+    def inject(workshop: Workshop, folder: Path, generator: random.Random) -> Outcome:
+        store = folder / "store"
+        arguments = workshop.harvest(store)
+        sabotage = Sabotage(what, generator.randrange(size), generator.randrange(1, 4), where="batch")
+        first = workshop.ranks(arguments, size, sabotage)
+        if None in [status for rank, status in enumerate(first.statuses) if rank != sabotage.rank]:
+            return Outcome(WRONG, f"other ranks hang: {first}")
+        if what == "terminate" and not first.succeeded and set(first.statuses) != {143}:
+            return Outcome(WRONG, f"not all ranks stopped: {first}")
+        must_name = not first.succeeded and size > 1 and what in ("kill", "hang", "sleep")
+        if must_name and f"rank {sabotage.rank} of {size} ended or does not answer" not in first.message:
+            return Outcome(WRONG, f"rank {sabotage.rank} is not named: {first.message[-600:]}")
+        differs = lambda: store_difference(store, workshop.store)  # noqa: E731
+        return settled(first, differs, lambda: workshop.ranks(arguments, size), size == 1 and what == "kill")
+
+    named = {"kill": "SIGKILL", "hang": "hanging rank", "sleep": "hanging rank", "terminate": "SIGTERM"}
+    fault(named[what], "harvest", size)(inject)
+
+
+_ended_in_harvest("terminate", 1)
+for _what in ("kill", "hang", "sleep", "terminate"):
+    _ended_in_harvest(_what, 2)
 
 
 # Rows, clocks, and what else may be wrong.

@@ -28,7 +28,7 @@ class Sabotage:
     what: str
     rank: int
     step: int
-    # Instead of a step: the number of times that a file has been synced, or its tensors written.
+    # Instead of a step: the number of times that a file was synced, its tensors written, or a batch of text run.
     where: str = "step"
 
 
@@ -107,9 +107,11 @@ def _arm(sabotage: Sabotage) -> None:
 
     from sparsary.sae import files
     from sparsary.training import loop
+    from sparsary.training.activations import harvest
 
     if sabotage.where != "step":
-        home, name = (os, "fsync") if sabotage.where == "sync" else (files, "_memory")
+        places = {"sync": (os, "fsync"), "write": (files, "_memory"), "batch": (harvest, "rows_of")}
+        home, name = places[sabotage.where]
         real, calls = getattr(home, name), [0]
 
         def counted(*arguments: Any) -> Any:

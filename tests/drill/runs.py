@@ -109,19 +109,31 @@ def store_difference(store: Path, right: Path) -> str:
     )
 
 
-def report_difference(report: Path, right: Path) -> str:
+def report_difference(report: Path, right: Path, name: str = "report.json") -> str:
     """Return how an evaluation differs from the right one; empty if it does not."""
     try:
-        found, wanted = (json.loads((each / "report.json").read_text()) for each in (report, right))
+        found, wanted = (json.loads((each / name).read_text()) for each in (report, right))
     except (OSError, ValueError) as error:
-        return f"report.json: {error}"
-    return "" if _results(found) == _results(wanted) else "report.json"
+        return f"{name}: {error}"
+    return "" if _results(found) == _results(wanted) else name
 
 
 def _results(report: Any) -> Any:
     """Return a report without what depends on the time and the place."""
     if isinstance(report, dict):
-        left_out = ("seconds", "checkpoint", "date", "time", "command", "hardware", "started", "out_dir", "report_path")
+        left_out = (
+            "seconds",
+            "checkpoint",
+            "directory",
+            "date",
+            "time",
+            "command",
+            "hardware",
+            "started",
+            "out_dir",
+            "report_path",
+            "checksum",
+        )
         return {key: _results(value) for key, value in report.items() if key not in left_out}
     return [_results(each) for each in report] if isinstance(report, list) else report
 
@@ -172,6 +184,8 @@ class Workshop:
         self.right: dict[int, Path] = {}
         self.halfway: dict[int, Path] = {}
         self.report = folder / "report"
+        # Two reports and their comparison.
+        self.reports = folder / "reports"
 
     def prepare(self, two: bool = True) -> None:
         """Make the right results."""
@@ -179,6 +193,9 @@ class Workshop:
         self._must(self.command(arguments))
         self._must(self.evaluate(self.folder / "right1", self.report))
         self.right[1] = self.folder / "right1"
+        for name in ("a", "b"):
+            self.copy(self.report, self.reports / name)
+        self._must(self.compare(self.reports))
         for size in (1, 2) if two else (1,):
             half = self.folder / f"halfway{size}"
             stopped = self.ranks(self.train(half), size, Sabotage("terminate", size - 1, STOPPED_AT))
@@ -209,6 +226,10 @@ class Workshop:
 
     def evaluate(self, run: Path, report: Path) -> Attempt:
         return self.command(self.evaluation(run, report))
+
+    def compare(self, reports: Path) -> Attempt:
+        """Compare two reports, a and b."""
+        return self.command(["compare", str(reports / "a"), str(reports / "b"), "--out", str(reports / "comparison")])
 
     def write_manifest(self, store: Path, manifest: dict[str, Any]) -> None:
         """Write a store's manifest as the harvest does."""

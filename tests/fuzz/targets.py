@@ -323,11 +323,12 @@ def _read_metrics(folder: Path) -> None:
     """Continue a log whose saved state says that it had 20 whole lines, then read what is there."""
     from sparsary.training.recipe import check_recipe
     from sparsary.training.report import TrainingLog
+    from sparsary.training.state import Logged
 
     whole = folder / "metrics.jsonl"
     before = whole.read_bytes()
     values = {key: value for key, value in RECIPE.items() if key != "phases"}
-    log = TrainingLog(check_recipe(values, "recipe"), folder, 1200, 2000)
+    log = TrainingLog(check_recipe(values, "recipe"), folder, Logged(1200), 2000)
     log.handle.write("{}\n")
     log.flush()
     log.close()

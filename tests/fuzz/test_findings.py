@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 
 import sparsary
 from sparsary.sae import ENCODERS, SAE, load_dictionary
-from sparsary.sae.files import read_json, read_tensors, write_tensors
+from sparsary.sae.files import file_crc32, read_json, read_tensors, write_tensors
 from sparsary.training.activations.manifest import write_manifest
 from sparsary.training.activations.shards import ActivationStore, RowReader
 from sparsary.training.recipe import check_recipe, parse_yaml
 from sparsary.training.report import TrainingLog
+from sparsary.training.state import Logged
 
 HOOK = "transformer.h.2:out"
 
@@ -170,13 +171,26 @@ def test_a_log_that_lost_lines_is_continued_without_zeros(recipe_values, tmp_pat
     """The file was lengthened to the recorded size, with zeros."""
     line = '{"step": 1}\n'
     (tmp_path / "metrics.jsonl").write_text((2 * line)[:kept])
-    log = TrainingLog(check_recipe(recipe_values, "recipe"), tmp_path, 24, 0)
+    log = TrainingLog(check_recipe(recipe_values, "recipe"), tmp_path, Logged(24), 0)
     log.handle.write('{"step": 3}\n')
     log.flush()
     log.handle.close()
     steps = [json.loads(each)["step"] for each in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1] * (kept // 12) + [3]
     assert ("lines were lost" in caplog.text) == (kept < 24)
+
+
+def test_a_log_that_was_changed_is_told(recipe_values, tmp_path, caplog):
+    """A flipped digit would show as a point of the training curve."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    saved = Logged(24, file_crc32(path))
+    for digit, told in (("2", False), ("3", True)):
+        path.write_text(path.read_text().replace("2}", f"{digit}}}"))
+        log = TrainingLog(check_recipe(recipe_values, "recipe"), tmp_path, saved, 0)
+        assert (log.flush() == saved) != told
+        log.handle.close()
+        assert ("damaged or edited" in caplog.text) == told
 
 
 def test_a_saved_recipe_that_is_not_utf8_is_named(recipe_values, tmp_path):

@@ -33,7 +33,8 @@ from sparsary.training.activations.model import load_model
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.recipe import HarvestSection, ModelSection, Recipe, TextSection, check_recipe, load_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
-from sparsary.training.run import git_commit, train_recipe
+from sparsary.training.run import train_recipe
+from sparsary.training.versions import git_commit
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

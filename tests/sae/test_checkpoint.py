@@ -5,6 +5,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsary.sae import ENCODERS, SAE, SparseDictionary, load_dictionary
 from sparsary.sae.checkpoint import KINDS, build_dictionary, kind_class
-from sparsary.sae.files import DTYPES, remove_partial_files, replacing, sha256, write_tensors
+from sparsary.sae.checkpoint_files import read_config
+from sparsary.sae.files import DTYPES, read_json, remove_partial_files, replacing, sha256, write_json, write_tensors
 from sparsary.transcoders import Transcoder
 
 
@@ -116,6 +118,75 @@ def test_an_interrupted_save_loads_with_the_weights_own_description(checkpoint, 
     assert loaded.arguments() == newer.arguments()
     assert torch.equal(loaded.W_dec, newer.W_dec)
     assert "a save was interrupted" in caplog.text
+
+
+def test_a_flipped_bit_in_the_description_is_found(checkpoint):
+    """Was read in silence by all but the weights' loader: a report of another text, or with other training tokens."""
+    path = checkpoint / "dictionary.json"
+    whole, right = path.read_bytes(), read_config(checkpoint)
+    for place in range(0, len(whole), 5):
+        for bit in range(0, 8, 3):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(bytes(damaged))
+            # A blank between two entries, or a letter of the checksum's name, changes no value.
+            with suppress(ValueError):
+                found = read_config(checkpoint)
+                assert (found["provenance"], found["dictionary"]) == (right["provenance"], right["dictionary"]), (place, bit)
+
+
+def test_a_damaged_description_says_what_to_do(checkpoint):
+    path = checkpoint / "dictionary.json"
+    path.write_text(path.read_text().replace('"training_tokens": 7', '"training_tokens": 3'))
+    for read in (read_config, load_dictionary):
+        with pytest.raises(
+            ValueError, match=r"dictionary\.json: .* is damaged, or was edited\. Restore .* delete its entry 'ch"
+        ):
+            read(checkpoint)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_description_without_a_checksum_may_be_older_or_edited(checkpoint, edited, caplog):
+    path = checkpoint / "dictionary.json"
+    config = json.loads(path.read_text())
+    del config["checksum"]
+    if edited:
+        config["provenance"]["training_tokens"] = 3
+        # What belongs to the weights stays theirs.
+        config["dictionary"]["encoder"]["k"] = 1
+    path.write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING):
+        found, loaded = read_config(checkpoint), load_dictionary(checkpoint)
+    assert found["provenance"]["training_tokens"] == loaded.provenance["training_tokens"] == (3 if edited else 7)
+    assert loaded.encoder.k == 3
+    assert ("edited by hand, or damaged" in caplog.text) == edited
+
+
+def test_a_description_of_damaged_weights_stays_readable(checkpoint):
+    """A run is continued from its state; weights are told to be damaged by those who read them."""
+    path = checkpoint / "dictionary.safetensors"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 4
+    path.write_bytes(bytes(content))
+    assert read_config(checkpoint)["provenance"]["training_tokens"] == 7
+    with pytest.raises(ValueError, match=r"dictionary\.safetensors"):
+        load_dictionary(checkpoint)
+
+
+def test_json_that_was_sealed_is_compared_with_its_checksum(tmp_path):
+    path, values = tmp_path / "r.json", {"fvu": 0.1, "names": ("a", "b"), "by_layer": {10: 1, 9: None}, "text": "é"}
+    for compact in (False, True):
+        write_json(path, values, sealed=True, compact=compact)
+        assert read_json(path) == {"fvu": 0.1, "names": ["a", "b"], "by_layer": {"10": 1, "9": None}, "text": "é"}
+        # The layout of the file does not count.
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+        assert read_json(path)["fvu"] == 0.1
+        path.write_text(path.read_text().replace("0.1", "0.3"))
+        with pytest.raises(ValueError, match=r"r\.json: expected the checksum .* is damaged, or was edited"):
+            read_json(path)
+    write_json(path, values)
+    path.write_text(path.read_text().replace("0.1", "0.3"))
+    assert read_json(path)["fvu"] == 0.3
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

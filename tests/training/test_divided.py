@@ -12,23 +12,6 @@ from sparsary.training.divided import own_part, whole_tensors
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
 
 TOKENS, D = 36, 11
-SPECS = [
-    {"name": "topk", "k": 3},
-    {"name": "mutual_choice", "k": 3},
-    {"name": "batch_topk", "k": 3},
-    {"name": "matryoshka", "k": 3},
-    {"name": "lista", "k": 3, "steps": 2},
-    {"name": "lista", "k": 3, "budget": "token"},
-    {"name": "lista", "k": 3, "select": "soft"},
-    {"name": "lista", "k": 3, "budget": "token", "select": "soft"},
-    {"name": "multi_topk", "k": 2},
-    {"name": "signed_topk", "k": 3, "by": "size"},
-    {"name": "gradient_topk", "k": 3, "beta": 2},
-    {"name": "relu", "target_l0": 3},
-    {"name": "gated", "target_l0": 3},
-    {"name": "jumprelu", "target_l0": 3},
-    {"name": "jumprelu", "target_l0": 3, "penalty": "tanh"},
-]
 
 
 @pytest.fixture
@@ -41,10 +24,9 @@ def part(tensor, ranks):
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (1, 4), (2, 2)], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
-def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, spec, mesh):
+def test_latents_divided_among_ranks_give_the_whole_dictionary(on_mesh, divided_spec, mesh):
     """Codes, reconstructions, gradients and statistics, with dead latents and every auxiliary loss."""
-    compare_with_whole(on_mesh, spec, mesh)
+    compare_with_whole(on_mesh, divided_spec, mesh)
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (2, 2)], ids=str)
@@ -115,5 +97,5 @@ def compare_with_whole(on_mesh, spec, mesh, progress=0.5):
                 )
 
 
-def test_every_trainable_encoder_is_divided_or_says_why_not():
-    assert {name for name, encoder in ENCODERS.items() if encoder.undivided} == {"feature_choice", "matching_pursuit"}
+def test_every_trainable_encoder_is_divided_or_says_why_not(encoder_specs):
+    assert {name for name, encoder in ENCODERS.items() if encoder.undivided} == set(encoder_specs.UNDIVIDED)

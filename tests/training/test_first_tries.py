@@ -160,6 +160,10 @@ def test_a_finished_run_is_made_longer(values, caplog, live):
     # And once more, after which a shorter one is another run.
     train_recipe(resolved(values | {"tokens": 2500}))
     assert read_json(first / "dictionary.json")["provenance"]["lengthened"] == [[10, 1010], [20, 2020]]
+    # The state says how long the run was to be: a kill may have come before a longer run's first state, or a digit flipped.
+    recipe, whole = first / "recipe.yaml", (first / "recipe.yaml").read_text()
+    assert "\ntokens: 2500\n" in whole
+    recipe.write_text(whole.replace("\ntokens: 2500\n", "\ntokens: 1010\n"))
     with pytest.raises(ValueError, match=r"tokens: 2500 there, 1010 here"):
         train_recipe(resolved(values))
 

@@ -1,10 +1,7 @@
 """A run saved by some number of processes goes on in another number of them."""
 
 import json
-import multiprocessing
 import shutil
-import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,7 @@ import sparsary
 D, TOKENS, STEPS = 11, 48, 9
 # A rank: stops before step `stop`, as if a signal had come, or goes on to the end.
 RANK = """
-import os
-os.environ.update(environment)
 import torch
-torch.set_num_threads(1)
 from sparsary.training.processes import leave
 from sparsary.training.run import train
 from sparsary.training.signals import Stopped, StopRequest
@@ -39,30 +33,22 @@ leave()
 """
 
 
-def on_processes(size, recipe, stop=None):
-    """Train on so many processes, for ``stop`` steps if given."""
-    # Processes that need not import anew what this one has imported.
-    context = multiprocessing.get_context("forkserver")
-    libraries = ("torch", "transformers", "numba", "sparsary")
-    context.set_forkserver_preload([name for name in list(sys.modules) if name.partition(".")[0] in libraries])
-    with socket.create_server(("localhost", 0)) as taken:
-        port = str(taken.getsockname()[1])
-    world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    started = []
-    for rank in range(size):
-        environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        started.append(context.Process(target=exec, args=(RANK, {"environment": environment, "recipe": recipe, "stop": stop})))
-        started[-1].start()
-    for process in started:
-        process.join()
-    assert [process.exitcode for process in started] == [0] * size
-    return Path(recipe["out_dir"])
+@pytest.fixture
+def on_processes(load_beside):
+    """Return a function that trains on so many processes, for ``stop`` steps if given."""
+
+    def train(size, recipe, stop=None):
+        statuses = load_beside("rank_processes").run_ranks(size, RANK, {"recipe": recipe, "stop": stop})
+        assert statuses == [0] * size
+        return Path(recipe["out_dir"])
+
+    return train
 
 
 def state_of(directory):
     with safe_open(directory / "state.safetensors", "pt") as handle:
         counters = json.loads(handle.metadata()["counters"])
-    del counters["metrics_bytes"]
+    del counters["metrics_bytes"], counters["metrics_crc32"]
     return counters, load_file(directory / "state.safetensors")
 
 
@@ -81,7 +67,7 @@ def recipe(tmp_path):
     }
 
 
-def test_a_run_saved_by_two_processes_goes_on_in_one_and_in_three(recipe, tmp_path):
+def test_a_run_saved_by_two_processes_goes_on_in_one_and_in_three(recipe, tmp_path, on_processes):
     whole = Path(sparsary.train(recipe | {"out_dir": str(tmp_path / "whole")}, rows()))
     at = {}
     for size, stop in ((2, 3), (1, 3), (3, None)):
@@ -105,7 +91,7 @@ def test_a_run_saved_by_two_processes_goes_on_in_one_and_in_three(recipe, tmp_pa
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 9]
 
 
-def test_the_same_number_of_processes_goes_on_bit_by_bit(recipe, tmp_path):
+def test_the_same_number_of_processes_goes_on_bit_by_bit(recipe, tmp_path, on_processes):
     whole = on_processes(2, recipe | {"out_dir": str(tmp_path / "whole")})
     on_processes(2, recipe, 5)
     assert state_of(tmp_path / "run")[0]["step"] == 5

@@ -16,20 +16,8 @@ from sparsary.training.recipe import check_recipe
 
 WORKER = Path(__file__).with_name("train_on_ranks.py")
 STEPS = 30
-ENCODERS = [
-    {"name": "topk", "k": 3},
-    {"name": "mutual_choice", "k": 3},
-    {"name": "feature_choice", "k": 3, "rerank_every": 5},
-    {"name": "matryoshka", "k": 3},
-    {"name": "gradient_topk", "k": 3, "beta": 2},
-    {"name": "relu", "target_l0": 3},
-    {"name": "gated", "target_l0": 3},
-    {"name": "jumprelu", "target_l0": 3},
-    {"name": "matching_pursuit", "k": 3},
-]
-DIVIDED = [encoder for encoder in ENCODERS if encoder["name"] not in ("feature_choice", "matching_pursuit")]
 # One of each way to choose latents: by token, over the batch, by gradients, by thresholds.
-FEW = [encoder for encoder in ENCODERS if encoder["name"] in ("topk", "mutual_choice", "gradient_topk", "jumprelu")]
+FEW = ("topk", "mutual_choice", "gradient_topk", "jumprelu")
 
 
 def recipe(encoder, latents=1, **changes):
@@ -62,14 +50,13 @@ def activations():
 
 
 @pytest.fixture(scope="module")
-def alone(activations, tmp_path_factory):
-    """Return a function that trains an encoder in one process, once."""
-    directory = tmp_path_factory.mktemp("alone")
+def alone(activations, encoder_specs, tmp_path_factory):
+    """Return a function that trains the encoder of a test id in one process, once."""
+    directory, specs = tmp_path_factory.mktemp("alone"), {encoder_specs.spec_id(spec): spec for spec in encoder_specs.STARTED}
 
     @functools.cache
     def train(name):
-        (encoder,) = (encoder for encoder in ENCODERS if encoder["name"] == name)
-        return sparsary.train(recipe(encoder), [activations], out_dir=str(directory / name))
+        return sparsary.train(recipe(specs[name]), [activations], out_dir=str(directory / name))
 
     return train
 
@@ -90,19 +77,21 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize(
-    ("processes", "latents", "encoders"),
-    [(2, 1, FEW), (2, 1, ENCODERS), (2, 2, DIVIDED), (4, 2, DIVIDED)],
+    ("processes", "latents", "names"),
+    [(2, 1, FEW), (2, 1, None), (2, 2, None), (4, 2, None)],
     ids=["two, few", "two", "two for the latents", "four"],
 )
-def test_several_processes_train_as_one(alone, tmp_path, processes, latents, encoders):
+def test_several_processes_train_as_one(alone, encoder_specs, tmp_path, processes, latents, names):
     """Every save compares the ranks' weights bit by bit, so that the run would have ended if they differed."""
-    found = on_ranks(processes, tmp_path, [recipe(encoder, latents) for encoder in encoders])
-    for encoder, directory in zip(encoders, found, strict=True):
-        assert_same_run(alone(encoder["name"]), directory)
+    specs = [spec for spec in encoder_specs.STARTED if latents == 1 or spec in encoder_specs.DIVIDED]
+    specs = [spec for spec in specs if names is None or spec["name"] in names]
+    found = on_ranks(processes, tmp_path, [recipe(spec, latents) for spec in specs])
+    for spec, directory in zip(specs, found, strict=True):
+        assert_same_run(alone(encoder_specs.spec_id(spec)), directory)
 
 
 def test_a_run_continues_on_another_mesh(activations, tmp_path):
-    encoder = ENCODERS[0]
+    encoder = {"name": "topk", "k": 3}
     # The schedule is that of the whole run, whose second half is added afterwards.
     half = recipe(encoder, tokens=48 * STEPS // 2, lr_decay=0.0, lr_warmup_steps=0)
     whole = half | {"tokens": 48 * STEPS}
@@ -116,7 +105,7 @@ def test_a_run_continues_on_another_mesh(activations, tmp_path):
 
 def test_what_another_rank_is_about_to_write_is_no_other_run(tmp_path):
     """Ranks look at the folder while the first one locks it and writes the recipe; a kill leaves such files behind."""
-    new = check_recipe(recipe(ENCODERS[0], out_dir=str(tmp_path)), "recipe")
+    new = check_recipe(recipe({"name": "topk", "k": 3}, out_dir=str(tmp_path)), "recipe")
     for name in (".lock", ".recipe.yaml.12-ab.partial", "metrics.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / ".sparsary-probe").mkdir()

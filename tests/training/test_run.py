@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import sparsary
 from sparsary.sae import errors, files, load_dictionary
+from sparsary.training import members, resolve_hooks
 from sparsary.training import preflight as preflight_module
-from sparsary.training import resolve_hooks
 from sparsary.training import run as run_module
 from sparsary.training.activations.shards import ActivationStore
 from sparsary.training.locks import locked
@@ -160,7 +160,7 @@ def test_dead_latents_are_revived_by_auxk(values):
         recipe = check_recipe(
             values | {"auxk_weight": weight, "dead_after_tokens": 101, "tokens": 10_100, "lr": 3e-3}, "recipe"
         )
-        initialize = run_module.initialize
+        initialize = members.initialize
 
         def with_dead(dictionary, *arguments, initialize=initialize):
             initialize(dictionary, *arguments)
@@ -168,7 +168,7 @@ def test_dead_latents_are_revived_by_auxk(values):
                 dictionary.W_enc[:20] *= 0.02
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_module, "initialize", with_dead)
+            patch.setattr(members, "initialize", with_dead)
             state = final_state(train_recipe(resolve_recipe(recipe)))
         counts[weight] = int((state["silent_for"][:20] > 2000).sum())
     assert counts[0.0] >= 15
@@ -345,7 +345,7 @@ def test_whatever_cannot_be_written_is_named_with_what_is_kept(values, monkeypat
     names = {"metrics": "metrics.jsonl", "state": "state.safetensors", "dictionary": "dictionary.json", "recipe": "recipe.yaml"}
     values |= {"save_every": 10, "tokens": 2020, "calibration_tokens": 300}
     if where == "metrics":
-        real = run_module.TrainingLog.flush
+        real = members.TrainingLog.flush
 
         def broken(self):
             with errors.writing(self.path):
@@ -353,7 +353,7 @@ def test_whatever_cannot_be_written_is_named_with_what_is_kept(values, monkeypat
                     raise OSError(number, os.strerror(number))
             return real(self)
 
-        monkeypatch.setattr(run_module.TrainingLog, "flush", broken)
+        monkeypatch.setattr(members.TrainingLog, "flush", broken)
         values["log_every"] = 5
     else:
         real, times = files.sync_folder, []

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparsary.sae import errors, load_dictionary
+from sparsary.training import members
 from sparsary.training import preflight as preflight_module
 from sparsary.training import run as run_module
 from sparsary.training import snapshot as snapshot_module
 from sparsary.training.objective import Objective
-from sparsary.training.preflight import grid_lines, preflight
+from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
 from sparsary.training.recipe.grid import check_grid
 from sparsary.training.resolve_hooks import resolve_recipe
@@ -25,6 +26,7 @@ from sparsary.training.run import train
 from sparsary.training.signals import Stopped, StopRequest
 from sparsary.training.snapshot import Snapshot
 from sparsary.training.state import StateContents
+from sparsary.training.training_plan import grid_lines
 
 D, TOKENS, STEPS = 11, 48, 12
 TOPK = {"name": "topk", "k": 3}
@@ -98,7 +100,7 @@ def state_of(directory):
     with safe_open(path, "pt") as handle:
         counters = json.loads(handle.metadata()["counters"])
     # Lines of the log contain speeds, whose digits differ in number.
-    del counters["metrics_bytes"]
+    del counters["metrics_bytes"], counters["metrics_crc32"]
     return counters, load_file(path)
 
 
@@ -116,7 +118,7 @@ def no_thread_is_left():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_save_is_of_one_step_however_long_training_goes_on_meanwhile(recipe, kind, tmp_path, monkeypatch):
     """State and dictionary, of a writer slower than ``save_every``, against one that keeps training waiting."""
-    write, kept = run_module.Checkpoints._write, {}
+    write, kept = members.Checkpoints._write, {}
 
     def keeping(self, state, contents, config, usage):
         write(self, state, contents, config, usage)
@@ -124,7 +126,7 @@ def test_a_save_is_of_one_step_however_long_training_goes_on_meanwhile(recipe, k
         assert config["provenance"]["training_steps"] == step
         kept[writer.__name__, step] = shutil.copytree(self.directory, tmp_path / "kept" / f"{writer.__name__}-{step}")
 
-    monkeypatch.setattr(run_module.Checkpoints, "_write", keeping)
+    monkeypatch.setattr(members.Checkpoints, "_write", keeping)
     for writer in (Immediate, Latest):
         written_by(monkeypatch, writer)
         train(recipe | KINDS[kind] | {"out_dir": str(tmp_path / writer.__name__)}, rows(kind))
@@ -145,7 +147,7 @@ def test_a_save_is_of_one_step_however_long_training_goes_on_meanwhile(recipe, k
 def test_training_is_not_held_while_a_state_is_written(recipe, monkeypatch):
     """Steps are taken during a write. The writer waits for them, so that a loop which waited would never end."""
     begun, stepped, seen = threading.Event(), threading.Event(), []
-    write, step = StateContents.write, run_module.TrainState.advance
+    write, step = StateContents.write, members.TrainState.advance
 
     def slow(self, directory):
         seen.append(threading.current_thread().name)
@@ -159,7 +161,7 @@ def test_training_is_not_held_while_a_state_is_written(recipe, monkeypatch):
             stepped.set()
 
     monkeypatch.setattr(StateContents, "write", slow)
-    monkeypatch.setattr(run_module.TrainState, "advance", advance)
+    monkeypatch.setattr(members.TrainState, "advance", advance)
     # No other save: the end of training would be waited for.
     train(recipe | {"save_every": STEPS // 2}, rows())
     assert len(seen) == 2
@@ -192,7 +194,7 @@ def test_a_write_that_fails_ends_the_run_with_the_step_that_is_kept(recipe, monk
 
 
 def test_a_dictionary_that_is_not_written_leaves_the_state_of_its_step(recipe, monkeypatch):
-    real, times = run_module.Checkpoints._write.__globals__["write_dictionary_files"], []
+    real, times = members.Checkpoints._write.__globals__["write_dictionary_files"], []
 
     def full(directory, *contents):
         times.append(directory)
@@ -201,7 +203,7 @@ def test_a_dictionary_that_is_not_written_leaves_the_state_of_its_step(recipe, m
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(directory, *contents)
 
-    monkeypatch.setitem(run_module.Checkpoints._write.__globals__, "write_dictionary_files", full)
+    monkeypatch.setitem(members.Checkpoints._write.__globals__, "write_dictionary_files", full)
     with pytest.raises(errors.WriteError, match=r"dictionary\.safetensors: .* The state of step 6 is kept\."):
         train(recipe, rows())
     assert state_of(recipe["out_dir"])[0]["step"] == 6
@@ -244,14 +246,14 @@ def test_a_loss_that_is_not_finite_names_the_step_whose_write_was_under_way(reci
 
 def test_no_thread_is_left_by_a_run_that_ends_otherwise(recipe, monkeypatch):
     """Here by an error between a save and the next."""
-    advance = run_module.TrainState.advance
+    advance = members.TrainState.advance
 
     def failing(self, tokens, terms):
         advance(self, tokens, terms)
         if self.step == 5:
             raise RuntimeError("device lost")
 
-    monkeypatch.setattr(run_module.TrainState, "advance", failing)
+    monkeypatch.setattr(members.TrainState, "advance", failing)
     with pytest.raises(RuntimeError, match="device lost"):
         train(recipe, rows())
     assert no_thread_is_left()

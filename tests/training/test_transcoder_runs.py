@@ -9,17 +9,18 @@ from safetensors.torch import load_file
 
 import sparsary
 from sparsary.sae import load_dictionary
+from sparsary.training import members
 from sparsary.training import preflight as preflight_module
-from sparsary.training import run as run_module
 from sparsary.training.activations.shards import ActivationStore
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.info import describe_files
 from sparsary.training.objective import Divergence
-from sparsary.training.preflight import grid_lines, preflight, preflight_all
+from sparsary.training.preflight import preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid, load_grid
 from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import run_harvest, train_all, train_recipe
+from sparsary.training.training_plan import grid_lines
 from sparsary.transcoders import CrossLayerTranscoder, Stack, Transcoder
 from sparsary.transcoders.stack import hooks_of_provenance
 
@@ -135,7 +136,7 @@ def test_a_site_of_an_sae_is_its_hook(values):
 
 def test_end_to_end_a_transcoder_stands_in_for_the_mlp(values, monkeypatch):
     places = []
-    monkeypatch.setattr(run_module, "Divergence", lambda model, hook: places.append(hook) or Divergence(model, hook))
+    monkeypatch.setattr(members, "Divergence", lambda model, hook: places.append(hook) or Divergence(model, hook))
     values["harvest"] |= {"hooks": [], "store": None, "tokens": None, "live_buffer_tokens": 900}
     lines = metrics(run(values, objective="kl", reconstruction_weight=1.0, tokens=2020))
     assert lines[-1]["kl"] < lines[0]["kl"]

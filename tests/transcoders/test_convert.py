@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsary
-from sparsary.sae.checkpoint import read_config
+from sparsary.sae.checkpoint_files import read_config
 from sparsary.sae.formats import FORMATS
 from sparsary.transcoders import Stack
 from sparsary.transcoders.convert import _whole, convert

@@ -17,8 +17,10 @@ from ..bad_rows import BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import locked
 from ..recipe import HarvestSection, ModelSection, TextSection
+from ..signals import StopRequest
 from ..stages import stage
 from ..text import TOKENIZE_AT_ONCE, Cursor
+from ..watch import Watch
 from .buffer_pool import Memory
 from .contexts import ContextReader
 from .harvest_units import Turn, Unit, UnitQueue
@@ -137,6 +139,7 @@ def harvest_activations(
     Raises:
         ValueError: If the store belongs to another harvest, the folder is in use by another process or not writable, the ranks
             do not share it, or more activations are not finite than the recipe allows.
+        Stopped: If this process, or another rank, was told to stop by SIGINT or SIGTERM; complete shards are kept.
         WriteError: If the disk is full; complete shards stay valid and the next call resumes after them.
     """
     assert section.store is not None
@@ -167,11 +170,13 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
     texts, tokens = BadTexts(text), BadTokens(section, LARGEST.get(section.dtype))
     digest = TextDigest(text)
     at_once = TOKENIZE_AT_ONCE if ranks.size == 1 else TOKENIZE_AT_ONCE_IN_TURN
-    with StoreWriter(store, section, ranks) as writer:
+    stop = StopRequest()
+    with stop.signals_deferred(), StoreWriter(store, section, ranks) as writer:
+        watch = Watch(stop, lambda: f"in the harvest; {writer.kept_tokens():,} of {section.tokens:,} tokens are stored.")
         complete = writer.take_over()
         done = Progress.of(store.manifest, section.tokens)
         reader = ContextReader(model, text, section, Cursor(*store.manifest["cursor"]), texts, digest.add, at_once)
-        units = UnitQueue(reader, section, ranks, complete)
+        units = UnitQueue(reader, section, ranks, watch, complete)
         with stage("harvest", section.tokens, done=min(done.kept, section.tokens)) as shown:
             while done.stored < section.tokens and not units.text_ended:
                 tokens.bad = done.kept - done.stored
@@ -181,6 +186,7 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
                     # counts all of them when it joins the units.
                     tokens.rows, before, left_out = unit.turn.kept, tokens.bad, []
                     for batch in unit.batches:
+                        watch.beat(f"harvesting unit {unit.turn.unit}")
                         rows = {}
                         for split, part in rows_of(model, batch, section, hooks, memory).items():
                             bad = tokens.bad
@@ -191,7 +197,7 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
                         shown.update(min(tokens.rows, section.tokens))
                     if unit.kept and not unit.stored:
                         writer.put({}, _record(unit, writer, texts, digest, left_out, tokens))
-                writer.finish(units.end.unit)
+                writer.finish(units.end.unit, watch)
                 done = Progress.of(store.manifest, section.tokens)
                 shown.update(min(done.kept, section.tokens))
         if units.text_ended and done.stored < section.tokens:

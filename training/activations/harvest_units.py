@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ...sae.ranks import Ranks
 from ..recipe import HarvestSection
 from ..text import Cursor
+from ..watch import Watch
 from .contexts import ContextBatch, ContextReader
 from .store_writer import UnitRecord
 
@@ -51,9 +52,13 @@ class Unit:
                 return
         self.text_ended = True
 
-    def read(self) -> None:
+    def read(self, watch: Watch) -> None:
         """Read all batches and keep them."""
-        self.batches = iter(list(self.batches))
+        batches = []
+        for batch in self.batches:
+            watch.beat(f"reading the text of unit {self.turn.unit}")
+            batches.append(batch)
+        self.batches = iter(batches)
 
     def after(self, target: int) -> Turn:
         """Return the place behind the unit."""
@@ -70,9 +75,15 @@ class UnitQueue:
     """
 
     def __init__(
-        self, reader: ContextReader, section: HarvestSection, ranks: Ranks, complete: Mapping[int, UnitRecord] | None = None
+        self,
+        reader: ContextReader,
+        section: HarvestSection,
+        ranks: Ranks,
+        watch: Watch,
+        complete: Mapping[int, UnitRecord] | None = None,
     ):
         self.reader, self.section, self.ranks, self.complete = reader, section, ranks, complete or {}
+        self.watch = watch
         self.end = Turn(0, 0, 0, 0)
 
     @property
@@ -94,7 +105,7 @@ class UnitQueue:
                 yield unit
                 turn = unit.after(target)
                 continue
-            unit.read()
+            unit.read(self.watch)
             turn = unit.after(target)
             ranks.pass_on(turn)
             yield unit
@@ -104,7 +115,7 @@ class UnitQueue:
 
     def _next(self) -> Turn:
         """Wait for the previous rank, and tell the next one of the end if it does not know."""
-        turn = Turn(*self.ranks.passed_on(len(Turn._fields)))
+        turn = Turn(*self.watch.wait(lambda: self.ranks.passed_on(len(Turn._fields))))
         if 0 < turn.told < self.ranks.size - 1:
             self.ranks.pass_on(turn._replace(told=turn.told + 1))
         return turn

@@ -1,18 +1,15 @@
 """``manifest.json`` of a store: written with a checksum and checked when it is read, so that damage is found early."""
 
-import json
-import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ...sae.files import read_json, write_json
+from ...sae.files import CHECKSUM, json_checksum, read_unsealed_json, write_json
 
 FORMAT = "sparsary-store"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-CHECKSUM = "checksum"
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
@@ -57,7 +54,7 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     Raises:
         WriteError: If it could not be written; the previous one is unchanged.
     """
-    write_json(directory / MANIFEST_FILE, manifest | {CHECKSUM: _checksum(manifest)})
+    write_json(directory / MANIFEST_FILE, manifest, sealed=True)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -71,7 +68,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{directory}: expected an activation store, found no {MANIFEST_FILE}. Make one with `sparsary harvest`."
         )
-    manifest = read_json(path)
+    manifest = read_unsealed_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: expected an activation store, with format {FORMAT!r}, got other JSON.")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -80,7 +77,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     # Stores of earlier versions have none.
     checksum = manifest.pop(CHECKSUM, None)
-    if problem := _problem(manifest) or ("" if checksum in (None, _checksum(manifest)) else "differs from its checksum"):
+    if problem := _problem(manifest) or ("" if checksum in (None, json_checksum(manifest)) else "differs from its checksum"):
         raise ValueError(f"{path}: {problem}: the file is damaged. Restore it, or delete the store and harvest again.")
     return manifest
 
@@ -97,8 +94,3 @@ def _problem(manifest: dict[str, Any]) -> str:
             counts = f"{len(hook.mean)} and {len(hook.deviation)}"
             return f"hooks.{name[:200]}: expected {hook.width} means and deviations, got {counts}"
     return ""
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    """Return the CRC-32 of a manifest's values, however they are laid out in the file."""
-    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"

@@ -122,11 +122,16 @@ def _int8_scale(largest: Float[Tensor, "tokens blocks"]) -> Float[Tensor, "token
 
 
 class ActivationStore:
-    """Directory of shards, complete or still being harvested."""
+    """Directory of shards, complete or still being harvested.
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    Args:
+        address: Place of the store as the recipe names it, for a URL of which ``directory`` is a copy.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], address: str | None = None):
         self.directory = directory
         self.manifest = manifest
+        self.address = address or str(directory)
 
     @classmethod
     def open(cls, directory: str | Path) -> "ActivationStore":

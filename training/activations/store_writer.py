@@ -24,8 +24,9 @@ from ...sae.ranks import Ranks
 from ..bad_rows import NOT_FINITE, BadTokens
 from ..content import Content
 from ..recipe import HarvestSection
+from ..watch import Watch
 from .harvested_rows import LARGEST, SPLITS, HarvestedRows
-from .manifest import write_manifest
+from .manifest import read_manifest, write_manifest
 from .shards import ActivationStore, encode, gradient_dtype
 
 # Batches queued for the writer, so that the model keeps running while a shard is synced.
@@ -165,18 +166,19 @@ class StoreWriter:
             self._ahead.popleft().result()
         self._ahead.append(self._thread.submit(self._take, rows, end))
 
-    def finish(self, units: int) -> None:
+    def finish(self, units: int, watch: Watch) -> None:
         """Wait until all ranks have stored their units, and give all of them the manifest.
 
         Args:
             units: Number of units of the store.
+            watch: This rank's, to the others that it waits for.
 
         Raises:
             ValueError: If the first rank does not see another rank's unit.
         """
         while self._ahead:
             self._ahead.popleft().result()
-        self.ranks.wait()
+        watch.wait(self.ranks.wait)
         if self.ranks.rank == 0:
             deadline = time.monotonic() + SHARED_SECONDS
             while self.join_units() < units:
@@ -186,6 +188,7 @@ class StoreWriter:
                         f"harvest.store: {self.store.directory}: expected {record_name(unit)} of rank {unit % self.ranks.size} "
                         "there, found none. Choose a folder that all nodes share."
                     )
+                watch.beat("joining the units")
                 time.sleep(0.1)
         self.store.manifest = self.ranks.from_first(self.store.manifest)
 
@@ -238,7 +241,7 @@ class StoreWriter:
             mean, deviation = moments.mean.tolist(), moments.deviation.tolist()
             record.hooks[hook] = {"count": moments.count, "mean": mean, "deviation": deviation, "lost": self._lost[hook]}
         if self.ranks.rank or record.unit != Progress.of(self.store.manifest, 0).units:
-            write_json(self.store.directory / record.path, asdict(record))
+            write_json(self.store.directory / record.path, asdict(record), sealed=True)
         if self.ranks.rank == 0:
             self.join_units(record)
 
@@ -274,6 +277,15 @@ class StoreWriter:
         except (OSError, ValueError, TypeError):
             return None
         return record if whole and record.store == self.digest and record.unit == unit else None
+
+    def kept_tokens(self) -> int:
+        """Return the number of tokens in complete units, those in the manifest and those with a record."""
+        manifest = read_manifest(self.store.directory)
+        units = Progress.of(manifest, 0).units
+        numbers = [path.stem.removeprefix("unit-") for path in self.store.directory.glob("unit-*.json")]
+        records = [self.record(int(number)) for number in numbers if number.isdecimal() and int(number) >= units]
+        shards = [*manifest["shards"], *(shard for record in records if record is not None for shard in record.shards)]
+        return sum(shard["tokens"] for shard in shards)
 
     def take_over(self) -> dict[int, UnitRecord]:
         """Join the complete units of an earlier harvest, and return the records of those that are not next in order.

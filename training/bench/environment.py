@@ -12,7 +12,7 @@ import torch
 
 def environment(threads: int | None = None) -> dict[str, Any]:
     """Return versions, CPU, number of threads (torch's if not given), commit, and date."""
-    from ..run import git_commit
+    from ..versions import git_commit
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,6 +8,7 @@ all of whose parts run one after another: computation and communication do not o
 from dataclasses import dataclass, fields
 
 from ...sae.ranks import GATHERED_BYTES
+from ..divided import divides_batch, divides_latents
 from ..gradient_exchange import ExchangedBytes
 from .sizes import DictionarySizes, RunSizes, split
 
@@ -189,12 +190,12 @@ def meshes(devices: int) -> list[MeshShape]:
 
 def refusal(run: RunSizes, mesh: MeshShape) -> str:
     """Return why a run cannot be divided by a mesh; empty if it can."""
-    if run.batch_tokens % (mesh.data * run.accumulate):
+    if not divides_batch(run.batch_tokens, mesh.data, run.accumulate):
         pieces = f" in {run.accumulate} micro-batches" if run.accumulate > 1 else ""
         return f"batch_tokens {run.batch_tokens} is not a multiple of {mesh.data} ranks{pieces}"
     for sizes in run.dictionaries if mesh.latents > 1 else ():
         if sizes.unsplittable:
             return sizes.unsplittable
-        if sizes.least_split % mesh.latents:
+        if not divides_latents(sizes.least_split, mesh.latents):
             return f"n_latents {sizes.least_split} is not a multiple of {mesh.latents} ranks"
     return ""

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from ...sae import SparseDictionary
 from ...sae.batch_encoder import Calibrated
 from ...sae.checkpoint import build_dictionary
 from ...sae.encoders import build_encoder
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ..activations.sites import n_layers
-from ..divided import require_divisible
+from ..divided import undivided_latents, undivided_objective
 from ..recipe import DictionarySection, Recipe
 from ..resolve_hooks import ModelOutline, ResolvedRecipe, dictionary_arguments, resolve_recipes
 
@@ -159,21 +158,15 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
         budgeted="k" in spec,
         batch_wide=wide or joint,
         passes=int(spec["k"]) if dictionary.tied else 1,
-        unsplittable=_unsplittable(recipe, dictionary),
+        unsplittable=_unsplittable(recipe),
     )
 
 
-def _unsplittable(recipe: Recipe, dictionary: SparseDictionary) -> str:
+def _unsplittable(recipe: Recipe) -> str:
     """Return why a recipe's latents cannot be divided among ranks; empty if they can."""
-    if recipe.objective == "kl":
-        return "objective kl runs in one process"
-    encoders = [dictionary.encoder, *(build_encoder(phase.encoder) for phase in recipe.phases)]
-    try:
-        # As many ranks as latents: a number that divides them.
-        require_divisible(dictionary, encoders, dictionary.n_latents)
-    except ValueError as error:
-        return str(error).removeprefix("distributed.latents: expected 1 for ").rsplit(", got ", 1)[0]
-    return ""
+    if reason := undivided_objective(recipe.objective):
+        return f"objective: {reason}"
+    return undivided_latents(recipe)
 
 
 def run_sizes(recipes: Sequence[Recipe], given: Given) -> RunSizes:

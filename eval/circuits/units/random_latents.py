@@ -10,7 +10,6 @@ from torch import Tensor
 from ....sae import SAE
 from ....sae.batch_encoder import MutualLevel
 from ....sae.batch_selection import between
-from ....sae.dictionary import OneSiteDictionary
 from ....sae.encoder import Encoder, Weights, scorer
 from ....sae.encoders.feature_choice import FeatureChoice
 from ....sae.encoders.gated import Gated
@@ -25,6 +24,7 @@ from ....sae.encoders.residual_pursuit import ResidualPursuit
 from ....sae.encoders.signed_topk import SignedTopK
 from ....sae.encoders.threshold import Threshold
 from ....sae.encoders.topk import TopK
+from ....sae.one_site import OneSiteDictionary
 from ....sae.tiled_scores import Scorer, largest_of_batch, largest_per_latent
 
 # Thresholds stored as logarithms cannot be 0.

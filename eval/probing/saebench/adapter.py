@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ....sae.dictionary import OneSiteDictionary, SparseDictionary
+from ....sae.dictionary import SparseDictionary
 from ....sae.formats.hooks import layer_of, to_transformer_lens
+from ....sae.one_site import OneSiteDictionary
 
 
 @dataclass

@@ -25,6 +25,7 @@ from sparsary.eval.compare.recipes import (
 from sparsary.eval.pages.charts import FAMILY_COLORS, MARKERS
 from sparsary.eval.pages.recipes import PLOTS, render_recipes
 from sparsary.sae import load_dictionary
+from sparsary.sae.files import read_json
 from sparsary.training import preflight, resolve_hooks
 from sparsary.training import run as run_module
 from sparsary.training.recipe import load_recipe
@@ -157,7 +158,7 @@ def test_two_recipes_and_two_seeds_end_to_end(recipes, recipe_values, calls, tmp
         reports = [json.loads((Path(run) / "report.json").read_text()) for run in family["directories"]]
         assert family["figures"]["fvu"]["values"] == [report["fvu"] for report in reports]
         assert family["figures"]["tokens_per_second"]["min"] > 0
-    assert json.loads((out / "comparison.json").read_text()) == {k: v for k, v in comparison.items() if k != "page_path"}
+    assert read_json(out / "comparison.json") == {k: v for k, v in comparison.items() if k != "page_path"}
     page = (out / "comparison.html").read_text()
     # Rendered from the file alone it has no links to the runs' pages.
     bare = [re.sub(r"(?s)<nav.*?</nav>|<a [^>]*>|</a>", "", text) for text in (page, render_recipes(comparison))]
@@ -203,7 +204,9 @@ def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path,
     narrow = str(recipes / "narrow.yaml")
     live = {"harvest.store": None, "harvest.live_buffer_tokens": 600}
     judge = compare_module.evaluate
-    monkeypatch.setattr(compare_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Stopped(15, 30)))
+    monkeypatch.setattr(
+        compare_module, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Stopped(15, "at step 30; everything is saved."))
+    )
     with pytest.raises(Stopped):
         compare_recipes([narrow], live, seeds=1, out=str(out))
     # Trained, not judged; and a report of some earlier state of the run does not count.
@@ -220,6 +223,8 @@ def test_an_interrupted_run_goes_on_and_needs_no_store(recipes, calls, tmp_path,
     assert not is_complete(run.model_copy(update={"eval_tokens": 601}))
     config = json.loads((out / "narrow" / "seed-0" / "dictionary.json").read_text())
     config["provenance"]["training_tokens"] = 505
+    # As a user who edits the file has to.
+    del config["checksum"]
     (out / "narrow" / "seed-0" / "dictionary.json").write_text(json.dumps(config))
     (out / "narrow" / "seed-0" / "report.json").write_text(json.dumps(REPORT | {"training_tokens": 505}))
     assert not is_complete(run)

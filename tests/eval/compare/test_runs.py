@@ -15,6 +15,7 @@ from sparsary.eval.compare.runs import collect_runs, compare_runs, pareto, runs_
 from sparsary.eval.pages.document import TEMPLATES
 from sparsary.eval.pages.runs import COLUMNS, render_runs
 from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.files import read_json
 
 REPORT = {
     "kind": "sae",
@@ -116,7 +117,7 @@ def test_checkpoints_without_a_report_are_judged_together(runs, tmp_path, monkey
     comparison = compare_runs([*runs, *new], str(tmp_path / "deep" / "out"))
     assert judged == [new]
     assert [run["name"] for run in comparison["runs"]] == [*RUNS, "one", "two"]
-    saved = json.loads((tmp_path / "deep" / "out" / "comparison.json").read_text())
+    saved = read_json(tmp_path / "deep" / "out" / "comparison.json")
     assert saved == {key: value for key, value in comparison.items() if key != "page_path"}
 
 

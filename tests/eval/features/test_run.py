@@ -13,6 +13,7 @@ from sparsary.eval.features.collect import Limits
 from sparsary.eval.features.records import SCHEMA_VERSION
 from sparsary.eval.features.run import Explainer, features, features_summary
 from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.files import read_json
 from sparsary.training.recipe import HarvestSection, TextSection
 from sparsary.transcoders.transcoder import Transcoder
 
@@ -78,7 +79,7 @@ def test_one_line_a_latent_and_every_null_has_a_reason(checkpoint, about):
 
 
 def test_the_about_file_is_what_is_returned(checkpoint, about):
-    saved = json.loads((checkpoint / "features" / "features.json").read_text())
+    saved = read_json(checkpoint / "features" / "features.json")
     assert saved == {key: value for key, value in about.items() if key != "page_path"}
     assert saved["tokens"] >= 3000
     assert saved["no_factors"] is None

@@ -16,6 +16,7 @@ from sparsary.eval.pages.glossary import EXPLANATIONS
 from sparsary.eval.report.evaluate import evaluate, evaluate_all
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.files import read_json
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
@@ -45,7 +46,7 @@ def report(checkpoint):
 
 
 def test_the_report_is_flat_finite_json(checkpoint, report):
-    saved = json.loads((checkpoint / "report.json").read_text())
+    saved = read_json(checkpoint / "report.json")
     assert saved == {key: value for key, value in report.items() if key != "report_path"}
     for key, value in saved.items():
         assert key == "reasons" or isinstance(value, str | int | float | bool | None | list), key

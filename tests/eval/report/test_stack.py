@@ -1,6 +1,5 @@
 """Transcoders, stacks and cross-layer transcoders judged in the embedded model."""
 
-import json
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from sparsary.eval.report.evaluate import evaluate
 from sparsary.eval.report.stack import ReplacedLayer, _reconstructed, judge_stack
 from sparsary.eval.report.summary import report_summary
 from sparsary.sae import ENCODERS, SAE
+from sparsary.sae.files import read_json
 from sparsary.training.activations.splice import Insertion, model_spliced
 from sparsary.training.text import Cursor
 from sparsary.transcoders.cross_layer import CrossLayerTranscoder
@@ -119,7 +119,7 @@ def test_the_model_runs_on_the_transcoder_in_place_of_the_mlp(embedded_model, st
 
 
 def test_a_stack_is_judged_whole_and_by_layer(stack, report):
-    saved = json.loads((stack / "report.json").read_text())
+    saved = read_json(stack / "report.json")
     assert saved == {key: value for key, value in report.items() if key != "report_path"}
     for key, value in saved.items():
         assert isinstance(value, str | int | float | None | list), key

@@ -71,6 +71,7 @@ def test_a_store_on_a_url_is_the_store_of_a_folder_on_every_machine(url, tmp_pat
     monkeypatch.setattr("sparsary.training.run.harvest_activations", refused)
     read = run_harvest(member(tmp_path, url))
     assert read.directory != written.directory
+    assert (read.address, written.address, local.address) == (url, url, str(tmp_path / "local"))
     read.verify()
     assert read.manifest["shards"] == local.manifest["shards"]
     torch.testing.assert_close(rows(read), rows(local), rtol=0, atol=0)

@@ -278,6 +278,21 @@ def test_every_family_s_step_is_the_loop_s(family):
     assert 3 * weights <= run.held_bytes() <= 3 * weights + 4 * len(list(run.dictionary.parameters()))
 
 
+@pytest.mark.parametrize("family", ["relu", "gated", "jumprelu"])
+def test_settled_steps_have_the_target_l0(family):
+    task = BenchTask("sparsary", family, 67, 16, 48, 3, 1, settled=True)
+    generator = torch.Generator().manual_seed(0)
+    x = worker.activations(task, task.tokens, generator)
+    run = steps.BenchRun(steps.recipe_of(task), steps.sample_of(task, generator))
+    run.settle(x)
+    counted = run.count_first(1)
+    run.follow(run.batches([x, x], [x]))
+    assert counted["steps"] == 1
+    assert counted["l0"] == pytest.approx(3, abs=0.05)
+    # Pre-activations just below their thresholds train them; the others have no such entries.
+    assert (counted["entries"] > counted["l0"]) == (family == "jumprelu")
+
+
 def test_held_bytes_count_a_shared_tensor_once():
     weight = torch.zeros(3, 5)
     state = {0: {"exp_avg": torch.zeros(3, 5), "step": 7}}

@@ -17,11 +17,12 @@ from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.bench.grid import GridShape, bench_grid
 from sparsary.training.checkpoints import Checkpoints
 from sparsary.training.objective import Objective
-from sparsary.training.preflight import grid_lines, preflight, preflight_all
+from sparsary.training.preflight import preflight, preflight_all
 from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid, load_grid
 from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import run_harvest, train_all, train_recipe
+from sparsary.training.training_plan import grid_lines
 
 FAMILIES = [
     {"name": "lr", "lr": 3e-3, "log_every": 7},

@@ -1,0 +1,187 @@
+"""Members of a run: the dictionaries over one stream and everything that is their own, built anew or from a saved state."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..sae.checkpoint import build_dictionary
+from ..sae.encoders import ENCODERS
+from ..sae.metrics import Moments
+from ..sae.screen import Screen
+from .activations.live import ContextStream
+from .activations.store_stream import StoreStream
+from .activations.stream import ActivationBatch, ActivationStream
+from .activations.tensor_stream import TensorStream
+from .checkpoints import Checkpoints
+from .divided import own_part
+from .fused_adam import build_optimizer
+from .initialize import SAMPLE_TOKENS, initialize
+from .loop import Group, TrainedMember
+from .objective import AuxSettings, Divergence, Objective
+from .optim import Schedule, lr_share
+from .phases import Phases
+from .processes import mesh
+from .recipe import DictionarySection, Recipe
+from .report import TrainingLog
+from .resolve_hooks import dictionary_arguments
+from .state import Logged, Randomness, TrainState
+from .versions import git_commit, own_version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Initialization data of the dictionaries over one stream; ``medians`` caches the sample's medians, by side and scale."""
+
+    stream: ActivationStream
+    sample: ActivationBatch
+    moments: Moments
+    target_moments: Moments
+    medians: dict[tuple[str, bytes], Tensor]
+
+    def widths(self, section: DictionarySection) -> dict[str, int]:
+        """Return the width of every hook: a side of the sample concatenates its hooks, which are equally wide.
+
+        Raises:
+            ValueError: If a user's tensors cannot be split into that many hooks.
+        """
+        target = self.sample.x if self.sample.target is None else self.sample.target
+        found = {}
+        for name, hooks, rows in (("activations", section.hooks_in, self.sample.x), ("targets", section.hooks_out, target)):
+            width, rest = divmod(rows.shape[1], len(hooks))
+            if rest:
+                raise ValueError(f"{name}: expected a width divisible by the {len(hooks)} layers, got {rows.shape[1]}.")
+            found |= dict.fromkeys(hooks, width)
+        return found
+
+
+def build_group(
+    stream: ActivationStream,
+    recipes: list[Recipe],
+    earlier: Mapping[str, Recipe],
+    accelerator: Accelerator,
+    writer: Executor,
+    stack: ExitStack,
+) -> Group:
+    """Build all members over one stream, and move it to where the first unfinished member resumes."""
+    # For user iterables that generate random tensors.
+    torch.manual_seed(recipes[0].seed)
+    # A resumed run takes from the sample only its width. Other sources than a store may draw random numbers for it.
+    resumed = isinstance(stream, StoreStream) and all(recipe.out_dir in earlier for recipe in recipes)
+    sample = stream.start_sample(1 if resumed else SAMPLE_TOKENS)
+    start = Start(stream, sample, stream.moments(), stream.target_moments(), {})
+    members = []
+    for recipe in recipes:
+        with Randomness(recipe.seed) as randomness:
+            member = _member(recipe, start, earlier.get(recipe.out_dir), randomness, accelerator, writer)
+        stack.callback(member.report.close)
+        members.append(member)
+    state = min((member.state for member in members if not member.done), key=lambda state: state.step, default=members[0].state)
+    if state.stream_position is not None:
+        stream.seek(state.stream_position)
+    return Group(stream, members)
+
+
+def _member(
+    recipe: Recipe,
+    start: Start,
+    earlier: Recipe | None,
+    randomness: Randomness,
+    accelerator: Accelerator,
+    writer: Executor,
+) -> TrainedMember:
+    """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
+    directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
+    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
+    if earlier is None:
+        moments = (start.moments, start.target_moments)
+        initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
+    ranks = mesh(recipe.distributed.latents)
+    dictionary = own_part(whole, ranks.shards)
+    dictionary.ranks = ranks.batch
+    # The default is half the width of one output hook.
+    auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
+    zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
+    aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
+    divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
+    weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
+    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
+        accelerator.device
+    )
+    phases = Phases(dictionary, recipe).to(accelerator.device)
+    if recipe.screen != "none":
+        dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
+    optimizer = build_optimizer(dictionary, phases, recipe)
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
+    state.budget = recipe.tokens
+    logged = Logged() if earlier is None else state.restore(directory, dictionary, phases, optimizer)
+    if earlier is not None:
+        log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
+    # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
+    objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
+    wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
+    report = TrainingLog(recipe, directory, logged, state.tokens, written=ranks.world.rank == 0)
+    schedule = Schedule(optimizer, dictionary, phases, recipe)
+    dictionary.train()
+    return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
+
+
+def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
+    """Record that a run was lengthened, and return a message on its schedules; empty if it was not."""
+    if earlier.tokens == recipe.tokens:
+        return ""
+    state.lengthened.append([state.step, earlier.tokens])
+    last = lr_share(earlier, state.step - 1) if state.step else 0.0
+    moved = ["phases"] * bool(recipe.phases) + ["schedules"] * bool(recipe.schedules)
+    return (
+        f" tokens was raised from {earlier.tokens:,} to {recipe.tokens:,}. lr, {last:.1%} of its peak so far, "
+        f"continues at {lr_share(recipe, state.step):.1%} and falls to 0 over the last {recipe.lr_decay:.0%} of the longer run"
+        + "".join(f"; {name} are shares of the longer run from here on" for name in moved)
+        + "."
+    )
+
+
+def needs_gradient(recipe: Recipe) -> bool:
+    """Return True if an encoder of the run selects latents by the loss gradient."""
+    specs = [recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)]
+    return any(ENCODERS[spec["name"]].needs_gradient for spec in specs)
+
+
+def precision_of(recipe: Recipe, device: torch.device) -> str:
+    """Return the precision of a run's products, in accelerate's words."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    wanted = recipe.precision if recipe.precision != "auto" else ("bf16" if has_bf16 else "float32")
+    return "bf16" if wanted == "bf16" else "no"
+
+
+def _provenance(recipe: Recipe, stream: ActivationStream) -> dict[str, Any]:
+    """Return a dictionary's provenance: enough to evaluate it on the same model, hooks and held-out documents."""
+    resolved = recipe.model_dump(mode="json")
+    model = resolved["model"]
+    commit = ((stream.content() or {}).get("model") or {}).get("commit")
+    if isinstance(stream, StoreStream):
+        model = model | {"revision": stream.store.manifest["model"]["revision"]}
+    elif commit is not None:
+        model = model | {"revision": commit}
+    section = recipe.dictionary
+    hooks = {"hooks_in": list(section.hooks_in), "hooks_out": list(section.hooks_out)}
+    return {
+        "model": None if isinstance(stream, TensorStream) else model,
+        **({"hook": section.hook} if section.kind == "sae" else {}),
+        **hooks,
+        "text": resolved["text"],
+        "harvest": {key: resolved["harvest"][key] for key in ("dtype", "heldout", "exclude_special", "exclude_leading")},
+        "recipe": resolved,
+        "sparsary_version": own_version(),
+        "git_commit": git_commit(),
+    }
