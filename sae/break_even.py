@@ -33,14 +33,14 @@ def break_even(name: str, trial: Trial, device: torch.device) -> float:
             sparse, dense, share = trial()
             seconds = [[_timed(work, device) for work in (sparse, dense)] for _ in range(1 + TRIALS)][1:]
             slow, fast = (min(column) for column in zip(*seconds, strict=True))
-            _known[name] = rounded(share * fast / max(slow, 1e-9))
+            _known[name] = rounded_share(share * fast / max(slow, 1e-9))
         return _known[name]
 
 
-def rounded(share: float) -> float:
+def rounded_share(share: float) -> float:
     """Return the nearest power of two of a share, within the limits.
 
-    >>> rounded(0.06), rounded(3.0), rounded(0.0)
+    >>> rounded_share(0.06), rounded_share(3.0), rounded_share(0.0)
     (0.0625, 0.5, 0.015625)
     """
     return 2.0 ** round(math.log2(min(max(share, LEAST), MOST)))

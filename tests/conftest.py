@@ -289,7 +289,7 @@ def encoder_arguments():
         "gradient_topk": {"k": 3, "beta": 4.0, "normalize": "token"},
         "matching_pursuit": {"k": 3, "tolerance": 0.0},
         "batch_topk": {"k": 3},
-        "matryoshka": {"k": 3, "shares": [0.25, 0.5, 1.0]},
+        "matryoshka": {"k": 3, "shares": [0.25, 0.5, 1.0], "sampled": 0},
         "lista": {"k": 3, "steps": 1, "eta": 0.3, "budget": "batch", "select": "hard"},
         "multi_topk": {"k": 3, "weight": 0.125},
         "signed_topk": {"k": 3, "by": "size"},

@@ -1,8 +1,10 @@
 """Matryoshka BatchTopK: nested dictionaries, each trained to reconstruct on its own."""
 
+import random
 from collections.abc import Sequence
 
 from ..batch_encoder import MutualLevel
+from ..encoder import require_argument
 
 # Cumulative sums of 1/16, 1/16, 1/8, 1/4, 1/2: the group sizes in the authors' code.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -11,21 +13,30 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 class Matryoshka(MutualLevel):
     """BatchTopK over all latents, with the loss averaged over the reconstructions of prefixes of the dictionary.
 
-    ``shares`` are the prefix widths as fractions of the dictionary, ascending, the last one 1. Source: Bussmann et al. 2025,
-    arXiv:2503.17547.
+    ``shares`` are the prefix widths as fractions of the dictionary, ascending, the last one 1. With ``sampled`` the widths
+    between the first and the last are drawn for every batch, so that no latent is at a fixed boundary: ``sampled`` of them,
+    uniform in their logarithm. They depend on the run's progress alone, and a resumed run draws the same. Sources: Bussmann et
+    al. 2025, arXiv:2503.17547; random widths after Nabeshima 2024, "Matryoshka Sparse Autoencoders", with another distribution.
 
     Args:
         k: Active latents per token, on average over a batch.
         shares: Widths of the nested dictionaries, as fractions of all latents.
+        sampled: Widths drawn for every batch in place of those between the first and the last; 0 keeps ``shares``.
     """
 
-    def __init__(self, k: int, shares: Sequence[float] = SHARES):
+    def __init__(self, k: int, shares: Sequence[float] = SHARES, sampled: int = 0):
         super().__init__(k)
-        self.shares = list(shares)
+        require_argument("sampled", sampled, 0, fix="0 keeps the shares.")
+        self.shares, self.sampled = list(shares), sampled
         if not self.shares or sorted(set(self.shares)) != self.shares or self.shares[0] <= 0 or self.shares[-1] != 1.0:
             raise ValueError(
                 f"dictionary.encoder.shares: expected ascending shares above 0, the last one 1, got {self.shares}. "
                 "They are cumulative: [0.0625, 0.125, 0.25, 0.5, 1.0]."
+            )
+        if sampled and len(self.shares) == 1:
+            raise ValueError(
+                f"dictionary.encoder.shares: expected two or more with sampled = {sampled}, which draws between the first "
+                f"and the last, got {self.shares}. The shares [0.0625, 1.0] draw them from a sixteenth of all latents on."
             )
         self._n_latents = 0
 
@@ -33,4 +44,12 @@ class Matryoshka(MutualLevel):
         self._n_latents = n_latents
 
     def prefixes(self) -> tuple[int, ...]:
-        return tuple(max(1, round(share * self._n_latents * self.n_shards)) for share in self.shares)
+        return tuple(max(1, round(share * self._n_latents * self.n_shards)) for share in self.shares_now())
+
+    def shares_now(self) -> list[float]:
+        """Return the fractions of this batch."""
+        if not self.sampled:
+            return self.shares
+        drawn = random.Random(f"prefixes {self.progress}")
+        between = sorted(self.shares[0] ** drawn.random() for _ in range(self.sampled))
+        return [self.shares[0], *between, 1.0]

@@ -158,3 +158,39 @@ def test_concave_penalties_charge_splitting_a_value_and_no_latent_nothing():
         assert nothing == 0
         assert halves > 1.1 * whole
     assert float(charge(torch.tensor([1.0]), "log")) == pytest.approx(1.0)
+
+
+# Random prefixes of Matryoshka.
+
+
+def test_widths_are_drawn_anew_for_every_batch_and_again_by_a_resumed_run():
+    encoder = ENCODERS["matryoshka"](k=3, shares=[0.1, 0.5, 1.0], sampled=4)
+    encoder.prepare(1000)
+    found = []
+    for step in range(200):
+        encoder.progress = step / 199
+        widths = encoder.prefixes()
+        assert widths == encoder.prefixes()
+        assert (len(widths), widths[0], widths[-1]) == (6, 100, 1000)
+        assert list(widths) == sorted(widths)
+        found.append(widths[1:-1])
+    assert len(set(found)) == 200
+    # Uniform in the logarithm: a tenfold range has its middle at its geometric mean.
+    below = sum(width < 316 for widths in found for width in widths) / 800
+    assert below == pytest.approx(0.5, abs=0.06)
+    plain = ENCODERS["matryoshka"](k=3, shares=[0.1, 0.5, 1.0])
+    plain.prepare(1000)
+    assert plain.prefixes() == (100, 500, 1000)
+    with pytest.raises(ValueError, match=r"dictionary\.encoder\.shares: expected two or more with sampled = 2"):
+        ENCODERS["matryoshka"](k=3, shares=[1.0], sampled=2)
+
+
+def test_the_loss_is_the_mean_over_the_drawn_prefixes():
+    sae, x = made("matryoshka", k=3, shares=[0.2, 1.0], sampled=2)
+    sae.encoder.progress = 0.25
+    loss, _ = loss_and_terms(sae, x)
+    dense = sae.encode(x).to_dense(LATENTS)
+    widths = sae.encoder.prefixes()
+    assert len(widths) == 4
+    by_hand = [(dense[:, :n] @ sae.W_dec[:n] + sae.b_dec - x).pow(2).sum() / (7 * TOKENS) for n in widths]
+    torch.testing.assert_close(loss.double(), torch.stack(by_hand).mean())
