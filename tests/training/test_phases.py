@@ -400,7 +400,7 @@ def schedule(**knots):
     ("changes", "message"),
     [
         ({"phases": [{"encoder": TOPK}]}, "phases.0.start: required, but missing."),
-        ({"phases": [{"start": 0.5}]}, "phases.0.encoder: required, but missing."),
+        ({"phases": [{"start": 0.5}]}, "phases.0: expected an encoder, an objective or a reconstruction_weight, got none."),
         (phases({"start": 0.0}), "phases.0.start: expected greater than 0, got 0.0."),
         (phases({"start": 1.0}), "phases.0.start: expected less than 1, got 1.0."),
         (phases({"blend": 1.0}), "phases.0.blend: expected less than 1, got 1.0."),
