@@ -120,15 +120,17 @@ def recipe_page() -> str:
         *_table(Recipe),
     ]
     for path, section in _sections(Recipe):
-        lines += ["", f"## `{path}`", "", inspect.getdoc(section) or "", "", *_table(section)]
+        lines += ["", f"## `{path}`", "", inspect.getdoc(section) or "", "", *_table(section, path)]
     return "\n".join(lines) + "\n"
 
 
-def _sections(section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
-    """Yield the sections of a recipe by name; those of a list have brackets behind their name."""
+def _sections(section: type[Section], above: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Yield the sections of a recipe by name, each before those within it; those of a list have brackets behind their name."""
     for name, field in section.model_fields.items():
         for part in _nested(field.annotation):
-            yield f"{name}{'[]' if get_origin(field.annotation) is tuple else ''}", part
+            path = f"{above}{name}{'[]' if get_origin(field.annotation) is tuple else ''}"
+            yield path, part
+            yield from _sections(part, f"{path}.")
 
 
 def _nested(annotation: Any) -> list[type[Section]]:
@@ -143,8 +145,8 @@ def _parts(annotation: Any) -> Iterator[type]:
         yield from _parts(part)
 
 
-def _table(section: type[Section]) -> list[str]:
-    """Return a table of a section's keys; sections within it have a table of their own."""
+def _table(section: type[Section], path: str = "") -> list[str]:
+    """Return a table of the keys of the section at a path; sections within it have a table of their own."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         parts = _nested(field.annotation)
@@ -152,7 +154,8 @@ def _table(section: type[Section]) -> list[str]:
         if parts:
             listed = get_origin(field.annotation) is tuple
             kind = "list of sections" if listed else "section"
-            link = f"[`{name}`](#{name})"
+            # The anchor of the heading, which has no dots.
+            link = f"[`{name}`](#{path.replace('.', '')}{name})"
             text = description or (inspect.getdoc(parts[0]) or "").split("\n")[0]
             rows.append(_row(link, kind, _default(field), text))
         else:

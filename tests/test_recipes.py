@@ -43,10 +43,22 @@ CONFIGS = {
 def test_every_recipe_builds_on_the_meta_device(path, tmp_path):
     stored = load_grid(path).recipes[0].harvest.store is not None
     recipes = load_grid(path, {"harvest.store": str(tmp_path / "store")} if stored else None).recipes
-    members = resolve_recipes([with_configuration(recipe, tmp_path) for recipe in recipes])
+    members = resolve_recipes([with_start(with_configuration(recipe, tmp_path), tmp_path) for recipe in recipes])
     # The members between differ from these in the same keys.
     for member in {0, len(members) - 1}:
         check_one(members[member])
+
+
+def with_start(recipe, tmp_path):
+    """The recipe with a start that is there: an SAE of the embedded model."""
+    from sparsary.sae import SAE
+
+    section = recipe.dictionary
+    if section.start is None:
+        return recipe
+    SAE(128, 1024, ENCODERS["topk"](k=16)).save(tmp_path / "start", {"hook": section.hook})
+    start = section.start.model_copy(update={"path": str(tmp_path / "start")})
+    return recipe.model_copy(update={"dictionary": section.model_copy(update={"start": start})})
 
 
 def with_configuration(recipe, tmp_path):

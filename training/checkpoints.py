@@ -148,6 +148,7 @@ class Checkpoints:
         """
         reached: dict[str, Any] = {"training_tokens": state.tokens, "training_steps": state.step, "finished": finished}
         found = {"lengthened": state.lengthened, "skipped": dict(stream.skipped), "content": self._content(stream)}
+        found |= {"start": state.start}
         reached |= {key: value for key, value in found.items() if value}
         return self.provenance | reached | {ENTRY: [found.entry() for found in self.shortfalls]}
 

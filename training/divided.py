@@ -14,6 +14,7 @@ from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import build_encoder
 from ..sae.ranks import Shards
 from .recipe import Recipe
+from .recipe.validation import with_budget
 
 # Tensors of a dictionary with one row per latent, whatever the last part of a name says of them (Adam's moments).
 MATRICES = ("W_enc", "b_enc", "W_dec")
@@ -21,7 +22,7 @@ MATRICES = ("W_enc", "b_enc", "W_dec")
 
 def require_divisible(recipe: Recipe) -> None:
     """Raise ``ValueError``, with the reason, unless a recipe's latents can be divided as it wants."""
-    latents, n_latents = recipe.distributed.latents, recipe.dictionary.n_latents
+    latents, n_latents = recipe.distributed.latents, recipe.dictionary.known_n_latents
     if latents == 1:
         return
     if reason := undivided_latents(recipe):
@@ -36,7 +37,7 @@ def undivided_latents(recipe: Recipe) -> str:
     """Return why a recipe's dictionary stays whole, whatever the number of ranks; empty if its latents can be divided."""
     if recipe.dictionary.kind == "cross_layer_transcoder":
         return "a cross-layer transcoder, whose layers are not divided"
-    encoders = [build_encoder(spec) for spec in (recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases))]
+    encoders = [build_encoder(with_budget(spec)) for spec in recipe.encoders]
     refusals = (f"{type(encoder).__name__}, because {encoder.undivided}" for encoder in encoders if encoder.undivided)
     return next(refusals, "")
 
@@ -51,9 +52,9 @@ def divides_batch(batch_tokens: int, ranks: int, accumulate: int) -> bool:
     return batch_tokens % (ranks * accumulate) == 0
 
 
-def undivided_objective(objective: str) -> str:
-    """Return why several processes cannot train on an objective; empty if they can."""
-    return "kl trains in one process" if objective == "kl" else ""
+def undivided_objective(recipe: Recipe) -> str:
+    """Return why several processes cannot train on a recipe's objectives; empty if they can."""
+    return "kl trains in one process" if recipe.uses_kl else ""
 
 
 def own_part(whole: SparseDictionary, shards: Shards) -> SparseDictionary:

@@ -54,6 +54,25 @@ def initialize(
         ValueError: If inputs or targets are constant.
     """
     targets = sample.x if sample.target is None else sample.target
+    set_scales(dictionary, moments, target_moments, normalize)
+    rows, outputs = sample.x / dictionary.in_scale, targets / dictionary.out_scale
+    medians = {} if medians is None else medians
+    keys = ("x", _bytes(dictionary.in_scale)), ("x" if sample.target is None else "y", _bytes(dictionary.out_scale))
+    for key, values in zip(keys, (rows, outputs), strict=True):
+        if key not in medians:
+            medians[key] = geometric_median(values)
+    dictionary.centre_on(medians[keys[0]], medians[keys[1]])
+    if atoms == "data":
+        _atoms_from(dictionary, dictionary.centre(rows), outputs - medians[keys[1]], paired=sample.target is not None)
+        _fit_factor(dictionary, sample.x, targets)
+    elif sample.target is None:
+        for weights in (block.weights for block in dictionary.blocks):
+            weights.W_enc.copy_(weights.W_dec)
+
+
+@torch.no_grad()
+def set_scales(dictionary: SparseDictionary, moments: Moments, target_moments: Moments, normalize: str) -> None:
+    """Set the scales of inputs and outputs; arguments and errors are those of ``initialize``."""
     for number, site in enumerate(dictionary.sites):
         sides = (
             ("activations", moments, site.reads, dictionary.in_scale),
@@ -70,19 +89,6 @@ def initialize(
             if normalize == "scale":
                 # A scalar for one site, else one value per column.
                 (scale[columns] if scale.ndim else scale).fill_(math.sqrt(variance / (columns.stop - columns.start)))
-    rows, outputs = sample.x / dictionary.in_scale, targets / dictionary.out_scale
-    medians = {} if medians is None else medians
-    keys = ("x", _bytes(dictionary.in_scale)), ("x" if sample.target is None else "y", _bytes(dictionary.out_scale))
-    for key, values in zip(keys, (rows, outputs), strict=True):
-        if key not in medians:
-            medians[key] = geometric_median(values)
-    dictionary.centre_on(medians[keys[0]], medians[keys[1]])
-    if atoms == "data":
-        _atoms_from(dictionary, dictionary.centre(rows), outputs - medians[keys[1]], paired=sample.target is not None)
-        _fit_factor(dictionary, sample.x, targets)
-    elif sample.target is None:
-        for weights in (block.weights for block in dictionary.blocks):
-            weights.W_enc.copy_(weights.W_dec)
 
 
 def _bytes(scale: Tensor) -> bytes:
@@ -98,18 +104,18 @@ def _atoms_from(
     """Set the decoder from rows of centered outputs, and the encoder from the same rows or, if ``paired``, their inputs."""
     chosen = [torch.randint(outputs.shape[0], (len(block.weights.W_dec),)) for block in dictionary.blocks]
     for block, tokens in zip(dictionary.blocks, chosen, strict=True):
-        block.weights.W_dec.copy_(_apart(outputs[tokens, block.writes]))
+        block.weights.W_dec.copy_(apart(outputs[tokens, block.writes]))
     dictionary.renormalize()
     for block, tokens in zip(dictionary.blocks, chosen, strict=True):
         W_enc, W_dec = block.weights.W_enc, block.weights.W_dec
         if paired:
-            rows = _apart(inputs[tokens, block.reads])
+            rows = apart(inputs[tokens, block.reads])
             W_enc.copy_(F.normalize(rows, dim=-1) if dictionary.encoder.unit_atoms else rows)
         elif W_enc is not W_dec:
             W_enc.copy_(W_dec)
 
 
-def _apart(rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_latents d"]:
+def apart(rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "n_latents d"]:
     """Return the rows with noise, which separates duplicates."""
     return rows + torch.randn_like(rows) * rows.norm(dim=-1, keepdim=True) * (0.1 / math.sqrt(rows.shape[1]))
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ..sae.checkpoint import build_dictionary
 from ..sae.encoders import ENCODERS
+from ..sae.files import write_text
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
 from .activations.live import ContextStream
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
 from .activations.tensor_stream import TensorStream
-from .checkpoints import Checkpoints
+from .checkpoints import RECIPE_FILE, Checkpoints
 from .divided import own_part
 from .fused_adam import build_optimizer
 from .initialize import SAMPLE_TOKENS, initialize
@@ -29,11 +30,12 @@ from .objective import AuxSettings, Divergence, Objective
 from .optim import Schedule, lr_share
 from .phases import Phases
 from .processes import mesh
-from .recipe import DictionarySection, Recipe
+from .recipe import DictionarySection, Recipe, dump_recipe
 from .report import TrainingLog
 from .resolve_hooks import dictionary_arguments
 from .state import Logged, Randomness, TrainState
 from .versions import git_commit, own_version
+from .warm_start import warm_start
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +103,12 @@ def _member(
 ) -> TrainedMember:
     """Build a member; ``earlier`` is the recipe of the saved state to resume, if there is one."""
     directory, stream, section = Path(recipe.out_dir), start.stream, recipe.dictionary
-    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section)))
-    if earlier is None:
-        moments = (start.moments, start.target_moments)
+    moments, warm = (start.moments, start.target_moments), None
+    if earlier is None and section.start is not None:
+        warm = warm_start(recipe, start.widths(section), stream, start.sample, moments)
+        recipe = warm.recipe
+    whole = build_dictionary(dictionary_arguments(recipe, start.widths(section))) if warm is None else warm.dictionary
+    if earlier is None and warm is None:
         initialize(whole, start.sample, *moments, section.normalize, section.init, start.medians)
     ranks = mesh(recipe.distributed.latents)
     dictionary = own_part(whole, ranks.shards)
@@ -113,25 +118,28 @@ def _member(
     zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
     divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
-    weight = recipe.reconstruction_weight if recipe.reconstruction_weight is not None else float(divergence is None)
-    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, weight).to(
+    phases = Phases(dictionary, recipe).to(accelerator.device)
+    objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, phases.weights(0)).to(
         accelerator.device
     )
-    phases = Phases(dictionary, recipe).to(accelerator.device)
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
     state.budget = recipe.tokens
+    state.start = None if warm is None else warm.record
     logged = Logged() if earlier is None else state.restore(directory, dictionary, phases, optimizer)
     if earlier is not None:
         log.info("Continuing %s at step %d.%s", directory, state.step, _lengthened(state, earlier, recipe))
     # Evaluation mode adds the precision only: gradients are summed over ranks by the optimizer. Everything is on the device.
+    schedule = Schedule(optimizer, dictionary, phases, recipe, objective)
     objective = cast(Objective, accelerator.prepare_model(objective, device_placement=False, evaluation_mode=True))
     wrapped = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    if warm is not None and ranks.world.rank == 0:
+        # With the budget that was measured. A resume takes it from there.
+        write_text(directory / RECIPE_FILE, dump_recipe(recipe))
     checkpoints = Checkpoints(directory, _provenance(recipe, stream), phases, ranks, writer)
     report = TrainingLog(recipe, directory, logged, state.tokens, written=ranks.world.rank == 0)
-    schedule = Schedule(optimizer, dictionary, phases, recipe)
     dictionary.train()
     return TrainedMember(recipe, objective, dictionary, wrapped, schedule, state, report, checkpoints)
 
@@ -153,8 +161,7 @@ def _lengthened(state: TrainState, earlier: Recipe, recipe: Recipe) -> str:
 
 def needs_gradient(recipe: Recipe) -> bool:
     """Return True if an encoder of the run selects latents by the loss gradient."""
-    specs = [recipe.dictionary.encoder, *(phase.encoder for phase in recipe.phases)]
-    return any(ENCODERS[spec["name"]].needs_gradient for spec in specs)
+    return any(ENCODERS[spec["name"]].needs_gradient for spec in recipe.encoders)
 
 
 def precision_of(recipe: Recipe, device: torch.device) -> str:

@@ -14,6 +14,17 @@ from .activations.stream import ActivationBatch
 
 
 @dataclass(frozen=True)
+class LossWeights:
+    """Weights of the reconstruction error and of the KL divergence in the loss."""
+
+    reconstruction: float = 1.0
+    kl: float = 0.0
+
+
+FVU_ALONE = LossWeights()
+
+
+@dataclass(frozen=True)
 class Terms:
     """Results of one batch: named scalars, still on the device, and the number of times that each latent fired."""
 
@@ -73,8 +84,8 @@ class Objective(nn.Module):
 
     The main term is the reconstruction error as FVU. Its
     ``variance`` is the dictionary's ``error_scale``: for one site the targets' mean squared distance from their mean, in raw
-    units; for several, the values that make the error the mean of the sites' FVUs. With ``divergence`` the main term is the
-    KL divergence of the model's predictions, plus ``reconstruction_weight`` times the reconstruction error.
+    units; for several, the values that make the error the mean of the sites' FVUs. ``weights`` are those of the reconstruction
+    error and of the KL divergence of the model's predictions, which ``divergence`` computes; a schedule may change them.
     """
 
     variance: Float[Tensor, "..."]
@@ -85,12 +96,12 @@ class Objective(nn.Module):
         variance: float | Float[Tensor, "..."],
         aux: AuxSettings,
         divergence: Divergence | None = None,
-        reconstruction_weight: float = 1.0,
+        weights: LossWeights = FVU_ALONE,
     ):
         super().__init__()
         self.dictionary = dictionary
         self.aux = aux
-        self.divergence, self.reconstruction_weight = divergence, reconstruction_weight
+        self.divergence, self.weights = divergence, weights
         self.register_buffer("variance", torch.as_tensor(variance), persistent=False)
 
     def forward(self, batch: ActivationBatch, usage: LatentUsage) -> tuple[Float[Tensor, ""], Terms]:
@@ -104,10 +115,11 @@ class Objective(nn.Module):
         for screen in (block.weights.screen for block in d.blocks if block.weights.screen is not None):
             named["screen_recall"] = screen.recall
         judged = self.prefixes(code, batch.x) if code.requests.prefixes else [y_hat]
-        loss = self.reconstruction_weight * torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
+        loss = self.weights.reconstruction * torch.stack([normalized_mse(y, guess, self.variance) for guess in judged]).mean()
         extra = self.extra(batch, code, y, y_hat, usage)
-        if self.divergence is not None:
-            extra["kl"] = torch.stack([self.divergence(batch, guess) for guess in judged]).mean()
+        if self.weights.kl:
+            assert self.divergence is not None
+            extra["kl"] = self.weights.kl * torch.stack([self.divergence(batch, guess) for guess in judged]).mean()
         named |= {name: term.detach() for name, term in extra.items()}
         for term in extra.values():
             loss = loss + term

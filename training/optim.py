@@ -12,6 +12,7 @@ from ..sae import SparseDictionary
 from ..sae.sparse_grad import drop_ledger
 from .divided import per_latent
 from .gradient_exchange import GradientExchange
+from .objective import Objective
 from .phases import Phases
 from .recipe import Recipe, peak_lr, total_steps
 
@@ -141,13 +142,20 @@ def lr_share(recipe: Recipe, step: int) -> float:
 
 
 class Schedule:
-    """Per-step schedule of the learning rate, the active encoder and its scheduled arguments.
+    """Per-step schedule of the learning rate, the active encoder and its scheduled arguments, and the objective's weights.
 
     The rate warms up linearly, stays constant, and decays linearly to 0 over the last share of the run.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, dictionary: SparseDictionary, phases: Phases, recipe: Recipe):
-        self.optimizer, self.dictionary, self.phases = optimizer, dictionary, phases
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        dictionary: SparseDictionary,
+        phases: Phases,
+        recipe: Recipe,
+        objective: Objective | None = None,
+    ):
+        self.optimizer, self.dictionary, self.phases, self.objective = optimizer, dictionary, phases, objective
         self.recipe, self.peak = recipe, peak_lr(recipe)
 
     def lr(self, step: int) -> float:
@@ -156,5 +164,7 @@ class Schedule:
 
     def apply(self, step: int) -> None:
         self.phases.enter(self.dictionary, step)
+        if self.objective is not None:
+            self.objective.weights = self.phases.weights(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)

@@ -12,6 +12,7 @@ from torch import nn
 from ..sae import Encoder, SparseDictionary
 from ..sae.batch_encoder import BatchWide
 from ..sae.encoders import build_encoder
+from .objective import LossWeights
 from .recipe import Recipe, total_steps
 
 # When a latent counts as dead, its density has fallen to 1/16: below a tenth of what is expected, a usual ``aux_zipf_tau``.
@@ -33,20 +34,20 @@ class Phases(nn.Module):
         super().__init__()
         self.recipe, self.steps = recipe, total_steps(recipe)
         self.starts = [0, *phase_starts(recipe)]
-        later = [build_encoder(phase.encoder) for phase in recipe.phases]
-        for encoder in later:
-            encoder.prepare(dictionary.n_latents)
-        self.encoders = nn.ModuleList([dictionary.encoder, *later])
+        encoders = [dictionary.encoder]
+        for phase in recipe.phases:
+            # A phase without an encoder keeps the one before it.
+            encoders.append(encoders[-1] if phase.encoder is None else build_encoder(phase.encoder))
+            if phase.encoder is not None:
+                encoders[-1].prepare(dictionary.n_latents)
+        self.encoders = nn.ModuleList(encoders)
         for encoder in self.encoders:
             cast(Encoder, encoder).n_shards = dictionary.shards.size
             if isinstance(encoder, BatchWide):
                 encoder.density_half_life = density_half_life(recipe.dead_after_tokens)
         # Integer arguments, to which scheduled values are rounded.
         self.whole = {
-            name
-            for encoder in (dictionary.encoder, *later)
-            for name, parameter in encoder.parameters_of().items()
-            if parameter.annotation is int
+            name for encoder in encoders for name, parameter in encoder.parameters_of().items() if parameter.annotation is int
         }
 
     def enter(self, dictionary: SparseDictionary, step: int) -> None:
@@ -54,7 +55,8 @@ class Phases(nn.Module):
         number = self.number(step)
         if number and step == self.starts[number]:
             old, new = cast(Encoder, self.encoders[number - 1]), cast(Encoder, self.encoders[number])
-            new.inherit(old)
+            if new is not old:
+                new.inherit(old)
             if new.unit_atoms and not old.unit_atoms:
                 dictionary.fold_norms()
         self.select(dictionary, step)
@@ -77,10 +79,23 @@ class Phases(nn.Module):
         return max(i for i, start in enumerate(self.starts) if start <= step)
 
     def progress(self, step: int) -> float:
-        """Return the fraction of its phase that is done before a step: 0 at the first step and 1 at the last."""
-        number = self.number(step)
-        first, end = self.starts[number], [*self.starts, self.steps][number + 1]
+        """Return the fraction of the steps of its encoder that are done before a step: 0 at the first and 1 at the last."""
+        encoder, bounds = self.encoders[self.number(step)], [*self.starts, self.steps]
+        # Phases that keep the encoder belong together.
+        own = [number for number, each in enumerate(self.encoders) if each is encoder]
+        first, end = bounds[own[0]], bounds[own[-1] + 1]
         return (step - first) / max(end - first - 1, 1)
+
+    def weights(self, step: int) -> LossWeights:
+        """Return the weights of the main terms at a step."""
+        recipe, number = self.recipe, self.number(step)
+        objective, weight = recipe.objective, recipe.reconstruction_weight
+        for phase in recipe.phases[:number]:
+            if phase.objective not in (None, objective):
+                objective, weight = phase.objective, None
+            weight = weight if phase.reconstruction_weight is None else phase.reconstruction_weight
+        kl = objective == "kl"
+        return LossWeights(float(not kl) if weight is None else weight, float(kl))
 
     def lr_factor(self, step: int) -> float:
         """Return the learning-rate multiplier of a step's phase."""

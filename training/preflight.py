@@ -1,5 +1,6 @@
 """Preflight: checks and resource estimates of a recipe, or of all members of its grid, before any work."""
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from .memory import free_bytes
 from .optim import lr_share
 from .recipe import Recipe, calibrated_on, total_steps
 from .recipe.grid import told_together
+from .recipe.validation import with_budget
 from .report import require_wandb
 from .resolve_hooks import ResolvedRecipe, dictionary_arguments
 from .shortfalls import Shortfall, shortfall, shortfalls_together
@@ -32,6 +34,8 @@ from .training_plan import TrainingPlan, byte_words, memory_together, stream_mem
 
 STORED_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 LABEL_BYTES = 16
+
+log = logging.getLogger(__name__)
 
 
 def preflight(recipe: ResolvedRecipe) -> TrainingPlan:
@@ -66,6 +70,9 @@ def preflight_all(recipes: Sequence[ResolvedRecipe]) -> list[TrainingPlan]:
     if not any(plan.assumed for plan in plans):
         require_memory(recipes, plans)
         plans = [replace(plan, waits_for_saves=not snapshots_fit(recipes, plans)) for plan in plans]
+    for member in recipes:
+        for line in [] if member.source is None else member.source.differences(member.recipe):
+            log.warning("%s: %s.", member.recipe.out_dir, line)
     # All members of a grid log to the same place.
     require_wandb(recipes[0].recipe)
     return plans
@@ -82,8 +89,11 @@ def plan_all(recipes: Sequence[ResolvedRecipe], size: TextSize | None = None) ->
             raise ValueError("\n".join(unfit))
         _require_same_store(first)
     plans, problems = [], {}
-    for recipe in (member.recipe for member in recipes):
+    for member in recipes:
+        recipe = member.recipe
         try:
+            if member.source is not None and not assumed:
+                member.source.require_fit(recipe.dictionary, widths)
             plan = _plan(recipe, widths, assumed, size)
             plans.append(replace(plan, shortfalls=shortfalls_together(_falls_short(recipe, plan))))
         except ValueError as error:
@@ -161,7 +171,7 @@ def _unwritable(members: Sequence[ResolvedRecipe]) -> list[str]:
 
 def recipe_shortfalls(recipe: Recipe) -> list[Shortfall]:
     """Return the shortfalls that follow from the recipe's numbers alone, whatever its activations."""
-    steps, n_latents = total_steps(recipe), recipe.dictionary.n_latents
+    steps, n_latents = total_steps(recipe), recipe.dictionary.known_n_latents
     shares = [lr_share(recipe, step) for step in range(min(steps, recipe.lr_warmup_steps))]
     most = max(shares, default=1.0)
     # If warm-up overlaps the decay or lasts for the whole run, the rate turns back before it reaches its peak.
@@ -218,8 +228,7 @@ def _judged_on(size: TextSize) -> str:
 
 def _calibrates(recipe: Recipe) -> bool:
     """Return True if thresholds are calibrated on training tokens at the end of the run."""
-    last = recipe.phases[-1].encoder if recipe.phases else recipe.dictionary.encoder
-    encoder = build_encoder(last)
+    encoder = build_encoder(with_budget(recipe.encoders[-1]))
     penalised = isinstance(encoder, Penalised) and encoder.target_l0 is not None
     budgeted = isinstance(encoder, Calibrated) and encoder.has_thresholds
     return recipe.dictionary.joint or budgeted or penalised
@@ -333,9 +342,9 @@ def _plan(recipe: Recipe, widths: dict[str, int], assumed: frozenset[str], size:
 
 def _step_bytes(recipe: Recipe, row: int) -> int:
     """Return the peak bytes of a step: scores (one tile or all) and about four copies of inputs and outputs."""
-    tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.n_latents
+    tokens, n = recipe.batch_tokens // recipe.accumulate, recipe.dictionary.known_n_latents
     # Without a budget, about half of the latents may be active at first.
-    budgeted = "k" in recipe.dictionary.encoder
+    budgeted = "k" in with_budget(recipe.dictionary.known_encoder)
     scores = min(tokens * n, max(TILE_NUMBERS_CPU, LEAST_WIDTH * tokens)) if budgeted else 2 * tokens * n
     if not budgeted:
         # Layers are encoded one after another, and all codes are kept.

@@ -16,7 +16,8 @@ from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks
 from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
-from .recipe.validation import unharvested
+from .recipe.validation import unharvested, with_budget
+from .start_source import StartSource, started
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.
@@ -122,6 +123,8 @@ class ResolvedRecipe:
 
     recipe: Recipe
     outline: ModelOutline = field(compare=False, repr=False)
+    # What a warm start begins with; ``None`` without one, and for a run that resumes.
+    source: StartSource | None = field(default=None, compare=False, repr=False)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -136,7 +139,7 @@ class ResolvedRecipe:
     def stream_key(self) -> tuple[Any, ...]:
         """Key of everything that decides which batches the recipe gets, in which order. Equal keys share a stream."""
         recipe, section = self.recipe, self.recipe.dictionary
-        return recipe.batch_tokens, section.hooks_in, section.hooks_out, recipe.seed, recipe.objective
+        return recipe.batch_tokens, section.hooks_in, section.hooks_out, recipe.seed, recipe.uses_kl
 
     def another_run(self, out_dir: str, seed: int | None = None) -> "ResolvedRecipe":
         """Return the recipe with another directory and, optionally, another seed."""
@@ -162,25 +165,29 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
     outlines: dict[ModelSection, ModelOutline] = {}
     sections: list[DictionarySection] = []
     problems: dict[str, list[str]] = {}
+    sources: list[StartSource | None] = []
     for recipe in recipes:
         section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model, model))
+        source = None
         try:
             if not section.resolved:
                 section = _named(section, outline.model)
+            section, source = started(recipe.model_copy(update={"dictionary": section}))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
         else:
             lines = unharvested(recipe, "dictionary.site", section.all_hooks)
             problems |= {Path(recipe.out_dir).name: lines} if lines else {}
         sections.append(section)
+        sources.append(source)
     if problems:
         raise ValueError("\n".join(told_together(problems, len(recipes))))
     needed = tuple(sorted({hook for section in sections for hook in section.all_hooks}, key=natural_order))
     found = []
-    for recipe, section in zip(recipes, sections, strict=True):
+    for recipe, section, source in zip(recipes, sections, sources, strict=True):
         harvest = recipe.harvest.model_copy(update={"hooks": recipe.harvest.hooks or needed})
         changed = recipe.model_copy(update={"dictionary": section, "harvest": harvest})
-        found.append(ResolvedRecipe(changed, outlines[recipe.model]))
+        found.append(ResolvedRecipe(changed, outlines[recipe.model], source))
     return found
 
 
@@ -221,12 +228,16 @@ def dictionary_arguments(recipe: Recipe, widths: Mapping[str, int]) -> dict[str,
     for key, sizes in (("hook_in", reads), ("hook_out", writes)):
         if len(set(sizes)) > 1:
             raise ValueError(f"dictionary.{key}: expected one width at all layers, got {', '.join(map(str, sizes))}.")
-    arguments = {"kind": section.kind, "d_in": sum(reads), "encoder": section.encoder}
+    n_latents, spec = section.known_n_latents, section.known_encoder
+    # A budget that is the start's l0 on the initial sample is not known yet.
+    spec = spec if section.start is None else with_budget(spec)
+    arguments = {"kind": section.kind, "d_in": sum(reads), "encoder": spec}
+    arguments |= {} if section.row_norm is None else {"row_norm": section.row_norm}
     match section.kind:
         case "sae":
-            return arguments | {"n_latents": section.n_latents}
+            return arguments | {"n_latents": n_latents}
         case "transcoder":
-            return arguments | {"d_out": sum(writes), "n_latents": section.n_latents, "skip": section.skip}
+            return arguments | {"d_out": sum(writes), "n_latents": n_latents, "skip": section.skip}
         case "cross_layer_transcoder":
-            sizes = {"d_out": sum(writes), "n_latents": len(reads) * section.n_latents, "n_layers": len(reads)}
-            return arguments | sizes | {"joint": section.joint}
+            sizes = {"d_out": sum(writes), "n_latents": len(reads) * n_latents, "n_layers": len(reads)}
+            return arguments | sizes | {"joint": section.joint} | ({"skip": True} if section.skip else {})

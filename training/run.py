@@ -39,6 +39,7 @@ from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
 from .training_plan import TrainingPlan
+from .warm_start import after_training
 
 log = logging.getLogger(__name__)
 # Keys of a recipe's dictionary that say where in a model it stands.
@@ -200,7 +201,7 @@ def _train_all(
 ) -> None:
     if activations is None:
         plans = preflight_all(members) if plans is None else plans
-    elif any(recipe.objective == "kl" for recipe in recipes):
+    elif any(recipe.uses_kl for recipe in recipes):
         raise ValueError("activations: expected none with objective kl, which trains through the model. Leave them out.")
     for above in {Path(recipe.out_dir).parent for recipe in recipes if len(recipes) > 1}:
         if (above / RECIPE_FILE).exists():
@@ -254,7 +255,7 @@ def open_streams(
         elif first.harvest.store is None:
             hooks = tuple(dict.fromkeys(hook for member in members for hook in member.recipe.dictionary.all_hooks))
             outline = members[0].outline
-            whole = first.harvest.gradients or any(member.recipe.objective == "kl" for member in members)
+            whole = first.harvest.gradients or any(member.recipe.uses_kl for member in members)
             model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
             buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
@@ -273,7 +274,7 @@ def _live_stream(buffers: Buffers, recipe: Recipe, part: BatchPart) -> Activatio
     section = recipe.dictionary
     moments = calibrated_on(recipe)
     rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part)
-    return ContextStream(rows) if recipe.objective == "kl" else rows
+    return ContextStream(rows) if recipe.uses_kl else rows
 
 
 def _store_stream(store: ActivationStore, group: list[Recipe], stack: ExitStack, part: BatchPart) -> ActivationStream:
@@ -344,6 +345,8 @@ def _train(
                 dictionary.ranks = ALONE
                 found = finish(dictionary, group.stream, calibrated_on(member.recipe), member.recipe.batch_tokens)
                 found = _passes(member, group.stream) + found
+                if member.state.start is not None:
+                    member.state.start = after_training(dictionary, member.state.start, group.stream, member.recipe)
                 before = set(map(str, member.checkpoints.shortfalls))
                 _tell([member.recipe.out_dir], [[each for each in found if str(each) not in before]])
                 member.checkpoints.shortfalls = shortfalls_together(member.checkpoints.shortfalls, found)

@@ -25,7 +25,7 @@ def require_same_run_on_all(ranks: Ranks, recipes: Sequence[Recipe]) -> None:
                 f"{recipe.accumulate}), got "
                 f"{recipe.batch_tokens}. Set batch_tokens to {-(-recipe.batch_tokens // parts) * parts}."
             )
-        if reason := undivided_objective(recipe.objective):
+        if reason := undivided_objective(recipe):
             raise ValueError(f"objective: {reason}, got {ranks.size}. Start it without a launcher.")
 
 

@@ -86,6 +86,8 @@ class TrainState:
         self.budget: int | None = None
         # [step, tokens]: the step at which the run was lengthened, and its token budget before.
         self.lengthened: list[list[int]] = []
+        # Record of the dictionary that a warm start began with, for the checkpoint.
+        self.start: dict[str, Any] | None = None
         self.stream_position: dict[str, Any] | None = None
         self.silent_for: Int[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.long, device=device)
         self.density: Float[Tensor, " n_latents"] = torch.zeros(n_latents, dtype=torch.float64, device=device)
@@ -151,7 +153,7 @@ class TrainState:
             "lengthened": self.lengthened,
             # A resumed run takes the same paths; measured again, they might differ.
             "break_evens": known_break_evens(),
-        }
+        } | ({} if self.start is None else {"start": self.start})
         return StateContents(self.tensors(dictionary, phases, optimizer), counters, active)
 
     def tensors(self, dictionary: SparseDictionary, phases: Phases, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -196,6 +198,7 @@ class TrainState:
             self.stream_position = counters["stream"]
             # Missing in states of earlier versions, whose runs could not be lengthened.
             self.lengthened = counters.get("lengthened", [])
+            self.start = counters.get("start")
             restore_break_evens(_break_evens(counters))
         except (KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
             reason = " ".join(str(error).split())

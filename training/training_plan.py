@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .recipe import Recipe
+from .recipe import PhaseSection, Recipe
 from .recipe.grid import Grid, told_together
 from .resolve_hooks import ResolvedRecipe
 from .shortfalls import Shortfall
@@ -56,14 +56,12 @@ class TrainingPlan:
         return [
             *self.source_lines(recipe),
             ("dictionary", f"{'sae ' if recipe.dictionary.kind == 'sae' else ''}{self.dictionary_words(recipe)}"),
-            *[
-                (f"from {phase.start:.0%}", f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run")
-                for phase in recipe.phases
-            ],
+            *[(f"from {phase.start:.0%}", _phase_words(phase)) for phase in recipe.phases],
             *[
                 (f"{name} moves", ", ".join(f"{value} at {share:.0%}" for share, value in knots))
                 for name, knots in recipe.schedules.items()
             ],
+            *_start_lines(member),
             ("objective", recipe.objective),
             ("training", self.training_words(recipe)),
             ("memory", f"about {byte_words(self.memory_bytes)} for training, beside the model's own"),
@@ -105,7 +103,7 @@ class TrainingPlan:
         elif section.kind == "cross_layer_transcoder":
             chosen = "over all layers" if section.joint else "in each layer"
             sizes = f"cross_layer_transcoder of {len(section.hooks_in)} layers, each {sizes} -> {d_out}, chosen {chosen}"
-        return f"{sizes}, {_words(section.encoder)}, {self.parameters:,} parameters"
+        return f"{sizes}, {_words(section.known_encoder)}, {self.parameters:,} parameters"
 
     def training_words(self, recipe: Recipe) -> str:
         passes = "" if self.passes is None else f", {self.passes:.1f} passes over the training split"
@@ -123,6 +121,11 @@ def grid_lines(grid: Grid, recipes: Sequence[ResolvedRecipe], plans: Sequence[Tr
     return [
         *plans[0].source_lines(recipes[0].recipe),
         *[(name, plan.dictionary_words(recipe)) for name, recipe, plan in members],
+        *[
+            (f"{name}: {key}", words)
+            for name, member in zip(grid.names, recipes, strict=True)
+            for key, words in _start_lines(member)
+        ],
         *[("training" if len(trainings) == 1 else f"like {name}", words) for words, name in trainings.items()],
         ("members", f"{len(plans)} on {len(streams)} stream{'s' * (len(streams) > 1)} of batches"),
         ("memory", f"about {byte_words(memory)} for training, beside the model's own"),
@@ -143,6 +146,25 @@ def saving_words(plans: Sequence[TrainingPlan]) -> str:
     if any(plan.waits_for_saves for plan in plans):
         return f"training waits for each save, because a copy of its state ({size} more) does not fit in memory"
     return f"while training continues, from a copy of its state: {size} more"
+
+
+def _start_lines(member: ResolvedRecipe) -> list[tuple[str, str]]:
+    """Return what a warm start takes over, and in what the recipe differs from the start's own records."""
+    if member.source is None:
+        return []
+    differences = member.source.differences(member.recipe)
+    return [
+        ("start", member.source.words(member.recipe.dictionary)),
+        *[("doubtful", "; ".join(differences))] * bool(differences),
+    ]
+
+
+def _phase_words(phase: PhaseSection) -> str:
+    """Return what a phase changes, as text."""
+    words = [] if phase.encoder is None else [f"{_words(phase.encoder)}, over {phase.blend:.0%} of the run"]
+    words += [] if phase.objective is None else [f"objective {phase.objective}"]
+    words += [] if phase.reconstruction_weight is None else [f"reconstruction_weight {phase.reconstruction_weight}"]
+    return ", ".join(words)
 
 
 def _words(encoder: dict[str, Any]) -> str:

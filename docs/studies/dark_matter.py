@@ -64,7 +64,7 @@ def trained(path: str, earlier: str) -> tuple[dict[int, dict[int, Recipe]], dict
     """Train and return the members of the grid by seed and width, and those of the earlier hook by seed."""
     members = list(check_grid(read_values(path), path).recipes)
     seeds = list(dict.fromkeys(recipe.seed for recipe in members))
-    widths = sorted({recipe.dictionary.n_latents for recipe in members})
+    widths = sorted({recipe.dictionary.known_n_latents for recipe in members})
     values = read_values(path) | {"grid": {"seed": seeds}}
     override(values, "dictionary.hook", earlier)
     override(values, "dictionary.n_latents", widths[len(widths) // 2])

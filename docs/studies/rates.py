@@ -36,7 +36,7 @@ def variants(family: str, path: Path, autos: list[str], rates: list[float]) -> d
     found: dict[str, dict[str, Any]] = {family: {}}
     if "lr" in autos:
         found[f"{family}-lr_auto"] = {"lr": "auto"}
-    if "betas" in autos and build_encoder(recipe.dictionary.encoder).betas != recipe.betas:
+    if "betas" in autos and build_encoder(recipe.dictionary.known_encoder).betas != recipe.betas:
         found[f"{family}-betas_auto"] = {"betas": "auto"}
     return found | {f"{family}-lr_{rate:g}": {"lr": rate} for rate in rates}
 
@@ -69,7 +69,7 @@ def main() -> None:
     print("| variant | lr | betas | fvu | cross-entropy + | l0 | dead, scored | dead, training |\n|" + "---|" * 8)
     for name in (name for members in groups.values() for name in members):
         recipe = load_recipe(folder / f"{name}.yaml")
-        betas = build_encoder(recipe.dictionary.encoder).betas if recipe.betas == "auto" else recipe.betas
+        betas = build_encoder(recipe.dictionary.known_encoder).betas if recipe.betas == "auto" else recipe.betas
         found, own = figures[name]["figures"], figures[name]
         ends = "" if found["fvu"].get("low") is None else f" ({found['fvu']['low']:.4f}-{found['fvu']['high']:.4f})"
         cells = [f"`{name}`{' (off target)' * own['off_target']}", f"{peak_lr(recipe):.2g}", ", ".join(f"{b:g}" for b in betas)]

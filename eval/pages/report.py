@@ -26,6 +26,8 @@ def render_report(report: Report, curve: Curve, examples: Sequence[ExampleLatent
         "evaluated on": ", ".join(evaluated) or None,
         "git commit": None if commit is None else str(commit)[:12],
     }
+    if report.get("fvu_before_training") is not None:
+        facts["before training"] = _before_training(report)
     if report.get("doubts"):
         facts["doubts"] = "; ".join(report["doubts"])
     if report.get("selection", "per token") != "per token":
@@ -47,6 +49,12 @@ def render_report(report: Report, curve: Curve, examples: Sequence[ExampleLatent
         features_command=shlex.join(["sparsary", "features", str(report.get("checkpoint") or "CHECKPOINT")]),
         sections={title: _rows(report, title, texts) for title, texts in _sections(report).items()},
     )
+
+
+def _before_training(report: Report) -> str:
+    """Return the figures of the dictionary that training began with, and those after it, as text."""
+    before, after = (f"fvu {show(report.get(f'fvu_{when}_training'))}" for when in ("before", "after"))
+    return f"{before}, after it {after} (on {show(report.get('start_tokens'))} {report.get('start_judged_on')} tokens)"
 
 
 # Label, key, and the note below the number; braces name other entries of the report.

@@ -234,6 +234,15 @@ def _candidate(opened: LoadedCheckpoint, out: str | Path | None, selection: Infe
     return Candidate(opened, target, selection)
 
 
+def _of_the_start(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what training recorded of the dictionary that it began with."""
+    found: dict[str, Any] = {"start": record.get("path")}
+    for when in ("before", "after"):
+        for name, value in (record.get(when) or {}).items():
+            found[f"{name}_{when}_training"] = value
+    return found | {"start_tokens": record.get("judged_tokens"), "start_judged_on": record.get("judged_on")}
+
+
 def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mapping[str, list[float]]] = ()) -> Report:
     """Complete the report, write it with its page and sums by document, and return it."""
     source, dictionary = candidate.source, candidate.dictionary
@@ -258,6 +267,8 @@ def _written(candidate: Candidate, entries: dict[str, Any], sums: Sequence[Mappi
     had = [entries[key] for key in ("tokens_asked", "tokens", "documents_shared")]
     report |= told_shortfalls(candidate.checkpoint, [source], eval_shortfalls(*had))
     report |= _with_usage(entries, dictionary.training_usage)
+    if source.get("start"):
+        report |= _of_the_start(source["start"])
     if source.get("skipped"):
         report["skipped"] = [f"training: {counted(source['skipped'])}", *report.get("skipped", [])]
     doubts = _doubts(entries, dictionary)

@@ -17,7 +17,7 @@ from sparsary.training.activations.live import Buffers, ContextStream, LiveStrea
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.store_stream import StoreStream
 from sparsary.training.activations.stream import ActivationBatch
-from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, Objective, Terms, combine
+from sparsary.training.objective import AuxSettings, Divergence, LatentUsage, LossWeights, Objective, Terms, combine
 from sparsary.training.recipe import HarvestSection, TextSection, check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train_recipe
@@ -214,7 +214,7 @@ def test_the_objective_adds_divergence_and_weighted_reconstruction(embedded_mode
     sae = SAE(128, 67, ENCODERS["topk"](k=5))
     divergence, aux = Divergence(embedded_model, HOOK), AuxSettings(0.0, 3)
     for weight in (0.0, 0.7):
-        loss, terms = Objective(sae, torch.tensor(11.0), aux, divergence, weight)(batch, usage(67))
+        loss, terms = Objective(sae, torch.tensor(11.0), aux, divergence, LossWeights(weight, 1.0))(batch, usage(67))
         fvu = (sae(batch.x) - batch.x).pow(2).sum(-1).mean() / 11
         torch.testing.assert_close(terms.named["kl"], divergence(batch, sae(batch.x)).detach())
         torch.testing.assert_close(terms.named["fvu"], fvu.detach())
@@ -226,7 +226,7 @@ def test_every_prefix_is_judged_by_the_model(embedded_model, batch):
     torch.manual_seed(2)
     sae = SAE(128, 67, ENCODERS["matryoshka"](k=5, shares=[0.5, 1.0]))
     divergence = Divergence(embedded_model, HOOK)
-    loss, _ = Objective(sae, torch.tensor(11.0), AuxSettings(0.0, 3), divergence, 0.0)(batch, usage(67))
+    loss, _ = Objective(sae, torch.tensor(11.0), AuxSettings(0.0, 3), divergence, LossWeights(0.0, 1.0))(batch, usage(67))
     dense = sae.encode(batch.x).to_dense(67)
     kls = [divergence(batch, dense[:, :width] @ sae.W_dec[:width] + sae.b_dec) for width in (34, 67)]
     torch.testing.assert_close(loss, sum(kls) / 2)
@@ -289,6 +289,21 @@ def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_p
     assert load_dictionary(whole).n_latents == 67
 
 
+def test_a_phase_switches_the_objective_and_keeps_the_encoder(end_to_end, tmp_path, stopped_after):
+    later = [{"start": 0.5, "objective": "kl"}, {"start": 0.8, "reconstruction_weight": 0.5, "lr_factor": 0.1}]
+    end_to_end |= {"objective": "reconstruction", "phases": later}
+    whole = train_recipe(resolve_recipe(check_recipe(end_to_end | {"out_dir": str(tmp_path / "whole")}, "recipe")))
+    lines = metrics(whole)
+    assert ["kl" in line for line in lines] == [False] * 5 + [True] * 5
+    for number, line in enumerate(lines):
+        wanted = line["fvu"] if number < 5 else line["kl"] + (0.5 * line["fvu"] if number >= 8 else 0.0)
+        assert line["loss"] == pytest.approx(wanted + line["aux"], rel=1e-5)
+    recipe = check_recipe(end_to_end | {"out_dir": str(tmp_path / "parts")}, "recipe")
+    with stopped_after(6):
+        train_recipe(resolve_recipe(recipe))
+    assert_equal_files(whole, train_recipe(resolve_recipe(recipe)))
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
@@ -301,6 +316,16 @@ def test_an_end_to_end_run_lowers_the_kl_and_resumes_bit_equal(end_to_end, tmp_p
         (None, {"batch_tokens": 100, "accumulate": 4}, "accumulate: expected 1 with objective kl, got 4. Lower batch_tokens"),
         (None, {"objective": "kll"}, "objective: expected 'reconstruction' or 'kl', got 'kll'."),
         (None, {"reconstruction_weight": -1.0}, "reconstruction_weight: expected greater than or equal to 0"),
+        (
+            None,
+            {"phases": [{"start": 0.5}]},
+            "phases.0: expected an encoder, an objective or a reconstruction_weight, got none.",
+        ),
+        (
+            None,
+            {"phases": [{"start": 0.5, "objective": "reconstruction", "blend": 0.1}]},
+            "phases.0.blend: expected 0 without an encoder, got 0.1.",
+        ),
     ],
 )
 def test_what_end_to_end_training_cannot_do_is_refused(end_to_end, section, changes, message):

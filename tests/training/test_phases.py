@@ -126,6 +126,20 @@ def test_a_scheduled_target_l0_is_what_the_controller_steers_to(values, name):
     assert float(sae.encoder.penalty.factor) > 1
 
 
+def test_phases_without_an_encoder_keep_it_and_its_progress(values):
+    values["phases"] = [{"start": 0.4, "objective": "kl"}, {"start": 0.6, "reconstruction_weight": 2.0, "objective": "kl"}]
+    values["harvest"] |= {"store": None, "tokens": None}
+    sae, phases, _ = started(values | {"schedules": {}})
+    first, seen = sae.encoder, []
+    for step in range(STEPS):
+        phases.enter(sae, step)
+        seen.append(sae.encoder.progress)
+        assert sae.encoder is first
+    assert seen == pytest.approx([step / (STEPS - 1) for step in range(STEPS)])
+    found = [phases.weights(step) for step in (0, 11, 12, 17, 18, 29)]
+    assert [(each.reconstruction, each.kl) for each in found] == [(1, 0), (1, 0), (0, 1), (0, 1), (2, 1), (2, 1)]
+
+
 def test_encoders_know_how_far_their_phase_is(values):
     values["phases"][0] |= {"encoder": {"name": "relu", "sparsity": 0.1}, "blend": 0.0}
     sae, phases, _ = started(values)

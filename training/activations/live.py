@@ -209,6 +209,21 @@ class LiveStream(ActivationStream):
     def start_sample(self, tokens: int) -> ActivationBatch:
         return self.sample(min(tokens, self.start_tokens))
 
+    def heldout(self, tokens: int) -> ActivationBatch | None:
+        source, section = self.source, self.section
+        if not section.heldout:
+            return None
+        found: list[ActivationBatch] = []
+        for batch in context_batches(source.model, source.text, section, section.batch_contexts, heldout=True):
+            rows = rows_of(source.model, batch, section, source.hooks)["heldout"].at((*self.hooks_in, *self.hooks_out))
+            found.append(self._sides(usable_rows(rows, BadTokens(section), "harvest")))
+            if sum(len(each.x) for each in found) >= tokens:
+                break
+        if not sum(len(each.x) for each in found):
+            return None
+        joined = ActivationBatch.join(found)
+        return joined.rows(slice(tokens))
+
     def _sampled_at(self, row: int) -> _Sampled:
         """Return the buffer that holds a row of the text, or the last buffer if the text ends before that row."""
         if self._sampled is None or row < self._sampled.begin:
@@ -358,6 +373,9 @@ class ContextStream(ActivationStream):
 
     def start_sample(self, tokens: int) -> ActivationBatch:
         return self.rows.start_sample(tokens)
+
+    def heldout(self, tokens: int) -> ActivationBatch | None:
+        return self.rows.heldout(tokens)
 
     def moments(self) -> Moments:
         return self.rows.moments()

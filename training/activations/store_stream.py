@@ -106,6 +106,14 @@ class StoreStream(ActivationStream):
         }
         return ActivationBatch(sides["x"], sides.get("target"))
 
+    def heldout(self, tokens: int) -> ActivationBatch | None:
+        if not self.store.tokens("heldout"):
+            return None
+        rows = StoreStream(self.store, self.hooks_in, 1, self.seed, "heldout", self.hooks_out)
+        found = rows.sample(tokens)
+        rows.release()
+        return found
+
     def moments(self) -> Moments:
         return self.store.moments_of(self.hooks_in)
 

@@ -152,6 +152,10 @@ class ActivationStream(ABC):
     def target_moments(self) -> Moments:
         """Return mean and deviation of the reconstruction targets."""
 
+    def heldout(self, tokens: int) -> ActivationBatch | None:
+        """Return up to ``tokens`` held-out rows, always the same; ``None`` if the source holds nothing out."""
+        return None
+
     def content(self) -> Content | None:
         """Return the content of model, tokenizer and the text read so far; ``None`` if it is unknown."""
         return None

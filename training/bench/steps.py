@@ -88,7 +88,7 @@ def recipe_of(task: BenchTask) -> Recipe:
             raise ValueError(f"{where}: {key}: expected the value from {TAKEN[key]}, got {value!r}.")
         override(values, key, value)
     recipe = check_recipe(values, where)
-    if recipe.objective == "kl":
+    if recipe.uses_kl:
         raise ValueError(f"{where}: objective: expected reconstruction, got 'kl', whose step is mostly the model's.")
     return recipe
 
@@ -139,8 +139,7 @@ class BenchRun:
         self.state = TrainState(
             self.dictionary.n_latents, recipe.dead_after_tokens, torch.device("cpu"), Randomness(recipe.seed)
         )
-        weight = 1.0 if recipe.reconstruction_weight is None else recipe.reconstruction_weight
-        objective = Objective(self.dictionary, self.dictionary.error_scale(moments), aux, None, weight)
+        objective = Objective(self.dictionary, self.dictionary.error_scale(moments), aux, None, self.phases.weights(0))
         self.objective, self.wrapped = self.accelerator.prepare(objective, self.optimizer)
         self.dictionary.train()
 

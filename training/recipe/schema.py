@@ -5,7 +5,7 @@ Types are never coerced, and unknown keys are errors. Checks that involve severa
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from ...sae.files import at_home
 
@@ -23,6 +23,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 OnBadRow = Literal["skip", "error"]
+ObjectiveName = Literal["reconstruction", "kl"]
 
 
 def _hooks(value: Any) -> str | tuple[str, ...] | None:
@@ -165,8 +166,40 @@ class HarvestSection(Section):
     max_bad_share: Share = Field(default=0.01, description="on_bad_row skip: stop if a larger share of tokens is bad")
 
 
+class StartSection(Section):
+    """Saved dictionary that training starts from (warm start); ``start: PATH`` alone gives its path."""
+
+    path: Place = Field(description="checkpoint, stack, or another library's files: a directory, a file, or a Hub repository")
+    hook: str | None = Field(
+        default=None, description="which dictionary, if there are several; null: that of the recipe's hook"
+    )
+    subfolder: str | None = Field(default=None, description="folder of the directory or repository")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the Hub; null: the main branch")
+    format: str | None = Field(default=None, description="format of the files; null: detected")
+    k: Positive | None = Field(default=None, description="latents per token, if the files do not record it")
+    scale: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="input scale, if the files do not record it"
+    )
+    threshold: float | None = Field(default=None, description="value that latents must exceed, if the files do not record it")
+    subtract_b_dec: bool | None = Field(
+        default=None, description="subtract b_dec from the input; needed where versions of a library differ"
+    )
+    new_latents: Literal["error", "data"] = Field(
+        default="error",
+        description="directions of latents beyond those of the start; error: errors of the start on the initial sample; data: "
+        "centered activations",
+    )
+
+
+def _start(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class DictionarySection(Section):
-    """Dictionary to train, and its hooks: given directly, or by ``layer`` and ``site``."""
+    """Dictionary to train, and its hooks: given directly, or by ``layer`` and ``site``.
+
+    With a ``start``, keys that the recipe leaves out are those of the saved dictionary.
+    """
 
     kind: Literal["sae", "transcoder", "cross_layer_transcoder"] = Field(
         default="sae",
@@ -187,8 +220,22 @@ class DictionarySection(Section):
         description="cross_layer_transcoder: topk selects n_layers x k latents among those of all layers; relu and jumprelu "
         "reach target_l0 on average over layers, with one penalty weight",
     )
-    n_latents: Positive = Field(description="number of latents; cross_layer_transcoder: per layer")
-    encoder: dict[str, Any] = Field(description="name of the encoder, and its arguments")
+    start: Annotated[StartSection | None, BeforeValidator(_start)] = Field(
+        default=None, description="train a saved dictionary further, on this recipe's activations; null: train a new one"
+    )
+    n_latents: Positive | None = Field(
+        default=None,
+        description="number of latents; cross_layer_transcoder: per layer. Required without start; null: those of the start. "
+        "More: new ones are added; fewer: the densest are kept",
+    )
+    encoder: dict[str, Any] | None = Field(
+        default=None,
+        description="name of the encoder, and its arguments. Required without start; null: that of the start. With start, k or "
+        "target_l0 may be left out: it is then the start's l0",
+    )
+    row_norm: str | None = Field(
+        default=None, description="per-token normalization of the inputs; only that of the start, set by sparsary"
+    )
     normalize: Literal["scale", "none"] = Field(
         default="scale", description="scale: divide by one constant, so that the variance per dimension is 1"
     )
@@ -205,6 +252,18 @@ class DictionarySection(Section):
     init: Literal["data", "random"] = Field(
         default="data", description="initial decoder directions; data: centered activations; random: isotropic"
     )
+
+    @property
+    def known_n_latents(self) -> int:
+        """Number of latents of a resolved recipe."""
+        assert self.n_latents is not None, "a recipe is resolved before its size is asked for"
+        return self.n_latents
+
+    @property
+    def known_encoder(self) -> dict[str, Any]:
+        """Encoder of a resolved recipe."""
+        assert self.encoder is not None, "a recipe is resolved before its encoder is asked for"
+        return self.encoder
 
     @property
     def resolved(self) -> bool:
@@ -233,10 +292,17 @@ class DictionarySection(Section):
 
 
 class PhaseSection(Section):
-    """Switch to another encoder during the run; the new one inherits the statistics of the one before."""
+    """Switch to another encoder or objective during the run; a new encoder inherits the statistics of the one before."""
 
     start: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="share of the run at which the phase begins")
-    encoder: dict[str, Any] = Field(description="name of the encoder, and its arguments")
+    encoder: dict[str, Any] | None = Field(
+        default=None, description="name of the encoder, and its arguments; null: the encoder stays"
+    )
+    objective: ObjectiveName | None = Field(default=None, description="objective from here on; null: the objective stays")
+    reconstruction_weight: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None,
+        description="weight of the reconstruction error from here on; null: it stays, unless the objective changes",
+    )
     blend: Share = Field(default=0.0, description="share of the run over which batches switch gradually to the new phase")
     lr_factor: Annotated[float, Field(gt=0.0)] = Field(default=1.0, description="multiplier of lr during the phase")
 
@@ -311,7 +377,7 @@ class Recipe(Section):
         description="auto: Adam fused with sparse gradients, if there are kernels and no accumulation; plain: "
         "materialized gradients and torch's Adam. Both are the same step up to rounding",
     )
-    objective: Literal["reconstruction", "kl"] = Field(
+    objective: ObjectiveName = Field(
         default="reconstruction",
         description="kl: train end to end on the KL divergence of the model's predictions when it runs on the reconstruction",
     )
@@ -319,7 +385,7 @@ class Recipe(Section):
         default=None, description="weight of the reconstruction error; null: 1, or 0 with objective kl"
     )
     phases: Annotated[tuple[PhaseSection, ...], Field(strict=False)] = Field(
-        default=(), description="encoders that replace dictionary.encoder later in the run, each with its start"
+        default=(), description="later parts of the run with another encoder or objective, each with its start"
     )
     schedules: dict[str, Knots] = Field(
         default_factory=dict,
@@ -353,6 +419,19 @@ class Recipe(Section):
     wandb: WandbSection | None = Field(default=None, description="log to Weights & Biases as well; null: do not")
     eval_tokens: Positive = Field(default=200_000, description="number of held-out tokens that `sparsary eval` uses")
 
+    @property
+    def encoders(self) -> list[dict[str, Any]]:
+        """Encoder of every phase of a resolved recipe; the first is the dictionary's own."""
+        found = [self.dictionary.known_encoder]
+        for phase in self.phases:
+            found.append(phase.encoder or found[-1])
+        return found
+
+    @property
+    def uses_kl(self) -> bool:
+        """True if any part of the run trains through the model."""
+        return "kl" in (self.objective, *(phase.objective for phase in self.phases))
+
 
 def total_steps(recipe: Recipe) -> int:
     """Return the number of steps of the run; the last batch is a full one."""
@@ -370,4 +449,4 @@ def peak_lr(recipe: Recipe) -> float:
     With ``auto`` it is proportional to the inverse square root of the number of latents. The rule is from Gao et al. 2024,
     arXiv:2406.04093, section 3; the constant, 2e-4 at 16,384 latents, from EleutherAI's sparsify.
     """
-    return 2e-4 * (16_384 / recipe.dictionary.n_latents) ** 0.5 if recipe.lr == "auto" else recipe.lr
+    return 2e-4 * (16_384 / recipe.dictionary.known_n_latents) ** 0.5 if recipe.lr == "auto" else recipe.lr

@@ -18,14 +18,33 @@ from .schema import DictionarySection, Recipe, total_steps
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return every encoder in unchecked values, with its key."""
-    found = [("dictionary.encoder", values.get("dictionary"))]
+    section = values.get("dictionary")
+    found = [("dictionary.encoder", section)]
     if isinstance(values.get("phases"), list):
         found += [(f"phases.{i}.encoder", phase) for i, phase in enumerate(values["phases"])]
-    return [
+    specs = [
         (key, section["encoder"])
         for key, section in found
         if isinstance(section, dict) and isinstance(section.get("encoder"), dict)
     ]
+    started = isinstance(section, dict) and section.get("start") is not None
+    return [(key, with_budget(spec) if started and key == "dictionary.encoder" else spec) for key, spec in specs]
+
+
+def missing_budget(spec: dict[str, Any]) -> str | None:
+    """Return the argument that is the number of active latents, if an encoder needs it and its spec leaves it out."""
+    name = spec.get("name")
+    takes = ENCODERS[name].parameters_of() if isinstance(name, str) and name in ENCODERS else {}
+    if "k" in takes:
+        return None if "k" in spec else "k"
+    # With a weight of its own, a penalty needs no target.
+    return "target_l0" if "target_l0" in takes and not {"target_l0", "sparsity"} & spec.keys() else None
+
+
+def with_budget(spec: dict[str, Any], l0: float = 1) -> dict[str, Any]:
+    """Return the spec with a missing number of active latents set to ``l0``: by default to one that is valid anywhere."""
+    key = missing_budget(spec)
+    return spec if key is None else spec | {key: max(1, round(l0)) if key == "k" else max(1.0, round(l0, 2))}
 
 
 def check_encoder(spec: dict[str, Any], key: str) -> list[str]:
@@ -56,7 +75,7 @@ def encoder_schema(name: str) -> type[BaseModel]:
 def check_together(recipe: Recipe) -> list[str]:
     """Return one line for each mistake that involves several keys."""
     section = recipe.dictionary
-    problems = _check_training(recipe) + _check_dictionary(section, recipe.model.id)
+    problems = _check_start(section) + _check_training(recipe) + _check_dictionary(section, recipe.model.id)
     named = ["hook"] if section.hook is not None else ["hook_in", "hook_out"] if section.resolved else []
     for key in named if not problems else ():
         problems += unharvested(recipe, f"dictionary.{key}", section.hooks_in if key != "hook_out" else section.hooks_out)
@@ -66,7 +85,7 @@ def check_together(recipe: Recipe) -> list[str]:
         problems.append("harvest.tokens: required with harvest.store, but missing.")
     if len(set(recipe.harvest.hooks)) < len(recipe.harvest.hooks):
         problems.append("harvest.hooks: expected each hook once, got one twice.")
-    if recipe.objective == "kl":
+    if recipe.uses_kl:
         if recipe.harvest.store is not None:
             problems.append(
                 "harvest.store: expected null with objective kl, which runs the model at every step, "
@@ -92,6 +111,21 @@ def check_together(recipe: Recipe) -> list[str]:
         )
     if recipe.text.source == "embedded" and recipe.model.id != "embedded":
         problems.append("text.source: the embedded corpus is for model.id embedded. Set text.source to files or hub.")
+    return problems
+
+
+def _check_start(section: DictionarySection) -> list[str]:
+    """Check the keys that a warm start makes optional, or that only it may set."""
+    if section.start is not None:
+        return []
+    problems = [
+        f"dictionary.{key}: required, but missing." for key in ("n_latents", "encoder") if getattr(section, key) is None
+    ]
+    if section.row_norm is not None:
+        problems.append(
+            f"dictionary.row_norm: expected null without dictionary.start, got {section.row_norm!r}. Leave it out: new "
+            "dictionaries are trained on inputs that are divided by one scale."
+        )
     return problems
 
 
@@ -222,13 +256,14 @@ def _check_hooks(section: DictionarySection, model: str) -> list[str]:
 
 def _check_cross_layer(recipe: Recipe) -> list[str]:
     """Check the restrictions of cross-layer transcoders."""
-    name, problems = recipe.dictionary.encoder.get("name"), []
+    spec, problems = recipe.dictionary.encoder or {}, []
+    name = spec.get("name")
     allowed = JOINT_ENCODERS if recipe.dictionary.joint else LAYER_ENCODERS
     if name in ENCODERS and name not in allowed:
         where = "with joint" if recipe.dictionary.joint else "in a cross_layer_transcoder"
         problems.append(f"dictionary.encoder.name: expected {' or '.join(allowed)} {where}, got {name!r}.")
     # An omitted penalty has this default.
-    if recipe.dictionary.joint and name == "jumprelu" and recipe.dictionary.encoder.get("penalty", "square") == "square":
+    if recipe.dictionary.joint and name == "jumprelu" and spec.get("penalty", "square") == "square":
         problems.append(
             "dictionary.encoder.penalty: expected l0 or tanh with joint, because square is about one layer's target."
         )
@@ -246,9 +281,12 @@ def _check_cross_layer(recipe: Recipe) -> list[str]:
 
 def _check_training(recipe: Recipe) -> list[str]:
     """Check encoders, schedules and phases against each other and against the batch size."""
-    specs = [("dictionary.encoder", recipe.dictionary.encoder)]
-    specs += [(f"phases.{i}.encoder", phase.encoder) for i, phase in enumerate(recipe.phases)]
-    problems = []
+    section = recipe.dictionary
+    own = None if section.encoder is None else section.encoder if section.start is None else with_budget(section.encoder)
+    specs = [("dictionary.encoder", own), *((f"phases.{i}.encoder", phase.encoder) for i, phase in enumerate(recipe.phases))]
+    # A phase without an encoder keeps that of the one before; the start's is checked when it is known.
+    specs = [(key, spec) for key, spec in specs if spec is not None]
+    problems = _check_objectives(recipe)
     for key, spec in specs:
         if not check_encoder(spec, key):
             problems += _check_variants(recipe, key, spec)
@@ -282,8 +320,11 @@ def _check_training(recipe: Recipe) -> list[str]:
             left = f"{end - phase.start:.3g}, until the phase ends"
             problems.append(f"phases.{i}.blend: expected at most {left}, got {phase.blend}.")
     free = [not ENCODERS[spec["name"]].unit_atoms for _, spec in specs if spec.get("name") in ENCODERS]
+    keys = [key for key, _ in specs]
     for i, phase in enumerate(recipe.phases):
-        if phase.blend and len(free) == len(specs) and free[i] != free[i + 1]:
+        # Of this encoder and the one before it among those that the recipe names.
+        at = keys.index(f"phases.{i}.encoder") if f"phases.{i}.encoder" in keys else 0
+        if phase.blend and len(free) == len(specs) and at and free[at - 1] != free[at]:
             problems.append(
                 f"phases.{i}.blend: expected 0 between encoders with free and with unit-norm decoders (relu and others), "
                 f"got {phase.blend}."
@@ -301,6 +342,17 @@ def _check_training(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _check_objectives(recipe: Recipe) -> list[str]:
+    """Check that every phase changes something, and that no weight leaves a phase without a loss."""
+    problems = []
+    for i, phase in enumerate(recipe.phases):
+        if phase.encoder is None and phase.objective is None and phase.reconstruction_weight is None:
+            problems.append(f"phases.{i}: expected an encoder, an objective or a reconstruction_weight, got none.")
+        if phase.encoder is None and phase.blend:
+            problems.append(f"phases.{i}.blend: expected 0 without an encoder, got {phase.blend}. Only encoders blend.")
+    return problems
+
+
 def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]:
     """Check one encoder as it is written, and with every value that its schedules give it."""
     cases = [(key, spec)]
@@ -314,7 +366,8 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
         if not found:
             try:
                 encoder = build_encoder(case)
-                encoder.prepare(recipe.dictionary.n_latents)
+                if recipe.dictionary.n_latents is not None:
+                    encoder.prepare(recipe.dictionary.n_latents)
             except ValueError as error:
                 found = [str(error)]
             else:
@@ -327,7 +380,7 @@ def _check_variants(recipe: Recipe, key: str, spec: dict[str, Any]) -> list[str]
                 if encoder.for_saes and where == key and recipe.dictionary.kind == "transcoder":
                     because = f"because {encoder.for_saes}, got transcoder."
                     found.append(f"dictionary.kind: expected sae with encoder {case['name']}, {because}")
-                if encoder.needs_gradient and where == key and recipe.objective == "kl":
+                if encoder.needs_gradient and where == key and recipe.uses_kl:
                     found.append(f"objective: {case['name']} needs gradients, which the batches of objective kl do not hold.")
                 elif encoder.needs_gradient and where == key and not recipe.harvest.gradients:
                     found.append(

@@ -28,6 +28,7 @@ from ..fused_adam import build_optimizer
 from ..objective import AuxSettings, Objective
 from ..phases import Phases
 from ..recipe import Recipe
+from ..recipe.validation import with_budget
 from ..resolve_hooks import dictionary_arguments
 from ..state import Randomness, TrainState
 from .machine import Costs, Link, Machine
@@ -270,8 +271,9 @@ class ProbedStep:
 
         d = self.dictionary
         self.batch = ActivationBatch(rows(d.d_in), rows(d.d_out) if two_sided else None, rows(d.d_out))
-        if "k" not in recipe.dictionary.encoder:
-            self._activate(task.l0 or recipe.dictionary.encoder["target_l0"])
+        spec = with_budget(recipe.dictionary.known_encoder)
+        if "k" not in spec:
+            self._activate(task.l0 or spec["target_l0"])
         self.half = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
         phases = Phases(d, recipe)
         self.optimizer = build_optimizer(d, phases.to(device), recipe)

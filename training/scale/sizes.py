@@ -13,6 +13,7 @@ from ...transcoders.cross_layer import CrossLayerTranscoder
 from ..activations.sites import n_layers
 from ..divided import undivided_latents, undivided_objective
 from ..recipe import DictionarySection, Recipe
+from ..recipe.validation import with_budget
 from ..resolve_hooks import ModelOutline, ResolvedRecipe, dictionary_arguments, resolve_recipes
 
 # Bytes of the parameters of a language model.
@@ -140,7 +141,7 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
     """
     with torch.device("meta"):
         dictionary = build_dictionary(dictionary_arguments(recipe, widths))
-    spec = recipe.dictionary.encoder
+    spec = with_budget(recipe.dictionary.known_encoder)
     blocks = []
     for block in dictionary.blocks:
         W_enc, W_dec = block.weights.W_enc, block.weights.W_dec
@@ -164,7 +165,7 @@ def sizes_of(recipe: Recipe, widths: dict[str, int], l0: float | None = None) ->
 
 def _unsplittable(recipe: Recipe) -> str:
     """Return why a recipe's latents cannot be divided among ranks; empty if they can."""
-    if reason := undivided_objective(recipe.objective):
+    if reason := undivided_objective(recipe):
         return f"objective: {reason}"
     return undivided_latents(recipe)
 

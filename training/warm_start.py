@@ -1,0 +1,520 @@
+"""Warm start: a saved dictionary taken over into a run's units, width and encoder.
+
+The function of the dictionary stays the same, unless the recipe changes the width or the encoder. Latents of any encoder are
+first written in one form (``Latents``): values ``W_enc x + b_enc`` of normalized, centered inputs, active above a ``cut`` or,
+for encoders that rank, without one. Scales, biases and decoder norms are folded in float64.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..sae import Encoder, SparseDictionary
+from ..sae.batch_encoder import BatchWide, Calibrated, MutualLevel
+from ..sae.checkpoint import build_dictionary
+from ..sae.dictionary import LatentBlock
+from ..sae.encoders import encoder_spec
+from ..sae.encoders.feature_choice import FeatureChoice
+from ..sae.encoders.gated import Gated
+from ..sae.encoders.jumprelu import LEAST, PACE, JumpReLU
+from ..sae.encoders.lista import Lista
+from ..sae.encoders.relu import ReLU
+from ..sae.encoders.threshold import Threshold
+from ..sae.metrics import Moments, RunningFvu
+from ..transcoders.cross_layer import CrossLayerTranscoder
+from .activations.stream import ActivationBatch, ActivationStream
+from .initialize import apart, geometric_median, set_scales
+from .recipe import Recipe
+from .recipe.validation import with_budget
+from .resolve_hooks import dictionary_arguments
+from .start_source import StartSource, read_start
+
+log = logging.getLogger(__name__)
+# Held-out tokens on which a dictionary is judged before and after its training.
+JUDGED_TOKENS = 16_384
+# Tokens encoded at once.
+ROWS = 2048
+# Tokens whose scores set the bias of new latents.
+BIAS_TOKENS = 4096
+# Firing rate of new latents, as a share of the mean rate of the others. The quickstart's SAE (fvu 0.0200) with 512 more latents
+# begins at 0.085, 0.022, and 0.0203 with shares 1, 0.1, and 0.02, and ends at 0.0207, 0.0206, and 0.0205 after 100,000 tokens.
+NEW_RATE = 0.1
+# Relative tolerance for equal decoder norms, as after rounding to float32.
+EQUAL = 1e-5
+# Encoders with a threshold for every latent.
+PER_LATENT = (JumpReLU, Gated, FeatureChoice)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Dictionary to train, the recipe with its encoder's budget, and the record of its start for the checkpoint."""
+
+    dictionary: SparseDictionary
+    recipe: Recipe
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of one block: value ``W_enc x + b_enc`` where it exceeds ``cut``; ``None`` for encoders that rank.
+
+    ``gain`` is the factor between a gated encoder's gate and its value. Tied encoders have no ``b_enc``.
+    """
+
+    W_enc: Float[Tensor, "n_latents d_in"]
+    b_enc: Float[Tensor, " n_latents"] | None
+    W_dec: Float[Tensor, "n_latents d_out"]
+    cut: Float[Tensor, " n_latents"] | None
+    gain: Float[Tensor, " n_latents"] | None = None
+
+    def scaled(self, factor: Float[Tensor, " n_latents"]) -> "Latents":
+        """Return the same latents with values multiplied by ``factor`` and decoder directions divided by it."""
+        b_enc, cut = (None if each is None else each * factor for each in (self.b_enc, self.cut))
+        return replace(self, W_enc=self.W_enc * factor[:, None], b_enc=b_enc, W_dec=self.W_dec / factor[:, None], cut=cut)
+
+    def rows(self, latents: Int[Tensor, " some"]) -> "Latents":
+        """Return some of the latents."""
+        b_enc, cut, gain = (None if each is None else each[latents] for each in (self.b_enc, self.cut, self.gain))
+        return Latents(self.W_enc[latents], b_enc, self.W_dec[latents], cut, gain)
+
+
+def encoders_of(dictionary: SparseDictionary) -> list[Encoder]:
+    """Return the encoder of every block."""
+    return dictionary.encoders if isinstance(dictionary, CrossLayerTranscoder) else [dictionary.encoder]
+
+
+def cuts_of(encoder: Encoder, n_latents: int) -> Float[Tensor, " n_latents"] | None:
+    """Return the value above which each latent is active in eval mode; ``None`` for encoders that rank."""
+    if isinstance(encoder, ReLU):
+        return torch.zeros(n_latents)
+    if isinstance(encoder, JumpReLU):
+        return encoder.thresholds()
+    if isinstance(encoder, Threshold):
+        return encoder.threshold.clamp_min(0)
+    level = encoder.threshold() if isinstance(encoder, BatchWide) else None
+    return None if level is None else level.clamp_min(0).expand(n_latents)
+
+
+def latents_of(dictionary: SparseDictionary) -> list[Latents]:
+    """Return the latents of every block in the dictionary's own units, in float64."""
+    found = []
+    for block, encoder in zip(dictionary.blocks, encoders_of(dictionary), strict=True):
+        weights = block.weights
+        W_enc, W_dec = weights.W_enc.detach().double(), weights.W_dec.detach().double()
+        b_enc = None if weights.b_enc is None else weights.b_enc.detach().double()
+        cut, gain = cuts_of(encoder, len(W_dec)), None
+        if isinstance(dictionary, CrossLayerTranscoder) and dictionary.chooses_jointly:
+            cut = dictionary.level.clamp_min(0).expand(len(W_dec)) if int(dictionary.batches) else None
+        cut = None if cut is None else cut.detach().double()
+        if isinstance(encoder, Gated):
+            assert b_enc is not None
+            gain, b_mag = encoder.r_mag.detach().double().exp(), encoder.b_mag.detach().double()
+            # The gate W x + b > 0 in terms of the value gain W x + b_mag.
+            W_enc, b_enc, cut = W_enc * gain[:, None], b_mag, b_mag - gain * b_enc
+        found.append(Latents(W_enc, b_enc, W_dec, cut, gain))
+    return found
+
+
+def holds_cuts(dictionary: SparseDictionary, latents: list[Latents]) -> bool:
+    """Return True if the dictionary's encoder can be given the cuts of these latents exactly."""
+    encoder = dictionary.encoder
+    cuts = [each.cut for each in latents]
+    if any(cut is None for cut in cuts):
+        return False
+    if isinstance(encoder, PER_LATENT):
+        return True
+    every = torch.cat([cut for cut in cuts if cut is not None])
+    if isinstance(encoder, ReLU):
+        return not bool(every.any())
+    joint = isinstance(dictionary, CrossLayerTranscoder) and dictionary.chooses_jointly
+    return (isinstance(encoder, MutualLevel) or joint) and bool(every.max() - every.min() <= EQUAL * every.max())
+
+
+def same_rule(source: SparseDictionary, dictionary: SparseDictionary) -> bool:
+    """Return True if both dictionaries select latents by ranking, with the same encoder and arguments."""
+    own, now = encoder_spec(source.encoder), encoder_spec(dictionary.encoder)
+    joint = [getattr(each, "joint", False) for each in (source, dictionary)]
+    return own == now and joint[0] == joint[1]
+
+
+def warm_start(
+    recipe: Recipe,
+    widths: dict[str, int],
+    stream: ActivationStream,
+    sample: ActivationBatch,
+    moments: tuple[Moments, Moments],
+) -> WarmStart:
+    """Return the dictionary that a run of the recipe begins with, from its start.
+
+    Args:
+        widths: Width of every hook of the recipe's dictionary.
+        stream: Source of the held-out activations that the dictionary is judged on.
+        sample: Activations that decide which latents are kept, the directions of new ones, and calibration.
+        moments: Moments of inputs and targets.
+
+    Raises:
+        ValueError: If the start cannot be read or does not fit, or the activations are constant.
+    """
+    section = recipe.dictionary
+    source = read_start(section)
+    source.require_fit(section, widths)
+    usage = Usage.of(source.dictionary, sample.x)
+    completed = with_budget(section.known_encoder, usage.l0 / source.dictionary.n_sites)
+    recipe = recipe.model_copy(update={"dictionary": section.model_copy(update={"encoder": completed})})
+    taken = TakeOver(source, recipe, widths, sample, moments, usage)
+    dictionary = taken.dictionary.eval()
+    judged, split = judged_on(stream, recipe)
+    record = {
+        "path": source.place,
+        "content": source.content(),
+        "kind": source.kind,
+        "encoder": encoder_spec(source.dictionary.encoder),
+        "n_latents": source.n_latents,
+        "changes": taken.changes,
+        "judged_on": split,
+        "judged_tokens": len(judged.x),
+        "as_read": figures(source.dictionary, judged),
+        "before": figures(dictionary, judged),
+    }
+    log.info("%s: starts from %s.", recipe.out_dir, source.words(section))
+    for line in taken.changes:
+        log.warning("%s: %s.", recipe.out_dir, line)
+    log.info("%s: before training: %s", recipe.out_dir, told(record, "before"))
+    return WarmStart(dictionary, recipe, record)
+
+
+def judged_on(stream: ActivationStream, recipe: Recipe) -> tuple[ActivationBatch, str]:
+    """Return the activations that a dictionary is judged on before and after training, and what they are."""
+    tokens = min(JUDGED_TOKENS, recipe.eval_tokens)
+    heldout = stream.heldout(tokens)
+    return (stream.start_sample(tokens), "training") if heldout is None else (heldout, "held-out")
+
+
+def after_training(
+    dictionary: SparseDictionary, record: dict[str, Any], stream: ActivationStream, recipe: Recipe
+) -> dict[str, Any]:
+    """Return the record of a start with the figures of the trained dictionary on the same tokens."""
+    training = dictionary.training
+    record = record | {"after": figures(dictionary.eval(), judged_on(stream, recipe)[0])}
+    dictionary.train(training)
+    log.info("%s: after training: %s", recipe.out_dir, told(record, "after"))
+    return record
+
+
+def told(record: dict[str, Any], when: str) -> str:
+    """Return the figures of a record at one time, as text."""
+    fvu, l0 = record[when]["fvu"], record[when]["l0"]
+    return f"fvu {fvu:.4g}, l0 {l0:.4g} on {record['judged_tokens']:,} {record['judged_on']} tokens."
+
+
+@torch.no_grad()
+def figures(dictionary: SparseDictionary, batch: ActivationBatch) -> dict[str, float]:
+    """Return fvu and l0 of a dictionary in eval mode."""
+    running, active = RunningFvu(dictionary.d_out, dictionary.device), 0
+    for x, y in _pieces(batch, dictionary.device):
+        code = dictionary.encode(x)
+        active += int((code.values != 0).sum())
+        running.update(y, dictionary.decode(code, x))
+    return {"fvu": float(running.value()), "l0": active / len(batch.x)}
+
+
+def _pieces(batch: ActivationBatch, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    targets = batch.x if batch.target is None else batch.target
+    for x, y in zip(batch.x.split(ROWS), targets.split(ROWS), strict=True):
+        yield x.to(device), y.to(device)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Use of a dictionary's latents on a sample: firing counts, mean l0, and a typical smallest active value."""
+
+    firings: Int[Tensor, " n_latents"]
+    tokens: int
+    smallest: float
+
+    @property
+    def l0(self) -> float:
+        return float(self.firings.sum()) / max(self.tokens, 1)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(dictionary: SparseDictionary, x: Float[Tensor, "tokens d_in"]) -> "Usage":
+        """Return the usage of a dictionary in eval mode."""
+        firings, smallest = torch.zeros(dictionary.n_latents, dtype=torch.long), []
+        for rows in x.split(ROWS):
+            code = dictionary.code_of(dictionary.normalised(rows))
+            firings += code.firings(dictionary.n_latents).cpu()
+            active = code.values[code.values > 0]
+            # A tenth of the active values are below.
+            smallest += [float(active.kthvalue(max(1, len(active) // 10)).values)] if len(active) else []
+        return Usage(firings, len(x), sum(smallest) / max(len(smallest), 1))
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """Rows of a sample in pieces, which can be passed over several times."""
+
+    x: Float[Tensor, "tokens d_in"]
+
+    def __iter__(self) -> Iterator[Float[Tensor, "tokens d_in"]]:
+        return iter(self.x.split(ROWS))
+
+
+class TakeOver:
+    """Construction of a run's ``dictionary`` from that of its start; ``changes`` lists what it does not keep."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        source: StartSource,
+        recipe: Recipe,
+        widths: dict[str, int],
+        sample: ActivationBatch,
+        moments: tuple[Moments, Moments],
+        usage: Usage,
+    ):
+        self.source, self.section = source.dictionary, recipe.dictionary
+        self.sample, self.usage = sample, usage
+        self.changes: list[str] = []
+        self.dictionary = build_dictionary(dictionary_arguments(recipe, widths))
+        set_scales(self.dictionary, *moments, self.section.normalize)
+        self.own = latents_of(self.source)
+        both = self.source.encoder, self.dictionary.encoder
+        self.pursuit = any(each.tied for each in both)
+        # Pursuits and LISTA subtract what they reconstruct from what they read.
+        self.subtracts = self.pursuit or not all(each.linear for each in both)
+        latents = self._in_run_units()
+        # Before the width changes, which is another matter.
+        exact = holds_cuts(self.dictionary, latents) or self._ranks_alike(latents)
+        if not exact and same_rule(self.source, self.dictionary):
+            self.changes.append(
+                "decoder norms are not equal: latents are ranked by values times norms from now on, because training keeps "
+                "decoder directions at unit norm"
+            )
+        resized = [self._resized(each, block) for each, block in zip(latents, self.source.blocks, strict=True)]
+        self._install(resized)
+        resizes = self.dictionary.n_latents != self.source.n_latents
+        budget = encoder_spec(self.dictionary.encoder).get("k") != encoder_spec(self.source.encoder).get("k")
+        if not exact or (isinstance(self.dictionary.encoder, Calibrated) and (budget or resizes)):
+            self.dictionary.calibrate(SampleRows(self.sample.x))
+
+    def _ranks_alike(self, latents: list[Latents]) -> bool:
+        """Return True if both encoders rank by the same rule, and the order of values is kept."""
+        own, now = (encoder_spec(each.encoder) for each in (self.source, self.dictionary))
+        # In eval mode gradient TopK is TopK.
+        plain = [each | {"name": "topk"} if each["name"] == "gradient_topk" else each for each in (own, now)]
+        topk = all(each["name"] == "topk" for each in plain) and own["k"] == now["k"]
+        alike = topk or same_rule(self.source, self.dictionary)
+        return alike and all(each.cut is None for each in latents) and self.uniform
+
+    def _in_run_units(self) -> list[Latents]:
+        """Return the latents of the source with unit-norm decoders, and set scales and biases of the dictionary."""
+        source, d = self.source, self.dictionary
+        factors = self._norms()
+        independent = isinstance(d.encoder, (*PER_LATENT, ReLU)) and all(each.cut is not None for each in self.own)
+        self.uniform = _equal(torch.cat(factors))
+        # Values that are subtracted from the inputs have their units, and the epsilon of a row norm those of the activations.
+        one_scale = source.arguments()["kind"] == "sae" and bool(source.in_scale == source.out_scale)
+        kept = source.row_norm is not None or (self.subtracts and not one_scale)
+        if kept or (not independent and not self.uniform):
+            mine = [each.W_dec.norm(dim=1) for each in self.own]
+            if kept or _equal(torch.cat(mine)):
+                d.in_scale.copy_(source.in_scale)
+                d.out_scale.copy_(source.out_scale)
+                factors = self._norms()
+                self.uniform = _equal(torch.cat(factors))
+        self._set_biases()
+        found = []
+        for block, latents, norms in zip(source.blocks, self.own, factors, strict=True):
+            rise, fall = (
+                _columns(d.in_scale, source.in_scale, block.reads),
+                _columns(source.out_scale, d.out_scale, block.writes),
+            )
+            W_enc, b_enc = latents.W_enc * rise, latents.b_enc
+            if b_enc is not None:
+                b_enc = b_enc + W_enc @ (self._centre(d)[block.reads] - self._old_centre()[block.reads])
+            elif d.blocks[0].weights.b_enc is not None:
+                b_enc = torch.zeros(len(W_enc), dtype=W_enc.dtype)
+            latents = replace(latents, W_enc=W_enc, b_enc=b_enc, W_dec=latents.W_dec * fall)
+            found.append(latents.scaled(norms))
+        self.factor = float(torch.cat(factors).mean())
+        self.smallest = self.usage.smallest * self.factor
+        return found
+
+    def _norms(self) -> list[Float[Tensor, " n_latents"]]:
+        """Return the decoder norms of the source's latents in the units of the run; 1 for directions of zero."""
+        found = []
+        for block, latents in zip(self.source.blocks, self.own, strict=True):
+            norms = (latents.W_dec * _columns(self.source.out_scale, self.dictionary.out_scale, block.writes)).norm(dim=1)
+            found.append(norms.where(norms > 0, 1.0))
+        return found
+
+    def _centre(self, d: SparseDictionary) -> Float[Tensor, " d_in"]:
+        return torch.zeros(d.d_in, dtype=torch.float64) if d.shift is None else d.shift.detach().double()
+
+    def _old_centre(self) -> Float[Tensor, " d_in"]:
+        """Return the pre-encoder bias of the source in the units of the run."""
+        return self._centre(self.source) * (self.source.in_scale.double() / self.dictionary.in_scale.double())
+
+    def _set_biases(self) -> None:
+        """Set the output bias, the pre-encoder bias and the skip path; latents make up for a changed pre-encoder bias."""
+        source, d = self.source, self.dictionary
+        bias = source.b_dec.detach().double() * (source.out_scale.double() / d.out_scale.double())
+        if d.shift is not None and d.shift is not d.b_dec:
+            centre = self._old_centre()
+            if not self.pursuit and source.row_norm is None:
+                # As for a new dictionary: the skip path and the encoder learn faster on centered inputs.
+                centre = geometric_median(self.sample.x / d.in_scale).double()
+            d.shift.copy_(centre)
+        for site, old, new in _skips(source, d):
+            rise, fall = _columns(d.in_scale, source.in_scale, site.reads), _columns(source.out_scale, d.out_scale, site.writes)
+            new.copy_(old.detach().double() * rise * fall.reshape(-1, 1))
+            bias[site.writes] += new.double() @ (self._centre(d) - self._old_centre())[site.reads]
+        d.b_dec.copy_(bias)
+        if self.pursuit and source.arguments()["kind"] == "sae" and not torch.allclose(self._old_centre(), bias, atol=1e-6):
+            self.changes.append("the output bias is also subtracted from the inputs of the pursuit")
+
+    def _resized(self, latents: Latents, block: LatentBlock) -> Latents:
+        """Return the latents of one block in the width of the recipe."""
+        wanted, have = self.section.known_n_latents, len(latents.W_dec)
+        counts = self.usage.firings[block.latents]
+        if wanted < have:
+            # The densest, in their own order; of equally dense ones the first.
+            return latents.rows(counts.argsort(descending=True, stable=True)[:wanted].sort().values)
+        if wanted == have:
+            return latents
+        return self._grown(latents, block, wanted - have, float(counts.double().mean()) / max(self.usage.tokens, 1))
+
+    def _grown(self, latents: Latents, block: LatentBlock, more: int, rate: float) -> Latents:
+        """Return the latents and new ones, whose biases let them fire ``NEW_RATE`` times as often as the others on average."""
+        d, x = self.dictionary, self.sample.x
+        inputs = d.normalised(x)[:, block.reads]
+        rows = self._directions(block)
+        error = self.section.start is not None and self.section.start.new_latents == "error"
+        weights = rows.pow(2).sum(1) if error else torch.ones(len(rows))
+        tokens = torch.multinomial(weights.clamp_min(1e-12), more, replacement=True)
+        W_dec = F.normalize(apart(rows[tokens]), dim=-1)
+        W_enc = W_dec if self.sample.target is None else F.normalize(apart(inputs[tokens]), dim=-1)
+        level = self.smallest if latents.cut is None else float(latents.cut.mean())
+        scores = inputs[:BIAS_TOKENS] @ W_enc.T
+        firing = max(1, min(len(scores), round(NEW_RATE * rate * len(scores))))
+        b_enc = level - scores.topk(firing, dim=0).values[-1]
+
+        def joined(old: Tensor | None, new: Tensor) -> Tensor | None:
+            return None if old is None else torch.cat([old, new.double()])
+
+        ones = torch.ones(more)
+        return Latents(
+            torch.cat([latents.W_enc, W_enc.double()]),
+            joined(latents.b_enc, b_enc),
+            torch.cat([latents.W_dec, W_dec.double()]),
+            joined(latents.cut, ones * level),
+            joined(latents.gain, ones),
+        )
+
+    def _directions(self, block: LatentBlock) -> Float[Tensor, "tokens d_out"]:
+        """Return candidates for the decoder directions of new latents: errors of the source, or centered targets."""
+        d, batch = self.dictionary, self.sample
+        targets = batch.x if batch.target is None else batch.target
+        assert self.section.start is not None
+        if self.section.start.new_latents == "error":
+            guesses = torch.cat([self.source(rows) for rows in batch.x.split(ROWS)])
+            return ((targets - guesses) / d.out_scale)[:, block.writes]
+        return (targets / d.out_scale - d.bypass(batch.x))[:, block.writes]
+
+    def _install(self, latents: list[Latents]) -> None:
+        """Write the latents into the dictionary's weights and encoders."""
+        d = self.dictionary
+        same_width = d.n_latents == self.source.n_latents
+        for block, encoder, old, own in zip(d.blocks, encoders_of(d), encoders_of(self.source), latents, strict=True):
+            if type(encoder) is type(old):
+                _inherit(encoder, old, same_width)
+                if isinstance(encoder, Lista) and encoder.has_thresholds:
+                    # Every correction has the units of the inputs, as values do.
+                    encoder.levels.mul_(self.factor)
+            W_enc, b_enc = own.W_enc, own.b_enc
+            if isinstance(encoder, Gated):
+                gain = torch.ones(len(W_enc), dtype=W_enc.dtype) if own.gain is None else own.gain
+                assert b_enc is not None
+                encoder.r_mag.copy_(gain.log())
+                encoder.b_mag.copy_(b_enc)
+                W_enc, b_enc = W_enc / gain[:, None], b_enc if own.cut is None else (b_enc - own.cut) / gain
+            elif own.cut is not None:
+                set_cuts(encoder, own.cut.clamp_min(0))
+            if isinstance(encoder, JumpReLU):
+                encoder.started.fill_(1)
+                if own.cut is None:
+                    encoder.log_threshold.fill_(torch.tensor(LEAST).log() / PACE)
+            block.weights.W_dec.copy_(own.W_dec)
+            if block.weights.W_enc is not block.weights.W_dec:
+                block.weights.W_enc.copy_(W_enc)
+            if block.weights.b_enc is not None:
+                assert b_enc is not None
+                block.weights.b_enc.copy_(b_enc)
+        if isinstance(d, CrossLayerTranscoder) and d.chooses_jointly and all(each.cut is not None for each in latents):
+            d.level.copy_(torch.cat([each.cut for each in latents if each.cut is not None]).mean())
+            d.batches.clamp_(min=1)
+
+
+def _equal(norms: Float[Tensor, " n_latents"]) -> bool:
+    return bool(norms.max() - norms.min() <= EQUAL * norms.max())
+
+
+def _columns(numerator: Tensor, denominator: Tensor, columns: slice) -> Float[Tensor, "..."]:
+    """Return the ratio of two scales, each one number or one per column, at some columns."""
+    ratio = numerator.double() / denominator.double()
+    return ratio[columns] if ratio.ndim else ratio
+
+
+def _skips(source: SparseDictionary, d: SparseDictionary) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yield every site with the skip matrices of the source and of the dictionary, if the source has any."""
+    old, new = getattr(source, "W_skip", None), getattr(d, "W_skip", None)
+    if old is None or new is None:
+        return
+    single = isinstance(old, Tensor)
+    yield from zip(source.sites, [old] if single else old, [new] if single else new, strict=True)
+
+
+def set_cuts(encoder: Encoder, cut: Float[Tensor, " n_latents"]) -> None:
+    """Set the thresholds of an encoder as far as it has any."""
+    for kind, write in CUTS.items():
+        if isinstance(encoder, kind):
+            write(encoder, cut)
+
+
+def _jumprelu_cuts(encoder: JumpReLU, cut: Tensor) -> None:
+    encoder.log_threshold.copy_(cut.clamp_min(LEAST).log() / PACE)
+
+
+def _level(encoder: MutualLevel, cut: Tensor) -> None:
+    encoder.level.copy_(cut.mean())
+    encoder.batches.clamp_(min=1)
+
+
+def _feature_cuts(encoder: FeatureChoice, cut: Tensor) -> None:
+    encoder.thresholds.copy_(cut)
+    encoder.own_batches.clamp_(min=1)
+
+
+CUTS: dict[type[Encoder], Callable[[Any, Tensor], None]] = {
+    JumpReLU: _jumprelu_cuts,
+    MutualLevel: _level,
+    FeatureChoice: _feature_cuts,
+}
+
+
+def _inherit(encoder: Encoder, old: Encoder, same_width: bool) -> None:
+    """Copy the state of an encoder of the same class; if the width changes, only what is not about single latents."""
+    if same_width:
+        encoder.inherit(old)
+    elif not isinstance(encoder, FeatureChoice):
+        own = encoder.state_dict()
+        for name, tensor in old.state_dict().items():
+            if not tensor.ndim:
+                own[name].copy_(tensor)
