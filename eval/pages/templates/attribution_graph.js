@@ -266,10 +266,10 @@ function detail(node) {
   for (const [key, value] of facts) list.append(make('div', '', make('dt', '', key), make('dd', '', value)));
   const parts = [make('h2', '', name(node)), known && known.label ? make('p', 'said', known.label) : null, list];
   if (node.total !== null) {
-    const listed = node.into.reduce((sum, edge) => sum + edge.weight, 0);
+    const kept = node.into.reduce((sum, edge) => sum + edge.weight, 0);
     const what = node.kind === 'logit' ? 'Logit minus the mean or the foil: ' : 'Pre-activation: ';
-    const hidden = signed(node.total - node.constant - listed);
-    parts.push(make('p', 'note', `${what}${number(node.total)} = edges kept ${signed(listed)}, other edges ${hidden}, `
+    const hidden = signed(node.total - node.constant - kept);
+    parts.push(make('p', 'note', `${what}${number(node.total)} = edges kept ${signed(kept)}, other edges ${hidden}, `
       + `constant ${signed(node.constant)}.`));
   }
   if (known && known.promoted.length) parts.push(make('p', 'note', 'Promotes directly: ' + known.promoted.map(visible).join(' \u00b7 ')),
