@@ -204,7 +204,7 @@ def test_ctrl_c_ends_with_status_130_and_says_what_to_do(command, monkeypatch):
 # Where each command meets a layer: what is made to fail there.
 SEAMS = {
     "sae": ("sparsary.training.info.read_config", ["info", "DICTIONARY"]),
-    "sae, converting": ("sparsary.sae.dictionary.write_json", ["convert", "DICTIONARY", "NEW"]),
+    "sae, converting": ("sparsary.sae.checkpoint_files.write_json", ["convert", "DICTIONARY", "NEW"]),
     "transcoders": ("sparsary.transcoders.convert.convert", ["convert", "DICTIONARY", "NEW"]),
     "recipe": ("sparsary.training.recipe.grid.load_grid", ["train", "RECIPE"]),
     "plan": ("sparsary.training.preflight.plan_all", ["train", "RECIPE", "--dry-run"]),

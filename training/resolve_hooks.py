@@ -17,7 +17,7 @@ from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
 from .recipe.validation import unharvested, with_budget
-from .start_source import StartSource, started
+from .start_source import StartSource, with_start
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.
@@ -172,7 +172,7 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
         try:
             if not section.resolved:
                 section = _named(section, outline.model)
-            section, source = started(recipe.model_copy(update={"dictionary": section}))
+            section, source = with_start(recipe.model_copy(update={"dictionary": section}))
         except ValueError as error:
             problems[Path(recipe.out_dir).name] = [str(error)]
         else:

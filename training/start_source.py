@@ -203,7 +203,7 @@ def _chosen(names: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]], sectio
     return fitting[0]
 
 
-def started(recipe: Recipe) -> tuple[DictionarySection, StartSource | None]:
+def with_start(recipe: Recipe) -> tuple[DictionarySection, StartSource | None]:
     """Return the recipe's dictionary section with the keys of its start filled in, and the start.
 
     A run that has saved a state resumes: the start is not read again, and missing keys are those of the saved recipe.

@@ -1,8 +1,8 @@
 """Warm start: a saved dictionary taken over into a run's units, width and encoder.
 
 The function of the dictionary stays the same, unless the recipe changes the width or the encoder. Latents of any encoder are
-first written in one form (``Latents``): values ``W_enc x + b_enc`` of normalized, centered inputs, active above a ``cut`` or,
-for encoders that rank, without one. Scales, biases and decoder norms are folded in float64.
+first written in one form (``FittedLatents``): values ``W_enc x + b_enc`` of normalized, centered inputs, active above a ``cut``
+or, for encoders that rank, without one. Scales, biases and decoder norms are folded in float64.
 """
 
 import logging
@@ -61,7 +61,7 @@ class WarmStart:
 
 
 @dataclass(frozen=True)
-class Latents:
+class FittedLatents:
     """Latents of one block: value ``W_enc x + b_enc`` where it exceeds ``cut``; ``None`` for encoders that rank.
 
     ``gain`` is the factor between a gated encoder's gate and its value. Tied encoders have no ``b_enc``.
@@ -73,15 +73,15 @@ class Latents:
     cut: Float[Tensor, " n_latents"] | None
     gain: Float[Tensor, " n_latents"] | None = None
 
-    def scaled(self, factor: Float[Tensor, " n_latents"]) -> "Latents":
+    def scaled(self, factor: Float[Tensor, " n_latents"]) -> "FittedLatents":
         """Return the same latents with values multiplied by ``factor`` and decoder directions divided by it."""
         b_enc, cut = (None if each is None else each * factor for each in (self.b_enc, self.cut))
         return replace(self, W_enc=self.W_enc * factor[:, None], b_enc=b_enc, W_dec=self.W_dec / factor[:, None], cut=cut)
 
-    def rows(self, latents: Int[Tensor, " some"]) -> "Latents":
+    def rows(self, latents: Int[Tensor, " some"]) -> "FittedLatents":
         """Return some of the latents."""
         b_enc, cut, gain = (None if each is None else each[latents] for each in (self.b_enc, self.cut, self.gain))
-        return Latents(self.W_enc[latents], b_enc, self.W_dec[latents], cut, gain)
+        return FittedLatents(self.W_enc[latents], b_enc, self.W_dec[latents], cut, gain)
 
 
 def encoders_of(dictionary: SparseDictionary) -> list[Encoder]:
@@ -101,7 +101,7 @@ def cuts_of(encoder: Encoder, n_latents: int) -> Float[Tensor, " n_latents"] | N
     return None if level is None else level.clamp_min(0).expand(n_latents)
 
 
-def latents_of(dictionary: SparseDictionary) -> list[Latents]:
+def fitted_latents(dictionary: SparseDictionary) -> list[FittedLatents]:
     """Return the latents of every block in the dictionary's own units, in float64."""
     found = []
     for block, encoder in zip(dictionary.blocks, encoders_of(dictionary), strict=True):
@@ -117,11 +117,11 @@ def latents_of(dictionary: SparseDictionary) -> list[Latents]:
             gain, b_mag = encoder.r_mag.detach().double().exp(), encoder.b_mag.detach().double()
             # The gate W x + b > 0 in terms of the value gain W x + b_mag.
             W_enc, b_enc, cut = W_enc * gain[:, None], b_mag, b_mag - gain * b_enc
-        found.append(Latents(W_enc, b_enc, W_dec, cut, gain))
+        found.append(FittedLatents(W_enc, b_enc, W_dec, cut, gain))
     return found
 
 
-def holds_cuts(dictionary: SparseDictionary, latents: list[Latents]) -> bool:
+def holds_cuts(dictionary: SparseDictionary, latents: list[FittedLatents]) -> bool:
     """Return True if the dictionary's encoder can be given the cuts of these latents exactly."""
     encoder = dictionary.encoder
     cuts = [each.cut for each in latents]
@@ -284,7 +284,7 @@ class TakeOver:
         self.changes: list[str] = []
         self.dictionary = build_dictionary(dictionary_arguments(recipe, widths))
         set_scales(self.dictionary, *moments, self.section.normalize)
-        self.own = latents_of(self.source)
+        self.own = fitted_latents(self.source)
         both = self.source.encoder, self.dictionary.encoder
         self.pursuit = any(each.tied for each in both)
         # Pursuits and LISTA subtract what they reconstruct from what they read.
@@ -304,7 +304,7 @@ class TakeOver:
         if not exact or (isinstance(self.dictionary.encoder, Calibrated) and (budget or resizes)):
             self.dictionary.calibrate(SampleRows(self.sample.x))
 
-    def _ranks_alike(self, latents: list[Latents]) -> bool:
+    def _ranks_alike(self, latents: list[FittedLatents]) -> bool:
         """Return True if both encoders rank by the same rule, and the order of values is kept."""
         own, now = (encoder_spec(each.encoder) for each in (self.source, self.dictionary))
         # In eval mode gradient TopK is TopK.
@@ -313,7 +313,7 @@ class TakeOver:
         alike = topk or same_rule(self.source, self.dictionary)
         return alike and all(each.cut is None for each in latents) and self.uniform
 
-    def _in_run_units(self) -> list[Latents]:
+    def _in_run_units(self) -> list[FittedLatents]:
         """Return the latents of the source with unit-norm decoders, and set scales and biases of the dictionary."""
         source, d = self.source, self.dictionary
         factors = self._norms()
@@ -380,7 +380,7 @@ class TakeOver:
         if self.pursuit and source.arguments()["kind"] == "sae" and not torch.allclose(self._old_centre(), bias, atol=1e-6):
             self.changes.append("the output bias is also subtracted from the inputs of the pursuit")
 
-    def _resized(self, latents: Latents, block: LatentBlock) -> Latents:
+    def _resized(self, latents: FittedLatents, block: LatentBlock) -> FittedLatents:
         """Return the latents of one block in the width of the recipe."""
         wanted, have = self.section.known_n_latents, len(latents.W_dec)
         counts = self.usage.firings[block.latents]
@@ -391,7 +391,7 @@ class TakeOver:
             return latents
         return self._grown(latents, block, wanted - have, float(counts.double().mean()) / max(self.usage.tokens, 1))
 
-    def _grown(self, latents: Latents, block: LatentBlock, more: int, rate: float) -> Latents:
+    def _grown(self, latents: FittedLatents, block: LatentBlock, more: int, rate: float) -> FittedLatents:
         """Return the latents and new ones, whose biases let them fire ``NEW_RATE`` times as often as the others on average."""
         d, x = self.dictionary, self.sample.x
         inputs = d.normalised(x)[:, block.reads]
@@ -410,7 +410,7 @@ class TakeOver:
             return None if old is None else torch.cat([old, new.double()])
 
         ones = torch.ones(more)
-        return Latents(
+        return FittedLatents(
             torch.cat([latents.W_enc, W_enc.double()]),
             joined(latents.b_enc, b_enc),
             torch.cat([latents.W_dec, W_dec.double()]),
@@ -428,7 +428,7 @@ class TakeOver:
             return ((targets - guesses) / d.out_scale)[:, block.writes]
         return (targets / d.out_scale - d.bypass(batch.x))[:, block.writes]
 
-    def _install(self, latents: list[Latents]) -> None:
+    def _install(self, latents: list[FittedLatents]) -> None:
         """Write the latents into the dictionary's weights and encoders."""
         d = self.dictionary
         same_width = d.n_latents == self.source.n_latents

@@ -39,8 +39,9 @@ def fronts(groups: Sequence[RunGroup], columns: Sequence[Column], covariance: Ma
             if "l0_mean" in known:
                 figures = {key: {"mean": float(np.mean(values)), "values": values} for key, values in known.items()}
                 points.append((group.name, with_intervals(figures, covariance, place[group.name])))
-        if len(points) > 1:
-            points.sort(key=lambda point: point[1]["l0_mean"]["mean"])
+        points.sort(key=lambda point: point[1]["l0_mean"]["mean"])
+        # Groups at one l0 differ in something else than the budget.
+        if len(points) > 1 and points[0][1]["l0_mean"]["mean"] < points[-1][1]["l0_mean"]["mean"]:
             name = sweep_name(members, {front["name"] for front in found})
             rows = [{"name": group} | figures for group, figures in points]
             found.append({"name": name, "members": [group for group, _ in points], "points": rows})

@@ -157,7 +157,9 @@ def check(target: Target, folder: Path) -> None:
     """
     import sparsary
 
-    logging.getLogger("sparsary").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("sparsary")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         with limited_memory():
             target.read(folder)
@@ -168,6 +170,8 @@ def check(target: Target, folder: Path) -> None:
             raise Finding(f"{target.name}: a message of {len(str(error))} characters") from error
     except Exception as error:
         raise Finding(f"{target.name}: {type(error).__name__}: {str(error)[:500]}") from error
+    finally:
+        logger.setLevel(level)
 
 
 def copied(valid: Path, folder: Path) -> Path:

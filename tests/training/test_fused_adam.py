@@ -20,7 +20,7 @@ from sparsary.training.phases import Phases
 from sparsary.training.recipe import check_recipe
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import train_recipe
-from sparsary.training.state import Randomness, TrainState
+from sparsary.training.state import Logged, Randomness, TrainState
 
 TOKENS, D, LATENTS, STEPS = 37, 19, 67, 5
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_one_goes_on_under_the_other(build, tmp_path, name, firs
         begun.step(number)
     state = TrainState(LATENTS, 500, torch.device("cpu"), Randomness(0))
     state.step = 3
-    state.contents(begun.dictionary, begun.phases, begun.optimizer, no_stream(), 0).write(tmp_path)
+    state.contents(begun.dictionary, begun.phases, begun.optimizer, no_stream(), Logged()).write(tmp_path)
     resumed = build(second, name)
     with torch.no_grad():
         resumed.dictionary.W_dec.zero_()

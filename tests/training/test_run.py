@@ -26,6 +26,7 @@ from sparsary.training.activations.shards import ActivationStore
 from sparsary.training.locks import locked
 from sparsary.training.preflight import preflight
 from sparsary.training.recipe import check_recipe
+from sparsary.training.report import TrainingLog
 from sparsary.training.resolve_hooks import resolve_recipe
 from sparsary.training.run import run_harvest, train, train_recipe
 from sparsary.training.signals import Stopped, StopRequest
@@ -552,14 +553,14 @@ def wait_for_state(directory, alive, after=0):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_this_process_saves_first(values, monkeypatch, number):
-    real = run_module.TrainingLog.__call__
+    real = TrainingLog.__call__
 
     def interrupted(self, state, *rest):
         real(self, state, *rest)
         if state.step == 10:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(run_module.TrainingLog, "__call__", interrupted)
+    monkeypatch.setattr(TrainingLog, "__call__", interrupted)
     with pytest.raises(Stopped) as stopped:
         run(values, save_every=100)
     assert stopped.value.signal_number == number

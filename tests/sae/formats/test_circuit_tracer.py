@@ -384,7 +384,7 @@ def test_a_choice_among_all_layers_needs_a_threshold(tmp_path):
         save_file({f"W_enc_{i}": W_enc[i]}, tmp_path / f"W_enc_{i}.safetensors")
         norms = {f"W_dec_norm_{i}": W_dec[i].flatten(1).norm(dim=1)} if i else {}
         save_file({f"W_dec_{i}": W_dec[i], **norms}, tmp_path / f"W_dec_{i}.safetensors")
-    with pytest.raises(ValueError, match=r"chosen among all layers together.*threshold=NUMBER"):
+    with pytest.raises(ValueError, match=r"chosen among all layers at once.*threshold=NUMBER"):
         read_dictionary(tmp_path)
     x = torch.randn(LAYERS, 11, D)
     d = read_dictionary(tmp_path, options=ReadOptions(threshold=10.0)).dictionary

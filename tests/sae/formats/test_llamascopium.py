@@ -201,7 +201,7 @@ def test_one_across_layers_is_its_equation(how, gate, by_norm, tmp_path):
 def test_choices_shared_among_tokens_or_layers_need_a_threshold(gate, tmp_path):
     found = layered("shared")
     folder = written(tmp_path, found, layered_config(act_fn=gate), layered_norms())
-    with pytest.raises(ValueError, match=rf"act_fn {gate}: .*threshold=NUMBER"):
+    with pytest.raises(ValueError, match=rf"act_fn: {gate} needs a threshold .*threshold=NUMBER"):
         read_dictionary(folder)
     given = read_dictionary(folder, options=ReadOptions(threshold=4.0)).dictionary
     found[LOG] = np.full((LAYERS, LATENTS), np.log(4.0), np.float32)

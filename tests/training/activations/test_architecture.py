@@ -89,5 +89,7 @@ def test_the_model_is_as_it_was_also_after_a_failed_pass(tiny_model, token_ids):
 
 
 def test_an_architecture_that_cannot_be_taken_apart_is_named():
-    with pytest.raises(ValueError, match=r"model\.id: expected an architecture .*gpt2, gpt_neox, llama.*, got 'Linear' \(odd\)"):
+    with pytest.raises(
+        ValueError, match=r"model\.id: expected an architecture .*gpt2, gpt_neox, llama.*, got 'Linear' \(odd\)"
+    ):
         Architecture(LanguageModel(nn.Linear(3, 3), None, "odd", None))

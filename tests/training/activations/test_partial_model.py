@@ -1,6 +1,7 @@
 """Models loaded for some hooks only: the same activations from fewer weights, on many architectures."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_a_harvest_loads_what_it_reads(gradients, whole, tmp_path, monkeypatch):
 
     def harvested(model: LanguageModel, *_):
         loaded.append(model)
-        return
+        return SimpleNamespace(directory=tmp_path / "store", manifest={})
 
     monkeypatch.setattr("sparsary.training.run.harvest_activations", harvested)
     hook = "transformer.h.1:out"
