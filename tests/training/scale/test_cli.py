@@ -94,7 +94,7 @@ def test_plan_measures_processes_together(command, brief, path, tmp_path):
         (["--devices", 0, *GIVEN, *MODEL], "--devices: expected at least 1, got 0"),
         (["--devices", 4, *GIVEN[:4], *MODEL], "--flops: expected all of"),
         (["--devices", 3, *GIVEN, *MODEL], "is not a multiple of 3 ranks"),
-        ([*GIVEN, *MODEL, "dictionary.encoder={name: relu}"], "--l0: expected the latents per token"),
+        ([*GIVEN, *MODEL, "dictionary.encoder={name: relu, sparsity: 0.1}"], "--l0: expected the latents per token"),
         ([*GIVEN, *MODEL, "dictionary.n_latents=16777216"], "expected enough memory on 1"),
         (
             [*GIVEN, "--d-model", 64, "dictionary={kind: cross_layer_transcoder, layers: all, site: mlp, n_latents: 64, "
