@@ -3,6 +3,7 @@
 Any launcher of torch will do: ``torchrun``, ``accelerate launch``, or ``sparsary train --processes``, which calls torch's own.
 """
 
+import atexit
 import os
 import time
 from collections.abc import Mapping
@@ -57,6 +58,8 @@ def own_ranks() -> Ranks:
             # A launcher that restarts the ranks may offer the same store again, with the addresses of those that ended.
             store = PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+            # A group that is there when Python ends may abort the process, because its threads still run.
+            atexit.register(leave)
         except (RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:200]
             raise RanksLostError(
