@@ -1,4 +1,4 @@
-"""What the ranks of a run must have in common: recipes, code, and a number of ranks that divides the work."""
+"""Checks that the ranks of a run agree: on recipes, on code, and on a number of ranks that divides the work."""
 
 from collections.abc import Sequence
 

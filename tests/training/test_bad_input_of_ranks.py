@@ -164,7 +164,7 @@ def test_one_rank_tells_and_all_end_with_status_2(told, case):
 
 @pytest.mark.parametrize("who", ["both", "one"])
 def test_processes_end_with_one_line_together(folders, load_beside, tmp_path, who):
-    """Of one rank's mistake the other hears while it waits for it."""
+    """A rank that waits for another is told of its mistake."""
     arguments = ["train", folders["recipe"], f"out_dir={tmp_path}/run", "harvest.store=memory://closed/store"]
     arguments += ["batch_tokens=101"] if who == "both" else []
     patches = [{}, {} if who == "both" else {WRITE: REFUSED}]
