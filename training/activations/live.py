@@ -15,7 +15,7 @@ from ..bad_rows import NOT_FINITE, BadTexts, BadTokens
 from ..content import Content, TextDigest
 from ..recipe import HarvestSection, TextSection
 from ..text import BEGINNING, Context, Cursor, are_heldout, contexts
-from .contexts import ContextBatch, context_batches, special_tokens, stack_contexts
+from .contexts import ContextBatch, context_batches, context_masks
 from .harvested_rows import HarvestedRows, rows_of, usable_rows
 from .model import LanguageModel
 from .shuffle import permute
@@ -280,7 +280,7 @@ class ContextStream(ActivationStream):
         super().__init__(rows.batch_tokens)
         self.rows = rows
         self.model, self.text, self.section = rows.source.model, rows.source.text, rows.section
-        self._special = special_tokens(self.model)
+        self._masks = context_masks(self.model, self.text, self.section)
         # Separate from the digest of `rows`, from which only samples are drawn.
         self._digest = TextDigest(self.text)
         # Batch number -> cursor in the text where it begins.
@@ -333,7 +333,7 @@ class ContextStream(ActivationStream):
 
     def _training_contexts(self, pieces: list[Context]) -> ContextBatch:
         """Return the contexts as a batch in which held-out documents are not kept."""
-        batch = stack_contexts(pieces, self._special, self.section)
+        batch = self._masks.batch(pieces)
         return replace(batch, kept=batch.kept & ~are_heldout(batch.document_ids, self.section.heldout))
 
     def _batch(self, pieces: list[Context], tokens: BadTokens) -> tuple[ActivationBatch | None, list[Context]]:

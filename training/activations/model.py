@@ -18,6 +18,7 @@ from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder, remembered
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
+from ..tokens import tokenizer_contents
 from .hooked_model import HookedModel, next_token_loss
 from .partial_model import class_without, unneeded_modules
 from .placement import quantization_options
@@ -62,7 +63,7 @@ class LanguageModel(HookedModel):
             model = {"parameters": _parameters_digest(self.module)}
         else:
             model = _source_content(self.section, self.revision)
-        return {"model": model, "tokenizer": None if self.tokenizer is None else tokenizer_content(self.tokenizer)}
+        return {"model": model} | tokenizer_contents(self.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -373,24 +374,24 @@ def section_content(section: ModelSection) -> Content:
         ValueError: If its tokenizer or configuration cannot be loaded.
     """
 
-    # Digest of the tokenizer itself, because its files contain much that does not affect text.
+    # Digests of the tokenizer itself, because its files contain much that does not affect text.
     def digest() -> str:
-        return tokenizer_content(load_tokenizer(section))
+        return json.dumps(tokenizer_contents(load_tokenizer(section)))
 
     folder = model_folder(section)
     if folder is not None:
         # Cached, because loading it imports transformers, which takes longer than the rest of a resumed run's start.
         read = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix not in WEIGHTS_SUFFIXES)
         code = " with code" if section.trust_remote_code else ""
-        name = f"tokenizer {folder.resolve()} transformers {metadata.version('transformers')}{code}"
-        return {"model": _source_content(section, None), "tokenizer": remembered(name, read, digest)}
+        name = f"tokenizer with template {folder.resolve()} transformers {metadata.version('transformers')}{code}"
+        return {"model": _source_content(section, None)} | json.loads(remembered(name, read, digest))
     with _explained(section):
-        tokenizer = digest()
+        tokenizer = tokenizer_contents(load_tokenizer(section))
         # Resolves the revision to a commit of the Hub.
         _transformers().AutoConfig.from_pretrained(
             _source(section), revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    return {"model": _source_content(section, _commit(section)), "tokenizer": tokenizer}
+    return {"model": _source_content(section, _commit(section))} | tokenizer
 
 
 def _source_content(section: ModelSection, commit: str | None) -> Content:
@@ -451,19 +452,6 @@ def _explained(section: ModelSection) -> Iterator[None]:
             f"model.id: {section.id!r} could not be loaded ({reason}). Give a local directory with config.json, "
             "model.safetensors and tokenizer files, or use model.id: embedded, which needs no network."
         ) from None
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of the vocabulary and the tokenization rules: equal for tokenizers that give equal ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def tokenizer_content(tokenizer: Any) -> str:
-    """Return a hash of all that decides which tokens a harvest stores: the tokenization and the special tokens."""
-    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, sorted(tokenizer.all_special_ids)]
-    return hashlib.sha256(f"{tokenizer_digest(tokenizer)} {json.dumps(marks)}".encode()).hexdigest()
 
 
 def _parameters_digest(module: nn.Module) -> str:

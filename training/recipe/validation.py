@@ -14,6 +14,7 @@ from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
 from .schema import DictionarySection, Recipe, total_steps
+from .text_checks import check_text
 
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -104,14 +105,7 @@ def check_together(recipe: Recipe) -> list[str]:
             f"harvest.exclude_leading: expected less than text.context_length = {recipe.text.context_length}, "
             f"got {recipe.harvest.exclude_leading}; nothing would be left."
         )
-    needed = {"files": ("files", recipe.text.files), "hub": ("dataset", recipe.text.dataset)}
-    if recipe.text.source in needed and not needed[recipe.text.source][1]:
-        problems.append(
-            f"text.{needed[recipe.text.source][0]}: required when text.source is {recipe.text.source}, but missing."
-        )
-    if recipe.text.source == "embedded" and recipe.model.id != "embedded":
-        problems.append("text.source: the embedded corpus is for model.id embedded. Set text.source to files or hub.")
-    return problems
+    return problems + check_text(recipe)
 
 
 def _check_start(section: DictionarySection) -> list[str]:
