@@ -14,7 +14,8 @@ from ...sae.dictionary import SparseDictionary
 from ...sae.files import file_crc32, replacing, write_json
 from ...training.activations.model import LanguageModel, RemoteCodeRefused, load_model
 from ...training.bad_rows import counted
-from ...training.recipe import ModelSection, TextSection
+from ...training.chats import template_text
+from ...training.recipe import HarvestSection, ModelSection, TextSection
 from ...training.shortfalls import shortfall
 from ...training.stages import stage
 from ...training.text import require_text
@@ -210,8 +211,25 @@ def described_checkpoint(
         **told_shortfalls(opened.name, [provenance], lacking),
         "skipped": [counted(left_out)] if left_out else [],
         "git_commit": provenance.get("git_commit"),
+        "left_out": left_out_words(where.exclusions, text),
+        **({"chat_template": template_text(text.chat, model.tokenizer)} if collected.has_roles else {}),
     }
     return described, about
+
+
+def left_out_words(harvest: HarvestSection, text: TextSection) -> str:
+    """Return the tokens that a recipe leaves out of training and evaluation, in words."""
+    listed = harvest.exclude
+    found = [
+        "special tokens" * harvest.exclude_special,
+        f"the first {harvest.exclude_leading} positions" * bool(harvest.exclude_leading),
+        f"roles other than {', '.join(text.chat.roles)}" * bool(text.chat.roles),
+        f"roles {', '.join(listed.roles)}" * bool(listed.roles),
+        f"tokens {', '.join(map(repr, listed.tokens))}" * bool(listed.tokens),
+        f"positions {', '.join(map(str, listed.positions))}" * bool(listed.positions),
+        f"norms above {listed.norm_above:g} times the median" if listed.norm_above is not None else "",
+    ]
+    return "; ".join(filter(None, found)) or "none"
 
 
 def write_features(directory: Path, about: dict[str, Any], records: Iterable[FeatureRecord]) -> Features:

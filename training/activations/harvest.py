@@ -285,7 +285,7 @@ def _open_or_create(directory: Path, model: LanguageModel, text: TextSection, se
 
 def _excluded(model: LanguageModel, text: TextSection, section: HarvestSection) -> dict[str, Any]:
     """Return the further exclusions of a recipe, with the largest norm that is kept at every hook."""
-    found = {key: value or None for key, value in section.exclude.model_dump(mode="json").items()}
+    found = {key: value for key, value in section.exclude.model_dump(mode="json").items() if value}
     largest = context_masks(model, text, section).largest_norms
     return found | ({"largest_norms": largest} if largest else {})
 

@@ -105,14 +105,10 @@ def test_stores_streams_and_evaluations_leave_out_the_same_tokens(loud_model, te
     allowed = set("ABCDEF user or assistant?") - {"e"}
     store = harvest_activations(loud_model, text, section)
     manifest = store.manifest
+    largest = manifest["exclude"]["largest_norms"]["model.layers.0:in"]
     assert manifest["exclude"] == {
-        "special": True,
-        "leading": 0,
-        "roles": None,
-        "tokens": None,
-        "positions": None,
-        "norm_above": 10,
-        "largest_norms": {"model.layers.0:in": pytest.approx(manifest["exclude"]["largest_norms"]["model.layers.0:in"])},
+        **{"special": True, "leading": 0, "norm_above": 10},
+        "largest_norms": {"model.layers.0:in": largest},
     }
     assert manifest["text"]["chat"]["roles"] == ["assistant", "user"]
     batches = list(context_batches(loud_model, text, section, 8))
@@ -123,7 +119,7 @@ def test_stores_streams_and_evaluations_leave_out_the_same_tokens(loud_model, te
     assert set(read) == allowed
     live = LiveStream(Buffers(loud_model, text, section, section.hooks), section.hooks, 50, 0)
     norms = live.sample(10_000).x.norm(dim=-1)
-    assert norms.max() <= manifest["exclude"]["largest_norms"]["model.layers.0:in"]
+    assert norms.max() <= largest
     assert len(norms) == store.tokens("train")
     stream = ContextStream(live)
     batch = next(stream.produce(0))
