@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from ..sae.files import read_json, sha256, write_json
 from .chats import template_file
-from .documents import Document
+from .documents import SourceDocument
 from .embedded import MODEL_DIR
 from .mix import part_names
 from .recipe import ModelSection, TextSection, TextSource
@@ -184,7 +184,7 @@ class TextDigest:
                 self._digest = chained(self._digest, text)
                 self._documents += 1
                 self._reads_template |= getattr(text, "kind", "text") == "chat" and self.section.chat.template == "tokenizer"
-                if isinstance(text, Document) and self._parts:
+                if isinstance(text, SourceDocument) and self._parts:
                     self._parts[list(self._parts)[text.part]] += text.size
                 more: Content = {"characters": dict(self._parts)} if self._parts else {}
                 more |= {"chat_template": True} if self._reads_template else {}

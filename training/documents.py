@@ -20,7 +20,7 @@ MESSAGE_ROLES = tuple(role for role in get_args(Role) if role != "template")
 CHARACTERS_PER_TOKEN = 4
 
 
-class Document(str):
+class SourceDocument(str):
     """A document: its text, or JSON of its messages or token ids.
 
     ``size`` is its length in characters, without the JSON. ``part`` is the number of its source in a mix. ``tokenizer`` is the
@@ -33,7 +33,7 @@ class Document(str):
     size: int
     tokenizer: str | None
 
-    def __new__(cls, text: str, kind: Kind = "text", size: int | None = None, tokenizer: str | None = None) -> "Document":
+    def __new__(cls, text: str, kind: Kind = "text", size: int | None = None, tokenizer: str | None = None) -> "SourceDocument":
         made = super().__new__(cls, text)
         made.kind, made.size, made.part, made.tokenizer = kind, len(text) if size is None else size, 0, tokenizer
         return made
@@ -47,7 +47,7 @@ class UnreadableRowError(ValueError):
         self.what, self.found = what, found
 
 
-def document_of(value: Any, tokenizer: str | None = None) -> Document:
+def document_of(value: Any, tokenizer: str | None = None) -> SourceDocument:
     """Return the document in a row's value: text or bytes, a list of messages, or a list of token ids.
 
     Args:
@@ -59,7 +59,7 @@ def document_of(value: Any, tokenizer: str | None = None) -> Document:
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig", "surrogateescape")
     if isinstance(value, str):
-        return Document(value)
+        return SourceDocument(value)
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Sequence) and all(isinstance(each, Mapping) for each in value):
@@ -67,12 +67,12 @@ def document_of(value: Any, tokenizer: str | None = None) -> Document:
     if isinstance(value, Sequence) and all(isinstance(each, int) and not isinstance(each, bool) for each in value):
         if min(value) < 0:
             raise UnreadableRowError("rows with negative token ids", f"token ids from 0 on, got {min(value)}")
-        return Document(json.dumps(list(value)), "tokens", CHARACTERS_PER_TOKEN * len(value), tokenizer)
+        return SourceDocument(json.dumps(list(value)), "tokens", CHARACTERS_PER_TOKEN * len(value), tokenizer)
     found = "null" if value is None else type(value).__name__
     raise UnreadableRowError(f"rows with {found} in place of text", f"text, got {found}")
 
 
-def _chat(messages: Sequence[Mapping[str, Any]]) -> Document:
+def _chat(messages: Sequence[Mapping[str, Any]]) -> SourceDocument:
     found = []
     for message in messages:
         # Parquet gives every message the keys of all of them.
@@ -92,16 +92,16 @@ def _chat(messages: Sequence[Mapping[str, Any]]) -> Document:
             raise UnreadableRowError("chats with unreadable content", wanted)
         found.append(own | {"role": role, "content": content if isinstance(content, str) else [dict(p) for p in content]})
     if not found:
-        return Document("")
+        return SourceDocument("")
     size = sum(len(_words(message["content"])) for message in found)
-    return Document(json.dumps(found, ensure_ascii=False, default=str), "chat", size)
+    return SourceDocument(json.dumps(found, ensure_ascii=False, default=str), "chat", size)
 
 
 def _words(content: str | Sequence[Mapping[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
 
 
-def joined(values: Sequence[Any], separator: str) -> Any:
+def joined_columns(values: Sequence[Any], separator: str) -> Any:
     """Return the value of a single column as it is, those of several joined as text, without blank ones.
 
     Raises:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .documents import Document
+from .documents import SourceDocument
 from .recipe import MixPart, TextSource
 
-PartReader = Callable[[MixPart], Iterator[Document]]
+PartReader = Callable[[MixPart], Iterator[SourceDocument]]
 
 
-def mixed_documents(parts: Sequence[MixPart], read: PartReader) -> Iterator[Document]:
+def mixed_documents(parts: Sequence[MixPart], read: PartReader) -> Iterator[SourceDocument]:
     """Yield the documents of several texts in one fixed order, until the first of them ends.
 
     The next document is always of the text that has had the fewest characters for its weight so far, so the shares hold from
@@ -34,7 +34,7 @@ def mixed_documents(parts: Sequence[MixPart], read: PartReader) -> Iterator[Docu
         heads[number] = next(readers[number], None)
 
 
-def _documents_of(number: int, part: MixPart, read: PartReader) -> Iterator[Document]:
+def _documents_of(number: int, part: MixPart, read: PartReader) -> Iterator[SourceDocument]:
     try:
         yield from (document for document in read(part) if document.strip())
     except ValueError as error:

@@ -16,8 +16,9 @@ from .activations.sites import TWO_SIDED, hooks_with_sites, n_layers, site_hooks
 from .content import Content
 from .recipe import DictionarySection, ModelSection, Recipe, TextSection
 from .recipe.grid import told_together
-from .recipe.validation import unharvested, with_budget
+from .recipe.validation import theirs, unharvested, with_budget
 from .start_source import StartSource, with_start
+from .transformer_lens_hooks import hooks_named, with_module_hooks
 
 log = logging.getLogger(__name__)
 # Assumed width if only running the model would show it and its configuration has no hidden size.
@@ -166,10 +167,14 @@ def resolve_recipes(recipes: Sequence[Recipe], model: LanguageModel | None = Non
     sections: list[DictionarySection] = []
     problems: dict[str, list[str]] = {}
     sources: list[StartSource | None] = []
-    for recipe in recipes:
+    recipes = list(recipes)
+    for number, recipe in enumerate(recipes):
         section, outline = recipe.dictionary, outlines.setdefault(recipe.model, ModelOutline(recipe.model, model))
         source = None
         try:
+            if any(theirs(hook) for hook in hooks_named(recipe)):
+                recipe = recipes[number] = with_module_hooks(recipe, outline.model)
+                section = recipe.dictionary
             if not section.resolved:
                 section = _named(section, outline.model)
             section, source = with_start(recipe.model_copy(update={"dictionary": section}))

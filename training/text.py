@@ -13,7 +13,7 @@ import numpy as np
 
 from .bad_rows import BadTexts
 from .chats import NO_ROLE
-from .documents import Document
+from .documents import SourceDocument
 from .embedded import corpus
 from .mix import mixed_documents
 from .recipe import TextSection, TextSource
@@ -203,11 +203,11 @@ def require_text(section: TextSection) -> None:
         next(documents(section, 0, lambda _: True), None)
 
 
-def _sources_documents(section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def _sources_documents(section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     """Yield the documents of one source."""
     match section.source:
         case "embedded":
-            return (Document(corpus.embedded_document(section.seed, number).text) for number in itertools.count())
+            return (SourceDocument(corpus.embedded_document(section.seed, number).text) for number in itertools.count())
         case "hub":
             return hub_documents(section, bad)
         case _:

@@ -12,15 +12,15 @@ from typing import Any, TextIO, cast
 
 from ..sae.suggestions import did_you_mean
 from .bad_rows import BadTexts
-from .documents import Document, UnreadableRowError, document_of, joined
+from .documents import SourceDocument, UnreadableRowError, document_of, joined_columns
 from .recipe import TextSource
 
-Reader = Callable[[Path, TextSource, BadTexts], Iterator[Document]]
+Reader = Callable[[Path, TextSource, BadTexts], Iterator[SourceDocument]]
 COMPRESSIONS = (".gz", ".zst")
 COLUMN_REMEDY = "Set text.column to the key that holds the text."
 
 
-def columns_of(section: TextSource) -> tuple[str, ...]:
+def text_columns(section: TextSource) -> tuple[str, ...]:
     """Return the columns that a text is read from."""
     return (section.column,) if isinstance(section.column, str) else section.column
 
@@ -63,7 +63,7 @@ def listed_files(section: TextSource) -> list[Path]:
     return found
 
 
-def file_documents(section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def file_documents(section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     """Yield the documents of a text's files; rows without text are left out and counted."""
     # All files before the first is read: reading may take hours.
     for path in listed_files(section):
@@ -103,18 +103,18 @@ def _opened(path: Path) -> TextIO:
     return io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape")
 
 
-def _txt_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def _txt_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     pending, line, lines = "", 1, section.separator.count("\n")
     with _opened(path) as handle:
         while chunk := handle.read(1 << 20):
             *whole, pending = (pending + chunk).split(section.separator)
             for text in whole:
-                yield Document(bad.clean(text, f"{path}:{line}"))
+                yield SourceDocument(bad.clean(text, f"{path}:{line}"))
                 line += text.count("\n") + lines
-    yield Document(bad.clean(pending, f"{path}:{line}"))
+    yield SourceDocument(bad.clean(pending, f"{path}:{line}"))
 
 
-def _jsonl_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def _jsonl_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     with _opened(path) as handle:
         for number, line in enumerate(handle, start=1):
             # Blank lines are common in concatenated files.
@@ -127,7 +127,7 @@ def _jsonl_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator
             yield from _row_documents(row, section, f"{path}:{number}", "lines", bad)
 
 
-def _json_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def _json_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     with _opened(path) as handle:
         first = next((character for character in iter(lambda: handle.read(1), "") if not character.isspace()), "")
         if first == "[":
@@ -141,16 +141,16 @@ def _json_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[
         # Many sets of JSON lines have this suffix.
         yield from _jsonl_documents(path, section, bad)
         return
-    first_column = columns_of(section)[0]
+    first_column = text_columns(section)[0]
     for number, row in enumerate(rows):
         # A list of texts has no keys.
         row = {first_column: row} if isinstance(row, str) else row
         yield from _row_documents(row, section, f"{path}: row {number}", "rows", bad)
 
 
-def _row_documents(row: Any, section: TextSource, where: str, rows: str, bad: BadTexts) -> Iterator[Document]:
+def _row_documents(row: Any, section: TextSource, where: str, rows: str, bad: BadTexts) -> Iterator[SourceDocument]:
     """Yield the document of a JSON row, if it has one."""
-    columns = columns_of(section)
+    columns = text_columns(section)
     missing = next((name for name in columns if not isinstance(row, dict) or name not in row), None)
     if missing is None:
         yield from _documents([row[name] for name in columns], section, where, bad)
@@ -161,7 +161,7 @@ def _row_documents(row: Any, section: TextSource, where: str, rows: str, bad: Ba
     bad.skip(what, f"{where}: expected a JSON object with the key {missing!r}{keys}", f"{COLUMN_REMEDY}{near}")
 
 
-def _parquet_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def _parquet_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     # Imported lazily: it is slow, and other files do not need it. `datasets` is not used, because it decodes every column and
     # stops at the first row that is not UTF-8.
     import pyarrow as pa
@@ -170,7 +170,7 @@ def _parquet_documents(path: Path, section: TextSource, bad: BadTexts) -> Iterat
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
-            columns, recorded = columns_of(section), (file.schema_arrow.metadata or {}).get(b"tokenizer_sha256")
+            columns, recorded = text_columns(section), (file.schema_arrow.metadata or {}).get(b"tokenizer_sha256")
             require_columns(section, file.schema_arrow.names, str(path))
             for batch in file.iter_batches(columns=list(columns)):
                 values = [_as_bytes(batch.column(name), pa).to_pylist() for name in columns]
@@ -203,7 +203,7 @@ READERS: dict[str, Reader] = {
 KINDS = ", ".join(READERS)
 
 
-def hub_documents(section: TextSource, bad: BadTexts) -> Iterator[Document]:
+def hub_documents(section: TextSource, bad: BadTexts) -> Iterator[SourceDocument]:
     """Yield the documents of a Hugging Face dataset; rows without text are left out and counted."""
     dataset = _load_dataset(
         section.dataset, section.dataset_config, split=section.dataset_split, revision=section.dataset_revision
@@ -222,7 +222,7 @@ def hub_documents(section: TextSource, bad: BadTexts) -> Iterator[Document]:
         if row is None:
             return
         require_columns(section, row, str(section.dataset))
-        values = [row[name] for name in columns_of(section)]
+        values = [row[name] for name in text_columns(section)]
         yield from _documents(values, section, f"{section.dataset}: row {number}", bad)
         number += 1
 
@@ -246,7 +246,7 @@ def _load_dataset(*arguments: Any, **options: Any) -> Any:
 def require_columns(section: TextSource, columns: Iterable[str], where: str) -> None:
     """Raise ``ValueError`` if a column of a text is absent; the message names the nearest of those that are there."""
     there = list(columns)
-    for name in columns_of(section):
+    for name in text_columns(section):
         if name not in there:
             near = did_you_mean(name, there)
             raise ValueError(f"text.column: expected one of {', '.join(there)} of {where}, got {name!r}.{near}")
@@ -254,11 +254,11 @@ def require_columns(section: TextSource, columns: Iterable[str], where: str) -> 
 
 def _documents(
     values: Sequence[Any], section: TextSource, where: str, bad: BadTexts, tokenizer: str | None = None
-) -> Iterator[Document]:
+) -> Iterator[SourceDocument]:
     """Yield the document in a row's columns, or nothing if they hold none."""
     try:
-        found = document_of(joined(values, section.separator), tokenizer)
+        found = document_of(joined_columns(values, section.separator), tokenizer)
     except UnreadableRowError as error:
         bad.skip(error.what, f"{where}: expected {error.found}", COLUMN_REMEDY)
         return
-    yield Document(bad.clean(found, where), found.kind, found.size, found.tokenizer)
+    yield SourceDocument(bad.clean(found, where), found.kind, found.size, found.tokenizer)

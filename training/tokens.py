@@ -9,7 +9,7 @@ from typing import Any
 
 from .bad_rows import LEAST_TEXTS, BadRows
 from .chats import TEMPLATE, ChatTemplate, Span, UnfitChatError, chat_template, messages_of, roles_of_tokens
-from .documents import Document
+from .documents import SourceDocument
 from .recipe import TextSection
 
 # Documents tokenized together, and so read ahead.
@@ -18,7 +18,7 @@ TOKENIZE_AT_ONCE = 256
 log = logging.getLogger(__name__)
 
 
-class Tokens(list[int]):
+class TokenList(list[int]):
     """Token ids of a document; ``roles`` holds the role of each, by its number in ``ROLES``, or None for other than chats."""
 
     def __init__(self, ids: Iterable[int], roles: list[int] | None = None):
@@ -40,7 +40,7 @@ class Tokenization:
         self._checked: set[str | None] = set()
         self._size: int | None = None
 
-    def of(self, numbered: Iterable[tuple[int, str]], at_once: int = TOKENIZE_AT_ONCE) -> Iterator[tuple[int, Tokens]]:
+    def of(self, numbered: Iterable[tuple[int, str]], at_once: int = TOKENIZE_AT_ONCE) -> Iterator[tuple[int, TokenList]]:
         """Yield number and token ids of every document, ``at_once`` at a time.
 
         Raises:
@@ -58,10 +58,10 @@ class Tokenization:
                     case "tokens":
                         found = self._ids(number, document)
                     case _:
-                        found = Tokens(next(encoded))
+                        found = TokenList(next(encoded))
                 yield number, self._without_bos(found)
 
-    def _without_bos(self, tokens: Tokens) -> Tokens:
+    def _without_bos(self, tokens: TokenList) -> TokenList:
         bos = self.tokenizer.bos_token_id
         if self.section.bos == "none" or bos is None or not tokens:
             return tokens
@@ -72,9 +72,9 @@ class Tokenization:
             end -= 1
         if (start, end) == (0, len(tokens)):
             return tokens
-        return Tokens(tokens[start:end], None if tokens.roles is None else tokens.roles[start:end])
+        return TokenList(tokens[start:end], None if tokens.roles is None else tokens.roles[start:end])
 
-    def _chat(self, number: int, document: str) -> Tokens:
+    def _chat(self, number: int, document: str) -> TokenList:
         if self._template is None:
             self._template = chat_template(self.section.chat, self.tokenizer)
         try:
@@ -83,15 +83,15 @@ class Tokenization:
             remedy = "Give another text.chat.template, or leave out such chats."
             where = f"document {number}: expected a chat that {self._template.name} takes, got another ({error})"
             self._refused.count(1, 1, where, remedy)
-            return Tokens([], [])
+            return TokenList([], [])
         self._refused.count(1)
         return self._with_roles(text, spans)
 
-    def _with_roles(self, text: str, spans: list[Span]) -> Tokens:
+    def _with_roles(self, text: str, spans: list[Span]) -> TokenList:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-        return Tokens(found["input_ids"], roles_of_tokens(found["offset_mapping"], spans))
+        return TokenList(found["input_ids"], roles_of_tokens(found["offset_mapping"], spans))
 
-    def _ids(self, number: int, document: str) -> Tokens:
+    def _ids(self, number: int, document: str) -> TokenList:
         ids: list[int] = json.loads(document)
         recorded = getattr(document, "tokenizer", None)
         if recorded not in self._checked:
@@ -104,7 +104,7 @@ class Tokenization:
                 f"text.column: expected token ids below {self._size}, the vocabulary of the tokenizer, got {max(ids)} in "
                 f"document {number}. Give the model whose tokenizer made them, or text."
             )
-        return Tokens(ids)
+        return TokenList(ids)
 
     def _require_own(self, recorded: str | None, number: int) -> None:
         """Raise ``ValueError`` if the digest recorded with token ids is another tokenizer's."""
@@ -123,7 +123,7 @@ class Tokenization:
 
 
 def _kind(document: str) -> str:
-    return document.kind if isinstance(document, Document) else "text"
+    return document.kind if isinstance(document, SourceDocument) else "text"
 
 
 def beginning_roles(tokens: Iterable[int]) -> list[int] | None:

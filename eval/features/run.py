@@ -21,7 +21,7 @@ from ...training.stages import stage
 from ...training.text import require_text
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import hooks_of_provenance
-from ..checkpoint import LoadedCheckpoint, open_checkpoint
+from ..checkpoint import LoadedCheckpoint, open_checkpoint, with_model
 from ..heldout import DEFAULT_TOKENS, eval_data, told_shortfalls
 from ..pages.document import encoder_words
 from ..pages.examples import RECORDS_DIGEST
@@ -84,6 +84,8 @@ def features(
     limits: Limits | None = None,
     explainer: Explainer | None = None,
     options: CheckpointOptions = NO_OPTIONS,
+    model: LanguageModel | Any = None,
+    tokenizer: Any = None,
 ) -> Features:
     """Describe every latent of a checkpoint on held-out text; write three files and return the content of ``features.json``.
 
@@ -93,6 +95,7 @@ def features(
         limits: How many contexts and tokens are kept.
         explainer: Language model that explains some latents, once everything else is written.
         options: Model, text and hooks that the checkpoint does not record.
+        model: Language model in memory, and ``tokenizer``, as in ``evaluate``.
 
     Raises:
         ValueError: If the checkpoint, its model or its text cannot be loaded, or do not fit together.
@@ -107,7 +110,7 @@ def features(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"--tokens: expected at least 1, got {tokens}.")
-    opened = open_checkpoint(checkpoint, options).completed()
+    opened = open_checkpoint(checkpoint, with_model(options, model, tokenizer)).completed()
     directory = Path(out) if out is not None else opened.results / "features"
     if explainer is not None:
         # Before the explainer, which may be a model to load.

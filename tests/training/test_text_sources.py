@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sparsary.training.content import TextDigest, text_record
-from sparsary.training.documents import Document
+from sparsary.training.documents import SourceDocument
 from sparsary.training.mix import mixed_documents
 from sparsary.training.recipe import MixPart, TextSection, check_recipe
 from sparsary.training.text import Cursor, contexts, documents
@@ -134,7 +134,7 @@ def test_a_mix_has_its_shares_from_the_beginning_on():
     mix = parts(0.5, 0.3, 0.2)
 
     def endless(part):
-        return (Document(part.files[0][0] * size) for size in itertools.cycle([7, 31, 3, 12]))
+        return (SourceDocument(part.files[0][0] * size) for size in itertools.cycle([7, 31, 3, 12]))
 
     found = list(itertools.islice(mixed_documents(mix, endless), 3000))
     for end in (300, 3000):
@@ -146,11 +146,11 @@ def test_a_mix_has_its_shares_from_the_beginning_on():
 
 def test_a_mix_ends_with_its_first_part_and_an_empty_one_is_named():
     texts = {"0.txt": ["aaaa"] * 3, "1.txt": ["bb"] * 100}
-    found = list(mixed_documents(parts(1, 1), lambda part: map(Document, texts[part.files[0]])))
+    found = list(mixed_documents(parts(1, 1), lambda part: map(SourceDocument, texts[part.files[0]])))
     assert [d.part for d in found].count(0) == 3
     assert [d.part for d in found].count(1) in (6, 7, 8)
     with pytest.raises(ValueError, match=r"text.mix.1: expected documents, got none"):
-        list(mixed_documents(parts(1, 1), lambda part: map(Document, ["a"] if part.files[0] == "0.txt" else ["", " "])))
+        list(mixed_documents(parts(1, 1), lambda part: map(SourceDocument, ["a"] if part.files[0] == "0.txt" else ["", " "])))
 
 
 @pytest.fixture

@@ -107,7 +107,9 @@ def test_stores_streams_and_evaluations_leave_out_the_same_tokens(loud_model, te
     manifest = store.manifest
     largest = manifest["exclude"]["largest_norms"]["model.layers.0:in"]
     assert manifest["exclude"] == {
-        **{"special": True, "leading": 0, "norm_above": 10},
+        "special": True,
+        "leading": 0,
+        "norm_above": 10,
         "largest_norms": {"model.layers.0:in": largest},
     }
     assert manifest["text"]["chat"]["roles"] == ["assistant", "user"]
