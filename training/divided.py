@@ -56,7 +56,7 @@ def own_part(whole: SparseDictionary, shards: Shards) -> SparseDictionary:
     if shards.size == 1:
         return whole
     part = build_dictionary(whole.arguments() | {"n_latents": whole.n_latents // shards.size})
-    part.load_state_dict(own_tensors(whole.state_dict(), whole.n_latents, shards, whole.n_sites))
+    part.load_state_dict(own_tensors(whole.state_dict(), whole.n_latents, shards, len(whole.blocks)))
     part.shards = shards
     return part
 
@@ -114,7 +114,7 @@ def whole_dictionary(part: SparseDictionary, instead: Mapping[str, Tensor] | Non
         return part
     whole = build_dictionary(part.arguments() | {"n_latents": part.n_latents * part.shards.size})
     tensors = part.state_dict() | dict(instead or {})
-    whole.load_state_dict(whole_tensors(tensors, part.n_latents, part.shards, part.n_sites))
+    whole.load_state_dict(whole_tensors(tensors, part.n_latents, part.shards, len(part.blocks)))
     whole.to(part.device if part.shards.size == 1 else "cpu")
     whole.provenance = part.provenance
     return whole.train(part.training)

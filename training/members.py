@@ -126,7 +126,7 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    layers, device = dictionary.n_sites, accelerator.device
+    layers, device = len(dictionary.blocks), accelerator.device
     state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, device, randomness, ranks.shards, layers)
     state.budget = recipe.tokens
     state.start = None if warm is None else warm.record

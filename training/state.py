@@ -172,7 +172,7 @@ class TrainState:
             tensors |= {f"screen/{name}": value for name, value in dictionary.screen.state().items()}
         tensors["silent_for"], tensors["density"] = self.silent_for, self.density
         tensors |= {f"random/{device}": values for device, values in self.randomness.own.items()}
-        return whole_tensors(tensors, dictionary.n_latents, dictionary.shards, dictionary.n_sites)
+        return whole_tensors(tensors, dictionary.n_latents, dictionary.shards, len(dictionary.blocks))
 
     def restore(
         self,
@@ -218,7 +218,7 @@ class TrainState:
             RuntimeError: If a tensor has another shape.
         """
         shards = dictionary.shards
-        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards, dictionary.n_sites)
+        tensors = own_tensors(tensors, dictionary.n_latents * shards.size, shards, len(dictionary.blocks))
         for part, module in _parts(dictionary, phases).items():
             own = _below(f"{part}/", tensors)
             if own.keys() != _own(module.state_dict()).keys():

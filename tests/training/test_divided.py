@@ -85,7 +85,7 @@ def compare_with_whole(on_mesh, spec, mesh, progress=0.5, build=None):
     torch.manual_seed(5)
     build = build or (lambda: SAE(D, 32, build_encoder(spec)))
     dictionary = build()
-    start, n, d, layers = dictionary.state_dict(), dictionary.n_latents, dictionary.d_in, dictionary.n_sites
+    start, n, d, layers = dictionary.state_dict(), dictionary.n_latents, dictionary.d_in, len(dictionary.blocks)
     batches = [(torch.randn(TOKENS, d), torch.randn(TOKENS, d)) for _ in range(3)]
     dead = torch.rand(n) < 0.4
 
