@@ -25,7 +25,7 @@ from .labels import Latent, Note, latents_of, read_heldout, read_records, with_p
 from .local_replacement_model import LocalReplacement
 from .page_data import DATA_FILE, node_rows, page_data
 from .pruning import EDGE_THRESHOLD, NODE_THRESHOLD, Pruned
-from .replacement_model import Replacement, layers_of, require_model
+from .replacement_model import Replacement, mlp_hooks, require_model
 
 DEFAULT_TOKENS = 60_000
 INTERVENTIONS = 30
@@ -136,19 +136,20 @@ def open_graph_target(
     provenances = [member.provenance for member in found.members]
     loaded = [member.dictionary for member in found.members]
     model = load_model(ModelSection.model_validate(provenances[0]["model"])) if model is None else model
-    anatomy = Architecture(model)
-    layers = [layers_of(anatomy, provenance) for provenance in provenances]
+    anatomy = Architecture(model, post_norms=True)
+    hooks = [mlp_hooks(anatomy, provenance) for provenance in provenances]
+    layers = [tuple(some) for some in hooks]
     for dictionary in loaded:
         dictionary.to(model.device)
     require_model(anatomy, provenances[0])
     if isinstance(loaded[0], CrossLayerTranscoder):
-        replacement = Replacement(anatomy, loaded[0], layers[0])
+        replacement = Replacement(anatomy, loaded[0], layers[0], hooks[0])
     elif found.stacked:
-        hooks = [hooks_of_provenance(provenance)[1][0] for provenance in provenances]
-        stack = Stack(dict(zip(hooks, loaded, strict=True)), dict(zip(hooks, provenances, strict=True)))
+        written = [hooks_of_provenance(provenance)[1][0] for provenance in provenances]
+        stack = Stack(dict(zip(written, loaded, strict=True)), dict(zip(written, provenances, strict=True)))
         replacement = Replacement(anatomy, stack)
     else:
-        replacement = Replacement(anatomy, {layers[0][0]: loaded[0]})
+        replacement = Replacement(anatomy, {layers[0][0]: loaded[0]}, hooks=hooks[0])
     folders = {} if found.foreign else dict(zip(layers, (member.directory for member in found.members), strict=True))
     return GraphTarget(model, replacement, provenances[0], folders, found)
 
