@@ -45,8 +45,9 @@ def n_sources(local: LocalReplacement) -> int:
 
 
 def targets_within(local: LocalReplacement, batch_targets: int, max_numbers: int) -> int:
-    """Return the number of targets whose edges are computed at once, so that no tensor has more than ``max_numbers`` entries."""
-    return max(1, min(batch_targets, max_numbers // max(_numbers_per_target(local), n_sources(local))))
+    """Return the number of targets whose edges are computed at once, with tensors of at most ``max_numbers`` entries."""
+    # One column more for constants.
+    return max(1, min(batch_targets, max_numbers // max(_numbers_per_target(local), n_sources(local) + 1)))
 
 
 def latents_within(local: LocalReplacement, n_targets: int, max_latents: int | None, max_numbers: int) -> int:
@@ -70,8 +71,8 @@ def latents_within(local: LocalReplacement, n_targets: int, max_latents: int | N
         )
     if max_latents is not None and fitting < min(max_latents, everything):
         raise ValueError(
-            f"max_latents: expected at most {fitting:,}, so that no tensor has more than {max_numbers:,} numbers (max_numbers) "
-            f"at {positions} positions with {everything:,} active latents, got {max_latents:,}. Give a smaller one or a shorter "
+            f"max_latents: expected at most {fitting:,}, so that no tensor has more than {max_numbers:,} numbers "
+            f"(max_numbers) at {positions} positions with {everything:,} active latents, got {max_latents:,}. Give a smaller one or a shorter "
             "prompt."
         )
     return min(everything, fitting if max_latents is None else max_latents)

@@ -2,7 +2,8 @@
 
 An edge is the direct effect of its source on its target: along the residual stream and through attention with this prompt's
 patterns, but through no other latent. The edges into a target and its constant add up to its pre-activation, or to its logit
-minus the mean logit (logits before the soft cap, where a model has one); ``eval.attribution_graphs.local_replacement_model`` lists what is frozen.
+minus the mean logit; ``eval.attribution_graphs.local_replacement_model`` lists what is frozen. Where a model has a soft cap on
+logits, they are those before it.
 
 Source: Ameisen, Lindsey et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
 """

@@ -123,7 +123,9 @@ def with_promoted(replacement: Replacement, notes: Mapping[Latent, Note], words:
     found = {}
     for (layer, latent), note in notes.items():
         writes = replacement.writes(layer, torch.tensor([latent], device=unembedding.device))[0]
-        written = torch.stack([_gained(replacement, *pair) for pair in zip(replacement.written(layer), writes, strict=True)]).sum(0)
+        written = torch.stack(
+            [_gained(replacement, *pair) for pair in zip(replacement.written(layer), writes, strict=True)]
+        ).sum(0)
         effects = unembedding @ written
         count = min(PROMOTED, len(effects))
         sides = [tuple(str(words[i]) for i in side.topk(count).indices.tolist()) for side in (effects, -effects)]

@@ -1,7 +1,7 @@
 """Replacement of MLPs by per-layer transcoders or a cross-layer transcoder, behind one interface.
 
-A transcoder reads the MLP's input, after the norm, and writes its output. In models with a norm after the MLP (Gemma 2 and 3) it
-writes that norm's input (site ``mlp``) or its output (Gemma Scope), as its checkpoint's hooks say. A transcoder that normalizes
+A transcoder reads the MLP's input, after the norm, and writes its output. In models with a norm after the MLP (Gemma 2 and 3)
+it writes that norm's input (site ``mlp``) or its output (Gemma Scope), as its checkpoint's hooks say. A transcoder that normalizes
 the stream itself, without the model's gain (the first Gemma Scope), is turned into one that reads the MLP's input.
 """
 
@@ -194,9 +194,7 @@ def _sites_by_layer(
     }
 
 
-def _stack_by_layer(
-    anatomy: Architecture, stack: Stack
-) -> tuple[dict[int, SparseDictionary], dict[int, tuple[str, str]]]:
+def _stack_by_layer(anatomy: Architecture, stack: Stack) -> tuple[dict[int, SparseDictionary], dict[int, tuple[str, str]]]:
     """Return dictionaries and their hooks by layer."""
     found: dict[int, SparseDictionary] = {}
     hooks: dict[int, tuple[str, str]] = {}
@@ -233,12 +231,15 @@ def _reading_mlp_input(
     fits = isinstance(dictionary, Transcoder) and dictionary.row_norm == "constant_norm" and reads_stream
     if not isinstance(dictionary, Transcoder) or not fits or norm.centred or bool((norm.weight == 0).any()):
         raise ValueError(
-            f"dictionaries: layer {layer}: expected row_norm null for a transcoder of the MLP's input, or constant_norm for one "
-            f"that reads {reads}, the input of an RMS norm, got {dictionary.row_norm or 'null'} at "
-            f"{hooks[layer][0] if layer in hooks else 'an unknown hook'}. Its pre-activations are not linear in the MLP's input."
+            f"dictionaries: layer {layer}: expected row_norm null for a transcoder of the MLP's input, or constant_norm for "
+            f"one that reads {reads}, the input of an RMS norm, got {dictionary.row_norm or 'null'} at "
+            f"{hooks[layer][0] if layer in hooks else 'an unknown hook'}. Its pre-activations are not linear in the MLP's "
+            "input."
         )
     if dictionary.W_skip is not None:
-        raise ValueError(f"dictionaries: layer {layer}: expected no skip path beside row_norm, got one, which reads the stream.")
+        raise ValueError(
+            f"dictionaries: layer {layer}: expected no skip path beside row_norm, got one, which reads the stream."
+        )
     # Everything but the encoder is shared.
     folded = copy.deepcopy(dictionary, {id(tensor): tensor for tensor in (dictionary.W_dec, dictionary.b_dec)})
     gain = norm.weight.to(folded.in_centre)

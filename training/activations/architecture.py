@@ -171,9 +171,9 @@ class Architecture:
             )
         if READERS[kind].post_norms is not None and not post_norms:
             raise ValueError(
-                f"model.id: expected blocks that add the outputs of attention and MLP as they are, got {kind!r} ({model.id}), "
-                f"which normalizes them first ({', '.join(_POST_NORMS)}). Only attribution graphs (circuits --prompt) take such "
-                "models."
+                f"model.id: expected blocks that add the outputs of attention and MLP as they are, got {kind!r} "
+                f"({model.id}), which normalizes them first ({', '.join(_POST_NORMS)}). Only attribution graphs (circuits --prompt) "
+                "take such models."
             )
         if is_spread(module) or getattr(module, "is_quantized", False):
             raise ValueError(
@@ -392,9 +392,7 @@ def _gemma_layers(module: Any) -> list[BlockWeights]:
         names = ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
         before_attention, before_mlp, after_attention, after_mlp = (_norm(getattr(block, name), True) for name in names)
         heads = _grouped_heads(_text_config(module), block.self_attn, plus_one=True)
-        return BlockWeights(
-            before_attention, before_mlp, attention_post_norm=after_attention, mlp_post_norm=after_mlp, **heads
-        )
+        return BlockWeights(before_attention, before_mlp, attention_post_norm=after_attention, mlp_post_norm=after_mlp, **heads)
 
     return [read(block) for block in module.get_submodule(_decoder_path(module)).layers]
 
@@ -439,7 +437,9 @@ def _apart(attention: str) -> tuple[str, ...]:
 
 _LLAMA = _Reader(_llama_layers, "input_layernorm", "model.norm", None, _apart("self_attn"))
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-_GEMMA = _Reader(_gemma_layers, "input_layernorm", "model.norm", None, _apart("self_attn"), post_norms=_POST_NORMS, plus_one=True)
+_GEMMA = _Reader(
+    _gemma_layers, "input_layernorm", "model.norm", None, _apart("self_attn"), post_norms=_POST_NORMS, plus_one=True
+)
 READERS = {
     "gpt2": _Reader(_gpt2_layers, "ln_1", "transformer.ln_f", "transformer.wpe.weight", ("attn.c_attn",)),
     "gpt_neox": _Reader(

@@ -53,7 +53,9 @@ def local(request, tiny_model, random_transcoders):
         "some layers": (cross_layer(anatomy.d_model, layers=2), (0, 2)),
     }[kind]
     # In Gemma, transcoders of layers 0 and 2 write after the norm that follows the MLP, those of layer 1 before it.
-    hooks = {layer: (f"model.layers.{layer}.mlp:in", f"model.layers.{layer}.post_feedforward_layernorm:out") for layer in (0, 2)}
+    hooks = {
+        layer: (f"model.layers.{layer}.mlp:in", f"model.layers.{layer}.post_feedforward_layernorm:out") for layer in (0, 2)
+    }
     replacement = Replacement(anatomy, dictionaries, layers, hooks if family.startswith("gemma") else None)
     return LocalReplacement(replacement, prompt(), exclude_leading=1)
 
