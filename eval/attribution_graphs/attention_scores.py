@@ -76,15 +76,15 @@ class AttentionScore:
         columns = self.key_parts.shape[1]
         values, places = self.query_parts.new_zeros(0), torch.zeros(0, dtype=torch.long, device=self.query_parts.device)
         for rows in torch.arange(columns, device=places.device).split(max(1, max_numbers // columns)):
-            found = (self.scaling * self.query_parts[:, rows].T @ self.key_parts).flatten()
-            best = found.abs().topk(min(count, len(found))).indices
-            values, places = torch.cat([values, found[best]]), torch.cat([places, rows[0] * columns + best])
+            terms = (self.scaling * self.query_parts[:, rows].T @ self.key_parts).flatten()
+            best = terms.abs().topk(min(count, len(terms))).indices
+            values, places = torch.cat([values, terms[best]]), torch.cat([places, rows[0] * columns + best])
         order = values.abs().argsort(descending=True, stable=True)[:count]
-        return [
-            ScoreTerm(*(None if at == columns - 1 else at for at in divmod(place, columns)), value)
-            for place, value in zip(places[order].tolist(), values[order].tolist(), strict=True)
-            if value
-        ]
+        found = []
+        for place, value in zip(places[order].tolist(), values[order].tolist(), strict=True):
+            query, key = (None if at == columns - 1 else at for at in divmod(place, columns))
+            found += [ScoreTerm(query, key, value)] if value else []
+        return found
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def _require_softmax(local: LocalReplacement, rule: AttentionRule, head: int, qu
     gap = float((expected - weights).abs().max())
     if gap > TOLERANCE:
         raise ValueError(
-            f"{local.anatomy.model.id}: expected attention weights that are a softmax of scaled products of queries and keys, "
-            f"got weights of layer {rule.layer}, head {head} at position {query} that differ by {gap:.2g}. Its scores cannot be "
-            "decomposed; graphs without attention can."
+            f"{local.anatomy.model.id}: expected attention weights that are a softmax of scaled products of queries and "
+            f"keys, got weights of layer {rule.layer}, head {head} at position {query} that differ by {gap:.2g}. Its scores "
+            "cannot be decomposed; leave attention out of its graphs."
         )

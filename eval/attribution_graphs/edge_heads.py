@@ -53,7 +53,8 @@ class EdgeHeads:
         for weight, place in zip(self.weights[target, source].tolist(), self.places[target, source].tolist(), strict=True):
             layer, rest = divmod(place, self.n_heads * self.n_positions)
             if weight:
-                found.append(HeadPart(layer, *divmod(rest, self.n_positions), weight))
+                head, key = divmod(rest, self.n_positions)
+                found.append(HeadPart(layer, head, key, weight))
         return found
 
 

@@ -72,8 +72,8 @@ def latents_within(local: LocalReplacement, n_targets: int, max_latents: int | N
     if max_latents is not None and fitting < min(max_latents, everything):
         raise ValueError(
             f"max_latents: expected at most {fitting:,}, so that no tensor has more than {max_numbers:,} numbers "
-            f"(max_numbers) at {positions} positions with {everything:,} active latents, got {max_latents:,}. Give a smaller one or a shorter "
-            "prompt."
+            f"(max_numbers) at {positions} positions with {everything:,} active latents, got {max_latents:,}. Give "
+            "a smaller one or a shorter prompt."
         )
     return min(everything, fitting if max_latents is None else max_latents)
 

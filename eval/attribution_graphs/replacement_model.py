@@ -1,8 +1,8 @@
 """Replacement of MLPs by per-layer transcoders or a cross-layer transcoder, behind one interface.
 
 A transcoder reads the MLP's input, after the norm, and writes its output. In models with a norm after the MLP (Gemma 2 and 3)
-it writes that norm's input (site ``mlp``) or its output (Gemma Scope), as its checkpoint's hooks say. A transcoder that normalizes
-the stream itself, without the model's gain (the first Gemma Scope), is turned into one that reads the MLP's input.
+it writes that norm's input (site ``mlp``) or its output (Gemma Scope), as its checkpoint's hooks say. A transcoder that
+normalizes the stream itself, without the model's gain (the first Gemma Scope), is turned into one that reads the MLP's input.
 """
 
 import copy
@@ -92,7 +92,8 @@ class Replacement:
     def hooks(self, layer: int) -> tuple[str, str]:
         """Return the hook that the layer's transcoder reads, and the one that it replaces."""
         reads, writes = self.anatomy.blocks[layer].sites()["mlp"]
-        return reads, (_after_norm(self.anatomy, layer) if self.after_norm(layer) else writes)
+        after = _after_norm(self.anatomy, layer) if self.after_norm(layer) else None
+        return reads, after or writes
 
     def after_norm(self, layer: int) -> bool:
         """Return True if the layer has a transcoder that writes the output of the norm after the MLP."""

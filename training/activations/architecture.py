@@ -172,8 +172,8 @@ class Architecture:
         if READERS[kind].post_norms is not None and not post_norms:
             raise ValueError(
                 f"model.id: expected blocks that add the outputs of attention and MLP as they are, got {kind!r} "
-                f"({model.id}), which normalizes them first ({', '.join(_POST_NORMS)}). Only attribution graphs (circuits --prompt) "
-                "take such models."
+                f"({model.id}), which normalizes them first ({', '.join(_POST_NORMS)}). Only attribution graphs "
+                "(circuits --prompt) take such models."
             )
         if is_spread(module) or getattr(module, "is_quantized", False):
             raise ValueError(

@@ -1,8 +1,8 @@
 """Rule by which attention scores follow from what a block's heads read: linear maps by position, scaling, soft cap.
 
 ``score = scaling * q @ k`` with ``q = rotation(q_norm(W_Q x + b_Q))`` and keys alike; the pattern is the softmax over the
-visible positions of the score or, with a soft cap c, of ``c * tanh(score / c)``. With the recorded denominators of the head's norms,
-queries and keys are linear in the attention input.
+visible positions of the score or, with a soft cap c, of ``c * tanh(score / c)``. With the recorded denominators of the head's
+norms, queries and keys are linear in the attention input.
 """
 
 import inspect
