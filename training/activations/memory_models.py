@@ -42,7 +42,7 @@ def beneath(model: Any, tokenizer: Any = None) -> tuple[nn.Module, Any]:
         found = next((each for each in inner if isinstance(each, nn.Module)), found)
     base = getattr(found, "get_base_model", None)
     found = base() if callable(base) else found
-    if not _is_causal(found):
+    if not isinstance(found, nn.Module) or not _is_causal(found):
         raise ValueError(
             f"model: expected a causal language model of transformers, or a wrapper of one, got {type(model).__name__}, which "
             "has none underneath. Give transformers.AutoModelForCausalLM.from_pretrained(...); activations of other models are "

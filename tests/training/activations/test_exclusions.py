@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sparsary.eval.heldout import EvalData
+from sparsary.training.activations.context_stream import ContextStream
 from sparsary.training.activations.contexts import context_batches
 from sparsary.training.activations.harvest import harvest_activations, recipe_identity
-from sparsary.training.activations.live import Buffers, ContextStream, LiveStream
+from sparsary.training.activations.live import Buffers, LiveStream
 from sparsary.training.activations.model import LanguageModel
 from sparsary.training.activations.sites import block_paths
 from sparsary.training.chats import ROLES
