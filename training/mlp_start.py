@@ -162,8 +162,15 @@ def _neurons(
 ) -> tuple[list[Float[Tensor, "tokens n_neurons"]], Float[Tensor, "tokens n_neurons"]]:
     """Return each map's output and the values of an MLP's neurons, in float64 on the CPU."""
     seen: dict[nn.Module, Tensor] = {}
-    handles = [reader.register_forward_hook(lambda part, _, output: seen.update({part: output})) for reader in readers]
-    handles.append(projection.register_forward_pre_hook(lambda part, inputs: seen.update({part: inputs[0]})))
+
+    def keep_output(part: nn.Module, _: object, output: Tensor) -> None:
+        seen[part] = output
+
+    def keep_input(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[part] = inputs[0]
+
+    handles = [reader.register_forward_hook(keep_output) for reader in readers]
+    handles.append(projection.register_forward_pre_hook(keep_input))
     try:
         mlp(x[None].to(_matrix(projection).dtype))
     finally:

@@ -361,7 +361,7 @@ def rows_of(cells: Mapping[tuple[str, str], dict[str, Any]], name: str) -> Itera
 def table(rows: Sequence[dict[str, Any]], name: str) -> str:
     """Return the rows as a Markdown table."""
     labels = {"fvu": "fvu", "l0": "l0", "dead": "dead", "ce_recovered": "CE recovered", "latent_f1": "latent F1", "mcc": "mcc"}
-    head = ["family", "library", *(labels[key] for key in FIGURES[name]), "ours against it", "settings"]
+    head = ["family", "library", *(labels[key] for key in FIGURES[name]), "ours : its", "settings"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [f"`{row['family']}`", f"**{OURS}**" if row["library"] == OURS else row["library"]]
@@ -371,8 +371,13 @@ def table(rows: Sequence[dict[str, Any]], name: str) -> str:
             form = ".4f" if key == "ce_recovered" else form
             spread = f" ± {format(sd, form)}" if sd is not None and key in FIGURES[name][:1] else ""
             cells.append(format(mean, form) + spread)
-        found = row.get("difference")
-        cells.append("" if found is None else f"{found['difference']:+.4f}, {verdict_words(found)}")
+        ours = next((r for r in rows if (r["family"], r["library"]) == (row["family"], OURS)), None)
+        ratio = (
+            ""
+            if row["library"] == OURS or ours is None
+            else f"{ours[FIGURES[name][0]]['mean'] / row[FIGURES[name][0]]['mean']:.2f}"
+        )
+        cells.append(ratio + (f", {verdict_words(row['difference'])}" if "difference" in row else ""))
         marks = {"interpolated": "interpolated", "no": "not at this l0"}
         notes = [row["variant"], *(marks[word] for word in row["matched"] if word in marks)]
         lines.append(f"| {' | '.join(cells)} | {', '.join(notes)} |")
