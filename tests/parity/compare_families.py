@@ -270,7 +270,7 @@ class Comparison:
 
 
 def next_knob(l0: Mapping[float, float], target: float, kind: str) -> float:
-    """Return the next value to try: between the nearest ones on either side of the target, else beyond the nearest."""
+    """Return the next value to try: between the nearest ones on either side of the target, else beyond the outermost."""
     points = sorted((math.log(max(found, 1e-3)), math.log(knob)) for knob, found in l0.items())
     goal = math.log(target)
     below, above = [p for p in points if p[0] < goal], [p for p in points if p[0] >= goal]
@@ -281,12 +281,14 @@ def next_knob(l0: Mapping[float, float], target: float, kind: str) -> float:
         if kind == WHOLE:
             return _between(math.exp(low), math.exp(high), knob)
         return float(f"{knob:.6g}")
-    nearest = min(points, key=lambda p: abs(p[0] - goal))
     slope = -1.0 if kind == PENALTY else 1.0
-    step = max(-math.log(8), min(math.log(8), (goal - nearest[0]) / slope * 1.2))
-    knob = math.exp(nearest[1] + step)
+    # From the outermost value, as l0 need not fall with every step of a penalty.
+    upward = (goal > points[0][0]) == (slope > 0)
+    found, outermost = (max if upward else min)(points, key=lambda p: p[1])
+    step = max(-math.log(8), min(math.log(8), (goal - found) / slope * 1.2))
+    knob = math.exp(outermost + step)
     if kind == WHOLE:
-        own = round(math.exp(nearest[1]))
+        own = round(math.exp(outermost))
         return float(max(1, max(own + 1, round(knob)) if step > 0 else min(own - 1, round(knob))))
     return float(f"{knob:.6g}")
 

@@ -43,6 +43,11 @@ def test_l0_is_matched_in_few_steps(script, kind):
     assert len(tried) <= 5
 
 
+def test_a_penalty_is_raised_even_where_the_last_raise_did_not_help(script):
+    assert script.next_knob({0.1: 97.0, 0.8: 123.0}, 16, "penalty") > 0.8
+    assert script.next_knob({3.0: 2.0, 0.4: 1.0}, 16, "penalty") < 0.4
+
+
 def test_between_two_runs_figures_lie_on_the_line_through_them(script):
     runs = [
         {"knob": k, "l0": l0, "fvu": l0**-0.5, "dead": 0.1 * math.log(l0)} for k, l0 in ((1.0, 14.5), (2.0, 17.0), (9.0, 40.0))
