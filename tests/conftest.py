@@ -41,7 +41,7 @@ def shaped(annotations):
 
 # Calls of a function that are checked in each test. Later ones, in a loop of training steps, would find no more and take a
 # quarter of the tests' time.
-CHECKED_CALLS = 8
+CHECKED_CALLS = 4
 # The number of the current test.
 TEST = 0
 
@@ -112,6 +112,11 @@ import torch  # noqa: E402
 
 torch.set_num_threads(int(THREADS))
 
+if not torch.cuda.is_available():
+    # The same for this processor. torch would note the seed for every kind of GPU, each time with the stack as text: a tenth of
+    # the time of short tests.
+    torch.manual_seed = torch.default_generator.manual_seed
+
 
 def beside(name):
     """Load a module of this folder, which is not a package."""
@@ -156,6 +161,7 @@ def encoder_specs():
     return SPECS
 
 
+@functools.cache
 def slow_entries(text):
     """Return the entries of ``slow.txt``, each with a pattern of the test ids it covers: a file, a test or one id."""
     lines = [line.removeprefix("long") for line in text.splitlines() if line.strip() and not line.startswith("#")]
@@ -168,9 +174,12 @@ def long_entries(text):
     return slow_entries("\n".join(line for line in text.splitlines() if line.startswith("long")))
 
 
-def any_of(entries):
-    """Return one pattern of the test ids that any of the entries covers."""
-    return re.compile("|".join(pattern.pattern for pattern in entries.values()) or r"(?!)")
+def covered_by(entries):
+    """Return a function that returns True for a test id that any of the entries covers."""
+    patterns = collections.defaultdict(list)
+    for entry, pattern in entries.items():
+        patterns[entry.split("::")[0]].append(pattern)
+    return lambda name: any(pattern.fullmatch(name) for pattern in patterns.get(name.split("::")[0], ()))
 
 
 def seconds_by_file(text):
@@ -183,6 +192,7 @@ def seconds_by_file(text):
     return seconds
 
 
+@functools.cache
 def left_out(expression, text):
     """Return the files of which nothing is run where marks are selected by ``expression``: they need not be imported."""
     words = expression.split()
@@ -195,10 +205,13 @@ def left_out(expression, text):
 
 def stale_entries(entries, ids):
     """Return the entries that match no test: their file is gone, or was collected in full without such a test."""
-    collected = {name.split("::")[0] for name in ids}
-    known = [entry for entry, pattern in entries.items() if any(map(pattern.fullmatch, ids))]
-    gone = [entry for entry in entries if not (SLOW.parents[1] / entry.split("::")[0]).is_file()]
-    return [entry for entry in entries if entry in gone or (entry.split("::")[0] in collected and entry not in known)]
+    collected = collections.defaultdict(list)
+    for name in ids:
+        collected[name.split("::")[0]].append(name)
+    file_of = {entry: entry.split("::")[0] for entry in entries}
+    gone = {file for file in set(file_of.values()) if not (SLOW.parents[1] / file).is_file()}
+    known = {entry for entry, file in file_of.items() if any(map(entries[entry].fullmatch, collected.get(file, ())))}
+    return [entry for entry, file in file_of.items() if file in gone or (file in collected and entry not in known)]
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -209,7 +222,6 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_finish():
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -232,11 +244,11 @@ def pytest_collection_modifyitems(config, items):
     seconds = seconds_by_file(text)
     items.sort(key=lambda item: -seconds[item.nodeid.split("::")[0]])
     entries = slow_entries(text)
-    slow, long = any_of(entries), any_of(long_entries(text))
+    slow, long = covered_by(entries), covered_by(long_entries(text))
     for item in items:
-        if slow.fullmatch(item.nodeid):
+        if slow(item.nodeid):
             item.add_marker(pytest.mark.slow)
-        if long.fullmatch(item.nodeid):
+        if long(item.nodeid):
             item.add_marker(pytest.mark.long)
     # If single tests were requested, the others of their files are missing, but not stale.
     whole = not config.getoption("lf", False) and not any("::" in str(argument) for argument in config.args)
@@ -255,6 +267,39 @@ def _own_cache(tmp_path_factory):
     """Cache file digests separately from the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSARY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_by_one_worker(tmp_path_factory):
+    """Let the other workers wait while one compiles a kernel, and load it from its file then, rather than all compile it."""
+    try:
+        from numba.core.dispatcher import Dispatcher
+    except ImportError:
+        yield
+        return
+    from filelock import FileLock
+
+    # The parent of all workers' folders.
+    lock, compile_ = FileLock(tmp_path_factory.getbasetemp().parent / "numba.lock"), Dispatcher.compile
+
+    def compile_alone(dispatcher, signature):
+        with lock.acquire(poll_interval=0.02):
+            return compile_(dispatcher, signature)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            patch.setattr(Dispatcher, "compile", compile_alone)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _documents_made_once():
+    """Keep the documents of the embedded corpus, which most runs read: making them is a tenth of a small run's time."""
+    from sparsary.training.embedded import corpus
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "embedded_document", functools.lru_cache(maxsize=20_000)(corpus.embedded_document))
         yield
 
 
