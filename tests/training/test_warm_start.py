@@ -483,10 +483,10 @@ def test_a_drifted_dictionary_recovers_on_a_twentieth_of_the_budget(stream_of_th
     """The embedded model's residual stream turns by 0.6 radians in every plane and grows threefold."""
     rows, heldout = stream_of_the_model
     A = drift(128, 0.6, 3.0)
-    tokens, section = 200_000, {"hook": HOOK, "n_latents": 256, "encoder": {"name": "topk", "k": 16}, "init": "random"}
+    tokens, section = 400_000, {"hook": HOOK, "n_latents": 256, "encoder": {"name": "topk", "k": 16}, "init": "random"}
 
     def judged(name, x, y, tokens, section, **changes):
-        values = {"dictionary": section, "tokens": tokens, "dead_after_tokens": 50_000, "out_dir": str(tmp_path / name)}
+        values = {"dictionary": section, "tokens": tokens, "dead_after_tokens": 100_000, "out_dir": str(tmp_path / name)}
         trained = sparsary.load(sparsary.train(values | changes, x))
         with torch.no_grad():
             return float(fvu(y, trained(y))), trained
