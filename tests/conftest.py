@@ -386,6 +386,17 @@ def shared_data():
     return SHARED_DATA
 
 
+class _ExactGemmaNorm(torch.nn.Module):
+    """Gemma's norm in the model's own precision; transformers' computes in float32."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + self.weight)
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     """Return a builder of random three-block language models in float64, with random biases and norm weights."""
@@ -396,6 +407,8 @@ def tiny_model():
     tokens = {"vocab_size": 41, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     sizes = tokens | {"num_hidden_layers": 3, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
     shared = sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    windows = ["sliding_attention", "full_attention", "sliding_attention"]
+    gemma = shared | {"head_dim": 8, "sliding_window": 3, "layer_types": windows, "max_position_embeddings": 32}
     families = {
         "gpt2": ("GPT2Config", tokens | {"n_layer": 3, "n_embd": 12, "n_head": 2, "n_positions": 32}),
         "gpt_neox": ("GPTNeoXConfig", sizes | {"use_parallel_residual": True}),
@@ -403,6 +416,13 @@ def tiny_model():
         # Eight dimensions per head: together they are wider than the residual stream.
         "llama": ("LlamaConfig", shared | {"head_dim": 8}),
         "qwen2": ("Qwen2Config", shared | {"hidden_size": 16}),
+        "qwen3": ("Qwen3Config", shared | {"head_dim": 8}),
+        # Windows of three tokens in the first and the last layer; caps low enough to bend scores and logits.
+        "gemma2": (
+            "Gemma2Config",
+            gemma | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 5},
+        ),
+        "gemma3": ("Gemma3TextConfig", gemma | {"query_pre_attn_scalar": 5}),
     }
 
     def build(family, dtype=torch.float64):
@@ -415,7 +435,10 @@ def tiny_model():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for path, part in list(module.named_modules()):
             # Llama's norms always compute in float32; torch's are the same function.
-            if type(part).__name__.endswith("RMSNorm"):
+            if type(part).__name__.startswith("Gemma"):
+                if type(part).__name__.endswith("RMSNorm"):
+                    module.set_submodule(path, _ExactGemmaNorm(part))
+            elif type(part).__name__.endswith("RMSNorm"):
                 exact = torch.nn.RMSNorm(part.weight.shape[0], eps=part.variance_epsilon, dtype=dtype)
                 exact.weight = part.weight
                 module.set_submodule(path, exact)
