@@ -17,7 +17,7 @@ from ..sae.encoders import ENCODERS
 from ..sae.files import write_text
 from ..sae.metrics import Moments
 from ..sae.screen import Screen
-from .activations.live import ContextStream
+from .activations.context_stream import ContextStream
 from .activations.store_stream import StoreStream
 from .activations.stream import ActivationBatch, ActivationStream
 from .activations.tensor_stream import TensorStream
@@ -128,7 +128,8 @@ def _member(
     auxk_latents = recipe.auxk_latents or max(1, dictionary.d_out // len(section.hooks_out) // 2)
     zipf = (recipe.aux_zipf_tau, recipe.aux_zipf_absolute)
     aux = AuxSettings(recipe.auxk_weight, auxk_latents, *zipf, section.orthogonality)
-    divergence = Divergence(stream.model, section.hooks_out[0]) if isinstance(stream, ContextStream) else None
+    splices = isinstance(stream, ContextStream)
+    divergence = Divergence(stream.model, section.hooks_out[0], ranks.shards) if splices else None
     phases = Phases(dictionary, recipe).to(accelerator.device)
     objective = Objective(dictionary, dictionary.error_scale(start.target_moments), aux, divergence, phases.weights(0)).to(
         accelerator.device
@@ -136,7 +137,8 @@ def _member(
     if recipe.screen != "none":
         dictionary.screen = Screen(recipe.screen, recipe.screen_floor, accelerator.device)
     optimizer = build_optimizer(dictionary, phases, recipe)
-    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, accelerator.device, randomness, ranks.shards)
+    layers, device = len(dictionary.blocks), accelerator.device
+    state = TrainState(dictionary.n_latents, recipe.dead_after_tokens, device, randomness, ranks.shards, layers)
     state.budget = recipe.tokens
     state.start = None if warm is None else warm.record
     logged = Logged() if earlier is None else state.restore(directory, dictionary, phases, optimizer)

@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState
 from ..sae.errors import WriteError, doing
 from ..sae.ranks import ALONE, Ranks
 from ..transcoders.load import RecipeValue
+from .activations.context_stream import ContextStream
 from .activations.harvest import harvest_activations, require_shared_store
-from .activations.live import Buffers, ContextStream, LiveStream
+from .activations.live import Buffers, LiveStream
 from .activations.model import LanguageModel, resolve_device
 from .activations.remote_store import store_place
 from .activations.shards import MANIFEST_FILE, ActivationStore
@@ -261,7 +262,8 @@ def open_streams(
             whole = first.harvest.gradients or any(member.recipe.uses_kl for member in members)
             model = outline.loaded() if whole else outline.loaded_for(hooks)
             # Two buffers: the first stream may be one buffer ahead of the last.
-            buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep=min(len(groups), 2))
+            keep, ranks = min(len(groups), 2), own_ranks()
+            buffers = Buffers(model, pinned(first.text), first.harvest, hooks, keep, ranks)
             streams = [_live_stream(buffers, group[0], part) for group, part in zip(groups, parts, strict=True)]
         else:
             store = run_harvest(members[0], plans[0] if plans else None)
@@ -276,7 +278,8 @@ def open_streams(
 def _live_stream(buffers: Buffers, recipe: Recipe, part: BatchPart) -> ActivationStream:
     section = recipe.dictionary
     moments = calibrated_on(recipe)
-    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part)
+    over = mesh(recipe.distributed.latents)
+    rows = LiveStream(buffers, section.hooks_in, recipe.batch_tokens, recipe.seed, section.hooks_out, moments, part, over)
     return ContextStream(rows) if recipe.uses_kl else rows
 
 
