@@ -39,6 +39,7 @@ from .resolve_hooks import ResolvedRecipe, resolve_recipes
 from .same_run import require_same_run_on_all, same_on_all
 from .shortfalls import Shortfall, shortfall, shortfalls_together
 from .signals import Stopped, StopRequest
+from .start_source import StartSource
 from .training_plan import TrainingPlan
 from .warm_start import after_training
 
@@ -226,7 +227,9 @@ def _train_all(
         _tell([Path(recipe.out_dir).name for recipe in recipes], known)
         together = stack.enter_context(open_streams(members, activations, plans))
         dirs = [recipe.out_dir for recipe in recipes]
-        _train(together, {name: old for name, old in earlier.items() if old}, dict(zip(dirs, known, strict=True)))
+        sources = {member.recipe.out_dir: member.source for member in members if member.source is not None}
+        resumed = {name: old for name, old in earlier.items() if old}
+        _train(together, resumed, sources, dict(zip(dirs, known, strict=True)))
 
 
 @contextmanager
@@ -303,12 +306,14 @@ def _tell(names: Sequence[str], found: Sequence[Sequence[Shortfall]]) -> None:
 def _train(
     together: list[tuple[ActivationStream, list[Recipe]]],
     earlier: Mapping[str, Recipe],
+    sources: Mapping[str, StartSource],
     known: Mapping[str, Sequence[Shortfall]],
 ) -> None:
     """Train on streams, then calibrate.
 
     Args:
         earlier: Recipes of the saved states to resume, by ``out_dir``.
+        sources: What new runs with a start begin with, by ``out_dir``.
         known: Shortfalls known before training, by ``out_dir``.
     """
     first = together[0][1][0]
@@ -323,7 +328,7 @@ def _train(
     with ExitStack() as stack:
         # One thread, which has ended when this block is left, however it is.
         writer = stack.enter_context(ThreadPoolExecutor(1, "sparsary-save"))
-        groups = [build_group(stream, recipes, earlier, accelerator, writer, stack) for stream, recipes in together]
+        groups = [build_group(stream, recipes, earlier, sources, accelerator, writer, stack) for stream, recipes in together]
         stack.enter_context(_telling_what_is_kept(groups))
         for member in (member for group in groups for member in group.members):
             member.checkpoints.shortfalls = tuple(known[member.recipe.out_dir])

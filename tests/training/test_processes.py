@@ -105,6 +105,21 @@ def test_a_run_continues_on_another_mesh(activations, tmp_path):
     assert_same_run(one, sparsary.train(whole, [activations], out_dir=str(three)))
 
 
+def test_a_start_is_taken_over_by_several_processes_as_by_one(activations, alone, encoder_specs, tmp_path):
+    """With more latents, whose directions and biases come from a sample that every process draws, and another encoder."""
+    old = next(encoder_specs.spec_id(spec) for spec in encoder_specs.STARTED if spec["name"] == "topk")
+    section = {"start": str(alone(old)), "n_latents": 40, "encoder": {"name": "batch_topk"}, "hook": "a:out"}
+    runs = [recipe(None, latents) | {"dictionary": section} for latents in (1, 2)]
+    one = sparsary.train(runs[0], [activations], out_dir=str(tmp_path / "one"))
+    record = sparsary.load(one).provenance["start"]
+    for directory in on_ranks(2, tmp_path, runs):
+        assert_same_run(one, directory)
+        found = sparsary.load(directory).provenance["start"]
+        for when in ("as_read", "before", "after"):
+            assert found[when] == pytest.approx(record[when], rel=1e-3)
+        assert found["content"] == record["content"]
+
+
 def test_what_another_rank_is_about_to_write_is_no_other_run(tmp_path):
     """Ranks look at the folder while the first one locks it and writes the recipe; a kill leaves such files behind."""
     new = check_recipe(recipe({"name": "topk", "k": 3}, out_dir=str(tmp_path)), "recipe")
