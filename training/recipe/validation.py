@@ -13,12 +13,8 @@ from ...sae.encoders import ENCODERS, build_encoder
 from ...sae.formats.hooks import to_module
 from ...sae.suggestions import did_you_mean
 from ...transcoders.cross_layer import JOINT_ENCODERS, LAYER_ENCODERS
-<<<<<<< HEAD
-from .schema import DictionarySection, Recipe, total_steps
-from .text_checks import check_text
-=======
 from .schema import MLP_START, DictionarySection, Recipe, total_steps
->>>>>>> origin/main
+from .text_checks import check_text
 
 
 def encoder_specs(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
