@@ -24,6 +24,7 @@ OPTIONAL = {
     "pandas": ("pandas", "eval"),
     "scipy": ("scipy", "eval"),
     "sklearn": ("scikit-learn", "eval"),
+    "peft": ("peft", "peft"),
     "wandb": ("wandb", "wandb"),
 }
 
@@ -55,6 +56,6 @@ def needs(what: str, extra: str | None = None) -> Iterator[None]:
         if module not in OPTIONAL:
             raise
         package, own = OPTIONAL[module]
-        # An extra includes those below it: eval includes train. wandb is in neither.
-        wanted = own if extra is None or own == "wandb" else extra
+        # An extra includes those below it: eval includes train. wandb and peft are in neither.
+        wanted = own if extra is None or own in ("wandb", "peft") else extra
         raise MissingPackageError(f"{what}: needs {package}: pip install 'sparsary[{wanted}]'", name=error.name) from None

@@ -327,6 +327,7 @@ def model_problems(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> l
         ("weights", "weights"),
         ("code", "Python code"),
         ("parameters", "weights"),
+        ("adapter", "adapter"),
     ):
         if part in before and part in now and before[part] != now[part]:
             found.append(f"model: its {words} changed (sha256 {_short(before[part])} then, {_short(now[part])} now)")

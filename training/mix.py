@@ -1,6 +1,7 @@
 """Interleaving of several texts by weight."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from .documents import SourceDocument
 from .recipe import MixPart, TextSource
@@ -39,6 +40,18 @@ def _documents_of(number: int, part: MixPart, read: PartReader) -> Iterator[Sour
         yield from (document for document in read(part) if document.strip())
     except ValueError as error:
         raise ValueError(str(error).replace("text.", f"text.mix.{number}.", 1)) from None
+
+
+def shares_in_words(record: Mapping[str, Any]) -> str:
+    """Return the shares of a mix's parts in the characters read, from the record of its text; empty for other texts.
+
+    >>> shares_in_words({"characters": {"chats.jsonl": 300, "plain.txt": 100}})
+    'chats.jsonl 75.0%, plain.txt 25.0% of the characters'
+    """
+    read: Mapping[str, int] = record.get("characters") or {}
+    total = sum(read.values())
+    shares = ", ".join(f"{name} {count / total:.1%}" for name, count in read.items() if total)
+    return f"{shares} of the characters" if shares else ""
 
 
 def part_names(parts: Sequence[TextSource]) -> list[str]:

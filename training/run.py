@@ -30,6 +30,7 @@ from .divided import whole_dictionary
 from .locks import OneRun
 from .loop import Group, TrainedMember, train_loop
 from .members import build_group, needs_gradient, precision_of
+from .mix import shares_in_words
 from .optim import averages
 from .preflight import plan_all, preflight_all, recipe_shortfalls, repeated
 from .processes import from_first, mesh, own_ranks, patient_ranks, require_agreement
@@ -366,6 +367,8 @@ def _train(
                 # Always saved: a kill may have come between the last state and its dictionary.
                 member.checkpoints.save_finished(member.state, dictionary, group.stream)
     ranks.wait()
+    for shares in {shares_in_words((group.stream.content() or {}).get("text") or {}) for group in groups} - {""}:
+        log.info("Read %s.", shares)
     for skipped in {counted(group.stream.skipped) for group in groups if group.stream.skipped}:
         log.warning("Excluded from training, or repaired: %s.", skipped)
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .bad_rows import LEAST_TEXTS, BadRows
@@ -129,6 +129,18 @@ def _kind(document: str) -> str:
 def beginning_roles(tokens: Iterable[int]) -> list[int] | None:
     """Return the role of BOS before a document, in a list; None if the document's tokens have no roles."""
     return None if getattr(tokens, "roles", None) is None else [TEMPLATE]
+
+
+def with_one_bos(ids: Sequence[int], bos_id: int | None) -> list[int]:
+    """Return token ids behind one BOS, whether or not they begin with it; unchanged for a tokenizer without one.
+
+    >>> with_one_bos([5, 6], 1), with_one_bos([1, 1, 5], 1), with_one_bos([5], None)
+    ([1, 5, 6], [1, 5], [5])
+    """
+    if bos_id is None:
+        return list(ids)
+    first = next((place for place, token in enumerate(ids) if token != bos_id), len(ids))
+    return [bos_id, *ids[first:]]
 
 
 def padding_id(tokenizer: Any) -> int:

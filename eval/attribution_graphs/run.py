@@ -11,6 +11,7 @@ from ...sae.files import write_json
 from ...training.activations.architecture import Architecture
 from ...training.activations.model import LanguageModel, load_model
 from ...training.recipe import HarvestSection, ModelSection, TextSection
+from ...training.tokens import with_one_bos
 from ...transcoders.cross_layer import CrossLayerTranscoder
 from ...transcoders.load import NO_OPTIONS, CheckpointOptions
 from ...transcoders.stack import Stack, hooks_of_provenance
@@ -172,8 +173,8 @@ def prompt_ids(opened: GraphTarget, prompt: str) -> torch.Tensor:
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise ValueError(f"prompt: expected text of at least one token, got {prompt!r}.")
-    bos = [] if opened.text.bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return torch.tensor([*bos, *ids], device=opened.model.device)
+    bos = None if opened.text.bos == "none" else tokenizer.bos_token_id
+    return torch.tensor(with_one_bos(ids, bos), device=opened.model.device)
 
 
 def one_token(opened: GraphTarget, name: str, text: str) -> int:

@@ -15,6 +15,7 @@ from ...sae.files import read_text
 from ...training.activations.contexts import context_batches
 from ...training.activations.sites import neuron_hook
 from ...training.embedded import corpus
+from ...training.tokens import with_one_bos
 from .subject import ProbeTarget
 
 BATCH_CONTEXTS = 16
@@ -149,9 +150,9 @@ def pool(subject: ProbeTarget, data: Labelled, most_tokens: int | None = None) -
     tokenizer = subject.model.tokenizer
     special = set(tokenizer.all_special_ids)
     length = most_tokens or subject.text.context_length
-    bos = [] if subject.text.bos == "none" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = None if subject.text.bos == "none" else tokenizer.bos_token_id
     encoded = tokenizer(data.texts, add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [[*bos, *ids][:length] for ids in encoded]
+    rows = [with_one_bos(ids, bos)[:length] for ids in encoded]
     valid = [number for number, row in enumerate(rows) if any(token not in special for token in row)]
     if not valid:
         raise ValueError(f"{data.name}: expected texts with valid tokens for {subject.model.id}, got none. Give other text.")

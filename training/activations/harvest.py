@@ -16,6 +16,7 @@ from ...sae.ranks import ALONE, Ranks
 from ..bad_rows import BadTexts, BadTokens, counted
 from ..content import Content, TextDigest, model_problems, pinned, text_problems
 from ..locks import locked
+from ..mix import shares_in_words
 from ..recipe import HarvestSection, ModelSection, TextSection
 from ..signals import StopRequest
 from ..stages import stage
@@ -88,7 +89,7 @@ def _compare_content(store: ActivationStore, content: Content, text: TextSection
     of_model, of_text = model_problems(recorded, content), text_problems(recorded, text)
     names: set[tuple[str, ...]] = set()
     if content["model"] and content["model"] == recorded.get("model"):
-        names |= {("model", "id"), ("model", "revision")}
+        names |= {("model", "id"), ("model", "revision"), ("model", "adapter")}
     if of_text == []:
         names |= {("text", "files"), ("text", "dataset"), ("text", "dataset_revision")}
     return names, of_model + (of_text or [])
@@ -106,6 +107,8 @@ def recipe_identity(model: ModelSection, text: TextSection, section: HarvestSect
     """Return the part of the identity that is known without loading the model."""
     entries: dict[tuple[str, ...], Any] = {("model", "id"): model.id, ("model", "dtype"): model.dtype}
     entries["model", "quantization"] = model.quantization
+    entries["model", "adapter"] = model.adapter
+    entries["model", "adapter_mode"] = None if model.adapter is None else model.adapter_mode
     # The handling of bad rows decides whether a harvest fails, not what it stores.
     read = text.model_dump(mode="json", exclude={"on_bad_row", "max_bad_share"})
     entries |= {("text", key): value for key, value in read.items()}
@@ -214,6 +217,8 @@ def _fill(store: ActivationStore, model: LanguageModel, text: TextSection, secti
         # Known to the rank that has read the text to the end.
         if digest.up_to(Cursor(*store.manifest["cursor"])) == store.manifest.get("content", {}).get("text"):
             digest.remember()
+    if shares := shares_in_words((store.manifest.get("content") or {}).get("text") or {}):
+        log.info("%s: read %s.", store.directory, shares)
     if skipped := store.manifest.get("skipped"):
         log.warning("%s: excluded or repaired: %s.", store.directory, counted(skipped))
 

@@ -17,7 +17,8 @@ from ...sae.errors import doing
 from ..content import Content, folder_content, model_folder, remembered
 from ..embedded import MODEL_DIR
 from ..recipe import ModelSection
-from ..tokens import tokenizer_contents
+from ..tokens import tokenizer_contents, with_one_bos
+from .adapters import adapter_content, adapter_files, with_adapter
 from .hooked_model import HookedModel, next_token_loss
 from .memory_models import beneath, held, hold, parameters_digest
 from .partial_model import class_without, unneeded_modules
@@ -51,11 +52,16 @@ class LanguageModel(HookedModel):
 
     @property
     def precision(self) -> dict[str, Any]:
-        """Number format of the weights, as the recipe section has it: ``dtype`` and, if they are quantized, how."""
+        """Weights as the recipe section has them: ``dtype``, and quantization and adapter if there are any."""
         if self.section is None:
             return {"dtype": str(next(self.module.parameters()).dtype).removeprefix("torch.")}
         quantized = self.section.quantization
-        return {"dtype": self.section.dtype} | ({} if quantized is None else {"quantization": quantized})
+        adapter = {"adapter": self.section.adapter, "adapter_mode": self.section.adapter_mode}
+        return (
+            {"dtype": self.section.dtype}
+            | ({} if quantized is None else {"quantization": quantized})
+            | ({} if self.section.adapter is None else adapter)
+        )
 
     def content(self) -> Content:
         """Return identifiers of model and tokenizer: file digests or commit, or a digest of the parameters if not loaded."""
@@ -134,8 +140,7 @@ class LanguageModel(HookedModel):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ValueError(f"text: expected at least one token, got {text!r}.")
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        return torch.tensor([[*bos, *ids]], device=self.device)
+        return torch.tensor([with_one_bos(ids, self.tokenizer.bos_token_id)], device=self.device)
 
     @overload
     def activations(self, inputs: str, hooks: str, /) -> TextActivations: ...
@@ -235,7 +240,8 @@ def load_model_for(section: ModelSection, hooks: tuple[str, ...], outline: Langu
     Raises:
         RemoteCodeRefused, ValueError: As ``load_model``.
     """
-    if section.truncate == "never" or outline.section is not None or held(section.id) is not None:
+    whole = section.truncate == "never" or section.adapter is not None
+    if whole or outline.section is not None or held(section.id) is not None:
         return load_model(section)
     try:
         left_out = unneeded_modules(outline, hooks)
@@ -266,6 +272,7 @@ def _span(paths: tuple[str, ...]) -> str:
 def _loaded(section: ModelSection, model_class: Any, **options: Any) -> LanguageModel:
     device = resolve_device(section.device)
     require_quantization(section)
+    adapter_files(section)
     tokenizer = load_tokenizer(section)
     if section.quantization is not None:
         options["quantization_config"] = _transformers().BitsAndBytesConfig(**quantization_options(section))
@@ -281,6 +288,7 @@ def _loaded(section: ModelSection, model_class: Any, **options: Any) -> Language
             trust_remote_code=section.trust_remote_code,
             **options,
         )
+    module = with_adapter(module, section)
     revision = _commit(section) or section.revision
     module = module if "device_map" in options else module.to(device)
     return LanguageModel(module, tokenizer, section.id, revision, section)
@@ -419,8 +427,8 @@ def section_content(section: ModelSection) -> Content:
 def _source_content(section: ModelSection, commit: str | None) -> Content:
     folder = model_folder(section)
     if folder is None:
-        return {"commit": commit} if commit else {}
-    return folder_content(folder, section.trust_remote_code)
+        return ({"commit": commit} if commit else {}) | adapter_content(section)
+    return folder_content(folder, section.trust_remote_code) | adapter_content(section)
 
 
 def _commit(section: ModelSection) -> str | None:

@@ -28,6 +28,13 @@ class ModelSection(Section):
         description="load weights in 8 bits (LLM.int8) or 4 (NF4), with bitsandbytes; the activations are then those of the "
         "quantized model, and stores and results are kept apart from those of the original. null: as dtype says",
     )
+    adapter: Place | None = Field(
+        default=None,
+        description="directory of a PEFT adapter (LoRA and others) for the model's weights; part of its identity; needs peft",
+    )
+    adapter_mode: Literal["merged", "active"] = Field(
+        default="merged", description="merged: added to the weights; active: computed beside them, as in fine-tuning"
+    )
     truncate: Literal["auto", "never"] = Field(
         default="auto",
         description="auto: where only activations are read, load no blocks after the last hook; never: always the whole model",
