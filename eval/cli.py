@@ -224,6 +224,13 @@ def _circuits(
     attention: Annotated[
         bool, typer.Option("--attention", help="With --prompt: heads that carry the edges, and why they attend where they do.")
     ] = False,
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="With --prompt: numbers of supernodes, coarse to fine (8,32,128); search a circuit along them.",
+        ),
+    ] = None,
     *,
     options: "CheckpointOptions",
 ) -> None:
@@ -234,7 +241,8 @@ def _circuits(
 
         if task or method or len(checkpoints) > 1:
             raise ValueError("--prompt: expected one CHECKPOINT and neither --task nor --method: it draws one text's graph.")
-        facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention)
+        counts = _level_counts(levels)
+        facts = attribution_graph(checkpoints[0], prompt, out, options=options, attention=attention, levels=counts)
         print_fields(graph_summary(facts))
         for head, rows in graph_tables(facts):
             print()
@@ -242,8 +250,9 @@ def _circuits(
         print(f"\nresults: {facts['json_path']}")
         print(f"page: {facts['page_path']}")
         return
-    if attention:
-        raise ValueError("--attention: expected --prompt beside it, got none: it explains one text's graph.")
+    for name, given in (("--attention", attention), ("--levels", levels is not None)):
+        if given:
+            raise ValueError(f"{name}: expected --prompt beside it, got none: it concerns one text's graph. Add --prompt TEXT.")
     from .checkpoint import with_grids_members
     from .circuits.benchmark import CircuitSettings, best_rows, circuits
 
@@ -261,6 +270,14 @@ def _circuits(
     print_table(*best_rows(found))
     print(f"results: {found['path']}")
     print(f"page: {found['page_path']}")
+
+
+def _level_counts(levels: str | None) -> tuple[int, ...]:
+    """Return the numbers of ``--levels``."""
+    parts = [] if levels is None else levels.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--levels: expected numbers of clusters joined by commas, such as 8,32,128, got {levels!r}.")
+    return tuple(int(part) for part in parts)
 
 
 @app.command("compare")
