@@ -317,7 +317,7 @@ function mark(some, title) {
 function detail(node) {
   const panel = $('detail');
   if (!node) {
-    const list = matches ? [...matches].slice(0, 40) : listed, items = make('ol', 'plain');
+    const list = matches ? [...matches].slice(0, data.levels ? LISTED : 40) : listed, items = make('ol', 'plain');
     for (const one of list) {
       items.append(make('li', '', make('span', 'who', ...labelled(one)), make('span', 'weight', percent(one.share))));
     }
