@@ -102,7 +102,7 @@ def evaluate(
 def _rows_of(activations: Activations, dictionary: SparseDictionary) -> tuple[Tensor, Tensor | None]:
     """Return the caller's inputs, and a transcoder's targets, as one tensor each."""
     pair = isinstance(activations, tuple | list) and len(activations) == 2 and not isinstance(activations[0], tuple | list)
-    targets = dictionary.arguments()["kind"] != "sae"
+    targets = dictionary.arguments()["kind"] not in ("sae", "crosscoder")
     if pair and (targets or isinstance(activations, tuple)):
         x, y = (as_rows(side, "activations") for side in activations)
         return x, y
