@@ -35,6 +35,8 @@ def require_divisible(recipe: Recipe) -> None:
 
 def undivided_latents(recipe: Recipe) -> str:
     """Return why a recipe's dictionary stays whole, whatever the number of ranks; empty if its latents can be divided."""
+    if recipe.dictionary.causal:
+        return "a causal crosscoder, whose layers are not divided"
     if recipe.dictionary.kind == "cross_layer_transcoder":
         return "a cross-layer transcoder, whose layers are not divided"
     encoders = [build_encoder(with_budget(spec)) for spec in recipe.encoders]

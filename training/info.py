@@ -53,7 +53,7 @@ def _describe_foreign(path: str, options: CheckpointOptions) -> list[tuple[str, 
         lines += [
             ("dictionary", f"{_sizes(arguments)}, {encoder}"),
             ("model", str((source.get("model") or {}).get("id", "unknown"))),
-            *_hooks(arguments["kind"], source),
+            *_hooks(source),
             *((key.replace("_", " "), str(value)) for key, value in text.items()),
             ("input scale", _span(dictionary.in_scale)),
         ]

@@ -172,7 +172,7 @@ def read_start(section: DictionarySection) -> StartSource:
         found.directory,
         found.files,
     )
-    if source.kind != section.kind:
+    if source.kind != section.built_kind:
         pair = "hook_in and hook_out"
         keys = {
             "sae": "hook",

@@ -17,7 +17,7 @@ from sparsary.training.recipe import check_recipe, load_recipe
 from sparsary.training.recipe.grid import check_grid
 from sparsary.training.resolve_hooks import resolve_recipe, resolve_recipes
 from sparsary.training.run import train_all, train_recipe
-from sparsary.transcoders import Crosscoder
+from sparsary.transcoders import Crosscoder, CrossLayerTranscoder
 
 # The last is four times as wide as the others.
 HOOKS = ["transformer.h.1:out", "transformer.h.2:out", "transformer.h.3.mlp.c_proj:in"]
@@ -167,6 +167,21 @@ def test_warm_start_goes_on_from_one(values, tmp_path):
         run(values | {"dictionary": crosscoder(hooks=HOOKS[:2], start=str(first))}, out_dir=str(tmp_path / "third"))
 
 
+@pytest.mark.parametrize("init", ["data", "random"])
+def test_a_causal_crosscoder_reads_one_site_and_writes_to_it_and_later_ones(values, init):
+    values["dictionary"] = crosscoder(hooks=HOOKS[:2], causal=True, n_latents=31, encoder={"name": "topk", "k": 3})
+    values["dictionary"]["init"] = init
+    directory = run(values, tokens=6060, lr=3e-3)
+    dictionary = load_dictionary(directory)
+    assert isinstance(dictionary, CrossLayerTranscoder)
+    assert [tuple(W_dec.shape) for W_dec in dictionary.W_dec] == [(31, 256), (31, 128)]
+    assert dictionary.hooks == (tuple(HOOKS[:2]), tuple(HOOKS[:2]))
+    report = sparsary.evaluate(directory, tokens=1200)
+    assert report["layer_hooks"] == HOOKS[:2]
+    assert max(report["layer_fvu"]) < 0.8
+    assert report["ce_spliced"] < report["ce_mean"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -178,10 +193,14 @@ def test_warm_start_goes_on_from_one(values, tmp_path):
         ({"hooks": [HOOKS[0], HOOKS[0]]}, r"dictionary\.hooks: expected each hook once, got one twice"),
         ({"hook": HOOKS[0]}, r"dictionary\.hook: expected it with kind sae only, got it with kind crosscoder\. Give hooks"),
         ({"hooks": None}, r"dictionary: expected hooks, or a layer and its site, got neither\. Give hooks, or layers and site"),
+        (
+            {"causal": True},
+            r"dictionary\.encoder\.name: expected topk or jumprelu or relu in a causal crosscoder, got 'batch_topk'",
+        ),
         ({"joint": True}, r"dictionary\.joint: expected it with kind cross_layer_transcoder only"),
         ({"hooks": ["transformer.h.1", HOOKS[1]]}, r"dictionary\.hooks: expected a module path and a side"),
     ],
-    ids=["one", "text", "twice", "hook", "none", "joint", "side"],
+    ids=["one", "text", "twice", "hook", "none", "causal", "joint", "side"],
 )
 def test_recipes_that_do_not_fit_are_refused_in_one_line(values, changes, message):
     values["harvest"]["hooks"] = []
