@@ -10,6 +10,7 @@ from sparsary.sae.encoders import ENCODERS, build_encoder
 from sparsary.training.activations.stream import ActivationBatch
 from sparsary.training.divided import own_part, whole_tensors
 from sparsary.training.objective import AuxSettings, LatentUsage, Objective
+from sparsary.transcoders import Crosscoder
 
 TOKENS, D = 36, 11
 
@@ -61,15 +62,31 @@ def test_ranks_with_dense_and_with_sparse_codes_compute_the_same(on_mesh, monkey
     compare_with_whole(on_mesh, {"name": "relu", "target_l0": 3}, (2, 1))
 
 
-def compare_with_whole(on_mesh, spec, mesh, progress=0.5):
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": "batch_topk", "k": 3}, {"name": "relu", "target_l0": 3}, {"name": "jumprelu", "target_l0": 3, "penalty": "tanh"}],
+    ids=lambda spec: spec["name"],
+)
+def test_a_crosscoder_is_divided_as_an_sae_is(on_mesh, spec, mesh):
+    def built(n):
+        crosscoder = Crosscoder([6, 5], n, build_encoder(spec))
+        crosscoder.in_scale[:6] = crosscoder.out_scale[:6] = 1.7
+        return crosscoder
+
+    compare_with_whole(on_mesh, spec, mesh, built=built)
+
+
+def compare_with_whole(on_mesh, spec, mesh, progress=0.5, built=None):
     torch.manual_seed(5)
     n = 32
-    start = SAE(D, n, build_encoder(spec)).state_dict()
+    built = built or (lambda n: SAE(D, n, build_encoder(spec)))
+    start = built(n).state_dict()
     batches = [(torch.randn(TOKENS, D), torch.randn(TOKENS, D)) for _ in range(3)]
     dead = torch.rand(n) < 0.4
 
     def run(ranks, shards):
-        whole = SAE(D, n, build_encoder(spec))
+        whole = built(n)
         whole.load_state_dict(start)
         sae = own_part(whole, shards)
         sae.ranks, sae.encoder.n_shards = ranks, shards.size
