@@ -339,7 +339,7 @@ def evaluate_tensor(
     if half == 0:
         raise ValueError(f"activations: expected at least 2 tokens, got {x.shape[0]}.")
     kind = dictionary.arguments()["kind"]
-    if (y is None) != (kind == "sae"):
+    if (y is None) != (kind in ("sae", "crosscoder")):
         raise ValueError(f"activations: expected {'x alone' if kind == 'sae' else 'a pair (x, y)'} for a {kind}.")
     targets = x if y is None else y
     if x.shape[1] != dictionary.d_in:
