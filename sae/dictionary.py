@@ -20,7 +20,7 @@ from .ranks import ALONE, UNDIVIDED
 from .row_norm import ROW_NORMS, NormedRows
 from .rows import Rows, as_rows
 from .screen import Screen
-from .sites import Site, site_columns, concatenated, in_form_of
+from .sites import Site, concatenated, in_form_of, site_columns
 from .sparse_code import SparseCode
 from .sparse_ops import decode
 from .training_usage import TrainingUsage
