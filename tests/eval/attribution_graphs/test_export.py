@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsary.eval.attribution_graphs.attention import CarriedEdge, ExplainedScore, GraphAttention
-from sparsary.eval.attribution_graphs.attention_scores import AttendedPlace
+from sparsary.eval.attribution_graphs.attention_scores import ScorePlace
 from sparsary.eval.attribution_graphs.edge_heads import HeadPart
 from sparsary.eval.attribution_graphs.export import GraphLabels, as_json, cantor, write_graph
 from sparsary.eval.attribution_graphs.graph import AttributionGraph, GraphNode, Target
@@ -169,7 +169,7 @@ def small_attention():
     edges = {pair: CarriedEdge(1.0, ()) for pair in map(tuple, small_graph().adjacency.nonzero().tolist())}
     edges[0, 7] = CarriedEdge(0.0, (HeadPart(0, 1, 0, 0.5),))
     terms = ((GraphNode("token", 1, index=6), GraphNode("token", 0, index=5), 3.0), (None, GraphNode("error", 0, 0), -0.5))
-    return GraphAttention(edges, (ExplainedScore(AttendedPlace(0, 1, 1, 0), 0.25, 0.75, 2.25, 50.0, terms, -0.25),))
+    return GraphAttention(edges, (ExplainedScore(ScorePlace(0, 1, 1, 0), 0.25, 0.75, 2.25, 50.0, terms, -0.25),))
 
 
 def small_levels():
