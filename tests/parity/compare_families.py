@@ -55,6 +55,8 @@ TOLERANCE = 0.02
 # Two runs this near each other in l0 are interpolated.
 NEAR = 1.25
 TRIES = 8
+# A change of log l0, by a factor of 8 in a penalty, that is no change.
+STUCK = 0.03
 
 # What sets the sparsity: a whole number per token, a number per token, or the weight of a penalty; and where to begin.
 WHOLE, REAL, PENALTY = "whole", "real", "penalty"
@@ -240,7 +242,9 @@ class Comparison:
             tried[knob] = found
             if abs(found["l0"] / case.k - 1) <= TOLERANCE:
                 return found | {"matched": "run"}
-            if between(list(tried.values()), case.k) is not None:
+            last = [math.log(max(run["l0"], 1e-3)) for run in tried.values()][-2:]
+            # Nothing to interpolate any more, or a penalty that no longer moves l0: thresholds that learn too slowly.
+            if between(list(tried.values()), case.k) or (len(tried) > 2 and abs(last[1] - last[0]) < STUCK):
                 break
             knob = next_knob({knob: run["l0"] for knob, run in tried.items()}, case.k, kind)
         if not tried:
