@@ -378,11 +378,9 @@ def table(rows: Sequence[dict[str, Any]], name: str) -> str:
             spread = f" ± {format(sd, form)}" if sd is not None and key in FIGURES[name][:1] else ""
             cells.append(format(mean, form) + spread)
         ours = next((r for r in rows if (r["family"], r["library"]) == (row["family"], OURS)), None)
-        ratio = (
-            ""
-            if row["library"] == OURS or ours is None
-            else f"{ours[FIGURES[name][0]]['mean'] / row[FIGURES[name][0]]['mean']:.2f}"
-        )
+        first, ratio = FIGURES[name][0], ""
+        if row["library"] != OURS and ours is not None and "no" not in row["matched"]:
+            ratio = f"{ours[first]['mean'] / row[first]['mean']:.2f}"
         cells.append(ratio + (f", {verdict_words(row['difference'])}" if "difference" in row else ""))
         marks = {"interpolated": "interpolated", "no": "not at this l0"}
         notes = [row["variant"], *(marks[word] for word in row["matched"] if word in marks)]
