@@ -209,6 +209,8 @@ def complete(
         found[key] = dict(found.get(key) or {})
     # Only the caller may allow a repository's code to run, never the checkpoint's files.
     found["model"] |= {"trust_remote_code": options.trust_remote_code}
+    if found["model"].get("tuned"):
+        found["model"]["tuned"] = dict(found["model"]["tuned"]) | {"trust_remote_code": options.trust_remote_code}
     for key, value in options.settings.items():
         if key.split(".")[0] not in SECTIONS:
             raise ValueError(f"--set {key}: expected a key of {', '.join(SECTIONS)}, for example text.context_length.")
