@@ -40,9 +40,7 @@ def of_kinds(kinds: list[str], *wanted: str) -> Bool[Tensor, " n_latents"]:
     return torch.tensor([kind in wanted for kind in kinds])
 
 
-def decoder_cosines(
-    base: Float[Tensor, "n_latents d"], tuned: Float[Tensor, "n_latents d"]
-) -> Float[Tensor, " n_latents"]:
+def decoder_cosines(base: Float[Tensor, "n_latents d"], tuned: Float[Tensor, "n_latents d"]) -> Float[Tensor, " n_latents"]:
     """Return the cosine between the two decoder rows of every latent; 0 where one of them is 0."""
     return F.cosine_similarity(base, tuned, dim=-1)
 

@@ -1,9 +1,9 @@
 """Share of the two models' KL divergence that closes when the base runs on changed activations.
 
-The base's activation ``x`` at its hook becomes ``x + change`` at every token that counts, and the rest of the base runs on it. A
-change is the sum over a set of latents of ``f_i (d_i^tuned - d_i^base)``, or one of the floors and ceilings below. With ``KL`` the
-divergence of the base's predictions from the tuned model's, ``closed = 1 - KL(tuned || changed base) / KL(tuned || base)``: 1 if the
-base then predicts what the tuned model does, 0 without effect, negative if it moves away. Both are sums over tokens.
+The base's activation ``x`` at its hook becomes ``x + change`` at every token that counts, and the rest of the base runs on it.
+A change is the sum over a set of latents of ``f_i (d_i^tuned - d_i^base)``, or one of the floors and ceilings below. With ``KL``
+the divergence of the base's predictions from the tuned model's, ``closed = 1 - KL(tuned || changed base) / KL(tuned || base)``:
+1 if the base then predicts what the tuned model does, 0 without effect, negative if it moves away. Both are sums over tokens.
 
 - ``activation``: the tuned model's activation in place of the base's: the most that any change at this hook can do;
 - ``reconstruction_difference``: the differences of all latents, with the biases;
@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...training.activations.model import LanguageModel
 from ...transcoders.crosscoder import Crosscoder
 from ..bootstrap import ByDocument
 from ..heldout import TextBatch, logits_and_activations
+from ..undefined import settled
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,21 @@ def kl_closed(
         wanted = target[kept].float().log_softmax(-1)
         found = {"tokens": np.ones(int(kept.sum())), "base": _kl(wanted, logits[kept])}
         for name, change in changes.items():
-
-            def changed(x: Tensor, change: Change = change) -> Tensor:
-                new = x.clone()
-                new[kept] = x[kept] + change(rows).to(x)
-                return new
-
-            with base.replacing(hooks[0], changed):
+            with base.replacing(hooks[0], _added(change(rows), kept)):
                 found[name] = _kl(wanted, base.logits(batch.token_ids)[kept])
         sums.update(batch.document_ids[kept.cpu().numpy()], found)
     return _closed(sums, tuple(changes))
+
+
+def _added(amount: Float[Tensor, "tokens d"], kept: Bool[Tensor, "contexts positions"]) -> Callable[[Tensor], Tensor]:
+    """Return the function that adds rows to an activation at the kept tokens."""
+
+    def changed(x: Tensor) -> Tensor:
+        new = x.clone()
+        new[kept] = x[kept] + amount.to(x)
+        return new
+
+    return changed
 
 
 def _kl(wanted: Float[Tensor, "tokens vocabulary"], logits: Float[Tensor, "tokens vocabulary"]) -> np.ndarray:
@@ -121,6 +127,6 @@ def _closed(sums: ByDocument, names: tuple[str, ...]) -> dict[str, Any]:
         return found | {"closed": dict.fromkeys(names), "reason": "the two models predict the same"}
     intervals = sums.intervals({name: lambda totals, name=name: 1 - totals[name] / totals["base"] for name in names})
     for name in names:
-        ends = {end: intervals.get(f"{name}_{end}") for end in ("low", "high")}
+        ends, _ = settled({end: intervals[f"{name}_{end}"] for end in ("low", "high")})
         found["closed"][name] = {"share": 1 - columns[name] / whole, "kl": columns[name] / tokens} | ends
     return found

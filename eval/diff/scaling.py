@@ -1,15 +1,15 @@
 """Latent scaling: how much of an exclusive latent is also present in the other model (Minder et al. 2025, arXiv:2504.02922).
 
-A decoder norm of 0 does not prove that a concept is new: a penalty may have shrunk it (complete shrinkage), or other latents may
-represent it in the other model (latent decoupling). For every latent ``j`` with activations ``f`` and decoder row ``d`` of the
-model in which it is larger, ``beta`` is the least-squares solution of ``beta f d ~ y`` over all tokens,
+A decoder norm of 0 does not prove that a concept is new: a penalty may have shrunk it (complete shrinkage), or other latents
+may represent it in the other model (latent decoupling). For a latent with activations ``f`` and decoder row ``d`` of the model in
+which it is larger, ``beta`` is the least-squares solution of ``beta f d ~ y`` over all tokens,
 
     beta = sum f <d, y> / (|d|^2 sum f^2),
 
 with two targets ``y`` in each model ``m``, whose reconstruction is ``x_hat = sum over i of f_i d_i^m + b^m``:
 
-- error: ``x - x_hat + f d^m``, what the other latents leave unexplained. ``nu_error`` is beta in the other model divided by that
-  in the latent's own model: near 0 for a concept that the other model lacks, near 1 for one that was shrunk away;
+- error: ``x - x_hat + f d^m``, what the other latents leave unexplained. ``nu_error`` is beta in the other model divided by
+  that in the latent's own model: near 0 for a concept that the other model lacks, near 1 for one that was shrunk away;
 - reconstruction: ``x_hat - b^m``. ``nu_reconstruction``, the same ratio, is large if other latents represent the concept in the
   other model.
 
