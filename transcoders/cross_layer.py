@@ -75,7 +75,7 @@ class CrossLayerTranscoder(SparseDictionary):
         for name, size in (("d_in", d_in), ("d_out", d_out), ("n_latents", n_latents)):
             if n_layers < 1 or size % n_layers:
                 raise ValueError(f"dictionary.{name}: expected a multiple of the {n_layers} layers, got {size}.")
-        super().__init__(d_in, d_out, n_latents, encoder, n_sites=n_layers)
+        super().__init__(d_in, d_out, n_latents, encoder, widths=[(d_in // n_layers, d_out // n_layers)] * n_layers)
         name = encoder_spec(encoder)["name"]
         allowed = JOINT_ENCODERS if joint else LAYER_ENCODERS
         if name not in allowed and (joint or name not in LOADED_LAYER_ENCODERS):
