@@ -1,9 +1,10 @@
 """Share of the two models' KL divergence that closes when the base runs on changed activations.
 
 The base's activation ``x`` at its hook becomes ``x + change`` at every token that counts, and the rest of the base runs on it.
-A change is the sum over a set of latents of ``f_i (d_i^tuned - d_i^base)``, or one of the floors and ceilings below. With ``KL``
-the divergence of the base's predictions from the tuned model's, ``closed = 1 - KL(tuned || changed base) / KL(tuned || base)``:
-1 if the base then predicts what the tuned model does, 0 without effect, negative if it moves away. Both are sums over tokens.
+A change is the sum over a set of latents of ``f_i (d_i^tuned - d_i^base)``, or one of the floors and ceilings below. With
+``KL`` the divergence of the base's predictions from the tuned model's, ``closed = 1 - KL(tuned || changed base) / KL(tuned ||
+base)``: 1 if the base then predicts what the tuned model does, 0 without effect, negative if it moves away. Both are sums over
+tokens.
 
 - ``activation``: the tuned model's activation in place of the base's: the most that any change at this hook can do;
 - ``reconstruction_difference``: the differences of all latents, with the biases;

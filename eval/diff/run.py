@@ -195,7 +195,7 @@ def diff_entries(pair: DiffedPair, tokens: int, seed: int = 0) -> dict[str, Any]
 
 def _first_pass(pair: DiffedPair, tokens: int) -> PassResult:
     """Read the first half of the tokens: codes, reconstruction, differences, latent scaling."""
-    crosscoder, data = pair.crosscoder, pair.data
+    crosscoder = pair.crosscoder
     collector = Collector(crosscoder.n_latents, Limits(top=CONTEXTS))
     same = pair.equal_widths
     differences = Differences(crosscoder.widths[0]) if same else None

@@ -1,8 +1,8 @@
 """Latent scaling: how much of an exclusive latent is also present in the other model (Minder et al. 2025, arXiv:2504.02922).
 
 A decoder norm of 0 does not prove that a concept is new: a penalty may have shrunk it (complete shrinkage), or other latents
-may represent it in the other model (latent decoupling). For a latent with activations ``f`` and decoder row ``d`` of the model in
-which it is larger, ``beta`` is the least-squares solution of ``beta f d ~ y`` over all tokens,
+may represent it in the other model (latent decoupling). For a latent with activations ``f`` and decoder row ``d`` of the model
+in which it is larger, ``beta`` is the least-squares solution of ``beta f d ~ y`` over all tokens,
 
     beta = sum f <d, y> / (|d|^2 sum f^2),
 

@@ -110,7 +110,7 @@ def _tiles(found: dict[str, Any]) -> list[FigureTile]:
     closed = (patching.get("closed") or {}).get("exclusive")
     share = None if closed is None else closed["share"]
     notes = {kind: f"{true[kind]:,} confirmed by latent scaling" for kind in true}
-    tiles = [
+    return [
         FigureTile("tuned_only", "tuned only", show(counts["tuned_only"]), notes.get("tuned_only", "")),
         FigureTile("base_only", "base only", show(counts["base_only"]), notes.get("base_only", "")),
         FigureTile("shared", "shared", show(counts["shared"]), _cosine_note(found)),
@@ -133,7 +133,6 @@ def _tiles(found: dict[str, Any]) -> list[FigureTile]:
         FigureTile("fvu_base", "fvu, base", show(found["fvu"]["base"]), f"{show(found['l0'])} latents per token"),
         FigureTile("fvu_tuned", "fvu, tuned", show(found["fvu"]["tuned"]), "fraction of variance unexplained"),
     ]
-    return tiles
 
 
 def _cosine_note(found: dict[str, Any]) -> str:

@@ -95,7 +95,8 @@ def test_a_store_holds_both_models_at_the_same_tokens(store, pair):
         found += 1
     assert found > 10
     tuned = store.manifest["model"]["tuned"]
-    assert tuned["dtype"] == "float32" and Path(tuned["id"]).name == "tuned"
+    assert tuned["dtype"] == "float32"
+    assert Path(tuned["id"]).name == "tuned"
     assert store.manifest["content"]["model"]["weights"] != store.manifest["content"]["model"]["tuned"]["weights"]
 
 

@@ -1,0 +1,162 @@
+"""`sparsary diff`: crosscoders of two models whose difference is known, the files, and bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sparsary
+from sparsary.eval.diff.run import diff
+from sparsary.eval.diff.summary import diff_summary, diff_tables
+from sparsary.sae.files import read_json
+from sparsary.training.activations.shards import ActivationStore, ColumnReader, RowReader
+from sparsary.training.embedded import MODEL_DIR
+
+HOOK = "transformer.h.0:out"
+# Every seventh token, whatever it is: no concept of the base.
+CLASS = range(40, 1157, 7)
+
+
+def recipe(folder, tuned, **changes):
+    dictionary = {"kind": "crosscoder", "hook": HOOK, "n_latents": 96, "encoder": {"name": "batch_topk", "k": 6}}
+    return {
+        "models": ["embedded", str(tuned)],
+        "model": {"device": "cpu"},
+        "text": {"context_length": 64},
+        "harvest": {"tokens": 24_000, "store": str(folder / "store"), "exclude_leading": 2},
+        "dictionary": dictionary,
+        "tokens": 60_000,
+        "batch_tokens": 500,
+        "lr": 3e-3,
+        "lr_warmup_steps": 10,
+        "calibration_tokens": 8000,
+        "dead_after_tokens": 10_000,
+        "eval_tokens": 6000,
+        "out_dir": str(folder / "run"),
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A copy of the embedded model whose embeddings of every seventh token have one vector added."""
+    folder = tmp_path_factory.mktemp("marked") / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(0)
+    vector = torch.randn(128)
+    weights["transformer.wte.weight"][list(CLASS)] += 3 * vector / vector.norm()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def marked_run(marked, tmp_path_factory):
+    return sparsary.train(recipe(tmp_path_factory.mktemp("run"), marked))
+
+
+@pytest.fixture(scope="module")
+def found(marked_run):
+    return diff(str(marked_run))
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """A crosscoder of the embedded model with itself."""
+    folder = tmp_path_factory.mktemp("own")
+    return sparsary.train(recipe(folder, "embedded", tokens=15_000))
+
+
+def test_a_model_against_itself_has_no_exclusive_latents(own_run):
+    found = diff(str(own_run), tokens=4000)
+    assert found["counts"]["tuned_only"] == found["counts"]["base_only"] == 0
+    assert found["counts"]["shared"] > 20
+    assert found["latents"] == []
+    assert found["mean_difference"]["norm"] == 0
+    assert found["patching"]["kl_base"] == 0
+    assert "predict the same" in found.html
+
+
+def test_the_latent_of_what_was_added_is_found(found, marked_run):
+    assert found["counts"]["tuned_only"] >= 1
+    leading = found["latents"][0]
+    assert leading["kind"] == "tuned_only"
+    assert leading["true"]
+    words = {sparsary.LanguageModel.from_pretrained("embedded", device="cpu").tokenizer.decode([token]) for token in CLASS}
+    peaks = {context["tokens"][context["peak"]] for context in leading["top"]}
+    assert peaks
+    assert peaks <= words
+
+
+def test_exclusive_latents_are_those_that_fire_on_the_added_class(found, marked_run):
+    crosscoder = sparsary.load(marked_run)
+    store = marked_run.parent / "store"
+    opened = ActivationStore.open(store)
+    rows = np.arange(opened.tokens("heldout"))
+    x = ColumnReader(opened, "heldout", [f"x:base/{HOOK}", f"x:tuned/{HOOK}"]).gather(rows)
+    tokens = RowReader(opened, "heldout", "token").gather(rows)
+    wanted = torch.isin(tokens, torch.tensor(list(CLASS), dtype=tokens.dtype))
+    fires = crosscoder.encode(x).to_dense(crosscoder.n_latents) > 0
+    scores = {}
+    for row in found["latents"]:
+        fired = fires[:, row["latent"]]
+        both = float((fired & wanted).sum())
+        scores[row["latent"]] = 2 * both / float(fired.sum() + wanted.sum())
+    assert max(scores.values()) >= 0.9
+
+
+def test_the_result_is_written_and_rendered_again(found, marked_run):
+    path = marked_run / "diff" / "diff.json"
+    written = read_json(path)
+    assert {key: value for key, value in found.items() if key not in ("page_path", "path")} == written
+    page = path.with_suffix(".html")
+    before = page.read_bytes()
+    page.unlink()
+    assert sparsary.render(path) == page
+    assert page.read_bytes() == before
+    assert len(found.to_pandas()) == len(found["latents"])
+    assert "sparsary diff" in page.read_text()
+
+
+def test_figures_of_the_terminal(found):
+    lines = dict(diff_summary(found))
+    assert lines["latents"].startswith(f"{found['counts']['base_only']} base only")
+    (head, *_), *_ = diff_tables(found)
+    assert head == ["base changed by", "KL closed", "KL left"]
+
+
+def test_patches_stand_between_floor_and_ceiling(found):
+    closed = {name: each["share"] for name, each in found["patching"]["closed"].items()}
+    assert closed["activation"] == max(closed.values())
+    assert closed["exclusive"] > closed["random"]
+    assert closed["exclusive"] > closed["shared"]
+
+
+def test_an_sae_is_refused(recipe_values, tmp_path):
+    run = sparsary.train(recipe_values)
+    with pytest.raises(ValueError, match=r"expected a crosscoder of two models, got kind sae\. Train one with models:"):
+        diff(str(run))
+
+
+def test_a_crosscoder_of_one_model_s_layers_is_refused(tmp_path):
+    values = recipe(tmp_path, "embedded", tokens=2000)
+    del values["models"]
+    values["dictionary"] = {key: value for key, value in values["dictionary"].items() if key != "hook"} | {
+        "hooks": [HOOK, "transformer.h.1:out"]
+    }
+    run = sparsary.train(values)
+    with pytest.raises(ValueError, match=r"one hook of each, got one of transformer\.h\.0:out, transformer\.h\.1:out"):
+        diff(str(run))
+
+
+def test_another_model_in_place_of_the_pair_is_refused(marked_run, tmp_path):
+    copy = shutil.copytree(marked_run, tmp_path / "copy")
+    path = copy / "dictionary.json"
+    config = json.loads(path.read_text())
+    config.pop("checksum", None)
+    config["provenance"]["model"]["tuned"] = None
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="model: expected two models, got embedded alone"):
+        diff(str(copy))
